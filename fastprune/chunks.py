@@ -1,0 +1,104 @@
+"""A calibration set cut into fixed chunks of rows, each a rectangular batch on the model's device.
+
+The chunks are cut once, from the calibration set and the byte budget alone. Every mask is run over the same
+chunks, so that every matrix product has the same shape whatever else is scored in the same call: that is what
+makes a score bit-identical alone and in company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .calibration import TokenBatch
+
+LEAST_FILL = 7 / 8  # rows of a chunk are at least this share of its longest, so that little is padded
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """B rows of about T tokens, padded at the end to T, with their targets.
+
+    ids int64[B, T]; positions and branch int64[B, T], or None for plain causal rows.
+    sources int64[P]: the flat indices in [B * T] whose states predict a target, ascending and distinct.
+    target_source int64[M] (index into sources, ascending), target_token int64[M].
+    continuation int64[M] (NumPy): which continuation of the batch each target belongs to.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor | None
+    branch: torch.Tensor | None
+    sources: torch.Tensor
+    target_source: torch.Tensor
+    target_token: torch.Tensor
+    continuation: np.ndarray
+    rows: np.ndarray
+    real: torch.Tensor  # flat indices in [B * T] of the tokens that are not padding
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids.numel()
+
+
+def make_chunks(batch: TokenBatch, max_tokens: int, device: torch.device) -> list[Chunk]:
+    """Cut a batch into chunks of at most max_tokens tokens each, padding included (but at least one row each).
+
+    Rows are sorted by kind and length, so that a chunk holds rows of nearly one length.
+    """
+    return [make_chunk(batch, rows, device) for rows in _group_rows(batch, max_tokens)]
+
+
+def _group_rows(batch: TokenBatch, max_tokens: int) -> list[np.ndarray]:
+    lengths, is_tree = batch.row_lengths, batch.row_is_tree
+    groups: list[list[int]] = []
+    for row in np.lexsort((np.arange(batch.num_rows), -lengths, is_tree)).tolist():
+        if groups:
+            first, size = groups[-1][0], len(groups[-1])
+            same_kind = is_tree[row] == is_tree[first]
+            if same_kind and lengths[row] >= LEAST_FILL * lengths[first] and (size + 1) * lengths[first] <= max_tokens:
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return [np.asarray(group) for group in groups]
+
+
+def make_chunk(batch: TokenBatch, rows: Sequence[int], device: torch.device) -> Chunk:
+    """One chunk of these rows, which must be all trees or all plain."""
+    rows = np.asarray(rows)
+    width = int(batch.row_lengths[rows].max())
+    is_tree = bool(batch.row_is_tree[rows[0]])
+    # padding sees itself and the trunk, and nothing sees it: it comes last, in a branch of its own
+    ids, positions, branch = np.zeros((3, len(rows), width), dtype=np.int64)
+    branch -= 1
+    sources, target_sources, tokens, continuations, real = [], [], [], [], []
+    for i, row in enumerate(rows):
+        start, stop = batch.row_starts[row], batch.row_starts[row + 1]
+        ids[i, : stop - start] = batch.ids[start:stop]
+        positions[i, : stop - start] = batch.positions[start:stop]
+        branch[i, : stop - start] = batch.branch[start:stop]
+        real.append(i * width + np.arange(stop - start))
+        targets = np.flatnonzero((batch.target_source >= start) & (batch.target_source < stop))
+        targets = targets[np.argsort(batch.target_source[targets], kind="stable")]
+        distinct, inverse = np.unique(batch.target_source[targets], return_inverse=True)
+        target_sources.append(inverse + sum(map(len, sources)))
+        sources.append(distinct - start + i * width)
+        tokens.append(batch.target_token[targets])
+        continuations.append(batch.target_continuation[targets])
+
+    def on_device(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
+    return Chunk(
+        ids=torch.from_numpy(ids).to(device),
+        positions=torch.from_numpy(positions).to(device) if is_tree else None,
+        branch=torch.from_numpy(branch).to(device) if is_tree else None,
+        sources=on_device(sources),
+        target_source=on_device(target_sources),
+        target_token=on_device(tokens),
+        continuation=np.concatenate(continuations),
+        rows=rows,
+        real=on_device(real),
+    )

@@ -1,0 +1,197 @@
+"""The engine: walks a plan through a model, chunk by chunk. Read this file first.
+
+For every chunk of the calibration set the model embeds the tokens once. The plan's steps then run units on
+states, depth first; a state is kept only until its last child has begun. Where a mask ends, the head turns its
+state into one number per target, a tile of positions at a time. The numbers leave the device in batches and are
+summed over each continuation in a fixed order, in float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from fastprune_kernels.reference import token_kl, token_nll
+
+from .calibration import TokenBatch
+from .chunks import Chunk, make_chunks
+from .errors import InputError
+from .footprint import measure_footprint
+from .memory import is_out_of_memory
+from .models.generic import Model, State, hidden_of, state_bytes
+from .plan import ROOT, Plan, make_plan, max_slots
+
+Progress = Callable[[int, int], None]
+
+MAX_MASKS = 1 << 20  # distinct masks of one call; bounds the states alive at once
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # enough rows to keep the matrix units busy, no more
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}  # logits of one tile of positions
+BUDGET_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
+PENDING = 64  # masks whose numbers wait on the device, to be fetched together
+
+
+class Engine:
+    """Runs plans of depth masks over one calibration set.
+
+    measure: what is computed at each target, "nll" or "kl". budget_bytes bounds the activations: states, the
+    workspace of a unit, a tile of logits, and for "kl" the dense model's final states.
+    peak_activation_bytes: the most that were held so far, workspaces as measured on this model.
+    """
+
+    def __init__(self, model: Model, batch: TokenBatch, measure: str, granularity: str, budget_bytes: int | None):
+        model.require(granularity)
+        batch.check_fits(model.vocab_size, model.max_positions)
+        if batch.row_is_tree.any():
+            model.check_trees()
+        self.model, self.batch, self.measure, self.granularity = model, batch, measure, granularity
+        self.num_units = len(model.unit_names(granularity))
+        kind = "cuda" if model.device.type == "cuda" else "cpu"
+        budget_bytes = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
+        # logits, their float32 copy and its log-softmax; for "kl" the dense model's too
+        per_position = model.vocab_size * (model.dtype.itemsize + 8) * (1 if measure == "nll" else 3)
+        self._tile = max(8, min(TILE_BYTES[kind], budget_bytes // 4) // per_position // 8 * 8)
+        self.peak_activation_bytes = 0
+        with model.evaluation():
+            self._footprint = measure_footprint(model, batch, granularity, self._measure_nothing, self._tile)
+        self._cut(self._fit(budget_bytes, CHUNK_TOKENS[kind]))
+
+    def run(self, plan: Plan, progress: Progress | None = None) -> np.ndarray:
+        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks.
+
+        progress(done, total) is told of unit runs. When memory runs out, the call begins again with chunks of
+        half the size.
+        """
+        if len(plan.masks) > MAX_MASKS:
+            raise InputError(f"{len(plan.masks)} distinct masks in one call; at most {MAX_MASKS} are planned together")
+        while True:
+            try:
+                with self.model.evaluation():
+                    return self._run(plan, progress or (lambda done, total: None))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or not self._halve():
+                    raise
+
+    def _run(self, plan: Plan, progress: Progress) -> np.ndarray:
+        if self.measure == "kl" and not self._dense:
+            self._dense = self._dense_states()
+        sums = np.zeros((len(plan.masks), self.batch.num_continuations))
+        done, total = 0, plan.layer_runs * len(self.chunks)
+        for number, chunk in enumerate(self.chunks):
+            pending: list[tuple[int, torch.Tensor]] = []
+            for mask, hidden, units in self._walk(plan, chunk):
+                if mask >= 0:
+                    pending.append((mask, self._measure_targets(hidden, number)))
+                if len(pending) == PENDING:
+                    _add_up(pending, chunk, sums)
+                done += units
+                progress(done, total)
+            _add_up(pending, chunk, sums)
+        return sums
+
+    def _walk(self, plan: Plan, chunk: Chunk) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """Run the plan's steps on one chunk; after each, yield (mask or -1, hidden [B, T, D], units run)."""
+        state, arguments = self.model.open(chunk.ids, chunk.positions, chunk.branch)
+        slots: list[State | None] = [None] * plan.num_slots
+        for step in plan.steps:
+            if step.source != ROOT:
+                state = slots[step.source]
+                if step.last_use:
+                    slots[step.source] = None
+            for unit in step.units:
+                self._note_peak(slots, state, chunk)
+                state = self.model.run(unit, state, arguments, self.granularity)
+            if step.target >= 0:
+                slots[step.target] = state
+            yield step.mask, hidden_of(state), len(step.units)
+
+    def _measure_targets(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
+        """The measure at every target of a chunk, [M], from one mask's final states [B, T, D]."""
+        chunk, hidden = self.chunks[number], hidden.flatten(0, 1)
+        values = []
+        for start, first, last in self._tiles[number]:
+            tile = slice(start, start + self._tile)
+            dense = self._dense[number][tile] if self.measure == "kl" else None
+            rows = chunk.target_source[first:last] - start
+            values.append(self._measure_tile(hidden[chunk.sources[tile]], rows, chunk.target_token[first:last], dense))
+        return torch.cat(values)
+
+    def _measure_tile(self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, dense) -> torch.Tensor:
+        """The measure at targets (row of the tile, token) from hidden states [P, D] before the final norm."""
+        logits = self.model.logits(hidden)
+        if self.measure == "nll":
+            return token_nll(logits, rows, tokens)
+        return token_kl(self.model.logits(dense), logits)[rows]
+
+    def _dense_states(self) -> list[torch.Tensor]:
+        """Final states of the dense model where a target is predicted, [P, D] for each chunk."""
+        plan = make_plan(np.ones((1, self.num_units), dtype=bool))
+        states = []
+        for chunk in self.chunks:
+            for mask, hidden, _ in self._walk(plan, chunk):
+                if mask >= 0:
+                    states.append(hidden.flatten(0, 1)[chunk.sources])
+        return states
+
+    # -- chunks and memory ---------------------------------------------------------------------------------------
+
+    def _fit(self, budget_bytes: int, most_tokens: int) -> int:
+        """Tokens of a chunk for which everything held at once stays within the budget."""
+        if self.measure == "kl":
+            positions = len(np.unique(self.batch.target_source))
+            budget_bytes -= positions * self.model.hidden_size * self.model.dtype.itemsize
+        slots = max_slots(self.num_units, MAX_MASKS)
+        tokens = self._footprint.tokens_within(budget_bytes, slots)
+        if tokens < self._footprint.longest_row:
+            short = self._footprint.needed(self._footprint.longest_row, slots) - budget_bytes
+            raise InputError(f"cache_bytes is too small by {short} bytes: not even one row of the batch fits")
+        return min(most_tokens, tokens)
+
+    def _cut(self, max_tokens: int) -> None:
+        """Cut the batch into chunks, and the targets of each chunk into tiles (first position, targets from, to)."""
+        self._dense: list[torch.Tensor] = []  # per chunk, see _dense_states
+        self.chunks = make_chunks(self.batch, max_tokens, self.model.device)
+        self._tiles: list[list[tuple[int, int, int]]] = []
+        for chunk in self.chunks:
+            starts = range(0, len(chunk.sources), self._tile)
+            bounds = np.searchsorted(chunk.target_source.cpu().numpy(), [*starts, len(chunk.sources)]).tolist()
+            self._tiles.append(list(zip(starts, bounds[:-1], bounds[1:], strict=True)))
+
+    def _halve(self) -> bool:
+        """Cut chunks of half the size; False when they are single rows already."""
+        if all(len(chunk.rows) == 1 for chunk in self.chunks):
+            return False
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        max_tokens = max(chunk.num_tokens for chunk in self.chunks) // 2
+        self._cut(max_tokens)
+        warnings.warn(
+            f"out of memory: going on with chunks of {max_tokens} tokens; "
+            "scores may differ in the last bits from those before",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return True
+
+    def _measure_nothing(self, hidden: torch.Tensor) -> torch.Tensor:
+        """One tile of the head, for its footprint."""
+        none = torch.zeros(0, dtype=torch.int64, device=hidden.device)
+        return self._measure_tile(hidden, none, none, hidden)
+
+    def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
+        alive = {id(s): s for s in (*slots, state) if s is not None}
+        held = sum(map(state_bytes, alive.values())) + sum(dense.nbytes for dense in self._dense)
+        peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
+        self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
+
+
+def _add_up(pending: list[tuple[int, torch.Tensor]], chunk: Chunk, sums: np.ndarray) -> None:
+    """Fetch the measures of pending masks, add them to their continuations in target order, and forget them."""
+    if not pending:
+        return
+    values = torch.stack([values for _, values in pending]).cpu().double().numpy()
+    for (mask, _), row in zip(pending, values, strict=True):
+        sums[mask] += np.bincount(chunk.continuation, weights=row, minlength=sums.shape[1])
+    pending.clear()

@@ -1,0 +1,133 @@
+"""Evaluator: the facade that searches and other tools call."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from . import probes
+from .engine import Engine, Progress
+from .errors import InputError
+from .masks import as_masks
+from .models import Model
+from .objectives import Objective
+from .plan import make_plan
+
+BACKENDS = ("auto", "generic")
+
+
+@dataclass
+class Stats:
+    """What an evaluator's calls have cost so far.
+
+    masks: scores that were asked for. layer_runs: unit runs, each over the whole calibration set; naive_layer_runs: those of one
+    forward pass per mask asked. head_runs: distinct masks whose loss was computed. peak_activation_bytes: the most
+    held at once. seconds: time inside score and score_samples.
+    """
+
+    masks: int = 0
+    layer_runs: int = 0
+    naive_layer_runs: int = 0
+    head_runs: int = 0
+    cache_hits: int = 0
+    store_hits: int = 0
+    peak_activation_bytes: int = 0
+    seconds: float = 0.0
+
+
+class Evaluator:
+    """Scores depth masks of one model under one objective.
+
+    model: what load_model returns, or a transformers model in memory. objective: Perplexity, TaskMargin,
+    TaskAccuracy or KLDivergence. backend: "auto" or "generic"; `self.backend` says which one runs.
+    cache_bytes: byte budget of the activations (4 GiB on a CPU, 16 GiB on a GPU by default); it decides how many
+    tokens run at once. granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
+    progress: called with (unit runs done, unit runs in all) while masks are scored.
+
+    A mask's score does not depend, to the bit, on what else is scored in the same call or was before.
+    """
+
+    def __init__(
+        self,
+        model,
+        objective: Objective,
+        backend: str = "auto",
+        cache_bytes: int | None = None,
+        store=None,
+        granularity: str = "block",
+        progress: Progress | None = None,
+    ):
+        if not isinstance(objective, Objective):
+            raise InputError(f"objective must be one such as Perplexity(batch), not {type(objective).__name__}")
+        if backend not in BACKENDS:
+            raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        if cache_bytes is not None and (
+            isinstance(cache_bytes, bool) or int(cache_bytes) != cache_bytes or cache_bytes < 1
+        ):
+            raise InputError(f"cache_bytes must be a positive number of bytes, not {cache_bytes!r}")
+        if store is not None:
+            raise InputError("store= (scores kept on disk) is not available in this version; pass None")
+        self.model = model if isinstance(model, Model) else Model(model)
+        self.objective = objective
+        self.backend = "generic"
+        self.granularity = granularity
+        self.progress = progress
+        self.stats = Stats()
+        self._engine = Engine(self.model, objective.batch, objective.measure, granularity, cache_bytes)
+
+    @property
+    def num_units(self) -> int:
+        return self._engine.num_units
+
+    @cached_property
+    def unit_names(self) -> list[str]:
+        return self.model.unit_names(self.granularity)
+
+    @cached_property
+    def dense_loss(self) -> float:
+        """The loss of the whole model, computed when it is first asked for."""
+        return float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
+
+    def score(self, masks) -> np.ndarray:
+        """The loss of each mask, float64[N]; masks: bool or 0/1 [N, U], True = kept. Lower is better.
+
+        A loss that is not finite is returned as it is. Raises InputError for masks of another shape or value, and
+        for one that keeps nothing where the family cannot run without blocks.
+        """
+        return self._evaluate(masks, self.objective.loss)
+
+    def score_samples(self, masks) -> np.ndarray:
+        """The loss of each mask on each sample (row of text, or question), float64[N, S]."""
+        return self._evaluate(masks, self.objective.sample_losses)
+
+    def similarity(self) -> np.ndarray:
+        """float64[U + 1, U + 1]: mean over tokens of the cosine between the states before each unit of the dense
+        model, and after the last (before the final norm)."""
+        return probes.similarity(self.model, self.objective.batch, self.granularity)
+
+    def unit_gradients(self) -> np.ndarray:
+        """float64[S, U]: dL_s/da_i at a = 1 for each sample, where a_i scales unit i's residual branches.
+
+        For blocks, a_i scales both branches (CBO, arXiv 2602.00161). Raises InputError for an objective without a
+        gradient (TaskAccuracy, and KLDivergence, whose gradient vanishes at the dense model).
+        """
+        return probes.unit_gradients(self.model, self.objective, self.granularity)
+
+    def _evaluate(self, masks, reduce) -> np.ndarray:
+        started = time.perf_counter()
+        masks = as_masks(masks, self.num_units)
+        if not masks.any(axis=1).all() and not self.model.runs_without_blocks:
+            raise InputError(f"a mask keeps nothing, and the family {self.model.family!r} cannot run without blocks")
+        plan = make_plan(masks)
+        values = reduce(self._engine.run(plan, self.progress))[plan.index]
+        stats = self.stats
+        stats.masks += len(masks)
+        stats.layer_runs += plan.layer_runs
+        stats.naive_layer_runs += plan.naive_layer_runs
+        stats.head_runs += len(plan.masks)
+        stats.peak_activation_bytes = self._engine.peak_activation_bytes
+        stats.seconds += time.perf_counter() - started
+        return values

@@ -1,0 +1,131 @@
+"""Depth masks: bool[N, U], True where a unit is kept."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError
+
+
+def as_masks(masks, num_units: int) -> np.ndarray:
+    """Check masks and return them as bool[N, U].
+
+    masks: bool or 0/1 array-like of shape [N, U], or [U] for a single one (torch tensors included).
+    Raises InputError for another length, other values than 0 and 1, or an array that is not 2-D.
+    """
+    if hasattr(masks, "detach"):
+        masks = masks.detach().cpu().numpy()
+    try:
+        array = np.asarray(masks)
+    except ValueError:  # rows of different lengths
+        raise InputError(f"masks must be a rectangular array [N, {num_units}], but its rows differ") from None
+    if array.size == 0 and array.ndim < 2:
+        array = array.reshape(0, num_units)
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2:
+        raise InputError(f"masks must have shape [N, {num_units}], not {list(array.shape)}")
+    if array.shape[1] != num_units:
+        raise InputError(f"a mask has {array.shape[1]} entries, but the model has {num_units} units")
+    if array.dtype == bool:
+        return array
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"masks must hold bool or 0/1 numbers, not {array.dtype}")
+    wrong = np.argwhere((array != 0) & (array != 1))
+    if len(wrong):
+        row, unit = wrong[0]
+        raise InputError(f"mask {row} has the value {array[row, unit]} at unit {unit}; only 0 and 1 are allowed")
+    return array.astype(bool)
+
+
+def check_removed(removed: Iterable[int], num_units: int) -> tuple[int, ...]:
+    """The removed units as a sorted tuple. Raises InputError for an index out of range or given twice."""
+    units = []
+    for unit in removed:
+        if isinstance(unit, bool) or not isinstance(unit, (int, np.integer)):
+            raise InputError(f"removed unit {unit!r} is not an integer")
+        if not 0 <= unit < num_units:
+            raise InputError(f"removed unit {unit} is out of range; the model's units are 0 to {num_units - 1}")
+        units.append(int(unit))
+    units.sort()
+    for unit, following in itertools.pairwise(units):
+        if unit == following:
+            raise InputError(f"removed unit {unit} is given twice")
+    return tuple(units)
+
+
+def from_removed(removed: Iterable[Iterable[int]], num_units: int) -> np.ndarray:
+    """Masks bool[N, U] from N collections of removed unit indices, for example [(9, 10), (3,)]."""
+    rows = [check_removed(units, num_units) for units in removed]
+    masks = np.ones((len(rows), num_units), dtype=bool)
+    for mask, units in zip(masks, rows, strict=True):
+        mask[list(units)] = False
+    return masks
+
+
+def to_removed(mask) -> tuple[int, ...]:
+    """The sorted tuple of unit indices that a mask (bool or 0/1 [U]) removes."""
+    array = np.asarray(mask)
+    if array.ndim != 1:
+        raise InputError(f"to_removed takes one mask of shape [U], not {list(array.shape)}")
+    return tuple(np.flatnonzero(~as_masks(array, len(array))[0]).tolist())
+
+
+def parse_removed(text: str) -> tuple[int, ...]:
+    """'9,10' as a tuple of integers; an empty string removes nothing."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise InputError(f"removed units must be integers separated by commas, such as 9,10, not {text!r}") from None
+
+
+def load_masks(path: str | Path, num_units: int) -> np.ndarray:
+    """Masks bool[N, U] from a .npy file (bool or 0/1, [N, U]) or a .jsonl file of rows {"removed": [9, 10]}."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such masks file")
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError):
+            raise InputError(f"{path}: not a readable .npy array") from None
+        masks = _named(path, as_masks, array, num_units)
+    elif path.suffix == ".jsonl":
+        masks = _named(path, from_removed, _removed_rows(path), num_units)
+    else:
+        raise InputError(f"{path}: masks are read from .npy or .jsonl files")
+    if len(masks) == 0:
+        raise InputError(f"{path}: holds no masks")
+    return masks
+
+
+def _named(path: Path, function, *args) -> np.ndarray:
+    try:
+        return function(*args)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _removed_rows(path: Path) -> Sequence[Sequence[int]]:
+    rows = []
+    for number, row in read_jsonl(path):
+        if not isinstance(row, dict) or not isinstance(row.get("removed"), list):
+            raise InputError(f'{path}:{number}: expected a row like {{"removed": [9, 10]}}')
+        rows.append(row["removed"])
+    return rows
+
+
+def read_jsonl(path: Path) -> Iterable[tuple[int, object]]:
+    """Yield (line number, value) for each line of a .jsonl file that is not blank."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None

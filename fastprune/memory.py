@@ -1,0 +1,68 @@
+"""How many bytes of tensors a piece of work holds at its peak, measured."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Result = TypeVar("Result")
+
+
+def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
+    """Run `work`; return its result, and the most bytes that tensors made by it (the result's too) held at once.
+
+    On a GPU the allocator's own count; elsewhere every tensor that an operator returns is followed by the life of
+    its storage (scratch space inside an operator is not seen).
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = work()
+        torch.cuda.synchronize(device)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    with _LiveStorages() as live:
+        result = work()
+    return result, live.peak
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Adds up the storages that operators return, until they are freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.current = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._known and id(storage) not in before:
+                    self._follow(storage)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        size, key = storage.nbytes(), id(storage)
+
+        def freed(_):
+            self.current -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

@@ -1,0 +1,500 @@
+"""Any decoder-only transformers model, run unit by unit through its own layers.
+
+A decoder layer needs what its model's forward passes to it: position embeddings, a mask per layer type, and so
+on. `Model.open` runs the model's own forward with recorders in place of the layers, so that it learns these
+arguments for any family without naming it, at the cost of the embeddings alone. Submodules are replaced on
+shallow copies that share every weight; the model itself is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..errors import InputError
+
+ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm")
+GRANULARITIES = ("block", "sublayer")
+
+
+class HalfBlock(NamedTuple):
+    """The state between the sublayers of a parallel block: the mlp reads `entry`, not `hidden`."""
+
+    hidden: torch.Tensor  # [B, T, D], attention already added
+    entry: torch.Tensor  # [B, T, D], the block's input
+    attention: torch.Tensor  # [B, T, D], what attention added
+
+
+State = torch.Tensor | HalfBlock
+Arguments = list[dict]  # of each layer, besides the hidden states
+
+
+def hidden_of(state: State) -> torch.Tensor:
+    """The hidden states [B, T, D] that the final norm reads, should the network end here."""
+    return state.hidden if isinstance(state, HalfBlock) else state
+
+
+def state_bytes(state: State) -> int:
+    tensors = state if isinstance(state, HalfBlock) else (state,)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class Model:
+    """A decoder-only transformers model as a sequence of units.
+
+    hf: the transformers model, shared and left as it was found. tokenizer: or None. name: for messages.
+    Raises InputError, before any long work, when the family cannot be run block by block.
+    """
+
+    def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None):
+        self.hf, self.tokenizer = hf, tokenizer
+        self.config = getattr(hf, "config", None)
+        self.family = getattr(self.config, "model_type", type(hf).__name__)
+        self.name = name or getattr(self.config, "_name_or_path", "") or self.family
+        self._path = self._find_layers()
+        self.layers: list[nn.Module] = list(_get(hf, self._path))
+        self.num_blocks = len(self.layers)
+        parameter = next(hf.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.vocab_size = int(self.config.vocab_size)
+        self.hidden_size = int(self.config.hidden_size)
+        self.max_positions = getattr(self.config, "max_position_embeddings", None)
+        self._norm = self._find_final_norm()
+        self._signature = inspect.signature(type(self.layers[0]).forward)
+        self._recorder = _Recorder(self._path, hf)
+        self._head = _Head(self._path, hf)
+        self._sublayers: list[_Sublayers] | None = None
+        with self.evaluation():
+            self._check_dense()
+
+    # -- units ---------------------------------------------------------------------------------------------------
+
+    def unit_names(self, granularity: str) -> list[str]:
+        """Names of the prunable units, in the order in which they run."""
+        if granularity == "block":
+            return [f"block {i}" for i in range(self.num_blocks)]
+        return [f"{part} {i}" for i in range(self.num_blocks) for part in ("attn", "mlp")]
+
+    def require(self, granularity: str) -> None:
+        """Raise InputError unless the model's units of this granularity can be run."""
+        if granularity not in GRANULARITIES:
+            raise InputError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
+        if granularity == "sublayer" and self._sublayers is None:
+            with self.evaluation():
+                self._sublayers = self._find_sublayers()
+
+    def run(self, unit: int, state: State, arguments: Arguments, granularity: str = "block") -> State:
+        """Run one unit on a state and return the next state. Skipping a unit is not calling this."""
+        if granularity == "block":
+            return _first(self.layers[unit](state, **arguments[unit]))
+        block, is_mlp = divmod(unit, 2)
+        sublayers = self._sublayers[block]
+        step = sublayers.mlp if is_mlp else sublayers.attention
+        return step(state, arguments[block])
+
+    def open(
+        self, ids: torch.Tensor, positions: torch.Tensor | None = None, branch: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Arguments]:
+        """Embed rows of tokens, [B, T, D], and work out the arguments of every layer.
+
+        ids int64[B, T]. Plain causal rows need no more. Token trees give positions int64[B, T] and branch
+        int64[B, T]: a token sees the earlier tokens of the trunk (branch 0) and of its own branch.
+        """
+        if branch is None:
+            state, calls = self._recorder(input_ids=ids)
+            return state, [self._by_name(args, kwargs) for args, kwargs in calls]
+        windows = _layer_windows(self.config, self.num_blocks)
+        masks = {window: self._tree_mask(positions, branch, window) for window in {None, *windows}}
+        state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=masks[None])
+        arguments = [self._by_name(args, kwargs) for args, kwargs in calls]
+        for layer, window in zip(arguments, windows, strict=True):
+            layer["attention_mask"] = masks[window]
+        return state, arguments
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [P, V] of hidden states [P, D] taken before the final norm, in the model's dtype."""
+        return self._head(self._norm(hidden))
+
+    @contextmanager
+    def evaluation(self):
+        """No gradients, and dropout off; every module's training flag is put back afterwards."""
+        training = [module for module in self.hf.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @cached_property
+    def runs_without_blocks(self) -> bool:
+        """Whether the family's own forward pass works when every block is removed."""
+        try:
+            with self.evaluation():
+                self.pruned(range(self.num_blocks))(input_ids=self._probe_ids(), use_cache=False)
+        except Exception:  # whatever it is, the family's own code cannot do it
+            return False
+        return True
+
+    def pruned(self, removed: Sequence[int]) -> nn.Module:
+        """The transformers model without these blocks: a shallow copy that shares all weights.
+
+        Its config has num_hidden_layers and every per-layer list cut to the kept blocks.
+        """
+        kept = [i for i in range(self.num_blocks) if i not in set(removed)]
+        config = copy.deepcopy(self.config)
+        for name, value in list(vars(config).items()):
+            if isinstance(value, (list, tuple)) and len(value) == self.num_blocks and name not in ("architectures",):
+                setattr(config, name, [value[i] for i in kept])
+        config.num_hidden_layers = len(kept)
+        blocks = nn.ModuleList(self.layers[i] for i in kept)
+        pruned = _with_replaced(self.hf, self._path, blocks)
+        for module in _chain(pruned, self._path[:-1]):
+            if getattr(module, "config", None) is not None:
+                module.config = config
+        return pruned
+
+    # -- finding the parts ---------------------------------------------------------------------------------------
+
+    def _refuse(self, why: str) -> InputError:
+        return InputError(f"{self.name}: the family {self.family!r} cannot be run block by block: {why}")
+
+    def _find_layers(self) -> tuple[str, ...]:
+        """Attribute path from the model to its list of decoder layers."""
+        if not isinstance(self.hf, nn.Module) or self.config is None:
+            raise InputError(f"expected a transformers causal language model, not {type(self.hf).__name__}")
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise self._refuse("it is an encoder-decoder")
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            raise self._refuse("its layers share keys and values across depth")
+        if any(hasattr(module, "_hf_hook") for module in self.hf.modules()):
+            raise InputError(f"{self.name}: load the model on one device, without device_map offloading")
+        if not callable(getattr(self.hf, "get_output_embeddings", None)) or self.hf.get_output_embeddings() is None:
+            raise self._refuse("it has no language-model head")
+        depth = getattr(self.config, "num_hidden_layers", None)
+        found = [
+            tuple(name.split("."))
+            for name, module in self.hf.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) == depth
+            and name.split(".")[-1] in ("layers", "h", "blocks")
+        ]
+        if len(found) != 1:
+            raise self._refuse(f"{'no' if not found else 'more than one'} list of {depth} decoder layers was found")
+        return found[0]
+
+    def _find_final_norm(self) -> nn.Module:
+        parent = _get(self.hf, self._path[:-1])
+        for name in FINAL_NORM_NAMES:
+            if isinstance(getattr(parent, name, None), nn.Module):
+                return getattr(parent, name)
+        raise self._refuse("its final norm was not found")
+
+    def _find_sublayers(self) -> list[_Sublayers]:
+        pairs = []
+        for layer in self.layers:
+            names = [[n for n, _ in layer.named_children() if n in known] for known in (ATTENTION_NAMES, MLP_NAMES)]
+            if any(len(found) != 1 for found in names):
+                raise self._refuse("its attention and mlp sublayers were not found; use granularity='block'")
+            pairs.append((layer, names[0][0], names[1][0]))
+        state, arguments = self.open(self._probe_ids())
+        for parallel, mlp_as_tuple in itertools.product((False, True), repeat=2):
+            sublayers = [_Sublayers(*pair, parallel, mlp_as_tuple) for pair in pairs]
+            if self._add_up(sublayers, state, arguments):
+                return sublayers
+        raise self._refuse("its attention and mlp sublayers do not add up to its blocks; use granularity='block'")
+
+    def _add_up(self, sublayers: list[_Sublayers], state: torch.Tensor, arguments: Arguments) -> bool:
+        """Whether the two halves of every block, run one after the other, give the block's own output, to the bit."""
+        for block, halves in enumerate(sublayers):
+            whole = self.run(block, state, arguments)
+            try:
+                state = halves.mlp(halves.attention(state, arguments[block]), arguments[block])
+            except (TypeError, ValueError, AttributeError):  # this family's modules return something else
+                return False
+            if not torch.equal(state, whole):
+                return False
+        return True
+
+    # -- checks against the model's own forward -------------------------------------------------------------------
+
+    def _probe_ids(self) -> torch.Tensor:
+        """A short row of token ids spread over the vocabulary, [1, T]."""
+        length = min(8, self.max_positions or 8)
+        return (torch.arange(1, length + 1, device=self.device) * 7919 % self.vocab_size)[None]
+
+    def _walk_logits(self, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """Logits [B * T, V] of the dense model, layer by layer."""
+        for unit in range(self.num_blocks):
+            before = state.clone()
+            following = self.run(unit, state, arguments)
+            if not torch.equal(state, before):
+                raise self._refuse("its layers overwrite their input, which other masks still need")
+            state = following
+        return self.logits(state.flatten(0, 1))
+
+    def _check_dense(self) -> None:
+        ids = self._probe_ids()
+        found, failure = None, None
+        for as_tuple in (False, True):  # what the model takes from a layer: the states, or a tuple of them
+            self._recorder.as_tuple = as_tuple
+            try:
+                expected = self.hf(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+                found = self._walk_logits(*self.open(ids))
+                break
+            except InputError:
+                raise
+            except Exception as error:
+                failure = failure or error
+        if found is None:
+            why = f"running its layers one by one failed ({type(failure).__name__}: {failure})"
+            raise self._refuse(why) from failure
+        if not self._agree(found, expected):
+            raise self._refuse("its layers, run one by one, do not give the logits of its own forward pass")
+
+    def check_trees(self) -> None:
+        """Raise InputError unless token trees give what their sequences give when run one by one."""
+        implementation = getattr(self.config, "_attn_implementation", None)
+        if implementation not in ("eager", "sdpa"):
+            raise InputError(
+                f"{self.name}: token trees need attn_implementation 'sdpa' or 'eager', not {implementation!r}"
+            )
+        ids = self._probe_ids()
+        trunk, length = ids.shape[1] // 2, ids.shape[1]
+        if length < 4:
+            return
+        steps = torch.arange(length, device=self.device)
+        sequences = torch.cat([ids, ids.roll(1, dims=1)])
+        sequences[1, :trunk] = ids[0, :trunk]
+        tree = torch.cat([sequences[0], sequences[1, trunk:]])[None]
+        positions = torch.cat([steps, steps[trunk:]])[None]
+        branch = torch.cat([steps * 0, steps[trunk:] * 0 + 1])[None]
+        branch[0, trunk:length] = 2
+        with self.evaluation():
+            expected = self._walk_logits(*self.open(sequences))
+            try:
+                found = self._walk_logits(*self.open(tree, positions, branch))
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise self._refuse(f"token trees failed ({error}); use plain text") from error
+        expected = torch.cat([expected[:length], expected[length + trunk :]])
+        if not self._agree(found, expected):
+            raise self._refuse("token trees do not give what their sequences give; use plain text")
+
+    def _agree(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Equal up to a few roundings of the model's dtype, by relative norm."""
+        error = (found.double() - expected.double()).norm()
+        return bool(error <= max(8 * torch.finfo(self.dtype).eps, 1e-5) * expected.double().norm())
+
+    # -- layer arguments -----------------------------------------------------------------------------------------
+
+    def _by_name(self, args: tuple, kwargs: dict) -> dict:
+        """What the model passed to a layer after the hidden states, all by name."""
+        names = [name for name in self._signature.parameters if name != "self"][1:]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _tree_mask(self, positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor:
+        """[B, 1, T, T]: bool (True = seen) for sdpa, additive in the model's dtype for eager attention."""
+        steps = torch.arange(branch.shape[1], device=branch.device)
+        query, key = branch[:, :, None], branch[:, None, :]
+        seen = ((key == 0) | (key == query)) & (steps[:, None] >= steps)
+        if window is not None:
+            seen &= positions[:, :, None] - positions[:, None, :] < window
+        if self.config._attn_implementation == "sdpa":
+            return seen[:, None]
+        least = torch.finfo(self.dtype).min
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, least)[:, None]
+
+
+class _Recorder:
+    """Runs a model's forward with the layers replaced, and returns the embeddings and each layer's arguments."""
+
+    def __init__(self, path: tuple[str, ...], hf: nn.Module):
+        self.as_tuple = False  # whether the model takes a tuple from each layer
+        self._calls: list[tuple[tuple, dict]] = []
+        self._state: torch.Tensor | None = None
+        layers = nn.ModuleList(_RecordingLayer(layer, self) for layer in _get(hf, path))
+        # the causal-LM wrapper is left out: only the base model below it is run
+        self._base = _get(_with_replaced(hf, path, layers), path[:1])
+
+    def __call__(self, **inputs) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+        self._calls, self._state = [], None
+        try:
+            self._base(**inputs, use_cache=False)
+            return self._state, self._calls
+        finally:
+            self._calls, self._state = [], None
+
+    def record(self, hidden: torch.Tensor, args: tuple, kwargs: dict):
+        if self._state is None:
+            self._state = hidden
+        self._calls.append((args, kwargs))
+        return (hidden, None) if self.as_tuple else hidden
+
+
+class _RecordingLayer(nn.Module):
+    """Stands in for a layer: passes the hidden states through, notes the other arguments."""
+
+    def __init__(self, layer: nn.Module, recorder: _Recorder):
+        super().__init__()
+        # hidden from nn.Module, so that the layer is not a submodule of its stand-in
+        self.__dict__["_layer"], self.__dict__["_recorder"] = layer, recorder
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_layer"], name)  # models read attributes such as attention_type
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self._recorder.record(hidden_states, args, kwargs)
+
+
+class _Head:
+    """The causal-LM wrapper's own code from normed hidden states to logits: head, scaling, soft cap."""
+
+    def __init__(self, path: tuple[str, ...], hf: nn.Module):
+        self._stub = _BaseStub()
+        self._lm = _with_replaced(hf, path[:-1], self._stub)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._stub.hidden = hidden[None]
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)  # only its shape is read
+            return self._lm(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self._stub.hidden = None
+
+
+class _BaseStub(nn.Module):
+    """Stands in for the base model below a causal-LM wrapper and returns given hidden states."""
+
+    hidden: torch.Tensor | None = None
+
+    def forward(self, *args, **kwargs):
+        return _BaseOutput(last_hidden_state=self.hidden)
+
+
+class _BaseOutput(BaseModelOutput):
+    """A base model's output; whatever else a family's wrapper reads from its own output type is None."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
+
+
+class _Sublayers:
+    """The two halves of a decoder layer: the layer itself with the other half's module replaced.
+
+    A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel block both read the
+    block's input, so the mlp half runs the layer with attention replaced by what attention gave before.
+    """
+
+    def __init__(self, layer: nn.Module, attention_name: str, mlp_name: str, parallel: bool, mlp_as_tuple: bool):
+        self._parallel = parallel
+        self._given, self._kept = _GivenAttention(), _KeepAttention(getattr(layer, attention_name))
+        without_mlp = _with_replaced(layer, (mlp_name,), _NoMlp(mlp_as_tuple))
+        self._attention_only = _with_replaced(without_mlp, (attention_name,), self._kept)
+        self._mlp_only = _with_replaced(layer, (attention_name,), self._given)
+
+    def attention(self, state: State, arguments: dict) -> State:
+        entry = hidden_of(state)
+        try:
+            hidden = _first(self._attention_only(entry, **arguments))
+            return HalfBlock(hidden, entry, self._kept.output) if self._parallel else hidden
+        finally:
+            self._kept.output = None
+
+    def mlp(self, state: State, arguments: dict) -> State:
+        if isinstance(state, HalfBlock):
+            entry, self._given.output = state.entry, state.attention
+        else:
+            entry = state
+        try:
+            return _first(self._mlp_only(entry, **arguments))
+        finally:
+            self._given.output = None
+
+
+class _NoMlp(nn.Module):
+    """An mlp that adds nothing; some families' return a tuple."""
+
+    def __init__(self, as_tuple: bool):
+        super().__init__()
+        self._as_tuple = as_tuple
+
+    def forward(self, hidden_states, *args, **kwargs):
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self._as_tuple else nothing
+
+
+class _GivenAttention(nn.Module):
+    """Attention that adds nothing, or what it was given."""
+
+    output: torch.Tensor | None = None
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if self.output is not None:
+            return self.output, None
+        return torch.zeros_like(hidden_states), None
+
+
+class _KeepAttention(nn.Module):
+    """Attention that also keeps its output."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+        self.output: torch.Tensor | None = None
+
+    def forward(self, *args, **kwargs):
+        result = self.attention(*args, **kwargs)
+        self.output = result[0]
+        return result
+
+
+def _layer_windows(config, num_blocks: int) -> list[int | None]:
+    """The sliding window of each layer, None where attention is full."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return [window] * num_blocks
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _get(module: nn.Module, path: Sequence[str]) -> nn.Module:
+    for name in path:
+        module = getattr(module, name)
+    return module
+
+
+def _chain(module: nn.Module, path: Sequence[str]) -> list[nn.Module]:
+    chain = [module]
+    for name in path:
+        chain.append(getattr(chain[-1], name))
+    return chain
+
+
+def _with_replaced(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:
+    """A shallow copy of `module`, sharing all weights, with the submodule at `path` replaced."""
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    name, *rest = path
+    clone._modules[name] = _with_replaced(module._modules[name], rest, replacement) if rest else replacement
+    return clone

@@ -1,0 +1,183 @@
+"""Objectives: which tokens count, what is measured at each, and how the measurements reduce to a loss.
+
+An objective asks the engine for one number per target (`measure`): the negative log-likelihood of the target
+token ("nll"), or the divergence from the dense model's distribution at its source ("kl"). The engine sums these
+over each continuation, float64[N, C], and all that follows here is small and plain NumPy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .calibration import Tasks, TokenBatch
+from .errors import InputError
+
+
+class Objective:
+    """A loss per sample that is linear in the sums over continuations: L_s = sum over c in s of weight_c * sum_c.
+
+    batch: the tokens. measure: "nll" or "kl". sample int64[C]: the sample of each continuation, ascending.
+    weight float64[C] as above. sample_weight float64[S]: the loss is the sum of sample_weight_s * L_s.
+    """
+
+    name: str
+    measure = "nll"
+    batch: TokenBatch
+    sample: np.ndarray
+    weight: np.ndarray
+    sample_weight: np.ndarray
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_weight)
+
+    @property
+    def content_hash(self) -> str:
+        """Of the calibration data; with `name` it determines what a score means."""
+        return self.batch.content_hash
+
+    def sample_losses(self, sums: np.ndarray) -> np.ndarray:
+        """Loss of each sample, float64[N, S], from sums over continuations, float64[N, C]."""
+        return _sum_by_sample(sums * self.weight, self.sample)
+
+    def loss(self, sums: np.ndarray) -> np.ndarray:
+        """The loss of each mask, float64[N]."""
+        # one mask at a time: the order of summation must not depend on how many masks there are
+        return np.array([np.sum(row * self.sample_weight) for row in self.sample_losses(sums)])
+
+
+class Perplexity(Objective):
+    """Mean over target tokens of -log p(x_t | x_<t), in nats; perplexity is its exponential.
+
+    A sample is a row; its loss is the mean over its own targets.
+    """
+
+    name = "perplexity"
+
+    def __init__(self, batch: TokenBatch):
+        self.batch = _check_batch(batch, type(self))
+        if self.batch.row_is_tree.any():
+            raise InputError("Perplexity takes plain text; for questions use TaskMargin or TaskAccuracy")
+        self._average(self.batch.target_counts)
+
+    def _average(self, counts: np.ndarray) -> None:
+        """Every sample averages over its own `counts` [S]; the loss averages over all of them together."""
+        self.sample = np.arange(len(counts))
+        self.weight = 1 / counts
+        self.sample_weight = counts / counts.sum()
+
+
+class KLDivergence(Perplexity):
+    """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q the masked one.
+
+    The positions are those that predict a target. A sample is a row. The objective of EvoPress (arXiv 2410.14649).
+    """
+
+    name = "kl"
+    measure = "kl"
+
+    def __init__(self, batch: TokenBatch | Tasks):
+        batch = _check_batch(batch.batch if isinstance(batch, Tasks) else batch, type(self))
+        self.batch = _positions_as_targets(batch)
+        self._average(self.batch.target_counts)
+
+
+class TaskMargin(Objective):
+    """Minus the mean likelihood margin: ll(correct) - mean over the wrong choices of ll (PuDDing, arXiv 2502.04348).
+
+    ll of a choice is the mean (normalization="mean") or the sum ("sum") of log p over its tokens, given the
+    prompt and the choice's earlier tokens. A sample is a question. Lower is better.
+    """
+
+    name = "margin"
+
+    def __init__(self, tasks: Tasks, normalization: str = "mean"):
+        tasks = _check_tasks(tasks, type(self))
+        if normalization not in ("mean", "sum"):
+            raise InputError(f'normalization must be "mean" or "sum", not {normalization!r}')
+        self.tasks, self.normalization = tasks, normalization
+        self.batch, self.sample = tasks.batch, tasks.question
+        wrong = (np.bincount(tasks.question) - 1)[tasks.question]
+        self.weight = -1 / wrong
+        self.weight[tasks.answer] = 1
+        if normalization == "mean":
+            self.weight = self.weight / self.batch.target_counts
+        self.sample_weight = np.full(tasks.num_questions, 1 / tasks.num_questions)
+
+    @property
+    def content_hash(self) -> str:
+        return f"{self.tasks.content_hash}-{self.normalization}"
+
+
+class TaskAccuracy(Objective):
+    """1 - accuracy: the share of questions whose most likely choice is wrong; ties go to the lower index.
+
+    normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness), "bytes" divides each by
+    its choice's length in bytes (`acc_norm`), "mean" by its number of tokens. A sample is a question (0 or 1).
+    """
+
+    name = "accuracy"
+
+    def __init__(self, tasks: Tasks, normalization: str = "sum"):
+        tasks = _check_tasks(tasks, type(self))
+        lengths = {"sum": 1, "bytes": tasks.choice_bytes, "mean": tasks.batch.target_counts}
+        if normalization not in lengths:
+            raise InputError(f'normalization must be "sum", "bytes" or "mean", not {normalization!r}')
+        self.tasks, self.normalization = tasks, normalization
+        self.batch, self.sample = tasks.batch, tasks.question
+        self.weight = np.ones(len(tasks.question)) / lengths[normalization]
+        self.sample_weight = np.full(tasks.num_questions, 1 / tasks.num_questions)
+
+    @property
+    def content_hash(self) -> str:
+        return f"{self.tasks.content_hash}-{self.normalization}"
+
+    def sample_losses(self, sums: np.ndarray) -> np.ndarray:
+        nll = sums * self.weight
+        starts = np.flatnonzero(np.diff(self.sample, prepend=-1))
+        losses = np.empty((len(sums), self.num_samples))
+        for s, choices in enumerate(np.split(np.arange(len(self.sample)), starts[1:])):
+            best = nll[:, choices].argmin(axis=1)  # the first of equals
+            losses[:, s] = choices[best] != self.tasks.answer[s]
+        # a choice without a finite likelihood can neither win nor lose: the question has no answer
+        losses[~np.isfinite(_sum_by_sample(nll, self.sample))] = np.nan
+        return losses
+
+
+OBJECTIVES = {objective.name: objective for objective in (Perplexity, TaskMargin, TaskAccuracy, KLDivergence)}
+
+
+def _sum_by_sample(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Sums of values [N, C] over the continuations of each sample, [N, S]."""
+    starts = np.flatnonzero(np.diff(sample, prepend=-1))
+    return np.add.reduceat(values, starts, axis=1)
+
+
+def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
+    """The same rows, where every position that predicts something counts once, towards its own row."""
+    source, first = np.unique(batch.target_source, return_index=True)
+    rows = np.arange(batch.num_rows)
+    return TokenBatch(
+        ids=batch.ids,
+        positions=batch.positions,
+        branch=batch.branch,
+        row_starts=batch.row_starts,
+        target_source=source,
+        target_token=batch.target_token[first],
+        target_continuation=np.searchsorted(batch.row_starts, source, side="right") - 1,
+        continuation_row=rows,
+    )
+
+
+def _check_batch(batch, objective: type) -> TokenBatch:
+    if not isinstance(batch, TokenBatch):
+        raise InputError(
+            f"{objective.__name__} takes a TokenBatch (load_text, TokenBatch.from_ids), not {type(batch).__name__}"
+        )
+    return batch
+
+
+def _check_tasks(tasks, objective: type) -> Tasks:
+    if not isinstance(tasks, Tasks):
+        raise InputError(f"{objective.__name__} takes Tasks (load_tasks), not {type(tasks).__name__}")
+    return tasks

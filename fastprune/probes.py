@@ -1,0 +1,103 @@
+"""What is read off the dense model without scoring a mask: similarity of states, gradients of units."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastprune_kernels.reference import token_nll
+
+from .calibration import TokenBatch
+from .chunks import Chunk, make_chunk
+from .errors import InputError
+from .models.generic import HalfBlock, Model, hidden_of
+from .objectives import KLDivergence, Objective, TaskAccuracy
+
+TOKENS_AT_ONCE = 256  # positions whose states of all depths are compared, or whose logits are differentiated, together
+
+
+def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
+    """Mean token cosine between the states before each unit and after the last, float64[U + 1, U + 1].
+
+    One row at a time: the states of every depth are held for that row. Each pair's mean is over all tokens.
+    """
+    num_units = len(model.unit_names(granularity))
+    total = np.zeros((num_units + 1, num_units + 1))
+    with model.evaluation():
+        for row in range(batch.num_rows):
+            chunk = make_chunk(batch, [row], model.device)
+            state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
+            states = [state]
+            for unit in range(num_units):
+                states.append(state := model.run(unit, state, arguments, granularity))
+            flat = [hidden_of(state)[0] for state in states]
+            for start in range(0, chunk.num_tokens, TOKENS_AT_ONCE):
+                part = torch.stack([h[start : start + TOKENS_AT_ONCE].float() for h in flat], dim=1)  # [n, U + 1, D]
+                part = torch.nn.functional.normalize(part, dim=-1)
+                total += (part @ part.mT).double().sum(0).cpu().numpy()
+    mean = total / batch.num_tokens
+    np.fill_diagonal(mean, 1.0)
+    return (mean + mean.T) / 2
+
+
+def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.ndarray:
+    """dL_s/da_i, float64[S, U], one sample at a time: the states before each block are kept, and the blocks are run
+    again backwards, one at a time, so that the graph of one block is the most that is held.
+    """
+    if isinstance(objective, TaskAccuracy):
+        raise InputError("unit gradients need a differentiable objective; TaskAccuracy has none, use TaskMargin")
+    if isinstance(objective, KLDivergence):
+        raise InputError("the gradient of KLDivergence vanishes at the dense model; use Perplexity or TaskMargin")
+    model.require("sublayer")
+    batch = objective.batch
+    batch.check_fits(model.vocab_size, model.max_positions)
+    gradients = np.zeros((objective.num_samples, 2 * model.num_blocks))
+    with model.evaluation():
+        for row in range(batch.num_rows):
+            chunk = make_chunk(batch, [row], model.device)
+            (sample,) = set(objective.sample[chunk.continuation].tolist())
+            gradients[sample] = _sample_gradient(model, chunk, objective.weight[chunk.continuation])
+    if granularity == "sublayer":
+        return gradients
+    return gradients[:, 0::2] + gradients[:, 1::2]
+
+
+def _sample_gradient(model: Model, chunk: Chunk, weight: np.ndarray) -> np.ndarray:
+    """Of one row: dL/da for every sublayer, [2 * blocks], L = sum of weight_m * nll_m over its targets."""
+    state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
+    entries = [state]
+    for block in range(model.num_blocks):
+        entries.append(model.run(block, entries[-1], arguments))
+    grad = _head_gradient(model, chunk, entries.pop(), torch.as_tensor(weight, device=model.device))
+    gradient = np.zeros(2 * model.num_blocks)
+    for block in reversed(range(model.num_blocks)):
+        entry = entries.pop().requires_grad_()
+        with torch.enable_grad():
+            middle = model.run(2 * block, entry, arguments, "sublayer")
+            after = model.run(2 * block + 1, middle, arguments, "sublayer")
+        between = hidden_of(middle)
+        if isinstance(middle, HalfBlock):  # both branches leave from the entry and meet in the sum
+            grad_middle, (grad_entry,) = grad, torch.autograd.grad(after, entry, grad)
+        else:
+            grad_middle, grad_entry = torch.autograd.grad(after, (between, entry), grad)
+        gradient[2 * block] = _dot(grad_middle, between - entry)
+        gradient[2 * block + 1] = _dot(grad, after - between)
+        grad = grad_entry
+    return gradient
+
+
+def _head_gradient(model: Model, chunk: Chunk, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """dL/d hidden, [1, T, D], tile by tile over the positions that count."""
+    gradient = torch.zeros_like(hidden)
+    for start in range(0, len(chunk.sources), TOKENS_AT_ONCE):
+        sources = chunk.sources[start : start + TOKENS_AT_ONCE]
+        inside = (chunk.target_source >= start) & (chunk.target_source < start + len(sources))
+        tile = hidden[0, sources].requires_grad_()
+        with torch.enable_grad():
+            nll = token_nll(model.logits(tile), chunk.target_source[inside] - start, chunk.target_token[inside])
+            (gradient[0, sources],) = torch.autograd.grad((nll.double() * weight[inside]).sum(), tile)
+    return gradient
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() * b.double()).sum())

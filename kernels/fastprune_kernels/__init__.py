@@ -1,0 +1,1 @@
+"""Operators of masked model evaluation. This package never imports fastprune."""
