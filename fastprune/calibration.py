@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
-from .masks import read_jsonl
+from .records import read_jsonl
 
 
 @dataclass(frozen=True)

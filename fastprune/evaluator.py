@@ -23,9 +23,9 @@ BACKENDS = ("auto", "generic")
 class Stats:
     """What an evaluator's calls have cost so far.
 
-    masks: scores that were asked for. layer_runs: unit runs, each over the whole calibration set; naive_layer_runs: those of one
-    forward pass per mask asked. head_runs: distinct masks whose loss was computed. peak_activation_bytes: the most
-    held at once. seconds: time inside score and score_samples.
+    masks: scores that were asked for. layer_runs: unit runs, each over the whole calibration set;
+    naive_layer_runs: those of one forward pass per mask that was asked. head_runs: distinct masks whose loss was
+    computed. peak_activation_bytes: the most held at once. seconds: time inside score and score_samples.
     """
 
     masks: int = 0

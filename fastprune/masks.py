@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .errors import InputError
+from .records import read_jsonl
 
 
 def as_masks(masks, num_units: int) -> np.ndarray:
@@ -118,14 +118,3 @@ def _removed_rows(path: Path) -> Sequence[Sequence[int]]:
             raise InputError(f'{path}:{number}: expected a row like {{"removed": [9, 10]}}')
         rows.append(row["removed"])
     return rows
-
-
-def read_jsonl(path: Path) -> Iterable[tuple[int, object]]:
-    """Yield (line number, value) for each line of a .jsonl file that is not blank."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None

@@ -1,0 +1,36 @@
+"""Round by round: greedy elimination and beam search."""
+
+from __future__ import annotations
+
+from ..errors import InputError
+from .registry import algorithm
+from .run import Search
+
+
+@algorithm
+def greedy(search: Search) -> None:
+    """k rounds; each removes the unit whose additional removal gives the lowest loss.
+
+    Source: SLEB (arXiv 2402.09025). Cost: U + (U - 1) + ... masks, k terms. Equal to beam with width 1.
+    """
+    beam(search, beam_width=1)
+
+
+@algorithm
+def beam(search: Search, beam_width: int = 5) -> None:
+    """k rounds; each extends every kept subset by every unit, merges equal subsets, keeps the beam_width lowest.
+
+    Source: the study (arXiv 2604.24938). Cost: at most beam_width * U masks a round.
+    """
+    if beam_width < 1:
+        raise InputError(f"option beam_width of beam must be at least 1, not {beam_width}")
+    kept = [()]
+    if search.num_remove == 0:
+        search.score(kept)
+    for _ in range(search.num_remove):
+        extended = {
+            tuple(sorted((*subset, unit))) for subset in kept for unit in search.candidates if unit not in subset
+        }
+        subsets = sorted(extended)  # equal losses keep this order: ties go to the lowest indices
+        order = search.score(subsets).argsort(kind="stable")[:beam_width]
+        kept = [subsets[i] for i in order]

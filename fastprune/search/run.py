@@ -1,0 +1,135 @@
+"""Running a search: what an algorithm is given, and the result that comes out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import InputError
+from ..evaluator import Evaluator
+from ..masks import check_removed, from_removed
+from .registry import check_algorithm
+
+Removed = tuple[int, ...]
+
+
+class Search:
+    """What an algorithm sees: the budget, the units that may go, and `score`. Every score is remembered.
+
+    num_remove: units to remove. candidates: units that are not protected, ascending. rng: the only source of
+    randomness. evaluator: for the probes (similarity, unit gradients).
+    """
+
+    def __init__(self, evaluator: Evaluator, num_remove: int, seed: int, protect: Iterable[int]):
+        self.evaluator = evaluator
+        self.num_units = evaluator.num_units
+        protected = check_removed(protect, self.num_units)
+        self.candidates = [unit for unit in range(self.num_units) if unit not in protected]
+        self.num_remove = self._check_budget(num_remove)
+        self.rng = np.random.default_rng(seed)
+        self.losses: dict[Removed, float] = {}  # of every subset scored, in order
+
+    def score(self, subsets: Sequence[Removed]) -> np.ndarray:
+        """The loss of removing each subset, float64[N], +inf where it is not finite, so that it never wins.
+
+        All subsets that are not known yet are scored in one call, so that they share their prefixes.
+        """
+        subsets = [tuple(sorted(subset)) for subset in subsets]
+        new = [subset for subset in dict.fromkeys(subsets) if subset not in self.losses]
+        if new:
+            losses = self.evaluator.score(from_removed(new, self.num_units))
+            self.losses.update(zip(new, losses.tolist()))
+        return np.array([_rank(self.losses[subset]) for subset in subsets])
+
+    def best(self) -> Removed:
+        """The subset of the full budget with the lowest loss so far; ties go to the lowest indices."""
+        complete = [subset for subset in self.losses if len(subset) == self.num_remove]
+        best = min(complete, key=lambda subset: (_rank(self.losses[subset]), subset))
+        if not math.isfinite(self.losses[best]):
+            raise ArithmeticError(f"none of the {len(complete)} subsets scored has a finite loss")
+        return best
+
+    def _check_budget(self, num_remove) -> int:
+        if isinstance(num_remove, bool) or not isinstance(num_remove, (int, np.integer)):
+            raise InputError(f"num_remove must be an integer, not {num_remove!r}")
+        if not 0 <= num_remove < self.num_units:
+            raise InputError(
+                f"num_remove must be from 0 to {self.num_units - 1} (the model has {self.num_units} units)"
+            )
+        if num_remove > len(self.candidates):
+            raise InputError(f"num_remove is {num_remove}, but only {len(self.candidates)} units are not protected")
+        return int(num_remove)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a search.
+
+    removed, mask (bool[U]), loss: the best subset. history: every (removed, loss) scored, in order. evaluations:
+    how many. layer_runs, naive_layer_runs: as in Stats, for this search alone. seconds: of the whole search.
+    """
+
+    algorithm: str
+    options: dict[str, object]
+    seed: int
+    objective: str
+    granularity: str
+    removed: Removed
+    mask: np.ndarray = field(repr=False)
+    loss: float
+    history: list[tuple[Removed, float]] = field(repr=False)
+    evaluations: int
+    layer_runs: int
+    naive_layer_runs: int
+    seconds: float
+
+    def to_dict(self) -> dict:
+        """Plain values, as written to result.json."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("mask", "history")}
+        history = [{"removed": list(removed), "loss": loss} for removed, loss in self.history]
+        return {**plain, "removed": list(self.removed), "num_units": len(self.mask), "history": history}
+
+
+def run_search(
+    evaluator: Evaluator,
+    algorithm: str,
+    num_remove: int,
+    seed: int = 0,
+    protect: Iterable[int] = (),
+    **options,
+) -> SearchResult:
+    """Search for the num_remove units whose removal gives the lowest loss.
+
+    algorithm: a name of ALGORITHMS; options are its own. protect: units that must stay. Deterministic for a seed.
+    Raises InputError for an unknown algorithm or option and for a budget outside 0..U-1, ArithmeticError when no
+    subset has a finite loss.
+    """
+    chosen, options = check_algorithm(algorithm, options)
+    search = Search(evaluator, num_remove, seed, protect)
+    before, started = vars(evaluator.stats).copy(), time.perf_counter()
+    chosen.function(search, **options)
+    best = search.best()
+    after = evaluator.stats
+    return SearchResult(
+        algorithm=algorithm,
+        options=options,
+        seed=seed,
+        objective=evaluator.objective.name,
+        granularity=evaluator.granularity,
+        removed=best,
+        mask=from_removed([best], search.num_units)[0],
+        loss=search.losses[best],
+        history=list(search.losses.items()),
+        evaluations=len(search.losses),
+        layer_runs=after.layer_runs - before["layer_runs"],
+        naive_layer_runs=after.naive_layer_runs - before["naive_layer_runs"],
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _rank(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
