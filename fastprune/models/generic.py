@@ -34,6 +34,7 @@ class HalfBlock(NamedTuple):
     hidden: torch.Tensor  # [B, T, D], attention already added
     entry: torch.Tensor  # [B, T, D], the block's input
     attention: torch.Tensor  # [B, T, D], what attention added
+    owner: _Sublayers  # the block that it is inside of: to any other, `hidden` is the state
 
 
 State = torch.Tensor | HalfBlock
@@ -46,7 +47,7 @@ def hidden_of(state: State) -> torch.Tensor:
 
 
 def state_bytes(state: State) -> int:
-    tensors = state if isinstance(state, HalfBlock) else (state,)
+    tensors = (state.hidden, state.entry, state.attention) if isinstance(state, HalfBlock) else (state,)
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -411,15 +412,15 @@ class _Sublayers:
         entry = hidden_of(state)
         try:
             hidden = _first(self._attention_only(entry, **arguments))
-            return HalfBlock(hidden, entry, self._kept.output) if self._parallel else hidden
+            return HalfBlock(hidden, entry, self._kept.output, self) if self._parallel else hidden
         finally:
             self._kept.output = None
 
     def mlp(self, state: State, arguments: dict) -> State:
-        if isinstance(state, HalfBlock):
+        if isinstance(state, HalfBlock) and state.owner is self:
             entry, self._given.output = state.entry, state.attention
-        else:
-            entry = state
+        else:  # attention was skipped; the state may have been left by an earlier block whose mlp was
+            entry = hidden_of(state)
         try:
             return _first(self._mlp_only(entry, **arguments))
         finally:
