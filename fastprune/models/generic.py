@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import InputError
 
+LAYERS_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm")
@@ -145,27 +146,31 @@ class Model:
         """Whether the family's own forward pass works when every block is removed."""
         try:
             with self.evaluation():
-                self.pruned(range(self.num_blocks))(input_ids=self._probe_ids(), use_cache=False)
+                self.pruned(range(self.num_blocks))(input_ids=self.probe_ids(), use_cache=False)
         except Exception:  # whatever it is, the family's own code cannot do it
             return False
         return True
 
-    def pruned(self, removed: Sequence[int]) -> nn.Module:
+    def pruned(self, removed: Iterable[int]) -> nn.Module:
         """The transformers model without these blocks: a shallow copy that shares all weights.
 
         Its config has num_hidden_layers and every per-layer list cut to the kept blocks.
         """
-        kept = [i for i in range(self.num_blocks) if i not in set(removed)]
+        gone = set(removed)
+        kept = [i for i in range(self.num_blocks) if i not in gone]
         config = copy.deepcopy(self.config)
-        for name, value in list(vars(config).items()):
-            if isinstance(value, (list, tuple)) and len(value) == self.num_blocks and name not in ("architectures",):
+        for name, value in vars(self.config).items():
+            if name == "mlp_only_layers":  # a list of layer indices
+                setattr(config, name, [kept.index(i) for i in value if i in kept])
+            elif isinstance(value, (list, tuple)) and len(value) == self.num_blocks and "token" not in name:
                 setattr(config, name, [value[i] for i in kept])
         config.num_hidden_layers = len(kept)
-        blocks = nn.ModuleList(self.layers[i] for i in kept)
-        pruned = _with_replaced(self.hf, self._path, blocks)
-        for module in _chain(pruned, self._path[:-1]):
-            if getattr(module, "config", None) is not None:
-                module.config = config
+        pruned = _with_replaced(self.hf, self._path, nn.ModuleList(self.layers[i] for i in kept))
+        owner = pruned
+        for name in self._path:
+            if getattr(owner, "config", None) is not None:
+                owner.config = config
+            owner = getattr(owner, name)
         return pruned
 
     # -- finding the parts ---------------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ class Model:
             if any(len(found) != 1 for found in names):
                 raise self._refuse("its attention and mlp sublayers were not found; use granularity='block'")
             pairs.append((layer, names[0][0], names[1][0]))
-        state, arguments = self.open(self._probe_ids())
+        state, arguments = self.open(self.probe_ids())
         for parallel, mlp_as_tuple in itertools.product((False, True), repeat=2):
             sublayers = [_Sublayers(*pair, parallel, mlp_as_tuple) for pair in pairs]
             if self._add_up(sublayers, state, arguments):
@@ -219,20 +224,30 @@ class Model:
         raise self._refuse("its attention and mlp sublayers do not add up to its blocks; use granularity='block'")
 
     def _add_up(self, sublayers: list[_Sublayers], state: torch.Tensor, arguments: Arguments) -> bool:
-        """Whether the two halves of every block, run one after the other, give the block's own output, to the bit."""
+        """Whether the halves of every block, run one after the other, give the block's own output to the bit, leave
+        their inputs alone, and a block without either half adds nothing."""
         for block, halves in enumerate(sublayers):
             whole = self.run(block, state, arguments)
             try:
-                state = halves.mlp(halves.attention(state, arguments[block]), arguments[block])
+                middle = halves.attention(state, arguments[block])
+                inputs = (
+                    [t for t in middle if isinstance(t, torch.Tensor)] if isinstance(middle, HalfBlock) else [middle]
+                )
+                versions = [tensor._version for tensor in inputs]
+                after = halves.mlp(middle, arguments[block])
+                nothing = halves.neither(state, arguments[block])
             except (TypeError, ValueError, AttributeError):  # this family's modules return something else
                 return False
-            if not torch.equal(state, whole):
+            pairs = ((after, whole), (nothing, state))
+            same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+            if not same or versions != [tensor._version for tensor in inputs]:
                 return False
+            state = after
         return True
 
     # -- checks against the model's own forward -------------------------------------------------------------------
 
-    def _probe_ids(self) -> torch.Tensor:
+    def probe_ids(self) -> torch.Tensor:
         """A short row of token ids spread over the vocabulary, [1, T]."""
         length = min(8, self.max_positions or 8)
         return (torch.arange(1, length + 1, device=self.device) * 7919 % self.vocab_size)[None]
@@ -240,15 +255,15 @@ class Model:
     def _walk_logits(self, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """Logits [B * T, V] of the dense model, layer by layer."""
         for unit in range(self.num_blocks):
-            before = state.clone()
+            version = state._version
             following = self.run(unit, state, arguments)
-            if not torch.equal(state, before):
+            if state._version != version:
                 raise self._refuse("its layers overwrite their input, which other masks still need")
             state = following
         return self.logits(state.flatten(0, 1))
 
     def _check_dense(self) -> None:
-        ids = self._probe_ids()
+        ids = self.probe_ids()
         found, failure = None, None
         for as_tuple in (False, True):  # what the model takes from a layer: the states, or a tuple of them
             self._recorder.as_tuple = as_tuple
@@ -263,7 +278,7 @@ class Model:
         if found is None:
             why = f"running its layers one by one failed ({type(failure).__name__}: {failure})"
             raise self._refuse(why) from failure
-        if not self._agree(found, expected):
+        if not self.agree(found, expected):
             raise self._refuse("its layers, run one by one, do not give the logits of its own forward pass")
 
     def check_trees(self) -> None:
@@ -273,7 +288,7 @@ class Model:
             raise InputError(
                 f"{self.name}: token trees need attn_implementation 'sdpa' or 'eager', not {implementation!r}"
             )
-        ids = self._probe_ids()
+        ids = self.probe_ids()
         trunk, length = ids.shape[1] // 2, ids.shape[1]
         if length < 4:
             return
@@ -291,13 +306,16 @@ class Model:
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise self._refuse(f"token trees failed ({error}); use plain text") from error
         expected = torch.cat([expected[:length], expected[length + trunk :]])
-        if not self._agree(found, expected):
+        if not self.agree(found, expected):
             raise self._refuse("token trees do not give what their sequences give; use plain text")
 
-    def _agree(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
-        """Equal up to a few roundings of the model's dtype, by relative norm."""
-        error = (found.double() - expected.double()).norm()
-        return bool(error <= max(8 * torch.finfo(self.dtype).eps, 1e-5) * expected.double().norm())
+    def agree(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Equal up to a few roundings of the model's dtype, by relative norm; what is not finite stands alike."""
+        finite = expected.isfinite()
+        if not torch.equal(found.isfinite(), finite):
+            return False
+        found, expected = found[finite].double(), expected[finite].double()
+        return bool((found - expected).norm() <= max(8 * torch.finfo(self.dtype).eps, 1e-5) * expected.norm())
 
     # -- layer arguments -----------------------------------------------------------------------------------------
 
@@ -407,6 +425,7 @@ class _Sublayers:
         without_mlp = _with_replaced(layer, (mlp_name,), _NoMlp(mlp_as_tuple))
         self._attention_only = _with_replaced(without_mlp, (attention_name,), self._kept)
         self._mlp_only = _with_replaced(layer, (attention_name,), self._given)
+        self._neither = _with_replaced(without_mlp, (attention_name,), _GivenAttention())
 
     def attention(self, state: State, arguments: dict) -> State:
         entry = hidden_of(state)
@@ -425,6 +444,10 @@ class _Sublayers:
             return _first(self._mlp_only(entry, **arguments))
         finally:
             self._given.output = None
+
+    def neither(self, state: torch.Tensor, arguments: dict) -> torch.Tensor:
+        """The layer with both halves replaced: what its residual branches add when they are skipped."""
+        return _first(self._neither(state, **arguments))
 
 
 class _NoMlp(nn.Module):
@@ -483,13 +506,6 @@ def _get(module: nn.Module, path: Sequence[str]) -> nn.Module:
     for name in path:
         module = getattr(module, name)
     return module
-
-
-def _chain(module: nn.Module, path: Sequence[str]) -> list[nn.Module]:
-    chain = [module]
-    for name in path:
-        chain.append(getattr(chain[-1], name))
-    return chain
 
 
 def _with_replaced(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:

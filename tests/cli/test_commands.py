@@ -1,0 +1,139 @@
+"""The commands, from arguments to files, compared with the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastprune as fp
+
+
+@pytest.fixture
+def evaluator(checkpoint, text):
+    model = fp.load_model(checkpoint)
+    return fp.Evaluator(model, fp.Perplexity(fp.load_text(text, model.tokenizer, 4, 16)))
+
+
+def test_info(run, checkpoint):
+    status, out, _ = run("info", checkpoint)
+    assert status == 0
+    for word in ("llama", "blocks", "5", "generic", "sublayers", "token trees"):
+        assert word in out
+
+
+def test_score_writes_what_the_library_computes(run, checkpoint, text, tmp_path, evaluator):
+    arguments = ("--calibration", text, "--num-samples", 4, "--seq-len", 16)
+    status, out, _ = run(
+        "score",
+        checkpoint,
+        *arguments,
+        "--removed",
+        "1,2",
+        "--removed",
+        "",
+        "--removed",
+        "4",
+        "--out",
+        tmp_path / "s.jsonl",
+    )
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [row["removed"] for row in rows] == [[1, 2], [], [4]]
+    assert [row["loss"] for row in rows] == evaluator.score(fp.from_removed([(1, 2), (), (4,)], 5)).tolist()
+    assert "layer runs" in out
+
+
+@pytest.mark.parametrize("kind", ["npy", "jsonl"])
+def test_score_reads_mask_files(run, checkpoint, text, tmp_path, evaluator, kind):
+    subsets = [(0,), (1, 3), ()]
+    masks = tmp_path / f"masks.{kind}"
+    if kind == "npy":
+        np.save(masks, fp.from_removed(subsets, 5).astype(int))
+    else:
+        masks.write_text("".join(json.dumps({"removed": s}) + "\n" for s in subsets))
+    out_file = tmp_path / "scores.jsonl"
+    status, *_ = run("score", checkpoint, "--calibration", text, "--num-samples", 4, "--seq-len", 16,
+                     "--masks", masks, "--out", out_file)  # fmt: skip
+    assert status == 0
+    losses = [json.loads(line)["loss"] for line in out_file.read_text().splitlines()]
+    assert losses == evaluator.score(fp.from_removed(subsets, 5)).tolist()
+
+
+@pytest.mark.parametrize("objective", ["margin", "accuracy", "kl"])
+def test_score_under_every_objective(run, checkpoint, text, questions, objective):
+    calibration = text if objective == "kl" else questions
+    extra = ("--num-samples", 4, "--seq-len", 16) if objective == "kl" else ()
+    status, out, _ = run(
+        "score", checkpoint, "--objective", objective, "--calibration", calibration, *extra, "--removed", "1"
+    )
+    assert status == 0
+    assert objective in out
+
+
+def test_search_writes_its_result(run, checkpoint, text, tmp_path, evaluator):
+    arguments = ("--calibration", text, "--num-samples", 4, "--seq-len", 16, "--out", tmp_path / "r")
+    status, *_ = run("search", checkpoint, "--option", "beam_width=2", "--num-remove", 2, *arguments)
+    assert status == 0
+    written = json.loads((tmp_path / "r" / "result.json").read_text())
+    expected = fp.run_search(evaluator, "beam", 2, beam_width=2)
+    assert tuple(written["removed"]) == expected.removed
+    assert written["loss"] == expected.loss
+    assert written["dense_loss"] == evaluator.dense_loss
+    assert len(written["history"]) == written["evaluations"] == expected.evaluations
+    assert written["layer_runs"] == expected.layer_runs < written["naive_layer_runs"]
+
+
+def test_sublayer_search_and_protection(run, checkpoint, text):
+    arguments = ("--calibration", text, "--num-samples", 4, "--seq-len", 16, "--granularity", "sublayer")
+    status, out, _ = run(
+        "search", checkpoint, "--num-remove", 3, "--protect", "0,9", "--algorithm", "greedy", *arguments
+    )
+    assert status == 0
+    removed = out.split("removed: ")[1].split()
+    assert not {"0", "9"} & set(removed)
+
+
+def test_exported_checkpoint_has_the_same_loss(run, checkpoint, text, tmp_path, evaluator):
+    status, *_ = run("export", checkpoint, "--removed", "1,3", "--out", tmp_path / "pruned")
+    assert status == 0
+    model = fp.load_model(tmp_path / "pruned")
+    again = fp.Evaluator(model, fp.Perplexity(fp.load_text(text, model.tokenizer, 4, 16)))
+    assert again.num_units == 3
+    assert again.dense_loss == evaluator.score(fp.from_removed([(1, 3)], 5))[0]
+
+
+def test_non_finite_losses_are_written_as_such(run, checkpoint, text, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    status, *_ = run("export", checkpoint, "--removed", "", "--out", broken)
+    assert status == 0
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][:] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    arguments = ("--calibration", text, "--num-samples", 2, "--seq-len", 16)
+    status, *_ = run("score", broken, *arguments, "--removed", "2", "--removed", "1", "--out", tmp_path / "s.jsonl")
+    assert status == 0
+    finite, broken_loss = [json.loads(line)["loss"] for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert isinstance(finite, float)
+    assert broken_loss == "nan"
+    status, out, _ = run("search", broken, *arguments, "--num-remove", 1, "--algorithm", "greedy")
+    assert status == 0
+    assert "removed: 2" in out
+    status, _, err = run("search", broken, *arguments, "--num-remove", 1, "--protect", "2")
+    assert status == 1
+    assert "finite" in err
+
+
+def test_runs_as_a_program(checkpoint):
+    command = [sys.executable, "-m", "fastprune.cli", "score", checkpoint, "--removed", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--calibration" in done.stderr

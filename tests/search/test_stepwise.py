@@ -1,0 +1,76 @@
+"""one_shot, greedy and beam against plain computations of what they are defined to do."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from synthetic import SyntheticEvaluator
+
+import fastprune as fp
+
+
+def loss_of(evaluator, removed) -> float:
+    return float(evaluator.score(fp.from_removed([removed], evaluator.num_units))[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_shot_removes_the_lowest_singles(seed):
+    evaluator = SyntheticEvaluator(8, seed)
+    singles = [loss_of(evaluator, (unit,)) for unit in range(8)]
+    expected = tuple(sorted(np.argsort(singles, kind="stable")[:3].tolist()))
+    assert fp.run_search(evaluator, "one_shot", 3).removed == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_takes_the_best_next_unit_and_equals_beam_of_width_1(seed):
+    evaluator = SyntheticEvaluator(8, seed)
+    removed: tuple[int, ...] = ()
+    for _ in range(4):
+        choices = [tuple(sorted((*removed, unit))) for unit in range(8) if unit not in removed]
+        removed = min(choices, key=lambda choice: (loss_of(evaluator, choice), choice))
+    greedy = fp.run_search(evaluator, "greedy", 4)
+    beam = fp.run_search(evaluator, "beam", 4, beam_width=1)
+    assert greedy.removed == beam.removed == removed
+    assert greedy.history == beam.history
+    assert greedy.evaluations == 8 + 7 + 6 + 5
+
+
+def test_beam_wide_enough_is_exhaustive():
+    evaluator = SyntheticEvaluator(8, seed=5)
+    best = min(itertools.combinations(range(8), 3), key=lambda subset: (loss_of(evaluator, subset), subset))
+    assert fp.run_search(evaluator, "beam", 3, beam_width=56).removed == best
+
+
+def test_beam_keeps_the_lowest_and_merges_equal_subsets():
+    evaluator = SyntheticEvaluator(7, seed=6)
+    result = fp.run_search(evaluator, "beam", 3, beam_width=3)
+    kept = [()]
+    for _ in range(3):
+        extended = {tuple(sorted({*s, u})) for s in kept for u in range(7) if u not in s}
+        kept = sorted(extended, key=lambda subset: (loss_of(evaluator, subset), subset))[:3]
+    assert result.removed == kept[0]
+
+
+def test_ties_go_to_the_lowest_index():
+    evaluator = SyntheticEvaluator(6)
+    evaluator._linear[:], evaluator._pairs[:] = 1.0, 0.0
+    for name in ("one_shot", "greedy", "beam"):
+        assert fp.run_search(evaluator, name, 2).removed == (0, 1)
+
+
+def test_each_round_is_one_call():
+    evaluator = SyntheticEvaluator(9)
+    fp.run_search(evaluator, "beam", 4)
+    assert len(evaluator.calls) == 4
+
+
+def test_options_are_typed():
+    evaluator = SyntheticEvaluator(5)
+    assert fp.run_search(evaluator, "beam", 2, beam_width="3").options == {"beam_width": 3}
+    for wrong in ("three", "2.5", 2.5, True, None):
+        with pytest.raises(fp.InputError, match="beam_width of beam takes int"):
+            fp.run_search(evaluator, "beam", 2, beam_width=wrong)
+    with pytest.raises(fp.InputError, match="at least 1"):
+        fp.run_search(evaluator, "beam", 2, beam_width=0)
