@@ -1,0 +1,362 @@
+"""Which k of N blocks to remove, as a constrained binary optimisation solved to proven optimality.
+
+Removing the blocks S of a model changes its loss to second order by E(z) = z^T H z + g^T z, where z marks the
+members of S, H is the Fisher matrix A^T A / n of per-sample gradients A [n, N] and g the mean gradient (CBO,
+arXiv 2602.00161). `solve_subset` returns the subsets of lowest energy in order. The work is done by the
+compiled solver (csrc/); without it the same search runs in NumPy, slower.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import numbers
+import operator
+import time
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastprune.errors import InputError
+
+try:
+    from fastprune import _native
+except ImportError:
+    _native = None
+
+MAX_VARIABLES = 128
+
+_warned = False
+
+
+@dataclass(frozen=True)
+class SubsetSolution:
+    """The subsets of lowest energy.
+
+    Attributes:
+        subsets: sorted tuples of k indices, by energy and, where energies are equal, lexicographically.
+        energies: float64 [len(subsets)], in the units of H, each correctly rounded (read-only).
+        proven: no other subset ranks before or between these.
+        gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned; 0 when
+            proven.
+    """
+
+    subsets: list[tuple[int, ...]]
+    energies: np.ndarray
+    proven: bool
+    gap: float
+
+
+def solve_subset(H, k, num_states=1, linear=None, time_limit=None) -> SubsetSolution:
+    """The `num_states` subsets S of size k with the lowest E = sum_{i,j in S} H_ij + sum_{i in S} linear_i.
+
+    Args:
+        H: real [N, N], N in 1..128, symmetric up to rounding (the mean with its transpose is used). Positive
+            semidefinite where it comes from gradients; an indefinite matrix is solved too, with weaker bounds.
+        k: size of the subsets, 0..N.
+        num_states: how many subsets, at least 1; all C(N, k) are returned where there are not more.
+        linear: real [N], in the units of H; None for zero.
+        time_limit: seconds of wall time after which the best found is returned with its proven gap; None to
+            search until the result is proven.
+
+    Returns:
+        SubsetSolution. A proven result does not depend on timing or the number of threads.
+
+    Raises:
+        TypeError: an argument has the wrong type; H or linear is not of a real dtype.
+        ValueError: an argument has the wrong shape or lies outside its range; H or linear holds NaN or
+            infinity; H is not symmetric.
+        KeyboardInterrupt: passed on, within some milliseconds.
+
+    Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
+    """
+    h = _real_array("H", H, 2)
+    size = h.shape[0]
+    if h.shape[1] != size or not 1 <= size <= MAX_VARIABLES:
+        raise InputError(f"H: expected shape [N, N] with N in 1..{MAX_VARIABLES}, got {list(h.shape)}")
+    g = np.zeros(size) if linear is None else _real_array("linear", linear, 1)
+    if g.shape != (size,):
+        raise InputError(f"linear: expected shape [{size}] to match H, got {list(g.shape)}")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(2 * np.abs(h).sum() + np.abs(g).sum()):
+            raise InputError("H, linear: expected entries whose sum does not overflow float64")
+    # A Gram matrix computed in float32 and stored wider is symmetric to float32 rounding only.
+    epsilon = np.finfo(np.float32).eps
+    if getattr(H, "dtype", None) == np.float16:
+        epsilon = np.finfo(np.float16).eps
+    asymmetry = np.abs(h - h.T).max()
+    if asymmetry > 64 * epsilon * np.abs(h).max():
+        raise InputError(f"H: expected a symmetric matrix, got entries {asymmetry:.3g} apart")
+    h = 0.5 * (h + h.T)
+
+    k = _integer("k", k)
+    if not 0 <= k <= size:
+        raise InputError(f"k: expected 0..{size} (the number of variables), got {k}")
+    num_states = _integer("num_states", num_states)
+    if num_states < 1:
+        raise InputError(f"num_states: expected at least 1, got {num_states}")
+    num_states = min(num_states, math.comb(size, k))
+    if time_limit is not None:
+        if isinstance(time_limit, bool) or not isinstance(time_limit, numbers.Real):
+            raise TypeError(f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}")
+        if not time_limit > 0:
+            raise InputError(f"time_limit: expected a positive number of seconds, got {time_limit}")
+
+    if _native is not None:
+        limit = 0.0 if time_limit is None else float(time_limit)
+        subsets, energies, proven, gap, _ = _native.solve_subset(h, g, k, num_states, limit)
+        return SubsetSolution([tuple(s) for s in subsets], energies, proven, gap)
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "fastprune was installed without its compiled solver; solve_subset falls back to NumPy, which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _solve_numpy(h, g, k, num_states, time_limit)
+
+
+def _real_array(name: str, value, ndim: int) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{name}: expected an array of real numbers, got {type(value).__name__}") from e
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: expected a real dtype, got {array.dtype}")
+    if array.ndim != ndim:
+        raise InputError(f"{name}: expected {ndim} dimension{'s' * (ndim > 1)}, got {array.ndim}")
+    array = np.ascontiguousarray(array, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise InputError(f"{name}: expected finite entries, got NaN or infinity")
+    return array
+
+
+def _integer(name: str, value) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got bool")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
+
+
+# The fallback: the search of csrc/ in simple form, on batches of nodes so that NumPy's calls pay off.
+
+_ENUMERATE_UP_TO = 200_000
+_BATCH = 256
+_DESCENT_STEPS = 80
+
+
+class _Best:
+    """The lowest subsets so far, ranked by exact energy and then lexicographically."""
+
+    def __init__(self, h: np.ndarray, g: np.ndarray, capacity: int):
+        self.h, self.g, self.capacity = h, g, capacity
+        self.ranked: list[tuple[float, tuple[int, ...]]] = []
+        self.margin = 1e-11 * (np.abs(h).sum() + np.abs(g).sum())
+
+    def cutoff(self) -> float:
+        """Approximate energies above this cannot rank."""
+        return self.ranked[-1][0] + self.margin if len(self.ranked) == self.capacity else math.inf
+
+    def offer(self, members) -> None:
+        s = sorted(int(i) for i in members)
+        block = self.h[np.ix_(s, s)]
+        # fsum rounds the exact sum once, so the energy depends on the set alone.
+        terms = itertools.chain(self.g[s], block.diagonal(), 2 * block[np.tril_indices(len(s), -1)])
+        entry = (math.fsum(terms), tuple(s))
+        at = bisect.bisect_left(self.ranked, entry)
+        if at == len(self.ranked) or self.ranked[at] != entry:
+            self.ranked.insert(at, entry)
+            del self.ranked[self.capacity :]
+
+
+def _solve_numpy(h, g, k: int, num_states: int, time_limit: float | None) -> SubsetSolution:
+    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    best = _Best(h, g, num_states)
+    if math.comb(len(g), k) <= _ENUMERATE_UP_TO:
+        _enumerate(best, k)
+        bound = math.inf
+    else:
+        _local_search(best, k)
+        bound = _branch_and_bound(best, k, deadline)
+    energies = np.array([energy for energy, _ in best.ranked])
+    energies.flags.writeable = False
+    proven = bound > best.cutoff()
+    gap = 0.0 if proven else max(0.0, float(energies[-1] - bound))
+    return SubsetSolution([subset for _, subset in best.ranked], energies, proven, gap)
+
+
+def _enumerate(best: _Best, k: int) -> None:
+    size = len(best.g)
+    subsets = itertools.combinations(range(size), k)
+    while chunk := list(itertools.islice(subsets, 16384)):
+        index = np.array(chunk, dtype=np.intp).reshape(len(chunk), k)
+        z = np.zeros((len(chunk), size))
+        np.put_along_axis(z, index, 1.0, axis=1)
+        energy = ((z @ best.h + best.g) * z).sum(axis=1)
+        if best.capacity < len(chunk):
+            kth = np.partition(energy, best.capacity - 1)[best.capacity - 1]
+            index = index[energy <= min(best.cutoff(), kth + best.margin)]
+        for members in index:
+            best.offer(members)
+
+
+def _local_search(best: _Best, k: int) -> None:
+    """Greedy and seeded random starts, improved by exchanges; then whatever fills `best`."""
+    h, g = best.h, best.g
+    size = len(g)
+    rng = np.random.default_rng(0)
+    unary = g + h.diagonal()
+    coupling = 2 * h
+    np.fill_diagonal(coupling, 0.0)
+    for start in range(16):
+        inside = np.zeros(size, dtype=bool)
+        if start == 0:
+            for _ in range(k):
+                inside[np.where(inside, np.inf, unary + coupling @ inside).argmin()] = True
+        else:
+            inside[rng.permutation(size)[:k]] = True
+        while True:
+            best.offer(np.flatnonzero(inside))
+            field = unary + coupling @ inside
+            into, out = np.flatnonzero(~inside), np.flatnonzero(inside)
+            change = field[into] - field[out][:, None] - coupling[np.ix_(out, into)]
+            a, b = np.unravel_index(change.argmin(), change.shape)
+            if change[a, b] >= -best.margin:
+                break
+            inside[out[a]], inside[into[b]] = False, True
+    subsets = itertools.combinations(range(size), k)
+    while len(best.ranked) < best.capacity:
+        best.offer(next(subsets))
+
+
+def _best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Maximises weight.d with h - Diag(d) positive semidefinite on the directions that sum to zero."""
+    size = len(weight)
+    largest_row = np.abs(h).sum(axis=1).max()
+    if largest_row == 0:
+        return np.zeros(size)
+    lifted = h + 10 * largest_row / size
+
+    def log_det(d):
+        try:
+            return 2 * np.log(np.linalg.cholesky(lifted - np.diag(d)).diagonal()).sum()
+        except np.linalg.LinAlgError:
+            return -math.inf
+
+    d, shift = np.zeros(size), 1e-3 * largest_row
+    while log_det(d) == -math.inf:
+        d[:] = -shift
+        shift *= 4
+    final = 1e-4 * (weight @ np.abs(h).sum(axis=1)) / size
+    barrier = max(weight.sum() / np.linalg.inv(lifted - np.diag(d)).trace(), final)
+    for _ in range(80):
+        inverse = np.linalg.inv(lifted - np.diag(d))
+        residual = weight / barrier - inverse.diagonal()
+        step = np.linalg.solve(inverse**2, residual)
+        if residual @ step < 0.1:
+            if barrier <= final:
+                break
+            barrier = max(0.1 * barrier, final)
+            continue
+        merit = weight @ d / barrier + log_det(d)
+        length = 1.0
+        while length > 1e-6 and not weight @ (d + length * step) / barrier + log_det(d + length * step) > merit:
+            length /= 2
+        if length <= 1e-6:
+            break
+        d = d + length * step
+    return d - 1e-11 * largest_row
+
+
+def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
+    """Depth first, a batch of nodes at a time. Returns the least bound of what is left, inf when complete."""
+    h, g = best.h, best.g
+    size = len(g)
+    diagonal = _best_diagonal(h, np.ones(size))
+    twice = 2 * (h - np.diag(diagonal))
+    lin = g + diagonal
+    curvature = twice.diagonal()
+
+    # Nodes, one a row: which variables are still open, the point y of the relaxation, and a proven bound.
+    opened = np.ones((1, size), dtype=bool)
+    points = np.full((1, size), k / size)
+    lowers = np.full(1, -np.inf)
+    while len(lowers):
+        if time.monotonic() > deadline:
+            return float(lowers.min())
+        rows = slice(max(0, len(lowers) - _BATCH), None)
+        is_open, y, lower = opened[rows], points[rows], lowers[rows]
+        opened, points, lowers = opened[: rows.start], points[: rows.start], lowers[: rows.start]
+
+        q = k - ((y == 1.0) & ~is_open).sum(axis=1)
+        free = is_open.sum(axis=1)
+        decided = (q == 0) | (q == free)
+        for r in np.flatnonzero(decided):
+            z = np.where(is_open[r], q[r] > 0, y[r] == 1.0)
+            best.offer(np.flatnonzero(z))
+        keep = ~decided & (q >= 0) & (q <= free) & (lower <= best.cutoff())
+        is_open, y, lower, q = is_open[keep], y[keep], lower[keep], q[keep]
+        if not len(q):
+            continue
+
+        lower, reduced = _descend(y, is_open, q, lower, twice, lin, best.cutoff())
+        keep = lower <= best.cutoff()
+        is_open, y, lower, reduced = is_open[keep], y[keep], lower[keep], reduced[keep]
+        fraction = np.minimum(y, 1 - y)
+        # Fractional and steep first; among integral values the one closest to changing.
+        score = np.where(fraction > 1e-9, np.sqrt(fraction) * curvature, -np.abs(reduced))
+        branch = np.where(is_open, score, -np.inf).argmax(axis=1)
+        near = y[np.arange(len(y)), branch] >= 0.5
+        children = [_child(is_open, y, branch, value) for value in (~near, near)]
+        order = np.argsort(-lower, kind="stable")
+        opened = np.concatenate([opened, *(c[0][order] for c in children)])
+        points = np.concatenate([points, *(c[1][order] for c in children)])
+        lowers = np.concatenate([lowers, lower[order], lower[order]])
+    return math.inf
+
+
+def _descend(y, is_open, q, lower, twice, lin, cutoff):
+    """Pairwise coordinate descent of every row of y in place; returns bounds and reduced costs."""
+    every = np.arange(len(y))
+    gradient = y @ twice + lin
+    for step in range(1, _DESCENT_STEPS + 1):
+        up = np.where(is_open & (y < 1), gradient, np.inf)
+        down = np.where(is_open & (y > 0), gradient, -np.inf)
+        i, j = up.argmin(axis=1), down.argmax(axis=1)
+        low, high = up[every, i], down[every, j]
+        if step % 10 == 0:
+            tau = 0.5 * (low + high)
+            reduced = gradient - tau[:, None]
+            bound = q * tau + (np.where(is_open, np.minimum(reduced, 0), gradient * y)).sum(axis=1)
+            bound -= 0.5 * (y * (gradient - lin)).sum(axis=1)
+            lower = np.maximum(lower, bound)
+            value = 0.5 * (y * (gradient + lin)).sum(axis=1)
+            if ((lower > cutoff) | (value <= cutoff)).all():
+                break
+        violation = np.maximum(high - low, 0.0)
+        bend = twice[i, i] + twice[j, j] - 2 * twice[i, j]
+        room = np.minimum(1 - y[every, i], y[every, j])
+        move = np.minimum(violation / np.maximum(bend, 1e-300), room)
+        y[every, i] += move
+        y[every, j] -= move
+        gradient += move[:, None] * (twice[i] - twice[j])
+    return lower, reduced
+
+
+def _child(is_open, y, branch, value):
+    """Decides one variable a row and spreads what that adds or frees over the room of the open ones."""
+    every = np.arange(len(y))
+    is_open, y = is_open.copy(), y.copy()
+    rest = y[every, branch] - value
+    y[every, branch] = value
+    is_open[every, branch] = False
+    room = np.where(is_open, np.where(rest[:, None] > 0, 1 - y, y), 0.0)
+    total = room.sum(axis=1)
+    share = np.divide(rest, total, out=np.zeros_like(rest), where=total > 0)
+    y += share[:, None] * room
+    return is_open, np.where(is_open, np.clip(y, 0.0, 1.0), y)
