@@ -142,11 +142,15 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hf = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    if dtype == torch.float64:
+        hf.set_experts_implementation("eager")  # grouped matrix products know no float64
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in hf.parameters():
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        embeddings = hf.get_input_embeddings().weight
+        embeddings[0] = embeddings[1].roll(1)  # transformers zeroes the padding token's row
     return hf.to(dtype).eval()
 
 
@@ -177,16 +181,20 @@ def physically_removed(hf, removed):
 
 
 def with_scaled_branches(hf, scales):
-    """A deep copy whose residual branches (attention, mlp of block 0, ...) are multiplied by scales [2 * blocks]."""
+    """A deep copy whose residual branches (attention, mlp of block 0, ...) are multiplied by scales [2 * blocks].
+
+    scales: numbers, or a tensor that takes gradients.
+    """
+    scales = scales if isinstance(scales, torch.Tensor) else np.asarray(scales, dtype=float).tolist()
     hf = copy.deepcopy(hf)
     names = BRANCHES.get(hf.config.model_type, ("self_attn", "mlp"))
     for i, layer in enumerate(layers_of(hf)):
         for j, name in enumerate(names):
-            getattr(layer, name).register_forward_hook(_scaling_hook(float(scales[2 * i + j])))
+            getattr(layer, name).register_forward_hook(_scaling_hook(scales[2 * i + j]))
     return hf
 
 
-def _scaling_hook(scale: float):
+def _scaling_hook(scale: float | torch.Tensor):
     def hook(module, inputs, output):
         if isinstance(output, tuple):
             return (output[0] * scale, *output[1:])
