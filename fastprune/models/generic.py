@@ -25,7 +25,7 @@ from ..errors import InputError
 LAYERS_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm")
+FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm", "norm_f", "embedding_norm")
 GRANULARITIES = ("block", "sublayer")
 
 

@@ -1,0 +1,56 @@
+"""Shared by the benchmarks: rows that are printed as a table at the end of the run, and written as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+ROWS: list[dict] = []
+
+
+@pytest.fixture
+def report():
+    """report(**columns): add a row to the table at the end."""
+    return lambda **columns: ROWS.append(columns)
+
+
+def machine() -> dict:
+    """What a reader needs to know to place the numbers."""
+    import torch
+    import transformers
+
+    model = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not ROWS:
+        return
+    terminalreporter.section("fastprune against one forward pass per mask")
+    names = list(dict.fromkeys(name for row in ROWS for name in row))
+    cells = [names] + [[_format(row.get(name, "")) for name in names] for row in ROWS]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        terminalreporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    if "BENCH_JSON" in os.environ:
+        Path(os.environ["BENCH_JSON"]).write_text(json.dumps({"machine": machine(), "rows": ROWS}, indent=1) + "\n")
+
+
+def _format(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
