@@ -356,8 +356,8 @@ def _parse_options(options: tuple[str, ...]) -> dict[str, str]:
 def _print_cost(stats) -> None:
     saved = f" ({stats.naive_layer_runs / stats.layer_runs:.1f}x fewer)" if stats.layer_runs else ""
     out.print(
-        f"{stats.masks} masks, {stats.layer_runs} layer runs where one pass per mask takes "
-        f"{stats.naive_layer_runs}{saved}, {stats.seconds:.1f} s",
+        f"{stats.masks} masks, {stats.layer_runs:.0f} layer runs where one pass per mask takes "
+        f"{stats.naive_layer_runs:.0f}{saved}, {stats.seconds:.1f} s",
         highlight=False,
     )
 

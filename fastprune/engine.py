@@ -58,28 +58,34 @@ class Engine:
             self._footprint = measure_footprint(model, batch, granularity, self._measure_nothing, self._tile)
         self._cut(self._fit(budget_bytes, CHUNK_TOKENS[kind]))
 
-    def run(self, plan: Plan, progress: Progress | None = None) -> np.ndarray:
-        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks.
+    def run(
+        self, plan: Plan, progress: Progress | None = None, wanted: np.ndarray | None = None
+    ) -> tuple[np.ndarray, float]:
+        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks, and the share
+        of the calibration set's rows that were run.
 
-        progress(done, total) is told of unit runs. When memory runs out, the call begins again with chunks of
-        half the size.
+        wanted: bool[C]; only chunks that hold such a continuation are run, whole, so that their numbers keep their
+        bits; sums of the others are left at 0. progress(done, total) is told of unit runs. When memory runs out,
+        the call begins again with chunks of half the size.
         """
         if len(plan.masks) > MAX_MASKS:
             raise InputError(f"{len(plan.masks)} distinct masks in one call; at most {MAX_MASKS} are planned together")
         while True:
             try:
                 with self.model.evaluation():
-                    return self._run(plan, progress or (lambda done, total: None))
+                    return self._run(plan, progress or (lambda done, total: None), wanted)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not self._halve():
                     raise
 
-    def _run(self, plan: Plan, progress: Progress) -> np.ndarray:
+    def _run(self, plan: Plan, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, float]:
         if self.measure == "kl" and not self._dense:
             self._dense = self._dense_states()
         sums = np.zeros((len(plan.masks), self.batch.num_continuations))
-        done, total = 0, plan.layer_runs * len(self.chunks)
-        for number, chunk in enumerate(self.chunks):
+        numbers = [n for n, chunk in enumerate(self.chunks) if wanted is None or wanted[chunk.continuation].any()]
+        done, total = 0, plan.layer_runs * len(numbers)
+        for number in numbers:
+            chunk = self.chunks[number]
             pending: list[tuple[int, torch.Tensor]] = []
             for mask, hidden, units in self._walk(plan, chunk):
                 if mask >= 0:
@@ -89,7 +95,7 @@ class Engine:
                 done += units
                 progress(done, total)
             _add_up(pending, chunk, sums)
-        return sums
+        return sums, sum(len(self.chunks[number].rows) for number in numbers) / self.batch.num_rows
 
     def _walk(self, plan: Plan, chunk: Chunk) -> Iterator[tuple[int, torch.Tensor, int]]:
         """Run the plan's steps on one chunk; after each, yield (mask or -1, hidden [B, T, D], units run)."""

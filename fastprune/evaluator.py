@@ -23,15 +23,16 @@ BACKENDS = ("auto", "generic")
 class Stats:
     """What an evaluator's calls have cost so far.
 
-    masks: scores that were asked for. layer_runs: unit runs, each over the whole calibration set;
-    naive_layer_runs: those of one forward pass per mask that was asked. head_runs: distinct masks whose loss was
-    computed. peak_activation_bytes: the most held at once. seconds: time inside score and score_samples.
+    masks: scores that were asked for. layer_runs: unit runs, counted over the whole calibration set (a run on half
+    of its rows counts one half); naive_layer_runs: those of one forward pass per mask that was asked. head_runs:
+    distinct masks whose loss was computed, counted likewise. cache_hits, store_hits: 0 in this version.
+    peak_activation_bytes: the most held at once. seconds: time spent scoring.
     """
 
     masks: int = 0
-    layer_runs: int = 0
-    naive_layer_runs: int = 0
-    head_runs: int = 0
+    layer_runs: float = 0
+    naive_layer_runs: float = 0
+    head_runs: float = 0
     cache_hits: int = 0
     store_hits: int = 0
     peak_activation_bytes: int = 0
@@ -82,6 +83,10 @@ class Evaluator:
     def num_units(self) -> int:
         return self._engine.num_units
 
+    @property
+    def num_samples(self) -> int:
+        return self.objective.num_samples
+
     @cached_property
     def unit_names(self) -> list[str]:
         return self.model.unit_names(self.granularity)
@@ -97,11 +102,19 @@ class Evaluator:
         A loss that is not finite is returned as it is. Raises InputError for masks of another shape or value, and
         for one that keeps nothing where the family cannot run without blocks.
         """
-        return self._evaluate(masks, self.objective.loss)
+        sums, index = self._sums(masks, None)
+        return self.objective.loss(sums)[index]
 
-    def score_samples(self, masks) -> np.ndarray:
-        """The loss of each mask on each sample (row of text, or question), float64[N, S]."""
-        return self._evaluate(masks, self.objective.sample_losses)
+    def score_samples(self, masks, samples=None) -> np.ndarray:
+        """The loss of each mask on each sample (row of text, or question), float64[N, S].
+
+        samples: indices of the samples that are wanted, in the order of the columns; default all. Only the chunks
+        that hold them are run, so a few samples cost less, and every number has the same bits as with all.
+        """
+        samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
+        wanted = np.isin(self.objective.sample, samples)
+        sums, index = self._sums(masks, None if wanted.all() else wanted)
+        return self.objective.sample_losses(sums)[:, samples][index]
 
     def similarity(self) -> np.ndarray:
         """float64[U + 1, U + 1]: mean over tokens of the cosine between the states before each unit of the dense
@@ -116,18 +129,31 @@ class Evaluator:
         """
         return probes.unit_gradients(self.model, self.objective, self.granularity)
 
-    def _evaluate(self, masks, reduce) -> np.ndarray:
+    def _sums(self, masks, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over continuations of the distinct masks, [M, C], and the row of each asked mask in them, [N]."""
         started = time.perf_counter()
         masks = as_masks(masks, self.num_units)
         if not masks.any(axis=1).all() and not self.model.runs_without_blocks:
             raise InputError(f"a mask keeps nothing, and the family {self.model.family!r} cannot run without blocks")
         plan = make_plan(masks)
-        values = reduce(self._engine.run(plan, self.progress))[plan.index]
+        sums, share = self._engine.run(plan, self.progress, wanted)
         stats = self.stats
         stats.masks += len(masks)
-        stats.layer_runs += plan.layer_runs
-        stats.naive_layer_runs += plan.naive_layer_runs
-        stats.head_runs += len(plan.masks)
+        stats.layer_runs += _whole(plan.layer_runs * share)
+        stats.naive_layer_runs += _whole(plan.naive_layer_runs * share)
+        stats.head_runs += _whole(len(plan.masks) * share)
         stats.peak_activation_bytes = self._engine.peak_activation_bytes
         stats.seconds += time.perf_counter() - started
-        return values
+        return sums, plan.index
+
+    def _check_samples(self, samples) -> np.ndarray:
+        samples = np.asarray(samples)
+        if samples.ndim != 1 or samples.dtype.kind not in "iu" or not samples.size:
+            raise InputError("samples must be a list of sample indices that is not empty")
+        if samples.min() < 0 or samples.max() >= self.num_samples:
+            raise InputError(f"sample {samples.max()} is out of range; the samples are 0 to {self.num_samples - 1}")
+        return samples
+
+
+def _whole(count: float) -> float:
+    return int(count) if count == int(count) else count

@@ -37,7 +37,14 @@ def results_table(results: Sequence[SearchResult], title: str) -> Table:
         table.add_column(name, justify="right")
     for r in results:
         saved = f"{r.naive_layer_runs / r.layer_runs:.1f}x" if r.layer_runs else "-"
-        row = (format_loss(r.loss), r.evaluations, r.layer_runs, r.naive_layer_runs, saved, f"{r.seconds:.1f}")
+        row = (
+            format_loss(r.loss),
+            r.evaluations,
+            f"{r.layer_runs:.0f}",
+            f"{r.naive_layer_runs:.0f}",
+            saved,
+            f"{r.seconds:.1f}",
+        )
         table.add_row(r.algorithm, format_removed(r.removed), *map(str, row))
     return table
 

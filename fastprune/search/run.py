@@ -83,8 +83,8 @@ class SearchResult:
     loss: float
     history: list[tuple[Removed, float]] = field(repr=False)
     evaluations: int
-    layer_runs: int
-    naive_layer_runs: int
+    layer_runs: float
+    naive_layer_runs: float
     seconds: float
 
     def to_dict(self) -> dict:
