@@ -19,7 +19,7 @@ using Vector = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::
 
 // Arguments are validated in fastprune/qubo.py; here only what would be unsafe to get wrong.
 nb::tuple solve_subset(const Matrix& h, const Vector& linear, int k, std::size_t num_states,
-                       double time_limit, int threads) {
+                       double time_limit, int threads, double enumerate_up_to) {
     const std::size_t n = h.shape(0);
     if (n < 1 || n > 128 || h.shape(1) != n || linear.shape(0) != n || k < 0 || k > static_cast<int>(n) ||
         num_states < 1) {
@@ -30,6 +30,7 @@ nb::tuple solve_subset(const Matrix& h, const Vector& linear, int k, std::size_t
     options.num_states = num_states;
     options.time_limit = time_limit;
     options.threads = threads;
+    options.enumerate_up_to = enumerate_up_to;
     options.interrupted = [&raised] {
         if (raised) return true;
         const nb::gil_scoped_acquire acquire;
@@ -60,5 +61,6 @@ NB_MODULE(_native, m) {
     m.attr("kernels") = fastprune::kernels().name;
     m.def("solve_subset", &solve_subset, nb::arg("h"), nb::arg("linear"), nb::arg("k"), nb::arg("num_states"),
           nb::arg("time_limit") = 0.0, nb::arg("threads") = 0,
+          nb::arg("enumerate_up_to") = fastprune::SolveOptions{}.enumerate_up_to,
           "(subsets, energies, proven, gap, nodes); time_limit 0: none; threads 0: all.");
 }

@@ -290,7 +290,7 @@ void refit(const SearchContext& context, Subtree& subtree, int rounds) {
         diagonal = trial.relaxation->diagonal();
         improve(context.problem, rounded(context.problem, trial), context.best);
         if (round == 1 || trial.lower > subtree.lower) subtree = std::move(trial);
-        if (subtree.lower > context.best.cutoff()) return;
+        if (subtree.lower > context.best.cutoff() || context.queue.stopped()) return;
     }
 }
 

@@ -144,16 +144,18 @@ class Walker {
         int enter = -1;
     };
 
-    // Among variables free at this step. Every subset looked at that could rank is offered.
+    // Among variables free at this step. Subsets looked at that rank are offered.
     Exchange best_exchange(int step) {
         split();
         Exchange best;
-        const double cutoff = best_.cutoff();
+        // Ties with the last one kept are left to the search, or a matrix full of ties would offer
+        // everything.
+        const double cutoff = best_.cutoff() - 2.0 * problem_.margin();
         for (int i : in_) {
             const bool tabu = free_from_[static_cast<std::size_t>(i)] > step;
             for (int j : out_) {
                 const double change = field(j) - field(i) - problem_.coupling(i, j);
-                if (energy_ + change <= cutoff) offer_exchanged(i, j);
+                if (energy_ + change < cutoff) offer_exchanged(i, j);
                 if (change < best.change && !tabu && free_from_[static_cast<std::size_t>(j)] <= step) {
                     best = {change, i, j};
                 }

@@ -21,11 +21,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Up to this many subsets enumeration takes some milliseconds, about as long as setting up a search does.
-constexpr double kEnumerateUpTo = 1e6;
-// Also enumerate when a good part of all subsets is wanted: bounds have nothing to prune then.
-constexpr double kEnumerateIfWanted = 0.01;
-
 // One thread prepares and seeds the queue, then all work through it.
 class Search {
   public:
@@ -56,7 +51,6 @@ class Search {
     void rethrow() const {
         if (error_) std::rethrow_exception(error_);
     }
-    bool complete() const { return complete_; }
     double lowest_bound() const {
         return prepared_ ? queue_.lowest_bound() : -std::numeric_limits<double>::infinity();
     }
@@ -86,7 +80,6 @@ class Search {
     SearchContext context_;
     std::size_t wanted_;
     std::atomic<bool> prepared_{false};
-    bool complete_ = false;
     std::mutex mutex_;
     std::condition_variable ended_;
     int running_;
@@ -117,7 +110,7 @@ SolveResult solve_subset(int n, int k, const double* h, const double* linear, co
     BestSubsets best(problem, wanted);
     const std::atomic<bool> never{false};
 
-    if (count <= kEnumerateUpTo) {
+    if (count <= options.enumerate_up_to) {
         Subset all;
         for (int i = 0; i < n; ++i) all.insert(i);
         Enumerator().run(problem, Subset{}, all, k, best, never);

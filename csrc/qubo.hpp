@@ -12,6 +12,9 @@ struct SolveOptions {
     std::size_t num_states = 1;  // capped at C(n, k)
     double time_limit = 0.0;     // seconds; 0: none
     int threads = 0;             // 0: all that the process may use
+    // Up to this many subsets all are enumerated: some milliseconds, about as long as setting up a search
+    // takes.
+    double enumerate_up_to = 1e6;
     // Called every few milliseconds from the calling thread; true asks to stop.
     std::function<bool()> interrupted;
 };

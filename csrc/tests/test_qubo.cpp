@@ -2,7 +2,6 @@
 #include "qubo.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -11,10 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "branch_bound.hpp"
 #include "exact_sum.hpp"
 #include "kernels.hpp"
-#include "local_search.hpp"
 
 namespace {
 
@@ -97,27 +94,15 @@ void compare(const std::vector<std::vector<int>>& subsets, const std::vector<dou
     }
 }
 
-// The search itself, also where solve_subset would enumerate.
-SolveResult search(int n, int k, const Matrix& h, const std::vector<double>& g, size_t states) {
-    const fastprune::Problem problem(n, k, h.data(), g.data());
-    const fastprune::SymmetryClasses symmetry(n, h.data(), g.data());
-    const size_t wanted = std::min(states, static_cast<size_t>(fastprune::binomial(n, k)));
-    fastprune::BestSubsets best(problem, wanted);
-    fastprune::SubtreeQueue queue(1);
-    std::atomic<std::uint64_t> nodes{0};
-    const fastprune::SearchContext context{problem, symmetry, static_cast<double>(wanted),
-                                           best,    queue,    nodes};
-    fastprune::local_search(problem, best, wanted, queue.stop_flag());
-    queue.push(fastprune::root_subtree(context));
-    fastprune::work(context);
-    SolveResult result;
-    for (const auto& entry : best.ranked()) {
-        std::vector<int> members;
-        entry.subset.for_each([&](int i) { members.push_back(i); });
-        result.subsets.push_back(members);
-        result.energies.push_back(entry.energy);
-    }
-    return result;
+SolveResult solve(int n, int k, const Matrix& h, const std::vector<double>& g, size_t states,
+                  double enumerate_up_to, int threads = 1) {
+    SolveOptions options;
+    options.num_states = states;
+    options.enumerate_up_to = enumerate_up_to;
+    options.threads = threads;
+    SolveResult r = fastprune::solve_subset(n, k, h.data(), g.data(), options);
+    check(r.proven && r.gap == 0.0, "proven without a time limit");
+    return r;
 }
 
 void test_against_brute_force() {
@@ -135,33 +120,116 @@ void test_against_brute_force() {
                     const std::string name = "family " + std::to_string(static_cast<int>(family)) +
                                              " n=" + std::to_string(n) + " k=" + std::to_string(k) +
                                              " states=" + std::to_string(states);
-                    SolveOptions options;
-                    options.num_states = states;
-                    const SolveResult r = fastprune::solve_subset(n, k, h.data(), g.data(), options);
-                    check(r.proven && r.gap == 0.0, name + ": proven");
-                    compare(r.subsets, r.energies, truth, states, name);
-                    const SolveResult s = search(n, k, h, g, states);
-                    compare(s.subsets, s.energies, truth, states, name + " (search)");
+                    const SolveResult listed = solve(n, k, h, g, states, 1e6);
+                    compare(listed.subsets, listed.energies, truth, states, name + " by enumeration");
+                    const SolveResult searched = solve(n, k, h, g, states, 0.0);
+                    compare(searched.subsets, searched.energies, truth, states, name + " by search");
                 }
             }
         }
     }
 }
 
-void test_search_equals_for_any_number_of_threads() {
+void test_search_equals_enumeration() {
+    for (const Family family : {Family::fisher, Family::indefinite, Family::integer}) {
+        for (const int k : {5, 10, 14}) {
+            const int n = 20;
+            const Matrix h = make(family, n, static_cast<std::uint64_t>(k));
+            const std::vector<double> g(static_cast<size_t>(n), 0.0);
+            for (const size_t states : {1, 40, 1000}) {
+                const SolveResult listed = solve(n, k, h, g, states, 1e6);
+                const SolveResult searched = solve(n, k, h, g, states, 0.0, 2);
+                check(listed.nodes == 0 && searched.nodes > 0, "20 variables: both ways taken");
+                check(listed.subsets == searched.subsets && listed.energies == searched.energies,
+                      "20 variables: search equals enumeration");
+            }
+        }
+    }
+}
+
+void test_threads_do_not_change_the_result() {
     const int n = 36;
     const Matrix h = make(Family::fisher, n, 5);
     const std::vector<double> g(static_cast<size_t>(n), 0.0);
-    SolveOptions options;
-    options.num_states = 50;
-    options.threads = 1;
-    const SolveResult one = fastprune::solve_subset(n, 13, h.data(), g.data(), options);
-    check(one.proven && one.nodes > 0, "36 variables: proven by search");
+    const SolveResult one = solve(n, 13, h, g, 50, 1e6, 1);
     for (const int threads : {2, 3, 8}) {
-        options.threads = threads;
-        const SolveResult r = fastprune::solve_subset(n, 13, h.data(), g.data(), options);
-        check(r.proven && r.subsets == one.subsets && r.energies == one.energies,
-              "threads change the result");
+        const SolveResult r = solve(n, 13, h, g, 50, 1e6, threads);
+        check(r.subsets == one.subsets && r.energies == one.energies, "threads change the result");
+    }
+}
+
+std::vector<const fastprune::Kernels*> runnable_kernels() {
+    std::vector<const fastprune::Kernels*> all{&fastprune::generic::table};
+#ifdef FASTPRUNE_X86_KERNELS
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        all.push_back(&fastprune::avx2::table);
+#endif
+    if (&fastprune::kernels() != all.back()) all.push_back(&fastprune::kernels());
+    return all;
+}
+
+// Every instruction set: the revolving door meets each subset once with the right energy, and the descent
+// brackets the minimum.
+void test_kernels() {
+    const int n = 11;
+    const int q = 4;
+    const Matrix h = make(Family::fisher, n, 3);
+    const std::vector<double> g(static_cast<size_t>(n), 0.0);
+    const auto truth = brute_force(n, q, h, g);
+    const int stride = fastprune::padded(n);
+    std::vector<double> coupling(static_cast<size_t>(n * stride), 0.0);
+    std::vector<double> twice(static_cast<size_t>(stride * stride), 0.0);
+    for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < n; ++j) {
+            const double x = 2.0 * h[static_cast<size_t>(i * n + j)];
+            twice[static_cast<size_t>(i * stride + j)] = x;
+            if (i != j) coupling[static_cast<size_t>(i * stride + j)] = x;
+        }
+    }
+    for (const fastprune::Kernels* table : runnable_kernels()) {
+        const std::string name = std::string("kernels ") + table->name;
+        std::vector<int> c{0, 0, 1, 2, 3, n};
+        std::vector<double> field(static_cast<size_t>(stride), 0.0);
+        double energy = 0.0;
+        for (int i = 0; i < n; ++i) {
+            const auto row = static_cast<size_t>(i);
+            field[row] = h[row * static_cast<size_t>(n) + row];
+            for (int j = 0; j < q; ++j) field[row] += coupling[static_cast<size_t>(i * stride + j)];
+        }
+        for (int i = 0; i < q; ++i) {
+            for (int j = 0; j < q; ++j) energy += h[static_cast<size_t>(i * n + j)];
+        }
+        fastprune::RevolvingDoor door{n, q, stride, coupling.data(), field.data(), c.data(), energy, false};
+        std::vector<Ranked> seen;
+        do {
+            seen.push_back({door.energy, {c.begin() + 1, c.begin() + 1 + q}});
+        } while (table->advance(door, 1e300, 1));
+        std::sort(seen.begin(), seen.end());
+        check(seen.size() == truth.size(), name + ": number of subsets");
+        for (size_t s = 0; s < seen.size(); ++s) {
+            check(seen[s].subset == truth[s].subset && std::fabs(seen[s].energy - truth[s].energy) < 1e-10,
+                  name + ": subsets and energies");
+        }
+
+        std::vector<double> y(static_cast<size_t>(stride), 0.0);
+        std::vector<double> open(static_cast<size_t>(stride), 0.0);
+        const std::vector<double> lin(static_cast<size_t>(stride), 0.0);
+        std::vector<double> gradient(static_cast<size_t>(stride), 0.0);
+        for (int i = 0; i < n; ++i) {
+            y[static_cast<size_t>(i)] = static_cast<double>(q) / n;
+            open[static_cast<size_t>(i)] = 1.0;
+        }
+        for (int i = 0; i < n; ++i) {
+            for (int j = 0; j < n; ++j) {
+                gradient[static_cast<size_t>(i)] +=
+                    twice[static_cast<size_t>(i * stride + j)] * y[static_cast<size_t>(j)];
+            }
+        }
+        const fastprune::RelaxationView relaxation{stride, twice.data(), lin.data(), 0.0};
+        const auto r =
+            table->descend(relaxation, {y.data(), gradient.data(), open.data(), q}, 1e300, -1e300, 10000);
+        check(r.lower <= truth.front().energy + 1e-9, name + ": lower bound holds");
+        check(std::fabs(r.upper - r.lower) < 1e-6, name + ": descent converges");
     }
 }
 
@@ -212,7 +280,9 @@ void test_exact_sum() {
 int main() {
     test_exact_sum();
     test_against_brute_force();
-    test_search_equals_for_any_number_of_threads();
+    test_kernels();
+    test_search_equals_enumeration();
+    test_threads_do_not_change_the_result();
     test_ties_of_interchangeable_variables();
     test_time_limit_and_interrupt();
     std::printf("all native solver tests passed (%s kernels)\n", fastprune::kernels().name);
