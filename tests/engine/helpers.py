@@ -1,0 +1,56 @@
+"""What several engine tests need: evaluators in small budgets, questions, environments of subprocesses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+
+import fastprune as fp
+
+
+def smallest_budget(make) -> int:
+    """A byte budget near the smallest with which make(cache_bytes) is accepted."""
+    budget = 100_000
+    while True:
+        try:
+            make(budget)
+            return budget
+        except fp.InputError as error:
+            short = re.search(r"cache_bytes is too small by (\d+) bytes", str(error))
+            if short is None:
+                raise
+            budget += max(int(short[1]), 1)  # a larger budget may be spent on larger tiles: ask again
+
+
+def make_tasks(vocab_size: int, shapes, seed: int = 0) -> fp.Tasks:
+    """Random questions: shapes are (prompt length, choice lengths) pairs."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt_length, choice_lengths in shapes:
+        prompt = rng.integers(0, vocab_size, prompt_length)
+        rows.append([(np.concatenate([prompt, rng.integers(0, vocab_size, n)]), prompt_length) for n in choice_lengths])
+    counts = [len(row) for row in rows]
+    return fp.Tasks(
+        batch=fp.TokenBatch.from_continuations(rows),
+        question=np.repeat(np.arange(len(counts)), counts),
+        answer=np.concatenate([[0], np.cumsum(counts)[:-1]]) + [rng.integers(n) for n in counts],
+        choice_bytes=np.array([3 * n for _, lengths in shapes for n in lengths]),
+    )
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Standard output of a fresh interpreter that can import what this one can."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
