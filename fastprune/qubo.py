@@ -185,7 +185,7 @@ def _solve_numpy(h, g, k: int, num_states: int, time_limit: float | None) -> Sub
         bound = _branch_and_bound(best, k, deadline)
     energies = np.array([energy for energy, _ in best.ranked])
     energies.flags.writeable = False
-    proven = bound > best.cutoff()
+    proven = bool(bound > best.cutoff())
     gap = 0.0 if proven else max(0.0, float(energies[-1] - bound))
     return SubsetSolution([subset for _, subset in best.ranked], energies, proven, gap)
 
@@ -287,7 +287,7 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
     points = np.full((1, size), k / size)
     lowers = np.full(1, -np.inf)
     while len(lowers):
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and np.isfinite(lowers).all():
             return float(lowers.min())
         rows = slice(max(0, len(lowers) - _BATCH), None)
         is_open, y, lower = opened[rows], points[rows], lowers[rows]
