@@ -150,8 +150,9 @@ class Evaluator:
         samples = np.asarray(samples)
         if samples.ndim != 1 or samples.dtype.kind not in "iu" or not samples.size:
             raise InputError("samples must be a list of sample indices that is not empty")
-        if samples.min() < 0 or samples.max() >= self.num_samples:
-            raise InputError(f"sample {samples.max()} is out of range; the samples are 0 to {self.num_samples - 1}")
+        wrong = samples[(samples < 0) | (samples >= self.num_samples)]
+        if len(wrong):
+            raise InputError(f"sample {wrong[0]} is out of range; the samples are 0 to {self.num_samples - 1}")
         return samples
 
 
