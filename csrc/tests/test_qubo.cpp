@@ -2,6 +2,7 @@
 #include "qubo.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -275,15 +276,23 @@ void test_exact_sum() {
     check(half.value() == 10000000000000002.0, "exact sum rounds half-way cases by the rest");
 }
 
+void run(const char* name, void (*test)()) {
+    const auto start = std::chrono::steady_clock::now();
+    test();
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    std::printf("%-45s %.2f s\n", name, elapsed.count());
+    std::fflush(stdout);
+}
+
 }  // namespace
 
 int main() {
-    test_exact_sum();
-    test_against_brute_force();
-    test_kernels();
-    test_search_equals_enumeration();
-    test_threads_do_not_change_the_result();
-    test_ties_of_interchangeable_variables();
-    test_time_limit_and_interrupt();
+    run("test_exact_sum", test_exact_sum);
+    run("test_against_brute_force", test_against_brute_force);
+    run("test_kernels", test_kernels);
+    run("test_search_equals_enumeration", test_search_equals_enumeration);
+    run("test_threads_do_not_change_the_result", test_threads_do_not_change_the_result);
+    run("test_ties_of_interchangeable_variables", test_ties_of_interchangeable_variables);
+    run("test_time_limit_and_interrupt", test_time_limit_and_interrupt);
     std::printf("all native solver tests passed (%s kernels)\n", fastprune::kernels().name);
 }
