@@ -88,6 +88,14 @@ class Evaluator:
         return self.objective.num_samples
 
     @cached_property
+    def sample_tokens(self) -> np.ndarray:
+        """Tokens of each sample's row, int64[S]: what scoring a mask on that sample reads."""
+        batch = self.objective.batch
+        pairs = np.unique(np.stack([self.objective.sample, batch.continuation_row]), axis=1)  # (sample, row), once each
+        tokens = np.bincount(pairs[0], batch.row_lengths[pairs[1]], minlength=self.num_samples)
+        return tokens.astype(np.int64)
+
+    @cached_property
     def unit_names(self) -> list[str]:
         return self.model.unit_names(self.granularity)
 
