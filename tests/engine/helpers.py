@@ -14,7 +14,7 @@ import fastprune as fp
 
 def smallest_budget(make) -> int:
     """A byte budget near the smallest with which make(cache_bytes) is accepted."""
-    budget = 100_000
+    budget = 1_000
     while True:
         try:
             make(budget)

@@ -129,7 +129,7 @@ def test_choices_in_a_tree_equal_choices_run_alone(hf, granularity):
     ev = fp.Evaluator(hf, fp.TaskMargin(tasks), granularity=granularity)
     masks = some_masks(ev.num_units, 20, seed=3)[:6]
     plan = make_plan(masks)
-    sums = ev._engine.run(plan)[plan.index]
+    sums = ev._engine.run(plan)[0][plan.index]
     for mask, found in zip(masks, sums, strict=True):
         expected = [nll.sum() for nll in reference_choice_nll(reference_model(hf, mask, granularity), questions)]
         np.testing.assert_allclose(found, expected, rtol=RELATIVE)

@@ -11,7 +11,7 @@ from helpers import make_tasks, run_python, smallest_budget
 import fastprune as fp
 
 LENGTHS = [23, 9, 17, 23, 16, 9, 21, 2]
-SHAPES = [(11, [1, 4, 7]), (5, [2, 2]), (13, [3, 1, 1, 6]), (9, [4, 5])]
+SHAPES = [(11, [1, 4, 7]), (5, [2, 2]), (13, [3, 1, 1, 6]), (12, [4, 7]), (9, [4, 5])]
 KINDS = ["text", "tasks", "kl"]
 
 
@@ -46,7 +46,8 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
     def make(cache_bytes):
         return fp.Evaluator(model, target, granularity=granularity, cache_bytes=cache_bytes)
 
-    for cache_bytes in (None, int(1.1 * smallest_budget(make))):
+    num_chunks = 0
+    for cache_bytes in (None, smallest_budget(make)):
         ev = make(cache_bytes)
         masks = some_masks(ev.num_units, 24, seed=7)
         together = ev.score(masks)
@@ -61,10 +62,13 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
         assert_same_bits(ev.score(masks[::-1]), together[::-1])
         assert_same_bits(ev.score(np.repeat(masks, 3, axis=0)), np.repeat(together, 3))
         assert_same_bits(ev.score(masks), together)  # warm
-        assert_same_bits(ev.score_samples(masks[shuffled]), ev.score_samples(masks)[shuffled])
+        samples = ev.score_samples(masks)
+        assert_same_bits(ev.score_samples(masks[shuffled]), samples[shuffled])
+        for some in ([1], [3, 0], list(range(ev.num_samples))[::-1]):
+            assert_same_bits(ev.score_samples(masks, samples=some), samples[:, some])
 
         order = np.random.default_rng(9).permutation(len(ev._engine.chunks))
-        assert cache_bytes is None or len(order) > num_chunks
+        assert len(order) > num_chunks  # the small budget cuts smaller chunks
         num_chunks = len(order)
         ev = make(cache_bytes)
         ev._engine.chunks = [ev._engine.chunks[i] for i in order]

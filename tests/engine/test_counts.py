@@ -1,0 +1,223 @@
+"""What a call costs: unit runs against an independent count, the head's tiles, and running out of memory."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from families import build, random_rows, some_masks
+from helpers import make_tasks, smallest_budget
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastprune as fp
+
+LENGTHS = [23, 9, 17, 23, 16, 9, 21]
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return build("llama")
+
+
+@pytest.fixture
+def model(hf):
+    return fp.Model(hf)  # a new one for each test: some spy on it
+
+
+@pytest.fixture(scope="module")
+def batch(hf):
+    return fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, LENGTHS))
+
+
+def count_prefixes(masks: np.ndarray) -> int:
+    """Distinct non-empty prefixes of the sequences of kept units."""
+    kept = [tuple(np.flatnonzero(mask)) for mask in masks]
+    return len({sequence[: i + 1] for sequence in kept for i in range(len(sequence))})
+
+
+def fields(num_units: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    singles = ~np.eye(num_units, dtype=bool)
+    pairs = np.array(
+        [[i not in pair for i in range(num_units)] for pair in itertools.combinations(range(num_units), 2)]
+    )
+    scattered = rng.random((40, num_units)) < 0.6
+    scattered[:, 0] |= ~scattered.any(axis=1)
+    return {
+        "singles": singles,
+        "pairs": pairs,
+        "random": scattered,
+        "one unit each": ~singles,
+        "prefixes of each other": np.tri(num_units, dtype=bool),
+        "duplicates": np.repeat(scattered[:7], 5, axis=0)[rng.permutation(35)],
+        "the dense model": np.ones((3, num_units), dtype=bool),
+        "nothing kept": np.zeros((2, num_units), dtype=bool),
+        "no masks": np.zeros((0, num_units), dtype=bool),
+    }
+
+
+def spy_on_runs(model, batch) -> list[Fraction]:
+    """Notes, for every call of Model.run, which share of the rows of the batch it ran."""
+    shares, run = [], model.run
+
+    def spy(unit, state, *args, **kwargs):
+        hidden = state if isinstance(state, torch.Tensor) else state.hidden
+        shares.append(Fraction(hidden.shape[0], batch.num_rows))
+        return run(unit, state, *args, **kwargs)
+
+    model.run = spy
+    return shares
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 1])
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+def test_layer_runs_are_distinct_prefixes(model, batch, granularity, cache_bytes):
+    def make(cache_bytes):
+        return fp.Evaluator(model, fp.Perplexity(batch), granularity=granularity, cache_bytes=cache_bytes)
+
+    cache_bytes = cache_bytes and smallest_budget(make)
+    ev = make(cache_bytes)
+    expected = dict.fromkeys(("masks", "layer_runs", "naive_layer_runs", "head_runs"), 0)
+    for name, masks in fields(ev.num_units).items():
+        shares = spy_on_runs(model, batch)
+        assert ev.score(masks).shape == (len(masks),)
+        del model.run
+        expected["masks"] += len(masks)
+        expected["layer_runs"] += count_prefixes(masks)
+        expected["naive_layer_runs"] += int(masks.sum())
+        expected["head_runs"] += len({mask.tobytes() for mask in masks})
+        assert {key: getattr(ev.stats, key) for key in expected} == expected, name
+        assert sum(shares) == count_prefixes(masks), name  # what was really run
+    assert ev.stats.seconds > 0
+
+
+def test_some_samples_cost_the_chunks_that_hold_them(model, batch):
+    def make(cache_bytes):
+        return fp.Evaluator(model, fp.Perplexity(batch), cache_bytes=cache_bytes)
+
+    ev = make(smallest_budget(make))
+    masks = some_masks(ev.num_units, 20, seed=3)
+    shares = spy_on_runs(model, batch)
+    ev.score_samples(masks, samples=[1])
+    assert 0 < sum(shares) < count_prefixes(masks)
+    assert ev.stats.layer_runs == pytest.approx(float(sum(shares)))
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operator returns, in elements and in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def memory_cases():
+    hf = build("llama", seed=1)
+    rows = random_rows(hf.config.vocab_size, [61, 57, 63, 40, 61, 33])
+    tasks = make_tasks(hf.config.vocab_size, [(31, [5, 9]), (27, [3, 3, 17])] * 2)
+    batch = fp.TokenBatch.from_ids(rows)
+    return hf, {"nll": fp.Perplexity(batch), "kl": fp.KLDivergence(batch), "tasks": fp.TaskMargin(tasks)}
+
+
+@pytest.mark.parametrize("kind", ["nll", "kl", "tasks"])
+def test_the_head_sees_a_tile_and_nothing_exceeds_the_budget(monkeypatch, kind):
+    hf, objectives = memory_cases()
+    model, target = fp.Model(hf), objectives[kind]
+
+    def make(cache_bytes):
+        return fp.Evaluator(model, target, cache_bytes=cache_bytes)
+
+    budget = smallest_budget(make)
+    ev = make(budget)
+    masks = some_masks(ev.num_units, 20, seed=4)
+    weights = {parameter.untyped_storage().nbytes() for parameter in hf.parameters()}
+    positions, original = [], model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: positions.append(len(hidden)) or original(hidden))
+    with Largest() as largest:
+        scores = ev.score(masks)
+    sources = len(np.unique(target.batch.target_source))
+    assert max(positions) < max(len(chunk.sources) for chunk in ev._engine.chunks) <= sources
+    masks_run = len({mask.tobytes() for mask in masks})
+    assert sum(positions) == sources * masks_run * (2 if kind == "kl" else 1)  # only positions that count
+    assert largest.bytes <= max(budget, *weights)
+    assert largest.bytes < sources * model.vocab_size * 4
+    assert 0 < ev.stats.peak_activation_bytes <= budget
+    np.testing.assert_allclose(scores, make(None).score(masks), rtol=1e-5, atol=1e-6)
+
+
+def test_a_larger_budget_runs_larger_chunks(model, batch):
+    def make(cache_bytes):
+        return fp.Evaluator(model, fp.Perplexity(batch), cache_bytes=cache_bytes)
+
+    least = smallest_budget(make)
+    counts = [len(make(least * factor)._engine.chunks) for factor in (1, 3, 100)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+
+
+def fail_above(model, monkeypatch, rows: int, error: Exception) -> list[int]:
+    """Makes every unit run on more than `rows` rows raise an error; the list fills with the rows of each run."""
+    seen, run = [], model.run
+
+    def limited(unit, state, *args, **kwargs):
+        seen.append(len(state))
+        if len(state) > rows:
+            raise error
+        return run(unit, state, *args, **kwargs)
+
+    monkeypatch.setattr(model, "run", limited)
+    return seen
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory: you tried to allocate"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("kind", ["nll", "kl"])
+def test_out_of_memory_makes_smaller_chunks(hf, model, monkeypatch, kind, error):
+    batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [19] * 9 + [8] * 3))
+    objective = fp.Perplexity(batch) if kind == "nll" else fp.KLDivergence(batch)
+    expected = fp.Evaluator(hf, objective)
+    masks = some_masks(expected.num_units, 20, seed=5)
+    expected = expected.score(masks)
+    ev = fp.Evaluator(model, objective)
+    seen = fail_above(model, monkeypatch, 2, error)
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        found = ev.score(masks)
+    assert max(seen) > 2
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert ev.stats.layer_runs == count_prefixes(masks)
+    seen.clear()
+    assert ev.score(masks).tobytes() == found.tobytes()  # the smaller chunks stay, so that the bits do
+    assert max(seen) <= 2
+
+
+def test_out_of_memory_with_single_rows_is_raised(model, batch, monkeypatch):
+    ev = fp.Evaluator(model, fp.Perplexity(batch))
+    fail_above(model, monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.warns(RuntimeWarning, match="out of memory"), pytest.raises(torch.OutOfMemoryError):
+        ev.score(np.ones(ev.num_units, dtype=bool))
+
+
+def test_other_errors_are_not_taken_for_memory(model, batch, monkeypatch):
+    ev = fp.Evaluator(model, fp.Perplexity(batch))
+    seen = fail_above(model, monkeypatch, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        ev.score(np.ones(ev.num_units, dtype=bool))
+    assert len(seen) == 1
