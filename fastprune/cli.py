@@ -81,6 +81,7 @@ def evaluator_options(command):
     for option in (
         click.option("--quiet", is_flag=True, help="No progress bars."),
         click.option("--granularity", default="block", show_default=True, help="block or sublayer."),
+        click.option("--store", help="File of finished scores; what is in it is not computed again."),
         click.option("--cache-gb", type=float, help="Activation budget in GiB; default 4 on a CPU, 16 on a GPU."),
         click.option("--backend", default="auto", show_default=True, help="auto or generic."),
         click.option("--sample-seed", default=0, show_default=True, help="Which windows of a text are drawn."),
@@ -156,7 +157,7 @@ def evaluates(command):
     @functools.wraps(command)
     def wrapped(
         model, device, dtype, trust_remote_code, objective, calibration, num_samples, seq_len, sample_seed,
-        backend, cache_gb, granularity, quiet, **own,
+        backend, store, cache_gb, granularity, quiet, **own,
     ):  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
         if cache_gb is not None and not cache_gb > 0:
@@ -171,6 +172,7 @@ def evaluates(command):
                 open_objective(objective, calibration, num_samples, seq_len, sample_seed, loaded),
                 backend,
                 None if cache_gb is None else int(cache_gb * 2**30),
+                store,
                 granularity=granularity,
                 progress=progress,
             )

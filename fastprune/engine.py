@@ -58,11 +58,8 @@ class Engine:
             self._footprint = measure_footprint(model, batch, granularity, self._measure_nothing, self._tile)
         self._cut(self._fit(budget_bytes, CHUNK_TOKENS[kind]))
 
-    def run(
-        self, plan: Plan, progress: Progress | None = None, wanted: np.ndarray | None = None
-    ) -> tuple[np.ndarray, float]:
-        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks, and the share
-        of the calibration set's rows that were run.
+    def run(self, plan: Plan, progress: Progress | None = None, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks.
 
         wanted: bool[C]; only chunks that hold such a continuation are run, whole, so that their numbers keep their
         bits; sums of the others are left at 0. progress(done, total) is told of unit runs. When memory runs out,
@@ -78,11 +75,18 @@ class Engine:
                 if not is_out_of_memory(error) or not self._halve():
                     raise
 
-    def _run(self, plan: Plan, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, float]:
+    def share(self, wanted: np.ndarray | None) -> float:
+        """The share of the rows that `run` runs for these continuations."""
+        return sum(len(self.chunks[number].rows) for number in self._numbers(wanted)) / self.batch.num_rows
+
+    def _numbers(self, wanted: np.ndarray | None) -> list[int]:
+        return [n for n, chunk in enumerate(self.chunks) if wanted is None or wanted[chunk.continuation].any()]
+
+    def _run(self, plan: Plan, progress: Progress, wanted: np.ndarray | None) -> np.ndarray:
         if self.measure == "kl" and not self._dense:
             self._dense = self._dense_states()
         sums = np.zeros((len(plan.masks), self.batch.num_continuations))
-        numbers = [n for n, chunk in enumerate(self.chunks) if wanted is None or wanted[chunk.continuation].any()]
+        numbers = self._numbers(wanted)
         done, total = 0, plan.layer_runs * len(numbers)
         for number in numbers:
             chunk = self.chunks[number]
@@ -95,7 +99,7 @@ class Engine:
                 done += units
                 progress(done, total)
             _add_up(pending, chunk, sums)
-        return sums, sum(len(self.chunks[number].rows) for number in numbers) / self.batch.num_rows
+        return sums
 
     def _walk(self, plan: Plan, chunk: Chunk) -> Iterator[tuple[int, torch.Tensor, int]]:
         """Run the plan's steps on one chunk; after each, yield (mask or -1, hidden [B, T, D], units run)."""
@@ -140,6 +144,24 @@ class Engine:
                 if mask >= 0:
                     states.append(hidden.flatten(0, 1)[chunk.sources])
         return states
+
+    def numerics(self) -> dict[str, object]:
+        """What the bits of a number depend on besides weights, data and mask: shapes, dtype, device, software."""
+        import transformers
+
+        device = self.model.device
+        cuda = device.type == "cuda"
+        return {
+            "chunks": [[len(chunk.rows), chunk.ids.shape[1]] for chunk in self.chunks],
+            "tile": self._tile,
+            "granularity": self.granularity,
+            "dtype": str(self.model.dtype),
+            "attention": getattr(self.model.config, "_attn_implementation", None),
+            "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+            "threads": None if cuda else torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
 
     # -- chunks and memory ---------------------------------------------------------------------------------------
 

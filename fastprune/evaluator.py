@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,8 @@ from .errors import InputError
 from .masks import as_masks
 from .models import Model
 from .objectives import Objective
-from .plan import make_plan
+from .plan import Plan, make_plan
+from .store import ScoreStore, mask_keys
 
 BACKENDS = ("auto", "generic")
 
@@ -23,20 +25,18 @@ BACKENDS = ("auto", "generic")
 class Stats:
     """What an evaluator's calls have cost so far.
 
-    masks: scores that were asked for. layer_runs: unit runs, counted over the whole calibration set (a run on half
-    of its rows counts one half); naive_layer_runs: those of one forward pass per mask that was asked. head_runs:
-    distinct masks whose loss was computed, counted likewise. cache_hits, store_hits: 0 in this version.
-    peak_activation_bytes: the most held at once. seconds: time spent scoring.
+    Runs are counted over the whole calibration set: one on half of its rows counts one half.
     """
 
-    masks: int = 0
-    layer_runs: float = 0
-    naive_layer_runs: float = 0
-    head_runs: float = 0
-    cache_hits: int = 0
-    store_hits: int = 0
-    peak_activation_bytes: int = 0
-    seconds: float = 0.0
+    masks: int = 0  # scores that were asked for
+    layer_runs: float = 0  # unit runs that were made
+    asked_layer_runs: float = 0  # distinct prefixes of each call: its unit runs, had no score been known before
+    naive_layer_runs: float = 0  # unit runs of one forward pass per mask that was asked for
+    head_runs: float = 0  # masks whose loss was computed
+    cache_hits: int = 0  # prefix states kept from earlier calls: none in this version
+    store_hits: int = 0  # masks whose score came from the store
+    peak_activation_bytes: int = 0  # the most that was held at once
+    seconds: float = 0.0  # spent scoring
 
 
 class Evaluator:
@@ -45,7 +45,8 @@ class Evaluator:
     model: what load_model returns, or a transformers model in memory. objective: Perplexity, TaskMargin,
     TaskAccuracy or KLDivergence. backend: "auto" or "generic"; `self.backend` says which one runs.
     cache_bytes: byte budget of the activations (4 GiB on a CPU, 16 GiB on a GPU by default); it decides how many
-    tokens run at once. granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
+    tokens run at once. store: file of finished scores (or a ScoreStore); what is in it is not computed again.
+    granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
     progress: called with (unit runs done, unit runs in all) while masks are scored.
 
     A mask's score does not depend, to the bit, on what else is scored in the same call or was before.
@@ -57,7 +58,7 @@ class Evaluator:
         objective: Objective,
         backend: str = "auto",
         cache_bytes: int | None = None,
-        store=None,
+        store: str | os.PathLike | ScoreStore | None = None,
         granularity: str = "block",
         progress: Progress | None = None,
     ):
@@ -69,14 +70,13 @@ class Evaluator:
             isinstance(cache_bytes, bool) or int(cache_bytes) != cache_bytes or cache_bytes < 1
         ):
             raise InputError(f"cache_bytes must be a positive number of bytes, not {cache_bytes!r}")
-        if store is not None:
-            raise InputError("store= (scores kept on disk) is not available in this version; pass None")
         self.model = model if isinstance(model, Model) else Model(model)
         self.objective = objective
         self.backend = "generic"
         self.granularity = granularity
         self.progress = progress
         self.stats = Stats()
+        self._store = store if isinstance(store, ScoreStore) or store is None else ScoreStore(store)
         self._engine = Engine(self.model, objective.batch, objective.measure, granularity, cache_bytes)
 
     @property
@@ -110,8 +110,19 @@ class Evaluator:
         A loss that is not finite is returned as it is. Raises InputError for masks of another shape or value, and
         for one that keeps nothing where the family cannot run without blocks.
         """
-        sums, index = self._sums(masks, None)
-        return self.objective.loss(sums)[index]
+        plan = self._plan(masks)
+        if self._store is None:
+            return self.objective.loss(self._run(plan))[plan.index]
+        keys = mask_keys(plan.masks)
+        known = self._store.get(self._context(), keys)
+        missing = plan.masks[[key not in known for key in keys]]
+        self.stats.store_hits += sum(keys[row] in known for row in plan.index.tolist())
+        if len(missing):
+            part = make_plan(missing)
+            losses = self.objective.loss(self._run(part))
+            self._store.put(self._context(), mask_keys(part.masks), losses)
+            known.update(zip(mask_keys(part.masks), losses.tolist()))
+        return np.array([known[key] for key in keys])[plan.index]
 
     def score_samples(self, masks, samples=None) -> np.ndarray:
         """The loss of each mask on each sample (row of text, or question), float64[N, S].
@@ -121,8 +132,9 @@ class Evaluator:
         """
         samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
         wanted = np.isin(self.objective.sample, samples)
-        sums, index = self._sums(masks, None if wanted.all() else wanted)
-        return self.objective.sample_losses(sums)[:, samples][index]
+        plan = self._plan(masks, self._engine.share(wanted))
+        sums = self._run(plan, wanted)
+        return self.objective.sample_losses(sums)[:, samples][plan.index]
 
     def similarity(self) -> np.ndarray:
         """float64[U + 1, U + 1]: mean over tokens of the cosine between the states before each unit of the dense
@@ -137,22 +149,38 @@ class Evaluator:
         """
         return probes.unit_gradients(self.model, self.objective, self.granularity)
 
-    def _sums(self, masks, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over continuations of the distinct masks, [M, C], and the row of each asked mask in them, [N]."""
-        started = time.perf_counter()
+    def _plan(self, masks, share: float = 1) -> Plan:
+        """Check masks, plan them, and note what was asked for, of a share of the calibration set."""
         masks = as_masks(masks, self.num_units)
         if not masks.any(axis=1).all() and not self.model.runs_without_blocks:
             raise InputError(f"a mask keeps nothing, and the family {self.model.family!r} cannot run without blocks")
         plan = make_plan(masks)
-        sums, share = self._engine.run(plan, self.progress, wanted)
-        stats = self.stats
-        stats.masks += len(masks)
-        stats.layer_runs += _whole(plan.layer_runs * share)
-        stats.naive_layer_runs += _whole(plan.naive_layer_runs * share)
-        stats.head_runs += _whole(len(plan.masks) * share)
-        stats.peak_activation_bytes = self._engine.peak_activation_bytes
-        stats.seconds += time.perf_counter() - started
-        return sums, plan.index
+        self.stats.masks += len(masks)
+        self.stats.asked_layer_runs += _whole(plan.layer_runs * share)
+        self.stats.naive_layer_runs += _whole(plan.naive_layer_runs * share)
+        return plan
+
+    def _run(self, plan: Plan, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Sums over continuations of the plan's distinct masks, [M, C]; notes what it cost."""
+        started = time.perf_counter()
+        sums, share = self._engine.run(plan, self.progress, wanted), self._engine.share(wanted)
+        self.stats.layer_runs += _whole(plan.layer_runs * share)
+        self.stats.head_runs += _whole(len(plan.masks) * share)
+        self.stats.peak_activation_bytes = self._engine.peak_activation_bytes
+        self.stats.seconds += time.perf_counter() - started
+        return sums
+
+    def _context(self) -> str:
+        """The store's key for everything that determines a score besides the mask."""
+        objective = self.objective
+        return self._store.context(
+            {
+                **self._engine.numerics(),
+                "weights": self.model.weights_hash,
+                "objective": objective.name,
+                "calibration": objective.content_hash,
+            }
+        )
 
     def _check_samples(self, samples) -> np.ndarray:
         samples = np.asarray(samples)

@@ -9,8 +9,10 @@ shallow copies that share every weight; the model itself is never changed.
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -140,6 +142,18 @@ class Model:
         finally:
             for module in training:
                 module.training = True
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 over the config and every tensor of the model; reads all weights once."""
+        config = self.config.to_diff_dict()
+        for name in ("_name_or_path", "transformers_version"):  # where it lies and who wrote it
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in self.hf.state_dict().items():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @cached_property
     def runs_without_blocks(self) -> bool:
