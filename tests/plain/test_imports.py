@@ -1,0 +1,150 @@
+"""Imports run one way, and a bare import stays light. Read from the import statements, nothing is executed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastprune
+import fastprune_kernels
+
+PACKAGE = Path(fastprune.__file__).parent
+KERNELS = Path(fastprune_kernels.__file__).parent
+
+# layer 0 imports nothing of the package; a module may import from its own layer and from those before it
+LAYERS = [
+    {"errors"},
+    {"records", "qubo"},
+    {"masks"},
+    {"calibration", "models", "plan", "memory", "cache", "chunks"},
+    {"footprint"},
+    {"objectives"},
+    {"engine", "probes", "store"},
+    {"evaluator"},
+    {"search"},
+    {"study", "report", "checkpoint", "export", "integrations"},
+    {"cli", "__main__"},
+]
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+FREE = {"__init__", "demo"}  # the package's face imports everything, the demo's data and training script nothing
+
+
+def modules(package: Path) -> list[Path]:
+    return sorted(package.rglob("*.py"))
+
+
+def imports(path: Path, package: Path) -> list[tuple[str, str]]:
+    """(dotted module, imported name or '') of every import statement in a file, relative ones resolved."""
+    inside = (package.name, *path.relative_to(package).with_suffix("").parts)
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(inside[: len(inside) - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found += [(module, alias.name) for alias in node.names]
+    return found
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def own_parts(path: Path) -> set[str]:
+    """First-level modules of fastprune that a file imports."""
+    parts = set()
+    for module, name in imports(path, PACKAGE):
+        names = module.split(".")
+        if names[0] == "fastprune" and path.name != "__init__.py" and names == ["fastprune"]:
+            parts.add(name)
+        elif names[0] == "fastprune" and len(names) > 1:
+            parts.add(names[1])
+    return parts
+
+
+@pytest.mark.parametrize("path", modules(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_run_one_way(path):
+    part = part_of(path)
+    if part in FREE:
+        return
+    assert part in LAYER_OF, f"{path}: give the new module {part!r} its place in the layers"
+    for other in own_parts(path) - {part, "_native"}:
+        if other == "demo":
+            assert part in ("models", "cli"), f"{path} imports the demo"
+        elif other not in ("__version__", ""):
+            assert other in LAYER_OF, f"{path} imports {other!r}, which has no place in the layers"
+            assert LAYER_OF[other] <= LAYER_OF[part], f"{path} imports {other!r}: the arrow runs back"
+
+
+def test_layers_have_no_cycles():
+    """Within a layer, too, no two modules import each other, however indirectly."""
+    graph: dict[str, set[str]] = {}
+    for path in modules(PACKAGE):
+        if part_of(path) not in FREE:
+            graph.setdefault(part_of(path), set()).update(own_parts(path) & set(LAYER_OF) - {part_of(path)})
+
+    def reachable(part: str) -> set[str]:
+        found, pending = set(), list(graph.get(part, ()))
+        while pending:
+            following = pending.pop()
+            if following not in found:
+                found.add(following)
+                pending += graph.get(following, ())
+        return found
+
+    assert not [part for part in graph if part in reachable(part)]
+
+
+def test_search_knows_the_evaluator_only():
+    known = {"evaluator", "masks", "errors", "records", "search", "qubo"}
+    for path in modules(PACKAGE / "search"):
+        assert own_parts(path) <= known, path
+        for module, name in imports(path, PACKAGE):
+            if module == "fastprune.evaluator":
+                assert name in {"Evaluator", "Stats"}, path
+            assert module.split(".")[0] not in {"torch", "transformers", "fastprune_kernels"}, path
+        source = ast.parse(path.read_text(encoding="utf-8"))
+        private = [node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute) and is_private(node)]
+        assert not private, f"{path} reaches into {private}"
+
+
+def is_private(node: ast.Attribute) -> bool:
+    """Whether an attribute such as evaluator._engine is another object's own."""
+    owner = node.value.id if isinstance(node.value, ast.Name) else ""
+    return node.attr.startswith("_") and not node.attr.startswith("__") and owner not in ("self", "cls")
+
+
+@pytest.mark.parametrize("path", modules(KERNELS), ids=lambda path: str(path.relative_to(KERNELS)))
+def test_kernels_never_import_fastprune(path):
+    assert not [module for module, _ in imports(path, KERNELS) if module.split(".")[0] == "fastprune"]
+
+
+def test_plans_and_masks_are_free_of_torch():
+    for name in ("plan", "masks", "objectives", "calibration", "errors"):
+        found = {module.split(".")[0] for module, _ in imports(PACKAGE / f"{name}.py", PACKAGE)}
+        assert not found & {"torch", "transformers"}, name
+
+
+def run(code: str) -> str:
+    path = ":".join([str(PACKAGE.parent), str(KERNELS.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_bare_import_is_light():
+    heavy = ("torch", "transformers", "numpy", "safetensors", "triton", "matplotlib", "rich")
+    assert run(f"import sys, fastprune; print([name for name in {heavy} if name in sys.modules])").strip() == "[]"
+
+
+def test_public_names():
+    names = run("import fastprune; print(*[n for n in fastprune.__all__ if getattr(fastprune, n) is None])")
+    assert names.strip() == ""
+    assert set(fastprune.__all__) <= set(dir(fastprune))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fastprune.nothing
