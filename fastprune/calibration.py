@@ -266,7 +266,10 @@ def _encode_choice(tokenizer, prompt: str, choice: str, place: str) -> tuple[np.
 
 def _read_documents(path: Path) -> list[str]:
     if path.suffix == ".txt":
-        documents = [path.read_text(encoding="utf-8")]
+        try:
+            documents = [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not a text file in UTF-8") from None
     else:
         documents = []
         for number, row in read_jsonl(path):
