@@ -1,0 +1,176 @@
+"""Objectives reduce sums over continuations to losses; checked against plain loops over samples."""
+
+import numpy as np
+import pytest
+
+import fastprune as fp
+from fastprune.objectives import OBJECTIVES
+
+LENGTHS = [5, 2, 9, 3]
+SHAPES = [(3, [1, 4, 2]), (2, [2, 2]), (4, [3, 1, 1, 5])]
+
+
+def make_batch() -> fp.TokenBatch:
+    rng = np.random.default_rng(0)
+    return fp.TokenBatch.from_ids([rng.integers(0, 50, length) for length in LENGTHS])
+
+
+def make_tasks(answers=(1, 0, 3)) -> fp.Tasks:
+    rng = np.random.default_rng(1)
+    rows = []
+    for prompt_length, choices in SHAPES:
+        prompt = rng.integers(0, 50, prompt_length)
+        rows.append([(np.concatenate([prompt, rng.integers(0, 50, n)]), prompt_length) for n in choices])
+    counts = [len(choices) for _, choices in SHAPES]
+    return fp.Tasks(
+        batch=fp.TokenBatch.from_continuations(rows),
+        question=np.repeat(np.arange(3), counts),
+        answer=np.concatenate([[0], np.cumsum(counts)[:-1]]) + answers,
+        choice_bytes=np.array([4, 9, 2, 1, 7, 3, 3, 5, 8]),
+    )
+
+
+def nll(num_continuations: int) -> np.ndarray:
+    return np.random.default_rng(2).gamma(3, size=(40, num_continuations))
+
+
+def by_question(tasks: fp.Tasks, per_choice: np.ndarray):
+    """(per-choice values of one question, index of the right one) for each question."""
+    for q, answer in enumerate(tasks.answer):
+        places = np.flatnonzero(tasks.question == q)
+        yield per_choice[places], places.tolist().index(answer)
+
+
+def test_perplexity_averages_over_targets_not_over_rows():
+    objective = fp.Perplexity(make_batch())
+    sums = nll(4)
+    targets = np.array(LENGTHS) - 1
+    np.testing.assert_allclose(objective.sample_losses(sums), sums / targets, rtol=1e-14)
+    np.testing.assert_allclose(objective.loss(sums), sums.sum(1) / targets.sum(), rtol=1e-14)
+    assert not np.allclose(objective.loss(sums), (sums / targets).mean(1))
+
+
+@pytest.mark.parametrize("normalization", ["mean", "sum"])
+def test_margin(normalization):
+    tasks = make_tasks()
+    objective = fp.TaskMargin(tasks, normalization=normalization)
+    sums = nll(9)
+    expected = np.zeros((40, 3))
+    for i, row in enumerate(sums):
+        ll = -row / (tasks.batch.target_counts if normalization == "mean" else 1)
+        for q, (values, right) in enumerate(by_question(tasks, ll)):
+            expected[i, q] = -(values[right] - np.delete(values, right).mean())
+    np.testing.assert_allclose(objective.sample_losses(sums), expected, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(objective.loss(sums), expected.mean(1), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("normalization", ["mean", "sum", "bytes"])
+def test_accuracy(normalization):
+    tasks = make_tasks()
+    objective = fp.TaskAccuracy(tasks, normalization=normalization)
+    sums = nll(9)
+    lengths = {"mean": tasks.batch.target_counts, "sum": 1, "bytes": tasks.choice_bytes}[normalization]
+    expected = np.array(
+        [[float(values.argmin() != right) for values, right in by_question(tasks, row / lengths)] for row in sums]
+    )
+    assert 0 < expected.mean() < 1
+    assert np.array_equal(objective.sample_losses(sums), expected)
+    np.testing.assert_allclose(objective.loss(sums), expected.mean(1), rtol=1e-14)
+
+
+def test_ties_go_to_the_lower_index():
+    sums = np.ones((1, 9))
+    for answers in ((0, 0, 0), (1, 0, 2)):
+        objective = fp.TaskAccuracy(make_tasks(answers))
+        assert objective.sample_losses(sums)[0].tolist() == [float(a != 0) for a in answers]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(value):
+    """A sample with a broken likelihood has no loss; the other samples keep theirs."""
+    tasks, batch = make_tasks(), make_batch()
+    for objective in (fp.Perplexity(batch), fp.TaskMargin(tasks), fp.TaskAccuracy(tasks), fp.KLDivergence(batch)):
+        sums = nll(len(objective.sample))
+        clean = objective.sample_losses(sums)
+        sums[3, 2] = value
+        found = objective.sample_losses(sums)
+        sample = objective.sample[2]
+        assert not np.isfinite(found[3, sample])
+        assert not np.isfinite(objective.loss(sums)[3])
+        found[3, sample] = clean[3, sample]
+        assert np.array_equal(found, clean)
+        assert np.isfinite(np.delete(objective.loss(sums), 3)).all()
+
+
+def test_a_loss_does_not_depend_on_the_other_masks():
+    tasks, batch = make_tasks(), make_batch()
+    for objective in (fp.Perplexity(batch), fp.TaskMargin(tasks), fp.TaskAccuracy(tasks), fp.KLDivergence(tasks)):
+        sums = nll(len(objective.sample))
+        whole = objective.loss(sums)
+        for i in range(len(sums)):
+            assert objective.loss(sums[i : i + 1]).tobytes() == whole[i : i + 1].tobytes()
+        assert objective.loss(sums[:0]).shape == (0,)
+        assert objective.sample_losses(sums[:0]).shape == (0, objective.num_samples)
+
+
+def test_the_loss_is_the_weighted_sum_of_the_samples():
+    tasks, batch = make_tasks(), make_batch()
+    for objective in (fp.Perplexity(batch), fp.TaskMargin(tasks), fp.TaskAccuracy(tasks), fp.KLDivergence(batch)):
+        sums = nll(len(objective.sample))
+        np.testing.assert_allclose(
+            objective.loss(sums), objective.sample_losses(sums) @ objective.sample_weight, rtol=1e-12
+        )
+        assert objective.sample_weight.sum() == pytest.approx(1)
+        assert len(objective.sample_weight) == objective.num_samples
+
+
+def test_kl_counts_each_predicting_position_once():
+    tasks = make_tasks()
+    objective = fp.KLDivergence(tasks)
+    sources = objective.batch.target_source
+    assert sources.tolist() == sorted(set(tasks.batch.target_source.tolist()))
+    assert objective.num_samples == tasks.num_questions
+    rows = np.searchsorted(tasks.batch.row_starts, sources, side="right") - 1
+    assert objective.batch.target_continuation.tolist() == rows.tolist()
+    sums = nll(3)
+    counts = np.bincount(rows)
+    np.testing.assert_allclose(objective.loss(sums), sums.sum(1) / counts.sum(), rtol=1e-14)
+
+
+def test_names_and_hashes_tell_objectives_apart():
+    tasks, batch = make_tasks(), make_batch()
+    objectives = [
+        fp.Perplexity(batch),
+        fp.KLDivergence(batch),
+        fp.KLDivergence(tasks),
+        fp.TaskMargin(tasks),
+        fp.TaskMargin(tasks, normalization="sum"),
+        fp.TaskAccuracy(tasks),
+        fp.TaskAccuracy(tasks, normalization="bytes"),
+        fp.TaskAccuracy(tasks, normalization="mean"),
+        fp.TaskMargin(make_tasks((0, 1, 2))),
+    ]
+    keys = {(objective.name, objective.content_hash) for objective in objectives}
+    assert len(keys) == len(objectives)
+    again = fp.TaskMargin(make_tasks())
+    assert (again.name, again.content_hash) in keys
+    assert {objective.name for objective in objectives} == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("make", "culprit"),
+    [
+        (lambda: fp.Perplexity([[1, 2, 3]]), "Perplexity takes a TokenBatch.* not list"),
+        (lambda: fp.Perplexity(make_tasks()), "Perplexity takes a TokenBatch.* not Tasks"),
+        (lambda: fp.Perplexity(make_tasks().batch), "plain text"),
+        (lambda: fp.KLDivergence(None), "KLDivergence takes a TokenBatch"),
+        (lambda: fp.TaskMargin(make_batch()), "TaskMargin takes Tasks.* not TokenBatch"),
+        (lambda: fp.TaskAccuracy("tasks.jsonl"), "TaskAccuracy takes Tasks.* not str"),
+        (lambda: fp.TaskMargin(make_tasks(), normalization="bytes"), "'bytes'"),
+        (lambda: fp.TaskAccuracy(make_tasks(), normalization="acc"), "'acc'"),
+    ],
+)
+def test_refused(make, culprit):
+    with pytest.raises(fp.InputError, match=culprit) as caught:
+        make()
+    assert "\n" not in str(caught.value)
