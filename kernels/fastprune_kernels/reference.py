@@ -1,4 +1,7 @@
-"""The definition of each operator, in plain torch. Slow is fine; every faster version is tested against this."""
+"""The definition of each operator, in plain torch. Slow is fine; every faster version is tested against this.
+
+Each computes in the dtype it is given, so that float64 gives the truth.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,141 @@ def token_kl(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     log_p = torch.log_softmax(_at_least_float32(dense), dim=-1)
     log_q = torch.log_softmax(_at_least_float32(masked), dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+def add_rms_norm(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    branch: torch.Tensor | None = None,
+    source: torch.Tensor | None = None,
+    unit_offset: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, norm(x)), x_m = states[source_m] + branch_m, norm(x) = x / sqrt(mean(x^2) + eps) * weight.
+
+    states [N, D], branch [M, D], source int[M] (None: all rows). unit_offset: the scale is 1 + weight (Gemma).
+    """
+    x = states if source is None else states[source]
+    if branch is not None:
+        x = x + branch
+    return x, rms_norm(x, weight, eps, unit_offset)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False) -> torch.Tensor:
+    """Over the last dimension, in at least float32 but for the scale, which multiplies in x's dtype (Gemma's does not)."""
+    wide = _at_least_float32(x)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if unit_offset:
+        return (wide * (1 + _at_least_float32(weight))).to(x.dtype)
+    return wide.to(x.dtype) * weight
+
+
+def rotary(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+) -> torch.Tensor:
+    """qkv with its q and k heads rotated: columns i and R + i of a head, i < R, by the angle of cos and sin [N, R].
+
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: each token's row of the tables.
+    q_weight, k_weight [Dh]: RMSNorm of each head before the rotation. Columns from 2R on are not rotated.
+    """
+    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps, unit_offset), rms_norm(k, k_weight, eps, unit_offset)
+    half = cos.shape[1]
+    cos, sin = (table[position].to(qkv.dtype)[:, None] for table in (cos, sin))  # [T, 1, R]
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+    return torch.cat([rotate(q), rotate(k), v], dim=1).flatten(1)
+
+
+def gated_mlp(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """act(gate) * up from [T, 2F], gate first. activation: "silu", "gelu" (by erf) or "gelu_tanh"."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    functional = torch.nn.functional
+    if activation == "silu":
+        return functional.silu(gate) * up
+    return functional.gelu(gate, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation]) * up
+
+
+def tree_mask(
+    row_starts: torch.Tensor, branch: torch.Tensor, position: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
+    """bool[T, T], True where query t sees key s: s is in t's row, not after it, in the trunk (branch 0) or t's branch.
+
+    row_starts int[R + 1]: where each row of packed tokens begins; branch, position int[T]: branch in the row, position
+    in its own sequence. window: only keys less than that many positions away.
+    """
+    steps = torch.arange(len(branch), device=branch.device)
+    row = torch.searchsorted(row_starts.to(steps)[1:], steps, right=True)
+    seen = (row[:, None] == row) & (steps[:, None] >= steps) & ((branch == 0) | (branch[:, None] == branch))
+    if window is not None:
+        seen &= position[:, None] - position < window
+    return seen
+
+
+def tree_attention(
+    qkv: torch.Tensor,
+    seen: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the keys that are seen, bool[T, T]. Returns [T, num_heads * Dh].
+
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]; num_heads / num_kv_heads query heads share a key head. scale: 1 /
+    sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores / cap) before the mask.
+    """
+    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1)).transpose(0, 1)  # [H, T, Dh]
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads])
+    k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    weights = torch.softmax(_at_least_float32(scores), dim=-1).to(qkv.dtype)
+    return (weights @ v).transpose(0, 1).flatten(1)
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None) -> torch.Tensor:
+    """hidden [P, D] @ weight [V, D]^T, then cap * tanh(logits / cap) where there is a cap."""
+    logits = hidden @ weight.T
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
+def linear_nll(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, soft_cap: float | None = None
+) -> torch.Tensor:
+    """Negative log-likelihood of target int[P] or [P, K] under the head's logits; 0 where the target is -1."""
+    logits = head_logits(hidden, weight, soft_cap)
+    row = torch.arange(len(target), device=target.device).reshape(-1, *[1] * (target.dim() - 1)).expand_as(target)
+    nll = token_nll(logits, row.flatten(), target.clamp(min=0).flatten().long()).view_as(target)
+    return nll.masked_fill(target < 0, 0)
+
+
+def linear_kl(
+    dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
+) -> torch.Tensor:
+    """KL(p || q) [P], p from the head's logits of the dense hidden states [P, D], q from those of the masked ones."""
+    return token_kl(head_logits(dense, weight, soft_cap), head_logits(masked, weight, soft_cap))
+
+
+def segment_sums(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Sums of values[starts_c : starts_c+1], float64[C]."""
+    bounds = starts.tolist()
+    return torch.stack([values[a:b].double().sum() for a, b in zip(bounds, bounds[1:])])
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,190 @@
+"""What every launcher shares: argument checks, and block sizes, one default configuration per architecture.
+
+A configuration is picked by kernel, variant (element size, head size, row size) and architecture. To tune, pass
+`config=Config(...)` to a launcher: the defaults are never searched for at run time, so that a result does not depend
+on what a timing gave.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from triton import knobs, next_power_of_2
+
+INTERPRETED = bool(knobs.runtime.interpret)  # read once: kernels become interpreted functions as they are defined
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes by name, warps per program, depth of the software pipeline."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, num_warps: int, num_stages: int, **blocks: int) -> Config:
+        return cls(tuple(blocks.items()), num_warps, num_stages)
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.blocks)[name]
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def __str__(self) -> str:
+        blocks = " ".join(f"{name}={value}" for name, value in self.blocks)
+        return f"{blocks} warps={self.num_warps} stages={self.num_stages}"
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture whose configurations serve a device. Raises ValueError where there is none."""
+    if INTERPRETED:
+        return "interpreter"
+    if device.type != "cuda":
+        raise ValueError(f"kernels run on CUDA or ROCm tensors, not on {device.type} (or with TRITON_INTERPRET=1)")
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if name != "gfx942":
+            raise ValueError(f"no kernel configuration for {name}; gfx942 has one")
+        return name
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise ValueError(f"no kernel configuration for compute capability {major}.{minor}; 8.0 is the least")
+    # sm_80's fit the 99 KB of shared memory of 8.6, 8.9 and 12.x too
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager:
+    """Makes the tensor's device the current one: Triton launches there."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_tensor(name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes, device: torch.device) -> None:
+    """shape: None stands for any size. Raises ValueError for a wrong shape, dtype, device or layout."""
+    fits = x.dim() == len(shape) and all(want is None or have == want for have, want in zip(x.shape, shape))
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    check(fits, f"{name} must have shape [{wanted}], not {list(x.shape)}")
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    check(x.dtype in dtypes, f"{name} must be {names}, not {str(x.dtype).removeprefix('torch.')}")
+    check(x.device == device, f"{name} must be on {device}, not on {x.device}")
+    check(x.is_contiguous(), f"{name} must be contiguous")
+
+
+def check_output(
+    name: str, out: torch.Tensor | None, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The given output, checked, or a new one."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    check_tensor(name, out, shape, dtype, device)
+    return out
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# One program a row, the whole row in registers: 16 bytes a thread and load.
+MAX_ROW = 32768
+
+
+def norm_config(size: int) -> Config:
+    """Of add_rms_norm, by row size: the same on every architecture."""
+    block = max(16, next_power_of_2(size))
+    return Config.of(min(max(block // 512, 1), 16), 1, BLOCK_D=block)
+
+
+def rotary_config() -> Config:
+    """Of rotary: BLOCK_R (token, head) pairs a program. The same on every architecture."""
+    return Config.of(4, 1, BLOCK_R=4 if INTERPRETED else 16)
+
+
+def gated_mlp_config() -> Config:
+    """Of gated_mlp. The same on every architecture."""
+    return Config.of(4, 1, BLOCK_F=32 if INTERPRETED else 1024)
+
+
+def _matrix(p: int, v: int, d: int, warps: int, stages: int, split: int = 1024) -> Config:
+    return Config.of(warps, stages, BLOCK_P=p, BLOCK_V=v, BLOCK_D=d, SPLIT_V=split, GROUP_P=16)
+
+
+# by element size in bytes; SPLIT_V must not follow the number of rows, or a row's bits would
+LINEAR_NLL = {
+    2: {
+        "sm_80": _matrix(128, 128, 32, 8, 4),
+        "sm_90": _matrix(128, 256, 64, 8, 3),
+        "sm_100": _matrix(128, 256, 64, 8, 3),
+        "gfx942": _matrix(128, 128, 32, 8, 2),
+    },
+    4: {
+        "sm_80": _matrix(64, 64, 16, 8, 3),
+        "sm_90": _matrix(64, 64, 16, 8, 3),
+        "sm_100": _matrix(64, 64, 16, 8, 3),
+        "gfx942": _matrix(64, 64, 16, 8, 2),
+    },
+}
+LINEAR_KL = {
+    2: {
+        "sm_80": _matrix(64, 128, 32, 8, 3),
+        "sm_90": _matrix(128, 128, 64, 8, 3),
+        "sm_100": _matrix(128, 128, 64, 8, 3),
+        "gfx942": _matrix(64, 128, 32, 8, 2),
+    },
+    4: {
+        "sm_80": _matrix(64, 64, 16, 8, 3),
+        "sm_90": _matrix(64, 64, 16, 8, 3),
+        "sm_100": _matrix(64, 64, 16, 8, 3),
+        "gfx942": _matrix(64, 64, 16, 8, 2),
+    },
+}
+_INTERPRETED_MATRIX = _matrix(32, 32, 32, 1, 1, split=64)
+
+
+def linear_nll_config(arch: str, itemsize: int) -> Config:
+    return _INTERPRETED_MATRIX if arch == "interpreter" else LINEAR_NLL[itemsize][arch]
+
+
+def linear_kl_config(arch: str, itemsize: int) -> Config:
+    return _INTERPRETED_MATRIX if arch == "interpreter" else LINEAR_KL[itemsize][arch]
+
+
+def _attention(m: int, n: int, warps: int, stages: int) -> Config:
+    return Config.of(warps, stages, BLOCK_M=m, BLOCK_N=n)
+
+
+# by element size in bytes, then the greatest head size that they serve
+TREE_ATTENTION = {
+    2: {
+        "sm_80": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 2), 256: _attention(64, 32, 8, 2)},
+        "sm_90": {64: _attention(128, 128, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 64, 8, 2)},
+        "sm_100": {64: _attention(128, 128, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 64, 8, 2)},
+        "gfx942": {64: _attention(128, 64, 8, 1), 128: _attention(128, 64, 8, 1), 256: _attention(64, 32, 8, 1)},
+    },
+    4: {
+        "sm_80": {64: _attention(64, 32, 8, 1), 128: _attention(32, 32, 8, 1), 256: _attention(32, 16, 8, 1)},
+        "sm_90": {64: _attention(64, 32, 8, 1), 128: _attention(32, 32, 8, 1), 256: _attention(32, 16, 8, 1)},
+        "sm_100": {64: _attention(64, 32, 8, 1), 128: _attention(32, 32, 8, 1), 256: _attention(32, 16, 8, 1)},
+        "gfx942": {64: _attention(64, 32, 8, 1), 128: _attention(32, 32, 8, 1), 256: _attention(32, 16, 8, 1)},
+    },
+}
+MAX_HEAD = 256
+
+
+def tree_attention_config(arch: str, itemsize: int, head_dim: int) -> Config:
+    if arch == "interpreter":
+        return _attention(16, 16, 1, 1)
+    by_head = TREE_ATTENTION[itemsize][arch]
+    return by_head[min(size for size in by_head if size >= head_dim)]

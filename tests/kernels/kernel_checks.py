@@ -1,0 +1,49 @@
+"""What the tests of kernels share: the device, outputs full of NaN, and the error that a kernel is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from fastprune_kernels.launch import INTERPRETED
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype)
+
+
+def integers(*shape: int, high: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An output as a kernel finds it in a test: what it does not write shows."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
+def double(*tensors: torch.Tensor | None):
+    """Floating tensors in float64, for the truth; anything else as it is."""
+    wide = [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+    return wide[0] if len(wide) == 1 else wide
+
+
+def assert_as_exact(result: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> None:
+    """The greatest error of `result` is at most that of `same`, torch's own result in the same dtype, plus one rounding.
+
+    One rounding: half a unit in the last place of the output's dtype at the greatest magnitude of the truth.
+    """
+    assert result.shape == truth.shape
+    assert torch.isfinite(result).all()
+    rounding = torch.finfo(result.dtype).eps / 2 * truth.abs().max().item()
+    error, allowed = (_error(x, truth) for x in (result, same))
+    assert error <= allowed + rounding, f"error {error:.3g}, torch's {allowed:.3g}, one rounding {rounding:.3g}"
+
+
+def _error(x: torch.Tensor, truth: torch.Tensor) -> float:
+    return (x.double() - truth).abs().max().item()
