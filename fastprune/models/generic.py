@@ -250,10 +250,10 @@ class Model:
                 versions = [tensor._version for tensor in inputs]
                 after = halves.mlp(middle, arguments[block])
                 nothing = halves.neither(state, arguments[block])
+                pairs = ((after, whole), (nothing, state))
+                same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
             except (TypeError, ValueError, AttributeError):  # this family's modules return something else
                 return False
-            pairs = ((after, whole), (nothing, state))
-            same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
             if not same or versions != [tensor._version for tensor in inputs]:
                 return False
             state = after
