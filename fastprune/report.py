@@ -1,14 +1,15 @@
-"""Search results as tables and figures."""
+"""Search results as tables, and a study as one page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 
 from rich.table import Table
 
-from .search import SearchResult
+from . import figures
 
 FULL, EMPTY = "■", "·"
 
@@ -28,68 +29,80 @@ def format_loss(loss: float) -> str:
     return f"{loss:.5f}" if math.isfinite(loss) else f"{loss} (not finite)"
 
 
-def results_table(results: Sequence[SearchResult], title: str) -> Table:
-    """One row per search: algorithm, removed units, loss, masks, layer runs against naive layer runs, seconds."""
+def results_table(title: str, rows: Iterable[tuple]) -> Table:
+    """A table of searches; rows (algorithm, removed, loss, masks, layer runs, naive layer runs, seconds)."""
     table = Table(title=title, title_justify="left")
     table.add_column("algorithm")
     table.add_column("removed")
     for name in ("loss", "masks", "layer runs", "naive", "saved", "seconds"):
         table.add_column(name, justify="right")
-    for r in results:
-        saved = f"{r.naive_layer_runs / r.layer_runs:.1f}x" if r.layer_runs else "-"
-        row = (
-            format_loss(r.loss),
-            r.evaluations,
-            f"{r.layer_runs:.0f}",
-            f"{r.naive_layer_runs:.0f}",
-            saved,
-            f"{r.seconds:.1f}",
-        )
-        table.add_row(r.algorithm, format_removed(r.removed), *map(str, row))
+    for algorithm, removed, loss, masks, layer_runs, naive, seconds in rows:
+        saved = f"{naive / layer_runs:.1f}x" if layer_runs else "-"
+        runs = (f"{layer_runs:.0f}", f"{naive:.0f}")
+        table.add_row(algorithm, format_removed(removed), format_loss(loss), str(masks), *runs, saved, f"{seconds:.1f}")
     return table
 
 
-def pattern_text(results: Sequence[SearchResult]) -> str:
-    """The pattern figure in characters: a line per search, a column per unit, a full cell where removed."""
-    width = max(len(_label(r)) for r in results)
+def pattern_text(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int) -> str:
+    """The pattern figure in characters: a line per (objective, algorithm, removed), a full cell where removed."""
+    names = [f"{objective}  {algorithm}" for objective, algorithm, _ in rows]
+    width = max(map(len, names))
     return "\n".join(
-        f"{_label(r):>{width}}  " + " ".join(EMPTY if kept else FULL for kept in r.mask.tolist()) for r in results
+        f"{name:>{width}}  " + " ".join(FULL if unit in removed else EMPTY for unit in range(num_units))
+        for name, (_, _, removed) in zip(names, rows)
     )
 
 
-def pattern_figure(results: Sequence[SearchResult], path: Path, title: str) -> None:
-    """Draw which units each search removes as a PNG: a row per search, a column per unit, a cell filled where removed.
+def write_report(study: Mapping, path: Path) -> None:
+    """One self-contained page of a study: figures and sortable tables, readable without this repository."""
+    from jinja2 import Environment, PackageLoader
 
-    Searches of one objective stand together and share a colour. Needs the extra `plots`.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.patches import Rectangle
-
-    objectives = list(dict.fromkeys(r.objective for r in results))
-    results = sorted(results, key=lambda r: objectives.index(r.objective))
-    num_units = len(results[0].mask)
-    figure, axes = pyplot.subplots(figsize=(1.8 + 0.34 * num_units, 1.1 + 0.34 * len(results)), layout="constrained")
-    for y, r in enumerate(results):
-        colour = f"C{objectives.index(r.objective)}"
-        for x, kept in enumerate(r.mask.tolist()):
-            face = "#f2f2f2" if kept else colour
-            axes.add_patch(
-                Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, facecolor=face, edgecolor="#d0d0d0", linewidth=0.5)
-            )
-    for y in range(1, len(results)):
-        if results[y].objective != results[y - 1].objective:
-            axes.axhline(y - 0.5, color="#707070", linewidth=0.8)
-    axes.set(xlim=(-0.6, num_units - 0.4), ylim=(len(results) - 0.4, -0.6), xlabel="unit", title=title)
-    axes.set_xticks(range(num_units))
-    axes.set_yticks(range(len(results)), [_label(r) for r in results])
-    axes.tick_params(length=0, labelsize=8)
-    axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    environment = Environment(loader=PackageLoader("fastprune", "templates"), autoescape=True)
+    environment.filters.update(removed=format_removed, loss=format_loss)
+    page = environment.get_template("report.html").render(study=study, figures=_figures(study), groups=_groups(study))
+    path.write_text(page, encoding="utf-8")
 
 
-def _label(result: SearchResult) -> str:
-    return f"{result.objective} {result.algorithm}"
+def _groups(study: Mapping) -> list[tuple[str, int]]:
+    """(model, budget) of a study, in order."""
+    return list(dict.fromkeys((cell["model"], cell["num_remove"]) for cell in study["cells"]))
+
+
+def _group_name(study: Mapping, model: str, num_remove: int) -> str:
+    units = f"{num_remove} of {study['num_units'][model]} removed"
+    return f"{model}, {units}" if len(study["num_units"]) > 1 else units
+
+
+def _figures(study: Mapping) -> dict[str, list[str]]:
+    """The figures of a study as SVG: patterns, ranks, spreads, similarity."""
+    cells = study["cells"]
+    labels = list(dict.fromkeys(cell["objective"] for cell in cells))
+    found: dict[str, list[str]] = {"patterns": [], "ranks": [], "spreads": [], "similarity": []}
+    for model, num_remove in _groups(study):
+        group = [cell for cell in cells if (cell["model"], cell["num_remove"]) == (model, num_remove)]
+        rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in group]
+        title = _group_name(study, model, num_remove)
+        found["patterns"].append(figures.as_svg(figures.pattern_figure(rows, study["num_units"][model], title)))
+    for chosen_by, judged_by in permutations(labels, 2):
+        panels = []
+        for entry in study["spearman"]:
+            if (entry["chosen_by"], entry["judged_by"]) == (chosen_by, judged_by):
+                losses = {
+                    cell["algorithm"]: (cell["losses"][chosen_by], cell["losses"][judged_by])
+                    for cell in cells
+                    if (cell["model"], cell["num_remove"], cell["objective"])
+                    == (entry["model"], entry["num_remove"], chosen_by)
+                }
+                panels.append((_group_name(study, entry["model"], entry["num_remove"]), losses, entry["rho"]))
+        if panels:
+            found["ranks"].append(figures.as_svg(figures.rank_figure(panels, chosen_by, judged_by)))
+    for judged_by in labels:
+        strips: dict[str, dict[str, list[float]]] = {}
+        for cell in cells:
+            group = strips.setdefault(_group_name(study, cell["model"], cell["num_remove"]), {})
+            group.setdefault(cell["objective"], []).append(cell["losses"][judged_by])
+        found["spreads"].append(figures.as_svg(figures.spread_figure(strips, judged_by)))
+    for model, entry in study["similarity"].items():
+        title = f"{model}: RLS {entry['rls']:.3f}, {len(set(entry['clusters']))} clusters"
+        found["similarity"].append(figures.as_svg(figures.similarity_figure(entry["matrix"], entry["clusters"], title)))
+    return found

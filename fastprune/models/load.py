@@ -37,11 +37,11 @@ def load_model(
         if device is not None or dtype is not None:
             raise InputError("device and dtype belong to a model that is loaded; move a model in memory yourself")
         return Model(source, tokenizer)
-    if str(source) == "demo":
+    name, folder = str(source), Path(source)
+    if name == "demo":
         from ..demo import MODEL_DIR
 
-        source = MODEL_DIR
-    name, folder = str(source), Path(source)
+        folder = MODEL_DIR
     if folder.is_dir():
         check_folder(folder)
         source = folder

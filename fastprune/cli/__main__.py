@@ -1,0 +1,5 @@
+"""python -m fastprune.cli"""
+
+from . import main
+
+main()

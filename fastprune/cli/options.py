@@ -1,0 +1,154 @@
+"""Options that several commands share, and how they become models, objectives and evaluators."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import InputError, nearest
+
+out = Console()
+err = Console(stderr=True)
+
+
+def _group(*options: Callable) -> Callable:
+    """One decorator for several click options, listed in help in the order given."""
+
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
+    if gigabytes is None:
+        return None
+    if not gigabytes > 0:
+        raise InputError(f"--cache-gb must be above 0, not {gigabytes}")
+    return int(gigabytes * 2**30)
+
+
+model_settings = _group(
+    click.option("--device", help="Such as cpu or cuda:0; default: a GPU where there is one."),
+    click.option("--dtype", help="float32, bfloat16, float16 or float64; default: the checkpoint's own."),
+    click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
+)
+
+model_options = _group(click.argument("model"), model_settings)
+
+evaluator_settings = _group(
+    click.option("--num-samples", type=int, help="Text samples (default 64) or questions (default all)."),
+    click.option("--seq-len", type=int, help="Tokens of a text sample; default 2048, or what the model can take."),
+    click.option("--sample-seed", default=0, show_default=True, help="Which windows of a text are drawn."),
+    click.option("--granularity", default="block", show_default=True, help="block or sublayer."),
+    click.option("--backend", default="auto", show_default=True, help="auto or generic."),
+    click.option(
+        "--cache-gb",
+        "cache_bytes",
+        type=float,
+        callback=_to_bytes,
+        help="Activation budget in GiB; default 4 on a CPU, 16 on a GPU.",
+    ),
+    click.option("--quiet", is_flag=True, help="No progress bars."),
+)
+
+_objective_options = _group(
+    click.option("--objective", default="perplexity", show_default=True, help="perplexity, margin, accuracy or kl."),
+    click.option("--calibration", help="Text or questions to score on; the demo model has its own."),
+    click.option("--store", help="File of finished scores; what is in it is not computed again."),
+)
+
+
+def evaluates(command):
+    """Give a command the shared options, and as its first argument a function that makes the evaluator from them."""
+
+    @model_options
+    @_objective_options
+    @evaluator_settings
+    @functools.wraps(command)
+    def wrapped(
+        model, device, dtype, trust_remote_code, objective, calibration, store, num_samples, seq_len, sample_seed,
+        granularity, backend, cache_bytes, quiet, **own,
+    ):  # fmt: skip
+        calibration = check_calibration(model, objective, calibration)
+
+        def make(progress):
+            from ..evaluator import Evaluator
+
+            opened = open_model(model, device, dtype, trust_remote_code)
+            on_data = open_objective(objective, calibration, num_samples, seq_len, sample_seed, opened)
+            return Evaluator(opened, on_data, backend, cache_bytes, store, granularity, progress)
+
+        with progress_bar(quiet) as progress:
+            return command(functools.partial(make, progress), **own)
+
+    return wrapped
+
+
+def open_model(model: str, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False):
+    from transformers.utils import logging
+
+    from ..models import load_model
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return load_model(model, device, dtype, trust_remote_code=trust_remote_code)
+
+
+def check_calibration(model: str, objective: str, calibration: str | None) -> str:
+    """The calibration file, before the model is loaded; the demo model's own where none is given."""
+    from .. import demo
+    from ..objectives import OBJECTIVES
+
+    if objective not in OBJECTIVES:
+        raise InputError(f"--objective: unknown objective {objective!r}; {nearest(objective, OBJECTIVES)}")
+    if calibration is None and model == "demo":
+        return str(demo.QUESTIONS if objective in ("margin", "accuracy") else demo.TEXT)
+    if calibration is None:
+        raise InputError("--calibration: name a file of text or questions to score on")
+    if not Path(calibration).is_file():
+        raise InputError(f"--calibration: {calibration}: no such file")
+    return calibration
+
+
+def open_objective(name: str, calibration: str, num_samples: int | None, seq_len: int | None, seed: int, model):
+    """The objective on its calibration file. Text gets the defaults of the field: 64 samples of 2048 tokens."""
+    from .. import demo
+    from ..calibration import load_tasks, load_text
+    from ..objectives import OBJECTIVES
+
+    objective = OBJECTIVES[name]
+    if name in ("margin", "accuracy"):
+        return objective(load_tasks(calibration, model.tokenizer, limit=num_samples))
+    if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
+        is_demo = Path(calibration).parent == demo.TEXT.parent
+        seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
+    return objective(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
+
+
+def split_option(text: str) -> tuple[str, str]:
+    """NAME=VALUE as its two parts."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--option takes NAME=VALUE, such as beam_width=5, not {text!r}")
+    return name.strip().replace("-", "_"), value.strip()
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator:
+    """A callback (done, total) that moves a bar on stderr, from the first call of a run to its last."""
+    if quiet or not err.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("unit runs", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,216 @@
+"""study and demo: many searches, compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from ..errors import InputError, nearest
+from .options import (
+    check_calibration,
+    err,
+    evaluator_settings,
+    model_settings,
+    open_model,
+    open_objective,
+    out,
+    progress_bar,
+    split_option,
+)
+
+STUDIED = ("one_shot", "greedy", "beam", "genetic", "bayesian", "cbo", "fast_block_select")
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--algorithms", default=",".join(STUDIED), show_default=True, help="Names, or all.")
+@click.option(
+    "--objective",
+    "objectives",
+    multiple=True,
+    help="perplexity, margin, accuracy or kl, as NAME=FILE or, to use one several times, LABEL:NAME=FILE. "
+    "The demo model has files of its own.",
+)
+@click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
+@click.option("--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", "out_dir", required=True, help="The study's folder; the same study continues there.")
+@model_settings
+@evaluator_settings
+def study(
+    models, algorithms, objectives, num_remove, options, seed, out_dir, device, dtype, trust_remote_code,
+    num_samples, seq_len, sample_seed, granularity, backend, cache_bytes, quiet,
+) -> None:  # fmt: skip
+    """Compare search algorithms on MODELs: every algorithm, objective and budget over one store of scores.
+
+    Writes study.json and report.html. Interrupted, it continues where it stopped.
+    """
+    from ..report import write_report
+    from ..search import ALGORITHMS, check_algorithm
+    from ..study import run_study
+
+    names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
+    given = _options_by_algorithm(options)
+    for name in {*names, *given}:
+        check_algorithm(name, given.get(name, {}))
+    budgets = _parse_budgets(num_remove)
+    makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed)
+    opened = [open_model(model, device, dtype, trust_remote_code) for model in models]
+    with progress_bar(quiet) as progress:
+        found = run_study(
+            opened,
+            makers,
+            names,
+            budgets,
+            out_dir,
+            options=given,
+            seed=seed,
+            notify=(lambda message: None) if quiet else _say,
+            backend=backend,
+            cache_bytes=cache_bytes,
+            granularity=granularity,
+            progress=progress,
+        )
+    _print_cells(found)
+    write_report(found, Path(out_dir) / "report.html")
+    out.print(f"written: {out_dir}/report.html and study.json", highlight=False)
+
+
+@click.command()
+@click.option("--num-remove", default=3, show_default=True, help="Blocks to remove.")
+@click.option("--out", "out_dir", default="fastprune-demo", show_default=True, help="Folder for report and figure.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+def demo(num_remove, out_dir, quiet) -> None:
+    """Search the embedded model under two objectives with the study's seven algorithms. No downloads."""
+    from .. import figures
+    from ..report import pattern_text, write_report
+    from ..study import run_study
+
+    model = open_model("demo")
+    out.print(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
+    makers = _objective_makers(["demo"], ("perplexity", "margin"), None, None, 0)
+    with progress_bar(quiet) as progress:
+        say = (lambda message: None) if quiet else _say
+        found = run_study([model], makers, STUDIED, [num_remove], out_dir, notify=say, progress=progress)
+    _print_cells(found)
+    out.print("\nRemoved blocks (filled), by objective and algorithm:\n")
+    rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in found["cells"]]
+    out.print(pattern_text(rows, model.num_blocks), highlight=False)
+    _print_held_out(model, rows, quiet)
+    title = f"Demo model: {num_remove} of {model.num_blocks} blocks removed"
+    figures.save(figures.pattern_figure(rows, model.num_blocks, title), Path(out_dir) / "pattern.png")
+    write_report(found, Path(out_dir) / "report.html")
+    out.print(f"\nwritten: {out_dir}/report.html, pattern.png and study.json", highlight=False)
+
+
+def _print_cells(found: Mapping) -> None:
+    from ..report import format_loss, results_table
+
+    groups: dict[tuple, list[dict]] = {}
+    for cell in found["cells"]:
+        groups.setdefault((cell["model"], cell["objective"], cell["num_remove"]), []).append(cell)
+    for (model, objective, num_remove), cells in groups.items():
+        dense = format_loss(found["dense"][model][objective])
+        rows = [
+            (
+                c["algorithm"],
+                c["removed"],
+                c["loss"],
+                c["masks"],
+                c["asked_layer_runs"],
+                c["naive_layer_runs"],
+                c["seconds"],
+            )
+            for c in cells
+        ]
+        out.print(results_table(f"{Path(model).name}, {objective} (dense {dense}), {num_remove} removed", rows))
+    made, asked = (sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs"))
+    out.print(f"Searches share their scores: {made:.0f} layer runs were made where they take {asked:.0f} alone.")
+
+
+def _print_held_out(model, rows: Sequence[tuple], quiet: bool) -> None:
+    """What the removals cost on data that no search has seen."""
+    from .. import demo as data
+    from ..evaluator import Evaluator
+    from ..masks import from_removed
+    from ..report import format_removed
+
+    distinct = list(dict.fromkeys([(), *(tuple(removed) for _, _, removed in rows)]))
+    columns = []
+    for name, file in (("perplexity", data.TEXT_HELDOUT), ("accuracy", data.QUESTIONS_HELDOUT)):
+        objective = open_objective(name, str(file), None, None, 0, model)
+        with progress_bar(quiet) as progress:
+            losses = Evaluator(model, objective, progress=progress).score(from_removed(distinct, model.num_blocks))
+        columns.append(losses.tolist())
+    table = Table(title="\nOn held-out text and questions", title_justify="left")
+    table.add_column("removed")
+    table.add_column("chosen by")
+    table.add_column("perplexity", justify="right")
+    table.add_column("accuracy", justify="right")
+    for removed, nll, wrong in zip(distinct, *columns):
+        by: dict[str, list[str]] = {}
+        for objective, algorithm, units in rows:
+            if tuple(units) == removed:
+                by.setdefault(objective, []).append(algorithm)
+        who = "; ".join(f"{objective}: {', '.join(algorithms)}" for objective, algorithms in by.items())
+        table.add_row(format_removed(removed), who or "(dense)", f"{math.exp(nll):.2f}", f"{1 - wrong:.1%}")
+    out.print(table)
+
+
+def _objective_makers(
+    models: Sequence[str], objectives: Sequence[str], num_samples, seq_len, seed
+) -> dict[str, Callable]:
+    """By label, functions from a model to its objective; every name and file is checked now."""
+    if not objectives:
+        objectives = ("perplexity", "margin")
+    makers: dict[str, Callable] = {}
+    for text in objectives:
+        head, _, file = text.partition("=")
+        label, colon, name = head.partition(":")
+        name = name if colon else label
+        if label in makers:
+            raise InputError(f"--objective: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
+        if not label.replace("-", "").replace("_", "").isalnum():
+            raise InputError(f"--objective: a label is made of letters, digits, - and _, not {label!r}")
+        files = {check_calibration(model, name, file or None) for model in models}
+        if len(files) > 1:
+            raise InputError(f"--objective {text}: name a file, as NAME=FILE")
+        makers[label] = _maker(name, files.pop(), num_samples, seq_len, seed)
+    return makers
+
+
+def _maker(name: str, file: str, num_samples, seq_len, seed) -> Callable:
+    return lambda model: open_objective(name, file, num_samples, seq_len, seed, model)
+
+
+def _options_by_algorithm(options: Sequence[str]) -> dict[str, dict[str, str]]:
+    from ..search import ALGORITHMS
+
+    found: dict[str, dict[str, str]] = {}
+    for text in options:
+        name, value = split_option(text)
+        algorithm, dot, option = name.partition(".")
+        if not dot:
+            raise InputError(f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {text!r}")
+        if algorithm not in ALGORITHMS:
+            raise InputError(f"--option: unknown algorithm {algorithm!r}; {nearest(algorithm, ALGORITHMS)}")
+        found.setdefault(algorithm, {})[option] = value
+    return found
+
+
+def _parse_budgets(text: str) -> list[int]:
+    try:
+        budgets = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--num-remove takes integers separated by commas, such as 7,9, not {text!r}") from None
+    if len(set(budgets)) < len(budgets) or min(budgets) < 0:
+        raise InputError(f"--num-remove: budgets must be distinct and at least 0, not {text!r}")
+    return budgets
+
+
+def _say(message: str) -> None:
+    err.print(message, style="dim", highlight=False)
