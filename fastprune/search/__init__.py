@@ -1,7 +1,12 @@
 """Search algorithms: one file per family, one registry. They know only the evaluator's public methods."""
 
-from . import beam, one_shot  # noqa: F401 (importing a family registers its algorithms)
-from .registry import ALGORITHMS, check_algorithm
+# Importing a family registers its algorithms, in the order in which they are listed.
+# isort: off
+from . import one_shot  # noqa: F401
+from . import beam  # noqa: F401
+
+# isort: on
+from .registry import ALGORITHMS, check_algorithm, describe_algorithms
 from .run import Search, SearchResult, run_search
 
-__all__ = ["ALGORITHMS", "Search", "SearchResult", "check_algorithm", "run_search"]
+__all__ = ["ALGORITHMS", "Search", "SearchResult", "check_algorithm", "describe_algorithms", "run_search"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import InputError
-from .registry import algorithm
+from .registry import algorithm, check_at_least
 from .run import Search
 
 
@@ -11,7 +10,10 @@ from .run import Search
 def greedy(search: Search) -> None:
     """k rounds; each removes the unit whose additional removal gives the lowest loss.
 
-    Source: SLEB (arXiv 2402.09025). Cost: U + (U - 1) + ... masks, k terms. Equal to beam with width 1.
+    Equal to beam with width 1.
+
+    Source: SLEB (arXiv 2402.09025).
+    Cost: U + (U - 1) + ... + (U - k + 1).
     """
     beam(search, beam_width=1)
 
@@ -20,10 +22,12 @@ def greedy(search: Search) -> None:
 def beam(search: Search, beam_width: int = 5) -> None:
     """k rounds; each extends every kept subset by every unit, merges equal subsets, keeps the beam_width lowest.
 
-    Source: the study (arXiv 2604.24938). Cost: at most beam_width * U masks a round.
+    Source: the study (arXiv 2604.24938).
+    Cost: U + at most beam_width ((U - 1) + ... + (U - k + 1)).
+    Options:
+        beam_width: subsets kept after each round.
     """
-    if beam_width < 1:
-        raise InputError(f"option beam_width of beam must be at least 1, not {beam_width}")
+    check_at_least("beam", 1, beam_width=beam_width)
     kept = [()]
     if search.num_remove == 0:
         search.score(kept)

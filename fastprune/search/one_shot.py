@@ -10,7 +10,8 @@ from .run import Search
 def one_shot(search: Search) -> None:
     """Remove the k units whose removal alone hurts least: the k lowest d_i = loss({i}).
 
-    Source: Shortened LLaMA (arXiv 2402.02834). Cost: U + 1 masks.
+    Source: Shortened LLaMA (arXiv 2402.02834).
+    Cost: U + 1.
     """
     singles = search.score([(unit,) for unit in search.candidates])
     order = singles.argsort(kind="stable")[: search.num_remove]
