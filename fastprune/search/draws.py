@@ -1,0 +1,48 @@
+"""Random subsets: distinct ones, and swaps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection
+
+import numpy as np
+
+from .run import Removed, Search
+
+PATIENCE = 100  # draws in a row without a new subset after which there is taken to be none
+
+
+def distinct(draw: Callable[[], Removed], count: int, known: Collection[Removed] = ()) -> list[Removed]:
+    """`count` different subsets that are not known, in the order drawn; fewer when drawing finds nothing new."""
+    found: dict[Removed, None] = {}
+    misses = 0
+    while len(found) < count and misses < PATIENCE:
+        subset = draw()
+        misses = misses + 1 if subset in found or subset in known else 0
+        if not misses:
+            found[subset] = None
+    return list(found)
+
+
+def uniform(search: Search, count: int) -> list[Removed]:
+    """`count` different subsets of the full budget, uniform; all of them where there are not more."""
+    candidates, k = search.candidates, search.num_remove
+    total = math.comb(len(candidates), k)
+    if total <= 10 * count:  # few enough to list, and drawing would often repeat itself
+        every = list(itertools.combinations(candidates, k))
+        return [every[i] for i in search.rng.permutation(total)[:count]]
+    return distinct(lambda: as_removed(search.rng.choice(candidates, k, replace=False)), count)
+
+
+def swapped(search: Search, subset: Removed, swaps: int) -> Removed:
+    """The subset with `swaps` of its units exchanged for as many that it keeps, uniform; at most all that there are."""
+    kept = [unit for unit in search.candidates if unit not in subset]
+    swaps = min(swaps, len(subset), len(kept))
+    out = search.rng.choice(len(subset), swaps, replace=False)
+    into = search.rng.choice(len(kept), swaps, replace=False)
+    return as_removed([*np.delete(subset, out), *(kept[i] for i in into)])
+
+
+def as_removed(units) -> Removed:
+    return tuple(sorted(int(unit) for unit in units))

@@ -1,0 +1,69 @@
+"""Subsets that are known beforehand: all of them, a random sample, all windows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from ..errors import InputError
+from . import draws
+from .registry import algorithm, check_at_least
+from .run import Removed, Search
+
+AT_ONCE = 1 << 16  # masks of one call: prefixes are shared within it, and its bookkeeping stays small
+
+
+@algorithm
+def contiguous(search: Search) -> None:
+    """Score every window of k adjacent units.
+
+    A window that touches a protected unit is not a candidate. Where protection leaves no window at all, neighbours
+    among the units that may go count as adjacent, so that a window steps over what is protected.
+
+    Source: the shape of subset of Gromov et al. (arXiv 2403.17887), chosen by the loss itself.
+    Cost: U - k + 1.
+    """
+    search.score(windows(search.candidates, search.num_remove))
+
+
+@algorithm
+def exhaustive(search: Search, max_masks: int = 100_000) -> None:
+    """Score every subset of k units: the optimum, and proof of it.
+
+    Source: the definition of the problem.
+    Cost: C(U, k).
+    Options:
+        max_masks: refuse to score more subsets than this.
+    """
+    check_at_least("exhaustive", 1, max_masks=max_masks)
+    total = math.comb(len(search.candidates), search.num_remove)
+    if total > max_masks:
+        raise InputError(
+            f"exhaustive would score C({len(search.candidates)}, {search.num_remove}) = {total} subsets, "
+            f"above its option max_masks={max_masks}"
+        )
+    subsets = itertools.combinations(search.candidates, search.num_remove)  # in order: prefixes lie together
+    while part := list(itertools.islice(subsets, AT_ONCE)):
+        search.score(part)
+
+
+@algorithm(name="random")
+def random_subsets(search: Search, num_masks: int = 100) -> None:
+    """Score num_masks different subsets of k units, drawn uniformly; all of them where there are not more.
+
+    Source: the baseline of every comparison.
+    Cost: num_masks.
+    Options:
+        num_masks: subsets to draw.
+    """
+    check_at_least("random", 1, num_masks=num_masks)
+    search.score(draws.uniform(search, num_masks))
+
+
+def windows(candidates: list[int], k: int) -> list[Removed]:
+    """All windows of k adjacent units among the candidates, by start; of k neighbours in `candidates` if none is."""
+    neighbours = [tuple(candidates[i : i + k]) for i in range(len(candidates) - k + 1)]
+    if k == 0:
+        return [()]
+    adjacent = [window for window in neighbours if window[-1] - window[0] == k - 1]
+    return adjacent or neighbours
