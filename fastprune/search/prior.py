@@ -1,0 +1,76 @@
+"""What the loss of removing each unit alone says about subsets: the prior of genetic, bayesian and surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from .draws import as_removed
+from .run import Removed, Search
+
+UNLIKELY = 50.0  # in log weight, below the least likely of the rest: drawn when nothing else is left
+
+
+class Prior:
+    """Weights w_i = softmax(-z_i), z the standardised d_i = loss({i}) of the candidates.
+
+    A unit whose loss is not finite is drawn last, and counts in sums as the worst of the others. Asks for the
+    candidates' losses, one batch.
+    """
+
+    def __init__(self, search: Search):
+        self.search = search
+        self.singles = search.score([(unit,) for unit in search.candidates])  # [candidates], +inf where not finite
+        finite = np.isfinite(self.singles)
+        single = penalised(self.singles)
+        spread = single[finite].std() if finite.any() else 0.0
+        z = (single - single[finite].mean()) / spread if spread > 0 else np.zeros(len(single))
+        log_weight = np.where(finite, -z, -z.max(initial=0.0) - UNLIKELY)
+        self._log_weight = dict(zip(search.candidates, log_weight.tolist()))
+        self._single = dict(zip(search.candidates, single.tolist()))
+
+    def draw(self, units: Iterable[int], count: int) -> list[int]:
+        """`count` of the units by w, one after the other without replacement."""
+        units = list(units)
+        # the largest of log w + Gumbel noise are draws without replacement
+        keys = np.array([self._log_weight[unit] for unit in units]) + self.search.rng.gumbel(size=len(units))
+        return [units[i] for i in np.argsort(-keys, kind="stable")[:count]]
+
+    def subset(self) -> Removed:
+        """A subset of the full budget, drawn by w."""
+        return as_removed(self.draw(self.search.candidates, self.search.num_remove))
+
+    def one_shot(self) -> Removed:
+        """The full budget of units with the lowest d_i; ties go to the lowest index."""
+        order = np.argsort(self.singles, kind="stable")[: self.search.num_remove]
+        return as_removed(self.search.candidates[i] for i in order)
+
+    def sums(self, subsets: Iterable[Removed]) -> np.ndarray:
+        """The sum of d_i over each subset, float64[N]."""
+        return np.array([sum(self._single[unit] for unit in subset) for subset in subsets])
+
+
+class LinearMean:
+    """A prior mean of the loss, linear in sum d_i: fitted by least squares to subsets whose losses are known."""
+
+    def __init__(self, prior: Prior, subsets: list[Removed], losses: np.ndarray):
+        self._prior = prior
+        sums = prior.sums(subsets)
+        spread = sums - sums.mean()
+        self._slope = float(spread @ losses / (spread @ spread)) if np.ptp(sums) > 0 else 0.0
+        self._offset = float(losses.mean() - self._slope * sums.mean())
+
+    def __call__(self, subsets: list[Removed]) -> np.ndarray:
+        return self._offset + self._slope * self._prior.sums(subsets)
+
+    @property
+    def slope(self) -> float:
+        return self._slope
+
+
+def penalised(losses: np.ndarray) -> np.ndarray:
+    """Losses with those that are not finite set to the worst of the others (0 where there are none): models of the
+    loss stay away from them, and their arithmetic stays finite."""
+    finite = np.isfinite(losses)
+    return np.where(finite, losses, losses[finite].max(initial=-np.inf) if finite.any() else 0.0)
