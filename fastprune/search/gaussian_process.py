@@ -1,0 +1,64 @@
+"""A Gaussian process on masks, with scikit-learn; imported by `bayesian` when it runs."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from scipy.special import ndtr
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import (
+    ConstantKernel,
+    Hyperparameter,
+    Kernel,
+    NormalizedKernelMixin,
+    StationaryKernelMixin,
+    WhiteKernel,
+)
+
+
+class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
+    """exp(-hamming(x, y) / l) for binary vectors x, y."""
+
+    def __init__(self, length_scale: float = 1.0, length_scale_bounds=(0.1, 1000.0)):
+        self.length_scale = length_scale
+        self.length_scale_bounds = length_scale_bounds
+
+    @property
+    def hyperparameter_length_scale(self) -> Hyperparameter:
+        return Hyperparameter("length_scale", "numeric", self.length_scale_bounds)
+
+    def __call__(self, X, Y=None, eval_gradient: bool = False):
+        Y = X if Y is None else Y
+        hamming = X @ (1 - Y).T + (1 - X) @ Y.T
+        kernel = np.exp(-hamming / self.length_scale)
+        if eval_gradient:  # by log l, as scikit-learn asks
+            return kernel, (kernel * hamming / self.length_scale)[:, :, None]
+        return kernel
+
+
+class MaskProcess:
+    """The posterior of a loss over masks: kernel s^2 exp(-hamming / l) + noise, s, l and the noise by marginal
+    likelihood, found from where the fit before left them."""
+
+    def __init__(self):
+        self._kernel = ConstantKernel(1.0, (1e-3, 1e3)) * HammingKernel(4.0) + WhiteKernel(1e-2, (1e-6, 1.0))
+
+    def fit(self, masks: np.ndarray, residuals: np.ndarray) -> None:
+        """masks float64[N, U] of 0 and 1; residuals float64[N], the losses less their prior mean."""
+        self._scale = residuals.std() or 1.0
+        self._process = GaussianProcessRegressor(self._kernel, alpha=0.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a bound is a fair answer, as for losses without noise
+            self._process.fit(masks, residuals / self._scale)
+        self._kernel = self._process.kernel_
+
+    def expected_improvement(self, masks: np.ndarray, margins: np.ndarray) -> np.ndarray:
+        """E[max(0, margin - f)], float64[N], f the posterior residual; margins: the best loss less the prior mean."""
+        mean, deviation = self._process.predict(masks, return_std=True)
+        # predict adds the noise of an observation, which is none of the function's own uncertainty
+        deviation = np.sqrt(np.maximum(deviation**2 - self._kernel.k2.noise_level, 1e-18))
+        gain = margins / self._scale - mean
+        z = gain / deviation
+        return self._scale * (gain * ndtr(z) + deviation * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi))
