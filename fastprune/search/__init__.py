@@ -6,6 +6,7 @@ from . import one_shot  # noqa: F401
 from . import beam  # noqa: F401
 from . import evolution  # noqa: F401
 from . import bayesian  # noqa: F401
+from . import quadratic  # noqa: F401
 from . import fast_block_select  # noqa: F401
 from . import similarity  # noqa: F401
 from . import enumeration  # noqa: F401
