@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "convexify.hpp"
 #include "enumerate.hpp"
 #include "local_search.hpp"
 
@@ -246,52 +247,66 @@ Subset rounded(const Problem& problem, const Subtree& subtree) {
     return s;
 }
 
-// Gives the subtree a relaxation fitted to its open variables: alternates between the solution y of the
-// relaxation and the diagonal that is best for y, averaged over the rounds.
+// The subtree with the relaxation of that diagonal, solved from y (one entry per open variable).
+Subtree relaxed(const SearchContext& context, const Subtree& subtree, const std::vector<double>& diagonal,
+                const std::vector<double>& y) {
+    Subtree result{make_relaxation(context.problem, subtree.in, subtree.open, diagonal), subtree.in,
+                   subtree.open, y, -kInf};
+    result.y.resize(static_cast<std::size_t>(result.relaxation->stride()), 0.0);
+    DepthFirst probe(context, result);
+    result.lower = probe.converge_root().lower;
+    std::copy(probe.root_y(), probe.root_y() + y.size(), result.y.begin());
+    return result;
+}
+
+// Gives the subtree a relaxation fitted to its open variables. The bound is concave in the diagonal, with
+// slope y - y^2 at the relaxation's solution y. Each round takes the best diagonal for the mean slope so far,
+// and the best point on the way there.
 void refit(const SearchContext& context, Subtree& subtree, int rounds) {
-    std::vector<double> average;
-    std::vector<double> diagonal;
-    std::vector<double> y;
-    const int q = context.problem.k() - subtree.in.size();
-    const int m = subtree.open.size();
-    const double mean = static_cast<double>(q) / m;
+    const auto m = static_cast<std::size_t>(subtree.open.size());
+    const double mean = static_cast<double>(context.problem.k() - subtree.in.size()) / static_cast<double>(m);
+    std::vector<double> y(m, mean);
+    std::vector<double> diagonal(m, 0.0);
     if (subtree.relaxation) {
-        const Relaxation& old = *subtree.relaxation;
-        DepthFirst probe(context, subtree);
-        subtree.lower = std::max(subtree.lower, probe.converge_root().lower);
-        for (int c = 0; c < old.size(); ++c) {
-            if (!subtree.open.contains(old.variables()[static_cast<std::size_t>(c)])) continue;
-            y.push_back(probe.root_y()[c]);
-            diagonal.push_back(old.diagonal()[static_cast<std::size_t>(c)]);
+        const std::vector<int>& variables = subtree.relaxation->variables();
+        std::size_t at = 0;
+        for (std::size_t c = 0; c < variables.size(); ++c) {
+            if (!subtree.open.contains(variables[c])) continue;
+            y[at] = subtree.y[c];
+            diagonal[at++] = subtree.relaxation->diagonal()[c];
         }
-    } else {
-        y.assign(static_cast<std::size_t>(m), mean);
-        diagonal.assign(static_cast<std::size_t>(m), 0.0);
     }
+    const std::vector<double> h = open_block(context.problem, subtree.open);
+    make_feasible(static_cast<int>(m), h, diagonal);
+    Subtree fitted = relaxed(context, subtree, diagonal, y);
+    if (subtree.relaxation) std::copy_n(fitted.y.begin(), m, y.begin());
     // Keeps every variable worth a little, or the barrier would push its diagonal to minus infinity.
     const double floor = 0.05 * mean * (1.0 - mean);
-    std::vector<double> best_diagonal;
+    std::vector<double> slope(m, 0.0);
+    std::vector<double> target = diagonal;
     for (int round = 1; round <= rounds; ++round) {
-        if (average.empty()) average.assign(y.size(), 0.0);
-        std::vector<double> weight(y.size());
-        for (std::size_t i = 0; i < y.size(); ++i) {
-            average[i] += (y[i] * (1.0 - y[i]) - average[i]) / round;
-            weight[i] = std::max(average[i], floor);
+        improve(context.problem, rounded(context.problem, fitted), context.best);
+        if (fitted.lower > context.best.cutoff() || context.queue.stopped()) break;
+        std::vector<double> weight(m);
+        for (std::size_t i = 0; i < m; ++i) {
+            slope[i] += (y[i] * (1.0 - y[i]) - slope[i]) / round;
+            weight[i] = std::max(slope[i], floor);
         }
-        Subtree trial = subtree;
-        trial.relaxation = make_relaxation(context.problem, subtree.in, subtree.open, weight, diagonal);
-        trial.y = y;
-        trial.y.resize(static_cast<std::size_t>(trial.relaxation->stride()), 0.0);
-        trial.lower = -kInf;
-        DepthFirst probe(context, trial);
-        trial.lower = probe.converge_root().lower;
-        std::copy(probe.root_y(), probe.root_y() + m, y.begin());
-        std::copy(y.begin(), y.end(), trial.y.begin());
-        diagonal = trial.relaxation->diagonal();
-        improve(context.problem, rounded(context.problem, trial), context.best);
-        if (round == 1 || trial.lower > subtree.lower) subtree = std::move(trial);
-        if (subtree.lower > context.best.cutoff() || context.queue.stopped()) return;
+        maximise_diagonal(static_cast<int>(m), h, weight, target);
+        for (const double length : {1.0, 0.5, 0.25, 0.125}) {
+            std::vector<double> between(m);
+            for (std::size_t i = 0; i < m; ++i) between[i] = diagonal[i] + length * (target[i] - diagonal[i]);
+            Subtree trial = relaxed(context, subtree, between, y);
+            if (length == 1.0) std::copy_n(trial.y.begin(), m, y.begin());
+            if (trial.lower > fitted.lower) {
+                fitted = std::move(trial);
+                diagonal = std::move(between);
+                break;
+            }
+        }
     }
+    fitted.lower = std::max(fitted.lower, subtree.lower);
+    subtree = std::move(fitted);
 }
 
 }  // namespace

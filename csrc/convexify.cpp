@@ -74,7 +74,41 @@ double dot(const std::vector<double>& a, const std::vector<double>& b) {
     return s;
 }
 
+// H with the direction of the sum lifted out of the way, minus a diagonal.
+struct Lifted {
+    Lifted(size_t order, const std::vector<double>& h) : m(order), b(h) {
+        for (size_t i = 0; i < m; ++i) {
+            double row = 0.0;
+            for (size_t j = 0; j < m; ++j) row += std::fabs(h[i * m + j]);
+            scale = std::max(scale, row);
+        }
+        // Zero stays convex with any lift; a larger lift only costs digits.
+        const double lift = (scale > 0.0 ? 10.0 * scale : 1.0) / static_cast<double>(m);
+        for (double& x : b) x += lift;
+        if (scale == 0.0) scale = 1.0;
+    }
+
+    // The Cholesky factor; empty unless positive definite.
+    std::vector<double> factorised(const std::vector<double>& diagonal) const {
+        std::vector<double> a(b);
+        for (size_t i = 0; i < m; ++i) a[i * m + i] -= diagonal[i];
+        if (!cholesky(m, a)) a.clear();
+        return a;
+    }
+
+    size_t m;
+    std::vector<double> b;
+    double scale = 0.0;  // largest absolute row sum of H
+};
+
 }  // namespace
+
+void make_feasible(int variables, const std::vector<double>& h, std::vector<double>& d) {
+    const Lifted lifted(static_cast<size_t>(variables), h);
+    for (double shift = 1e-6 * lifted.scale; lifted.factorised(d).empty(); shift *= 4.0) {
+        std::fill(d.begin(), d.end(), -shift);
+    }
+}
 
 void maximise_diagonal(int variables, const std::vector<double>& h, const std::vector<double>& weight,
                        std::vector<double>& d) {
@@ -84,35 +118,13 @@ void maximise_diagonal(int variables, const std::vector<double>& h, const std::v
     constexpr double kSafetyShift = 1e-11;  // far above the backward error of the Cholesky test
 
     const auto m = static_cast<size_t>(variables);
+    const Lifted lifted(m, h);
     double size = 0.0;
-    double largest_row = 0.0;
     for (size_t i = 0; i < m; ++i) {
-        double row = 0.0;
-        for (size_t j = 0; j < m; ++j) row += std::fabs(h[i * m + j]);
-        largest_row = std::max(largest_row, row);
-        size += weight[i] * row;
+        for (size_t j = 0; j < m; ++j) size += weight[i] * std::fabs(h[i * m + j]);
     }
-    if (largest_row == 0.0) {
-        std::fill(d.begin(), d.end(), 0.0);
-        return;
-    }
-    // Lifts the direction of the sum out of the way; larger only costs digits.
-    const double lift = 10.0 * largest_row / static_cast<double>(m);
-
-    const auto factorised = [&](const std::vector<double>& diagonal) {
-        std::vector<double> b(h);
-        for (double& x : b) x += lift;
-        for (size_t i = 0; i < m; ++i) b[i * m + i] -= diagonal[i];
-        if (!cholesky(m, b)) b.clear();
-        return b;
-    };
-
-    std::vector<double> factor = factorised(d);
-    for (double shift = 1e-3 * largest_row; factor.empty(); shift *= 4.0) {
-        std::fill(d.begin(), d.end(), -shift);
-        factor = factorised(d);
-    }
-
+    if (size == 0.0) return;
+    std::vector<double> factor = lifted.factorised(d);
     std::vector<double> x = inverse(m, factor);
     double weight_sum = 0.0;
     double trace = 0.0;
@@ -142,7 +154,7 @@ void maximise_diagonal(int variables, const std::vector<double>& h, const std::v
         std::vector<double> trial_factor;
         for (; length > 1e-6; length *= 0.5) {
             for (size_t i = 0; i < m; ++i) trial[i] = d[i] + length * step[i];
-            trial_factor = factorised(trial);
+            trial_factor = lifted.factorised(trial);
             if (trial_factor.empty()) continue;
             if (dot(weight, trial) / barrier + log_det(m, trial_factor) > merit) break;
         }
@@ -151,7 +163,7 @@ void maximise_diagonal(int variables, const std::vector<double>& h, const std::v
         factor = std::move(trial_factor);
         x = inverse(m, factor);
     }
-    for (double& entry : d) entry -= kSafetyShift * largest_row;
+    for (double& entry : d) entry -= kSafetyShift * lifted.scale;
 }
 
 }  // namespace fastprune

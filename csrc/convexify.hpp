@@ -7,9 +7,14 @@
 
 namespace fastprune {
 
-// Maximises weight.d subject to H - Diag(d) + u 11' positive definite (u large) by a barrier method with
-// Newton steps. h: m x m; weight: m entries > 0; d: start (used if feasible) and result, which is strictly
-// feasible. O(m^3) a step, some tens of steps.
+// A diagonal d is feasible here if H - Diag(d) + u 11' is positive definite for a certain large u. Matrices
+// are m x m, dense.
+
+// Leaves a feasible d alone, else replaces it by a negative multiple of the identity that is feasible.
+void make_feasible(int m, const std::vector<double>& h, std::vector<double>& d);
+
+// Maximises weight.d over feasible d by a barrier method with Newton steps. weight: m entries > 0; d:
+// feasible start, and result. O(m^3) a step, some tens of steps.
 void maximise_diagonal(int m, const std::vector<double>& h, const std::vector<double>& weight,
                        std::vector<double>& d);
 

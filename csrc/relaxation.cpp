@@ -1,35 +1,33 @@
 #include "relaxation.hpp"
 
 #include <cstddef>
-#include <utility>
-
-#include "convexify.hpp"
 
 namespace fastprune {
 
 using std::size_t;
 
+std::vector<double> open_block(const Problem& problem, const Subset& open) {
+    std::vector<double> h;
+    open.for_each([&](int i) { open.for_each([&](int j) { h.push_back(problem.quadratic(i, j)); }); });
+    return h;
+}
+
 std::shared_ptr<const Relaxation> make_relaxation(const Problem& problem, const Subset& in,
-                                                  const Subset& open, const std::vector<double>& weight,
-                                                  std::vector<double> diagonal) {
+                                                  const Subset& open, const std::vector<double>& diagonal) {
     const std::shared_ptr<Relaxation> r(new Relaxation());
     open.for_each([&](int i) { r->variables_.push_back(i); });
     const size_t m = r->variables_.size();
-    std::vector<double> h(m * m);
-    for (size_t i = 0; i < m; ++i) {
-        for (size_t j = 0; j < m; ++j) h[i * m + j] = problem.quadratic(r->variables_[i], r->variables_[j]);
-    }
-    maximise_diagonal(static_cast<int>(m), h, weight, diagonal);
-
     const auto stride = static_cast<size_t>(padded(static_cast<int>(m)));
-    r->diagonal_ = std::move(diagonal);
+    r->diagonal_ = diagonal;
     r->lin_.assign(stride, 0.0);
     r->twice_.assign(stride * stride, 0.0);
     for (size_t i = 0; i < m; ++i) {
         double lin = problem.linear(r->variables_[i]) + r->diagonal_[i];
         in.for_each([&](int j) { lin += problem.coupling(r->variables_[i], j); });
         r->lin_[i] = lin;
-        for (size_t j = 0; j < m; ++j) r->twice_[i * stride + j] = 2.0 * h[i * m + j];
+        for (size_t j = 0; j < m; ++j) {
+            r->twice_[i * stride + j] = 2.0 * problem.quadratic(r->variables_[i], r->variables_[j]);
+        }
         r->twice_[i * stride + i] -= 2.0 * r->diagonal_[i];
     }
     double base = 0.0;

@@ -31,7 +31,7 @@ class Relaxation {
 
   private:
     friend std::shared_ptr<const Relaxation> make_relaxation(const Problem&, const Subset&, const Subset&,
-                                                             const std::vector<double>&, std::vector<double>);
+                                                             const std::vector<double>&);
     Relaxation() = default;
 
     std::vector<int> variables_;
@@ -41,10 +41,11 @@ class Relaxation {
     RelaxationView view_{};
 };
 
-// weight: for each open variable, the gain of the bound per unit of diagonal (y - y^2 at its solution y);
-// diagonal: where to start from. Both in the order of the open variables.
+// H restricted to the open variables, dense.
+std::vector<double> open_block(const Problem& problem, const Subset& open);
+
+// diagonal: feasible (see convexify.hpp) for the open variables, in their order.
 std::shared_ptr<const Relaxation> make_relaxation(const Problem& problem, const Subset& in,
-                                                  const Subset& open, const std::vector<double>& weight,
-                                                  std::vector<double> diagonal);
+                                                  const Subset& open, const std::vector<double>& diagonal);
 
 }  // namespace fastprune
