@@ -109,7 +109,7 @@ def norm_config(size: int) -> Config:
 
 def rotary_config() -> Config:
     """Of rotary: BLOCK_R (token, head) pairs a program. The same on every architecture."""
-    return Config.of(4, 1, BLOCK_R=4 if INTERPRETED else 16)
+    return Config.of(4, 1, BLOCK_R=32 if INTERPRETED else 16)
 
 
 def gated_mlp_config() -> Config:

@@ -1,0 +1,146 @@
+"""Rotary embedding of q and k, with optional RMSNorm of each head, in place on the packed projection."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton import next_power_of_2
+
+from .launch import FLOATS, MAX_HEAD, Config, cdiv, check, check_tensor, on_device, rotary_config
+from .numeric import cast
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def rotary_kernel(
+    p_qkv,
+    p_cos,
+    p_sin,
+    p_position,
+    p_q_weight,
+    p_k_weight,
+    eps,
+    num_pairs,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    HALF: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # a pair is one token and one of its heads; those of q come first, then those of k
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < num_pairs
+    o_token = o_r // (HEADS + KV_HEADS)
+    o_head = o_r % (HEADS + KV_HEADS)
+    o_base = o_token.to(tl.int64) * STRIDE + o_head * DH
+    i_position = tl.load(p_position + o_token, mask=m_r, other=0).to(tl.int64)
+
+    o_half = tl.arange(0, BLOCK_HALF)
+    m_half = m_r[:, None] & (o_half < HALF)[None, :]
+    p_first = p_qkv + o_base[:, None] + o_half[None, :]
+    b_first = tl.load(p_first, mask=m_half, other=0.0).to(tl.float32)  # [R, HALF]
+    b_second = tl.load(p_first + HALF, mask=m_half, other=0.0).to(tl.float32)
+    o_table = i_position[:, None] * HALF + o_half[None, :]
+    b_cos = tl.load(p_cos + o_table, mask=m_half, other=0.0).to(tl.float32)
+    b_sin = tl.load(p_sin + o_table, mask=m_half, other=0.0).to(tl.float32)
+
+    if p_q_weight is not None:
+        b_square = tl.sum(b_first * b_first, axis=1) + tl.sum(b_second * b_second, axis=1)
+        if DH > 2 * HALF:
+            o_rest = 2 * HALF + tl.arange(0, BLOCK_REST)
+            m_rest = m_r[:, None] & (o_rest < DH)[None, :]
+            p_rest = p_qkv + o_base[:, None] + o_rest[None, :]
+            b_rest = tl.load(p_rest, mask=m_rest, other=0.0).to(tl.float32)
+            b_square += tl.sum(b_rest * b_rest, axis=1)
+        b_scale = tl.rsqrt(b_square / DH + eps)[:, None]
+        m_q = (o_head < HEADS)[:, None]
+        b_first = b_first * b_scale * _head_weight(p_q_weight, p_k_weight, o_half, o_half < HALF, m_q, UNIT_OFFSET)
+        b_second = b_second * b_scale * _head_weight(p_q_weight, p_k_weight, HALF + o_half, o_half < HALF, m_q, UNIT_OFFSET)
+        if DH > 2 * HALF:
+            b_rest = b_rest * b_scale * _head_weight(p_q_weight, p_k_weight, o_rest, o_rest < DH, m_q, UNIT_OFFSET)
+            tl.store(p_rest, cast(b_rest, p_qkv.dtype.element_ty), mask=m_rest)
+
+    b_new_first = b_first * b_cos - b_second * b_sin
+    b_new_second = b_second * b_cos + b_first * b_sin
+    tl.store(p_first, cast(b_new_first, p_qkv.dtype.element_ty), mask=m_half)
+    tl.store(p_first + HALF, cast(b_new_second, p_qkv.dtype.element_ty), mask=m_half)
+
+
+@triton.jit
+def _head_weight(p_q_weight, p_k_weight, o_d, m_d, m_q, UNIT_OFFSET: tl.constexpr):
+    """The norm's scale: q's for pairs of q, k's for the others. [R, size of o_d]"""
+    b_q = tl.load(p_q_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_k = tl.load(p_k_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_weight = tl.where(m_q, b_q[None, :], b_k[None, :])
+    if UNIT_OFFSET:
+        b_weight += 1.0
+    return b_weight
+
+
+def rotary(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    unit_offset: bool = False,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """Rotates q and k in place, each head's first 2 * R columns as pairs (i, R + i); returns qkv.
+
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: the row of each token in the
+    tables cos and sin [N, R], R <= Dh / 2 (fewer: partial rotary; the other columns stay). Positions must be in range.
+    q_weight, k_weight [Dh]: RMSNorm of each head before the rotation (Qwen3). unit_offset: the scale is 1 + weight.
+    """
+    check(num_heads > 0 and num_kv_heads > 0, f"there must be heads, not {num_heads} and {num_kv_heads}")
+    total = num_heads + 2 * num_kv_heads
+    check(
+        qkv.dim() == 2 and qkv.shape[1] > 0 and qkv.shape[1] % total == 0,
+        f"qkv must have shape [T, {total} * Dh], not {list(qkv.shape)}",
+    )
+    count, head_dim, device = qkv.shape[0], qkv.shape[1] // total, qkv.device
+    check_tensor("qkv", qkv, (None, total * head_dim), FLOATS, device)
+    check(head_dim <= MAX_HEAD, f"a head must have at most {MAX_HEAD} columns, not {head_dim}")
+    check(cos.dim() == 2 and 0 < cos.shape[1] <= head_dim // 2, f"cos must have shape [N, 1 to {head_dim // 2}]")
+    half = cos.shape[1]
+    check_tensor("cos", cos, (None, half), FLOATS, device)
+    check_tensor("sin", sin, tuple(cos.shape), cos.dtype, device)
+    check_tensor("position", position, (count,), (torch.int32, torch.int64), device)
+    check((q_weight is None) == (k_weight is None), "q_weight and k_weight must be given together")
+    if q_weight is not None:
+        check_tensor("q_weight", q_weight, (head_dim,), FLOATS, device)
+        check_tensor("k_weight", k_weight, (head_dim,), FLOATS, device)
+    pairs = count * (num_heads + num_kv_heads)
+    check(pairs < 2**31 - 2**10, f"{count} tokens are too many; split them")
+    config = config or rotary_config()
+    if count:
+        with on_device(qkv):
+            rotary_kernel[(cdiv(pairs, config["BLOCK_R"]),)](
+                qkv,
+                cos,
+                sin,
+                position,
+                q_weight,
+                k_weight,
+                eps,
+                pairs,
+                STRIDE=total * head_dim,
+                HEADS=num_heads,
+                KV_HEADS=num_kv_heads,
+                DH=head_dim,
+                HALF=half,
+                UNIT_OFFSET=unit_offset,
+                BLOCK_HALF=next_power_of_2(half),
+                BLOCK_REST=next_power_of_2(max(head_dim - 2 * half, 1)),
+                **config.launch,
+            )
+    return qkv

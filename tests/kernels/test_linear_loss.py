@@ -1,0 +1,131 @@
+"""Head and loss, tile by tile over the vocabulary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPES, assert_as_exact, double, integers, nans, random
+
+from fastprune_kernels import reference
+from fastprune_kernels.linear_loss import linear_kl, linear_nll, segment_sums
+
+SHAPES = [(63, 60, 131), (1, 60, 131), (5, 33, 7), (40, 16, 1), (33, 96, 200)]  # P, D, V
+
+
+def make(rows: int, size: int, vocab: int, dtype: torch.dtype):
+    return random(rows, size, dtype=dtype, seed=1), random(vocab, size, dtype=dtype, seed=2, scale=2 * size**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize(("rows", "size", "vocab"), SHAPES)
+def test_nll(rows, size, vocab, soft_cap, dtype):
+    hidden, weight = make(rows, size, vocab, dtype)
+    target = integers(rows, high=vocab, seed=3)
+    out = nans(rows)
+    assert linear_nll(hidden, weight, target, soft_cap=soft_cap, out=out) is out
+    same = reference.linear_nll(hidden, weight, target, soft_cap)
+    assert_as_exact(out, same, reference.linear_nll(*double(hidden, weight), target, soft_cap))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nll_of_several_targets(dtype):
+    hidden, weight = make(35, 60, 131, dtype)
+    target = integers(35, 3, high=131, seed=3)
+    target[1, 2] = target[4, 1] = target[4, 2] = -1
+    target[9] = -1
+    out = linear_nll(hidden, weight, target, out=nans(35, 3))
+    assert_as_exact(
+        out,
+        reference.linear_nll(hidden, weight, target),
+        reference.linear_nll(*double(hidden, weight), target),
+    )
+    assert (out[target < 0] == 0).all()
+    single = linear_nll(hidden, weight, target[:, 0].contiguous().int())
+    assert torch.equal(single, out[:, 0])
+
+
+def test_a_target_outside_the_vocabulary_gives_nan():
+    hidden, weight = make(3, 60, 131, torch.float32)
+    out = linear_nll(hidden, weight, torch.tensor([0, 131, 130], device=DEVICE))
+    assert out.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize(("rows", "size", "vocab"), SHAPES)
+def test_kl(rows, size, vocab, soft_cap, dtype):
+    masked, weight = make(rows, size, vocab, dtype)
+    dense = (masked.double() + random(rows, size, dtype=torch.float64, seed=5, scale=0.3)).to(dtype)
+    out = nans(rows)
+    assert linear_kl(dense, masked, weight, soft_cap=soft_cap, out=out) is out
+    same = reference.linear_kl(dense, masked, weight, soft_cap)
+    assert_as_exact(out, same, reference.linear_kl(*double(dense, masked, weight), soft_cap))
+
+
+@pytest.mark.parametrize("size_of_change", [0.0, 1e-4, 1e-2, 1.0])
+def test_kl_where_models_almost_agree_or_logits_are_large(size_of_change):
+    """Logits near 100, a divergence near 0: the difference is taken before the sums, not after."""
+    masked, weight = make(20, 60, 131, torch.float32)
+    masked = masked * 10
+    dense = masked + random(20, 60, seed=5, scale=size_of_change)
+    out = linear_kl(dense, masked, weight)
+    truth = reference.linear_kl(*double(dense, masked, weight))
+    assert_as_exact(out, reference.linear_kl(dense, masked, weight), truth)
+    if size_of_change == 0:
+        assert out.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["nll", "kl"])
+def test_positions_have_the_same_bits_alone_and_together(loss):
+    hidden, weight = make(63, 60, 131, torch.float32)
+    other = random(63, 60, seed=4)
+    target = integers(63, high=131, seed=3)
+
+    def run(rows):
+        if loss == "nll":
+            return linear_nll(hidden[rows], weight, target[rows])
+        return linear_kl(other[rows], hidden[rows], weight)
+
+    everything = torch.arange(63, device=DEVICE)
+    together = run(everything)
+    assert torch.equal(together, run(everything))
+    order = torch.randperm(63, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    assert torch.equal(together[order], run(order))
+    assert torch.equal(together[11:12], run(everything[11:12]))
+
+
+def test_segment_sums():
+    values = random(500)
+    starts = torch.tensor([0, 1, 1, 130, 500], device=DEVICE)
+    sums = segment_sums(values, starts, out=nans(4, dtype=torch.float64))
+    torch.testing.assert_close(sums, reference.segment_sums(values, starts), rtol=0, atol=1e-12)
+    # a segment's bits depend on its own values only
+    assert torch.equal(segment_sums(values[130:].clone(), torch.tensor([0, 370], device=DEVICE)), sums[3:])
+
+
+def test_nothing_to_do():
+    _, weight = make(1, 60, 131, torch.float32)
+    none = random(1, 60)[:0]
+    assert linear_nll(none, weight, integers(1, high=2)[:0]).shape == (0,)
+    assert linear_kl(none, none, weight).shape == (0,)
+    assert segment_sums(random(1)[:0], torch.zeros(1, dtype=torch.int64, device=DEVICE)).shape == (0,)
+
+
+def test_wrong_arguments_are_named():
+    hidden, weight = make(5, 60, 131, torch.float32)
+    target = integers(5, high=131)
+    with pytest.raises(ValueError, match=r"weight must have shape \[any, 60\], not \[131, 59\]"):
+        linear_nll(hidden, weight[:, 1:].contiguous(), target)
+    with pytest.raises(ValueError, match="weight must be float32, not float16"):
+        linear_nll(hidden, weight.half(), target)
+    with pytest.raises(ValueError, match=r"target must have shape \[5\], not \[4\]"):
+        linear_nll(hidden, weight, target[1:])
+    with pytest.raises(ValueError, match="soft_cap must be above 0, not 0"):
+        linear_nll(hidden, weight, target, soft_cap=0)
+    with pytest.raises(ValueError, match=r"dense must have shape \[5, 60\], not \[4, 60\]"):
+        linear_kl(hidden[1:], hidden, weight)
+    with pytest.raises(ValueError, match="weight must be contiguous"):
+        linear_kl(hidden, hidden, weight.T.contiguous().T)
+    with pytest.raises(ValueError, match="values must be float32"):
+        segment_sums(target, target)
