@@ -67,7 +67,10 @@ class Evaluator:
         if backend not in BACKENDS:
             raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
         if cache_bytes is not None and (
-            isinstance(cache_bytes, bool) or int(cache_bytes) != cache_bytes or cache_bytes < 1
+            isinstance(cache_bytes, bool)
+            or not isinstance(cache_bytes, (int, float, np.number))
+            or not 1 <= cache_bytes < float("inf")
+            or int(cache_bytes) != cache_bytes
         ):
             raise InputError(f"cache_bytes must be a positive number of bytes, not {cache_bytes!r}")
         self.model = model if isinstance(model, Model) else Model(model)

@@ -62,9 +62,10 @@ def check_folder(folder: Path) -> None:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError):
+            shards = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{index}: not a readable shard index") from None
-        for shard in sorted(set(weight_map.values())):
+        for shard in shards:
             if not (folder / shard).is_file():
                 raise InputError(f"{folder / shard}: this shard is missing, though {index.name} lists it")
             expected = {name for name, file in weight_map.items() if file == shard}
@@ -108,7 +109,7 @@ def _from_pretrained(source, name: str, dtype, trust_remote_code: bool):
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         # transformers' messages run over many lines; the first says what happened
         first_line = next(line for line in str(error).splitlines() if line.strip())
         raise InputError(f"{name}: cannot be loaded: {first_line}") from error
