@@ -24,7 +24,7 @@ from families import (
 )
 
 import fastprune as fp
-from fastprune.plan import make_plan
+from fastprune.objectives import Objective
 
 LENGTHS = [19, 13, 19, 13, 19]  # two chunks, odd sizes
 RELATIVE = 1e-5  # what the contract allows in float32; roundings here are near 1e-7 per operation
@@ -122,15 +122,25 @@ def reference_choice_nll(hf, questions) -> list[np.ndarray]:
     return [row[start - 1 :] for row, (_, start) in zip(nll, sequences, strict=True)]
 
 
+class PerChoice(Objective):
+    """Minus the log-likelihood of every choice, as a sample of its own."""
+
+    name = "per choice"
+
+    def __init__(self, tasks: fp.Tasks):
+        self.batch = tasks.batch
+        self.sample = np.arange(tasks.batch.num_continuations)
+        self.weight = np.ones(len(self.sample))
+        self.sample_weight = self.weight / len(self.sample)
+
+
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_choices_in_a_tree_equal_choices_run_alone(hf, granularity):
     tasks, questions = make_tasks(hf.config.vocab_size)
     assert tasks.batch.num_tokens < sum(len(ids) for question in questions for ids, _ in question)
-    ev = fp.Evaluator(hf, fp.TaskMargin(tasks), granularity=granularity)
+    ev = fp.Evaluator(hf, PerChoice(tasks), granularity=granularity)
     masks = some_masks(ev.num_units, 20, seed=3)[:6]
-    plan = make_plan(masks)
-    sums = ev._engine.run(plan)[0][plan.index]
-    for mask, found in zip(masks, sums, strict=True):
+    for mask, found in zip(masks, ev.score_samples(masks), strict=True):
         expected = [nll.sum() for nll in reference_choice_nll(reference_model(hf, mask, granularity), questions)]
         np.testing.assert_allclose(found, expected, rtol=RELATIVE)
 

@@ -1,0 +1,311 @@
+"""Wrong input is refused at the door by one line that names the culprit; losses that are not finite are returned."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from families import build, layers_of, random_rows, some_masks
+from helpers import make_tasks
+
+import fastprune as fp
+
+
+def refuses(culprit: str, call, *args, **options) -> None:
+    """The call raises InputError with one line in which `culprit` (a pattern) is found."""
+    with pytest.raises(fp.InputError, match=culprit) as caught:
+        call(*args, **options)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) > len(culprit) / 2
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def batch(hf):
+    return fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [13, 9]))
+
+
+@pytest.fixture(scope="module")
+def ev(hf, batch):
+    return fp.Evaluator(hf, fp.Perplexity(batch))
+
+
+# -- masks and arguments -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["score", "score_samples"])
+def test_masks(ev, method):
+    call = getattr(ev, method)
+    before = ev.stats.layer_runs
+    refuses("4 entries.* 5 units", call, np.ones((2, 4)))
+    refuses("value 2 at unit 1", call, [[1, 2, 1, 1, 1]])
+    refuses("value nan at unit 0", call, [[np.nan, 1, 1, 1, 1]])
+    refuses("rows differ", call, [[1, 1, 1, 1, 1], [1]])
+    refuses("shape", call, np.ones((1, 1, 5)))
+    refuses("bool or 0/1", call, [["a"] * 5])
+    assert ev.stats.layer_runs == before  # nothing was run
+
+
+def test_a_mask_that_keeps_nothing(hf, batch, monkeypatch):
+    model = fp.Model(hf)
+    ev = fp.Evaluator(model, fp.Perplexity(batch))
+    monkeypatch.setitem(vars(model), "runs_without_blocks", False)
+    masks = np.array([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    refuses("keeps nothing.*'llama'", ev.score, masks)
+    assert np.isfinite(ev.score(masks[:1])).all()
+
+
+def test_samples_that_do_not_exist(ev):
+    mask = np.ones((1, 5), dtype=bool)
+    refuses("sample 2 is out of range.* 0 to 1", ev.score_samples, mask, samples=[0, 2])
+    refuses("sample -1 is out of range", ev.score_samples, mask, samples=[-1])
+    refuses("samples must be", ev.score_samples, mask, samples=[])
+
+
+def test_evaluator_arguments(hf, batch):
+    objective = fp.Perplexity(batch)
+    refuses("objective must be.* not TokenBatch", fp.Evaluator, hf, batch)
+    refuses("objective must be.* not str", fp.Evaluator, hf, "perplexity")
+    refuses("backend must be.* not 'cuda'", fp.Evaluator, hf, objective, backend="cuda")
+    refuses("granularity must be.* not 'head'", fp.Evaluator, hf, objective, granularity="head")
+    for value in (0, -1, 1.5, True):
+        refuses(
+            f"cache_bytes must be a positive number of bytes, not {value}",
+            fp.Evaluator,
+            hf,
+            objective,
+            cache_bytes=value,
+        )
+    refuses("cache_bytes is too small by [0-9]+ bytes", fp.Evaluator, hf, objective, cache_bytes=1000)
+    for value in ("4e9", float("nan"), float("inf")):
+        refuses("cache_bytes must be", fp.Evaluator, hf, objective, cache_bytes=value)
+
+
+# -- calibration against the model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+def test_token_ids_outside_the_vocabulary(hf, granularity):
+    for wrong in (-1, 97, 2**40):
+        for ids in ([[1, 2, wrong], [1, 2, 3]], [[wrong, 2, 3]], [[1, wrong, 3]]):
+            objective = fp.Perplexity(fp.TokenBatch.from_ids(ids))
+            refuses(f"id {wrong} is outside.*0 to 96", fp.Evaluator, hf, objective, granularity=granularity)
+    edge = fp.Perplexity(fp.TokenBatch.from_ids([[0, 96, 96]]))
+    assert np.isfinite(fp.Evaluator(hf, edge).dense_loss)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sequences_longer_than_the_positions(family):
+    hf = build(family)
+    rows = random_rows(hf.config.vocab_size, [128, 129])
+    assert np.isfinite(fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(rows[:1]))).dense_loss)
+    refuses("129 tokens.* 128 positions", fp.Evaluator, hf, fp.Perplexity(fp.TokenBatch.from_ids(rows)))
+    # a tree may be longer than that as a whole: what counts are its sequences
+    tasks = make_tasks(hf.config.vocab_size, [(101, [27, 27, 20])])
+    assert tasks.batch.num_tokens > 150
+    assert np.isfinite(fp.Evaluator(hf, fp.TaskMargin(tasks)).dense_loss)
+
+
+# -- models in memory ----------------------------------------------------------------------------------------------
+
+TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def t5():
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    )
+
+
+UNSUPPORTED = {
+    "t5": (t5, "'t5' .*encoder-decoder"),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**TINY)), "'bert' .*decoder layers"),
+    "rwkv": (
+        lambda: tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2)),
+        "'rwkv' cannot be run",
+    ),
+    "llama without a head": (lambda: tf.LlamaModel(tf.LlamaConfig(**TINY)), "'llama' .*language-model head"),
+    "classifier": (
+        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**TINY, pad_token_id=0)),
+        "'llama' .*language-model head",
+    ),
+    "torch module": (lambda: torch.nn.Linear(3, 3), "not Linear"),
+    "nothing": (lambda: None, "not NoneType"),
+    "class": (lambda: tf.LlamaForCausalLM, "language model, not type"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_models(name, batch):
+    make, culprit = UNSUPPORTED[name]
+    model = make()
+    refuses(culprit, fp.Model, model)
+    refuses(culprit, fp.load_model, model)
+    refuses(culprit, fp.Evaluator, model, fp.Perplexity(batch))
+
+
+def test_state_space_models_take_no_questions():
+    """Their blocks can be run one by one on text; branches of a tree cannot be kept apart in a recurrent state."""
+    config = tf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=3, state_size=4)
+    hf = tf.MambaForCausalLM(config).eval()
+    refuses("'mamba'.* plain text", fp.Evaluator, hf, fp.TaskMargin(make_tasks(60, [(5, [2, 3])])))
+    batch = fp.TokenBatch.from_ids(random_rows(60, [9]))
+    refuses("'mamba'.* sublayers", fp.Evaluator, hf, fp.Perplexity(batch), granularity="sublayer")
+
+
+def test_a_model_with_device_map_hooks(batch):
+    accelerate = pytest.importorskip("accelerate")
+    hf = build("llama")
+    accelerate.cpu_offload(hf, execution_device="cpu")
+    refuses("one device, without device_map", fp.Evaluator, hf, fp.Perplexity(batch))
+
+
+def test_a_model_that_carries_a_hook_attribute(batch):
+    """What accelerate leaves on a module, whether or not it is installed."""
+    hf = build("llama")
+    layers_of(hf)[1]._hf_hook = object()
+    refuses("one device, without device_map", fp.Evaluator, hf, fp.Perplexity(batch))
+
+
+def test_load_model_arguments(hf, tmp_path):
+    refuses("device and dtype", fp.load_model, hf, dtype="bfloat16")
+    refuses("device and dtype", fp.load_model, hf, device="cpu")
+    refuses("no such model folder", fp.load_model, tmp_path / "nowhere")
+    refuses("no such model folder", fp.load_model, "./nowhere/at/all")
+    (tmp_path / "file.safetensors").write_bytes(b"")
+    refuses("file.safetensors: a model is a folder", fp.load_model, tmp_path / "file.safetensors")
+    save(hf, tmp_path / "model")
+    refuses("dtype must be one of .* not 'int8'", fp.load_model, tmp_path / "model", dtype="int8")
+    refuses("device 'abacus' cannot be used", fp.load_model, tmp_path / "model", device="abacus")
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+
+def save(hf, folder, **options):
+    hf.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture
+def folder(hf, tmp_path):
+    return save(hf, tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(hf, tmp_path):
+    folder = save(hf, tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def test_whole_folders_are_loaded(hf, ev, batch, folder, sharded):
+    masks = some_masks(5, 20, seed=0)
+    for path in (folder, sharded):
+        found = fp.Evaluator(fp.load_model(str(path), device="cpu"), fp.Perplexity(batch)).score(masks)
+        assert found.tobytes() == ev.score(masks).tobytes()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_shards(folder, sharded, keep):
+    for path in (folder / "model.safetensors", sorted(sharded.glob("*.safetensors"))[1]):
+        content = path.read_bytes()
+        path.write_bytes(content[:keep])
+        refuses(f"{path.name}: truncated", fp.load_model, path.parent)
+        path.write_bytes(content + b"\0")
+        refuses(f"{path.name}: truncated or damaged", fp.load_model, path.parent)
+
+
+@pytest.mark.parametrize("header", [b"not json", b"[1]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}'])
+def test_damaged_headers(folder, header):
+    path = folder / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    refuses("model.safetensors: not a safetensors file", fp.load_model, folder)
+
+
+def test_missing_shards_and_tensors(sharded):
+    index_path = sharded / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    shards = sorted(sharded.glob("*.safetensors"))
+    renamed = dict(index["weight_map"], **{"model.layers.9.mlp.up_proj.weight": shards[0].name})
+    index_path.write_text(json.dumps({**index, "weight_map": renamed}))
+    refuses(r"model\.layers\.9\.mlp\.up_proj\.weight is missing", fp.load_model, sharded)
+    index_path.write_text(json.dumps(index))
+    shards[1].unlink()
+    refuses(f"{shards[1].name}: this shard is missing", fp.load_model, sharded)
+    for damaged in ("", "{}", "[]", '{"weight_map": 3}'):
+        index_path.write_text(damaged)
+        refuses("index.json: not a readable shard index", fp.load_model, sharded)
+
+
+def test_a_folder_without_all_tensors(hf, tmp_path):
+    """Whole files that do not hold what the config describes: transformers would fill in random numbers."""
+    folder = save(hf, tmp_path / "deeper")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
+    refuses("does not fit its config.*layers.5", fp.load_model, folder)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    refuses("deeper", fp.load_model, folder)
+
+
+def test_folders_that_hold_no_safetensors(hf, folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    refuses("holds no model.safetensors", fp.load_model, folder)
+    torch.save(hf.state_dict(), folder / "pytorch_model.bin")
+    refuses("pickled weights only", fp.load_model, folder)
+    (folder / "config.json").unlink()
+    refuses("holds no config.json", fp.load_model, folder)
+    (tmp_path / "empty").mkdir()
+    refuses("empty: holds no config.json", fp.load_model, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "no-such-family"}', '{"hidden_size": 3}'])
+def test_unreadable_configs(folder, content):
+    (folder / "config.json").write_text(content)
+    refuses("model: ", fp.load_model, folder)
+
+
+def test_an_unsupported_family_on_disk(tmp_path):
+    refuses("'?t5", fp.load_model, save(t5(), tmp_path / "t5"))
+
+
+def test_pickles_beside_safetensors_are_not_opened(hf, ev, folder, batch):
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
+    assert fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    shutil.rmtree(folder)
+
+
+# -- losses that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["text", "tasks", "accuracy", "kl"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_block_breaks_exactly_the_masks_that_keep_it(value, kind):
+    hf = build("llama")
+    tasks = make_tasks(hf.config.vocab_size, [(7, [2, 3]), (5, [1, 4, 2])])
+    batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [13, 9]))
+    objective = {
+        "text": lambda: fp.Perplexity(batch),
+        "tasks": lambda: fp.TaskMargin(tasks),
+        "accuracy": lambda: fp.TaskAccuracy(tasks),
+        "kl": lambda: fp.KLDivergence(batch),
+    }[kind]()
+    masks = some_masks(5, 30, seed=1)
+    whole = fp.Evaluator(hf, objective).score(masks)
+    assert np.isfinite(whole).all()
+    with torch.no_grad():
+        layers_of(hf)[2].mlp.down_proj.weight[3, 4] = value
+    found = fp.Evaluator(hf, objective).score(masks)
+    keeps = masks[:, 2]
+    assert 5 < keeps.sum() < 25
+    if kind == "kl":  # the dense model itself is broken: nothing can be compared with it
+        assert not np.isfinite(found).any()
+        return
+    assert not np.isfinite(found[keeps]).any()
+    assert found[~keeps].tobytes() == whole[~keeps].tobytes()
