@@ -32,10 +32,10 @@ def format_loss(loss: float) -> str:
 def results_table(title: str, rows: Iterable[tuple]) -> Table:
     """A table of searches; rows (algorithm, removed, loss, masks, layer runs, naive layer runs, seconds)."""
     table = Table(title=title, title_justify="left")
-    table.add_column("algorithm")
-    table.add_column("removed")
-    for name in ("loss", "masks", "layer runs", "naive", "saved", "seconds"):
-        table.add_column(name, justify="right")
+    for name in ("algorithm", "removed"):
+        table.add_column(name, no_wrap=True)
+    for name in ("loss", "masks", "runs", "naive", "saved", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for algorithm, removed, loss, masks, layer_runs, naive, seconds in rows:
         saved = f"{naive / layer_runs:.1f}x" if layer_runs else "-"
         runs = (f"{layer_runs:.0f}", f"{naive:.0f}")

@@ -14,9 +14,9 @@ import fastprune as fp
 
 
 @pytest.fixture
-def evaluator(checkpoint, text):
+def evaluator(checkpoint, text_file):
     model = fp.load_model(checkpoint)
-    return fp.Evaluator(model, fp.Perplexity(fp.load_text(text, model.tokenizer, 4, 16)))
+    return fp.Evaluator(model, fp.Perplexity(fp.load_text(text_file, model.tokenizer, 4, 16)))
 
 
 def test_info(run, checkpoint):
@@ -26,8 +26,8 @@ def test_info(run, checkpoint):
         assert word in out
 
 
-def test_score_writes_what_the_library_computes(run, checkpoint, text, tmp_path, evaluator):
-    arguments = ("--calibration", text, "--num-samples", 4, "--seq-len", 16)
+def test_score_writes_what_the_library_computes(run, checkpoint, text_file, tmp_path, evaluator):
+    arguments = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16)
     status, out, _ = run(
         "score",
         checkpoint,
@@ -49,7 +49,7 @@ def test_score_writes_what_the_library_computes(run, checkpoint, text, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["npy", "jsonl"])
-def test_score_reads_mask_files(run, checkpoint, text, tmp_path, evaluator, kind):
+def test_score_reads_mask_files(run, checkpoint, text_file, tmp_path, evaluator, kind):
     subsets = [(0,), (1, 3), ()]
     masks = tmp_path / f"masks.{kind}"
     if kind == "npy":
@@ -57,7 +57,7 @@ def test_score_reads_mask_files(run, checkpoint, text, tmp_path, evaluator, kind
     else:
         masks.write_text("".join(json.dumps({"removed": s}) + "\n" for s in subsets))
     out_file = tmp_path / "scores.jsonl"
-    status, *_ = run("score", checkpoint, "--calibration", text, "--num-samples", 4, "--seq-len", 16,
+    status, *_ = run("score", checkpoint, "--calibration", text_file, "--num-samples", 4, "--seq-len", 16,
                      "--masks", masks, "--out", out_file)  # fmt: skip
     assert status == 0
     losses = [json.loads(line)["loss"] for line in out_file.read_text().splitlines()]
@@ -65,8 +65,8 @@ def test_score_reads_mask_files(run, checkpoint, text, tmp_path, evaluator, kind
 
 
 @pytest.mark.parametrize("objective", ["margin", "accuracy", "kl"])
-def test_score_under_every_objective(run, checkpoint, text, questions, objective):
-    calibration = text if objective == "kl" else questions
+def test_score_under_every_objective(run, checkpoint, text_file, questions, objective):
+    calibration = text_file if objective == "kl" else questions
     extra = ("--num-samples", 4, "--seq-len", 16) if objective == "kl" else ()
     status, out, _ = run(
         "score", checkpoint, "--objective", objective, "--calibration", calibration, *extra, "--removed", "1"
@@ -75,8 +75,8 @@ def test_score_under_every_objective(run, checkpoint, text, questions, objective
     assert objective in out
 
 
-def test_search_writes_its_result(run, checkpoint, text, tmp_path, evaluator):
-    arguments = ("--calibration", text, "--num-samples", 4, "--seq-len", 16, "--out", tmp_path / "r")
+def test_search_writes_its_result(run, checkpoint, text_file, tmp_path, evaluator):
+    arguments = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16, "--out", tmp_path / "r")
     status, *_ = run("search", checkpoint, "--option", "beam_width=2", "--num-remove", 2, *arguments)
     assert status == 0
     written = json.loads((tmp_path / "r" / "result.json").read_text())
@@ -88,8 +88,8 @@ def test_search_writes_its_result(run, checkpoint, text, tmp_path, evaluator):
     assert written["layer_runs"] == expected.layer_runs < written["naive_layer_runs"]
 
 
-def test_sublayer_search_and_protection(run, checkpoint, text):
-    arguments = ("--calibration", text, "--num-samples", 4, "--seq-len", 16, "--granularity", "sublayer")
+def test_sublayer_search_and_protection(run, checkpoint, text_file):
+    arguments = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16, "--granularity", "sublayer")
     status, out, _ = run(
         "search", checkpoint, "--num-remove", 3, "--protect", "0,9", "--algorithm", "greedy", *arguments
     )
@@ -98,16 +98,16 @@ def test_sublayer_search_and_protection(run, checkpoint, text):
     assert not {"0", "9"} & set(removed)
 
 
-def test_exported_checkpoint_has_the_same_loss(run, checkpoint, text, tmp_path, evaluator):
+def test_exported_checkpoint_has_the_same_loss(run, checkpoint, text_file, tmp_path, evaluator):
     status, *_ = run("export", checkpoint, "--removed", "1,3", "--out", tmp_path / "pruned")
     assert status == 0
     model = fp.load_model(tmp_path / "pruned")
-    again = fp.Evaluator(model, fp.Perplexity(fp.load_text(text, model.tokenizer, 4, 16)))
+    again = fp.Evaluator(model, fp.Perplexity(fp.load_text(text_file, model.tokenizer, 4, 16)))
     assert again.num_units == 3
     assert again.dense_loss == evaluator.score(fp.from_removed([(1, 3)], 5))[0]
 
 
-def test_non_finite_losses_are_written_as_such(run, checkpoint, text, tmp_path):
+def test_non_finite_losses_are_written_as_such(run, checkpoint, text_file, tmp_path):
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"
@@ -116,7 +116,7 @@ def test_non_finite_losses_are_written_as_such(run, checkpoint, text, tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"][:] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    arguments = ("--calibration", text, "--num-samples", 2, "--seq-len", 16)
+    arguments = ("--calibration", text_file, "--num-samples", 2, "--seq-len", 16)
     status, *_ = run("score", broken, *arguments, "--removed", "2", "--removed", "1", "--out", tmp_path / "s.jsonl")
     assert status == 0
     finite, broken_loss = [json.loads(line)["loss"] for line in (tmp_path / "s.jsonl").read_text().splitlines()]

@@ -21,9 +21,9 @@ def fails(run):
 
 
 @pytest.fixture
-def score(fails, checkpoint, text):
+def score(fails, checkpoint, text_file):
     def score(*arguments) -> str:
-        return fails("score", checkpoint, "--calibration", text, "--num-samples", 2, "--seq-len", 16, *arguments)
+        return fails("score", checkpoint, "--calibration", text_file, "--num-samples", 2, "--seq-len", 16, *arguments)
 
     return score
 
@@ -50,13 +50,13 @@ def test_removed_units(score, fails, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("budget", [-1, 5, 9])
-def test_budget(fails, checkpoint, text, budget):
-    arguments = ("--calibration", text, "--num-samples", 2, "--seq-len", 16)
+def test_budget(fails, checkpoint, text_file, budget):
+    arguments = ("--calibration", text_file, "--num-samples", 2, "--seq-len", 16)
     assert "num" in fails("search", checkpoint, *arguments, "--num-remove", budget)
 
 
-def test_names_are_suggested(fails, checkpoint, text):
-    search = ("search", checkpoint, "--num-remove", 1, "--calibration", text)
+def test_names_are_suggested(fails, checkpoint, text_file):
+    search = ("search", checkpoint, "--num-remove", 1, "--calibration", text_file)
     assert "did you mean 'beam'" in fails(*search, "--algorithm", "beem")
     assert "did you mean 'perplexity'" in fails(*search, "--objective", "perplexety")
     assert "its options: beam_width=5" in fails(*search, "--option", "width=5")
@@ -112,9 +112,9 @@ def test_task_rows(fails, checkpoint, tmp_path, row, message):
     assert "tasks.jsonl" in err
 
 
-def test_model_folders(fails, checkpoint, text, tmp_path):
+def test_model_folders(fails, checkpoint, text_file, tmp_path):
     def score(folder) -> str:
-        return fails("score", folder, "--removed", "1", "--calibration", text)
+        return fails("score", folder, "--removed", "1", "--calibration", text_file)
 
     assert "no such model folder" in score(tmp_path / "nowhere")
     (tmp_path / "bare").mkdir()

@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
+def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "text.txt"
     path.write_text(" ".join(f"w{i * i % 60}" for i in range(200)))
     return path

@@ -1,0 +1,151 @@
+"""The study: complete, continued after an interruption, refused for other inputs, and its figures and page."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastprune as fp
+from fastprune.report import write_report
+from fastprune.study import run_study
+
+ALGORITHMS = ["one_shot", "greedy", "beam"]
+BUDGETS = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return fp.Model(LlamaForCausalLM(config).eval(), name="tiny")
+
+
+def text(seed: int):
+    ids = np.random.default_rng(seed).integers(0, 97, (4, 13))
+    return lambda model: fp.Perplexity(fp.TokenBatch.from_ids(ids))
+
+
+OBJECTIVES = {"one": text(1), "other": text(2)}
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("studies") / "study"
+    return out, run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, out)
+
+
+def test_every_cell_is_the_search_itself(finished, model):
+    _, study = finished
+    assert len(study["cells"]) == len(OBJECTIVES) * len(ALGORITHMS) * len(BUDGETS)
+    for cell in study["cells"]:
+        evaluator = fp.Evaluator(model, OBJECTIVES[cell["objective"]](model))
+        result = fp.run_search(evaluator, cell["algorithm"], cell["num_remove"])
+        assert tuple(cell["removed"]) == result.removed
+        assert cell["loss"] == result.loss
+        assert cell["masks"] == result.evaluations
+        assert cell["asked_layer_runs"] == result.layer_runs
+        assert cell["naive_layer_runs"] == result.naive_layer_runs
+        assert cell["layer_runs"] <= cell["asked_layer_runs"]
+
+
+def test_every_mask_is_scored_under_every_objective(finished, model):
+    _, study = finished
+    for label, make in OBJECTIVES.items():
+        evaluator = fp.Evaluator(model, make(model))
+        masks = fp.from_removed([cell["removed"] for cell in study["cells"]], 6)
+        assert [cell["losses"][label] for cell in study["cells"]] == evaluator.score(masks).tolist()
+        assert study["dense"]["tiny"][label] == evaluator.dense_loss
+
+
+def test_overlap_and_ranks(finished):
+    _, study = finished
+    for entry in study["jaccard"]:
+        cells = [cell for cell in study["cells"] if cell["num_remove"] == entry["num_remove"]]
+        overlaps = {True: [], False: []}
+        for a, b in combinations(cells, 2):
+            a_set, b_set = set(a["removed"]), set(b["removed"])
+            overlaps[a["objective"] == b["objective"]].append(len(a_set & b_set) / len(a_set | b_set))
+        assert entry["within"] == pytest.approx(np.mean(overlaps[True]))
+        assert entry["across"] == pytest.approx(np.mean(overlaps[False]))
+    for entry in study["spearman"]:
+        assert entry["chosen_by"] != entry["judged_by"]
+        assert entry["rho"] is None or -1 <= entry["rho"] <= 1
+
+
+def test_shared_scores_save_runs(finished):
+    """Greedy and beam begin with the singles that one_shot has scored already."""
+    _, study = finished
+    made = sum(cell["layer_runs"] for cell in study["cells"])
+    asked = sum(cell["asked_layer_runs"] for cell in study["cells"])
+    assert made < asked
+
+
+def test_continues_where_it_stopped(finished, model):
+    out, study = finished
+    lost = sorted((out / "cells").iterdir())[3]
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    again = run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, out)
+    redone = json.loads(lost.read_text())
+    assert redone["removed"] == before["removed"]
+    assert redone["loss"] == before["loss"]
+    assert redone["layer_runs"] == 0  # every score was in the store
+    strip = ("layer_runs", "seconds")
+    assert [{k: v for k, v in cell.items() if k not in strip} for cell in again["cells"]] == [
+        {k: v for k, v in cell.items() if k not in strip} for cell in study["cells"]
+    ]
+
+
+def test_other_inputs_are_refused(finished, model, tmp_path):
+    out, _ = finished
+    with pytest.raises(fp.InputError, match="other budgets"):
+        run_study([model], OBJECTIVES, ALGORITHMS, [1], out)
+    with pytest.raises(fp.InputError, match="other objectives"):
+        run_study([model], {"one": text(1), "other": text(3)}, ALGORITHMS, BUDGETS, out)
+    with pytest.raises(fp.InputError, match="other algorithms"):
+        run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, out, options={"beam": {"beam_width": 2}})
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(fp.InputError, match="holds no study"):
+        run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, tmp_path)
+    with pytest.raises(fp.InputError, match="no option 'width'"):
+        run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, tmp_path / "new", options={"beam": {"width": 2}})
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_page_stands_alone(finished, tmp_path):
+    _, study = finished
+    write_report(study, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', page)
+    assert page.count("<svg") == page.count("</svg>") == len(BUDGETS) + 2 + 2 + 1
+    for word in (*ALGORITHMS, *OBJECTIVES, "tiny", "RLS"):
+        assert word in page
+
+
+def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
+    objectives = ("--objective", f"perplexity={text_file}", "--objective", f"m:margin={questions}")
+    size = ("--num-remove", "1,2", "--num-samples", 3, "--seq-len", 16)
+    arguments = ("study", checkpoint, *objectives, "--algorithms", "one_shot,greedy", *size)
+    status, out, _ = run(*arguments, "--out", tmp_path / "s")
+    assert status == 0
+    assert "greedy" in out
+    assert {"study.json", "report.html", "inputs.json", "scores.db"} <= {
+        path.name for path in (tmp_path / "s").iterdir()
+    }
+    for wrong, message in (
+        (("--objective", "perplexity"), "given twice"),
+        (("--option", "beam_width=3"), "ALGORITHM.NAME=VALUE"),
+        (("--option", "beam.width=3"), "no option 'width'"),
+    ):
+        status, _, err = run(*arguments, *wrong, "--out", tmp_path / "t")
+        assert status == 2
+        assert message in err
