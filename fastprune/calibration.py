@@ -117,6 +117,12 @@ class TokenBatch:
         return np.maximum.reduceat(self.branch, self.row_starts[:-1]) > 0
 
     @cached_property
+    def targets_by_row(self) -> list[np.ndarray]:
+        """The targets of each row, in the order of their sources: R arrays of indices into the target arrays."""
+        order = np.argsort(self.target_source, kind="stable")
+        return np.split(order, np.searchsorted(self.target_source[order], self.row_starts[1:-1]))
+
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 of every array: equal for equal calibration data, whatever file it came from."""
         digest = hashlib.sha256()

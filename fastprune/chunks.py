@@ -80,8 +80,7 @@ def make_chunk(batch: TokenBatch, rows: Sequence[int], device: torch.device) -> 
         positions[i, : stop - start] = batch.positions[start:stop]
         branch[i, : stop - start] = batch.branch[start:stop]
         real.append(i * width + np.arange(stop - start))
-        targets = np.flatnonzero((batch.target_source >= start) & (batch.target_source < stop))
-        targets = targets[np.argsort(batch.target_source[targets], kind="stable")]
+        targets = batch.targets_by_row[row]
         distinct, inverse = np.unique(batch.target_source[targets], return_inverse=True)
         target_sources.append(inverse + sum(map(len, sources)))
         sources.append(distinct - start + i * width)

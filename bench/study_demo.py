@@ -1,0 +1,76 @@
+"""The study on the demo model: every algorithm, two objectives, two budgets, and each algorithm's gap to the optimum.
+
+    python bench/study_demo.py OUT_DIR        # writes the study there, prints Markdown tables
+
+`exhaustive` is one of the algorithms, so the optimum of every objective and budget is known.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import fastprune as fp
+from fastprune import demo, figures
+from fastprune.report import format_removed, write_report
+from fastprune.search import ALGORITHMS
+from fastprune.study import run_study
+
+BUDGETS = (3, 4)
+OBJECTIVES = {
+    "perplexity": lambda model: fp.Perplexity(fp.load_text(demo.TEXT, model.tokenizer, seq_len=demo.WINDOW)),
+    "margin": lambda model: fp.TaskMargin(fp.load_tasks(demo.QUESTIONS, model.tokenizer)),
+}
+
+
+def main(out_dir: str) -> None:
+    out = Path(out_dir)
+    model = fp.load_model("demo")
+    started = time.perf_counter()
+    names = sorted(ALGORITHMS, key=lambda name: name == "exhaustive")  # last, so that the others' runs are their own
+    study = run_study([model], OBJECTIVES, names, BUDGETS, out, notify=lambda m: print(m, file=sys.stderr, flush=True))
+    seconds = time.perf_counter() - started
+    write_report(study, out / "report.html")
+    rows = [(c["objective"], c["algorithm"], c["removed"]) for c in study["cells"] if c["num_remove"] == BUDGETS[-1]]
+    title = f"Demo model: {BUDGETS[-1]} of {model.num_blocks} blocks removed"
+    figures.save(figures.pattern_figure(rows, model.num_blocks, title), out / "patterns.png")
+    similarity = study["similarity"][model.name]
+    figures.save(
+        figures.similarity_figure(
+            similarity["matrix"], similarity["clusters"], f"Demo model, RLS {similarity['rls']:.3f}"
+        ),
+        out / "similarity.png",
+    )
+
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{len(study['cells'])} searches in {seconds:.0f} s\n")
+    optimum = {(c["objective"], c["num_remove"]): c["loss"] for c in study["cells"] if c["algorithm"] == "exhaustive"}
+    print("| objective | removed | algorithm | blocks | loss | gap to optimum | masks | layer runs | naive | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for c in study["cells"]:
+        gap = c["loss"] - optimum[c["objective"], c["num_remove"]]
+        blocks = format_removed(c["removed"])
+        counts = f"{c['masks']} | {c['asked_layer_runs']:.0f} | {c['naive_layer_runs']:.0f} | {c['seconds']:.1f}"
+        found = f"{c['algorithm']} | {blocks} | {c['loss']:.5f} | {gap:.5f}"
+        print(f"| {c['objective']} | {c['num_remove']} | {found} | {counts} |")
+    print("\n| removed | Jaccard within an objective | across objectives |\n|---|---|---|")
+    for entry in study["jaccard"]:
+        print(f"| {entry['num_remove']} | {entry['within']:.3f} | {entry['across']:.3f} |")
+    print("\n| removed | chosen by | judged by | rho | losses |\n|---|---|---|---|---|")
+    spread = {(e["num_remove"], e["chosen_by"], e["judged_by"]): e for e in study["spread"]}
+    for entry in study["spearman"]:
+        key = (entry["num_remove"], entry["chosen_by"], entry["judged_by"])
+        rho = "n/a" if entry["rho"] is None else f"{entry['rho']:+.2f}"
+        print(f"| {' | '.join(map(str, key))} | {rho} | {spread[key]['least']:.4f} to {spread[key]['most']:.4f} |")
+    made, asked, naive = (
+        sum(c[name] for c in study["cells"]) for name in ("layer_runs", "asked_layer_runs", "naive_layer_runs")
+    )
+    print(f"\nlayer runs: {made:.0f} made, {asked:.0f} alone, {naive:.0f} naive")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
