@@ -73,4 +73,4 @@ def penalised(losses: np.ndarray) -> np.ndarray:
     """Losses with those that are not finite set to the worst of the others (0 where there are none): models of the
     loss stay away from them, and their arithmetic stays finite."""
     finite = np.isfinite(losses)
-    return np.where(finite, losses, losses[finite].max(initial=-np.inf) if finite.any() else 0.0)
+    return np.where(finite, losses, losses[finite].max() if finite.any() else 0.0)

@@ -27,15 +27,17 @@ class Algorithm:
     def describe(self) -> dict:
         """Plain values: name, summary, source, cost, and for each option its name, type, default and meaning."""
         sections = _sections(inspect.getdoc(self.function) or "")
-        meanings = dict(re.findall(r"^(\w+): (.*)$", sections.get("Options", ""), re.MULTILINE))
-        options = [
-            {"name": name, "type": kind.__name__, "default": default, "meaning": meanings.get(name, "").rstrip(".")}
-            for name, (kind, default) in self.options.items()
-        ]
-        one_line = {
-            field.lower(): " ".join(sections.get(field, "").split()).rstrip(".") for field in ("Source", "Cost")
+        meanings = dict(re.findall(r"^(\w+): (.*?)\.?$", sections["Options"], re.MULTILINE))
+        return {
+            "name": self.name,
+            "summary": sections["Summary"],
+            "source": sections["Source"].rstrip("."),
+            "cost": sections["Cost"].rstrip("."),
+            "options": [
+                {"name": name, "type": kind.__name__, "default": default, "meaning": meanings.get(name, "")}
+                for name, (kind, default) in self.options.items()
+            ],
         }
-        return {"name": self.name, "summary": sections["Summary"], **one_line, "options": options}
 
     def describe_options(self) -> str:
         return ", ".join(f"{name}={default!r}" for name, (_, default) in self.options.items()) or "none"
@@ -121,7 +123,7 @@ def check_choice(algorithm: str, choices: tuple[str, ...], **options: str) -> No
 def _sections(doc: str) -> dict[str, str]:
     """Of a docstring: its first line as Summary, and the text after each of Source:, Cost: and Options:."""
     parts = re.split(r"^(Source|Cost|Options):", doc, flags=re.MULTILINE)
-    sections = {"Summary": doc.partition("\n")[0]}
+    sections = {"Summary": doc.partition("\n")[0], "Source": "", "Cost": "", "Options": ""}
     for field, text in zip(parts[1::2], parts[2::2]):
         sections[field] = re.sub(r"\n +", " ", inspect.cleandoc(text))  # an indented line continues the one before
     return sections
