@@ -1,0 +1,70 @@
+"""What the registry says about every algorithm, and the checks of options."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from synthetic import SyntheticEvaluator
+
+import fastprune as fp
+from fastprune.search import ALGORITHMS, describe_algorithms
+
+
+def test_every_algorithm_describes_itself():
+    rows = describe_algorithms()
+    assert [row["name"] for row in rows] == list(ALGORITHMS)
+    assert json.loads(json.dumps(rows)) == rows
+    for row in rows:
+        assert row["summary"].endswith(".")
+        assert row["source"]
+        assert row["cost"]
+        assert not row["cost"].endswith(".")
+        for option in row["options"]:
+            assert option["meaning"], f"{row['name']}: {option['name']} has no line under Options:"
+            assert type(option["default"]).__name__ == option["type"]
+
+
+def test_descriptions_are_read_from_docstrings():
+    (row,) = (row for row in describe_algorithms() if row["name"] == "beam")
+    assert row["source"] == "the study (arXiv 2604.24938)"
+    assert row["options"] == [
+        {"name": "beam_width", "type": "int", "default": 5, "meaning": "subsets kept after each round"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("genetic", "population", 0),
+        ("genetic", "elitism", 1.5),
+        ("genetic", "mutation", float("nan")),
+        ("bayesian", "trials", 0),
+        ("cbo", "num_states", 0),
+        ("evopress", "offspring", 0),
+        ("evopress", "generations", -1),
+        ("fast_block_select", "pool", 0),
+        ("lorp", "clusters", -1),
+        ("shortgpt", "variant", "code"),
+        ("streamline", "variant", ""),
+        ("random", "num_masks", 0),
+        ("surrogate", "patience", 0),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_scored(name, option, value):
+    evaluator = SyntheticEvaluator(5)
+    with pytest.raises(fp.InputError, match=f"option {option} of {name} must be"):
+        fp.run_search(evaluator, name, 2, **{option: value})
+    assert not evaluator.calls
+
+
+@pytest.mark.parametrize("name", ["bayesian", "lorp", "surrogate"])
+def test_a_missing_library_is_named_before_anything_is_scored(name, monkeypatch):
+    for module in [m for m in sys.modules if m.startswith(("sklearn.", "fastprune.search.gaussian"))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    evaluator = SyntheticEvaluator(8)
+    with pytest.raises(fp.InputError, match=r"pip install 'fastprune\[search\]'"):
+        fp.run_search(evaluator, name, 2)
+    assert not evaluator.calls
