@@ -56,6 +56,16 @@ def test_scores_equal_physical_removal(hf, rows, granularity):
     np.testing.assert_allclose(ev.score(masks), expected, rtol=RELATIVE)
 
 
+@pytest.mark.parametrize("family", ["gpt-neox", "gpt-neox-sequential", "gemma2-eager"])
+def test_every_choice_of_sublayers_of_two_neighbours(family):
+    """A parallel block's half state must not be taken up by the next block's mlp, whichever halves are kept."""
+    hf = build(family)
+    rows = random_rows(hf.config.vocab_size, [13])
+    masks = np.array([[1, 1, *halves, 1, 1, 1, 1] for halves in itertools.product([0, 1], repeat=4)], dtype=bool)
+    expected = reference_losses(hf, masks, rows, "sublayer")
+    np.testing.assert_allclose(evaluator(hf, rows, granularity="sublayer").score(masks), expected, rtol=RELATIVE)
+
+
 def test_a_mask_that_keeps_nothing(hf, rows):
     ev = evaluator(hf, rows)
     nothing = np.zeros((1, ev.num_units), dtype=bool)
