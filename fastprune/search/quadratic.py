@@ -55,13 +55,16 @@ def surrogate(search: Search, initial: int = 128, proposals: int = 32, patience:
     Source: this project.
     Cost: U + initial + proposals for each round, at least `patience` rounds.
     Options:
-        initial: subsets scored before the first fit.
+        initial: subsets scored before the first fit (at most a quarter of all, or 4).
         proposals: subsets scored in each round.
         patience: rounds in a row without a better subset after which the search ends.
     """
-    check_at_least("surrogate", 1, initial=initial, proposals=proposals, patience=patience)
+    check_at_least("surrogate", 2, initial=initial)  # a single subset says nothing about leaving one out
+    check_at_least("surrogate", 1, proposals=proposals, patience=patience)
     import_extra("sklearn.linear_model", "surrogate")
     prior = Prior(search)
+    total = math.comb(len(search.candidates), search.num_remove)
+    initial = min(initial, max(4, total // 4))
     subsets = [prior.one_shot()]
     subsets += draws.distinct(prior.subset, initial // 2, known=subsets)
     subsets += [subset for subset in draws.uniform(search, initial) if subset not in subsets][: initial - len(subsets)]
