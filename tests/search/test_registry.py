@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from synthetic import SyntheticEvaluator
@@ -49,6 +50,7 @@ def test_descriptions_are_read_from_docstrings():
         ("shortgpt", "variant", "code"),
         ("streamline", "variant", ""),
         ("random", "num_masks", 0),
+        ("surrogate", "initial", 1),
         ("surrogate", "patience", 0),
     ],
 )
@@ -68,3 +70,13 @@ def test_a_missing_library_is_named_before_anything_is_scored(name, monkeypatch)
     with pytest.raises(fp.InputError, match=r"pip install 'fastprune\[search\]'"):
         fp.run_search(evaluator, name, 2)
     assert not evaluator.calls
+
+
+def test_the_documentation_lists_every_algorithm_and_option_with_its_default():
+    page = Path(__file__, "../../../docs/algorithms.md").resolve().read_text(encoding="utf-8")
+    lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert sorted(lines) == sorted(ALGORITHMS)
+    for row in describe_algorithms():
+        for option in row["options"]:
+            default = str(option["default"]).lower()
+            assert f"`{option['name']}={default}`" in lines[row["name"]]
