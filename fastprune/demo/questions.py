@@ -1,0 +1,146 @@
+"""Multiple-choice questions for the demo model: seven kinds, each with its facts, answer and likely mistakes.
+
+`question` draws one as it is asked of a model, `lesson` as it is trained on; both keep to one split.
+"""
+
+from random import Random
+
+from .corpus import CONTAINERS, NAMES, OBJECTS, PLACES, WHERE, split_of
+
+# Each maker below returns (what the item is about, the facts as text, what can be asked about them); what
+# can be asked is a list of (question, right answer, wrong answers).
+
+
+def compare(rng: Random):
+    low, high = sorted(rng.sample(range(10, 100), 2))
+    first, second = rng.sample((low, high), 2)
+    if rng.random() < 0.6:
+        facts, more, less, large, small = "", "larger", "smaller", high, low
+        asks = [(f"Which is {word}, {first} or {second}?", word) for word in (more, less)]
+    else:
+        names = dict(zip((first, second), rng.sample(NAMES, 2)))
+        facts = " ".join(f"{names[age]} is {age} years old." for age in (first, second))
+        more, less, large, small = "older", "younger", names[high], names[low]
+        asks = [(f"Who is {word}?", word) for word in (more, less)]
+    asks = [(text, large, [small]) if word == more else (text, small, [large]) for text, word in asks]
+    return ("compare", low, high), facts, asks
+
+
+def lookup(rng: Random):
+    count = rng.randint(3, 5)
+    things = rng.sample(OBJECTS, count)
+    if rng.random() < 0.5:
+        values, question = rng.sample(NAMES, count), "Who has the {}?"
+        facts = [f"{name} has the {thing}." for name, thing in zip(values, things)]
+    else:
+        values, question = rng.sample(sorted(WHERE), count), "Where is the {}?"
+        facts = [f"The {thing} is {WHERE[place]} the {place}." for place, thing in zip(values, things)]
+    return ("lookup", *facts), " ".join(facts), ask_each(question, things, values)
+
+
+def chain(rng: Random):
+    """Two steps: the thing is in a container, and the container is in a place."""
+    count = rng.randint(2, 3)
+    things, boxes = rng.sample(OBJECTS, count), rng.sample(CONTAINERS, count)
+    places = rng.sample(PLACES["in"], count)
+    inside = [f"The {thing} is in the {box}." for thing, box in zip(things, boxes)]
+    outside = [f"The {box} is in the {place}." for box, place in zip(boxes, places)]
+    facts = " ".join(rng.sample(inside, count) + rng.sample(outside, count))
+    asks = ask_each("Which place has the {}?", things, places)
+    return ("chain", *sorted(inside), *sorted(outside)), facts, asks
+
+
+def ask_each(question: str, things: list[str], values: list[str]):
+    return [
+        (question.format(thing), value, [other for other in values if other != value])
+        for thing, value in zip(things, values)
+    ]
+
+
+def arithmetic(rng: Random):
+    minus = rng.random() < 0.5
+    a, b = rng.randint(20, 69), rng.randint(1, 9)
+    right = a - b if minus else a + b
+    facts, question = "", f"What is {a} {'minus' if minus else 'plus'} {b}?"
+    if rng.random() < 0.3:
+        name = rng.choice(NAMES)
+        facts = f"{name} has {a} coins and {'loses' if minus else 'finds'} {b} coins."
+        question = f"How many coins does {name} have now?"
+    return ("arithmetic", minus, a, b), facts, [(question, right, near(rng, right))]
+
+
+def sequence(rng: Random):
+    step = rng.choice((1, 2, 3, 5, 10, -1, -2, -10))
+    start = rng.choice([s for s in range(10, 100) if 10 <= s + 4 * step <= 99])
+    right = start + 4 * step
+    terms = range(start, right, step)[rng.randint(0, 1) :]  # three or four of them are shown
+    question = f"What comes next? {', '.join(map(str, terms))}."
+    return ("sequence", start, step), "", [(question, right, near(rng, right))]
+
+
+def near(rng: Random, right: int) -> list[int]:
+    """Three wrong numbers of two digits that are easily mistaken for the right one."""
+    return rng.sample([right + d for d in (-10, -2, -1, 1, 2, 10) if 10 <= right + d <= 99], 3)
+
+
+def tallest(rng: Random):
+    """Three people ordered by two comparisons that share the one in the middle."""
+    high, middle, low = names = rng.sample(NAMES, 3)
+    up = rng.random() < 0.5
+    facts = []
+    for tall, short in rng.sample([(high, middle), (middle, low)], 2):
+        facts.append(f"{tall} is taller than {short}." if up else f"{short} is shorter than {tall}.")
+    asks = [("Who is the tallest?", high, [middle, low]), ("Who is the shortest?", low, [high, middle])]
+    return ("tallest", *names), " ".join(facts), asks
+
+
+def copy(rng: Random):
+    """Say a list again; dull, but what makes a small model learn to look back, which the others need."""
+    items = rng.sample(OBJECTS + NAMES + [str(n) for n in range(10, 100)], rng.randint(3, 6))
+    wrong = set()
+    while len(wrong) < 3:
+        wrong.add(", ".join(rng.sample(items, len(items))))
+        wrong.discard(", ".join(items))
+    question = f"Say again: {', '.join(items)}."
+    return ("copy", *items), "", [(question, ", ".join(items), sorted(wrong))]
+
+
+KINDS = {f.__name__: f for f in (compare, lookup, chain, arithmetic, sequence, tallest, copy)}
+# Kinds whose lessons are short come more often, to get their share of the tokens.
+LESSONS = [*KINDS, "compare", "arithmetic", "arithmetic", "sequence"]
+
+
+def draw(rng: Random, split: str, kind: str):
+    """The facts of one item of the split, and what can be asked about it in random order."""
+    while True:
+        key, facts, asks = KINDS[kind](rng)
+        if split_of(key) == split:
+            return facts, rng.sample(asks, len(asks))
+
+
+def question(rng: Random, split: str, kind: str) -> dict:
+    """One question of the split: prompt, choices (each begins with a space), index of the answer, kind."""
+    facts, asks = draw(rng, split, kind)
+    text, right, wrong = asks[0]
+    choices = [f" {choice}" for choice in rng.sample([right, *wrong], 1 + len(wrong))]
+    prompt = f"{facts} {text} Answer:".lstrip()
+    return {"prompt": prompt, "choices": choices, "answer": choices.index(f" {right}"), "kind": kind}
+
+
+def lesson(rng: Random, split: str) -> list[tuple[str, str]]:
+    """The same facts with everything asked in turn: (prompt, right answer) pairs that follow each other."""
+    facts, asks = draw(rng, split, rng.choice(LESSONS))
+    prompts = [f" {text} Answer:" for text, _, _ in asks]
+    prompts[0] = (facts + prompts[0]).lstrip()
+    return [(prompt, f" {right}.") for prompt, (_, right, _) in zip(prompts, asks)]
+
+
+def questions(rng: Random, split: str, count: int) -> list[dict]:
+    """This many different questions of the split, the kinds in turn."""
+    seen, rows = set(), []
+    while len(rows) < count:
+        row = question(rng, split, list(KINDS)[len(rows) % len(KINDS)])
+        if row["prompt"] not in seen:
+            seen.add(row["prompt"])
+            rows.append(row)
+    return rows
