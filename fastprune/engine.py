@@ -17,7 +17,7 @@ import torch
 from fastprune_kernels.reference import token_kl, token_nll
 
 from .calibration import TokenBatch
-from .chunks import Chunk, make_chunks
+from .chunks import Chunk, make_chunk, make_chunks
 from .errors import InputError
 from .footprint import measure_footprint
 from .memory import is_out_of_memory
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 MAX_MASKS = 1 << 20  # distinct masks of one call; bounds the states alive at once
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # enough rows to keep the matrix units busy, no more
-TILE_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}  # logits of one tile of positions
+TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 BUDGET_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 PENDING = 64  # masks whose numbers wait on the device, to be fetched together
 
@@ -44,8 +44,7 @@ class Engine:
     def __init__(self, model: Model, batch: TokenBatch, measure: str, granularity: str, budget_bytes: int | None):
         model.require(granularity)
         batch.check_fits(model.vocab_size, model.max_positions)
-        if batch.row_is_tree.any():
-            model.check_trees()
+        _check_rows(model, batch)
         self.model, self.batch, self.measure, self.granularity = model, batch, measure, granularity
         self.num_units = len(model.unit_names(granularity))
         kind = "cuda" if model.device.type == "cuda" else "cpu"
@@ -213,6 +212,20 @@ class Engine:
         held = sum(map(state_bytes, alive.values())) + sum(dense.nbytes for dense in self._dense)
         peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
         self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
+
+
+def _check_rows(model: Model, batch: TokenBatch) -> None:
+    """Raise InputError for rows that the model cannot run as they stand in a chunk with others."""
+    switch, longest = model.rotary_switch, int(batch.positions.max()) + 1
+    if switch is not None and longest > switch and (batch.row_is_tree.any() or batch.row_lengths.min() <= switch):
+        raise InputError(
+            f"{model.name}: rotary frequencies change for sequences of more than {switch} tokens, so that longer and "
+            f"shorter ones cannot run together; the longest here has {longest}"
+        )
+    trees = np.flatnonzero(batch.row_is_tree)
+    if len(trees):
+        longest_tree = make_chunk(batch, [trees[batch.row_lengths[trees].argmax()]], model.device)
+        model.check_trees(longest_tree.ids, longest_tree.positions, longest_tree.branch)
 
 
 def _add_up(pending: list[tuple[int, torch.Tensor]], chunk: Chunk, sums: np.ndarray) -> None:

@@ -28,6 +28,7 @@ LAYERS_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm", "norm_f", "embedding_norm")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 GRANULARITIES = ("block", "sublayer")
 
 
@@ -83,6 +84,13 @@ class Model:
             self._check_dense()
 
     # -- units ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def rotary_switch(self) -> int | None:
+        """The row length beyond which rotary frequencies change for all that runs together; None where they do not."""
+        kinds = _rotary_kinds(self.config)
+        lengths = [kind.get("original_max_position_embeddings") or self.max_positions for kind in kinds]
+        return min(lengths, default=None)
 
     def unit_names(self, granularity: str) -> list[str]:
         """Names of the prunable units, in the order in which they run."""
@@ -266,15 +274,15 @@ class Model:
         length = min(8, self.max_positions or 8)
         return (torch.arange(1, length + 1, device=self.device) * 7919 % self.vocab_size)[None]
 
-    def _walk_logits(self, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """Logits [B * T, V] of the dense model, layer by layer."""
+    def _final_states(self, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """Normed final states [B * T, D] of the dense model, layer by layer."""
         for unit in range(self.num_blocks):
             version = state._version
             following = self.run(unit, state, arguments)
             if state._version != version:
                 raise self._refuse("its layers overwrite their input, which other masks still need")
             state = following
-        return self.logits(state.flatten(0, 1))
+        return self._norm(state.flatten(0, 1))
 
     def _check_dense(self) -> None:
         ids = self.probe_ids()
@@ -283,7 +291,7 @@ class Model:
             self._recorder.as_tuple = as_tuple
             try:
                 expected = self.hf(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-                found = self._walk_logits(*self.open(ids))
+                found = self._head(self._final_states(*self.open(ids)))
                 break
             except InputError:
                 raise
@@ -295,33 +303,36 @@ class Model:
         if not self.agree(found, expected):
             raise self._refuse("its layers, run one by one, do not give the logits of its own forward pass")
 
-    def check_trees(self) -> None:
-        """Raise InputError unless token trees give what their sequences give when run one by one."""
+    def check_trees(
+        self,
+        ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
+    ) -> None:
+        """Raise InputError unless a token tree (as `open` takes it, [1, T]) gives what its sequences give one by one.
+
+        The default is a short one; what depends on length (local attention of some kind) shows in the longest tree
+        that is to be run.
+        """
         implementation = getattr(self.config, "_attn_implementation", None)
         if implementation not in ("eager", "sdpa"):
             raise InputError(
                 f"{self.name}: token trees need attn_implementation 'sdpa' or 'eager', not {implementation!r}"
             )
-        ids = self.probe_ids()
-        trunk, length = ids.shape[1] // 2, ids.shape[1]
-        if length < 4:
-            return
-        steps = torch.arange(length, device=self.device)
-        sequences = torch.cat([ids, ids.roll(1, dims=1)])
-        sequences[1, :trunk] = ids[0, :trunk]
-        tree = torch.cat([sequences[0], sequences[1, trunk:]])[None]
-        positions = torch.cat([steps, steps[trunk:]])[None]
-        branch = torch.cat([steps * 0, steps[trunk:] * 0 + 1])[None]
-        branch[0, trunk:length] = 2
+        if ids is None:
+            ids = self.probe_ids()
+            positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=self.device)[:, : ids.shape[1]]
+            branch = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=self.device)[:, : ids.shape[1]]
         with self.evaluation():
-            expected = self._walk_logits(*self.open(sequences))
             try:
-                found = self._walk_logits(*self.open(tree, positions, branch))
+                found = self._final_states(*self.open(ids, positions, branch))
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise self._refuse(f"token trees failed ({error}); use plain text") from error
-        expected = torch.cat([expected[:length], expected[length + trunk :]])
-        if not self.agree(found, expected):
-            raise self._refuse("token trees do not give what their sequences give; use plain text")
+            for number in branch.unique().tolist():
+                inside = (branch[0] == 0) | (branch[0] == number)
+                alone = self._final_states(*self.open(ids[:, inside]))
+                if not self.agree(found[inside], alone):
+                    raise self._refuse("token trees do not give what their sequences give; use plain text")
 
     def agree(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
         """Equal up to a few roundings of the model's dtype, by relative norm; what is not finite stands alike."""
@@ -510,6 +521,13 @@ def _layer_windows(config, num_blocks: int) -> list[int | None]:
     if types is None:
         return [window] * num_blocks
     return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def _rotary_kinds(config) -> list[dict]:
+    """The rotary parameters (one set, or one per layer type) whose frequencies depend on the length of a row."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p] or [parameters]
+    return [kind for kind in kinds if kind.get("rope_type") in LENGTH_DEPENDENT_ROPE]
 
 
 def _first(output):

@@ -5,6 +5,8 @@ Each computes in the dtype it is given, so that float64 gives the truth.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 
@@ -14,8 +16,7 @@ def token_nll(logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> t
     logits [P, V] (float, any precision; computed in float32, or float64 if given), row int64[M] into them,
     token int64[M]. Returns [M].
     """
-    logits = _at_least_float32(logits)
-    return torch.logsumexp(logits, dim=-1)[row] - logits[row, token]
+    return -torch.log_softmax(_at_least_float32(logits), dim=-1)[row, token]
 
 
 def token_kl(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -26,6 +27,7 @@ def token_kl(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     log_p = torch.log_softmax(_at_least_float32(dense), dim=-1)
     log_q = torch.log_softmax(_at_least_float32(masked), dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
 
 def add_rms_norm(
     states: torch.Tensor,
@@ -46,7 +48,7 @@ def add_rms_norm(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False) -> torch.Tensor:
-    """Over the last dimension, in at least float32 but for the scale, which multiplies in x's dtype (Gemma's does not)."""
+    """Over the last dimension, in at least float32; but weight multiplies in x's dtype (1 + weight, Gemma's, does not)."""
     wide = _at_least_float32(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if unit_offset:
@@ -160,7 +162,7 @@ def linear_kl(
 def segment_sums(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Sums of values[starts_c : starts_c+1], float64[C]."""
     bounds = starts.tolist()
-    return torch.stack([values[a:b].double().sum() for a, b in zip(bounds, bounds[1:])])
+    return torch.stack([values[a:b].double().sum() for a, b in pairwise(bounds)])
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -405,7 +405,6 @@ def with_random_weights(config):
     return hf.eval()
 
 
-@pytest.mark.xfail(strict=True, reason="trees are checked on 8 tokens: local attention of other names begins later")
 def test_local_attention_without_a_sliding_window_is_right_or_refused():
     """GPT-Neo's window is a mask inside its layers, over places in the row, which a packed tree does not keep."""
     config = tf.GPTNeoConfig(
@@ -426,7 +425,6 @@ def test_local_attention_without_a_sliding_window_is_right_or_refused():
     np.testing.assert_allclose(found, [nll.sum() for nll in reference_choice_nll(hf, questions)], rtol=RELATIVE)
 
 
-@pytest.mark.xfail(strict=True, reason="rows of one chunk share the frequencies that the longest of them asks for")
 def test_positions_that_depend_on_the_length():
     """Long-context Phi-3 takes other rotary frequencies for rows beyond its original length."""
     config = tf.Phi3Config(
@@ -441,6 +439,10 @@ def test_positions_that_depend_on_the_length():
         },
     )
     hf = with_random_weights(config)
-    rows = random_rows(hf.config.vocab_size, [17, 16])
-    expected = [nll.mean() for nll in reference_token_nll(hf, rows)]
-    np.testing.assert_allclose(evaluator(hf, rows).score_samples(np.ones(5, dtype=bool))[0], expected, rtol=RELATIVE)
+    for lengths in ([16, 15], [17, 18]):
+        rows = random_rows(hf.config.vocab_size, lengths)
+        expected = [nll.mean() for nll in reference_token_nll(hf, rows)]
+        found = evaluator(hf, rows).score_samples(np.ones(5, dtype=bool))[0]
+        np.testing.assert_allclose(found, expected, rtol=RELATIVE)
+    with pytest.raises(fp.InputError, match="more than 16 tokens"):
+        evaluator(hf, random_rows(hf.config.vocab_size, [17, 16]))
