@@ -98,7 +98,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 # One program a row, the whole row in registers: 16 bytes a thread and load.
-MAX_ROW = 32768
+MAX_ROW = 16384
 
 
 def norm_config(size: int) -> Config:
@@ -107,9 +107,9 @@ def norm_config(size: int) -> Config:
     return Config.of(min(max(block // 512, 1), 16), 1, BLOCK_D=block)
 
 
-def rotary_config() -> Config:
-    """Of rotary: BLOCK_R (token, head) pairs a program. The same on every architecture."""
-    return Config.of(4, 1, BLOCK_R=32 if INTERPRETED else 16)
+def rotary_config(head_dim: int) -> Config:
+    """Of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same on every architecture."""
+    return Config.of(4, 1, BLOCK_R=32 if INTERPRETED else 2048 // max(16, next_power_of_2(head_dim)))
 
 
 def gated_mlp_config() -> Config:
@@ -121,44 +121,47 @@ def _matrix(p: int, v: int, d: int, warps: int, stages: int, split: int = 1024) 
     return Config.of(warps, stages, BLOCK_P=p, BLOCK_V=v, BLOCK_D=d, SPLIT_V=split, GROUP_P=16)
 
 
-# by element size in bytes; SPLIT_V must not follow the number of rows, or a row's bits would
+# By element size in bytes, then whether there is a soft cap, whose registers the widest tiles do not leave room for.
+# SPLIT_V must not follow the number of rows, or a row's bits would.
+_FLOAT32 = {
+    "sm_80": _matrix(128, 64, 16, 8, 3),
+    "sm_90": _matrix(128, 64, 16, 8, 3),
+    "sm_100": _matrix(128, 64, 16, 8, 3),
+    "gfx942": _matrix(64, 64, 16, 8, 2),
+}
 LINEAR_NLL = {
     2: {
         "sm_80": _matrix(128, 128, 32, 8, 4),
-        "sm_90": _matrix(128, 256, 64, 8, 3),
-        "sm_100": _matrix(128, 256, 64, 8, 3),
+        "sm_90": _matrix(256, 128, 64, 8, 3),
+        "sm_100": _matrix(128, 128, 64, 8, 4),
         "gfx942": _matrix(128, 128, 32, 8, 2),
     },
-    4: {
-        "sm_80": _matrix(64, 64, 16, 8, 3),
-        "sm_90": _matrix(64, 64, 16, 8, 3),
-        "sm_100": _matrix(64, 64, 16, 8, 3),
-        "gfx942": _matrix(64, 64, 16, 8, 2),
-    },
+    4: _FLOAT32,
 }
+LINEAR_NLL_CAPPED = {2: {**LINEAR_NLL[2], "sm_90": _matrix(128, 128, 64, 8, 4)}, 4: _FLOAT32}
 LINEAR_KL = {
     2: {
         "sm_80": _matrix(64, 128, 32, 8, 3),
         "sm_90": _matrix(128, 128, 64, 8, 3),
-        "sm_100": _matrix(128, 128, 64, 8, 3),
+        "sm_100": _matrix(64, 128, 64, 8, 3),
         "gfx942": _matrix(64, 128, 32, 8, 2),
     },
-    4: {
-        "sm_80": _matrix(64, 64, 16, 8, 3),
-        "sm_90": _matrix(64, 64, 16, 8, 3),
-        "sm_100": _matrix(64, 64, 16, 8, 3),
-        "gfx942": _matrix(64, 64, 16, 8, 2),
-    },
+    4: {arch: _matrix(64, 64, 16, 8, 2 if arch == "gfx942" else 3) for arch in ARCHITECTURES},
 }
+LINEAR_KL_CAPPED = {2: {**LINEAR_KL[2], "sm_90": _matrix(64, 128, 64, 8, 3)}, 4: LINEAR_KL[4]}
 _INTERPRETED_MATRIX = _matrix(32, 32, 32, 1, 1, split=64)
 
 
-def linear_nll_config(arch: str, itemsize: int) -> Config:
-    return _INTERPRETED_MATRIX if arch == "interpreter" else LINEAR_NLL[itemsize][arch]
+def linear_nll_config(arch: str, itemsize: int, soft_cap: bool) -> Config:
+    if arch == "interpreter":
+        return _INTERPRETED_MATRIX
+    return (LINEAR_NLL_CAPPED if soft_cap else LINEAR_NLL)[itemsize][arch]
 
 
-def linear_kl_config(arch: str, itemsize: int) -> Config:
-    return _INTERPRETED_MATRIX if arch == "interpreter" else LINEAR_KL[itemsize][arch]
+def linear_kl_config(arch: str, itemsize: int, soft_cap: bool) -> Config:
+    if arch == "interpreter":
+        return _INTERPRETED_MATRIX
+    return (LINEAR_KL_CAPPED if soft_cap else LINEAR_KL)[itemsize][arch]
 
 
 def _attention(m: int, n: int, warps: int, stages: int) -> Config:
@@ -166,19 +169,15 @@ def _attention(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # by element size in bytes, then the greatest head size that they serve
+_FLOAT32_ATTENTION = {64: _attention(64, 32, 8, 1), 128: _attention(32, 16, 8, 1), 256: _attention(32, 16, 8, 1)}
 TREE_ATTENTION = {
     2: {
-        "sm_80": {64: _attention(128, 64, 4, 3), 128: _attention(128, 64, 8, 2), 256: _attention(64, 32, 8, 2)},
+        "sm_80": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3), 256: _attention(64, 32, 8, 2)},
         "sm_90": {64: _attention(128, 128, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 64, 8, 2)},
-        "sm_100": {64: _attention(128, 128, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 64, 8, 2)},
-        "gfx942": {64: _attention(128, 64, 8, 1), 128: _attention(128, 64, 8, 1), 256: _attention(64, 32, 8, 1)},
+        "sm_100": {64: _attention(128, 128, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 2)},
+        "gfx942": {64: _attention(128, 64, 8, 1), 128: _attention(128, 32, 8, 1), 256: _attention(64, 32, 8, 1)},
     },
-    4: {
-        "sm_80": {64: _attention(64, 32, 8, 1), 128: _attention(32, 32, 8, 1), 256: _attention(32, 16, 8, 1)},
-        "sm_90": {64: _attention(64, 32, 8, 1), 128: _attention(32, 32, 8, 1), 256: _attention(32, 16, 8, 1)},
-        "sm_100": {64: _attention(64, 32, 8, 1), 128: _attention(32, 32, 8, 1), 256: _attention(32, 16, 8, 1)},
-        "gfx942": {64: _attention(64, 32, 8, 1), 128: _attention(32, 32, 8, 1), 256: _attention(32, 16, 8, 1)},
-    },
+    4: dict.fromkeys(ARCHITECTURES, _FLOAT32_ATTENTION),
 }
 MAX_HEAD = 256
 

@@ -43,6 +43,16 @@ def _grouped(num_rows, num_splits, BLOCK_P: tl.constexpr, GROUP_P: tl.constexpr)
 
 
 @triton.jit
+def _tile(p_x, m_row, num_columns, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of a matrix of row size D; zeros outside."""
+    o_x = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, COLUMNS)[None, :]
+    m_x = m_row[:, None]
+    if D % COLUMNS != 0:
+        m_x = m_x & (tl.arange(0, COLUMNS) < num_columns)[None, :]
+    return tl.load(p_x + o_x, mask=m_x, other=0.0)
+
+
+@triton.jit
 def linear_nll_kernel(
     p_hidden,
     p_weight,
@@ -64,9 +74,6 @@ def linear_nll_kernel(
     i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = o_p < num_rows
-    o_local_p = tl.arange(0, BLOCK_P) * D
-    o_local_v = tl.arange(0, BLOCK_V) * D
-    o_d = tl.arange(0, BLOCK_D)
     p_h = p_hidden + (i_p * BLOCK_P).to(tl.int64) * D
 
     b_max = tl.full([BLOCK_P], LEAST, tl.float32)
@@ -77,9 +84,8 @@ def linear_nll_kernel(
         p_w = p_weight + tl.cast(i_v, tl.int64) * D
         b_logits = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
         for i_d in range(0, D, BLOCK_D):
-            m_d = i_d + o_d < D
-            b_h = tl.load(p_h + o_local_p[:, None] + (i_d + o_d)[None, :], mask=m_p[:, None] & m_d[None, :], other=0.0)
-            b_w = tl.load(p_w + o_local_v[:, None] + (i_d + o_d)[None, :], mask=m_v[:, None] & m_d[None, :], other=0.0)
+            b_h = _tile(p_h + i_d, m_p, D - i_d, D, BLOCK_P, BLOCK_D)
+            b_w = _tile(p_w + i_d, m_v, D - i_d, D, BLOCK_V, BLOCK_D)
             b_logits = dot(b_h, tl.trans(b_w), b_logits)
         b_logits = soft_cap(b_logits, SOFT_CAP)
         b_logits = tl.where(m_v[None, :], b_logits, float("-inf"))
@@ -89,7 +95,8 @@ def linear_nll_kernel(
         for i_t in tl.static_range(TARGETS):
             o_target = o_p.to(tl.int64) * TARGETS + i_t
             b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
-            b_logit = tl.sum(tl.where(o_v[None, :] == b_target[:, None], b_logits, 0.0), axis=1)
+            b_place = (b_target - i_v).to(tl.int32)  # in this tile, if it is here
+            b_logit = tl.sum(tl.where(tl.arange(0, BLOCK_V)[None, :] == b_place[:, None], b_logits, 0.0), axis=1)
             # every token lies in one tile of one split, so that each logit is written once
             m_here = m_p & (b_target >= i_v) & (b_target < min(i_v + BLOCK_V, vocab))
             tl.store(p_logit + o_target, b_logit, mask=m_here)
@@ -143,9 +150,6 @@ def linear_kl_kernel(
     i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = o_p < num_rows
-    o_local_p = tl.arange(0, BLOCK_P) * D
-    o_local_v = tl.arange(0, BLOCK_V) * D
-    o_d = tl.arange(0, BLOCK_D)
     p_a = p_dense + (i_p * BLOCK_P).to(tl.int64) * D
     p_b = p_masked + (i_p * BLOCK_P).to(tl.int64) * D
 
@@ -161,13 +165,9 @@ def linear_kl_kernel(
         b_a = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
         b_b = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
         for i_d in range(0, D, BLOCK_D):
-            m_d = i_d + o_d < D
-            o_h = o_local_p[:, None] + (i_d + o_d)[None, :]
-            m_h = m_p[:, None] & m_d[None, :]
-            b_w = tl.load(p_w + o_local_v[:, None] + (i_d + o_d)[None, :], mask=m_v[:, None] & m_d[None, :], other=0.0)
-            b_w = tl.trans(b_w)
-            b_a = dot(tl.load(p_a + o_h, mask=m_h, other=0.0), b_w, b_a)
-            b_b = dot(tl.load(p_b + o_h, mask=m_h, other=0.0), b_w, b_b)
+            b_w = tl.trans(_tile(p_w + i_d, m_v, D - i_d, D, BLOCK_V, BLOCK_D))
+            b_a = dot(_tile(p_a + i_d, m_p, D - i_d, D, BLOCK_P, BLOCK_D), b_w, b_a)
+            b_b = dot(_tile(p_b + i_d, m_p, D - i_d, D, BLOCK_P, BLOCK_D), b_w, b_b)
         b_a = tl.where(m_v[None, :], soft_cap(b_a, SOFT_CAP), LEAST)
         b_b = tl.where(m_v[None, :], soft_cap(b_b, SOFT_CAP), LEAST)
         b_new_a = tl.maximum(b_max_a, tl.max(b_a, axis=1))
@@ -295,7 +295,7 @@ def linear_nll(
     check(0 < num_targets <= MAX_TARGETS, f"a position must have 1 to {MAX_TARGETS} targets, not {num_targets}")
     check_tensor("target", target, (count, *shape[1:]), (torch.int32, torch.int64), device)
     out = check_output("out", out, shape, torch.float32, device)
-    config = config or linear_nll_config(architecture(device), hidden.element_size())
+    config = config or linear_nll_config(architecture(device), hidden.element_size(), soft_cap is not None)
     _check_splits(config)
     if count:
         num_splits = cdiv(vocab, config["SPLIT_V"])
@@ -348,7 +348,7 @@ def linear_kl(
     count, size, vocab, device = _check_head(masked, weight, soft_cap)
     check_tensor("dense", dense, (count, size), masked.dtype, device)
     out = check_output("out", out, (count,), torch.float32, device)
-    config = config or linear_kl_config(architecture(device), masked.element_size())
+    config = config or linear_kl_config(architecture(device), masked.element_size(), soft_cap is not None)
     _check_splits(config)
     if count:
         num_splits = cdiv(vocab, config["SPLIT_V"])

@@ -48,7 +48,7 @@ def add_rms_norm(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False) -> torch.Tensor:
-    """Over the last dimension, in at least float32; but weight multiplies in x's dtype (1 + weight, Gemma's, does not)."""
+    """Over the last dimension, in at least float32; but weight multiplies in x's dtype (Gemma's does not)."""
     wide = _at_least_float32(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if unit_offset:

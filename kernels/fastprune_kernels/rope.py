@@ -59,7 +59,9 @@ def rotary_kernel(
         b_scale = tl.rsqrt(b_square / DH + eps)[:, None]
         m_q = (o_head < HEADS)[:, None]
         b_first = b_first * b_scale * _head_weight(p_q_weight, p_k_weight, o_half, o_half < HALF, m_q, UNIT_OFFSET)
-        b_second = b_second * b_scale * _head_weight(p_q_weight, p_k_weight, HALF + o_half, o_half < HALF, m_q, UNIT_OFFSET)
+        b_second = (
+            b_second * b_scale * _head_weight(p_q_weight, p_k_weight, HALF + o_half, o_half < HALF, m_q, UNIT_OFFSET)
+        )
         if DH > 2 * HALF:
             b_rest = b_rest * b_scale * _head_weight(p_q_weight, p_k_weight, o_rest, o_rest < DH, m_q, UNIT_OFFSET)
             tl.store(p_rest, cast(b_rest, p_qkv.dtype.element_ty), mask=m_rest)
@@ -121,7 +123,7 @@ def rotary(
         check_tensor("k_weight", k_weight, (head_dim,), FLOATS, device)
     pairs = count * (num_heads + num_kv_heads)
     check(pairs < 2**31 - 2**10, f"{count} tokens are too many; split them")
-    config = config or rotary_config()
+    config = config or rotary_config(head_dim)
     if count:
         with on_device(qkv):
             rotary_kernel[(cdiv(pairs, config["BLOCK_R"]),)](

@@ -21,7 +21,7 @@ def _import_kernels() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     try:
         importlib.import_module("triton.experimental.gluon")  # a first launch imports it, and it reads the variable too
-        for name in ("norm", "gated_mlp", "rope", "linear_loss"):
+        for name in ("norm", "gated_mlp", "rope", "linear_loss", "attention"):
             importlib.import_module(f"fastprune_kernels.{name}")
     finally:
         if before is None:

@@ -34,7 +34,7 @@ def double(*tensors: torch.Tensor | None):
 
 
 def assert_as_exact(result: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> None:
-    """The greatest error of `result` is at most that of `same`, torch's own result in the same dtype, plus one rounding.
+    """The greatest error of `result` is at most that of `same`, torch's own in the same dtype, plus one rounding.
 
     One rounding: half a unit in the last place of the output's dtype at the greatest magnitude of the truth.
     """

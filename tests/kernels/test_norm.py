@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastprune_kernels import reference
 from kernel_checks import DEVICE, DTYPES, assert_as_exact, double, integers, nans, random
 
+from fastprune_kernels import reference
 from fastprune_kernels.norm import add_rms_norm
 
 EPS = 1e-5

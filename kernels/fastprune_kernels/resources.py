@@ -1,0 +1,187 @@
+"""Every kernel in every shipped configuration, compiled ahead of time: what it takes of registers and shared memory.
+
+Needs no GPU: Triton compiles for a named target. Not under the interpreter, where kernels are Python functions.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from . import attention, gated_mlp, launch, linear_loss, norm, rope
+from .launch import ARCHITECTURES, Config
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# bytes a program may take. sm_80's configurations serve 8.6, 8.9 and 12.x too, which have 99 KB rather than 163 KB
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+ELEMENTS = {2: "bf16", 4: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it is launched: pointer types and constants by argument name."""
+
+    kernel: str
+    variant: str
+    arch: str
+    config: Config
+    function: object
+    types: dict[str, str]
+    constants: dict[str, object]
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-{self.variant}-{self.arch}".replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """registers: vector registers of a thread (for gfx942 with the accumulation registers). spills: bytes of a
+    thread's registers kept in memory. matrix_unit: the instruction by which products are made, "" where there are none.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    matrix_unit: str
+
+
+def cases(arch: str, only: str | None = None) -> Iterator[Case]:
+    """At the shapes of LLaMA-3 8B and Qwen3 8B, and the greatest and smallest that a configuration serves."""
+    for itemsize, element in ELEMENTS.items():
+        for case in _cases(arch, itemsize, f"*{element}"):
+            if only is None or case.kernel == only:
+                yield case
+
+
+def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
+    name = element[1:]
+
+    def case(kernel, variant, config, function, types, **constants) -> Case:
+        meta = {key: value for key, value in config.launch.items() if key not in ("num_warps", "num_stages")}
+        return Case(kernel, f"{name} {variant}".strip(), arch, config, function, types, {**constants, **meta})
+
+    pointers = dict.fromkeys(("p_states", "p_branch", "p_weight", "p_residual", "p_normed"), element)
+    types = {**pointers, "p_source": "*i64", "p_target": "*i64", "eps": "fp32"}
+    for size in (128, 4096, 8192, launch.MAX_ROW):
+        config = launch.norm_config(size)
+        yield case("add_rms_norm", f"D={size}", config, norm.add_rms_norm_kernel, types, D=size, UNIT_OFFSET=False)
+
+    config = launch.gated_mlp_config()
+    for activation in gated_mlp.ACTIVATIONS:
+        types = {"p_gate_up": element, "p_out": element}
+        yield case("gated_mlp", activation, config, gated_mlp.gated_mlp_kernel, types, F=14336, ACTIVATION=activation)
+
+    types = {"p_qkv": element, "p_cos": "*fp32", "p_sin": "*fp32", "p_position": "*i64", "eps": "fp32"}
+    types |= {"num_pairs": "i32"}
+    for variant, size, half, weight in (
+        ("Dh=128", 128, 64, None),
+        ("Dh=128 norm", 128, 64, element),
+        ("Dh=256 partial norm", 256, 32, element),
+        ("Dh=256 norm", 256, 128, element),
+    ):
+        shape = {"STRIDE": 48 * size, "HEADS": 32, "KV_HEADS": 8, "DH": size, "HALF": half, "UNIT_OFFSET": False}
+        blocks = {"BLOCK_HALF": half, "BLOCK_REST": triton.next_power_of_2(max(size - 2 * half, 1))}
+        weights = {"p_q_weight": weight, "p_k_weight": weight}
+        config = launch.rotary_config(size)
+        yield case("rotary", variant, config, rope.rotary_kernel, {**types, **weights}, **shape, **blocks)
+
+    counts = {"num_rows": "i32", "vocab": "i32"}
+    for cap in (None, 30.0):
+        variant = "" if cap is None else "soft cap"
+        types = {"p_hidden": element, "p_weight": element, "p_target": "*i64"}
+        types |= dict.fromkeys(("p_max", "p_sum", "p_logit"), "*fp32") | counts
+        config = launch.linear_nll_config(arch, itemsize, cap is not None)
+        shape = {"D": 4096, "SOFT_CAP": cap}
+        yield case("linear_nll", variant, config, linear_loss.linear_nll_kernel, types, TARGETS=1, **shape)
+        types = {"p_dense": element, "p_masked": element, "p_weight": element, "p_partial": "*fp32"} | counts
+        config = launch.linear_kl_config(arch, itemsize, cap is not None)
+        yield case("linear_kl", variant, config, linear_loss.linear_kl_kernel, types, **shape)
+    if itemsize == 4:
+        small = Config.of(linear_loss.COMBINE_WARPS, 3, BLOCK=linear_loss.COMBINE_BLOCK)
+        splits = {**counts, "num_splits": "i32"}
+        types = dict.fromkeys(("p_max", "p_sum", "p_logit", "p_nll"), "*fp32") | {"p_target": "*i64"} | splits
+        yield case("combine_nll", "", small, linear_loss.combine_nll_kernel, types, TARGETS=1)
+        types = {"p_partial": "*fp32", "p_kl": "*fp32", "num_rows": "i32", "num_splits": "i32"}
+        yield case("combine_kl", "", small, linear_loss.combine_kl_kernel, types)
+        types = {"p_values": "*fp32", "p_starts": "*i64", "p_sums": "*fp64"}
+        yield case("segment_sum", "", small, linear_loss.segment_sum_kernel, types)
+
+    tables = ("p_branch", "p_position", "p_tile_start", "p_tile_end", "p_lists", "p_blocks")
+    types = {"p_qkv": element, "p_out": element, **dict.fromkeys(tables, "*i32"), "scale": "fp32"}
+    for size in (64, 96, 128, 256):
+        for variant, window, cap in (("", None, None), ("window", 4096, None), ("window, soft cap", 4096, 50.0)):
+            config = launch.tree_attention_config(arch, itemsize, size)
+            shape = {"HEADS": 32, "KV_HEADS": 8, "DH": size, "WINDOW": window, "SOFT_CAP": cap}
+            shape["BLOCK_DH"] = triton.next_power_of_2(size)
+            function = attention.tree_attention_kernel
+            yield case("tree_attention", f"Dh={size} {variant}".strip(), config, function, types, **shape)
+
+
+def compile_case(case: Case) -> CompiledKernel:
+    names = case.function.arg_names
+    constants = {name: None for name in names if case.types.get(name) is None} | case.constants
+    signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
+    # what torch allocates is aligned
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(case.function, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
+    return triton.compile(source, target=TARGETS[case.arch], options=options)
+
+
+def measure(case: Case) -> Resources:
+    """Compiles it and reads what the assembler says that it takes."""
+    compiled = compile_case(case)
+    if case.arch == "gfx942":
+        assembly = compiled.asm["amdgcn"]
+        registers = _number(assembly, r"\.vgpr_count:\s+(\d+)")
+        scratch = _number(assembly, r"\.private_segment_fixed_size:\s+(\d+)")
+        spills = max(scratch, 4 * _number(assembly, r"\.vgpr_spill_count:\s+(\d+)"))
+        unit = re.search(r"v_mfma_f32_\w+", assembly)
+    else:
+        usage = _resource_usage(compiled.asm["cubin"])
+        registers, spills = _number(usage, r"REG:(\d+)"), _number(usage, r"LOCAL:(\d+)")
+        spills = max(spills, _number(usage, r"STACK:(\d+)"))
+        unit = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    return Resources(registers, spills, compiled.metadata.shared, unit.group() if unit else "")
+
+
+def _resource_usage(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _number(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the assembler's report lacks {pattern}")
+    return int(found.group(1))
+
+
+def table(architectures: tuple[str, ...] = ARCHITECTURES) -> str:
+    """Resources of every kernel in every shipped configuration, as Markdown."""
+    lines = [
+        "| kernel | variant | target | configuration | registers | shared bytes | spills | matrix unit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arch in architectures:
+        for case in cases(arch):
+            r = measure(case)
+            cells = (case.kernel, case.variant, arch, case.config, r.registers, r.shared, r.spills, r.matrix_unit)
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
