@@ -27,7 +27,8 @@ from .plan import ROOT, Plan, make_plan, max_slots
 Progress = Callable[[int, int], None]
 
 MAX_MASKS = 1 << 20  # distinct masks of one call; bounds the states alive at once
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # enough rows to keep the matrix units busy, no more
+CHUNK_TOKENS = 16384  # on a GPU: enough rows to keep its matrix units busy, no more
+CHUNK_BYTES, LEAST_CHUNK_TOKENS = 2 << 20, 1024  # on a CPU: states that leave a unit's workspace room in the caches
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 BUDGET_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 PENDING = 64  # masks whose numbers wait on the device, to be fetched together
@@ -55,7 +56,11 @@ class Engine:
         self.peak_activation_bytes = 0
         with model.evaluation():
             self._footprint = measure_footprint(model, batch, granularity, self._measure_nothing, self._tile)
-        self._cut(self._fit(budget_bytes, CHUNK_TOKENS[kind]))
+        if kind == "cuda":
+            wanted = CHUNK_TOKENS
+        else:
+            wanted = max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
+        self._cut(self._fit(budget_bytes, wanted))
 
     def run(self, plan: Plan, progress: Progress | None = None, wanted: np.ndarray | None = None) -> np.ndarray:
         """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks.
