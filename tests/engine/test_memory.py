@@ -88,7 +88,7 @@ print(json.dumps(dict(peak=peak, growth=growth, free_peak=free_peak, free=free))
 """,
         INTERMEDIATE=1024,
         ROWS=32,
-        MASKS=10,
+        MASKS=4,
     )
     assert found["free"] > budget
     assert found["free_peak"] > budget

@@ -16,15 +16,15 @@ KERNELS = Path(fastprune_kernels.__file__).parent
 # layer 0 imports nothing of the package; a module may import from its own layer and from those before it
 LAYERS = [
     {"errors"},
-    {"records", "qubo"},
+    {"records", "qubo", "figures"},
     {"masks"},
-    {"calibration", "models", "plan", "memory", "cache", "chunks"},
+    {"calibration", "models", "plan", "memory", "chunks"},
     {"footprint"},
     {"objectives"},
     {"engine", "probes", "store"},
     {"evaluator"},
     {"search"},
-    {"study", "report", "checkpoint", "export", "integrations"},
+    {"study", "figures", "report", "checkpoint"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
