@@ -21,7 +21,8 @@ from .chunks import Chunk, make_chunk, make_chunks
 from .errors import InputError
 from .footprint import measure_footprint
 from .memory import is_out_of_memory
-from .models.generic import Model, State, hidden_of, state_bytes
+from .models import Model
+from .models.stand_ins import State, hidden_of, state_bytes
 from .plan import ROOT, Plan, make_plan, max_slots
 
 Progress = Callable[[int, int], None]

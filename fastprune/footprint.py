@@ -11,7 +11,8 @@ import torch
 from .calibration import TokenBatch
 from .chunks import Chunk, make_chunk
 from .memory import peak_bytes
-from .models.generic import Model, State, hidden_of, state_bytes
+from .models import Model
+from .models.stand_ins import State, hidden_of, state_bytes
 
 
 @dataclass(frozen=True)

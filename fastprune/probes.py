@@ -10,7 +10,8 @@ from fastprune_kernels.reference import token_nll
 from .calibration import TokenBatch
 from .chunks import Chunk, make_chunk
 from .errors import InputError
-from .models.generic import HalfBlock, Model, hidden_of
+from .models import Model
+from .models.stand_ins import HalfBlock, hidden_of
 from .objectives import KLDivergence, Objective, TaskAccuracy
 
 TOKENS_AT_ONCE = 256  # positions whose states of all depths are compared, or whose logits are differentiated, together

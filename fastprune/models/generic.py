@@ -2,8 +2,7 @@
 
 A decoder layer needs what its model's forward passes to it: position embeddings, a mask per layer type, and so
 on. `Model.open` runs the model's own forward with recorders in place of the layers, so that it learns these
-arguments for any family without naming it, at the cost of the embeddings alone. Submodules are replaced on
-shallow copies that share every weight; the model itself is never changed.
+arguments for any family without naming it, at the cost of the embeddings alone.
 """
 
 from __future__ import annotations
@@ -13,16 +12,25 @@ import hashlib
 import inspect
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import InputError
+from .stand_ins import (
+    Arguments,
+    HalfBlock,
+    Head,
+    Recorder,
+    State,
+    Sublayers,
+    first,
+    get_module,
+    with_replaced,
+)
 
 LAYERS_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
@@ -30,29 +38,6 @@ MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm", "norm_f", "embedding_norm")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 GRANULARITIES = ("block", "sublayer")
-
-
-class HalfBlock(NamedTuple):
-    """The state between the sublayers of a parallel block: the mlp reads `entry`, not `hidden`."""
-
-    hidden: torch.Tensor  # [B, T, D], attention already added
-    entry: torch.Tensor  # [B, T, D], the block's input
-    attention: torch.Tensor  # [B, T, D], what attention added
-    owner: _Sublayers  # the block that it is inside of: to any other, `hidden` is the state
-
-
-State = torch.Tensor | HalfBlock
-Arguments = list[dict]  # of each layer, besides the hidden states
-
-
-def hidden_of(state: State) -> torch.Tensor:
-    """The hidden states [B, T, D] that the final norm reads, should the network end here."""
-    return state.hidden if isinstance(state, HalfBlock) else state
-
-
-def state_bytes(state: State) -> int:
-    tensors = (state.hidden, state.entry, state.attention) if isinstance(state, HalfBlock) else (state,)
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 class Model:
@@ -68,7 +53,7 @@ class Model:
         self.family = getattr(self.config, "model_type", type(hf).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
         self._path = self._find_layers()
-        self.layers: list[nn.Module] = list(_get(hf, self._path))
+        self.layers: list[nn.Module] = list(get_module(hf, self._path))
         self.num_blocks = len(self.layers)
         parameter = next(hf.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -77,9 +62,9 @@ class Model:
         self.max_positions = getattr(self.config, "max_position_embeddings", None)
         self._norm = self._find_final_norm()
         self._signature = inspect.signature(type(self.layers[0]).forward)
-        self._recorder = _Recorder(self._path, hf)
-        self._head = _Head(self._path, hf)
-        self._sublayers: list[_Sublayers] | None = None
+        self._recorder = Recorder(self._path, hf)
+        self._head = Head(self._path, hf)
+        self._sublayers: list[Sublayers] | None = None
         with self.evaluation():
             self._check_dense()
 
@@ -109,7 +94,7 @@ class Model:
     def run(self, unit: int, state: State, arguments: Arguments, granularity: str = "block") -> State:
         """Run one unit on a state and return the next state. Skipping a unit is not calling this."""
         if granularity == "block":
-            return _first(self.layers[unit](state, **arguments[unit]))
+            return first(self.layers[unit](state, **arguments[unit]))
         block, is_mlp = divmod(unit, 2)
         sublayers = self._sublayers[block]
         step = sublayers.mlp if is_mlp else sublayers.attention
@@ -187,7 +172,7 @@ class Model:
             elif isinstance(value, (list, tuple)) and len(value) == self.num_blocks and "token" not in name:
                 setattr(config, name, [value[i] for i in kept])
         config.num_hidden_layers = len(kept)
-        pruned = _with_replaced(self.hf, self._path, nn.ModuleList(self.layers[i] for i in kept))
+        pruned = with_replaced(self.hf, self._path, nn.ModuleList(self.layers[i] for i in kept))
         owner = pruned
         for name in self._path:
             if getattr(owner, "config", None) is not None:
@@ -225,13 +210,13 @@ class Model:
         return found[0]
 
     def _find_final_norm(self) -> nn.Module:
-        parent = _get(self.hf, self._path[:-1])
+        parent = get_module(self.hf, self._path[:-1])
         for name in FINAL_NORM_NAMES:
             if isinstance(getattr(parent, name, None), nn.Module):
                 return getattr(parent, name)
         raise self._refuse("its final norm was not found")
 
-    def _find_sublayers(self) -> list[_Sublayers]:
+    def _find_sublayers(self) -> list[Sublayers]:
         pairs = []
         for layer in self.layers:
             names = [[n for n, _ in layer.named_children() if n in known] for known in (ATTENTION_NAMES, MLP_NAMES)]
@@ -240,12 +225,12 @@ class Model:
             pairs.append((layer, names[0][0], names[1][0]))
         state, arguments = self.open(self.probe_ids())
         for parallel, mlp_as_tuple in itertools.product((False, True), repeat=2):
-            sublayers = [_Sublayers(*pair, parallel, mlp_as_tuple) for pair in pairs]
+            sublayers = [Sublayers(*pair, parallel, mlp_as_tuple) for pair in pairs]
             if self._add_up(sublayers, state, arguments):
                 return sublayers
         raise self._refuse("its attention and mlp sublayers do not add up to its blocks; use granularity='block'")
 
-    def _add_up(self, sublayers: list[_Sublayers], state: torch.Tensor, arguments: Arguments) -> bool:
+    def _add_up(self, sublayers: list[Sublayers], state: torch.Tensor, arguments: Arguments) -> bool:
         """Whether the halves of every block, run one after the other, give the block's own output to the bit, leave
         their inputs alone, and a block without either half adds nothing."""
         for block, halves in enumerate(sublayers):
@@ -362,156 +347,6 @@ class Model:
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, least)[:, None]
 
 
-class _Recorder:
-    """Runs a model's forward with the layers replaced, and returns the embeddings and each layer's arguments."""
-
-    def __init__(self, path: tuple[str, ...], hf: nn.Module):
-        self.as_tuple = False  # whether the model takes a tuple from each layer
-        self._calls: list[tuple[tuple, dict]] = []
-        self._state: torch.Tensor | None = None
-        layers = nn.ModuleList(_RecordingLayer(layer, self) for layer in _get(hf, path))
-        # the causal-LM wrapper is left out: only the base model below it is run
-        self._base = _get(_with_replaced(hf, path, layers), path[:1])
-
-    def __call__(self, **inputs) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        self._calls, self._state = [], None
-        try:
-            self._base(**inputs, use_cache=False)
-            return self._state, self._calls
-        finally:
-            self._calls, self._state = [], None
-
-    def record(self, hidden: torch.Tensor, args: tuple, kwargs: dict):
-        if self._state is None:
-            self._state = hidden
-        self._calls.append((args, kwargs))
-        return (hidden, None) if self.as_tuple else hidden
-
-
-class _RecordingLayer(nn.Module):
-    """Stands in for a layer: passes the hidden states through, notes the other arguments."""
-
-    def __init__(self, layer: nn.Module, recorder: _Recorder):
-        super().__init__()
-        # hidden from nn.Module, so that the layer is not a submodule of its stand-in
-        self.__dict__["_layer"], self.__dict__["_recorder"] = layer, recorder
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["_layer"], name)  # models read attributes such as attention_type
-
-    def forward(self, hidden_states, *args, **kwargs):
-        return self._recorder.record(hidden_states, args, kwargs)
-
-
-class _Head:
-    """The causal-LM wrapper's own code from normed hidden states to logits: head, scaling, soft cap."""
-
-    def __init__(self, path: tuple[str, ...], hf: nn.Module):
-        self._stub = _BaseStub()
-        self._lm = _with_replaced(hf, path[:-1], self._stub)
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        self._stub.hidden = hidden[None]
-        try:
-            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)  # only its shape is read
-            return self._lm(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            self._stub.hidden = None
-
-
-class _BaseStub(nn.Module):
-    """Stands in for the base model below a causal-LM wrapper and returns given hidden states."""
-
-    hidden: torch.Tensor | None = None
-
-    def forward(self, *args, **kwargs):
-        return _BaseOutput(last_hidden_state=self.hidden)
-
-
-class _BaseOutput(BaseModelOutput):
-    """A base model's output; whatever else a family's wrapper reads from its own output type is None."""
-
-    def __getattr__(self, name: str):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return None
-
-
-class _Sublayers:
-    """The two halves of a decoder layer: the layer itself with the other half's module replaced.
-
-    A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel block both read the
-    block's input, so the mlp half runs the layer with attention replaced by what attention gave before.
-    """
-
-    def __init__(self, layer: nn.Module, attention_name: str, mlp_name: str, parallel: bool, mlp_as_tuple: bool):
-        self._parallel = parallel
-        self._given, self._kept = _GivenAttention(), _KeepAttention(getattr(layer, attention_name))
-        without_mlp = _with_replaced(layer, (mlp_name,), _NoMlp(mlp_as_tuple))
-        self._attention_only = _with_replaced(without_mlp, (attention_name,), self._kept)
-        self._mlp_only = _with_replaced(layer, (attention_name,), self._given)
-        self._neither = _with_replaced(without_mlp, (attention_name,), _GivenAttention())
-
-    def attention(self, state: State, arguments: dict) -> State:
-        entry = hidden_of(state)
-        try:
-            hidden = _first(self._attention_only(entry, **arguments))
-            return HalfBlock(hidden, entry, self._kept.output, self) if self._parallel else hidden
-        finally:
-            self._kept.output = None
-
-    def mlp(self, state: State, arguments: dict) -> State:
-        if isinstance(state, HalfBlock) and state.owner is self:
-            entry, self._given.output = state.entry, state.attention
-        else:  # attention was skipped; the state may have been left by an earlier block whose mlp was
-            entry = hidden_of(state)
-        try:
-            return _first(self._mlp_only(entry, **arguments))
-        finally:
-            self._given.output = None
-
-    def neither(self, state: torch.Tensor, arguments: dict) -> torch.Tensor:
-        """The layer with both halves replaced: what its residual branches add when they are skipped."""
-        return _first(self._neither(state, **arguments))
-
-
-class _NoMlp(nn.Module):
-    """An mlp that adds nothing; some families' return a tuple."""
-
-    def __init__(self, as_tuple: bool):
-        super().__init__()
-        self._as_tuple = as_tuple
-
-    def forward(self, hidden_states, *args, **kwargs):
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if self._as_tuple else nothing
-
-
-class _GivenAttention(nn.Module):
-    """Attention that adds nothing, or what it was given."""
-
-    output: torch.Tensor | None = None
-
-    def forward(self, hidden_states, *args, **kwargs):
-        if self.output is not None:
-            return self.output, None
-        return torch.zeros_like(hidden_states), None
-
-
-class _KeepAttention(nn.Module):
-    """Attention that also keeps its output."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.attention = attention
-        self.output: torch.Tensor | None = None
-
-    def forward(self, *args, **kwargs):
-        result = self.attention(*args, **kwargs)
-        self.output = result[0]
-        return result
-
-
 def _layer_windows(config, num_blocks: int) -> list[int | None]:
     """The sliding window of each layer, None where attention is full."""
     window = getattr(config, "sliding_window", None)
@@ -528,22 +363,3 @@ def _rotary_kinds(config) -> list[dict]:
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p] or [parameters]
     return [kind for kind in kinds if kind.get("rope_type") in LENGTH_DEPENDENT_ROPE]
-
-
-def _first(output):
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _get(module: nn.Module, path: Sequence[str]) -> nn.Module:
-    for name in path:
-        module = getattr(module, name)
-    return module
-
-
-def _with_replaced(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:
-    """A shallow copy of `module`, sharing all weights, with the submodule at `path` replaced."""
-    clone = copy.copy(module)
-    clone._modules = dict(module._modules)
-    name, *rest = path
-    clone._modules[name] = _with_replaced(module._modules[name], rest, replacement) if rest else replacement
-    return clone

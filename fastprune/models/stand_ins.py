@@ -1,0 +1,207 @@
+"""Stand-ins for parts of a transformers model, put in place on shallow copies that share every weight.
+
+The model itself is never changed. `Recorder` learns what a model's forward passes to its layers, `Head` runs the
+causal-LM wrapper's own code on given states, `Sublayers` runs one half of a layer without the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class HalfBlock(NamedTuple):
+    """The state between the sublayers of a parallel block: the mlp reads `entry`, not `hidden`."""
+
+    hidden: torch.Tensor  # [B, T, D], attention already added
+    entry: torch.Tensor  # [B, T, D], the block's input
+    attention: torch.Tensor  # [B, T, D], what attention added
+    owner: Sublayers  # the block that it is inside of: to any other, `hidden` is the state
+
+
+State = torch.Tensor | HalfBlock
+Arguments = list[dict]  # of each layer, besides the hidden states
+
+
+def hidden_of(state: State) -> torch.Tensor:
+    """The hidden states [B, T, D] that the final norm reads, should the network end here."""
+    return state.hidden if isinstance(state, HalfBlock) else state
+
+
+def state_bytes(state: State) -> int:
+    tensors = (state.hidden, state.entry, state.attention) if isinstance(state, HalfBlock) else (state,)
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class Recorder:
+    """Runs a model's forward with the layers replaced, and returns the embeddings and each layer's arguments."""
+
+    def __init__(self, path: tuple[str, ...], hf: nn.Module):
+        self.as_tuple = False  # whether the model takes a tuple from each layer
+        self._calls: list[tuple[tuple, dict]] = []
+        self._state: torch.Tensor | None = None
+        layers = nn.ModuleList(_RecordingLayer(layer, self) for layer in get_module(hf, path))
+        # the causal-LM wrapper is left out: only the base model below it is run
+        self._base = get_module(with_replaced(hf, path, layers), path[:1])
+
+    def __call__(self, **inputs) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+        self._calls, self._state = [], None
+        try:
+            self._base(**inputs, use_cache=False)
+            return self._state, self._calls
+        finally:
+            self._calls, self._state = [], None
+
+    def record(self, hidden: torch.Tensor, args: tuple, kwargs: dict):
+        if self._state is None:
+            self._state = hidden
+        self._calls.append((args, kwargs))
+        return (hidden, None) if self.as_tuple else hidden
+
+
+class _RecordingLayer(nn.Module):
+    """Stands in for a layer: passes the hidden states through, notes the other arguments."""
+
+    def __init__(self, layer: nn.Module, recorder: Recorder):
+        super().__init__()
+        # hidden from nn.Module, so that the layer is not a submodule of its stand-in
+        self.__dict__["_layer"], self.__dict__["_recorder"] = layer, recorder
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_layer"], name)  # models read attributes such as attention_type
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self._recorder.record(hidden_states, args, kwargs)
+
+
+class Head:
+    """The causal-LM wrapper's own code from normed hidden states to logits: head, scaling, soft cap."""
+
+    def __init__(self, path: tuple[str, ...], hf: nn.Module):
+        self._stub = _BaseStub()
+        self._lm = with_replaced(hf, path[:-1], self._stub)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._stub.hidden = hidden[None]
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)  # only its shape is read
+            return self._lm(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            self._stub.hidden = None
+
+
+class _BaseStub(nn.Module):
+    """Stands in for the base model below a causal-LM wrapper and returns given hidden states."""
+
+    hidden: torch.Tensor | None = None
+
+    def forward(self, *args, **kwargs):
+        return _BaseOutput(last_hidden_state=self.hidden)
+
+
+class _BaseOutput(BaseModelOutput):
+    """A base model's output; whatever else a family's wrapper reads from its own output type is None."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
+
+
+class Sublayers:
+    """The two halves of a decoder layer: the layer itself with the other half's module replaced.
+
+    A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel block both read the
+    block's input, so the mlp half runs the layer with attention replaced by what attention gave before.
+    """
+
+    def __init__(self, layer: nn.Module, attention_name: str, mlp_name: str, parallel: bool, mlp_as_tuple: bool):
+        self._parallel = parallel
+        self._given, self._kept = _GivenAttention(), _KeepAttention(getattr(layer, attention_name))
+        without_mlp = with_replaced(layer, (mlp_name,), _NoMlp(mlp_as_tuple))
+        self._attention_only = with_replaced(without_mlp, (attention_name,), self._kept)
+        self._mlp_only = with_replaced(layer, (attention_name,), self._given)
+        self._neither = with_replaced(without_mlp, (attention_name,), _GivenAttention())
+
+    def attention(self, state: State, arguments: dict) -> State:
+        entry = hidden_of(state)
+        try:
+            hidden = first(self._attention_only(entry, **arguments))
+            return HalfBlock(hidden, entry, self._kept.output, self) if self._parallel else hidden
+        finally:
+            self._kept.output = None
+
+    def mlp(self, state: State, arguments: dict) -> State:
+        if isinstance(state, HalfBlock) and state.owner is self:
+            entry, self._given.output = state.entry, state.attention
+        else:  # attention was skipped; the state may have been left by an earlier block whose mlp was
+            entry = hidden_of(state)
+        try:
+            return first(self._mlp_only(entry, **arguments))
+        finally:
+            self._given.output = None
+
+    def neither(self, state: torch.Tensor, arguments: dict) -> torch.Tensor:
+        """The layer with both halves replaced: what its residual branches add when they are skipped."""
+        return first(self._neither(state, **arguments))
+
+
+class _NoMlp(nn.Module):
+    """An mlp that adds nothing; some families' return a tuple."""
+
+    def __init__(self, as_tuple: bool):
+        super().__init__()
+        self._as_tuple = as_tuple
+
+    def forward(self, hidden_states, *args, **kwargs):
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self._as_tuple else nothing
+
+
+class _GivenAttention(nn.Module):
+    """Attention that adds nothing, or what it was given."""
+
+    output: torch.Tensor | None = None
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if self.output is not None:
+            return self.output, None
+        return torch.zeros_like(hidden_states), None
+
+
+class _KeepAttention(nn.Module):
+    """Attention that also keeps its output."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+        self.output: torch.Tensor | None = None
+
+    def forward(self, *args, **kwargs):
+        result = self.attention(*args, **kwargs)
+        self.output = result[0]
+        return result
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def get_module(module: nn.Module, path: Sequence[str]) -> nn.Module:
+    for name in path:
+        module = getattr(module, name)
+    return module
+
+
+def with_replaced(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:
+    """A shallow copy of `module`, sharing all weights, with the submodule at `path` replaced."""
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    name, *rest = path
+    clone._modules[name] = with_replaced(module._modules[name], rest, replacement) if rest else replacement
+    return clone
