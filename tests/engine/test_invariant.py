@@ -49,11 +49,11 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
     num_chunks = 0
     for cache_bytes in (None, smallest_budget(make)):
         ev = make(cache_bytes)
-        masks = some_masks(ev.num_units, 24, seed=7)
+        masks = some_masks(ev.num_units, 20, seed=7)
         together = ev.score(masks)
         assert np.isfinite(together).all()
         assert len(np.unique(together)) > 5
-        for number in range(0, len(masks), 8):  # alone, on an evaluator that has never scored anything else
+        for number in range(0, len(masks), 10):  # alone, on an evaluator that has never scored anything else
             assert_same_bits(make(cache_bytes).score(masks[number]), together[number : number + 1])
         groups = np.array_split(np.arange(len(masks)), 4)
         assert_same_bits(np.concatenate([ev.score(masks[group]) for group in groups]), together)
@@ -156,8 +156,10 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "gemma2-sdpa", "gpt-neox", "qwen3-moe", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "training"),
+    [("gpt2", True), ("gpt2", False), ("gemma2-sdpa", True), ("gpt-neox", False), ("qwen3-moe", True), ("phi3", True)],
+)
 def test_the_model_is_left_as_it_was_found(family, training):
     hf = build(family)
     for module in hf.modules():  # dropout everywhere, which must not act while masks are scored
