@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -75,9 +76,13 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
     if out_file:
         write_jsonl(Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows))
     else:
-        table = Table("removed", evaluator.objective.name)
+        table = Table("removed", f"{evaluator.objective.name} loss")
+        if evaluator.objective.name == "perplexity":  # the loss is in nats per token
+            table.add_column("perplexity")
         for units, loss in rows:
-            table.add_row(format_removed(units), format_loss(loss))
+            table.add_row(
+                format_removed(units), format_loss(loss), *[f"{math.exp(loss):.3f}"] * (len(table.columns) - 2)
+            )
         out.print(table)
     _print_cost(evaluator.stats)
 
