@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import click
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -76,13 +76,10 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
     if out_file:
         write_jsonl(Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows))
     else:
-        table = Table("removed", f"{evaluator.objective.name} loss")
-        if evaluator.objective.name == "perplexity":  # the loss is in nats per token
-            table.add_column("perplexity")
+        in_nats = evaluator.objective.name == "perplexity"
+        table = Table("removed", f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
         for units, loss in rows:
-            table.add_row(
-                format_removed(units), format_loss(loss), *[f"{math.exp(loss):.3f}"] * (len(table.columns) - 2)
-            )
+            table.add_row(format_removed(units), format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
         out.print(table)
     _print_cost(evaluator.stats)
 

@@ -146,7 +146,12 @@ LINEAR_KL = {
         "sm_100": _matrix(64, 128, 64, 8, 3),
         "gfx942": _matrix(64, 128, 32, 8, 2),
     },
-    4: {arch: _matrix(64, 64, 16, 8, 2 if arch == "gfx942" else 3) for arch in ARCHITECTURES},
+    4: {
+        "sm_80": _matrix(64, 32, 16, 4, 3),
+        "sm_90": _matrix(64, 32, 16, 4, 3),
+        "sm_100": _matrix(64, 32, 16, 4, 3),
+        "gfx942": _matrix(64, 64, 16, 8, 2),
+    },
 }
 LINEAR_KL_CAPPED = {2: {**LINEAR_KL[2], "sm_90": _matrix(64, 128, 64, 8, 3)}, 4: LINEAR_KL[4]}
 _INTERPRETED_MATRIX = _matrix(32, 32, 32, 1, 1, split=64)

@@ -75,7 +75,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
 
     pointers = dict.fromkeys(("p_states", "p_branch", "p_weight", "p_residual", "p_normed"), element)
     types = {**pointers, "p_source": "*i64", "p_target": "*i64", "eps": "fp32"}
-    for size in (128, 4096, 8192, launch.MAX_ROW):
+    for size in (128, 4096, launch.MAX_ROW):
         config = launch.norm_config(size)
         yield case("add_rms_norm", f"D={size}", config, norm.add_rms_norm_kernel, types, D=size, UNIT_OFFSET=False)
 
@@ -121,8 +121,8 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
 
     tables = ("p_branch", "p_position", "p_tile_start", "p_tile_end", "p_lists", "p_blocks")
     types = {"p_qkv": element, "p_out": element, **dict.fromkeys(tables, "*i32"), "scale": "fp32"}
-    for size in (64, 96, 128, 256):
-        for variant, window, cap in (("", None, None), ("window", 4096, None), ("window, soft cap", 4096, 50.0)):
+    for size in (64, 128, 256):
+        for variant, window, cap in (("", None, None), ("window, soft cap", 4096, 50.0)):
             config = launch.tree_attention_config(arch, itemsize, size)
             shape = {"HEADS": 32, "KV_HEADS": 8, "DH": size, "WINDOW": window, "SOFT_CAP": cap}
             shape["BLOCK_DH"] = triton.next_power_of_2(size)
