@@ -55,6 +55,7 @@ class Engine:
         per_position = model.vocab_size * (model.dtype.itemsize + 8) * (1 if measure == "nll" else 3)
         self._tile = max(8, min(TILE_BYTES[kind], budget_bytes // 4) // per_position // 8 * 8)
         self.peak_activation_bytes = 0
+        self.dense_runs = 0  # unit runs of the dense model's own passes, for "kl"
         with model.evaluation():
             self._footprint = measure_footprint(model, batch, granularity, self._measure_nothing, self._tile)
         if kind == "cuda":
@@ -148,6 +149,7 @@ class Engine:
             for mask, hidden, _ in self._walk(plan, chunk):
                 if mask >= 0:
                     states.append(hidden.flatten(0, 1)[chunk.sources])
+        self.dense_runs += self.num_units
         return states
 
     def numerics(self) -> dict[str, object]:

@@ -29,7 +29,7 @@ class Stats:
     """
 
     masks: int = 0  # scores that were asked for
-    layer_runs: float = 0  # unit runs that were made
+    layer_runs: float = 0  # unit runs that were made (for KL, the dense model's one pass too)
     asked_layer_runs: float = 0  # distinct prefixes of each call: its unit runs, had no score been known before
     naive_layer_runs: float = 0  # unit runs of one forward pass per mask that was asked for
     head_runs: float = 0  # masks whose loss was computed
@@ -165,9 +165,9 @@ class Evaluator:
 
     def _run(self, plan: Plan, wanted: np.ndarray | None = None) -> np.ndarray:
         """Sums over continuations of the plan's distinct masks, [M, C]; notes what it cost."""
-        started = time.perf_counter()
+        started, dense_before = time.perf_counter(), self._engine.dense_runs
         sums, share = self._engine.run(plan, self.progress, wanted), self._engine.share(wanted)
-        self.stats.layer_runs += _whole(plan.layer_runs * share)
+        self.stats.layer_runs += _whole(plan.layer_runs * share) + self._engine.dense_runs - dense_before
         self.stats.head_runs += _whole(len(plan.masks) * share)
         self.stats.peak_activation_bytes = self._engine.peak_activation_bytes
         self.stats.seconds += time.perf_counter() - started

@@ -125,12 +125,12 @@ class Model:
 
     @contextmanager
     def evaluation(self):
-        """No gradients, and dropout off; every module's training flag is put back afterwards."""
+        """No gradients, no dropout, no autocast of the caller; every training flag is put back afterwards."""
         training = [module for module in self.hf.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 yield
         finally:
             for module in training:
