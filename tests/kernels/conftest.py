@@ -2,6 +2,9 @@
 
 Whether a kernel is interpreted is settled when it is defined. So the variable that asks for it is set only while
 triton and the kernels are imported, and no other test, nor a process that one starts, sees it.
+
+triton may have been imported before, by transformers; its own library of kernels is then compiled, and interpreted ones
+cannot call it. So its Python modules are imported once more; the extension module stays.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -19,6 +23,9 @@ def _import_kernels() -> None:
     before = os.environ.get("TRITON_INTERPRET")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+        for name in [name for name in sys.modules if name.split(".")[0] in ("triton", "fastprune_kernels")]:
+            if not name.startswith("triton._C") and name not in ("fastprune_kernels", "fastprune_kernels.reference"):
+                del sys.modules[name]
     try:
         importlib.import_module("triton.experimental.gluon")  # a first launch imports it, and it reads the variable too
         for name in ("norm", "gated_mlp", "rope", "linear_loss", "attention"):
