@@ -187,6 +187,7 @@ def load_text(
     path = Path(path)
     _check_count("num_samples", num_samples, 1)
     _check_count("seq_len", seq_len, 2)
+    _check_count("seed", seed, 0)
     if not path.is_file():
         raise InputError(f"{path}: no such calibration file")
     if path.suffix in (".npy", ".safetensors"):
@@ -322,6 +323,8 @@ def _to_numpy(ids) -> Iterable:
         ids = ids.detach().cpu().numpy()
     if isinstance(ids, np.ndarray) and ids.ndim != 2:
         raise InputError(f"token ids must have shape [S, T], not {list(ids.shape)}")
+    if not isinstance(ids, Iterable):
+        raise InputError(f"token ids must be an array [S, T] or a list of sequences, not {ids!r}")
     return ids
 
 

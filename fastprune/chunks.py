@@ -36,7 +36,6 @@ class Chunk:
     target_token: torch.Tensor
     continuation: np.ndarray
     rows: np.ndarray
-    real: torch.Tensor  # flat indices in [B * T] of the tokens that are not padding
 
     @property
     def num_tokens(self) -> int:
@@ -73,13 +72,12 @@ def make_chunk(batch: TokenBatch, rows: Sequence[int], device: torch.device) -> 
     # padding sees itself and the trunk, and nothing sees it: it comes last, in a branch of its own
     ids, positions, branch = np.zeros((3, len(rows), width), dtype=np.int64)
     branch -= 1
-    sources, target_sources, tokens, continuations, real = [], [], [], [], []
+    sources, target_sources, tokens, continuations = [], [], [], []
     for i, row in enumerate(rows):
         start, stop = batch.row_starts[row], batch.row_starts[row + 1]
         ids[i, : stop - start] = batch.ids[start:stop]
         positions[i, : stop - start] = batch.positions[start:stop]
         branch[i, : stop - start] = batch.branch[start:stop]
-        real.append(i * width + np.arange(stop - start))
         targets = batch.targets_by_row[row]
         distinct, inverse = np.unique(batch.target_source[targets], return_inverse=True)
         target_sources.append(inverse + sum(map(len, sources)))
@@ -99,5 +97,4 @@ def make_chunk(batch: TokenBatch, rows: Sequence[int], device: torch.device) -> 
         target_token=on_device(tokens),
         continuation=np.concatenate(continuations),
         rows=rows,
-        real=on_device(real),
     )

@@ -16,6 +16,7 @@ import torch
 
 from fastprune_kernels.reference import token_kl, token_nll
 
+from . import __version__
 from .calibration import TokenBatch
 from .chunks import Chunk, make_chunk, make_chunks
 from .errors import InputError
@@ -164,8 +165,11 @@ class Engine:
             "granularity": self.granularity,
             "dtype": str(self.model.dtype),
             "attention": getattr(self.model.config, "_attn_implementation", None),
+            "experts": getattr(self.model.config, "_experts_implementation", None),
             "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
             "threads": None if cuda else torch.get_num_threads(),
+            "matmul": [torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled],
+            "fastprune": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -196,11 +200,12 @@ class Engine:
 
     def _halve(self) -> bool:
         """Cut chunks of half the size; False when they are single rows already."""
-        if all(len(chunk.rows) == 1 for chunk in self.chunks):
+        divisible = [chunk.num_tokens for chunk in self.chunks if len(chunk.rows) > 1]
+        if not divisible:
             return False
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        max_tokens = max(chunk.num_tokens for chunk in self.chunks) // 2
+        max_tokens = max(divisible) // 2
         self._cut(max_tokens)
         warnings.warn(
             f"out of memory: going on with chunks of {max_tokens} tokens; "

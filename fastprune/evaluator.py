@@ -116,14 +116,16 @@ class Evaluator:
         plan = self._plan(masks)
         if self._store is None:
             return self.objective.loss(self._run(plan))[plan.index]
-        keys = mask_keys(plan.masks)
-        known = self._store.get(self._context(), keys)
+        keys, context = mask_keys(plan.masks), self._context()
+        known = self._store.get(context, keys)
         missing = plan.masks[[key not in known for key in keys]]
         self.stats.store_hits += sum(keys[row] in known for row in plan.index.tolist())
         if len(missing):
             part = make_plan(missing)
             losses = self.objective.loss(self._run(part))
-            self._store.put(self._context(), mask_keys(part.masks), losses)
+            if self._context() != context:  # memory ran out and chunks became smaller: nothing known has these bits
+                return self.score(masks)
+            self._store.put(context, mask_keys(part.masks), losses)
             known.update(zip(mask_keys(part.masks), losses.tolist()))
         return np.array([known[key] for key in keys])[plan.index]
 

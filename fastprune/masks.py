@@ -19,7 +19,8 @@ def as_masks(masks, num_units: int) -> np.ndarray:
     Raises InputError for another length, other values than 0 and 1, or an array that is not 2-D.
     """
     if hasattr(masks, "detach"):
-        masks = masks.detach().cpu().numpy()
+        masks = masks.detach().cpu()
+        masks = (masks.double() if masks.is_floating_point() else masks).numpy()
     try:
         array = np.asarray(masks)
     except ValueError:  # rows of different lengths
@@ -46,6 +47,8 @@ def as_masks(masks, num_units: int) -> np.ndarray:
 def check_removed(removed: Iterable[int], num_units: int) -> tuple[int, ...]:
     """The removed units as a sorted tuple. Raises InputError for an index out of range or given twice."""
     units = []
+    if not isinstance(removed, Iterable):
+        raise InputError(f"removed units are given as a collection such as (9, 10), not {removed!r}")
     for unit in removed:
         if isinstance(unit, bool) or not isinstance(unit, (int, np.integer)):
             raise InputError(f"removed unit {unit!r} is not an integer")

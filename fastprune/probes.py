@@ -23,7 +23,7 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     One row at a time: the states of every depth are held for that row. Each pair's mean is over all tokens.
     """
     num_units = len(model.unit_names(granularity))
-    total = np.zeros((num_units + 1, num_units + 1))
+    total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
         for row in range(batch.num_rows):
             chunk = make_chunk(batch, [row], model.device)
@@ -35,8 +35,8 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
             for start in range(0, chunk.num_tokens, TOKENS_AT_ONCE):
                 part = torch.stack([h[start : start + TOKENS_AT_ONCE].float() for h in flat], dim=1)  # [n, U + 1, D]
                 part = torch.nn.functional.normalize(part, dim=-1)
-                total += (part @ part.mT).double().sum(0).cpu().numpy()
-    mean = total / batch.num_tokens
+                total += (part @ part.mT).double().sum(0)
+    mean = total.cpu().numpy() / batch.num_tokens
     np.fill_diagonal(mean, 1.0)
     return (mean + mean.T) / 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,24 +26,35 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows to a new file; an existing one is refused."""
-    with refuse_existing(path).open("x", encoding="utf-8") as file:
-        file.writelines(json.dumps(_plain(row)) + "\n" for row in rows)
+    """Write rows to a new file, which appears only when it is complete; an existing one is refused."""
+    _write(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows), replace=False)
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write one value to a new file, indented; an existing one is refused."""
-    with refuse_existing(path).open("x", encoding="utf-8") as file:
-        json.dump(_plain(value), file, indent=1)
-        file.write("\n")
+def write_json(path: Path, value: dict, replace: bool = False) -> None:
+    """Write one value, indented, to a file that appears only when it is complete; an existing one is refused."""
+    _write(path, json.dumps(_plain(value), indent=1) + "\n", replace)
 
 
 def refuse_existing(path: Path) -> Path:
-    """The path, if nothing is there yet; its folder is made when it is missing."""
+    """The path, if nothing is there yet."""
     if path.exists():
         raise InputError(f"{path}: exists already and is not overwritten; name another file or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _write(path: Path, text: str, replace: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    try:
+        if replace:
+            partial.replace(path)
+        else:
+            os.link(partial, path)  # at once, and never over another file
+    except FileExistsError:
+        refuse_existing(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _plain(value):

@@ -34,6 +34,9 @@ class ScoreStore:
             raise InputError(f"{self.path}: the folder of the score store does not exist")
         try:
             self._db = sqlite3.connect(self.path, timeout=60)
+            tables = {sql for (sql,) in self._db.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
+            if tables and not all("context TEXT" in sql for sql in tables):
+                raise InputError(f"{self.path}: a database of something else; name another file for the score store")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.executescript(_SCHEMA)
         except sqlite3.Error as error:

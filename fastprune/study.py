@@ -77,6 +77,11 @@ def run_study(
         check_algorithm(algorithm, options.get(algorithm, {}))
     out = Path(out_dir)
     evaluators = _Evaluators(models, objectives, evaluator_options)
+    for model, num_remove in product(models, budgets):
+        if not 0 <= num_remove < evaluators.num_units(model):
+            units = evaluators.num_units(model)
+            raise InputError(f"num_remove {num_remove} must be from 0 to {units - 1} ({model.name} has {units} units)")
+    evaluators.check("cbo" in algorithms)
     _claim(out, evaluators.identity(algorithms, budgets, options, seed))
     evaluators.open_store(out / "scores.db")
     cells = []
@@ -101,8 +106,7 @@ def run_study(
         "cells": [vars(cell) for cell in cells],
         **summarise(cells),
     }
-    (out / "study.json").unlink(missing_ok=True)  # a summary of the cells, made anew by every run
-    write_json(out / "study.json", study)
+    write_json(out / "study.json", study, replace=True)  # a summary of the cells, made anew by every run
     return study
 
 
@@ -164,6 +168,14 @@ class _Evaluators:
             "seed": seed,
             "granularity": self._options.get("granularity", "block"),
         }
+
+    def check(self, needs_gradients: bool) -> None:
+        """Raise InputError for a granularity that a model has not, or an objective without gradients where needed."""
+        for model in self._models:
+            model.require(self._options.get("granularity", "block"))
+        for (_, label), objective in self._objectives.items():
+            if needs_gradients and objective.name in ("kl", "accuracy"):
+                raise InputError(f"cbo needs gradients, which the objective {label!r} ({objective.name}) has not")
 
     def open_store(self, path: Path) -> None:
         self._store = ScoreStore(path)

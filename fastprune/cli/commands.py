@@ -67,6 +67,8 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
     subsets = [parse_removed(text) for text in removed]
+    if masks_file and not Path(masks_file).is_file():
+        raise InputError(f"--masks: {masks_file}: no such masks file")
     if out_file:
         refuse_existing(Path(out_file))
     evaluator = make_evaluator()
@@ -89,7 +91,7 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
 @click.option("--num-remove", type=int, required=True, help="Units to remove.")
 @click.option("--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5.")
 @click.option("--protect", default="", help="Units that must stay, such as 0,1.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", "out_dir", help="Write result.json into this folder.")
 @evaluates
 def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir) -> None:

@@ -31,7 +31,7 @@ def _group(*options: Callable) -> Callable:
 def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
     if gigabytes is None:
         return None
-    if not gigabytes > 0:
+    if not 0 < gigabytes < float("inf"):
         raise InputError(f"--cache-gb must be above 0, not {gigabytes}")
     return int(gigabytes * 2**30)
 
@@ -47,7 +47,13 @@ model_options = _group(click.argument("model"), model_settings)
 evaluator_settings = _group(
     click.option("--num-samples", type=int, help="Text samples (default 64) or questions (default all)."),
     click.option("--seq-len", type=int, help="Tokens of a text sample; default 2048, or what the model can take."),
-    click.option("--sample-seed", default=0, show_default=True, help="Which windows of a text are drawn."),
+    click.option(
+        "--sample-seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Which windows of a text are drawn.",
+    ),
     click.option("--granularity", default="block", show_default=True, help="block or sublayer."),
     click.option("--backend", default="auto", show_default=True, help="auto or generic."),
     click.option(

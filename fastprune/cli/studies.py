@@ -37,7 +37,7 @@ STUDIED = ("one_shot", "greedy", "beam", "genetic", "bayesian", "cbo", "fast_blo
 )
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
 @click.option("--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", "out_dir", required=True, help="The study's folder; the same study continues there.")
 @model_settings
 @evaluator_settings

@@ -199,6 +199,9 @@ def save(model, tokenizer, folder: Path) -> None:
     shipped = LlamaForCausalLM(model.config).to(torch.bfloat16)
     shipped.load_state_dict(state)
     shipped.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"  # what it is loaded as: scores of masks differ by less than bfloat16 resolves
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
 
 

@@ -65,6 +65,7 @@ class Model:
         self._recorder = Recorder(self._path, hf)
         self._head = Head(self._path, hf)
         self._sublayers: list[Sublayers] | None = None
+        self._hashed: tuple[list, str] | None = None
         with self.evaluation():
             self._check_dense()
 
@@ -136,14 +137,22 @@ class Model:
             for module in training:
                 module.training = True
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
-        """SHA-256 over the config and every tensor of the model; reads all weights once."""
+        """SHA-256 over the config and every tensor of the model. All weights are read once, and again when a tensor
+        was replaced or changed in place since (a change through `.data` does not show)."""
+        tensors = self.hf.state_dict(keep_vars=True)
+        state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors.items()]
+        if self._hashed is None or self._hashed[0] != state:
+            self._hashed = (state, self._hash(tensors))
+        return self._hashed[1]
+
+    def _hash(self, tensors: dict[str, torch.Tensor]) -> str:
         config = self.config.to_diff_dict()
         for name in ("_name_or_path", "transformers_version"):  # where it lies and who wrote it
             config.pop(name, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in self.hf.state_dict().items():
+        for name, tensor in tensors.items():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -201,9 +210,7 @@ class Model:
         found = [
             tuple(name.split("."))
             for name, module in self.hf.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == depth
-            and name.split(".")[-1] in ("layers", "h", "blocks")
+            if isinstance(module, nn.ModuleList) and len(module) == depth and name.split(".")[-1] in LAYERS_NAMES
         ]
         if len(found) != 1:
             raise self._refuse(f"{'no' if not found else 'more than one'} list of {depth} decoder layers was found")
