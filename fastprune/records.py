@@ -36,7 +36,12 @@ def write_json(path: Path, value: dict, replace: bool = False) -> None:
 
 
 def refuse_existing(path: Path) -> Path:
-    """The path, if nothing is there yet."""
+    """The path, if nothing is there yet and a folder can hold it."""
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise InputError(f"{path}: {parent} is a file, not a folder")
+            break
     if path.exists():
         raise InputError(f"{path}: exists already and is not overwritten; name another file or remove it")
     return path
