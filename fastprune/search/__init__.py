@@ -12,7 +12,15 @@ from . import similarity  # noqa: F401
 from . import enumeration  # noqa: F401
 
 # isort: on
-from .registry import ALGORITHMS, check_algorithm, describe_algorithms
+from .registry import ALGORITHMS, check_algorithm, describe_algorithms, require_sklearn
 from .run import Search, SearchResult, run_search
 
-__all__ = ["ALGORITHMS", "Search", "SearchResult", "check_algorithm", "describe_algorithms", "run_search"]
+__all__ = [
+    "ALGORITHMS",
+    "Search",
+    "SearchResult",
+    "check_algorithm",
+    "describe_algorithms",
+    "require_sklearn",
+    "run_search",
+]

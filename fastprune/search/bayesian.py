@@ -6,9 +6,8 @@ import numpy as np
 
 from ..masks import from_removed
 from . import draws
-from .extras import import_extra
 from .prior import LinearMean, Prior, penalised
-from .registry import algorithm, check_at_least
+from .registry import Count, algorithm
 from .run import Removed, Search
 
 PRIOR_DRAWS = 256  # of the pool in which the expected improvement is maximised
@@ -16,8 +15,8 @@ NEIGHBOURS_OF = 3  # best subsets whose swaps are in the pool
 TWO_SWAPS = 100  # 2-swaps of each, drawn at random: there are too many for all
 
 
-@algorithm
-def bayesian(search: Search, trials: int = 200, initial: int = 10, batch_size: int = 1) -> None:
+@algorithm(needs_sklearn=True)
+def bayesian(search: Search, trials: Count = 200, initial: Count = 10, batch_size: Count = 1) -> None:
     """Score the subset of highest expected improvement under a Gaussian process on masks, again and again.
 
     Kernel s^2 exp(-hamming / l) + noise, hyperparameters by marginal likelihood; prior mean a + b sum d_i, d_i =
@@ -32,8 +31,9 @@ def bayesian(search: Search, trials: int = 200, initial: int = 10, batch_size: i
         initial: subsets drawn by the prior before the first fit.
         batch_size: subsets scored at once, those of the highest expected improvement.
     """
-    check_at_least("bayesian", 1, trials=trials, initial=initial, batch_size=batch_size)
-    process = import_extra("fastprune.search.gaussian_process", "bayesian").MaskProcess()
+    from .gaussian_process import MaskProcess
+
+    process = MaskProcess()
     prior = Prior(search)
     scored = draws.distinct(prior.subset, min(initial, trials))
     search.score(scored)

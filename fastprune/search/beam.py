@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .registry import algorithm, check_at_least
+from .registry import Count, algorithm
 from .run import Search
 
 
@@ -19,7 +19,7 @@ def greedy(search: Search) -> None:
 
 
 @algorithm
-def beam(search: Search, beam_width: int = 5) -> None:
+def beam(search: Search, beam_width: Count = 5) -> None:
     """k rounds; each extends every kept subset by every unit, merges equal subsets, keeps the beam_width lowest.
 
     Source: the study (arXiv 2604.24938).
@@ -27,7 +27,6 @@ def beam(search: Search, beam_width: int = 5) -> None:
     Options:
         beam_width: subsets kept after each round.
     """
-    check_at_least("beam", 1, beam_width=beam_width)
     kept = [()]
     if search.num_remove == 0:
         search.score(kept)

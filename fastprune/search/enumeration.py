@@ -7,7 +7,7 @@ import math
 
 from ..errors import InputError
 from . import draws
-from .registry import algorithm, check_at_least
+from .registry import Count, algorithm
 from .run import Removed, Search
 
 AT_ONCE = 1 << 16  # masks of one call: prefixes are shared within it, and its bookkeeping stays small
@@ -26,8 +26,17 @@ def contiguous(search: Search) -> None:
     search.score(windows(search.candidates, search.num_remove))
 
 
-@algorithm
-def exhaustive(search: Search, max_masks: int = 100_000) -> None:
+def _few_enough(candidates: int, num_remove: int, max_masks: int) -> None:
+    total = math.comb(candidates, num_remove)
+    if total > max_masks:
+        raise InputError(
+            f"exhaustive would score C({candidates}, {num_remove}) = {total} subsets, "
+            f"above its option max_masks={max_masks}"
+        )
+
+
+@algorithm(check_size=_few_enough)
+def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     """Score every subset of k units: the optimum, and proof of it.
 
     Source: the definition of the problem.
@@ -35,20 +44,13 @@ def exhaustive(search: Search, max_masks: int = 100_000) -> None:
     Options:
         max_masks: refuse to score more subsets than this.
     """
-    check_at_least("exhaustive", 1, max_masks=max_masks)
-    total = math.comb(len(search.candidates), search.num_remove)
-    if total > max_masks:
-        raise InputError(
-            f"exhaustive would score C({len(search.candidates)}, {search.num_remove}) = {total} subsets, "
-            f"above its option max_masks={max_masks}"
-        )
     subsets = itertools.combinations(search.candidates, search.num_remove)  # in order: prefixes lie together
     while part := list(itertools.islice(subsets, AT_ONCE)):
         search.score(part)
 
 
 @algorithm(name="random")
-def random_subsets(search: Search, num_masks: int = 100) -> None:
+def random_subsets(search: Search, num_masks: Count = 100) -> None:
     """Score num_masks different subsets of k units, drawn uniformly; all of them where there are not more.
 
     Source: the baseline of every comparison.
@@ -56,7 +58,6 @@ def random_subsets(search: Search, num_masks: int = 100) -> None:
     Options:
         num_masks: subsets to draw.
     """
-    check_at_least("random", 1, num_masks=num_masks)
     search.score(draws.uniform(search, num_masks))
 
 

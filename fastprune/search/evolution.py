@@ -6,18 +6,18 @@ import numpy as np
 
 from . import draws
 from .prior import Prior
-from .registry import algorithm, check_at_least, check_share
+from .registry import Count, CountOrAuto, Share, algorithm
 from .run import Removed, Search
 
 
 @algorithm
 def genetic(
     search: Search,
-    population: int = 16,
-    elitism: float = 0.2,
-    mutation: float = 0.15,
-    generations: int = 10,
-    tournament: int = 3,
+    population: Count = 16,
+    elitism: Share = 0.2,
+    mutation: Share = 0.15,
+    generations: Count = 10,
+    tournament: Count = 3,
 ) -> None:
     """Breed a population of subsets; new units come by the prior w_i = softmax(-z_i), z_i the standardised loss({i}).
 
@@ -35,8 +35,6 @@ def genetic(
         generations: generations in all, the first included.
         tournament: subsets from which each parent is the best.
     """
-    check_at_least("genetic", 1, population=population, generations=generations, tournament=tournament)
-    check_share("genetic", elitism=elitism, mutation=mutation)
     prior = Prior(search)
     first = prior.one_shot()
     members = _ranked(search, [first, *draws.distinct(prior.subset, population - 1, known=[first])])
@@ -74,14 +72,14 @@ def _child(search: Search, prior: Prior, members: list[Removed], tournament: int
 @algorithm
 def evopress(
     search: Search,
-    initial: int = 64,
-    initial_tokens: int = 2048,
-    offspring: int = 32,
-    max_swaps: int = 3,
-    first_survivors: int = 2,
-    first_tokens: int = 2048,
-    final_tokens: int = 32768,
-    generations: int = 0,
+    initial: Count = 64,
+    initial_tokens: Count = 2048,
+    offspring: Count = 32,
+    max_swaps: Count = 3,
+    first_survivors: Count = 2,
+    first_tokens: Count = 2048,
+    final_tokens: Count = 32768,
+    generations: CountOrAuto = 0,
 ) -> None:
     """Mutate one parent; select among its children in two steps, on few and then on many fresh tokens.
 
@@ -105,10 +103,6 @@ def evopress(
         final_tokens: tokens of the second step.
         generations: generations; 0 for int(k (U - k) / 1.5), U counting the units that may go.
     """
-    check_at_least("evopress", 1, initial=initial, initial_tokens=initial_tokens, offspring=offspring)
-    check_at_least("evopress", 1, max_swaps=max_swaps, first_survivors=first_survivors)
-    check_at_least("evopress", 1, first_tokens=first_tokens, final_tokens=final_tokens)
-    check_at_least("evopress", 0, generations=generations)
     k = search.num_remove
     (parent,) = _select(search, draws.uniform(search, initial), initial_tokens, 1)
     for _ in range(generations or int(k * (len(search.candidates) - k) / 1.5)):

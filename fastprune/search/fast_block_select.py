@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 
 from .draws import as_removed
-from .registry import algorithm, check_at_least
+from .registry import Count, algorithm
 from .run import Removed, Search
 
 
 @algorithm
-def fast_block_select(search: Search, max_run: int = 4, pool: int = 5, rounds: int = 20) -> None:
+def fast_block_select(search: Search, max_run: Count = 4, pool: Count = 5, rounds: Count = 20) -> None:
     """From one_shot's subset, exchange runs of adjacent units between the removed and the kept while that helps.
 
     With d_i = loss({i}), P the removed and A the kept units: for each run length r = 1..max_run, the runs of r
@@ -28,7 +28,6 @@ def fast_block_select(search: Search, max_run: int = 4, pool: int = 5, rounds: i
         pool: runs of each length and side that are tried against each other.
         rounds: most rounds.
     """
-    check_at_least("fast_block_select", 1, max_run=max_run, pool=pool, rounds=rounds)
     singles = search.score([(unit,) for unit in search.candidates])
     loss_of = dict(zip(search.candidates, singles.tolist()))
     removed = as_removed(search.candidates[i] for i in singles.argsort(kind="stable")[: search.num_remove])

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Annotated
 
 import numpy as np
 
+from ..errors import InputError
 from ..masks import from_removed
-from ..qubo import solve_subset
+from ..qubo import MAX_VARIABLES, solve_subset
 from . import draws
-from .extras import import_extra
 from .prior import LinearMean, Prior, penalised
-from .registry import algorithm, check_at_least
+from .registry import Allowed, Count, algorithm
 from .run import Removed, Search
 
 
-@algorithm
-def cbo(search: Search, num_states: int = 10, rescore: bool = True, first_order: bool = False) -> None:
+def _solvable(candidates: int, num_remove: int, **options) -> None:
+    if candidates > MAX_VARIABLES:
+        raise InputError(
+            f"cbo and surrogate solve for at most {MAX_VARIABLES} units exactly, but {candidates} may be removed: "
+            f"protect {candidates - MAX_VARIABLES}, prune blocks where these are sublayers, or use another algorithm"
+        )
+
+
+@algorithm(check_size=_solvable)
+def cbo(search: Search, num_states: Count = 10, rescore: bool = True, first_order: bool = False) -> None:
     """Remove the k units of lowest energy z^T H z, z_i = 1 where removed, H the Fisher matrix of branch scales.
 
     a_i scales unit i's residual branches, at 1. A[s, i] = dL_s/da_i per calibration sample; H = A^T A / n over the n
@@ -31,7 +40,6 @@ def cbo(search: Search, num_states: int = 10, rescore: bool = True, first_order:
         rescore: score them all; otherwise only the lowest.
         first_order: add -g^T z to the energy, g the mean gradient.
     """
-    check_at_least("cbo", 1, num_states=num_states)
     gradients = search.evaluator.unit_gradients()[:, search.candidates]  # [n, candidates]
     gradients = gradients[np.isfinite(gradients).all(axis=1)]
     if not len(gradients):
@@ -42,8 +50,13 @@ def cbo(search: Search, num_states: int = 10, rescore: bool = True, first_order:
     search.score([tuple(search.candidates[i] for i in state) for state in states])
 
 
-@algorithm
-def surrogate(search: Search, initial: int = 128, proposals: int = 32, patience: int = 3) -> None:
+@algorithm(check_size=_solvable, needs_sklearn=True)
+def surrogate(
+    search: Search,
+    initial: Annotated[int, Allowed(least=2)] = 128,  # a single subset says nothing about leaving one out
+    proposals: Count = 32,
+    patience: Count = 3,
+) -> None:
     """Fit a ridge quadratic model to the losses so far, score its best unseen subsets, until nothing better is found.
 
     The model of a subset's loss is a + b sum d_i + sum_i u_i z_i + sum_(i<j) v_ij z_i z_j, z_i = 1 where removed and
@@ -59,9 +72,6 @@ def surrogate(search: Search, initial: int = 128, proposals: int = 32, patience:
         proposals: subsets scored in each round.
         patience: rounds in a row without a better subset after which the search ends.
     """
-    check_at_least("surrogate", 2, initial=initial)  # a single subset says nothing about leaving one out
-    check_at_least("surrogate", 1, proposals=proposals, patience=patience)
-    import_extra("sklearn.linear_model", "surrogate")
     prior = Prior(search)
     total = math.comb(len(search.candidates), search.num_remove)
     initial = min(initial, max(4, total // 4))
@@ -97,14 +107,15 @@ def _propose(search: Search, prior: Prior, subsets: list[Removed], count: int) -
 
 def _fit(search: Search, prior: Prior, subsets: list[Removed]) -> tuple[np.ndarray, np.ndarray]:
     """The quadratic model, without its constant: energies [n, n] and linear terms [n] of the n candidates."""
-    linear_model = import_extra("sklearn.linear_model", "surrogate")
+    from sklearn.linear_model import RidgeCV
+
     size = len(search.candidates)
     pairs = np.array(list(itertools.combinations(range(size), 2)), dtype=int).reshape(-1, 2)
     removed = 1.0 - from_removed(subsets, search.num_units)[:, search.candidates]
     features = np.hstack([removed, removed[:, pairs[:, 0]] * removed[:, pairs[:, 1]]])
     losses = penalised(search.score(subsets))
     mean = LinearMean(prior, subsets, losses)
-    ridge = linear_model.RidgeCV(alphas=np.logspace(-6, 3, 19))
+    ridge = RidgeCV(alphas=np.logspace(-6, 3, 19))
     ridge.fit(features, losses - mean(subsets))
     energy = np.zeros((size, size))
     energy[pairs[:, 0], pairs[:, 1]] = energy[pairs[:, 1], pairs[:, 0]] = ridge.coef_[size:] / 2

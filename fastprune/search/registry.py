@@ -6,23 +6,66 @@ then `Source:`, `Cost:` (in masks, for U units of which k are removed) and `Opti
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from ..errors import InputError, nearest
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """The values that an option may have: numbers from `least` to `most`, or one of `choices`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    choices: tuple[str, ...] = ()
+
+    def __contains__(self, value) -> bool:
+        return value in self.choices if self.choices else self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return f"from {self.least} to {self.most}" if self.most < math.inf else f"at least {self.least}"
+
+
+Count = Annotated[int, Allowed(least=1)]
+CountOrAuto = Annotated[int, Allowed(least=0)]  # 0 lets the algorithm decide
+Share = Annotated[float, Allowed(least=0, most=1)]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of an algorithm: its type, its default, and what it may be (None: all of its type)."""
+
+    kind: type
+    default: object
+    allowed: Allowed | None
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__}, {self.allowed}" if self.allowed else self.kind.__name__
+
+
+@dataclass(frozen=True)
 class Algorithm:
-    """A registered search: its function, and its options with their types and defaults."""
+    """A registered search: its function, and its options.
+
+    check_size(candidates, num_remove, **options) raises InputError for a problem that is too large for it.
+    """
 
     name: str
     function: Callable
-    options: Mapping[str, tuple[type, object]]
+    options: Mapping[str, Option]
+    check_size: Callable[..., None] | None
+    needs_sklearn: bool
 
     def describe(self) -> dict:
         """Plain values: name, summary, source, cost, and for each option its name, type, default and meaning."""
@@ -31,16 +74,23 @@ class Algorithm:
         return {
             "name": self.name,
             "summary": sections["Summary"],
+            "method": sections["Method"],
             "source": sections["Source"].rstrip("."),
             "cost": sections["Cost"].rstrip("."),
             "options": [
-                {"name": name, "type": kind.__name__, "default": default, "meaning": meanings.get(name, "")}
-                for name, (kind, default) in self.options.items()
+                {
+                    "name": name,
+                    "type": option.kind.__name__,
+                    "allowed": str(option.allowed or ""),
+                    "default": option.default,
+                    "meaning": meanings.get(name, ""),
+                }
+                for name, option in self.options.items()
             ],
         }
 
     def describe_options(self) -> str:
-        return ", ".join(f"{name}={default!r}" for name, (_, default) in self.options.items()) or "none"
+        return ", ".join(f"{name}={option.default!r}" for name, option in self.options.items()) or "none"
 
     def check_options(self, given: Mapping[str, object]) -> dict[str, object]:
         """Every option with its value. Strings, as from a command line, are converted to the option's type."""
@@ -48,50 +98,76 @@ class Algorithm:
             if name not in self.options:
                 raise InputError(f"{self.name} has no option {name!r}; its options: {self.describe_options()}")
         return {
-            name: self._convert(name, kind, given[name]) if name in given else default
-            for name, (kind, default) in self.options.items()
+            name: self._convert(name, option, given[name]) if name in given else option.default
+            for name, option in self.options.items()
         }
 
-    def _convert(self, name: str, kind: type, value):
-        wrong = InputError(
-            f"option {name} of {self.name} takes {kind.__name__}, not {value!r}; its options: {self.describe_options()}"
-        )
-        if isinstance(value, str) and kind is bool:
-            if value.lower() not in ("true", "false"):
-                raise wrong
-            return value.lower() == "true"
-        if isinstance(value, str) and kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                raise wrong from None
-        if kind is float and type(value) is int:
-            return float(value)
+    def _convert(self, name: str, option: Option, value):
+        kind = option.kind
+        if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        elif isinstance(value, str) and kind in (int, float):
+            with suppress(ValueError):  # named below, as it was given
+                value = kind(value)
+        elif kind is float and type(value) is int:
+            value = float(value)
         if type(value) is not kind:
-            raise wrong
+            raise InputError(
+                f"option {name} of {self.name} takes {kind.__name__}, not {value!r}; "
+                f"its options: {self.describe_options()}"
+            )
+        if option.allowed and value not in option.allowed:
+            raise InputError(f"option {name} of {self.name} must be {option.allowed}, not {value!r}")
         return value
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def algorithm(function: Callable | None = None, *, name: str | None = None) -> Callable:
-    """Register a search under its function's name, or another; its keyword parameters are its options."""
+def algorithm(
+    function: Callable | None = None,
+    *,
+    name: str | None = None,
+    check_size: Callable[..., None] | None = None,
+    needs_sklearn: bool = False,
+) -> Callable:
+    """Register a search under its function's name, or another; its keyword parameters are its options.
+
+    What an option may be stands in its annotation: `trials: Count`, `variant: Annotated[str, Allowed(...)]`.
+    """
     if function is None:
-        return partial(algorithm, name=name)
+        return partial(algorithm, name=name, check_size=check_size, needs_sklearn=needs_sklearn)
     name = name or function.__name__
-    types = typing.get_type_hints(function)
+    types = typing.get_type_hints(function, include_extras=True)
     _, *parameters = inspect.signature(function).parameters.values()
-    options = {parameter.name: (types[parameter.name], parameter.default) for parameter in parameters}
-    ALGORITHMS[name] = Algorithm(name, function, options)
+    options = {}
+    for parameter in parameters:
+        annotation = types[parameter.name]
+        (allowed,) = getattr(annotation, "__metadata__", (None,))
+        options[parameter.name] = Option(getattr(annotation, "__origin__", annotation), parameter.default, allowed)
+    ALGORITHMS[name] = Algorithm(name, function, options, check_size, needs_sklearn)
     return function
 
 
 def check_algorithm(name: str, options: Mapping[str, object]) -> tuple[Algorithm, dict[str, object]]:
-    """The algorithm of this name, and all its options. Raises InputError for a name or an option it does not know."""
+    """The algorithm of this name, and all its options: everything that can be checked without a model.
+
+    Raises InputError for a name it does not know, an option that is unknown or out of its range, and when the
+    algorithm needs a library that is not installed.
+    """
     if name not in ALGORITHMS:
         raise InputError(f"unknown algorithm {name!r}; {nearest(str(name), ALGORITHMS)}")
-    return ALGORITHMS[name], ALGORITHMS[name].check_options(options)
+    chosen = ALGORITHMS[name]
+    options = chosen.check_options(options)
+    if chosen.needs_sklearn:
+        require_sklearn(name)
+    return chosen, options
+
+
+def require_sklearn(what: str) -> None:
+    """Raise InputError, before any work, when scikit-learn is not installed."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise InputError(f"{what} needs scikit-learn, which is not installed: pip install 'fastprune[search]'")
 
 
 def describe_algorithms() -> list[dict]:
@@ -99,31 +175,11 @@ def describe_algorithms() -> list[dict]:
     return [known.describe() for known in ALGORITHMS.values()]
 
 
-def check_at_least(algorithm: str, least: float, **options: float) -> None:
-    """Raise InputError for an option below `least`."""
-    for name, value in options.items():
-        if not value >= least:
-            raise InputError(f"option {name} of {algorithm} must be at least {least}, not {value}")
-
-
-def check_share(algorithm: str, **options: float) -> None:
-    """Raise InputError for an option that is not from 0 to 1."""
-    for name, value in options.items():
-        if not 0 <= value <= 1:
-            raise InputError(f"option {name} of {algorithm} must be from 0 to 1, not {value}")
-
-
-def check_choice(algorithm: str, choices: tuple[str, ...], **options: str) -> None:
-    """Raise InputError for an option that is none of the choices."""
-    for name, value in options.items():
-        if value not in choices:
-            raise InputError(f"option {name} of {algorithm} must be one of {', '.join(choices)}, not {value!r}")
-
-
 def _sections(doc: str) -> dict[str, str]:
-    """Of a docstring: its first line as Summary, and the text after each of Source:, Cost: and Options:."""
+    """Of a docstring: its first line as Summary, what follows as Method, and the texts of Source:, Cost:, Options:."""
     parts = re.split(r"^(Source|Cost|Options):", doc, flags=re.MULTILINE)
-    sections = {"Summary": doc.partition("\n")[0], "Source": "", "Cost": "", "Options": ""}
+    method = parts[0].strip().partition("\n")[2].strip()
+    sections = {"Summary": doc.partition("\n")[0], "Method": method, "Source": "", "Cost": "", "Options": ""}
     for field, text in zip(parts[1::2], parts[2::2]):
         sections[field] = re.sub(r"\n +", " ", inspect.cleandoc(text))  # an indented line continues the one before
     return sections

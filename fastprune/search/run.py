@@ -27,7 +27,7 @@ class Search:
     def __init__(self, evaluator: Evaluator, num_remove: int, seed: int, protect: Iterable[int]):
         self.evaluator = evaluator
         self.num_units = evaluator.num_units
-        protected = check_removed(protect, self.num_units)
+        protected = check_removed(protect, self.num_units, "protected")
         self.candidates = [unit for unit in range(self.num_units) if unit not in protected]
         self.num_remove = self._check_budget(num_remove)
         self.rng = np.random.default_rng(seed)
@@ -120,6 +120,8 @@ def run_search(
     """
     chosen, options = check_algorithm(algorithm, options)
     search = Search(evaluator, num_remove, seed, protect)
+    if chosen.check_size:
+        chosen.check_size(len(search.candidates), search.num_remove, **options)
     before, started = vars(evaluator.stats).copy(), time.perf_counter()
     chosen.function(search, **options)
     best = search.best()

@@ -9,20 +9,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from typing import Annotated
 
 import numpy as np
 
 from .draws import as_removed
 from .enumeration import windows
-from .extras import import_extra
-from .registry import algorithm, check_at_least, check_choice
+from .registry import Allowed, CountOrAuto, algorithm
 from .run import Search
 
-VARIANTS = ("paper", "lorp")
+Variant = Annotated[str, Allowed(choices=("paper", "lorp"))]
 
 
-@algorithm
-def lorp(search: Search, clusters: int = 0) -> None:
+@algorithm(needs_sklearn=True)
+def lorp(search: Search, clusters: CountOrAuto = 0) -> None:
     """Cluster the units by the similarity of their inputs, and remove the most redundant of each cluster.
 
     Over h_0 .. h_(U-1): RLS = -log2(mean_(i<j) S_ij); the number of clusters is given, or 2 if RLS >= 1.0, 3 if
@@ -38,7 +38,6 @@ def lorp(search: Search, clusters: int = 0) -> None:
     Options:
         clusters: number of clusters; 0 lets RLS decide.
     """
-    check_at_least("lorp", 0, clusters=clusters)
     states = _similarity(search)[:-1, :-1]
     count = min(clusters or clusters_for(redundancy_score(states)), len(states))
     labels = cluster_units(states, count)
@@ -49,7 +48,7 @@ def lorp(search: Search, clusters: int = 0) -> None:
 
 
 @algorithm
-def shortgpt(search: Search, variant: str = "paper") -> None:
+def shortgpt(search: Search, variant: Variant = "paper") -> None:
     """Remove the k units of lowest Block Influence, BI_i = 1 - S_(i, i+1).
 
     The variant "lorp" spares the first and the last unit, as the baseline of that paper does: it protects block 0
@@ -60,7 +59,6 @@ def shortgpt(search: Search, variant: str = "paper") -> None:
     Options:
         variant: paper, or lorp: spare the first and the last unit.
     """
-    check_choice("shortgpt", VARIANTS, variant=variant)
     influence = 1 - np.diagonal(_similarity(search), offset=1)
     last_resort = {search.num_units - 1: 1, 0: 2} if variant == "lorp" else {}
     order = sorted(search.candidates, key=lambda unit: (last_resort.get(unit, 0), influence[unit], unit))
@@ -68,7 +66,7 @@ def shortgpt(search: Search, variant: str = "paper") -> None:
 
 
 @algorithm
-def streamline(search: Search, variant: str = "paper") -> None:
+def streamline(search: Search, variant: Variant = "paper") -> None:
     """Remove the window of k units, i .. i+k-1, whose ends are most alike: highest S_(i, i+k).
 
     No replacement layer is trained. The variant "lorp" takes the windows i = 1 .. U-k-1 only, as the baseline of
@@ -80,7 +78,6 @@ def streamline(search: Search, variant: str = "paper") -> None:
     Options:
         variant: paper, or lorp: leave out the windows that hold the first or the last unit.
     """
-    check_choice("streamline", VARIANTS, variant=variant)
     found = windows(search.candidates, search.num_remove)
     if variant == "lorp":
         found = [window for window in found if not {0, search.num_units - 1} & {*window}] or found
@@ -103,9 +100,9 @@ def cluster_units(similarity: np.ndarray, count: int) -> np.ndarray:
         return np.zeros(size, dtype=int)
     affinity = (similarity + 1) / 2
     np.fill_diagonal(affinity, 1.0)
-    clustering = import_extra("sklearn.cluster", "lorp").SpectralClustering(
-        n_clusters=count, affinity="precomputed", assign_labels="kmeans", random_state=0
-    )
+    from sklearn.cluster import SpectralClustering
+
+    clustering = SpectralClustering(n_clusters=count, affinity="precomputed", assign_labels="kmeans", random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct points than clusters, as with equal states, is no fault here
         labels = clustering.fit_predict(affinity)

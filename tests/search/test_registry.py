@@ -10,7 +10,7 @@ import pytest
 from synthetic import SyntheticEvaluator
 
 import fastprune as fp
-from fastprune.search import ALGORITHMS, describe_algorithms
+from fastprune.search import ALGORITHMS, check_algorithm, describe_algorithms
 
 
 def test_every_algorithm_describes_itself():
@@ -30,9 +30,15 @@ def test_every_algorithm_describes_itself():
 def test_descriptions_are_read_from_docstrings():
     (row,) = (row for row in describe_algorithms() if row["name"] == "beam")
     assert row["source"] == "the study (arXiv 2604.24938)"
-    assert row["options"] == [
-        {"name": "beam_width", "type": "int", "default": 5, "meaning": "subsets kept after each round"}
-    ]
+    (option,) = row["options"]
+    assert option == {
+        "name": "beam_width",
+        "type": "int",
+        "allowed": "at least 1",
+        "default": 5,
+        "meaning": "subsets kept after each round",
+    }
+    assert not row["method"].startswith(row["summary"])
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,8 @@ def test_descriptions_are_read_from_docstrings():
         ("cbo", "num_states", 0),
         ("evopress", "offspring", 0),
         ("evopress", "generations", -1),
+        ("beam", "beam_width", 0),
+        ("exhaustive", "max_masks", 0),
         ("fast_block_select", "pool", 0),
         ("lorp", "clusters", -1),
         ("shortgpt", "variant", "code"),
@@ -59,6 +67,30 @@ def test_options_out_of_range_are_refused_before_anything_is_scored(name, option
     with pytest.raises(fp.InputError, match=f"option {option} of {name} must be"):
         fp.run_search(evaluator, name, 2, **{option: value})
     assert not evaluator.calls
+    with pytest.raises(fp.InputError, match=f"option {option} of {name} must be"):
+        check_algorithm(name, {option: str(value)})  # as from a command line, without a model
+
+
+@pytest.mark.parametrize("name", ["cbo", "surrogate"])
+def test_more_units_than_can_be_solved_for_are_refused_before_anything_is_scored(name):
+    evaluator = SyntheticEvaluator(130)
+    with pytest.raises(fp.InputError, match=r"at most 128 units.*130 may be removed: protect 2"):
+        fp.run_search(evaluator, name, 2)
+    assert not evaluator.calls
+    assert fp.run_search(SyntheticEvaluator(130), "cbo", 2, protect=(0, 129)).removed
+
+
+def test_a_field_too_large_to_enumerate_is_refused_before_anything_is_scored():
+    evaluator = SyntheticEvaluator(9)
+    with pytest.raises(fp.InputError, match=r"C\(9, 4\) = 126 subsets, above its option max_masks=125"):
+        fp.run_search(evaluator, "exhaustive", 4, max_masks=125)
+    assert not evaluator.calls
+
+
+def test_protected_units_are_named_in_errors():
+    for protect, message in ((3, "protected units are given as a collection"), ((9,), "protected unit 9 is out of")):
+        with pytest.raises(fp.InputError, match=message):
+            fp.run_search(SyntheticEvaluator(5), "greedy", 1, protect=protect)
 
 
 @pytest.mark.parametrize("name", ["bayesian", "lorp", "surrogate"])
@@ -70,6 +102,8 @@ def test_a_missing_library_is_named_before_anything_is_scored(name, monkeypatch)
     with pytest.raises(fp.InputError, match=r"pip install 'fastprune\[search\]'"):
         fp.run_search(evaluator, name, 2)
     assert not evaluator.calls
+    with pytest.raises(fp.InputError, match=r"pip install 'fastprune\[search\]'"):
+        check_algorithm(name, {})
 
 
 def test_the_documentation_lists_every_algorithm_and_option_with_its_default():
