@@ -196,6 +196,7 @@ def load_text(
             raise InputError(f"{path}: its sequences have {ids.shape[1]} tokens, but seq_len is {seq_len}")
         windows, unit = ids[:, :seq_len], "sequences"
         num_samples = len(windows) if num_samples is None else num_samples
+        fits = [f"num_samples={len(windows)}"]
     elif path.suffix in (".txt", ".jsonl"):
         if tokenizer is None:
             raise InputError(f"{path}: text needs a tokenizer, and the model has none; give token ids (.npy) instead")
@@ -205,12 +206,15 @@ def load_text(
         stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
         windows = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
         unit = f"windows of {seq_len} tokens"
+        fits = [f"num_samples={len(windows)}"] * (len(windows) > 0)
+        fits += [f"seq_len={len(stream) // num_samples}"] * (len(stream) >= 2 * num_samples)
+        fits = fits or [f"a longer text (this one has {len(stream)} tokens)"]
     else:
         raise InputError(f"{path}: calibration text is read from .txt, .jsonl, .npy or .safetensors files")
     if len(windows) < num_samples:
         raise InputError(
             f"{path}: holds {len(windows)} {unit}, but {num_samples} samples were asked for; "
-            "ask for fewer or shorter samples"
+            f"what fits: {' or '.join(fits)}"
         )
     drawn = np.sort(np.random.default_rng(seed).choice(len(windows), num_samples, replace=False))
     return TokenBatch.from_ids(windows[drawn])
@@ -325,6 +329,9 @@ def _to_numpy(ids) -> Iterable:
         raise InputError(f"token ids must have shape [S, T], not {list(ids.shape)}")
     if not isinstance(ids, Iterable):
         raise InputError(f"token ids must be an array [S, T] or a list of sequences, not {ids!r}")
+    ids = list(ids)
+    if ids and all(isinstance(row, (int, np.integer)) for row in ids):
+        raise InputError("token ids must be an array [S, T] or a list of sequences; for one sequence, pass [ids]")
     return ids
 
 

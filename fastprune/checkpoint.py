@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
 from .masks import check_removed
 from .models import Model
+from .records import check_folder
 
 
 def export(model, removed: Iterable[int], out_dir: str | os.PathLike) -> Path:
@@ -26,24 +28,45 @@ def export(model, removed: Iterable[int], out_dir: str | os.PathLike) -> Path:
     removed = check_removed(removed, model.num_blocks)
     if len(removed) == model.num_blocks:
         raise InputError("removing every block leaves nothing to export")
-    out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists already and is not overwritten; name another folder or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    out = check_target(out_dir)
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
     try:
-        with model.evaluation():
+        with model.evaluation(), _no_progress_bars():
             model.pruned(removed).save_pretrained(partial)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(partial)
             _check_written(model, removed, partial)
-        partial.chmod(0o755)  # mkdtemp makes folders private
+        for file in partial.iterdir():  # safetensors makes its files private; the folder has what the umask leaves
+            file.chmod(partial.stat().st_mode & 0o666)
         if out.exists():
             out.rmdir()
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def check_target(out_dir: str | os.PathLike) -> Path:
+    """The folder as a path, if a checkpoint can be written there. Raises InputError otherwise."""
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists already and is not overwritten; name another folder or remove it")
+    return check_folder(out)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without transformers' own bars for reading and writing weights."""
+    from transformers.utils import logging
+
+    were_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            logging.enable_progress_bar()
 
 
 def _check_written(model: Model, removed: tuple[int, ...], folder: Path) -> None:

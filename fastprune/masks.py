@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def as_masks(masks, num_units: int) -> np.ndarray:
     if array.ndim != 2:
         raise InputError(f"masks must have shape [N, {num_units}], not {list(array.shape)}")
     if array.shape[1] != num_units:
-        raise InputError(f"a mask has {array.shape[1]} entries, but the model has {num_units} units")
+        raise InputError(
+            f"a mask has {array.shape[1]} entries, but the model has {num_units} units "
+            "(1 = kept, 0 = removed; from_removed makes masks from unit indices)"
+        )
     if array.dtype == bool:
         return array
     if array.dtype.kind not in "iuf":
@@ -44,21 +48,24 @@ def as_masks(masks, num_units: int) -> np.ndarray:
     return array.astype(bool)
 
 
-def check_removed(removed: Iterable[int], num_units: int) -> tuple[int, ...]:
-    """The removed units as a sorted tuple. Raises InputError for an index out of range or given twice."""
+def check_removed(removed: Iterable[int], num_units: int, what: str = "removed") -> tuple[int, ...]:
+    """The removed units as a sorted tuple; `what` they are is said in errors.
+
+    Raises InputError for an index out of range or given twice.
+    """
     units = []
     if not isinstance(removed, Iterable):
-        raise InputError(f"removed units are given as a collection such as (9, 10), not {removed!r}")
+        raise InputError(f"{what} units are given as a collection such as (9, 10), not {removed!r}")
     for unit in removed:
         if isinstance(unit, bool) or not isinstance(unit, (int, np.integer)):
-            raise InputError(f"removed unit {unit!r} is not an integer")
+            raise InputError(f"{what} unit {unit!r} is not an integer")
         if not 0 <= unit < num_units:
-            raise InputError(f"removed unit {unit} is out of range; the model's units are 0 to {num_units - 1}")
+            raise InputError(f"{what} unit {unit} is out of range; the model's units are 0 to {num_units - 1}")
         units.append(int(unit))
     units.sort()
     for unit, following in itertools.pairwise(units):
         if unit == following:
-            raise InputError(f"removed unit {unit} is given twice")
+            raise InputError(f"{what} unit {unit} is given twice")
     return tuple(units)
 
 
@@ -80,15 +87,22 @@ def to_removed(mask) -> tuple[int, ...]:
 
 
 def parse_removed(text: str) -> tuple[int, ...]:
-    """'9,10' as a tuple of integers; an empty string removes nothing."""
-    try:
-        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
-    except ValueError:
-        raise InputError(f"removed units must be integers separated by commas, such as 9,10, not {text!r}") from None
+    """'9,10' or '9-11 14', as tables print it, as a tuple of integers; '' and '-' are no units."""
+    units: list[int] = []
+    text = text.strip()
+    for part in re.split(r"\s*,\s*|\s+", text) if text not in ("", "-") else []:
+        single, run = re.fullmatch(r"-?\d+", part), re.fullmatch(r"(\d+)-(\d+)", part)
+        if single:
+            units.append(int(part))
+        elif run and int(run[1]) <= int(run[2]):
+            units += range(int(run[1]), int(run[2]) + 1)
+        else:
+            raise InputError(f"units must be integers separated by commas, such as 9,10 or 9-11,14, not {text!r}")
+    return tuple(units)
 
 
 def load_masks(path: str | Path, num_units: int) -> np.ndarray:
-    """Masks bool[N, U] from a .npy file (bool or 0/1, [N, U]) or a .jsonl file of rows {"removed": [9, 10]}."""
+    """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed) or .jsonl rows {"removed": [9, 10]}."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such masks file")

@@ -35,13 +35,19 @@ def write_json(path: Path, value: dict, replace: bool = False) -> None:
     _write(path, json.dumps(_plain(value), indent=1) + "\n", replace)
 
 
+def check_folder(folder: Path) -> Path:
+    """The folder, if it is one that can be written to, or can be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"{folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: {there} cannot be written to")
+    return folder
+
+
 def refuse_existing(path: Path) -> Path:
     """The path, if nothing is there yet and a folder can hold it."""
-    for parent in path.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise InputError(f"{path}: {parent} is a file, not a folder")
-            break
+    check_folder(path.parent)
     if path.exists():
         raise InputError(f"{path}: exists already and is not overwritten; name another file or remove it")
     return path

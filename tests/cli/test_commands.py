@@ -107,6 +107,17 @@ def test_exported_checkpoint_has_the_same_loss(run, checkpoint, text_file, tmp_p
     assert again.dense_loss == evaluator.score(fp.from_removed([(1, 3)], 5))[0]
 
 
+def test_an_exported_checkpoint_has_the_modes_that_the_umask_leaves(checkpoint, tmp_path):
+    before = os.umask(0o027)
+    try:
+        fp.export(fp.load_model(checkpoint), (1,), tmp_path / "pruned")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "pruned").stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "pruned").iterdir()} == {0o640}
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
 def test_non_finite_losses_are_written_as_such(run, checkpoint, text_file, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
+from fastprune.store import ScoreStore
 
 
 def make_model(seed: int = 0):
@@ -94,6 +96,21 @@ def test_a_killed_run_keeps_what_it_had_finished(tmp_path):
     ev = fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=tmp_path / "s.db")
     ev.score(MASKS[:6])
     assert ev.stats.store_hits == 6
+
+
+def test_threads_share_a_store(tmp_path):
+    store = ScoreStore(tmp_path / "s.db")
+    context = store.context({"of": "threads"})
+
+    def work(number: int) -> dict[bytes, float]:
+        keys = [bytes([number, i]) for i in range(50)]
+        for key in keys:
+            store.put(context, [key], [float(number)])
+        return store.get(context, keys)
+
+    with ThreadPoolExecutor(8) as threads:
+        for number, known in enumerate(threads.map(work, range(8))):
+            assert list(known.values()) == [float(number)] * 50
 
 
 def test_wrong_files_are_refused(tmp_path):

@@ -110,6 +110,7 @@ def test_from_ids_of_different_lengths():
         (np.arange(4), r"shape \[S, T\], not \[4\]"),
         (np.zeros((2, 2, 2), dtype=int), r"not \[2, 2, 2\]"),
         ([[[1, 2]]], "sequence 0 must be integer"),
+        ([1, 2, 3], r"for one sequence, pass \[ids\]"),
     ],
 )
 def test_refused_ids(ids, culprit):
@@ -215,6 +216,8 @@ def test_token_id_files(tmp_path, suffix):
         ("rows.jsonl", b'["a"]\n', {}, "rows.jsonl:1: expected a row"),
         ("rows.jsonl", b'{"text": \n', {}, "rows.jsonl:1: not valid JSON"),
         ("short.txt", b"the sum of 4", {"num_samples": 2, "seq_len": 50}, "holds 0 windows of 50 tokens, but 2"),
+        ("short.txt", b"1" * 30, {"num_samples": 4, "seq_len": 9}, "what fits: num_samples=3 or seq_len=7"),
+        ("short.txt", b"12", {"num_samples": 4, "seq_len": 9}, "a longer text .this one has 3 tokens"),
         ("latin.txt", b"caf\xe9 " * 50, {"num_samples": 2, "seq_len": 5}, "latin.txt"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', {"num_samples": 2, "seq_len": 5}, "latin.jsonl"),
         ("text.csv", b"a,b", {}, "read from .txt, .jsonl, .npy or .safetensors"),

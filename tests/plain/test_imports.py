@@ -145,6 +145,6 @@ def test_a_bare_import_is_light():
 def test_public_names():
     names = run("import fastprune; print(*[n for n in fastprune.__all__ if getattr(fastprune, n) is None])")
     assert names.strip() == ""
-    assert set(fastprune.__all__) <= set(dir(fastprune))
+    assert set(dir(fastprune)) == {*fastprune.__all__, "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fastprune.nothing

@@ -9,6 +9,7 @@ import torch
 
 import fastprune as fp
 from fastprune.masks import as_masks, check_removed, parse_removed
+from fastprune.report import format_removed
 
 
 @pytest.mark.parametrize("num_units", [1, 5, 9])
@@ -101,10 +102,21 @@ def test_refused_removed_units(removed, culprit):
 def test_parse_removed():
     assert parse_removed("9,10") == (9, 10)
     assert parse_removed(" 3 ") == (3,)
-    assert parse_removed("") == ()
-    for text in ("a", "1;2", "1,,2", "1.5"):
+    assert parse_removed("") == parse_removed("-") == ()
+    assert parse_removed("3-5 9, 11") == (3, 4, 5, 9, 11)  # as tables print it
+    for text in ("a", "1;2", "1,,2", "1.5", "5-3", "1-2-3"):
         with pytest.raises(fp.InputError, match="separated by commas"):
             parse_removed(text)
+
+
+@pytest.mark.parametrize("removed", [(), (3,), (3, 4, 5, 9), (0, 2, 4), (0, 1)])
+def test_what_is_printed_can_be_given_back(removed):
+    assert parse_removed(format_removed(removed)) == removed
+
+
+def test_unit_indices_in_the_place_of_masks_get_a_hint():
+    with pytest.raises(fp.InputError, match="from_removed"):
+        as_masks([(2, 3)], 5)
 
 
 def test_load_masks(tmp_path):
