@@ -1,13 +1,18 @@
-// The only file of the solver that knows Python.
+// The only file that knows Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
-#include "kernels.hpp"
+#include "cpu_ops.hpp"
+#include "dispatch.hpp"
 #include "qubo.hpp"
 
 namespace nb = nanobind;
@@ -54,13 +59,67 @@ nb::tuple solve_subset(const Matrix& h, const Vector& linear, int k, std::size_t
         result.proven, result.gap, result.nodes);
 }
 
+// The operators take the addresses of tensors, 0 for one that is left out: an array object per tensor would
+// cost more than the checks, which stand in fastprune/models/native.py.
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+fastprune::Dtype dtype_of(bool bfloat16) {
+    return bfloat16 ? fastprune::Dtype::bfloat16 : fastprune::Dtype::float32;
+}
+
+void add_rms_norm(Address states, Address branch, Address weight, Address residual, Address normed,
+                  std::int64_t rows, std::int64_t columns, double eps, bool bfloat16, int threads) {
+    fastprune::add_rms_norm({at<const void>(states), at<const void>(branch), at<const void>(weight),
+                             at<void>(residual), at<void>(normed), columns, eps},
+                            rows, dtype_of(bfloat16), threads);
+}
+
+void rotary(Address qkv, Address cos, Address sin, Address position, Address q_weight, Address k_weight,
+            std::int64_t rows, std::int64_t positions, std::int64_t heads, std::int64_t kv_heads,
+            std::int64_t head_dim, std::int64_t half, double eps, bool bfloat16, int threads) {
+    fastprune::rotary(
+        {at<void>(qkv), at<const float>(cos), at<const float>(sin), at<const std::int64_t>(position),
+         at<const void>(q_weight), at<const void>(k_weight), heads, kv_heads, head_dim, half, eps},
+        rows, positions, dtype_of(bfloat16), threads);
+}
+
+void gated_mlp(Address gate_up, Address out, std::int64_t rows, std::int64_t columns, bool bfloat16,
+               int threads) {
+    fastprune::gated_mlp({at<const void>(gate_up), at<void>(out), columns}, rows, dtype_of(bfloat16),
+                         threads);
+}
+
+void log_sum_exp(Address logits, Address out, std::int64_t rows, std::int64_t columns, std::int64_t stride,
+                 bool bfloat16, int threads) {
+    fastprune::log_sum_exp({at<const void>(logits), at<float>(out), columns, stride}, rows,
+                           dtype_of(bfloat16), threads);
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const auto& set : fastprune::instruction_sets()) names.emplace_back(set.name);
+    return names;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Compiled part of fastprune; called by fastprune.qubo.";
-    m.attr("kernels") = fastprune::kernels().name;
+    m.doc() = "Compiled part of fastprune; called by fastprune.qubo and fastprune.models.native.";
+    m.def("instruction_sets", &instruction_sets, "Those that this processor runs, the fastest last.");
+    m.def("instruction_set", [] { return fastprune::instruction_set().name; });
+    m.def("use_instruction_set", &fastprune::use_instruction_set, nb::arg("name"), "For tests.");
     m.def("solve_subset", &solve_subset, nb::arg("h"), nb::arg("linear"), nb::arg("k"), nb::arg("num_states"),
           nb::arg("time_limit") = 0.0, nb::arg("threads") = 0,
           nb::arg("enumerate_up_to") = fastprune::SolveOptions{}.enumerate_up_to,
           "(subsets, energies, proven, gap, nodes); time_limit 0: none; threads 0: all.");
+    using Free = nb::call_guard<nb::gil_scoped_release>;
+    m.def("add_rms_norm", &add_rms_norm, Free());
+    m.def("rotary", &rotary, Free());
+    m.def("gated_mlp", &gated_mlp, Free());
+    m.def("log_sum_exp", &log_sum_exp, Free());
 }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "convexify.hpp"
+#include "dispatch.hpp"
 #include "enumerate.hpp"
 #include "local_search.hpp"
 
@@ -104,8 +105,8 @@ class DepthFirst {
     }
 
     DescentResult converge(Node& node) const {
-        return kernels().descend(relaxation_->view(), view(node), context_.best.cutoff(), -kInf,
-                                 kConvergedSteps);
+        return instruction_set().solver.descend(relaxation_->view(), view(node), context_.best.cutoff(),
+                                                -kInf, kConvergedSteps);
     }
 
     // Decides variable c (relaxation numbering) and moves the difference of its y to other open variables.
@@ -195,7 +196,7 @@ class DepthFirst {
             return;
         }
         const DescentResult bound =
-            kernels().descend(relaxation_->view(), view(node), cutoff, cutoff, kDescentSteps);
+            instruction_set().solver.descend(relaxation_->view(), view(node), cutoff, cutoff, kDescentSteps);
         if (bound.lower > cutoff) {
             --depth_;
             return;

@@ -2,7 +2,7 @@
 
 #include <cstddef>
 
-#include "kernels.hpp"
+#include "dispatch.hpp"
 
 namespace fastprune {
 
@@ -67,7 +67,7 @@ bool Enumerator::run(const Problem& problem, const Subset& in, const Subset& ope
     if (door.energy <= best.cutoff()) offer();
     long left = kVisitsBetweenRefresh;
     for (;;) {
-        if (kernels().advance(door, best.cutoff(), left)) {
+        if (instruction_set().solver.advance(door, best.cutoff(), left)) {
             offer();
             --left;  // at least: what matters is that a refresh comes within a bounded number of offers
             if (left > 0) continue;

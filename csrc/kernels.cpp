@@ -200,9 +200,7 @@ bool advance(RevolvingDoor& d, double threshold, long max_visits) {
 }  // namespace
 
 extern const Kernels table;
-#define FASTPRUNE_TEXT_(x) #x
-#define FASTPRUNE_TEXT(x) FASTPRUNE_TEXT_(x)
-const Kernels table = {FASTPRUNE_TEXT(FASTPRUNE_ISA), descend, advance};
+const Kernels table = {descend, advance};
 
 }  // namespace FASTPRUNE_ISA
 }  // namespace fastprune

@@ -58,13 +58,9 @@ struct RevolvingDoor {
 using AdvanceFn = bool (*)(RevolvingDoor&, double threshold, long max_visits);
 
 struct Kernels {
-    const char* name;
     DescendFn descend;
     AdvanceFn advance;
 };
-
-// The fastest set of kernels that this processor runs.
-const Kernels& kernels();
 
 namespace generic {
 extern const Kernels table;

@@ -1,0 +1,189 @@
+// Compiled once per instruction set with FASTPRUNE_ISA naming the namespace.
+#include "cpu_kernels.hpp"
+
+#include "vector.hpp"
+
+namespace fastprune {
+namespace FASTPRUNE_ISA {
+namespace {
+
+constexpr float kInf = __builtin_inff();
+
+// 1 / sqrt(mean of squares + eps) of a row, from sums over lanes.
+inline float inverse_rms(Vec squares, long columns, double eps) {
+    return static_cast<float>(1.0 / __builtin_sqrt(sum(squares) / static_cast<double>(columns) + eps));
+}
+
+// body(accumulator, i, lanes) for the vectors of columns i..end - 1, with four accumulators in turn.
+template <class Body>
+inline void accumulate(long i, long end, Vec (&four)[4], Body body) {
+    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+        for (int a = 0; a < 4; ++a) body(four[a], i + a * kWidth, All{});
+    }
+    for (; i + kWidth <= end; i += kWidth) body(four[0], i, All{});
+    if (i < end) body(four[1], i, First{end - i});
+}
+
+// Sums over the lanes of term(i, lanes) for the vectors of a row. Blocks keep the chains of additions, and so
+// their rounding, short.
+template <class Term>
+inline Vec lane_sums(long columns, Term term) {
+    constexpr long kBlock = 64 * kWidth;
+    Vec sums = {};
+    for (long i = 0; i < columns; i += kBlock) {
+        Vec four[4] = {};
+        accumulate(i, i + kBlock < columns ? i + kBlock : columns, four,
+                   [=](Vec& s, long j, auto lanes) { s += term(j, lanes); });
+        sums += (four[0] + four[1]) + (four[2] + four[3]);
+    }
+    return sums;
+}
+
+template <class T>
+inline Vec squares_of(const T* x, long columns) {
+    return lane_sums(columns, [=](long i, auto lanes) {
+        const Vec v = load(x + i, lanes);
+        return v * v;
+    });
+}
+
+template <class T>
+void add_rms_norm(const AddRmsNorm& a, long begin, long end) {
+    const auto* weight = static_cast<const T*>(a.weight);
+    for (long row = begin; row < end; ++row) {
+        const long base = row * a.columns;
+        const T* x = static_cast<const T*>(a.states) + base;
+        T* normed = static_cast<T*>(a.normed) + base;
+        Vec squares;
+        // without a place of its own the sum waits where its norm will stand
+        T* added = a.residual != nullptr ? static_cast<T*>(a.residual) + base : normed;
+        if (a.branch != nullptr) {
+            const T* branch = static_cast<const T*>(a.branch) + base;
+            squares = lane_sums(a.columns, [=](long i, auto lanes) {
+                const Vec v = rounded_to(x, load(x + i, lanes) + load(branch + i, lanes));
+                store(added + i, v, lanes);
+                return v * v;
+            });
+            x = added;
+        } else {
+            if (a.residual != nullptr && x != added) {
+                __builtin_memcpy(added, x, static_cast<unsigned long>(a.columns) * sizeof(T));
+            }
+            squares = squares_of(x, a.columns);
+        }
+        const float scale = inverse_rms(squares, a.columns, a.eps);
+        for_each_vector(a.columns, [=](long i, auto lanes) {
+            store(normed + i, load(x + i, lanes) * scale * load(weight + i, lanes), lanes);
+        });
+    }
+}
+
+template <class T>
+void rotate_head(T* head, const float* cos, const float* sin, const T* weight, const Rotary& a) {
+    const long half = a.half;
+    if (weight == nullptr) {
+        for_each_vector(half, [=](long i, auto lanes) {
+            const Vec c = load(cos + i, lanes);
+            const Vec s = load(sin + i, lanes);
+            const Vec first = load(head + i, lanes);
+            const Vec second = load(head + half + i, lanes);
+            store(head + i, first * c - second * s, lanes);
+            store(head + half + i, second * c + first * s, lanes);
+        });
+        return;
+    }
+    const float scale = inverse_rms(squares_of(head, a.head_dim), a.head_dim, a.eps);
+    for_each_vector(half, [=](long i, auto lanes) {
+        const Vec c = load(cos + i, lanes);
+        const Vec s = load(sin + i, lanes);
+        const Vec first = load(head + i, lanes) * scale * load(weight + i, lanes);
+        const Vec second = load(head + half + i, lanes) * scale * load(weight + half + i, lanes);
+        store(head + i, first * c - second * s, lanes);
+        store(head + half + i, second * c + first * s, lanes);
+    });
+    for_each_vector(a.head_dim - 2 * half, [=](long i, auto lanes) {
+        const long at = 2 * half + i;
+        store(head + at, load(head + at, lanes) * scale * load(weight + at, lanes), lanes);
+    });
+}
+
+template <class T>
+void rotary(const Rotary& a, long begin, long end) {
+    for (long token = begin; token < end; ++token) {
+        T* head = static_cast<T*>(a.qkv) + token * (a.heads + 2 * a.kv_heads) * a.head_dim;
+        const float* cos = a.cos + a.position[token] * a.half;
+        const float* sin = a.sin + a.position[token] * a.half;
+        for (long h = 0; h < a.heads + a.kv_heads; ++h, head += a.head_dim) {
+            const void* weight = h < a.heads ? a.q_weight : a.k_weight;
+            rotate_head(head, cos, sin, static_cast<const T*>(weight), a);
+        }
+    }
+}
+
+// g / (1 + exp(-g)) by exp(-|g|), which cannot overflow. Below -120 it is 0, also at -inf.
+inline Vec silu(Vec g) {
+    const Vec zero = {};
+    const Vec low = broadcast(-120.0F);
+    g = g < low ? low : g;
+    const Vec e = exp(g < zero ? g : -g);
+    return (g < zero ? g * e : g) / (e + 1.0F);
+}
+
+template <class T>
+void gated_mlp(const GatedMlp& a, long begin, long end) {
+    for (long row = begin; row < end; ++row) {
+        const T* gate = static_cast<const T*>(a.gate_up) + row * 2 * a.columns;
+        const T* up = gate + a.columns;
+        T* out = static_cast<T*>(a.out) + row * a.columns;
+        for_each_vector(a.columns, [=](long i, auto lanes) {
+            store(out + i, silu(load(gate + i, lanes)) * load(up + i, lanes), lanes);
+        });
+    }
+}
+
+// Lanes behind the end of a row, for which load gives 0, take another value.
+inline Vec fill(Vec v, float, All) {
+    return v;
+}
+
+inline Vec fill(Vec v, float value, First lanes) {
+    float part[kWidth];
+    store(part, v, All{});
+    for (long i = lanes.count; i < kWidth; ++i) part[i] = value;
+    return load(part, All{});
+}
+
+template <class T>
+void log_sum_exp(const LogSumExp& a, long begin, long end) {
+    for (long row = begin; row < end; ++row) {
+        const T* x = static_cast<const T*>(a.logits) + row * a.stride;
+        const Vec least = broadcast(-kInf);
+        Vec most[4] = {least, least, least, least};
+        accumulate(0, a.columns, most, [=](Vec& m, long i, auto lanes) {
+            const Vec v = fill(load(x + i, lanes), -kInf, lanes);
+            m = v > m ? v : m;  // NaN is passed over here and found by the sum
+        });
+        float shift = -kInf;
+        for (const Vec& m : most) {
+            for (int l = 0; l < kWidth; ++l) shift = m[l] > shift ? m[l] : shift;
+        }
+        if (shift == kInf || shift == -kInf) shift = 0.0F;
+        const Vec sums = lane_sums(a.columns, [=](long i, auto lanes) {
+            return exp(fill(load(x + i, lanes), -kInf, lanes) - shift);
+        });
+        a.out[row] = static_cast<float>(shift + __builtin_log(sum(sums)));
+    }
+}
+
+}  // namespace
+
+extern const CpuKernels cpu_table;
+const CpuKernels cpu_table = {
+    {add_rms_norm<float>, add_rms_norm<Bfloat16>},
+    {rotary<float>, rotary<Bfloat16>},
+    {gated_mlp<float>, gated_mlp<Bfloat16>},
+    {log_sum_exp<float>, log_sum_exp<Bfloat16>},
+};
+
+}  // namespace FASTPRUNE_ISA
+}  // namespace fastprune

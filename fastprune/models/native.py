@@ -1,0 +1,163 @@
+"""The compiled operators of the fused path on a CPU: argument checks, then the call.
+
+Tensors are float32 or bfloat16, on the CPU, contiguous; sums are float32 and results are rounded once. A row's result
+depends on nothing but the row: not on the other rows, nor on the number of threads, which is torch's own. No gradient
+is recorded. What each computes is defined in fastprune_kernels.reference.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from fastprune import _native
+except ImportError:
+    _native = None
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def available() -> bool:
+    """Whether the extension is there."""
+    return _native is not None
+
+
+def instruction_set() -> str:
+    """The one in use: avx512, avx2 or generic; "none" without the extension."""
+    return "none" if _native is None else _native.instruction_set()
+
+
+def add_rms_norm(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    branch: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    normed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """normed = x / sqrt(mean(x^2) + eps) * weight, x = states + branch, rounded; residual = x. Returns normed.
+
+    states, branch [M, D]; weight [D]; outputs residual, normed [M, D]. residual may be states: added in place.
+    """
+    _check_matrix("states", states)
+    rows, columns = shape = states.shape
+    dtype = states.dtype
+    if normed is None:
+        normed = torch.empty_like(states)
+    elif residual is not None and normed.data_ptr() == residual.data_ptr():
+        raise ValueError("normed and residual must be two tensors, not one")
+    _native.add_rms_norm(
+        states.data_ptr(),
+        0 if branch is None else _address("branch", branch, shape, dtype),
+        _address("weight", weight, (columns,), dtype),
+        0 if residual is None else _address("residual", residual, shape, dtype),
+        _address("normed", normed, shape, dtype),
+        rows, columns, eps, dtype is torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return normed
+
+
+def rotary(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Rotates q and k in place, each head's first 2 * R columns as pairs (i, R + i); returns qkv.
+
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int64[T]: each token's row of the tables cos
+    and sin, float32 [N, R], R <= Dh / 2. q_weight, k_weight [Dh]: RMSNorm of each head before the rotation.
+    """
+    _check_matrix("qkv", qkv)
+    rows, width = qkv.shape
+    dtype = qkv.dtype
+    if num_heads < 1 or num_kv_heads < 1:
+        raise ValueError(f"num_heads and num_kv_heads must be at least 1, not {num_heads} and {num_kv_heads}")
+    total = num_heads + 2 * num_kv_heads
+    head_dim = width // total
+    if head_dim == 0 or width % total:
+        raise ValueError(f"qkv must have shape [T, {total} * Dh], not {list(qkv.shape)}")
+    _check_matrix("cos", cos, (torch.float32,))
+    positions, half = cos.shape
+    if not 1 <= half <= head_dim // 2:
+        raise ValueError(f"cos must have shape [N, 1 to {head_dim // 2}], not {list(cos.shape)}")
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight must be given together")
+    _native.rotary(
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        _address("sin", sin, (positions, half), torch.float32),
+        _address("position", position, (rows,), torch.int64),
+        0 if q_weight is None else _address("q_weight", q_weight, (head_dim,), dtype),
+        0 if k_weight is None else _address("k_weight", k_weight, (head_dim,), dtype),
+        rows, positions, num_heads, num_kv_heads, head_dim, half, eps,
+        dtype is torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return qkv
+
+
+def gated_mlp(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """out [T, F] = silu(gate) * up from gate_up [T, 2F], gate first. Returns out."""
+    _check_matrix("gate_up", gate_up)
+    rows, width = gate_up.shape
+    dtype = gate_up.dtype
+    if width % 2:
+        raise ValueError(f"gate_up must have shape [T, 2F], not {list(gate_up.shape)}")
+    shape = (rows, width // 2)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+    _native.gated_mlp(
+        gate_up.data_ptr(), _address("out", out, shape, dtype), rows, width // 2,
+        dtype is torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """out float32[P]: log(sum(exp(row))) of each row of logits [P, V]. Returns out.
+
+    Rows may stand apart (a slice of wider rows); within a row the logits are contiguous.
+    """
+    _check_matrix("logits", logits, contiguous=False)
+    rows, columns = logits.shape
+    if columns > 1 and logits.stride(1) != 1:
+        raise ValueError("logits must be contiguous within a row")
+    if out is None:
+        out = torch.empty(rows)
+    _native.log_sum_exp(
+        logits.data_ptr(), _address("out", out, (rows,), torch.float32), rows, columns, logits.stride(0),
+        logits.dtype is torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _check_matrix(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS, contiguous=True) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be a matrix, not of shape {list(x.shape)}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(_name, dtypes))}, not {_name(x.dtype)}")
+    if not x.is_cpu:
+        raise ValueError(f"{name} must be on the CPU, not on {x.device}")
+    if contiguous and not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+
+
+def _address(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, not {list(x.shape)}")
+    if x.dtype is not dtype:
+        raise ValueError(f"{name} must be {_name(dtype)}, not {_name(x.dtype)}")
+    if not x.is_cpu:
+        raise ValueError(f"{name} must be on the CPU, not on {x.device}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+    return x.data_ptr()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
