@@ -61,7 +61,7 @@ void add_rms_norm(const AddRmsNorm& a, long begin, long end) {
             const T* branch = static_cast<const T*>(a.branch) + base;
             squares = lane_sums(a.columns, [=](long i, auto lanes) {
                 const Vec v = rounded_to(x, load(x + i, lanes) + load(branch + i, lanes));
-                store(added + i, v, lanes);
+                store_rounded(added + i, v, lanes);
                 return v * v;
             });
             x = added;
@@ -120,13 +120,12 @@ void rotary(const Rotary& a, long begin, long end) {
     }
 }
 
-// g / (1 + exp(-g)) by exp(-|g|), which cannot overflow. Below -120 it is 0, also at -inf.
+// g / (1 + exp(-g)). Below -88, where it is smaller than 1e-36, it is 0, also at -inf.
 inline Vec silu(Vec g) {
     const Vec zero = {};
-    const Vec low = broadcast(-120.0F);
-    g = g < low ? low : g;
-    const Vec e = exp(g < zero ? g : -g);
-    return (g < zero ? g * e : g) / (e + 1.0F);
+    const Vec low = broadcast(-88.0F);
+    const Vec e = exp(-least(broadcast(87.0F), g));
+    return g < low ? zero : g / (e + 1.0F);
 }
 
 template <class T>
@@ -153,25 +152,40 @@ inline Vec fill(Vec v, float value, First lanes) {
     return load(part, All{});
 }
 
+// The greatest element that is not NaN, -inf where there is none.
+template <class T>
+float maximum(const T* x, long columns) {
+    Vec most[4] = {};
+    for (Vec& m : most) m = broadcast(-kInf);
+    accumulate(0, columns, most, [=](Vec& m, long i, auto lanes) {
+        const Vec v = fill(load(x + i, lanes), -kInf, lanes);
+        m = greatest(v, m);
+    });
+    float result = -kInf;
+    for (const Vec& m : most) {
+        for (int l = 0; l < kWidth; ++l) result = m[l] > result ? m[l] : result;
+    }
+    return result;
+}
+
 template <class T>
 void log_sum_exp(const LogSumExp& a, long begin, long end) {
     for (long row = begin; row < end; ++row) {
         const T* x = static_cast<const T*>(a.logits) + row * a.stride;
-        const Vec least = broadcast(-kInf);
-        Vec most[4] = {least, least, least, least};
-        accumulate(0, a.columns, most, [=](Vec& m, long i, auto lanes) {
-            const Vec v = fill(load(x + i, lanes), -kInf, lanes);
-            m = v > m ? v : m;  // NaN is passed over here and found by the sum
-        });
-        float shift = -kInf;
-        for (const Vec& m : most) {
-            for (int l = 0; l < kWidth; ++l) shift = m[l] > shift ? m[l] : shift;
+        const float most = maximum(x, a.columns);
+        if (most == kInf || most == -kInf) {
+            // infinite, unless there is a NaN, which the maximum passed over
+            a.out[row] = most + sum(lane_sums(a.columns, [=](long i, auto lanes) {
+                             const Vec v = load(x + i, lanes);
+                             return v == v ? Vec{} : v;
+                         }));
+            continue;
         }
-        if (shift == kInf || shift == -kInf) shift = 0.0F;
-        const Vec sums = lane_sums(a.columns, [=](long i, auto lanes) {
-            return exp(fill(load(x + i, lanes), -kInf, lanes) - shift);
-        });
-        a.out[row] = static_cast<float>(shift + __builtin_log(sum(sums)));
+        const Vec low = broadcast(-87.0F);  // what lies further below the greatest adds nothing
+        const float total = sum(lane_sums(a.columns, [=](long i, auto lanes) {
+            return exp(greatest(low, fill(load(x + i, lanes), -kInf, lanes) - most));
+        }));
+        a.out[row] = static_cast<float>(most + __builtin_log(total));
     }
 }
 

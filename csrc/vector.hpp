@@ -3,6 +3,10 @@
 // only.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace fastprune {
 namespace FASTPRUNE_ISA {
 namespace {
@@ -34,6 +38,27 @@ inline Vec broadcast(float x) {
     return x - Vec{};
 }
 
+// The least of each pair; the second where either is NaN.
+inline Vec least(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+inline Vec greatest(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
 inline Vec load(const float* p, All) {
     Vec v;
     __builtin_memcpy(&v, p, sizeof v);
@@ -43,19 +68,42 @@ inline Vec load(const float* p, All) {
 inline Vec load(const Bfloat16* p, All) {
     Halves h;
     __builtin_memcpy(&h, p, sizeof h);
-    return reinterpret_cast<Vec>(__builtin_convertvector(h, Bits) << 16);
+#if defined(__AVX512F__)
+    const Bits wide = reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
+#elif defined(__AVX2__)
+    const Bits wide = reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)));
+#else
+    const Bits wide = __builtin_convertvector(h, Bits);
+#endif
+    return reinterpret_cast<Vec>(wide << 16);
 }
 
-inline void store(float* p, Vec v, All) {
+// The value that an element takes when it is stored: to nearest, ties to even; NaN stays NaN.
+inline Vec rounded_to(const float*, Vec v) {
+    return v;
+}
+
+inline Vec rounded_to(const Bfloat16*, Vec v) {
+    const Bits b = reinterpret_cast<Bits>(v);
+    const Bits nan = Bits{} + 0x7fc00000U;
+    return reinterpret_cast<Vec>(v == v ? (b + 0x7fffU + ((b >> 16) & 1U)) & 0xffff0000U : nan);
+}
+
+// Stores what rounding would not change.
+inline void store_rounded(float* p, Vec v, All) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
-// To nearest, ties to even; NaN stays NaN.
-inline void store(Bfloat16* p, Vec v, All) {
-    const Bits b = reinterpret_cast<Bits>(v);
-    const Bits nan = Bits{} + 0x7fc0U;
-    const Bits rounded = (b + 0x7fffU + ((b >> 16) & 1U)) >> 16;
-    const Halves h = __builtin_convertvector(v == v ? rounded : nan, Halves);
+inline void store_rounded(Bfloat16* p, Vec v, All) {
+    const Bits b = reinterpret_cast<Bits>(v) >> 16;
+#if defined(__AVX512F__)
+    const auto h = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(b));
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_packus_epi32(reinterpret_cast<__m256i>(b), reinterpret_cast<__m256i>(b));
+    const __m128i h = _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 8));
+#else
+    const Halves h = __builtin_convertvector(b, Halves);
+#endif
     __builtin_memcpy(p, &h, sizeof h);
 }
 
@@ -67,21 +115,15 @@ inline Vec load(const T* p, First lanes) {
 }
 
 template <class T>
-inline void store(T* p, Vec v, First lanes) {
+inline void store_rounded(T* p, Vec v, First lanes) {
     T part[kWidth];
-    store(part, v, All{});
+    store_rounded(part, v, All{});
     __builtin_memcpy(p, part, static_cast<unsigned long>(lanes.count) * sizeof(T));
 }
 
-// The value that an element takes when it is stored.
-inline Vec rounded_to(const float*, Vec v) {
-    return v;
-}
-
-inline Vec rounded_to(const Bfloat16*, Vec v) {
-    Bfloat16 part[kWidth];
-    store(part, v, All{});
-    return load(part, All{});
+template <class T, class Lanes>
+inline void store(T* p, Vec v, Lanes lanes) {
+    store_rounded(p, rounded_to(p, v), lanes);
 }
 
 // body(i, lanes) for the vectors of a row.
@@ -92,46 +134,35 @@ inline void for_each_vector(long columns, Body body) {
     if (i < columns) body(i, First{columns - i});
 }
 
-template <int N>
-inline float sum(const float* p) {
-    float half[N / 2];
-    for (int i = 0; i < N / 2; ++i) half[i] = p[i] + p[i + N / 2];
-    return sum<N / 2>(half);
-}
-
-template <>
-inline float sum<1>(const float* p) {
-    return p[0];
-}
+typedef float Quarter __attribute__((vector_size(16)));
 
 inline float sum(Vec v) {
-    float lanes[kWidth];
-    store(lanes, v, All{});
-    return sum<kWidth>(lanes);
+    Quarter quarters[kWidth / 4];
+    __builtin_memcpy(quarters, &v, sizeof v);
+    for (int n = kWidth / 8; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) quarters[i] += quarters[i + n];
+    }
+    const Quarter q = quarters[0];
+    return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-// Error below 1.1 units in the last place; 0 and infinity beyond float32's range, NaN stays NaN.
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2; 2^n in two factors, so that neither leaves the
-// range.
+// For x in -87..88, with an error of about a unit in the last place; NaN stays NaN. Anything else gives
+// anything. exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2.
 inline Vec exp(Vec x) {
-    const Vec low = broadcast(-104.0F);
-    const Vec high = broadcast(89.0F);
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    const Vec shift = broadcast(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec shift =
+        broadcast(12583039.0F);  // 1.5 * 2^23 + 127: adding it rounds, and leaves n + 127 in the low bits
     const Vec shifted = x * 1.44269504F + shift;
     const Vec n = shifted - shift;
     Vec r = x - n * 0.693359375F;
     r = r - n * -2.12194440e-4F;
-    Vec p = r * 1.9875691500e-4F + 1.3981999507e-3F;
-    p = p * r + 8.3334519073e-3F;
-    p = p * r + 4.1665795894e-2F;
-    p = p * r + 1.6666665459e-1F;
-    p = p * r + 5.0000001201e-1F;
-    p = p * (r * r) + r + 1.0F;
-    const Ints k = reinterpret_cast<Ints>(shifted) - reinterpret_cast<Ints>(shift);
-    const Ints k1 = k >> 1;
-    return p * reinterpret_cast<Vec>((k1 + 127) << 23) * reinterpret_cast<Vec>((k - k1 + 127) << 23);
+    // minimax for the relative error, 3.1e-9
+    Vec p = r * 0.0013814321F + 0.0083688509F;
+    p = p * r + 0.0416684002F;
+    p = p * r + 0.1666651964F;
+    p = p * r + 0.4999999404F;
+    p = p * r + 1.0F;
+    p = p * r + 1.0F;
+    return p * reinterpret_cast<Vec>(reinterpret_cast<Bits>(shifted) << 23);
 }
 
 }  // namespace

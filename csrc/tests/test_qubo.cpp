@@ -2,30 +2,25 @@
 #include "qubo.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "check.hpp"
+#include "dispatch.hpp"
 #include "exact_sum.hpp"
-#include "kernels.hpp"
 
 namespace {
 
 using fastprune::SolveOptions;
 using fastprune::SolveResult;
 using Matrix = std::vector<double>;
+using fastprune_tests::check;
+using fastprune_tests::run;
 using std::size_t;
-
-void check(bool ok, const std::string& what) {
-    if (ok) return;
-    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-    std::exit(1);
-}
 
 enum class Family { fisher, indefinite, integer, identity };
 
@@ -159,16 +154,6 @@ void test_threads_do_not_change_the_result() {
     }
 }
 
-std::vector<const fastprune::Kernels*> runnable_kernels() {
-    std::vector<const fastprune::Kernels*> all{&fastprune::generic::table};
-#ifdef FASTPRUNE_X86_KERNELS
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        all.push_back(&fastprune::avx2::table);
-#endif
-    if (&fastprune::kernels() != all.back()) all.push_back(&fastprune::kernels());
-    return all;
-}
-
 // Every instruction set: the revolving door meets each subset once with the right energy, and the descent
 // brackets the minimum.
 void test_kernels() {
@@ -187,8 +172,9 @@ void test_kernels() {
             if (i != j) coupling[static_cast<size_t>(i * stride + j)] = x;
         }
     }
-    for (const fastprune::Kernels* table : runnable_kernels()) {
-        const std::string name = std::string("kernels ") + table->name;
+    for (const fastprune::InstructionSet& set : fastprune::instruction_sets()) {
+        const fastprune::Kernels& table = set.solver;
+        const std::string name = std::string("kernels ") + set.name;
         std::vector<int> c{0, 0, 1, 2, 3, n};
         std::vector<double> field(static_cast<size_t>(stride), 0.0);
         double energy = 0.0;
@@ -204,7 +190,7 @@ void test_kernels() {
         std::vector<Ranked> seen;
         do {
             seen.push_back({door.energy, {c.begin() + 1, c.begin() + 1 + q}});
-        } while (table->advance(door, 1e300, 1));
+        } while (table.advance(door, 1e300, 1));
         std::sort(seen.begin(), seen.end());
         check(seen.size() == truth.size(), name + ": number of subsets");
         for (size_t s = 0; s < seen.size(); ++s) {
@@ -228,7 +214,7 @@ void test_kernels() {
         }
         const fastprune::RelaxationView relaxation{stride, twice.data(), lin.data(), 0.0};
         const auto r =
-            table->descend(relaxation, {y.data(), gradient.data(), open.data(), q}, 1e300, -1e300, 10000);
+            table.descend(relaxation, {y.data(), gradient.data(), open.data(), q}, 1e300, -1e300, 10000);
         check(r.lower <= truth.front().energy + 1e-9, name + ": lower bound holds");
         check(std::fabs(r.upper - r.lower) < 1e-6, name + ": descent converges");
     }
@@ -276,14 +262,6 @@ void test_exact_sum() {
     check(half.value() == 10000000000000002.0, "exact sum rounds half-way cases by the rest");
 }
 
-void run(const char* name, void (*test)()) {
-    const auto start = std::chrono::steady_clock::now();
-    test();
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    std::printf("%-45s %.2f s\n", name, elapsed.count());
-    std::fflush(stdout);
-}
-
 }  // namespace
 
 int main() {
@@ -294,5 +272,5 @@ int main() {
     run("test_threads_do_not_change_the_result", test_threads_do_not_change_the_result);
     run("test_ties_of_interchangeable_variables", test_ties_of_interchangeable_variables);
     run("test_time_limit_and_interrupt", test_time_limit_and_interrupt);
-    std::printf("all native solver tests passed (%s kernels)\n", fastprune::kernels().name);
+    std::printf("all native solver tests passed (%s kernels)\n", fastprune::instruction_set().name);
 }

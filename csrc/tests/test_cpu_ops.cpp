@@ -1,0 +1,372 @@
+// Native tests of the CPU operators against the same in double: every instruction set, both dtypes, odd
+// sizes. Buffers are of the exact size, so that a sanitizer sees a read or write behind a row; outputs are
+// full of NaN before.
+#include "cpu_ops.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "dispatch.hpp"
+
+namespace {
+
+using fastprune::Dtype;
+using fastprune_tests::check;
+using fastprune_tests::run;
+using std::size_t;
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+struct Bfloat16 {
+    std::uint16_t bits;
+};
+
+float to_float(float x) {
+    return x;
+}
+
+float to_float(Bfloat16 x) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16U;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+template <class T>
+T from_float(float x);
+
+template <>
+float from_float<float>(float x) {
+    return x;
+}
+
+template <>
+Bfloat16 from_float<Bfloat16>(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (std::isnan(x)) return {0x7fc0};
+    return {static_cast<std::uint16_t>((bits + 0x7fffU + ((bits >> 16U) & 1U)) >> 16U)};
+}
+
+template <class T>
+constexpr Dtype kDtype = sizeof(T) == 4 ? Dtype::float32 : Dtype::bfloat16;
+
+// Of one rounding to T, relative.
+template <class T>
+constexpr double kRounding = sizeof(T) == 4 ? 0x1p-24 : 0x1p-8;
+
+template <class T>
+using Rows = std::vector<T>;
+
+template <class T>
+Rows<T> random(size_t count, std::uint64_t seed, float scale = 1.0F) {
+    std::mt19937_64 rng(seed);
+    std::normal_distribution<float> normal;
+    Rows<T> x(count);
+    for (T& value : x) value = from_float<T>(scale * normal(rng));
+    return x;
+}
+
+template <class T>
+Rows<T> nans(size_t count) {
+    return Rows<T>(count, from_float<T>(kNan));
+}
+
+template <class T>
+bool same_bits(const Rows<T>& a, const Rows<T>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+template <class T>
+Rows<T> slice(const Rows<T>& x, size_t begin, size_t end) {
+    return Rows<T>(x.begin() + static_cast<std::ptrdiff_t>(begin),
+                   x.begin() + static_cast<std::ptrdiff_t>(end));
+}
+
+// Within `roundings` of T, relative to the greater of the truth and `magnitude` (that of what cancels in it).
+template <class T>
+void check_close(T found, double truth, double magnitude, double roundings, const std::string& what) {
+    const double error = std::fabs(static_cast<double>(to_float(found)) - truth);
+    const double allowed = roundings * kRounding<T> * std::max(std::fabs(truth), magnitude);
+    check(error <= allowed, what + ": " + std::to_string(to_float(found)) + " for " + std::to_string(truth));
+}
+
+// test(name) for every instruction set, then back to the fastest.
+template <class Test>
+void for_each_set(Test test) {
+    for (const auto& set : fastprune::instruction_sets()) {
+        fastprune::use_instruction_set(set.name);
+        test(std::string(set.name));
+    }
+    fastprune::use_instruction_set(fastprune::instruction_sets().back().name);
+}
+
+constexpr double kEps = 1e-5;
+
+template <class T>
+Rows<T> norm_of(const Rows<T>& states, const Rows<T>* branch, const Rows<T>& weight, Rows<T>* residual,
+                int threads) {
+    const size_t columns = weight.size();
+    Rows<T> normed = nans<T>(states.size());
+    fastprune::add_rms_norm(
+        {states.data(), branch != nullptr ? branch->data() : nullptr, weight.data(),
+         residual != nullptr ? residual->data() : nullptr, normed.data(), static_cast<long>(columns), kEps},
+        static_cast<std::int64_t>(states.size() / columns), kDtype<T>, threads);
+    return normed;
+}
+
+template <class T>
+void norm(const std::string& name, size_t rows, size_t columns) {
+    const auto states = random<T>(rows * columns, 1);
+    const auto branch = random<T>(rows * columns, 2);
+    const auto weight = random<T>(columns, 3);
+    auto residual = nans<T>(rows * columns);
+    const auto normed = norm_of(states, &branch, weight, &residual, 1);
+    for (size_t row = 0; row < rows; ++row) {
+        double squares = 0.0;
+        for (size_t i = row * columns; i < (row + 1) * columns; ++i) {
+            const float sum = to_float(from_float<T>(to_float(states[i]) + to_float(branch[i])));
+            check(to_float(residual[i]) == sum, name + ": the sum");
+            squares += static_cast<double>(sum) * sum;
+        }
+        const double scale = 1.0 / std::sqrt(squares / static_cast<double>(columns) + kEps);
+        for (size_t c = 0; c < columns; ++c) {
+            const size_t i = row * columns + c;
+            check_close(normed[i], to_float(residual[i]) * scale * to_float(weight[c]), 0.0,
+                        sizeof(T) == 4 ? 8.0 : 1.01, name + ": the norm");
+        }
+    }
+    check(same_bits(norm_of<T>(states, &branch, weight, nullptr, 1), normed), name + ": without a residual");
+    auto copy = nans<T>(rows * columns);
+    check(same_bits(norm_of<T>(residual, nullptr, weight, &copy, 2), normed),
+          name + ": without a branch, on 2 threads");
+    check(same_bits(copy, residual), name + ": residual without a branch");
+    for (const size_t row : {size_t{0}, rows - 1}) {
+        const size_t from = row * columns;
+        const auto alone = norm_of<T>(slice(residual, from, from + columns), nullptr, weight, nullptr, 1);
+        check(same_bits(alone, slice(normed, from, from + columns)), name + ": a row alone");
+    }
+}
+
+void test_norm() {
+    for_each_set([](const std::string& set) {
+        for (const auto& [rows, columns] :
+             {std::pair<size_t, size_t>{63, 60}, {1, 1}, {5, 128}, {2, 1025}, {1200, 60}}) {
+            norm<float>("add_rms_norm, " + set + ", float32", rows, columns);
+            norm<Bfloat16>("add_rms_norm, " + set + ", bfloat16", rows, columns);
+        }
+        const Rows<float> weight(7, 1.0F);
+        Rows<float> states(14, 1.0F);
+        states[8] = kNan;
+        const auto normed = norm_of<float>(states, nullptr, weight, nullptr, 1);
+        for (size_t i = 0; i < 14; ++i)
+            check(std::isnan(normed[i]) == (i >= 7), set + ": NaN stays in its row");
+    });
+}
+
+struct Heads {
+    size_t q, kv, size, half;
+    size_t width() const { return (q + 2 * kv) * size; }
+};
+
+constexpr size_t kPositions = 50;
+
+template <class T>
+Rows<T> rotated(Rows<T> qkv, const Rows<float>& cos, const Rows<float>& sin,
+                const std::vector<std::int64_t>& position, Heads h, const Rows<T>* weight, int threads) {
+    const T* scale = weight != nullptr ? weight->data() : nullptr;
+    fastprune::rotary(
+        {qkv.data(), cos.data(), sin.data(), position.data(), scale, scale, static_cast<long>(h.q),
+         static_cast<long>(h.kv), static_cast<long>(h.size), static_cast<long>(h.half), kEps},
+        static_cast<std::int64_t>(position.size()), kPositions, kDtype<T>, threads);
+    return qkv;
+}
+
+template <class T>
+void rotary(const std::string& name, size_t tokens, Heads h, bool with_norm) {
+    const auto qkv = random<T>(tokens * h.width(), 1);
+    const auto weight = random<T>(h.size, 2);
+    Rows<float> cos(kPositions * h.half);
+    Rows<float> sin(kPositions * h.half);
+    for (size_t i = 0; i < cos.size(); ++i) {
+        const double angle = 0.1 * static_cast<double>(i / h.half) * static_cast<double>(i % h.half + 1);
+        cos[i] = static_cast<float>(std::cos(angle));
+        sin[i] = static_cast<float>(std::sin(angle));
+    }
+    std::vector<std::int64_t> position(tokens);
+    for (size_t t = 0; t < tokens; ++t) position[t] = static_cast<std::int64_t>(t * 7 % kPositions);
+    const auto result = rotated<T>(qkv, cos, sin, position, h, with_norm ? &weight : nullptr, 1);
+    for (size_t head = 0; head < tokens * (h.q + 2 * h.kv); ++head) {
+        const size_t base = head * h.size;
+        std::vector<double> x(h.size);
+        for (size_t i = 0; i < h.size; ++i) x[i] = to_float(qkv[base + i]);
+        if (head % (h.q + 2 * h.kv) >= h.q + h.kv) {
+            for (size_t i = 0; i < h.size; ++i) check(to_float(result[base + i]) == x[i], name + ": v stays");
+            continue;
+        }
+        if (with_norm) {
+            double squares = 0.0;
+            for (const double value : x) squares += value * value;
+            const double scale = 1.0 / std::sqrt(squares / static_cast<double>(h.size) + kEps);
+            for (size_t i = 0; i < h.size; ++i) x[i] *= scale * to_float(weight[i]);
+        }
+        const size_t table = static_cast<size_t>(position[head / (h.q + 2 * h.kv)]) * h.half;
+        for (size_t i = 0; i < h.half; ++i) {
+            const double c = cos[table + i];
+            const double s = sin[table + i];
+            const double magnitude = std::fabs(x[i]) + std::fabs(x[h.half + i]);
+            const double first = x[i] * c - x[h.half + i] * s;
+            const double second = x[h.half + i] * c + x[i] * s;
+            check_close(result[base + i], first, magnitude, 8.0, name + ": first half");
+            check_close(result[base + h.half + i], second, magnitude, 8.0, name + ": second half");
+        }
+        for (size_t i = 2 * h.half; i < h.size; ++i)
+            check_close(result[base + i], x[i], 0.0, 8.0, name + ": the rest");
+    }
+    check(same_bits(rotated<T>(qkv, cos, sin, position, h, with_norm ? &weight : nullptr, 2), result),
+          name + ": on 2 threads");
+    const size_t last = (tokens - 1) * h.width();
+    const auto alone = rotated<T>(slice(qkv, last, qkv.size()), cos, sin, {position.back()}, h,
+                                  with_norm ? &weight : nullptr, 1);
+    check(same_bits(alone, slice(result, last, qkv.size())), name + ": a token alone");
+}
+
+void test_rotary() {
+    for_each_set([](const std::string& set) {
+        for (const bool with_norm : {false, true}) {
+            for (const Heads h :
+                 {Heads{4, 2, 16, 8}, Heads{2, 1, 20, 5}, Heads{1, 1, 80, 12}, Heads{3, 3, 64, 32}}) {
+                rotary<float>("rotary, " + set + ", float32", 63, h, with_norm);
+                rotary<Bfloat16>("rotary, " + set + ", bfloat16", 1, h, with_norm);
+            }
+            rotary<Bfloat16>("rotary, " + set + ", many tokens", 1500, {4, 2, 16, 8}, with_norm);
+        }
+        const Rows<float> table(kPositions, 1.0F);
+        for (const std::int64_t wrong : {std::int64_t{-1}, static_cast<std::int64_t>(kPositions)}) {
+            bool thrown = false;
+            try {
+                rotated<float>(Rows<float>(6), table, table, {wrong}, {1, 1, 2, 1}, nullptr, 1);
+            } catch (const std::invalid_argument&) {
+                thrown = true;
+            }
+            check(thrown, "rotary: a position outside the tables is refused");
+        }
+    });
+}
+
+template <class T>
+Rows<T> gated(const Rows<T>& gate_up, size_t columns, int threads) {
+    auto out = nans<T>(gate_up.size() / 2);
+    fastprune::gated_mlp({gate_up.data(), out.data(), static_cast<long>(columns)},
+                         static_cast<std::int64_t>(out.size() / columns), kDtype<T>, threads);
+    return out;
+}
+
+template <class T>
+void gated_mlp(const std::string& name, size_t rows, size_t columns) {
+    const auto gate_up = random<T>(rows * 2 * columns, 1, 3.0F);
+    const auto out = gated(gate_up, columns, 1);
+    for (size_t i = 0; i < out.size(); ++i) {
+        const size_t at = i / columns * 2 * columns + i % columns;
+        const double gate = to_float(gate_up[at]);
+        const double truth = gate / (1.0 + std::exp(-gate)) * to_float(gate_up[at + columns]);
+        check_close(out[i], truth, 0.0, sizeof(T) == 4 ? 8.0 : 1.01, name);
+    }
+    check(same_bits(gated(gate_up, columns, 2), out), name + ": on 2 threads");
+    const size_t last = (rows - 1) * columns;
+    const auto alone = gated(slice(gate_up, 2 * last, gate_up.size()), columns, 1);
+    check(same_bits(alone, slice(out, last, out.size())), name + ": a row alone");
+}
+
+void test_gated_mlp() {
+    for_each_set([](const std::string& set) {
+        for (const auto& [rows, columns] :
+             {std::pair<size_t, size_t>{63, 60}, {1, 1}, {3, 129}, {1200, 60}}) {
+            gated_mlp<float>("gated_mlp, " + set + ", float32", rows, columns);
+            gated_mlp<Bfloat16>("gated_mlp, " + set + ", bfloat16", rows, columns);
+        }
+        // the exponential over its whole range: silu of the gate alone
+        std::vector<float> gates;
+        for (float x = -88.0F; x < 90.0F; x += 0.000917F) gates.push_back(x);
+        const size_t count = gates.size();
+        gates.resize(2 * count, 1.0F);
+        const auto silu = gated(gates, count, 1);
+        for (size_t i = 0; i < count; ++i) {
+            const double gate = gates[i];
+            check_close(silu[i], gate / (1.0 + std::exp(-gate)), 0.0, 5.0, set + ": silu");
+        }
+        const auto ends =
+            gated<float>({-kInf, -1e30F, -100.0F, 100.0F, 1e30F, kInf, kNan, 1, 1, 1, 1, 1, 1, 1}, 7, 1);
+        for (size_t i = 0; i < 3; ++i) check(ends[i] == 0.0F, set + ": silu far below 0");
+        check(ends[3] == 100.0F && ends[4] == 1e30F && ends[5] == kInf, set + ": silu far above 0");
+        check(std::isnan(ends[6]), set + ": silu of NaN");
+    });
+}
+
+template <class T>
+Rows<float> log_sums(const Rows<T>& logits, size_t columns, size_t stride, size_t rows, int threads) {
+    auto out = nans<float>(rows);
+    fastprune::log_sum_exp({logits.data(), out.data(), static_cast<long>(columns), static_cast<long>(stride)},
+                           static_cast<std::int64_t>(rows), kDtype<T>, threads);
+    return out;
+}
+
+template <class T>
+void log_sum_exp(const std::string& name, size_t rows, size_t columns, size_t stride) {
+    const auto logits = random<T>((rows - 1) * stride + columns, 1, 5.0F);
+    const auto out = log_sums(logits, columns, stride, rows, 1);
+    for (size_t row = 0; row < rows; ++row) {
+        double sum = 0.0;
+        for (size_t c = 0; c < columns; ++c)
+            sum += std::exp(static_cast<double>(to_float(logits[row * stride + c])));
+        check_close(out[row], std::log(sum), 1.0, 8.0, name);
+    }
+    check(same_bits(log_sums(logits, columns, stride, rows, 2), out), name + ": on 2 threads");
+    const auto alone = log_sums(slice(logits, (rows - 1) * stride, logits.size()), columns, columns, 1, 1);
+    check(same_bits(alone, slice(out, rows - 1, rows)), name + ": a row alone");
+}
+
+void test_log_sum_exp() {
+    for_each_set([](const std::string& set) {
+        for (const size_t stride : {size_t{1021}, size_t{1500}}) {
+            log_sum_exp<float>("log_sum_exp, " + set + ", float32", 63, 1021, stride);
+            log_sum_exp<Bfloat16>("log_sum_exp, " + set + ", bfloat16", 63, 1021, stride);
+        }
+        log_sum_exp<float>("log_sum_exp, " + set, 1, 1, 1);
+        log_sum_exp<float>("log_sum_exp, " + set + ", many logits", 2, 40001, 40001);
+        for (const size_t columns : {size_t{1}, size_t{3}, size_t{100}, size_t{1025}}) {
+            for (const size_t at : {size_t{0}, columns / 2, columns - 1}) {
+                const auto with = [=](float everywhere, float there) {
+                    Rows<float> x(columns, everywhere);
+                    x[at] = there;
+                    return log_sums(x, columns, columns, 1, 1)[0];
+                };
+                check(std::isnan(with(0.0F, kNan)), set + ": NaN in, NaN out");
+                check(std::isnan(with(-kInf, kNan)), set + ": NaN among -inf");
+                check(columns == 1 || std::isnan(with(kInf, kNan)), set + ": NaN among inf");
+                check(with(0.0F, kInf) == kInf && with(-kInf, kInf) == kInf, set + ": infinity");
+                check(with(-kInf, -kInf) == -kInf, set + ": a row of -inf");
+                check(with(-kInf, 3e38F) == 3e38F && with(-3e38F, -1e30F) == -1e30F, set + ": huge logits");
+            }
+        }
+    });
+}
+
+}  // namespace
+
+int main() {
+    run("test_norm", test_norm);
+    run("test_rotary", test_rotary);
+    run("test_gated_mlp", test_gated_mlp);
+    run("test_log_sum_exp", test_log_sum_exp);
+    std::printf("all native operator tests passed (up to %s)\n", fastprune::instruction_set().name);
+}
