@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +13,12 @@ import numpy as np
 from .errors import InputError
 
 KEPT, EDGE, RULE = "#f1f3f5", "#d5d9dd", "#868e96"
+
+
+def check_installed() -> None:
+    """Raise InputError, before any work, when matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("figures need matplotlib, which is not installed: pip install 'fastprune[plots]'")
 
 
 def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int, title: str):
@@ -23,7 +31,9 @@ def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: in
 
     objectives = list(dict.fromkeys(objective for objective, _, _ in rows))
     rows = sorted(rows, key=lambda row: objectives.index(row[0]))
-    figure, axes = plt.subplots(figsize=(2.2 + 0.3 * num_units, 1.0 + 0.27 * len(rows)), layout="constrained")
+    names = [f"{objective}: {algorithm}" for objective, algorithm, _ in rows]
+    width = 0.4 + 0.075 * max(map(len, names), default=0) + 0.34 * num_units
+    figure, axes = plt.subplots(figsize=(width, 0.9 + 0.25 * len(rows)), layout="constrained")
     for y, (objective, _, removed) in enumerate(rows):
         for x in range(num_units):
             colour = f"C{objectives.index(objective)}" if x in removed else KEPT
@@ -31,82 +41,93 @@ def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: in
             axes.add_patch(cell)
         if y and objective != rows[y - 1][0]:
             axes.axhline(y - 0.5, color=RULE, linewidth=0.8)
-    axes.set(xlim=(-0.6, num_units - 0.4), ylim=(len(rows) - 0.4, -0.6), xlabel="unit", title=title)
+    axes.set(xlim=(-0.6, num_units - 0.4), ylim=(len(rows) - 0.4, -0.6), xlabel="unit, in the order of depth")
+    axes.set_title(title, loc="left")
     axes.set_xticks(range(0, num_units, 1 if num_units <= 40 else 4))
-    axes.set_yticks(range(len(rows)), [f"{objective}  {algorithm}" for objective, algorithm, _ in rows])
+    axes.set_yticks(range(len(rows)), names)
     _plain(axes)
     return figure
 
 
-def rank_figure(groups: Sequence[tuple[str, Mapping[str, tuple[float, float]], float | None]], x: str, y: str):
-    """Rank under one objective against rank under another, one panel per group, rho in its title.
+def rank_figure(title: str, chosen_by: str, others: Mapping[str, float | None], losses: Mapping[tuple, Sequence]):
+    """How the masks chosen under one objective rank under it and under others: a line per mask, the best on top.
 
-    groups: (name, {algorithm: (loss under x, loss under y)}, rho); rank 1 is the lowest loss.
+    others: Spearman's rho, or None, by the name of each other objective. losses: for the algorithms that chose a mask
+    (a tuple of names), its loss under `chosen_by` and under each of the others. Masks of equal loss have equal ranks.
     """
     from scipy.stats import rankdata
 
     plt = _pyplot()
-    columns = min(3, len(groups))
-    lines = -(-len(groups) // columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(3.4 * columns, 3.3 * lines), layout="constrained", squeeze=False
-    )
-    for axes in grid.flat[len(groups) :]:
-        axes.set_visible(False)
-    for axes, (name, losses, rho) in zip(grid.flat, groups):
-        ranks = [rankdata([pair[i] for pair in losses.values()], method="min") for i in (0, 1)]
-        axes.plot([0.5, len(losses) + 0.5], [0.5, len(losses) + 0.5], color=EDGE, linewidth=1, zorder=0)
-        axes.scatter(*ranks, s=26, color="C0")
-        at: dict[tuple[int, int], list[str]] = {}
-        for algorithm, place in zip(losses, zip(*ranks)):
-            at.setdefault(place, []).append(algorithm)
-        for (px, py), algorithms in at.items():  # algorithms that found the same mask share a point
-            text = "\n".join(algorithms[:3]) + (f"\n+ {len(algorithms) - 3}" if len(algorithms) > 3 else "")
-            axes.annotate(text, (px, py), xytext=(5, -3), textcoords="offset points", fontsize=6.5, va="top")
-        title = name if rho is None else f"{name}   ρ = {rho:+.2f}"
-        axes.set(title=title, xlabel=f"rank by {x}", ylabel=f"rank by {y}", xlim=(0, len(losses) + 2.2),
-                 ylim=(len(losses) + 0.8, 0.2))  # fmt: skip
-        _plain(axes, spines=True)
+    labels = ["\n".join(textwrap.wrap(", ".join(names), 46)) for names in losses]
+    table = np.array([*losses.values()], dtype=float)  # [masks, objectives]
+    ranks = rankdata(np.where(np.isfinite(table), table, np.inf), method="min", axis=0)
+    places = np.argsort(np.lexsort((np.arange(len(table)), ranks[:, 0])))  # of each label, from the top
+    lines = np.array([label.count("\n") + 1 for label in labels])
+    heights = np.array([0.12 + 0.15 * lines[i] for i in np.argsort(places)])  # inches, top to bottom
+    left = (np.cumsum(heights) - heights / 2)[places]
+    columns = [left]
+    for rank in ranks.T[1:]:  # evenly; equal ranks side by side, in the order of the labels
+        columns.append((np.argsort(np.lexsort((places, rank))) + 0.5) * heights.sum() / len(rank))
+    figure, axes = plt.subplots(figsize=(4.2 + 2.0 * len(others), 0.75 + heights.sum()), layout="constrained")
+    for i, label in enumerate(labels):
+        colour, ys = f"C{places[i] % 10}", [column[i] for column in columns]
+        axes.plot(range(len(ys)), ys, color=colour, marker="o", markersize=13, linewidth=1.6)
+        for x, y in enumerate(ys):
+            axes.annotate(f"{ranks[i, x]:.0f}", (x, y), ha="center", va="center", fontsize=7.5, color="white")
+        axes.annotate(label, (0, ys[0]), xytext=(-11, 0), textcoords="offset points", ha="right", va="center")
+    axes.set(xlim=(-0.2, len(others) + 0.2), ylim=(heights.sum(), 0), yticks=[])
+    rho = [f"by {name}\nρ = " + ("n/a" if value is None else f"{value:+.2f}") for name, value in others.items()]
+    axes.set_xticks(range(len(columns)), [f"rank by {chosen_by}\n", *rho])
+    axes.xaxis.tick_top()
+    figure.suptitle(f"{title}, chosen by {chosen_by}", x=0.01, ha="left", fontsize=10)
+    _plain(axes)
     return figure
 
 
-def spread_figure(groups: Mapping[str, Mapping[str, Sequence[float]]], judged_by: str):
-    """How much the algorithms differ: a strip of losses per group, one colour per objective that chose the masks.
+def spread_figure(groups: Mapping[str, Mapping[str, Sequence[float]]], dense: Mapping[str, float], judged_by: str):
+    """How much the algorithms differ: a strip of losses per group and objective that chose the masks.
 
-    groups: {group: {chosen by: losses under `judged_by`}}.
+    groups: {group: {chosen by: losses under `judged_by`}}; dense: by group, the loss of the whole model, a grey mark.
     """
     plt = _pyplot()
     choosers = list(dict.fromkeys(chooser for group in groups.values() for chooser in group))
-    figure, axes = plt.subplots(figsize=(2.0 + 1.9 * len(groups), 3.2), layout="constrained")
-    for x, group in enumerate(groups.values()):
-        for chooser, losses in group.items():
-            offset = (choosers.index(chooser) - (len(choosers) - 1) / 2) * 0.26
-            jitter = np.linspace(-0.07, 0.07, len(losses)) if len(losses) > 1 else [0]
-            axes.scatter(x + offset + np.asarray(jitter), losses, s=18, alpha=0.8, color=f"C{choosers.index(chooser)}")
-    for i, chooser in enumerate(choosers):
-        axes.scatter([], [], color=f"C{i}", s=18, label=f"chosen by {chooser}")
-    axes.set_xticks(range(len(groups)), list(groups))
-    axes.set(ylabel=f"{judged_by} loss", xlim=(-0.6, len(groups) - 0.4))
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _plain(axes, spines=True)
+    rows = [(group, chooser) for group, strips in groups.items() for chooser in strips]
+    figure, axes = plt.subplots(figsize=(8.5, 0.9 + 0.3 * len(rows)), layout="constrained")
+    for y, (group, chooser) in enumerate(rows):
+        losses = np.asarray(groups[group][chooser], dtype=float)
+        jitter = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
+        axes.axhline(y, color=KEPT, linewidth=7, zorder=0)
+        axes.scatter([dense[group]], [y], s=90, marker="|", color=RULE, zorder=1)
+        axes.scatter(losses, y + jitter, s=24, alpha=0.8, color=f"C{choosers.index(chooser)}", zorder=2)
+        if y and group != rows[y - 1][0]:
+            axes.axhline(y - 0.5, color=RULE, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{group}, chosen by {chooser}" for group, chooser in rows])
+    axes.set(xlabel=f"loss under {judged_by} (grey mark: nothing removed)", ylim=(len(rows) - 0.4, -0.6))
+    axes.set_title(f"Judged by {judged_by}", loc="left")
+    _plain(axes)
     return figure
 
 
 def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str):
-    """Heat map of the similarity of states before each unit and after the last, with the clusters below."""
+    """Heat map of the similarity of states before each unit and after the last, with the clusters of units below."""
     plt = _pyplot()
+    from matplotlib.patches import Rectangle
+
     matrix = np.asarray(matrix)
-    size = 2.6 + 0.13 * len(matrix)
-    figure, (axes, strip) = plt.subplots(
-        2, 1, figsize=(size + 0.9, size + 0.3), layout="constrained", height_ratios=[24, 1], sharex=True
-    )
+    size = 3.4 + 0.13 * len(matrix)
+    figure, axes = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
     image = axes.imshow(matrix, cmap="viridis", vmin=min(0.0, matrix.min()), vmax=1)
     figure.colorbar(image, ax=axes, label="mean token cosine", shrink=0.85)
-    axes.set(title=title, ylabel="state before unit (last: after all)")
-    strip.imshow(np.asarray([[*clusters, np.nan]], dtype=float), cmap="tab10", vmin=0, vmax=9, aspect="auto")
-    strip.set(yticks=[], xlabel="unit, coloured by cluster")
+    below, height = len(matrix), 0.04 * len(matrix)
+    for unit, cluster in enumerate(clusters):
+        axes.add_patch(Rectangle((unit - 0.5, below - 0.2), 1, height, facecolor=f"C{cluster % 10}"))
+    axes.set_ylim(below + height, -0.5)
+    axes.set_title(title, loc="left")
+    axes.set(ylabel="state before unit (last: after all)", xlabel="unit; the strip shows its cluster")
+    ticks = range(0, len(matrix), 1 if len(matrix) <= 20 else 4)
+    axes.set_xticks(ticks)
+    axes.set_yticks(ticks)
     _plain(axes)
-    _plain(strip)
     return figure
 
 
@@ -125,19 +146,16 @@ def save(figure, path: Path) -> None:
 
 
 def _pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("figures need matplotlib: pip install 'fastprune[plots]'") from None
+    check_installed()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"font.size": 8, "axes.titlesize": 9, "svg.hashsalt": "fastprune"})
+    pyplot.rcParams.update({"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"})
     return pyplot
 
 
-def _plain(axes, spines: bool = False) -> None:
-    axes.tick_params(length=0, labelsize=7.5)
+def _plain(axes) -> None:
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    if spines:
-        axes.spines[["left", "bottom"]].set_visible(True)

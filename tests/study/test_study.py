@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
 from fastprune.report import write_report
-from fastprune.study import run_study
+from fastprune.study import Cell, run_study, summarise
 
 ALGORITHMS = ["one_shot", "greedy", "beam"]
 BUDGETS = [1, 2]
@@ -81,6 +83,50 @@ def test_overlap_and_ranks(finished):
         assert entry["rho"] is None or -1 <= entry["rho"] <= 1
 
 
+def cells_with(losses: dict[tuple[int, ...], tuple[float, float]], chosen: list[tuple[int, ...]]) -> list[Cell]:
+    """Cells that chose these masks under "one"; losses: of each mask under "one" and "other"."""
+    return [
+        Cell("m", "one", 2, f"algorithm {i}", removed, losses[removed][0],
+             losses=dict(zip(("one", "other"), losses[removed])))
+        for i, removed in enumerate(chosen)
+    ]  # fmt: skip
+
+
+def test_ranks_of_fewer_than_three_masks_say_nothing():
+    losses = {(0, 1): (1.0, 3.0), (0, 2): (2.0, 5.0), (1, 2): (3.0, 4.0)}
+    (entry,) = summarise(cells_with(losses, [(0, 1), (0, 2), (0, 1), (0, 2)]))["spearman"]
+    assert (entry["masks"], entry["rho"]) == (2, None)
+    (entry,) = summarise(cells_with(losses, [(0, 1), (0, 2), (1, 2)]))["spearman"]
+    assert (entry["masks"], entry["rho"]) == (3, 0.5)
+
+
+def test_a_search_that_finds_nothing_is_a_cell_with_an_error(model, tmp_path):
+    """A block that breaks every mask that keeps it: searches that do not look for it find no finite loss."""
+    broken = copy.deepcopy(model.hf)
+    broken.model.layers[2].mlp.down_proj.weight.data[:] = torch.nan
+    broken = fp.Model(broken, name="broken")
+    said: list[str] = []
+    study = run_study([broken], OBJECTIVES, ["greedy", "shortgpt"], [1, 2], tmp_path / "s", notify=said.append)
+    by_name = {name: [cell for cell in study["cells"] if cell["algorithm"] == name] for name in ("greedy", "shortgpt")}
+    assert all(2 in cell["removed"] and cell["losses"] and cell["error"] is None for cell in by_name["greedy"])
+    assert all(cell["removed"] is None and "not finite" in cell["error"] for cell in by_name["shortgpt"])
+    assert [line.split()[0] for line in said if "found nothing" in line] == ["2/8", "4/8", "6/8", "8/8"]
+    assert study["similarity"] == {"broken": None}
+    again = run_study([broken], OBJECTIVES, ["greedy", "shortgpt"], [1, 2], tmp_path / "s")
+    assert again["cells"] == study["cells"]
+    write_report(study, tmp_path / "report.html")
+    assert "not finite" in (tmp_path / "report.html").read_text()
+
+
+def test_a_study_in_which_nothing_is_found_is_finished_all_the_same(model, tmp_path):
+    broken = copy.deepcopy(model.hf)
+    broken.lm_head.weight.data[:] = torch.nan
+    study = run_study([fp.Model(broken, name="broken")], OBJECTIVES, ALGORITHMS, [1], tmp_path / "s")
+    assert all(cell["error"] for cell in study["cells"])
+    assert study["jaccard"] == study["spearman"] == study["spread"] == []
+    write_report(study, tmp_path / "report.html")
+
+
 def test_shared_scores_save_runs(finished):
     """Greedy and beam begin with the singles that one_shot has scored already."""
     _, study = finished
@@ -111,14 +157,35 @@ def test_other_inputs_are_refused(finished, model, tmp_path):
         run_study([model], OBJECTIVES, ALGORITHMS, [1], out)
     with pytest.raises(fp.InputError, match="other objectives"):
         run_study([model], {"one": text(1), "other": text(3)}, ALGORITHMS, BUDGETS, out)
+    with pytest.raises(fp.InputError, match="other algorithms, seed;"):
+        run_study([model], OBJECTIVES, ALGORITHMS[:1], BUDGETS, out, seed=1)
     with pytest.raises(fp.InputError, match="other algorithms"):
         run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, out, options={"beam": {"beam_width": 2}})
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(fp.InputError, match="holds no study"):
         run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, tmp_path)
-    with pytest.raises(fp.InputError, match="no option 'width'"):
-        run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, tmp_path / "new", options={"beam": {"width": 2}})
-    assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path, monkeypatch):
+    def refused(message: str, algorithms=ALGORITHMS, budgets=BUDGETS, objectives=OBJECTIVES, **arguments) -> None:
+        with pytest.raises(fp.InputError, match=message):
+            run_study([model], objectives, algorithms, budgets, tmp_path / "new", **arguments)
+        assert not (tmp_path / "new").exists()
+
+    refused("no option 'width'", options={"beam": {"width": 2}})
+    refused("beam_width of beam must be at least 1", options={"beam": {"beam_width": 0}})
+    refused("above its option max_masks", ["exhaustive"], options={"exhaustive": {"max_masks": 5}})
+    refused("num_remove 6 must be from 0 to 5", budgets=[1, 6])
+    refused("backend", backend="nonsense")
+    refused("vocabulary", objectives={"one": lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 97]]))})
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    refused("pip install 'fastprune")
+
+
+def test_a_study_cannot_lie_below_a_file(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(fp.InputError, match="is a file, not a folder"):
+        run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, tmp_path / "file" / "study")
 
 
 def test_the_page_stands_alone(finished, tmp_path):
@@ -126,7 +193,8 @@ def test_the_page_stands_alone(finished, tmp_path):
     write_report(study, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)', page)
-    assert page.count("<svg") == page.count("</svg>") == len(BUDGETS) + 2 + 2 + 1
+    patterns, ranks, spreads = len(BUDGETS), len(BUDGETS) * len(OBJECTIVES), len(OBJECTIVES)
+    assert page.count("<svg") == page.count("</svg>") == patterns + ranks + spreads + 1
     for word in (*ALGORITHMS, *OBJECTIVES, "tiny", "RLS"):
         assert word in page
 
@@ -138,6 +206,7 @@ def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
     status, out, _ = run(*arguments, "--out", tmp_path / "s")
     assert status == 0
     assert "greedy" in out
+    assert "log of perplexity" in out
     assert {"study.json", "report.html", "inputs.json", "scores.db"} <= {
         path.name for path in (tmp_path / "s").iterdir()
     }
@@ -145,7 +214,10 @@ def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
         (("--objective", "perplexity"), "given twice"),
         (("--option", "beam_width=3"), "ALGORITHM.NAME=VALUE"),
         (("--option", "beam.width=3"), "no option 'width'"),
+        (("--option", "beam.beam_width=0"), "beam_width of beam must be at least 1"),
+        (("--num-remove", "1,9"), "--num-remove 9 must be from 0 to 4"),
+        (("--out", text_file / "s"), "is a file, not a folder"),
     ):
-        status, _, err = run(*arguments, *wrong, "--out", tmp_path / "t")
+        status, _, err = run(*arguments, "--out", tmp_path / "t", *wrong)
         assert status == 2
         assert message in err
