@@ -6,6 +6,7 @@ Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong. 
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import click
@@ -13,6 +14,9 @@ import click
 from .. import __version__
 from ..errors import InputError
 from . import commands, studies
+
+# parameters of the library that its messages name, where the command line has a flag of that name
+FLAGS = re.compile(r"(?<![\w/.-])(num_samples|seq_len|num_remove)(?![\w/.-])")
 
 
 def main() -> None:
@@ -36,6 +40,7 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
+    message = FLAGS.sub(lambda name: f"--{name[0].replace('_', '-')}", message)
     print(f"fastprune: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -43,7 +48,7 @@ def _fail(message: str, status: int) -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Score depth masks of language models exactly, and search for the blocks that can go.
+    """Which blocks of a language model can go? Scores depth masks exactly, and searches for the best one.
 
     MODEL is 'demo', a folder with a safetensors checkpoint, or a hub id.
     """

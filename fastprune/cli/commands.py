@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError
-from ..masks import check_removed, from_removed, load_masks, parse_removed, to_removed
+from ..masks import check_removed, from_removed, load_masks, to_removed
 from ..records import refuse_existing, write_json, write_jsonl
-from .options import evaluates, model_options, open_model, out, split_option
+from .options import Units, evaluates, model_options, naming, open_model, out, say, split_option
 
 
 @click.command()
@@ -21,6 +21,7 @@ def info(model, device, dtype, trust_remote_code) -> None:
     """Show a model's units, and whether and how it can be run."""
     opened = open_model(model, device, dtype, trust_remote_code)
     table = Table(show_header=False, box=None)
+    blocks, halves = opened.unit_names("block"), opened.unit_names("sublayer")
     rows = {
         "model": opened.name,
         "family": opened.family,
@@ -33,7 +34,11 @@ def info(model, device, dtype, trust_remote_code) -> None:
         "device": opened.device,
         "tokenizer": "yes" if opened.tokenizer is not None else "none: give token ids",
         "backend": "generic",
-        "sublayers": _can(lambda: opened.require("sublayer")),
+        "units": f"0 to {len(blocks) - 1}: {blocks[0]} to {blocks[-1]}",
+        "sublayers": _can(
+            lambda: opened.require("sublayer"),
+            f"0 to {len(halves) - 1}: {halves[0]}, {halves[1]} to {halves[-1]}",
+        ),
         "token trees": _can(opened.check_trees),
         "without blocks": "yes" if opened.runs_without_blocks else "no",
     }
@@ -43,109 +48,160 @@ def info(model, device, dtype, trust_remote_code) -> None:
 
 
 @click.command()
-def algorithms() -> None:
-    """List the search algorithms: their cost, source and options."""
-    from ..search import describe_algorithms
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+def algorithms(names) -> None:
+    """List the search algorithms and their options.
 
-    for row in describe_algorithms():
-        out.print(f"[bold]{row['name']}[/bold]  {escape(row['summary'])}", highlight=False)
-        out.print(f"    masks: {escape(row['cost'])}   source: {escape(row['source'])}", style="dim", highlight=False)
+    With names: these, and how they work. k units of U are removed; a cost is the number of masks that are scored.
+    """
+    from ..search import ALGORITHMS, find_algorithm
+
+    for known in [find_algorithm(name) for name in names] or ALGORITHMS.values():
+        row = known.describe()
+        say(f"[bold]{row['name']}[/bold]  {escape(row['summary'])}")
+        if names and row["method"]:
+            say(f"\n{escape(row['method'])}\n")
+        say(f"    masks: {escape(row['cost'])}", style="dim")
+        say(f"    source: {escape(row['source'])}", style="dim")
         for option in row["options"]:
-            text = f"    {option['name']}={option['default']} ({option['type']}): {option['meaning']}"
-            out.print(escape(text), highlight=False)
+            kind = f"{option['type']}, {option['allowed']}" if option["allowed"] else option["type"]
+            say(escape(f"    {option['name']}={option['default']} ({kind}): {option['meaning']}"))
 
 
 @click.command()
-@click.option("--masks", "masks_file", help='.npy (bool or 0/1, [N, U]) or .jsonl rows {"removed": [9, 10]}.')
-@click.option("--removed", multiple=True, help="Units to remove, such as 9,10; give it once per mask.")
+@click.option(
+    "--masks", "masks_file", help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.'
+)
+@click.option("--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; once per mask.")
 @click.option("--out", "out_file", help='Write rows {"removed", "loss"} to this new .jsonl file.')
 @evaluates
 def score(make_evaluator, masks_file, removed, out_file) -> None:
-    """Score depth masks of MODEL: the loss of the model with these units removed."""
+    """Score depth masks of MODEL.
+
+    A mask's score is the loss of the model without the units that it removes: lower is better.
+    """
     from ..report import format_loss, format_removed
 
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
-    subsets = [parse_removed(text) for text in removed]
     if masks_file and not Path(masks_file).is_file():
         raise InputError(f"--masks: {masks_file}: no such masks file")
     if out_file:
-        refuse_existing(Path(out_file))
+        with naming("--out"):
+            refuse_existing(Path(out_file))
     evaluator = make_evaluator()
-    masks = load_masks(masks_file, evaluator.num_units) if masks_file else from_removed(subsets, evaluator.num_units)
+    if masks_file:
+        masks = load_masks(masks_file, evaluator.num_units)
+    else:
+        with naming("--removed"):
+            masks = from_removed(removed, evaluator.num_units)
     losses = evaluator.score(masks).tolist()
     rows = [(to_removed(mask), loss) for mask, loss in zip(masks, losses)]
     if out_file:
         write_jsonl(Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows))
     else:
         in_nats = evaluator.objective.name == "perplexity"
-        table = Table("removed", f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
+        halves = evaluator.granularity == "sublayer"
+        table = Table("removed", *["sublayers"] * halves, f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
         for units, loss in rows:
-            table.add_row(format_removed(units), format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
+            names = [_names(evaluator, units)] * halves
+            table.add_row(format_removed(units), *names, format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
         out.print(table)
-    _print_cost(evaluator.stats)
+    _print_cost(evaluator, [len(units) for units, _ in rows])
 
 
 @click.command()
 @click.option("--algorithm", default="beam", show_default=True, help="A name that `fastprune algorithms` lists.")
-@click.option("--num-remove", type=int, required=True, help="Units to remove.")
+@click.option("--num-remove", type=click.IntRange(min=0), required=True, help="How many units to remove.")
 @click.option("--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5.")
-@click.option("--protect", default="", help="Units that must stay, such as 0,1.")
+@click.option("--protect", type=Units(), default="", help="Units that must stay, such as 0,1 or 0-3.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", "out_dir", help="Write result.json into this folder.")
 @evaluates
 def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir) -> None:
     """Search MODEL for the units whose removal hurts least."""
-    from ..report import format_removed, pattern_text, results_table
+    from ..report import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
     from ..search import check_algorithm, run_search
 
     given = dict(split_option(text) for text in options)
     check_algorithm(algorithm, given)
-    protected = parse_removed(protect)
-    if num_remove < 0:
-        raise InputError(f"--num-remove must be at least 0, not {num_remove}")
-    target = refuse_existing(Path(out_dir) / "result.json") if out_dir else None
-    evaluator = make_evaluator()
-    check_removed(protected, evaluator.num_units)
-    result = run_search(evaluator, algorithm, num_remove, seed, protected, **given)
-    title = f"{evaluator.model.name}, {result.objective}, {num_remove} removed"
-    row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
-    out.print(results_table(title, [(*row, result.seconds)]))
-    pattern = (result.objective, algorithm, result.removed)
-    out.print(pattern_text([pattern], evaluator.num_units), highlight=False)
+    target = Path(out_dir) / "result.json" if out_dir else None
     if target:
-        write_json(target, {**result.to_dict(), "model": evaluator.model.name, "dense_loss": evaluator.dense_loss})
-        out.print(f"written: {target}", highlight=False)
-    else:
-        out.print(f"removed: {format_removed(result.removed)}", highlight=False)
+        with naming("--out"):
+            refuse_existing(target)
+    evaluator = make_evaluator()
+    with naming("--protect"):
+        check_removed(protect, evaluator.num_units, "protected")
+    result = run_search(evaluator, algorithm, num_remove, seed, protect, **given)
+    dense = format_dense(result.objective, evaluator.dense_loss)
+    title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
+    row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
+    out.print(results_table(title, [row]))
+    note = " Under kl, runs include one pass of the whole model." if result.objective == "kl" else ""
+    say(f"{TABLE_NOTE}{note} {result.seconds:.1f} s.", style="dim")
+    pattern = (result.objective, algorithm, result.removed)
+    say(pattern_text([pattern], evaluator.num_units))
+    say(f"removed: {format_removed(result.removed)}")
+    if result.granularity == "sublayer":
+        say(f"sublayers: {_names(evaluator, result.removed)}")
+    if target:
+        names = [evaluator.unit_names[unit] for unit in result.removed]
+        of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}
+        write_json(target, {**result.to_dict(), **of})
+        say(f"written: {target}")
 
 
 @click.command()
-@click.option("--removed", required=True, help="Blocks to remove, such as 9,10,11.")
+@click.option(
+    "--removed",
+    required=True,
+    type=Units(),
+    help="Blocks to remove, such as 9,10,11 or 9-11. Not sublayers: half a block cannot be left out of a checkpoint.",
+)
 @click.option("--out", "out_dir", required=True, help="The new checkpoint's folder.")
 @model_options
 def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
-    """Write MODEL without some blocks as a checkpoint that transformers loads."""
+    """Write MODEL without some blocks, for transformers.
+
+    The new checkpoint has fewer blocks, and transformers loads it as it is. Only blocks can be left out, not sublayers.
+    """
+    from ..checkpoint import check_target
     from ..checkpoint import export as write_checkpoint
+    from ..report import format_removed
 
-    units = parse_removed(removed)
+    with naming("--out"):
+        check_target(out_dir)
     opened = open_model(model, device, dtype, trust_remote_code)
-    folder = write_checkpoint(opened, units, out_dir)
-    out.print(f"written: {folder} ({opened.num_blocks - len(units)} blocks of {opened.num_blocks})", highlight=False)
+    with naming("--removed"):
+        check_removed(removed, opened.num_blocks)
+    folder = write_checkpoint(opened, removed, out_dir)
+    left, gone = opened.num_blocks - len(removed), format_removed(removed)
+    say(f"written: {folder} ({left} blocks of {opened.num_blocks}, without {gone})")
 
 
-def _print_cost(stats) -> None:
-    saved = f" ({stats.naive_layer_runs / stats.layer_runs:.1f}x fewer)" if stats.layer_runs else ""
-    out.print(
-        f"{stats.masks} masks, {stats.layer_runs:.0f} layer runs where one pass per mask takes "
-        f"{stats.naive_layer_runs:.0f}{saved}, {stats.seconds:.1f} s",
-        highlight=False,
+def _print_cost(evaluator, sizes: list[int]) -> None:
+    from ..report import format_saved
+
+    stats = evaluator.stats
+    least, most = min(sizes), max(sizes)
+    removed = f"{least}" if least == most else f"{least} to {most}"
+    saved = format_saved(stats.naive_layer_runs, stats.layer_runs)
+    dense = "; kl runs the whole model once" if evaluator.objective.name == "kl" and stats.layer_runs else ""
+    known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
+    say(
+        f"{stats.masks} mask{'s' * (stats.masks != 1)} that remove{'s' * (stats.masks == 1)} {removed} of "
+        f"{evaluator.num_units} units: {stats.layer_runs:.0f} layer runs where one pass per mask takes "
+        f"{stats.naive_layer_runs:.0f}{saved and f' ({saved})'}{dense}{known}, {stats.seconds:.1f} s"
     )
 
 
-def _can(check) -> str:
+def _names(evaluator, units) -> str:
+    return ", ".join(evaluator.unit_names[unit] for unit in units) or "-"
+
+
+def _can(check, what: str = "yes") -> str:
     try:
         check()
     except InputError as error:
         return f"no: {error}"
-    return "yes"
+    return what

@@ -12,9 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import InputError, nearest
+from ..masks import parse_removed
+from ..records import check_folder
 
 out = Console()
 err = Console(stderr=True)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line of text; it is wrapped for a terminal only, so that a program reads it whole."""
+    out.print(text, style=style, highlight=False, soft_wrap=not out.is_terminal)
 
 
 def _group(*options: Callable) -> Callable:
@@ -36,17 +43,67 @@ def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
     return int(gigabytes * 2**30)
 
 
+class Known(click.Choice):
+    """A choice whose error suggests the nearest name."""
+
+    def convert(self, value, parameter, context):
+        if value not in self.choices:
+            raise InputError(f"{parameter.opts[0]}: unknown value {value!r}; {nearest(value, self.choices)}")
+        return value
+
+
+class Units(click.ParamType):
+    """Unit indices as tables print them: 9,10 or 9-11 14."""
+
+    name = "units"
+
+    def convert(self, value, parameter, context):
+        if isinstance(value, tuple):
+            return value
+        with naming(parameter.opts[0]):
+            return parse_removed(value)
+
+
+class Folder(click.ParamType):
+    """A folder that can be written to, or be made."""
+
+    name = "folder"
+
+    def convert(self, value, parameter, context):
+        with naming(parameter.opts[0]):
+            return check_folder(Path(value))
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Errors that are raised inside begin with the flag that they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
+
+
 model_settings = _group(
     click.option("--device", help="Such as cpu or cuda:0; default: a GPU where there is one."),
-    click.option("--dtype", help="float32, bfloat16, float16 or float64; default: the checkpoint's own."),
+    click.option(
+        "--dtype",
+        type=Known(["float32", "bfloat16", "float16", "float64"]),
+        help="Default: the checkpoint's own.",
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
 )
 
 model_options = _group(click.argument("model"), model_settings)
 
 evaluator_settings = _group(
-    click.option("--num-samples", type=int, help="Text samples (default 64) or questions (default all)."),
-    click.option("--seq-len", type=int, help="Tokens of a text sample; default 2048, or what the model can take."),
+    click.option(
+        "--num-samples", type=click.IntRange(min=1), help="Text samples (default 64) or questions (default all)."
+    ),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(min=2),
+        help="Tokens of a text sample; default 2048, or what the model can take (256 for the demo model's own text).",
+    ),
     click.option(
         "--sample-seed",
         type=click.IntRange(min=0),
@@ -54,7 +111,13 @@ evaluator_settings = _group(
         show_default=True,
         help="Which windows of a text are drawn.",
     ),
-    click.option("--granularity", default="block", show_default=True, help="block or sublayer."),
+    click.option(
+        "--granularity",
+        type=Known(["block", "sublayer"]),
+        default="block",
+        show_default=True,
+        help="What a unit is: a block, or its attention (unit 2i) and its MLP (unit 2i + 1).",
+    ),
     click.option("--backend", default="auto", show_default=True, help="auto or generic."),
     click.option(
         "--cache-gb",
@@ -69,8 +132,18 @@ evaluator_settings = _group(
 _objective_options = _group(
     click.option("--objective", default="perplexity", show_default=True, help="perplexity, margin, accuracy or kl."),
     click.option("--calibration", help="Text or questions to score on; the demo model has its own."),
-    click.option("--store", help="File of finished scores; what is in it is not computed again."),
+    click.option(
+        "--store",
+        callback=lambda context, parameter, value: _check_store(value),
+        help="File of finished scores; what is in it is not computed again.",
+    ),
 )
+
+
+def _check_store(store: str | None) -> str | None:
+    if store and not Path(store).parent.is_dir():
+        raise InputError(f"--store: {store}: its folder does not exist")
+    return store
 
 
 def evaluates(command):
@@ -100,12 +173,17 @@ def evaluates(command):
 
 
 def open_model(model: str, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False):
+    import torch
     from transformers.utils import logging
 
     from ..models import load_model
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    try:
+        device and torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0") from None
     return load_model(model, device, dtype, trust_remote_code=trust_remote_code)
 
 
@@ -126,7 +204,8 @@ def check_calibration(model: str, objective: str, calibration: str | None) -> st
 
 
 def open_objective(name: str, calibration: str, num_samples: int | None, seq_len: int | None, seed: int, model):
-    """The objective on its calibration file. Text gets the defaults of the field: 64 samples of 2048 tokens."""
+    """The objective on its calibration file. Text gets the defaults of the field, 64 samples of 2048 tokens, and the
+    demo's own text its own."""
     from .. import demo
     from ..calibration import load_tasks, load_text
     from ..objectives import OBJECTIVES
@@ -135,7 +214,7 @@ def open_objective(name: str, calibration: str, num_samples: int | None, seq_len
     if name in ("margin", "accuracy"):
         return objective(load_tasks(calibration, model.tokenizer, limit=num_samples))
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
-        is_demo = Path(calibration).parent == demo.TEXT.parent
+        is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written
         seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
     return objective(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..errors import InputError, nearest
 from .options import (
+    Folder,
     check_calibration,
     err,
     evaluator_settings,
@@ -19,6 +20,7 @@ from .options import (
     open_objective,
     out,
     progress_bar,
+    say,
     split_option,
 )
 
@@ -38,25 +40,29 @@ STUDIED = ("one_shot", "greedy", "beam", "genetic", "bayesian", "cbo", "fast_blo
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
 @click.option("--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--out", "out_dir", required=True, help="The study's folder; the same study continues there.")
+@click.option(
+    "--out", "out_dir", required=True, type=Folder(), help="The study's folder; the same study continues there."
+)
 @model_settings
 @evaluator_settings
 def study(
     models, algorithms, objectives, num_remove, options, seed, out_dir, device, dtype, trust_remote_code,
     num_samples, seq_len, sample_seed, granularity, backend, cache_bytes, quiet,
 ) -> None:  # fmt: skip
-    """Compare search algorithms on MODELs: every algorithm, objective and budget over one store of scores.
+    """Compare search algorithms on MODELs.
 
-    Writes study.json and report.html. Interrupted, it continues where it stopped.
+    Runs every algorithm for every objective and budget, over one store of scores, and writes study.json and
+    report.html. Interrupted, it continues where it stopped.
     """
+    from .. import figures
     from ..report import write_report
-    from ..search import ALGORITHMS, check_algorithm
-    from ..study import run_study
+    from ..search import ALGORITHMS
+    from ..study import check_study, run_study
 
     names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
     given = _options_by_algorithm(options)
-    for name in {*names, *given}:
-        check_algorithm(name, given.get(name, {}))
+    check_study(names, given, out_dir)
+    figures.check_installed()
     budgets = _parse_budgets(num_remove)
     makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed)
     opened = [open_model(model, device, dtype, trust_remote_code) for model in models]
@@ -69,7 +75,7 @@ def study(
             out_dir,
             options=given,
             seed=seed,
-            notify=(lambda message: None) if quiet else _say,
+            notify=_notify(quiet),
             backend=backend,
             cache_bytes=cache_bytes,
             granularity=granularity,
@@ -77,59 +83,70 @@ def study(
         )
     _print_cells(found)
     write_report(found, Path(out_dir) / "report.html")
-    out.print(f"written: {out_dir}/report.html and study.json", highlight=False)
+    say(f"written: {out_dir}/report.html and study.json")
 
 
 @click.command()
-@click.option("--num-remove", default=3, show_default=True, help="Blocks to remove.")
-@click.option("--out", "out_dir", default="fastprune-demo", show_default=True, help="Folder for report and figure.")
+@click.option(
+    "--num-remove", type=click.IntRange(min=0), default=3, show_default=True, help="How many blocks to remove."
+)
+@click.option(
+    "--out",
+    "out_dir",
+    type=Folder(),
+    default="fastprune-demo",
+    show_default=True,
+    help="Folder for report and figure.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def demo(num_remove, out_dir, quiet) -> None:
-    """Search the embedded model under two objectives with the study's seven algorithms. No downloads."""
+    """Search a small model that is built in; no downloads.
+
+    Seven algorithms look for the blocks to remove, under two objectives, and a report shows what they found.
+    """
     from .. import figures
     from ..report import pattern_text, write_report
-    from ..study import run_study
+    from ..study import check_study, run_study
 
+    check_study(STUDIED, {}, out_dir)
+    figures.check_installed()
     model = open_model("demo")
-    out.print(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
+    if num_remove >= model.num_blocks:
+        raise InputError(f"num_remove must be from 0 to {model.num_blocks - 1} (the model has {model.num_blocks})")
+    say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
     makers = _objective_makers(["demo"], ("perplexity", "margin"), None, None, 0)
     with progress_bar(quiet) as progress:
-        say = (lambda message: None) if quiet else _say
-        found = run_study([model], makers, STUDIED, [num_remove], out_dir, notify=say, progress=progress)
+        found = run_study([model], makers, STUDIED, [num_remove], out_dir, notify=_notify(quiet), progress=progress)
     _print_cells(found)
     out.print("\nRemoved blocks (filled), by objective and algorithm:\n")
-    rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in found["cells"]]
-    out.print(pattern_text(rows, model.num_blocks), highlight=False)
+    rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in found["cells"] if not cell["error"]]
+    say(pattern_text(rows, model.num_blocks))
     _print_held_out(model, rows, quiet)
     title = f"Demo model: {num_remove} of {model.num_blocks} blocks removed"
     figures.save(figures.pattern_figure(rows, model.num_blocks, title), Path(out_dir) / "pattern.png")
     write_report(found, Path(out_dir) / "report.html")
-    out.print(f"\nwritten: {out_dir}/report.html, pattern.png and study.json", highlight=False)
+    say(f"\nwritten: {out_dir}/report.html, pattern.png and study.json")
 
 
 def _print_cells(found: Mapping) -> None:
-    from ..report import format_loss, results_table
+    from ..report import TABLE_NOTE, format_dense, results_table
 
     groups: dict[tuple, list[dict]] = {}
     for cell in found["cells"]:
         groups.setdefault((cell["model"], cell["objective"], cell["num_remove"]), []).append(cell)
     for (model, objective, num_remove), cells in groups.items():
-        dense = format_loss(found["dense"][model][objective])
-        rows = [
-            (
-                c["algorithm"],
-                c["removed"],
-                c["loss"],
-                c["masks"],
-                c["asked_layer_runs"],
-                c["naive_layer_runs"],
-                c["seconds"],
-            )
-            for c in cells
-        ]
-        out.print(results_table(f"{Path(model).name}, {objective} (dense {dense}), {num_remove} removed", rows))
+        dense = format_dense(found["objectives"][objective], found["dense"][model][objective])
+        rows = []
+        for cell in cells:
+            cost = (cell["masks"], cell["asked_layer_runs"], cell["naive_layer_runs"])
+            rows.append((cell["algorithm"], cell["removed"], cell["error"] or cell["loss"], *cost))
+        units = f"{num_remove} of {found['num_units'][model]} removed"
+        out.print(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
+    say(TABLE_NOTE, style="dim")
     made, asked = (sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs"))
-    out.print(f"Searches share their scores: {made:.0f} layer runs were made where they take {asked:.0f} alone.")
+    if 0 < made < asked:
+        text = f"Searches share their scores: {made:.0f} layer runs were made where they take {asked:.0f} alone."
+        say(text)
 
 
 def _print_held_out(model, rows: Sequence[tuple], quiet: bool) -> None:
@@ -212,5 +229,5 @@ def _parse_budgets(text: str) -> list[int]:
     return budgets
 
 
-def _say(message: str) -> None:
-    err.print(message, style="dim", highlight=False)
+def _notify(quiet: bool) -> Callable[[str], None]:
+    return lambda message: None if quiet else err.print(message, style="dim", highlight=False)

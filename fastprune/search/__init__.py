@@ -12,7 +12,7 @@ from . import similarity  # noqa: F401
 from . import enumeration  # noqa: F401
 
 # isort: on
-from .registry import ALGORITHMS, check_algorithm, describe_algorithms, require_sklearn
+from .registry import ALGORITHMS, check_algorithm, describe_algorithms, find_algorithm, require_sklearn
 from .run import Search, SearchResult, run_search
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "SearchResult",
     "check_algorithm",
     "describe_algorithms",
+    "find_algorithm",
     "require_sklearn",
     "run_search",
 ]

@@ -149,15 +149,20 @@ def algorithm(
     return function
 
 
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm of this name. Raises InputError for one that is not known."""
+    if name not in ALGORITHMS:
+        raise InputError(f"unknown algorithm {name!r}; {nearest(str(name), ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
 def check_algorithm(name: str, options: Mapping[str, object]) -> tuple[Algorithm, dict[str, object]]:
     """The algorithm of this name, and all its options: everything that can be checked without a model.
 
     Raises InputError for a name it does not know, an option that is unknown or out of its range, and when the
     algorithm needs a library that is not installed.
     """
-    if name not in ALGORITHMS:
-        raise InputError(f"unknown algorithm {name!r}; {nearest(str(name), ALGORITHMS)}")
-    chosen = ALGORITHMS[name]
+    chosen = find_algorithm(name)
     options = chosen.check_options(options)
     if chosen.needs_sklearn:
         require_sklearn(name)

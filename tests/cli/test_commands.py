@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 import fastprune as fp
+from fastprune import demo
+from fastprune.masks import parse_removed
+from fastprune.search import ALGORITHMS
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_score_under_every_objective(run, checkpoint, text_file, questions, obje
 
 def test_search_writes_its_result(run, checkpoint, text_file, tmp_path, evaluator):
     arguments = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16, "--out", tmp_path / "r")
-    status, *_ = run("search", checkpoint, "--option", "beam_width=2", "--num-remove", 2, *arguments)
+    status, out, _ = run("search", checkpoint, "--option", "beam_width=2", "--num-remove", 2, *arguments)
     assert status == 0
     written = json.loads((tmp_path / "r" / "result.json").read_text())
     expected = fp.run_search(evaluator, "beam", 2, beam_width=2)
@@ -85,6 +88,8 @@ def test_search_writes_its_result(run, checkpoint, text_file, tmp_path, evaluato
     assert written["loss"] == expected.loss
     assert written["dense_loss"] == evaluator.dense_loss
     assert len(written["history"]) == written["evaluations"] == expected.evaluations
+    assert "removed: " in out
+    assert written["removed_names"] == [f"block {unit}" for unit in expected.removed]
     assert written["layer_runs"] == expected.layer_runs < written["naive_layer_runs"]
 
 
@@ -94,8 +99,42 @@ def test_sublayer_search_and_protection(run, checkpoint, text_file):
         "search", checkpoint, "--num-remove", 3, "--protect", "0,9", "--algorithm", "greedy", *arguments
     )
     assert status == 0
-    removed = out.split("removed: ")[1].split()
-    assert not {"0", "9"} & set(removed)
+    removed = parse_removed(out.split("removed: ")[1].splitlines()[0])
+    assert not {0, 9} & set(removed)
+    names = [f"{('attn', 'mlp')[unit % 2]} {unit // 2}" for unit in removed]
+    assert f"sublayers: {', '.join(names)}" in out
+    status, out, _ = run("score", checkpoint, "--removed", "1,4", *arguments)
+    assert status == 0
+    assert "mlp 0, attn 2" in out
+    assert "1 mask that removes 2 of 10 units" in out
+
+
+def test_the_demo_text_is_scored_alike_however_its_path_is_written(run, monkeypatch):
+    monkeypatch.chdir(demo.HERE)
+    found = []
+    for calibration in ((), ("--calibration", demo.TEXT), ("--calibration", demo.TEXT.relative_to(demo.HERE))):
+        status, out, _ = run("score", "demo", "--removed", "3", "--num-samples", 2, *calibration)
+        assert status == 0
+        found.append(out.splitlines()[:5])  # the table, not the seconds
+    assert found[0] == found[1] == found[2]
+
+
+def test_algorithms_can_be_asked_for_by_name(run):
+    status, out, _ = run("algorithms")
+    assert status == 0
+    assert all(name in out for name in ALGORITHMS)
+    status, out, _ = run("algorithms", "surrogate")
+    assert status == 0
+    assert "ridge regression" in out
+    assert "beam_width" not in out
+
+
+def test_savings_are_claimed_only_where_there_are_any(run, checkpoint, text_file):
+    arguments = ("score", checkpoint, "--calibration", text_file, "--num-samples", 4, "--seq-len", 16)
+    _, out, _ = run(*arguments, "--removed", "4", "--removed", "3-4", "--removed", "2-4")
+    assert "3 masks that remove 1 to 3 of 5 units: 4 layer runs where one pass per mask takes 9 (2.2x fewer)" in out
+    _, out, _ = run(*arguments, "--removed", "4", "--objective", "kl")
+    assert "9 layer runs where one pass per mask takes 4; kl runs the whole model once" in out
 
 
 def test_exported_checkpoint_has_the_same_loss(run, checkpoint, text_file, tmp_path, evaluator):

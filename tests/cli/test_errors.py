@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -40,11 +41,15 @@ def test_masks(score, tmp_path):
     assert "either" in score("--masks", tmp_path / "two.npy", "--removed", "1")
 
 
-def test_removed_units(score, fails, checkpoint, tmp_path):
+def test_removed_units(score, fails, checkpoint, text_file, tmp_path):
     assert "5 is out of range" in score("--removed", "5")
     assert "-1 is out of range" in score("--removed", "-1")
     assert "2 is given twice" in score("--removed", "2,2")
     assert "commas" in score("--removed", "one")
+    assert "--removed: units must be integers" in score("--removed", "one")
+    search = ("search", checkpoint, "--calibration", text_file, "--num-samples", 2, "--seq-len", 16, "--num-remove", 1)
+    assert "--protect: protected unit 5 is out of range" in fails(*search, "--protect", "5")
+    assert "--protect: units must be integers" in fails(*search, "--protect", "one")
     assert "out of range" in fails("export", checkpoint, "--removed", "7", "--out", tmp_path / "x")
     assert "nothing to export" in fails("export", checkpoint, "--removed", "0,1,2,3,4", "--out", tmp_path / "x")
 
@@ -65,7 +70,10 @@ def test_names_are_suggested(fails, checkpoint, text_file):
     assert "granularity" in fails(*search, "--granularity", "head", "--num-samples", 2, "--seq-len", 16)
     assert "backend" in fails(*search, "--backend", "fast", "--num-samples", 2, "--seq-len", 16)
     assert "dtype" in fails(*search, "--dtype", "float12")
-    assert "device" in fails(*search, "--device", "abacus")
+    assert "did you mean 'bfloat16'" in fails(*search, "--dtype", "bf16")
+    assert "--device: 'abacus' is no kind of device; such as cpu" in fails(*search, "--device", "abacus")
+    assert "beam_width of beam must be at least 1" in fails(*search, "--option", "beam_width=0")
+    assert "did you mean 'beam'" in fails("algorithms", "beem")
 
 
 def test_calibration_files(fails, checkpoint, tmp_path):
@@ -76,7 +84,9 @@ def test_calibration_files(fails, checkpoint, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     assert "no text" in score(tmp_path / "empty.txt")
     (tmp_path / "short.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9")
-    assert "holds 2 windows of 4 tokens, but 3" in score(tmp_path / "short.txt", "--seq-len", 4, "--num-samples", 3)
+    short = score(tmp_path / "short.txt", "--seq-len", 4, "--num-samples", 3)
+    assert "holds 2 windows of 4 tokens, but 3" in short
+    assert "what fits: --num-samples=2 or --seq-len=3" in short
     (tmp_path / "rows.jsonl").write_text('{"txt": "a"}\n')
     assert "rows.jsonl:1" in score(tmp_path / "rows.jsonl")
     (tmp_path / "broken.jsonl").write_text('{"text": \n')
@@ -136,6 +146,30 @@ def test_nothing_is_overwritten(score, fails, checkpoint, tmp_path):
     assert "not overwritten" in score("--removed", "1", "--out", tmp_path / "s.jsonl")
     assert "not overwritten" in fails("export", checkpoint, "--removed", "1", "--out", tmp_path)
     assert (tmp_path / "s.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["score", "search", "export", "study", "demo"])
+def test_an_output_below_a_file_is_refused_before_the_model_is_opened(fails, text_file, command):
+    arguments = {
+        "score": ("nowhere/model", "--removed", "1", "--calibration", text_file),
+        "search": ("nowhere/model", "--num-remove", "1", "--calibration", text_file),
+        "export": ("nowhere/model", "--removed", "1"),
+        "study": ("nowhere/model", "--num-remove", "1", "--objective", f"perplexity={text_file}"),
+        "demo": (),
+    }[command]
+    assert "is a file, not a folder" in fails(command, *arguments, "--out", text_file / "below" / "x")
+
+
+@pytest.mark.parametrize("command", ["study", "demo"])
+@pytest.mark.parametrize("library", ["sklearn", "matplotlib"])
+def test_a_missing_library_is_named_before_the_model_is_opened(
+    fails, text_file, tmp_path, monkeypatch, command, library
+):
+    monkeypatch.setitem(sys.modules, library, None)
+    study = ("nowhere/model", "--num-remove", "1", "--objective", f"perplexity={text_file}", "--algorithms", "greedy")
+    err = fails(command, *(study if command == "study" else ()), "--out", tmp_path / "s")
+    assert "pip install 'fastprune[" in err
+    assert not (tmp_path / "s").exists()
 
 
 def test_usage(fails, checkpoint):
