@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,6 +41,51 @@ class Chunk:
     @property
     def num_tokens(self) -> int:
         return self.ids.numel()
+
+    def tiles(self, size: int) -> list[Tile]:
+        """The targets, cut into tiles of at most `size` positions."""
+        tiles = []
+        starts = range(0, len(self.sources), size)
+        bounds = np.searchsorted(self.target_source.cpu().numpy(), [*starts, len(self.sources)]).tolist()
+        for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
+            positions = slice(start, min(start + size, len(self.sources)))
+            rows = self.target_source[first:last] - start
+            tiles.append(Tile(positions, self.sources[positions], rows, self.target_token[first:last]))
+        return tiles
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Positions of a chunk that go through the head together.
+
+    positions: which of the chunk's sources; sources int64[P]: those. rows int64[M] (ascending, into the P positions)
+    and tokens int64[M]: the targets.
+    """
+
+    positions: slice
+    sources: torch.Tensor
+    rows: torch.Tensor
+    tokens: torch.Tensor
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """The tokens by position, int64[P, K], filled up with -1; K is at least 1."""
+        table = self.tokens.new_full((len(self.sources), self._columns[1]), -1)
+        table.view(-1)[self.places] = self.tokens
+        return table
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Where each target stands in the flattened table, int64[M]."""
+        column, count = self._columns
+        return self.rows * count + column
+
+    @cached_property
+    def _columns(self) -> tuple[torch.Tensor, int]:
+        """Each target's number among those of its position, and the most that a position has."""
+        per_row = torch.bincount(self.rows, minlength=len(self.sources))
+        column = torch.arange(len(self.rows), device=self.rows.device) - (per_row.cumsum(0) - per_row)[self.rows]
+        return column, max(1, int(per_row.max()))
 
 
 def make_chunks(batch: TokenBatch, max_tokens: int, device: torch.device) -> list[Chunk]:

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from fastprune_kernels.reference import token_kl, token_nll
-
 from . import __version__
 from .calibration import TokenBatch
-from .chunks import Chunk, make_chunk, make_chunks
+from .chunks import Chunk, Tile, make_chunk, make_chunks
 from .errors import InputError
 from .footprint import measure_footprint
 from .memory import is_out_of_memory
-from .models import Model
+from .models import Model, make_runner
 from .models.stand_ins import State, hidden_of, state_bytes
 from .plan import ROOT, Plan, make_plan, max_slots
 
@@ -39,12 +37,21 @@ PENDING = 64  # masks whose numbers wait on the device, to be fetched together
 class Engine:
     """Runs plans of depth masks over one calibration set.
 
+    backend: "generic", "fused" or "auto"; `runner` is what runs the units, the model itself or its fused path.
     measure: what is computed at each target, "nll" or "kl". budget_bytes bounds the activations: states, the
     workspace of a unit, a tile of logits, and for "kl" the dense model's final states.
     peak_activation_bytes: the most that were held so far, workspaces as measured on this model.
     """
 
-    def __init__(self, model: Model, batch: TokenBatch, measure: str, granularity: str, budget_bytes: int | None):
+    def __init__(
+        self,
+        model: Model,
+        batch: TokenBatch,
+        measure: str,
+        granularity: str,
+        budget_bytes: int | None,
+        backend: str = "auto",
+    ):
         model.require(granularity)
         batch.check_fits(model.vocab_size, model.max_positions)
         _check_rows(model, batch)
@@ -52,13 +59,13 @@ class Engine:
         self.num_units = len(model.unit_names(granularity))
         kind = "cuda" if model.device.type == "cuda" else "cpu"
         budget_bytes = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
-        # logits, their float32 copy and its log-softmax; for "kl" the dense model's too
-        per_position = model.vocab_size * (model.dtype.itemsize + 8) * (1 if measure == "nll" else 3)
+        self.runner = make_runner(model, backend)
+        per_position = self.runner.head_bytes(measure)
         self._tile = max(8, min(TILE_BYTES[kind], budget_bytes // 4) // per_position // 8 * 8)
         self.peak_activation_bytes = 0
         self.dense_runs = 0  # unit runs of the dense model's own passes, for "kl"
         with model.evaluation():
-            self._footprint = measure_footprint(model, batch, granularity, self._measure_nothing, self._tile)
+            self._footprint = measure_footprint(self.runner, batch, granularity, self._measure_nothing, self._tile)
         if kind == "cuda":
             wanted = CHUNK_TOKENS
         else:
@@ -110,7 +117,7 @@ class Engine:
 
     def _walk(self, plan: Plan, chunk: Chunk) -> Iterator[tuple[int, torch.Tensor, int]]:
         """Run the plan's steps on one chunk; after each, yield (mask or -1, hidden [B, T, D], units run)."""
-        state, arguments = self.model.open(chunk.ids, chunk.positions, chunk.branch)
+        state, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
         slots: list[State | None] = [None] * plan.num_slots
         for step in plan.steps:
             if step.source != ROOT:
@@ -119,28 +126,25 @@ class Engine:
                     slots[step.source] = None
             for unit in step.units:
                 self._note_peak(slots, state, chunk)
-                state = self.model.run(unit, state, arguments, self.granularity)
+                state = self.runner.run(unit, state, arguments, self.granularity)
             if step.target >= 0:
                 slots[step.target] = state
             yield step.mask, hidden_of(state), len(step.units)
 
     def _measure_targets(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
         """The measure at every target of a chunk, [M], from one mask's final states [B, T, D]."""
-        chunk, hidden = self.chunks[number], hidden.flatten(0, 1)
+        hidden = hidden.flatten(0, 1)
         values = []
-        for start, first, last in self._tiles[number]:
-            tile = slice(start, start + self._tile)
-            dense = self._dense[number][tile] if self.measure == "kl" else None
-            rows = chunk.target_source[first:last] - start
-            values.append(self._measure_tile(hidden[chunk.sources[tile]], rows, chunk.target_token[first:last], dense))
+        for tile in self._tiles[number]:
+            dense = self._dense[number][tile.positions] if self.measure == "kl" else None
+            values.append(self._measure_tile(hidden[tile.sources], tile, dense))
         return torch.cat(values)
 
-    def _measure_tile(self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, dense) -> torch.Tensor:
-        """The measure at targets (row of the tile, token) from hidden states [P, D] before the final norm."""
-        logits = self.model.logits(hidden)
+    def _measure_tile(self, states: torch.Tensor, tile: Tile, dense: torch.Tensor | None) -> torch.Tensor:
+        """The measure at a tile's targets, [M], from the final states at its sources, [P, D]."""
         if self.measure == "nll":
-            return token_nll(logits, rows, tokens)
-        return token_kl(self.model.logits(dense), logits)[rows]
+            return self.runner.nll(states, tile)
+        return self.runner.kl(dense, states, tile)
 
     def _dense_states(self) -> list[torch.Tensor]:
         """Final states of the dense model where a target is predicted, [P, D] for each chunk."""
@@ -163,6 +167,7 @@ class Engine:
             "chunks": [[len(chunk.rows), chunk.ids.shape[1]] for chunk in self.chunks],
             "tile": self._tile,
             "granularity": self.granularity,
+            "path": self.runner.numerics(),
             "dtype": str(self.model.dtype),
             "attention": getattr(self.model.config, "_attn_implementation", None),
             "experts": getattr(self.model.config, "_experts_implementation", None),
@@ -189,14 +194,10 @@ class Engine:
         return min(most_tokens, tokens)
 
     def _cut(self, max_tokens: int) -> None:
-        """Cut the batch into chunks, and the targets of each chunk into tiles (first position, targets from, to)."""
+        """Cut the batch into chunks, and the targets of each chunk into tiles."""
         self._dense: list[torch.Tensor] = []  # per chunk, see _dense_states
         self.chunks = make_chunks(self.batch, max_tokens, self.model.device)
-        self._tiles: list[list[tuple[int, int, int]]] = []
-        for chunk in self.chunks:
-            starts = range(0, len(chunk.sources), self._tile)
-            bounds = np.searchsorted(chunk.target_source.cpu().numpy(), [*starts, len(chunk.sources)]).tolist()
-            self._tiles.append(list(zip(starts, bounds[:-1], bounds[1:], strict=True)))
+        self._tiles = [chunk.tiles(self._tile) for chunk in self.chunks]
 
     def _halve(self) -> bool:
         """Cut chunks of half the size; False when they are single rows already."""
@@ -218,7 +219,8 @@ class Engine:
     def _measure_nothing(self, hidden: torch.Tensor) -> torch.Tensor:
         """One tile of the head, for its footprint."""
         none = torch.zeros(0, dtype=torch.int64, device=hidden.device)
-        return self._measure_tile(hidden, none, none, hidden)
+        sources = torch.arange(len(hidden), device=hidden.device)
+        return self._measure_tile(hidden, Tile(slice(None), sources, none, none), hidden)
 
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
         alive = {id(s): s for s in (*slots, state) if s is not None}

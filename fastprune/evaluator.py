@@ -18,7 +18,7 @@ from .objectives import Objective
 from .plan import Plan, make_plan
 from .store import ScoreStore, mask_keys
 
-BACKENDS = ("auto", "generic")
+BACKENDS = ("auto", "generic", "fused")
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Evaluator:
     """Scores depth masks of one model under one objective.
 
     model: what load_model returns, or a transformers model in memory. objective: Perplexity, TaskMargin,
-    TaskAccuracy or KLDivergence. backend: "auto" or "generic"; `self.backend` says which one runs.
+    TaskAccuracy or KLDivergence. backend: "generic" runs any family by transformers' own code, "fused" the Llama-like
+    ones on fused operators, "auto" the fused path where it is the faster; `self.backend` says which one runs.
     cache_bytes: byte budget of the activations (4 GiB on a CPU, 16 GiB on a GPU by default); it decides how many
     tokens run at once. store: file of finished scores (or a ScoreStore); what is in it is not computed again.
     granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
@@ -75,12 +76,16 @@ class Evaluator:
             raise InputError(f"cache_bytes must be a positive number of bytes, not {cache_bytes!r}")
         self.model = model if isinstance(model, Model) else Model(model)
         self.objective = objective
-        self.backend = "generic"
         self.granularity = granularity
         self.progress = progress
         self.stats = Stats()
         self._store = store if isinstance(store, ScoreStore) or store is None else ScoreStore(store)
-        self._engine = Engine(self.model, objective.batch, objective.measure, granularity, cache_bytes)
+        self._engine = Engine(self.model, objective.batch, objective.measure, granularity, cache_bytes, backend)
+
+    @property
+    def backend(self) -> str:
+        """The path that runs the units: "generic", or "fused" with its operators."""
+        return self._engine.runner.path_name
 
     @property
     def num_units(self) -> int:

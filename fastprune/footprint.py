@@ -11,7 +11,7 @@ import torch
 from .calibration import TokenBatch
 from .chunks import Chunk, make_chunk
 from .memory import peak_bytes
-from .models import Model
+from .models import FusedModel, Model
 from .models.stand_ins import State, hidden_of, state_bytes
 
 
@@ -39,20 +39,24 @@ class Footprint:
 
 
 def measure_footprint(
-    model: Model, batch: TokenBatch, granularity: str, head: Callable[[torch.Tensor], object], tile: int
+    runner: Model | FusedModel,
+    batch: TokenBatch,
+    granularity: str,
+    head: Callable[[torch.Tensor], object],
+    tile: int,
 ) -> Footprint:
     """Run the first units and one tile of the head on the longest rows of a batch, and note what they hold."""
     state_size = workspace = 0.0
     longest = 0
     for row in _longest_rows(batch):
-        chunk = make_chunk(batch, [row], model.device)
-        states, peak = _run_first_units(model, chunk, granularity)
+        chunk = make_chunk(batch, [row], runner.device)
+        states, peak = _run_first_units(runner, chunk, granularity)
         state_size = max(state_size, *(state_bytes(state) / chunk.num_tokens for state in states))
         workspace = max(workspace, peak / chunk.num_tokens)
         longest = max(longest, chunk.num_tokens)
     hidden = hidden_of(states[-1]).flatten(0, 1)
     hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
-    _, head_bytes = peak_bytes(lambda: head(hidden), model.device)
+    _, head_bytes = peak_bytes(lambda: head(hidden), runner.device)
     return Footprint(state_size, workspace, head_bytes + hidden.nbytes, longest)
 
 
@@ -62,14 +66,14 @@ def _longest_rows(batch: TokenBatch) -> list[int]:
     return [int(rows[batch.row_lengths[rows].argmax()]) for rows in kinds if len(rows)]
 
 
-def _run_first_units(model: Model, chunk: Chunk, granularity: str) -> tuple[list[State], int]:
+def _run_first_units(runner: Model | FusedModel, chunk: Chunk, granularity: str) -> tuple[list[State], int]:
     """The states after the embeddings and the first two units (with sublayers, one of each kind), and the peak."""
-    opened, peak = peak_bytes(lambda: model.open(chunk.ids, chunk.positions, chunk.branch), model.device)
+    opened, peak = peak_bytes(lambda: runner.open(chunk.ids, chunk.positions, chunk.branch), runner.device)
     state, arguments = opened
     states = [state]
     for unit in range(2 if granularity == "sublayer" else 1):
         state, unit_peak = peak_bytes(
-            lambda unit=unit, state=state: model.run(unit, state, arguments, granularity), model.device
+            lambda unit=unit, state=state: runner.run(unit, state, arguments, granularity), runner.device
         )
         states.append(state)
         peak = max(peak, unit_peak)

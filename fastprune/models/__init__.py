@@ -1,6 +1,7 @@
 """Checkpoints and transformers models -> units that the engine can run one by one."""
 
+from .fused import FusedModel, make_runner
 from .generic import Model
 from .load import load_model
 
-__all__ = ["Model", "load_model"]
+__all__ = ["FusedModel", "Model", "load_model", "make_runner"]

@@ -19,6 +19,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from fastprune_kernels.reference import token_kl, token_nll
+
 from ..errors import InputError
 from .stand_ins import (
     Arguments,
@@ -31,6 +33,7 @@ from .stand_ins import (
     get_module,
     with_replaced,
 )
+from .tree import layer_windows, tree_mask
 
 LAYERS_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
@@ -47,6 +50,8 @@ class Model:
     Raises InputError, before any long work, when the family cannot be run block by block.
     """
 
+    path_name = "generic"  # beside "fused (...)", see FusedModel
+
     def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None):
         self.hf, self.tokenizer = hf, tokenizer
         self.config = getattr(hf, "config", None)
@@ -60,7 +65,7 @@ class Model:
         self.vocab_size = int(self.config.vocab_size)
         self.hidden_size = int(self.config.hidden_size)
         self.max_positions = getattr(self.config, "max_position_embeddings", None)
-        self._norm = self._find_final_norm()
+        self.final_norm = self._find_final_norm()
         self._signature = inspect.signature(type(self.layers[0]).forward)
         self._recorder = Recorder(self._path, hf)
         self._head = Head(self._path, hf)
@@ -112,8 +117,8 @@ class Model:
         if branch is None:
             state, calls = self._recorder(input_ids=ids)
             return state, [self._by_name(args, kwargs) for args, kwargs in calls]
-        windows = _layer_windows(self.config, self.num_blocks)
-        masks = {window: self._tree_mask(positions, branch, window) for window in {None, *windows}}
+        windows = layer_windows(self.config, self.num_blocks)
+        masks = {window: self._layer_mask(tree_mask(positions, branch, window)) for window in {None, *windows}}
         state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=masks[None])
         arguments = [self._by_name(args, kwargs) for args, kwargs in calls]
         for layer, window in zip(arguments, windows, strict=True):
@@ -122,7 +127,24 @@ class Model:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [P, V] of hidden states [P, D] taken before the final norm, in the model's dtype."""
-        return self._head(self._norm(hidden))
+        return self._head(self.final_norm(hidden))
+
+    def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
+        """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
+        return token_nll(self.logits(states), tile.rows, tile.tokens)
+
+    def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+        """KL(dense || masked) where a tile's targets are predicted, [M], from both models' final states [P, D]."""
+        return token_kl(self.logits(dense), self.logits(states))[tile.rows]
+
+    def head_bytes(self, measure: str) -> int:
+        """About what `nll` or `kl` holds for each position: logits, their float32 copy and its log-softmax; for "kl"
+        the dense model's too."""
+        return self.vocab_size * (self.dtype.itemsize + 8) * (1 if measure == "nll" else 3)
+
+    def numerics(self) -> str:
+        """What the bits of a score depend on in this path, besides torch and transformers."""
+        return self.path_name
 
     @contextmanager
     def evaluation(self):
@@ -266,6 +288,12 @@ class Model:
         length = min(8, self.max_positions or 8)
         return (torch.arange(1, length + 1, device=self.device) * 7919 % self.vocab_size)[None]
 
+    def probe_tree(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The short row as a trunk with two branches: ids, positions, branch, each [1, T]."""
+        ids = self.probe_ids()
+        tree = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5], [0, 0, 0, 1, 1, 2, 2, 2]], device=self.device)[:, : ids.shape[1]]
+        return ids, tree[:1], tree[1:]
+
     def _final_states(self, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """Normed final states [B * T, D] of the dense model, layer by layer."""
         for unit in range(self.num_blocks):
@@ -274,7 +302,7 @@ class Model:
             if state._version != version:
                 raise self._refuse("its layers overwrite their input, which other masks still need")
             state = following
-        return self._norm(state.flatten(0, 1))
+        return self.final_norm(state.flatten(0, 1))
 
     def _check_dense(self) -> None:
         ids = self.probe_ids()
@@ -312,9 +340,7 @@ class Model:
                 f"{self.name}: token trees need attn_implementation 'sdpa' or 'eager', not {implementation!r}"
             )
         if ids is None:
-            ids = self.probe_ids()
-            positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=self.device)[:, : ids.shape[1]]
-            branch = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]], device=self.device)[:, : ids.shape[1]]
+            ids, positions, branch = self.probe_tree()
         with self.evaluation():
             try:
                 found = self._final_states(*self.open(ids, positions, branch))
@@ -341,28 +367,11 @@ class Model:
         names = [name for name in self._signature.parameters if name != "self"][1:]
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
-    def _tree_mask(self, positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor:
-        """[B, 1, T, T]: bool (True = seen) for sdpa, additive in the model's dtype for eager attention."""
-        steps = torch.arange(branch.shape[1], device=branch.device)
-        query, key = branch[:, :, None], branch[:, None, :]
-        seen = ((key == 0) | (key == query)) & (steps[:, None] >= steps)
-        if window is not None:
-            seen &= positions[:, :, None] - positions[:, None, :] < window
+    def _layer_mask(self, seen: torch.Tensor) -> torch.Tensor:
+        """[B, 1, T, T] as layers take it: bool (True = seen) for sdpa, additive in the model's dtype for eager."""
         if self.config._attn_implementation == "sdpa":
-            return seen[:, None]
-        least = torch.finfo(self.dtype).min
-        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, least)[:, None]
-
-
-def _layer_windows(config, num_blocks: int) -> list[int | None]:
-    """The sliding window of each layer, None where attention is full."""
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return [window] * num_blocks
-    return [window if kind == "sliding_attention" else None for kind in types]
+            return seen
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
 
 
 def _rotary_kinds(config) -> list[dict]:

@@ -1,0 +1,225 @@
+"""The fused path: the units of Llama-like models on fused operators, with the model's own weights.
+
+It reads the same parameters as the generic path, which embeds the tokens and works out rotary angles for it. What it
+computes is checked against the generic path, block by block, before it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .generic import Model
+from .operators import Rows, fast_operators, make_operators
+from .tree import layer_windows
+
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # pre-norm RMSNorm, rotary, gated MLP with SiLU
+MAX_HIDDEN, MAX_HEAD = 16384, 256  # what the kernels hold of a row
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of one decoder layer. qkv, gate_up: linear maps whose outputs stand side by side."""
+
+    attention_norm: nn.Module
+    qkv: tuple[nn.Linear, ...]
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    output: nn.Linear
+    mlp_norm: nn.Module
+    gate_up: tuple[nn.Linear, ...]
+    down: nn.Linear
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class ChunkArguments:
+    """What every layer needs of a chunk: rotary tables [N, R], each token's row in them, attention by layer."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    position: torch.Tensor  # int64[B * T]
+    attention: list[object]
+
+
+class FusedModel:
+    """Runs the units of a Llama-like model on fused operators; `open`, `run`, `nll`, `kl` as those of `Model`.
+
+    operators: "triton", "native" or "torch"; by default the set made for the model's device, else torch's.
+    Raises InputError where the model is not of that shape, or the result is not that of the generic path.
+    """
+
+    def __init__(self, model: Model, operators: str | None = None):
+        self._model, self.device = model, model.device
+        reason = why_not_fused(model)
+        if reason:
+            raise InputError(f"{model.name}: the fused path cannot run this model: {reason}")
+        self._operators = make_operators(operators or fast_operators(model.device, model.dtype) or "torch", model.dtype)
+        self._windows = layer_windows(model.config, model.num_blocks)
+        self._layers = [_layer(layer) for layer in model.layers]
+        self._head = model.hf.get_output_embeddings()
+        self.path_name = f"fused ({self._operators.name})"
+        with model.evaluation():
+            self._check()
+
+    def open(self, ids, positions=None, branch=None) -> tuple[torch.Tensor, ChunkArguments]:
+        """As `Model.open`: the embedded tokens [B, T, D], and what the layers need."""
+        state, arguments = self._model.open(ids, positions, branch)
+        cos, sin = arguments[0]["position_embeddings"]  # [1 or B, T, 2R], each angle twice
+        half = cos.shape[-1] // 2
+        cos, sin = (table[..., :half].reshape(-1, half).float().contiguous() for table in (cos, sin))
+        position = torch.arange(ids.numel(), device=ids.device) % len(cos)
+        rows = Rows(*ids.shape, positions, branch, ids.device)
+        head_dim = self._layers[0].output.in_features // self._layers[0].num_heads
+        plans = {w: self._operators.plan_attention(rows, head_dim, w) for w in set(self._windows)}
+        return state, ChunkArguments(cos, sin, position, [plans[w] for w in self._windows])
+
+    def run(self, unit: int, state: torch.Tensor, arguments: ChunkArguments, granularity: str = "block"):
+        """As `Model.run`, on states [B, T, D]. The input is left as it is."""
+        x = state.flatten(0, 1)
+        if granularity == "block":
+            layer, residual = self._layers[unit], torch.empty_like(x)
+            branch = self._attention(unit, x, arguments)
+            normed = self._norm(layer.mlp_norm, x, branch, residual)
+            del branch
+            return self._add_mlp(layer, normed, residual).view_as(state)
+        block, is_mlp = divmod(unit, 2)
+        if is_mlp:
+            layer = self._layers[block]
+            return self._add_mlp(layer, self._norm(layer.mlp_norm, x), x.clone()).view_as(state)
+        return (x + self._attention(block, x, arguments)).view_as(state)
+
+    def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
+        """As `Model.nll`."""
+        return self._operators.nll(self._final_norm(states), self._head.weight, tile)
+
+    def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+        """As `Model.kl`."""
+        return self._operators.kl(self._final_norm(dense), self._final_norm(states), self._head.weight, tile)
+
+    def head_bytes(self, measure: str) -> int:
+        """As `Model.head_bytes`."""
+        return self._operators.head_bytes(self._model, measure)
+
+    def numerics(self) -> str:
+        return f"fused {self._operators.numerics()}"
+
+    def _attention(self, block: int, x: torch.Tensor, arguments: ChunkArguments) -> torch.Tensor:
+        """What a block's attention adds to x [T, D]."""
+        layer, ops = self._layers[block], self._operators
+        qkv = _side_by_side(self._norm(layer.attention_norm, x), layer.qkv)
+        q_weight, k_weight, eps = None, None, 0.0
+        if layer.q_norm is not None:
+            q_weight, k_weight, eps = layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.variance_epsilon
+        heads = layer.num_heads, layer.num_kv_heads
+        qkv = ops.rotary(qkv, arguments.cos, arguments.sin, arguments.position, *heads, q_weight, k_weight, eps)
+        return layer.output(ops.attention(qkv, arguments.attention[block], *heads, layer.scale))
+
+    def _add_mlp(self, layer: Layer, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Add the MLP's output to the residual, in place: the matrix product accumulates there."""
+        active = self._operators.gated_mlp(_side_by_side(normed, layer.gate_up))
+        residual.addmm_(active, layer.down.weight.T)
+        return residual if layer.down.bias is None else residual.add_(layer.down.bias)
+
+    def _norm(self, norm: nn.Module, x, branch=None, residual=None) -> torch.Tensor:
+        return self._operators.add_rms_norm(x, norm.weight, norm.variance_epsilon, branch, residual)
+
+    def _final_norm(self, states: torch.Tensor) -> torch.Tensor:
+        return self._norm(self._model.final_norm, states)
+
+    def _check(self) -> None:
+        """Every block's output against the generic path's, on a short row and a short tree."""
+        for tree in (False, True):
+            inputs = self._model.probe_tree() if tree else (self._model.probe_ids(),)
+            state, generic_arguments = self._model.open(*inputs)
+            _, arguments = self.open(*inputs)
+            for block in range(self._model.num_blocks):
+                expected = self._model.run(block, state, generic_arguments)
+                if not self._model.agree(self.run(block, state, arguments), expected):
+                    raise InputError(f"{self._model.name}: block {block} gives something else on the fused path")
+                state = expected
+
+
+def make_runner(model: Model, backend: str) -> Model | FusedModel:
+    """What runs a model's units: "generic", "fused", or with "auto" the fused path where operators are made for the
+    device and the model has the shape."""
+    if backend == "generic":
+        return model
+    if backend == "fused":
+        return FusedModel(model)
+    if fast_operators(model.device, model.dtype) is None or why_not_fused(model):
+        return model
+    return FusedModel(model)
+
+
+def why_not_fused(model: Model) -> str | None:
+    """Why a model's layers cannot run on the fused operators; None where they can."""
+    if model.family not in FAMILIES:
+        return f"the family {model.family!r} is none of {', '.join(FAMILIES)}"
+    if not model.num_blocks:
+        return "it has no blocks"
+    if any(not type(layer).__module__.startswith("transformers.models.") for layer in model.layers):
+        return "its layers are not transformers' own"
+    if getattr(model.config, "hidden_act", None) not in ("silu", "swish"):
+        return f"its activation is {getattr(model.config, 'hidden_act', None)!r}, not 'silu'"
+    for layer in model.layers:
+        try:
+            parts = _layer(layer)
+        except AttributeError as error:
+            return f"a part was not found ({error})"
+        linears = (*parts.qkv, parts.output, *parts.gate_up, parts.down)
+        if any(type(linear) is not nn.Linear for linear in linears):
+            return "its projections are not plain nn.Linear"
+        if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
+            return "its layers have forward hooks"
+        if parts.output.in_features // parts.num_heads > MAX_HEAD:
+            return f"its heads have more than {MAX_HEAD} columns"
+    head = model.hf.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return "its head is not a linear map without bias"
+    if model.hidden_size > MAX_HIDDEN:
+        return f"its states have more than {MAX_HIDDEN} columns"
+    return None
+
+
+def _layer(module: nn.Module) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    packed = hasattr(attention, "qkv_proj")
+    qkv = (attention.qkv_proj,) if packed else (attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up = (mlp.gate_up_proj,) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj)
+    num_heads = attention.o_proj.in_features // attention.head_dim
+    all_heads = sum(linear.out_features for linear in qkv) // attention.head_dim
+    return Layer(
+        attention_norm=module.input_layernorm,
+        qkv=qkv,
+        q_norm=getattr(attention, "q_norm", None),
+        k_norm=getattr(attention, "k_norm", None),
+        output=attention.o_proj,
+        mlp_norm=module.post_attention_layernorm,
+        gate_up=gate_up,
+        down=mlp.down_proj,
+        num_heads=num_heads,
+        num_kv_heads=(all_heads - num_heads) // 2,
+        scale=attention.scaling,
+    )
+
+
+def _side_by_side(x: torch.Tensor, linears: tuple[nn.Linear, ...]) -> torch.Tensor:
+    """The outputs of several linear maps of x [T, D] as columns of one tensor; no weight is copied for it."""
+    if len(linears) == 1:
+        return linears[0](x)
+    out = x.new_empty(len(x), sum(linear.out_features for linear in linears))
+    start = 0
+    for linear in linears:
+        columns = out[:, start : start + linear.out_features]
+        if linear.bias is None:
+            torch.mm(x, linear.weight.T, out=columns)
+        else:
+            torch.addmm(linear.bias, x, linear.weight.T, out=columns)
+        start += linear.out_features
+    return out

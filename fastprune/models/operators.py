@@ -1,0 +1,217 @@
+"""The operators of the fused path: Triton's on a GPU, csrc's on a CPU, and plain torch's, which define them.
+
+Every set has the same methods. States are [T, D], the rows of a chunk one after the other; `qkv` is packed as
+[T, (heads + 2 kv_heads) * Dh], `gate_up` as [T, 2F].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.nn import functional as F
+
+from fastprune_kernels import reference
+
+from ..errors import InputError
+from .generic import Model
+from .tree import tree_mask
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a chunk, B of T tokens. positions and branch int64[B, T]; None for plain causal rows."""
+
+    num_rows: int
+    length: int
+    positions: torch.Tensor | None
+    branch: torch.Tensor | None
+    device: torch.device
+
+    def windowed(self, window: int | None) -> int | None:
+        """The sliding window, None where every row fits into it."""
+        return None if window is None or window >= self.length else window
+
+    @cached_property
+    def tokens_of_trees(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Branch and position of every token, int64[B * T]."""
+        if self.branch is not None:
+            return self.branch.flatten(), self.positions.flatten()
+        steps = torch.arange(self.length, device=self.device).repeat(self.num_rows)
+        return torch.zeros_like(steps), steps
+
+
+class TorchOperators:
+    """Plain torch: what the others must give."""
+
+    name = "torch"
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def add_rms_norm(self, states, weight, eps, branch=None, residual=None) -> torch.Tensor:
+        """norm(states + branch) * weight; the sum goes to `residual` as well."""
+        x, normed = reference.add_rms_norm(states, weight, eps, branch)
+        if residual is not None:
+            residual.copy_(x)
+        return normed
+
+    def rotary(self, qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps) -> torch.Tensor:
+        return reference.rotary(qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps)
+
+    def gated_mlp(self, gate_up) -> torch.Tensor:
+        return reference.gated_mlp(gate_up)
+
+    def plan_attention(self, rows: Rows, head_dim: int, window: int | None):
+        """What `attention` needs to know of a chunk's rows, once for all layers with this window."""
+        window = rows.windowed(window)
+        if rows.branch is None and window is None:
+            return rows, None
+        branch, position = (x.view(rows.num_rows, rows.length) for x in rows.tokens_of_trees)
+        shared = slice(None) if rows.branch is not None else slice(1)  # plain rows all have the same mask
+        return rows, tree_mask(position[shared], branch[shared], window)
+
+    def attention(self, qkv, plan, num_heads, num_kv_heads, scale) -> torch.Tensor:
+        """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused kernels."""
+        rows, seen = plan
+        heads = qkv.view(rows.num_rows, rows.length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)
+        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=num_heads != num_kv_heads
+        )
+        return out.transpose(1, 2).reshape(len(qkv), -1)
+
+    def nll(self, normed, weight, tile) -> torch.Tensor:
+        """-log p of the tile's targets, [M], from normed states at its sources, [P, D]."""
+        return reference.token_nll(F.linear(normed, weight), tile.rows, tile.tokens)
+
+    def kl(self, dense, masked, weight, tile) -> torch.Tensor:
+        """KL(dense || masked) at the positions of the tile's targets, [M], from normed states [P, D]."""
+        return reference.token_kl(F.linear(dense, weight), F.linear(masked, weight))[tile.rows]
+
+    def head_bytes(self, model: Model, measure: str) -> int:
+        """About what `nll` or `kl` holds for each position."""
+        return model.head_bytes(measure)
+
+    def numerics(self) -> str:
+        """What the bits of a result depend on besides what torch's depend on."""
+        return self.name
+
+
+class NativeOperators(TorchOperators):
+    """csrc's, on a CPU; matrix products and attention are torch's."""
+
+    name = "native"
+
+    def __init__(self, dtype: torch.dtype):
+        from . import native
+
+        super().__init__(dtype)
+        self._ops = native
+
+    def add_rms_norm(self, states, weight, eps, branch=None, residual=None) -> torch.Tensor:
+        return self._ops.add_rms_norm(states, weight, eps, branch, residual)
+
+    def rotary(self, qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps) -> torch.Tensor:
+        return self._ops.rotary(qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps)
+
+    def gated_mlp(self, gate_up) -> torch.Tensor:
+        return self._ops.gated_mlp(gate_up)
+
+    def nll(self, normed, weight, tile) -> torch.Tensor:
+        logits = F.linear(normed, weight)
+        return self._ops.log_sum_exp(logits)[tile.rows] - logits[tile.rows, tile.tokens].float()
+
+    def head_bytes(self, model: Model, measure: str) -> int:
+        return model.vocab_size * self.dtype.itemsize if measure == "nll" else super().head_bytes(model, measure)
+
+    def numerics(self) -> str:
+        return f"{self.name} {self._ops.instruction_set()}"
+
+
+class TritonOperators(TorchOperators):
+    """Triton's, on a GPU; matrix products are torch's, and attention over plain rows."""
+
+    name = "triton"
+
+    def __init__(self, dtype: torch.dtype):
+        from fastprune_kernels import attention, gated_mlp, linear_loss, norm, rope
+
+        super().__init__(dtype)
+        self._attention, self._loss = attention, linear_loss
+        self._norm, self._rope, self._gated_mlp = norm.add_rms_norm, rope.rotary, gated_mlp.gated_mlp
+
+    def add_rms_norm(self, states, weight, eps, branch=None, residual=None) -> torch.Tensor:
+        return self._norm(states, weight, eps, branch=branch, residual=residual)
+
+    def rotary(self, qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps) -> torch.Tensor:
+        return self._rope(
+            qkv, cos, sin, position, num_heads, num_kv_heads, q_weight=q_weight, k_weight=k_weight, eps=eps
+        )
+
+    def gated_mlp(self, gate_up) -> torch.Tensor:
+        return self._gated_mlp(gate_up)
+
+    def plan_attention(self, rows: Rows, head_dim: int, window: int | None):
+        window = rows.windowed(window)
+        if rows.branch is None and window is None:
+            return super().plan_attention(rows, head_dim, window)
+        branch, position = rows.tokens_of_trees
+        starts = torch.arange(0, len(branch) + 1, rows.length)
+        return self._attention.plan_tree(
+            starts, branch, position, head_dim=head_dim, dtype=self.dtype, device=rows.device, window=window
+        )
+
+    def attention(self, qkv, plan, num_heads, num_kv_heads, scale) -> torch.Tensor:
+        if isinstance(plan, self._attention.TreePlan):
+            return self._attention.tree_attention(qkv, plan, num_heads, num_kv_heads, scale=scale)
+        return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
+
+    def nll(self, normed, weight, tile) -> torch.Tensor:
+        parts = [
+            self._loss.linear_nll(normed, weight, part.contiguous())
+            for part in tile.table.split(self._loss.MAX_TARGETS, dim=1)
+        ]
+        return torch.cat(parts, dim=1).flatten()[tile.places]
+
+    def kl(self, dense, masked, weight, tile) -> torch.Tensor:
+        return self._loss.linear_kl(dense, masked, weight)[tile.rows]
+
+    def head_bytes(self, model: Model, measure: str) -> int:
+        # normed states, and a few float32 partial results for each split of the vocabulary (of 1,024 tokens)
+        normed = model.hidden_size * model.dtype.itemsize * (1 if measure == "nll" else 2)
+        return normed + (8 if measure == "nll" else 20) * (model.vocab_size // 1024 + 1)
+
+    def numerics(self) -> str:
+        import triton
+
+        return f"{self.name} {triton.__version__}"
+
+
+OPERATORS = {operators.name: operators for operators in (TorchOperators, NativeOperators, TritonOperators)}
+
+
+def fast_operators(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The name of the set that was made for a device, None where there is none that can run."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    if device.type == "cuda":
+        try:
+            from fastprune_kernels.launch import architecture
+
+            architecture(device)
+        except (ImportError, ValueError):
+            return None
+        return "triton"
+    if device.type == "cpu" and dtype != torch.float16:
+        from . import native
+
+        return "native" if native.available() else None
+    return None
+
+
+def make_operators(name: str, dtype: torch.dtype) -> TorchOperators:
+    if name not in OPERATORS:
+        raise InputError(f"operators must be one of {', '.join(OPERATORS)}, not {name!r}")
+    return OPERATORS[name](dtype)

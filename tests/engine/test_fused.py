@@ -1,0 +1,205 @@
+"""The fused path, with each set of operators that runs on a CPU: what the generic path promises holds there too."""
+
+import numpy as np
+import pytest
+import torch
+from families import (
+    build,
+    layers_of,
+    num_blocks,
+    random_rows,
+    reference_losses,
+    reference_model,
+    reference_token_nll,
+    some_masks,
+)
+from helpers import make_tasks
+
+import fastprune as fp
+from fastprune.models import fused, native
+
+LLAMA_LIKE = ["llama", "llama-tied", "mistral", "phi3", "qwen2", "qwen2-window", "qwen3"]
+LENGTHS = [19, 13, 19, 13, 19]
+RELATIVE = 1e-5
+SETS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="the extension is not built")),
+]
+
+
+@pytest.fixture(params=SETS)
+def operators(request, monkeypatch):
+    """Makes the fused path take this set of operators."""
+    chosen = None if request.param == "torch" else request.param
+    monkeypatch.setattr(fused, "fast_operators", lambda device, dtype: chosen)
+    return request.param
+
+
+def evaluator(hf, objective, **options) -> fp.Evaluator:
+    ev = fp.Evaluator(hf, objective, backend="fused", **options)
+    assert ev.backend.startswith("fused")
+    return ev
+
+
+def perplexity(hf, lengths=LENGTHS) -> tuple[fp.Perplexity, list[list[int]]]:
+    rows = random_rows(hf.config.vocab_size, lengths)
+    return fp.Perplexity(fp.TokenBatch.from_ids(rows)), rows
+
+
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+def test_scores_equal_physical_removal(operators, family, granularity):
+    hf = build(family)
+    objective, rows = perplexity(hf)
+    ev = evaluator(hf, objective, granularity=granularity)
+    masks = some_masks(ev.num_units, 40 if granularity == "block" else 22, seed=1)
+    expected = reference_losses(hf, masks, rows, granularity)
+    assert ev.backend == f"fused ({operators})"
+    np.testing.assert_allclose(ev.score(masks), expected, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+def test_bfloat16_is_as_near_as_transformers_own(operators, family):
+    low, high = build(family, torch.bfloat16), build(family, torch.bfloat16).float()
+    objective, rows = perplexity(low)
+    masks = some_masks(num_blocks(low), 40, seed=2)
+    truth = reference_losses(high, masks, rows)
+    own = np.sqrt(np.mean((reference_losses(low, masks, rows) - truth) ** 2))
+    found = np.sqrt(np.mean((evaluator(low, objective).score(masks) - truth) ** 2))
+    assert found <= 1.5 * own
+
+
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+def test_choices_in_a_tree_equal_choices_run_alone(operators, family):
+    """Questions longer than the sliding window; many choices, so that a position predicts several tokens."""
+    hf = build(family)
+    tasks = make_tasks(hf.config.vocab_size, [(13, [1, 4, 9]), (17, [3] * 6), (5, [2, 8, 5, 1])])
+    ev = evaluator(hf, fp.TaskMargin(tasks))
+    mask = np.arange(ev.num_units) != 1
+    removed = reference_model(hf, mask)
+    batch = tasks.batch
+    nll = []
+    for continuation in range(batch.num_continuations):
+        of = np.flatnonzero(batch.target_continuation == continuation)
+        row = batch.continuation_row[continuation]
+        inside = np.arange(batch.row_starts[row], batch.row_starts[row + 1])
+        own = batch.branch[batch.target_source[of[-1]]]
+        path = inside[(batch.branch[inside] == 0) | (batch.branch[inside] == own)]
+        path = path[path <= batch.target_source[of[-1]]]
+        ids = [*batch.ids[path].tolist(), int(batch.target_token[of[-1]])]
+        nll.append(float(reference_token_nll(removed, [ids])[0][-len(of) :].mean()))
+    found = ev.score_samples(mask)[0]
+    for question, margin in enumerate(found):
+        choices = np.flatnonzero(tasks.question == question)
+        wrong = [nll[c] for c in choices if c != tasks.answer[question]]
+        expected = nll[tasks.answer[question]] - np.mean(wrong)
+        assert margin == pytest.approx(expected, abs=RELATIVE * max(nll))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_kl_divergence_is_that_of_the_generic_path(operators, family):
+    hf = build(family)
+    objective = fp.KLDivergence(perplexity(hf)[0].batch)
+    masks = some_masks(num_blocks(hf), 20, seed=4)
+    expected = fp.Evaluator(hf, objective, backend="generic").score(masks)
+    np.testing.assert_allclose(evaluator(hf, objective).score(masks), expected, rtol=RELATIVE, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+def test_scores_keep_their_bits(operators, dtype, granularity):
+    """Alone, together, shuffled, and again: and every distinct prefix is run once."""
+    hf = build("qwen3", dtype)
+    ev = evaluator(hf, perplexity(hf)[0], granularity=granularity)
+    masks = some_masks(ev.num_units, 20, seed=5)
+    together = ev.score(masks)
+    assert ev.stats.layer_runs == len({tuple(np.flatnonzero(m)[: i + 1]) for m in masks for i in range(m.sum())})
+    order = np.random.default_rng(0).permutation(len(masks))
+    assert np.array_equal(ev.score(masks[order]), together[order])
+    assert np.array_equal(np.concatenate([ev.score(mask) for mask in masks]), together)
+    assert np.array_equal(evaluator(hf, perplexity(hf)[0], granularity=granularity).score(masks), together)
+
+
+def test_the_input_of_a_unit_is_left_as_it_is(operators):
+    hf = build("llama")
+    model = fp.Model(hf)
+    runner = fused.FusedModel(model)
+    with model.evaluation():
+        state, arguments = runner.open(*model.probe_tree())
+        before = state.clone()
+        for granularity, units in (("block", 1), ("sublayer", 2)):
+            for unit in range(units):
+                runner.run(unit, state, arguments, granularity)
+                assert torch.equal(state, before)
+
+
+def test_weights_are_shared_and_changes_are_seen(operators):
+    hf = build("llama")
+    ev = evaluator(hf, perplexity(hf)[0])
+    pointers = {name: tensor.data_ptr() for name, tensor in hf.state_dict().items()}
+    before = ev.score(np.ones(5, dtype=bool))[0]
+    with torch.no_grad():
+        layers_of(hf)[2].mlp.down_proj.weight *= 0.5
+    after = ev.score(np.ones(5, dtype=bool))[0]
+    assert after != before
+    assert after == pytest.approx(reference_losses(hf, np.ones((1, 5)), perplexity(hf)[1])[0], rel=RELATIVE)
+    assert pointers == {name: tensor.data_ptr() for name, tensor in hf.state_dict().items()}
+
+
+# -- which path is taken -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not native.available(), reason="the extension is not built")
+def test_auto_takes_the_fused_path_where_it_can():
+    for family, path in [("llama", "fused (native)"), ("gpt2", "generic"), ("gemma2-sdpa", "generic")]:
+        hf = build(family)
+        assert fp.Evaluator(hf, perplexity(hf)[0]).backend == path
+        assert fp.Evaluator(hf, perplexity(hf)[0], backend="generic").backend == "generic"
+
+
+def with_hook(hf):
+    layers_of(hf)[1].mlp.register_forward_hook(lambda *_: None)
+    return hf
+
+
+def with_other_activation(hf):
+    hf.config.hidden_act = "gelu"
+    return hf
+
+
+def with_wrapped_projection(hf):
+    class Wrapped(torch.nn.Linear):
+        pass
+
+    layers_of(hf)[0].mlp.up_proj.__class__ = Wrapped
+    return hf
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "why"),
+    [
+        ("gpt2", lambda hf: hf, "family 'gpt2'"),
+        ("llama", with_hook, "forward hooks"),
+        ("llama", with_other_activation, "activation is 'gelu'"),
+        ("qwen3", with_wrapped_projection, "plain nn.Linear"),
+    ],
+)
+def test_what_cannot_be_fused_says_why(family, change, why):
+    hf = change(build(family))
+    with pytest.raises(fp.InputError, match=f"the fused path cannot run this model.*{why}"):
+        fp.Evaluator(hf, perplexity(hf)[0], backend="fused")
+    assert fp.Evaluator(hf, perplexity(hf)[0]).backend == "generic"
+
+
+def test_a_block_that_computes_something_else_is_refused(monkeypatch):
+    """The check against the generic path is not idle: here attention has another scale."""
+    layer = fused._layer
+
+    def without_scale(module):
+        found = layer(module)
+        return fused.Layer(**{**vars(found), "scale": 2 * found.scale})
+
+    monkeypatch.setattr(fused, "_layer", without_scale)
+    hf = build("llama")
+    with pytest.raises(fp.InputError, match="block 0 gives something else"):
+        fp.Evaluator(hf, perplexity(hf)[0], backend="fused")
