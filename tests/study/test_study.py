@@ -14,7 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
+from fastprune import figures
 from fastprune.report import write_report
+from fastprune.search import ALGORITHMS as ALGORITHMS_KNOWN
 from fastprune.study import Cell, run_study, summarise
 
 ALGORITHMS = ["one_shot", "greedy", "beam"]
@@ -197,6 +199,18 @@ def test_the_page_stands_alone(finished, tmp_path):
     assert page.count("<svg") == page.count("</svg>") == patterns + ranks + spreads + 1
     for word in (*ALGORITHMS, *OBJECTIVES, "tiny", "RLS"):
         assert word in page
+
+
+def test_a_rank_figure_names_every_algorithm():
+    names = tuple(ALGORITHMS_KNOWN)
+    losses = {names[:11]: [1.0, 0.5, float("nan")], names[11:13]: [2.0, 0.5, 1.0], names[13:]: [2.0, 0.1, 2.0]}
+    figure = figures.rank_figure("7 of 32 removed", "perplexity", {"accuracy": None, "kl": -1.0}, losses)
+    (axes,) = figure.axes
+    said = " ".join(text.get_text() for text in axes.texts)
+    assert all(name in said for name in names)
+    columns = list(zip(*(line.get_ydata() for line in axes.lines)))
+    assert all(len(set(column)) == len(losses) for column in columns)  # equal ranks do not lie on each other
+    figures.as_svg(figure)
 
 
 def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
