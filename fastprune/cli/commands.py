@@ -19,6 +19,8 @@ from .options import Units, evaluates, model_options, naming, open_model, out, s
 @model_options
 def info(model, device, dtype, trust_remote_code) -> None:
     """Show a model's units, and whether and how it can be run."""
+    from ..models import make_runner
+
     opened = open_model(model, device, dtype, trust_remote_code)
     table = Table(show_header=False, box=None)
     blocks, halves = opened.unit_names("block"), opened.unit_names("sublayer")
@@ -33,7 +35,7 @@ def info(model, device, dtype, trust_remote_code) -> None:
         "dtype": str(opened.dtype).removeprefix("torch."),
         "device": opened.device,
         "tokenizer": "yes" if opened.tokenizer is not None else "none: give token ids",
-        "backend": "generic",
+        "backend": make_runner(opened, "auto").path_name,
         "units": f"0 to {len(blocks) - 1}: {blocks[0]} to {blocks[-1]}",
         "sublayers": _can(
             lambda: opened.require("sublayer"),

@@ -118,7 +118,13 @@ evaluator_settings = _group(
         show_default=True,
         help="What a unit is: a block, or its attention (unit 2i) and its MLP (unit 2i + 1).",
     ),
-    click.option("--backend", default="auto", show_default=True, help="auto or generic."),
+    click.option(
+        "--backend",
+        type=Known(["auto", "generic", "fused"]),
+        default="auto",
+        show_default=True,
+        help="generic: transformers' own code; fused: fused operators for Llama-like models; auto: the faster.",
+    ),
     click.option(
         "--cache-gb",
         "cache_bytes",

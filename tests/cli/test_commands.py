@@ -12,6 +12,7 @@ import pytest
 
 import fastprune as fp
 from fastprune import demo
+from fastprune.evaluator import BACKENDS
 from fastprune.masks import parse_removed
 from fastprune.search import ALGORITHMS
 
@@ -25,8 +26,15 @@ def evaluator(checkpoint, text_file):
 def test_info(run, checkpoint):
     status, out, _ = run("info", checkpoint)
     assert status == 0
-    for word in ("llama", "blocks", "5", "generic", "sublayers", "token trees"):
+    backend = fp.Evaluator(fp.load_model(checkpoint), fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))).backend
+    for word in ("llama", "blocks", "5", backend, "sublayers", "token trees"):
         assert word in out
+
+
+def test_every_backend_can_be_asked_for(run):
+    status, out, _ = run("score", "--help")
+    assert status == 0
+    assert f"[{'|'.join(BACKENDS)}]" in out
 
 
 def test_score_writes_what_the_library_computes(run, checkpoint, text_file, tmp_path, evaluator):
