@@ -30,6 +30,7 @@ MAX_MASKS = 1 << 20  # distinct masks of one call; bounds the states alive at on
 CHUNK_TOKENS = 16384  # on a GPU: enough rows to keep its matrix units busy, no more
 CHUNK_BYTES, LEAST_CHUNK_TOKENS = 2 << 20, 1024  # on a CPU: states that leave a unit's workspace room in the caches
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
+LEAST_TILE = 8  # positions
 BUDGET_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 PENDING = 64  # masks whose numbers wait on the device, to be fetched together
 
@@ -61,7 +62,7 @@ class Engine:
         budget_bytes = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
         self.runner = make_runner(model, backend)
         per_position = self.runner.head_bytes(measure)
-        self._tile = max(8, min(TILE_BYTES[kind], budget_bytes // 4) // per_position // 8 * 8)
+        self._tile = max(LEAST_TILE, min(TILE_BYTES[kind], budget_bytes // 4) // per_position // 8 * 8)
         self.peak_activation_bytes = 0
         self.dense_runs = 0  # unit runs of the dense model's own passes, for "kl"
         with model.evaluation():
@@ -77,7 +78,7 @@ class Engine:
 
         wanted: bool[C]; only chunks that hold such a continuation are run, whole, so that their numbers keep their
         bits; sums of the others are left at 0. progress(done, total) is told of unit runs. When memory runs out,
-        the call begins again with chunks of half the size.
+        the call begins again with smaller chunks, then tiles.
         """
         if len(plan.masks) > MAX_MASKS:
             raise InputError(f"{len(plan.masks)} distinct masks in one call; at most {MAX_MASKS} are planned together")
@@ -86,7 +87,7 @@ class Engine:
                 with self.model.evaluation():
                     return self._run(plan, progress or (lambda done, total: None), wanted)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or not self._halve():
+                if not is_out_of_memory(error) or not self._take_smaller_steps():
                     raise
 
     def share(self, wanted: np.ndarray | None) -> float:
@@ -199,18 +200,21 @@ class Engine:
         self.chunks = make_chunks(self.batch, max_tokens, self.model.device)
         self._tiles = [chunk.tiles(self._tile) for chunk in self.chunks]
 
-    def _halve(self) -> bool:
-        """Cut chunks of half the size; False when they are single rows already."""
+    def _take_smaller_steps(self) -> bool:
+        """Cut chunks of half the size, or where they are single rows, tiles; False when both are as small as can be."""
         divisible = [chunk.num_tokens for chunk in self.chunks if len(chunk.rows) > 1]
-        if not divisible:
+        if divisible:
+            max_tokens = max(divisible) // 2
+        elif self._tile > LEAST_TILE:
+            max_tokens, self._tile = 1, max(LEAST_TILE, self._tile // 16 * 8)
+        else:
             return False
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        max_tokens = max(divisible) // 2
         self._cut(max_tokens)
         warnings.warn(
-            f"out of memory: going on with chunks of {max_tokens} tokens; "
-            "scores may differ in the last bits from those before",
+            f"out of memory: going on with chunks of {max(chunk.num_tokens for chunk in self.chunks)} tokens and tiles "
+            f"of {self._tile} positions; scores may differ in the last bits from those before",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -82,6 +82,10 @@ class Evaluator:
         self._store = store if isinstance(store, ScoreStore) or store is None else ScoreStore(store)
         self._engine = Engine(self.model, objective.batch, objective.measure, granularity, cache_bytes, backend)
 
+    def __repr__(self) -> str:
+        units = f"{self.num_units} {'blocks' if self.granularity == 'block' else 'sublayers'}"
+        return f"Evaluator({self.model.name!r}, {self.objective.name}, {units}, {self.num_samples} samples, {self.backend})"
+
     @property
     def backend(self) -> str:
         """The path that runs the units: "generic", or "fused" with its operators."""

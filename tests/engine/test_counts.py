@@ -6,7 +6,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from families import build, random_rows, some_masks
+import transformers as tf
+from families import LLAMA_LIKE, build, random_rows, some_masks
 from helpers import make_tasks, smallest_budget
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +25,11 @@ def hf():
 @pytest.fixture
 def model(hf):
     return fp.Model(hf)  # a new one for each test: some spy on it
+
+
+@pytest.fixture(params=["generic", "fused"])
+def backend(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -58,32 +64,32 @@ def fields(num_units: int) -> dict[str, np.ndarray]:
     }
 
 
-def spy_on_runs(model, batch) -> list[Fraction]:
-    """Notes, for every call of Model.run, which share of the rows of the batch it ran."""
-    shares, run = [], model.run
+def spy_on_runs(monkeypatch, ev, batch) -> list[Fraction]:
+    """Notes, for every unit that is run, which share of the rows of the batch it ran on."""
+    shares, run = [], ev._engine.runner.run
 
     def spy(unit, state, *args, **kwargs):
         hidden = state if isinstance(state, torch.Tensor) else state.hidden
         shares.append(Fraction(hidden.shape[0], batch.num_rows))
         return run(unit, state, *args, **kwargs)
 
-    model.run = spy
+    monkeypatch.setattr(ev._engine.runner, "run", spy)
     return shares
 
 
 @pytest.mark.parametrize("cache_bytes", [None, 1])
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
-def test_layer_runs_are_distinct_prefixes(model, batch, granularity, cache_bytes):
+def test_layer_runs_are_distinct_prefixes(monkeypatch, model, batch, backend, granularity, cache_bytes):
     def make(cache_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), granularity=granularity, cache_bytes=cache_bytes)
+        return fp.Evaluator(model, fp.Perplexity(batch), backend, cache_bytes, granularity=granularity)
 
     cache_bytes = cache_bytes and smallest_budget(make)
     ev = make(cache_bytes)
+    shares = spy_on_runs(monkeypatch, ev, batch)
     expected = dict.fromkeys(("masks", "layer_runs", "naive_layer_runs", "head_runs"), 0)
     for name, masks in fields(ev.num_units).items():
-        shares = spy_on_runs(model, batch)
+        shares.clear()
         assert ev.score(masks).shape == (len(masks),)
-        del model.run
         expected["masks"] += len(masks)
         expected["layer_runs"] += count_prefixes(masks)
         expected["naive_layer_runs"] += int(masks.sum())
@@ -93,13 +99,13 @@ def test_layer_runs_are_distinct_prefixes(model, batch, granularity, cache_bytes
     assert ev.stats.seconds > 0
 
 
-def test_some_samples_cost_the_chunks_that_hold_them(model, batch):
+def test_some_samples_cost_the_chunks_that_hold_them(monkeypatch, model, batch, backend):
     def make(cache_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), cache_bytes=cache_bytes)
+        return fp.Evaluator(model, fp.Perplexity(batch), backend, cache_bytes)
 
     ev = make(smallest_budget(make))
     masks = some_masks(ev.num_units, 20, seed=3)
-    shares = spy_on_runs(model, batch)
+    shares = spy_on_runs(monkeypatch, ev, batch)
     ev.score_samples(masks, samples=[1])
     assert 0 < sum(shares) < count_prefixes(masks)
     assert ev.stats.layer_runs == pytest.approx(float(sum(shares)))
@@ -124,7 +130,8 @@ class Largest(TorchDispatchMode):
 
 
 def memory_cases():
-    hf = build("llama", seed=1)
+    torch.manual_seed(1)  # a vocabulary whose logits outweigh the states
+    hf = tf.LlamaForCausalLM(tf.LlamaConfig(**LLAMA_LIKE | {"vocab_size": 1009})).eval()
     rows = random_rows(hf.config.vocab_size, [61, 57, 63, 40, 61, 33])
     tasks = make_tasks(hf.config.vocab_size, [(31, [5, 9]), (27, [3, 3, 17])] * 2)
     batch = fp.TokenBatch.from_ids(rows)
@@ -132,34 +139,39 @@ def memory_cases():
 
 
 @pytest.mark.parametrize("kind", ["nll", "kl", "tasks"])
-def test_the_head_sees_a_tile_and_nothing_exceeds_the_budget(monkeypatch, kind):
+def test_the_head_sees_a_tile_and_nothing_exceeds_the_budget(monkeypatch, kind, backend):
     hf, objectives = memory_cases()
     model, target = fp.Model(hf), objectives[kind]
 
     def make(cache_bytes):
-        return fp.Evaluator(model, target, cache_bytes=cache_bytes)
+        return fp.Evaluator(model, target, backend, cache_bytes)
 
     budget = smallest_budget(make)
     ev = make(budget)
     masks = some_masks(ev.num_units, 20, seed=4)
     weights = {parameter.untyped_storage().nbytes() for parameter in hf.parameters()}
-    positions, original = [], model.logits
-    monkeypatch.setattr(model, "logits", lambda hidden: positions.append(len(hidden)) or original(hidden))
+    positions, tile_of = [], ev._engine._measure_tile
+
+    def spy(states, *args):
+        positions.append(len(states))
+        return tile_of(states, *args)
+
+    monkeypatch.setattr(ev._engine, "_measure_tile", spy)
     with Largest() as largest:
         scores = ev.score(masks)
     sources = len(np.unique(target.batch.target_source))
     assert max(positions) < max(len(chunk.sources) for chunk in ev._engine.chunks) <= sources
     masks_run = len({mask.tobytes() for mask in masks})
-    assert sum(positions) == sources * masks_run * (2 if kind == "kl" else 1)  # only positions that count
+    assert sum(positions) == sources * masks_run  # only positions that count
     assert largest.bytes <= max(budget, *weights)
     assert largest.bytes < sources * model.vocab_size * 4
     assert 0 < ev.stats.peak_activation_bytes <= budget
     np.testing.assert_allclose(scores, make(None).score(masks), rtol=1e-5, atol=1e-6)
 
 
-def test_a_larger_budget_runs_larger_chunks(model, batch):
+def test_a_larger_budget_runs_larger_chunks(model, batch, backend):
     def make(cache_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), cache_bytes=cache_bytes)
+        return fp.Evaluator(model, fp.Perplexity(batch), backend, cache_bytes)
 
     least = smallest_budget(make)
     counts = [len(make(least * factor)._engine.chunks) for factor in (1, 3, 100)]
@@ -167,9 +179,9 @@ def test_a_larger_budget_runs_larger_chunks(model, batch):
     assert counts[0] > counts[-1]
 
 
-def fail_above(model, monkeypatch, rows: int, error: Exception) -> list[int]:
+def fail_above(ev, monkeypatch, rows: int, error: Exception) -> list[int]:
     """Makes every unit run on more than `rows` rows raise an error; the list fills with the rows of each run."""
-    seen, run = [], model.run
+    seen, run = [], ev._engine.runner.run
 
     def limited(unit, state, *args, **kwargs):
         seen.append(len(state))
@@ -177,7 +189,7 @@ def fail_above(model, monkeypatch, rows: int, error: Exception) -> list[int]:
             raise error
         return run(unit, state, *args, **kwargs)
 
-    monkeypatch.setattr(model, "run", limited)
+    monkeypatch.setattr(ev._engine.runner, "run", limited)
     return seen
 
 
@@ -190,14 +202,14 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("kind", ["nll", "kl"])
-def test_out_of_memory_makes_smaller_chunks(hf, model, monkeypatch, kind, error):
+def test_out_of_memory_makes_smaller_chunks(hf, model, monkeypatch, kind, error, backend):
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [19] * 9 + [8] * 3))
     objective = fp.Perplexity(batch) if kind == "nll" else fp.KLDivergence(batch)
     expected = fp.Evaluator(hf, objective)
     masks = some_masks(expected.num_units, 20, seed=5)
     expected = expected.score(masks)
-    ev = fp.Evaluator(model, objective)
-    seen = fail_above(model, monkeypatch, 2, error)
+    ev = fp.Evaluator(model, objective, backend)
+    seen = fail_above(ev, monkeypatch, 2, error)
     with pytest.warns(RuntimeWarning, match="out of memory"):
         found = ev.score(masks)
     assert max(seen) > 2
@@ -209,16 +221,35 @@ def test_out_of_memory_makes_smaller_chunks(hf, model, monkeypatch, kind, error)
     assert max(seen) <= 2
 
 
+def test_out_of_memory_in_the_head_makes_smaller_tiles(hf, model, monkeypatch, backend):
+    objective = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [90, 90])))
+    ev = fp.Evaluator(model, objective, backend)
+    masks = some_masks(ev.num_units, 20, seed=6)
+    expected, measure, seen = ev.score(masks), ev._engine._measure_tile, []
+
+    def limited(states, *args):
+        seen.append(len(states))
+        if len(states) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(states, *args)
+
+    monkeypatch.setattr(ev._engine, "_measure_tile", limited)
+    with pytest.warns(RuntimeWarning, match="tiles of"):
+        found = ev.score(masks)
+    assert max(seen) > 16
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_out_of_memory_with_single_rows_is_raised(model, batch, monkeypatch):
     ev = fp.Evaluator(model, fp.Perplexity(batch))
-    fail_above(model, monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    fail_above(ev, monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.warns(RuntimeWarning, match="out of memory"), pytest.raises(torch.OutOfMemoryError):
         ev.score(np.ones(ev.num_units, dtype=bool))
 
 
 def test_other_errors_are_not_taken_for_memory(model, batch, monkeypatch):
     ev = fp.Evaluator(model, fp.Perplexity(batch))
-    seen = fail_above(model, monkeypatch, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    seen = fail_above(ev, monkeypatch, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
         ev.score(np.ones(ev.num_units, dtype=bool))
     assert len(seen) == 1
