@@ -84,7 +84,8 @@ class Evaluator:
 
     def __repr__(self) -> str:
         units = f"{self.num_units} {'blocks' if self.granularity == 'block' else 'sublayers'}"
-        return f"Evaluator({self.model.name!r}, {self.objective.name}, {units}, {self.num_samples} samples, {self.backend})"
+        what = f"{self.model.name!r}, {self.objective.name}, {units}, {self.num_samples} samples"
+        return f"Evaluator({what}, {self.backend})"
 
     @property
     def backend(self) -> str:
