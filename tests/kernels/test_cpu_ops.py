@@ -1,0 +1,255 @@
+"""The compiled operators on a CPU, on every instruction set that this processor has, against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastprune.models import native
+from fastprune_kernels import reference
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
+
+DTYPES = (torch.float32, torch.bfloat16)
+SETS = native._native.instruction_sets() if native.available() else ["none"]
+EPS = 1e-5
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(params=SETS, autouse=True)
+def instruction_set(request):
+    native._native.use_instruction_set(request.param)
+    yield request.param
+    native._native.use_instruction_set(SETS[-1])
+
+
+@pytest.fixture
+def threads():
+    """threads(n): torch's number of threads, until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An output as an operator finds it in a test: what it does not write shows."""
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def assert_as_exact(result: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> None:
+    """The greatest error of `result` is at most that of `same`, torch's own in the same dtype, plus one rounding."""
+    assert result.shape == truth.shape
+    assert torch.isfinite(result).all()
+    rounding = torch.finfo(result.dtype).eps / 2 * truth.abs().max().item()
+    error, allowed = ((x.double() - truth).abs().max().item() for x in (result, same))
+    assert error <= allowed + rounding, f"error {error:.3g}, torch's {allowed:.3g}, one rounding {rounding:.3g}"
+
+
+def rotary_tables(half: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.arange(50)[:, None] * 100.0 ** -(torch.arange(half) / half)
+    return angles.cos(), angles.sin()
+
+
+def positions(tokens: int) -> torch.Tensor:
+    return torch.randint(50, (tokens,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
+def test_adds_and_norms(rows, size, dtype):
+    states, branch = random(rows, size, dtype=dtype, seed=1), random(rows, size, dtype=dtype, seed=2)
+    weight = random(size, dtype=dtype, seed=3)
+    residual, normed = nans(rows, size, dtype=dtype), nans(rows, size, dtype=dtype)
+    assert native.add_rms_norm(states, weight, EPS, branch, residual, normed) is normed
+    same_sum, same = reference.add_rms_norm(states, weight, EPS, branch)
+    assert torch.equal(residual, same_sum)
+    truth = reference.rms_norm(same_sum.double(), weight.double(), EPS)  # the norm is taken of the rounded sum
+    assert_as_exact(normed, same, truth)
+    assert torch.equal(native.add_rms_norm(states, weight, EPS, branch), normed)
+    assert torch.equal(native.add_rms_norm(same_sum, weight, EPS), normed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_in_place_and_without_a_branch(dtype):
+    states, branch, weight = (random(*shape, dtype=dtype, seed=1) for shape in ((9, 60), (9, 60), (60,)))
+    expected = states + branch
+    normed = native.add_rms_norm(states, weight, EPS, branch, residual=states)
+    assert torch.equal(states, expected)
+    residual = nans(9, 60, dtype=dtype)
+    assert torch.equal(native.add_rms_norm(states, weight, EPS, residual=residual), normed)
+    assert torch.equal(residual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "head_dim", "half"),
+    [(63, 4, 2, 16, 8), (1, 3, 1, 64, 32), (5, 2, 1, 80, 40), (3, 3, 3, 128, 64), (7, 2, 1, 20, 5), (3, 1, 1, 80, 12)],
+)
+def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, with_norm, dtype):
+    qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
+    cos, sin = rotary_tables(half)
+    arguments = (positions(tokens), heads, kv_heads)
+    weights = [random(head_dim, dtype=dtype, seed=seed) if with_norm else None for seed in (3, 4)]
+    same = reference.rotary(qkv, cos, sin, *arguments, *weights)
+    wide = [None if w is None else w.double() for w in weights]
+    truth = reference.rotary(qkv.double(), cos.double(), sin.double(), *arguments, *wide)
+    result = qkv.clone()
+    assert native.rotary(result, cos, sin, *arguments, *weights) is result
+    assert_as_exact(result, same, truth)
+    values = (heads + kv_heads) * head_dim
+    assert torch.equal(result[:, values:], qkv[:, values:])
+    if not with_norm:
+        rest, before = (x.unflatten(1, (-1, head_dim))[..., 2 * half :] for x in (result, qkv))
+        assert torch.equal(rest, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (3, 1), (2, 129)])
+def test_activates_and_multiplies(rows, size, dtype):
+    gate_up = random(rows, 2 * size, dtype=dtype, seed=1, scale=3.0)
+    out = nans(rows, size, dtype=dtype)
+    assert native.gated_mlp(gate_up, out) is out
+    assert_as_exact(out, reference.gated_mlp(gate_up), reference.gated_mlp(gate_up.double()))
+    assert torch.equal(native.gated_mlp(gate_up), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_far_from_zero(dtype):
+    gate = torch.tensor([[-INF, -1e30, -200.0, -89.0, -88.0, -20.0, -0.0, 20.0, 88.0, 1e30, INF, NAN]]).to(dtype)
+    out = native.gated_mlp(torch.cat([gate, torch.ones_like(gate)], dim=1))
+    truth = gate.double() * torch.sigmoid(gate.double())
+    truth[0, 0] = 0  # the limit, where torch gives NaN
+    torch.testing.assert_close(out.double(), truth, rtol=torch.finfo(dtype).eps * 2, atol=1e-36, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(63, 1021), (1, 60), (3, 1), (2, 8192)])
+def test_sums_exponentials(rows, size, dtype):
+    logits = random(rows, size, dtype=dtype, seed=1, scale=4.0)
+    out = nans(rows)
+    assert native.log_sum_exp(logits, out) is out
+    truth = torch.logsumexp(logits.double(), dim=-1)
+    assert_as_exact(out, torch.logsumexp(logits.float(), dim=-1), truth)
+    wider = torch.cat([logits, nans(rows, 7, dtype=dtype)], dim=1)
+    assert torch.equal(native.log_sum_exp(wider[:, :size]), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 3, 100, 1025])
+@pytest.mark.parametrize(("everywhere", "there"), [
+    (0.0, NAN), (-INF, NAN), (INF, NAN), (NAN, 0.0), (0.0, INF), (-INF, INF), (INF, -INF), (-INF, -INF),
+    (-INF, 1e38), (-1e38, 1e38), (-1e38, -1e30), (1e38, 1e38),
+])  # fmt: skip
+def test_logits_that_are_not_finite_or_huge(everywhere, there, size, dtype):
+    logits = torch.full((3, size), everywhere, dtype=dtype)
+    for row, column in enumerate((0, size // 2, size - 1)):
+        logits[row, column] = there
+    torch.testing.assert_close(native.log_sum_exp(logits), torch.logsumexp(logits.float(), dim=-1), equal_nan=True)
+
+
+def operators(dtype: torch.dtype):
+    """name -> (inputs with one row a token, function of them)."""
+    weight, cos, sin = random(60, dtype=dtype, seed=3), *rotary_tables(5)
+    return {
+        "add_rms_norm": (
+            (random(2000, 60, dtype=dtype, seed=1), random(2000, 60, dtype=dtype, seed=2)),
+            lambda states, branch: native.add_rms_norm(states, weight, EPS, branch),
+        ),
+        "rotary": (
+            (random(2000, 80, dtype=dtype, seed=1), positions(2000)),
+            lambda qkv, position: native.rotary(qkv.clone(), cos, sin, position, 2, 1, weight[:20], weight[:20]),
+        ),
+        "gated_mlp": ((random(2000, 120, dtype=dtype, seed=1),), native.gated_mlp),
+        "log_sum_exp": ((random(2000, 61, dtype=dtype, seed=1),), native.log_sum_exp),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["add_rms_norm", "rotary", "gated_mlp", "log_sum_exp"])
+def test_rows_have_the_same_bits_alone_and_together_on_any_number_of_threads(name, dtype, threads):
+    inputs, operator = operators(dtype)[name]
+    threads(1)
+    together = operator(*inputs)
+    for number in (2, 3):
+        threads(number)
+        assert torch.equal(operator(*inputs), together)
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(operator(*(x[order] for x in inputs)), together[order])
+    for row in (0, 7, 1999):
+        assert torch.equal(operator(*(x[row : row + 1] for x in inputs)), together[row : row + 1])
+    assert len(operator(*(x[:0] for x in inputs))) == 0
+
+
+def norm_with(**change):
+    native.add_rms_norm(**{"states": random(5, 60), "weight": random(60), "eps": EPS, **change})
+
+
+def rotary_with(**change):
+    cos, sin = rotary_tables(8)
+    arguments = {"qkv": random(5, 128), "cos": cos, "sin": sin, "position": positions(5)}
+    native.rotary(**{**arguments, "num_heads": 4, "num_kv_heads": 2, **change})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: norm_with(states=random(5, 60, 1)), r"states must be a matrix, not of shape \[5, 60, 1\]"),
+        (
+            lambda: norm_with(states=random(5, 60, dtype=torch.float16)),
+            "states must be float32 or bfloat16, not float16",
+        ),
+        (lambda: norm_with(states=random(60, 5).T), "states must be contiguous"),
+        (lambda: norm_with(states=random(5, 60).to("meta")), "states must be on the CPU, not on meta"),
+        (lambda: norm_with(weight=random(61)), r"weight must have shape \[60\], not \[61\]"),
+        (lambda: norm_with(branch=random(5, 60, dtype=torch.bfloat16)), "branch must be float32, not bfloat16"),
+        (lambda: norm_with(branch=random(60, 5).T), "branch must be contiguous"),
+        (lambda: norm_with(branch=random(5, 60).to("meta")), "branch must be on the CPU, not on meta"),
+        (lambda: norm_with(residual=random(4, 60)), r"residual must have shape \[5, 60\], not \[4, 60\]"),
+        (lambda: norm_with(**dict.fromkeys(("residual", "normed"), random(5, 60))), "must be two tensors, not one"),
+        (lambda: rotary_with(num_heads=5), r"qkv must have shape \[T, 9 \* Dh\], not \[5, 128\]"),
+        (lambda: rotary_with(num_kv_heads=0), "num_heads and num_kv_heads must be at least 1, not 4 and 0"),
+        (lambda: rotary_with(cos=random(50, 9)), r"cos must have shape \[N, 1 to 8\], not \[50, 9\]"),
+        (lambda: rotary_with(cos=random(50, 8, dtype=torch.bfloat16)), "cos must be float32, not bfloat16"),
+        (lambda: rotary_with(sin=random(49, 8)), r"sin must have shape \[50, 8\], not \[49, 8\]"),
+        (lambda: rotary_with(position=positions(5).int()), "position must be int64, not int32"),
+        (lambda: rotary_with(position=positions(5) + 50), r"position must lie in 0\.\.49, the rows of cos, not"),
+        (lambda: rotary_with(position=positions(5) - 51), r"position must lie in 0\.\.49, the rows of cos, not -"),
+        (lambda: rotary_with(q_weight=random(16)), "q_weight and k_weight must be given together"),
+        (lambda: native.gated_mlp(random(3, 5)), r"gate_up must have shape \[T, 2F\], not \[3, 5\]"),
+        (lambda: native.gated_mlp(random(3, 4), random(3, 4)), r"out must have shape \[3, 2\], not \[3, 4\]"),
+        (lambda: native.log_sum_exp(random(4, 6).T), "logits must be contiguous within a row"),
+        (lambda: native.log_sum_exp(random(4, 6), random(4).double()), "out must be float32, not float64"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_instruction_set_is_named(instruction_set, monkeypatch):
+    assert native.instruction_set() == instruction_set
+    with pytest.raises(ValueError, match="does not run the kernels 'mmx'"):
+        native._native.use_instruction_set("mmx")
+    monkeypatch.setattr(native, "_native", None)
+    assert (native.available(), native.instruction_set()) == (False, "none")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("instruction_set", SETS[-1:], indirect=True)
+@pytest.mark.parametrize("order", [("torch", "fastprune._native"), ("fastprune._native", "torch")])
+def test_one_openmp_runtime(order):
+    """Two would keep two pools of threads, whichever of torch and the extension is imported first."""
+    code = f"import {', '.join(order)}; print(open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len({line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line}) <= 1
