@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: rows that are printed as a table at the end of the run, and written as JSON."""
+"""Shared by the benchmarks: rows that are printed as tables at the end of the run, and written as JSON."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-ROWS: list[dict] = []
+TABLES: dict[str, list[dict]] = {}  # rows by title
 
 
 @pytest.fixture
-def report():
-    """report(**columns): add a row to the table at the end."""
-    return lambda **columns: ROWS.append(columns)
+def report(request):
+    """report(**columns): add a row to the module's table at the end, whose title is the module's first line."""
+    title = request.module.__doc__.splitlines()[0].rstrip(".")
+    return lambda **columns: TABLES.setdefault(title, []).append(columns)
 
 
 def machine() -> dict:
@@ -40,16 +41,15 @@ def _cpu_info() -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if not ROWS:
-        return
-    terminalreporter.section("fastprune against one forward pass per mask")
-    names = list(dict.fromkeys(name for row in ROWS for name in row))
-    cells = [names] + [[_format(row.get(name, "")) for name in names] for row in ROWS]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    for line in cells:
-        terminalreporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
-    if "BENCH_JSON" in os.environ:
-        Path(os.environ["BENCH_JSON"]).write_text(json.dumps({"machine": machine(), "rows": ROWS}, indent=1) + "\n")
+    for title, rows in TABLES.items():
+        terminalreporter.section(title)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [names] + [[_format(row.get(name, "")) for name in names] for row in rows]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+        for line in cells:
+            terminalreporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    if TABLES and "BENCH_JSON" in os.environ:
+        Path(os.environ["BENCH_JSON"]).write_text(json.dumps({"machine": machine(), "tables": TABLES}, indent=1) + "\n")
 
 
 def _format(value) -> str:
