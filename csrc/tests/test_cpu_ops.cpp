@@ -251,6 +251,14 @@ void test_rotary() {
             rotary<Bfloat16>("rotary, " + set + ", many tokens", 1500, {4, 2, 16, 8}, with_norm);
         }
         const Rows<float> table(kPositions, 1.0F);
+        // a NaN whose lowest bits are set, which rounding to bfloat16 would carry over into a number
+        const std::uint32_t bits = 0x7fffffff;
+        Rows<float> broken(kPositions);
+        for (float& value : broken) std::memcpy(&value, &bits, sizeof bits);
+        const Rows<Bfloat16> ones(6, from_float<Bfloat16>(1.0F));
+        const auto result = rotated<Bfloat16>(ones, broken, table, {0}, {1, 1, 2, 1}, nullptr, 1);
+        for (size_t i = 0; i < 4; ++i)
+            check(std::isnan(to_float(result[i])), set + ": NaN stays NaN in bfloat16");
         for (const std::int64_t wrong : {std::int64_t{-1}, static_cast<std::int64_t>(kPositions)}) {
             bool thrown = false;
             try {
