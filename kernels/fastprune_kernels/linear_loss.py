@@ -3,7 +3,7 @@
 No [P, V] tensor is made. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on nothing but the
 configuration. One program runs the head for BLOCK_P positions and one split, and leaves a partial result; a second,
 small kernel combines the splits in order. So a few positions fill a GPU too, and a position's bits depend on its own
-numbers only.
+numbers only: nor is the code compiled anew for a number of positions that is 1, or a multiple of 16.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _tile(p_x, m_row, num_columns, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
     return tl.load(p_x + o_x, mask=m_x, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_nll_kernel(
     p_hidden,
     p_weight,
@@ -105,7 +105,7 @@ def linear_nll_kernel(
     tl.store(p_sum + o_partial, b_sum, mask=m_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_nll_kernel(
     p_max, p_sum, p_logit, p_target, p_nll, num_rows, vocab, num_splits, TARGETS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -131,7 +131,7 @@ def combine_nll_kernel(
         tl.store(p_nll + o_target, b_nll, mask=m_p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_kl_kernel(
     p_dense,
     p_masked,
@@ -226,7 +226,7 @@ def _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b):
     return b_sum * b_scale, b_excess, b_cross
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kl_kernel(p_partial, p_kl, num_rows, num_splits, BLOCK: tl.constexpr):
     o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < num_rows
