@@ -120,12 +120,11 @@ void rotary(const Rotary& a, long begin, long end) {
     }
 }
 
-// g / (1 + exp(-g)). Below -88, where it is smaller than 1e-36, it is 0, also at -inf.
+// g / (1 + exp(-g)). Below -88, where it is smaller than 1e-36, it is -0; at -inf NaN, as in torch.
 inline Vec silu(Vec g) {
-    const Vec zero = {};
     const Vec low = broadcast(-88.0F);
     const Vec e = exp(-least(broadcast(87.0F), g));
-    return g < low ? zero : g / (e + 1.0F);
+    return g < low ? g * 0.0F : g / (e + 1.0F);
 }
 
 template <class T>
