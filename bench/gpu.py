@@ -1,0 +1,251 @@
+"""What the kernels and the fused path reach on a GPU: `python bench/gpu.py`, from a source tree, in 9 minutes.
+
+Runs the tests on the GPU, measures the card's own ceilings, each kernel against its floor and against torch, one block,
+and whole searches with random weights against one transformers forward pass per mask. Writes a JSON file after every
+finding and prints a table. Sections that time does not allow are skipped, and said to be.
+`--device cpu --tiny` runs every line of it at shapes that Triton's interpreter can run; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
+
+# in order of importance: what comes later is what time may run out for
+SECTIONS = ("tests", "ceilings", "kernels", "block", "pairs", "margin", "beam", "pairs, Qwen3", "margin, Qwen3")
+NEEDS = {"kernels": 60, "block": 30, "pairs": 60, "margin": 30, "beam": 45, "pairs, Qwen3": 60, "margin, Qwen3": 30}
+TEST_SECONDS = 130
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    from gpu_measure import Bench, time_limit
+
+    bench = Bench(arguments.device, arguments.tiny, arguments.minutes, arguments.out, arguments.tune, arguments.resume)
+    if arguments.device == "cpu":
+        from fastprune.models import fused
+
+        fused.fast_operators = lambda device, dtype: (
+            None
+        )  # whole searches with torch's operators: interpreted ones crawl
+    if not arguments.resume:
+        bench.save("machine", machine(bench))
+    for i, section in enumerate(arguments.only):
+        if bench.left() < (0 if bench.tiny else NEEDS.get(section, 15)):
+            bench.save(section, {"skipped": f"{bench.left():.0f} s were left"})
+            continue
+        print(f"{section} ({bench.left():.0f} s left)", flush=True)
+        started = time.monotonic()
+        try:
+            with time_limit(bench.left() - 5):
+                run(bench, section)
+        except Exception as error:
+            traceback.print_exc()
+            failed = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+            bench.save(section, {**bench.results.get(section, {}), **failed})
+            if bench.is_broken() and arguments.only[i + 1 :]:
+                begin_again(arguments, arguments.only[i + 1 :], bench.left() / 60)
+        bench.results[section]["section_s"] = time.monotonic() - started
+        bench.free()
+    bench.save("goals", {"rows": goals(bench.results)})
+    print(table(bench.results))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu: Triton's interpreter, for tiny shapes only")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, everything once, no tests")
+    parser.add_argument("--minutes", type=float, default=9, help="wall clock for all of it")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")) / "gpu.json")
+    parser.add_argument("--only", type=lambda text: text.split("+"), help=f"sections: {'+'.join(SECTIONS)}")
+    parser.add_argument("--tune", action="store_true", help="time other configurations of the kernels as well")
+    parser.add_argument("--resume", action="store_true", help="add to what the file already holds")
+    arguments = parser.parse_args()
+    wanted = arguments.only or list(SECTIONS)
+    unknown = set(wanted) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--only: no section {sorted(unknown)[0]!r}; they are {'+'.join(SECTIONS)}")
+    if arguments.device == "cpu" and not arguments.tiny:
+        parser.error("--device cpu runs an interpreter: it needs --tiny")
+    if arguments.resume and not arguments.out.is_file():
+        parser.error(f"--resume: {arguments.out} is not there")
+    if not arguments.resume and "ceilings" not in wanted:
+        wanted = ["ceilings", *wanted]  # floors are reckoned by them
+    arguments.only = [section for section in SECTIONS if section in wanted]
+    if arguments.tiny:
+        arguments.only = [section for section in arguments.only if section != "tests"]
+    return arguments
+
+
+def run(bench, section: str) -> None:
+    import gpu_kernels
+    import gpu_models
+
+    name = "Qwen3 8B" if section.endswith("Qwen3") else "LLaMA-3 8B"
+    part = section.removesuffix(", Qwen3")
+    if part == "kernels":
+        gpu_kernels.run(bench)
+    elif part == "tests":
+        bench.save(section, tests(min(TEST_SECONDS, 0.3 * bench.left())))
+    elif part == "ceilings":
+        bench.save(section, bench.ceilings())
+    else:
+        bench.save(section, {"model": name, **getattr(gpu_models, part)(bench, name)})
+
+
+def begin_again(arguments: argparse.Namespace, sections: list[str], minutes: float) -> None:
+    """After a fault that leaves the device unusable for this process: go on in a new one. Does not return."""
+    command = [sys.executable, __file__, "--device", arguments.device, "--out", str(arguments.out), "--resume"]
+    command += ["--minutes", f"{minutes:.2f}", "--only", "+".join(sections)]
+    command += ["--tiny"] * arguments.tiny + ["--tune"] * arguments.tune
+    print("the device is unusable for this process; going on in a new one", flush=True)
+    os.execv(sys.executable, command)
+
+
+def tests(limit: float) -> dict:
+    """The kernels' tests and the fused model's, on the GPU, in a process of their own."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"skipped": "pytest is not installed"}
+    command = [sys.executable, "-m", "pytest", "tests/kernels", "tests/engine/test_fused.py", "-q"]
+    command += ["-k", "not compile and not gpu_bench", "-p", "no:cacheprovider", "--tb=line"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]  # most of the time is compilation
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=limit, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        status, output = f"cut off after {limit:.0f} s", output if isinstance(output, str) else output.decode()
+    lines = output.strip().splitlines()
+    print("\n".join(lines[-15:]), flush=True)
+    return {"status": status, "seconds": time.monotonic() - started, "tail": lines[-60:]}
+
+
+def machine(bench) -> dict:
+    import torch
+    import transformers
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    if importlib.util.find_spec("triton"):
+        import triton
+
+        found["triton"] = triton.__version__
+    found |= {"device": platform.processor() or platform.machine(), "tiny": bench.tiny}
+    if bench.is_cuda:
+        card = torch.cuda.get_device_properties(bench.device)
+        found |= {
+            "device": card.name,
+            "memory_bytes": card.total_memory,
+            "multiprocessors": card.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        }
+    return found
+
+
+# -- what was found ------------------------------------------------------------------------------------------------
+
+
+def goals(results: dict) -> list[list[str]]:
+    """[goal, measured, met or by how much not], a row for each goal."""
+    kernels = results.get("kernels", {})
+
+    def of(*path: str):
+        found = results
+        for name in path:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+    rows = []
+
+    def at_least(goal: str, value, least: float, unit: str = "") -> None:
+        met = None if value is None else "met" if value >= least else f"missed: {value / least:.2f} of it"
+        rows.append([goal, "not measured" if value is None else f"{value:.3g}{unit}", met or "open"])
+
+    def at_most(goal: str, value, most: float, unit: str = "") -> None:
+        met = None if value is None else "met" if value <= most else f"missed: {value / most:.2f} times it"
+        rows.append([goal, "not measured" if value is None else f"{value:.3g}{unit}", met or "open"])
+
+    for name in ("add_rms_norm", "gated_mlp", "rotary", "rotary, q/k norm"):
+        at_least(f"{name}: 0.8 of the copy bandwidth", of("kernels", name, "of_floor"), 0.8)
+    at_least("linear_nll: 0.8 of the matrix product's rate", of("kernels", "linear_nll", "of_floor"), 0.8)
+    extra = kernels.get("linear_nll", {}).get("extra_bytes")
+    at_most("linear_nll: less than 1 GB besides its operands", extra and extra / 1e9, 1, " GB")
+    at_least("one block: 0.75 of the matrix product's rate", of("block", "of_floor"), 0.75)
+    for section in ("pairs", "pairs, Qwen3"):
+        at_least(f"{section}: 1.3 times what sharing gives", of(section, "beyond_sharing"), 1.3)
+    for section in ("margin", "margin, Qwen3"):
+        at_least(f"{section}: trees 2 times as fast as separate sequences", of(section, "speedup"), 2)
+    at_most("beam: under 60 s", of("beam", "seconds"), 60, " s")
+    return rows
+
+
+def table(results: dict) -> str:
+    """What a reader wants first: kernels beside their floors, the searches, the goals."""
+    ceilings = results.get("ceilings", {})
+    lines = [f"{results['machine']['device']}, torch {results['machine']['torch']}"]
+    if "copy_bytes_per_s" in ceilings:
+        copy, rate = ceilings["copy_bytes_per_s"] * 1e-9, ceilings["matmul_flops_per_s"] * 1e-12
+        lines.append(f"ceilings: copy {copy:.0f} GB/s, matrix product {rate:.0f} TFLOP/s")
+    if "tests" in results:
+        said = results["tests"]
+        lines.append(f"tests: {said.get('skipped') or said.get('failed') or said['tail'][-1:]} ({said.get('status')})")
+    rows = [["kernel", "floor ms", "ms", "of floor", "beside it, ms"]]
+    for name, found in results.get("kernels", {}).items():
+        if isinstance(found, dict):
+            rows.append(_timing_row(name, found))
+    if "ms" in results.get("block", {}):
+        rows.append(_timing_row("one block", results["block"]))
+    lines += ["", *_aligned(rows)]
+    for section in SECTIONS:
+        found = results.get(section)
+        if found is not None and section not in ("tests", "kernels"):
+            shown = ("masks", "loop_s", "transformers_s", "fastprune_s", "speedup", "flop_ratio", "agrees")
+            shown += ("seconds", "floor_s", "stopped", "skipped", "failed")
+            said = [f"{key} {_format(found[key])}" for key in shown if key in found]
+            lines += [f"{section}: {', '.join(said)}"] * bool(said)
+    skipped = [section for section in SECTIONS if "skipped" in results.get(section, {})]
+    lines += ["", *_aligned([["goal", "measured", ""], *results["goals"]["rows"]])]
+    return "\n".join(lines + [f"skipped: {', '.join(skipped)}"] * bool(skipped))
+
+
+def _timing_row(name: str, found: dict) -> list[str]:
+    if "ms" not in found:
+        return [name, "", "", "", found.get("failed") or found.get("skipped", "")]
+    beside = [
+        f"{other} {_format(timing['ms']) if 'ms' in timing else 'failed'}"
+        for other, timing in found.items()
+        if isinstance(timing, dict) and ("ms" in timing or "failed" in timing)
+    ]
+    return [name, *(_format(found[key]) for key in ("floor_ms", "ms", "of_floor")), "; ".join(beside)]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[-1]]).rstrip() for row in rows]
+
+
+def _format(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
