@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -196,8 +197,8 @@ def plan_tree(
     blocks = _Pieces(row_starts, lengths, config["BLOCK_N"], branch, position)
     # every pair of a tile and a block of the same row, tile by tile
     per_tile = blocks.per_row[tiles.row]
-    tile = torch.arange(len(tiles.start)).repeat_interleave(per_tile)
-    within = torch.arange(len(tile)) - (per_tile.cumsum(0) - per_tile).repeat_interleave(per_tile)
+    tile = _numbers(per_tile)
+    within = torch.arange(len(tile)) - (per_tile.cumsum(0) - per_tile)[tile]
     block = (blocks.per_row.cumsum(0) - blocks.per_row)[tiles.row[tile]] + within
     seen, whole = _visibility(tiles, tile, blocks, block, window, config["BLOCK_N"])
     tile, block, whole = tile[seen], block[seen], whole[seen]
@@ -213,17 +214,23 @@ def plan_tree(
     return TreePlan(count, window, config, *(x.to(device, torch.int32) for x in tensors))
 
 
+def _numbers(counts: torch.Tensor) -> torch.Tensor:
+    """0 counts[0] times, then 1 counts[1] times, and so on."""
+    # of 16,000 tokens in 0.01 ms, where torch's repeat_interleave took 8 ms, six times a plan
+    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts.numpy()))
+
+
 class _Pieces:
     """Rows cut into pieces of at most `size` tokens, and the bounds of what stands in each."""
 
     def __init__(self, row_starts, lengths, size: int, branch, position):
         self.per_row = -(-lengths // size)
-        self.row = torch.arange(len(lengths)).repeat_interleave(self.per_row)
+        self.row = _numbers(self.per_row)
         within = torch.arange(len(self.row)) - (self.per_row.cumsum(0) - self.per_row)[self.row]
         self.start = row_starts[:-1][self.row] + within * size
         self.row_end = row_starts[1:][self.row]
         self.end = torch.minimum(self.start + size, self.row_end)
-        piece = torch.arange(len(self.row)).repeat_interleave(self.end - self.start)
+        piece = _numbers(self.end - self.start)
         self.low_branch, self.high_branch = self._bounds(piece, branch)
         self.low_position, self.high_position = self._bounds(piece, position)
         # of the branches, the trunk left out
