@@ -25,6 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 # in order of importance: what comes later is what time may run out for
 SECTIONS = ("tests", "ceilings", "kernels", "block", "pairs", "margin", "beam", "pairs, Qwen3", "margin, Qwen3")
 NEEDS = {"kernels": 60, "block": 30, "pairs": 60, "margin": 30, "beam": 45, "pairs, Qwen3": 60, "margin, Qwen3": 30}
+TESTS = ("kernels/test_fused_model", "kernels/test_norm", "kernels/test_rope", "kernels/test_gated_mlp")
+TESTS += ("kernels/test_linear_loss", "kernels/test_attention", "kernels/test_reference", "engine/test_fused")
 TEST_SECONDS = 130
 
 
@@ -121,8 +123,7 @@ def tests(limit: float) -> dict:
     if importlib.util.find_spec("pytest") is None:
         return {"skipped": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "--maxfail=20", "-p", "no:cacheprovider"]
-    command += ["-k", "not compile and not gpu_bench and not cpu_ops"]
-    command += ["tests/kernels/test_fused_model.py", "tests/kernels", "tests/engine/test_fused.py"]
+    command += [f"tests/{name}.py" for name in TESTS]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]  # most of the time is compilation
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
