@@ -98,7 +98,8 @@ def kernels() -> Iterator[tuple[str, Callable[[Bench], Case]]]:
     yield "gated_mlp", gated
     yield "rotary", lambda bench: rotary(bench, with_norm=False)
     yield "rotary, q/k norm", lambda bench: rotary(bench, with_norm=True)
-    yield "linear_nll", linear_nll
+    yield "linear_nll", lambda bench: linear_nll(bench, bench.pick(32768, 40))
+    yield "linear_nll, 4 targets", lambda bench: linear_nll(bench, bench.pick(8192, 5), 4)
     yield "tree_attention, questions", questions
     yield "tree_attention, plain rows", plain_rows
     yield "linear_kl", linear_kl
@@ -294,10 +295,11 @@ def _some(bench: Bench, count: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(count, 64), device=bench.device).long()
 
 
-def linear_nll(bench: Bench) -> Case:
-    positions, chunk = bench.pick((32768, 4096), (40, 16))
+def linear_nll(bench: Bench, positions: int, targets: int = 1) -> Case:
+    """targets: of a position, as where choices branch."""
+    chunk = bench.pick(4096, 16)
     hidden, weight = _head(bench, positions)
-    target = bench.integers(len(weight), positions)
+    target = bench.integers(len(weight), positions, targets)
 
     def ours(config: Config | None = None):
         return linear_loss.linear_nll(hidden, weight, target, config=config)
@@ -309,11 +311,11 @@ def linear_nll(bench: Bench) -> Case:
 
     def chunked():
         for part, wanted in zip(hidden.split(chunk), target.split(chunk)):
-            F.cross_entropy(F.linear(part, weight).float(), wanted, reduction="none")
+            F.cross_entropy(F.linear(part, weight).float(), wanted[:, 0], reduction="none")
 
     tiles = ((128, 256, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4))
     return Case(
-        f"{positions} positions x {len(weight)} tokens x {weight.shape[1]}",
+        f"{positions} positions x {len(weight)} tokens x {weight.shape[1]}, targets: {targets}",
         ours,
         error,
         moved=hidden.nbytes + weight.nbytes,

@@ -121,7 +121,8 @@ def _matrix(p: int, v: int, d: int, warps: int, stages: int, split: int = 1024) 
     return Config.of(warps, stages, BLOCK_P=p, BLOCK_V=v, BLOCK_D=d, SPLIT_V=split, GROUP_P=16)
 
 
-# By element size in bytes, then whether there is a soft cap, whose registers the widest tiles do not leave room for.
+# By element size in bytes, then whether there is a soft cap, or a position has several targets, whose registers the
+# widest tiles do not leave room for.
 # SPLIT_V must not follow the number of rows, or a row's bits would.
 _FLOAT32 = {
     "sm_80": _matrix(128, 64, 16, 8, 3),
@@ -138,7 +139,7 @@ LINEAR_NLL = {
     },
     4: _FLOAT32,
 }
-LINEAR_NLL_CAPPED = {2: {**LINEAR_NLL[2], "sm_90": _matrix(128, 128, 64, 8, 4)}, 4: _FLOAT32}
+LINEAR_NLL_NARROW = {2: {**LINEAR_NLL[2], "sm_90": _matrix(128, 128, 64, 8, 4)}, 4: _FLOAT32}
 LINEAR_KL = {
     2: {
         "sm_80": _matrix(64, 128, 32, 8, 3),
@@ -157,10 +158,10 @@ LINEAR_KL_CAPPED = {2: {**LINEAR_KL[2], "sm_90": _matrix(64, 128, 64, 8, 3)}, 4:
 _INTERPRETED_MATRIX = _matrix(32, 32, 32, 1, 1, split=64)
 
 
-def linear_nll_config(arch: str, itemsize: int, soft_cap: bool) -> Config:
+def linear_nll_config(arch: str, itemsize: int, soft_cap: bool, num_targets: int) -> Config:
     if arch == "interpreter":
         return _INTERPRETED_MATRIX
-    return (LINEAR_NLL_CAPPED if soft_cap else LINEAR_NLL)[itemsize][arch]
+    return (LINEAR_NLL_NARROW if soft_cap or num_targets > 1 else LINEAR_NLL)[itemsize][arch]
 
 
 def linear_kl_config(arch: str, itemsize: int, soft_cap: bool) -> Config:

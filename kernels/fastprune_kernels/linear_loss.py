@@ -295,7 +295,8 @@ def linear_nll(
     check(0 < num_targets <= MAX_TARGETS, f"a position must have 1 to {MAX_TARGETS} targets, not {num_targets}")
     check_tensor("target", target, (count, *shape[1:]), (torch.int32, torch.int64), device)
     out = check_output("out", out, shape, torch.float32, device)
-    config = config or linear_nll_config(architecture(device), hidden.element_size(), soft_cap is not None)
+    if config is None:
+        config = linear_nll_config(architecture(device), hidden.element_size(), soft_cap is not None, num_targets)
     _check_splits(config)
     if count:
         num_splits = cdiv(vocab, config["SPLIT_V"])

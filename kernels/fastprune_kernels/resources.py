@@ -103,9 +103,11 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
         variant = "" if cap is None else "soft cap"
         types = {"p_hidden": element, "p_weight": element, "p_target": "*i64"}
         types |= dict.fromkeys(("p_max", "p_sum", "p_logit"), "*fp32") | counts
-        config = launch.linear_nll_config(arch, itemsize, cap is not None)
         shape = {"D": 4096, "SOFT_CAP": cap}
-        yield case("linear_nll", variant, config, linear_loss.linear_nll_kernel, types, TARGETS=1, **shape)
+        for targets in (1, linear_loss.MAX_TARGETS):
+            config = launch.linear_nll_config(arch, itemsize, cap is not None, targets)
+            said = f"{variant} {targets} targets".strip() if targets > 1 else variant
+            yield case("linear_nll", said, config, linear_loss.linear_nll_kernel, types, TARGETS=targets, **shape)
         types = {"p_dense": element, "p_masked": element, "p_weight": element, "p_partial": "*fp32"} | counts
         config = launch.linear_kl_config(arch, itemsize, cap is not None)
         yield case("linear_kl", variant, config, linear_loss.linear_kl_kernel, types, **shape)
