@@ -16,7 +16,7 @@ import torch
 
 import fastprune as fp
 from fastprune import demo, figures
-from fastprune.report import format_removed, write_report
+from fastprune.report import format_removed, study_figures, write_report
 from fastprune.search import ALGORITHMS
 from fastprune.study import run_study
 
@@ -35,16 +35,9 @@ def main(out_dir: str) -> None:
     study = run_study([model], OBJECTIVES, names, BUDGETS, out, notify=lambda m: print(m, file=sys.stderr, flush=True))
     seconds = time.perf_counter() - started
     write_report(study, out / "report.html")
-    rows = [(c["objective"], c["algorithm"], c["removed"]) for c in study["cells"] if c["num_remove"] == BUDGETS[-1]]
-    title = f"Demo model: {BUDGETS[-1]} of {model.num_blocks} blocks removed"
-    figures.save(figures.pattern_figure(rows, model.num_blocks, title), out / "patterns.png")
-    similarity = study["similarity"][model.name]
-    figures.save(
-        figures.similarity_figure(
-            similarity["matrix"], similarity["clusters"], f"Demo model, RLS {similarity['rls']:.3f}"
-        ),
-        out / "similarity.png",
-    )
+    for kind, made in study_figures(study).items():
+        for number, figure in enumerate(made, 1):
+            figures.save(figure, out / f"{kind}-{number}.png")
 
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{len(study['cells'])} searches in {seconds:.0f} s\n")

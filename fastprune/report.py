@@ -85,7 +85,7 @@ def write_report(study: Mapping, path: Path) -> None:
         found=found,
         failed=[cell for cell in study["cells"] if cell["error"]],
         best=_best(found),
-        figures=_figures(study, found),
+        figures={kind: [figures.as_svg(figure) for figure in made] for kind, made in study_figures(study).items()},
         algorithms=[row for row in describe_algorithms() if row["name"] in study["inputs"]["algorithms"]],
     )
     path.write_text(page, encoding="utf-8")
@@ -103,24 +103,21 @@ def _best(cells: Sequence[Mapping]) -> list[dict]:
     return list(best.values())
 
 
-def _figures(study: Mapping, cells: Sequence[Mapping]) -> dict[str, list[str]]:
-    """The figures of a study as SVG: patterns, ranks, spreads, similarity."""
+def study_figures(study: Mapping) -> dict[str, list]:
+    """The figures of a study: patterns, ranks, spreads, similarity."""
     labels = list(study["objectives"])
+    cells = [cell for cell in study["cells"] if not cell["error"]]
     names = {
         (model, num_remove): f"{model}, " * (len(study["num_units"]) > 1) + f"{num_remove} of {units} removed"
         for model, units in study["num_units"].items()
         for num_remove in study["inputs"]["budgets"]
     }
-    found: dict[str, list[str]] = {"patterns": [], "ranks": [], "spreads": [], "similarity": []}
-
-    def add(kind: str, figure) -> None:
-        found[kind].append(figures.as_svg(figure))
-
+    found: dict[str, list] = {"patterns": [], "ranks": [], "spreads": [], "similarity": []}
     for (model, num_remove), name in names.items():
         group = [cell for cell in cells if (cell["model"], cell["num_remove"]) == (model, num_remove)]
         rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in group]
         if rows:
-            add("patterns", figures.pattern_figure(rows, study["num_units"][model], name))
+            found["patterns"].append(figures.pattern_figure(rows, study["num_units"][model], name))
         for chosen_by in labels:
             others = {
                 entry["judged_by"]: entry["rho"]
@@ -136,7 +133,7 @@ def _figures(study: Mapping, cells: Sequence[Mapping]) -> dict[str, list[str]]:
                 for same in by_mask.values()
             }
             if others:
-                add("ranks", figures.rank_figure(name, chosen_by, others, losses))
+                found["ranks"].append(figures.rank_figure(name, chosen_by, others, losses))
     for judged_by in labels:
         strips: dict[str, dict[str, list[float]]] = {}
         for cell in cells:
@@ -144,9 +141,9 @@ def _figures(study: Mapping, cells: Sequence[Mapping]) -> dict[str, list[str]]:
             group.setdefault(cell["objective"], []).append(cell["losses"][judged_by])
         dense = {name: study["dense"][model][judged_by] for (model, _), name in names.items()}
         if strips:
-            add("spreads", figures.spread_figure(strips, dense, judged_by))
+            found["spreads"].append(figures.spread_figure(strips, dense, judged_by))
     for model, entry in study["similarity"].items():
         if entry:
             title = f"{model}: RLS {entry['rls']:.3f}, {len(set(entry['clusters']))} clusters"
-            add("similarity", figures.similarity_figure(entry["matrix"], entry["clusters"], title))
+            found["similarity"].append(figures.similarity_figure(entry["matrix"], entry["clusters"], title))
     return found
