@@ -6,12 +6,15 @@ computes is checked against the generic path, block by block, before it is used.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..errors import InputError
+from . import native
 from .generic import Model
 from .operators import Rows, fast_operators, make_operators
 from .tree import layer_windows
@@ -152,9 +155,22 @@ def make_runner(model: Model, backend: str) -> Model | FusedModel:
         return model
     if backend == "fused":
         return FusedModel(model)
-    if fast_operators(model.device, model.dtype) is None or why_not_fused(model):
+    if why_not_fused(model):
+        return model
+    if fast_operators(model.device, model.dtype) is None:
+        if model.device.type == "cpu" and not native.available():
+            _say_once_that_the_extension_is_missing()
         return model
     return FusedModel(model)
+
+
+@functools.cache
+def _say_once_that_the_extension_is_missing() -> None:
+    warnings.warn(
+        "fastprune was installed without its compiled operators; models run on transformers' own code, which is slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def why_not_fused(model: Model) -> str | None:

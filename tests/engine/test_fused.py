@@ -157,6 +157,15 @@ def test_auto_takes_the_fused_path_where_it_can():
         assert fp.Evaluator(hf, perplexity(hf)[0], backend="generic").backend == "generic"
 
 
+def test_without_the_extension_the_generic_path_runs_and_it_is_said_once(monkeypatch, recwarn):
+    monkeypatch.setattr(native, "_native", None)
+    fused._say_once_that_the_extension_is_missing.cache_clear()
+    hf = build("llama")
+    for _ in range(2):
+        assert fp.Evaluator(hf, perplexity(hf)[0]).backend == "generic"
+    assert [str(w.message)[:44] for w in recwarn] == ["fastprune was installed without its compiled"]
+
+
 def with_hook(hf):
     layers_of(hf)[1].mlp.register_forward_hook(lambda *_: None)
     return hf
