@@ -40,9 +40,8 @@ def main() -> int:
     if arguments.device == "cpu":
         from fastprune.models import fused
 
-        fused.fast_operators = lambda device, dtype: (
-            None
-        )  # whole searches with torch's operators: interpreted ones crawl
+        # whole searches with torch's operators: interpreted ones crawl
+        fused.fast_operators = lambda device, dtype: None
     if not arguments.resume:
         bench.save("machine", machine(bench))
     for i, section in enumerate(arguments.only):
