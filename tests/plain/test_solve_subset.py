@@ -219,10 +219,14 @@ def test_gap_covers_the_optimum():
 @native_only
 def test_keyboard_interrupt_gets_through():
     h = indefinite(120, np.random.default_rng(2))
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        solve_subset(h, 60, time_limit=60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without it
+    try:
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            solve_subset(h, 60, time_limit=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_accepts_other_real_dtypes_and_rounding_asymmetry():
