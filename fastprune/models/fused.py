@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import InputError
 from . import native
 from .generic import Model
-from .operators import Rows, fast_operators, make_operators
+from .operators import OPERATORS, Rows, fast_operators
 from .tree import layer_windows
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # pre-norm RMSNorm, rotary, gated MLP with SiLU
@@ -62,7 +62,8 @@ class FusedModel:
         reason = why_not_fused(model)
         if reason:
             raise InputError(f"{model.name}: the fused path cannot run this model: {reason}")
-        self._operators = make_operators(operators or fast_operators(model.device, model.dtype) or "torch", model.dtype)
+        chosen = operators or fast_operators(model.device, model.dtype) or "torch"
+        self._operators = OPERATORS[chosen](model.dtype)
         self._windows = layer_windows(model.config, model.num_blocks)
         self._layers = [_layer(layer) for layer in model.layers]
         self._head = model.hf.get_output_embeddings()

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from fastprune_kernels import reference
 
-from ..errors import InputError
 from .generic import Model
 from .tree import tree_mask
 
@@ -209,9 +208,3 @@ def fast_operators(device: torch.device, dtype: torch.dtype) -> str | None:
 
         return "native" if native.available() else None
     return None
-
-
-def make_operators(name: str, dtype: torch.dtype) -> TorchOperators:
-    if name not in OPERATORS:
-        raise InputError(f"operators must be one of {', '.join(OPERATORS)}, not {name!r}")
-    return OPERATORS[name](dtype)
