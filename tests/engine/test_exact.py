@@ -24,6 +24,7 @@ from families import (
     some_masks,
     with_scaled_branches,
 )
+from helpers import bfloat16_errors
 
 import fastprune as fp
 from fastprune.objectives import Objective
@@ -87,14 +88,7 @@ def test_sample_losses_are_means_over_rows(hf, rows):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_as_near_as_transformers_own(family):
-    """Root mean square over 40 masks of the distance from the float32 loss, same (bfloat16) weights on all sides."""
-    low = build(family, torch.bfloat16)
-    high = build(family, torch.bfloat16).float()
-    rows = random_rows(low.config.vocab_size, LENGTHS)
-    masks = some_masks(num_blocks(low), 40, seed=2)
-    truth = reference_losses(high, masks, rows)
-    own = np.sqrt(np.mean((reference_losses(low, masks, rows) - truth) ** 2))
-    found = np.sqrt(np.mean((evaluator(low, rows).score(masks) - truth) ** 2))
+    found, own = bfloat16_errors(family, LENGTHS, lambda low, rows: fp.Evaluator(low, fp.Perplexity(rows)))
     assert own > 1e-5  # bfloat16 has 8 bits: the float32 loss is really another number
     assert found <= 1.5 * own
 

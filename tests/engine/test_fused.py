@@ -13,7 +13,7 @@ from families import (
     reference_token_nll,
     some_masks,
 )
-from helpers import make_tasks
+from helpers import bfloat16_errors, make_tasks
 
 import fastprune as fp
 from fastprune.models import fused, native
@@ -60,12 +60,7 @@ def test_scores_equal_physical_removal(operators, family, granularity):
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_bfloat16_is_as_near_as_transformers_own(operators, family):
-    low, high = build(family, torch.bfloat16), build(family, torch.bfloat16).float()
-    objective, rows = perplexity(low)
-    masks = some_masks(num_blocks(low), 40, seed=2)
-    truth = reference_losses(high, masks, rows)
-    own = np.sqrt(np.mean((reference_losses(low, masks, rows) - truth) ** 2))
-    found = np.sqrt(np.mean((evaluator(low, objective).score(masks) - truth) ** 2))
+    found, own = bfloat16_errors(family, LENGTHS, lambda low, rows: evaluator(low, fp.Perplexity(rows)))
     assert found <= 1.5 * own
 
 
