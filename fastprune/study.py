@@ -203,7 +203,7 @@ class _Evaluators:
                 for algorithm in algorithms:
                     chosen, values = check_algorithm(algorithm, options.get(algorithm, {}))
                     if chosen.check_size:
-                        chosen.check_size(units, num_remove, **values)
+                        chosen.check_size(units, num_remove, self._options.get("granularity", "block"), **values)
         for (_, label), objective in self._objectives.items():
             if "cbo" in algorithms and objective.name in ("kl", "accuracy"):
                 raise InputError(f"cbo needs gradients, which the objective {label!r} ({objective.name}) has not")

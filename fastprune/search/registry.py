@@ -58,7 +58,7 @@ class Option:
 class Algorithm:
     """A registered search: its function, and its options.
 
-    check_size(candidates, num_remove, **options) raises InputError for a problem that is too large for it.
+    check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that it cannot take.
     """
 
     name: str

@@ -121,7 +121,7 @@ def run_search(
     chosen, options = check_algorithm(algorithm, options)
     search = Search(evaluator, num_remove, seed, protect)
     if chosen.check_size:
-        chosen.check_size(len(search.candidates), search.num_remove, **options)
+        chosen.check_size(len(search.candidates), search.num_remove, evaluator.granularity, **options)
     before, started = vars(evaluator.stats).copy(), time.perf_counter()
     chosen.function(search, **options)
     best = search.best()
