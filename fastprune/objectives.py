@@ -7,6 +7,8 @@ over each continuation, float64[N, C], and all that follows here is small and pl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .calibration import Tasks, TokenBatch
@@ -93,8 +95,7 @@ class TaskMargin(Objective):
 
     def __init__(self, tasks: Tasks, normalization: str = "mean"):
         tasks = _check_tasks(tasks, type(self))
-        if normalization not in ("mean", "sum"):
-            raise InputError(f'normalization must be "mean" or "sum", not {normalization!r}')
+        _check_choice("normalization", normalization, ("mean", "sum"))
         self.tasks, self.normalization = tasks, normalization
         self.batch, self.sample = tasks.batch, tasks.question
         wrong = (np.bincount(tasks.question) - 1)[tasks.question]
@@ -112,17 +113,22 @@ class TaskMargin(Objective):
 class TaskAccuracy(Objective):
     """1 - accuracy: the share of questions whose most likely choice is wrong; ties go to the lower index.
 
-    normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness), "bytes" divides each by
-    its choice's length in bytes (`acc_norm`), "mean" by its number of tokens. A sample is a question (0 or 1).
+    normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness); "characters" divides each by
+    its choice's length in characters (`acc_norm`), "bytes" by that in UTF-8 bytes (`acc_bytes`), leading spaces
+    included; "mean" by its number of tokens. A sample is a question (0 or 1).
     """
 
     name = "accuracy"
 
     def __init__(self, tasks: Tasks, normalization: str = "sum"):
         tasks = _check_tasks(tasks, type(self))
-        lengths = {"sum": 1, "bytes": tasks.choice_bytes, "mean": tasks.batch.target_counts}
-        if normalization not in lengths:
-            raise InputError(f'normalization must be "sum", "bytes" or "mean", not {normalization!r}')
+        lengths = {
+            "sum": 1,
+            "characters": tasks.choice_characters,
+            "bytes": tasks.choice_bytes,
+            "mean": tasks.batch.target_counts,
+        }
+        _check_choice("normalization", normalization, lengths)
         self.tasks, self.normalization = tasks, normalization
         self.batch, self.sample = tasks.batch, tasks.question
         self.weight = np.ones(len(tasks.question)) / lengths[normalization]
@@ -167,6 +173,11 @@ def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
         target_continuation=np.searchsorted(batch.row_starts, source, side="right") - 1,
         continuation_row=rows,
     )
+
+
+def _check_choice(name: str, value, choices: Iterable[str]) -> None:
+    if value not in (*choices,):
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_batch(batch, objective: type) -> TokenBatch:

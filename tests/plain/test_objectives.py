@@ -26,6 +26,7 @@ def make_tasks(answers=(1, 0, 3)) -> fp.Tasks:
         batch=fp.TokenBatch.from_continuations(rows),
         question=np.repeat(np.arange(3), counts),
         answer=np.concatenate([[0], np.cumsum(counts)[:-1]]) + answers,
+        choice_characters=np.array([4, 8, 2, 1, 5, 3, 2, 5, 4]),
         choice_bytes=np.array([4, 9, 2, 1, 7, 3, 3, 5, 8]),
     )
 
@@ -64,12 +65,17 @@ def test_margin(normalization):
     np.testing.assert_allclose(objective.loss(sums), expected.mean(1), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("normalization", ["mean", "sum", "bytes"])
+@pytest.mark.parametrize("normalization", ["mean", "sum", "characters", "bytes"])
 def test_accuracy(normalization):
     tasks = make_tasks()
     objective = fp.TaskAccuracy(tasks, normalization=normalization)
     sums = nll(9)
-    lengths = {"mean": tasks.batch.target_counts, "sum": 1, "bytes": tasks.choice_bytes}[normalization]
+    lengths = {
+        "mean": tasks.batch.target_counts,
+        "sum": 1,
+        "characters": tasks.choice_characters,
+        "bytes": tasks.choice_bytes,
+    }[normalization]
     expected = np.array(
         [[float(values.argmin() != right) for values, right in by_question(tasks, row / lengths)] for row in sums]
     )
@@ -146,6 +152,7 @@ def test_names_and_hashes_tell_objectives_apart():
         fp.TaskMargin(tasks),
         fp.TaskMargin(tasks, normalization="sum"),
         fp.TaskAccuracy(tasks),
+        fp.TaskAccuracy(tasks, normalization="characters"),
         fp.TaskAccuracy(tasks, normalization="bytes"),
         fp.TaskAccuracy(tasks, normalization="mean"),
         fp.TaskMargin(make_tasks((0, 1, 2))),
