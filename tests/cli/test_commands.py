@@ -75,7 +75,7 @@ def test_score_reads_mask_files(run, checkpoint, text_file, tmp_path, evaluator,
     assert losses == evaluator.score(fp.from_removed(subsets, 5)).tolist()
 
 
-@pytest.mark.parametrize("objective", ["margin", "accuracy", "kl"])
+@pytest.mark.parametrize("objective", ["margin", "likelihood", "accuracy", "kl"])
 def test_score_under_every_objective(run, checkpoint, text_file, questions, objective):
     calibration = text_file if objective == "kl" else questions
     extra = ("--num-samples", 4, "--seq-len", 16) if objective == "kl" else ()

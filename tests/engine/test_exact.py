@@ -239,6 +239,17 @@ def test_task_margin(family, normalization):
 
 
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
+def test_task_likelihood(family):
+    hf = build(family)
+    tasks, questions = make_tasks(hf.config.vocab_size)
+    ev = fp.Evaluator(hf, fp.TaskLikelihood(tasks))
+    masks = some_masks(ev.num_units, 20, seed=7)
+    for mask, found in zip(masks, ev.score_samples(masks), strict=True):
+        nll = [tokens.mean() for tokens in reference_choice_nll(reference_model(hf, mask), questions)]
+        np.testing.assert_allclose(found, np.array(nll)[tasks.answer], rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
 @pytest.mark.parametrize("normalization", ["sum", "characters", "bytes", "mean"])
 def test_task_accuracy(family, normalization):
     hf = build(family)

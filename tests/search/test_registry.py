@@ -87,6 +87,10 @@ def test_a_field_too_large_to_enumerate_is_refused_before_anything_is_scored():
     assert not evaluator.calls
 
 
+def test_algorithms_that_need_gradients_say_so():
+    assert [name for name, known in ALGORITHMS.items() if known.needs_gradients] == ["cbo"]
+
+
 def test_protected_units_are_named_in_errors():
     for protect, message in ((3, "protected units are given as a collection"), ((9,), "protected unit 9 is out of")):
         with pytest.raises(fp.InputError, match=message):
