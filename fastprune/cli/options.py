@@ -64,6 +64,22 @@ class Units(click.ParamType):
             return parse_removed(value)
 
 
+class Protected(Units):
+    """Unit indices, or the name of a preset, whose units are known once the model is."""
+
+    name = "units or preset"
+
+    def convert(self, value, parameter, context):
+        from ..search import PRESETS
+
+        if value in PRESETS:
+            return value
+        try:
+            return super().convert(value, parameter, context)
+        except InputError as error:
+            raise InputError(f"{error}; or one of the presets {', '.join(PRESETS)}") from None
+
+
 class Folder(click.ParamType):
     """A folder that can be written to, or be made."""
 

@@ -5,6 +5,7 @@
 from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, similarity, enumeration
 
 # isort: on
+from .protect import PRESETS, protected_units
 from .registry import ALGORITHMS, check_algorithm, describe_algorithms, find_algorithm, require_sklearn
 from .run import Search, SearchResult, run_search
 
@@ -12,11 +13,13 @@ FAMILIES = (one_shot, beam, evolution, bayesian, quadratic, fast_block_select, s
 
 __all__ = [
     "ALGORITHMS",
+    "PRESETS",
     "Search",
     "SearchResult",
     "check_algorithm",
     "describe_algorithms",
     "find_algorithm",
+    "protected_units",
     "require_sklearn",
     "run_search",
 ]
