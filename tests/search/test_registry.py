@@ -58,6 +58,8 @@ def test_descriptions_are_read_from_docstrings():
         ("shortgpt", "variant", "code"),
         ("streamline", "variant", ""),
         ("random", "num_masks", 0),
+        ("shapley", "permutations", 0),
+        ("shapley", "depth", -1),
         ("surrogate", "initial", 1),
         ("surrogate", "patience", 0),
     ],
