@@ -44,6 +44,7 @@ def calibration(kind: str, vocab_size: int):
             batch=fp.TokenBatch.from_continuations(rows),
             question=np.repeat(np.arange(40), 4),
             answer=np.arange(40) * 4,
+            choice_characters=np.ones(160, dtype=int),
             choice_bytes=np.ones(160, dtype=int),
         )
     )

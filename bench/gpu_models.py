@@ -231,6 +231,7 @@ def random_tasks(bench: Bench, vocab: int, items: int, trunk: int, choices: int,
         batch=fp.TokenBatch.from_continuations(rows),
         question=np.repeat(np.arange(items), choices),
         answer=np.arange(items) * choices,
+        choice_characters=np.full(items * choices, length),
         choice_bytes=np.full(items * choices, length),
     )
 

@@ -16,7 +16,7 @@ _HOMES = {
     "checkpoint": ["export"],
     "masks": ["from_removed", "load_masks", "to_removed"],
     "models": ["Model", "load_model"],
-    "objectives": ["KLDivergence", "Perplexity", "TaskAccuracy", "TaskMargin"],
+    "objectives": ["KLDivergence", "Perplexity", "TaskAccuracy", "TaskLikelihood", "TaskMargin"],
     "qubo": ["SubsetSolution", "solve_subset"],
     "search": ["SearchResult", "run_search"],
 }

@@ -148,12 +148,14 @@ class Tasks:
     """Multiple-choice questions as token trees: one row per question, one continuation per choice.
 
     question [C]: the question of each choice, ascending. answer [Q]: the continuation of each correct choice.
-    choice_bytes [C]: UTF-8 length of each choice without its leading spaces, for length-normalised accuracy.
+    choice_characters, choice_bytes [C]: length of each choice's text as given, leading spaces included, in
+        characters and in UTF-8 bytes, for length-normalised accuracy.
     """
 
     batch: TokenBatch
     question: np.ndarray
     answer: np.ndarray
+    choice_characters: np.ndarray = field(repr=False)
     choice_bytes: np.ndarray = field(repr=False)
 
     @property
@@ -163,7 +165,7 @@ class Tasks:
     @cached_property
     def content_hash(self) -> str:
         digest = hashlib.sha256(self.batch.content_hash.encode())
-        for array in (self.question, self.answer, self.choice_bytes):
+        for array in (self.question, self.answer, self.choice_characters, self.choice_bytes):
             digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         return digest.hexdigest()
 
@@ -235,7 +237,7 @@ def load_tasks(path: str | os.PathLike, tokenizer, limit: int | None = None) -> 
         raise InputError(f"{path}: tasks are read from .jsonl files")
     if tokenizer is None:
         raise InputError(f"{path}: tasks need a tokenizer, and the model has none")
-    rows, question, answer, choice_bytes = [], [], [], []
+    rows, question, answer, characters, in_bytes = [], [], [], [], []
     for number, row in read_jsonl(path):
         if limit is not None and len(rows) == limit:
             break
@@ -243,10 +245,12 @@ def load_tasks(path: str | os.PathLike, tokenizer, limit: int | None = None) -> 
         answer.append(len(question) + correct)
         rows.append([_encode_choice(tokenizer, prompt, choice, f"{path}:{number}") for choice in choices])
         question += [len(rows) - 1] * len(choices)
-        choice_bytes += [len(choice.lstrip(" ").encode()) for choice in choices]
+        characters += [len(choice) for choice in choices]
+        in_bytes += [len(choice.encode()) for choice in choices]
     if not rows:
         raise InputError(f"{path}: holds no questions")
-    return Tasks(TokenBatch.from_continuations(rows), *map(np.asarray, (question, answer, choice_bytes)))
+    arrays = map(np.asarray, (question, answer, characters, in_bytes))
+    return Tasks(TokenBatch.from_continuations(rows), *arrays)
 
 
 def _check_task(row, place: str) -> tuple[str, list[str], int]:

@@ -43,8 +43,9 @@ class Evaluator:
     """Scores depth masks of one model under one objective.
 
     model: what load_model returns, or a transformers model in memory. objective: Perplexity, TaskMargin,
-    TaskAccuracy or KLDivergence. backend: "generic" runs any family by transformers' own code, "fused" the Llama-like
-    ones on fused operators, "auto" the fused path where it is the faster; `self.backend` says which one runs.
+    TaskLikelihood, TaskAccuracy or KLDivergence.
+    backend: "generic" runs any family by transformers' own code, "fused" the Llama-like ones on fused operators,
+    "auto" the fused path where it is the faster; `self.backend` says which one runs.
     cache_bytes: byte budget of the activations (4 GiB on a CPU, 16 GiB on a GPU by default); it decides how many
     tokens run at once. store: file of finished scores (or a ScoreStore); what is in it is not computed again.
     granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).

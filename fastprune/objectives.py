@@ -7,6 +7,8 @@ over each continuation, float64[N, C], and all that follows here is small and pl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .calibration import Tasks, TokenBatch
@@ -18,10 +20,14 @@ class Objective:
 
     batch: the tokens. measure: "nll" or "kl". sample int64[C]: the sample of each continuation, ascending.
     weight float64[C] as above. sample_weight float64[S]: the loss is the sum of sample_weight_s * L_s.
+    data: "text" or "tasks", what its calibration file holds. differentiable: whether it has a gradient at the dense
+    model that says something.
     """
 
     name: str
+    data = "text"
     measure = "nll"
+    differentiable = True
     batch: TokenBatch
     sample: np.ndarray
     weight: np.ndarray
@@ -57,7 +63,9 @@ class Perplexity(Objective):
     def __init__(self, batch: TokenBatch):
         self.batch = _check_batch(batch, type(self))
         if self.batch.row_is_tree.any():
-            raise InputError("Perplexity takes plain text; for questions use TaskMargin or TaskAccuracy")
+            raise InputError(
+                "Perplexity takes plain text; for questions use TaskMargin, TaskLikelihood or TaskAccuracy"
+            )
         self._average(self.batch.target_counts)
 
     def _average(self, counts: np.ndarray) -> None:
@@ -75,6 +83,7 @@ class KLDivergence(Perplexity):
 
     name = "kl"
     measure = "kl"
+    differentiable = False  # the gradient vanishes at the dense model, where the divergence is least
 
     def __init__(self, batch: TokenBatch | Tasks):
         batch = _check_batch(batch.batch if isinstance(batch, Tasks) else batch, type(self))
@@ -87,42 +96,78 @@ class TaskMargin(Objective):
 
     ll of a choice is the mean (normalization="mean") or the sum ("sum") of log p over its tokens, given the
     prompt and the choice's earlier tokens. A sample is a question. Lower is better.
+
+    weighting="question" gives every question the same weight; "choices" weighs one of C choices by C - 1, as that
+    paper's code does by summing (C - 1) ll(correct) - sum ll(wrong). The sum is divided by the sum of C - 1, so that
+    the loss is a mean, comparable with the other, and equal to it where all questions have as many choices.
     """
 
     name = "margin"
+    data = "tasks"
 
-    def __init__(self, tasks: Tasks, normalization: str = "mean"):
+    def __init__(self, tasks: Tasks, normalization: str = "mean", weighting: str = "question"):
         tasks = _check_tasks(tasks, type(self))
-        if normalization not in ("mean", "sum"):
-            raise InputError(f'normalization must be "mean" or "sum", not {normalization!r}')
-        self.tasks, self.normalization = tasks, normalization
+        _check_choice("normalization", normalization, ("mean", "sum"))
+        _check_choice("weighting", weighting, ("question", "choices"))
+        self.tasks, self.normalization, self.weighting = tasks, normalization, weighting
         self.batch, self.sample = tasks.batch, tasks.question
-        wrong = (np.bincount(tasks.question) - 1)[tasks.question]
-        self.weight = -1 / wrong
+        wrong = np.bincount(tasks.question) - 1
+        self.weight = -1 / wrong[tasks.question]
         self.weight[tasks.answer] = 1
         if normalization == "mean":
             self.weight = self.weight / self.batch.target_counts
+        share = wrong if weighting == "choices" else np.ones(tasks.num_questions)
+        self.sample_weight = share / share.sum()
+
+    @property
+    def content_hash(self) -> str:
+        return f"{self.tasks.content_hash}-{self.normalization}-{self.weighting}"
+
+
+class TaskLikelihood(Objective):
+    """Minus the mean over questions of ll(correct), ll as in TaskMargin (PuDDing's other loss, arXiv 2502.04348).
+
+    Wrong choices are not run. A sample is a question.
+    """
+
+    name = "likelihood"
+    data = "tasks"
+
+    def __init__(self, tasks: Tasks, normalization: str = "mean"):
+        tasks = _check_tasks(tasks, type(self))
+        _check_choice("normalization", normalization, ("mean", "sum"))
+        self.tasks, self.normalization = tasks, normalization
+        self.batch = TokenBatch.from_continuations([[_sequence(tasks.batch, answer)] for answer in tasks.answer])
+        self.sample = np.arange(tasks.num_questions)
+        self.weight = 1 / self.batch.target_counts if normalization == "mean" else np.ones(tasks.num_questions)
         self.sample_weight = np.full(tasks.num_questions, 1 / tasks.num_questions)
 
     @property
     def content_hash(self) -> str:
-        return f"{self.tasks.content_hash}-{self.normalization}"
+        return f"{self.batch.content_hash}-{self.normalization}"
 
 
 class TaskAccuracy(Objective):
     """1 - accuracy: the share of questions whose most likely choice is wrong; ties go to the lower index.
 
-    normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness), "bytes" divides each by
-    its choice's length in bytes (`acc_norm`), "mean" by its number of tokens. A sample is a question (0 or 1).
+    normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness); "characters" divides each by
+    its choice's length in characters (`acc_norm`), "bytes" by that in UTF-8 bytes (`acc_bytes`), leading spaces
+    included; "mean" by its number of tokens. A sample is a question (0 or 1).
     """
 
     name = "accuracy"
+    data = "tasks"
+    differentiable = False
 
     def __init__(self, tasks: Tasks, normalization: str = "sum"):
         tasks = _check_tasks(tasks, type(self))
-        lengths = {"sum": 1, "bytes": tasks.choice_bytes, "mean": tasks.batch.target_counts}
-        if normalization not in lengths:
-            raise InputError(f'normalization must be "sum", "bytes" or "mean", not {normalization!r}')
+        lengths = {
+            "sum": 1,
+            "characters": tasks.choice_characters,
+            "bytes": tasks.choice_bytes,
+            "mean": tasks.batch.target_counts,
+        }
+        _check_choice("normalization", normalization, lengths)
         self.tasks, self.normalization = tasks, normalization
         self.batch, self.sample = tasks.batch, tasks.question
         self.weight = np.ones(len(tasks.question)) / lengths[normalization]
@@ -144,13 +189,24 @@ class TaskAccuracy(Objective):
         return losses
 
 
-OBJECTIVES = {objective.name: objective for objective in (Perplexity, TaskMargin, TaskAccuracy, KLDivergence)}
+OBJECTIVES = {
+    objective.name: objective for objective in (Perplexity, TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence)
+}
 
 
 def _sum_by_sample(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
     """Sums of values [N, C] over the continuations of each sample, [N, S]."""
     starts = np.flatnonzero(np.diff(sample, prepend=-1))
     return np.add.reduceat(values, starts, axis=1)
+
+
+def _sequence(batch: TokenBatch, continuation: int) -> tuple[np.ndarray, int]:
+    """The tokens of one continuation, trunk included, and where its targets begin."""
+    row = batch.continuation_row[continuation]
+    number = continuation - np.searchsorted(batch.continuation_row, row) + 1  # of its branch
+    inside = slice(batch.row_starts[row], batch.row_starts[row + 1])
+    ids = batch.ids[inside][np.isin(batch.branch[inside], (0, number))]
+    return ids, len(ids) - int(batch.target_counts[continuation])
 
 
 def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
@@ -167,6 +223,11 @@ def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
         target_continuation=np.searchsorted(batch.row_starts, source, side="right") - 1,
         continuation_row=rows,
     )
+
+
+def _check_choice(name: str, value, choices: Iterable[str]) -> None:
+    if value not in (*choices,):
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_batch(batch, objective: type) -> TokenBatch:

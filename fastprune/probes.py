@@ -12,7 +12,7 @@ from .chunks import Chunk, make_chunk
 from .errors import InputError
 from .models import Model
 from .models.stand_ins import HalfBlock, hidden_of
-from .objectives import KLDivergence, Objective, TaskAccuracy
+from .objectives import Objective
 
 TOKENS_AT_ONCE = 256  # positions whose states of all depths are compared, or whose logits are differentiated, together
 
@@ -45,10 +45,11 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
     """dL_s/da_i, float64[S, U], one sample at a time: the states before each block are kept, and the blocks are run
     again backwards, one at a time, so that the graph of one block is the most that is held.
     """
-    if isinstance(objective, TaskAccuracy):
-        raise InputError("unit gradients need a differentiable objective; TaskAccuracy has none, use TaskMargin")
-    if isinstance(objective, KLDivergence):
-        raise InputError("the gradient of KLDivergence vanishes at the dense model; use Perplexity or TaskMargin")
+    if not objective.differentiable:
+        raise InputError(
+            f"unit gradients need a gradient at the dense model, which {type(objective).__name__} has not; "
+            "use Perplexity, TaskMargin or TaskLikelihood"
+        )
     model.require("sublayer")
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)

@@ -24,7 +24,7 @@ from .masks import from_removed
 from .models import Model
 from .objectives import Objective
 from .records import check_folder, write_json
-from .search import check_algorithm, require_sklearn, run_search
+from .search import check_algorithm, find_algorithm, require_sklearn, run_search
 from .search.similarity import cluster_units, clusters_for, redundancy_score
 from .store import ScoreStore
 
@@ -203,10 +203,12 @@ class _Evaluators:
                 for algorithm in algorithms:
                     chosen, values = check_algorithm(algorithm, options.get(algorithm, {}))
                     if chosen.check_size:
-                        chosen.check_size(units, num_remove, **values)
+                        chosen.check_size(units, num_remove, self._options.get("granularity", "block"), **values)
         for (_, label), objective in self._objectives.items():
-            if "cbo" in algorithms and objective.name in ("kl", "accuracy"):
-                raise InputError(f"cbo needs gradients, which the objective {label!r} ({objective.name}) has not")
+            for algorithm in algorithms:
+                if find_algorithm(algorithm).needs_gradients and not objective.differentiable:
+                    name = f"{label!r} ({objective.name})"
+                    raise InputError(f"{algorithm} needs gradients, which the objective {name} has not")
 
     def try_all(self) -> None:
         """Make every evaluator once, and keep none: data or options that do not fit a model are found now."""

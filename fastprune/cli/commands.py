@@ -12,7 +12,7 @@ from rich.table import Table
 from ..errors import InputError
 from ..masks import check_removed, from_removed, load_masks, to_removed
 from ..records import refuse_existing, write_json, write_jsonl
-from .options import Units, evaluates, model_options, naming, open_model, out, say, split_option
+from .options import Protected, Units, evaluates, model_options, naming, open_model, out, say, split_option
 
 
 @click.command()
@@ -116,14 +116,19 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
 @click.option("--algorithm", default="beam", show_default=True, help="A name that `fastprune algorithms` lists.")
 @click.option("--num-remove", type=click.IntRange(min=0), required=True, help="How many units to remove.")
 @click.option("--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5.")
-@click.option("--protect", type=Units(), default="", help="Units that must stay, such as 0,1 or 0-3.")
+@click.option(
+    "--protect",
+    type=Protected(),
+    default="",
+    help="Units that must stay, such as 0,1 or 0-3, or what a method never removes: sleb or shortened-llama.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", "out_dir", help="Write result.json into this folder.")
 @evaluates
 def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir) -> None:
     """Search MODEL for the units whose removal hurts least."""
     from ..report import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
-    from ..search import check_algorithm, run_search
+    from ..search import check_algorithm, protected_units, run_search
 
     given = dict(split_option(text) for text in options)
     check_algorithm(algorithm, given)
@@ -133,7 +138,7 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
             refuse_existing(target)
     evaluator = make_evaluator()
     with naming("--protect"):
-        check_removed(protect, evaluator.num_units, "protected")
+        protected_units(protect, evaluator.num_units, evaluator.granularity)
     result = run_search(evaluator, algorithm, num_remove, seed, protect, **given)
     dense = format_dense(result.objective, evaluator.dense_loss)
     title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"

@@ -64,6 +64,22 @@ class Units(click.ParamType):
             return parse_removed(value)
 
 
+class Protected(Units):
+    """Unit indices, or the name of a preset, whose units are known once the model is."""
+
+    name = "units or preset"
+
+    def convert(self, value, parameter, context):
+        from ..search import PRESETS
+
+        if value in PRESETS:
+            return value
+        try:
+            return super().convert(value, parameter, context)
+        except InputError as error:
+            raise InputError(f"{error}; or one of the presets {', '.join(PRESETS)}") from None
+
+
 class Folder(click.ParamType):
     """A folder that can be written to, or be made."""
 
@@ -136,7 +152,9 @@ evaluator_settings = _group(
 )
 
 _objective_options = _group(
-    click.option("--objective", default="perplexity", show_default=True, help="perplexity, margin, accuracy or kl."),
+    click.option(
+        "--objective", default="perplexity", show_default=True, help="perplexity, margin, likelihood, accuracy or kl."
+    ),
     click.option("--calibration", help="Text or questions to score on; the demo model has its own."),
     click.option(
         "--store",
@@ -201,7 +219,7 @@ def check_calibration(model: str, objective: str, calibration: str | None) -> st
     if objective not in OBJECTIVES:
         raise InputError(f"--objective: unknown objective {objective!r}; {nearest(objective, OBJECTIVES)}")
     if calibration is None and model == "demo":
-        return str(demo.QUESTIONS if objective in ("margin", "accuracy") else demo.TEXT)
+        return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
     if calibration is None:
         raise InputError("--calibration: name a file of text or questions to score on")
     if not Path(calibration).is_file():
@@ -217,7 +235,7 @@ def open_objective(name: str, calibration: str, num_samples: int | None, seq_len
     from ..objectives import OBJECTIVES
 
     objective = OBJECTIVES[name]
-    if name in ("margin", "accuracy"):
+    if objective.data == "tasks":
         return objective(load_tasks(calibration, model.tokenizer, limit=num_samples))
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
         is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written

@@ -35,7 +35,7 @@ DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stay
     "--objective",
     "objectives",
     multiple=True,
-    help="perplexity, margin, accuracy or kl, as NAME=FILE or, to use one several times, LABEL:NAME=FILE. "
+    help="perplexity, margin, likelihood, accuracy or kl, as NAME=FILE or, to use one several times, LABEL:NAME=FILE. "
     "The demo model has files of its own.",
 )
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")

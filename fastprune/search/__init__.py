@@ -2,21 +2,24 @@
 
 # Importing a family registers its algorithms, in the order in which they are listed.
 # isort: off
-from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, similarity, enumeration
+from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, similarity, enumeration
 
 # isort: on
+from .protect import PRESETS, protected_units
 from .registry import ALGORITHMS, check_algorithm, describe_algorithms, find_algorithm, require_sklearn
 from .run import Search, SearchResult, run_search
 
-FAMILIES = (one_shot, beam, evolution, bayesian, quadratic, fast_block_select, similarity, enumeration)
+FAMILIES = (one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, similarity, enumeration)
 
 __all__ = [
     "ALGORITHMS",
+    "PRESETS",
     "Search",
     "SearchResult",
     "check_algorithm",
     "describe_algorithms",
     "find_algorithm",
+    "protected_units",
     "require_sklearn",
     "run_search",
 ]

@@ -26,7 +26,7 @@ def contiguous(search: Search) -> None:
     search.score(windows(search.candidates, search.num_remove))
 
 
-def _few_enough(candidates: int, num_remove: int, max_masks: int) -> None:
+def _few_enough(candidates: int, num_remove: int, granularity: str, max_masks: int) -> None:
     total = math.comb(candidates, num_remove)
     if total > max_masks:
         raise InputError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated
+
 import numpy as np
 
+from ..errors import InputError
 from . import draws
 from .prior import Prior
-from .registry import Count, CountOrAuto, Share, algorithm
+from .registry import Allowed, Count, CountOrAuto, Share, algorithm
 from .run import Removed, Search
 
 
@@ -69,7 +73,15 @@ def _child(search: Search, prior: Prior, members: list[Removed], tournament: int
     return draws.as_removed(child)
 
 
-@algorithm
+def _halves_to_remove(candidates: int, num_remove: int, granularity: str, flips: str, **options) -> None:
+    if granularity == "sublayer" and flips == "published" and num_remove % 2:
+        raise InputError(
+            f"evopress removes as many attentions as MLPs: num_remove must be even, not {num_remove}, "
+            "or set its option flips=free"
+        )
+
+
+@algorithm(check_size=_halves_to_remove)
 def evopress(
     search: Search,
     initial: Count = 64,
@@ -80,12 +92,19 @@ def evopress(
     first_tokens: Count = 2048,
     final_tokens: Count = 32768,
     generations: CountOrAuto = 0,
+    flips: Annotated[str, Allowed(choices=("published", "free"))] = "published",
 ) -> None:
     """Mutate one parent; select among its children in two steps, on few and then on many fresh tokens.
 
     The best of `initial` uniform subsets is the first parent. Each generation makes `offspring` distinct children,
-    each by min(U{1..max_swaps}, U{1..max_swaps}) swaps of a removed and a kept unit. The best first_survivors on
-    first_tokens meet their parent on final_tokens, and the best is the next parent. The original fitness is KL.
+    each by n = min(U{1..max_swaps}, U{1..max_swaps}) flips. The best first_survivors on first_tokens meet their
+    parent on final_tokens, and the best is the next parent. The original fitness is KL.
+
+    A flip draws a type, attention or MLP, with equal odds, and swaps a removed and a kept unit of that type; a later
+    flip may undo an earlier one. Of sublayers, half of what is removed are attentions, from the first subset on.
+    Of blocks, flips that draw the MLP are discarded: Binomial(n, 1/2) remain. A child that equals its parent is drawn
+    again, and a type with nothing left to swap is not flipped. With flips=free a child swaps n pairs of different
+    units, of whatever type, and sublayers are removed in any mix.
 
     Every step draws whole samples afresh, without repetition, until they hold its tokens. Where the calibration set
     holds fewer, it takes all: the fitness is then the loss itself, a later step of the same kind costs nothing, and
@@ -101,19 +120,52 @@ def evopress(
         first_survivors: children that pass the first step.
         first_tokens: tokens of the first step.
         final_tokens: tokens of the second step.
-        generations: generations; 0 for int(k (U - k) / 1.5), U counting the units that may go.
+        generations: generations; 0 for int(k (U - k) / 1.5), U units that may go (of sublayers: k/2 and U/2).
+        flips: published, or free: of any type, and always of different units.
     """
-    k = search.num_remove
-    (parent,) = _select(search, draws.uniform(search, initial), initial_tokens, 1)
-    for _ in range(generations or int(k * (len(search.candidates) - k) / 1.5)):
-        children = draws.distinct(
-            lambda subset=parent: draws.swapped(search, subset, search.rng.integers(1, max_swaps + 1, 2).min()),
-            offspring,
-            known=[parent],
-        )
+    k, size = search.num_remove, len(search.candidates)
+    if flips == "published" and search.evaluator.granularity == "sublayer":
+        types = [[unit for unit in search.candidates if unit % 2 == half] for half in (0, 1)]  # attentions, MLPs
+        first = draws.distinct(lambda: _balanced(search, types), initial)
+        k, size = k // 2, size / 2
+    else:
+        types = search.candidates, []  # a flip of a block's MLP changes nothing: attention and MLP are tied
+        first = draws.uniform(search, initial)
+    (parent,) = _select(search, first, initial_tokens, 1)
+
+    def child() -> Removed:
+        count = search.rng.integers(1, max_swaps + 1, 2).min()
+        return draws.swapped(search, parent, count) if flips == "free" else _flipped(search, parent, count, types)
+
+    for _ in range(generations or int(k * (size - k) / 1.5)):
+        children = draws.distinct(child, offspring, known=[parent])
         survivors = _select(search, children, first_tokens, first_survivors) if children else []
         (parent,) = _select(search, [*survivors, parent], final_tokens, 1)
     search.score([parent])
+
+
+def _balanced(search: Search, types: Sequence[Sequence[int]]) -> Removed:
+    """As many units of each type, uniform. Raises InputError where protection leaves too few of one."""
+    share = search.num_remove // len(types)
+    for units, name in zip(types, ("attentions", "MLPs")):
+        if len(units) < share:
+            raise InputError(
+                f"evopress removes as many attentions as MLPs, but only {len(units)} {name} are not protected, "
+                f"below {share}: lower num_remove, protect fewer, or set its option flips=free"
+            )
+    return draws.as_removed(unit for units in types for unit in search.rng.choice(units, share, replace=False))
+
+
+def _flipped(search: Search, subset: Removed, count: int, types: Sequence[Sequence[int]]) -> Removed:
+    """The subset after `count` flips, one after the other, each within one of the two types; an empty one flips not."""
+    removed = {*subset}
+    for _ in range(count):
+        units = types[search.rng.integers(2)]
+        out, into = [unit for unit in units if unit in removed], [unit for unit in units if unit not in removed]
+        if out and into:
+            removed.remove(search.rng.choice(out))
+            removed.add(search.rng.choice(into))
+    return draws.as_removed(removed)
 
 
 def _select(search: Search, subsets: list[Removed], tokens: int, survivors: int) -> list[Removed]:

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 
 from .draws import as_removed
+from .one_shot import lowest
 from .registry import Count, algorithm
 from .run import Removed, Search
 
@@ -30,7 +31,7 @@ def fast_block_select(search: Search, max_run: Count = 4, pool: Count = 5, round
     """
     singles = search.score([(unit,) for unit in search.candidates])
     loss_of = dict(zip(search.candidates, singles.tolist()))
-    removed = as_removed(search.candidates[i] for i in singles.argsort(kind="stable")[: search.num_remove])
+    removed = lowest(search, singles)
     for _ in range(rounds):
         exchanges = _exchanges(search, removed, loss_of, max_run, pool)
         current, *losses = search.score([removed, *(_exchange(removed, *runs) for runs in exchanges)])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from .draws import as_removed
 from .registry import algorithm
-from .run import Search
+from .run import Removed, Search
 
 
 @algorithm
@@ -13,6 +16,9 @@ def one_shot(search: Search) -> None:
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: U + 1.
     """
-    singles = search.score([(unit,) for unit in search.candidates])
-    order = singles.argsort(kind="stable")[: search.num_remove]
-    search.score([tuple(search.candidates[i] for i in order)])
+    search.score([lowest(search, search.score([(unit,) for unit in search.candidates]))])
+
+
+def lowest(search: Search, values: np.ndarray) -> Removed:
+    """The full budget of the candidates whose values [candidates] are lowest; ties go to the lowest index."""
+    return as_removed(search.candidates[i] for i in values.argsort(kind="stable")[: search.num_remove])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .draws import as_removed
+from .one_shot import lowest
 from .run import Removed, Search
 
 UNLIKELY = 50.0  # in log weight, below the least likely of the rest: drawn when nothing else is left
@@ -43,8 +44,7 @@ class Prior:
 
     def one_shot(self) -> Removed:
         """The full budget of units with the lowest d_i; ties go to the lowest index."""
-        order = np.argsort(self.singles, kind="stable")[: self.search.num_remove]
-        return as_removed(self.search.candidates[i] for i in order)
+        return lowest(self.search, self.singles)
 
     def sums(self, subsets: Iterable[Removed]) -> np.ndarray:
         """The sum of d_i over each subset, float64[N]."""

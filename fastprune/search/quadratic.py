@@ -17,7 +17,7 @@ from .registry import Allowed, Count, algorithm
 from .run import Removed, Search
 
 
-def _solvable(candidates: int, num_remove: int, **options) -> None:
+def _solvable(candidates: int, num_remove: int, granularity: str, **options) -> None:
     if candidates > MAX_VARIABLES:
         raise InputError(
             f"cbo and surrogate solve for at most {MAX_VARIABLES} units exactly, but {candidates} may be removed: "
@@ -25,7 +25,7 @@ def _solvable(candidates: int, num_remove: int, **options) -> None:
         )
 
 
-@algorithm(check_size=_solvable)
+@algorithm(check_size=_solvable, needs_gradients=True)
 def cbo(search: Search, num_states: Count = 10, rescore: bool = True, first_order: bool = False) -> None:
     """Remove the k units of lowest energy z^T H z, z_i = 1 where removed, H the Fisher matrix of branch scales.
 

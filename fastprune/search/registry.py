@@ -58,7 +58,8 @@ class Option:
 class Algorithm:
     """A registered search: its function, and its options.
 
-    check_size(candidates, num_remove, **options) raises InputError for a problem that is too large for it.
+    check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that it cannot take.
+    needs_gradients: of the objective at the dense model (Objective.differentiable).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Algorithm:
     options: Mapping[str, Option]
     check_size: Callable[..., None] | None
     needs_sklearn: bool
+    needs_gradients: bool
 
     def describe(self) -> dict:
         """Plain values: name, summary, source, cost, and for each option its name, type, default and meaning."""
@@ -130,13 +132,15 @@ def algorithm(
     name: str | None = None,
     check_size: Callable[..., None] | None = None,
     needs_sklearn: bool = False,
+    needs_gradients: bool = False,
 ) -> Callable:
     """Register a search under its function's name, or another; its keyword parameters are its options.
 
     What an option may be stands in its annotation: `trials: Count`, `variant: Annotated[str, Allowed(...)]`.
     """
     if function is None:
-        return partial(algorithm, name=name, check_size=check_size, needs_sklearn=needs_sklearn)
+        given = {"check_size": check_size, "needs_sklearn": needs_sklearn, "needs_gradients": needs_gradients}
+        return partial(algorithm, name=name, **given)
     name = name or function.__name__
     types = typing.get_type_hints(function, include_extras=True)
     _, *parameters = inspect.signature(function).parameters.values()
@@ -145,7 +149,7 @@ def algorithm(
         annotation = types[parameter.name]
         (allowed,) = getattr(annotation, "__metadata__", (None,))
         options[parameter.name] = Option(getattr(annotation, "__origin__", annotation), parameter.default, allowed)
-    ALGORITHMS[name] = Algorithm(name, function, options, check_size, needs_sklearn)
+    ALGORITHMS[name] = Algorithm(name, function, options, check_size, needs_sklearn, needs_gradients)
     return function
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..evaluator import Evaluator
-from ..masks import check_removed, from_removed
+from ..masks import from_removed
+from .protect import protected_units
 from .registry import check_algorithm
 
 Removed = tuple[int, ...]
@@ -24,10 +25,10 @@ class Search:
     randomness. evaluator: for the probes (similarity, unit gradients).
     """
 
-    def __init__(self, evaluator: Evaluator, num_remove: int, seed: int, protect: Iterable[int]):
+    def __init__(self, evaluator: Evaluator, num_remove: int, seed: int, protect: Iterable[int] | str):
         self.evaluator = evaluator
         self.num_units = evaluator.num_units
-        protected = check_removed(protect, self.num_units, "protected")
+        protected = protected_units(protect, self.num_units, evaluator.granularity)
         self.candidates = [unit for unit in range(self.num_units) if unit not in protected]
         self.num_remove = self._check_budget(num_remove)
         self.rng = np.random.default_rng(seed)
@@ -109,19 +110,20 @@ def run_search(
     algorithm: str,
     num_remove: int,
     seed: int = 0,
-    protect: Iterable[int] = (),
+    protect: Iterable[int] | str = (),
     **options,
 ) -> SearchResult:
     """Search for the num_remove units whose removal gives the lowest loss.
 
-    algorithm: a name of ALGORITHMS; options are its own. protect: units that must stay. Deterministic for a seed.
-    Raises InputError for an unknown algorithm or option and for a budget outside 0..U-1, ArithmeticError when no
-    subset has a finite loss.
+    algorithm: a name of ALGORITHMS; options are its own. protect: units that must stay, or the name of a preset,
+    "sleb" or "shortened-llama": what those methods never remove. Deterministic for a seed.
+    Raises InputError for an unknown algorithm, option or preset and for a budget outside 0..U-1, ArithmeticError when
+    no subset has a finite loss.
     """
     chosen, options = check_algorithm(algorithm, options)
     search = Search(evaluator, num_remove, seed, protect)
     if chosen.check_size:
-        chosen.check_size(len(search.candidates), search.num_remove, **options)
+        chosen.check_size(len(search.candidates), search.num_remove, evaluator.granularity, **options)
     before, started = vars(evaluator.stats).copy(), time.perf_counter()
     chosen.function(search, **options)
     best = search.best()

@@ -75,7 +75,7 @@ def test_score_reads_mask_files(run, checkpoint, text_file, tmp_path, evaluator,
     assert losses == evaluator.score(fp.from_removed(subsets, 5)).tolist()
 
 
-@pytest.mark.parametrize("objective", ["margin", "accuracy", "kl"])
+@pytest.mark.parametrize("objective", ["margin", "likelihood", "accuracy", "kl"])
 def test_score_under_every_objective(run, checkpoint, text_file, questions, objective):
     calibration = text_file if objective == "kl" else questions
     extra = ("--num-samples", 4, "--seq-len", 16) if objective == "kl" else ()
@@ -111,6 +111,9 @@ def test_sublayer_search_and_protection(run, checkpoint, text_file):
     assert not {0, 9} & set(removed)
     names = [f"{('attn', 'mlp')[unit % 2]} {unit // 2}" for unit in removed]
     assert f"sublayers: {', '.join(names)}" in out
+    status, out, _ = run("search", checkpoint, "--num-remove", 2, "--protect", "sleb", *arguments)
+    assert status == 0
+    assert not {0, 1, 8, 9} & set(parse_removed(out.split("removed: ")[1].splitlines()[0]))
     status, out, _ = run("score", checkpoint, "--removed", "1,4", *arguments)
     assert status == 0
     assert "mlp 0, attn 2" in out

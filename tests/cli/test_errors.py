@@ -50,6 +50,7 @@ def test_removed_units(score, fails, checkpoint, text_file, tmp_path):
     search = ("search", checkpoint, "--calibration", text_file, "--num-samples", 2, "--seq-len", 16, "--num-remove", 1)
     assert "--protect: protected unit 5 is out of range" in fails(*search, "--protect", "5")
     assert "--protect: units must be integers" in fails(*search, "--protect", "one")
+    assert "or one of the presets sleb, shortened-llama" in fails(*search, "--protect", "one")
     assert "out of range" in fails("export", checkpoint, "--removed", "7", "--out", tmp_path / "x")
     assert "nothing to export" in fails("export", checkpoint, "--removed", "0,1,2,3,4", "--out", tmp_path / "x")
 

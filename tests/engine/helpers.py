@@ -40,6 +40,7 @@ def make_tasks(vocab_size: int, shapes, seed: int = 0) -> fp.Tasks:
         batch=fp.TokenBatch.from_continuations(rows),
         question=np.repeat(np.arange(len(counts)), counts),
         answer=np.concatenate([[0], np.cumsum(counts)[:-1]]) + [rng.integers(n) for n in counts],
+        choice_characters=np.array([2 * n for _, lengths in shapes for n in lengths]),
         choice_bytes=np.array([3 * n for _, lengths in shapes for n in lengths]),
     )
 

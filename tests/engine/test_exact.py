@@ -116,6 +116,7 @@ def make_tasks(vocab_size: int, seed: int = 0) -> tuple[fp.Tasks, list[list[tupl
         batch=fp.TokenBatch.from_continuations(arrays),
         question=np.repeat(np.arange(len(counts)), counts),
         answer=first + [rng.integers(n) for n in counts],
+        choice_characters=np.array([n - s for q in questions for ids, s in q for n in [len(ids) + 1]]),
         choice_bytes=np.array([n - s for q in questions for ids, s in q for n in [len(ids) + 2]]),
     )
     return tasks, questions
@@ -232,7 +233,18 @@ def test_task_margin(family, normalization):
 
 
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
-@pytest.mark.parametrize("normalization", ["sum", "bytes", "mean"])
+def test_task_likelihood(family):
+    hf = build(family)
+    tasks, questions = make_tasks(hf.config.vocab_size)
+    ev = fp.Evaluator(hf, fp.TaskLikelihood(tasks))
+    masks = some_masks(ev.num_units, 20, seed=7)
+    for mask, found in zip(masks, ev.score_samples(masks), strict=True):
+        nll = [tokens.mean() for tokens in reference_choice_nll(reference_model(hf, mask), questions)]
+        np.testing.assert_allclose(found, np.array(nll)[tasks.answer], rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
+@pytest.mark.parametrize("normalization", ["sum", "characters", "bytes", "mean"])
 def test_task_accuracy(family, normalization):
     hf = build(family)
     tasks, questions = make_tasks(hf.config.vocab_size)
@@ -243,7 +255,8 @@ def test_task_accuracy(family, normalization):
     for mask, found, loss in zip(masks, samples, losses, strict=True):
         ll = np.array([-nll.sum() for nll in reference_choice_nll(reference_model(hf, mask), questions)])
         counts = [len(ids) - start for question in questions for ids, start in question]
-        ll = ll / {"sum": 1, "bytes": tasks.choice_bytes, "mean": np.array(counts)}[normalization]
+        lengths = {"characters": tasks.choice_characters, "bytes": tasks.choice_bytes, "mean": np.array(counts)}
+        ll = ll / lengths.get(normalization, 1)
         expected = []
         for q, right in enumerate(tasks.answer):
             of_question = np.flatnonzero(tasks.question == q)
@@ -263,6 +276,7 @@ def test_ties_go_to_the_lower_index():
         batch=fp.TokenBatch.from_continuations(rows),
         question=np.repeat([0, 1], 3),
         answer=np.array([0, 4]),
+        choice_characters=np.ones(6, dtype=int),
         choice_bytes=np.ones(6, dtype=int),
     )
     ev = fp.Evaluator(hf, fp.TaskAccuracy(tasks, normalization="mean"))

@@ -309,7 +309,8 @@ def test_questions_are_split_as_the_harness_does(tmp_path, adds_bos):
             assert sequence[start:] == continuation, (question, choice)
             assert tokenizer.decode(sequence, skip_special_tokens=True) == question["prompt"] + choice
             assert tasks.question[number] == q
-            assert tasks.choice_bytes[number] == len(choice.lstrip(" ").encode())
+            assert tasks.choice_characters[number] == len(choice)
+            assert tasks.choice_bytes[number] == len(choice.encode())
             number += 1
     assert number == len(tasks.question)
 

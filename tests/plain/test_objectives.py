@@ -26,6 +26,7 @@ def make_tasks(answers=(1, 0, 3)) -> fp.Tasks:
         batch=fp.TokenBatch.from_continuations(rows),
         question=np.repeat(np.arange(3), counts),
         answer=np.concatenate([[0], np.cumsum(counts)[:-1]]) + answers,
+        choice_characters=np.array([4, 8, 2, 1, 5, 3, 2, 5, 4]),
         choice_bytes=np.array([4, 9, 2, 1, 7, 3, 3, 5, 8]),
     )
 
@@ -64,12 +65,59 @@ def test_margin(normalization):
     np.testing.assert_allclose(objective.loss(sums), expected.mean(1), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("normalization", ["mean", "sum", "bytes"])
+def test_margin_weighted_by_choices():
+    """The sum of (C - 1) ll(correct) - sum ll(wrong) over questions, divided by the sum of C - 1."""
+    tasks, sums = make_tasks(), nll(9)
+    objective = fp.TaskMargin(tasks, weighting="choices")
+    expected = np.zeros(40)
+    for i, row in enumerate(sums):
+        for values, right in by_question(tasks, -row / tasks.batch.target_counts):
+            expected[i] -= (len(values) - 1) * values[right] - np.delete(values, right).sum()
+    wrong = sum(len(choices) - 1 for _, choices in SHAPES)
+    np.testing.assert_allclose(objective.loss(sums), expected / wrong, rtol=1e-12, atol=1e-13)
+    plain = fp.TaskMargin(tasks)
+    assert np.array_equal(objective.sample_losses(sums), plain.sample_losses(sums))
+    assert not np.allclose(objective.loss(sums), plain.loss(sums))
+
+
+@pytest.mark.parametrize("normalization", ["mean", "sum"])
+def test_likelihood_runs_right_choices_alone(normalization):
+    tasks = make_tasks()
+    objective = fp.TaskLikelihood(tasks, normalization=normalization)
+    right = [choices[answer] for (_, choices), answer in zip(SHAPES, (1, 0, 3))]
+    assert objective.batch.target_counts.tolist() == right
+    assert objective.batch.row_lengths.tolist() == [prompt + n for (prompt, _), n in zip(SHAPES, right)]
+    whole = tasks.batch
+    for continuation, answer in enumerate(tasks.answer):
+        expected = whole.target_token[whole.target_continuation == answer]
+        found = objective.batch.target_token[objective.batch.target_continuation == continuation]
+        assert found.tolist() == expected.tolist()
+    sums = nll(3)
+    expected = sums / (right if normalization == "mean" else 1)
+    np.testing.assert_allclose(objective.sample_losses(sums), expected, rtol=1e-14)
+    np.testing.assert_allclose(objective.loss(sums), expected.mean(1), rtol=1e-14)
+
+
+def test_every_objective_says_what_it_takes():
+    assert {name for name, objective in OBJECTIVES.items() if objective.data == "tasks"} == {
+        "margin",
+        "likelihood",
+        "accuracy",
+    }
+    assert {name for name, objective in OBJECTIVES.items() if not objective.differentiable} == {"accuracy", "kl"}
+
+
+@pytest.mark.parametrize("normalization", ["mean", "sum", "characters", "bytes"])
 def test_accuracy(normalization):
     tasks = make_tasks()
     objective = fp.TaskAccuracy(tasks, normalization=normalization)
     sums = nll(9)
-    lengths = {"mean": tasks.batch.target_counts, "sum": 1, "bytes": tasks.choice_bytes}[normalization]
+    lengths = {
+        "mean": tasks.batch.target_counts,
+        "sum": 1,
+        "characters": tasks.choice_characters,
+        "bytes": tasks.choice_bytes,
+    }[normalization]
     expected = np.array(
         [[float(values.argmin() != right) for values, right in by_question(tasks, row / lengths)] for row in sums]
     )
@@ -89,7 +137,14 @@ def test_ties_go_to_the_lower_index():
 def test_what_is_not_finite_stays_so(value):
     """A sample with a broken likelihood has no loss; the other samples keep theirs."""
     tasks, batch = make_tasks(), make_batch()
-    for objective in (fp.Perplexity(batch), fp.TaskMargin(tasks), fp.TaskAccuracy(tasks), fp.KLDivergence(batch)):
+    objectives = (
+        fp.Perplexity(batch),
+        fp.TaskMargin(tasks),
+        fp.TaskLikelihood(tasks),
+        fp.TaskAccuracy(tasks),
+        fp.KLDivergence(batch),
+    )
+    for objective in objectives:
         sums = nll(len(objective.sample))
         clean = objective.sample_losses(sums)
         sums[3, 2] = value
@@ -104,7 +159,14 @@ def test_what_is_not_finite_stays_so(value):
 
 def test_a_loss_does_not_depend_on_the_other_masks():
     tasks, batch = make_tasks(), make_batch()
-    for objective in (fp.Perplexity(batch), fp.TaskMargin(tasks), fp.TaskAccuracy(tasks), fp.KLDivergence(tasks)):
+    objectives = (
+        fp.Perplexity(batch),
+        fp.TaskMargin(tasks),
+        fp.TaskLikelihood(tasks),
+        fp.TaskAccuracy(tasks),
+        fp.KLDivergence(tasks),
+    )
+    for objective in objectives:
         sums = nll(len(objective.sample))
         whole = objective.loss(sums)
         for i in range(len(sums)):
@@ -115,7 +177,14 @@ def test_a_loss_does_not_depend_on_the_other_masks():
 
 def test_the_loss_is_the_weighted_sum_of_the_samples():
     tasks, batch = make_tasks(), make_batch()
-    for objective in (fp.Perplexity(batch), fp.TaskMargin(tasks), fp.TaskAccuracy(tasks), fp.KLDivergence(batch)):
+    objectives = (
+        fp.Perplexity(batch),
+        fp.TaskMargin(tasks),
+        fp.TaskLikelihood(tasks),
+        fp.TaskAccuracy(tasks),
+        fp.KLDivergence(batch),
+    )
+    for objective in objectives:
         sums = nll(len(objective.sample))
         np.testing.assert_allclose(
             objective.loss(sums), objective.sample_losses(sums) @ objective.sample_weight, rtol=1e-12
@@ -145,7 +214,11 @@ def test_names_and_hashes_tell_objectives_apart():
         fp.KLDivergence(tasks),
         fp.TaskMargin(tasks),
         fp.TaskMargin(tasks, normalization="sum"),
+        fp.TaskMargin(tasks, weighting="choices"),
+        fp.TaskLikelihood(tasks),
+        fp.TaskLikelihood(tasks, normalization="sum"),
         fp.TaskAccuracy(tasks),
+        fp.TaskAccuracy(tasks, normalization="characters"),
         fp.TaskAccuracy(tasks, normalization="bytes"),
         fp.TaskAccuracy(tasks, normalization="mean"),
         fp.TaskMargin(make_tasks((0, 1, 2))),
@@ -167,6 +240,9 @@ def test_names_and_hashes_tell_objectives_apart():
         (lambda: fp.TaskMargin(make_batch()), "TaskMargin takes Tasks.* not TokenBatch"),
         (lambda: fp.TaskAccuracy("tasks.jsonl"), "TaskAccuracy takes Tasks.* not str"),
         (lambda: fp.TaskMargin(make_tasks(), normalization="bytes"), "'bytes'"),
+        (lambda: fp.TaskMargin(make_tasks(), weighting=None), "weighting must be one of question, choices, not None"),
+        (lambda: fp.TaskLikelihood(make_batch()), "TaskLikelihood takes Tasks.* not TokenBatch"),
+        (lambda: fp.TaskLikelihood(make_tasks(), normalization="bytes"), "'bytes'"),
         (lambda: fp.TaskAccuracy(make_tasks(), normalization="acc"), "'acc'"),
     ],
 )

@@ -138,6 +138,7 @@ def _questions(count: int) -> fp.Tasks:
         batch=fp.TokenBatch.from_continuations(rows),
         question=np.repeat(np.arange(count), 3),
         answer=3 * np.arange(count) + 1,
+        choice_characters=np.full(3 * count, 4),
         choice_bytes=np.full(3 * count, 4),
     )
 

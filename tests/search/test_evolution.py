@@ -11,7 +11,7 @@ from synthetic import SyntheticEvaluator
 
 import fastprune as fp
 from fastprune.search import Search, draws
-from fastprune.search.evolution import _child
+from fastprune.search.evolution import _child, _flipped
 from fastprune.search.prior import LinearMean, Prior
 
 
@@ -136,3 +136,97 @@ def test_evopress_remembers_no_score_of_some_samples():
     result = fp.run_search(evaluator, "evopress", 3)
     assert evaluator.sample_calls
     assert all(loss == evaluator._loss(np.array(removed)) for removed, loss in result.history)
+
+
+def parents_of(monkeypatch, evaluator, k, **arguments) -> list[tuple[tuple[int, ...], list]]:
+    """Every (parent, its children) of an evopress search, from the subsets that it asks for."""
+    asked = []
+    score_samples = evaluator.score_samples
+    monkeypatch.setattr(
+        evaluator,
+        "score_samples",
+        lambda masks, samples: asked.append([fp.to_removed(mask) for mask in masks]) or score_samples(masks, samples),
+    )
+    fp.run_search(evaluator, "evopress", k, **arguments)
+    children, finals = asked[1::2], asked[2::2]
+    return [(final[-1], born) for final, born in zip(finals, children)]
+
+
+def swaps_law(k: int, kept: int, most: int = 3) -> np.ndarray:
+    """The share of children that differ from their parent in 1..most blocks, under the published flips.
+
+    n = min of two draws from 1..most; each flip is discarded with probability 1/2. With s swaps made, one more swaps
+    another pair with probability (k-s)(kept-s)/(k kept), undoes one with s^2/(k kept), and else replaces one.
+    """
+    step = np.zeros((most + 1, most + 1))
+    for s in range(most + 1):
+        up, down = max(k - s, 0) * max(kept - s, 0) / (k * kept), s * s / (k * kept)
+        for to, probability in ((s + 1, up / 2), (s - 1, down / 2), (s, 1 - (up + down) / 2)):
+            if 0 <= to <= most:
+                step[s, to] += probability
+    chance = [((most - n + 1) ** 2 - (most - n) ** 2) / most**2 for n in range(1, most + 1)]
+    law = sum(p * np.linalg.matrix_power(step, n)[0] for n, p in enumerate(chance, 1))
+    return law[1:] / law[1:].sum()
+
+
+@pytest.mark.parametrize(("k", "kept"), [(8, 24), (200, 200), (2, 5)])
+def test_published_flips_swap_as_many_blocks_as_the_law_says(k, kept):
+    search = Search(SyntheticEvaluator(k + kept), k, 3, ())
+    parent = tuple(range(0, k))
+    counts, total = np.zeros(4), 30_000
+    for _ in range(total):
+        flips = search.rng.integers(1, 4, 2).min()
+        counts[len({*_flipped(search, parent, flips, (search.candidates, []))} - {*parent})] += 1
+    law = swaps_law(k, kept)
+    expected = law * counts[1:].sum()
+    seen = expected > 0
+    assert not counts[1:][~seen].any()
+    assert ((counts[1:] - expected)[seen] ** 2 / expected[seen]).sum() < 20  # chi-square with 2 degrees: p < 5e-5
+    if k == 200:  # undoing is rare: the law of the flips alone, Binomial(n, 1/2) given at least one
+        np.testing.assert_allclose(law, np.array([35, 9, 1]) / 45, atol=0.01)
+
+
+def test_published_flips_keep_the_balance_of_attentions_and_mlps(monkeypatch):
+    evaluator = SyntheticEvaluator(16, seed=2, num_samples=64)
+    evaluator.granularity = "sublayer"
+    families = parents_of(monkeypatch, evaluator, 6, protect=(0, 5))
+    assert len(families) == int(3 * (7 - 3) / 1.5)
+    swapped = Counter()
+    for parent, children in families:
+        assert parent not in children
+        assert len(set(children)) == len(children)
+        for child in (parent, *children):
+            assert len(child) == 6
+            assert not {0, 5} & {*child}
+            assert sum(unit % 2 for unit in child) == 3
+        swapped.update(tuple(sorted(unit % 2 for unit in {*child} - {*parent})) for child in children)
+    assert {(0,), (1,), (0, 1)} <= {*swapped}
+
+
+def test_a_type_with_nothing_left_to_swap_is_not_flipped(monkeypatch):
+    evaluator = SyntheticEvaluator(8, num_samples=64)
+    evaluator.granularity = "sublayer"
+    for parent, children in parents_of(monkeypatch, evaluator, 4, protect=(0, 2)):  # attentions 4 and 6 must go
+        assert children
+        assert all({4, 6} <= {*child} for child in (parent, *children))
+
+
+def test_sublayers_that_cannot_be_balanced_are_refused_before_anything_is_scored():
+    evaluator = SyntheticEvaluator(8, num_samples=64)
+    evaluator.granularity = "sublayer"
+    with pytest.raises(fp.InputError, match=r"num_remove must be even, not 3, .*flips=free"):
+        fp.run_search(evaluator, "evopress", 3)
+    with pytest.raises(fp.InputError, match=r"only 1 attentions are not protected, below 2.*flips=free"):
+        fp.run_search(evaluator, "evopress", 4, protect=(0, 2, 4))
+    assert not evaluator.calls + evaluator.sample_calls
+    assert len(fp.run_search(evaluator, "evopress", 3, flips="free").removed) == 3
+
+
+def test_free_flips_swap_pairs_of_different_units_of_any_type(monkeypatch):
+    evaluator = SyntheticEvaluator(40, num_samples=64)
+    evaluator.granularity = "sublayer"
+    families = parents_of(monkeypatch, evaluator, 20, flips="free")
+    sizes = Counter(len({*child} - {*parent}) for parent, children in families for child in children)
+    shares = np.array([sizes[n] for n in (1, 2, 3)]) / sizes.total()
+    np.testing.assert_allclose(shares, np.array([5, 3, 1]) / 9, atol=0.03)
+    assert any(sum(unit % 2 for unit in parent) != 10 for parent, _ in families)

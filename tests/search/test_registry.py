@@ -58,6 +58,8 @@ def test_descriptions_are_read_from_docstrings():
         ("shortgpt", "variant", "code"),
         ("streamline", "variant", ""),
         ("random", "num_masks", 0),
+        ("shapley", "permutations", 0),
+        ("shapley", "depth", -1),
         ("surrogate", "initial", 1),
         ("surrogate", "patience", 0),
     ],
@@ -85,6 +87,10 @@ def test_a_field_too_large_to_enumerate_is_refused_before_anything_is_scored():
     with pytest.raises(fp.InputError, match=r"C\(9, 4\) = 126 subsets, above its option max_masks=125"):
         fp.run_search(evaluator, "exhaustive", 4, max_masks=125)
     assert not evaluator.calls
+
+
+def test_algorithms_that_need_gradients_say_so():
+    assert [name for name, known in ALGORITHMS.items() if known.needs_gradients] == ["cbo"]
 
 
 def test_protected_units_are_named_in_errors():

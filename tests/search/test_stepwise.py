@@ -74,3 +74,22 @@ def test_options_are_typed():
             fp.run_search(evaluator, "beam", 2, beam_width=wrong)
     with pytest.raises(fp.InputError, match="at least 1"):
         fp.run_search(evaluator, "beam", 2, beam_width=0)
+
+
+@pytest.mark.parametrize(("preset", "first", "last"), [("sleb", 1, 1), ("shortened-llama", 4, 2)])
+def test_presets_protect_the_blocks_that_a_method_never_removes(preset, first, last):
+    for granularity, halves in (("block", 1), ("sublayer", 2)):
+        evaluator = SyntheticEvaluator(10 * halves, seed=3)
+        evaluator.granularity = granularity
+        middle = range(first * halves, (10 - last) * halves)
+        result = fp.run_search(evaluator, "one_shot", 3, protect=preset)
+        assert {unit for removed, _ in result.history for unit in removed} == {*middle}
+        others = [unit for unit in range(evaluator.num_units) if unit not in middle]
+        assert result.history == fp.run_search(evaluator, "one_shot", 3, protect=others).history
+
+
+def test_presets_that_are_unknown_or_leave_too_little_are_refused():
+    with pytest.raises(fp.InputError, match="unknown preset 'slep' of protected units; did you mean 'sleb'"):
+        fp.run_search(SyntheticEvaluator(5), "one_shot", 1, protect="slep")
+    with pytest.raises(fp.InputError, match="num_remove is 1, but only 0 units are not protected"):
+        fp.run_search(SyntheticEvaluator(5), "one_shot", 1, protect="shortened-llama")

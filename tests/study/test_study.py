@@ -179,6 +179,9 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
     refused("above its option max_masks", ["exhaustive"], options={"exhaustive": {"max_masks": 5}})
     refused("num_remove 6 must be from 0 to 5", budgets=[1, 6])
     refused("backend", backend="nonsense")
+    refused("num_remove must be even", ["evopress"], [1], granularity="sublayer")
+    kl = {"divergence": lambda model: fp.KLDivergence(fp.TokenBatch.from_ids([[1, 2]]))}
+    refused(r"cbo needs gradients, which the objective 'divergence' \(kl\) has not", ["cbo"], objectives=kl)
     refused("vocabulary", objectives={"one": lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 97]]))})
     monkeypatch.setitem(sys.modules, "sklearn", None)
     refused("pip install 'fastprune")
