@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import InputError
 from ..masks import check_removed, from_removed, load_masks, to_removed
 from ..records import refuse_existing, write_json, write_jsonl
-from .options import Units, evaluates, model_options, naming, open_model, out, say, split_option
+from .options import Units, evaluates, model_options, naming, open_model, split_option
+from .output import printing, say
 
 
 @click.command()
@@ -46,7 +48,8 @@ def info(model, device, dtype, trust_remote_code) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, str(value))
-    out.print(table)
+    with printing():
+        say(table)
 
 
 @click.command()
@@ -58,16 +61,18 @@ def algorithms(names) -> None:
     """
     from ..search import ALGORITHMS, find_algorithm
 
-    for known in [find_algorithm(name) for name in names] or ALGORITHMS.values():
-        row = known.describe()
-        say(f"[bold]{row['name']}[/bold]  {escape(row['summary'])}")
-        if names and row["method"]:
-            say(f"\n{escape(row['method'])}\n")
-        say(f"    masks: {escape(row['cost'])}", style="dim")
-        say(f"    source: {escape(row['source'])}", style="dim")
-        for option in row["options"]:
-            kind = f"{option['type']}, {option['allowed']}" if option["allowed"] else option["type"]
-            say(escape(f"    {option['name']}={option['default']} ({kind}): {option['meaning']}"))
+    chosen = [find_algorithm(name) for name in names] or ALGORITHMS.values()
+    with printing():
+        for known in chosen:
+            row = known.describe()
+            say(Text.assemble((row["name"], "bold"), f"  {row['summary']}"))
+            if names and row["method"]:
+                say(f"\n{row['method']}\n")
+            say(f"    masks: {row['cost']}", style="dim")
+            say(f"    source: {row['source']}", style="dim")
+            for option in row["options"]:
+                kind = f"{option['type']}, {option['allowed']}" if option["allowed"] else option["type"]
+                say(f"    {option['name']}={option['default']} ({kind}): {option['meaning']}")
 
 
 @click.command()
@@ -82,8 +87,6 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
 
     A mask's score is the loss of the model without the units that it removes: lower is better.
     """
-    from ..report import format_loss, format_removed
-
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
     if masks_file and not Path(masks_file).is_file():
@@ -101,15 +104,10 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
     rows = [(to_removed(mask), loss) for mask, loss in zip(masks, losses)]
     if out_file:
         write_jsonl(Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows))
-    else:
-        in_nats = evaluator.objective.name == "perplexity"
-        halves = evaluator.granularity == "sublayer"
-        table = Table("removed", *["sublayers"] * halves, f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
-        for units, loss in rows:
-            names = [_names(evaluator, units)] * halves
-            table.add_row(format_removed(units), *names, format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
-        out.print(table)
-    _print_cost(evaluator, [len(units) for units, _ in rows])
+    with printing(out_file):
+        if not out_file:
+            say(_score_table(evaluator, rows))
+        _print_cost(evaluator, [len(units) for units, _ in rows])
 
 
 @click.command()
@@ -135,22 +133,23 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
     with naming("--protect"):
         check_removed(protect, evaluator.num_units, "protected")
     result = run_search(evaluator, algorithm, num_remove, seed, protect, **given)
-    dense = format_dense(result.objective, evaluator.dense_loss)
-    title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
-    row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
-    out.print(results_table(title, [row]))
-    note = " Under kl, runs include one pass of the whole model." if result.objective == "kl" else ""
-    say(f"{TABLE_NOTE}{note} {result.seconds:.1f} s.", style="dim")
-    pattern = (result.objective, algorithm, result.removed)
-    say(pattern_text([pattern], evaluator.num_units))
-    say(f"removed: {format_removed(result.removed)}")
-    if result.granularity == "sublayer":
-        say(f"sublayers: {_names(evaluator, result.removed)}")
     if target:
         names = [evaluator.unit_names[unit] for unit in result.removed]
         of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}
         write_json(target, {**result.to_dict(), **of})
-        say(f"written: {target}")
+    dense = format_dense(result.objective, evaluator.dense_loss)
+    title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
+    row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
+    kl = " Under kl, runs include one pass of the whole model." if result.objective == "kl" else ""
+    with printing(target):
+        say(results_table(title, [row]))
+        say(f"{TABLE_NOTE}{kl} {result.seconds:.1f} s.", style="dim")
+        say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
+        say(f"removed: {format_removed(result.removed)}")
+        if result.granularity == "sublayer":
+            say(f"sublayers: {_names(evaluator, result.removed)}")
+        if target:
+            say(f"written: {target}")
 
 
 @click.command()
@@ -178,7 +177,20 @@ def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
         check_removed(removed, opened.num_blocks)
     folder = write_checkpoint(opened, removed, out_dir)
     left, gone = opened.num_blocks - len(removed), format_removed(removed)
-    say(f"written: {folder} ({left} blocks of {opened.num_blocks}, without {gone})")
+    with printing(folder):
+        say(f"written: {folder} ({left} blocks of {opened.num_blocks}, without {gone})")
+
+
+def _score_table(evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:
+    from ..report import format_loss, format_removed
+
+    in_nats = evaluator.objective.name == "perplexity"
+    halves = evaluator.granularity == "sublayer"
+    table = Table("removed", *["sublayers"] * halves, f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
+    for units, loss in rows:
+        names = [_names(evaluator, units)] * halves
+        table.add_row(format_removed(units), *names, format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
+    return table
 
 
 def _print_cost(evaluator, sizes: list[int]) -> None:

@@ -8,20 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import InputError, nearest
 from ..masks import parse_removed
 from ..records import check_folder
-
-out = Console()
-err = Console(stderr=True)
-
-
-def say(text: str, style: str | None = None) -> None:
-    """Print a line of text; it is wrapped for a terminal only, so that a program reads it whole."""
-    out.print(text, style=style, highlight=False, soft_wrap=not out.is_terminal)
+from .output import progress_bar
 
 
 def _group(*options: Callable) -> Callable:
@@ -231,15 +222,3 @@ def split_option(text: str) -> tuple[str, str]:
     if not equals:
         raise InputError(f"--option takes NAME=VALUE, such as beam_width=5, not {text!r}")
     return name.strip().replace("-", "_"), value.strip()
-
-
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator:
-    """A callback (done, total) that moves a bar on stderr, from the first call of a run to its last."""
-    if quiet or not err.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("unit runs", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

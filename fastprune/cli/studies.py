@@ -13,16 +13,13 @@ from ..errors import InputError, nearest
 from .options import (
     Folder,
     check_calibration,
-    err,
     evaluator_settings,
     model_settings,
     open_model,
     open_objective,
-    out,
-    progress_bar,
-    say,
     split_option,
 )
+from .output import note, printing, progress_bar, say
 
 STUDIED = ("one_shot", "greedy", "beam", "genetic", "bayesian", "cbo", "fast_block_select")
 DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stays short
@@ -57,15 +54,18 @@ def study(
     """
     from .. import figures
     from ..report import write_report
-    from ..search import ALGORITHMS
-    from ..study import check_study, run_study
+    from ..search import ALGORITHMS, check_algorithm
 
     names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
     given = _options_by_algorithm(options)
-    check_study(names, given, out_dir)
+    for algorithm in dict.fromkeys([*names, *given]):
+        check_algorithm(algorithm, given.get(algorithm, {}))
     figures.check_installed()
     budgets = _parse_budgets(num_remove)
     makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed)
+    from ..study import check_study, run_study  # only now: it brings torch, which a wrong name need not wait for
+
+    check_study(names, given, out_dir)
     opened = [open_model(model, device, dtype, trust_remote_code) for model in models]
     with progress_bar(quiet) as progress:
         found = run_study(
@@ -82,9 +82,10 @@ def study(
             granularity=granularity,
             progress=progress,
         )
-    _print_cells(found)
     write_report(found, Path(out_dir) / "report.html")
-    say(f"written: {out_dir}/report.html and study.json")
+    with printing(out_dir):
+        _print_cells(found)
+        say(f"written: {out_dir}/report.html and study.json")
 
 
 @click.command()
@@ -114,20 +115,24 @@ def demo(num_remove, out_dir, quiet) -> None:
     model = open_model("demo")
     if num_remove >= model.num_blocks:
         raise InputError(f"num_remove must be from 0 to {model.num_blocks - 1} (the model has {model.num_blocks})")
-    say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
+    with printing(out_dir):
+        say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
     makers = _objective_makers(["demo"], ("perplexity",), DEMO_WINDOWS, None, 0)
     makers |= _objective_makers(["demo"], ("margin",), None, None, 0)
     with progress_bar(quiet) as progress:
         found = run_study([model], makers, STUDIED, [num_remove], out_dir, notify=_notify(quiet), progress=progress)
-    _print_cells(found)
-    out.print("\nRemoved blocks (filled), by objective and algorithm:\n")
     rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in found["cells"] if not cell["error"]]
-    say(pattern_text(rows, model.num_blocks))
-    _print_held_out(model, rows, quiet)
     title = f"Demo model: {num_remove} of {model.num_blocks} blocks removed"
     figures.save(figures.pattern_figure(rows, model.num_blocks, title), Path(out_dir) / "pattern.png")
     write_report(found, Path(out_dir) / "report.html")
-    say(f"\nwritten: {out_dir}/report.html, pattern.png and study.json")
+    with printing(out_dir):
+        _print_cells(found)
+        say("\nRemoved blocks (filled), by objective and algorithm:\n")
+        say(pattern_text(rows, model.num_blocks))
+    held_out = _held_out_table(model, rows, quiet)
+    with printing(out_dir):
+        say(held_out)
+        say(f"\nwritten: {out_dir}/report.html, pattern.png and study.json")
 
 
 def _print_cells(found: Mapping) -> None:
@@ -143,7 +148,7 @@ def _print_cells(found: Mapping) -> None:
             cost = (cell["masks"], cell["asked_layer_runs"], cell["naive_layer_runs"])
             rows.append((cell["algorithm"], cell["removed"], cell["error"] or cell["loss"], *cost))
         units = f"{num_remove} of {found['num_units'][model]} removed"
-        out.print(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
+        say(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
     say(TABLE_NOTE, style="dim")
     made, asked = (sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs"))
     if 0 < made < asked:
@@ -151,7 +156,7 @@ def _print_cells(found: Mapping) -> None:
         say(text)
 
 
-def _print_held_out(model, rows: Sequence[tuple], quiet: bool) -> None:
+def _held_out_table(model, rows: Sequence[tuple], quiet: bool) -> Table:
     """What the removals cost on data that no search has seen."""
     from .. import demo as data
     from ..evaluator import Evaluator
@@ -177,7 +182,7 @@ def _print_held_out(model, rows: Sequence[tuple], quiet: bool) -> None:
                 by.setdefault(objective, []).append(algorithm)
         who = "; ".join(f"{objective}: {', '.join(algorithms)}" for objective, algorithms in by.items())
         table.add_row(format_removed(removed), who or "(dense)", f"{math.exp(nll):.2f}", f"{1 - wrong:.1%}")
-    out.print(table)
+    return table
 
 
 def _objective_makers(
@@ -232,4 +237,4 @@ def _parse_budgets(text: str) -> list[int]:
 
 
 def _notify(quiet: bool) -> Callable[[str], None]:
-    return lambda message: None if quiet else err.print(message, style="dim", highlight=False)
+    return (lambda message: None) if quiet else note

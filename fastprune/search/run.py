@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError
-from ..evaluator import Evaluator
 from ..masks import check_removed, from_removed
 from .registry import check_algorithm
+
+if TYPE_CHECKING:  # what lists algorithms or checks a name does without torch
+    from ..evaluator import Evaluator
 
 Removed = tuple[int, ...]
 
