@@ -15,7 +15,7 @@ import click
 from .. import __version__
 from ..errors import InputError
 from . import commands, studies
-from .output import cannot_print, pending_failure, prepare_streams
+from .output import cannot_print, is_of_printing, prepare_streams
 
 # parameters of the library that its messages name, where the command line has a flag of that name
 FLAGS = re.compile(r"(?<![\w/.-])(num_samples|seq_len|num_remove)(?![\w/.-])")
@@ -42,11 +42,8 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", 1)
     except Exception as error:
-        failure = pending_failure() if isinstance(error, OSError) else None  # of a help text; commands see to theirs
-        if isinstance(failure, BrokenPipeError):  # its reader has gone, as `head` does
-            sys.exit(0)
-        if failure:
-            _fail(cannot_print(failure), 1)
+        if is_of_printing(error):
+            sys.exit(0) if isinstance(error, BrokenPipeError) else _fail(cannot_print(error), 1)
         if os.environ.get("FASTPRUNE_TRACEBACK"):
             raise
         _fail(f"{type(error).__name__}: {error} (FASTPRUNE_TRACEBACK=1 shows where)", 1)

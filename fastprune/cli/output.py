@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -68,14 +69,13 @@ def cannot_print(error: Exception) -> str:
     return f"stdout cannot be written to ({getattr(error, 'strerror', None) or error})"
 
 
-def pending_failure() -> OSError | None:
-    """Why stdout cannot take what it still holds, if it cannot; afterwards it is silent."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
+def is_of_printing(error: Exception) -> bool:
+    """Whether stdout failed under click's own texts (--help, --version); if so, it is silent from now on."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    found = isinstance(error, OSError) and frame.f_code is click.echo.__code__
+    if found:
         _silence()
-        return error
-    return None
+    return found
 
 
 def prepare_streams() -> None:
