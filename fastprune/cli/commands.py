@@ -13,7 +13,7 @@ from rich.text import Text
 from ..errors import InputError
 from ..masks import check_removed, from_removed, load_masks, to_removed
 from ..records import refuse_existing, write_json, write_jsonl
-from .options import Units, evaluates, model_options, naming, open_model, split_option
+from .options import MOST, MOST_SEED, FileName, Units, evaluates, model_options, naming, open_model, split_options
 from .output import printing, say
 
 
@@ -77,10 +77,13 @@ def algorithms(names) -> None:
 
 @click.command()
 @click.option(
-    "--masks", "masks_file", help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.'
+    "--masks",
+    "masks_file",
+    type=FileName(),
+    help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.',
 )
 @click.option("--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; once per mask.")
-@click.option("--out", "out_file", help='Write rows {"removed", "loss"} to this new .jsonl file.')
+@click.option("--out", "out_file", type=FileName(), help='Write rows {"removed", "loss"} to this new .jsonl file.')
 @evaluates
 def score(make_evaluator, masks_file, removed, out_file) -> None:
     """Score depth masks of MODEL.
@@ -89,8 +92,9 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
     """
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
-    if masks_file and not Path(masks_file).is_file():
-        raise InputError(f"--masks: {masks_file}: no such masks file")
+    with naming("--masks"):
+        if masks_file and not Path(masks_file).is_file():
+            raise InputError(f"{masks_file}: no such masks file")
     if out_file:
         with naming("--out"):
             refuse_existing(Path(out_file))
@@ -112,18 +116,18 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
 
 @click.command()
 @click.option("--algorithm", default="beam", show_default=True, help="A name that `fastprune algorithms` lists.")
-@click.option("--num-remove", type=click.IntRange(min=0), required=True, help="How many units to remove.")
+@click.option("--num-remove", type=click.IntRange(0, MOST), required=True, help="How many units to remove.")
 @click.option("--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5.")
 @click.option("--protect", type=Units(), default="", help="Units that must stay, such as 0,1 or 0-3.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--out", "out_dir", help="Write result.json into this folder.")
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
+@click.option("--out", "out_dir", type=FileName(), help="Write result.json into this folder.")
 @evaluates
 def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir) -> None:
     """Search MODEL for the units whose removal hurts least."""
     from ..report import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
     from ..search import check_algorithm, run_search
 
-    given = dict(split_option(text) for text in options)
+    given = split_options(options)
     check_algorithm(algorithm, given)
     target = Path(out_dir) / "result.json" if out_dir else None
     if target:
@@ -159,7 +163,7 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
     type=Units(),
     help="Blocks to remove, such as 9,10,11 or 9-11. Not sublayers: half a block cannot be left out of a checkpoint.",
 )
-@click.option("--out", "out_dir", required=True, help="The new checkpoint's folder.")
+@click.option("--out", "out_dir", required=True, type=FileName(), help="The new checkpoint's folder.")
 @model_options
 def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
     """Write MODEL without some blocks, for transformers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from rich.table import Table
 
 from ..errors import InputError, nearest
 from .options import (
+    MOST,
+    MOST_SEED,
+    FileName,
     Folder,
     check_calibration,
     evaluator_settings,
     model_settings,
     open_model,
     open_objective,
-    split_option,
+    split_options,
 )
 from .output import note, printing, progress_bar, say
 
@@ -26,7 +30,7 @@ DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stay
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, type=FileName(), metavar="MODEL...")
 @click.option("--algorithms", default=",".join(STUDIED), show_default=True, help="Names, or all.")
 @click.option(
     "--objective",
@@ -37,7 +41,7 @@ DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stay
 )
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
 @click.option("--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option(
     "--out", "out_dir", required=True, type=Folder(), help="The study's folder; the same study continues there."
 )
@@ -58,6 +62,8 @@ def study(
 
     names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
     given = _options_by_algorithm(options)
+    _refuse_twice("--algorithms", names)
+    _refuse_twice("MODEL", models)
     for algorithm in dict.fromkeys([*names, *given]):
         check_algorithm(algorithm, given.get(algorithm, {}))
     figures.check_installed()
@@ -90,7 +96,7 @@ def study(
 
 @click.command()
 @click.option(
-    "--num-remove", type=click.IntRange(min=0), default=3, show_default=True, help="How many blocks to remove."
+    "--num-remove", type=click.IntRange(0, MOST), default=3, show_default=True, help="How many blocks to remove."
 )
 @click.option(
     "--out",
@@ -198,8 +204,8 @@ def _objective_makers(
         name = name if colon else label
         if label in makers:
             raise InputError(f"--objective: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
-        if not label.replace("-", "").replace("_", "").isalnum():
-            raise InputError(f"--objective: a label is made of letters, digits, - and _, not {label!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", label):  # it is a part of file names
+            raise InputError(f"--objective: a label is made of up to 60 letters, digits, - and _, not {label!r}")
         files = {check_calibration(model, name, file or None) for model in models}
         if len(files) > 1:
             raise InputError(f"--objective {text}: name a file, as NAME=FILE")
@@ -215,11 +221,10 @@ def _options_by_algorithm(options: Sequence[str]) -> dict[str, dict[str, str]]:
     from ..search import ALGORITHMS
 
     found: dict[str, dict[str, str]] = {}
-    for text in options:
-        name, value = split_option(text)
+    for name, value in split_options(options).items():
         algorithm, dot, option = name.partition(".")
         if not dot:
-            raise InputError(f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {text!r}")
+            raise InputError(f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {name!r}")
         if algorithm not in ALGORITHMS:
             raise InputError(f"--option: unknown algorithm {algorithm!r}; {nearest(algorithm, ALGORITHMS)}")
         found.setdefault(algorithm, {})[option] = value
@@ -231,9 +236,15 @@ def _parse_budgets(text: str) -> list[int]:
         budgets = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--num-remove takes integers separated by commas, such as 7,9, not {text!r}") from None
-    if len(set(budgets)) < len(budgets) or min(budgets) < 0:
-        raise InputError(f"--num-remove: budgets must be distinct and at least 0, not {text!r}")
+    if len(set(budgets)) < len(budgets) or not 0 <= min(budgets) <= max(budgets) <= MOST:
+        raise InputError(f"--num-remove: budgets must be distinct and from 0 to {MOST}, not {text!r}")
     return budgets
+
+
+def _refuse_twice(flag: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{flag}: {name!r} is given twice")
 
 
 def _notify(quiet: bool) -> Callable[[str], None]:
