@@ -13,7 +13,18 @@ from rich.text import Text
 from ..errors import InputError
 from ..masks import check_removed, from_removed, load_masks, to_removed
 from ..records import refuse_existing, write_json, write_jsonl
-from .options import MOST, MOST_SEED, FileName, Units, evaluates, model_options, naming, open_model, split_options
+from .options import (
+    MOST,
+    MOST_SEED,
+    FileName,
+    Units,
+    check_gradients,
+    evaluates,
+    model_options,
+    naming,
+    open_model,
+    split_options,
+)
 from .output import printing, say
 
 
@@ -129,6 +140,7 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
 
     given = split_options(options)
     check_algorithm(algorithm, given)
+    check_gradients([algorithm], click.get_current_context().params["objective"])
     target = Path(out_dir) / "result.json" if out_dir else None
     if target:
         with naming("--out"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -173,9 +174,36 @@ _objective_options = _group(
 
 
 def _check_store(store: str | None) -> str | None:
-    if store and not Path(store).parent.is_dir():
-        raise InputError(f"--store: {store}: its folder does not exist")
+    if store:
+        with naming("--store"):
+            check_store(Path(store))
     return store
+
+
+def check_store(path: Path) -> None:
+    """Raise InputError for a file that cannot be a store of scores; nothing is made where there is none."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: its folder does not exist")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file; name a file for the store of scores")
+    # SQLite writes beside its file, too
+    for place, access in ((folder, os.W_OK | os.X_OK), (path, os.R_OK | os.W_OK)):
+        if place.exists() and not os.access(place, access):
+            raise InputError(f"{path}: {place} cannot be written to")
+    if path.exists() and path.stat().st_size:
+        from ..store import ScoreStore
+
+        ScoreStore(path).close()
+
+
+def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:
+    """Raise InputError for an algorithm on the gradients of an objective that has none."""
+    if "cbo" in algorithms and objective in ("kl", "accuracy"):
+        raise InputError(
+            f"cbo needs gradients, which the objective {label or objective!r} has not; "
+            "take perplexity or margin, or another algorithm"
+        )
 
 
 def evaluates(command):

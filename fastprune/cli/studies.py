@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,11 @@ from .options import (
     FileName,
     Folder,
     check_calibration,
+    check_gradients,
+    check_store,
     evaluator_settings,
     model_settings,
+    naming,
     open_model,
     open_objective,
     split_options,
@@ -68,7 +72,10 @@ def study(
         check_algorithm(algorithm, given.get(algorithm, {}))
     figures.check_installed()
     budgets = _parse_budgets(num_remove)
-    makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed)
+    makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed, names)
+    settings = {name: check_algorithm(name, given.get(name, {}))[1] for name in names}
+    known = {"algorithms": settings, "budgets": budgets, "seed": seed, "granularity": granularity}
+    _check_study_folder(Path(out_dir), known)
     from ..study import check_study, run_study  # only now: it brings torch, which a wrong name need not wait for
 
     check_study(names, given, out_dir)
@@ -117,6 +124,7 @@ def demo(num_remove, out_dir, quiet) -> None:
     from ..study import check_study, run_study
 
     check_study(STUDIED, {}, out_dir)
+    _check_study_folder(Path(out_dir), {"budgets": [num_remove]})
     figures.check_installed()
     model = open_model("demo")
     if num_remove >= model.num_blocks:
@@ -192,7 +200,7 @@ def _held_out_table(model, rows: Sequence[tuple], quiet: bool) -> Table:
 
 
 def _objective_makers(
-    models: Sequence[str], objectives: Sequence[str], num_samples, seq_len, seed
+    models: Sequence[str], objectives: Sequence[str], num_samples, seq_len, seed, algorithms: Sequence[str] = ()
 ) -> dict[str, Callable]:
     """By label, functions from a model to its objective; every name and file is checked now."""
     if not objectives:
@@ -206,6 +214,7 @@ def _objective_makers(
             raise InputError(f"--objective: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", label):  # it is a part of file names
             raise InputError(f"--objective: a label is made of up to 60 letters, digits, - and _, not {label!r}")
+        check_gradients(algorithms, name, label)
         files = {check_calibration(model, name, file or None) for model in models}
         if len(files) > 1:
             raise InputError(f"--objective {text}: name a file, as NAME=FILE")
@@ -239,6 +248,24 @@ def _parse_budgets(text: str) -> list[int]:
     if len(set(budgets)) < len(budgets) or not 0 <= min(budgets) <= max(budgets) <= MOST:
         raise InputError(f"--num-remove: budgets must be distinct and from 0 to {MOST}, not {text!r}")
     return budgets
+
+
+def _check_study_folder(folder: Path, known: Mapping[str, object]) -> None:
+    """Raise InputError for a folder in which a study of these inputs, as far as they are known, cannot be."""
+    inputs = folder / "inputs.json"
+    with naming("--out"):
+        if not inputs.exists():
+            if folder.exists() and any(folder.iterdir()):
+                raise InputError(f"{folder}: is not empty and holds no study; name another folder")
+            return
+        try:
+            found = json.loads(inputs.read_text(encoding="utf-8"))
+            others = [name for name, value in known.items() if found.get(name) != value]
+        except (ValueError, AttributeError, IsADirectoryError):
+            raise InputError(f"{inputs}: is not what a study has written; name another folder") from None
+        if others:
+            raise InputError(f"{folder}: holds a study with other {', '.join(others)}; name another folder")
+        check_store(folder / "scores.db")
 
 
 def _refuse_twice(flag: str, names: Sequence[str]) -> None:
