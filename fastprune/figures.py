@@ -152,7 +152,8 @@ def _pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"})
+    settings = {"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"}
+    pyplot.rcParams.update({**settings, "text.parse_math": False})  # a `$` in a model's name is a `$`
     return pyplot
 
 

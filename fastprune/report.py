@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from . import figures
 from .search import describe_algorithms
@@ -51,7 +52,7 @@ def results_table(title: str, rows: Iterable[tuple]) -> Table:
 
     One that found nothing has None removed and the reason in the place of its loss.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, "table.title"), title_justify="left")  # names are no markup
     for name in ("algorithm", "removed"):
         table.add_column(name, no_wrap=True)
     for name in ("loss", "masks", "runs", "naive", "saved"):

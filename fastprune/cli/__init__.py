@@ -8,32 +8,42 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import suppress
 
 import click
 
 from .. import __version__
 from ..errors import InputError
 from . import commands, studies
+from .output import cannot_print, is_of_printing, prepare_streams
 
 # parameters of the library that its messages name, where the command line has a flag of that name
 FLAGS = re.compile(r"(?<![\w/.-])(num_samples|seq_len|num_remove)(?![\w/.-])")
+
+LONGEST = 400  # characters of an error's line
 
 
 def main() -> None:
     """Run the command line; every error becomes one line and an exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_streams()
     try:
-        status = cli.main(prog_name="fastprune", standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
+        # not cli.main, which takes any broken pipe for a reader that went away, and calls it status 1
+        with cli.make_context("fastprune", sys.argv[1:]) as context:
+            cli.invoke(context)
+        sys.exit(0)
+    except click.exceptions.Exit as done:  # --help and --version
+        sys.exit(done.exit_code)
     except (InputError, click.UsageError) as error:
         message = error.format_message() if isinstance(error, click.UsageError) else str(error)
         _fail(message, 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 1)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", 1)
-    except BrokenPipeError:  # the reader of the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
+        if is_of_printing(error):
+            sys.exit(0) if isinstance(error, BrokenPipeError) else _fail(cannot_print(error), 1)
         if os.environ.get("FASTPRUNE_TRACEBACK"):
             raise
         _fail(f"{type(error).__name__}: {error} (FASTPRUNE_TRACEBACK=1 shows where)", 1)
@@ -41,7 +51,13 @@ def main() -> None:
 
 def _fail(message: str, status: int) -> None:
     message = FLAGS.sub(lambda name: f"--{name[0].replace('_', '-')}", message)
-    print(f"fastprune: {' '.join(message.split())}", file=sys.stderr)
+    line = f"fastprune: {' '.join(message.split())}"
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    if len(line) > LONGEST:  # a value of thousands of characters: what is wrong stands before it, what is right after
+        line = f"{line[: LONGEST // 2]} ... {line[5 - LONGEST // 2 :]}"
+    with suppress(OSError):
+        print(line, file=sys.stderr)
+        sys.stderr.flush()
     sys.exit(status)
 
 

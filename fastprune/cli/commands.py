@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import InputError
 from ..masks import check_removed, from_removed, load_masks, to_removed
 from ..records import refuse_existing, write_json, write_jsonl
-from .options import Protected, Units, evaluates, model_options, naming, open_model, out, say, split_option
+from .options import (
+    MOST,
+    MOST_SEED,
+    FileName,
+    Protected,
+    Units,
+    check_gradients,
+    evaluates,
+    model_options,
+    naming,
+    open_model,
+    split_options,
+)
+from .output import printing, say
 
 
 @click.command()
@@ -46,7 +60,8 @@ def info(model, device, dtype, trust_remote_code) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, str(value))
-    out.print(table)
+    with printing():
+        say(table)
 
 
 @click.command()
@@ -58,36 +73,40 @@ def algorithms(names) -> None:
     """
     from ..search import ALGORITHMS, find_algorithm
 
-    for known in [find_algorithm(name) for name in names] or ALGORITHMS.values():
-        row = known.describe()
-        say(f"[bold]{row['name']}[/bold]  {escape(row['summary'])}")
-        if names and row["method"]:
-            say(f"\n{escape(row['method'])}\n")
-        say(f"    masks: {escape(row['cost'])}", style="dim")
-        say(f"    source: {escape(row['source'])}", style="dim")
-        for option in row["options"]:
-            kind = f"{option['type']}, {option['allowed']}" if option["allowed"] else option["type"]
-            say(escape(f"    {option['name']}={option['default']} ({kind}): {option['meaning']}"))
+    chosen = [find_algorithm(name) for name in names] or ALGORITHMS.values()
+    with printing():
+        for known in chosen:
+            row = known.describe()
+            say(Text.assemble((row["name"], "bold"), f"  {row['summary']}"))
+            if names and row["method"]:
+                say(f"\n{row['method']}\n")
+            say(f"    masks: {row['cost']}", style="dim")
+            say(f"    source: {row['source']}", style="dim")
+            for option in row["options"]:
+                kind = f"{option['type']}, {option['allowed']}" if option["allowed"] else option["type"]
+                say(f"    {option['name']}={option['default']} ({kind}): {option['meaning']}")
 
 
 @click.command()
 @click.option(
-    "--masks", "masks_file", help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.'
+    "--masks",
+    "masks_file",
+    type=FileName(),
+    help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.',
 )
 @click.option("--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; once per mask.")
-@click.option("--out", "out_file", help='Write rows {"removed", "loss"} to this new .jsonl file.')
+@click.option("--out", "out_file", type=FileName(), help='Write rows {"removed", "loss"} to this new .jsonl file.')
 @evaluates
 def score(make_evaluator, masks_file, removed, out_file) -> None:
     """Score depth masks of MODEL.
 
     A mask's score is the loss of the model without the units that it removes: lower is better.
     """
-    from ..report import format_loss, format_removed
-
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
-    if masks_file and not Path(masks_file).is_file():
-        raise InputError(f"--masks: {masks_file}: no such masks file")
+    with naming("--masks"):
+        if masks_file and not Path(masks_file).is_file():
+            raise InputError(f"{masks_file}: no such masks file")
     if out_file:
         with naming("--out"):
             refuse_existing(Path(out_file))
@@ -101,20 +120,15 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
     rows = [(to_removed(mask), loss) for mask, loss in zip(masks, losses)]
     if out_file:
         write_jsonl(Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows))
-    else:
-        in_nats = evaluator.objective.name == "perplexity"
-        halves = evaluator.granularity == "sublayer"
-        table = Table("removed", *["sublayers"] * halves, f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
-        for units, loss in rows:
-            names = [_names(evaluator, units)] * halves
-            table.add_row(format_removed(units), *names, format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
-        out.print(table)
-    _print_cost(evaluator, [len(units) for units, _ in rows])
+    with printing(out_file):
+        if not out_file:
+            say(_score_table(evaluator, rows))
+        _print_cost(evaluator, [len(units) for units, _ in rows])
 
 
 @click.command()
 @click.option("--algorithm", default="beam", show_default=True, help="A name that `fastprune algorithms` lists.")
-@click.option("--num-remove", type=click.IntRange(min=0), required=True, help="How many units to remove.")
+@click.option("--num-remove", type=click.IntRange(0, MOST), required=True, help="How many units to remove.")
 @click.option("--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5.")
 @click.option(
     "--protect",
@@ -122,16 +136,17 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
     default="",
     help="Units that must stay, such as 0,1 or 0-3, or what a method never removes: sleb or shortened-llama.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--out", "out_dir", help="Write result.json into this folder.")
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
+@click.option("--out", "out_dir", type=FileName(), help="Write result.json into this folder.")
 @evaluates
 def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir) -> None:
     """Search MODEL for the units whose removal hurts least."""
     from ..report import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
     from ..search import check_algorithm, protected_units, run_search
 
-    given = dict(split_option(text) for text in options)
+    given = split_options(options)
     check_algorithm(algorithm, given)
+    check_gradients([algorithm], click.get_current_context().params["objective"])
     target = Path(out_dir) / "result.json" if out_dir else None
     if target:
         with naming("--out"):
@@ -140,22 +155,23 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
     with naming("--protect"):
         protected_units(protect, evaluator.num_units, evaluator.granularity)
     result = run_search(evaluator, algorithm, num_remove, seed, protect, **given)
-    dense = format_dense(result.objective, evaluator.dense_loss)
-    title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
-    row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
-    out.print(results_table(title, [row]))
-    note = " Under kl, runs include one pass of the whole model." if result.objective == "kl" else ""
-    say(f"{TABLE_NOTE}{note} {result.seconds:.1f} s.", style="dim")
-    pattern = (result.objective, algorithm, result.removed)
-    say(pattern_text([pattern], evaluator.num_units))
-    say(f"removed: {format_removed(result.removed)}")
-    if result.granularity == "sublayer":
-        say(f"sublayers: {_names(evaluator, result.removed)}")
     if target:
         names = [evaluator.unit_names[unit] for unit in result.removed]
         of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}
         write_json(target, {**result.to_dict(), **of})
-        say(f"written: {target}")
+    dense = format_dense(result.objective, evaluator.dense_loss)
+    title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
+    row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
+    kl = " Under kl, runs include one pass of the whole model." if result.objective == "kl" else ""
+    with printing(target):
+        say(results_table(title, [row]))
+        say(f"{TABLE_NOTE}{kl} {result.seconds:.1f} s.", style="dim")
+        say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
+        say(f"removed: {format_removed(result.removed)}")
+        if result.granularity == "sublayer":
+            say(f"sublayers: {_names(evaluator, result.removed)}")
+        if target:
+            say(f"written: {target}")
 
 
 @click.command()
@@ -165,7 +181,7 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
     type=Units(),
     help="Blocks to remove, such as 9,10,11 or 9-11. Not sublayers: half a block cannot be left out of a checkpoint.",
 )
-@click.option("--out", "out_dir", required=True, help="The new checkpoint's folder.")
+@click.option("--out", "out_dir", required=True, type=FileName(), help="The new checkpoint's folder.")
 @model_options
 def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
     """Write MODEL without some blocks, for transformers.
@@ -183,7 +199,20 @@ def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
         check_removed(removed, opened.num_blocks)
     folder = write_checkpoint(opened, removed, out_dir)
     left, gone = opened.num_blocks - len(removed), format_removed(removed)
-    say(f"written: {folder} ({left} blocks of {opened.num_blocks}, without {gone})")
+    with printing(folder):
+        say(f"written: {folder} ({left} blocks of {opened.num_blocks}, without {gone})")
+
+
+def _score_table(evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:
+    from ..report import format_loss, format_removed
+
+    in_nats = evaluator.objective.name == "perplexity"
+    halves = evaluator.granularity == "sublayer"
+    table = Table("removed", *["sublayers"] * halves, f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
+    for units, loss in rows:
+        names = [_names(evaluator, units)] * halves
+        table.add_row(format_removed(units), *names, format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
+    return table
 
 
 def _print_cost(evaluator, sizes: list[int]) -> None:

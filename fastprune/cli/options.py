@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import InputError, nearest
 from ..masks import parse_removed
 from ..records import check_folder
+from .output import progress_bar
 
-out = Console()
-err = Console(stderr=True)
-
-
-def say(text: str, style: str | None = None) -> None:
-    """Print a line of text; it is wrapped for a terminal only, so that a program reads it whole."""
-    out.print(text, style=style, highlight=False, soft_wrap=not out.is_terminal)
+MOST = 2**31 - 1  # of what is counted
+MOST_SEED = 2**63 - 1
+LONGEST_NAME = 240  # bytes: what file systems take, less what the names of partial files add
 
 
 def _group(*options: Callable) -> Callable:
@@ -38,8 +35,8 @@ def _group(*options: Callable) -> Callable:
 def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
     if gigabytes is None:
         return None
-    if not 0 < gigabytes < float("inf"):
-        raise InputError(f"--cache-gb must be above 0, not {gigabytes}")
+    if not 2**-30 <= gigabytes <= 2**20:
+        raise InputError(f"--cache-gb must be above 0 and at most {2**20}, not {gigabytes}")
     return int(gigabytes * 2**30)
 
 
@@ -61,6 +58,8 @@ class Units(click.ParamType):
         if isinstance(value, tuple):
             return value
         with naming(parameter.opts[0]):
+            if re.search(r"\d{7}", value):
+                raise InputError("units must be below 1000000; no model has more")
             return parse_removed(value)
 
 
@@ -80,6 +79,16 @@ class Protected(Units):
             raise InputError(f"{error}; or one of the presets {', '.join(PRESETS)}") from None
 
 
+class FileName(click.ParamType):
+    """The path of a file or a folder, as text that the file system can take."""
+
+    name = "text"
+
+    def convert(self, value, parameter, context):
+        with naming(parameter.opts[0] if isinstance(parameter, click.Option) else "MODEL"):
+            return check_path(value)
+
+
 class Folder(click.ParamType):
     """A folder that can be written to, or be made."""
 
@@ -87,7 +96,7 @@ class Folder(click.ParamType):
 
     def convert(self, value, parameter, context):
         with naming(parameter.opts[0]):
-            return check_folder(Path(value))
+            return check_folder(Path(check_path(value)))
 
 
 @contextmanager
@@ -97,6 +106,23 @@ def naming(flag: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{flag}: {error}") from None
+    except OSError as error:  # a place that must not be looked at, for one
+        raise InputError(f"{flag}: {error.filename}: {error.strerror}") from None
+
+
+def check_path(text: str) -> str:
+    """The path, if it is one that a file system can take. Raises InputError."""
+    if not text:
+        raise InputError("the path is empty; name a file or folder")
+    if "\0" in text:
+        raise InputError(f"{text!r} holds a NUL character, which no path can")
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{text!r} is not valid UTF-8; rename it, or reach it by a link") from None
+    if max(map(len, encoded.split(b"/"))) > LONGEST_NAME or len(encoded) > 4000:
+        raise InputError(f"{text!r} is too long; a name may have {LONGEST_NAME} bytes, a path 4000")
+    return text
 
 
 model_settings = _group(
@@ -109,20 +135,20 @@ model_settings = _group(
     click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
 )
 
-model_options = _group(click.argument("model"), model_settings)
+model_options = _group(click.argument("model", type=FileName()), model_settings)
 
 evaluator_settings = _group(
     click.option(
-        "--num-samples", type=click.IntRange(min=1), help="Text samples (default 64) or questions (default all)."
+        "--num-samples", type=click.IntRange(1, MOST), help="Text samples (default 64) or questions (default all)."
     ),
     click.option(
         "--seq-len",
-        type=click.IntRange(min=2),
+        type=click.IntRange(2, MOST),
         help="Tokens of a text sample; default 2048, or what the model can take (256 for the demo model's own text).",
     ),
     click.option(
         "--sample-seed",
-        type=click.IntRange(min=0),
+        type=click.IntRange(0, MOST_SEED),
         default=0,
         show_default=True,
         help="Which windows of a text are drawn.",
@@ -155,9 +181,10 @@ _objective_options = _group(
     click.option(
         "--objective", default="perplexity", show_default=True, help="perplexity, margin, likelihood, accuracy or kl."
     ),
-    click.option("--calibration", help="Text or questions to score on; the demo model has its own."),
+    click.option("--calibration", type=FileName(), help="Text or questions to score on; the demo model has its own."),
     click.option(
         "--store",
+        type=FileName(),
         callback=lambda context, parameter, value: _check_store(value),
         help="File of finished scores; what is in it is not computed again.",
     ),
@@ -165,9 +192,40 @@ _objective_options = _group(
 
 
 def _check_store(store: str | None) -> str | None:
-    if store and not Path(store).parent.is_dir():
-        raise InputError(f"--store: {store}: its folder does not exist")
+    if store:
+        with naming("--store"):
+            check_store(Path(store))
     return store
+
+
+def check_store(path: Path) -> None:
+    """Raise InputError for a file that cannot be a store of scores; nothing is made where there is none."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: its folder does not exist")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file; name a file for the store of scores")
+    # SQLite writes beside its file, too
+    for place, access in ((folder, os.W_OK | os.X_OK), (path, os.R_OK | os.W_OK)):
+        if place.exists() and not os.access(place, access):
+            raise InputError(f"{path}: {place} cannot be written to")
+    if path.exists() and path.stat().st_size:
+        from ..store import ScoreStore
+
+        ScoreStore(path).close()
+
+
+def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:
+    """Raise InputError for an algorithm on the gradients of an objective that has none."""
+    from ..objectives import OBJECTIVES
+    from ..search import find_algorithm
+
+    for name in algorithms:
+        if find_algorithm(name).needs_gradients and not OBJECTIVES[objective].differentiable:
+            raise InputError(
+                f"{name} needs gradients, which the objective {label or objective!r} has not; "
+                f"take {', '.join(n for n, o in OBJECTIVES.items() if o.differentiable)}, or another algorithm"
+            )
 
 
 def evaluates(command):
@@ -206,7 +264,7 @@ def open_model(model: str, device: str | None = None, dtype: str | None = None, 
     logging.set_verbosity_error()
     try:
         device and torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, ValueError, TypeError):  # the last two of text that is no UTF-8
         raise InputError(f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0") from None
     return load_model(model, device, dtype, trust_remote_code=trust_remote_code)
 
@@ -222,8 +280,9 @@ def check_calibration(model: str, objective: str, calibration: str | None) -> st
         return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
     if calibration is None:
         raise InputError("--calibration: name a file of text or questions to score on")
-    if not Path(calibration).is_file():
-        raise InputError(f"--calibration: {calibration}: no such file")
+    with naming("--calibration"):
+        if not Path(check_path(calibration)).is_file():
+            raise InputError(f"{calibration}: no such file")
     return calibration
 
 
@@ -243,7 +302,7 @@ def open_objective(name: str, calibration: str, num_samples: int | None, seq_len
     return objective(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
 
 
-def split_option(text: str) -> tuple[str, str]:
+def _split_option(text: str) -> tuple[str, str]:
     """NAME=VALUE as its two parts."""
     name, equals, value = text.partition("=")
     if not equals:
@@ -251,13 +310,12 @@ def split_option(text: str) -> tuple[str, str]:
     return name.strip().replace("-", "_"), value.strip()
 
 
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator:
-    """A callback (done, total) that moves a bar on stderr, from the first call of a run to its last."""
-    if quiet or not err.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("unit runs", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def split_options(texts: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUEs by their names. Raises InputError for one that is given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, value = _split_option(text)
+        if name in found:
+            raise InputError(f"--option: {name} is given twice, as {found[name]!r} and as {value!r}")
+        found[name] = value
+    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,25 +13,28 @@ from rich.table import Table
 
 from ..errors import InputError, nearest
 from .options import (
+    MOST,
+    MOST_SEED,
+    FileName,
     Folder,
     check_calibration,
-    err,
+    check_gradients,
+    check_store,
     evaluator_settings,
     model_settings,
+    naming,
     open_model,
     open_objective,
-    out,
-    progress_bar,
-    say,
-    split_option,
+    split_options,
 )
+from .output import note, printing, progress_bar, say
 
 STUDIED = ("one_shot", "greedy", "beam", "genetic", "bayesian", "cbo", "fast_block_select")
 DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stays short
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, type=FileName(), metavar="MODEL...")
 @click.option("--algorithms", default=",".join(STUDIED), show_default=True, help="Names, or all.")
 @click.option(
     "--objective",
@@ -40,7 +45,7 @@ DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stay
 )
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
 @click.option("--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option(
     "--out", "out_dir", required=True, type=Folder(), help="The study's folder; the same study continues there."
 )
@@ -57,15 +62,23 @@ def study(
     """
     from .. import figures
     from ..report import write_report
-    from ..search import ALGORITHMS
-    from ..study import check_study, run_study
+    from ..search import ALGORITHMS, check_algorithm
 
     names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
     given = _options_by_algorithm(options)
-    check_study(names, given, out_dir)
+    _refuse_twice("--algorithms", names)
+    _refuse_twice("MODEL", models)
+    for algorithm in dict.fromkeys([*names, *given]):
+        check_algorithm(algorithm, given.get(algorithm, {}))
     figures.check_installed()
     budgets = _parse_budgets(num_remove)
-    makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed)
+    makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed, names)
+    settings = {name: check_algorithm(name, given.get(name, {}))[1] for name in names}
+    known = {"algorithms": settings, "budgets": budgets, "seed": seed, "granularity": granularity}
+    _check_study_folder(Path(out_dir), known)
+    from ..study import check_study, run_study  # only now: it brings torch, which a wrong name need not wait for
+
+    check_study(names, given, out_dir)
     opened = [open_model(model, device, dtype, trust_remote_code) for model in models]
     with progress_bar(quiet) as progress:
         found = run_study(
@@ -82,14 +95,15 @@ def study(
             granularity=granularity,
             progress=progress,
         )
-    _print_cells(found)
     write_report(found, Path(out_dir) / "report.html")
-    say(f"written: {out_dir}/report.html and study.json")
+    with printing(out_dir):
+        _print_cells(found)
+        say(f"written: {out_dir}/report.html and study.json")
 
 
 @click.command()
 @click.option(
-    "--num-remove", type=click.IntRange(min=0), default=3, show_default=True, help="How many blocks to remove."
+    "--num-remove", type=click.IntRange(0, MOST), default=3, show_default=True, help="How many blocks to remove."
 )
 @click.option(
     "--out",
@@ -110,24 +124,29 @@ def demo(num_remove, out_dir, quiet) -> None:
     from ..study import check_study, run_study
 
     check_study(STUDIED, {}, out_dir)
+    _check_study_folder(Path(out_dir), {"budgets": [num_remove]})
     figures.check_installed()
     model = open_model("demo")
     if num_remove >= model.num_blocks:
         raise InputError(f"num_remove must be from 0 to {model.num_blocks - 1} (the model has {model.num_blocks})")
-    say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
+    with printing(out_dir):
+        say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
     makers = _objective_makers(["demo"], ("perplexity",), DEMO_WINDOWS, None, 0)
     makers |= _objective_makers(["demo"], ("margin",), None, None, 0)
     with progress_bar(quiet) as progress:
         found = run_study([model], makers, STUDIED, [num_remove], out_dir, notify=_notify(quiet), progress=progress)
-    _print_cells(found)
-    out.print("\nRemoved blocks (filled), by objective and algorithm:\n")
     rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in found["cells"] if not cell["error"]]
-    say(pattern_text(rows, model.num_blocks))
-    _print_held_out(model, rows, quiet)
     title = f"Demo model: {num_remove} of {model.num_blocks} blocks removed"
     figures.save(figures.pattern_figure(rows, model.num_blocks, title), Path(out_dir) / "pattern.png")
     write_report(found, Path(out_dir) / "report.html")
-    say(f"\nwritten: {out_dir}/report.html, pattern.png and study.json")
+    with printing(out_dir):
+        _print_cells(found)
+        say("\nRemoved blocks (filled), by objective and algorithm:\n")
+        say(pattern_text(rows, model.num_blocks))
+    held_out = _held_out_table(model, rows, quiet)
+    with printing(out_dir):
+        say(held_out)
+        say(f"\nwritten: {out_dir}/report.html, pattern.png and study.json")
 
 
 def _print_cells(found: Mapping) -> None:
@@ -143,7 +162,7 @@ def _print_cells(found: Mapping) -> None:
             cost = (cell["masks"], cell["asked_layer_runs"], cell["naive_layer_runs"])
             rows.append((cell["algorithm"], cell["removed"], cell["error"] or cell["loss"], *cost))
         units = f"{num_remove} of {found['num_units'][model]} removed"
-        out.print(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
+        say(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
     say(TABLE_NOTE, style="dim")
     made, asked = (sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs"))
     if 0 < made < asked:
@@ -151,7 +170,7 @@ def _print_cells(found: Mapping) -> None:
         say(text)
 
 
-def _print_held_out(model, rows: Sequence[tuple], quiet: bool) -> None:
+def _held_out_table(model, rows: Sequence[tuple], quiet: bool) -> Table:
     """What the removals cost on data that no search has seen."""
     from .. import demo as data
     from ..evaluator import Evaluator
@@ -177,11 +196,11 @@ def _print_held_out(model, rows: Sequence[tuple], quiet: bool) -> None:
                 by.setdefault(objective, []).append(algorithm)
         who = "; ".join(f"{objective}: {', '.join(algorithms)}" for objective, algorithms in by.items())
         table.add_row(format_removed(removed), who or "(dense)", f"{math.exp(nll):.2f}", f"{1 - wrong:.1%}")
-    out.print(table)
+    return table
 
 
 def _objective_makers(
-    models: Sequence[str], objectives: Sequence[str], num_samples, seq_len, seed
+    models: Sequence[str], objectives: Sequence[str], num_samples, seq_len, seed, algorithms: Sequence[str] = ()
 ) -> dict[str, Callable]:
     """By label, functions from a model to its objective; every name and file is checked now."""
     if not objectives:
@@ -193,8 +212,9 @@ def _objective_makers(
         name = name if colon else label
         if label in makers:
             raise InputError(f"--objective: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
-        if not label.replace("-", "").replace("_", "").isalnum():
-            raise InputError(f"--objective: a label is made of letters, digits, - and _, not {label!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", label):  # it is a part of file names
+            raise InputError(f"--objective: a label is made of up to 60 letters, digits, - and _, not {label!r}")
+        check_gradients(algorithms, name, label)
         files = {check_calibration(model, name, file or None) for model in models}
         if len(files) > 1:
             raise InputError(f"--objective {text}: name a file, as NAME=FILE")
@@ -210,11 +230,10 @@ def _options_by_algorithm(options: Sequence[str]) -> dict[str, dict[str, str]]:
     from ..search import ALGORITHMS
 
     found: dict[str, dict[str, str]] = {}
-    for text in options:
-        name, value = split_option(text)
+    for name, value in split_options(options).items():
         algorithm, dot, option = name.partition(".")
         if not dot:
-            raise InputError(f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {text!r}")
+            raise InputError(f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {name!r}")
         if algorithm not in ALGORITHMS:
             raise InputError(f"--option: unknown algorithm {algorithm!r}; {nearest(algorithm, ALGORITHMS)}")
         found.setdefault(algorithm, {})[option] = value
@@ -226,10 +245,34 @@ def _parse_budgets(text: str) -> list[int]:
         budgets = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--num-remove takes integers separated by commas, such as 7,9, not {text!r}") from None
-    if len(set(budgets)) < len(budgets) or min(budgets) < 0:
-        raise InputError(f"--num-remove: budgets must be distinct and at least 0, not {text!r}")
+    if len(set(budgets)) < len(budgets) or not 0 <= min(budgets) <= max(budgets) <= MOST:
+        raise InputError(f"--num-remove: budgets must be distinct and from 0 to {MOST}, not {text!r}")
     return budgets
 
 
+def _check_study_folder(folder: Path, known: Mapping[str, object]) -> None:
+    """Raise InputError for a folder in which a study of these inputs, as far as they are known, cannot be."""
+    inputs = folder / "inputs.json"
+    with naming("--out"):
+        if not inputs.exists():
+            if folder.exists() and any(folder.iterdir()):
+                raise InputError(f"{folder}: is not empty and holds no study; name another folder")
+            return
+        try:
+            found = json.loads(inputs.read_text(encoding="utf-8"))
+            others = [name for name, value in known.items() if found.get(name) != value]
+        except (ValueError, AttributeError, IsADirectoryError):
+            raise InputError(f"{inputs}: is not what a study has written; name another folder") from None
+        if others:
+            raise InputError(f"{folder}: holds a study with other {', '.join(others)}; name another folder")
+        check_store(folder / "scores.db")
+
+
+def _refuse_twice(flag: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{flag}: {name!r} is given twice")
+
+
 def _notify(quiet: bool) -> Callable[[str], None]:
-    return lambda message: None if quiet else err.print(message, style="dim", highlight=False)
+    return (lambda message: None) if quiet else note

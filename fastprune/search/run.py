@@ -6,14 +6,17 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import InputError
-from ..evaluator import Evaluator
 from ..masks import from_removed
 from .protect import protected_units
 from .registry import check_algorithm
+
+if TYPE_CHECKING:  # what lists algorithms or checks a name does without torch
+    from ..evaluator import Evaluator
 
 Removed = tuple[int, ...]
 

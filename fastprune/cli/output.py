@@ -1,0 +1,114 @@
+"""What is printed: plain text whatever the terminal, and never a reason to lose a result.
+
+Commands write their files first and print afterwards, inside `printing`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# what stands in for characters that a terminal's encoding has not
+STAND_INS = {"■": "#", "·": ".", "…": "~", "–": "-", "—": "-", "’": "'", "×": "x", "ρ": "rho"}  # fmt: skip
+
+
+class Terminal(Console):
+    """A console that takes text as it is: a model's folder may be named `m[/x]` or `:smile:`."""
+
+    def __init__(self, **settings):
+        super().__init__(markup=False, emoji=False, **settings)
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that is being handled, for `printing` to see
+
+
+err = Terminal(stderr=True)
+
+
+def say(what, style: str | None = None) -> None:
+    """Print a table, or a line of text, which is wrapped for a terminal only, so that a program reads it whole."""
+    out = Terminal()  # a new one each time: one whose stream has failed would print what it holds again
+    text = isinstance(what, str) or hasattr(what, "plain")
+    out.print(what, style=style, highlight=False if text else None, soft_wrap=text and not out.is_terminal)
+
+
+def note(message: str) -> None:
+    """Print a line on stderr, where it can be printed."""
+    with suppress(OSError):
+        err.print(message, style="dim", highlight=False)
+
+
+@contextmanager
+def printing(written: object = None) -> Iterator[None]:
+    """Where all that is left to do is to print; `written` is the file or folder that has the result, if one has.
+
+    A reader that went away has seen enough. When stdout fails otherwise, the result that is written stands, with a
+    line on stderr; without one, click.ClickException is raised.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, UnicodeError) as error:
+        _silence()
+        if isinstance(error, BrokenPipeError):
+            return
+        if written is None:
+            raise click.ClickException(cannot_print(error)) from None
+        note(f"fastprune: {cannot_print(error)}; the result goes to {written}")
+
+
+def cannot_print(error: Exception) -> str:
+    return f"stdout cannot be written to ({getattr(error, 'strerror', None) or error})"
+
+
+def is_of_printing(error: Exception) -> bool:
+    """Whether stdout failed under click's own texts (--help, --version); if so, it is silent from now on."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    found = isinstance(error, OSError) and frame.f_code is click.echo.__code__
+    if found:
+        _silence()
+    return found
+
+
+def prepare_streams() -> None:
+    """Let stdout take any text in any encoding; a closed stream is like one to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process lives
+    codecs.register_error("fastprune", _stand_in)
+    with suppress(AttributeError):  # a stream that a caller has put there need not be one of text over bytes
+        sys.stdout.reconfigure(errors="fastprune")
+
+
+def _stand_in(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(STAND_INS.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+def _silence() -> None:
+    """Send what stdout still holds, and all that follows, to nowhere."""
+    with suppress(OSError, ValueError):  # a stream without a file number
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator:
+    """A callback (done, total) that moves a bar on stderr, from the first call of a run to its last."""
+    if quiet or not err.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("unit runs", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,135 @@
+"""Stores, study folders and pairs of algorithm and objective that cannot be are refused before a model is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+
+import pytest
+
+from fastprune.store import ScoreStore
+
+
+@pytest.fixture
+def refused(run, monkeypatch, text_file):
+    """refused(command, *more arguments) -> the one line on stderr."""
+
+    def opened(*_, **__):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("fastprune.models.load_model", opened)
+
+    def refused(command, *more) -> str:
+        arguments = {
+            "score": ("--removed", "1", "--calibration", text_file),
+            "search": ("--num-remove", "1", "--calibration", text_file),
+            "study": ("--num-remove", "1,2", "--objective", f"perplexity={text_file}"),
+        }[command]
+        status, _, err = run(command, "nowhere/model", *arguments, *more)
+        assert status == 2, err
+        assert err.count("\n") == 1
+        return err
+
+    return refused
+
+
+@pytest.mark.parametrize("command", ["score", "search"])
+def test_stores(refused, tmp_path, monkeypatch, command):
+    assert "is not a file" in refused(command, "--store", tmp_path)
+    assert "its folder does not exist" in refused(command, "--store", tmp_path / "no" / "s.db")
+    (tmp_path / "text.db").write_text("no database, and longer than the header of one " * 10)
+    assert "text.db: not a score store" in refused(command, "--store", tmp_path / "text.db")
+    assert (tmp_path / "text.db").read_text().startswith("no database")
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("CREATE TABLE songs (title TEXT)")
+    other.commit()
+    other.close()
+    assert "a database of something else" in refused(command, "--store", tmp_path / "other.db")
+    os.mkfifo(tmp_path / "pipe.db")
+    assert "is not a file" in refused(command, "--store", tmp_path / "pipe.db")
+    monkeypatch.setattr(os, "access", lambda place, mode: os.fspath(place) != os.fspath(tmp_path))
+    assert "cannot be written to" in refused(command, "--store", tmp_path / "new.db")
+    ScoreStore(tmp_path / "mine.db").close()
+    monkeypatch.setattr(os, "access", lambda place, mode: not os.fspath(place).endswith("mine.db"))
+    assert "cannot be written to" in refused(command, "--store", tmp_path / "mine.db")
+
+
+def test_a_refused_run_leaves_no_store(refused, tmp_path):
+    refused("search", "--store", tmp_path / "new.db", "--algorithm", "beem")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("objective", ["kl", "accuracy"])
+def test_gradients(refused, text_file, questions, tmp_path, objective):
+    file = text_file if objective == "kl" else questions
+    found = refused("search", "--algorithm", "cbo", "--objective", objective, "--calibration", file)
+    assert f"cbo needs gradients, which the objective '{objective}' has not" in found
+    found = refused(
+        "study", "--algorithms", "beam,cbo", "--objective", f"x:{objective}={file}", "--out", tmp_path / "s"
+    )
+    assert "which the objective 'x' has not" in found
+    assert not (tmp_path / "s").exists()
+
+
+def test_study_folders(refused, tmp_path):
+    out = tmp_path / "s"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "is not empty and holds no study" in refused("study", "--out", out)
+    for text in ("{", "[]", "\udcff"):
+        (out / "inputs.json").write_text(text, errors="surrogateescape")
+        assert "is not what a study has written" in refused("study", "--out", out)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """What a study keeps of itself, as far as it is known without models."""
+    return {
+        "algorithms": {"beam": {"beam_width": 5}},
+        "budgets": [1, 2],
+        "seed": 0,
+        "granularity": "block",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--num-remove", "1"), "budgets"),
+        (("--seed", "1"), "seed"),
+        (("--granularity", "sublayer"), "granularity"),
+        (("--algorithms", "beam,greedy"), "algorithms"),
+        (("--option", "beam.beam_width=6"), "algorithms"),
+        (("--num-remove", "3", "--seed", "2"), "budgets, seed"),
+    ],
+)
+def test_another_study_is_refused(refused, tmp_path, inputs, more, named):
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    assert f"holds a study with other {named};" in refused("study", "--out", tmp_path, "--algorithms", "beam", *more)
+
+
+def test_a_broken_store_of_a_study_is_named(refused, tmp_path, inputs):
+    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
+    (tmp_path / "scores.db").write_text("no database, and longer than the header of one " * 10)
+    assert "scores.db: not a score store" in refused("study", "--out", tmp_path, "--algorithms", "beam")
+
+
+def test_a_study_continues(run, checkpoint, text_file, tmp_path):
+    objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
+    arguments = (
+        "study",
+        checkpoint,
+        *objective,
+        "--algorithms",
+        "one_shot",
+        "--num-remove",
+        1,
+        "--out",
+        tmp_path / "s",
+    )
+    for _ in range(2):
+        status, out, err = run(*arguments)
+        assert status == 0, err
+        assert "one_shot" in out

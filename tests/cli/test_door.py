@@ -1,0 +1,135 @@
+"""Numbers, names and paths that no run could use are refused at the door: status 2, one short line, no model opened."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def refused(run, monkeypatch):
+    """refused(*arguments) -> the one line on stderr."""
+
+    def opened(*_, **__):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("fastprune.models.load_model", opened)
+
+    def refused(*arguments) -> str:
+        status, out, err = run(*arguments)
+        assert status == 2, err
+        assert not out
+        assert err.startswith("fastprune: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        assert len(err) <= 401
+        assert "Traceback" not in err
+        return err
+
+    return refused
+
+
+LONG, NUL, SURROGATE = "x" * 10_000, "a\0b", "a\ud800b"
+DIGITS = "9" * 5000
+HUGE = "1" + "0" * 20
+BEYOND = str(2**63)
+
+SHARED = [  # of score, search and study
+    *(("--seq-len", value) for value in (HUGE, DIGITS, "-1", "1", "0x10", "", LONG, "nan", "1e3")),
+    *(("--num-samples", value) for value in (HUGE, DIGITS, "0", "-5", "2.5", NUL)),
+    *(("--sample-seed", value) for value in (BEYOND, DIGITS, "-1")),
+    *(("--cache-gb", value) for value in ("nan", "inf", "-inf", "1e300", "1e999", "0", "-1", "1e-300", "four", DIGITS)),
+    *(("--granularity", value) for value in ("", LONG, NUL, "head")),
+    *(("--backend", value) for value in (LONG, SURROGATE)),
+    *(("--dtype", value) for value in (LONG, "int8")),
+    ("--quiet=yes",),
+    (f"--{LONG}",),
+]
+PATHS = ["", NUL, SURROGATE, "a\udcffb", LONG, "é" * 125, "a/" * 2500 + "b"]
+SCORE = [
+    *(("--store", path) for path in PATHS),
+    *(("--calibration", path) for path in [*PATHS, "nowhere.txt", "."]),
+    *(("--out", path) for path in PATHS),
+    *(("--removed", units) for units in (DIGITS, "0-99999999999", "0-9999999", LONG, NUL, SURROGATE, "1-")),
+    *(("--objective", name) for name in ("", LONG, NUL, SURROGATE)),
+]
+SEARCH = [
+    *(("--num-remove", value) for value in (DIGITS, HUGE, "-1", "", "1,2", LONG)),
+    *(("--seed", value) for value in (BEYOND, DIGITS, "-1", "one")),
+    *(("--algorithm", name) for name in ("", LONG, NUL, SURROGATE)),
+    *(("--protect", units) for units in (DIGITS, "0-99999999999", LONG)),
+    *(("--out", path) for path in PATHS),
+    *(("--option", option) for option in (f"x={LONG}", f"beam_width={LONG}", LONG, f"{LONG}=1", f"x={NUL}", "=", "")),
+    *(("--option", f"beam_width={value}") for value in (DIGITS, "nan", "", SURROGATE)),
+    ("--option", "beam_width=5", "--option", "beam_width=6"),
+    ("--option", "beam_width=5", "--option", "beam-width=5"),
+]
+STUDY = [
+    *(("--num-remove", value) for value in (DIGITS, HUGE, "1,1", "-1", "1,", "", LONG, NUL)),
+    *(("--seed", value) for value in (BEYOND, DIGITS)),
+    *(("--algorithms", names) for names in ("beam,beam", "beam,greedy,beam", "beam,", "", "all,beam", LONG, NUL)),
+    *(("--out", path) for path in PATHS),
+    *(("--objective", f"kl={path}") for path in PATHS),
+    *(
+        ("--objective", f"{name}=nowhere")
+        for name in ("", LONG, NUL, SURROGATE, "a/b:kl", f"{LONG}:kl", "a:", "a:b:kl")
+    ),
+    ("--objective", "perplexity={text}"),
+    ("--objective", "a:kl={text}", "--objective", "a:perplexity={text}"),
+    ("--option", "beam.beam_width=5", "--option", "beam.beam_width=6"),
+    ("--option", f"beam.beam_width={LONG}"),
+    ("--option", "beam_width=5"),
+    ("--option", f"{LONG}.x=5"),
+]
+
+
+def shown(arguments) -> str:
+    return ascii(" ".join(arguments))[:40]
+
+
+@pytest.mark.parametrize("wrong", [*SHARED, *SCORE], ids=shown)
+def test_score(refused, text_file, wrong):
+    refused("score", "nowhere/model", "--calibration", text_file, "--removed", "1", *wrong)
+
+
+@pytest.mark.parametrize("wrong", [*SHARED, *SEARCH], ids=shown)
+def test_search(refused, text_file, wrong):
+    refused("search", "nowhere/model", "--calibration", text_file, "--num-remove", "1", *wrong)
+
+
+@pytest.mark.parametrize("wrong", [*SHARED, *STUDY], ids=shown)
+def test_study(refused, text_file, tmp_path, wrong):
+    wrong = [argument.replace("{text}", str(text_file)) for argument in wrong]
+    arguments = ("--objective", f"perplexity={text_file}", "--num-remove", "1", "--out", tmp_path / "s")
+    refused("study", "nowhere/model", *arguments, *wrong)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ascii)
+@pytest.mark.parametrize("command", ["info", "score", "search", "study", "export"])
+def test_models_are_named_by_paths(refused, text_file, tmp_path, command, path):
+    more = {
+        "info": (),
+        "score": ("--removed", "1", "--calibration", text_file),
+        "search": ("--num-remove", "1", "--calibration", text_file),
+        "study": ("--num-remove", "1", "--objective", f"kl={text_file}", "--out", tmp_path / "s"),
+        "export": ("--removed", "1", "--out", tmp_path / "e"),
+    }[command]
+    assert "MODEL" in refused(command, path, *more)
+
+
+def test_a_model_is_studied_once(refused, text_file, tmp_path):
+    more = ("--num-remove", "1", "--objective", f"kl={text_file}", "--out", tmp_path / "s")
+    assert "'m' is given twice" in refused("study", "m", "n", "m", *more)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ascii)
+def test_other_paths(refused, text_file, path):
+    refused("demo", "--out", path)
+    refused("export", "nowhere/model", "--removed", "1", "--out", path)
+    refused("score", "nowhere/model", "--calibration", text_file, "--masks", path)
+
+
+@pytest.mark.parametrize("name", [LONG, NUL, SURROGATE])
+def test_other_names(refused, name):
+    refused("algorithms", name)
+    refused(name)

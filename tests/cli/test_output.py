@@ -1,0 +1,141 @@
+"""Printing never costs a result: files come first, and any name, terminal and reader is borne."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastprune.cli import main
+
+FULL = Path("/dev/full")
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", encoding="utf-8")
+
+
+def full_disk():
+    if not FULL.exists():
+        pytest.skip("no /dev/full")
+    return FULL.open("w", encoding="utf-8")
+
+
+def ascii_terminal():
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+
+@pytest.fixture
+def run_on(monkeypatch, capsys):
+    """run_on(stdout, *arguments) -> (exit status, stderr)."""
+
+    def run_on(stdout, *arguments):
+        monkeypatch.setattr(sys, "argv", ["fastprune", *map(str, arguments)])
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stdout)
+            with pytest.raises(SystemExit) as exit_:
+                main()
+        return exit_.value.code, capsys.readouterr().err
+
+    return run_on
+
+
+@pytest.fixture
+def scored(text_file):
+    return ("--calibration", text_file, "--num-samples", 2, "--seq-len", 16)
+
+
+@pytest.mark.parametrize("stdout", [closed_pipe, full_disk, ascii_terminal])
+def test_results_are_written_whatever_stdout_is(run_on, checkpoint, text_file, scored, tmp_path, stdout):
+    status, _ = run_on(stdout(), "search", checkpoint, "--num-remove", 1, *scored, "--out", tmp_path / "r")
+    assert status == 0
+    assert len(json.loads((tmp_path / "r" / "result.json").read_text())["removed"]) == 1
+    status, _ = run_on(stdout(), "score", checkpoint, "--removed", "1", *scored, "--out", tmp_path / "s.jsonl")
+    assert status == 0
+    assert json.loads((tmp_path / "s.jsonl").read_text())["removed"] == [1]
+    status, _ = run_on(stdout(), "export", checkpoint, "--removed", "1", "--out", tmp_path / "e")
+    assert status == 0
+    assert (tmp_path / "e" / "model.safetensors").exists()
+    objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
+    studied = ("--algorithms", "one_shot", "--num-remove", 1, *objective, "--quiet")
+    status, _ = run_on(stdout(), "study", checkpoint, *studied, "--out", tmp_path / "study")
+    assert status == 0
+    assert "</html>" in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_a_full_stdout_is_said_in_one_line(run_on, checkpoint, scored, tmp_path):
+    status, err = run_on(full_disk(), "search", checkpoint, "--num-remove", 1, *scored, "--out", tmp_path / "r")
+    assert status == 0
+    assert "result.json" in "".join(err.split())
+    for arguments in (("algorithms",), ("--help",), ("search", checkpoint, "--num-remove", 1, *scored)):
+        status, err = run_on(full_disk(), *arguments)
+        assert status == 1
+        assert err.count("\n") == 1
+        assert "stdout cannot be written to" in err
+
+
+@pytest.mark.parametrize("arguments", [("algorithms",), ("--help",), ("algorithms", "beam")])
+def test_a_reader_may_go_away(run_on, arguments):
+    assert run_on(closed_pipe(), *arguments) == (0, "")
+
+
+def test_a_reader_that_went_away_does_not_hide_another_failure(run_on, checkpoint, monkeypatch):
+    def fails(*_, **__):
+        raise BrokenPipeError(errno.EPIPE, "of something else")
+
+    monkeypatch.setattr("fastprune.models.load_model", fails)
+    status, err = run_on(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), "info", checkpoint)
+    assert status == 1
+    assert "of something else" in err
+
+
+def test_an_ascii_terminal_gets_tables_and_patterns_in_ascii(run_on, checkpoint, scored, tmp_path):
+    named = tmp_path / "модель"
+    shutil.copytree(checkpoint, named)
+    stdout = ascii_terminal()
+    status, _ = run_on(stdout, "search", named, "--num-remove", 2, *scored)
+    assert status == 0
+    printed = stdout.buffer.getvalue().decode("ascii")
+    (pattern,) = [line.split() for line in printed.splitlines() if line.startswith("perplexity  beam")]
+    assert sorted(pattern[2:]) == ["#", "#", ".", ".", "."]
+    assert "|" in printed
+
+
+def test_the_program_prints_in_ascii_where_that_is_asked_for():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "fastprune.cli", "algorithms", "cbo", "bayesian"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("name", ["m[/x]", "[red]m[", ":smile:", r"m$\frac$", "m--><script>alert(1)</script>"])
+def test_any_folder_name_is_printed_and_drawn_as_it_is(run, checkpoint, text_file, scored, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "400")
+    folder = tmp_path / name
+    folder.parent.mkdir(exist_ok=True, parents=True)
+    shutil.copytree(checkpoint, folder)
+    status, out, err = run("search", folder, "--num-remove", 1, *scored, "--out", tmp_path / "r")
+    assert status == 0, err
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["removed"]
+    assert folder.name in "".join(out.split())  # a title is wrapped at its table's width
+    status, out, err = run("info", folder)
+    assert status == 0, err
+    assert folder.name in "".join(out.split())  # a title is wrapped at its table's width
+    objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
+    studied = ("--algorithms", "one_shot,beam", "--num-remove", "1", *objective, "--out", tmp_path / "s")
+    status, out, err = run("study", folder, *studied)
+    assert status == 0, err
+    assert folder.name in "".join(out.split())  # a title is wrapped at its table's width
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert "<script>alert" not in page

@@ -1,0 +1,44 @@
+"""What needs no model is answered without the libraries that models need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from fastprune.cli import main
+try:
+    main()
+finally:
+    print(*[name for name in ("torch", "transformers", "sklearn", "matplotlib") if name in sys.modules])
+"""
+SEARCH = ("search", "nowhere/model", "--num-remove", "1", "--calibration", __file__)
+STUDY = ("study", "nowhere/model", "--num-remove", "1", "--objective", f"kl={__file__}", "--out", "nowhere/study")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("--help",), 0),
+        (("algorithms",), 0),
+        (("algorithms", "beem"), 2),
+        ((*SEARCH, "--algorithm", "beem"), 2),
+        ((*SEARCH, "--objective", "perplexety"), 2),
+        ((*SEARCH, "--option", "width=5"), 2),
+        ((*SEARCH, "--calibration", "nowhere.txt"), 2),
+        ((*STUDY, "--algorithms", "beem"), 2),
+        ((*STUDY, "--option", "beam.width=5"), 2),
+        ((*STUDY, "--objective", "margin=nowhere.jsonl"), 2),
+    ],
+)
+def test_no_model_library_is_imported(arguments, status):
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.endswith("\n")
+    assert not done.stdout.splitlines()[-1]
