@@ -61,13 +61,16 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Which blocks of a language model can go? Scores depth masks exactly, and searches for the best one.
 
     MODEL is 'demo', a folder with a safetensors checkpoint, or a hub id.
     """
+    if context.invoked_subcommand is None:
+        raise InputError(f"name a command: {', '.join(cli.commands)}; --help says what each does")
 
 
 for command in (studies.demo, commands.info, commands.algorithms, commands.score, commands.search, studies.study):

@@ -43,7 +43,7 @@ def say(what, style: str | None = None) -> None:
 def note(message: str) -> None:
     """Print a line on stderr, where it can be printed."""
     with suppress(OSError):
-        err.print(message, style="dim", highlight=False)
+        err.print(message, style="dim", highlight=False, soft_wrap=not err.is_terminal)
 
 
 @contextmanager

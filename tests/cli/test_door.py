@@ -133,3 +133,7 @@ def test_other_paths(refused, text_file, path):
 def test_other_names(refused, name):
     refused("algorithms", name)
     refused(name)
+
+
+def test_no_command(refused):
+    assert "name a command: demo, info, algorithms, score, search, study, export; --help" in refused()

@@ -75,7 +75,9 @@ def test_results_are_written_whatever_stdout_is(run_on, checkpoint, text_file, s
 def test_a_full_stdout_is_said_in_one_line(run_on, checkpoint, scored, tmp_path):
     status, err = run_on(full_disk(), "search", checkpoint, "--num-remove", 1, *scored, "--out", tmp_path / "r")
     assert status == 0
-    assert "result.json" in "".join(err.split())
+    assert "stdout cannot be written to" in err
+    assert err.endswith(f"the result goes to {tmp_path / 'r' / 'result.json'}\n")
+    assert err.count("\n") == 1
     for arguments in (("algorithms",), ("--help",), ("search", checkpoint, "--num-remove", 1, *scored)):
         status, err = run_on(full_disk(), *arguments)
         assert status == 1
