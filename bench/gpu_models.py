@@ -199,7 +199,7 @@ def pairs(bench: Bench, name: str) -> dict:
     return {
         "blocks": units,
         "sequences": f"{rows} of {length} tokens, of the goal's {SEQUENCES}: one chunk of {SEQUENCES // rows}",
-        "chunks": ev._engine.numerics()["chunks"],
+        "chunks": [list(chunk.ids.shape) for chunk in ev._engine.chunks],
         "masks": len(masks),
         "masks_of_the_field": f"1 of {every}" if every > 1 else "all",
         "layer_runs": plan.layer_runs,
@@ -329,7 +329,7 @@ def beam(bench: Bench, name: str) -> dict:
     ev = evaluator(bench, name, fp.TaskMargin(random_tasks(bench, hf.config.vocab_size, *shape)), progress)
     ev.score(np.ones((1, ev.num_units), dtype=bool))  # kernels for these shapes are compiled
     runs |= {"done": 0, "of_this_call": 0}
-    chunks = ev._engine.numerics()["chunks"]
+    chunks = [list(chunk.ids.shape) for chunk in ev._engine.chunks]
     expected = fp.run_search(_Rounds(ev), "beam", **options).layer_runs
     found = {
         "items": f"{items} x {choices} choices, questions of {trunk} tokens, choices of {length}",

@@ -7,6 +7,7 @@ makes a score bit-identical alone and in company.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,21 @@ class Chunk:
     @property
     def num_tokens(self) -> int:
         return self.ids.numel()
+
+    @cached_property
+    def continuations(self) -> np.ndarray:
+        """The continuations of the batch that have their targets here, all of them, ascending."""
+        return np.unique(self.continuation)
+
+    @cached_property
+    def key(self) -> bytes:
+        """SHA-256 of the shape, the tokens, and the targets by continuation: what a sum over this chunk is a sum of."""
+        parts = (self.ids, self.positions, self.branch, self.sources, self.target_source, self.target_token)
+        arrays = [None if part is None else part.cpu().numpy() for part in parts]
+        digest = hashlib.sha256()
+        for array in (*arrays, np.searchsorted(self.continuations, self.continuation)):
+            digest.update(b"none" if array is None else f"{array.shape}".encode() + array.astype("<i8").tobytes())
+        return digest.digest()
 
     def tiles(self, size: int) -> list[Tile]:
         """The targets, cut into tiles of at most `size` positions."""

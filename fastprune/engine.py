@@ -14,15 +14,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from . import __version__
 from .calibration import TokenBatch
 from .chunks import Chunk, Tile, make_chunk, make_chunks
 from .errors import InputError
+from .fingerprint import machine_fingerprint
 from .footprint import measure_footprint
 from .memory import is_out_of_memory
 from .models import Model, make_runner
 from .models.stand_ins import State, hidden_of, state_bytes
 from .plan import ROOT, Plan, make_plan, max_slots
+from .store import SumStore, units_key
 
 Progress = Callable[[int, int], None]
 
@@ -41,7 +42,9 @@ class Engine:
     backend: "generic", "fused" or "auto"; `runner` is what runs the units, the model itself or its fused path.
     measure: what is computed at each target, "nll" or "kl". budget_bytes bounds the activations: states, the
     workspace of a unit, a tile of logits, and for "kl" the dense model's final states.
-    peak_activation_bytes: the most that were held so far, workspaces as measured on this model.
+    store: sums that are known, and are kept as they are finished. peak_activation_bytes: the most that were held so
+    far, workspaces as measured on this model. row_runs, row_heads: units, and heads, that were run so far, counted
+    where that happens, once for each row of the batch.
     """
 
     def __init__(
@@ -52,19 +55,21 @@ class Engine:
         granularity: str,
         budget_bytes: int | None,
         backend: str = "auto",
+        store: SumStore | None = None,
     ):
         model.require(granularity)
         batch.check_fits(model.vocab_size, model.max_positions)
         _check_rows(model, batch)
         self.model, self.batch, self.measure, self.granularity = model, batch, measure, granularity
         self.num_units = len(model.unit_names(granularity))
+        self.store = store
         kind = "cuda" if model.device.type == "cuda" else "cpu"
         budget_bytes = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
         self.runner = make_runner(model, backend)
         per_position = self.runner.head_bytes(measure)
         self._tile = max(LEAST_TILE, min(TILE_BYTES[kind], budget_bytes // 4) // per_position // 8 * 8)
         self.peak_activation_bytes = 0
-        self.dense_runs = 0  # unit runs of the dense model's own passes, for "kl"
+        self.row_runs = self.row_heads = 0
         with model.evaluation():
             self._footprint = measure_footprint(self.runner, batch, granularity, self._measure_nothing, self._tile)
         if kind == "cuda":
@@ -73,8 +78,11 @@ class Engine:
             wanted = max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
         self._cut(self._fit(budget_bytes, wanted))
 
-    def run(self, plan: Plan, progress: Progress | None = None, wanted: np.ndarray | None = None) -> np.ndarray:
-        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks.
+    def run(
+        self, plan: Plan, progress: Progress | None = None, wanted: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks; and bool[M],
+        the masks of which every sum came from the store.
 
         wanted: bool[C]; only chunks that hold such a continuation are run, whole, so that their numbers keep their
         bits; sums of the others are left at 0. progress(done, total) is told of unit runs. When memory runs out,
@@ -97,27 +105,65 @@ class Engine:
     def _numbers(self, wanted: np.ndarray | None) -> list[int]:
         return [n for n, chunk in enumerate(self.chunks) if wanted is None or wanted[chunk.continuation].any()]
 
-    def _run(self, plan: Plan, progress: Progress, wanted: np.ndarray | None) -> np.ndarray:
-        if self.measure == "kl" and not self._dense:
-            self._dense = self._dense_states()
+    def _run(self, plan: Plan, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         sums = np.zeros((len(plan.masks), self.batch.num_continuations))
-        numbers = self._numbers(wanted)
-        done, total = 0, plan.layer_runs * len(numbers)
-        for number in numbers:
-            chunk = self.chunks[number]
+        keys = [units_key(mask) for mask in plan.masks]
+        context = self._context()
+        missing = {number: self._look_up(context, keys, number, sums) for number in self._numbers(wanted)}
+        plans = {rows.tobytes(): plan if rows.all() else make_plan(plan.masks[rows]) for rows in missing.values()}
+        if self.measure == "kl" and any(rows.any() for rows in missing.values()):
+            self._run_dense()
+        done, total = 0, sum(plans[rows.tobytes()].layer_runs for rows in missing.values())
+        for number, rows in missing.items():
+            if not rows.any():
+                continue
+            chunk, part, masks = self.chunks[number], plans[rows.tobytes()], np.flatnonzero(rows)
             pending: list[tuple[int, torch.Tensor]] = []
-            for mask, hidden, units in self._walk(plan, chunk):
+            for mask, hidden, units in self._walk(part, number):
                 if mask >= 0:
-                    pending.append((mask, self._measure_targets(hidden, number)))
+                    pending.append((int(masks[mask]), self._measure_targets(hidden, number)))
                 if len(pending) == PENDING:
-                    _add_up(pending, chunk, sums)
+                    self._finish(pending, chunk, sums, context, keys)
                 done += units
                 progress(done, total)
-            _add_up(pending, chunk, sums)
-        return sums
+            self._finish(pending, chunk, sums, context, keys)
+        return sums, ~np.any([*missing.values(), np.zeros(len(keys), dtype=bool)], axis=0)
 
-    def _walk(self, plan: Plan, chunk: Chunk) -> Iterator[tuple[int, torch.Tensor, int]]:
+    def _context(self) -> int | None:
+        """What decides the bits of sums besides chunk and units, as the store's number for it."""
+        if self.store is None:
+            return None
+        return self.store.context({**self.numerics(), "measure": self.measure, "weights": self.model.weights_hash})
+
+    def _look_up(self, context: int | None, keys: list[bytes], number: int, sums: np.ndarray) -> np.ndarray:
+        """Fill in the sums of a chunk that the store knows; bool[M], the masks that are missing."""
+        missing = np.ones(len(keys), dtype=bool)
+        if context is not None:
+            chunk = self.chunks[number]
+            known = self.store.get(context, chunk.key, keys)
+            for mask, key in enumerate(keys):
+                if key in known:
+                    sums[mask, chunk.continuations] = known[key]
+                    missing[mask] = False
+        return missing
+
+    def _finish(self, pending, chunk: Chunk, sums: np.ndarray, context: int | None, keys: list[bytes]) -> None:
+        """Fetch the measures of pending masks [M], sum them over continuations in target order, and keep the sums."""
+        if not pending:
+            return
+        values = torch.stack([values for _, values in pending]).cpu().double().numpy()
+        for (mask, _), row in zip(pending, values, strict=True):
+            found = np.bincount(chunk.continuation, weights=row, minlength=sums.shape[1])
+            sums[mask, chunk.continuations] = found[chunk.continuations]
+        self.row_heads += len(pending) * len(chunk.rows)
+        if context is not None:
+            finished = {keys[mask]: sums[mask, chunk.continuations] for mask, _ in pending}
+            self.store.put(context, chunk.key, finished)
+        pending.clear()
+
+    def _walk(self, plan: Plan, number: int) -> Iterator[tuple[int, torch.Tensor, int]]:
         """Run the plan's steps on one chunk; after each, yield (mask or -1, hidden [B, T, D], units run)."""
+        chunk = self.chunks[number]
         state, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
         slots: list[State | None] = [None] * plan.num_slots
         for step in plan.steps:
@@ -128,6 +174,7 @@ class Engine:
             for unit in step.units:
                 self._note_peak(slots, state, chunk)
                 state = self.runner.run(unit, state, arguments, self.granularity)
+                self.row_runs += len(chunk.rows)
             if step.target >= 0:
                 slots[step.target] = state
             yield step.mask, hidden_of(state), len(step.units)
@@ -147,37 +194,28 @@ class Engine:
             return self.runner.nll(states, tile)
         return self.runner.kl(dense, states, tile)
 
-    def _dense_states(self) -> list[torch.Tensor]:
-        """Final states of the dense model where a target is predicted, [P, D] for each chunk."""
+    def _run_dense(self) -> None:
+        """Fill `_dense`: final states of the dense model where a target is predicted, [P, D] for each chunk."""
+        if self._dense and self._dense_of == self.model.state:
+            return
+        of, dense = self.model.state, []
         plan = make_plan(np.ones((1, self.num_units), dtype=bool))
-        states = []
-        for chunk in self.chunks:
-            for mask, hidden, _ in self._walk(plan, chunk):
+        for number, chunk in enumerate(self.chunks):
+            for mask, hidden, _ in self._walk(plan, number):
                 if mask >= 0:
-                    states.append(hidden.flatten(0, 1)[chunk.sources])
-        self.dense_runs += self.num_units
-        return states
+                    dense.append(hidden.flatten(0, 1)[chunk.sources])
+        self._dense, self._dense_of = dense, of
 
     def numerics(self) -> dict[str, object]:
-        """What the bits of a number depend on besides weights, data and mask: shapes, dtype, device, software."""
-        import transformers
-
-        device = self.model.device
-        cuda = device.type == "cuda"
+        """What the bits of a number depend on besides weights, chunk and mask: path, dtype, device, software."""
         return {
-            "chunks": [[len(chunk.rows), chunk.ids.shape[1]] for chunk in self.chunks],
             "tile": self._tile,
             "granularity": self.granularity,
             "path": self.runner.numerics(),
             "dtype": str(self.model.dtype),
             "attention": getattr(self.model.config, "_attn_implementation", None),
             "experts": getattr(self.model.config, "_experts_implementation", None),
-            "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
-            "threads": None if cuda else torch.get_num_threads(),
-            "matmul": [torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled],
-            "fastprune": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "machine": machine_fingerprint(self.model.device),
         }
 
     # -- chunks and memory ---------------------------------------------------------------------------------------
@@ -196,7 +234,8 @@ class Engine:
 
     def _cut(self, max_tokens: int) -> None:
         """Cut the batch into chunks, and the targets of each chunk into tiles."""
-        self._dense: list[torch.Tensor] = []  # per chunk, see _dense_states
+        self._dense: list[torch.Tensor] = []  # per chunk, see _run_dense
+        self._dense_of: tuple = ()
         self.chunks = make_chunks(self.batch, max_tokens, self.model.device)
         self._tiles = [chunk.tiles(self._tile) for chunk in self.chunks]
 
@@ -245,13 +284,3 @@ def _check_rows(model: Model, batch: TokenBatch) -> None:
     if len(trees):
         longest_tree = make_chunk(batch, [trees[batch.row_lengths[trees].argmax()]], model.device)
         model.check_trees(longest_tree.ids, longest_tree.positions, longest_tree.branch)
-
-
-def _add_up(pending: list[tuple[int, torch.Tensor]], chunk: Chunk, sums: np.ndarray) -> None:
-    """Fetch the measures of pending masks, add them to their continuations in target order, and forget them."""
-    if not pending:
-        return
-    values = torch.stack([values for _, values in pending]).cpu().double().numpy()
-    for (mask, _), row in zip(pending, values, strict=True):
-        sums[mask] += np.bincount(chunk.continuation, weights=row, minlength=sums.shape[1])
-    pending.clear()

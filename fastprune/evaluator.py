@@ -16,7 +16,7 @@ from .masks import as_masks
 from .models import Model
 from .objectives import Objective
 from .plan import Plan, make_plan
-from .store import ScoreStore, mask_keys
+from .store import SumStore
 
 BACKENDS = ("auto", "generic", "fused")
 
@@ -29,12 +29,11 @@ class Stats:
     """
 
     masks: int = 0  # scores that were asked for
-    layer_runs: float = 0  # unit runs that were made (for KL, the dense model's one pass too)
+    layer_runs: float = 0  # unit runs that were made (for KL, the dense model's one pass too), counted as they happen
     asked_layer_runs: float = 0  # distinct prefixes of each call: its unit runs, had no score been known before
     naive_layer_runs: float = 0  # unit runs of one forward pass per mask that was asked for
     head_runs: float = 0  # masks whose loss was computed
-    cache_hits: int = 0  # prefix states kept from earlier calls: none in this version
-    store_hits: int = 0  # masks whose score came from the store
+    store_hits: int = 0  # scores that were asked for and came from the store
     peak_activation_bytes: int = 0  # the most that was held at once
     seconds: float = 0.0  # spent scoring
 
@@ -47,11 +46,13 @@ class Evaluator:
     backend: "generic" runs any family by transformers' own code, "fused" the Llama-like ones on fused operators,
     "auto" the fused path where it is the faster; `self.backend` says which one runs.
     cache_bytes: byte budget of the activations (4 GiB on a CPU, 16 GiB on a GPU by default); it decides how many
-    tokens run at once. store: file of finished scores (or a ScoreStore); what is in it is not computed again.
+    tokens run at once. store: file of finished sums (or a SumStore): what is in it is not computed
+    again, whichever objective on the same tokens had asked for it, and what is finished is kept chunk by chunk.
     granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
     progress: called with (unit runs done, unit runs in all) while masks are scored.
 
-    A mask's score does not depend, to the bit, on what else is scored in the same call or was before.
+    A mask's score does not depend, to the bit, on what else is scored in the same call or was before. Threads may share
+    an evaluator or a model: their calls take turns.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Evaluator:
         objective: Objective,
         backend: str = "auto",
         cache_bytes: int | None = None,
-        store: str | os.PathLike | ScoreStore | None = None,
+        store: str | os.PathLike | SumStore | None = None,
         granularity: str = "block",
         progress: Progress | None = None,
     ):
@@ -80,8 +81,10 @@ class Evaluator:
         self.granularity = granularity
         self.progress = progress
         self.stats = Stats()
-        self._store = store if isinstance(store, ScoreStore) or store is None else ScoreStore(store)
-        self._engine = Engine(self.model, objective.batch, objective.measure, granularity, cache_bytes, backend)
+        self._row_runs = self._row_heads = 0
+        self._dense: tuple[tuple, float] | None = None
+        store = store if isinstance(store, SumStore) or store is None else SumStore(store)
+        self._engine = Engine(self.model, objective.batch, objective.measure, granularity, cache_bytes, backend, store)
 
     def __repr__(self) -> str:
         units = f"{self.num_units} {'blocks' if self.granularity == 'block' else 'sublayers'}"
@@ -113,10 +116,13 @@ class Evaluator:
     def unit_names(self) -> list[str]:
         return self.model.unit_names(self.granularity)
 
-    @cached_property
+    @property
     def dense_loss(self) -> float:
-        """The loss of the whole model, computed when it is first asked for."""
-        return float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
+        """The loss of the whole model, computed when it is first asked for, and again when the model has changed."""
+        with self.model.turn:
+            if self._dense is None or self._dense[0] != self.model.state:
+                self._dense = self.model.state, float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
+            return self._dense[1]
 
     def score(self, masks) -> np.ndarray:
         """The loss of each mask, float64[N]; masks: bool or 0/1 [N, U], True = kept. Lower is better.
@@ -124,21 +130,9 @@ class Evaluator:
         A loss that is not finite is returned as it is. Raises InputError for masks of another shape or value, and
         for one that keeps nothing where the family cannot run without blocks.
         """
-        plan = self._plan(masks)
-        if self._store is None:
+        with self.model.turn:
+            plan = self._plan(masks)
             return self.objective.loss(self._run(plan))[plan.index]
-        keys, context = mask_keys(plan.masks), self._context()
-        known = self._store.get(context, keys)
-        missing = plan.masks[[key not in known for key in keys]]
-        self.stats.store_hits += sum(keys[row] in known for row in plan.index.tolist())
-        if len(missing):
-            part = make_plan(missing)
-            losses = self.objective.loss(self._run(part))
-            if self._context() != context:  # memory ran out and chunks became smaller: nothing known has these bits
-                return self.score(masks)
-            self._store.put(context, mask_keys(part.masks), losses)
-            known.update(zip(mask_keys(part.masks), losses.tolist()))
-        return np.array([known[key] for key in keys])[plan.index]
 
     def score_samples(self, masks, samples=None) -> np.ndarray:
         """The loss of each mask on each sample (row of text, or question), float64[N, S].
@@ -148,9 +142,10 @@ class Evaluator:
         """
         samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
         wanted = np.isin(self.objective.sample, samples)
-        plan = self._plan(masks, self._engine.share(wanted))
-        sums = self._run(plan, wanted)
-        return self.objective.sample_losses(sums)[:, samples][plan.index]
+        with self.model.turn:
+            plan = self._plan(masks, self._engine.share(wanted))
+            sums = self._run(plan, wanted)
+            return self.objective.sample_losses(sums)[:, samples][plan.index]
 
     def similarity(self) -> np.ndarray:
         """float64[U + 1, U + 1]: mean over tokens of the cosine between the states before each unit of the dense
@@ -178,25 +173,19 @@ class Evaluator:
 
     def _run(self, plan: Plan, wanted: np.ndarray | None = None) -> np.ndarray:
         """Sums over continuations of the plan's distinct masks, [M, C]; notes what it cost."""
-        started, dense_before = time.perf_counter(), self._engine.dense_runs
-        sums, share = self._engine.run(plan, self.progress, wanted), self._engine.share(wanted)
-        self.stats.layer_runs += _whole(plan.layer_runs * share) + self._engine.dense_runs - dense_before
-        self.stats.head_runs += _whole(len(plan.masks) * share)
-        self.stats.peak_activation_bytes = self._engine.peak_activation_bytes
-        self.stats.seconds += time.perf_counter() - started
+        started, engine, rows = time.perf_counter(), self._engine, self.objective.batch.num_rows
+        runs, heads = engine.row_runs, engine.row_heads
+        try:
+            sums, known = engine.run(plan, self.progress, wanted)
+        finally:  # work that was interrupted was work, too
+            self._row_runs += engine.row_runs - runs
+            self._row_heads += engine.row_heads - heads
+            self.stats.layer_runs = _whole(self._row_runs / rows)
+            self.stats.head_runs = _whole(self._row_heads / rows)
+            self.stats.peak_activation_bytes = engine.peak_activation_bytes
+            self.stats.seconds += time.perf_counter() - started
+        self.stats.store_hits += int(known[plan.index].sum())
         return sums
-
-    def _context(self) -> str:
-        """The store's key for everything that determines a score besides the mask."""
-        objective = self.objective
-        return self._store.context(
-            {
-                **self._engine.numerics(),
-                "weights": self.model.weights_hash,
-                "objective": objective.name,
-                "calibration": objective.content_hash,
-            }
-        )
 
     def _check_samples(self, samples) -> np.ndarray:
         samples = np.asarray(samples)

@@ -1,12 +1,15 @@
-"""Finished scores on disk (SQLite), keyed by everything that determines them."""
+"""Finished sums on disk (SQLite): of each mask, on each chunk, under everything that determines their bits."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sqlite3
 import threading
+import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,67 +17,126 @@ import numpy as np
 
 from .errors import InputError
 
+APPLICATION, VERSION = 0x46505255, 2  # PRAGMA application_id and user_version of a store
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS contexts (context TEXT PRIMARY KEY, determined_by TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS scores (
-  context TEXT NOT NULL, mask BLOB NOT NULL, loss BLOB NOT NULL, PRIMARY KEY (context, mask)
+CREATE TABLE IF NOT EXISTS contexts (id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, determined_by TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS sums (
+  context INTEGER NOT NULL, chunk BLOB NOT NULL, units BLOB NOT NULL, sums BLOB NOT NULL, checksum INTEGER NOT NULL,
+  PRIMARY KEY (context, chunk, units)
 ) WITHOUT ROWID;
 """
+_AT_ONCE = 500  # keys of one look-up
+_FAILURES = (sqlite3.Error, UnicodeDecodeError, TypeError, ValueError)  # what SQLite raises over a damaged file
 
 
-class ScoreStore:
-    """Losses by (context, mask). Every `put` is one transaction, so a killed run keeps all that it had finished.
+class SumStore:
+    """Sums over the continuations of a chunk, by (context, chunk, units that ran).
 
-    A context is the hash of what determines a score besides the mask: weights, data, objective, dtype, device,
-    software, the shapes that were run. Losses are kept as their eight bytes, so that they come back to the bit.
-    Threads may share a store: they take turns.
+    A context is what determines a sum besides chunk and units: weights, measure, dtype, device, software. So whatever
+    objective asks for the same tokens under the same measure finds what another has left. Sums are kept as their
+    eight bytes with a checksum, so that they come back to the bit or not at all; every `put` is one transaction, so
+    that a killed run keeps all that it had finished. Threads and processes may share a file.
+
+    Raises InputError for a file that is no store, is one of another version, or is damaged: none is overwritten. When
+    the file fails later (a full disk, another program's lock, a damaged row), a RuntimeWarning says so once, and the
+    store keeps and finds nothing from then on.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        if str(path) == ":memory:":
+            raise InputError("a store is a file, not ':memory:'; leave it out to keep nothing")
         if not self.path.parent.is_dir():
-            raise InputError(f"{self.path}: the folder of the score store does not exist")
+            raise InputError(f"{self.path}: the folder of the store does not exist")
         self._turn = threading.RLock()
+        self._failed = False
+        self._keys: dict[int, bytes] = {}  # of contexts, by their number
         try:
             self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
-            tables = {sql for (sql,) in self._db.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
-            if tables and not all("context TEXT" in sql for sql in tables):
-                raise InputError(f"{self.path}: a database of something else; name another file for the score store")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.executescript(_SCHEMA)
-        except sqlite3.Error as error:
-            raise InputError(f"{self.path}: not a score store ({error})") from None
+            self._open()
+        except _FAILURES as error:
+            raise InputError(f"{self.path}: not a store ({error})") from None
 
-    def context(self, determined_by: Mapping[str, object]) -> str:
-        """The key of a context, noted readably when it is new."""
+    def _open(self) -> None:
+        known = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if known:
+            application = self._db.execute("PRAGMA application_id").fetchone()[0]
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            names = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if application != APPLICATION and names != {"contexts", "scores"}:
+                raise InputError(f"{self.path}: a database of something else; name another file for the store")
+            if version != VERSION:
+                raise InputError(f"{self.path}: a store of another version of fastprune; name another file")
+            columns = [row[1] for row in self._db.execute("SELECT * FROM pragma_table_info('sums')")]
+            if columns != ["context", "chunk", "units", "sums", "checksum"]:
+                raise InputError(f"{self.path}: a damaged store, its tables are not those of a store")
+            return
+        self._db.execute("PRAGMA journal_mode=WAL")
+        pragmas = f"PRAGMA application_id={APPLICATION}; PRAGMA user_version={VERSION};"
+        self._db.executescript(f"BEGIN IMMEDIATE; {pragmas} {_SCHEMA} COMMIT;")  # another process sees all or nothing
+
+    def context(self, determined_by: Mapping[str, object]) -> int:
+        """The number of a context in this file, noted readably when it is new."""
         text = json.dumps(determined_by, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
-        with self._turn, self._db:
-            self._db.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?)", (key, text))
-        return key
-
-    def get(self, context: str, keys: Iterable[bytes]) -> dict[bytes, float]:
-        """The losses that are known, by mask key."""
-        known = {}
-        query = "SELECT loss FROM scores WHERE context = ? AND mask = ?"
         with self._turn:
-            for key in keys:
-                row = self._db.execute(query, (context, key)).fetchone()
-                if row is not None:
-                    known[key] = float(np.frombuffer(row[0], dtype="<f8")[0])
+            try:
+                with self._db:
+                    self._db.execute("INSERT OR IGNORE INTO contexts (key, determined_by) VALUES (?, ?)", (key, text))
+                number = self._db.execute("SELECT id FROM contexts WHERE key = ?", (key,)).fetchone()[0]
+                self._keys[number] = key.encode()
+                return number
+            except _FAILURES as error:
+                self._give_up(error)
+                return -1
+
+    def get(self, context: int, chunk: bytes, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
+        """The sums that are known of a chunk, float64[C], by the key of the units that ran."""
+        known: dict[bytes, np.ndarray] = {}
+        keys = iter(keys)
+        with self._turn:
+            while not self._failed and (part := list(itertools.islice(keys, _AT_ONCE))):
+                marks = ",".join("?" * len(part))
+                query = f"SELECT units, sums, checksum FROM sums WHERE context = ? AND chunk = ? AND units IN ({marks})"
+                try:
+                    for units, sums, checksum in self._db.execute(query, (context, chunk, *part)):
+                        if self._checksum(context, chunk, units, sums) != checksum or len(sums) % 8:
+                            raise sqlite3.DatabaseError("a row is damaged")
+                        known[units] = np.frombuffer(sums, dtype="<f8")
+                except _FAILURES as error:
+                    self._give_up(error)
+                    return {}
         return known
 
-    def put(self, context: str, keys: Iterable[bytes], losses: Iterable[float]) -> None:
-        """Keep the losses of masks, given by their keys."""
-        rows = [(context, key, np.float64(loss).astype("<f8").tobytes()) for key, loss in zip(keys, losses)]
-        with self._turn, self._db:
-            self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+    def put(self, context: int, chunk: bytes, sums: Mapping[bytes, np.ndarray]) -> None:
+        """Keep the sums of a chunk, by the key of the units that ran."""
+        rows = []
+        for units, values in sums.items():
+            blob = np.ascontiguousarray(values, dtype="<f8").tobytes()
+            rows.append((context, chunk, units, blob))
+        with self._turn:
+            if self._failed:
+                return
+            rows = [(*row, self._checksum(*row)) for row in rows]
+            try:
+                with self._db:
+                    self._db.executemany("INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)", rows)
+            except _FAILURES as error:
+                self._give_up(error)
 
     def close(self) -> None:
         with self._turn:
             self._db.close()
 
+    def _checksum(self, context: int, chunk: bytes, units: bytes, sums: bytes) -> int:
+        return zlib.crc32(b"%b/%b/%b/%b" % (self._keys[context], chunk, units, sums))
 
-def mask_keys(masks: np.ndarray) -> list[bytes]:
-    """One key per mask bool[N, U]: its packed bits."""
-    return [row.tobytes() for row in np.packbits(masks, axis=1)]
+    def _give_up(self, error: Exception) -> None:
+        if not self._failed:
+            self._failed = True
+            warnings.warn(f"{self.path}: going on without the store: {error}", RuntimeWarning, stacklevel=4)
+
+
+def units_key(mask: np.ndarray) -> bytes:
+    """The key of a mask bool[U]: the units that run, in order."""
+    return np.flatnonzero(mask).astype("<u2").tobytes()

@@ -26,7 +26,7 @@ from .objectives import Objective
 from .records import check_folder, write_json
 from .search import check_algorithm, find_algorithm, require_sklearn, run_search
 from .search.similarity import cluster_units, clusters_for, redundancy_score
-from .store import ScoreStore
+from .store import SumStore
 
 Notify = Callable[[str], None]
 
@@ -172,7 +172,7 @@ class _Evaluators:
         self._models, self._factories, self._options = list(models), objectives, options
         self._objectives = {(m.name, label): make(m) for m in models for label, make in objectives.items()}
         self._made: dict[tuple[str, str], Evaluator] = {}
-        self._store: ScoreStore | None = None
+        self._store: SumStore | None = None
 
     def identity(self, algorithms, budgets, options, seed) -> dict:
         """What makes a study this study."""
@@ -221,7 +221,7 @@ class _Evaluators:
         return {label: objective.name for (_, label), objective in self._objectives.items()}
 
     def open_store(self, path: Path) -> None:
-        self._store = ScoreStore(path)
+        self._store = SumStore(path)
 
     def get(self, model: Model, label: str) -> Evaluator:
         key = (model.name, label)

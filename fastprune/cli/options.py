@@ -210,9 +210,9 @@ def check_store(path: Path) -> None:
         if place.exists() and not os.access(place, access):
             raise InputError(f"{path}: {place} cannot be written to")
     if path.exists() and path.stat().st_size:
-        from ..store import ScoreStore
+        from ..store import SumStore
 
-        ScoreStore(path).close()
+        SumStore(path).close()
 
 
 def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:

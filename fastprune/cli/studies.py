@@ -214,8 +214,8 @@ def _objective_makers(
             raise InputError(f"--objective: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", label):  # it is a part of file names
             raise InputError(f"--objective: a label is made of up to 60 letters, digits, - and _, not {label!r}")
-        check_gradients(algorithms, name, label)
         files = {check_calibration(model, name, file or None) for model in models}
+        check_gradients(algorithms, name, label)
         if len(files) > 1:
             raise InputError(f"--objective {text}: name a file, as NAME=FILE")
         makers[label] = _maker(name, files.pop(), num_samples, seq_len, seed)

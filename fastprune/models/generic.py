@@ -12,6 +12,8 @@ import hashlib
 import inspect
 import itertools
 import json
+import threading
+import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import cached_property
@@ -41,6 +43,11 @@ MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm", "norm_f", "embedding_norm")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 GRANULARITIES = ("block", "sublayer")
+NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached")  # attributes that no result depends on
+
+
+# of each transformers model, whoever wraps it: its training flags and recorders serve one call at a time
+_TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class Model:
@@ -54,6 +61,7 @@ class Model:
 
     def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None):
         self.hf, self.tokenizer = hf, tokenizer
+        self.turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else threading.RLock()
         self.config = getattr(hf, "config", None)
         self.family = getattr(self.config, "model_type", type(hf).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
@@ -148,33 +156,49 @@ class Model:
 
     @contextmanager
     def evaluation(self):
-        """No gradients, no dropout, no autocast of the caller; every training flag is put back afterwards."""
-        training = [module for module in self.hf.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                yield
-        finally:
+        """No gradients, no dropout, no autocast of the caller; every training flag is put back afterwards.
+
+        Threads take turns: one at a time is inside, whatever wraps the same transformers model.
+        """
+        with self.turn:
+            training = [module for module in self.hf.modules() if module.training]
             for module in training:
-                module.training = True
+                module.training = False
+            try:
+                with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                    yield
+            finally:
+                for module in training:
+                    module.training = True
 
     @property
     def weights_hash(self) -> str:
-        """SHA-256 over the config and every tensor of the model. All weights are read once, and again when a tensor
-        was replaced or changed in place since (a change through `.data` does not show)."""
-        tensors = self.hf.state_dict(keep_vars=True)
-        state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in tensors.items()]
+        """SHA-256 over the config, every tensor (buffers that are not saved, too), the plain attributes of every
+        module, and its hooks. All is read once, and again when something of it was replaced or changed in place since
+        (a change through `.data` does not show)."""
+        state = self.state
         if self._hashed is None or self._hashed[0] != state:
-            self._hashed = (state, self._hash(tensors))
+            self._hashed = (state, self._hash())
         return self._hashed[1]
 
-    def _hash(self, tensors: dict[str, torch.Tensor]) -> str:
+    @property
+    def state(self) -> tuple:
+        """What of the model decides its results, without reading a weight: equal as long as nothing was changed."""
+        tensors = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in self._tensors())
+        return tensors, tuple(_plain_attributes(module) for module in self.hf.modules())
+
+    def _tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        yield from self.hf.named_parameters(remove_duplicate=False)
+        yield from self.hf.named_buffers(remove_duplicate=False)
+
+    def _hash(self) -> str:
         config = self.config.to_diff_dict()
         for name in ("_name_or_path", "transformers_version"):  # where it lies and who wrote it
             config.pop(name, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in tensors.items():
+        for name, module in self.hf.named_modules():
+            digest.update(f"{name}{_plain_attributes(module)}".encode())
+        for name, tensor in self._tensors():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -372,6 +396,17 @@ class Model:
         if self.config._attn_implementation == "sdpa":
             return seen
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
+
+
+def _plain_attributes(module: nn.Module) -> tuple:
+    """A module's type, its numbers, texts and flags (whether it trains is none of them), and its hooks.
+
+    Of a hook only the object is known: none of another process is taken for it.
+    """
+    attributes = vars(module).items()
+    plain = [(n, v) for n, v in attributes if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))]
+    hooks = [id(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
+    return (type(module).__qualname__, *sorted(plain), *hooks)
 
 
 def _rotary_kinds(config) -> list[dict]:

@@ -8,7 +8,7 @@ import sqlite3
 
 import pytest
 
-from fastprune.store import ScoreStore
+from fastprune.store import SumStore
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_stores(refused, tmp_path, monkeypatch, command):
     assert "is not a file" in refused(command, "--store", tmp_path)
     assert "its folder does not exist" in refused(command, "--store", tmp_path / "no" / "s.db")
     (tmp_path / "text.db").write_text("no database, and longer than the header of one " * 10)
-    assert "text.db: not a score store" in refused(command, "--store", tmp_path / "text.db")
+    assert "text.db: not a store" in refused(command, "--store", tmp_path / "text.db")
     assert (tmp_path / "text.db").read_text().startswith("no database")
     other = sqlite3.connect(tmp_path / "other.db")
     other.execute("CREATE TABLE songs (title TEXT)")
@@ -50,7 +50,7 @@ def test_stores(refused, tmp_path, monkeypatch, command):
     assert "is not a file" in refused(command, "--store", tmp_path / "pipe.db")
     monkeypatch.setattr(os, "access", lambda place, mode: os.fspath(place) != os.fspath(tmp_path))
     assert "cannot be written to" in refused(command, "--store", tmp_path / "new.db")
-    ScoreStore(tmp_path / "mine.db").close()
+    SumStore(tmp_path / "mine.db").close()
     monkeypatch.setattr(os, "access", lambda place, mode: not os.fspath(place).endswith("mine.db"))
     assert "cannot be written to" in refused(command, "--store", tmp_path / "mine.db")
 
@@ -113,7 +113,7 @@ def test_another_study_is_refused(refused, tmp_path, inputs, more, named):
 def test_a_broken_store_of_a_study_is_named(refused, tmp_path, inputs):
     (tmp_path / "inputs.json").write_text(json.dumps(inputs))
     (tmp_path / "scores.db").write_text("no database, and longer than the header of one " * 10)
-    assert "scores.db: not a score store" in refused("study", "--out", tmp_path, "--algorithms", "beam")
+    assert "scores.db: not a store" in refused("study", "--out", tmp_path, "--algorithms", "beam")
 
 
 def test_a_study_continues(run, checkpoint, text_file, tmp_path):

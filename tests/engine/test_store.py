@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from helpers import make_tasks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.store import ScoreStore
+from fastprune.store import SumStore
 
 
 def make_model(seed: int = 0):
@@ -98,23 +101,171 @@ def test_a_killed_run_keeps_what_it_had_finished(tmp_path):
     assert ev.stats.store_hits == 6
 
 
+def in_chunks(**options) -> fp.Evaluator:
+    """An evaluator whose budget cuts its rows into several chunks."""
+    return fp.Evaluator(make_model(), fp.Perplexity(make_batch(rows=60)), cache_bytes=400_000, **options)
+
+
+def test_a_run_that_is_killed_within_a_call_repeats_no_finished_chunk(tmp_path):
+    program = (
+        "import os, fastprune as fp\n"
+        "from engine.test_store import *\n"
+        "def die(done, total):\n"
+        "    if done >= total * 0.7: os.kill(os.getpid(), 9)\n"
+        f"ev = in_chunks(store={str(tmp_path / 's.db')!r}, progress=die)\n"
+        "ev.score(MASKS)\n"
+    )
+    plain = in_chunks()
+    expected = plain.score(MASKS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == -9
+    ev = in_chunks(store=tmp_path / "s.db")
+    assert ev.score(MASKS).tobytes() == expected.tobytes()
+    assert 0 < ev.stats.layer_runs < 0.7 * plain.stats.layer_runs
+
+
+def test_one_run_serves_every_objective_on_the_same_tokens(tmp_path):
+    tasks = make_tasks(97, [(9, [1, 4]), (7, [2, 2, 3])] * 3)
+    objectives = [
+        fp.TaskMargin(tasks),
+        fp.TaskMargin(tasks, normalization="sum"),
+        fp.TaskAccuracy(tasks),
+        fp.TaskAccuracy(tasks, normalization="characters"),
+    ]
+    runs = []
+    for objective in objectives:
+        ev = fp.Evaluator(make_model(), objective, store=tmp_path / "s.db")
+        alone = fp.Evaluator(make_model(), objective)
+        assert ev.score(MASKS).tobytes() == alone.score(MASKS).tobytes()
+        assert ev.score_samples(MASKS).tobytes() == alone.score_samples(MASKS).tobytes()
+        runs.append(ev.stats.layer_runs)
+    assert runs[0] > 0
+    assert runs[1:] == [0] * 3
+
+
+def test_some_samples_then_all_runs_each_chunk_once(tmp_path):
+    plain = in_chunks()
+    expected = plain.score(MASKS)
+    ev = in_chunks(store=tmp_path / "s.db")
+    ev.score_samples(MASKS, samples=[0, 1])
+    assert 0 < ev.stats.layer_runs < plain.stats.layer_runs
+    assert ev.score(MASKS).tobytes() == expected.tobytes()
+    assert ev.stats.layer_runs == plain.stats.layer_runs
+
+
+def test_no_damaged_sum_is_served(tmp_path):
+    """Single bits of the file flipped, all over it: the scores are right, or the file is named as damaged."""
+    path, damaged = tmp_path / "s.db", tmp_path / "damaged.db"
+    expected = fp.Evaluator(make_model(), fp.Perplexity(make_batch())).score(MASKS)
+    fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=path).score(MASKS)
+    model = fp.Model(make_model())
+    content = path.read_bytes()
+    rng = np.random.default_rng(3)
+    named = 0
+    for place in rng.integers(0, len(content), 150):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        damaged.write_bytes(flipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # going on without the store
+            try:
+                ev = fp.Evaluator(model, fp.Perplexity(make_batch()), store=damaged)
+            except fp.InputError as error:
+                named += str(damaged) in str(error)
+                continue
+            assert ev.score(MASKS).tobytes() == expected.tobytes()
+        for rest in tmp_path.glob("damaged.db-*"):
+            rest.unlink()
+    assert named > 0
+
+
+def test_a_store_that_fails_later_does_not_end_the_work(tmp_path):
+    expected = fp.Evaluator(make_model(), fp.Perplexity(make_batch())).score(MASKS)
+    store = SumStore(tmp_path / "s.db")
+    ev = fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=store)
+    ev.score(MASKS[:3])
+    store.close()  # as if the disk were gone
+    with pytest.warns(RuntimeWarning, match="going on without the store") as said:
+        found = [ev.score(MASKS) for _ in range(2)]
+    assert len(said) == 1
+    assert all(losses.tobytes() == expected.tobytes() for losses in found)
+
+
+@pytest.mark.parametrize("shared", ["evaluator", "model", "transformers model"])
+def test_threads_take_turns(tmp_path, shared):
+    hf = make_model()
+    hf.train()
+    model = fp.Model(hf)
+    expected = fp.Evaluator(model, fp.Perplexity(make_batch())).score(MASKS)
+    one = fp.Evaluator(model, fp.Perplexity(make_batch()), store=tmp_path / "s.db")
+
+    def work(number: int) -> bool:
+        ev = one if shared == "evaluator" else fp.Evaluator(model if shared == "model" else hf, one.objective)
+        rows = np.random.default_rng(number).permutation(len(MASKS))[:7]
+        return all(ev.score(MASKS[rows]).tobytes() == expected[rows].tobytes() for _ in range(5))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(24)))
+    assert hf.training
+
+
+@pytest.mark.parametrize("change", ["buffer", "attribute", "hook", "switch"])
+def test_what_is_not_saved_with_the_weights_is_in_the_key(tmp_path, change):
+    fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=tmp_path / "s.db").score(MASKS)
+    hf = make_model()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        if change == "buffer":
+            hf.model.rotary_emb.inv_freq.mul_(1.01)
+        elif change == "attribute":
+            hf.model.norm.variance_epsilon *= 2
+        elif change == "hook":
+            hf.model.layers[1].register_forward_hook(lambda module, inputs, output: output)
+        else:
+            torch.set_float32_matmul_precision("medium")
+        ev = fp.Evaluator(hf, fp.Perplexity(make_batch()), store=tmp_path / "s.db")
+        ev.score(MASKS)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert ev.stats.store_hits == 0
+
+
+def test_the_dense_model_is_run_again_when_the_model_has_changed():
+    hf = make_model()
+    ev = fp.Evaluator(hf, fp.KLDivergence(make_batch()))
+    assert ev.dense_loss == 0
+    with torch.no_grad():
+        hf.model.layers[2].mlp.down_proj.weight *= 3
+    fresh = fp.Evaluator(hf, fp.KLDivergence(make_batch()))
+    assert ev.score(MASKS).tobytes() == fresh.score(MASKS).tobytes()
+    assert ev.dense_loss == 0
+
+
 def test_threads_share_a_store(tmp_path):
-    store = ScoreStore(tmp_path / "s.db")
+    store = SumStore(tmp_path / "s.db")
     context = store.context({"of": "threads"})
 
-    def work(number: int) -> dict[bytes, float]:
+    def work(number: int) -> dict[bytes, np.ndarray]:
         keys = [bytes([number, i]) for i in range(50)]
         for key in keys:
-            store.put(context, [key], [float(number)])
-        return store.get(context, keys)
+            store.put(context, b"chunk", {key: np.array([float(number), -0.0])})
+        return store.get(context, b"chunk", keys)
 
     with ThreadPoolExecutor(8) as threads:
         for number, known in enumerate(threads.map(work, range(8))):
-            assert list(known.values()) == [float(number)] * 50
+            assert len(known) == 50
+            assert all(sums.tobytes() == np.array([number, -0.0]).tobytes() for sums in known.values())
 
 
 def test_wrong_files_are_refused(tmp_path):
     (tmp_path / "text.db").write_text("not a database, and long enough to be looked at " * 40)
-    for path in (tmp_path / "text.db", tmp_path / "no" / "folder.db"):
+    with sqlite3.connect(tmp_path / "earlier.db") as db:
+        db.execute("CREATE TABLE contexts (context TEXT)")
+        db.execute("CREATE TABLE scores (context TEXT)")
+    with sqlite3.connect(tmp_path / "foreign.db") as db:
+        db.execute("CREATE TABLE sums (a)")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in (*before, tmp_path / "no" / "folder.db"):
         with pytest.raises(fp.InputError, match=path.name):
             fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
