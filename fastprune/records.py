@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,17 +13,58 @@ from .errors import InputError
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for each line of a .jsonl file that is not blank."""
+    """Yield (line number, value) for each line of a .jsonl file (a BOM at its start is skipped) that is not blank."""
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+                    yield number, parse_json(line, f"{path}:{number}")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file in UTF-8") from None
+
+
+def parse_json(text: str | bytes, place: str, finite: bool = True):
+    """The value of a JSON text; `place` is named in errors, `finite` refuses NaN and Infinity, which are not JSON.
+
+    Raises InputError for text that is not JSON, is nested too deeply, names a key twice in one object, or holds half
+    a surrogate pair, which no tokenizer takes.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise InputError(f"{place}: the key {brief(repr(twice), 80)} is given twice")
+        return value
+
+    def refuse(constant: str):
+        raise InputError(f"{place}: not valid JSON ({constant} is no JSON number)")
+
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_constant=refuse if finite else None)
+        json.dumps(value, ensure_ascii=False).encode()
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"{place}: not valid JSON (nested too deeply)") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: holds half a surrogate pair, which is not text") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{place}: not valid JSON (not text in UTF-8)") from None
+    except ValueError:  # what Python says of an integer of more than 4,300 digits
+        raise InputError(f"{place}: not valid JSON (a number has too many digits)") from None
+    return value
+
+
+def brief(text: str, limit: int) -> str:
+    """The text in one line of at most `limit` characters; what is too long loses its middle."""
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    if len(text) <= limit:
+        return text
+    head = (limit - 5) * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (limit - 5 - head) :]}"
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:

@@ -265,10 +265,19 @@ def test_folders_that_hold_no_safetensors(hf, folder, tmp_path):
     refuses("empty: holds no config.json", fp.load_model, tmp_path / "empty")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "no-such-family"}', '{"hidden_size": 3}'])
-def test_unreadable_configs(folder, content):
+@pytest.mark.parametrize(
+    ("content", "culprit"),
+    [
+        ("", "config.json: not valid JSON"),
+        ("{", "config.json: not valid JSON"),
+        ("[]", "config.json: a model's config is a JSON object, not list"),
+        ('{"model_type": "no-such-family"}', "model: "),
+        ('{"hidden_size": 3}', "model: "),
+    ],
+)
+def test_unreadable_configs(folder, content, culprit):
     (folder / "config.json").write_text(content)
-    refuses("model: ", fp.load_model, folder)
+    refuses(culprit, fp.load_model, folder)
 
 
 def test_an_unsupported_family_on_disk(tmp_path):
@@ -279,6 +288,120 @@ def test_pickles_beside_safetensors_are_not_opened(hf, ev, folder, batch):
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
     assert fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def no_pickles(monkeypatch):
+    """Whatever opens a pickle fails the test."""
+
+    def fail(*args, **options):
+        pytest.fail("a pickle was opened")
+
+    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr(torch.serialization, "load", fail)
+
+
+def rename_shard(folder, name: str) -> None:
+    """In a folder of shards, the index names the last shard otherwise."""
+    index_path = folder / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    last = max(index["weight_map"].values())
+    renamed = {tensor: name if file == last else file for tensor, file in index["weight_map"].items()}
+    index_path.write_text(json.dumps({**index, "weight_map": renamed}))
+
+
+def test_an_index_names_safetensors_files_of_its_folder_only(hf, sharded, no_pickles):
+    last = max(sharded.glob("*.safetensors"))
+    elsewhere = sharded.parent / "x.safetensors"
+    shutil.copy(last, elsewhere)
+    shutil.copy(last, sharded / "renamed.bin")  # a whole safetensors file by another name
+    torch.save(hf.state_dict(), sharded / "pytorch_model.bin")
+    content = (sharded / "model.safetensors.index.json").read_bytes()
+    names = ["pytorch_model.bin", "renamed.bin", "../x.safetensors", str(elsewhere), "a/../../x.safetensors", 3, None]
+    for name in [*names, "..\\x.safetensors", "x\0.safetensors", "x.safetensors\n", "C:x.safetensors"]:
+        rename_shard(sharded, name)
+        refuses("index.json: the tensor .* only .safetensors files in the model's folder", fp.load_model, sharded)
+        (sharded / "model.safetensors.index.json").write_bytes(content)
+
+
+def test_files_that_are_pickles_too(hf, sharded, no_pickles):
+    """A zip behind the tensors is refused; one in the place of a shard is no safetensors file."""
+    shard = max(sharded.glob("*.safetensors"))
+    torch.save(hf.state_dict(), sharded / "pickle")
+    whole, pickle = shard.read_bytes(), (sharded / "pickle").read_bytes()
+    for content, why in [(whole + pickle, "truncated or damaged"), (pickle + whole, shard.name), (pickle, shard.name)]:
+        shard.write_bytes(content)
+        refuses(why, fp.load_model, sharded)
+    shard.write_bytes(whole + pickle)
+    shard.rename(sharded / "both.bin")
+    rename_shard(sharded, "both.bin")
+    refuses("only .safetensors files", fp.load_model, sharded)
+
+
+def test_adapters_are_refused_and_pickles_left_alone(hf, ev, folder, batch, no_pickles):
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin"):
+        torch.save(hf.state_dict(), folder / name)
+    assert fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    (folder / "adapter_config.json").write_text("{}")
+    refuses("merge it into the weights first", fp.load_model, folder)
+
+
+def test_a_config_that_names_its_own_weights(folder, no_pickles):
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("adapter_model.bin", "../x.safetensors"):
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        refuses("config.json: transformers_weights", fp.load_model, folder)
+
+
+def test_the_folder_that_transformers_reads_is_the_one_that_was_checked(hf, ev, sharded, batch):
+    """model.safetensors goes before an index; a damaged one is not passed over for the index beside it."""
+    save(hf, sharded / "whole")
+    (sharded / "whole" / "model.safetensors").rename(sharded / "model.safetensors")
+    rename_shard(sharded, "gone.safetensors")
+    assert fp.Evaluator(fp.load_model(sharded, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    (sharded / "model.safetensors").write_bytes(b"")
+    refuses("model.safetensors: truncated", fp.load_model, sharded)
+
+
+def test_links_into_a_cache_are_followed(ev, sharded, batch, monkeypatch):
+    """As the hub's cache lays a repository out; a hub id is checked like a folder."""
+    snapshot = sharded.parent / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(sharded.iterdir())):
+        path.rename(sharded.parent / f"blob{number}")
+        (snapshot / path.name).symlink_to(f"../../blob{number}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(snapshot))
+    for source in (snapshot, "someone/some-model"):
+        found = fp.load_model(source, device="cpu")
+        assert fp.Evaluator(found, fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    rename_shard(snapshot, "pytorch_model.bin")
+    refuses("only .safetensors files", fp.load_model, "someone/some-model")
+
+
+def write_shard(path, header: dict, size: int) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({"a": ("F32", [2], 0, 8), "b": ("F32", [2], 4, 12)}, "tensor b.* overlaps"),
+        ({"a": ("F32", [2], 0, 8), "b": ("F32", [1], 12, 16)}, "tensor b.* gap"),
+        ({"a": ("F32", [3], 0, 8)}, "tensor a.* do not fit its dtype and shape"),
+        ({"a": ("F32", [2], 8, 0)}, "tensor a.* do not fit"),
+        ({"a": ("F32", [-2], 0, 8)}, "tensor a.* at least 0"),
+        ({"a": ("F32", [2.0], 0, 8)}, "tensor a.* must be integers"),
+        ({"a": ("F32", [2**62, 2**62], 0, 8)}, "tensor a.* do not fit"),
+        ({"a": ("F31", [2], 0, 8)}, "tensor a.* no such dtype as 'F31'"),
+        ({"a": (["F32"], [2], 0, 8)}, "tensor a.* no such dtype"),
+        ({"a": ("F32", None, 0, 8)}, "tensor a.* must be integers"),
+    ],
+)
+def test_headers_that_do_not_describe_their_file(folder, tensors, why):
+    header = {n: {"dtype": d, "shape": s, "data_offsets": [begin, end]} for n, (d, s, begin, end) in tensors.items()}
+    write_shard(folder / "model.safetensors", header, max(max(o[2:]) for o in tensors.values()))
+    refuses(f"model.safetensors: not a safetensors file .*{why}", fp.load_model, folder)
 
 
 # -- losses that are not finite ------------------------------------------------------------------------------------
