@@ -21,6 +21,12 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16"
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 FLOATS = ("F64", "F32", "F16", "BF16")
+# buffers of earlier releases that carry no weights: causal masks, position tables, rotary frequencies
+BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|rotary_emb\.inv_freq$")
+# what a config may call its sizes: each is found again in the weights
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+WIDTHS = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads", "num_experts")
+WIDTHS += ("num_local_experts", "moe_intermediate_size", "d_model", "n_embd", "n_inner", "n_head", "n_positions")
 # the files of a hub repository that a model and its tokenizer are made of
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "model.safetensors", "model-*.safetensors"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -70,8 +76,8 @@ def _load(source, device, dtype, tokenizer, trust_remote_code: bool) -> Model:
     device, dtype = _check_device(device), _check_dtype(dtype)
     if not exists:
         folder = _fetch(name, trust_remote_code)
-    check_folder(folder)
-    hf = _from_pretrained(folder, name, dtype, trust_remote_code).to(device).eval()
+    tensors = check_folder(folder)
+    hf = _from_pretrained(folder, name, dtype, trust_remote_code, tensors).to(device).eval()
     return Model(hf, tokenizer or _load_tokenizer(folder, trust_remote_code), name)
 
 
@@ -86,12 +92,15 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
         raise InputError(f"{name}: no such model folder, and not on the hub: {_first_line(error)}") from error
 
 
-def check_folder(folder: Path) -> None:
-    """Raise InputError unless the folder holds a readable config.json and whole safetensors files, and nothing else
-    that would be opened for its weights."""
+def check_folder(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every tensor that a model folder holds.
+
+    Raises InputError unless there are a readable config.json, whole safetensors files that can hold what it promises,
+    and nothing else that would be opened for its weights.
+    """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, so it is not a model folder")
-    _read_config(folder / "config.json")
+    config = _read_config(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder}: holds an adapter (adapter_config.json); merge it into the weights first")
     index = folder / "model.safetensors.index.json"
@@ -111,12 +120,46 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: holds pickled weights only; convert them to safetensors, pickles are never opened")
     else:
         raise InputError(f"{folder}: holds no model.safetensors and no shard index")
+    for name, (dtype, _) in tensors.items():
+        if dtype not in FLOATS and name.endswith(".weight"):
+            raise _wrong_dtype(folder, name, dtype)
+    _check_sizes(config, tensors, folder / "config.json")
+    return tensors
+
+
+def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
+    """Refuse a config that promises more than the weights hold, before a model of that size is made.
+
+    A layer has a tensor of its own, a token its row of one, and no width is beyond all numbers there are.
+    """
+    longest = max((max(shape, default=0) for _, shape in tensors.values()), default=0)
+    total = sum(math.prod(shape) for _, shape in tensors.values())
+    limits = [(key, len(tensors), "tensors") for key in DEPTHS]
+    limits += [("vocab_size", longest, "rows in the largest of them")]
+    limits += [(key, total, "numbers") for key in WIDTHS]
+    limits += [("max_position_embeddings", math.inf, "")]
+    for part in (config, config.get("text_config")):
+        for key, limit, of_what in limits:
+            value = part.get(key) if isinstance(part, dict) else None
+            if value is None:
+                continue
+            if type(value) is not int or value < 1:
+                shown = brief(repr(value), 40)
+                raise InputError(f"{path}: {key} must be an integer of at least 1, not {shown}")
+            if value > limit:
+                raise InputError(f"{path}: {key} is {value}, but the weights hold only {limit} {of_what}")
+
+
+def _wrong_dtype(place, tensor: str, dtype: str) -> InputError:
+    return InputError(f"{place}: the tensor {brief(tensor, 80)} is {dtype}; weights are scored in {', '.join(FLOATS)}")
 
 
 def _read_config(path: Path) -> dict:
     config = parse_json(path.read_bytes(), str(path), finite=False)  # some families write an infinite limit
     if not isinstance(config, dict):
         raise InputError(f"{path}: a model's config is a JSON object, not {type(config).__name__}")
+    if config.get("quantization_config") is not None:
+        raise InputError(f"{path}: the weights are quantized (quantization_config), and only floating ones are scored")
     if config.get("transformers_weights") is not None:
         raise InputError(f"{path}: transformers_weights names a file of weights; they are read from model.safetensors")
     return config
@@ -186,7 +229,7 @@ def _are_counts(values) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _from_pretrained(folder: Path, name: str, dtype, trust_remote_code: bool):
+def _from_pretrained(folder: Path, name: str, dtype, trust_remote_code: bool, tensors: dict):
     from transformers import AutoModelForCausalLM
 
     try:
@@ -204,6 +247,14 @@ def _from_pretrained(folder: Path, name: str, dtype, trust_remote_code: bool):
         if report.get(problem):
             tensor = sorted(report[problem], key=str)[0]
             raise InputError(f"{name}: the checkpoint does not fit its config ({problem.replace('_', ' ')}: {tensor})")
+    for tensor in sorted(report.get("unexpected_keys", ()), key=str):
+        if not BUFFERS.search(tensor) and not (tensor == "lm_head.weight" and hf.config.tie_word_embeddings):
+            raise InputError(f"{name}: the config has no place for the tensor {brief(tensor, 80)} of the checkpoint")
+    own = [buffer for buffer, values in hf.named_buffers() if not values.is_floating_point()]
+    for tensor, (dtype, _) in tensors.items():
+        is_buffer = BUFFERS.search(tensor) or any(f".{buffer}".endswith(f".{tensor}") for buffer in own)
+        if dtype not in FLOATS and not is_buffer:
+            raise _wrong_dtype(name, tensor, dtype)
     return hf
 
 
@@ -212,13 +263,16 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _load_tokenizer(source, trust_remote_code: bool):
+def _load_tokenizer(folder: Path, trust_remote_code: bool):
     """The checkpoint's tokenizer, or None where it has none (token ids can still be scored)."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises no narrower class
+        if (folder / "tokenizer.json").is_file():
+            why = _first_line(error)
+            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {why}") from error
         return None
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from families import build, layers_of, random_rows, some_masks
 from helpers import make_tasks
+from safetensors.torch import load_file, save_file
 
 import fastprune as fp
 
@@ -278,6 +279,174 @@ def test_folders_that_hold_no_safetensors(hf, folder, tmp_path):
 def test_unreadable_configs(folder, content, culprit):
     (folder / "config.json").write_text(content)
     refuses(culprit, fp.load_model, folder)
+
+
+@pytest.fixture
+def build_nothing(monkeypatch):
+    """Whatever makes a model fails the test: what is wrong is to be seen before."""
+
+    def fail(*args, **options):
+        pytest.fail("a model was made")
+
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", fail)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "culprit"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, but the weights hold only [0-9]+ tensors"),
+        ("num_hidden_layers", -1, "num_hidden_layers must be an integer of at least 1, not -1"),
+        ("num_hidden_layers", 0, "num_hidden_layers must be .* not 0"),
+        ("num_hidden_layers", "five", "num_hidden_layers must be .* not 'five'"),
+        ("num_hidden_layers", 5.0, "num_hidden_layers must be .* not 5.0"),
+        ("num_hidden_layers", "5" * 10**6, "num_hidden_layers must be .* not '55"),
+        ("num_hidden_layers", True, "num_hidden_layers must be .* not True"),
+        ("vocab_size", 10**12, "vocab_size is 1000000000000, but the weights hold only 97 rows"),
+        ("vocab_size", -5, "vocab_size must be"),
+        ("hidden_size", 10**9, "hidden_size is 1000000000, but the weights hold only [0-9]+ numbers"),
+        ("num_attention_heads", 0, "num_attention_heads must be"),
+        ("intermediate_size", [44], r"intermediate_size must be .* not \[44\]"),
+        ("max_position_embeddings", -3, "max_position_embeddings must be"),
+    ],
+)
+def test_wrong_sizes_in_configs(folder, build_nothing, key, value, culprit):
+    config = json.loads((folder / "config.json").read_text())
+    assert key in config
+    for wrong in ({**config, key: value}, {**config, "text_config": {key: value}}):
+        (folder / "config.json").write_text(json.dumps(wrong))
+        refuses(f"config.json: {culprit}", fp.load_model, folder)
+
+
+def test_quantized_weights(folder, build_nothing):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    refuses("config.json: the weights are quantized", fp.load_model, folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "culprit"),
+    [
+        (b"[" * 10**6, "nested too deeply"),
+        (b'{"a": ' * 10**5, "nested too deeply"),
+        (b'{"num_hidden_layers": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b"\0", "not valid JSON"),
+        (b'{"model_type": "llama\0"}', "not valid JSON"),
+        (b"\xff\xff", "not valid JSON"),
+        (b'{"model_type": "\\ud800"}', "half a surrogate pair"),
+        (b'{"model_type": "llama", "model_type": "gpt2"}', "'model_type' is given twice"),
+    ],
+)
+def test_configs_that_are_no_json(folder, build_nothing, content, culprit):
+    (folder / "config.json").write_bytes(content)
+    refuses(f"config.json: .*{culprit}", fp.load_model, folder)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_act": "no-such-function"},
+        {"hidden_act": 3},
+        {"rope_parameters": {"rope_type": "no-such-kind"}},
+        {"rope_parameters": "yes"},
+        {"rms_norm_eps": "small"},
+        {"num_attention_heads": 5},
+        {"head_dim": 11},
+        {"dtype": "float33"},
+        {"pad_token_id": "a"},
+        {"model_type": ["llama"]},
+        {"model_type": "x" * 5000},
+        {"architectures": 3},
+        {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "z"},
+    ],
+    ids=str,
+)
+def test_wrong_values_in_configs(folder, wrong):
+    """Whatever transformers says of them, it is one line that names the folder."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **wrong}))
+    with pytest.raises(fp.InputError) as caught:
+        fp.load_model(folder, device="cpu")
+    assert str(folder) in str(caught.value)
+    assert len(str(caught.value)) <= 400
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_cannot_be_named():
+    for name in ("x" * 5000, "a/" * 3000, "/" + "x" * 300, "\0", "a\nb", ""):
+        with pytest.raises(fp.InputError) as caught:
+            fp.load_model(name)
+        assert len(str(caught.value)) <= 400
+        assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_tokenizer(folder):
+    for content in ("", "[]", '{"model": 3}'):
+        (folder / "tokenizer.json").write_text(content)
+        refuses("tokenizer.json: cannot be read as a tokenizer", fp.load_model, folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "mixtral"])
+def test_more_layers_than_the_config_has(family, tmp_path):
+    """Without the last layer it is another model."""
+    folder = save(build(family), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    key = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    (folder / "config.json").write_text(json.dumps({**config, key: config[key] - 1}))
+    refuses(rf"no place for the tensor .*\.{config[key] - 1}\.", fp.load_model, folder)
+
+
+def add_tensors(folder, **tensors) -> None:
+    """Put tensors, by their names, into a folder's model.safetensors."""
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), **tensors}, path, metadata={"format": "pt"})
+
+
+def test_buffers_of_earlier_releases_are_no_surplus(folder, hf, ev, batch, tmp_path):
+    add_tensors(folder, **{f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(5) for i in range(5)})
+    assert fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    tied = save(build("llama-tied"), tmp_path / "tied")
+    add_tensors(tied, **{"lm_head.weight": load_file(tied / "model.safetensors")["model.embed_tokens.weight"].clone()})
+    assert fp.load_model(tied, device="cpu").num_blocks == 5
+    gpt2 = save(build("gpt2"), tmp_path / "gpt2")
+    causal = torch.ones(1, 1, 128, 128).tril()
+    for dtype in (torch.float32, torch.uint8, torch.bool):
+        add_tensors(gpt2, **{"transformer.h.0.attn.bias": causal.to(dtype)})
+        add_tensors(gpt2, **{"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})
+        assert fp.load_model(gpt2, device="cpu").num_blocks == 6
+    add_tensors(folder, **{"model.layers.1.self_attn.q_proj.bias": torch.ones(30)})
+    refuses(r"no place for the tensor model\.layers\.1\.self_attn\.q_proj\.bias", fp.load_model, folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.int8, "I8"),
+        (torch.int64, "I64"),
+        (torch.uint8, "U8"),
+        (torch.bool, "BOOL"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+    ],
+)
+def test_weights_that_are_not_floating(folder, hf, build_nothing, dtype, said):
+    name = "model.layers.1.mlp.up_proj.weight"
+    add_tensors(folder, **{name: hf.state_dict()[name].to(dtype)})
+    refuses(f"the tensor {name} is {said}; weights are scored in F64, F32, F16, BF16", fp.load_model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
+def test_biases_that_are_not_floating(tmp_path, dtype):
+    hf = build("llama-tied")
+    folder = save(hf, tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.bias"
+    add_tensors(folder, **{name: hf.state_dict()[name].to(dtype)})
+    refuses("model: ", fp.load_model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_every_floating_dtype(tmp_path, dtype):
+    folder = save(build("llama", dtype), tmp_path / "model")
+    assert fp.load_model(folder, device="cpu").dtype == dtype
 
 
 def test_an_unsupported_family_on_disk(tmp_path):
