@@ -1,4 +1,7 @@
-"""JSON and JSON lines, in and out. Numbers that are not finite are written as strings ("nan", "inf"), never dropped."""
+"""Records in and out: JSON, JSON lines, and arrays from .npy files.
+
+Numbers that are not finite are written as strings ("nan", "inf"), never dropped.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
@@ -34,7 +41,7 @@ def parse_json(text: str | bytes, place: str, finite: bool = True):
         value = dict(pairs)
         if len(value) < len(pairs):
             (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-            raise InputError(f"{place}: the key {brief(repr(twice), 80)} is given twice")
+            raise InputError(f"{place}: the key {shown(twice)} is given twice")
         return value
 
     def refuse(constant: str):
@@ -56,6 +63,30 @@ def parse_json(text: str | bytes, place: str, finite: bool = True):
     except ValueError:  # what Python says of an integer of more than 4,300 digits
         raise InputError(f"{place}: not valid JSON (a number has too many digits)") from None
     return value
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file. What its header promises is compared with the file before memory is taken for it.
+
+    Raises InputError for another kind of file, one that is cut short, and an array of Python objects.
+    """
+    import numpy as np
+
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(mapped, np.ndarray):
+            return np.array(mapped)
+    except Exception:  # numpy raises nearly anything over a damaged header
+        pass
+    raise InputError(f"{path}: not a readable .npy array")
+
+
+def shown(value, limit: int = 40) -> str:
+    """A wrong value as a message quotes it: its repr, shortened."""
+    try:
+        return brief(repr(value), limit)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
 
 
 def brief(text: str, limit: int) -> str:
