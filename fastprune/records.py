@@ -5,6 +5,7 @@ Numbers that are not finite are written as strings ("nan", "inf"), never dropped
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from .errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # no hard link to be had here
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
@@ -121,24 +124,50 @@ def check_folder(folder: Path) -> Path:
 def refuse_existing(path: Path) -> Path:
     """The path, if nothing is there yet and a folder can hold it."""
     check_folder(path.parent)
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere, too
         raise InputError(f"{path}: exists already and is not overwritten; name another file or remove it")
     return path
 
 
 def _write(path: Path, text: str, replace: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}")
+    partial.unlink(missing_ok=True)  # a killed run's, which may by now be another name of a finished file
     try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # whole on the disk before the name is
         if replace:
             partial.replace(path)
         else:
-            os.link(partial, path)  # at once, and never over another file
+            _give_new_name(partial, path)
     except FileExistsError:
         refuse_existing(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _give_new_name(partial: Path, path: Path) -> None:
+    """Let a finished file appear as `path`, at once. Raises FileExistsError where something is there already."""
+    try:
+        os.link(partial, path)
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+    import fcntl
+
+    # a rename does replace what is there: one writer at a time looks, then renames; a killed one's lock is gone
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        partial.rename(path)
+    finally:
+        os.close(folder)
 
 
 def _plain(value):
