@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from ..records import brief, parse_json
+from ..records import brief, parse_json, shown
 from .generic import Model
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -143,11 +143,13 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
             value = part.get(key) if isinstance(part, dict) else None
             if value is None:
                 continue
-            if type(value) is not int or value < 1:
-                shown = brief(repr(value), 40)
-                raise InputError(f"{path}: {key} must be an integer of at least 1, not {shown}")
-            if value > limit:
-                raise InputError(f"{path}: {key} is {value}, but the weights hold only {limit} {of_what}")
+            least = 0 if "moe" in key or "expert" in key else 1  # hybrid families write 0 experts
+            by_layer = value if isinstance(value, list) and key in WIDTHS else [value]
+            wrong = [entry for entry in by_layer if type(entry) is not int or entry < least]
+            if wrong:
+                raise InputError(f"{path}: {key} must be an integer of at least {least}, not {shown(wrong[0])}")
+            if max(by_layer, default=0) > limit:
+                raise InputError(f"{path}: {key} is {shown(value)}, but the weights hold only {limit} {of_what}")
 
 
 def _wrong_dtype(place, tensor: str, dtype: str) -> InputError:

@@ -305,7 +305,9 @@ def build_nothing(monkeypatch):
         ("vocab_size", -5, "vocab_size must be"),
         ("hidden_size", 10**9, "hidden_size is 1000000000, but the weights hold only [0-9]+ numbers"),
         ("num_attention_heads", 0, "num_attention_heads must be"),
-        ("intermediate_size", [44], r"intermediate_size must be .* not \[44\]"),
+        ("intermediate_size", [44, "44"], "intermediate_size must be .* not '44'"),
+        ("intermediate_size", [44, 10**9], "intermediate_size is .* but the weights hold only"),
+        ("num_hidden_layers", [5], r"num_hidden_layers must be .* not \[5\]"),
         ("max_position_embeddings", -3, "max_position_embeddings must be"),
     ],
 )
@@ -315,6 +317,14 @@ def test_wrong_sizes_in_configs(folder, build_nothing, key, value, culprit):
     for wrong in ({**config, key: value}, {**config, "text_config": {key: value}}):
         (folder / "config.json").write_text(json.dumps(wrong))
         refuses(f"config.json: {culprit}", fp.load_model, folder)
+
+
+def test_sizes_that_some_families_write(folder):
+    """No experts, and sizes by layer: whether the family takes them is for its own code to say."""
+    config = json.loads((folder / "config.json").read_text())
+    extra = {"num_local_experts": 0, "n_inner": [44] * 5, "n_embd": None}
+    (folder / "config.json").write_text(json.dumps({**config, **extra}))
+    assert fp.load_model(folder, device="cpu").num_blocks == 5
 
 
 def test_quantized_weights(folder, build_nothing):
