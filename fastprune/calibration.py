@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
-from .records import read_jsonl
+from .records import read_jsonl, read_npy, shown
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,9 @@ def _check_task(row, place: str) -> tuple[str, list[str], int]:
     if len(choices) < 2:
         raise InputError(f"{place}: a question needs at least 2 choices, not {len(choices)}")
     if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < len(choices):
-        raise InputError(f"{place}: answer must be the index of a choice, 0 to {len(choices) - 1}, not {correct!r}")
+        raise InputError(
+            f"{place}: answer must be the index of a choice, 0 to {len(choices) - 1}, not {shown(correct)}"
+        )
     return row["prompt"], choices, correct
 
 
@@ -275,7 +277,7 @@ def _encode_choice(tokenizer, prompt: str, choice: str, place: str) -> tuple[np.
     if start == 0:
         raise InputError(f"{place}: the prompt is empty and the tokenizer adds no token before the choice")
     if start >= len(whole):
-        raise InputError(f"{place}: the choice {choice!r} adds no token of its own after the prompt")
+        raise InputError(f"{place}: the choice {shown(choice)} adds no token of its own after the prompt")
     return whole, start
 
 
@@ -298,20 +300,18 @@ def _read_documents(path: Path) -> list[str]:
 
 def _read_ids(path: Path) -> np.ndarray:
     """Token ids int64[S, T] from a .npy file or a .safetensors file of one tensor."""
-    try:
-        if path.suffix == ".npy":
-            ids = np.load(path, allow_pickle=False)
-        else:
-            from safetensors.numpy import load_file
+    if path.suffix == ".npy":
+        ids = read_npy(path)
+    else:
+        from safetensors.numpy import load_file
 
+        try:
             tensors = load_file(path)
-            if len(tensors) != 1:
-                raise InputError(f"{path}: expected one tensor of token ids, found {len(tensors)}")
-            (ids,) = tensors.values()
-    except InputError:
-        raise
-    except Exception:
-        raise InputError(f"{path}: not a readable {path.suffix} file") from None
+        except Exception:
+            raise InputError(f"{path}: not a readable .safetensors file") from None
+        if len(tensors) != 1:
+            raise InputError(f"{path}: expected one tensor of token ids, found {len(tensors)}")
+        (ids,) = tensors.values()
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         raise InputError(f"{path}: token ids must be an integer array [S, T], not {ids.dtype} {list(ids.shape)}")
     if ids.size == 0:
@@ -332,7 +332,7 @@ def _to_numpy(ids) -> Iterable:
     if isinstance(ids, np.ndarray) and ids.ndim != 2:
         raise InputError(f"token ids must have shape [S, T], not {list(ids.shape)}")
     if not isinstance(ids, Iterable):
-        raise InputError(f"token ids must be an array [S, T] or a list of sequences, not {ids!r}")
+        raise InputError(f"token ids must be an array [S, T] or a list of sequences, not {shown(ids)}")
     ids = list(ids)
     if ids and all(isinstance(row, (int, np.integer)) for row in ids):
         raise InputError("token ids must be an array [S, T] or a list of sequences; for one sequence, pass [ids]")
@@ -349,4 +349,6 @@ def _common_prefix(sequences: Sequence[np.ndarray]) -> int:
 
 def _check_count(name: str, value, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least):
-        raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
+        raise InputError(f"{name} must be an integer of at least {least}, not {shown(value)}")
+    if value is not None and value >= 2**63:
+        raise InputError(f"{name} must be less than 2**63, not {shown(value)}")

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
-from .records import read_jsonl
+from .records import read_jsonl, read_npy, shown
+
+MAX_UNITS = 100_000  # that one text may name; no model has as many
 
 
 def as_masks(masks, num_units: int) -> np.ndarray:
@@ -55,12 +57,13 @@ def check_removed(removed: Iterable[int], num_units: int, what: str = "removed")
     """
     units = []
     if not isinstance(removed, Iterable):
-        raise InputError(f"{what} units are given as a collection such as (9, 10), not {removed!r}")
+        raise InputError(f"{what} units are given as a collection such as (9, 10), not {shown(removed)}")
     for unit in removed:
         if isinstance(unit, bool) or not isinstance(unit, (int, np.integer)):
-            raise InputError(f"{what} unit {unit!r} is not an integer")
+            raise InputError(f"{what} unit {shown(unit)} is not an integer")
         if not 0 <= unit < num_units:
-            raise InputError(f"{what} unit {unit} is out of range; the model's units are 0 to {num_units - 1}")
+            number = shown(int(unit))
+            raise InputError(f"{what} unit {number} is out of range; the model's units are 0 to {num_units - 1}")
         units.append(int(unit))
     units.sort()
     for unit, following in itertools.pairwise(units):
@@ -87,17 +90,22 @@ def to_removed(mask) -> tuple[int, ...]:
 
 
 def parse_removed(text: str) -> tuple[int, ...]:
-    """'9,10' or '9-11 14', as tables print it, as a tuple of integers; '' and '-' are no units."""
+    """'9,10' or '9-11 14', as tables print it, as a tuple of integers; '' and '-' are no units.
+
+    Raises InputError for anything else, and for more units than any model has.
+    """
     units: list[int] = []
     text = text.strip()
     for part in re.split(r"\s*,\s*|\s+", text) if text not in ("", "-") else []:
-        single, run = re.fullmatch(r"-?\d+", part), re.fullmatch(r"(\d+)-(\d+)", part)
+        single, run = re.fullmatch(r"-?\d{1,18}", part), re.fullmatch(r"(\d{1,18})-(\d{1,18})", part)
         if single:
             units.append(int(part))
         elif run and int(run[1]) <= int(run[2]):
+            if int(run[2]) - int(run[1]) + len(units) >= MAX_UNITS:
+                raise InputError(f"{shown(text)} names more than {MAX_UNITS} units")
             units += range(int(run[1]), int(run[2]) + 1)
         else:
-            raise InputError(f"units must be integers separated by commas, such as 9,10 or 9-11,14, not {text!r}")
+            raise InputError(f"units must be integers separated by commas, such as 9,10 or 9-11,14, not {shown(text)}")
     return tuple(units)
 
 
@@ -107,11 +115,7 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path}: no such masks file")
     if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError):
-            raise InputError(f"{path}: not a readable .npy array") from None
-        masks = _named(path, as_masks, array, num_units)
+        masks = _named(path, as_masks, read_npy(path), num_units)
     elif path.suffix == ".jsonl":
         masks = _named(path, from_removed, _removed_rows(path), num_units)
     else:

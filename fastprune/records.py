@@ -1,28 +1,104 @@
-"""JSON and JSON lines, in and out. Numbers that are not finite are written as strings ("nan", "inf"), never dropped."""
+"""Records in and out: JSON, JSON lines, and arrays from .npy files.
+
+Numbers that are not finite are written as strings ("nan", "inf"), never dropped.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import InputError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # no hard link to be had here
+
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for each line of a .jsonl file that is not blank."""
+    """Yield (line number, value) for each line of a .jsonl file (a BOM at its start is skipped) that is not blank."""
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+                    yield number, parse_json(line, f"{path}:{number}")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file in UTF-8") from None
+
+
+def parse_json(text: str | bytes, place: str, finite: bool = True):
+    """The value of a JSON text; `place` is named in errors, `finite` refuses NaN and Infinity, which are not JSON.
+
+    Raises InputError for text that is not JSON, is nested too deeply, names a key twice in one object, or holds half
+    a surrogate pair, which no tokenizer takes.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise InputError(f"{place}: the key {shown(twice)} is given twice")
+        return value
+
+    def refuse(constant: str):
+        raise InputError(f"{place}: not valid JSON ({constant} is no JSON number)")
+
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_constant=refuse if finite else None)
+        json.dumps(value, ensure_ascii=False).encode()
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"{place}: not valid JSON (nested too deeply)") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: holds half a surrogate pair, which is not text") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{place}: not valid JSON (not text in UTF-8)") from None
+    except ValueError:  # what Python says of an integer of more than 4,300 digits
+        raise InputError(f"{place}: not valid JSON (a number has too many digits)") from None
+    return value
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file. What its header promises is compared with the file before memory is taken for it.
+
+    Raises InputError for another kind of file, one that is cut short, and an array of Python objects.
+    """
+    import numpy as np
+
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(mapped, np.ndarray):
+            return np.array(mapped)
+    except Exception:  # numpy raises nearly anything over a damaged header
+        pass
+    raise InputError(f"{path}: not a readable .npy array")
+
+
+def shown(value, limit: int = 40) -> str:
+    """A wrong value as a message quotes it: its repr, shortened."""
+    try:
+        return brief(repr(value), limit)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+
+
+def brief(text: str, limit: int) -> str:
+    """The text in one line of at most `limit` characters; what is too long loses its middle."""
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    if len(text) <= limit:
+        return text
+    head = (limit - 5) * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (limit - 5 - head) :]}"
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
@@ -48,24 +124,50 @@ def check_folder(folder: Path) -> Path:
 def refuse_existing(path: Path) -> Path:
     """The path, if nothing is there yet and a folder can hold it."""
     check_folder(path.parent)
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere, too
         raise InputError(f"{path}: exists already and is not overwritten; name another file or remove it")
     return path
 
 
 def _write(path: Path, text: str, replace: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}")
+    partial.unlink(missing_ok=True)  # a killed run's, which may by now be another name of a finished file
     try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # whole on the disk before the name is
         if replace:
             partial.replace(path)
         else:
-            os.link(partial, path)  # at once, and never over another file
+            _give_new_name(partial, path)
     except FileExistsError:
         refuse_existing(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _give_new_name(partial: Path, path: Path) -> None:
+    """Let a finished file appear as `path`, at once. Raises FileExistsError where something is there already."""
+    try:
+        os.link(partial, path)
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+    import fcntl
+
+    # a rename does replace what is there: one writer at a time looks, then renames; a killed one's lock is gone
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        partial.rename(path)
+    finally:
+        os.close(folder)
 
 
 def _plain(value):

@@ -109,6 +109,25 @@ def test_parse_removed():
             parse_removed(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["0-30000000000", "0-99999,0-99999", "0-100000", "9" * 5000, "1-" + "9" * 5000, "-" * 9999, "3,\0"],
+    ids=lambda text: repr(text[:12]),
+)
+def test_units_beyond_all_models(text):
+    with pytest.raises(fp.InputError, match=r"names more than 100000 units|separated by commas") as caught:
+        parse_removed(text)
+    assert len(str(caught.value)) < 200
+    assert "\n" not in str(caught.value)
+
+
+def test_units_too_long_to_print():
+    for removed in ((10**5000,), (10**4000,), (-(10**5000),), ("x" * 5000,), 10**5000):
+        with pytest.raises(fp.InputError) as caught:
+            check_removed(removed, 3)
+        assert len(str(caught.value)) < 200
+
+
 @pytest.mark.parametrize("removed", [(), (3,), (3, 4, 5, 9), (0, 2, 4), (0, 1)])
 def test_what_is_printed_can_be_given_back(removed):
     assert parse_removed(format_removed(removed)) == removed
@@ -129,6 +148,12 @@ def test_load_masks(tmp_path):
     assert np.array_equal(fp.load_masks(str(tmp_path / "masks.jsonl"), 5), masks)
 
 
+def npy_header(shape) -> bytes:
+    """The start of a .npy file of bytes, whatever array its header promises."""
+    header = f"{{'descr': '|b1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
 @pytest.mark.parametrize(
     ("name", "content", "culprit"),
     [
@@ -138,17 +163,48 @@ def test_load_masks(tmp_path):
         ("masks.jsonl", b'{"removed": 1}\n', "masks.jsonl:1: expected a row"),
         ("masks.jsonl", b'{"removed": [1]}\n{"removed"\n', "masks.jsonl:2: not valid JSON"),
         ("masks.jsonl", b"\xff\xfe\n", "masks.jsonl"),
+        ("masks.jsonl", b'{"removed": [1], "removed": [2]}\n', "masks.jsonl:1: the key 'removed' is given twice"),
+        ("masks.jsonl", b'{"removed": [NaN]}\n', "masks.jsonl:1: not valid JSON .NaN"),
+        ("masks.jsonl", b'{"removed": [-Infinity]}\n', "masks.jsonl:1: not valid JSON .-Infinity"),
+        ("masks.jsonl", b'{"removed": [1]}\n\0\n', "masks.jsonl:2: not valid JSON"),
+        ("masks.jsonl", b'{"removed": ["\\udc00"]}\n', "masks.jsonl:1: holds half a surrogate pair"),
+        ("masks.jsonl", b"[" * 10**6, "masks.jsonl:1: not valid JSON .nested too deeply"),
+        ("masks.jsonl", b'{"removed": [' + b"9" * 5000 + b"]}", "masks.jsonl:1: not valid JSON .* too many digits"),
+        ("masks.jsonl", b'{"removed": [' + b"9" * 4000 + b"]}", "99 is out of range"),
+        ("masks.jsonl", b'{"removed": ["' + b"9" * 9000 + b'"]}', "is not an integer"),
         ("masks.npy", b"not an array", "not a readable .npy"),
         ("masks.npy", b"", "not a readable .npy"),
+        ("masks.npy", npy_header((10**18,)) + bytes(99), "not a readable .npy"),
+        ("masks.npy", npy_header((10**9, 10**9, 10**9)) + bytes(99), "not a readable .npy"),
+        ("masks.npy", npy_header((10**12, 5)), "not a readable .npy"),
+        ("masks.npy", npy_header((-1, 5)) + bytes(99), "not a readable .npy"),
+        ("masks.npy", npy_header("(" * 500) + bytes(99), "not a readable .npy"),
+        ("masks.npy", npy_header((2, 5)) + bytes(9), "not a readable .npy"),
+        ("masks.npy", npy_header((0, 5)), "holds no masks|not a readable .npy"),
+        ("masks.npy", b"PK\x03\x04" + bytes(99), "not a readable .npy"),
         ("masks.txt", b"1 0 1", "read from .npy or .jsonl"),
     ],
+    ids=lambda value: repr(value[:40]),
 )
 def test_refused_mask_files(tmp_path, name, content, culprit):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(fp.InputError, match=culprit) as caught:
         fp.load_masks(tmp_path / name, 5)
     assert str(tmp_path / name) in str(caught.value)
+    assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "masks.jsonl").write_bytes(b'\xef\xbb\xbf{"removed": [1]}\n')
+    assert fp.load_masks(tmp_path / "masks.jsonl", 3).tolist() == [[True, False, True]]
+
+
+def test_archives_are_no_masks(tmp_path):
+    np.savez(tmp_path / "masks.npz", np.ones((2, 5)))
+    (tmp_path / "masks.npz").rename(tmp_path / "masks.npy")
+    with pytest.raises(fp.InputError, match=r"not a readable \.npy"):
+        fp.load_masks(tmp_path / "masks.npy", 5)
 
 
 def test_missing_and_pickled_mask_files(tmp_path):
