@@ -44,6 +44,7 @@ def compilations(tmp_path_factory, pytestconfig):
         process.communicate()
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("arch", MATRIX_UNITS)
 def test_every_configuration_compiles_fits_and_does_not_spill(arch, compilations):
     out, errors = compilations[arch].communicate()
