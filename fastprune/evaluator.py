@@ -152,6 +152,11 @@ class Evaluator:
         model, and after the last (before the final norm)."""
         return probes.similarity(self.model, self.objective.batch, self.granularity)
 
+    def angular_distance(self) -> np.ndarray:
+        """float64[U + 1, U + 1]: the mean angle, in half turns, between the same states, at the last token of each
+        sequence only (Gromov et al., arXiv 2403.17887)."""
+        return probes.angular_distance(self.model, self.objective.batch, self.granularity)
+
     def unit_gradients(self) -> np.ndarray:
         """float64[S, U]: dL_s/da_i at a = 1 for each sample, where a_i scales unit i's residual branches.
 

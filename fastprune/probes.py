@@ -26,19 +26,44 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
         for row in range(batch.num_rows):
-            chunk = make_chunk(batch, [row], model.device)
-            state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
-            states = [state]
-            for unit in range(num_units):
-                states.append(state := model.run(unit, state, arguments, granularity))
-            flat = [hidden_of(state)[0] for state in states]
-            for start in range(0, chunk.num_tokens, TOKENS_AT_ONCE):
+            flat = _states(model, batch, row, granularity)
+            for start in range(0, len(flat[0]), TOKENS_AT_ONCE):
                 part = torch.stack([h[start : start + TOKENS_AT_ONCE].float() for h in flat], dim=1)  # [n, U + 1, D]
                 part = torch.nn.functional.normalize(part, dim=-1)
                 total += (part @ part.mT).double().sum(0)
     mean = total.cpu().numpy() / batch.num_tokens
     np.fill_diagonal(mean, 1.0)
     return (mean + mean.T) / 2
+
+
+def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
+    """Mean of arccos(cosine)/pi between the states before each unit and after the last, float64[U + 1, U + 1], over
+    the last token of each sequence: of a row of text, or of each branch (Gromov et al., arXiv 2403.17887).
+    """
+    total, count = 0.0, 0
+    with model.evaluation():
+        for row in range(batch.num_rows):
+            branch = batch.branch[batch.row_starts[row] : batch.row_starts[row + 1]]
+            ends = np.flatnonzero(np.diff(branch, append=-1))
+            ends = ends[branch[ends] > 0] if batch.row_is_tree[row] else ends
+            last = torch.as_tensor(ends, device=model.device)
+            part = torch.stack([h[last].double() for h in _states(model, batch, row, granularity)], dim=1)
+            part = torch.nn.functional.normalize(part, dim=-1)  # in float64: arccos is steep near 1
+            total = total + ((part @ part.mT).clamp(-1, 1).arccos() / torch.pi).sum(0)
+            count += len(ends)
+    mean = total.cpu().numpy() / count
+    np.fill_diagonal(mean, 0.0)
+    return (mean + mean.T) / 2
+
+
+def _states(model: Model, batch: TokenBatch, row: int, granularity: str) -> list[torch.Tensor]:
+    """The dense model's states of one row, before each unit and after the last: U + 1 of [T, D]."""
+    chunk = make_chunk(batch, [row], model.device)
+    state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
+    states = [state]
+    for unit in range(len(model.unit_names(granularity))):
+        states.append(state := model.run(unit, state, arguments, granularity))
+    return [hidden_of(state)[0] for state in states]
 
 
 def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.ndarray:

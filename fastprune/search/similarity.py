@@ -66,22 +66,24 @@ def shortgpt(search: Search, variant: Variant = "paper") -> None:
 
 
 @algorithm
-def streamline(search: Search, variant: Variant = "paper") -> None:
+def streamline(search: Search, variant: Annotated[str, Allowed(choices=("paper", "lorp", "gromov"))] = "paper") -> None:
     """Remove the window of k units, i .. i+k-1, whose ends are most alike: highest S_(i, i+k).
 
     No replacement layer is trained. The variant "lorp" takes the windows i = 1 .. U-k-1 only, as the baseline of
-    that paper does; where there is none of them, all. A window that touches a protected unit is not a candidate;
-    where protection leaves none at all, a window steps over what is protected.
+    that paper does; where there is none of them, all. The variant "gromov" takes the window with the lowest angular
+    distance arccos(cosine) / pi, the mean over the last token of each sequence (arXiv 2403.17887).
+    A window that touches a protected unit is not a candidate; where protection leaves none at all, a window steps
+    over what is protected.
 
     Source: LLM-Streamline (arXiv 2403.19135).
     Cost: 1 (and one forward pass with all states).
     Options:
-        variant: paper, or lorp: leave out the windows that hold the first or the last unit.
+        variant: paper; lorp: leave out windows that hold the first or the last unit; gromov: angular distance.
     """
     found = windows(search.candidates, search.num_remove)
     if variant == "lorp":
         found = [window for window in found if not {0, search.num_units - 1} & {*window}] or found
-    similarity = _similarity(search)
+    similarity = -_finite(search.evaluator.angular_distance()) if variant == "gromov" else _similarity(search)
     search.score([max(found, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)])
 
 
@@ -139,7 +141,10 @@ def clusters_for(score: float) -> int:
 
 
 def _similarity(search: Search) -> np.ndarray:
-    similarity = search.evaluator.similarity()
+    return _finite(search.evaluator.similarity())
+
+
+def _finite(similarity: np.ndarray) -> np.ndarray:
     if not np.isfinite(similarity).all():
         raise ArithmeticError("the similarity of the dense model's states is not finite")
     return similarity

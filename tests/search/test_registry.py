@@ -57,6 +57,7 @@ def test_descriptions_are_read_from_docstrings():
         ("lorp", "clusters", -1),
         ("shortgpt", "variant", "code"),
         ("streamline", "variant", ""),
+        ("streamline", "variant", "angular"),
         ("random", "num_masks", 0),
         ("shapley", "permutations", 0),
         ("shapley", "depth", -1),

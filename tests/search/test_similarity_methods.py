@@ -145,6 +145,35 @@ def test_shortgpt_and_streamline_on_a_model(evaluator, states):
         assert fp.run_search(evaluator, "streamline", k, variant="lorp").removed == tuple(range(start, start + k))
 
 
+def test_angular_distance_of_the_last_tokens(evaluator, states, rows):
+    """Gromov's variant: the mean of the angles, which is not the angle of the mean cosine, at the last tokens only."""
+    last = np.cumsum([len(row) for row in rows]) - 1
+    unit = np.stack([h[last] / np.linalg.norm(h[last], axis=1, keepdims=True) for h in states])
+    angles = np.arccos(np.einsum("itd,jtd->tij", unit, unit).clip(-1, 1)).mean(axis=0) / np.pi
+    np.fill_diagonal(angles, 0)
+    np.testing.assert_allclose(evaluator.angular_distance(), angles, atol=1e-5, rtol=0)
+    for k in range(1, BLOCKS):
+        start = min(range(BLOCKS - k + 1), key=lambda i: angles[i, i + k])
+        result = fp.run_search(evaluator, "streamline", k, variant="gromov")
+        assert result.removed == tuple(range(start, start + k))
+        assert result.evaluations == 1
+
+
+def test_angular_distance_of_questions_is_that_of_their_choices(llama):
+    prompt = families.random_rows(97, [6], seed=2)[0]
+    choices = families.random_rows(97, [1, 4, 2], seed=3)
+    tasks = fp.Tasks(
+        batch=fp.TokenBatch.from_continuations([[(np.array([*prompt, *choice]), 6) for choice in choices]]),
+        question=np.zeros(3, dtype=int),
+        answer=np.array([1]),
+        choice_characters=np.ones(3, dtype=int),
+        choice_bytes=np.ones(3, dtype=int),
+    )
+    text = fp.TokenBatch.from_ids([[*prompt, *choice] for choice in choices])
+    found = fp.Evaluator(llama, fp.TaskMargin(tasks)).angular_distance()
+    np.testing.assert_allclose(found, fp.Evaluator(llama, fp.Perplexity(text)).angular_distance(), atol=1e-5, rtol=0)
+
+
 def test_one_mask_is_scored(evaluator):
     for name in ("lorp", "shortgpt", "streamline"):
         assert fp.run_search(evaluator, name, 3).evaluations == 1
