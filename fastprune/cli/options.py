@@ -186,7 +186,7 @@ _objective_options = _group(
         "--store",
         type=FileName(),
         callback=lambda context, parameter, value: _check_store(value),
-        help="File of finished scores; what is in it is not computed again.",
+        help="File of finished sums; what is in it is not computed again, and what is finished is kept.",
     ),
 )
 
