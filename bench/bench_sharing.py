@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.plan import make_plan
+from fastprune.plan import kept_units, make_plan
 
 BLOCKS, WIDTH, FFN, HEADS, VOCABULARY = 16, 512, 1408, 8, 8192
 SEQUENCES, LENGTH = 8, 256
@@ -83,9 +83,9 @@ def flop_ratio(masks: np.ndarray) -> float:
     attention = 2 * 2 * WIDTH * LENGTH / 2  # scores and values, the causal half
     block = projections + attention + 2 * 3 * WIDTH * FFN
     head = 2 * WIDTH * VOCABULARY
-    plan = make_plan(masks)
+    plan = make_plan(kept_units(masks))
     naive = plan.naive_layer_runs * block + len(masks) * head
-    return naive / (plan.layer_runs * block + len(plan.masks) * head)
+    return naive / (plan.layer_runs * block + len(plan.sequences) * head)
 
 
 def _timed(work) -> float:

@@ -8,6 +8,7 @@ summed over each continuation in a fixed order, in float64.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -27,7 +28,7 @@ from .store import SumStore, units_key
 
 Progress = Callable[[int, int], None]
 
-MAX_MASKS = 1 << 20  # distinct masks of one call; bounds the states alive at once
+MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
 CHUNK_TOKENS = 16384  # on a GPU: enough rows to keep its matrix units busy, no more
 CHUNK_BYTES, LEAST_CHUNK_TOKENS = 2 << 20, 1024  # on a CPU: states that leave a unit's workspace room in the caches
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
@@ -81,15 +82,16 @@ class Engine:
     def run(
         self, plan: Plan, progress: Progress | None = None, wanted: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct masks; and bool[M],
-        the masks of which every sum came from the store.
+        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct sequences; and bool[M],
+        those of which every sum came from the store.
 
         wanted: bool[C]; only chunks that hold such a continuation are run, whole, so that their numbers keep their
         bits; sums of the others are left at 0. progress(done, total) is told of unit runs. When memory runs out,
         the call begins again with smaller chunks, then tiles.
         """
-        if len(plan.masks) > MAX_MASKS:
-            raise InputError(f"{len(plan.masks)} distinct masks in one call; at most {MAX_MASKS} are planned together")
+        count = len(plan.sequences)
+        if count > MAX_SEQUENCES:
+            raise InputError(f"{count} distinct masks in one call; at most {MAX_SEQUENCES} are planned together")
         while True:
             try:
                 with self.model.evaluation():
@@ -97,6 +99,10 @@ class Engine:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not self._take_smaller_steps():
                     raise
+
+    def most_together(self, longest: int) -> int:
+        """The most sequences of so many units whose states, at the worst, the chunks were cut for."""
+        return MAX_SEQUENCES if longest <= self.num_units else (1 << max_slots(self.num_units, MAX_SEQUENCES)) - 1
 
     def share(self, wanted: np.ndarray | None) -> float:
         """The share of the rows that `run` runs for these continuations."""
@@ -106,22 +112,25 @@ class Engine:
         return [n for n, chunk in enumerate(self.chunks) if wanted is None or wanted[chunk.continuation].any()]
 
     def _run(self, plan: Plan, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        sums = np.zeros((len(plan.masks), self.batch.num_continuations))
-        keys = [units_key(mask) for mask in plan.masks]
+        sums = np.zeros((len(plan.sequences), self.batch.num_continuations))
+        keys = [units_key(sequence) for sequence in plan.sequences]
         context = self._context()
         missing = {number: self._look_up(context, keys, number, sums) for number in self._numbers(wanted)}
-        plans = {rows.tobytes(): plan if rows.all() else make_plan(plan.masks[rows]) for rows in missing.values()}
+        plans = {
+            rows.tobytes(): plan if rows.all() else make_plan(itertools.compress(plan.sequences, rows))
+            for rows in missing.values()
+        }
         if self.measure == "kl" and any(rows.any() for rows in missing.values()):
             self._run_dense()
         done, total = 0, sum(plans[rows.tobytes()].layer_runs for rows in missing.values())
         for number, rows in missing.items():
             if not rows.any():
                 continue
-            chunk, part, masks = self.chunks[number], plans[rows.tobytes()], np.flatnonzero(rows)
+            chunk, part, asked = self.chunks[number], plans[rows.tobytes()], np.flatnonzero(rows)
             pending: list[tuple[int, torch.Tensor]] = []
-            for mask, hidden, units in self._walk(part, number):
-                if mask >= 0:
-                    pending.append((int(masks[mask]), self._measure_targets(hidden, number)))
+            for end, hidden, units in self._walk(part, number):
+                if end >= 0:
+                    pending.append((int(asked[end]), self._measure_targets(hidden, number)))
                 if len(pending) == PENDING:
                     self._finish(pending, chunk, sums, context, keys)
                 done += units
@@ -136,7 +145,7 @@ class Engine:
         return self.store.context({**self.numerics(), "measure": self.measure, "weights": self.model.weights_hash})
 
     def _look_up(self, context: int | None, keys: list[bytes], number: int, sums: np.ndarray) -> np.ndarray:
-        """Fill in the sums of a chunk that the store knows; bool[M], the masks that are missing."""
+        """Fill in the sums of a chunk that the store knows; bool[M], those that are missing."""
         missing = np.ones(len(keys), dtype=bool)
         if context is not None:
             chunk = self.chunks[number]
@@ -162,7 +171,7 @@ class Engine:
         pending.clear()
 
     def _walk(self, plan: Plan, number: int) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """Run the plan's steps on one chunk; after each, yield (mask or -1, hidden [B, T, D], units run)."""
+        """Run the plan's steps on one chunk; after each, yield (its end or -1, hidden [B, T, D], units run)."""
         chunk = self.chunks[number]
         state, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
         slots: list[State | None] = [None] * plan.num_slots
@@ -177,7 +186,7 @@ class Engine:
                 self.row_runs += len(chunk.rows)
             if step.target >= 0:
                 slots[step.target] = state
-            yield step.mask, hidden_of(state), len(step.units)
+            yield step.end, hidden_of(state), len(step.units)
 
     def _measure_targets(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
         """The measure at every target of a chunk, [M], from one mask's final states [B, T, D]."""
@@ -199,10 +208,10 @@ class Engine:
         if self._dense and self._dense_of == self.model.state:
             return
         of, dense = self.model.state, []
-        plan = make_plan(np.ones((1, self.num_units), dtype=bool))
+        plan = make_plan([tuple(range(self.num_units))])
         for number, chunk in enumerate(self.chunks):
-            for mask, hidden, _ in self._walk(plan, number):
-                if mask >= 0:
+            for end, hidden, _ in self._walk(plan, number):
+                if end >= 0:
                     dense.append(hidden.flatten(0, 1)[chunk.sources])
         self._dense, self._dense_of = dense, of
 
@@ -225,7 +234,7 @@ class Engine:
         if self.measure == "kl":
             positions = len(np.unique(self.batch.target_source))
             budget_bytes -= positions * self.model.hidden_size * self.model.dtype.itemsize
-        slots = max_slots(self.num_units, MAX_MASKS)
+        slots = max_slots(self.num_units, MAX_SEQUENCES)
         tokens = self._footprint.tokens_within(budget_bytes, slots)
         if tokens < self._footprint.longest_row:
             short = self._footprint.needed(self._footprint.longest_row, slots) - budget_bytes

@@ -12,10 +12,10 @@ import numpy as np
 from . import probes
 from .engine import Engine, Progress
 from .errors import InputError
-from .masks import as_masks
+from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
-from .plan import Plan, make_plan
+from .plan import Plan, kept_units, make_plan
 from .store import SumStore
 
 BACKENDS = ("auto", "generic", "fused")
@@ -131,8 +131,27 @@ class Evaluator:
         for one that keeps nothing where the family cannot run without blocks.
         """
         with self.model.turn:
-            plan = self._plan(masks)
+            plan = self._plan(self._check_masks(masks))
             return self.objective.loss(self._run(plan))[plan.index]
+
+    def score_sequences(self, sequences) -> np.ndarray:
+        """The loss of running these units in this order, float64[N]; a sequence may leave out, repeat and reorder.
+
+        sequences: N collections of unit indices, such as [(0, 1, 1, 2), (0, 2, 1)]. One that ascends is a mask, and
+        has its score. All share their prefixes as masks do. Raises InputError for an index out of range, and for an
+        empty sequence where the family cannot run without blocks.
+
+        >>> ev.score_sequences([(0, 1, 2, 2, 3)])  # doctest: +SKIP
+        """
+        sequences = check_sequences(sequences, self.num_units)
+        self._check_not_empty(sequences)
+        together = self._engine.most_together(max(map(len, sequences), default=0))
+        losses = np.empty(len(sequences))
+        with self.model.turn:
+            for start in range(0, len(sequences), together):
+                plan = self._plan(sequences[start : start + together])
+                losses[start : start + together] = self.objective.loss(self._run(plan))[plan.index]
+        return losses
 
     def score_samples(self, masks, samples=None) -> np.ndarray:
         """The loss of each mask on each sample (row of text, or question), float64[N, S].
@@ -143,7 +162,7 @@ class Evaluator:
         samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
         wanted = np.isin(self.objective.sample, samples)
         with self.model.turn:
-            plan = self._plan(masks, self._engine.share(wanted))
+            plan = self._plan(self._check_masks(masks), self._engine.share(wanted))
             sums = self._run(plan, wanted)
             return self.objective.sample_losses(sums)[:, samples][plan.index]
 
@@ -165,19 +184,26 @@ class Evaluator:
         """
         return probes.unit_gradients(self.model, self.objective, self.granularity)
 
-    def _plan(self, masks, share: float = 1) -> Plan:
-        """Check masks, plan them, and note what was asked for, of a share of the calibration set."""
-        masks = as_masks(masks, self.num_units)
-        if not masks.any(axis=1).all() and not self.model.runs_without_blocks:
+    def _check_masks(self, masks) -> list[tuple[int, ...]]:
+        """The kept units of each mask."""
+        sequences = kept_units(as_masks(masks, self.num_units))
+        self._check_not_empty(sequences)
+        return sequences
+
+    def _check_not_empty(self, sequences: list[tuple[int, ...]]) -> None:
+        if not all(sequences) and not self.model.runs_without_blocks:
             raise InputError(f"a mask keeps nothing, and the family {self.model.family!r} cannot run without blocks")
-        plan = make_plan(masks)
-        self.stats.masks += len(masks)
+
+    def _plan(self, sequences: list[tuple[int, ...]], share: float = 1) -> Plan:
+        """Plan sequences, and note what was asked for, of a share of the calibration set."""
+        plan = make_plan(sequences)
+        self.stats.masks += len(sequences)
         self.stats.asked_layer_runs += _whole(plan.layer_runs * share)
         self.stats.naive_layer_runs += _whole(plan.naive_layer_runs * share)
         return plan
 
     def _run(self, plan: Plan, wanted: np.ndarray | None = None) -> np.ndarray:
-        """Sums over continuations of the plan's distinct masks, [M, C]; notes what it cost."""
+        """Sums over continuations of the plan's distinct sequences, [M, C]; notes what it cost."""
         started, engine, rows = time.perf_counter(), self._engine, self.objective.batch.num_rows
         runs, heads = engine.row_runs, engine.row_heads
         try:

@@ -72,6 +72,28 @@ def check_removed(removed: Iterable[int], num_units: int, what: str = "removed")
     return tuple(units)
 
 
+MAX_LENGTH = 4096  # units of a sequence
+
+
+def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[tuple[int, ...]]:
+    """Sequences of unit indices as tuples. Raises InputError for an index that is out of range or no integer, and for
+    a sequence of more than 4,096 units."""
+    if not isinstance(sequences, Iterable):
+        raise InputError(f"sequences are given as a list such as [(0, 1, 1, 2)], not {sequences!r}")
+    checked = []
+    for number, sequence in enumerate(sequences):
+        if not isinstance(sequence, Iterable) or isinstance(sequence, (str, bytes)):
+            raise InputError(f"sequence {number} must be a list of unit indices such as (0, 1, 1, 2), not {sequence!r}")
+        units = tuple(itertools.islice(sequence, MAX_LENGTH + 1))
+        if len(units) > MAX_LENGTH:
+            raise InputError(f"sequence {number} has more than {MAX_LENGTH} units")
+        for unit in units:
+            if isinstance(unit, bool) or not isinstance(unit, (int, np.integer)) or not 0 <= unit < num_units:
+                raise InputError(f"sequence {number}: {unit!r} is no unit; the model's units are 0 to {num_units - 1}")
+        checked.append(tuple(map(int, units)))
+    return checked
+
+
 def from_removed(removed: Iterable[Iterable[int]], num_units: int) -> np.ndarray:
     """Masks bool[N, U] from N collections of removed unit indices, for example [(9, 10), (3,)]."""
     rows = [check_removed(units, num_units) for units in removed]

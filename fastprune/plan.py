@@ -1,13 +1,16 @@
-"""Masks -> trie -> ordered steps. Pure integers: no model, no torch.
+"""Sequences of units -> trie -> ordered steps. Pure integers: no model, no torch.
 
-The hidden state after unit i depends only on which of the units 0..i were kept, so a batch of masks is a trie
-over sequences of kept units. Every node is one unit run; the number of nodes is the least work that any exact
-evaluator can do. `make_plan` compresses chains (nodes with a single child and no mask of their own) into one
+The hidden state after a unit depends only on the units that ran so far and their order, so a batch of masks is a trie
+over sequences of kept units. The trie knows sequences, not masks: a unit that is repeated, or run in another order, is
+one more sequence. Every node is one unit run; the number of nodes is the least work that any exact
+evaluator can do. `make_plan` compresses chains (nodes with a single child and no end of their own) into one
 `Step`, and orders the steps so that few states are alive at once.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,21 +24,21 @@ class Step(NamedTuple):
 
     source: int  # slot to read; ROOT for the embeddings
     units: tuple[int, ...]
-    mask: int  # row of Plan.masks whose final state this is, or -1
+    end: int  # which of Plan.sequences ends here, or -1
     target: int  # slot to keep the result in, or -1 if no later step reads it
     last_use: bool  # no later step reads `source`: its slot is free once this step has begun
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the engine executes for one batch of masks.
+    """What the engine executes for one batch of sequences.
 
-    masks: bool[M, U], the distinct masks. index: int64[N], the row of `masks` for each mask that was asked.
-    layer_runs: distinct trie nodes. naive_layer_runs: unit runs of one forward pass per mask that was asked.
+    sequences: the M distinct ones, sorted. index: int64[N], which of them each that was asked for is.
+    layer_runs: distinct trie nodes. naive_layer_runs: unit runs of one forward pass for each that was asked for.
     num_slots: states that must be held at once (besides the one being computed).
     """
 
-    masks: np.ndarray
+    sequences: tuple[tuple[int, ...], ...]
     index: np.ndarray
     steps: tuple[Step, ...]
     num_slots: int
@@ -43,79 +46,73 @@ class Plan:
     naive_layer_runs: int
 
 
-def make_plan(masks: np.ndarray) -> Plan:
-    """Plan the evaluation of masks bool[N, U].
+def make_plan(sequences: Iterable[tuple[int, ...]]) -> Plan:
+    """Plan the evaluation of sequences of unit indices.
 
     States alive: at every branching the child that needs most slots is walked last, when its parent's slot is
-    already free (Sethi and Ullman's order for register allocation). A trie of M masks then never needs more than
-    min(U + 1, 1 + log2(M)) slots.
+    already free (Sethi and Ullman's order for register allocation). A trie of M sequences then never needs more than
+    min(longest + 1, 1 + log2(M)) slots.
     """
-    distinct, index = _sort_distinct(masks)
-    nodes = _compress(distinct)
-    steps, num_slots = _schedule(nodes)
+    asked = list(sequences)
+    distinct, index, shared = _sort_distinct(asked)
+    steps, num_slots = _schedule(_compress(distinct, shared))
     return Plan(
-        masks=distinct,
+        sequences=distinct,
         index=index,
         steps=steps,
         num_slots=num_slots,
         layer_runs=sum(len(step.units) for step in steps),
-        naive_layer_runs=int(masks.sum()),
+        naive_layer_runs=sum(map(len, asked)),
     )
 
 
-def max_slots(num_units: int, num_masks: int) -> int:
-    """The most slots that a plan for this many masks can need."""
-    return min(num_units + 1, max(num_masks, 1).bit_length())
+def kept_units(masks: np.ndarray) -> list[tuple[int, ...]]:
+    """The sequence of kept units of each mask bool[N, U]."""
+    rows, units = np.nonzero(masks)
+    bounds = np.searchsorted(rows, np.arange(len(masks) + 1)).tolist()
+    units = units.tolist()
+    return [tuple(units[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
-def _sort_distinct(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct masks in lexicographic order, False first, and where each asked mask went.
+def max_slots(longest: int, count: int) -> int:
+    """The most slots that a plan can need for `count` sequences of at most `longest` units."""
+    return min(longest + 1, max(count, 1).bit_length())
 
-    In this order, masks that share a prefix are neighbours, and a mask comes before those that extend it.
+
+def _sort_distinct(asked: list[tuple[int, ...]]) -> tuple[tuple[tuple[int, ...], ...], np.ndarray, list[int]]:
+    """The distinct sequences, sorted; which of them each asked one is; units that each shares with the one before.
+
+    In this order, sequences that share a prefix are neighbours, and one comes before those that extend it.
     """
-    num_masks, num_units = masks.shape
-    packed = np.packbits(masks, axis=1)  # big-endian bits: byte order is lexicographic order
-    keys = np.ascontiguousarray(packed).view(f"V{packed.shape[1]}").ravel() if num_units else packed
-    if num_masks == 0 or num_units == 0:
-        return masks[: min(1, num_masks)], np.zeros(num_masks, dtype=np.int64)
-    order = np.lexsort(packed.T[::-1])
-    ordered = keys[order]
-    new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    index = np.empty(num_masks, dtype=np.int64)
+    lengths = np.array([len(sequence) for sequence in asked], dtype=np.int64)
+    table = np.zeros((len(asked), int(lengths.max(initial=0)) + 1), dtype=np.uint16)  # 0 is the end, unit i is i + 1
+    units = np.fromiter(itertools.chain.from_iterable(asked), dtype=np.int64, count=int(lengths.sum()))
+    table[np.arange(table.shape[1]) < lengths[:, None]] = units + 1
+    order = np.lexsort(table.T[::-1])
+    differs = table[order[1:]] != table[order[:-1]]
+    new = np.concatenate([np.ones(min(len(asked), 1), dtype=bool), differs.any(axis=1)])
+    index = np.empty(len(asked), dtype=np.int64)
     index[order] = np.cumsum(new) - 1
-    return masks[order[new]], index
+    shared = differs[new[1:]].argmax(axis=1).tolist()
+    return tuple(asked[i] for i in order[new]), index, [0, *shared][: new.sum()]
 
 
 class _Node:
-    """A node of the compressed trie: the chain of units from its parent, the mask that ends here, its children."""
+    """A node of the compressed trie: the chain of units from its parent, the sequence that ends here, its children."""
 
-    __slots__ = ("children", "depth", "mask", "need", "units")
+    __slots__ = ("children", "depth", "end", "need", "units")
 
-    def __init__(self, units: tuple[int, ...], depth: int, mask: int):
-        self.units, self.depth, self.mask = units, depth, mask
+    def __init__(self, units: tuple[int, ...], depth: int, end: int):
+        self.units, self.depth, self.end = units, depth, end
         self.children: list[_Node] = []
         self.need = 0
 
 
-def _compress(masks: np.ndarray) -> _Node:
-    """The compressed trie of sorted distinct masks, built from the longest common prefixes of neighbours."""
+def _compress(sequences: tuple[tuple[int, ...], ...], shared: list[int]) -> _Node:
+    """The compressed trie of sorted distinct sequences, `shared` of whose units are those of the one before."""
     root = _Node((), 0, -1)
-    if len(masks) == 0:
-        return root
-    rows, units = np.nonzero(masks)
-    starts = np.searchsorted(rows, np.arange(len(masks) + 1)).tolist()
-    units = units.tolist()
-    # kept units shared with the mask before: those ahead of the first difference
-    if len(masks) > 1:
-        first_difference = (masks[1:] != masks[:-1]).argmax(axis=1)
-        ahead = np.arange(masks.shape[1]) < first_difference[:, None]
-        shared = [0, *np.count_nonzero(masks[1:] & ahead, axis=1).tolist()]
-    else:
-        shared = [0]
-
-    path = [root]  # nodes from the root to the mask before, by depth (number of kept units)
-    for row, common in enumerate(shared):
-        kept = units[starts[row] : starts[row + 1]]
+    path = [root]  # nodes from the root to the sequence before, by depth (number of units)
+    for number, (units, common) in enumerate(zip(sequences, shared, strict=True)):
         below = None
         while path[-1].depth > common:
             below = path.pop()
@@ -127,10 +124,10 @@ def _compress(masks: np.ndarray) -> _Node:
             split.children.append(below)
             path.append(split)
             parent = split
-        if len(kept) == parent.depth:
-            parent.mask = row
+        if len(units) == parent.depth:
+            parent.end = number
         else:
-            leaf = _Node(tuple(kept[parent.depth :]), len(kept), row)
+            leaf = _Node(units[parent.depth :], len(units), number)
             parent.children.append(leaf)
             path.append(leaf)
     return root
@@ -162,7 +159,7 @@ def _schedule(root: _Node) -> tuple[tuple[Step, ...], int]:
         if node.children:
             target = free.pop() if free else num_slots
             num_slots = max(num_slots, target + 1)
-        steps.append(Step(source, node.units, node.mask, target, last_use))
+        steps.append(Step(source, node.units, node.end, target, last_use))
         last = len(node.children) - 1
         work.extend((child, target, i == last) for i, child in reversed(list(enumerate(node.children))))
     return tuple(steps), num_slots

@@ -137,6 +137,6 @@ class SumStore:
             warnings.warn(f"{self.path}: going on without the store: {error}", RuntimeWarning, stacklevel=4)
 
 
-def units_key(mask: np.ndarray) -> bytes:
-    """The key of a mask bool[U]: the units that run, in order."""
-    return np.flatnonzero(mask).astype("<u2").tobytes()
+def units_key(sequence: Iterable[int]) -> bytes:
+    """The key of the units that run, in order."""
+    return np.fromiter(sequence, dtype="<u2").tobytes()

@@ -166,8 +166,13 @@ def num_blocks(hf) -> int:
 
 def physically_removed(hf, removed):
     """A deep copy of the model whose removed blocks are gone from its list and its config."""
+    return physically_ordered(hf, [i for i in range(num_blocks(hf)) if i not in set(removed)])
+
+
+def physically_ordered(hf, sequence):
+    """A deep copy of the model whose list and config hold these blocks, in this order; some may stand repeatedly."""
     hf = copy.deepcopy(hf)
-    kept = [i for i in range(num_blocks(hf)) if i not in set(removed)]
+    kept = list(sequence)
     blocks = torch.nn.ModuleList(layers_of(hf)[i] for i in kept)
     if hasattr(hf.base_model, "h"):
         hf.base_model.h = blocks

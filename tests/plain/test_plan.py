@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastprune.plan import ROOT, make_plan, max_slots
+from fastprune.plan import ROOT, kept_units, make_plan, max_slots
 
 
 def count_prefixes(masks) -> int:
@@ -31,9 +31,9 @@ def simulate(plan) -> dict[int, tuple[int, ...]]:
             if step.last_use:
                 slots[step.source] = None
         state = (*state, *step.units)
-        if step.mask >= 0:
-            assert step.mask not in finished
-            finished[step.mask] = state
+        if step.end >= 0:
+            assert step.end not in finished
+            finished[step.end] = state
         if step.target >= 0:
             assert slots[step.target] is None, "overwrites a state that is still needed"
             slots[step.target] = state
@@ -60,16 +60,16 @@ def random_fields():
 @pytest.mark.parametrize("masks", list(random_fields()), ids=lambda masks: "x".join(map(str, masks.shape)))
 def test_steps_produce_every_mask_with_the_least_work(masks):
     original = masks.copy()
-    plan = make_plan(masks)
+    plan = make_plan(kept_units(masks))
     assert np.array_equal(masks, original)
     assert plan.layer_runs == count_prefixes(masks) == sum(len(step.units) for step in plan.steps)
     assert plan.naive_layer_runs == masks.sum()
-    assert len({mask.tobytes() for mask in plan.masks}) == len(plan.masks) == len({m.tobytes() for m in masks})
-    assert np.array_equal(plan.masks[plan.index], masks)
+    assert len(set(plan.sequences)) == len(plan.sequences) == len({m.tobytes() for m in masks})
+    assert [plan.sequences[i] for i in plan.index] == [tuple(np.flatnonzero(mask)) for mask in masks]
 
     finished = simulate(plan)
-    assert finished == {row: tuple(np.flatnonzero(mask)) for row, mask in enumerate(plan.masks)}
-    assert plan.num_slots <= max_slots(masks.shape[1], len(plan.masks))
+    assert finished == dict(enumerate(plan.sequences))
+    assert plan.num_slots <= max_slots(masks.shape[1], len(plan.sequences))
     targets = {step.target for step in plan.steps if step.target >= 0}
     assert targets == set(range(plan.num_slots))
 
@@ -77,7 +77,7 @@ def test_steps_produce_every_mask_with_the_least_work(masks):
 def test_slots_of_all_masks_grow_with_depth_only():
     """All 2^n masks need about n slots, not one for each of the 2^n states."""
     for num_units in (3, 6, 10):
-        plan = make_plan(np.array(list(itertools.product([False, True], repeat=num_units))))
+        plan = make_plan(kept_units(np.array(list(itertools.product([False, True], repeat=num_units)))))
         assert plan.num_slots <= num_units + 1
 
 
@@ -85,13 +85,26 @@ def test_slots_of_all_masks_grow_with_depth_only():
 def test_order_of_the_masks_does_not_change_the_plan(seed):
     rng = np.random.default_rng(seed)
     masks = rng.random((60, 12)) < 0.6
-    plan, shuffled = make_plan(masks), make_plan(masks[rng.permutation(60)])
+    plan, shuffled = make_plan(kept_units(masks)), make_plan(kept_units(masks[rng.permutation(60)]))
     assert plan.steps == shuffled.steps
-    assert np.array_equal(plan.masks, shuffled.masks)
+    assert plan.sequences == shuffled.sequences
 
 
 def test_ten_thousand_masks_of_eighty_units():
     masks = np.random.default_rng(1).random((10_000, 80)) < 0.9
-    plan = make_plan(masks)
+    plan = make_plan(kept_units(masks))
     assert plan.layer_runs == count_prefixes(masks)
-    assert plan.num_slots <= max_slots(80, len(plan.masks)) <= 14
+    assert plan.num_slots <= max_slots(80, len(plan.sequences)) <= 14
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sequences_that_repeat_and_reorder(seed):
+    rng = np.random.default_rng(seed)
+    sequences = [tuple(rng.integers(0, 4, rng.integers(0, 9)).tolist()) for _ in range(120)]
+    plan = make_plan(sequences)
+    prefixes = {sequence[: i + 1] for sequence in sequences for i in range(len(sequence))}
+    assert plan.layer_runs == len(prefixes)
+    assert plan.naive_layer_runs == sum(map(len, sequences))
+    assert [plan.sequences[i] for i in plan.index] == sequences
+    assert simulate(plan) == dict(enumerate(plan.sequences))
+    assert plan.num_slots <= max_slots(8, len(plan.sequences))
