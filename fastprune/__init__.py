@@ -18,6 +18,7 @@ _HOMES = {
     "models": ["Model", "load_model"],
     "objectives": ["KLDivergence", "Perplexity", "TaskAccuracy", "TaskLikelihood", "TaskMargin"],
     "qubo": ["SubsetSolution", "solve_subset"],
+    "racing": ["Selection"],
     "search": ["SearchResult", "run_search"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

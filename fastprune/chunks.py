@@ -8,6 +8,7 @@ makes a score bit-identical alone and in company.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ import torch
 
 from .calibration import TokenBatch
 
+LEAST_LOOK = 16  # rows of the first look, at least; and one in 16 of all
 LEAST_FILL = 7 / 8  # rows of a chunk are at least this share of its longest, so that little is padded
 
 
@@ -107,15 +109,33 @@ class Tile:
 def make_chunks(batch: TokenBatch, max_tokens: int, device: torch.device) -> list[Chunk]:
     """Cut a batch into chunks of at most max_tokens tokens each, padding included (but at least one row each).
 
-    Rows are sorted by kind and length, so that a chunk holds rows of nearly one length.
+    No chunk crosses a look. Within one, rows are sorted by kind and length, so that a chunk holds rows of nearly one
+    length.
     """
-    return [make_chunk(batch, rows, device) for rows in _group_rows(batch, max_tokens)]
+    groups = [group for rows in look_rows(batch.num_rows) for group in _group_rows(batch, rows, max_tokens)]
+    return [make_chunk(batch, rows, device) for rows in groups]
 
 
-def _group_rows(batch: TokenBatch, max_tokens: int) -> list[np.ndarray]:
+def look_rows(num_rows: int) -> list[np.ndarray]:
+    """The rows of each look of a race, in the order in which they are looked at.
+
+    Rows stand in a random order, the same for every set of so many. The first look is at a sixteenth of them (but 16
+    rows, and at all where there are fewer than twice as many), and each later one doubles what has been seen.
+    """
+    order = np.random.default_rng(num_rows).permutation(num_rows)
+    bound = max(LEAST_LOOK, -(-num_rows // 16))
+    bounds = [0]
+    while 2 * bound <= num_rows:
+        bounds.append(bound)
+        bound *= 2
+    bounds.append(num_rows)
+    return [np.sort(order[start:stop]) for start, stop in itertools.pairwise(bounds)]
+
+
+def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     lengths, is_tree = batch.row_lengths, batch.row_is_tree
     groups: list[list[int]] = []
-    for row in np.lexsort((np.arange(batch.num_rows), -lengths, is_tree)).tolist():
+    for row in rows[np.lexsort((rows, -lengths[rows], is_tree[rows]))].tolist():
         if groups:
             first, size = groups[-1][0], len(groups[-1])
             same_kind = is_tree[row] == is_tree[first]

@@ -10,12 +10,14 @@ from functools import cached_property
 import numpy as np
 
 from . import probes
+from .chunks import look_rows
 from .engine import Engine, Progress
 from .errors import InputError
 from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
 from .plan import Plan, kept_units, make_plan
+from .racing import Selection, beaten
 from .store import SumStore
 
 BACKENDS = ("auto", "generic", "fused")
@@ -166,6 +168,51 @@ class Evaluator:
             sums = self._run(plan, wanted)
             return self.objective.sample_losses(sums)[:, samples][plan.index]
 
+    def select(self, masks, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0) -> Selection:
+        """The `keep` masks of lowest loss, found by a race: what is beaten beyond doubt is not run to the end.
+
+        All masks are scored on a sixteenth of the samples; those that are not beaten go on to the next look, which
+        doubles what was seen, and so on to the last, where losses are exact, the same bits as `score` gives.
+        confidence: probability, in all, of keeping the best ones, under the assumption that `racing.beaten` states,
+        shared out evenly over masks and looks. tolerance: a mask may also leave when what it could be better by is
+        no more than this, beyond doubt. Sets of fewer than 32 samples are scored whole.
+
+        Raises InputError for keep below 1 or above the number of different masks, a confidence outside (0, 1), and a
+        negative tolerance.
+        """
+        sequences = self._check_masks(masks)
+        distinct = list(dict.fromkeys(sequences))
+        _check_race(keep, len(distinct), confidence, tolerance)
+        looks, batch = look_rows(self.objective.batch.num_rows), self.objective.batch
+        error = (1 - confidence) / (len(distinct) * max(1, len(looks) - 1))
+        with self.model.turn:
+            runs, cut = self.stats.layer_runs, self._engine.chunks
+            alive, seen = np.arange(len(distinct)), np.zeros(batch.num_continuations, dtype=bool)
+            sums = np.zeros((len(distinct), batch.num_continuations))
+            for rows in looks:
+                wanted = np.isin(batch.continuation_row, rows)
+                plan = self._plan([distinct[i] for i in alive], self._engine.share(wanted))
+                sums[alive] += self._run(plan, wanted)[plan.index]
+                if self._engine.chunks is not cut:  # memory ran out: sums before and after have not the same bits
+                    return self.select(masks, keep, confidence, tolerance)
+                seen |= wanted
+                if not seen.all():
+                    samples = np.unique(self.objective.sample[seen])
+                    losses = self.objective.sample_losses(sums[alive])[:, samples]
+                    shares = losses * self.objective.sample_weight[samples] * self.num_samples
+                    alive = alive[~beaten(shares, self.num_samples, keep, error, tolerance)]
+            losses = self.objective.loss(sums[alive])
+            order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
+            first = {sequence: i for i, sequence in reversed(list(enumerate(sequences)))}
+            made = self.stats.layer_runs - runs
+            return Selection(
+                indices=np.array([first[distinct[i]] for i in alive[order]], dtype=np.int64),
+                losses=losses[order],
+                decided_early=len(distinct) - len(alive),
+                layer_runs=made,
+                share=made / max(1, make_plan(distinct).layer_runs),
+            )
+
     def similarity(self) -> np.ndarray:
         """float64[U + 1, U + 1]: mean over tokens of the cosine between the states before each unit of the dense
         model, and after the last (before the final norm)."""
@@ -226,6 +273,15 @@ class Evaluator:
         if len(wrong):
             raise InputError(f"sample {wrong[0]} is out of range; the samples are 0 to {self.num_samples - 1}")
         return samples
+
+
+def _check_race(keep, count: int, confidence, tolerance) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)) or not 1 <= keep <= count:
+        raise InputError(f"keep must be from 1 to {count}, the number of different masks, not {keep!r}")
+    if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:
+        raise InputError(f"confidence must be between 0 and 1, such as 0.99, not {confidence!r}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < float("inf"):
+        raise InputError(f"tolerance must be a number of at least 0, not {tolerance!r}")
 
 
 def _whole(count: float) -> float:

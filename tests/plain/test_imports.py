@@ -18,7 +18,7 @@ LAYERS = [
     {"errors"},
     {"records", "qubo", "figures"},
     {"masks"},
-    {"calibration", "models", "plan", "memory", "chunks", "fingerprint", "store"},
+    {"calibration", "models", "plan", "memory", "chunks", "fingerprint", "store", "racing"},
     {"footprint"},
     {"objectives"},
     {"engine", "probes"},

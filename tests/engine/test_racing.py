@@ -1,0 +1,135 @@
+"""Races keep what a full evaluation keeps, give its bits, and run less."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from families import random_rows
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastprune as fp
+from fastprune.chunks import look_rows
+from fastprune.racing import beaten
+
+
+def uneven_model() -> LlamaForCausalLM:
+    """A model whose blocks matter unequally, so that some masks are beaten early."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for scale, layer in zip((0.02, 1, 0.05, 1.5, 0.1, 2), hf.model.layers):
+            layer.self_attn.o_proj.weight *= scale
+            layer.mlp.down_proj.weight *= scale
+    return hf
+
+
+def evaluator(hf, rows: int = 200, seed: int = 0, **options) -> fp.Evaluator:
+    """Text that the model itself finds likely, so that removals raise its loss."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor(random_rows(97, [1] * rows, seed))
+    with torch.no_grad():
+        for _ in range(12):
+            likely = torch.softmax(hf(input_ids=ids).logits[:, -1], dim=-1)
+            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], dim=1)
+    return fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(ids)), **options)
+
+
+PAIRS = [(i, j) for i in range(6) for j in range(i + 1, 6)]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_keeps_what_a_full_evaluation_keeps_with_its_bits_for_less(keep):
+    hf = uneven_model()
+    masks = fp.from_removed(PAIRS, 6)
+    work = []
+    for seed in range(6):
+        ev = evaluator(hf, seed=seed)
+        full = evaluator(hf, seed=seed).score(masks)
+        found = ev.select(masks, keep=keep)
+        assert found.indices.tolist() == np.argsort(full, kind="stable")[:keep].tolist()
+        assert found.losses.tobytes() == full[found.indices].tobytes()
+        assert found.layer_runs == ev.stats.layer_runs
+        assert 0 < found.decided_early <= len(masks) - keep
+        work.append(found.share)
+    assert np.mean(work) < 0.8
+
+
+def test_a_store_serves_a_race_and_what_comes_after(tmp_path):
+    hf = uneven_model()
+    masks = fp.from_removed(PAIRS, 6)
+    ev = evaluator(hf, store=tmp_path / "s.db")
+    first = ev.select(masks, keep=2)
+    again = ev.select(masks, keep=2)
+    assert again.layer_runs == 0
+    assert again.losses.tobytes() == first.losses.tobytes()
+    before = ev.stats.layer_runs
+    assert ev.score(masks[first.indices]).tobytes() == first.losses.tobytes()
+    assert ev.stats.layer_runs == before
+
+
+def test_few_samples_are_scored_whole_and_equal_masks_count_once():
+    hf = uneven_model()
+    ev = evaluator(hf, rows=31)
+    masks = np.repeat(fp.from_removed([(5,), (0,), (2,)], 6), 2, axis=0)
+    found = ev.select(masks, keep=3)
+    assert sorted(found.indices.tolist()) == [0, 2, 4]
+    assert found.decided_early == 0
+    assert found.share == 1
+
+
+def test_a_loss_that_is_not_finite_leaves_first():
+    hf = uneven_model()
+    ev = evaluator(hf)
+    with torch.no_grad():
+        hf.model.layers[3].mlp.down_proj.weight[:] = torch.nan
+    masks = fp.from_removed([(3,), (3, 0), (0,), ()], 6)
+    found = ev.select(masks, keep=2)
+    assert set(found.indices.tolist()) == {0, 1}
+    assert np.isfinite(found.losses).all()
+    assert found.decided_early == 2
+
+
+def test_wrong_decisions_are_rarer_than_promised():
+    """Simulated: normal losses whose means lie close together; over many races, the best one is kept."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(400):
+        population = rng.normal(size=128) + rng.normal(0, 0.3, (20, 128)) + np.linspace(0, 0.3, 20)[:, None]
+        best = population.mean(axis=1).argmin()
+        alive = np.arange(20)
+        for seen in (16, 32, 64):
+            alive = alive[~beaten(population[alive, :seen], 128, 1, 0.01 / (20 * 3))]
+        wrong += best not in alive
+    assert wrong <= 12  # 4 are expected at most; 12 is four standard deviations above
+
+
+@pytest.mark.parametrize("num_rows", [1, 15, 31, 32, 33, 100, 1000])
+def test_looks_hold_every_row_once_and_grow(num_rows):
+    looks = look_rows(num_rows)
+    assert sorted(np.concatenate(looks).tolist()) == list(range(num_rows))
+    seen = np.cumsum([len(rows) for rows in looks])
+    assert all(later >= 2 * earlier for earlier, later in itertools.pairwise(seen))
+    assert len(looks) == 1 or len(looks[0]) >= 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, "keep must be from 1 to 2"),
+        ({"keep": 3}, "keep must be from 1 to 2"),
+        ({"keep": True}, "keep must be"),
+        ({"confidence": 1}, "confidence must be between 0 and 1"),
+        ({"confidence": 0.0}, "confidence must be between 0 and 1"),
+        ({"tolerance": -1}, "tolerance must be"),
+        ({"tolerance": float("nan")}, "tolerance must be"),
+    ],
+)
+def test_wrong_races(options, message):
+    ev = evaluator(uneven_model(), rows=4)
+    with pytest.raises(fp.InputError, match=message):
+        ev.select(fp.from_removed([(0,), (1,), (0,)], 6), **options)
