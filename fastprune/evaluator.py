@@ -186,12 +186,12 @@ class Evaluator:
         looks, batch = look_rows(self.objective.batch.num_rows), self.objective.batch
         error = (1 - confidence) / (len(distinct) * max(1, len(looks) - 1))
         with self.model.turn:
-            runs, cut = self.stats.layer_runs, self._engine.chunks
+            runs, cut, whole = self.stats.layer_runs, self._engine.chunks, self._plan(sequences)
             alive, seen = np.arange(len(distinct)), np.zeros(batch.num_continuations, dtype=bool)
             sums = np.zeros((len(distinct), batch.num_continuations))
             for rows in looks:
                 wanted = np.isin(batch.continuation_row, rows)
-                plan = self._plan([distinct[i] for i in alive], self._engine.share(wanted))
+                plan = make_plan(distinct[i] for i in alive)
                 sums[alive] += self._run(plan, wanted)[plan.index]
                 if self._engine.chunks is not cut:  # memory ran out: sums before and after have not the same bits
                     return self.select(masks, keep, confidence, tolerance)
@@ -210,7 +210,7 @@ class Evaluator:
                 losses=losses[order],
                 decided_early=len(distinct) - len(alive),
                 layer_runs=made,
-                share=made / max(1, make_plan(distinct).layer_runs),
+                share=made / max(1, whole.layer_runs),
             )
 
     def similarity(self) -> np.ndarray:

@@ -6,7 +6,7 @@ from .registry import Count, algorithm
 from .run import Search
 
 
-@algorithm
+@algorithm(races=True)
 def greedy(search: Search) -> None:
     """k rounds; each removes the unit whose additional removal gives the lowest loss.
 
@@ -18,7 +18,7 @@ def greedy(search: Search) -> None:
     beam(search, beam_width=1)
 
 
-@algorithm
+@algorithm(races=True)
 def beam(search: Search, beam_width: Count = 5) -> None:
     """k rounds; each extends every kept subset by every unit, merges equal subsets, keeps the beam_width lowest.
 
@@ -34,6 +34,4 @@ def beam(search: Search, beam_width: Count = 5) -> None:
         extended = {
             tuple(sorted((*subset, unit))) for subset in kept for unit in search.candidates if unit not in subset
         }
-        subsets = sorted(extended)  # equal losses keep this order: ties go to the lowest indices
-        order = search.score(subsets).argsort(kind="stable")[:beam_width]
-        kept = [subsets[i] for i in order]
+        kept = search.select(extended, beam_width)

@@ -13,7 +13,7 @@ from .run import Removed, Search
 AT_ONCE = 1 << 16  # masks of one call: prefixes are shared within it, and its bookkeeping stays small
 
 
-@algorithm
+@algorithm(races=True)
 def contiguous(search: Search) -> None:
     """Score every window of k adjacent units.
 
@@ -23,7 +23,7 @@ def contiguous(search: Search) -> None:
     Source: the shape of subset of Gromov et al. (arXiv 2403.17887), chosen by the loss itself.
     Cost: U - k + 1.
     """
-    search.score(windows(search.candidates, search.num_remove))
+    search.select(windows(search.candidates, search.num_remove), 1)
 
 
 def _few_enough(candidates: int, num_remove: int, granularity: str, max_masks: int) -> None:
@@ -35,7 +35,7 @@ def _few_enough(candidates: int, num_remove: int, granularity: str, max_masks: i
         )
 
 
-@algorithm(check_size=_few_enough)
+@algorithm(check_size=_few_enough, races=True)
 def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     """Score every subset of k units: the optimum, and proof of it.
 
@@ -46,10 +46,10 @@ def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     """
     subsets = itertools.combinations(search.candidates, search.num_remove)  # in order: prefixes lie together
     while part := list(itertools.islice(subsets, AT_ONCE)):
-        search.score(part)
+        search.select(part, 1)
 
 
-@algorithm(name="random")
+@algorithm(name="random", races=True)
 def random_subsets(search: Search, num_masks: Count = 100) -> None:
     """Score num_masks different subsets of k units, drawn uniformly; all of them where there are not more.
 
@@ -58,7 +58,7 @@ def random_subsets(search: Search, num_masks: Count = 100) -> None:
     Options:
         num_masks: subsets to draw.
     """
-    search.score(draws.uniform(search, num_masks))
+    search.select(draws.uniform(search, num_masks), 1)
 
 
 def windows(candidates: list[int], k: int) -> list[Removed]:

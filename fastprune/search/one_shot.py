@@ -9,14 +9,15 @@ from .registry import algorithm
 from .run import Removed, Search
 
 
-@algorithm
+@algorithm(races=True)
 def one_shot(search: Search) -> None:
     """Remove the k units whose removal alone hurts least: the k lowest d_i = loss({i}).
 
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: U + 1.
     """
-    search.score([lowest(search, search.score([(unit,) for unit in search.candidates]))])
+    singles = search.select([(unit,) for unit in search.candidates], max(1, search.num_remove))
+    search.score([as_removed(unit for (unit,) in singles[: search.num_remove])])
 
 
 def lowest(search: Search, values: np.ndarray) -> Removed:

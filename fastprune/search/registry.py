@@ -59,7 +59,8 @@ class Algorithm:
     """A registered search: its function, and its options.
 
     check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that it cannot take.
-    needs_gradients: of the objective at the dense model (Objective.differentiable).
+    needs_gradients: of the objective at the dense model (Objective.differentiable). races: whether its selections may
+    be races.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Algorithm:
     check_size: Callable[..., None] | None
     needs_sklearn: bool
     needs_gradients: bool
+    races: bool
 
     def describe(self) -> dict:
         """Plain values: name, summary, source, cost, and for each option its name, type, default and meaning."""
@@ -133,13 +135,19 @@ def algorithm(
     check_size: Callable[..., None] | None = None,
     needs_sklearn: bool = False,
     needs_gradients: bool = False,
+    races: bool = False,
 ) -> Callable:
     """Register a search under its function's name, or another; its keyword parameters are its options.
 
     What an option may be stands in its annotation: `trials: Count`, `variant: Annotated[str, Allowed(...)]`.
     """
     if function is None:
-        given = {"check_size": check_size, "needs_sklearn": needs_sklearn, "needs_gradients": needs_gradients}
+        given = {
+            "check_size": check_size,
+            "needs_sklearn": needs_sklearn,
+            "needs_gradients": needs_gradients,
+            "races": races,
+        }
         return partial(algorithm, name=name, **given)
     name = name or function.__name__
     types = typing.get_type_hints(function, include_extras=True)
@@ -149,7 +157,7 @@ def algorithm(
         annotation = types[parameter.name]
         (allowed,) = getattr(annotation, "__metadata__", (None,))
         options[parameter.name] = Option(getattr(annotation, "__origin__", annotation), parameter.default, allowed)
-    ALGORITHMS[name] = Algorithm(name, function, options, check_size, needs_sklearn, needs_gradients)
+    ALGORITHMS[name] = Algorithm(name, function, options, check_size, needs_sklearn, needs_gradients, races)
     return function
 
 
@@ -171,6 +179,17 @@ def check_algorithm(name: str, options: Mapping[str, object]) -> tuple[Algorithm
     if chosen.needs_sklearn:
         require_sklearn(name)
     return chosen, options
+
+
+def check_racing(chosen: Algorithm, racing: float | None) -> None:
+    """Raise InputError for a confidence outside (0, 1), or an algorithm that does not race."""
+    if racing is None:
+        return
+    if isinstance(racing, bool) or not isinstance(racing, (int, float)) or not 0 < racing < 1:
+        raise InputError(f"racing must be a confidence between 0 and 1, such as 0.99, not {racing!r}")
+    if not chosen.races:
+        racers = ", ".join(known.name for known in ALGORITHMS.values() if known.races)
+        raise InputError(f"{chosen.name} needs every loss it asks for and does not race; these do: {racers}")
 
 
 def require_sklearn(what: str) -> None:

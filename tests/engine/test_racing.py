@@ -133,3 +133,25 @@ def test_wrong_races(options, message):
     ev = evaluator(uneven_model(), rows=4)
     with pytest.raises(fp.InputError, match=message):
         ev.select(fp.from_removed([(0,), (1,), (0,)], 6), **options)
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "greedy", "beam", "contiguous", "exhaustive", "random"])
+def test_searches_race_to_the_same_result(algorithm):
+    hf = uneven_model()
+    for num_remove in (1, 3):
+        ev = evaluator(hf)
+        plain, raced = (fp.run_search(ev, algorithm, num_remove, racing=racing) for racing in (None, 0.99))
+        assert raced.removed == plain.removed
+        assert raced.loss == plain.loss
+        assert raced.layer_runs <= plain.layer_runs
+        assert raced.naive_layer_runs == plain.naive_layer_runs
+        assert (raced.racing, plain.racing, plain.decided_early) == (0.99, None, 0)
+
+
+def test_what_does_not_race_says_so():
+    ev = evaluator(uneven_model(), rows=4)
+    with pytest.raises(fp.InputError, match=r"bayesian needs every loss .* these do: one_shot, greedy, beam"):
+        fp.run_search(ev, "bayesian", 2, racing=0.99)
+    for racing in (0, 1, True, "0.9"):
+        with pytest.raises(fp.InputError, match="racing must be a confidence between 0 and 1"):
+            fp.run_search(ev, "greedy", 2, racing=racing)
