@@ -138,14 +138,16 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
 )
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--out", "out_dir", type=FileName(), help="Write result.json into this folder.")
+@click.option("--racing", type=float, help="Let what is beaten leave early, at this confidence, such as 0.99.")
 @evaluates
-def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir) -> None:
+def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir, racing) -> None:
     """Search MODEL for the units whose removal hurts least."""
     from ..report import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
-    from ..search import check_algorithm, protected_units, run_search
+    from ..search import check_algorithm, check_racing, protected_units, run_search
 
     given = split_options(options)
-    check_algorithm(algorithm, given)
+    with naming("--racing"):
+        check_racing(check_algorithm(algorithm, given)[0], racing)
     check_gradients([algorithm], click.get_current_context().params["objective"])
     target = Path(out_dir) / "result.json" if out_dir else None
     if target:
@@ -154,7 +156,7 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
     evaluator = make_evaluator()
     with naming("--protect"):
         protected_units(protect, evaluator.num_units, evaluator.granularity)
-    result = run_search(evaluator, algorithm, num_remove, seed, protect, **given)
+    result = run_search(evaluator, algorithm, num_remove, seed, protect, racing, **given)
     if target:
         names = [evaluator.unit_names[unit] for unit in result.removed]
         of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}

@@ -6,7 +6,7 @@ from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select,
 
 # isort: on
 from .protect import PRESETS, protected_units
-from .registry import ALGORITHMS, check_algorithm, describe_algorithms, find_algorithm, require_sklearn
+from .registry import ALGORITHMS, check_algorithm, check_racing, describe_algorithms, find_algorithm, require_sklearn
 from .run import Search, SearchResult, run_search
 
 FAMILIES = (one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, similarity, enumeration)
@@ -17,6 +17,7 @@ __all__ = [
     "Search",
     "SearchResult",
     "check_algorithm",
+    "check_racing",
     "describe_algorithms",
     "find_algorithm",
     "protected_units",
