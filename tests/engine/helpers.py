@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import torch
-from families import build, num_blocks, random_rows, reference_losses, some_masks
+from families import build, num_blocks, random_rows, reference_model, reference_token_nll, some_masks
 
 import fastprune as fp
 
@@ -53,12 +53,20 @@ def bfloat16_errors(family: str, lengths, make_evaluator) -> tuple[float, float]
     """
     low, high = build(family, torch.bfloat16), build(family, torch.bfloat16).float()
     masks = some_masks(num_blocks(low), 40, seed=2)
-    found, own = [], []
-    for seed in range(6):
-        rows = random_rows(low.config.vocab_size, lengths, seed)
-        truth = reference_losses(high, masks, rows)
-        own.append(reference_losses(low, masks, rows) - truth)
-        found.append(make_evaluator(low, fp.TokenBatch.from_ids(rows)).score(masks) - truth)
+    rows = [row for seed in range(6) for row in random_rows(low.config.vocab_size, lengths, seed)]
+    targets = np.array([len(row) - 1 for row in rows]).reshape(6, -1)  # [set, row]
+
+    def by_set(row_losses) -> np.ndarray:
+        """The loss of each mask on each set, [N, 6], from its mean on each row."""
+        return (np.reshape(row_losses, (-1, *targets.shape)) * targets).sum(axis=2) / targets.sum(axis=1)
+
+    def reference(hf) -> np.ndarray:
+        models = (reference_model(hf, mask) for mask in masks)
+        return by_set([[nll.mean() for nll in reference_token_nll(model, rows)] for model in models])
+
+    truth = reference(high)
+    found = by_set(make_evaluator(low, fp.TokenBatch.from_ids(rows)).score_samples(masks)) - truth
+    own = reference(low) - truth
     return float(np.sqrt(np.mean(np.square(found)))), float(np.sqrt(np.mean(np.square(own))))
 
 
