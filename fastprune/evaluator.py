@@ -122,8 +122,9 @@ class Evaluator:
     def dense_loss(self) -> float:
         """The loss of the whole model, computed when it is first asked for, and again when the model has changed."""
         with self.model.turn:
-            if self._dense is None or self._dense[0] != self.model.state:
-                self._dense = self.model.state, float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
+            state = self.model.state
+            if self._dense is None or self._dense[0] != state:
+                self._dense = state, float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
             return self._dense[1]
 
     def score(self, masks) -> np.ndarray:
@@ -183,25 +184,14 @@ class Evaluator:
         sequences = self._check_masks(masks)
         distinct = list(dict.fromkeys(sequences))
         _check_race(keep, len(distinct), confidence, tolerance)
-        looks, batch = look_rows(self.objective.batch.num_rows), self.objective.batch
+        looks = look_rows(self.objective.batch.num_rows)
         error = (1 - confidence) / (len(distinct) * max(1, len(looks) - 1))
         with self.model.turn:
-            runs, cut, whole = self.stats.layer_runs, self._engine.chunks, self._plan(sequences)
-            alive, seen = np.arange(len(distinct)), np.zeros(batch.num_continuations, dtype=bool)
-            sums = np.zeros((len(distinct), batch.num_continuations))
-            for rows in looks:
-                wanted = np.isin(batch.continuation_row, rows)
-                plan = make_plan(distinct[i] for i in alive)
-                sums[alive] += self._run(plan, wanted)[plan.index]
-                if self._engine.chunks is not cut:  # memory ran out: sums before and after have not the same bits
-                    return self.select(masks, keep, confidence, tolerance)
-                seen |= wanted
-                if not seen.all():
-                    samples = np.unique(self.objective.sample[seen])
-                    losses = self.objective.sample_losses(sums[alive])[:, samples]
-                    shares = losses * self.objective.sample_weight[samples] * self.num_samples
-                    alive = alive[~beaten(shares, self.num_samples, keep, error, tolerance)]
-            losses = self.objective.loss(sums[alive])
+            runs, whole = self.stats.layer_runs, self._plan(sequences)
+            chunks = None
+            while chunks is not self._engine.chunks:  # where memory ran out, sums before and after differ in their bits
+                chunks = self._engine.chunks
+                alive, losses = self._race(distinct, looks, keep, error, tolerance)
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
             first = {sequence: i for i, sequence in reversed(list(enumerate(sequences)))}
             made = self.stats.layer_runs - runs
@@ -264,6 +254,23 @@ class Evaluator:
             self.stats.seconds += time.perf_counter() - started
         self.stats.store_hits += int(known[plan.index].sum())
         return sums
+
+    def _race(self, sequences, looks, keep, error, tolerance) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the sequences reach the last look, int64[K], and their losses."""
+        batch, objective = self.objective.batch, self.objective
+        alive, seen = np.arange(len(sequences)), np.zeros(batch.num_continuations, dtype=bool)
+        sums = np.zeros((len(sequences), batch.num_continuations))
+        for rows in looks:
+            wanted = np.isin(batch.continuation_row, rows)
+            plan = make_plan(sequences[i] for i in alive)
+            sums[alive] += self._run(plan, wanted)[plan.index]
+            seen |= wanted
+            if not seen.all():
+                samples = np.unique(objective.sample[seen])
+                losses = objective.sample_losses(sums[alive])[:, samples]
+                shares = losses * objective.sample_weight[samples] * self.num_samples
+                alive = alive[~beaten(shares, self.num_samples, keep, error, tolerance)]
+        return alive, objective.loss(sums[alive])
 
     def _check_samples(self, samples) -> np.ndarray:
         samples = np.asarray(samples)

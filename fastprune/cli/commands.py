@@ -170,6 +170,8 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
         say(f"{TABLE_NOTE}{kl} {result.seconds:.1f} s.", style="dim")
         say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
         say(f"removed: {format_removed(result.removed)}")
+        if racing:
+            say(f"{result.decided_early} subsets left a race early; masks counts those with an exact loss")
         if result.granularity == "sublayer":
             say(f"sublayers: {_names(evaluator, result.removed)}")
         if target:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,8 +57,6 @@ class Units(click.ParamType):
         if isinstance(value, tuple):
             return value
         with naming(parameter.opts[0]):
-            if re.search(r"\d{7}", value):
-                raise InputError("units must be below 1000000; no model has more")
             return parse_removed(value)
 
 

@@ -148,6 +148,26 @@ def test_searches_race_to_the_same_result(algorithm):
         assert (raced.racing, plain.racing, plain.decided_early) == (0.99, None, 0)
 
 
+def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(monkeypatch):
+    masks = fp.from_removed(PAIRS, 6)
+    full = evaluator(uneven_model()).score(masks)
+    nll, calls = fp.Model.nll, []
+
+    def fails_once(self, states, tile):
+        calls.append(1)
+        if len(calls) == 20:  # in the second look
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return nll(self, states, tile)
+
+    ev = evaluator(uneven_model(), backend="generic")
+    monkeypatch.setattr(fp.Model, "nll", fails_once)
+    with pytest.warns(RuntimeWarning, match="out of memory"):
+        found = ev.select(masks, keep=3)
+    assert ev.stats.masks == len(masks)
+    assert found.indices.tolist() == np.argsort(full, kind="stable")[:3].tolist()
+    assert found.losses.tobytes() == ev.score(masks[found.indices]).tobytes()
+
+
 def test_what_does_not_race_says_so():
     ev = evaluator(uneven_model(), rows=4)
     with pytest.raises(fp.InputError, match=r"bayesian needs every loss .* these do: one_shot, greedy, beam"):
