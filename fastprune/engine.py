@@ -1,9 +1,9 @@
-"""The engine: walks a plan through a model, chunk by chunk. Read this file first.
+"""The engine: walks a schedule through a model, chunk by chunk. Read this file first.
 
-For every chunk of the calibration set the model embeds the tokens once. The plan's steps then run units on
-states, depth first; a state is kept only until its last child has begun. Where a mask ends, the head turns its
-state into one number per target, a tile of positions at a time. The numbers leave the device in batches and are
-summed over each continuation in a fixed order, in float64.
+For every chunk of the calibration set the model embeds the tokens once. The steps of the schedule then run units on
+states, depth first; a state is held until its last child has begun, or beyond the call where the prefix cache has it.
+Where a sequence ends, the head turns its state into the values of the measure at every target, a tile of positions at a
+time. They leave the device in batches and are summed over each continuation in a fixed order, in float64.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +22,14 @@ from .chunks import Chunk, Tile, make_chunk, make_chunks
 from .errors import InputError
 from .fingerprint import machine_fingerprint
 from .footprint import measure_footprint
+from .measures import MEASURES
 from .memory import is_out_of_memory
 from .models import Model, make_runner
 from .models.stand_ins import State, hidden_of, state_bytes
-from .plan import ROOT, Plan, make_plan, max_slots
+from .schedule import ROOT, Schedule, make_schedule, max_slots
+from .states import PrefixCache
 from .store import SumStore, units_key
+from .trie import Seen, Trie, Units, make_trie
 
 Progress = Callable[[int, int], None]
 
@@ -34,18 +39,20 @@ CHUNK_BYTES, LEAST_CHUNK_TOKENS = 2 << 20, 1024  # on a CPU: states that leave a
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 LEAST_TILE = 8  # positions
 BUDGET_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
+SUMS_SHARE = 8  # one part in so many of the budget is for sums over continuations
 PENDING = 64  # masks whose numbers wait on the device, to be fetched together
 
 
 class Engine:
-    """Runs plans of depth masks over one calibration set.
+    """Runs sequences of units over one calibration set.
 
     backend: "generic", "fused" or "auto"; `runner` is what runs the units, the model itself or its fused path.
-    measure: what is computed at each target, "nll" or "kl". budget_bytes bounds the activations: states, the
-    workspace of a unit, a tile of logits, and for "kl" the dense model's final states.
+    measure: the name of what is computed at each target, see `measures`. memory_bytes bounds the activations of a call:
+    states, the workspace of a unit, a tile of logits, and the dense model's final states where the measure needs them.
+    cache_bytes, cache_dir: of the states that outlive a call, see `PrefixCache`.
     store: sums that are known, and are kept as they are finished. peak_activation_bytes: the most that were held so
     far, workspaces as measured on this model. row_runs, row_heads: units, and heads, that were run so far, counted
-    where that happens, once for each row of the batch.
+    where that happens, once for each row of the batch. row_unbounded: unit runs, had every state been kept.
     """
 
     def __init__(
@@ -54,50 +61,54 @@ class Engine:
         batch: TokenBatch,
         measure: str,
         granularity: str,
-        budget_bytes: int | None,
+        memory_bytes: int | None = None,
         backend: str = "auto",
         store: SumStore | None = None,
+        cache_bytes: int | None = None,
+        cache_dir: Path | None = None,
     ):
         model.require(granularity)
         batch.check_fits(model.vocab_size, model.max_positions)
         _check_rows(model, batch)
-        self.model, self.batch, self.measure, self.granularity = model, batch, measure, granularity
+        self.model, self.batch, self.granularity = model, batch, granularity
+        self.measure = MEASURES[measure]
         self.num_units = len(model.unit_names(granularity))
         self.store = store
         kind = "cuda" if model.device.type == "cuda" else "cpu"
-        budget_bytes = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
+        memory_bytes = BUDGET_BYTES[kind] if memory_bytes is None else memory_bytes
         self.runner = make_runner(model, backend)
         per_position = self.runner.head_bytes(measure)
-        self._tile = max(LEAST_TILE, min(TILE_BYTES[kind], budget_bytes // 4) // per_position // 8 * 8)
+        self._tile = max(LEAST_TILE, min(TILE_BYTES[kind], memory_bytes // 4) // per_position // 8 * 8)
         self.peak_activation_bytes = 0
-        self.row_runs = self.row_heads = 0
-        with model.evaluation():
-            self._footprint = measure_footprint(self.runner, batch, granularity, self._measure_nothing, self._tile)
+        self.row_runs = self.row_heads = self.row_unbounded = 0
+        self._measure()
         if kind == "cuda":
             wanted = CHUNK_TOKENS
         else:
             wanted = max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
-        self._cut(self._fit(budget_bytes, wanted))
+        self.cache = PrefixCache(cache_bytes, cache_dir, model.device)
+        self._cached_of: tuple | None = None
+        self._cut(self._fit(memory_bytes, wanted))
 
     def run(
-        self, plan: Plan, progress: Progress | None = None, wanted: np.ndarray | None = None
+        self, trie: Trie, progress: Progress | None = None, wanted: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of the measure over each continuation, float64[M, C], for the plan's M distinct sequences; and bool[M],
-        those of which every sum came from the store.
+        """Sums of the measure's V values over each continuation, float64[M, V, C], for the trie's M distinct
+        sequences; and bool[M], those of which every sum came from the store.
 
         wanted: bool[C]; only chunks that hold such a continuation are run, whole, so that their numbers keep their
         bits; sums of the others are left at 0. progress(done, total) is told of unit runs. When memory runs out,
-        the call begins again with smaller chunks, then tiles.
+        the call begins again: without the prefix cache's states, then with smaller chunks, then with smaller tiles.
         """
-        count = len(plan.sequences)
+        count = len(trie.sequences)
         if count > MAX_SEQUENCES:
             raise InputError(f"{count} distinct masks in one call; at most {MAX_SEQUENCES} are planned together")
         while True:
             try:
                 with self.model.evaluation():
-                    return self._run(plan, progress or (lambda done, total: None), wanted)
+                    return self._run(trie, progress or (lambda done, total: None), wanted)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or not self._take_smaller_steps():
+                if not is_out_of_memory(error) or not (self._shrink_cache() or self._take_smaller_steps()):
                     raise
 
     def most_together(self, longest: int) -> int:
@@ -111,38 +122,57 @@ class Engine:
     def _numbers(self, wanted: np.ndarray | None) -> list[int]:
         return [n for n, chunk in enumerate(self.chunks) if wanted is None or wanted[chunk.continuation].any()]
 
-    def _run(self, plan: Plan, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        sums = np.zeros((len(plan.sequences), self.batch.num_continuations))
-        keys = [units_key(sequence) for sequence in plan.sequences]
+    def _run(self, trie: Trie, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        sums = np.zeros((len(trie.sequences), len(self.measure.values), self.batch.num_continuations))
+        keys = [units_key(sequence) for sequence in trie.sequences]
         context = self._context()
         missing = {number: self._look_up(context, keys, number, sums) for number in self._numbers(wanted)}
-        plans = {
-            rows.tobytes(): plan if rows.all() else make_plan(itertools.compress(plan.sequences, rows))
-            for rows in missing.values()
-        }
-        if self.measure == "kl" and any(rows.any() for rows in missing.values()):
+        if self.measure.needs_dense and any(rows.any() for rows in missing.values()):
             self._run_dense()
-        done, total = 0, sum(plans[rows.tobytes()].layer_runs for rows in missing.values())
-        for number, rows in missing.items():
-            if not rows.any():
-                continue
-            chunk, part, asked = self.chunks[number], plans[rows.tobytes()], np.flatnonzero(rows)
+        schedules = self._schedule(trie, {number: rows for number, rows in missing.items() if rows.any()})
+        done, total = 0, sum(schedule.unit_runs for schedule in schedules.values())
+        for number, schedule in schedules.items():
+            chunk, asked = self.chunks[number], np.flatnonzero(missing[number])
             pending: list[tuple[int, torch.Tensor]] = []
-            for end, hidden, units in self._walk(part, number):
-                if end >= 0:
-                    pending.append((int(asked[end]), self._measure_targets(hidden, number)))
-                if len(pending) == PENDING:
-                    self._finish(pending, chunk, sums, context, keys)
-                done += units
-                progress(done, total)
+            with closing(self._walk(schedule, number)) as walk:
+                for end, hidden, units in walk:
+                    if end >= 0:
+                        pending.append((int(asked[end]), self._measure_targets(hidden, number)))
+                    if len(pending) == PENDING:
+                        self._finish(pending, chunk, sums, context, keys)
+                    done += units
+                    progress(done, total)
             self._finish(pending, chunk, sums, context, keys)
         return sums, ~np.any([*missing.values(), np.zeros(len(keys), dtype=bool)], axis=0)
+
+    def _schedule(self, trie: Trie, missing: dict[int, np.ndarray]) -> dict[int, Schedule]:
+        """What is run on each chunk, given the sums that are missing there and the states that are known.
+
+        Chunks that lack the same and know the same share a schedule, and so know the same afterwards.
+        """
+        of = self.model.state, self.numerics()
+        if self._cached_of != of:
+            self.cache.clear()
+            self._cached_of = of
+        capacity, made = self.cache.capacity(), {}
+        found = {}
+        for number, rows in missing.items():
+            known, likelihood = self.cache.known(number)
+            key = rows.tobytes(), id(known)
+            if key not in made:
+                new = trie
+                if known or not rows.all():
+                    new = make_trie(itertools.compress(trie.sequences, rows), known)
+                made[key] = make_schedule(new, likelihood, capacity), new
+            found[number] = made[key][0]
+            self.row_unbounded += self._seen.add(number, made[key][1]) * len(self.chunks[number].rows)
+        return found
 
     def _context(self) -> int | None:
         """What decides the bits of sums besides chunk and units, as the store's number for it."""
         if self.store is None:
             return None
-        return self.store.context({**self.numerics(), "measure": self.measure, "weights": self.model.weights_hash})
+        return self.store.context({**self.numerics(), "measure": self.measure.name, "weights": self.model.weights_hash})
 
     def _look_up(self, context: int | None, keys: list[bytes], number: int, sums: np.ndarray) -> np.ndarray:
         """Fill in the sums of a chunk that the store knows; bool[M], those that are missing."""
@@ -152,67 +182,89 @@ class Engine:
             known = self.store.get(context, chunk.key, keys)
             for mask, key in enumerate(keys):
                 if key in known:
-                    sums[mask, chunk.continuations] = known[key]
+                    sums[mask, :, chunk.continuations] = known[key].reshape(-1, sums.shape[1])
                     missing[mask] = False
         return missing
 
     def _finish(self, pending, chunk: Chunk, sums: np.ndarray, context: int | None, keys: list[bytes]) -> None:
-        """Fetch the measures of pending masks [M], sum them over continuations in target order, and keep the sums."""
+        """Fetch the values of pending masks [V, M], sum them over continuations in target order, and keep the sums."""
         if not pending:
             return
         values = torch.stack([values for _, values in pending]).cpu().double().numpy()
-        for (mask, _), row in zip(pending, values, strict=True):
-            found = np.bincount(chunk.continuation, weights=row, minlength=sums.shape[1])
-            sums[mask, chunk.continuations] = found[chunk.continuations]
+        for (mask, _), rows in zip(pending, values, strict=True):
+            for value, row in enumerate(rows):
+                found = np.bincount(chunk.continuation, weights=row, minlength=sums.shape[2])
+                sums[mask, value, chunk.continuations] = found[chunk.continuations]
         self.row_heads += len(pending) * len(chunk.rows)
         if context is not None:
-            finished = {keys[mask]: sums[mask, chunk.continuations] for mask, _ in pending}
+            finished = {keys[mask]: sums[mask, :, chunk.continuations] for mask, _ in pending}
             self.store.put(context, chunk.key, finished)
         pending.clear()
 
-    def _walk(self, plan: Plan, number: int) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """Run the plan's steps on one chunk; after each, yield (its end or -1, hidden [B, T, D], units run)."""
-        chunk = self.chunks[number]
-        state, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
-        slots: list[State | None] = [None] * plan.num_slots
-        for step in plan.steps:
-            if step.source != ROOT:
-                state = slots[step.source]
-                if step.last_use:
-                    slots[step.source] = None
-            for unit in step.units:
-                self._note_peak(slots, state, chunk)
-                state = self.runner.run(unit, state, arguments, self.granularity)
-                self.row_runs += len(chunk.rows)
-            if step.target >= 0:
-                slots[step.target] = state
-            yield step.end, hidden_of(state), len(step.units)
+    def _walk(self, schedule: Schedule, number: int) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """Run a schedule's steps on one chunk; after each, yield (its end or -1, hidden [B, T, D], units run)."""
+        chunk, cache = self.chunks[number], self.cache
+        finished = False
+        try:
+            cache.drop(number, schedule.dropped)
+            embedded, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
+            slots: list[State | None] = [None] * schedule.num_slots
+            for step in schedule.steps:
+                if step.source == ROOT:  # the first step, if any
+                    state, embedded = embedded, None
+                elif step.source >= 0:
+                    state = slots[step.source]
+                    if step.last_use:
+                        slots[step.source] = None
+                else:
+                    state = self._take(schedule.known[-2 - step.source], number, step.last_use)
+                retained = dict(step.retained)
+                for count, unit in enumerate(step.units, start=1):
+                    self._note_peak(slots, state, chunk)
+                    state = self.runner.run(unit, state, arguments, self.granularity)
+                    self.row_runs += len(chunk.rows)
+                    if count in retained:
+                        cache.put(number, retained[count], self.runner.pack(state))
+                if step.target >= 0:
+                    slots[step.target] = state
+                yield step.end, hidden_of(state), len(step.units)
+            cache.settle(number, schedule.retained, schedule.likelihood)
+            finished = True
+        finally:
+            if not finished:
+                cache.forget(number)
+
+    def _take(self, prefix: Units, number: int, last_use: bool) -> State:
+        """A state of the prefix cache."""
+        state = self.runner.unpack(self.cache.get(number, prefix), prefix[-1])
+        if last_use:
+            self.cache.drop(number, [prefix])
+        return state
 
     def _measure_targets(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        """The measure at every target of a chunk, [M], from one mask's final states [B, T, D]."""
+        """The measure's values at every target of a chunk, [V, M], from one mask's final states [B, T, D]."""
         hidden = hidden.flatten(0, 1)
         values = []
         for tile in self._tiles[number]:
-            dense = self._dense[number][tile.positions] if self.measure == "kl" else None
+            dense = self._dense[number][tile.positions] if self.measure.needs_dense else None
             values.append(self._measure_tile(hidden[tile.sources], tile, dense))
-        return torch.cat(values)
+        return torch.cat(values, dim=1)
 
     def _measure_tile(self, states: torch.Tensor, tile: Tile, dense: torch.Tensor | None) -> torch.Tensor:
-        """The measure at a tile's targets, [M], from the final states at its sources, [P, D]."""
-        if self.measure == "nll":
-            return self.runner.nll(states, tile)
-        return self.runner.kl(dense, states, tile)
+        """The values at a tile's targets, [V, M], from the final states at its sources, [P, D]."""
+        return self.measure.compute(self.runner, states, tile, dense)
 
     def _run_dense(self) -> None:
         """Fill `_dense`: final states of the dense model where a target is predicted, [P, D] for each chunk."""
         if self._dense and self._dense_of == self.model.state:
             return
         of, dense = self.model.state, []
-        plan = make_plan([tuple(range(self.num_units))])
-        for number, chunk in enumerate(self.chunks):
-            for end, hidden, _ in self._walk(plan, number):
-                if end >= 0:
-                    dense.append(hidden.flatten(0, 1)[chunk.sources])
+        trie = make_trie([tuple(range(self.num_units))])
+        schedules = self._schedule(trie, {number: np.ones(1, dtype=bool) for number in range(len(self.chunks))})
+        for number, schedule in schedules.items():
+            with closing(self._walk(schedule, number)) as walk:
+                states = [hidden for end, hidden, _ in walk if end >= 0]
+            dense.append(states[0].flatten(0, 1)[self.chunks[number].sources])
         self._dense, self._dense_of = dense, of
 
     def numerics(self) -> dict[str, object]:
@@ -229,17 +281,32 @@ class Engine:
 
     # -- chunks and memory ---------------------------------------------------------------------------------------
 
-    def _fit(self, budget_bytes: int, most_tokens: int) -> int:
-        """Tokens of a chunk for which everything held at once stays within the budget."""
-        if self.measure == "kl":
-            positions = len(np.unique(self.batch.target_source))
-            budget_bytes -= positions * self.model.hidden_size * self.model.dtype.itemsize
+    def _fit(self, memory_bytes: int, most_tokens: int) -> int:
+        """Tokens of a chunk for which everything held at once stays within the budget; where not even one row does,
+        tiles are made small."""
+        self.most_sums = max(1, memory_bytes // SUMS_SHARE // (24 * len(self.measure.values) * self.batch.num_continuations))
+        budget = memory_bytes - memory_bytes // SUMS_SHARE
+        if self.measure.needs_dense:
+            dense = len(np.unique(self.batch.target_source)) * self.model.hidden_size * self.model.dtype.itemsize
+            budget -= dense
         slots = max_slots(self.num_units, MAX_SEQUENCES)
-        tokens = self._footprint.tokens_within(budget_bytes, slots)
-        if tokens < self._footprint.longest_row:
-            short = self._footprint.needed(self._footprint.longest_row, slots) - budget_bytes
-            raise InputError(f"cache_bytes is too small by {short} bytes: not even one row of the batch fits")
+        row = self._footprint.longest_row
+        if self._footprint.tokens_within(budget, slots) < row and self._tile > LEAST_TILE:
+            self._tile = LEAST_TILE
+            self._measure()
+        tokens = self._footprint.tokens_within(budget, slots)
+        if tokens < row:
+            least = self._footprint.needed(row, slots) + (dense if self.measure.needs_dense else 0) + 1
+            least += least // (SUMS_SHARE - 1) + 1
+            raise InputError(f"memory_bytes is too small: one row of the batch takes {least} bytes, not {memory_bytes}")
         return min(most_tokens, tokens)
+
+    def _measure(self) -> None:
+        """Note what the activations of the longest rows, and one tile of the head, weigh."""
+        with self.model.evaluation():
+            self._footprint = measure_footprint(
+                self.runner, self.batch, self.granularity, self._measure_nothing, self._tile
+            )
 
     def _cut(self, max_tokens: int) -> None:
         """Cut the batch into chunks, and the targets of each chunk into tiles."""
@@ -247,6 +314,16 @@ class Engine:
         self._dense_of: tuple = ()
         self.chunks = make_chunks(self.batch, max_tokens, self.model.device)
         self._tiles = [chunk.tiles(self._tile) for chunk in self.chunks]
+        self._seen = Seen()
+        self.cache.start(int(self._footprint.state * sum(chunk.num_tokens for chunk in self.chunks)))
+
+    def _shrink_cache(self) -> bool:
+        """Give back what the prefix cache holds, and let it hold less from now on; False when it is empty."""
+        if not self.cache.bytes:
+            return False
+        self.cache.shrink()
+        warnings.warn("out of memory: going on with a smaller prefix cache", RuntimeWarning, stacklevel=4)
+        return True
 
     def _take_smaller_steps(self) -> bool:
         """Cut chunks of half the size, or where they are single rows, tiles; False when both are as small as can be."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from .errors import InputError
 from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
-from .plan import Plan, kept_units, make_plan
 from .racing import Selection, beaten
+from .records import check_folder
 from .store import SumStore
+from .trie import Trie, kept_units, make_trie
 
 BACKENDS = ("auto", "generic", "fused")
 
@@ -32,11 +34,14 @@ class Stats:
 
     masks: int = 0  # scores that were asked for
     layer_runs: float = 0  # unit runs that were made (for KL, the dense model's one pass too), counted as they happen
-    asked_layer_runs: float = 0  # distinct prefixes of each call: its unit runs, had no score been known before
+    unbounded_layer_runs: float = 0  # what these would have been, had the prefix cache room for every state
+    asked_layer_runs: float = 0  # distinct prefixes of each call: its unit runs, had nothing been known before
     naive_layer_runs: float = 0  # unit runs of one forward pass per mask that was asked for
     head_runs: float = 0  # masks whose loss was computed
     store_hits: int = 0  # scores that were asked for and came from the store
-    peak_activation_bytes: int = 0  # the most that was held at once
+    peak_activation_bytes: int = 0  # the most that was held at once, besides the prefix cache
+    cache_bytes: int = 0  # what the prefix cache holds now
+    cache_hits: dict[str, int] = field(default_factory=dict)  # states of chunks that it served, by tier
     seconds: float = 0.0  # spent scoring
 
 
@@ -47,10 +52,14 @@ class Evaluator:
     TaskLikelihood, TaskAccuracy or KLDivergence.
     backend: "generic" runs any family by transformers' own code, "fused" the Llama-like ones on fused operators,
     "auto" the fused path where it is the faster; `self.backend` says which one runs.
-    cache_bytes: byte budget of the activations (4 GiB on a CPU, 16 GiB on a GPU by default); it decides how many
-    tokens run at once. store: file of finished sums (or a SumStore): what is in it is not computed
-    again, whichever objective on the same tokens had asked for it, and what is finished is kept chunk by chunk.
     granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
+    memory_bytes: byte budget of the activations of a call (4 GiB on a CPU, 16 GiB on a GPU by default); it decides how
+    many tokens run at once. cache_bytes: budget of the prefix cache, states that outlive a call: the next call runs
+    only what no call before has run, as far as the cache goes. By default a quarter of the memory that is free before
+    each call (on a GPU, of the device and of the host); 0 for none. cache_dir: a folder on a fast disk for states that
+    do not fit, in a file that goes with the process, up to a quarter of what is free there.
+    store: file of finished sums (or a SumStore): what is in it is not computed
+    again, whichever objective on the same tokens had asked for it, and what is finished is kept chunk by chunk.
     progress: called with (unit runs done, unit runs in all) while masks are scored.
 
     A mask's score does not depend, to the bit, on what else is scored in the same call or was before. Threads may share
@@ -62,31 +71,37 @@ class Evaluator:
         model,
         objective: Objective,
         backend: str = "auto",
-        cache_bytes: int | None = None,
-        store: str | os.PathLike | SumStore | None = None,
         granularity: str = "block",
+        memory_bytes: int | None = None,
+        cache_bytes: int | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        store: str | os.PathLike | SumStore | None = None,
         progress: Progress | None = None,
     ):
         if not isinstance(objective, Objective):
             raise InputError(f"objective must be one such as Perplexity(batch), not {type(objective).__name__}")
         if backend not in BACKENDS:
             raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-        if cache_bytes is not None and (
-            isinstance(cache_bytes, bool)
-            or not isinstance(cache_bytes, (int, float, np.number))
-            or not 1 <= cache_bytes < float("inf")
-            or int(cache_bytes) != cache_bytes
-        ):
-            raise InputError(f"cache_bytes must be a positive number of bytes, not {cache_bytes!r}")
+        memory_bytes = _check_bytes("memory_bytes", memory_bytes, 1)
+        cache_bytes = _check_bytes("cache_bytes", cache_bytes, 0)
         self.model = model if isinstance(model, Model) else Model(model)
         self.objective = objective
         self.granularity = granularity
         self.progress = progress
         self.stats = Stats()
-        self._row_runs = self._row_heads = 0
         self._dense: tuple[tuple, float] | None = None
         store = store if isinstance(store, SumStore) or store is None else SumStore(store)
-        self._engine = Engine(self.model, objective.batch, objective.measure, granularity, cache_bytes, backend, store)
+        self._engine = Engine(
+            self.model,
+            objective.batch,
+            objective.measure,
+            granularity,
+            memory_bytes=memory_bytes,
+            backend=backend,
+            store=store,
+            cache_bytes=cache_bytes,
+            cache_dir=None if cache_dir is None else _make_folder(Path(cache_dir)),
+        )
 
     def __repr__(self) -> str:
         units = f"{self.num_units} {'blocks' if self.granularity == 'block' else 'sublayers'}"
@@ -114,6 +129,14 @@ class Evaluator:
         tokens = np.bincount(pairs[0], batch.row_lengths[pairs[1]], minlength=self.num_samples)
         return tokens.astype(np.int64)
 
+    @property
+    def sample_groups(self) -> list[np.ndarray]:
+        """The samples whose rows run together, int64[n] each: one of a group costs as much as all of it.
+
+        Groups hold random samples of nearly one length.
+        """
+        return [np.unique(self.objective.sample[chunk.continuations]) for chunk in self._engine.chunks]
+
     @cached_property
     def unit_names(self) -> list[str]:
         return self.model.unit_names(self.granularity)
@@ -134,8 +157,7 @@ class Evaluator:
         for one that keeps nothing where the family cannot run without blocks.
         """
         with self.model.turn:
-            plan = self._plan(self._check_masks(masks))
-            return self.objective.loss(self._run(plan))[plan.index]
+            return self._losses(self._check_masks(masks))
 
     def score_sequences(self, sequences) -> np.ndarray:
         """The loss of running these units in this order, float64[N]; a sequence may leave out, repeat and reorder.
@@ -149,12 +171,16 @@ class Evaluator:
         sequences = check_sequences(sequences, self.num_units)
         self._check_not_empty(sequences)
         together = self._engine.most_together(max(map(len, sequences), default=0))
-        losses = np.empty(len(sequences))
         with self.model.turn:
-            for start in range(0, len(sequences), together):
-                plan = self._plan(sequences[start : start + together])
-                losses[start : start + together] = self.objective.loss(self._run(plan))[plan.index]
-        return losses
+            parts = [self._losses(sequences[i : i + together]) for i in range(0, len(sequences), together)]
+        return np.concatenate([np.empty(0), *parts])
+
+    def sums(self, masks) -> np.ndarray:
+        """What the objective's measure gives on each continuation of its batch, float64[N, V, C]: the sums over its
+        targets of each of the measure's V values (`measures.MEASURES`), before the objective weighs them."""
+        with self.model.turn:
+            trie = self._ask(self._check_masks(masks))
+            return self._run(trie)[trie.index]
 
     def score_samples(self, masks, samples=None) -> np.ndarray:
         """The loss of each mask on each sample (row of text, or question), float64[N, S].
@@ -165,9 +191,9 @@ class Evaluator:
         samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
         wanted = np.isin(self.objective.sample, samples)
         with self.model.turn:
-            plan = self._plan(self._check_masks(masks), self._engine.share(wanted))
-            sums = self._run(plan, wanted)
-            return self.objective.sample_losses(sums)[:, samples][plan.index]
+            trie = self._ask(self._check_masks(masks), self._engine.share(wanted))
+            sums = self._run(trie, wanted)[:, 0]
+            return self.objective.sample_losses(sums)[:, samples][trie.index]
 
     def select(self, masks, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0) -> Selection:
         """The `keep` masks of lowest loss, found by a race: what is beaten beyond doubt is not run to the end.
@@ -187,7 +213,7 @@ class Evaluator:
         looks = look_rows(self.objective.batch.num_rows)
         error = (1 - confidence) / (len(distinct) * max(1, len(looks) - 1))
         with self.model.turn:
-            runs, whole = self.stats.layer_runs, self._plan(sequences)
+            runs, whole = self.stats.layer_runs, self._ask(sequences)
             chunks = None
             while chunks is not self._engine.chunks:  # where memory ran out, sums before and after differ in their bits
                 chunks = self._engine.chunks
@@ -231,28 +257,35 @@ class Evaluator:
         if not all(sequences) and not self.model.runs_without_blocks:
             raise InputError(f"a mask keeps nothing, and the family {self.model.family!r} cannot run without blocks")
 
-    def _plan(self, sequences: list[tuple[int, ...]], share: float = 1) -> Plan:
-        """Plan sequences, and note what was asked for, of a share of the calibration set."""
-        plan = make_plan(sequences)
+    def _ask(self, sequences: list[tuple[int, ...]], share: float = 1) -> Trie:
+        """The trie of sequences; notes what was asked for, of a share of the calibration set."""
+        trie = make_trie(sequences)
         self.stats.masks += len(sequences)
-        self.stats.asked_layer_runs += _whole(plan.layer_runs * share)
-        self.stats.naive_layer_runs += _whole(plan.naive_layer_runs * share)
-        return plan
+        self.stats.asked_layer_runs += _whole(trie.layer_runs * share)
+        self.stats.naive_layer_runs += _whole(trie.naive_layer_runs * share)
+        return trie
 
-    def _run(self, plan: Plan, wanted: np.ndarray | None = None) -> np.ndarray:
-        """Sums over continuations of the plan's distinct sequences, [M, C]; notes what it cost."""
+    def _losses(self, sequences: list[tuple[int, ...]]) -> np.ndarray:
+        """The loss of each sequence, float64[N]; of so many at once that their sums stay within the budget."""
+        trie, together = self._ask(sequences), self._engine.most_sums
+        if len(trie.sequences) <= together:
+            return self.objective.loss(self._run(trie)[:, 0])[trie.index]
+        parts = (make_trie(trie.sequences[i : i + together]) for i in range(0, len(trie.sequences), together))
+        return np.concatenate([self.objective.loss(self._run(part)[:, 0]) for part in parts])[trie.index]
+
+    def _run(self, trie: Trie, wanted: np.ndarray | None = None) -> np.ndarray:
+        """Sums over continuations of the trie's distinct sequences, [M, V, C]; notes what it cost."""
         started, engine, rows = time.perf_counter(), self._engine, self.objective.batch.num_rows
-        runs, heads = engine.row_runs, engine.row_heads
         try:
-            sums, known = engine.run(plan, self.progress, wanted)
+            sums, known = engine.run(trie, self.progress, wanted)
         finally:  # work that was interrupted was work, too
-            self._row_runs += engine.row_runs - runs
-            self._row_heads += engine.row_heads - heads
-            self.stats.layer_runs = _whole(self._row_runs / rows)
-            self.stats.head_runs = _whole(self._row_heads / rows)
+            self.stats.layer_runs = _whole(engine.row_runs / rows)
+            self.stats.head_runs = _whole(engine.row_heads / rows)
+            self.stats.unbounded_layer_runs = _whole(engine.row_unbounded / rows)
             self.stats.peak_activation_bytes = engine.peak_activation_bytes
+            self.stats.cache_bytes, self.stats.cache_hits = engine.cache.bytes, dict(engine.cache.hits)
             self.stats.seconds += time.perf_counter() - started
-        self.stats.store_hits += int(known[plan.index].sum())
+        self.stats.store_hits += int(known[trie.index].sum())
         return sums
 
     def _race(self, sequences, looks, keep, error, tolerance) -> tuple[np.ndarray, np.ndarray]:
@@ -262,8 +295,8 @@ class Evaluator:
         sums = np.zeros((len(sequences), batch.num_continuations))
         for rows in looks:
             wanted = np.isin(batch.continuation_row, rows)
-            plan = make_plan(sequences[i] for i in alive)
-            sums[alive] += self._run(plan, wanted)[plan.index]
+            trie = make_trie(sequences[i] for i in alive)
+            sums[alive] += self._run(trie, wanted)[trie.index, 0]
             seen |= wanted
             if not seen.all():
                 samples = np.unique(objective.sample[seen])
@@ -280,6 +313,22 @@ class Evaluator:
         if len(wrong):
             raise InputError(f"sample {wrong[0]} is out of range; the samples are 0 to {self.num_samples - 1}")
         return samples
+
+
+def _make_folder(folder: Path) -> Path:
+    """The folder, made where it is missing. Raises InputError where no file can be made in it."""
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _check_bytes(name: str, value, least: int) -> int | None:
+    if value is None:
+        return None
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not least <= value < float("inf") or int(value) != value:
+        raise InputError(f"{name} must be a number of bytes, at least {least}, not {value!r}")
+    return int(value)
 
 
 def _check_race(keep, count: int, confidence, tolerance) -> None:

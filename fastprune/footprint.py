@@ -11,7 +11,7 @@ import torch
 from .calibration import TokenBatch
 from .chunks import Chunk, make_chunk
 from .memory import peak_bytes
-from .models import FusedModel, Model
+from .models import Runner
 from .models.stand_ins import State, hidden_of, state_bytes
 
 
@@ -39,7 +39,7 @@ class Footprint:
 
 
 def measure_footprint(
-    runner: Model | FusedModel,
+    runner: Runner,
     batch: TokenBatch,
     granularity: str,
     head: Callable[[torch.Tensor], object],
@@ -66,7 +66,7 @@ def _longest_rows(batch: TokenBatch) -> list[int]:
     return [int(rows[batch.row_lengths[rows].argmax()]) for rows in kinds if len(rows)]
 
 
-def _run_first_units(runner: Model | FusedModel, chunk: Chunk, granularity: str) -> tuple[list[State], int]:
+def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[list[State], int]:
     """The states after the embeddings and the first two units (with sublayers, one of each kind), and the peak."""
     opened, peak = peak_bytes(lambda: runner.open(chunk.ids, chunk.positions, chunk.branch), runner.device)
     state, arguments = opened

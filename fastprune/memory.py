@@ -1,9 +1,13 @@
-"""How many bytes of tensors a piece of work holds at its peak, measured."""
+"""How many bytes of tensors a piece of work holds at its peak, measured; and how many are free."""
 
 from __future__ import annotations
 
+import os
+import re
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -59,6 +63,23 @@ class _LiveStorages(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, freed)
         self.current += size
         self.peak = max(self.peak, self.current)
+
+
+def available_bytes(device: torch.device) -> int:
+    """What may still be allocated on a device: of a GPU, what is free or only cached; of a host, what its kernel says
+    is available, and no more than the limits of its control group leave."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # where nobody says more
+    with suppress(OSError, TypeError):
+        available = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) << 10
+    group = Path("/sys/fs/cgroup")
+    for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):
+            left = int((group / most).read_text()) - int((group / used).read_text())
+            available = min(available, max(0, left))
+    return available
 
 
 def is_out_of_memory(error: BaseException) -> bool:

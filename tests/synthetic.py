@@ -44,6 +44,10 @@ class SyntheticEvaluator(fp.Evaluator):
     def num_samples(self) -> int:
         return len(self.sample_tokens)
 
+    @property
+    def sample_groups(self) -> list[np.ndarray]:
+        return np.array_split(np.arange(self.num_samples), -(-self.num_samples // 4))
+
     def score(self, masks) -> np.ndarray:
         removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
         self.calls.append(len(removed))

@@ -32,10 +32,10 @@ def _group(*options: Callable) -> Callable:
 
 
 def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
-    if gigabytes is None:
-        return None
+    if gigabytes is None or (gigabytes == 0 and parameter.name == "cache_bytes"):
+        return gigabytes if gigabytes is None else 0
     if not 2**-30 <= gigabytes <= 2**20:
-        raise InputError(f"--cache-gb must be above 0 and at most {2**20}, not {gigabytes}")
+        raise InputError(f"{parameter.opts[0]} must be above 0 and at most {2**20}, not {gigabytes}")
     return int(gigabytes * 2**30)
 
 
@@ -165,11 +165,24 @@ evaluator_settings = _group(
         help="generic: transformers' own code; fused: fused operators for Llama-like models; auto: the faster.",
     ),
     click.option(
+        "--memory-gb",
+        "memory_bytes",
+        type=float,
+        callback=_to_bytes,
+        help="Budget of one call's activations in GiB; default 4 on a CPU, 16 on a GPU.",
+    ),
+    click.option(
         "--cache-gb",
         "cache_bytes",
         type=float,
         callback=_to_bytes,
-        help="Activation budget in GiB; default 4 on a CPU, 16 on a GPU.",
+        help="Budget in GiB of the prefix cache, states that later calls need not run again; 0 for none; default a "
+        "quarter of the free memory.",
+    ),
+    click.option(
+        "--cache-dir",
+        type=Folder(),
+        help="A folder on a fast disk for states that do not fit into memory, gone with the process.",
     ),
     click.option("--quiet", is_flag=True, help="No progress bars."),
 )
@@ -234,7 +247,7 @@ def evaluates(command):
     @functools.wraps(command)
     def wrapped(
         model, device, dtype, trust_remote_code, objective, calibration, store, num_samples, seq_len, sample_seed,
-        granularity, backend, cache_bytes, quiet, **own,
+        granularity, backend, memory_bytes, cache_bytes, cache_dir, quiet, **own,
     ):  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
 
@@ -243,7 +256,17 @@ def evaluates(command):
 
             opened = open_model(model, device, dtype, trust_remote_code)
             on_data = open_objective(objective, calibration, num_samples, seq_len, sample_seed, opened)
-            return Evaluator(opened, on_data, backend, cache_bytes, store, granularity, progress)
+            return Evaluator(
+                opened,
+                on_data,
+                backend,
+                granularity,
+                memory_bytes=memory_bytes,
+                cache_bytes=cache_bytes,
+                cache_dir=cache_dir,
+                store=store,
+                progress=progress,
+            )
 
         with progress_bar(quiet) as progress:
             return command(functools.partial(make, progress), **own)

@@ -53,7 +53,7 @@ DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stay
 @evaluator_settings
 def study(
     models, algorithms, objectives, num_remove, options, seed, out_dir, device, dtype, trust_remote_code,
-    num_samples, seq_len, sample_seed, granularity, backend, cache_bytes, quiet,
+    num_samples, seq_len, sample_seed, granularity, backend, memory_bytes, cache_bytes, cache_dir, quiet,
 ) -> None:  # fmt: skip
     """Compare search algorithms on MODELs.
 
@@ -91,7 +91,9 @@ def study(
             seed=seed,
             notify=_notify(quiet),
             backend=backend,
+            memory_bytes=memory_bytes,
             cache_bytes=cache_bytes,
+            cache_dir=cache_dir,
             granularity=granularity,
             progress=progress,
         )

@@ -3,5 +3,6 @@
 from .fused import FusedModel, make_runner
 from .generic import Model
 from .load import load_model
+from .runner import Runner
 
-__all__ = ["FusedModel", "Model", "load_model", "make_runner"]
+__all__ = ["FusedModel", "Model", "Runner", "load_model", "make_runner"]

@@ -51,7 +51,7 @@ class ChunkArguments:
 
 
 class FusedModel:
-    """Runs the units of a Llama-like model on fused operators; `open`, `run`, `nll`, `kl` as those of `Model`.
+    """Runs the units of a Llama-like model on fused operators; its methods are those of `Model` (see `Runner`).
 
     operators: "triton", "native" or "torch"; by default the set made for the model's device, else torch's.
     Raises InputError where the model is not of that shape, or the result is not that of the generic path.
@@ -98,9 +98,22 @@ class FusedModel:
             return self._add_mlp(layer, self._norm(layer.mlp_norm, x), x.clone()).view_as(state)
         return (x + self._attention(block, x, arguments)).view_as(state)
 
+    def pack(self, state: torch.Tensor) -> torch.Tensor:
+        """As `Model.pack`: states of these families are plain tensors."""
+        return state
+
+    def unpack(self, packed: torch.Tensor, unit: int) -> torch.Tensor:
+        """As `Model.unpack`."""
+        return packed
+
     def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
         """As `Model.nll`."""
         return self._operators.nll(self._final_norm(states), self._head.weight, tile)
+
+    def misses(self, states: torch.Tensor, tile) -> torch.Tensor:
+        """As `Model.misses`."""
+        logits = nn.functional.linear(self._final_norm(states), self._head.weight)
+        return (logits.argmax(dim=-1)[tile.rows] != tile.tokens).float()
 
     def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
         """As `Model.kl`."""

@@ -114,6 +114,14 @@ class Model:
         step = sublayers.mlp if is_mlp else sublayers.attention
         return step(state, arguments[block])
 
+    def pack(self, state: State) -> torch.Tensor:
+        """A state as one tensor: [B, T, D], or [3, B, T, D] inside of a parallel block."""
+        return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
+
+    def unpack(self, packed: torch.Tensor, unit: int) -> State:
+        """The state that was packed, after a unit."""
+        return packed if packed.dim() == 3 else HalfBlock(*packed, self._sublayers[unit // 2])
+
     def open(
         self, ids: torch.Tensor, positions: torch.Tensor | None = None, branch: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Arguments]:
@@ -141,14 +149,18 @@ class Model:
         """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
         return token_nll(self.logits(states), tile.rows, tile.tokens)
 
+    def misses(self, states: torch.Tensor, tile) -> torch.Tensor:
+        """1 where a tile's target is not the most likely token, else 0, [M], from the final states [P, D]."""
+        return (self.logits(states).argmax(dim=-1)[tile.rows] != tile.tokens).float()
+
     def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
         """KL(dense || masked) where a tile's targets are predicted, [M], from both models' final states [P, D]."""
         return token_kl(self.logits(dense), self.logits(states))[tile.rows]
 
     def head_bytes(self, measure: str) -> int:
-        """About what `nll` or `kl` holds for each position: logits, their float32 copy and its log-softmax; for "kl"
-        the dense model's too."""
-        return self.vocab_size * (self.dtype.itemsize + 8) * (1 if measure == "nll" else 3)
+        """About what a measure holds for each position: logits, their float32 copy and its log-softmax; for "kl" the
+        dense model's too."""
+        return self.vocab_size * (self.dtype.itemsize + 8) * (3 if measure == "kl" else 1)
 
     def numerics(self) -> str:
         """What the bits of a score depend on in this path, besides torch and transformers."""

@@ -90,7 +90,7 @@ class TorchOperators:
         return reference.token_kl(F.linear(dense, weight), F.linear(masked, weight))[tile.rows]
 
     def head_bytes(self, model: Model, measure: str) -> int:
-        """About what `nll` or `kl` holds for each position."""
+        """About what a measure holds for each position."""
         return model.head_bytes(measure)
 
     def numerics(self) -> str:
@@ -178,6 +178,8 @@ class TritonOperators(TorchOperators):
         return self._loss.linear_kl(dense, masked, weight)[tile.rows]
 
     def head_bytes(self, model: Model, measure: str) -> int:
+        if measure not in ("nll", "kl"):
+            return super().head_bytes(model, measure)
         # normed states, and a few float32 partial results for each split of the vocabulary (of 1,024 tokens)
         normed = model.hidden_size * model.dtype.itemsize * (1 if measure == "nll" else 2)
         return normed + (8 if measure == "nll" else 20) * (model.vocab_size // 1024 + 1)

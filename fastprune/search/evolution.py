@@ -14,7 +14,7 @@ from .registry import Allowed, Count, CountOrAuto, Share, algorithm
 from .run import Removed, Search
 
 
-@algorithm
+@algorithm(races=True)
 def genetic(
     search: Search,
     population: Count = 16,
@@ -28,7 +28,8 @@ def genetic(
     First generation: one_shot's subset, and k draws without replacement by w for each of the rest. Then, each
     generation: the elites pass unchanged. Of two parents, each the best of a tournament, a child keeps the
     intersection and fills up from the rest of the union by w; a mutated child swaps one removed unit for one drawn
-    by w. Duplicates within a generation are redrawn; where breeding finds nothing new, the prior fills up.
+    by w. Duplicates within a generation are redrawn; where breeding finds nothing new, the prior fills up. With
+    racing, the better half of a generation is found by a race, and the others stand behind it in no order.
 
     Source: the study (arXiv 2604.24938).
     Cost: U + at most population + (generations - 1) (population - elites).
@@ -55,9 +56,9 @@ def genetic(
 
 
 def _ranked(search: Search, members: list[Removed]) -> list[Removed]:
-    """Best first; ties go to the lowest indices."""
-    losses = dict(zip(members, search.score(members).tolist()))
-    return sorted(members, key=lambda subset: (losses[subset], subset))
+    """Best first; ties go to the lowest indices. With racing, only the better half is ranked."""
+    kept = search.select(members, len(members) if search.racing is None else -(-len(members) // 2))
+    return kept + sorted({*members} - {*kept})
 
 
 def _child(search: Search, prior: Prior, members: list[Removed], tournament: int, mutation: float) -> Removed:
@@ -81,7 +82,7 @@ def _halves_to_remove(candidates: int, num_remove: int, granularity: str, flips:
         )
 
 
-@algorithm(check_size=_halves_to_remove)
+@algorithm(check_size=_halves_to_remove, races=True)
 def evopress(
     search: Search,
     initial: Count = 64,
@@ -106,9 +107,11 @@ def evopress(
     again, and a type with nothing left to swap is not flipped. With flips=free a child swaps n pairs of different
     units, of whatever type, and sublayers are removed in any mix.
 
-    Every step draws whole samples afresh, without repetition, until they hold its tokens. Where the calibration set
-    holds fewer, it takes all: the fitness is then the loss itself, a later step of the same kind costs nothing, and
-    the scores enter the history. Scores on a share of the samples do not. The last parent is scored on all.
+    Every step draws whole samples afresh, without repetition, until they hold its tokens; those that run together are
+    drawn together (Evaluator.sample_groups). Where the calibration set holds fewer, it takes all: the fitness is then
+    the loss itself, a later step of the same kind costs nothing, and the scores enter the history. Scores on a share
+    of the samples do not. The last parent is scored on all. With racing, one race over the whole calibration set takes
+    the place of both steps.
 
     Source: EvoPress (arXiv 2410.14649).
     Cost: initial + generations (offspring + first_survivors + 1) on shares of the calibration set, + 1 on all of it.
@@ -139,8 +142,9 @@ def evopress(
 
     for _ in range(generations or int(k * (size - k) / 1.5)):
         children = draws.distinct(child, offspring, known=[parent])
-        survivors = _select(search, children, first_tokens, first_survivors) if children else []
-        (parent,) = _select(search, [*survivors, parent], final_tokens, 1)
+        if search.racing is None and children:
+            children = _select(search, children, first_tokens, first_survivors)
+        (parent,) = _select(search, [*children, parent], final_tokens, 1)
     search.score([parent])
 
 
@@ -170,7 +174,10 @@ def _flipped(search: Search, subset: Removed, count: int, types: Sequence[Sequen
 
 def _select(search: Search, subsets: list[Removed], tokens: int, survivors: int) -> list[Removed]:
     """The subsets of lowest mean loss on fresh samples of at least `tokens` tokens; ties go to the first."""
-    order = search.rng.permutation(search.evaluator.num_samples)
+    if search.racing is not None:
+        return search.select(subsets, survivors)
+    groups = search.evaluator.sample_groups
+    order = np.concatenate([search.rng.permutation(groups[i]) for i in search.rng.permutation(len(groups))])
     held = np.cumsum(search.evaluator.sample_tokens[order])
     samples = np.sort(order[: np.searchsorted(held, tokens) + 1])
     fitness = search.score_samples(subsets, samples)

@@ -50,7 +50,7 @@ def cbo(search: Search, num_states: Count = 10, rescore: bool = True, first_orde
     search.score([tuple(search.candidates[i] for i in state) for state in states])
 
 
-@algorithm(check_size=_solvable, needs_sklearn=True)
+@algorithm(check_size=_solvable, needs_sklearn=True, races=True)
 def surrogate(
     search: Search,
     initial: Annotated[int, Allowed(least=2)] = 128,  # a single subset says nothing about leaving one out
@@ -63,7 +63,8 @@ def surrogate(
     d_i = loss({i}): a and b by least squares, then u and v by ridge regression, its strength by leave-one-out error.
     It is fitted to the subsets of the full budget scored so far: first one_shot's, and equal shares of subsets
     drawn by the prior of `genetic` and uniformly. Its best unseen subsets are found exactly, by the solver of cbo;
-    the exact scores decide, the model only proposes. A loss that is not finite counts as the worst finite one.
+    the exact scores decide, the model only proposes. A loss that is not finite counts as the worst finite one. With
+    racing, the best quarter of each round's proposals is found by a race, and only it is fitted to.
 
     Source: this project.
     Cost: U + initial + proposals for each round, at least `patience` rounds.
@@ -78,24 +79,29 @@ def surrogate(
     subsets = [prior.one_shot()]
     subsets += draws.distinct(prior.subset, initial // 2, known=subsets)
     subsets += [subset for subset in draws.uniform(search, initial) if subset not in subsets][: initial - len(subsets)]
-    best, stale = search.score(subsets).min(), 0
+    best, stale, proposed = search.score(subsets).min(), 0, {*subsets}
     while stale < patience:
-        found = _propose(search, prior, subsets, proposals)
+        found = _propose(search, prior, subsets, proposals, proposed)
         if not found:
             return
+        proposed.update(found)
+        if search.racing is not None:
+            found = search.select(found, -(-len(found) // 4))
         lowest = search.score(found).min()
         subsets += found
         stale = 0 if lowest < best else stale + 1
         best = min(best, lowest)
 
 
-def _propose(search: Search, prior: Prior, subsets: list[Removed], count: int) -> list[Removed]:
-    """The `count` subsets that are best under the model and not among those it is fitted to."""
+def _propose(
+    search: Search, prior: Prior, subsets: list[Removed], count: int, known: set[Removed]
+) -> list[Removed]:
+    """The `count` subsets that are best under the model fitted to `subsets` and are not known."""
     total = math.comb(len(search.candidates), search.num_remove)
-    if total == len(subsets):
+    if total == len(known):
         return []
     energy, linear = _fit(search, prior, subsets)
-    known, states = {*subsets}, count
+    states = count
     while True:
         solution = solve_subset(energy, search.num_remove, states, linear).subsets
         ranked = [tuple(search.candidates[i] for i in state) for state in solution]

@@ -177,4 +177,4 @@ def test_usage(fails, checkpoint):
     assert "No such command" in fails("serach")
     assert "No such option" in fails("info", checkpoint, "--fast")
     assert "num-remove" in fails("search", checkpoint)
-    assert "--cache-gb" in fails("score", checkpoint, "--calibration", __file__, "--removed", "1", "--cache-gb", 0)
+    assert "--memory-gb" in fails("score", checkpoint, "--calibration", __file__, "--removed", "1", "--memory-gb", 0)

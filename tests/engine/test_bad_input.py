@@ -69,7 +69,7 @@ def test_samples_that_do_not_exist(ev):
     refuses("samples must be", ev.score_samples, mask, samples=[])
 
 
-def test_evaluator_arguments(hf, batch):
+def test_evaluator_arguments(hf, batch, tmp_path):
     objective = fp.Perplexity(batch)
     refuses("objective must be.* not TokenBatch", fp.Evaluator, hf, batch)
     refuses("objective must be.* not str", fp.Evaluator, hf, "perplexity")
@@ -77,15 +77,21 @@ def test_evaluator_arguments(hf, batch):
     refuses("granularity must be.* not 'head'", fp.Evaluator, hf, objective, granularity="head")
     for value in (0, -1, 1.5, True):
         refuses(
-            f"cache_bytes must be a positive number of bytes, not {value}",
+            f"memory_bytes must be a number of bytes, at least 1, not {value}",
             fp.Evaluator,
             hf,
             objective,
-            cache_bytes=value,
+            memory_bytes=value,
         )
-    refuses("cache_bytes is too small by [0-9]+ bytes", fp.Evaluator, hf, objective, cache_bytes=1000)
+    refuses("memory_bytes is too small: one row .* takes [0-9]+ bytes", fp.Evaluator, hf, objective, memory_bytes=1000)
     for value in ("4e9", float("nan"), float("inf")):
+        refuses("memory_bytes must be", fp.Evaluator, hf, objective, memory_bytes=value)
         refuses("cache_bytes must be", fp.Evaluator, hf, objective, cache_bytes=value)
+    refuses("cache_bytes must be a number of bytes, at least 0, not -1", fp.Evaluator, hf, objective, cache_bytes=-1)
+    file = tmp_path / "file"
+    file.touch()
+    refuses(f"{file} is a file, not a folder", fp.Evaluator, hf, objective, cache_dir=file)
+    refuses(f"{file} is a file, not a folder", fp.Evaluator, hf, objective, cache_dir=file / "below")
 
 
 # -- calibration against the model ---------------------------------------------------------------------------------

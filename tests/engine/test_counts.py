@@ -77,14 +77,14 @@ def spy_on_runs(monkeypatch, ev, batch) -> list[Fraction]:
     return shares
 
 
-@pytest.mark.parametrize("cache_bytes", [None, 1])
+@pytest.mark.parametrize("memory_bytes", [None, 1])
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
-def test_layer_runs_are_distinct_prefixes(monkeypatch, model, batch, backend, granularity, cache_bytes):
-    def make(cache_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), backend, cache_bytes, granularity=granularity)
+def test_layer_runs_are_distinct_prefixes(monkeypatch, model, batch, backend, granularity, memory_bytes):
+    def make(memory_bytes):
+        return fp.Evaluator(model, fp.Perplexity(batch), backend, granularity, memory_bytes=memory_bytes, cache_bytes=0)
 
-    cache_bytes = cache_bytes and smallest_budget(make)
-    ev = make(cache_bytes)
+    memory_bytes = memory_bytes and smallest_budget(make)
+    ev = make(memory_bytes)
     shares = spy_on_runs(monkeypatch, ev, batch)
     expected = dict.fromkeys(("masks", "layer_runs", "naive_layer_runs", "head_runs"), 0)
     for name, masks in fields(ev.num_units).items():
@@ -100,8 +100,8 @@ def test_layer_runs_are_distinct_prefixes(monkeypatch, model, batch, backend, gr
 
 
 def test_some_samples_cost_the_chunks_that_hold_them(monkeypatch, model, batch, backend):
-    def make(cache_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), backend, cache_bytes)
+    def make(memory_bytes):
+        return fp.Evaluator(model, fp.Perplexity(batch), backend, memory_bytes=memory_bytes, cache_bytes=0)
 
     ev = make(smallest_budget(make))
     masks = some_masks(ev.num_units, 20, seed=3)
@@ -143,8 +143,8 @@ def test_the_head_sees_a_tile_and_nothing_exceeds_the_budget(monkeypatch, kind, 
     hf, objectives = memory_cases()
     model, target = fp.Model(hf), objectives[kind]
 
-    def make(cache_bytes):
-        return fp.Evaluator(model, target, backend, cache_bytes)
+    def make(memory_bytes):
+        return fp.Evaluator(model, target, backend, memory_bytes=memory_bytes, cache_bytes=0)
 
     budget = smallest_budget(make)
     ev = make(budget)
@@ -170,8 +170,8 @@ def test_the_head_sees_a_tile_and_nothing_exceeds_the_budget(monkeypatch, kind, 
 
 
 def test_a_larger_budget_runs_larger_chunks(model, batch, backend):
-    def make(cache_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), backend, cache_bytes)
+    def make(memory_bytes):
+        return fp.Evaluator(model, fp.Perplexity(batch), backend, memory_bytes=memory_bytes, cache_bytes=0)
 
     least = smallest_budget(make)
     counts = [len(make(least * factor)._engine.chunks) for factor in (1, 3, 100)]
@@ -208,7 +208,7 @@ def test_out_of_memory_makes_smaller_chunks(hf, model, monkeypatch, kind, error,
     expected = fp.Evaluator(hf, objective)
     masks = some_masks(expected.num_units, 20, seed=5)
     expected = expected.score(masks)
-    ev = fp.Evaluator(model, objective, backend)
+    ev = fp.Evaluator(model, objective, backend, cache_bytes=0)
     seen = fail_above(ev, monkeypatch, 2, error)
     with pytest.warns(RuntimeWarning, match="out of memory"):
         found = ev.score(masks)

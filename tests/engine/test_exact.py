@@ -173,11 +173,11 @@ OBJECTIVE_FAMILIES = ["llama", "gemma2-eager", "gpt-neox", "qwen3-moe"]
 
 
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
-@pytest.mark.parametrize("cache_bytes", [None, 400_000])
-def test_kl_divergence(family, cache_bytes):
+@pytest.mark.parametrize("memory_bytes", [None, 400_000])
+def test_kl_divergence(family, memory_bytes):
     hf = build(family)
     rows = random_rows(hf.config.vocab_size, LENGTHS)
-    ev = fp.Evaluator(hf, fp.KLDivergence(fp.TokenBatch.from_ids(rows)), cache_bytes=cache_bytes)
+    ev = fp.Evaluator(hf, fp.KLDivergence(fp.TokenBatch.from_ids(rows)), memory_bytes=memory_bytes)
     masks = some_masks(ev.num_units, 20, seed=4)
     dense = full_log_probs(hf, rows)
     expected = []

@@ -43,18 +43,18 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
     hf = build(family, getattr(torch, dtype))
     model, target = fp.Model(hf), objective(kind, hf.config.vocab_size)
 
-    def make(cache_bytes):
-        return fp.Evaluator(model, target, granularity=granularity, cache_bytes=cache_bytes)
+    def make(memory_bytes):
+        return fp.Evaluator(model, target, granularity=granularity, memory_bytes=memory_bytes)
 
     num_chunks = 0
-    for cache_bytes in (None, smallest_budget(make)):
-        ev = make(cache_bytes)
+    for memory_bytes in (None, smallest_budget(make)):
+        ev = make(memory_bytes)
         masks = some_masks(ev.num_units, 20, seed=7)
         together = ev.score(masks)
         assert np.isfinite(together).all()
         assert len(np.unique(together)) > 5
         for number in range(0, len(masks), 10):  # alone, on an evaluator that has never scored anything else
-            assert_same_bits(make(cache_bytes).score(masks[number]), together[number : number + 1])
+            assert_same_bits(make(memory_bytes).score(masks[number]), together[number : number + 1])
         groups = np.array_split(np.arange(len(masks)), 4)
         assert_same_bits(np.concatenate([ev.score(masks[group]) for group in groups]), together)
         shuffled = np.random.default_rng(8).permutation(len(masks))
@@ -70,7 +70,7 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
         order = np.random.default_rng(9).permutation(len(ev._engine.chunks))
         assert len(order) > num_chunks  # the small budget cuts smaller chunks
         num_chunks = len(order)
-        ev = make(cache_bytes)
+        ev = make(memory_bytes)
         ev._engine.chunks = [ev._engine.chunks[i] for i in order]
         ev._engine._tiles = [ev._engine._tiles[i] for i in order]
         assert_same_bits(ev.score(masks), together)
@@ -116,7 +116,7 @@ from families import build, random_rows, some_masks
 import fastprune as fp
 hf = build("gemma2-eager")
 rows = random_rows(hf.config.vocab_size, [23, 9, 17, 23])
-ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(rows)), cache_bytes=3_000_000)
+ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(rows)), memory_bytes=3_000_000)
 masks = some_masks(ev.num_units, 30, seed=12)
 if ORDER:
     np.testing.assert_array_equal(ev.score(masks[::-1])[::-1], ev.score(masks))

@@ -31,8 +31,8 @@ def grown(work):
     result = work()
     return result, memory("VmHWM") - before
 
-def score(cache_bytes):
-    ev = fp.Evaluator(model, fp.Perplexity(batch), cache_bytes=cache_bytes)
+def score(memory_bytes):
+    ev = fp.Evaluator(model, fp.Perplexity(batch), memory_bytes=memory_bytes)
     losses = ev.score(masks)
     assert np.isfinite(losses).all() and len(np.unique(losses)) > len(masks) // 2
     return ev.stats.peak_activation_bytes

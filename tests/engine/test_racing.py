@@ -148,7 +148,8 @@ def test_searches_race_to_the_same_result(algorithm):
         assert (raced.racing, plain.racing, plain.decided_early) == (0.99, None, 0)
 
 
-def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(monkeypatch):
+@pytest.mark.parametrize("cache_bytes", [0, None])
+def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(monkeypatch, cache_bytes):
     masks = fp.from_removed(PAIRS, 6)
     full = evaluator(uneven_model()).score(masks)
     nll, calls = fp.Model.nll, []
@@ -159,7 +160,7 @@ def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return nll(self, states, tile)
 
-    ev = evaluator(uneven_model(), backend="generic")
+    ev = evaluator(uneven_model(), backend="generic", cache_bytes=cache_bytes)
     monkeypatch.setattr(fp.Model, "nll", fails_once)
     with pytest.warns(RuntimeWarning, match="out of memory"):
         found = ev.select(masks, keep=3)

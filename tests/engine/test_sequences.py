@@ -61,12 +61,12 @@ def test_an_ascending_sequence_is_a_mask_in_the_store_too(tmp_path):
 def test_very_long_sequences_stay_within_the_budget():
     """Many more units than the model has: the calls are cut so that no more states are held than were budgeted."""
     hf = build("llama")
-    ev, _ = evaluator(hf, cache_bytes=2_000_000)
+    ev, _ = evaluator(hf, memory_bytes=2_000_000)
     rng = np.random.default_rng(0)
     sequences = [tuple(rng.integers(0, 2, 12).tolist()) for _ in range(150)]
     losses = ev.score_sequences(sequences)
     assert ev.stats.peak_activation_bytes <= 2_000_000
-    other, _ = evaluator(hf, cache_bytes=2_000_000)
+    other, _ = evaluator(hf, memory_bytes=2_000_000)
     assert other.score_sequences(sequences[::-1])[::-1].tobytes() == losses.tobytes()
 
 

@@ -69,7 +69,7 @@ def test_nothing_is_mixed_up(tmp_path, change):
     batch = make_batch(seed=3 if change == "data" else 1, rows=9)
     options = {"granularity": "sublayer"} if change == "granularity" else {}
     if change == "chunks":
-        options = {"cache_bytes": 400_000}
+        options = {"memory_bytes": 400_000}
     other = fp.Evaluator(model, tasks(batch), store=path, **options)
     other.score(np.repeat(MASKS, 2, axis=1) if change == "granularity" else MASKS)
     assert other.stats.store_hits == 0
@@ -103,7 +103,7 @@ def test_a_killed_run_keeps_what_it_had_finished(tmp_path):
 
 def in_chunks(**options) -> fp.Evaluator:
     """An evaluator whose budget cuts its rows into several chunks."""
-    return fp.Evaluator(make_model(), fp.Perplexity(make_batch(rows=60)), cache_bytes=400_000, **options)
+    return fp.Evaluator(make_model(), fp.Perplexity(make_batch(rows=60)), memory_bytes=400_000, **options)
 
 
 def test_a_run_that_is_killed_within_a_call_repeats_no_finished_chunk(tmp_path):

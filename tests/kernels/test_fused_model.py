@@ -28,7 +28,7 @@ def triton_operators(monkeypatch):
 
 
 def evaluator(hf, objective) -> fp.Evaluator:
-    ev = fp.Evaluator(hf, objective, backend="auto", cache_bytes=BUDGET)
+    ev = fp.Evaluator(hf, objective, backend="auto", memory_bytes=BUDGET)
     assert ev.backend == "fused (triton)"
     return ev
 

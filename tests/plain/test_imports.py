@@ -18,8 +18,8 @@ LAYERS = [
     {"errors"},
     {"records", "qubo", "figures"},
     {"masks"},
-    {"calibration", "models", "plan", "memory", "chunks", "fingerprint", "store", "racing"},
-    {"footprint"},
+    {"calibration", "models", "trie", "memory", "chunks", "fingerprint", "store", "racing"},
+    {"retention", "schedule", "states", "measures", "footprint"},
     {"objectives"},
     {"engine", "probes"},
     {"evaluator"},
@@ -123,7 +123,7 @@ def test_kernels_never_import_fastprune(path):
 
 
 def test_plans_and_masks_are_free_of_torch():
-    for name in ("plan", "masks", "objectives", "calibration", "errors"):
+    for name in ("trie", "retention", "schedule", "masks", "objectives", "calibration", "errors"):
         found = {module.split(".")[0] for module, _ in imports(PACKAGE / f"{name}.py", PACKAGE)}
         assert not found & {"torch", "transformers"}, name
 

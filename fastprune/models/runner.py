@@ -1,0 +1,47 @@
+"""The protocol of what executes units: the model's own layers (`Model`), or fused operators (`FusedModel`)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from .stand_ins import State
+
+
+class Runner(Protocol):
+    """Runs units on states, and the head on final states. The engine knows nothing else of a model.
+
+    A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these (`pack`, `unpack`). A
+    unit leaves its input as it is, since other masks still need it. path_name: what runs, as users read it.
+    """
+
+    path_name: str
+    device: torch.device
+
+    def open(self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None) -> tuple:
+        """The embedded tokens, and what every unit needs of a chunk besides them."""
+
+    def run(self, unit: int, state: State, arguments, granularity: str) -> State:
+        """The state after a unit. Skipping one is not calling this."""
+
+    def pack(self, state: State) -> torch.Tensor:
+        """A state as one tensor, to be kept."""
+
+    def unpack(self, packed: torch.Tensor, unit: int) -> State:
+        """The state that was packed, after a unit."""
+
+    def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
+        """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
+
+    def misses(self, states: torch.Tensor, tile) -> torch.Tensor:
+        """1 where a tile's target is not the most likely token, else 0, [M]."""
+
+    def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+        """KL(dense || masked) where a tile's targets are predicted, [M]."""
+
+    def head_bytes(self, measure: str) -> int:
+        """About what a measure holds for each position of a tile."""
+
+    def numerics(self) -> str:
+        """What the bits of a score depend on in this path, besides torch and transformers."""

@@ -1,0 +1,97 @@
+"""Which states are worth keeping beyond a call, for calls that come after it. Pure integers and NumPy.
+
+A later call asks for sequences that leave the trie at some node; it then runs what lies below the deepest known prefix.
+So a state is worth what it saves: how likely sequences leave at its node, or below it with nothing known in between,
+times the units from the next known prefix above. Every state weighs the same, so the least of these worths goes first,
+its likelihood passing on to the prefix above, until the states fit. What is left is spread over the trie: a chain
+of which few states fit keeps them at even distances, where a list of the most recently used would keep its beginning.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from .trie import Trie, levels
+
+FADE = 0.9  # how much of a likelihood is left after each call that does not pass the node
+MOST_CANDIDATES = 1 << 14  # states compared one by one; more only where more are retained
+
+
+def worth_retaining(trie: Trie, likelihood: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes whose states are best retained, int64[R], most worth first, R at most `capacity`; their likelihoods.
+
+    likelihood float64[K]: of trie.known, as the last call left them. Candidates are these and the wanted nodes.
+    """
+    if capacity <= 0:
+        return np.zeros(0, dtype=np.int64), np.zeros(0)
+    weight = np.zeros(len(trie.unit))
+    weight[trie.known_nodes] = FADE * likelihood
+    touched = trie.wanted.copy()
+    touched[trie.known_nodes] |= trie.asked[trie.known_nodes]
+    weight[touched] += 1
+    by_depth = levels(trie)
+    candidate = trie.wanted.copy()
+    candidate[trie.known_nodes] = True
+    candidate[0] = False
+    most = max(capacity, min(2 * capacity + 4096, MOST_CANDIDATES))
+    if np.count_nonzero(candidate) > most:
+        candidate &= _worth_most_alone(trie, by_depth, weight, most)
+    above = _nearest_above(trie, by_depth, candidate)
+    left = np.flatnonzero((weight > 0) & ~candidate)
+    weight = weight + np.bincount(above[left], weight[left], minlength=len(weight))
+    nodes = np.flatnonzero(candidate)
+    if len(nodes) > capacity:
+        kept = _least_worth_goes_first(nodes, above, trie.depth, weight, capacity)
+    else:
+        kept = nodes[np.argsort(-weight[nodes] * (trie.depth[nodes] - trie.depth[above[nodes]]), kind="stable")]
+    return kept, weight[kept]
+
+
+def _worth_most_alone(trie: Trie, by_depth: list[np.ndarray], weight: np.ndarray, count: int) -> np.ndarray:
+    """bool[n]: the nodes that would save most were theirs the only state: the likelihood below, times the depth."""
+    below = weight.copy()
+    for level in reversed(by_depth):
+        np.add.at(below, trie.parent[level], below[level])
+    chosen = np.zeros(len(below), dtype=bool)
+    chosen[np.argpartition(-below * trie.depth, count)[:count]] = True
+    return chosen
+
+
+def _nearest_above(trie: Trie, by_depth: list[np.ndarray], candidate: np.ndarray) -> np.ndarray:
+    """Of each node, the nearest candidate strictly above it, or the root, int64[n]."""
+    above = np.zeros(len(trie.unit), dtype=np.int64)
+    for level in by_depth:
+        parent = trie.parent[level]
+        above[level] = np.where(candidate[parent], parent, above[parent])
+    return above
+
+
+def _least_worth_goes_first(nodes, above, depth, weight, capacity) -> np.ndarray:
+    """The nodes that are left when all but `capacity` have gone, most worth first."""
+    gone: dict[int, int] = {}
+    above, depth, weight = above.tolist(), depth.tolist(), weight.tolist()
+
+    def nearest(node: int) -> int:
+        found = above[node]
+        while found in gone:
+            found = gone[found]
+        above[node] = found
+        return found
+
+    heap = [(weight[node] * (depth[node] - depth[above[node]]), -depth[node], node) for node in nodes.tolist()]
+    heapq.heapify(heap)
+    count = len(heap)
+    while count > capacity:
+        worth, order, node = heap[0]
+        up = nearest(node)
+        now = weight[node] * (depth[node] - depth[up])
+        if now > worth:  # what lay above it has gone, or what lay below
+            heapq.heapreplace(heap, (now, order, node))
+            continue
+        heapq.heappop(heap)
+        gone[node] = up
+        weight[up] += weight[node]
+        count -= 1
+    return np.array([node for _, _, node in sorted(heap, reverse=True)], dtype=np.int64)

@@ -1,0 +1,207 @@
+"""The prefix cache: states that outlive a call never change a bit, stay within their budget, and save what they can."""
+
+import numpy as np
+import pytest
+import torch
+from families import build, random_rows, some_masks
+from helpers import make_tasks
+
+import fastprune as fp
+from fastprune.states import DiskTier, HostTier, PrefixCache
+
+LENGTHS = [23, 9, 17, 23, 16, 9, 21]
+
+
+def objective(kind: str, vocab_size: int):
+    if kind == "tasks":
+        return fp.TaskMargin(make_tasks(vocab_size, [(11, [1, 4, 7]), (5, [2, 2]), (13, [3, 1, 1, 6])]))
+    batch = fp.TokenBatch.from_ids(random_rows(vocab_size, LENGTHS))
+    return fp.Perplexity(batch) if kind == "text" else fp.KLDivergence(batch)
+
+
+def state_bytes(hf, batch) -> int:
+    """Of one prefix over the whole batch, about: float32 states, padding included."""
+    return batch.num_rows * int(batch.row_lengths.max()) * hf.config.hidden_size * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity", "kind", "backend"),
+    [
+        ("llama", "block", "text", "generic"),
+        ("llama", "block", "text", "fused"),
+        ("llama", "sublayer", "tasks", "fused"),
+        ("gemma2-eager", "block", "tasks", "generic"),
+        ("gpt-neox", "sublayer", "kl", "generic"),  # the state between halves of a parallel block is three tensors
+        ("qwen3-moe", "block", "text", "generic"),
+    ],
+)
+@pytest.mark.parametrize("states", [None, 2, 9])
+def test_warm_cold_half_evicted_and_on_disk_give_the_same_bits(tmp_path, family, granularity, kind, backend, states):
+    hf = build(family)
+    target = objective(kind, hf.config.vocab_size)
+    halves = 3 if family == "gpt-neox" else 1
+    budget = None if states is None else states * halves * state_bytes(hf, target.batch)
+
+    def make(**options):
+        return fp.Evaluator(hf, target, backend, granularity, **options)
+
+    cold = make(cache_bytes=0)
+    masks = some_masks(cold.num_units, 20, seed=7)
+    expected = cold.score(masks)
+    warm, disk = make(cache_bytes=budget), make(cache_bytes=budget, cache_dir=tmp_path)
+    for ev in (warm, disk):
+        for group in np.array_split(np.arange(len(masks)), 4):
+            assert ev.score(masks[group]).tobytes() == expected[group].tobytes()
+        order = np.random.default_rng(8).permutation(len(masks))
+        assert ev.score(masks[order]).tobytes() == expected[order].tobytes()
+        assert ev.score_samples(masks, [1]).tobytes() == cold.score_samples(masks, [1]).tobytes()
+        assert ev.stats.cache_hits["device"] > 0
+        assert ev.stats.layer_runs < ev.stats.asked_layer_runs
+    if states is None:
+        assert warm.stats.layer_runs == warm.stats.unbounded_layer_runs
+    else:
+        assert 0 < warm.stats.cache_bytes <= budget
+        assert warm.stats.unbounded_layer_runs < warm.stats.layer_runs
+        assert disk.stats.cache_hits["disk"] > 0
+        assert disk.stats.layer_runs == disk.stats.unbounded_layer_runs
+    assert list(tmp_path.iterdir()) == []  # nothing is left there, whatever becomes of the process
+
+
+def test_a_search_runs_each_prefix_once():
+    hf = build("llama")
+    target = objective("text", hf.config.vocab_size)
+    ev, none = fp.Evaluator(hf, target), fp.Evaluator(hf, target, cache_bytes=0)
+    found, without = (fp.run_search(each, "greedy", 3) for each in (ev, none))
+    assert found.history == without.history
+    sequences = [tuple(np.flatnonzero(fp.from_removed([removed], 5)[0])) for removed, _ in found.history]
+    assert found.layer_runs == len({s[:i] for s in sequences for i in range(1, len(s) + 1)}) < without.layer_runs
+    assert ev.stats.unbounded_layer_runs == none.stats.unbounded_layer_runs == found.layer_runs
+
+
+def test_changed_weights_and_switches_empty_it():
+    hf = build("llama")
+    target = objective("text", hf.config.vocab_size)
+    ev = fp.Evaluator(hf, target)
+    masks = some_masks(5, 20, seed=3)
+    ev.score(masks)
+    with torch.no_grad():
+        hf.model.layers[0].mlp.down_proj.weight *= 1.5
+    assert ev.score(masks).tobytes() == fp.Evaluator(hf, target, cache_bytes=0).score(masks).tobytes()
+    runs = ev.stats.layer_runs
+    torch.set_float32_matmul_precision("high")
+    try:
+        ev.score(masks)
+        assert ev.stats.layer_runs - runs == ev.stats.asked_layer_runs / 3
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_call_that_is_broken_off_leaves_only_whole_states():
+    hf = build("llama")
+    target = objective("text", hf.config.vocab_size)
+    masks = some_masks(5, 20, seed=10)
+    expected = fp.Evaluator(hf, target, cache_bytes=0).score(masks)
+    for stop in range(1, 12):
+        ev = fp.Evaluator(hf, target, cache_bytes=6 * state_bytes(hf, target.batch))
+        ev.score(masks[:4])
+        calls = []
+
+        def interrupt(done, total, stop=stop, calls=calls):
+            calls.append(done)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+
+        ev.progress = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            ev.score(masks)
+        ev.progress = None
+        assert ev.score(masks).tobytes() == expected.tobytes()
+
+
+def test_out_of_memory_gives_up_states_before_bits(monkeypatch):
+    hf = build("llama")
+    target = objective("text", hf.config.vocab_size)
+    masks = some_masks(5, 20, seed=11)
+    expected = fp.Evaluator(hf, target, backend="generic", cache_bytes=0).score(masks)
+    ev = fp.Evaluator(hf, target, backend="generic")
+    ev.score(masks[:10])
+    nll, failures = fp.Model.nll, [1]
+
+    def fails_once(self, states, tile):
+        if failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return nll(self, states, tile)
+
+    monkeypatch.setattr(fp.Model, "nll", fails_once)
+    with pytest.warns(RuntimeWarning, match="out of memory: going on with a smaller prefix cache"):
+        assert ev.score(masks).tobytes() == expected.tobytes()
+    assert ev.stats.masks == 10 + len(masks)
+
+
+def test_a_disk_that_fills_up_is_given_up_with_one_warning(tmp_path, monkeypatch):
+    hf = build("llama")
+    target = objective("text", hf.config.vocab_size)
+    masks = some_masks(5, 20, seed=12)
+    expected = fp.Evaluator(hf, target, cache_bytes=0).score(masks)
+    put, left = DiskTier.put, [None] * 3
+
+    def fills_up(self, key, state):
+        if not left:
+            raise OSError(28, "No space left on device")
+        left.pop()
+        put(self, key, state)
+
+    monkeypatch.setattr(DiskTier, "put", fills_up)
+    ev = fp.Evaluator(hf, target, cache_bytes=2 * state_bytes(hf, target.batch), cache_dir=tmp_path / "made")
+    with pytest.warns(RuntimeWarning, match="no more states are kept there: .*No space left") as warned:
+        for group in np.array_split(np.arange(len(masks)), 4):
+            assert ev.score(masks[group]).tobytes() == expected[group].tobytes()
+    assert len(warned) == 1
+
+
+def test_tiers_return_the_bits_they_were_given(tmp_path):
+    cpu = torch.device("cpu")
+    for tier in (HostTier(cpu), DiskTier(tmp_path, cpu)):
+        for dtype in (torch.bfloat16, torch.float32):
+            states = {(0, (i,)): torch.randn(3, 2, 5, 7).to(dtype)[i % 3] for i in range(6)}
+            for key, state in states.items():
+                tier.put(key, state)
+            tier.drop((0, (1,)))
+            tier.put((0, (1,)), states[0, (1,)])
+            for key, state in states.items():
+                found = tier.get(key)
+                assert found.dtype == dtype
+                assert torch.equal(found, state)
+            for key in states:
+                tier.drop(key)
+
+
+def test_a_cache_without_room_holds_nothing():
+    cache = PrefixCache(0, None, torch.device("cpu"))
+    cache.start(100)
+    assert cache.capacity() == 0
+    cache.put(0, (1,), torch.zeros(25))
+    assert cache.bytes == 0
+
+
+def test_the_measure_greedy_counts_tokens_that_are_not_the_most_likely():
+    hf = build("llama")
+    batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, LENGTHS))
+    masks = some_masks(5, 20, seed=13)[:6]
+
+    class Greedy(fp.Perplexity):
+        measure = "greedy"
+
+    for backend in ("generic", "fused"):
+        ev = fp.Evaluator(hf, Greedy(batch), backend)
+        sums = ev.sums(masks)
+        assert sums.shape == (len(masks), 2, batch.num_rows)
+        assert ev.score(masks).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch), backend).score(masks).tobytes()
+        for mask, of_mask in zip(masks, sums[:, 1]):
+            model = fp.Model(hf).pruned(np.flatnonzero(~mask).tolist())
+            for row, misses in enumerate(of_mask):
+                ids = torch.tensor(batch.ids[batch.row_starts[row] : batch.row_starts[row + 1]])[None]
+                with torch.no_grad():
+                    likely = model(input_ids=ids, use_cache=False).logits[0, :-1].argmax(dim=-1)
+                assert misses == (likely != ids[0, 1:]).sum()

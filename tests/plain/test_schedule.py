@@ -1,0 +1,227 @@
+"""Schedules: as many unit runs as there are new prefixes, steps that really produce every mask, states retained."""
+
+import itertools
+
+import numpy as np
+import pytest
+from synthetic import SyntheticEvaluator
+
+import fastprune as fp
+from fastprune.schedule import ROOT, make_schedule, max_slots
+from fastprune.trie import Seen, kept_units, make_trie
+
+
+def count_prefixes(masks) -> int:
+    """Distinct non-empty prefixes of the sequences of kept units, one by one."""
+    prefixes = set()
+    for mask in masks:
+        kept = tuple(np.flatnonzero(mask))
+        prefixes.update(kept[: i + 1] for i in range(len(kept)))
+    return len(prefixes)
+
+
+def execute(schedule, trie, cache: set | None = None, capacity: int = 0) -> dict[int, tuple[int, ...]]:
+    """Run the steps on tuples of units in place of states; the sequence that each end was reached by.
+
+    cache: the prefixes that earlier schedules retained, which this one changes.
+    """
+    cache = set() if cache is None else cache
+    assert set(schedule.known) == cache
+    cache -= set(schedule.dropped)
+    slots: list[tuple[int, ...] | None] = [None] * schedule.num_slots
+    finished, runs = {}, 0
+    for number, step in enumerate(schedule.steps):
+        if step.source == ROOT:
+            assert number == 0  # the embeddings are not kept: only the first step may read them
+            state = ()
+        elif step.source >= 0:
+            state = slots[step.source]
+            assert state is not None, "reads a slot that holds nothing"
+            if step.last_use:
+                slots[step.source] = None
+        else:
+            state = schedule.known[-2 - step.source]
+            assert state in cache, "reads a state that is gone"
+            if step.last_use:
+                cache.remove(state)
+        retained = dict(step.retained)
+        for count, unit in enumerate(step.units, start=1):
+            state = (*state, unit)
+            runs += 1
+            if count in retained:
+                assert retained[count] == state
+                assert state not in cache
+                cache.add(state)
+                assert len(cache) <= capacity
+        if step.end >= 0:
+            assert step.end not in finished
+            finished[step.end] = state
+        if step.target >= 0:
+            assert slots[step.target] is None, "overwrites a state that is still needed"
+            slots[step.target] = state
+    assert slots == [None] * schedule.num_slots, "holds a state that nobody reads"
+    assert runs == schedule.unit_runs == trie.wanted_runs
+    assert set(schedule.retained) == cache
+    assert len(schedule.likelihood) == len(cache) == len(schedule.retained)
+    return finished
+
+
+def random_fields():
+    rng = np.random.default_rng(0)
+    for num_units in (1, 2, 5, 8, 9, 17, 33):
+        for count in (1, 2, 7, 40, 150):
+            for share in (0.1, 0.5, 0.9):
+                yield rng.random((count, num_units)) < share
+    for num_units in (4, 7):
+        yield np.array(list(itertools.product([False, True], repeat=num_units)))
+        yield np.zeros((3, num_units), dtype=bool)
+        yield np.ones((3, num_units), dtype=bool)
+        yield np.tri(num_units, dtype=bool)
+        yield np.triu(np.ones((num_units, num_units), dtype=bool))
+        yield np.zeros((0, num_units), dtype=bool)
+    yield np.zeros((2, 0), dtype=bool)
+
+
+@pytest.mark.parametrize("masks", list(random_fields()), ids=lambda masks: "x".join(map(str, masks.shape)))
+def test_steps_produce_every_mask_with_the_least_work(masks):
+    original = masks.copy()
+    trie = make_trie(kept_units(masks))
+    schedule = make_schedule(trie)
+    assert np.array_equal(masks, original)
+    assert trie.layer_runs == count_prefixes(masks) == schedule.unit_runs
+    assert trie.naive_layer_runs == masks.sum()
+    assert len(set(trie.sequences)) == len(trie.sequences) == len({m.tobytes() for m in masks})
+    assert [trie.sequences[i] for i in trie.index] == [tuple(np.flatnonzero(mask)) for mask in masks]
+
+    assert execute(schedule, trie) == dict(enumerate(trie.sequences))
+    assert schedule.num_slots <= max_slots(masks.shape[1], len(trie.sequences))
+    targets = {step.target for step in schedule.steps if step.target >= 0}
+    assert targets == set(range(schedule.num_slots))
+
+
+def test_slots_of_all_masks_grow_with_depth_only():
+    """All 2^n masks need about n slots, not one for each of the 2^n states."""
+    for num_units in (3, 6, 10):
+        masks = np.array(list(itertools.product([False, True], repeat=num_units)))
+        assert make_schedule(make_trie(kept_units(masks))).num_slots <= num_units + 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_order_of_the_masks_does_not_change_the_schedule(seed):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((60, 12)) < 0.6
+    one, other = make_trie(kept_units(masks)), make_trie(kept_units(masks[rng.permutation(60)]))
+    assert make_schedule(one).steps == make_schedule(other).steps
+    assert one.sequences == other.sequences
+
+
+def test_ten_thousand_masks_of_eighty_units():
+    masks = np.random.default_rng(1).random((10_000, 80)) < 0.9
+    trie = make_trie(kept_units(masks))
+    assert trie.layer_runs == count_prefixes(masks)
+    schedule = make_schedule(trie, capacity=50)
+    assert schedule.num_slots <= max_slots(80, len(trie.sequences)) <= 14
+    assert len(schedule.retained) == 50
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sequences_that_repeat_and_reorder(seed):
+    rng = np.random.default_rng(seed)
+    sequences = [tuple(rng.integers(0, 4, rng.integers(0, 9)).tolist()) for _ in range(120)]
+    trie = make_trie(sequences)
+    prefixes = {sequence[: i + 1] for sequence in sequences for i in range(len(sequence))}
+    assert trie.layer_runs == len(prefixes)
+    assert trie.naive_layer_runs == sum(map(len, sequences))
+    assert [trie.sequences[i] for i in trie.index] == sequences
+    schedule = make_schedule(trie)
+    assert execute(schedule, trie) == dict(enumerate(trie.sequences))
+    assert schedule.num_slots <= max_slots(8, len(trie.sequences))
+
+
+def prefixes_of(sequence) -> list[tuple[int, ...]]:
+    return [tuple(sequence[:i]) for i in range(1, len(sequence) + 1)]
+
+
+def test_nodes_are_the_prefixes_and_wanted_ones_lie_below_what_is_known():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        units = rng.integers(1, 7)
+        asked = [tuple(rng.integers(0, units, rng.integers(0, 6)).tolist()) for _ in range(rng.integers(0, 8))]
+        pool = [prefix for sequence in [*asked, (0, 0, 1)] for prefix in prefixes_of(sequence)]
+        known = list(dict.fromkeys(pool[i] for i in rng.permutation(len(pool))[: rng.integers(0, 5)]))
+        trie = make_trie(asked, known)
+        found = [trie.prefix(node) for node in range(len(trie.unit))]
+        assert sorted(found) == sorted({prefix for s in [*asked, *known] for prefix in prefixes_of(s)} | {()})
+        assert all(trie.parent[node] < node for node in range(1, len(found)))
+        assert [trie.prefix(node) for node in trie.known_nodes] == known
+        assert [trie.prefix(node) for node in trie.ends] == list(trie.sequences)
+        wanted = set()
+        for sequence in asked:
+            deepest = max([0, *(len(prefix) for prefix in known if sequence[: len(prefix)] == prefix)])
+            wanted.update(prefixes_of(sequence)[deepest:])
+        assert {found[node] for node in np.flatnonzero(trie.wanted)} == wanted
+        assert {found[node] for node in np.flatnonzero(trie.asked)} == {p for s in asked for p in prefixes_of(s)}
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 3, 8, 1000])
+def test_calls_one_after_the_other_reach_every_end_within_the_capacity(capacity):
+    rng = np.random.default_rng(capacity)
+    for _ in range(60):
+        known, likelihood, cache, ever, seen = (), None, set(), set(), Seen()
+        for _ in range(6):
+            asked = [tuple(rng.integers(0, 5, rng.integers(0, 6)).tolist()) for _ in range(rng.integers(0, 12))]
+            trie = make_trie(asked, known)
+            schedule = make_schedule(trie, likelihood, capacity)
+            assert execute(schedule, trie, cache, capacity) == dict(enumerate(trie.sequences))
+            assert schedule.num_slots <= max_slots(5, len(trie.sequences))
+            new = {prefix for sequence in asked for prefix in prefixes_of(sequence)} - ever
+            ever |= new
+            assert seen.add(0, trie) == len(new)
+            if capacity == 1000:
+                assert schedule.unit_runs == len(new)
+            known, likelihood = schedule.retained, schedule.likelihood
+
+
+class Recorder(SyntheticEvaluator):
+    """Notes the sequences of every call."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.trace = []
+
+    def score(self, masks):
+        self.trace.append(kept_units(np.asarray(masks)))
+        return super().score(masks)
+
+    def score_samples(self, masks, samples=None):
+        self.trace.append(kept_units(np.asarray(masks)))
+        return super().score_samples(masks, samples)
+
+
+def runs_over_a_search(trace, capacity: int) -> int:
+    known, likelihood, runs = (), None, 0
+    for asked in trace:
+        schedule = make_schedule(make_trie(asked, known), likelihood, capacity)
+        known, likelihood, runs = schedule.retained, schedule.likelihood, runs + schedule.unit_runs
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "thousand", "hundred"),
+    [
+        ("greedy", {}, 0.95, 0.75),
+        ("beam", {"beam_width": 5}, 0.8, 0.3),
+        ("evopress", {"offspring": 32, "generations": 40}, 0.8, 0.3),
+    ],
+)
+def test_a_search_of_32_blocks_costs_its_distinct_prefixes(algorithm, options, thousand, hundred, record_property):
+    """What a cache of so many states saves, as a share of what one without bounds saves over sharing within calls."""
+    ev = Recorder(32, num_samples=64)
+    fp.run_search(ev, algorithm, 7, **options)
+    every = {prefix for asked in ev.trace for sequence in asked for prefix in prefixes_of(sequence)}
+    within = runs_over_a_search(ev.trace, 0)
+    assert runs_over_a_search(ev.trace, 10**6) == len(every)
+    for capacity, share in ((1000, thousand), (100, hundred)):
+        found = (within - runs_over_a_search(ev.trace, capacity)) / (within - len(every))
+        record_property(f"{capacity} states", found)
+        assert found >= share, capacity
