@@ -231,7 +231,8 @@ def _print_cost(evaluator, sizes: list[int]) -> None:
     say(
         f"{stats.masks} mask{'s' * (stats.masks != 1)} that remove{'s' * (stats.masks == 1)} {removed} of "
         f"{evaluator.num_units} units: {stats.layer_runs:.0f} layer runs where one pass per mask takes "
-        f"{stats.naive_layer_runs:.0f}{saved and f' ({saved})'}{dense}{known}, {stats.seconds:.1f} s"
+        f"{stats.naive_layer_runs:.0f}{saved and f' ({saved})'}{dense}{known}, {stats.seconds:.1f} s; "
+        f"{stats.cache_bytes / 2**20:.0f} MiB of states were kept"
     )
 
 
