@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-import triton
-
 from fastprune_kernels.launch import INTERPRETED
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
-if INTERPRETED and _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 4):
-    # a range() over a tensor makes an index of an array of one element, which NumPy no longer does
-    pytest.skip(
-        f"the interpreter of Triton {triton.__version__} does not run with NumPy {np.__version__}: "
-        "it takes NumPy below 2.4, or Triton 3.7",
-        allow_module_level=True,
-    )
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
