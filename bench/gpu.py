@@ -2,9 +2,9 @@
 
 First the promise: scores are the same to the bit in whatever company. Then the card's own ceilings, one block, the loss
 kernels, a beam search, the tests, and what may be cut: every other kernel against its floor and against torch, and
-whole searches with random weights against one transformers forward pass per mask. Sections run in a process of their own, and
-every finding is on disk as it is made: one that hangs is killed at its limit, and the others go on in a new process.
-Sections that time does not allow are skipped, and said to be. A table is printed at the end.
+whole searches with random weights against one transformers forward pass per mask. Sections run in a process of their
+own, and every finding is on disk as it is made: one that hangs is killed at its limit, and the others go on in a new
+process. Sections that time does not allow are skipped, and said to be. A table is printed at the end.
 `--device cpu --tiny` runs every line of it at shapes that Triton's interpreter can run; its times mean nothing.
 """
 
