@@ -68,7 +68,7 @@ def _measure(bench: Bench, case: Case) -> dict:
     result |= bench.time(case.ours)
     result |= bench.against_floor(result["ms"], case.moved, case.flops)
     if case.keeps:
-        result["extra_bytes"] = peak_bytes(case.ours, bench.device)[1]
+        result["extra_bytes"] = peak_bytes(case.ours)[1]
     for name, other in case.others.items():
         result[name] = _attempt(bench, other)
     if case.compiled is not None and bench.compiles:
