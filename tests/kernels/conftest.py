@@ -15,8 +15,11 @@ import importlib
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 
+import pytest
 import torch
+import triton_interpreter
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -33,7 +36,7 @@ def _import_kernels() -> None:
         for name in ("norm", "gated_mlp", "rope", "linear_loss", "attention"):
             importlib.import_module(f"fastprune_kernels.{name}")
         if not torch.cuda.is_available():
-            importlib.import_module("triton_interpreter").mend()
+            triton_interpreter.mend()
     finally:
         if before is None:
             os.environ.pop("TRITON_INTERPRET", None)
@@ -43,3 +46,29 @@ def _import_kernels() -> None:
 
 if HAS_TRITON:
     _import_kernels()
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that ask for `arithmetic` run twice under the interpreter: exact, and as inexact as compiled code may be.
+
+    The second time in float32: of 16-bit outputs a unit in float32's last place says nothing.
+    """
+    if "arithmetic" in metafunc.fixturenames:
+        modes = ["compiled"] if torch.cuda.is_available() else ["exact", "approximate"]
+        metafunc.parametrize("arithmetic", modes, indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = [item for item in items if not _says_nothing(getattr(item, "callspec", None))]
+
+
+def _says_nothing(call) -> bool:
+    halves = (torch.float16, torch.bfloat16)
+    return call is not None and call.params.get("arithmetic") == "approximate" and call.params.get("dtype") in halves
+
+
+@pytest.fixture
+def arithmetic(request):
+    mode = triton_interpreter.approximate() if request.param == "approximate" else nullcontext()
+    with mode:
+        yield

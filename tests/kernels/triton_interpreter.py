@@ -6,14 +6,37 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import contextmanager
 
 import numpy as np
+
+_approximate = False
+
+
+@contextmanager
+def approximate():
+    """Makes exp, exp2, log, log2, rsqrt and division of float32 numbers miss by one unit in the last place, as compiled
+    code may; up or down by the bits of the result, so that the same operands always give the same.
+
+    What the hardware gives exactly stays exact: zeros, what is not finite, and the exponential of zero.
+    """
+    global _approximate
+    _approximate = True
+    try:
+        yield
+    finally:
+        _approximate = False
+
+
+def is_approximate() -> bool:
+    return _approximate
 
 
 def mend() -> bool:
     """Whether the interpreter, as it came, would not have run with this NumPy."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     _order_products(interpreter)
+    _perturb(interpreter)
     return _mend_index(interpreter)
 
 
@@ -35,6 +58,32 @@ def _order_products(interpreter) -> None:
         return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _perturb(interpreter) -> None:
+    """Lets the functions that compiled code approximates be off, inside `approximate`."""
+    builder = interpreter.InterpreterBuilder
+
+    def perturbed(own, is_exponential):
+        def call(self, *operands):
+            result = own(self, *operands)
+            if _approximate and result.data.dtype == np.float32:
+                missed = _miss(result.data)
+                result.data = np.where(operands[0].data == 0, result.data, missed) if is_exponential else missed
+            return result
+
+        return call
+
+    for name in ("exp", "exp2", "log", "log2", "rsqrt", "fdiv"):
+        own = getattr(builder, f"create_{name}")
+        setattr(builder, f"create_{name}", perturbed(own, name.startswith("exp")))
+
+
+def _miss(exact: np.ndarray) -> np.ndarray:
+    """The next number above or below, by a hash of the bits."""
+    up = np.ascontiguousarray(exact).view(np.uint32) * np.uint32(2654435761) >> np.uint32(31)
+    missed = np.nextafter(exact, np.where(up == 1, np.inf, -np.inf).astype(np.float32))
+    return np.where(np.isfinite(exact) & (exact != 0), missed, exact)
 
 
 def _mend_index(interpreter) -> bool:
