@@ -1,8 +1,10 @@
 """What the kernels and the fused path reach on a GPU: `python bench/gpu.py`, from a source tree, in 9 minutes.
 
-Runs the tests on the GPU, measures the card's own ceilings, each kernel against its floor and against torch, one block,
-and whole searches with random weights against one transformers forward pass per mask. Writes a JSON file after every
-finding and prints a table. Sections that time does not allow are skipped, and said to be.
+First the promise: scores are the same to the bit in whatever company. Then the card's own ceilings, one block, the loss
+kernels, a beam search, the tests, and what may be cut: every other kernel against its floor and against torch, and
+whole searches with random weights against one transformers forward pass per mask. Sections run in a process of their
+own, and every finding is on disk as it is made: one that hangs is killed at its limit, and the others go on in a new
+process. Sections that time does not allow are skipped, and said to be. A table is printed at the end.
 `--device cpu --tiny` runs every line of it at shapes that Triton's interpreter can run; its times mean nothing.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import signal
@@ -20,50 +23,113 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests" / "kernels")]
 
-# in order of importance: what comes later is what time may run out for
-SECTIONS = ("tests", "ceilings", "kernels", "block", "pairs", "margin", "beam", "pairs, Qwen3", "margin, Qwen3")
-NEEDS = {"kernels": 60, "block": 30, "pairs": 60, "margin": 30, "beam": 45, "pairs, Qwen3": 60, "margin, Qwen3": 30}
+# In order of importance: what comes later is what time may run out for. Seconds that must be left to begin a section,
+# and that it may take at most.
+SECTIONS = {
+    "bits": (20, 120),
+    "ceilings": (5, 30),
+    "block": (20, 60),
+    "loss": (20, 90),
+    "beam": (45, 160),
+    "tests": (20, 130),
+    "kernels": (30, 120),
+    "margin": (30, 60),
+    "pairs": (60, 150),
+    "margin, Qwen3": (30, 60),
+    "pairs, Qwen3": (60, 150),
+}
 TESTS = ("kernels/test_fused_model", "kernels/test_norm", "kernels/test_rope", "kernels/test_gated_mlp")
-TESTS += ("kernels/test_linear_loss", "kernels/test_attention", "kernels/test_reference", "engine/test_fused")
-TEST_SECONDS = 130
+TESTS += ("kernels/test_linear_loss", "kernels/test_attention", "kernels/test_reference")
+UNUSABLE = 3  # exit status of a worker whose device a fault has left unusable
 
 
 def main() -> int:
     arguments = parse()
     if arguments.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-    from gpu_measure import Bench, time_limit
+    if arguments.reports is not None:
+        return work(arguments)
+    from gpu_watch import watch
 
-    bench = Bench(arguments.device, arguments.tiny, arguments.minutes, arguments.out, arguments.tune, arguments.resume)
-    if arguments.device == "cpu":
-        from fastprune.models import fused
-
-        # whole searches with torch's operators: interpreted ones crawl
-        fused.fast_operators = lambda device, dtype: None
     if not arguments.resume:
+        save(arguments.out, {})
+    started = time.monotonic()
+
+    def command(sections: list[str], descriptor: int) -> list[str]:
+        minutes = arguments.minutes - (time.monotonic() - started) / 60
+        words = [sys.executable, __file__, "--device", arguments.device, "--out", str(arguments.out), "--resume"]
+        words += ["--minutes", f"{minutes:.3f}", "--only", "+".join(sections), "--reports", str(descriptor)]
+        return words + ["--tiny"] * arguments.tiny + ["--tune"] * arguments.tune
+
+    def failed(section: str, why: str) -> None:
+        print(f"{section}: {why}", flush=True)
+        results = json.loads(arguments.out.read_text())
+        results[section] = {**results.get(section, {}), "failed": results.get(section, {}).get("failed", why)}
+        save(arguments.out, results)
+
+    began = watch(command, arguments.only, failed)
+    results = json.loads(arguments.out.read_text())
+    if "machine" in results:
+        save(arguments.out, results | {"goals": {"rows": goals(results)}})
+        print(table(json.loads(arguments.out.read_text())))
+    return 0 if began else 1
+
+
+def save(out: Path, results: dict) -> None:
+    """A run that is cut short leaves a whole file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(part, out)
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Run the sections, in this process, and report each to the one that watches."""
+    from gpu_measure import Bench, time_limit
+    from gpu_watch import Reports
+
+    bench = Bench(arguments.device, arguments.tiny, arguments.minutes, arguments.out, arguments.tune)
+    reports = Reports(arguments.reports)
+    if arguments.device == "cpu":
+        _interpret()
+    if "machine" not in bench.results:
         bench.save("machine", machine(bench))
-    for i, section in enumerate(arguments.only):
-        if bench.left() < (0 if bench.tiny else NEEDS.get(section, 15)):
-            bench.save(section, {"skipped": f"{bench.left():.0f} s were left"})
+    for section in arguments.only:
+        least, most = SECTIONS[section]
+        if bench.left_in_all() < (0 if bench.tiny else least):
+            bench.save(section, {"skipped": f"{bench.left_in_all():.0f} s were left"})
             continue
-        print(f"{section} ({bench.left():.0f} s left)", flush=True)
+        limit = bench.begin(most)
+        reports.begins(section, limit)
+        print(f"{section} ({bench.left_in_all():.0f} s left)", flush=True)
         started = time.monotonic()
         try:
-            with time_limit(bench.left() - 5):
+            with time_limit(limit):
                 run(bench, section)
         except Exception as error:
             traceback.print_exc()
             failed = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
             bench.save(section, {**bench.results.get(section, {}), **failed})
-            if bench.is_broken() and arguments.only[i + 1 :]:
-                begin_again(arguments, arguments.only[i + 1 :], bench.left() / 60)
-        bench.results[section]["section_s"] = time.monotonic() - started
+            if bench.is_broken():
+                return UNUSABLE
+        bench.save(section, {**bench.results[section], "section_s": time.monotonic() - started})
         bench.free()
-    bench.save("goals", {"rows": goals(bench.results)})
-    print(table(bench.results))
     return 0
+
+
+def _interpret() -> None:
+    """Kernels under Triton's interpreter; whole searches with torch's operators, since interpreted ones crawl."""
+    import numpy
+    import triton
+    import triton_interpreter
+
+    from fastprune.models import fused
+
+    fused.fast_operators = lambda device, dtype: None
+    if triton_interpreter.mend():
+        print(f"the interpreter of Triton {triton.__version__} is mended to run with NumPy {numpy.__version__}")
 
 
 def parse() -> argparse.Namespace:
@@ -75,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split("+"), help=f"sections: {'+'.join(SECTIONS)}")
     parser.add_argument("--tune", action="store_true", help="time other configurations of the kernels as well")
     parser.add_argument("--resume", action="store_true", help="add to what the file already holds")
+    parser.add_argument("--reports", type=int, help=argparse.SUPPRESS)  # of a worker: the descriptor it reports to
     arguments = parser.parse_args()
     wanted = arguments.only or list(SECTIONS)
     unknown = set(wanted) - set(SECTIONS)
@@ -84,6 +151,8 @@ def parse() -> argparse.Namespace:
         parser.error("--device cpu runs an interpreter: it needs --tiny")
     if arguments.resume and not arguments.out.is_file():
         parser.error(f"--resume: {arguments.out} is not there")
+    if arguments.minutes <= 0:
+        parser.error(f"--minutes must be above 0, not {arguments.minutes:g}")
     if not arguments.resume and "ceilings" not in wanted:
         wanted = ["ceilings", *wanted]  # floors are reckoned by them
     arguments.only = [section for section in SECTIONS if section in wanted]
@@ -93,28 +162,21 @@ def parse() -> argparse.Namespace:
 
 
 def run(bench, section: str) -> None:
+    import gpu_bits
     import gpu_kernels
     import gpu_models
 
     name = "Qwen3 8B" if section.endswith("Qwen3") else "LLaMA-3 8B"
     part = section.removesuffix(", Qwen3")
-    if part == "kernels":
-        gpu_kernels.run(bench)
+    if part in ("loss", "kernels"):
+        gpu_kernels.run(bench, section)
     elif part == "tests":
-        bench.save(section, tests(min(TEST_SECONDS, 0.3 * bench.left())))
+        bench.save(section, tests(bench.left() - 5))
     elif part == "ceilings":
         bench.save(section, bench.ceilings())
     else:
-        bench.save(section, {"model": name, **getattr(gpu_models, part)(bench, name)})
-
-
-def begin_again(arguments: argparse.Namespace, sections: list[str], minutes: float) -> None:
-    """After a fault that leaves the device unusable for this process: go on in a new one. Does not return."""
-    command = [sys.executable, __file__, "--device", arguments.device, "--out", str(arguments.out), "--resume"]
-    command += ["--minutes", f"{minutes:.2f}", "--only", "+".join(sections)]
-    command += ["--tiny"] * arguments.tiny + ["--tune"] * arguments.tune
-    print("the device is unusable for this process; going on in a new one", flush=True)
-    os.execv(sys.executable, command)
+        module = gpu_bits if part == "bits" else gpu_models
+        bench.save(section, {"model": name, **getattr(module, part)(bench, name)})
 
 
 def tests(limit: float) -> dict:
@@ -169,7 +231,6 @@ def machine(bench) -> dict:
 
 def goals(results: dict) -> list[list[str]]:
     """[goal, measured, met or by how much not], a row for each goal."""
-    kernels = results.get("kernels", {})
 
     def of(*path: str):
         found = results
@@ -187,10 +248,15 @@ def goals(results: dict) -> list[list[str]]:
         met = None if value is None else "met" if value <= most else f"missed: {value / most:.2f} times it"
         rows.append([goal, "not measured" if value is None else f"{value:.3g}{unit}", met or "open"])
 
+    cases = of("bits", "cases") or {}
+    equal = [case["finite"] and not any(d["numbers"] for d in case["different"].values()) for case in cases.values()]
+    said = f"{sum(equal)} of {len(equal)} cases" if of("bits", "equal") is not None else "not measured"
+    met = "open" if not equal else "met" if of("bits", "equal") else "missed"
+    rows.append(["bits: the same scores in whatever company", said, met])
     for name in ("add_rms_norm", "gated_mlp", "rotary", "rotary, q/k norm"):
         at_least(f"{name}: 0.8 of the copy bandwidth", of("kernels", name, "of_floor"), 0.8)
-    at_least("linear_nll: 0.8 of the matrix product's rate", of("kernels", "linear_nll", "of_floor"), 0.8)
-    extra = kernels.get("linear_nll", {}).get("extra_bytes")
+    at_least("linear_nll: 0.8 of the matrix product's rate", of("loss", "linear_nll", "of_floor"), 0.8)
+    extra = of("loss", "linear_nll", "extra_bytes")
     at_most("linear_nll: less than 1 GB besides its operands", extra and extra / 1e9, 1, " GB")
     at_least("one block: 0.75 of the matrix product's rate", of("block", "of_floor"), 0.75)
     for section in ("pairs", "pairs, Qwen3"):
@@ -212,7 +278,7 @@ def table(results: dict) -> str:
         said = results["tests"]
         lines.append(f"tests: {said.get('skipped') or said.get('failed') or said['tail'][-1:]} ({said.get('status')})")
     rows = [["kernel", "floor ms", "ms", "of floor", "beside it, ms"]]
-    for name, found in results.get("kernels", {}).items():
+    for name, found in (results.get("loss", {}) | results.get("kernels", {})).items():
         if isinstance(found, dict):
             rows.append(_timing_row(name, found))
     if "ms" in results.get("block", {}):
@@ -220,8 +286,8 @@ def table(results: dict) -> str:
     lines += ["", *_aligned(rows)]
     for section in SECTIONS:
         found = results.get(section)
-        if found is not None and section not in ("tests", "kernels"):
-            shown = ("masks", "loop_s", "transformers_s", "fastprune_s", "speedup", "flop_ratio", "agrees")
+        if found is not None and section != "tests":
+            shown = ("equal", "masks", "loop_s", "transformers_s", "fastprune_s", "speedup", "flop_ratio", "agrees")
             shown += ("seconds", "floor_s", "stopped", "skipped", "failed")
             said = [f"{key} {_format(found[key])}" for key in shown if key in found]
             lines += [f"{section}: {', '.join(said)}"] * bool(said)
@@ -238,7 +304,7 @@ def _timing_row(name: str, found: dict) -> list[str]:
         for other, timing in found.items()
         if isinstance(timing, dict) and ("ms" in timing or "failed" in timing)
     ]
-    return [name, *(_format(found[key]) for key in ("floor_ms", "ms", "of_floor")), "; ".join(beside)]
+    return [name, *(_format(found.get(key, "")) for key in ("floor_ms", "ms", "of_floor")), "; ".join(beside)]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

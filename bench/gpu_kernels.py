@@ -42,11 +42,11 @@ class Case:
     keeps: bool = False
 
 
-def run(bench: Bench) -> None:
-    """Measure every kernel; what fails is noted and the others go on."""
+def run(bench: Bench, section: str) -> None:
+    """Measure every kernel of a section, "loss" or "kernels"; what fails is noted and the others go on."""
     found: dict[str, dict] = {}
-    for name, make in kernels():
-        if bench.left() < bench.pick(60, 1):
+    for name, make in loss() if section == "loss" else others():
+        if bench.left() < bench.pick(10, 1):
             found[name] = {"skipped": "no time left"}
         else:
             try:
@@ -54,10 +54,10 @@ def run(bench: Bench) -> None:
             except Exception as error:
                 found[name] = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
                 if bench.is_broken():
-                    bench.save("kernels", found)
+                    bench.save(section, found)
                     raise
         print(f"  {name}: {found[name].get('ms', found[name])}", flush=True)
-        bench.save("kernels", found)
+        bench.save(section, found)
         bench.free()
 
 
@@ -66,10 +66,9 @@ def _measure(bench: Bench, case: Case) -> dict:
     if not result["error"] <= case.tolerance:
         return {**result, "failed": f"wrong: error {result['error']:.3g}, at most {case.tolerance:.3g} is allowed"}
     result |= bench.time(case.ours)
-    result["floor_ms"] = bench.floor_ms(case.moved, case.flops)
-    result["of_floor"] = result["floor_ms"] / result["ms"]
+    result |= bench.against_floor(result["ms"], case.moved, case.flops)
     if case.keeps:
-        result["extra_bytes"] = peak_bytes(case.ours, bench.device)[1]
+        result["extra_bytes"] = peak_bytes(case.ours)[1]
     for name, other in case.others.items():
         result[name] = _attempt(bench, other)
     if case.compiled is not None and bench.compiles:
@@ -93,16 +92,19 @@ def _attempt(bench: Bench, work: Callable[[], object], limit: float = 60) -> dic
         bench.free()
 
 
-def kernels() -> Iterator[tuple[str, Callable[[Bench], Case]]]:
+def loss() -> Iterator[tuple[str, Callable[[Bench], Case]]]:
+    yield "linear_nll", lambda bench: linear_nll(bench, bench.pick(32768, 40))
+    yield "linear_nll, 4 targets", lambda bench: linear_nll(bench, bench.pick(8192, 5), 4)
+    yield "linear_kl", linear_kl
+
+
+def others() -> Iterator[tuple[str, Callable[[Bench], Case]]]:
+    yield "tree_attention, questions", questions
+    yield "tree_attention, plain rows", plain_rows
     yield "add_rms_norm", add_rms_norm
     yield "gated_mlp", gated
     yield "rotary", lambda bench: rotary(bench, with_norm=False)
     yield "rotary, q/k norm", lambda bench: rotary(bench, with_norm=True)
-    yield "linear_nll", lambda bench: linear_nll(bench, bench.pick(32768, 40))
-    yield "linear_nll, 4 targets", lambda bench: linear_nll(bench, bench.pick(8192, 5), 4)
-    yield "tree_attention, questions", questions
-    yield "tree_attention, plain rows", plain_rows
-    yield "linear_kl", linear_kl
 
 
 def add_rms_norm(bench: Bench) -> Case:

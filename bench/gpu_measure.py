@@ -24,19 +24,29 @@ class Bench:
     tiny: shapes that an interpreter can run, everything once, so that no line goes unrun where there is no GPU.
     """
 
-    def __init__(self, device: str, tiny: bool, minutes: float, out: Path, tune: bool = False, resume: bool = False):
+    def __init__(self, device: str, tiny: bool, minutes: float, out: Path, tune: bool = False):
         self.device, self.tiny, self.out, self.tune = torch.device(device), tiny, out, tune
         self.is_cuda = self.device.type == "cuda"
         self.compiles = self.is_cuda and not tiny
         self.dtype = torch.bfloat16
-        self._end = time.monotonic() + 60 * minutes
-        self.results: dict = json.loads(out.read_text()) if resume else {}
+        self._end = self._section_end = time.monotonic() + 60 * minutes
+        self.results: dict = json.loads(out.read_text())
         self._flush: torch.Tensor | None = None
         self._models: dict[str, torch.nn.Module] = {}
 
     # -- time and results ------------------------------------------------------------------------------------------
 
+    def begin(self, limit: float) -> float:
+        """A section begins that may take `limit` seconds; fewer where fewer are left, which is returned."""
+        now = time.monotonic()
+        self._section_end = min(self._end, now + limit)
+        return self._section_end - now
+
     def left(self) -> float:
+        """Seconds that the section has left."""
+        return self._section_end - time.monotonic()
+
+    def left_in_all(self) -> float:
         """Seconds."""
         return self._end - time.monotonic()
 
@@ -140,10 +150,16 @@ class Bench:
             "matmul": matmul,
         }
 
-    def floor_ms(self, moved: float, flops: float) -> float:
-        """The least time for so many bytes and FLOPs, at the ceilings."""
-        ceilings = self.results["ceilings"]
+    def floor_ms(self, moved: float, flops: float) -> float | None:
+        """The least time for so many bytes and FLOPs at the ceilings; None where these were not measured."""
+        ceilings = self.results.get("ceilings", {})
+        if "matmul_flops_per_s" not in ceilings:
+            return None
         return 1e3 * max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"])
+
+    def against_floor(self, ms: float, moved: float, flops: float) -> dict[str, float]:
+        floor = self.floor_ms(moved, flops)
+        return {} if floor is None else {"floor_ms": floor, "of_floor": floor / ms}
 
     def is_broken(self) -> bool:
         """Whether an earlier error has left the device unusable for this process."""

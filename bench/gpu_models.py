@@ -113,9 +113,7 @@ def block(bench: Bench, name: str) -> dict:
             "kernels": _profile(bench, ours, chained),
         }
     found["tflops"] = flops / found["ms"] * 1e-9
-    found["floor_ms"] = 1e3 * flops / bench.results["ceilings"]["matmul_flops_per_s"]
-    found["of_floor"] = found["floor_ms"] / found["ms"]
-    return found
+    return found | bench.against_floor(found["ms"], 0, flops)
 
 
 def _per_block(timing: dict[str, float], chained: int) -> dict[str, float]:
@@ -153,6 +151,11 @@ def _profile(bench: Bench, work, chained: int) -> list[list] | str:
 def evaluator(bench: Bench, name: str, objective, progress=None) -> fp.Evaluator:
     hf = bench.model(name, lambda: random_model(bench, name))
     return fp.Evaluator(hf, objective, backend="fused", progress=progress)
+
+
+def chunk_shapes(ev: fp.Evaluator) -> list[list[int]]:
+    """Rows and tokens of the chunks into which an evaluator has cut its calibration set."""
+    return [list(chunk.ids.shape) for chunk in ev._engine.chunks]
 
 
 def pairs(bench: Bench, name: str) -> dict:
@@ -201,7 +204,7 @@ def pairs(bench: Bench, name: str) -> dict:
     return {
         "blocks": units,
         "sequences": f"{rows} of {length} tokens, of the goal's {SEQUENCES}: one chunk of {SEQUENCES // rows}",
-        "chunks": [list(chunk.ids.shape) for chunk in ev._engine.chunks],
+        "chunks": chunk_shapes(ev),
         "masks": len(masks),
         "masks_of_the_field": f"1 of {every}" if every > 1 else "all",
         "layer_runs": plan.layer_runs,
@@ -331,7 +334,7 @@ def beam(bench: Bench, name: str) -> dict:
     ev = evaluator(bench, name, fp.TaskMargin(random_tasks(bench, hf.config.vocab_size, *shape)), progress)
     ev.score(np.ones((1, ev.num_units), dtype=bool))  # kernels for these shapes are compiled
     runs |= {"done": 0, "of_this_call": 0}
-    chunks = [list(chunk.ids.shape) for chunk in ev._engine.chunks]
+    chunks = chunk_shapes(ev)
     expected = fp.run_search(_Rounds(ev), "beam", **options).layer_runs
     found = {
         "items": f"{items} x {choices} choices, questions of {trunk} tokens, choices of {length}",
@@ -357,5 +360,5 @@ def beam(bench: Bench, name: str) -> dict:
     tree_pairs = causal_pairs(trunk) + choices * (length * trunk + causal_pairs(length))
     tokens = items * (trunk + choices * length)
     flops = found.get("layer_runs", expected) * block_flops(hf.config, tokens, items * tree_pairs)
-    found["floor_s"] = flops / bench.results["ceilings"]["matmul_flops_per_s"]  # of the blocks alone
-    return found
+    floor_ms = bench.floor_ms(0, flops)  # of the blocks alone
+    return found if floor_ms is None else {**found, "floor_s": floor_ms / 1e3}

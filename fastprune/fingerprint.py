@@ -8,6 +8,7 @@ import os
 import torch
 
 from . import __version__
+from .models.attention import BACKENDS
 
 _ENVIRONMENT = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG")
 
@@ -15,8 +16,8 @@ _ENVIRONMENT = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "CU
 def machine_fingerprint(device: torch.device) -> dict[str, object]:
     """Plain values, by name: equal on two machines whose results have the same bits as far as is known.
 
-    Software versions and torch's build (its BLAS among it), the device and what it computes with, and every global
-    switch of torch that chooses or changes a matrix product or attention.
+    Software versions and torch's build (its BLAS among it), the device and what it computes with, the backends of
+    attention, and every global switch of torch that chooses or changes a matrix product.
     """
     import transformers
 
@@ -28,18 +29,8 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "float32_matmul": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "sdpa": _attention_switches(),
+        "sdpa": [backend.name for backend in BACKENDS],
         **(_gpu(device) if device.type == "cuda" else _cpu()),
-    }
-
-
-def _attention_switches() -> dict[str, bool]:
-    cuda = torch.backends.cuda  # the switches hold for every device
-    return {
-        "flash": cuda.flash_sdp_enabled(),
-        "efficient": cuda.mem_efficient_sdp_enabled(),
-        "math": cuda.math_sdp_enabled(),
-        "cudnn": cuda.cudnn_sdp_enabled(),
     }
 
 

@@ -56,7 +56,7 @@ def measure_footprint(
         longest = max(longest, chunk.num_tokens)
     hidden = hidden_of(states[-1]).flatten(0, 1)
     hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
-    _, head_bytes = peak_bytes(lambda: head(hidden), runner.device)
+    _, head_bytes = peak_bytes(lambda: head(hidden))
     return Footprint(state_size, workspace, head_bytes + hidden.nbytes, longest)
 
 
@@ -68,13 +68,11 @@ def _longest_rows(batch: TokenBatch) -> list[int]:
 
 def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[list[State], int]:
     """The states after the embeddings and the first two units (with sublayers, one of each kind), and the peak."""
-    opened, peak = peak_bytes(lambda: runner.open(chunk.ids, chunk.positions, chunk.branch), runner.device)
+    opened, peak = peak_bytes(lambda: runner.open(chunk.ids, chunk.positions, chunk.branch))
     state, arguments = opened
     states = [state]
     for unit in range(2 if granularity == "sublayer" else 1):
-        state, unit_peak = peak_bytes(
-            lambda unit=unit, state=state: runner.run(unit, state, arguments, granularity), runner.device
-        )
+        state, unit_peak = peak_bytes(lambda unit=unit, state=state: runner.run(unit, state, arguments, granularity))
         states.append(state)
         peak = max(peak, unit_peak)
     return states, peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import weakref
@@ -17,21 +18,22 @@ from torch.utils._pytree import tree_leaves
 Result = TypeVar("Result")
 
 
-def peak_bytes(work: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
+def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
     """Run `work`; return its result, and the most bytes that tensors made by it (the result's too) held at once.
 
-    On a GPU the allocator's own count; elsewhere every tensor that an operator returns is followed by the life of
-    its storage (scratch space inside an operator is not seen).
+    Every tensor that an operator returns is followed by the life of its storage, on any device: bytes as they were
+    asked for. What an allocator has in its caches, or rounds up to, is not among them, so that the same work always
+    counts the same, whatever the process did before; nor is scratch space inside an operator. The collector of garbage
+    rests meanwhile, since when it runs depends on the past, too.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = work()
-        torch.cuda.synchronize(device)
-        return result, torch.cuda.max_memory_allocated(device) - before
-    with _LiveStorages() as live:
-        result = work()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with _LiveStorages() as live:
+            result = work()
+    finally:
+        if collects:
+            gc.enable()
     return result, live.peak
 
 

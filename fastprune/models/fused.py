@@ -79,8 +79,10 @@ class FusedModel:
         cos, sin = (table[..., :half].reshape(-1, half).float().contiguous() for table in (cos, sin))
         position = torch.arange(ids.numel(), device=ids.device) % len(cos)
         rows = Rows(*ids.shape, positions, branch, ids.device)
-        head_dim = self._layers[0].output.in_features // self._layers[0].num_heads
-        plans = {w: self._operators.plan_attention(rows, head_dim, w) for w in set(self._windows)}
+        layer = self._layers[0]
+        head_dim = layer.output.in_features // layer.num_heads
+        grouped = any(layer.num_heads != layer.num_kv_heads for layer in self._layers)
+        plans = {w: self._operators.plan_attention(rows, head_dim, grouped, w) for w in set(self._windows)}
         return state, ChunkArguments(cos, sin, position, [plans[w] for w in self._windows])
 
     def run(self, unit: int, state: torch.Tensor, arguments: ChunkArguments, granularity: str = "block"):

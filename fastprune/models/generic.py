@@ -24,6 +24,7 @@ from torch import nn
 from fastprune_kernels.reference import token_kl, token_nll
 
 from ..errors import InputError
+from .attention import pinned_attention
 from .stand_ins import (
     Arguments,
     HalfBlock,
@@ -168,7 +169,8 @@ class Model:
 
     @contextmanager
     def evaluation(self):
-        """No gradients, no dropout, no autocast of the caller; every training flag is put back afterwards.
+        """No gradients, no dropout, no autocast of the caller, and attention by the pinned backends; every training
+        flag and switch is put back afterwards.
 
         Threads take turns: one at a time is inside, whatever wraps the same transformers model.
         """
@@ -177,7 +179,8 @@ class Model:
             for module in training:
                 module.training = False
             try:
-                with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                without_autocast = torch.autocast(self.device.type, enabled=False)
+                with torch.inference_mode(False), torch.no_grad(), without_autocast, pinned_attention():
                     yield
             finally:
                 for module in training:

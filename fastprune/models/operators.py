@@ -62,8 +62,11 @@ class TorchOperators:
     def gated_mlp(self, gate_up) -> torch.Tensor:
         return reference.gated_mlp(gate_up)
 
-    def plan_attention(self, rows: Rows, head_dim: int, window: int | None):
-        """What `attention` needs to know of a chunk's rows, once for all layers with this window."""
+    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None):
+        """What `attention` needs to know of a chunk's rows, once for all layers with this window.
+
+        grouped: whether several heads share a key head.
+        """
         window = rows.windowed(window)
         if rows.branch is None and window is None:
             return rows, None
@@ -130,7 +133,7 @@ class NativeOperators(TorchOperators):
 
 
 class TritonOperators(TorchOperators):
-    """Triton's, on a GPU; matrix products are torch's, and attention over plain rows."""
+    """Triton's, on a GPU; matrix products are torch's, and attention over plain rows, see `plan_attention`."""
 
     name = "triton"
 
@@ -152,10 +155,13 @@ class TritonOperators(TorchOperators):
     def gated_mlp(self, gate_up) -> torch.Tensor:
         return self._gated_mlp(gate_up)
 
-    def plan_attention(self, rows: Rows, head_dim: int, window: int | None):
+    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None):
+        """Plain rows go to torch's flash attention where that serves them, and in float32 to its memory-efficient
+        kernel. This one takes no grouped heads: torch would hold all scores of a row, so they go to tree_attention, as
+        trees and windows do."""
         window = rows.windowed(window)
-        if rows.branch is None and window is None:
-            return super().plan_attention(rows, head_dim, window)
+        if rows.branch is None and window is None and not (grouped and self.dtype is torch.float32):
+            return super().plan_attention(rows, head_dim, grouped, window)
         branch, position = rows.tokens_of_trees
         starts = torch.arange(0, len(branch) + 1, rows.length)
         return self._attention.plan_tree(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from engine.helpers import make_tasks
 from families import build, random_rows, reference_losses
-from kernel_checks import DEVICE, INTERPRETED  # skips where triton is not installed
+from kernel_checks import DEVICE, INTERPRETED, random  # skips where triton is not installed
 
 import fastprune as fp
-from fastprune.models import fused
+from fastprune.models import fused, operators
+from fastprune_kernels import reference
+from fastprune_kernels.attention import TreePlan
 
 FAMILIES = ["qwen3", "mistral"]  # with a norm of each head; with a window shorter than a row
 LENGTHS = [9, 8]
@@ -59,3 +62,26 @@ def test_divergence_equals_the_generic_path():
     objective = fp.KLDivergence(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [7])))
     expected = fp.Evaluator(hf, objective, backend="generic").score(MASKS[:1])
     np.testing.assert_allclose(evaluator(hf, objective).score(MASKS[:1]), expected, rtol=RELATIVE, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grouped", "tree"),
+    [(torch.float32, True, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
+)
+def test_plain_rows_that_no_memory_efficient_kernel_takes_go_to_tree_attention(dtype, grouped, tree):
+    """Torch's takes no grouped heads in float32, and would hold all scores of a row."""
+    rows = operators.Rows(3, 9, None, None, DEVICE)
+    plan = operators.TritonOperators(dtype).plan_attention(rows, 16, grouped, None)
+    assert isinstance(plan, TreePlan) == tree
+    heads, kv_heads = (4, 2) if grouped else (3, 3)
+    qkv = random(27, (heads + 2 * kv_heads) * 16, dtype=dtype)
+    found = operators.TritonOperators(dtype).attention(qkv, plan, heads, kv_heads, 0.25)
+    truth = reference.tree_attention(
+        qkv.double(), reference.tree_mask(torch.tensor([0, 9, 18, 27]), *plain(27, 9)).to(DEVICE), heads, kv_heads, 0.25
+    )
+    assert (found.double() - truth).abs().max() <= 8 * torch.finfo(dtype).eps * truth.abs().max()
+
+
+def plain(count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Branch and position of the tokens of plain rows."""
+    return torch.zeros(count, dtype=torch.int64), torch.arange(count) % length

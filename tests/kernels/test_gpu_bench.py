@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from kernel_checks import DTYPES  # noqa: F401  skips where triton is not installed
 
-SECTIONS = ("ceilings", "kernels", "block", "pairs", "margin", "beam", "pairs, Qwen3", "margin, Qwen3")
+SECTIONS = ("bits", "ceilings", "block", "loss", "beam", "kernels")
+SECTIONS += ("margin", "pairs", "margin, Qwen3", "pairs, Qwen3")
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
@@ -21,8 +24,13 @@ def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
+    assert [name for name in found if name in SECTIONS] == list(SECTIONS)  # what matters most comes first
     assert {name: found[name] for name in SECTIONS if {"failed", "skipped"} & set(found[name])} == {}
-    for name, kernel in found["kernels"].items():
+    assert found["bits"]["equal"]
+    for case in found["bits"]["cases"].values():
+        assert len(case["chunks"]) > 1
+        assert len(case["different"]) >= 5
+    for name, kernel in (found["loss"] | found["kernels"]).items():
         if isinstance(kernel, dict):
             assert kernel.get("ms", 0) > 0, f"{name}: {kernel}"
             assert all("ms" in variant for variant in kernel["variants"].values()), f"{name}: {kernel['variants']}"
@@ -32,3 +40,56 @@ def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
     for goal, measured, _ in found["goals"]["rows"]:
         assert measured != "not measured", goal
         assert goal in done.stdout
+
+
+WORKER = """
+import os, signal, sys, time
+sys.path.insert(0, {bench!r})
+from gpu_watch import Reports
+
+for section in sys.argv[2:]:
+    Reports(int(sys.argv[1])).begins(section, 0.3 if section == "hangs" else 60)
+    with open({log!r}, "a") as file:
+        file.write(f"{{section}} {{os.getpid()}}\\n")
+    if section == "hangs":
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {{signal.SIGKILL, signal.SIGSTOP}})
+        while True:
+            time.sleep(1)
+    if section == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path, monkeypatch):
+    """A worker that no signal but the last one reaches is killed at its limit; the rest runs in another process."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from gpu_watch import watch
+
+    log, failed = tmp_path / "log", {}
+    script = WORKER.format(bench=str(BENCH), log=str(log))
+
+    def command(sections, descriptor):
+        return [sys.executable, "-c", script, str(descriptor), *sections]
+
+    assert watch(command, ["first", "hangs", "second", "dies", "third", "fourth"], failed.__setitem__, grace=0.2)
+    assert set(failed) == {"hangs", "dies"}
+    assert "hung" in failed["hangs"]
+    assert "-11" in failed["dies"]
+    ran = [line.split() for line in log.read_text().splitlines()]
+    assert [section for section, _ in ran] == ["first", "hangs", "second", "dies", "third", "fourth"]
+    processes = [process for _, process in ran]
+    assert processes[0] == processes[1] != processes[2] == processes[3] != processes[4] == processes[5]
+
+
+def test_a_worker_that_begins_nothing_is_not_started_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from gpu_watch import watch
+
+    started = []
+
+    def command(sections, descriptor):
+        started.append(sections)
+        return [sys.executable, "-c", "raise SystemExit(5)"]
+
+    assert not watch(command, ["first", "second"], lambda *_: None, grace=0.1)
+    assert len(started) == 1
