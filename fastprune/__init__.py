@@ -15,7 +15,7 @@ _HOMES = {
     "evaluator": ["Evaluator", "Stats"],
     "checkpoint": ["export"],
     "masks": ["from_removed", "load_masks", "to_removed"],
-    "models": ["Model", "load_model"],
+    "models": ["Model", "load_model", "masked"],
     "objectives": ["KLDivergence", "Perplexity", "TaskAccuracy", "TaskLikelihood", "TaskMargin"],
     "qubo": ["SubsetSolution", "solve_subset"],
     "racing": ["Selection"],
