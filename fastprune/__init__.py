@@ -13,7 +13,7 @@ _HOMES = {
     "calibration": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
     "errors": ["InputError"],
     "evaluator": ["Evaluator", "Stats"],
-    "checkpoint": ["export"],
+    "checkpoint": ["export", "export_sequence"],
     "masks": ["from_removed", "load_masks", "to_removed"],
     "models": ["Model", "load_model", "masked"],
     "objectives": ["KLDivergence", "Perplexity", "TaskAccuracy", "TaskLikelihood", "TaskMargin"],

@@ -238,14 +238,17 @@ class Model:
         gone = set(removed)
         return self.ordered([i for i in range(self.num_blocks) if i not in gone])
 
-    def ordered(self, sequence: Sequence[int]) -> nn.Module:
+    def ordered(self, sequence: Sequence[int], copies: bool = False) -> nn.Module:
         """The transformers model with these blocks in this order: a shallow copy that shares all weights.
 
-        Its config has num_hidden_layers and every per-layer list as the blocks stand. A block that stands twice is
-        one module, with one index among the entries of a cache: `generate` needs a copy of it, which export makes.
+        Its config has num_hidden_layers and every per-layer list as the blocks stand. copies: a block that stands
+        again has weights of its own, as a checkpoint needs it; otherwise it is the same module.
         """
-        config = self._config_of(sequence)
-        ordered = with_replaced(self.hf, self._path, nn.ModuleList(self.layers[i] for i in sequence))
+        config, blocks = self._config_of(sequence), []
+        for place, block in enumerate(sequence):
+            again = copies and block in sequence[:place]
+            blocks.append(copy.deepcopy(self.layers[block]) if again else self.layers[block])
+        ordered = with_replaced(self.hf, self._path, nn.ModuleList(blocks))
         owner = ordered
         for name in self._path:
             if getattr(owner, "config", None) is not None:

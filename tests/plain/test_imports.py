@@ -17,7 +17,7 @@ KERNELS = Path(fastprune_kernels.__file__).parent
 LAYERS = [
     {"errors"},
     {"records", "qubo", "figures"},
-    {"masks"},
+    {"masks", "recipes"},
     {"calibration", "models", "trie", "memory", "chunks", "fingerprint", "store", "racing"},
     {"retention", "schedule", "states", "measures", "footprint"},
     {"objectives"},
