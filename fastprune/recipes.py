@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HEALING = """\
-import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
