@@ -24,7 +24,7 @@ LAYERS = [
     {"engine", "probes"},
     {"evaluator"},
     {"search"},
-    {"study", "figures", "report", "checkpoint"},
+    {"study", "figures", "report", "checkpoint", "integrations"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
