@@ -1,50 +1,69 @@
-"""Mask -> Hugging Face checkpoint that stock transformers loads."""
+"""Mask or sequence -> Hugging Face checkpoint that stock transformers loads, and the same for other tools."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import recipes
 from .errors import InputError
-from .masks import check_removed
-from .models import Model
-from .records import check_folder
+from .masks import check_removed, check_sequences
+from .records import check_folder, shown
 
 
-def export(model, removed: Iterable[int], out_dir: str | os.PathLike) -> Path:
+def export(
+    model,
+    removed: Iterable[int],
+    out_dir: str | os.PathLike,
+    *,
+    base_model: str | None = None,
+    losses: Mapping[str, tuple[float, float]] | None = None,
+) -> Path:
     """Write the model without these blocks as a safetensors checkpoint and return its folder.
 
     `AutoModelForCausalLM.from_pretrained` loads it: blocks are renumbered, num_hidden_layers and per-layer lists of
     the config are cut, the tokenizer goes along. The folder appears only when it is complete and what it holds,
-    loaded again, gives the logits of the masked model.
-    Raises InputError for an index out of range or given twice, a folder that is not empty, and for a family whose
-    blocks cannot be renumbered.
+    loaded again, gives the logits of the masked model. It can go to a hub as it is: README.md is its model card, and
+    `recipes/` says the same for mergekit, llama.cpp, EvoPress and LLM-Drop (see `fastprune.recipes`).
+
+    model: a Model, a transformers model, or an Evaluator of blocks, whose losses then stand in the card.
+    base_model: the hub id of the base model, for card and recipes; by default the name that it was opened by, of a
+    folder its last part. losses: (before, after) by objective, for the card.
+    Raises InputError for an index out of range or given twice, a folder that is not empty, a base_model that is no
+    hub id, and for a family whose blocks cannot be renumbered.
     """
-    model = model if isinstance(model, Model) else Model(model)
+    check_target(out_dir)
+    model, evaluator = _opened(model)
     removed = check_removed(removed, model.num_blocks)
-    if len(removed) == model.num_blocks:
+    sequence = [block for block in range(model.num_blocks) if block not in removed]
+    if not sequence:
         raise InputError("removing every block leaves nothing to export")
-    out = check_target(out_dir)
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
-        with model.evaluation(), _no_progress_bars():
-            model.pruned(removed).save_pretrained(partial)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(partial)
-            _check_written(model, removed, partial)
-        for file in partial.iterdir():  # safetensors makes its files private; the folder has what the umask leaves
-            file.chmod(partial.stat().st_mode & 0o666)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+    return _export(model, evaluator, sequence, out_dir, f"without blocks {removed}", base_model, losses)
+
+
+def export_sequence(
+    model,
+    sequence: Sequence[int],
+    out_dir: str | os.PathLike,
+    *,
+    base_model: str | None = None,
+    losses: Mapping[str, tuple[float, float]] | None = None,
+) -> Path:
+    """Write the model with these blocks in this order, as `export` does; a block may stand repeatedly, or not at all.
+
+    What `Evaluator.score_sequences` scores. The weights of a block that stands n times are written n times, as
+    separate weights. Raises InputError as `export` does, and for a sequence that is empty.
+    """
+    check_target(out_dir)
+    model, evaluator = _opened(model)
+    (checked,) = check_sequences([sequence], model.num_blocks)
+    if not checked:
+        raise InputError("a sequence without blocks leaves nothing to export")
+    return _export(model, evaluator, checked, out_dir, f"with the blocks {checked}", base_model, losses)
 
 
 def check_target(out_dir: str | os.PathLike) -> Path:
@@ -53,6 +72,83 @@ def check_target(out_dir: str | os.PathLike) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already and is not overwritten; name another folder or remove it")
     return check_folder(out)
+
+
+def check_base_model(base_model: str | None) -> str | None:
+    """The hub id, if it is one. Raises InputError otherwise."""
+    if base_model is not None and not (isinstance(base_model, str) and recipes.HUB_ID.fullmatch(base_model)):
+        raise InputError(f"base_model must be a hub id such as 'org/name', not {shown(base_model)}")
+    return base_model
+
+
+def llama_cpp_warning(model) -> str | None:
+    """What must be known before blocks of this Model are left out with llama.cpp's own option; None where nothing."""
+    return recipes.llama_cpp_warning(model.per_layer())
+
+
+def _opened(model):
+    """The Model, and the Evaluator where one was given."""
+    from .evaluator import Evaluator
+    from .models import Model
+
+    if not isinstance(model, Evaluator):
+        return model if isinstance(model, Model) else Model(model), None
+    if model.granularity != "block":
+        raise InputError("half a block cannot be left out of a checkpoint; give an evaluator of blocks")
+    return model.model, model
+
+
+def _export(model, evaluator, sequence, out_dir, what: str, base_model, losses) -> Path:
+    out, base = check_target(out_dir), _base_name(check_base_model(base_model) or model.name)
+    losses = _check_losses(losses)
+    if evaluator is not None:
+        losses[evaluator.objective.name] = (evaluator.dense_loss, float(evaluator.score_sequences([sequence])[0]))
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    try:
+        with model.evaluation(), _no_progress_bars():
+            model.ordered(sequence, copies=True).save_pretrained(partial)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(partial)
+            _check_written(model, sequence, what, partial)
+        _describe(model, sequence, base, losses, partial)
+        for file in partial.rglob("*"):  # safetensors makes its files private; the folder has what the umask leaves
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _describe(model, sequence, base: str, losses: dict, folder: Path) -> None:
+    """Write the model card, and what other tools need to make the same of the base model."""
+    warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
+    card = recipes.model_card(base, sequence, model.num_blocks, losses, warning)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "recipes").mkdir()
+    dtype = str(model.dtype).removeprefix("torch.")
+    for name, text in recipes.all_recipes(base, sequence, model.num_blocks, dtype, warning).items():
+        (folder / "recipes" / name).write_text(text, encoding="utf-8")
+
+
+def _base_name(name: str) -> str:
+    """A name that may be published: a hub id, or the last part of a folder's path."""
+    is_hub_id = recipes.HUB_ID.fullmatch(name) and not Path(name).exists()
+    return name if is_hub_id else Path(name).absolute().name
+
+
+def _check_losses(losses) -> dict[str, tuple[float, float]]:
+    if losses is None:
+        return {}
+    try:
+        return {str(name): (float(before), float(after)) for name, (before, after) in losses.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f"losses are (before, after) by objective, such as {{'perplexity': (2.1, 2.4)}}, not {shown(losses)}"
+        ) from None
 
 
 @contextmanager
@@ -69,23 +165,22 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_written(model: Model, removed: tuple[int, ...], folder: Path) -> None:
+def _check_written(model, sequence: Sequence[int], what: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     ids = model.probe_ids()
     state, arguments = model.open(ids)
-    for block in range(model.num_blocks):
-        if block not in removed:
-            state = model.run(block, state, arguments)
+    for block in sequence:
+        state = model.run(block, state, arguments)
     expected = model.logits(state.flatten(0, 1))
     implementation = getattr(model.config, "_attn_implementation", None)
     try:
         written = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation=implementation)
         found = written.eval().to(model.device)(input_ids=ids, use_cache=False).logits.flatten(0, 1)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"the family {model.family!r} cannot be exported without blocks {removed}: {error}") from error
+        raise InputError(f"the family {model.family!r} cannot be exported {what}: {error}") from error
     if not model.agree(found, expected):
         raise InputError(
-            f"the family {model.family!r} cannot be exported without blocks {removed}: "
+            f"the family {model.family!r} cannot be exported {what}: "
             "its blocks depend on their index, and the written checkpoint gives other logits"
         )

@@ -284,7 +284,9 @@ class Engine:
     def _fit(self, memory_bytes: int, most_tokens: int) -> int:
         """Tokens of a chunk for which everything held at once stays within the budget; where not even one row does,
         tiles are made small."""
-        self.most_sums = max(1, memory_bytes // SUMS_SHARE // (24 * len(self.measure.values) * self.batch.num_continuations))
+        self.most_sums = max(
+            1, memory_bytes // SUMS_SHARE // (24 * len(self.measure.values) * self.batch.num_continuations)
+        )
         budget = memory_bytes - memory_bytes // SUMS_SHARE
         if self.measure.needs_dense:
             dense = len(np.unique(self.batch.target_source)) * self.model.hidden_size * self.model.dtype.itemsize

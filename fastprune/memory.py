@@ -77,7 +77,10 @@ def available_bytes(device: torch.device) -> int:
     with suppress(OSError, TypeError):
         available = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) << 10
     group = Path("/sys/fs/cgroup")
-    for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         with suppress(OSError, ValueError):
             left = int((group / most).read_text()) - int((group / used).read_text())
             available = min(available, max(0, left))

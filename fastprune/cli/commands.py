@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
-from ..masks import check_removed, from_removed, load_masks, to_removed
-from ..records import refuse_existing, write_json, write_jsonl
+from ..masks import check_removed, check_sequences, from_removed, load_masks, to_removed
+from ..records import parse_json, refuse_existing, write_json, write_jsonl
 from .options import (
     MOST,
     MOST_SEED,
@@ -181,30 +181,68 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
 @click.command()
 @click.option(
     "--removed",
-    required=True,
     type=Units(),
     help="Blocks to remove, such as 9,10,11 or 9-11. Not sublayers: half a block cannot be left out of a checkpoint.",
 )
+@click.option("--sequence", type=Units(), help="Blocks in the order in which they are to run, such as 0-8,8-11.")
+@click.option("--result", type=FileName(), help="A search's result.json: its blocks are removed, its losses reported.")
+@click.option("--base-model", help="Hub id of the base model, for the model card; default: the name of MODEL.")
 @click.option("--out", "out_dir", required=True, type=FileName(), help="The new checkpoint's folder.")
 @model_options
-def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
-    """Write MODEL without some blocks, for transformers.
+def export(model, device, dtype, trust_remote_code, removed, sequence, result, base_model, out_dir) -> None:
+    """Write MODEL without some blocks, or with others repeated, for transformers.
 
-    The new checkpoint has fewer blocks, and transformers loads it as it is. Only blocks can be left out, not sublayers.
+    Transformers loads the new checkpoint as it is. Its README.md is a model card; recipes/ holds the same for mergekit,
+    llama.cpp, EvoPress and LLM-Drop. Only blocks can be left out, not sublayers.
     """
-    from ..checkpoint import check_target
-    from ..checkpoint import export as write_checkpoint
+    from .. import checkpoint
     from ..report import format_removed
 
+    if sum(given is not None for given in (removed, sequence, result)) != 1:
+        raise InputError("say what to write: one of --removed BLOCKS, --sequence BLOCKS and --result FILE")
     with naming("--out"):
-        check_target(out_dir)
+        checkpoint.check_target(out_dir)
+    with naming("--base-model"):
+        checkpoint.check_base_model(base_model)
+    losses = None
+    if result is not None:
+        with naming("--result"):
+            removed, losses = _read_result(Path(result))
     opened = open_model(model, device, dtype, trust_remote_code)
-    with naming("--removed"):
-        check_removed(removed, opened.num_blocks)
-    folder = write_checkpoint(opened, removed, out_dir)
-    left, gone = opened.num_blocks - len(removed), format_removed(removed)
+    if sequence is not None:
+        with naming("--sequence"):
+            check_sequences([sequence], opened.num_blocks)
+        folder = checkpoint.export_sequence(opened, sequence, out_dir, base_model=base_model)
+        what = f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
+    else:
+        with naming("--removed" if result is None else "--result"):
+            check_removed(removed, opened.num_blocks)
+        folder = checkpoint.export(opened, removed, out_dir, base_model=base_model, losses=losses)
+        left = opened.num_blocks - len(removed)
+        what = f"{left} blocks of {opened.num_blocks}, without {format_removed(removed)}"
+    warning = checkpoint.llama_cpp_warning(opened) if (folder / "recipes" / "llama.cpp.txt").exists() else None
     with printing(folder):
-        say(f"written: {folder} ({left} blocks of {opened.num_blocks}, without {gone})")
+        say(f"written: {folder} ({what})")
+        say("for other tools: " + ", ".join(f"recipes/{path.name}" for path in sorted((folder / "recipes").iterdir())))
+        if warning:
+            say(f"llama.cpp: {warning}")
+
+
+def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]]]:
+    """The removed blocks of a search's result.json, and its losses (before, after) by objective."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    value = parse_json(path.read_bytes(), str(path))
+    names = ("removed", "objective", "granularity", "dense_loss", "loss")
+    if not isinstance(value, dict) or not set(names) <= set(value) or not isinstance(value["removed"], list):
+        raise InputError(f"{path}: not the result.json of a search (it has {', '.join(names)})")
+    if value["granularity"] != "block":
+        raise InputError(f"{path}: its units are sublayers, and half a block cannot be left out of a checkpoint")
+    try:
+        losses = float(value["dense_loss"]), float(value["loss"])
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: dense_loss and loss must be numbers") from None
+    return value["removed"], {str(value["objective"]): losses}
 
 
 def _score_table(evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:

@@ -14,8 +14,8 @@ import itertools
 import json
 import threading
 import weakref
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 
 import torch
@@ -24,6 +24,7 @@ from torch import nn
 from fastprune_kernels.reference import token_kl, token_nll
 
 from ..errors import InputError
+from ..masks import check_removed
 from .attention import pinned_attention
 from .stand_ins import (
     Arguments,
@@ -63,11 +64,16 @@ class Model:
     def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None):
         self.hf, self.tokenizer = hf, tokenizer
         self.turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else threading.RLock()
+        with self.turn:  # nobody masks it meanwhile
+            self._open(hf, name)
+
+    def _open(self, hf: nn.Module, name: str | None) -> None:
         self.config = getattr(hf, "config", None)
         self.family = getattr(self.config, "model_type", type(hf).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
         self._path = self._find_layers()
-        self.layers: list[nn.Module] = list(get_module(hf, self._path))
+        self._list = get_module(hf, self._path)
+        self.layers: list[nn.Module] = list(self._list)
         self.num_blocks = len(self.layers)
         parameter = next(hf.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -175,6 +181,7 @@ class Model:
         Threads take turns: one at a time is inside, whatever wraps the same transformers model.
         """
         with self.turn:
+            self._check_whole()
             training = [module for module in self.hf.modules() if module.training]
             for module in training:
                 module.training = False
@@ -191,6 +198,7 @@ class Model:
         """SHA-256 over the config, every tensor (buffers that are not saved, too), the plain attributes of every
         module, and its hooks. All is read once, and again when something of it was replaced or changed in place since
         (a change through `.data` does not show)."""
+        self._check_whole()
         state = self.state
         if self._hashed is None or self._hashed[0] != state:
             self._hashed = (state, self._hash())
@@ -229,26 +237,83 @@ class Model:
         return True
 
     def pruned(self, removed: Iterable[int]) -> nn.Module:
-        """The transformers model without these blocks: a shallow copy that shares all weights.
-
-        Its config has num_hidden_layers and every per-layer list cut to the kept blocks.
-        """
+        """The transformers model without these blocks: a shallow copy that shares all weights, see `ordered`."""
         gone = set(removed)
-        kept = [i for i in range(self.num_blocks) if i not in gone]
-        config = copy.deepcopy(self.config)
-        for name, value in vars(self.config).items():
-            if name == "mlp_only_layers":  # a list of layer indices
-                setattr(config, name, [kept.index(i) for i in value if i in kept])
-            elif isinstance(value, (list, tuple)) and len(value) == self.num_blocks and "token" not in name:
-                setattr(config, name, [value[i] for i in kept])
-        config.num_hidden_layers = len(kept)
-        pruned = with_replaced(self.hf, self._path, nn.ModuleList(self.layers[i] for i in kept))
-        owner = pruned
+        return self.ordered([i for i in range(self.num_blocks) if i not in gone])
+
+    def ordered(self, sequence: Sequence[int], copies: bool = False) -> nn.Module:
+        """The transformers model with these blocks in this order: a shallow copy that shares all weights.
+
+        Its config has num_hidden_layers and every per-layer list as the blocks stand. copies: a block that stands
+        again has weights of its own, as a checkpoint needs it; otherwise it is the same module.
+        """
+        config, blocks = self._config_of(sequence), []
+        for place, block in enumerate(sequence):
+            again = copies and block in sequence[:place]
+            blocks.append(copy.deepcopy(self.layers[block]) if again else self.layers[block])
+        ordered = with_replaced(self.hf, self._path, nn.ModuleList(blocks))
+        owner = ordered
         for name in self._path:
             if getattr(owner, "config", None) is not None:
                 owner.config = config
             owner = getattr(owner, name)
-        return pruned
+        return ordered
+
+    @contextmanager
+    def masked(self, removed: Iterable[int]) -> Iterator[nn.Module]:
+        """See `masked`, the function."""
+        with self.turn:
+            self._check_whole()
+            gone = set(check_removed(removed, self.num_blocks))
+            kept = [i for i in range(self.num_blocks) if i not in gone]
+            if not kept and not self.runs_without_blocks:
+                raise InputError(f"nothing is kept, and the family {self.family!r} cannot run without blocks")
+            before = []  # (object, attribute, value), put back in the end
+            *above, last = self._path
+            base = get_module(self.hf, above)
+            try:
+                config, owner = self._config_of(kept), self.hf
+                for name in (*above, None):
+                    _set(before, owner, "config", config)
+                    owner = name and getattr(owner, name)
+                for place, block in enumerate(kept):  # a cache has its entries by these indices
+                    for module in self.layers[block].modules():
+                        if isinstance(vars(module).get("layer_idx"), int):
+                            _set(before, module, "layer_idx", place)
+                base._modules[last] = nn.ModuleList(self.layers[i] for i in kept)
+                yield self.hf
+            finally:
+                base._modules[last] = self._list
+                for owner, name, value in reversed(before):
+                    setattr(owner, name, value)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the transformers model has the blocks that it had when it was opened."""
+        return get_module(self.hf, self._path) is self._list
+
+    def _check_whole(self) -> None:
+        if not self.is_whole:
+            raise InputError(
+                f"{self.name}: its blocks are not those that it was opened with; what was opened outside of fp.masked "
+                "serves outside, what was opened inside serves there"
+            )
+
+    def _config_of(self, sequence: Sequence[int]):
+        """The config of the model with these blocks: num_hidden_layers and every per-layer list as they stand."""
+        config = copy.deepcopy(self.config)
+        if getattr(config, "mlp_only_layers", None):  # a list of layer indices
+            config.mlp_only_layers = [place for place, i in enumerate(sequence) if i in self.config.mlp_only_layers]
+        for name, value in self.per_layer().items():
+            setattr(config, name, [value[i] for i in sequence])
+        config.num_hidden_layers = len(sequence)
+        return config
+
+    def per_layer(self) -> dict[str, list]:
+        """What the config lists layer by layer, by name."""
+        lists = {name: list(v) for name, v in vars(self.config).items() if isinstance(v, (list, tuple))}
+        other = {name for name in lists if "token" in name or name == "mlp_only_layers"}
+        return {name: v for name, v in lists.items() if len(v) == self.num_blocks and name not in other}
 
     # -- finding the parts ---------------------------------------------------------------------------------------
 
@@ -411,6 +476,39 @@ class Model:
         if self.config._attn_implementation == "sdpa":
             return seen
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
+
+
+@contextmanager
+def masked(model, removed: Iterable[int]) -> Iterator[nn.Module]:
+    """Run any code on a transformers model without some of its blocks; nothing is copied, and all is put back.
+
+    model: the transformers model, or a `Model` of it, which saves the checks of opening one. removed: block indices.
+    Inside, the model is what `export` would write: its list of layers is short, num_hidden_layers and the per-layer
+    lists of its config are cut, and its attentions are numbered anew, so that `generate` works with a cache.
+    Afterwards, also after an exception, it has its own list, its own config object and its own numbers again. May be
+    nested: the indices then count the blocks that are left. The model's turn is held throughout, so that evaluators
+    in other threads wait; one that was opened outside is refused inside.
+
+    Raises InputError for an index out of range or given twice, for a model that cannot be run block by block, and
+    when none is kept where the family cannot run without blocks.
+
+    >>> with fp.masked(hf, (9, 10)):  # doctest: +SKIP
+    ...     hf.generate(**inputs)
+    """
+    hf = model.hf if isinstance(model, Model) else model
+    turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else nullcontext()
+    with turn:
+        if not isinstance(model, Model) or not model.is_whole:
+            model = Model(hf)
+        with model.masked(removed):
+            yield hf
+
+
+def _set(before: list[tuple], owner, name: str, value) -> None:
+    """Set an attribute where there is one, and note what it was."""
+    if getattr(owner, name, None) is not None:
+        before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
 
 
 def _plain_attributes(module: nn.Module) -> tuple:

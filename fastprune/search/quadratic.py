@@ -93,9 +93,7 @@ def surrogate(
         best = min(best, lowest)
 
 
-def _propose(
-    search: Search, prior: Prior, subsets: list[Removed], count: int, known: set[Removed]
-) -> list[Removed]:
+def _propose(search: Search, prior: Prior, subsets: list[Removed], count: int, known: set[Removed]) -> list[Removed]:
     """The `count` subsets that are best under the model fitted to `subsets` and are not known."""
     total = math.comb(len(search.candidates), search.num_remove)
     if total == len(known):

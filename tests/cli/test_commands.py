@@ -157,6 +157,32 @@ def test_exported_checkpoint_has_the_same_loss(run, checkpoint, text_file, tmp_p
     assert again.dense_loss == evaluator.score(fp.from_removed([(1, 3)], 5))[0]
 
 
+def test_an_exported_sequence_has_its_score(run, checkpoint, text_file, tmp_path, evaluator):
+    status, out, _ = run("export", checkpoint, "--sequence", "0,1,1-2,4", "--out", tmp_path / "grown")
+    assert status == 0
+    assert "5 blocks, made of 5: 0,1,1,2,4" in out
+    model = fp.load_model(tmp_path / "grown")
+    again = fp.Evaluator(model, fp.Perplexity(fp.load_text(text_file, model.tokenizer, 4, 16)))
+    np.testing.assert_allclose(again.dense_loss, evaluator.score_sequences([(0, 1, 1, 2, 4)])[0], rtol=1e-6)
+
+
+def test_the_result_of_a_search_is_exported_with_its_losses(run, checkpoint, text_file, tmp_path):
+    data = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16)
+    run("search", checkpoint, *data, "--algorithm", "greedy", "--num-remove", 2, "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    status, out, _ = run(
+        "export", checkpoint, "--result", tmp_path / "run" / "result.json", "--base-model", "org/base",
+        "--out", tmp_path / "pruned",
+    )  # fmt: skip
+    assert status == 0
+    assert "recipes/evopress.txt, recipes/llama.cpp.txt, recipes/llm-drop.json, recipes/mergekit.yaml" in out
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "base_model: org/base" in card
+    assert f"| perplexity | {result['dense_loss']:.4f} " in card
+    assert f"| {result['loss']:.4f} " in card
+    assert f"without the blocks {', '.join(map(str, result['removed']))}" in card
+
+
 def test_an_exported_checkpoint_has_the_modes_that_the_umask_leaves(checkpoint, tmp_path):
     before = os.umask(0o027)
     try:
@@ -164,7 +190,7 @@ def test_an_exported_checkpoint_has_the_modes_that_the_umask_leaves(checkpoint, 
     finally:
         os.umask(before)
     assert (tmp_path / "pruned").stat().st_mode & 0o777 == 0o750
-    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "pruned").iterdir()} == {0o640}
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "pruned").rglob("*") if file.is_file()} == {0o640}
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 

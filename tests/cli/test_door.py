@@ -37,7 +37,10 @@ SHARED = [  # of score, search and study
     *(("--seq-len", value) for value in (HUGE, DIGITS, "-1", "1", "0x10", "", LONG, "nan", "1e3")),
     *(("--num-samples", value) for value in (HUGE, DIGITS, "0", "-5", "2.5", NUL)),
     *(("--sample-seed", value) for value in (BEYOND, DIGITS, "-1")),
-    *(("--memory-gb", value) for value in ("nan", "inf", "-inf", "1e300", "1e999", "0", "-1", "1e-300", "four", DIGITS)),
+    *(
+        ("--memory-gb", value)
+        for value in ("nan", "inf", "-inf", "1e300", "1e999", "0", "-1", "1e-300", "four", DIGITS)
+    ),
     *(("--granularity", value) for value in ("", LONG, NUL, "head")),
     *(("--backend", value) for value in (LONG, SURROGATE)),
     *(("--dtype", value) for value in (LONG, "int8")),

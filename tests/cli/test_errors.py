@@ -52,6 +52,10 @@ def test_removed_units(score, fails, checkpoint, text_file, tmp_path):
     assert "--protect: units must be integers" in fails(*search, "--protect", "one")
     assert "or one of the presets sleb, shortened-llama" in fails(*search, "--protect", "one")
     assert "out of range" in fails("export", checkpoint, "--removed", "7", "--out", tmp_path / "x")
+    assert "--sequence: sequence 0: 7 is no unit" in fails(
+        "export", checkpoint, "--sequence", "0,7", "--out", tmp_path / "x"
+    )
+    assert "one of --removed BLOCKS, --sequence" in fails("export", checkpoint, "--out", tmp_path / "x")
     assert "nothing to export" in fails("export", checkpoint, "--removed", "0,1,2,3,4", "--out", tmp_path / "x")
 
 
@@ -159,6 +163,31 @@ def test_an_output_below_a_file_is_refused_before_the_model_is_opened(fails, tex
         "demo": (),
     }[command]
     assert "is a file, not a folder" in fails(command, *arguments, "--out", text_file / "below" / "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not the result.json of a search"),
+        (
+            '{"removed": 3, "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2}',
+            "not the result.json",
+        ),
+        ('{"removed": [], "objective": "kl", "granularity": "sublayer", "dense_loss": 1, "loss": 2}', "sublayers"),
+        ('{"removed": [], "objective": "kl", "granularity": "block", "dense_loss": [], "loss": 2}', "must be numbers"),
+        (
+            '{"removed": [9], "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2}',
+            "9 is out of range",
+        ),
+    ],
+)
+def test_a_result_that_cannot_be_exported(fails, checkpoint, tmp_path, text, message):
+    (tmp_path / "result.json").write_text(text)
+    err = fails("export", checkpoint, "--result", tmp_path / "result.json", "--out", tmp_path / "x")
+    assert message in err
+    assert "--result: " in err
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("command", ["study", "demo"])

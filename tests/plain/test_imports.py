@@ -17,14 +17,14 @@ KERNELS = Path(fastprune_kernels.__file__).parent
 LAYERS = [
     {"errors"},
     {"records", "qubo", "figures"},
-    {"masks"},
+    {"masks", "recipes"},
     {"calibration", "models", "trie", "memory", "chunks", "fingerprint", "store", "racing"},
     {"retention", "schedule", "states", "measures", "footprint"},
     {"objectives"},
     {"engine", "probes"},
     {"evaluator"},
     {"search"},
-    {"study", "figures", "report", "checkpoint"},
+    {"study", "figures", "report", "checkpoint", "integrations"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
