@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
 from ..masks import check_removed, from_removed, load_masks, to_removed
 from ..records import refuse_existing, write_json, write_jsonl
+from ..study.tables import (
+    TABLE_NOTE,
+    format_dense,
+    format_loss,
+    format_removed,
+    format_saved,
+    pattern_text,
+    results_table,
+)
 from .options import (
     MOST,
     MOST_SEED,
@@ -142,7 +150,6 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
 @evaluates
 def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir, racing) -> None:
     """Search MODEL for the units whose removal hurts least."""
-    from ..report import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
     from ..search import check_algorithm, check_racing, protected_units, run_search
 
     given = split_options(options)
@@ -161,13 +168,14 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
         names = [evaluator.unit_names[unit] for unit in result.removed]
         of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}
         write_json(target, {**result.to_dict(), **of})
-    dense = format_dense(result.objective, evaluator.dense_loss)
+    dense = format_dense(evaluator.objective, evaluator.dense_loss)
     title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
     row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
-    kl = " Under kl, runs include one pass of the whole model." if result.objective == "kl" else ""
+    dense_pass = f" Under {result.objective}, runs include one pass of the whole model."
+    dense_pass *= evaluator.objective.compares_with_dense
     with printing(target):
         say(results_table(title, [row]))
-        say(f"{TABLE_NOTE}{kl} {result.seconds:.1f} s.", style="dim")
+        say(f"{TABLE_NOTE}{dense_pass} {result.seconds:.1f} s.", style="dim")
         say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
         say(f"removed: {format_removed(result.removed)}")
         if racing:
@@ -194,7 +202,6 @@ def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
     """
     from ..checkpoint import check_target
     from ..checkpoint import export as write_checkpoint
-    from ..report import format_removed
 
     with naming("--out"):
         check_target(out_dir)
@@ -208,25 +215,23 @@ def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
 
 
 def _score_table(evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:
-    from ..report import format_loss, format_removed
-
-    in_nats = evaluator.objective.name == "perplexity"
+    objective = evaluator.objective
+    reading = [objective.reading] * bool(objective.reading)
     halves = evaluator.granularity == "sublayer"
-    table = Table("removed", *["sublayers"] * halves, f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
+    table = Table("removed", *["sublayers"] * halves, f"{objective.name} loss", *reading)
     for units, loss in rows:
         names = [_names(evaluator, units)] * halves
-        table.add_row(format_removed(units), *names, format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
+        table.add_row(format_removed(units), *names, format_loss(loss), *[objective.read(loss) for _ in reading])
     return table
 
 
 def _print_cost(evaluator, sizes: list[int]) -> None:
-    from ..report import format_saved
-
     stats = evaluator.stats
     least, most = min(sizes), max(sizes)
     removed = f"{least}" if least == most else f"{least} to {most}"
     saved = format_saved(stats.naive_layer_runs, stats.layer_runs)
-    dense = "; kl runs the whole model once" if evaluator.objective.name == "kl" and stats.layer_runs else ""
+    compares = evaluator.objective.compares_with_dense and stats.layer_runs
+    dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
     known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
     say(
         f"{stats.masks} mask{'s' * (stats.masks != 1)} that remove{'s' * (stats.masks == 1)} {removed} of "

@@ -14,7 +14,7 @@ from .registry import Allowed, Count, CountOrAuto, Share, algorithm
 from .run import Removed, Search
 
 
-@algorithm
+@algorithm(studied=True)
 def genetic(
     search: Search,
     population: Count = 16,
