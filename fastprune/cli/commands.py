@@ -24,6 +24,7 @@ from ..study.tables import (
 from .options import (
     MOST,
     MOST_SEED,
+    Command,
     FileName,
     Protected,
     Units,
@@ -37,7 +38,7 @@ from .options import (
 from .output import printing, say
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options
 def info(model, device, dtype, trust_remote_code) -> None:
     """Show a model's units, and whether and how it can be run."""
@@ -72,7 +73,7 @@ def info(model, device, dtype, trust_remote_code) -> None:
         say(table)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def algorithms(names) -> None:
     """List the search algorithms and their options.
@@ -95,7 +96,7 @@ def algorithms(names) -> None:
                 say(f"    {option['name']}={option['default']} ({kind}): {option['meaning']}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--masks",
     "masks_file",
@@ -134,7 +135,7 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
         _print_cost(evaluator, [len(units) for units, _ in rows])
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--algorithm", default="beam", show_default=True, help="A name that `fastprune algorithms` lists.")
 @click.option("--num-remove", type=click.IntRange(0, MOST), required=True, help="How many units to remove.")
 @click.option("--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5.")
@@ -186,7 +187,7 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
             say(f"written: {target}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--removed",
     required=True,

@@ -40,6 +40,18 @@ def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
     return int(gigabytes * 2**30)
 
 
+class Command(click.Command):
+    """A command that takes no option twice but those that are lists: the last would win unseen."""
+
+    def parse_args(self, context, arguments):
+        *_, order = self.make_parser(context).parse_args(args=list(arguments))
+        for given in order:
+            is_list = given.multiple if isinstance(given, click.Option) else True
+            if not is_list and not given.is_flag and order.count(given) > 1:
+                raise InputError(f"{given.opts[0]} is given twice")
+        return super().parse_args(context, arguments)
+
+
 class Known(click.Choice):
     """A choice whose error suggests the nearest name."""
 

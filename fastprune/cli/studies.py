@@ -17,6 +17,7 @@ from ..study.tables import TABLE_NOTE, format_dense, format_removed, pattern_tex
 from .options import (
     MOST,
     MOST_SEED,
+    Command,
     FileName,
     Folder,
     check_calibration,
@@ -35,7 +36,7 @@ COMPARED = tuple({known.data: name for name, known in reversed(OBJECTIVES.items(
 DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stays short
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("models", nargs=-1, required=True, type=FileName(), metavar="MODEL...")
 @click.option("--algorithms", default=",".join(STUDIED), show_default=True, help="Names, or all.")
 @click.option(
@@ -98,7 +99,7 @@ def study(
         say(f"written: {out_dir}/report.html and study.json")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--num-remove", type=click.IntRange(0, MOST), default=3, show_default=True, help="How many blocks to remove."
 )
