@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from fastprune.plan import kept_units, make_plan, max_slots
+from fastprune.schedule import make_schedule, max_slots
+from fastprune.trie import kept_units, make_trie
 
 
-def test_plan_10000_masks_of_80_units(benchmark):
+@pytest.mark.parametrize("capacity", [0, 100, 10_000])
+def test_plan_10000_masks_of_80_units(benchmark, capacity):
+    """capacity: states that the prefix cache has room for."""
     masks = np.random.default_rng(0).random((10_000, 80)) < 0.8
-    plan = benchmark(lambda: make_plan(kept_units(masks)))
-    assert plan.num_slots <= max_slots(80, 10_000)
-    benchmark.extra_info["layer_runs"] = plan.layer_runs
+    schedule = benchmark(lambda: make_schedule(make_trie(kept_units(masks)), capacity=capacity))
+    assert schedule.num_slots <= max_slots(80, 10_000)
+    benchmark.extra_info["layer_runs"] = schedule.unit_runs

@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.plan import kept_units, make_plan
+from fastprune.trie import kept_units, make_trie
 
 BLOCKS, WIDTH, FFN, HEADS, VOCABULARY = 16, 512, 1408, 8, 8192
 SEQUENCES, LENGTH = 8, 256
@@ -41,7 +41,7 @@ def setup(request):
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(getattr(torch, request.param)).eval()
     ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
-    evaluator = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids)))
+    evaluator = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids)), cache_bytes=0)
     return request.param, model, ids, evaluator
 
 
@@ -83,7 +83,7 @@ def flop_ratio(masks: np.ndarray) -> float:
     attention = 2 * 2 * WIDTH * LENGTH / 2  # scores and values, the causal half
     block = projections + attention + 2 * 3 * WIDTH * FFN
     head = 2 * WIDTH * VOCABULARY
-    plan = make_plan(kept_units(masks))
+    plan = make_trie(kept_units(masks))
     naive = plan.naive_layer_runs * block + len(masks) * head
     return naive / (plan.layer_runs * block + len(plan.sequences) * head)
 

@@ -18,7 +18,7 @@ from gpu_measure import Bench, relative_error
 import fastprune as fp
 from fastprune.evaluator import Stats
 from fastprune.models.fused import FusedModel
-from fastprune.plan import kept_units, make_plan
+from fastprune.trie import kept_units, make_trie
 
 SHAPES = {
     "LLaMA-3 8B": {
@@ -176,14 +176,14 @@ def pairs(bench: Bench, name: str) -> dict:
     dense = np.ones((1, units), dtype=bool)
     ev.score(dense)
     dense_seconds = bench.seconds(lambda: ev.score(dense))
-    rate = cost(make_plan(kept_units(dense))) / dense_seconds
+    rate = cost(make_trie(kept_units(dense))) / dense_seconds
     field = list(itertools.combinations(range(units), 2))
     every = max(
-        1, math.ceil(cost(make_plan(kept_units(fp.from_removed(field, units)))) / rate / (0.4 * max(bench.left(), 1)))
+        1, math.ceil(cost(make_trie(kept_units(fp.from_removed(field, units)))) / rate / (0.4 * max(bench.left(), 1)))
     )
     field = field[::every]
     masks = fp.from_removed(field, units)
-    plan = make_plan(kept_units(masks))
+    plan = make_trie(kept_units(masks))
     flop_ratio = (plan.naive_layer_runs * block_cost + len(masks) * head_cost) / cost(plan)
 
     sampled = [field[i] for i in np.linspace(0, len(field) - 1, SAMPLED).astype(int)]
@@ -311,7 +311,7 @@ class _Rounds:
         self._weight = np.random.default_rng(0).random(like.num_units)
 
     def score(self, masks) -> np.ndarray:
-        plan = make_plan(kept_units(masks))
+        plan = make_trie(kept_units(masks))
         self.stats.layer_runs += plan.layer_runs
         return ~masks @ self._weight
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 import fastprune as fp
-from fastprune import demo, figures
-from fastprune.report import format_removed, study_figures, write_report
+from fastprune import demo
 from fastprune.search import ALGORITHMS
-from fastprune.study import run_study
+from fastprune.study import figures, run_study, write_report
+from fastprune.study.report import study_figures
+from fastprune.study.tables import format_removed
 
 BUDGETS = (3, 4)
 OBJECTIVES = {

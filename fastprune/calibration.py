@@ -284,7 +284,7 @@ def _encode_choice(tokenizer, prompt: str, choice: str, place: str) -> tuple[np.
 def _read_documents(path: Path) -> list[str]:
     if path.suffix == ".txt":
         try:
-            documents = [path.read_text(encoding="utf-8")]
+            documents = [path.read_text(encoding="utf-8-sig")]
         except UnicodeDecodeError:
             raise InputError(f"{path}: not a text file in UTF-8") from None
     else:

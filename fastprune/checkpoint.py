@@ -174,8 +174,11 @@ def _check_written(model, sequence: Sequence[int], what: str, folder: Path) -> N
         state = model.run(block, state, arguments)
     expected = model.logits(state.flatten(0, 1))
     implementation = getattr(model.config, "_attn_implementation", None)
+    # what such a model's own code has written along is that code
+    own_code = type(model.hf).__module__.startswith("transformers_modules.")
+    options = {"dtype": model.dtype, "attn_implementation": implementation, "trust_remote_code": own_code}
     try:
-        written = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation=implementation)
+        written = AutoModelForCausalLM.from_pretrained(folder, **options)
         found = written.eval().to(model.device)(input_ids=ids, use_cache=False).logits.flatten(0, 1)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"the family {model.family!r} cannot be exported {what}: {error}") from error

@@ -7,6 +7,7 @@ over each continuation, float64[N, C], and all that follows here is small and pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -21,13 +22,16 @@ class Objective:
     batch: the tokens. measure: "nll" or "kl". sample int64[C]: the sample of each continuation, ascending.
     weight float64[C] as above. sample_weight float64[S]: the loss is the sum of sample_weight_s * L_s.
     data: "text" or "tasks", what its calibration file holds. differentiable: whether it has a gradient at the dense
-    model that says something.
+    model that says something. meaning: of its loss, in words. reading: what else a loss is read as, if anything, which
+    `read` gives as text.
     """
 
     name: str
     data = "text"
     measure = "nll"
     differentiable = True
+    meaning = ""
+    reading = ""
     batch: TokenBatch
     sample: np.ndarray
     weight: np.ndarray
@@ -36,6 +40,20 @@ class Objective:
     @property
     def num_samples(self) -> int:
         return len(self.sample_weight)
+
+    @property
+    def compares_with_dense(self) -> bool:
+        """Whether the dense model is run once, to compare with."""
+        return self.measure == "kl"
+
+    @staticmethod
+    def read(loss: float) -> str:
+        """The loss as text, as what `reading` names."""
+        return f"{loss:.5f}"
+
+    def describe(self) -> dict[str, object]:
+        """Plain values: name, meaning, and whether it compares with the dense model."""
+        return {"name": self.name, "meaning": self.meaning, "compares_with_dense": self.compares_with_dense}
 
     @property
     def content_hash(self) -> str:
@@ -59,6 +77,8 @@ class Perplexity(Objective):
     """
 
     name = "perplexity"
+    meaning = "mean negative log-likelihood per token, in nats; perplexity is its exponential"
+    reading = "perplexity"
 
     def __init__(self, batch: TokenBatch):
         self.batch = _check_batch(batch, type(self))
@@ -67,6 +87,10 @@ class Perplexity(Objective):
                 "Perplexity takes plain text; for questions use TaskMargin, TaskLikelihood or TaskAccuracy"
             )
         self._average(self.batch.target_counts)
+
+    @staticmethod
+    def read(loss: float) -> str:
+        return f"{math.exp(loss) if loss < 700 else math.inf:.3f}"
 
     def _average(self, counts: np.ndarray) -> None:
         """Every sample averages over its own `counts` [S]; the loss averages over all of them together."""
@@ -82,6 +106,11 @@ class KLDivergence(Perplexity):
     """
 
     name = "kl"
+    meaning = (
+        "mean divergence of the next-token distribution from that of the whole model, in nats; "
+        "0 where nothing is removed"
+    )
+    reading = ""
     measure = "kl"
     differentiable = False  # the gradient vanishes at the dense model, where the divergence is least
 
@@ -103,6 +132,10 @@ class TaskMargin(Objective):
     """
 
     name = "margin"
+    meaning = (
+        "minus the mean margin in log-likelihood, in nats, of the right choice of a question over the wrong ones; "
+        "below 0 where the right ones are likelier"
+    )
     data = "tasks"
 
     def __init__(self, tasks: Tasks, normalization: str = "mean", weighting: str = "question"):
@@ -131,6 +164,7 @@ class TaskLikelihood(Objective):
     """
 
     name = "likelihood"
+    meaning = "minus the mean log-likelihood of the right choice of a question, in nats"
     data = "tasks"
 
     def __init__(self, tasks: Tasks, normalization: str = "mean"):
@@ -156,6 +190,8 @@ class TaskAccuracy(Objective):
     """
 
     name = "accuracy"
+    meaning = "the share of questions whose likeliest choice is wrong"
+    reading = "accuracy"
     data = "tasks"
     differentiable = False
 
@@ -176,6 +212,10 @@ class TaskAccuracy(Objective):
     @property
     def content_hash(self) -> str:
         return f"{self.tasks.content_hash}-{self.normalization}"
+
+    @staticmethod
+    def read(loss: float) -> str:
+        return f"{1 - loss:.1%}"
 
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:
         nll = sums * self.weight

@@ -103,12 +103,37 @@ def brief(text: str, limit: int) -> str:
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Write rows to a new file, which appears only when it is complete; an existing one is refused."""
-    _write(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows), replace=False)
+    write_file(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: dict, replace: bool = False) -> None:
     """Write one value, indented, to a file that appears only when it is complete; an existing one is refused."""
-    _write(path, json.dumps(_plain(value), indent=1) + "\n", replace)
+    write_file(path, json.dumps(_plain(value), indent=1) + "\n", replace)
+
+
+def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
+    """Write a file that appears only when it is complete: written, flushed to the disk, then named.
+
+    Raises InputError where something is there already, unless `replace` asks for its place.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}")
+    partial.unlink(missing_ok=True)  # a killed run's, which may by now be another name of a finished file
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # whole on the disk before the name is
+        if replace:
+            partial.replace(path)
+        else:
+            _give_new_name(partial, path)
+    except FileExistsError:
+        refuse_existing(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path) -> Path:
@@ -127,26 +152,6 @@ def refuse_existing(path: Path) -> Path:
     if os.path.lexists(path):  # a link that leads nowhere, too
         raise InputError(f"{path}: exists already and is not overwritten; name another file or remove it")
     return path
-
-
-def _write(path: Path, text: str, replace: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name[:50]}.{os.getpid()}")
-    partial.unlink(missing_ok=True)  # a killed run's, which may by now be another name of a finished file
-    try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # whole on the disk before the name is
-        if replace:
-            partial.replace(path)
-        else:
-            _give_new_name(partial, path)
-    except FileExistsError:
-        refuse_existing(path)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _give_new_name(partial: Path, path: Path) -> None:

@@ -23,9 +23,11 @@ class Trie:
     sequences: the M distinct ones that are asked for, sorted. index: int64[N], which of them each of the N asked is.
     Nodes are numbered so that a parent comes before its children, and a child that alone continues its parent comes
     right after it; node 0 is the empty prefix. unit, parent, depth: int64[n] (unit and parent of node 0 are -1).
-    through: of each node, a sequence or prefix on whose way it lies. ends int64[M]: the node of each sequence. known: the K prefixes whose states are known; known_nodes int64[K].
+    through: of each node, a sequence or prefix on whose way it lies. ends int64[M]: the node of each sequence.
+    known: the K prefixes whose states are known; known_nodes int64[K].
     asked: bool[n], nodes on the way to some sequence. wanted: bool[n], those that must be run: below the deepest known
-    prefix of one. layer_runs: how many are on the way, the runs were nothing known. naive_layer_runs: unit runs of one forward pass for each asked.
+    prefix of one. layer_runs: how many are on the way, the unit runs were nothing known. naive_layer_runs: those of
+    one forward pass for each asked.
     """
 
     sequences: tuple[Units, ...]

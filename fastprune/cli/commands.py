@@ -6,16 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
 from ..masks import check_removed, check_sequences, from_removed, load_masks, to_removed
 from ..records import parse_json, refuse_existing, write_json, write_jsonl
+from ..study.tables import (
+    TABLE_NOTE,
+    format_dense,
+    format_loss,
+    format_removed,
+    format_saved,
+    pattern_text,
+    results_table,
+)
 from .options import (
     MOST,
     MOST_SEED,
+    Command,
     FileName,
     Protected,
     Units,
@@ -29,7 +38,7 @@ from .options import (
 from .output import printing, say
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options
 def info(model, device, dtype, trust_remote_code) -> None:
     """Show a model's units, and whether and how it can be run."""
@@ -64,7 +73,7 @@ def info(model, device, dtype, trust_remote_code) -> None:
         say(table)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def algorithms(names) -> None:
     """List the search algorithms and their options.
@@ -87,7 +96,7 @@ def algorithms(names) -> None:
                 say(f"    {option['name']}={option['default']} ({kind}): {option['meaning']}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--masks",
     "masks_file",
@@ -126,7 +135,7 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
         _print_cost(evaluator, [len(units) for units, _ in rows])
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--algorithm", default="beam", show_default=True, help="A name that `fastprune algorithms` lists.")
 @click.option("--num-remove", type=click.IntRange(0, MOST), required=True, help="How many units to remove.")
 @click.option("--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5.")
@@ -142,7 +151,6 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
 @evaluates
 def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir, racing) -> None:
     """Search MODEL for the units whose removal hurts least."""
-    from ..report import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
     from ..search import check_algorithm, check_racing, protected_units, run_search
 
     given = split_options(options)
@@ -161,13 +169,14 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
         names = [evaluator.unit_names[unit] for unit in result.removed]
         of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}
         write_json(target, {**result.to_dict(), **of})
-    dense = format_dense(result.objective, evaluator.dense_loss)
+    dense = format_dense(evaluator.objective, evaluator.dense_loss)
     title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
     row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
-    kl = " Under kl, runs include one pass of the whole model." if result.objective == "kl" else ""
+    dense_pass = f" Under {result.objective}, runs include one pass of the whole model."
+    dense_pass *= evaluator.objective.compares_with_dense
     with printing(target):
         say(results_table(title, [row]))
-        say(f"{TABLE_NOTE}{kl} {result.seconds:.1f} s.", style="dim")
+        say(f"{TABLE_NOTE}{dense_pass} {result.seconds:.1f} s.", style="dim")
         say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
         say(f"removed: {format_removed(result.removed)}")
         if racing:
@@ -178,7 +187,7 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
             say(f"written: {target}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--removed",
     type=Units(),
@@ -196,7 +205,6 @@ def export(model, device, dtype, trust_remote_code, removed, sequence, result, b
     llama.cpp, EvoPress and LLM-Drop. Only blocks can be left out, not sublayers.
     """
     from .. import checkpoint
-    from ..report import format_removed
 
     if sum(given is not None for given in (removed, sequence, result)) != 1:
         raise InputError("say what to write: one of --removed BLOCKS, --sequence BLOCKS and --result FILE")
@@ -246,25 +254,23 @@ def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]]]
 
 
 def _score_table(evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:
-    from ..report import format_loss, format_removed
-
-    in_nats = evaluator.objective.name == "perplexity"
+    objective = evaluator.objective
+    reading = [objective.reading] * bool(objective.reading)
     halves = evaluator.granularity == "sublayer"
-    table = Table("removed", *["sublayers"] * halves, f"{evaluator.objective.name} loss", *["perplexity"] * in_nats)
+    table = Table("removed", *["sublayers"] * halves, f"{objective.name} loss", *reading)
     for units, loss in rows:
         names = [_names(evaluator, units)] * halves
-        table.add_row(format_removed(units), *names, format_loss(loss), *[f"{np.exp(loss):.3f}"] * in_nats)
+        table.add_row(format_removed(units), *names, format_loss(loss), *[objective.read(loss) for _ in reading])
     return table
 
 
 def _print_cost(evaluator, sizes: list[int]) -> None:
-    from ..report import format_saved
-
     stats = evaluator.stats
     least, most = min(sizes), max(sizes)
     removed = f"{least}" if least == most else f"{least} to {most}"
     saved = format_saved(stats.naive_layer_runs, stats.layer_runs)
-    dense = "; kl runs the whole model once" if evaluator.objective.name == "kl" and stats.layer_runs else ""
+    compares = evaluator.objective.compares_with_dense and stats.layer_runs
+    dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
     known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
     say(
         f"{stats.masks} mask{'s' * (stats.masks != 1)} that remove{'s' * (stats.masks == 1)} {removed} of "

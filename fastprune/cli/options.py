@@ -12,6 +12,7 @@ import click
 
 from ..errors import InputError, nearest
 from ..masks import parse_removed
+from ..objectives import OBJECTIVES
 from ..records import check_folder
 from .output import progress_bar
 
@@ -37,6 +38,18 @@ def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
     if not 2**-30 <= gigabytes <= 2**20:
         raise InputError(f"{parameter.opts[0]} must be above 0 and at most {2**20}, not {gigabytes}")
     return int(gigabytes * 2**30)
+
+
+class Command(click.Command):
+    """A command that takes no option twice but those that are lists: the last would win unseen."""
+
+    def parse_args(self, context, arguments):
+        *_, order = self.make_parser(context).parse_args(args=list(arguments))
+        for given in order:
+            is_list = given.multiple if isinstance(given, click.Option) else True
+            if not is_list and not given.is_flag and order.count(given) > 1:
+                raise InputError(f"{given.opts[0]} is given twice")
+        return super().parse_args(context, arguments)
 
 
 class Known(click.Choice):
@@ -188,9 +201,7 @@ evaluator_settings = _group(
 )
 
 _objective_options = _group(
-    click.option(
-        "--objective", default="perplexity", show_default=True, help="perplexity, margin, likelihood, accuracy or kl."
-    ),
+    click.option("--objective", default="perplexity", show_default=True, help=f"One of {', '.join(OBJECTIVES)}."),
     click.option("--calibration", type=FileName(), help="Text or questions to score on; the demo model has its own."),
     click.option(
         "--store",
@@ -227,7 +238,6 @@ def check_store(path: Path) -> None:
 
 def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:
     """Raise InputError for an algorithm on the gradients of an objective that has none."""
-    from ..objectives import OBJECTIVES
     from ..search import find_algorithm
 
     for name in algorithms:
@@ -292,7 +302,6 @@ def open_model(model: str, device: str | None = None, dtype: str | None = None, 
 def check_calibration(model: str, objective: str, calibration: str | None) -> str:
     """The calibration file, before the model is loaded; the demo model's own where none is given."""
     from .. import demo
-    from ..objectives import OBJECTIVES
 
     if objective not in OBJECTIVES:
         raise InputError(f"--objective: unknown objective {objective!r}; {nearest(objective, OBJECTIVES)}")
@@ -311,7 +320,6 @@ def open_objective(name: str, calibration: str, num_samples: int | None, seq_len
     demo's own text its own."""
     from .. import demo
     from ..calibration import load_tasks, load_text
-    from ..objectives import OBJECTIVES
 
     objective = OBJECTIVES[name]
     if objective.data == "tasks":

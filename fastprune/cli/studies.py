@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,14 +9,19 @@ import click
 from rich.table import Table
 
 from ..errors import InputError, nearest
+from ..objectives import OBJECTIVES
+from ..search import ALGORITHMS, check_algorithm
+from ..study import check_study, check_study_folder, figures, run_study, write_report
+from ..study.folder import check_label
+from ..study.tables import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
 from .options import (
     MOST,
     MOST_SEED,
+    Command,
     FileName,
     Folder,
     check_calibration,
     check_gradients,
-    check_store,
     evaluator_settings,
     model_settings,
     naming,
@@ -29,18 +31,19 @@ from .options import (
 )
 from .output import note, printing, progress_bar, say
 
-STUDIED = ("one_shot", "greedy", "beam", "genetic", "bayesian", "cbo", "fast_block_select")
+STUDIED = tuple(name for name, known in ALGORITHMS.items() if known.studied)
+COMPARED = tuple({known.data: name for name, known in reversed(OBJECTIVES.items())}.values())[::-1]  # one of each kind
 DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stays short
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("models", nargs=-1, required=True, type=FileName(), metavar="MODEL...")
 @click.option("--algorithms", default=",".join(STUDIED), show_default=True, help="Names, or all.")
 @click.option(
     "--objective",
     "objectives",
     multiple=True,
-    help="perplexity, margin, likelihood, accuracy or kl, as NAME=FILE or, to use one several times, LABEL:NAME=FILE. "
+    help=f"{', '.join(OBJECTIVES)}, as NAME=FILE or, to use one several times, LABEL:NAME=FILE. "
     "The demo model has files of its own.",
 )
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
@@ -60,10 +63,6 @@ def study(
     Runs every algorithm for every objective and budget, over one store of scores, and writes study.json and
     report.html. Interrupted, it continues where it stopped.
     """
-    from .. import figures
-    from ..report import write_report
-    from ..search import ALGORITHMS, check_algorithm
-
     names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
     given = _options_by_algorithm(options)
     _refuse_twice("--algorithms", names)
@@ -75,9 +74,8 @@ def study(
     makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed, names)
     settings = {name: check_algorithm(name, given.get(name, {}))[1] for name in names}
     known = {"algorithms": settings, "budgets": budgets, "seed": seed, "granularity": granularity}
-    _check_study_folder(Path(out_dir), known)
-    from ..study import check_study, run_study  # only now: it brings torch, which a wrong name need not wait for
-
+    with naming("--out"):
+        check_study_folder(Path(out_dir), known)
     check_study(names, given, out_dir)
     opened = [open_model(model, device, dtype, trust_remote_code) for model in models]
     with progress_bar(quiet) as progress:
@@ -103,7 +101,7 @@ def study(
         say(f"written: {out_dir}/report.html and study.json")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--num-remove", type=click.IntRange(0, MOST), default=3, show_default=True, help="How many blocks to remove."
 )
@@ -121,20 +119,19 @@ def demo(num_remove, out_dir, quiet) -> None:
 
     Seven algorithms look for the blocks to remove, under two objectives, and a report shows what they found.
     """
-    from .. import figures
-    from ..report import pattern_text, write_report
-    from ..study import check_study, run_study
-
     check_study(STUDIED, {}, out_dir)
-    _check_study_folder(Path(out_dir), {"budgets": [num_remove]})
+    with naming("--out"):
+        check_study_folder(Path(out_dir), {"budgets": [num_remove]})
     figures.check_installed()
     model = open_model("demo")
     if num_remove >= model.num_blocks:
         raise InputError(f"num_remove must be from 0 to {model.num_blocks - 1} (the model has {model.num_blocks})")
     with printing(out_dir):
         say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
-    makers = _objective_makers(["demo"], ("perplexity",), DEMO_WINDOWS, None, 0)
-    makers |= _objective_makers(["demo"], ("margin",), None, None, 0)
+    makers = {}
+    for name in COMPARED:
+        windows = DEMO_WINDOWS if OBJECTIVES[name].data == "text" else None
+        makers |= _objective_makers(["demo"], (name,), windows, None, 0)
     with progress_bar(quiet) as progress:
         found = run_study([model], makers, STUDIED, [num_remove], out_dir, notify=_notify(quiet), progress=progress)
     rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in found["cells"] if not cell["error"]]
@@ -152,13 +149,11 @@ def demo(num_remove, out_dir, quiet) -> None:
 
 
 def _print_cells(found: Mapping) -> None:
-    from ..report import TABLE_NOTE, format_dense, results_table
-
     groups: dict[tuple, list[dict]] = {}
     for cell in found["cells"]:
         groups.setdefault((cell["model"], cell["objective"], cell["num_remove"]), []).append(cell)
     for (model, objective, num_remove), cells in groups.items():
-        dense = format_dense(found["objectives"][objective], found["dense"][model][objective])
+        dense = format_dense(OBJECTIVES[found["objectives"][objective]["name"]], found["dense"][model][objective])
         rows = []
         for cell in cells:
             cost = (cell["masks"], cell["asked_layer_runs"], cell["naive_layer_runs"])
@@ -177,27 +172,29 @@ def _held_out_table(model, rows: Sequence[tuple], quiet: bool) -> Table:
     from .. import demo as data
     from ..evaluator import Evaluator
     from ..masks import from_removed
-    from ..report import format_removed
 
     distinct = list(dict.fromkeys([(), *(tuple(removed) for _, _, removed in rows)]))
+    files = {"text": data.TEXT_HELDOUT, "tasks": data.QUESTIONS_HELDOUT}
+    read = [known for known in OBJECTIVES.values() if known.reading]
     columns = []
-    for name, file in (("perplexity", data.TEXT_HELDOUT), ("accuracy", data.QUESTIONS_HELDOUT)):
+    for known in read:
+        name, file = known.name, files[known.data]
         objective = open_objective(name, str(file), None, None, 0, model)
         with progress_bar(quiet) as progress:
             losses = Evaluator(model, objective, progress=progress).score(from_removed(distinct, model.num_blocks))
-        columns.append(losses.tolist())
+        columns.append([known.read(loss) for loss in losses.tolist()])
     table = Table(title="\nOn held-out text and questions", title_justify="left")
     table.add_column("removed")
     table.add_column("chosen by")
-    table.add_column("perplexity", justify="right")
-    table.add_column("accuracy", justify="right")
-    for removed, nll, wrong in zip(distinct, *columns):
+    for known in read:
+        table.add_column(known.reading, justify="right")
+    for removed, *losses in zip(distinct, *columns):
         by: dict[str, list[str]] = {}
         for objective, algorithm, units in rows:
             if tuple(units) == removed:
                 by.setdefault(objective, []).append(algorithm)
         who = "; ".join(f"{objective}: {', '.join(algorithms)}" for objective, algorithms in by.items())
-        table.add_row(format_removed(removed), who or "(dense)", f"{math.exp(nll):.2f}", f"{1 - wrong:.1%}")
+        table.add_row(format_removed(removed), who or "(dense)", *losses)
     return table
 
 
@@ -206,7 +203,7 @@ def _objective_makers(
 ) -> dict[str, Callable]:
     """By label, functions from a model to its objective; every name and file is checked now."""
     if not objectives:
-        objectives = ("perplexity", "margin")
+        objectives = COMPARED
     makers: dict[str, Callable] = {}
     for text in objectives:
         head, _, file = text.partition("=")
@@ -214,8 +211,8 @@ def _objective_makers(
         name = name if colon else label
         if label in makers:
             raise InputError(f"--objective: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", label):  # it is a part of file names
-            raise InputError(f"--objective: a label is made of up to 60 letters, digits, - and _, not {label!r}")
+        with naming("--objective"):
+            check_label(label)
         files = {check_calibration(model, name, file or None) for model in models}
         check_gradients(algorithms, name, label)
         if len(files) > 1:
@@ -229,8 +226,6 @@ def _maker(name: str, file: str, num_samples, seq_len, seed) -> Callable:
 
 
 def _options_by_algorithm(options: Sequence[str]) -> dict[str, dict[str, str]]:
-    from ..search import ALGORITHMS
-
     found: dict[str, dict[str, str]] = {}
     for name, value in split_options(options).items():
         algorithm, dot, option = name.partition(".")
@@ -250,24 +245,6 @@ def _parse_budgets(text: str) -> list[int]:
     if len(set(budgets)) < len(budgets) or not 0 <= min(budgets) <= max(budgets) <= MOST:
         raise InputError(f"--num-remove: budgets must be distinct and from 0 to {MOST}, not {text!r}")
     return budgets
-
-
-def _check_study_folder(folder: Path, known: Mapping[str, object]) -> None:
-    """Raise InputError for a folder in which a study of these inputs, as far as they are known, cannot be."""
-    inputs = folder / "inputs.json"
-    with naming("--out"):
-        if not inputs.exists():
-            if folder.exists() and any(folder.iterdir()):
-                raise InputError(f"{folder}: is not empty and holds no study; name another folder")
-            return
-        try:
-            found = json.loads(inputs.read_text(encoding="utf-8"))
-            others = [name for name, value in known.items() if found.get(name) != value]
-        except (ValueError, AttributeError, IsADirectoryError):
-            raise InputError(f"{inputs}: is not what a study has written; name another folder") from None
-        if others:
-            raise InputError(f"{folder}: holds a study with other {', '.join(others)}; name another folder")
-        check_store(folder / "scores.db")
 
 
 def _refuse_twice(flag: str, names: Sequence[str]) -> None:

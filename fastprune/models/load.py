@@ -244,6 +244,10 @@ def _from_pretrained(folder: Path, name: str, dtype, trust_remote_code: bool, te
             output_loading_info=True,
         )
     except Exception as error:  # of whatever kind: what is in the folder brought it about
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name}: brings code of its own, which runs only with --trust-remote-code (trust_remote_code=True)"
+            ) from error
         raise InputError(f"{name}: cannot be loaded: {_first_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):

@@ -15,7 +15,7 @@ NEIGHBOURS_OF = 3  # best subsets whose swaps are in the pool
 TWO_SWAPS = 100  # 2-swaps of each, drawn at random: there are too many for all
 
 
-@algorithm(needs_sklearn=True)
+@algorithm(needs_sklearn=True, studied=True)
 def bayesian(search: Search, trials: Count = 200, initial: Count = 10, batch_size: Count = 1) -> None:
     """Score the subset of highest expected improvement under a Gaussian process on masks, again and again.
 

@@ -6,7 +6,7 @@ from .registry import Count, algorithm
 from .run import Search
 
 
-@algorithm(races=True)
+@algorithm(races=True, studied=True)
 def greedy(search: Search) -> None:
     """k rounds; each removes the unit whose additional removal gives the lowest loss.
 
@@ -18,7 +18,7 @@ def greedy(search: Search) -> None:
     beam(search, beam_width=1)
 
 
-@algorithm(races=True)
+@algorithm(races=True, studied=True)
 def beam(search: Search, beam_width: Count = 5) -> None:
     """k rounds; each extends every kept subset by every unit, merges equal subsets, keeps the beam_width lowest.
 

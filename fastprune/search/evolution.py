@@ -14,7 +14,7 @@ from .registry import Allowed, Count, CountOrAuto, Share, algorithm
 from .run import Removed, Search
 
 
-@algorithm(races=True)
+@algorithm(races=True, studied=True)
 def genetic(
     search: Search,
     population: Count = 16,

@@ -12,7 +12,7 @@ from .registry import Count, algorithm
 from .run import Removed, Search
 
 
-@algorithm
+@algorithm(studied=True)
 def fast_block_select(search: Search, max_run: Count = 4, pool: Count = 5, rounds: Count = 20) -> None:
     """From one_shot's subset, exchange runs of adjacent units between the removed and the kept while that helps.
 

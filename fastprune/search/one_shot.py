@@ -9,7 +9,7 @@ from .registry import algorithm
 from .run import Removed, Search
 
 
-@algorithm(races=True)
+@algorithm(races=True, studied=True)
 def one_shot(search: Search) -> None:
     """Remove the k units whose removal alone hurts least: the k lowest d_i = loss({i}).
 

@@ -25,7 +25,7 @@ def _solvable(candidates: int, num_remove: int, granularity: str, **options) -> 
         )
 
 
-@algorithm(check_size=_solvable, needs_gradients=True)
+@algorithm(check_size=_solvable, needs_gradients=True, studied=True)
 def cbo(search: Search, num_states: Count = 10, rescore: bool = True, first_order: bool = False) -> None:
     """Remove the k units of lowest energy z^T H z, z_i = 1 where removed, H the Fisher matrix of branch scales.
 

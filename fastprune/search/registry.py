@@ -60,7 +60,7 @@ class Algorithm:
 
     check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that it cannot take.
     needs_gradients: of the objective at the dense model (Objective.differentiable). races: whether its selections may
-    be races.
+    be races. studied: whether a study runs it unless others are named.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Algorithm:
     needs_sklearn: bool
     needs_gradients: bool
     races: bool
+    studied: bool
 
     def describe(self) -> dict:
         """Plain values: name, summary, source, cost, and for each option its name, type, default and meaning."""
@@ -136,6 +137,7 @@ def algorithm(
     needs_sklearn: bool = False,
     needs_gradients: bool = False,
     races: bool = False,
+    studied: bool = False,
 ) -> Callable:
     """Register a search under its function's name, or another; its keyword parameters are its options.
 
@@ -147,6 +149,7 @@ def algorithm(
             "needs_sklearn": needs_sklearn,
             "needs_gradients": needs_gradients,
             "races": races,
+            "studied": studied,
         }
         return partial(algorithm, name=name, **given)
     name = name or function.__name__
@@ -157,7 +160,8 @@ def algorithm(
         annotation = types[parameter.name]
         (allowed,) = getattr(annotation, "__metadata__", (None,))
         options[parameter.name] = Option(getattr(annotation, "__origin__", annotation), parameter.default, allowed)
-    ALGORITHMS[name] = Algorithm(name, function, options, check_size, needs_sklearn, needs_gradients, races)
+    needs = {"needs_sklearn": needs_sklearn, "needs_gradients": needs_gradients}
+    ALGORITHMS[name] = Algorithm(name, function, options, check_size, **needs, races=races, studied=studied)
     return function
 
 

@@ -21,11 +21,12 @@ def refused(run, monkeypatch, text_file):
     monkeypatch.setattr("fastprune.models.load_model", opened)
 
     def refused(command, *more) -> str:
-        arguments = {
-            "score": ("--removed", "1", "--calibration", text_file),
-            "search": ("--num-remove", "1", "--calibration", text_file),
-            "study": ("--num-remove", "1,2", "--objective", f"perplexity={text_file}"),
+        needed = {
+            "score": {"--removed": "1", "--calibration": text_file},
+            "search": {"--num-remove": "1", "--calibration": text_file},
+            "study": {"--num-remove": "1,2", "--objective": f"perplexity={text_file}"},
         }[command]
+        arguments = [part for flag, value in needed.items() if flag not in more for part in (flag, value)]
         status, _, err = run(command, "nowhere/model", *arguments, *more)
         assert status == 2, err
         assert err.count("\n") == 1
@@ -107,7 +108,8 @@ def inputs():
 )
 def test_another_study_is_refused(refused, tmp_path, inputs, more, named):
     (tmp_path / "inputs.json").write_text(json.dumps(inputs))
-    assert f"holds a study with other {named};" in refused("study", "--out", tmp_path, "--algorithms", "beam", *more)
+    beam = () if "--algorithms" in more else ("--algorithms", "beam")
+    assert f"holds a study with other {named};" in refused("study", "--out", tmp_path, *more, *beam)
 
 
 def test_a_broken_store_of_a_study_is_named(refused, tmp_path, inputs):
@@ -133,3 +135,18 @@ def test_a_study_continues(run, checkpoint, text_file, tmp_path):
         status, out, err = run(*arguments)
         assert status == 0, err
         assert "one_shot" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "twice"),
+    [
+        ("search", ("--num-remove", "2", "--num-remove", "2")),
+        ("search", ("--seed", "1", "--seed=1")),
+        ("score", ("--dtype", "float32", "--dtype", "bfloat16")),
+        ("study", ("--out", "a", "--out", "b")),
+        ("search", ("--option", "beam_width=2", "--option", "beam_width=3")),
+        ("study", ("--option", "beam.beam_width=2", "--option", "beam.beam-width=3", "--out", "a")),
+    ],
+)
+def test_options_that_are_given_twice(refused, command, twice):
+    assert "is given twice" in refused(command, *twice)

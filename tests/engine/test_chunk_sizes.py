@@ -25,7 +25,7 @@ def cuts(hf, backend, objective):
     for budget in BUDGETS:
         totals = []
         ev = fp.Evaluator(
-            hf, objective, backend=backend, cache_bytes=budget, progress=lambda done, total: totals.append(total)
+            hf, objective, backend=backend, memory_bytes=budget, progress=lambda done, total: totals.append(total)
         )
         ev.score(np.ones((1, ev.num_units), dtype=bool))
         found.append([totals[-1], ev.stats.peak_activation_bytes])

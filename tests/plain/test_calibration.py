@@ -387,3 +387,17 @@ def test_refused_task_arguments(tmp_path):
     with pytest.raises(fp.InputError, match=":1: the prompt is empty"):
         fp.load_tasks(path, make_tokenizer(adds_bos=False))
     assert fp.load_tasks(path, make_tokenizer()).num_questions == 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    seen = []
+
+    def tokenizer(documents, **options):
+        seen.extend(documents)
+        return {"input_ids": [[1, 2, 3] for _ in documents]}
+
+    text = "abc" if name == "a.txt" else '{"text": "abc"}\n'
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    fp.load_text(tmp_path / name, tokenizer, num_samples=1, seq_len=2)
+    assert seen == ["abc"]

@@ -16,7 +16,7 @@ KERNELS = Path(fastprune_kernels.__file__).parent
 # layer 0 imports nothing of the package; a module may import from its own layer and from those before it
 LAYERS = [
     {"errors"},
-    {"records", "qubo", "figures"},
+    {"records", "qubo"},
     {"masks", "recipes"},
     {"calibration", "models", "trie", "memory", "chunks", "fingerprint", "store", "racing"},
     {"retention", "schedule", "states", "measures", "footprint"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"engine", "probes"},
     {"evaluator"},
     {"search"},
-    {"study", "figures", "report", "checkpoint", "integrations"},
+    {"study", "checkpoint", "integrations"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -9,7 +9,7 @@ import torch
 
 import fastprune as fp
 from fastprune.masks import as_masks, check_removed, parse_removed
-from fastprune.report import format_removed
+from fastprune.study.tables import format_removed
 
 
 @pytest.mark.parametrize("num_units", [1, 5, 9])

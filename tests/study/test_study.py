@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import math
 import re
 import sys
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -14,10 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune import figures
-from fastprune.report import write_report
 from fastprune.search import ALGORITHMS as ALGORITHMS_KNOWN
-from fastprune.study import Cell, run_study, summarise
+from fastprune.study import Cell, figures, run_study, summarise, write_report
 
 ALGORITHMS = ["one_shot", "greedy", "beam"]
 BUDGETS = [1, 2]
@@ -75,7 +74,7 @@ def test_overlap_and_ranks(finished):
     for entry in study["jaccard"]:
         cells = [cell for cell in study["cells"] if cell["num_remove"] == entry["num_remove"]]
         overlaps = {True: [], False: []}
-        for a, b in combinations(cells, 2):
+        for a, b in itertools.combinations(cells, 2):
             a_set, b_set = set(a["removed"]), set(b["removed"])
             overlaps[a["objective"] == b["objective"]].append(len(a_set & b_set) / len(a_set | b_set))
         assert entry["within"] == pytest.approx(np.mean(overlaps[True]))
@@ -218,12 +217,14 @@ def test_a_rank_figure_names_every_algorithm():
 
 def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
     objectives = ("--objective", f"perplexity={text_file}", "--objective", f"m:margin={questions}")
-    size = ("--num-remove", "1,2", "--num-samples", 3, "--seq-len", 16)
+    size = ("--num-samples", 3, "--seq-len", 16)
     arguments = ("study", checkpoint, *objectives, "--algorithms", "one_shot,greedy", *size)
-    status, out, _ = run(*arguments, "--out", tmp_path / "s")
+    given = {"--num-remove": "1,2", "--out": tmp_path / "s"}
+    status, out, _ = run(*arguments, *itertools.chain(*given.items()))
     assert status == 0
     assert "greedy" in out
-    assert "log of perplexity" in out
+    (dense,) = json.loads((tmp_path / "s" / "study.json").read_text())["dense"].values()
+    assert f"perplexity {math.exp(dense['perplexity']):.3f}" in out
     assert {"study.json", "report.html", "inputs.json", "scores.db"} <= {
         path.name for path in (tmp_path / "s").iterdir()
     }
@@ -235,6 +236,7 @@ def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
         (("--num-remove", "1,9"), "--num-remove 9 must be from 0 to 4"),
         (("--out", text_file / "s"), "is a file, not a folder"),
     ):
-        status, _, err = run(*arguments, "--out", tmp_path / "t", *wrong)
+        more = {**given, "--out": tmp_path / "t", wrong[0]: wrong[1]}
+        status, _, err = run(*arguments, *itertools.chain(*more.items()))
         assert status == 2
         assert message in err

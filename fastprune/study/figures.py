@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
+from ..records import write_file
 
 KEPT, EDGE, RULE = "#f1f3f5", "#d5d9dd", "#868e96"
 
@@ -141,8 +142,11 @@ def as_svg(figure) -> str:
 
 
 def save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=160)
+    """Write the figure as PNG, in the place of one that is there."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
     _pyplot().close(figure)
+    write_file(path, buffer.getvalue(), replace=True)
 
 
 def _pyplot():

@@ -1,0 +1,11 @@
+"""Studies: many searches, compared, in a folder that continues after a kill, and shown as one page.
+
+Imported without torch, so that the command line can refuse a wrong folder at once.
+"""
+
+from .folder import Cell, check_study_folder
+from .report import write_report
+from .runs import check_study, run_study
+from .statistics import summarise
+
+__all__ = ["Cell", "check_study", "check_study_folder", "run_study", "summarise", "write_report"]

@@ -1,0 +1,180 @@
+"""A study's folder: what was left there is checked, a kill leaves nothing that blocks, and one process writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastprune as fp
+from fastprune.study import check_study_folder, run_study
+from fastprune.study.folder import hold
+
+COSTS = ("layer_runs", "seconds")
+
+
+def make_model() -> fp.Model:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return fp.Model(LlamaForCausalLM(config).eval(), name="tiny")
+
+
+def study(out, model: fp.Model | None = None, **more) -> dict:
+    ids = np.random.default_rng(1).integers(0, 97, (4, 13))
+    objectives = {"one": lambda model: fp.Perplexity(fp.TokenBatch.from_ids(ids))}
+    return run_study([model or make_model()], objectives, ["one_shot", "greedy"], [1, 2], out, **more)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("studies") / "study"
+    return out, study(out, model)
+
+
+def found(cells: list[dict]) -> list[dict]:
+    return [{key: value for key, value in cell.items() if key not in COSTS} for cell in cells]
+
+
+def altered(**changes):
+    return lambda path, other: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+DAMAGE = {
+    "empty": lambda path, other: path.write_bytes(b""),
+    "cut short": lambda path, other: path.write_bytes(path.read_bytes()[:-9]),
+    "no text": lambda path, other: path.write_bytes(b"\xff\x00" * 50),
+    "another value": lambda path, other: path.write_text("[1, 2]"),
+    "another loss": altered(loss=0.5),
+    "other units": altered(removed=[0]),
+    "another key": altered(more=1),
+    "no checksum": altered(checksum=None),
+    "another cell": lambda path, other: shutil.copyfile(other, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_cell_that_cannot_be_believed_is_named_and_made_again(finished, model, tmp_path, damage):
+    out = shutil.copytree(finished[0], tmp_path / "s")
+    path, other = sorted((out / "cells").iterdir())[:2]
+    damage(path, other)
+    with pytest.warns(RuntimeWarning, match=path.name):
+        again = study(out, model)
+    assert found(again["cells"]) == found(finished[1]["cells"])
+    assert found(study(out, model)["cells"]) == found(finished[1]["cells"])  # and nothing is said any more
+
+
+def test_a_cell_of_a_study_with_other_settings_is_made_again(finished, model, tmp_path):
+    out, other = shutil.copytree(finished[0], tmp_path / "s"), tmp_path / "other"
+    expected = study(other, model, seed=1)
+    for cell in (other / "cells").iterdir():
+        shutil.copyfile(out / "cells" / cell.name, cell)
+    with pytest.warns(RuntimeWarning) as said:
+        again = study(other, model, seed=1)
+    assert len(said) == len(expected["cells"])
+    assert found(again["cells"]) == found(expected["cells"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"seed": 0, "seed": 0}', b"[" * 99999])
+def test_inputs_that_no_study_has_written(model, tmp_path, content):
+    (tmp_path / "inputs.json").write_bytes(content)
+    with pytest.raises(fp.InputError, match=r"inputs\.json: is not what a study has written"):
+        study(tmp_path, model)
+    assert (tmp_path / "inputs.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["inputs.json", "scores.db", ".lock"])
+def test_folders_in_the_place_of_files(finished, model, tmp_path, name):
+    out = shutil.copytree(finished[0], tmp_path / "s")
+    (out / name).unlink()
+    (out / name).mkdir()
+    with pytest.raises(fp.InputError, match=name):
+        study(out, model)
+
+
+def test_the_second_process_in_a_folder_is_refused(finished, model, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "s")
+    program = (
+        "import sys, pathlib\n"
+        "from fastprune.study.folder import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True); sys.stdin.read()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, str(out)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        for call in (lambda: study(out, model), lambda: check_study_folder(out, {})):
+            with pytest.raises(fp.InputError, match="another process is running a study there"):
+                call()
+        holder.send_signal(signal.SIGKILL)
+    assert found(study(out, model)["cells"]) == found(finished[1]["cells"])
+
+
+def test_what_a_kill_leaves_behind_does_not_block(finished, model, tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".inputs.json.4242").write_text('{"mod')
+    again = study(tmp_path, model)
+    assert found(again["cells"]) == found(finished[1]["cells"])
+
+
+def test_checking_a_folder_makes_none(tmp_path):
+    assert not check_study_folder(tmp_path / "new", {"seed": 0})
+    assert not (tmp_path / "new").exists()
+    with hold(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not check_study_folder(tmp_path / "new", {"seed": 0})
+
+
+@pytest.mark.parametrize("label", ["", "a/b", "..", "a\0", "x" * 61])
+def test_labels_are_parts_of_file_names(model, tmp_path, label):
+    make = {label: lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))}
+    with pytest.raises(fp.InputError, match="a label is made of"):
+        run_study([model], make, ["greedy"], [1], tmp_path / "s")
+
+
+def test_nothing_is_given_twice(model, tmp_path):
+    make = {"one": lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))}
+    for algorithms, budgets in ((["greedy", "greedy"], [1]), (["greedy"], [1, 1])):
+        with pytest.raises(fp.InputError, match="is given twice"):
+            run_study([model], make, algorithms, budgets, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_models_of_any_name(tmp_path):
+    for name in ("x" * 1000, "é" * 300, "a/../b", "two\nlines"):
+        other = make_model()
+        other.name = name
+        assert study(tmp_path / str(len(name)), other)["cells"]
+
+
+def test_the_page_and_the_figure_replace_what_was_there_at_once(finished, tmp_path, monkeypatch):
+    from fastprune.study import write_report
+
+    path = tmp_path / "report.html"
+    write_report(finished[1], path)
+    before = path.read_bytes()
+
+    def fails(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_report(finished[1], path)
+    assert path.read_bytes() == before
+    assert [place.name for place in tmp_path.iterdir()] == [path.name]
