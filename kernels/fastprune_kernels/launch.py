@@ -179,7 +179,7 @@ _FLOAT32_ATTENTION = {64: _attention(64, 32, 8, 1), 128: _attention(32, 16, 8, 1
 TREE_ATTENTION = {
     2: {
         "sm_80": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3), 256: _attention(64, 32, 8, 2)},
-        "sm_90": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 64, 8, 2)},
+        "sm_90": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 3)},
         "sm_100": {64: _attention(128, 128, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 2)},
         "gfx942": {64: _attention(128, 64, 8, 1), 128: _attention(128, 32, 8, 1), 256: _attention(64, 32, 8, 1)},
     },
