@@ -364,7 +364,7 @@ def _matrix_variants(bench: Bench, ours, tiles) -> dict[str, Callable[[], object
     split = bench.pick(1024, 64)
 
     def config(p, v, d, warps, stages) -> Config:
-        return Config.of(warps, stages, BLOCK_P=p, BLOCK_V=v, BLOCK_D=d, SPLIT_V=split, GROUP_P=16)
+        return Config.of(warps, stages, BLOCK_P=p, BLOCK_V=v, BLOCK_D=d, SPLIT_V=split, GROUP_P=8)
 
     tiles = bench.pick(tiles, ((16, 32, 16, 1, 1),))
     return {

@@ -174,11 +174,7 @@ class TritonOperators(TorchOperators):
         return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
 
     def nll(self, normed, weight, tile) -> torch.Tensor:
-        parts = [
-            self._loss.linear_nll(normed, weight, part.contiguous())
-            for part in tile.table.split(self._loss.MAX_TARGETS, dim=1)
-        ]
-        return torch.cat(parts, dim=1).flatten()[tile.places]
+        return self._loss.linear_nll(normed, weight, tile.table).flatten()[tile.places]
 
     def kl(self, dense, masked, weight, tile) -> torch.Tensor:
         return self._loss.linear_kl(dense, masked, weight)[tile.rows]

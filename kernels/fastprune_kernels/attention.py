@@ -74,18 +74,25 @@ def tree_attention_kernel(
     i_whole = tl.load(p_lists + 2 * i_tile)
     i_part = tl.load(p_lists + 2 * i_tile + 1)
     i_last = tl.load(p_lists + 2 * i_tile + 2)
+    # the next block's index is carried, not read where it is used: only so are the copies of a block issued while the
+    # blocks before it are worked on
+    i_key = tl.load(p_blocks + i_whole)
     for i_block in range(i_whole, i_part):
+        i_next = tl.load(p_blocks + i_block + 1)
         b_out, b_max, b_sum = _attend(
-            b_q, b_out, b_max, b_sum, p_k, p_v, tl.load(p_blocks + i_block), i_end, scale,
+            b_q, b_out, b_max, b_sum, p_k, p_v, i_key, i_end, scale,
             p_branch, p_position, o_m, b_branch, b_position, False,
             STRIDE, DH, WINDOW, SOFT_CAP, BLOCK_DH, BLOCK_N,
         )  # fmt: skip
+        i_key = i_next
     for i_block in range(i_part, i_last):
+        i_next = tl.load(p_blocks + i_block + 1)
         b_out, b_max, b_sum = _attend(
-            b_q, b_out, b_max, b_sum, p_k, p_v, tl.load(p_blocks + i_block), i_end, scale,
+            b_q, b_out, b_max, b_sum, p_k, p_v, i_key, i_end, scale,
             p_branch, p_position, o_m, b_branch, b_position, True,
             STRIDE, DH, WINDOW, SOFT_CAP, BLOCK_DH, BLOCK_N,
         )  # fmt: skip
+        i_key = i_next
     b_out = b_out / b_sum[:, None]
     p_o = p_out + i_start.to(tl.int64) * (HEADS * DH) + i_head * DH
     o_out = tl.arange(0, BLOCK_M)[:, None] * (HEADS * DH) + o_d[None, :]
@@ -108,12 +115,11 @@ def _attend(
         m_kv = m_kv & (o_n < i_end)[:, None]
     o_block = i_key.to(tl.int64) * STRIDE
     b_k = tl.load(p_k + o_block + o_kv, mask=m_kv, other=0.0)  # [N, Dh]
-    b_scores = dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)) * scale  # [M, N]
-    b_scores = soft_cap(b_scores, SOFT_CAP)
-    # powers of 2 save a product for each score, but round before the maximum is taken off, which float32 would show
+    b_scores = dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], BLOCK_N], tl.float32))  # [M, N]
+    # a power of 2 of scaled score minus scaled maximum is one operation a score, but its rounding would show in float32
     POWERS: tl.constexpr = b_q.dtype != tl.float32
-    if POWERS:
-        b_scores *= LOG2_E
+    if SOFT_CAP is not None or not POWERS:
+        b_scores = soft_cap(b_scores * scale, SOFT_CAP)
     if MASKED:
         # keys after the row's end come after every query of it
         m_seen = o_m[:, None] >= o_n[None, :]
@@ -123,18 +129,20 @@ def _attend(
             b_key_position = tl.load(p_position + o_n, mask=o_n < i_end, other=0)
             m_seen = m_seen & (b_position[:, None] - b_key_position[None, :] < WINDOW)
         b_scores = tl.where(m_seen, b_scores, float("-inf"))
-    b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))  # at least LEAST: no difference of infinities
-    b_p = _power(b_scores - b_new_max[:, None], POWERS)
-    b_scale = _power(b_max - b_new_max, POWERS)
+    b_high = tl.max(b_scores, axis=1)
+    if POWERS:
+        factor = LOG2_E if SOFT_CAP is not None else scale * LOG2_E
+        b_new_max = tl.maximum(b_max, b_high * factor)  # at least LEAST: no difference of infinities
+        b_p = tl.exp2(b_scores * factor - b_new_max[:, None])
+        b_scale = tl.exp2(b_max - b_new_max)
+    else:
+        b_new_max = tl.maximum(b_max, b_high)
+        b_p = tl.exp(b_scores - b_new_max[:, None])
+        b_scale = tl.exp(b_max - b_new_max)
     b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
     b_v = tl.load(p_v + o_block + o_kv, mask=m_kv, other=0.0)
     b_out = dot(cast(b_p, b_v.dtype), b_v, b_out * b_scale[:, None])
     return b_out, b_new_max, b_sum
-
-
-@triton.jit
-def _power(x, OF_TWO: tl.constexpr):
-    return tl.exp2(x) if OF_TWO else tl.exp(x)
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,8 @@ class TreePlan:
     """Which blocks of keys each tile of queries visits. Made by `plan_tree`, for one batch of tokens and one window.
 
     tile_start, tile_end int32[tiles]: a tile's first token and the end of its row. lists int32[2 tiles + 1]: bounds in
-    `blocks` of the blocks that a tile sees whole, then of those it sees in part. blocks: each one's first token.
+    `blocks` of the blocks that a tile sees whole, then of those it sees in part. blocks: each one's first token,
+    and a last entry that stands for none.
     """
 
     num_tokens: int
@@ -210,7 +219,8 @@ def plan_tree(
     order = key.argsort(stable=True)
     lists = torch.zeros(2 * len(heavy) + 1, dtype=torch.int64)
     lists[1:] = torch.bincount(key, minlength=2 * len(heavy)).cumsum(0)
-    tensors = (branch, position, tiles.start[heavy], tiles.row_end[heavy], lists, blocks.start[block][order])
+    listed = torch.cat([blocks.start[block][order], lists.new_zeros(1)])  # a tile reads the entry after its last one
+    tensors = (branch, position, tiles.start[heavy], tiles.row_end[heavy], lists, listed)
     return TreePlan(count, window, config, *(x.to(device, torch.int32) for x in tensors))
 
 
@@ -286,6 +296,7 @@ def tree_attention(
     check_tensor("qkv", qkv, (plan.num_tokens, total * head_dim), FLOATS, qkv.device)
     check(head_dim <= MAX_HEAD, f"a head must have at most {MAX_HEAD} columns, not {head_dim}")
     check(plan.branch.device == qkv.device, f"the plan must be on {qkv.device}, not on {plan.branch.device}")
+    check(scale is None or scale > 0, f"scale must be above 0, not {scale}")
     check(soft_cap is None or soft_cap > 0, f"soft_cap must be above 0, not {soft_cap}")
     check(qkv.shape[1] < 2**22, f"qkv must have fewer than {2**22} columns, not {qkv.shape[1]}")  # 32-bit tile offsets
     check(plan.num_tiles * num_heads < 2**31, f"{plan.num_tiles} tiles of {num_heads} heads are too many")

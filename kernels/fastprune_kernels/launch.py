@@ -15,6 +15,7 @@ from triton import knobs, next_power_of_2
 
 INTERPRETED = bool(knobs.runtime.interpret)  # read once: kernels become interpreted functions as they are defined
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+TMA = ("sm_90", "sm_100")  # have a tensor memory accelerator
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -59,6 +60,11 @@ def architecture(device: torch.device) -> str:
         raise ValueError(f"no kernel configuration for compute capability {major}.{minor}; 8.0 is the least")
     # sm_80's fit the 99 KB of shared memory of 8.6, 8.9 and 12.x too
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def has_tma(x: torch.Tensor) -> bool:
+    """Whether tiles of x come by the tensor memory accelerator: those of 16-bit elements, where there is one."""
+    return x.element_size() == 2 and (INTERPRETED or architecture(x.device) in TMA)
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager:
@@ -118,56 +124,48 @@ def gated_mlp_config() -> Config:
 
 
 def _matrix(p: int, v: int, d: int, warps: int, stages: int, split: int = 1024) -> Config:
-    return Config.of(warps, stages, BLOCK_P=p, BLOCK_V=v, BLOCK_D=d, SPLIT_V=split, GROUP_P=16)
+    return Config.of(warps, stages, BLOCK_P=p, BLOCK_V=v, BLOCK_D=d, SPLIT_V=split, GROUP_P=8)
 
 
-# By element size in bytes, then whether there is a soft cap, or a position has several targets, whose registers the
-# widest tiles do not leave room for.
-# SPLIT_V must not follow the number of rows, or a row's bits would.
+# By element size in bytes. SPLIT_V must not follow the number of rows, or a row's bits would.
 _FLOAT32 = {
     "sm_80": _matrix(128, 64, 16, 8, 3),
     "sm_90": _matrix(128, 64, 16, 8, 3),
-    "sm_100": _matrix(128, 64, 16, 8, 3),
+    "sm_100": _matrix(64, 128, 16, 8, 3),
     "gfx942": _matrix(64, 64, 16, 8, 2),
 }
 LINEAR_NLL = {
     2: {
         "sm_80": _matrix(128, 128, 32, 8, 4),
-        "sm_90": _matrix(256, 128, 64, 8, 3),
-        "sm_100": _matrix(128, 128, 64, 8, 4),
+        "sm_90": _matrix(128, 256, 64, 8, 4),
+        "sm_100": _matrix(128, 256, 64, 8, 4),
         "gfx942": _matrix(128, 128, 32, 8, 2),
     },
     4: _FLOAT32,
 }
-LINEAR_NLL_NARROW = {2: {**LINEAR_NLL[2], "sm_90": _matrix(128, 128, 64, 8, 4)}, 4: _FLOAT32}
 LINEAR_KL = {
     2: {
         "sm_80": _matrix(64, 128, 32, 8, 3),
-        "sm_90": _matrix(128, 128, 64, 8, 3),
+        "sm_90": _matrix(128, 128, 64, 8, 4),
         "sm_100": _matrix(64, 128, 64, 8, 3),
         "gfx942": _matrix(64, 128, 32, 8, 2),
     },
     4: {
-        "sm_80": _matrix(64, 32, 16, 4, 3),
-        "sm_90": _matrix(64, 32, 16, 4, 3),
-        "sm_100": _matrix(32, 64, 16, 4, 3),
+        "sm_80": _matrix(64, 32, 16, 8, 3),
+        "sm_90": _matrix(64, 32, 16, 8, 3),
+        "sm_100": _matrix(64, 32, 16, 8, 3),
         "gfx942": _matrix(64, 64, 16, 8, 2),
     },
 }
-LINEAR_KL_CAPPED = {2: {**LINEAR_KL[2], "sm_90": _matrix(64, 128, 64, 8, 3)}, 4: LINEAR_KL[4]}
 _INTERPRETED_MATRIX = _matrix(32, 32, 32, 1, 1, split=64)
 
 
-def linear_nll_config(arch: str, itemsize: int, soft_cap: bool, num_targets: int) -> Config:
-    if arch == "interpreter":
-        return _INTERPRETED_MATRIX
-    return (LINEAR_NLL_NARROW if soft_cap or num_targets > 1 else LINEAR_NLL)[itemsize][arch]
+def linear_nll_config(arch: str, itemsize: int) -> Config:
+    return _INTERPRETED_MATRIX if arch == "interpreter" else LINEAR_NLL[itemsize][arch]
 
 
-def linear_kl_config(arch: str, itemsize: int, soft_cap: bool) -> Config:
-    if arch == "interpreter":
-        return _INTERPRETED_MATRIX
-    return (LINEAR_KL_CAPPED if soft_cap else LINEAR_KL)[itemsize][arch]
+def linear_kl_config(arch: str, itemsize: int) -> Config:
+    return _INTERPRETED_MATRIX if arch == "interpreter" else LINEAR_KL[itemsize][arch]
 
 
 def _attention(m: int, n: int, warps: int, stages: int) -> Config:
@@ -179,7 +177,7 @@ _FLOAT32_ATTENTION = {64: _attention(64, 32, 8, 1), 128: _attention(32, 16, 8, 1
 TREE_ATTENTION = {
     2: {
         "sm_80": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3), 256: _attention(64, 32, 8, 2)},
-        "sm_90": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 64, 8, 2)},
+        "sm_90": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 3)},
         "sm_100": {64: _attention(128, 128, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 2)},
         "gfx942": {64: _attention(128, 64, 8, 1), 128: _attention(128, 32, 8, 1), 256: _attention(64, 32, 8, 1)},
     },

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import (
     FLOATS,
@@ -20,13 +21,12 @@ from .launch import (
     check,
     check_output,
     check_tensor,
+    has_tma,
     linear_kl_config,
     linear_nll_config,
     on_device,
 )
-from .numeric import LEAST, dot, soft_cap
-
-MAX_TARGETS = 16
+from .numeric import LEAST, LOG2_E, dot, soft_cap
 
 
 @triton.jit
@@ -43,104 +43,140 @@ def _grouped(num_rows, num_splits, BLOCK_P: tl.constexpr, GROUP_P: tl.constexpr)
 
 
 @triton.jit
-def _tile(p_x, m_row, num_columns, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of a matrix of row size D; zeros outside."""
-    o_x = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, COLUMNS)[None, :]
-    m_x = m_row[:, None]
-    if D % COLUMNS != 0:
-        m_x = m_x & (tl.arange(0, COLUMNS) < num_columns)[None, :]
-    return tl.load(p_x + o_x, mask=m_x, other=0.0)
+def _tile(
+    source, i_row, i_column, num_rows,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS] of a matrix [num_rows, D] that begin at i_row, i_column; zeros outside."""
+    if TMA:
+        b_x = source.load([i_row, i_column])
+    else:
+        o_x = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, COLUMNS)[None, :]
+        m_x = (i_row + tl.arange(0, ROWS) < num_rows)[:, None]
+        if D % COLUMNS != 0:
+            m_x = m_x & (tl.arange(0, COLUMNS) < D - i_column)[None, :]
+        b_x = tl.load(source + tl.cast(i_row, tl.int64) * D + i_column + o_x, mask=m_x, other=0.0)
+    return b_x
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
+def _power(x, OF_TWO: tl.constexpr):
+    return tl.exp2(x) if OF_TWO else tl.exp(x)
+
+
+# Maxima and exponents of linear_nll are in units of log(2) where operands have 16 bits: a power of 2 of scaled logit minus
+# scaled maximum is one fused operation a logit. Its rounding would show in float32.
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab"])
 def linear_nll_kernel(
-    p_hidden,
-    p_weight,
-    p_target,
-    p_max,
-    p_sum,
-    p_logit,
-    num_rows,
-    vocab,
-    D: tl.constexpr,
-    TARGETS: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    SPLIT_V: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_P: tl.constexpr,
-):
-    i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
-    o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    m_p = o_p < num_rows
-    p_h = p_hidden + (i_p * BLOCK_P).to(tl.int64) * D
-
-    b_max = tl.full([BLOCK_P], LEAST, tl.float32)
-    b_sum = tl.zeros([BLOCK_P], tl.float32)
-    for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
-        o_v = i_v + tl.arange(0, BLOCK_V)
-        m_v = o_v < vocab
-        p_w = p_weight + tl.cast(i_v, tl.int64) * D
-        b_logits = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
-        for i_d in range(0, D, BLOCK_D):
-            b_h = _tile(p_h + i_d, m_p, D - i_d, D, BLOCK_P, BLOCK_D)
-            b_w = _tile(p_w + i_d, m_v, D - i_d, D, BLOCK_V, BLOCK_D)
-            b_logits = dot(b_h, tl.trans(b_w), b_logits)
-        b_logits = soft_cap(b_logits, SOFT_CAP)
-        b_logits = tl.where(m_v[None, :], b_logits, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1))
-        b_sum = b_sum * tl.exp(b_max - b_new_max) + tl.sum(tl.exp(b_logits - b_new_max[:, None]), axis=1)
-        b_max = b_new_max
-        for i_t in tl.static_range(TARGETS):
-            o_target = o_p.to(tl.int64) * TARGETS + i_t
-            b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
-            b_place = (b_target - i_v).to(tl.int32)  # in this tile, if it is here
-            b_logit = tl.sum(tl.where(tl.arange(0, BLOCK_V)[None, :] == b_place[:, None], b_logits, 0.0), axis=1)
-            # every token lies in one tile of one split, so that each logit is written once
-            m_here = m_p & (b_target >= i_v) & (b_target < min(i_v + BLOCK_V, vocab))
-            tl.store(p_logit + o_target, b_logit, mask=m_here)
-    o_partial = i_split.to(tl.int64) * num_rows + o_p
-    tl.store(p_max + o_partial, b_max, mask=m_p)
-    tl.store(p_sum + o_partial, b_sum, mask=m_p)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def combine_nll_kernel(
-    p_max, p_sum, p_logit, p_target, p_nll, num_rows, vocab, num_splits, TARGETS: tl.constexpr, BLOCK: tl.constexpr
-):
-    o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_p = o_p < num_rows
-    b_max = tl.full([BLOCK], LEAST, tl.float32)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for i_split in range(num_splits):
-        o_partial = tl.cast(i_split, tl.int64) * num_rows + o_p
-        b_part_max = tl.load(p_max + o_partial, mask=m_p, other=0.0)
-        b_part_sum = tl.load(p_sum + o_partial, mask=m_p, other=1.0)
-        b_new_max = tl.maximum(b_max, b_part_max)
-        b_sum = b_sum * tl.exp(b_max - b_new_max) + b_part_sum * tl.exp(b_part_max - b_new_max)
-        b_max = b_new_max
-    b_log_sum = tl.log(b_sum)
-    for i_t in tl.static_range(TARGETS):
-        o_target = o_p.to(tl.int64) * TARGETS + i_t
-        b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
-        m_in = m_p & (b_target >= 0) & (b_target < vocab)
-        b_logit = tl.load(p_logit + o_target, mask=m_in, other=0.0)
-        b_nll = (b_max - b_logit) + b_log_sum
-        b_nll = tl.where(b_target < 0, 0.0, tl.where(b_target < vocab, b_nll, float("nan")))
-        tl.store(p_nll + o_target, b_nll, mask=m_p)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def linear_kl_kernel(
-    p_dense,
-    p_masked,
-    p_weight,
+    hidden,
+    weight,
     p_partial,
     num_rows,
     vocab,
     D: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    POWERS: tl.constexpr,
+    TMA: tl.constexpr,
+    SPLIT_V: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_P: tl.constexpr,
+):
+    FACTOR: tl.constexpr = LOG2_E if POWERS else 1.0
+    i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
+    b_max = tl.full([BLOCK_P], LEAST, tl.float32)
+    b_sum = tl.zeros([BLOCK_P], tl.float32)
+    for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
+        b_logits = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
+        for i_d in range(0, D, BLOCK_D):
+            b_h = _tile(hidden, i_p * BLOCK_P, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA)
+            b_w = _tile(weight, i_v, i_d, vocab, D, BLOCK_V, BLOCK_D, TMA)
+            b_logits = dot(b_h, tl.trans(b_w), b_logits)
+        b_logits = soft_cap(b_logits, SOFT_CAP)
+        if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
+            b_logits = tl.where((i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1) * FACTOR)
+        b_powers = _power(b_logits * FACTOR - b_new_max[:, None], POWERS)
+        b_sum = b_sum * _power(b_max - b_new_max, POWERS) + tl.sum(b_powers, axis=1)
+        b_max = b_new_max
+    o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    p_part = p_partial + i_split.to(tl.int64) * 2 * num_rows + o_p
+    tl.store(p_part, b_max, mask=o_p < num_rows)
+    tl.store(p_part + num_rows, b_sum, mask=o_p < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab", "num_splits", "num_targets"])
+def finish_nll_kernel(
+    p_hidden,
+    p_weight,
+    p_target,
+    p_partial,
+    p_nll,
+    num_rows,
+    vocab,
+    num_splits,
+    num_targets,
+    D: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    POWERS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The targets' logits, and the splits combined. One program takes one target of each of BLOCK_P positions."""
+    FACTOR: tl.constexpr = LOG2_E if POWERS else 1.0
+    i_p = tl.program_id(0) * BLOCK_P
+    o_p = i_p + tl.arange(0, BLOCK_P)
+    m_p = o_p < num_rows
+    o_target = o_p.to(tl.int64) * num_targets + tl.program_id(1)
+    b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
+    m_in = (b_target >= 0) & (b_target < vocab)
+    # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a thousandth of the head. It
+    # sums a logit as linear_nll_kernel does, so that what is taken off is what was added up.
+    p_w = p_weight + tl.where(m_in, b_target, 0).to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    b_products = tl.zeros([BLOCK_P, BLOCK_P], tl.float32)
+    for i_d in range(0, D, BLOCK_D):
+        b_h = _tile(p_hidden, i_p, i_d, num_rows, D, BLOCK_P, BLOCK_D, False)
+        m_w = m_in[:, None]
+        if D % BLOCK_D != 0:
+            m_w = m_w & (tl.arange(0, BLOCK_D) < D - i_d)[None, :]
+        b_products = dot(b_h, tl.trans(tl.load(p_w + i_d, mask=m_w, other=0.0)), b_products)
+    m_own = tl.arange(0, BLOCK_P)[:, None] == tl.arange(0, BLOCK_P)[None, :]
+    b_logit = soft_cap(tl.sum(tl.where(m_own, b_products, 0.0), axis=0), SOFT_CAP)
+
+    o_row = tl.minimum(o_p, num_rows - 1)  # what stands beyond them is computed and not kept
+    b_max = tl.full([BLOCK_P], LEAST, tl.float32)
+    b_sum = tl.zeros([BLOCK_P], tl.float32)
+    for i_split in range(0, num_splits, BLOCK_S):
+        o_s = i_split + tl.arange(0, BLOCK_S)
+        m_part = (o_s < num_splits)[:, None]
+        p_part = p_partial + o_s.to(tl.int64)[:, None] * 2 * num_rows + o_row[None, :]
+        b_part_max = tl.load(p_part, mask=m_part, other=LEAST)
+        b_part_sum = tl.load(p_part + num_rows, mask=m_part, other=0.0)
+        b_new_max = tl.maximum(b_max, tl.max(b_part_max, axis=0))
+        b_part_sum *= _power(b_part_max - b_new_max[None, :], POWERS)
+        b_sum = b_sum * _power(b_max - b_new_max, POWERS) + tl.sum(b_part_sum, axis=0)
+        b_max = b_new_max
+    b_below = b_max - b_logit * FACTOR
+    b_nll = (b_below + tl.log2(b_sum)) * (1.0 / LOG2_E) if POWERS else b_below + tl.log(b_sum)
+    b_nll = tl.where(b_target < 0, 0.0, tl.where(m_in, b_nll, float("nan")))
+    tl.store(p_nll + o_target, b_nll, mask=m_p)
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab"])
+def linear_kl_kernel(
+    dense,
+    masked,
+    weight,
+    p_partial,
+    num_rows,
+    vocab,
+    D: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    TMA: tl.constexpr,
     SPLIT_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -148,28 +184,24 @@ def linear_kl_kernel(
     GROUP_P: tl.constexpr,
 ):
     i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
-    o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    m_p = o_p < num_rows
-    p_a = p_dense + (i_p * BLOCK_P).to(tl.int64) * D
-    p_b = p_masked + (i_p * BLOCK_P).to(tl.int64) * D
-
     b_max_a = tl.full([BLOCK_P], LEAST, tl.float32)
     b_max_b = tl.full([BLOCK_P], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_P], tl.float32)
     b_excess = tl.zeros([BLOCK_P], tl.float32)
     b_cross = tl.zeros([BLOCK_P], tl.float32)
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
-        o_v = i_v + tl.arange(0, BLOCK_V)
-        m_v = o_v < vocab
-        p_w = p_weight + tl.cast(i_v, tl.int64) * D
         b_a = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
         b_b = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
         for i_d in range(0, D, BLOCK_D):
-            b_w = tl.trans(_tile(p_w + i_d, m_v, D - i_d, D, BLOCK_V, BLOCK_D))
-            b_a = dot(_tile(p_a + i_d, m_p, D - i_d, D, BLOCK_P, BLOCK_D), b_w, b_a)
-            b_b = dot(_tile(p_b + i_d, m_p, D - i_d, D, BLOCK_P, BLOCK_D), b_w, b_b)
-        b_a = tl.where(m_v[None, :], soft_cap(b_a, SOFT_CAP), LEAST)
-        b_b = tl.where(m_v[None, :], soft_cap(b_b, SOFT_CAP), LEAST)
+            b_w = tl.trans(_tile(weight, i_v, i_d, vocab, D, BLOCK_V, BLOCK_D, TMA))
+            b_a = dot(_tile(dense, i_p * BLOCK_P, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA), b_w, b_a)
+            b_b = dot(_tile(masked, i_p * BLOCK_P, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA), b_w, b_b)
+        b_a = soft_cap(b_a, SOFT_CAP)
+        b_b = soft_cap(b_b, SOFT_CAP)
+        if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
+            m_v = (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :]
+            b_a = tl.where(m_v, b_a, LEAST)
+            b_b = tl.where(m_v, b_b, LEAST)
         b_new_a = tl.maximum(b_max_a, tl.max(b_a, axis=1))
         b_new_b = tl.maximum(b_max_b, tl.max(b_b, axis=1))
         b_sum, b_excess, b_cross = _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b)
@@ -182,6 +214,8 @@ def linear_kl_kernel(
         b_cross += tl.sum(b_tile_cross, axis=1)
         b_max_a = b_new_a
         b_max_b = b_new_b
+    o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    m_p = o_p < num_rows
     p_part = p_partial + i_split.to(tl.int64) * 5 * num_rows + o_p
     tl.store(p_part, b_max_a, mask=m_p)
     tl.store(p_part + num_rows, b_max_b, mask=m_p)
@@ -226,31 +260,33 @@ def _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b):
     return b_sum * b_scale, b_excess, b_cross
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def combine_kl_kernel(p_partial, p_kl, num_rows, num_splits, BLOCK: tl.constexpr):
-    o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_p = o_p < num_rows
-    b_max_a = tl.full([BLOCK], LEAST, tl.float32)
-    b_max_b = tl.full([BLOCK], LEAST, tl.float32)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    b_excess = tl.zeros([BLOCK], tl.float32)
-    b_cross = tl.zeros([BLOCK], tl.float32)
-    for i_split in range(num_splits):
-        p_part = p_partial + tl.cast(i_split, tl.int64) * 5 * num_rows + o_p
-        b_part_a = tl.load(p_part, mask=m_p, other=0.0)
-        b_part_b = tl.load(p_part + num_rows, mask=m_p, other=0.0)
-        b_part_sum = tl.load(p_part + num_rows * 2, mask=m_p, other=1.0)
-        b_part_excess = tl.load(p_part + num_rows * 3, mask=m_p, other=0.0)
-        b_part_cross = tl.load(p_part + num_rows * 4, mask=m_p, other=0.0)
-        b_new_a = tl.maximum(b_max_a, b_part_a)
-        b_new_b = tl.maximum(b_max_b, b_part_b)
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def combine_kl_kernel(p_partial, p_kl, num_rows, num_splits, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr):
+    o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_row = tl.minimum(o_p, num_rows - 1)  # what stands beyond them is computed and not kept
+    b_max_a = tl.full([BLOCK_P], LEAST, tl.float32)
+    b_max_b = tl.full([BLOCK_P], LEAST, tl.float32)
+    b_sum = tl.zeros([BLOCK_P], tl.float32)
+    b_excess = tl.zeros([BLOCK_P], tl.float32)
+    b_cross = tl.zeros([BLOCK_P], tl.float32)
+    for i_split in range(0, num_splits, BLOCK_S):
+        o_s = i_split + tl.arange(0, BLOCK_S)
+        m_part = (o_s < num_splits)[:, None]
+        p_part = p_partial + o_s.to(tl.int64)[:, None] * 5 * num_rows + o_row[None, :]
+        b_part_a = tl.load(p_part, mask=m_part, other=LEAST)
+        b_part_b = tl.load(p_part + num_rows, mask=m_part, other=LEAST)
+        b_part_sum = tl.load(p_part + num_rows * 2, mask=m_part, other=0.0)
+        b_part_excess = tl.load(p_part + num_rows * 3, mask=m_part, other=0.0)
+        b_part_cross = tl.load(p_part + num_rows * 4, mask=m_part, other=0.0)
+        b_new_a = tl.maximum(b_max_a, tl.max(b_part_a, axis=0))
+        b_new_b = tl.maximum(b_max_b, tl.max(b_part_b, axis=0))
         b_sum, b_excess, b_cross = _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b)
         b_part_sum, b_part_excess, b_part_cross = _rescale(
-            b_part_a, b_part_b, b_part_sum, b_part_excess, b_part_cross, b_new_a, b_new_b
+            b_part_a, b_part_b, b_part_sum, b_part_excess, b_part_cross, b_new_a[None, :], b_new_b[None, :]
         )
-        b_sum += b_part_sum
-        b_excess += b_part_excess
-        b_cross += b_part_cross
+        b_sum += tl.sum(b_part_sum, axis=0)
+        b_excess += tl.sum(b_part_excess, axis=0)
+        b_cross += tl.sum(b_part_cross, axis=0)
         b_max_a = b_new_a
         b_max_b = b_new_b
     b_x = b_excess / b_sum
@@ -258,19 +294,7 @@ def combine_kl_kernel(p_partial, p_kl, num_rows, num_splits, BLOCK: tl.constexpr
     b_series = 1.0 / 4.0 - b_x * (1.0 / 5.0 - b_x * (1.0 / 6.0 - b_x * b_series))
     b_series = b_x * b_x * (1.0 / 2.0 - b_x * (1.0 / 3.0 - b_x * b_series))
     b_bracket = tl.where(tl.abs(b_x) < 0.1, b_series, b_x - tl.log(1.0 + b_x))
-    tl.store(p_kl + o_p, b_cross / b_sum - b_bracket, mask=m_p)
-
-
-@triton.jit
-def segment_sum_kernel(p_values, p_starts, p_sums, BLOCK: tl.constexpr):
-    i_segment = tl.program_id(0)
-    i_first = tl.load(p_starts + i_segment)
-    i_last = tl.load(p_starts + i_segment + 1)
-    b_sum = tl.zeros([BLOCK], tl.float64)
-    for i_value in range(i_first, i_last, BLOCK):
-        o_value = i_value + tl.arange(0, BLOCK)
-        b_sum += tl.load(p_values + o_value, mask=o_value < i_last, other=0.0).to(tl.float64)
-    tl.store(p_sums + i_segment, tl.sum(b_sum, axis=0))
+    tl.store(p_kl + o_p, b_cross / b_sum - b_bracket, mask=o_p < num_rows)
 
 
 def linear_nll(
@@ -292,43 +316,35 @@ def linear_nll(
     shape = tuple(target.shape)
     check(len(shape) in (1, 2), f"target must have shape [P] or [P, K], not {list(shape)}")
     num_targets = shape[1] if len(shape) == 2 else 1
-    check(0 < num_targets <= MAX_TARGETS, f"a position must have 1 to {MAX_TARGETS} targets, not {num_targets}")
+    check(0 < num_targets < 2**16, f"a position must have 1 to {2**16 - 1} targets, not {num_targets}")
     check_tensor("target", target, (count, *shape[1:]), (torch.int32, torch.int64), device)
     out = check_output("out", out, shape, torch.float32, device)
-    if config is None:
-        config = linear_nll_config(architecture(device), hidden.element_size(), soft_cap is not None, num_targets)
+    config = config or linear_nll_config(architecture(device), hidden.element_size())
     _check_splits(config)
     if count:
         num_splits = cdiv(vocab, config["SPLIT_V"])
-        maxima, sums = hidden.new_empty(2, num_splits, count, dtype=torch.float32)
-        logits = torch.empty_like(out)
+        partial = hidden.new_empty(num_splits, 2, count, dtype=torch.float32)
+        powers = hidden.dtype != torch.float32
         with on_device(hidden):
+            tma, (rows, columns) = _sources(config, (hidden,), weight)
             linear_nll_kernel[(cdiv(count, config["BLOCK_P"]) * num_splits,)](
+                rows, columns, partial, count, vocab, D=size, SOFT_CAP=soft_cap, POWERS=powers, TMA=tma, **config.launch
+            )
+            finish_nll_kernel[(cdiv(count, FINISH["BLOCK_P"]), num_targets)](
                 hidden,
                 weight,
                 target,
-                maxima,
-                sums,
-                logits,
-                count,
-                vocab,
-                D=size,
-                TARGETS=num_targets,
-                SOFT_CAP=soft_cap,
-                **config.launch,
-            )
-            combine_nll_kernel[(cdiv(count, COMBINE_BLOCK),)](
-                maxima,
-                sums,
-                logits,
-                target,
+                partial,
                 out,
                 count,
                 vocab,
                 num_splits,
-                TARGETS=num_targets,
-                BLOCK=COMBINE_BLOCK,
-                num_warps=COMBINE_WARPS,
+                num_targets,
+                D=size,
+                SOFT_CAP=soft_cap,
+                POWERS=powers,
+                BLOCK_D=config["BLOCK_D"],
+                **FINISH.launch,
             )
     return out
 
@@ -349,40 +365,22 @@ def linear_kl(
     count, size, vocab, device = _check_head(masked, weight, soft_cap)
     check_tensor("dense", dense, (count, size), masked.dtype, device)
     out = check_output("out", out, (count,), torch.float32, device)
-    config = config or linear_kl_config(architecture(device), masked.element_size(), soft_cap is not None)
+    config = config or linear_kl_config(architecture(device), masked.element_size())
     _check_splits(config)
     if count:
         num_splits = cdiv(vocab, config["SPLIT_V"])
         partial = masked.new_empty(num_splits, 5, count, dtype=torch.float32)
         with on_device(masked):
+            tma, sources = _sources(config, (dense, masked), weight)
             linear_kl_kernel[(cdiv(count, config["BLOCK_P"]) * num_splits,)](
-                dense, masked, weight, partial, count, vocab, D=size, SOFT_CAP=soft_cap, **config.launch
+                *sources, partial, count, vocab, D=size, SOFT_CAP=soft_cap, TMA=tma, **config.launch
             )
-            combine_kl_kernel[(cdiv(count, COMBINE_BLOCK),)](
-                partial, out, count, num_splits, BLOCK=COMBINE_BLOCK, num_warps=COMBINE_WARPS
-            )
+            combine_kl_kernel[(cdiv(count, FINISH["BLOCK_P"]),)](partial, out, count, num_splits, **FINISH.launch)
     return out
 
 
-def segment_sums(values: torch.Tensor, starts: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Sums of values[starts_c : starts_c+1], in an order that depends on the segment's length only. float64[C].
-
-    values float32[M]; starts int[C + 1], ascending, in range.
-    """
-    check(values.dim() == 1, f"values must have shape [M], not {list(values.shape)}")
-    check_tensor("values", values, (None,), torch.float32, values.device)
-    check(starts.dim() == 1 and len(starts) > 0, f"starts must have shape [C + 1], not {list(starts.shape)}")
-    check_tensor("starts", starts, (None,), (torch.int32, torch.int64), values.device)
-    count = len(starts) - 1
-    out = check_output("out", out, (count,), torch.float64, values.device)
-    if count:
-        with on_device(values):
-            segment_sum_kernel[(count,)](values, starts, out, BLOCK=SEGMENT_BLOCK, num_warps=COMBINE_WARPS)
-    return out
-
-
-# of the small kernels, on every architecture
-COMBINE_BLOCK, COMBINE_WARPS, SEGMENT_BLOCK = 128, 4, 128
+# of the kernels that combine splits, on every architecture
+FINISH = Config.of(4, 4, BLOCK_P=64, BLOCK_S=32)
 
 
 def _check_head(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | None):
@@ -396,6 +394,16 @@ def _check_head(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | No
     check(size <= 2**22, f"hidden states must have at most {2**22} columns, not {size}")
     check(count < 2**31 - 2**10, f"{count} positions are too many; split them")
     return count, size, weight.shape[0], hidden.device
+
+
+def _sources(config: Config, rows: tuple[torch.Tensor, ...], weight: torch.Tensor) -> tuple[bool, list]:
+    """Whether tiles come by TMA, and what they come from: its descriptors, else the tensors. Bits are the same."""
+    tensors = (*rows, weight)
+    aligned = rows[0].shape[1] * rows[0].element_size() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in tensors)
+    if not (aligned and has_tma(rows[0])):
+        return False, list(tensors)
+    blocks = [config["BLOCK_P"]] * len(rows) + [config["BLOCK_V"]]
+    return True, [TensorDescriptor.from_tensor(x, [block, config["BLOCK_D"]]) for x, block in zip(tensors, blocks)]
 
 
 def _check_splits(config: Config) -> None:

@@ -5,8 +5,6 @@ Each computes in the dtype it is given, so that float64 gives the truth.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 
 
@@ -157,12 +155,6 @@ def linear_kl(
 ) -> torch.Tensor:
     """KL(p || q) [P], p from the head's logits of the dense hidden states [P, D], q from those of the masked ones."""
     return token_kl(head_logits(dense, weight, soft_cap), head_logits(masked, weight, soft_cap))
-
-
-def segment_sums(values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Sums of values[starts_c : starts_c+1], float64[C]."""
-    bounds = starts.tolist()
-    return torch.stack([values[a:b].double().sum() for a, b in pairwise(bounds)])
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -99,27 +99,34 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
         yield case("rotary", variant, config, rope.rotary_kernel, {**types, **weights}, **shape, **blocks)
 
     counts = {"num_rows": "i32", "vocab": "i32"}
+    splits = {**counts, "num_splits": "i32", "num_targets": "i32"}
+    tma = arch in launch.TMA and itemsize == 2
     for cap in (None, 30.0):
         variant = "" if cap is None else "soft cap"
-        types = {"p_hidden": element, "p_weight": element, "p_target": "*i64"}
-        types |= dict.fromkeys(("p_max", "p_sum", "p_logit"), "*fp32") | counts
         shape = {"D": 4096, "SOFT_CAP": cap}
-        for targets in (1, linear_loss.MAX_TARGETS):
-            config = launch.linear_nll_config(arch, itemsize, cap is not None, targets)
-            said = f"{variant} {targets} targets".strip() if targets > 1 else variant
-            yield case("linear_nll", said, config, linear_loss.linear_nll_kernel, types, TARGETS=targets, **shape)
-        types = {"p_dense": element, "p_masked": element, "p_weight": element, "p_partial": "*fp32"} | counts
-        config = launch.linear_kl_config(arch, itemsize, cap is not None)
-        yield case("linear_kl", variant, config, linear_loss.linear_kl_kernel, types, **shape)
+        for described in {tma, False}:
+            said = f"{variant} pointers".strip() if tma and not described else variant
+
+            def tiles(config, described=described, **block):
+                """Types of what tiles come from, by the block size of their rows."""
+                name = "tensordesc<{}[{}, {}]>"
+                if not described:
+                    return dict.fromkeys(block, element)
+                return {x: name.format(element[1:], config[rows], config["BLOCK_D"]) for x, rows in block.items()}
+
+            config = launch.linear_nll_config(arch, itemsize)
+            types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_partial": "*fp32"} | counts
+            powers = {"TMA": described, "POWERS": itemsize == 2}
+            yield case("linear_nll", said, config, linear_loss.linear_nll_kernel, types, **shape, **powers)
+            config = launch.linear_kl_config(arch, itemsize)
+            types = tiles(config, dense="BLOCK_P", masked="BLOCK_P", weight="BLOCK_V") | {"p_partial": "*fp32"} | counts
+            yield case("linear_kl", said, config, linear_loss.linear_kl_kernel, types, **shape, TMA=described)
+        types = {"p_hidden": element, "p_weight": element, "p_target": "*i64", "p_partial": "*fp32", "p_nll": "*fp32"}
+        shape |= {"POWERS": itemsize == 2, "BLOCK_D": launch.linear_nll_config(arch, itemsize)["BLOCK_D"]}
+        yield case("finish_nll", variant, linear_loss.FINISH, linear_loss.finish_nll_kernel, types | splits, **shape)
     if itemsize == 4:
-        small = Config.of(linear_loss.COMBINE_WARPS, 3, BLOCK=linear_loss.COMBINE_BLOCK)
-        splits = {**counts, "num_splits": "i32"}
-        types = dict.fromkeys(("p_max", "p_sum", "p_logit", "p_nll"), "*fp32") | {"p_target": "*i64"} | splits
-        yield case("combine_nll", "", small, linear_loss.combine_nll_kernel, types, TARGETS=1)
         types = {"p_partial": "*fp32", "p_kl": "*fp32", "num_rows": "i32", "num_splits": "i32"}
-        yield case("combine_kl", "", small, linear_loss.combine_kl_kernel, types)
-        types = {"p_values": "*fp32", "p_starts": "*i64", "p_sums": "*fp64"}
-        yield case("segment_sum", "", small, linear_loss.segment_sum_kernel, types)
+        yield case("combine_kl", "", linear_loss.FINISH, linear_loss.combine_kl_kernel, types)
 
     tables = ("p_branch", "p_position", "p_tile_start", "p_tile_end", "p_lists", "p_blocks")
     types = {"p_qkv": element, "p_out": element, **dict.fromkeys(tables, "*i32"), "scale": "fp32"}

@@ -109,7 +109,7 @@ def test_what_is_not_seen_does_not_matter():
 
 
 def visited(plan: TreePlan) -> int:
-    return len(plan.blocks)
+    return int(plan.lists[-1])
 
 
 def plan(rows, window=None) -> TreePlan:
@@ -163,5 +163,7 @@ def test_wrong_arguments_are_named():
         tree_attention(qkv, p, 3, 2)
     with pytest.raises(ValueError, match=r"qkv must have shape \[44, 64\], not \[43, 64\]"):
         tree_attention(qkv[1:], p, 2, 1)
+    with pytest.raises(ValueError, match="scale must be above 0, not -1"):
+        tree_attention(qkv, p, 2, 1, scale=-1)
     with pytest.raises(ValueError, match=r"out must have shape \[44, 32\], not \[44, 64\]"):
         tree_attention(qkv, p, 2, 1, out=qkv)

@@ -49,7 +49,7 @@ def test_scores_equal_physical_removal(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_choices_in_a_tree_equal_the_generic_path(family):
-    """More choices than a table has columns, so that one position's targets are split."""
+    """One position predicts the first tokens of 18 choices."""
     hf = build(family).to(DEVICE)
     tasks = make_tasks(hf.config.vocab_size, [(7, [1, 3]), (2, [1] * 18)])
     expected = fp.Evaluator(hf, fp.TaskMargin(tasks), backend="generic").score_samples(MASKS[:1])

@@ -9,7 +9,7 @@ import torch
 from kernel_checks import DEVICE, DTYPES, assert_as_exact, double, integers, nans, random
 
 from fastprune_kernels import reference
-from fastprune_kernels.linear_loss import linear_kl, linear_nll, segment_sums
+from fastprune_kernels.linear_loss import linear_kl, linear_nll
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
@@ -75,6 +75,29 @@ def test_nll_of_several_targets(dtype):
     assert torch.equal(single, out[:, 0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_certain_target_gives_zero(dtype):
+    """What is taken off is the number that was added up, however great the logits are."""
+    hidden = random(5, 48, dtype=dtype, seed=1, scale=7)
+    weight = torch.zeros(131, 48, dtype=dtype, device=DEVICE)
+    weight[77] = hidden[2]
+    out = linear_nll(hidden[2:3], weight, torch.tensor([77], device=DEVICE))
+    assert out.abs().item() < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["nll", "kl"])
+def test_rows_that_are_not_aligned_have_the_same_bits(loss):
+    """Tiles come through descriptors where rows are aligned, by pointers where they are not."""
+    hidden, weight = make(33, 96, 200, torch.float16)
+    other = random(33, 96, dtype=torch.float16, seed=4)
+    shifted = torch.empty(33 * 96 + 1, dtype=torch.float16, device=DEVICE)[1:].view(33, 96).copy_(hidden)
+    if loss == "nll":
+        target = integers(33, high=200, seed=3)
+        assert torch.equal(linear_nll(hidden, weight, target), linear_nll(shifted, weight, target))
+    else:
+        assert torch.equal(linear_kl(other, hidden, weight), linear_kl(other, shifted, weight))
+
+
 def test_a_target_outside_the_vocabulary_gives_nan():
     hidden, weight = make(3, 60, 131, torch.float32)
     out = linear_nll(hidden, weight, torch.tensor([0, 131, 130], device=DEVICE))
@@ -126,21 +149,11 @@ def test_positions_have_the_same_bits_alone_and_together(loss):
     assert torch.equal(together[11:12], run(everything[11:12]))
 
 
-def test_segment_sums():
-    values = random(500)
-    starts = torch.tensor([0, 1, 1, 130, 500], device=DEVICE)
-    sums = segment_sums(values, starts, out=nans(4, dtype=torch.float64))
-    torch.testing.assert_close(sums, reference.segment_sums(values, starts), rtol=0, atol=1e-12)
-    # a segment's bits depend on its own values only
-    assert torch.equal(segment_sums(values[130:].clone(), torch.tensor([0, 370], device=DEVICE)), sums[3:])
-
-
 def test_nothing_to_do():
     _, weight = make(1, 60, 131, torch.float32)
     none = random(1, 60)[:0]
     assert linear_nll(none, weight, integers(1, high=2)[:0]).shape == (0,)
     assert linear_kl(none, none, weight).shape == (0,)
-    assert segment_sums(random(1)[:0], torch.zeros(1, dtype=torch.int64, device=DEVICE)).shape == (0,)
 
 
 def test_wrong_arguments_are_named():
@@ -158,5 +171,3 @@ def test_wrong_arguments_are_named():
         linear_kl(hidden[1:], hidden, weight)
     with pytest.raises(ValueError, match="weight must be contiguous"):
         linear_kl(hidden, hidden, weight.T.contiguous().T)
-    with pytest.raises(ValueError, match="values must be float32"):
-        segment_sums(target, target)
