@@ -18,7 +18,7 @@ from gpu_measure import Bench, relative_error
 import fastprune as fp
 from fastprune.evaluator import Stats
 from fastprune.models.fused import FusedModel
-from fastprune.trie import kept_units, make_trie
+from fastprune.trie import Seen, kept_units, make_trie
 
 SHAPES = {
     "LLaMA-3 8B": {
@@ -148,9 +148,10 @@ def _profile(bench: Bench, work, chained: int) -> list[list] | str:
 # -- searches ------------------------------------------------------------------------------------------------------
 
 
-def evaluator(bench: Bench, name: str, objective, progress=None) -> fp.Evaluator:
+def evaluator(bench: Bench, name: str, objective, progress=None, cache_bytes: int | None = 0) -> fp.Evaluator:
+    """cache_bytes: 0 keeps no states, so that a call repeated costs the same again; None is the default cache."""
     hf = bench.model(name, lambda: random_model(bench, name))
-    return fp.Evaluator(hf, objective, backend="fused", progress=progress)
+    return fp.Evaluator(hf, objective, backend="fused", cache_bytes=cache_bytes, progress=progress)
 
 
 def chunk_shapes(ev: fp.Evaluator) -> list[list[int]]:
@@ -303,21 +304,22 @@ class OutOfTime(Exception):
 
 
 class _Rounds:
-    """An evaluator that only counts: how many unit runs a search will need, by losses that are drawn."""
+    """An evaluator that only counts: how many unit runs a search needs where every state is kept, by drawn losses."""
 
     def __init__(self, like: fp.Evaluator):
         self.num_units, self.objective, self.granularity = like.num_units, like.objective, like.granularity
         self.stats = Stats()
+        self._seen = Seen()
         self._weight = np.random.default_rng(0).random(like.num_units)
 
     def score(self, masks) -> np.ndarray:
-        plan = make_trie(kept_units(masks))
-        self.stats.layer_runs += plan.layer_runs
+        self.stats.layer_runs += self._seen.add(0, make_trie(kept_units(masks)))
         return ~masks @ self._weight
 
 
 def beam(bench: Bench, name: str) -> dict:
-    """A whole search; where time runs out, what it would have taken by the unit runs that were done."""
+    """A whole search with the prefix cache; where time runs out, what it would have taken by the unit runs that were
+    done. And once more with racing, where there is time."""
     shape = items, trunk, choices, length = bench.pick((128, 100, 4, 6), (3, 5, 2, 2))
     hf = bench.model(name, lambda: random_model(bench, name))
     options = {"num_remove": bench.pick(7, 2), "beam_width": bench.pick(5, 2)}
@@ -331,7 +333,8 @@ def beam(bench: Bench, name: str) -> dict:
         if bench.left() < reserve:
             raise OutOfTime
 
-    ev = evaluator(bench, name, fp.TaskMargin(random_tasks(bench, hf.config.vocab_size, *shape)), progress)
+    tasks = random_tasks(bench, hf.config.vocab_size, *shape)
+    ev = evaluator(bench, name, fp.TaskMargin(tasks), progress, cache_bytes=None)
     ev.score(np.ones((1, ev.num_units), dtype=bool))  # kernels for these shapes are compiled
     runs |= {"done": 0, "of_this_call": 0}
     chunks = chunk_shapes(ev)
@@ -350,9 +353,25 @@ def beam(bench: Bench, name: str) -> dict:
             "seconds": result.seconds,
             "masks": result.evaluations,
             "layer_runs": result.layer_runs,
+            "unbounded_layer_runs": ev.stats.unbounded_layer_runs,
             "naive_layer_runs": result.naive_layer_runs,
+            "cache_hits": ev.stats.cache_hits,
+            "cache_bytes": ev.stats.cache_bytes,
+        }
+        bench.save("beam", {"model": name, **found})
+        del ev
+        bench.free()
+        racer = evaluator(bench, name, fp.TaskMargin(tasks), progress, cache_bytes=None)
+        raced = fp.run_search(racer, "beam", racing=0.99, **options)
+        found["raced"] = {
+            "seconds": raced.seconds,
+            "layer_runs": raced.layer_runs,
+            "decided_early": raced.decided_early,
+            "same_removed": raced.removed == result.removed,
         }
     except OutOfTime:
+        if "seconds" in found:
+            return found | {"raced": "no time was left"}
         bench.synchronize()  # what was counted has only been handed over
         elapsed, done = time.perf_counter() - started, runs["done"] + runs["of_this_call"]
         found["stopped"] = f"after {elapsed:.0f} s and {done} of about {expected * len(chunks):.0f} unit runs"
