@@ -10,7 +10,8 @@ import sqlite3
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,51 @@ class SumStore:
                     self._db.executemany("INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)", rows)
             except _FAILURES as error:
                 self._give_up(error)
+
+    # -- looking at a file ---------------------------------------------------------------------------------------
+
+    def contexts(self) -> dict[int, tuple[dict, int]]:
+        """Each context in the file, by its number: what it is determined by, and how many sums it holds."""
+        query = "SELECT id, determined_by, (SELECT count(*) FROM sums WHERE context = id) FROM contexts ORDER BY id"
+        with self._turn, self._naming():
+            return {number: (json.loads(text), count) for number, text, count in self._db.execute(query)}
+
+    def rows(self) -> Iterator[tuple[int, bytes, tuple[int, ...], np.ndarray | None]]:
+        """Everything in the file: (context, chunk, units that ran, sums); the sums of a damaged row are None."""
+        with self._turn, self._naming():
+            for context, key in self._db.execute("SELECT id, key FROM contexts"):
+                self._keys[context] = key.encode()
+            for context, chunk, units, sums, checksum in self._db.execute("SELECT * FROM sums"):
+                whole = context in self._keys and self._checksum(context, chunk, units, sums) == checksum
+                values = np.frombuffer(sums, dtype="<f8") if whole and not len(sums) % 8 else None
+                yield context, chunk, tuple(np.frombuffer(units, dtype="<u2").tolist()), values
+
+    def prune(self, contexts: Iterable[int] = (), damaged: bool = False) -> int:
+        """Remove these contexts with their sums, or the rows that are damaged; how many sums went."""
+        broken = []
+        if damaged:
+            broken = [
+                (context, chunk, units_key(units)) for context, chunk, units, values in self.rows() if values is None
+            ]
+        with self._turn, self._naming():
+            before = self._db.total_changes
+            with self._db:
+                self._db.executemany("DELETE FROM sums WHERE context = ? AND chunk = ? AND units = ?", broken)
+                for number in contexts:
+                    self._db.execute("DELETE FROM sums WHERE context = ?", (number,))
+            gone = self._db.total_changes - before
+            with self._db:
+                self._db.executemany("DELETE FROM contexts WHERE id = ?", [(number,) for number in contexts])
+            self._db.execute("VACUUM")
+        return gone
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """What SQLite raises over a damaged file becomes one line that names it."""
+        try:
+            yield
+        except _FAILURES as error:
+            raise InputError(f"{self.path}: a damaged store ({error})") from None
 
     def close(self) -> None:
         with self._turn:
