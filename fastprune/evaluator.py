@@ -17,7 +17,7 @@ from .errors import InputError
 from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
-from .racing import Selection, beaten
+from .racing import Selection, race
 from .records import check_folder
 from .store import SumStore
 from .trie import Trie, kept_units, make_trie
@@ -211,13 +211,12 @@ class Evaluator:
         distinct = list(dict.fromkeys(sequences))
         _check_race(keep, len(distinct), confidence, tolerance)
         looks = look_rows(self.objective.batch.num_rows)
-        error = (1 - confidence) / (len(distinct) * max(1, len(looks) - 1))
         with self.model.turn:
             runs, whole = self.stats.layer_runs, self._ask(sequences)
             chunks = None
             while chunks is not self._engine.chunks:  # where memory ran out, sums before and after differ in their bits
                 chunks = self._engine.chunks
-                alive, losses = self._race(distinct, looks, keep, error, tolerance)
+                alive, losses = self._race(distinct, looks, keep, confidence, tolerance)
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
             first = {sequence: i for i, sequence in reversed(list(enumerate(sequences)))}
             made = self.stats.layer_runs - runs
@@ -288,21 +287,22 @@ class Evaluator:
         self.stats.store_hits += int(known[trie.index].sum())
         return sums
 
-    def _race(self, sequences, looks, keep, error, tolerance) -> tuple[np.ndarray, np.ndarray]:
+    def _race(self, sequences, looks, keep, confidence, tolerance) -> tuple[np.ndarray, np.ndarray]:
         """Which of the sequences reach the last look, int64[K], and their losses."""
         batch, objective = self.objective.batch, self.objective
-        alive, seen = np.arange(len(sequences)), np.zeros(batch.num_continuations, dtype=bool)
+        seen = np.zeros(batch.num_continuations, dtype=bool)
         sums = np.zeros((len(sequences), batch.num_continuations))
-        for rows in looks:
-            wanted = np.isin(batch.continuation_row, rows)
+
+        def look(number: int, alive: np.ndarray) -> np.ndarray:
+            wanted = np.isin(batch.continuation_row, looks[number])
             trie = make_trie(sequences[i] for i in alive)
             sums[alive] += self._run(trie, wanted)[trie.index, 0]
-            seen |= wanted
-            if not seen.all():
-                samples = np.unique(objective.sample[seen])
-                losses = objective.sample_losses(sums[alive])[:, samples]
-                shares = losses * objective.sample_weight[samples] * self.num_samples
-                alive = alive[~beaten(shares, self.num_samples, keep, error, tolerance)]
+            seen[wanted] = True
+            samples = np.unique(objective.sample[seen])
+            losses = objective.sample_losses(sums[alive])[:, samples]
+            return losses * objective.sample_weight[samples] * self.num_samples
+
+        alive = race(len(sequences), len(looks), look, self.num_samples, keep, confidence, tolerance)
         return alive, objective.loss(sums[alive])
 
     def _check_samples(self, samples) -> np.ndarray:

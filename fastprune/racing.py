@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,30 @@ class Selection:
     decided_early: int
     layer_runs: float
     share: float
+
+
+def race(
+    count: int,
+    num_looks: int,
+    look: Callable[[int, np.ndarray], np.ndarray],
+    num_samples: int,
+    keep: int,
+    confidence: float = 0.99,
+    tolerance: float = 0.0,
+) -> np.ndarray:
+    """Which of `count` candidates reach the last look, int64[K].
+
+    look(number, alive) scores those that are left on the samples of one more look, and returns their shares
+    float64[len(alive), n] on all samples seen so far, see `beaten`. The error 1 - confidence is shared out evenly over
+    candidates and looks.
+    """
+    alive = np.arange(count)
+    error = (1 - confidence) / (count * max(1, num_looks - 1))
+    for number in range(num_looks):
+        shares = look(number, alive)
+        if number < num_looks - 1:
+            alive = alive[~beaten(shares, num_samples, keep, error, tolerance)]
+    return alive
 
 
 def beaten(shares: np.ndarray, num_samples: int, keep: int, error: float, tolerance: float = 0.0) -> np.ndarray:
