@@ -24,7 +24,7 @@ from ..calibration import TokenBatch, common_prefix
 from ..errors import InputError, nearest
 from ..evaluator import Evaluator
 from ..masks import as_masks, from_removed, parse_removed, to_removed
-from ..models import Model, load_model
+from ..models import load_model
 from ..objectives import Objective
 from ..records import shown
 from . import require_harness
@@ -73,12 +73,10 @@ class MaskedLM(HFLM):
         **settings,
     ):
         _check_names("model_args", settings, OF_HF)
-        if isinstance(pretrained, str):
-            dtype = None if dtype == "auto" else dtype
-            if device == "cuda:0" and not torch.cuda.is_available():  # what the harness's command line says by itself
-                device = None
-            pretrained = load_model(pretrained, device, dtype, trust_remote_code=trust_remote_code)
-        self.opened = pretrained if isinstance(pretrained, Model) else Model(pretrained)
+        if device == "cuda:0" and not torch.cuda.is_available():  # what the harness's command line says by itself
+            device = None
+        dtype = None if dtype == "auto" else dtype
+        self.opened = load_model(pretrained, device, dtype, trust_remote_code=trust_remote_code)
         self.opened.require(granularity)
         self._granularity = granularity
         self._running = {
