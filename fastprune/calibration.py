@@ -58,24 +58,44 @@ class TokenBatch:
 
         The trunk is the longest common prefix of a row's sequences; each sequence's remainder is a branch.
         """
+        for r, sequences in enumerate(rows):
+            for sequence, start in sequences:
+                if not 1 <= start < len(sequence):
+                    raise InputError(f"row {r}: a continuation needs a token before it and one of its own")
+        return cls._from_trees([[(ids, start - 1, ids[start:]) for ids, start in sequences] for sequences in rows])
+
+    @classmethod
+    def from_predictions(cls, rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]]) -> TokenBatch:
+        """One tree per row from its sequences: (token ids, targets), where the last ids predict the targets.
+
+        What `from_continuations` makes of ids + targets[-1:], without running the last target, whose state predicts
+        nothing: choices of one token each are one row without branches.
+        """
+        for r, sequences in enumerate(rows):
+            for ids, targets in sequences:
+                if not 1 <= len(targets) <= len(ids):
+                    raise InputError(f"row {r}: {len(targets)} targets cannot be predicted by {len(ids)} tokens")
+        return cls._from_trees([[(ids, len(ids) - len(t), t) for ids, t in sequences] for sequences in rows])
+
+    @classmethod
+    def _from_trees(cls, rows: Sequence[Sequence[tuple[Sequence[int], int, Sequence[int]]]]) -> TokenBatch:
+        """One tree per row from its sequences: (token ids, first, targets), targets predicted at `first` and on."""
         if not rows:
             raise InputError("the calibration set is empty")
         ids, positions, branch, row_starts = [], [], [], [0]
         sources, tokens, continuations, continuation_row = [], [], [], []
         for r, sequences in enumerate(rows):
-            trunk = _common_prefix([s for s, _ in sequences])
+            trunk = common_prefix([s for s, *_ in sequences])
             base = row_starts[-1]
             row_ids, row_positions, row_branch = [sequences[0][0][:trunk]], [np.arange(trunk)], [np.zeros(trunk)]
             length = trunk
-            for number, (sequence, start) in enumerate(sequences, 1):
-                if not 1 <= start < len(sequence):
-                    raise InputError(f"row {r}: a continuation needs a token before it and one of its own")
+            for number, (sequence, first, targets) in enumerate(sequences, 1):
                 tail = len(sequence) - trunk
                 # where each token of this sequence lies in the row
                 place = base + np.concatenate([np.arange(trunk), length + np.arange(tail)])
-                sources.append(place[start - 1 : -1])
-                tokens.append(sequence[start:])
-                continuations.append(np.full(len(sequence) - start, len(continuation_row)))
+                sources.append(place[first : first + len(targets)])
+                tokens.append(targets)
+                continuations.append(np.full(len(targets), len(continuation_row)))
                 continuation_row.append(r)
                 row_ids.append(sequence[trunk:])
                 row_positions.append(np.arange(trunk, len(sequence)))
@@ -339,7 +359,7 @@ def _to_numpy(ids) -> Iterable:
     return ids
 
 
-def _common_prefix(sequences: Sequence[np.ndarray]) -> int:
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
     """Length of the longest prefix that all sequences share."""
     shortest = min(map(len, sequences))
     stacked = np.stack([sequence[:shortest] for sequence in sequences])

@@ -134,10 +134,15 @@ BRANCHES = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A random model of a family, in evaluation mode: norms and biases are random too, so that none is neutral."""
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
+    """A random model of a family, in evaluation mode: norms and biases are random too, so that none is neutral.
+
+    changes: attributes of its config that are to be others.
+    """
     config = CONFIGS[name]()
     config, attn_implementation = config if isinstance(config, tuple) else (config, "sdpa")
+    for attribute, value in changes.items():
+        setattr(config, attribute, value)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

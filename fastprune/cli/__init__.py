@@ -1,4 +1,4 @@
-"""The command line: demo, info, algorithms, score, search, study, export, store.
+"""The command line: demo, info, algorithms, score, search, study, eval, export, store.
 
 Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong. An error is one line.
 """
@@ -14,7 +14,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
-from . import commands, stores, studies
+from . import commands, evaluation, stores, studies
 from .output import cannot_print, is_of_printing, prepare_streams
 
 # parameters of the library that its messages name, where the command line has a flag of that name
@@ -75,5 +75,6 @@ def cli(context: click.Context) -> None:
 
 for command in (studies.demo, commands.info, commands.algorithms, commands.score, commands.search, studies.study):
     cli.add_command(command)
+cli.add_command(evaluation.evaluate)
 cli.add_command(commands.export)
 cli.add_command(stores.store)

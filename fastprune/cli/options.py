@@ -147,22 +147,7 @@ model_settings = _group(
 
 model_options = _group(click.argument("model", type=FileName()), model_settings)
 
-evaluator_settings = _group(
-    click.option(
-        "--num-samples", type=click.IntRange(1, MOST), help="Text samples (default 64) or questions (default all)."
-    ),
-    click.option(
-        "--seq-len",
-        type=click.IntRange(2, MOST),
-        help="Tokens of a text sample; default 2048, or what the model can take (256 for the demo model's own text).",
-    ),
-    click.option(
-        "--sample-seed",
-        type=click.IntRange(0, MOST_SEED),
-        default=0,
-        show_default=True,
-        help="Which windows of a text are drawn.",
-    ),
+running_settings = _group(
     click.option(
         "--granularity",
         type=Known(["block", "sublayer"]),
@@ -184,6 +169,27 @@ evaluator_settings = _group(
         callback=_to_bytes,
         help="Budget of one call's activations in GiB; default 4 on a CPU, 16 on a GPU.",
     ),
+)
+
+quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")
+
+evaluator_settings = _group(
+    click.option(
+        "--num-samples", type=click.IntRange(1, MOST), help="Text samples (default 64) or questions (default all)."
+    ),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(2, MOST),
+        help="Tokens of a text sample; default 2048, or what the model can take (256 for the demo model's own text).",
+    ),
+    click.option(
+        "--sample-seed",
+        type=click.IntRange(0, MOST_SEED),
+        default=0,
+        show_default=True,
+        help="Which windows of a text are drawn.",
+    ),
+    running_settings,
     click.option(
         "--cache-gb",
         "cache_bytes",
@@ -197,18 +203,20 @@ evaluator_settings = _group(
         type=Folder(),
         help="A folder on a fast disk for states that do not fit into memory, gone with the process.",
     ),
-    click.option("--quiet", is_flag=True, help="No progress bars."),
+    quiet_option,
+)
+
+store_option = click.option(
+    "--store",
+    type=FileName(),
+    callback=lambda context, parameter, value: _check_store(value),
+    help="File of finished sums; what is in it is not computed again, and what is finished is kept.",
 )
 
 _objective_options = _group(
     click.option("--objective", default="perplexity", show_default=True, help=f"One of {', '.join(OBJECTIVES)}."),
     click.option("--calibration", type=FileName(), help="Text or questions to score on; the demo model has its own."),
-    click.option(
-        "--store",
-        type=FileName(),
-        callback=lambda context, parameter, value: _check_store(value),
-        help="File of finished sums; what is in it is not computed again, and what is finished is kept.",
-    ),
+    store_option,
 )
 
 

@@ -12,3 +12,8 @@ def require(extra: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise InputError(f"{module} is needed for this and not installed: pip install 'fastprune[{extra}]'")
+
+
+def require_harness() -> None:
+    """Raise InputError unless lm-evaluation-harness and what its model of transformers needs are installed."""
+    require("lm-eval", "lm_eval", "accelerate")

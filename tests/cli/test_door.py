@@ -108,13 +108,14 @@ def test_study(refused, text_file, tmp_path, wrong):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ascii)
-@pytest.mark.parametrize("command", ["info", "score", "search", "study", "export"])
+@pytest.mark.parametrize("command", ["info", "score", "search", "study", "eval", "export"])
 def test_models_are_named_by_paths(refused, text_file, tmp_path, command, path):
     more = {
         "info": (),
         "score": ("--removed", "1", "--calibration", text_file),
         "search": ("--num-remove", "1", "--calibration", text_file),
         "study": ("--num-remove", "1", "--objective", f"kl={text_file}", "--out", tmp_path / "s"),
+        "eval": ("--removed", "1", "--tasks", "arc_easy"),
         "export": ("--removed", "1", "--out", tmp_path / "e"),
     }[command]
     assert "MODEL" in refused(command, path, *more)
@@ -130,6 +131,7 @@ def test_other_paths(refused, text_file, path):
     refused("demo", "--out", path)
     refused("export", "nowhere/model", "--removed", "1", "--out", path)
     refused("score", "nowhere/model", "--calibration", text_file, "--masks", path)
+    refused("eval", "nowhere/model", "--tasks", "arc_easy", "--removed", "1", "--out", path)
 
 
 @pytest.mark.parametrize("name", [LONG, NUL, SURROGATE])
@@ -139,4 +141,4 @@ def test_other_names(refused, name):
 
 
 def test_no_command(refused):
-    assert "name a command: demo, info, algorithms, score, search, study, export; --help" in refused()
+    assert "name a command: demo, info, algorithms, score, search, study, eval, export; --help" in refused()

@@ -30,6 +30,7 @@ STUDY = ("study", "nowhere/model", "--num-remove", "1", "--objective", f"kl={__f
         ((*SEARCH, "--objective", "perplexety"), 2),
         ((*SEARCH, "--option", "width=5"), 2),
         ((*SEARCH, "--calibration", "nowhere.txt"), 2),
+        (("eval", "nowhere/model", "--tasks", "arc_easy"), 2),
         ((*STUDY, "--algorithms", "beem"), 2),
         (("export", "nowhere/model", "--removed", "1", "--out", __file__), 2),
         (("export", "nowhere/model", "--removed", "1", "--out", "nowhere/x", "--base-model", "a b"), 2),

@@ -68,6 +68,30 @@ def test_trees_hold_their_sequences(seed):
         assert batch.row_is_tree[r] == (len(branch) > shared)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_predictions_are_continuations_whose_last_token_is_not_run(seed):
+    rng = np.random.default_rng(seed)
+    rows = [random_tree(rng) for _ in range(rng.integers(1, 7))]
+    batch = fp.TokenBatch.from_predictions([[(ids[:-1], ids[start:]) for ids, start in row] for row in rows])
+    assert unpack(batch) == [[(ids.tolist(), start) for ids, start in row] for row in rows]
+    whole = fp.TokenBatch.from_continuations(rows)
+    assert (batch.row_lengths < whole.row_lengths).all()
+    assert batch.target_token.tolist() == whole.target_token.tolist()
+
+
+def test_choices_of_one_token_are_no_tree():
+    batch = fp.TokenBatch.from_predictions([[([7, 8], [4]), ([7, 8], [5]), ([7, 8], [4])]])
+    assert batch.ids.tolist() == [7, 8]
+    assert not batch.row_is_tree.any()
+    assert unpack(batch) == [[([7, 8, 4], 2), ([7, 8, 5], 2), ([7, 8, 4], 2)]]
+
+
+@pytest.mark.parametrize(("ids", "targets"), [([1], []), ([], [1]), ([1], [2, 3])])
+def test_predictions_that_cannot_be(ids, targets):
+    with pytest.raises(fp.InputError, match=rf"row 1: {len(targets)} targets cannot be predicted by {len(ids)} tokens"):
+        fp.TokenBatch.from_predictions([[([1], [2])], [(ids, targets)]])
+
+
 def test_all_arrays_are_int64():
     batch = fp.TokenBatch.from_continuations([[([1, 2, 3], 1), ([1, 5], 1)]])
     for name in batch.__dataclass_fields__:

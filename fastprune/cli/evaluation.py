@@ -1,0 +1,134 @@
+"""eval: tasks of lm-evaluation-harness, for many masks at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from ..errors import InputError
+from ..masks import from_removed, load_masks, to_removed
+from ..records import refuse_existing, write_jsonl
+from .options import (
+    MOST,
+    FileName,
+    Units,
+    model_options,
+    naming,
+    open_model,
+    quiet_option,
+    running_settings,
+    store_option,
+)
+from .output import err, printing, progress_bar, say
+
+
+@click.command("eval")
+@click.option("--tasks", required=True, help="Names or patterns, such as arc_easy,mmlu_*; `lm_eval ls tasks` has them.")
+@click.option("--removed", multiple=True, type=Units(), help='Units to remove, such as 9,10 or 9-11; "" for none.')
+@click.option("--masks", "masks_file", type=FileName(), help="A file of masks instead, as `fastprune score` takes it.")
+@click.option("--include-path", type=FileName(), help="A folder with tasks of your own.")
+@click.option("--limit", type=click.FloatRange(0, min_open=True), help="First documents of each task, or a share < 1.")
+@click.option("--num-fewshot", type=click.IntRange(0, MOST), help="Worked examples before each question.")
+@click.option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Of generated texts.")
+@click.option("--max-length", type=click.IntRange(1, MOST), help="Tokens that the model sees; default: all it can.")
+@click.option(
+    "--bootstrap-iters", type=click.IntRange(0, MOST), default=100_000, show_default=True, help="0: no errors."
+)
+@click.option("--log-samples", is_flag=True, help="Write every document's answers, too.")
+@click.option(
+    "--out", "out_file", type=FileName(), help='Write rows {"removed", "results", ...} to this new .jsonl file.'
+)
+@store_option
+@running_settings
+@quiet_option
+@model_options
+def evaluate(
+    model,
+    device,
+    dtype,
+    trust_remote_code,
+    tasks,
+    removed,
+    masks_file,
+    include_path,
+    out_file,
+    store,
+    quiet,
+    **settings,
+) -> None:
+    """Run tasks of lm-evaluation-harness on MODEL without some units.
+
+    Metrics are the harness's own, as it computes them for the exported checkpoints. All masks are run together.
+    """
+    from ..integrations import require_harness
+
+    if bool(masks_file) == bool(removed):
+        raise InputError("give masks either as --masks FILE or as --removed, once per mask")
+    if out_file:
+        with naming("--out"):
+            refuse_existing(Path(out_file))
+    require_harness()
+    with _harness_on_stderr(quiet):
+        from ..integrations.lm_eval import evaluate_masks, find_tasks, plain
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        with naming("--tasks"):
+            settings["task_manager"] = find_tasks(names, include_path)
+        opened = open_model(model, device, dtype, trust_remote_code)
+        num_units = len(opened.unit_names(settings["granularity"]))
+        if masks_file:
+            masks = load_masks(masks_file, num_units)
+        else:
+            with naming("--removed"):
+                masks = from_removed(removed, num_units)
+        with progress_bar(quiet) as progress:
+            results = evaluate_masks(opened, masks, names, progress=progress, **settings)
+    rows = [{"removed": list(to_removed(mask)), **plain(result)} for mask, result in zip(masks, results)]
+    if out_file:
+        write_jsonl(Path(out_file), rows)
+    with printing(out_file):
+        for task in rows[0]["results"]:
+            say(_table(task, rows))
+        if out_file:
+            say(f"written: {out_file}")
+
+
+def _table(task: str, rows: Sequence[dict]) -> Table:
+    """One task's metrics: a row for each mask. Metrics are named as the harness names them, with their filter."""
+    from ..report import format_removed
+
+    metrics = [name for name in rows[0]["results"][task] if "," in name and "_stderr," not in name]
+    headers = [name.removesuffix(",none") for name in metrics]
+    table = Table("removed", title=task, title_justify="left")
+    for header in headers:
+        table.add_column(header, justify="right")
+    for row in rows:
+        found = row["results"][task]
+        cells = []
+        for name in metrics:
+            error = found.get("_stderr,".join(name.split(",", 1)))
+            known = isinstance(error, float)
+            cells.append(f"{_number(found[name])} ± {_number(error)}" if known else _number(found[name]))
+        table.add_row(format_removed(row["removed"]), *cells)
+    return table
+
+
+def _number(value) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+@contextlib.contextmanager
+def _harness_on_stderr(quiet: bool):
+    """What the harness prints goes to stderr, and only its errors; no bars where nobody sees them move."""
+    if quiet or not err.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

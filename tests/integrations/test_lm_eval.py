@@ -1,0 +1,363 @@
+"""Metrics are those that the harness's own `hf` model has on the exported checkpoints."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import build
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+import fastprune as fp
+from fastprune.integrations.lm_eval import MaskedLM, evaluate_masks
+
+TASKS = Path(__file__).parent / "tasks"
+NAMES = ["demo_choices", "demo_next", "demo_text", "demo_answer"]
+LIKELIHOODS = ["demo_choices", "demo_next", "demo_text"]
+FAMILIES = ["llama", "gemma3", "gpt-neox", "gpt2", "mixtral"]
+SETTINGS = {"limit": 6, "bootstrap_iters": 0}
+
+
+@pytest.fixture(autouse=True)
+def unasked(monkeypatch):
+    """The harness asks the machine about itself after every run, which takes seconds and says nothing here."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture(scope="session")
+def manager():
+    return TaskManager(include_path=str(TASKS), include_defaults=False)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """folder(family): a checkpoint of a random model of 5 or 6 blocks with the demo model's tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, **config) -> Path:
+        key = f"{family}{config}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family)
+            build(family, vocab_size=832, **config).save_pretrained(made[key])
+            fp.load_model("demo").tokenizer.save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+def close(found: dict, expected: dict) -> None:
+    """Equal answers, but for the last bits of likelihoods; equal metrics, but for those of perplexities."""
+    assert found["results"].keys() == expected["results"].keys()
+    for task, rows in expected["samples"].items():
+        for mine, theirs in zip(found["samples"][task], rows, strict=True):
+            assert mine["arguments"] == theirs["arguments"]
+            if isinstance(theirs["resps"][0][0], str):
+                assert mine["resps"] == theirs["resps"]
+            else:
+                numbers = (np.array(sample["resps"], dtype=float) for sample in (mine, theirs))
+                np.testing.assert_allclose(*numbers, rtol=1e-5, atol=1e-5)
+        for name, value in expected["results"][task].items():
+            if isinstance(value, float):
+                tolerance = 1e-3 if "perplexity" in name or "bits" in name else 0
+                assert found["results"][task][name] == pytest.approx(value, rel=tolerance), (task, name)
+
+
+def by_hf(folder, manager, tasks=NAMES, **settings) -> dict:
+    lm_settings = {name: settings.pop(name) for name in ("max_length", "add_bos_token") if name in settings}
+    arguments = {"pretrained": str(folder), "device": "cpu", **lm_settings}
+    return simple_evaluate("hf", arguments, tasks, task_manager=manager, **SETTINGS, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_metrics_are_those_of_hf_on_the_exported_checkpoint(family, folder, manager, tmp_path):
+    removed = [(1, 3), (), (0,)]
+    model = fp.load_model(folder(family))
+    masks = fp.from_removed(removed, model.num_blocks)
+    found = evaluate_masks(model, masks, NAMES, task_manager=manager, **SETTINGS)
+    assert [result["config"]["removed"] for result in found] == [list(units) for units in removed]
+    for units, result in zip(removed, found, strict=True):
+        exported = fp.export(model, units, tmp_path / f"without-{len(units)}")
+        close(result, by_hf(exported, manager))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_length": 24}, {"add_bos_token": False}, {"num_fewshot": 2}, {"max_length": 9, "num_fewshot": 1}]
+)
+def test_settings_mean_what_they_mean_to_hf(settings, folder, manager, tmp_path):
+    model = fp.load_model(folder("llama"))
+    exported = fp.export(model, (2,), tmp_path / "without")
+    tasks = ["demo_choices", "demo_next", "demo_text"]
+    (found,) = evaluate_masks(model, fp.from_removed([(2,)], 5), tasks, task_manager=manager, **SETTINGS, **settings)
+    close(found, by_hf(exported, manager, tasks, **settings))
+
+
+def test_the_demo_model_answers_as_under_hf(manager, tmp_path):
+    """A model that was trained: its flags are not all alike, and it generates words."""
+    exported = fp.export(fp.load_model("demo"), (9, 10), tmp_path / "without")
+    settings = {"task_manager": manager, **SETTINGS, "limit": 30}
+    (found,) = evaluate_masks("demo", fp.from_removed([(9, 10)], 12), NAMES, batch_size=4, **settings)
+    close(found, simple_evaluate("hf", {"pretrained": str(exported), "device": "cpu"}, NAMES, **settings))
+    flags = [sample["resps"][0][0][1] for sample in found["samples"]["demo_next"]]
+    assert 0 < sum(flags) < len(flags)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_a_mask_gets_does_not_depend_on_the_others(family, folder, manager):
+    model = fp.load_model(folder(family))
+    masks = fp.from_removed([(), (1,), (1, 2), (4,), (0, 4), (1,)], model.num_blocks)
+    settings = {"task_manager": manager, **SETTINGS}
+    together = evaluate_masks(model, masks, LIKELIHOODS, **settings)
+    for mask, result in zip(masks, together, strict=True):
+        (alone,) = evaluate_masks(model, mask, LIKELIHOODS, **settings)
+        for task in LIKELIHOODS:
+            assert result["results"][task] == alone["results"][task]
+            for mine, theirs in zip(result["samples"][task], alone["samples"][task], strict=True):
+                assert mine["resps"] == theirs["resps"]
+
+
+def test_a_family_that_runs_no_trees_is_run_row_by_row(folder, manager, tmp_path):
+    """Beyond 8 tokens this one's rotary frequencies change, so that trees are refused."""
+    factors = {"short_factor": [1.0] * 5, "long_factor": [2.0] * 5, "original_max_position_embeddings": 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    model = fp.load_model(folder("llama", rope_parameters=rope))
+    exported = fp.export(model, (2,), tmp_path / "without")
+    settings = {"task_manager": manager, **SETTINGS}
+    (found,) = evaluate_masks(model, fp.from_removed([(2,)], 5), ["demo_choices"], **settings)
+    close(found, by_hf(exported, manager, ["demo_choices"]))
+
+
+def test_half_blocks(folder, manager):
+    model = fp.load_model(folder("llama"))
+    settings = {"task_manager": manager, **SETTINGS}
+    masks = fp.from_removed([(2, 3, 8), (2, 3, 8, 9)], 10)
+    halves, whole = evaluate_masks(model, masks, LIKELIHOODS, granularity="sublayer", **settings)
+    (blocks,) = evaluate_masks(model, fp.from_removed([(1, 4)], 5), LIKELIHOODS, **settings)
+    close(whole, blocks)
+    assert halves["results"]["demo_text"] != whole["results"]["demo_text"]
+    with pytest.raises(fp.InputError, match="half a block"):
+        evaluate_masks(model, masks, NAMES, granularity="sublayer", **settings)
+
+
+def test_the_callers_model_and_tokenizer_are_left_as_they_were(folder, manager):
+    tokenizer = fp.load_model("demo").tokenizer
+    tokenizer.pad_token = None
+    hf = build("llama", vocab_size=832).train()
+    before = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    modules = [(module, dict(vars(module)), module.training) for module in hf.modules()]
+    masks = fp.from_removed([(1,)], 5)
+    evaluate_masks(hf, masks, NAMES, tokenizer=tokenizer, task_manager=manager, **SETTINGS)
+    assert tokenizer.pad_token is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in hf.state_dict().items())
+    assert all(vars(module) == attributes and module.training for module, attributes, _ in modules)
+
+
+def requests(*pairs) -> list[Instance]:
+    return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+
+
+def test_contexts_that_are_shared_run_once(folder):
+    """Four choices of a token each cost what the question alone costs."""
+    question, runs = "Tom is 27 years old. Paul is 30 years old. Who is older? Answer:", []
+
+    def count(pairs) -> int:
+        seen = []
+        lm = MaskedLM(str(folder("llama")), "1-2", progress=lambda done, total: seen.append(done))
+        model, made = lm.opened, []
+        run = model.run
+        model.run = lambda unit, state, *rest: made.append(state.shape) or run(unit, state, *rest)
+        lm.loglikelihood(requests(*pairs))
+        return made
+
+    for choices in ([" Paul"], [" Paul", " Tom", " Max", " Anna"]):
+        runs.append(count([(question, choice) for choice in choices]))
+    assert runs[0] == runs[1]
+
+
+def test_requests_are_answered_as_they_were_asked(folder):
+    hf = get_model("hf")(str(folder("llama")), device="cpu")
+    lm = MaskedLM(str(folder("llama")))
+    pairs = [("Tom is ", "old"), ("", "The hat"), ("Tom is", " old"), ("The hat is at", " the harbour. The"), ("", "x")]
+    pairs = [pairs[0], *pairs, *reversed(pairs)]
+    found, expected = lm.loglikelihood(requests(*pairs)), hf.loglikelihood(requests(*pairs))
+    np.testing.assert_allclose([n for n, _ in found], [n for n, _ in expected], rtol=1e-5)
+    assert [flag for _, flag in found] == [flag for _, flag in expected]
+    assert all(isinstance(n, float) and isinstance(flag, bool) for n, flag in found)
+    texts = requests(("",), ("The hat is at the harbour. " * 40,), ("Tom",))
+    np.testing.assert_allclose(lm.loglikelihood_rolling(texts), hf.loglikelihood_rolling(texts), rtol=1e-5)
+
+
+# -- wrong input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"removed": "3-5"}, "unit 5 is out of range"),
+        ({"removed": [1, 1]}, "given twice"),
+        ({"removed": "x"}, "units must be integers"),
+        ({"removed": 9}, "unit 9 is out of range"),
+        ({"removed": 1, "10": ""}, r"'10' has no value; write units as removed=9-11 or removed=\[9,10\]"),
+        ({"peft": "x"}, "unknown name 'peft'"),
+        ({"max_lenght": 5}, "did you mean 'max_length'"),
+        ({"tokenizer": "/nowhere/at/all"}, "cannot be read as a tokenizer"),
+        ({"granularity": "heads"}, "granularity must be one of"),
+    ],
+)
+def test_wrong_arguments_of_the_model(folder, settings, message):
+    with pytest.raises(fp.InputError, match=message) as error:
+        get_model("fastprune").create_from_arg_obj({"pretrained": str(folder("llama")), **settings})
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_tokenizer(manager):
+    with pytest.raises(fp.InputError, match="need a tokenizer"):
+        evaluate_masks(build("llama"), np.ones(5), NAMES, task_manager=manager)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings", "message"),
+    [
+        (["demo_choics"], {}, "unknown task 'demo_choics'; did you mean 'demo_choices'"),
+        (["nothing_*"], {}, "unknown task"),
+        ("demo_choices", {}, "list of names"),
+        ([], {}, "list of names"),
+        (["demo_choices"], {"limits": 3}, "unknown name 'limits'; did you mean 'limit'"),
+        (["demo_choices"], {"use_cache": "x"}, "unknown name 'use_cache'"),
+        (["demo_choices"], {"include_path": "/nowhere/at/all"}, "no such folder of tasks"),
+    ],
+)
+def test_wrong_arguments_of_an_evaluation(folder, manager, tasks, settings, message):
+    with pytest.raises(fp.InputError, match=message):
+        evaluate_masks(str(folder("llama")), np.ones(5), tasks, task_manager=manager, **settings)
+    with pytest.raises(fp.InputError, match="5 units"):
+        evaluate_masks(str(folder("llama")), np.ones((1, 4)), NAMES, task_manager=manager)
+
+
+def test_a_mask_that_cannot_generate_is_refused_before_anything_runs(folder, manager):
+    """GPT-2 knows from its cache of keys and values how far it is, and without blocks there is none."""
+    model = fp.load_model(folder("gpt2"))
+    masks, ran = fp.from_removed([(5,), range(6)], 6), []
+    settings = {"task_manager": manager, "progress": lambda done, total: ran.append(done), **SETTINGS}
+    with pytest.raises(fp.InputError, match=r"cannot generate without blocks \(0, 1, 2, 3, 4, 5\)"):
+        evaluate_masks(model, masks, NAMES, **settings)
+    assert not ran
+    evaluate_masks(model, masks, LIKELIHOODS, **settings)
+
+
+def test_continuations_that_cannot_be_scored(folder):
+    lm = MaskedLM(str(folder("llama")), max_length=4)
+    with pytest.raises(fp.InputError, match=r"from 1 to 4 \(max_length\)"):
+        lm.loglikelihood(requests(("Tom", " is at the harbour of the town")))
+    with pytest.raises(fp.InputError, match="has 0 tokens"):
+        lm.loglikelihood(requests(("Tom", "")))
+
+
+def test_an_entry_point_names_the_model():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((TASKS.parents[2] / "pyproject.toml").read_text())["project"]
+    ((name, value),) = project["entry-points"]["lm_eval.models"].items()
+    assert importlib.metadata.EntryPoint(name, value, "lm_eval.models").load() is get_model(name) is MaskedLM
+
+
+# -- command lines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_harness_own_command_line(folder, tmp_path, manager):
+    """`lm_eval --model fastprune`, through the module for releases that read no entry points."""
+    command = [sys.executable, "-m", "fastprune.integrations.lm_eval", "--model", "fastprune", "--limit", "5"]
+    command += ["--device", "cpu"]
+    command += ["--include_path", str(TASKS), "--tasks", "demo_choices", "--output_path", str(tmp_path / "out.json")]
+    arguments = f"pretrained={folder('llama')},removed="
+    done = subprocess.run([*command, "--model_args", f"{arguments}1-2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("out*.json")
+    found = json.loads(written.read_text())
+    settings = {"task_manager": manager, **SETTINGS, "limit": 5}
+    (expected,) = evaluate_masks(str(folder("llama")), fp.from_removed([(1, 2)], 5), ["demo_choices"], **settings)
+    assert found["config"]["removed"] == [1, 2]
+    assert found["results"]["demo_choices"]["acc,none"] == expected["results"]["demo_choices"]["acc,none"]
+    done = subprocess.run([*command, "--model_args", f"{arguments}[7,8]"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("fastprune: removed unit 7 is out of range")
+
+
+def test_eval_writes_what_the_library_computes(run, folder, manager, tmp_path):
+    out_file = tmp_path / "out.jsonl"
+    status, out, err = run(
+        "eval", folder("llama"), "--removed", "1,2", "--removed", "", "--tasks", "demo_choices, demo_text",
+        "--include-path", TASKS, "--limit", 6, "--bootstrap-iters", 0, "--out", out_file,
+    )  # fmt: skip
+    assert status == 0, err
+    rows = [json.loads(line) for line in out_file.read_text().splitlines()]
+    masks = fp.from_removed([(1, 2), ()], 5)
+    tasks = ["demo_choices", "demo_text"]
+    expected = evaluate_masks(str(folder("llama")), masks, tasks, task_manager=manager, **SETTINGS)
+    assert [row["removed"] for row in rows] == [[1, 2], []]
+    for row, result in zip(rows, expected, strict=True):
+        assert row["results"]["demo_text"] == result["results"]["demo_text"]
+        assert "samples" not in row
+    for text in ("demo_choices", "acc_norm", "word_perplexity", "1-2", str(out_file)):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--removed", "1"), "--tasks"),
+        (("--tasks", "demo_choices"), "either as --masks FILE or as --removed"),
+        pytest.param(
+            ("--tasks", "demo_choics", "--removed", "1"),
+            "--tasks: unknown task 'demo_choics'",
+            marks=pytest.mark.slow,
+            id="unknown",
+        ),
+        (("--tasks", ",", "--removed", "1"), "--tasks: tasks are given as"),
+        (("--tasks", "demo_choices", "--removed", "5"), "--removed: removed unit 5 is out of range"),
+        (("--tasks", "demo_choices", "--removed", "1", "--limit", "0"), "--limit"),
+        (("--tasks", "demo_choices", "--masks", "/nowhere.npy"), "no such masks file"),
+        (("--tasks", "demo_answer", "--removed", "0", "--granularity", "sublayer"), "half a block"),
+    ],
+)
+def test_eval_with_wrong_input(run, folder, arguments, message):
+    status, _, err = run("eval", folder("llama"), "--include-path", TASKS, *arguments)
+    assert status == 2
+    assert message in err.splitlines()[-1]
+
+
+def test_without_the_harness(run, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name))
+    status, _, err = run("eval", "demo", "--tasks", "arc_easy", "--removed", "1")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "lm_eval is needed for this and not installed: pip install 'fastprune[lm-eval]'" in err
+
+
+@pytest.mark.slow
+def test_the_page_runs_as_it_stands(tmp_path):
+    page = (TASKS.parents[2] / "docs" / "lm-eval.md").read_text()
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["sh", "sh", "python", "sh"]
+    (tmp_path / "tests").symlink_to(TASKS.parents[1])
+    names = f'python() {{ "{sys.executable}" "$@"; }}\nfastprune() {{ python -m fastprune.cli "$@"; }}\n'
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for kind, block in blocks:
+        command = ["bash", "-ec", names + block] if kind == "sh" else [sys.executable, "-c", block]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "demo_choices" in done.stdout
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row["removed"] == [9, 10, 11]
+    assert 0 <= row["results"]["demo_answer"]["exact_match,none"] <= 1
