@@ -31,8 +31,8 @@ def grown(work):
     result = work()
     return result, memory("VmHWM") - before
 
-def score(memory_bytes):
-    ev = fp.Evaluator(model, fp.Perplexity(batch), memory_bytes=memory_bytes)
+def score(memory_bytes, cache_bytes=0):
+    ev = fp.Evaluator(model, fp.Perplexity(batch), memory_bytes=memory_bytes, cache_bytes=cache_bytes)
     losses = ev.score(masks)
     assert np.isfinite(losses).all() and len(np.unique(losses)) > len(masks) // 2
     return ev.stats.peak_activation_bytes
@@ -94,3 +94,19 @@ print(json.dumps(dict(peak=peak, growth=growth, free_peak=free_peak, free=free))
     assert found["free_peak"] > budget
     assert found["growth"] <= budget
     assert found["peak"] <= budget
+
+
+def test_the_prefix_cache_adds_its_budget_and_no_more():
+    """Every node of the trie would take 9 times both budgets together."""
+    budget, cache = 32 << 20, 32 << 20
+    found = measure(
+        f"""
+peak, growth = grown(lambda: score({budget}, {cache}))
+print(json.dumps(dict(peak=peak, growth=growth)))
+""",
+        INTERMEDIATE=192,
+        ROWS=2,
+        MASKS=1000,
+    )
+    assert found["growth"] <= budget + cache
+    assert found["growth"] >= cache // 2  # it is used
