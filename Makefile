@@ -2,13 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench native-test clean
+# Workers of one thread each: threads that wait at barriers would take the cores from one another.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-fast test-portable lint format bench native-test package clean
 
 demo: .venv/installed
 	$(BIN)/fastprune demo
 
+# Everything.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(TESTS)
+
+# What takes a minute or so: all but the marks slow, compile (every kernel, ahead of time) and real (models from disk).
+test-fast: .venv/installed
+	$(TESTS) -m "not slow and not compile and not real"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -27,6 +35,28 @@ native-test:
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/native --parallel
 	ctest --test-dir build/native --output-on-failure
+
+# What could follow the processor, the number of threads or the libraries, as other machines would run it: with AVX2, with
+# no vector instructions (without bfloat16, which takes many minutes there), on two threads, and without oneDNN.
+PORTABLE := tests/engine/test_exact.py tests/engine/test_fused.py tests/engine/test_invariant.py \
+  tests/kernels/test_linear_loss.py tests/kernels/test_cpu_ops.py
+ONLY ?= not nothing # an expression of pytest -k
+
+test-portable: .venv/installed
+	ATEN_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell $(TESTS) $(PORTABLE) -k "$(ONLY)"
+	ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott ONEDNN_MAX_CPU_ISA=SSE41 \
+	  $(TESTS) $(PORTABLE) -k "($(ONLY)) and not bfloat16"
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PORTABLE) -k "($(ONLY)) and not bfloat16"
+	$(TESTS) $(PORTABLE) --no-mkldnn -k "($(ONLY)) and not bfloat16"
+
+# The sdist, and the wheel that is built from it, installed where nothing else is: it must import, and run the demo.
+package: .venv/installed
+	rm -rf build/dist build/clean
+	$(BIN)/python -m build --outdir build/dist .
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  "$$(echo build/dist/*.whl)[plots,search]"
+	cd build/clean && bin/python -c "import fastprune._native" && bin/fastprune demo --quick --quiet --out demo
 
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -9,6 +9,15 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--no-mkldnn", action="store_true", help="without oneDNN, as where torch was built without it")
+
+
+def pytest_configure(config):
+    if config.getoption("--no-mkldnn"):
+        torch.backends.mkldnn.set_flags(False)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A folder with a random Llama of 5 blocks and a word-level tokenizer."""

@@ -314,7 +314,8 @@ void test_gated_mlp() {
         }
         const auto ends =
             gated<float>({-kInf, -1e30F, -100.0F, 100.0F, 1e30F, kInf, kNan, 1, 1, 1, 1, 1, 1, 1}, 7, 1);
-        for (size_t i = 0; i < 3; ++i) check(ends[i] == 0.0F, set + ": silu far below 0");
+        check(std::isnan(ends[0]), set + ": silu of -inf is NaN, as in torch");
+        for (size_t i = 1; i < 3; ++i) check(ends[i] == 0.0F, set + ": silu far below 0");
         check(ends[3] == 100.0F && ends[4] == 1e30F && ends[5] == kInf, set + ": silu far above 0");
         check(std::isnan(ends[6]), set + ": silu of NaN");
     });

@@ -33,7 +33,10 @@ from .output import note, printing, progress_bar, say
 
 STUDIED = tuple(name for name, known in ALGORITHMS.items() if known.studied)
 COMPARED = tuple({known.data: name for name, known in reversed(OBJECTIVES.items())}.values())[::-1]  # one of each kind
-DEMO_WINDOWS = 32  # of text: half of what the file holds, so that the demo stays short
+# what the demo searches, of text and of questions (None: all), and reads held out: not all, so that it stays short
+DEMO = {"algorithms": STUDIED, "searched": {"text": 16, "tasks": None}, "held_out": {"text": None, "tasks": None}}
+QUICK = {"algorithms": STUDIED[:3], "searched": {"text": 8, "tasks": 48}, "held_out": {"text": 8, "tasks": 48}}
+DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subsets that there are
 
 
 @click.command(cls=Command)
@@ -113,15 +116,20 @@ def study(
     show_default=True,
     help="Folder for report and figure.",
 )
+@click.option("--quick", is_flag=True, help="Three algorithms on a part of the data: seconds instead of minutes.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
-def demo(num_remove, out_dir, quiet) -> None:
+def demo(num_remove, out_dir, quick, quiet) -> None:
     """Search a small model that is built in; no downloads.
 
     Seven algorithms look for the blocks to remove, under two objectives, and a report shows what they found.
     """
-    check_study(STUDIED, {}, out_dir)
+    size = QUICK if quick else DEMO
+    names = size["algorithms"]
+    options = {name: given for name, given in DEMO_OPTIONS.items() if name in names}
+    check_study(names, options, out_dir)
+    settings = {name: check_algorithm(name, options.get(name, {}))[1] for name in names}
     with naming("--out"):
-        check_study_folder(Path(out_dir), {"budgets": [num_remove]})
+        check_study_folder(Path(out_dir), {"algorithms": settings, "budgets": [num_remove]})
     figures.check_installed()
     model = open_model("demo")
     if num_remove >= model.num_blocks:
@@ -130,10 +138,11 @@ def demo(num_remove, out_dir, quiet) -> None:
         say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
     makers = {}
     for name in COMPARED:
-        windows = DEMO_WINDOWS if OBJECTIVES[name].data == "text" else None
-        makers |= _objective_makers(["demo"], (name,), windows, None, 0)
+        makers |= _objective_makers(["demo"], (name,), size["searched"][OBJECTIVES[name].data], None, 0)
     with progress_bar(quiet) as progress:
-        found = run_study([model], makers, STUDIED, [num_remove], out_dir, notify=_notify(quiet), progress=progress)
+        found = run_study(
+            [model], makers, names, [num_remove], out_dir, options=options, notify=_notify(quiet), progress=progress
+        )
     rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in found["cells"] if not cell["error"]]
     title = f"Demo model: {num_remove} of {model.num_blocks} blocks removed"
     figures.save(figures.pattern_figure(rows, model.num_blocks, title), Path(out_dir) / "pattern.png")
@@ -142,7 +151,7 @@ def demo(num_remove, out_dir, quiet) -> None:
         _print_cells(found)
         say("\nRemoved blocks (filled), by objective and algorithm:\n")
         say(pattern_text(rows, model.num_blocks))
-    held_out = _held_out_table(model, rows, quiet)
+    held_out = _held_out_table(model, rows, size["held_out"], quiet)
     with printing(out_dir):
         say(held_out)
         say(f"\nwritten: {out_dir}/report.html, pattern.png and study.json")
@@ -167,8 +176,8 @@ def _print_cells(found: Mapping) -> None:
         say(text)
 
 
-def _held_out_table(model, rows: Sequence[tuple], quiet: bool) -> Table:
-    """What the removals cost on data that no search has seen."""
+def _held_out_table(model, rows: Sequence[tuple], samples: Mapping, quiet: bool) -> Table:
+    """What the removals cost on data that no search has seen: on so much text and so many questions (None: all)."""
     from .. import demo as data
     from ..evaluator import Evaluator
     from ..masks import from_removed
@@ -179,7 +188,7 @@ def _held_out_table(model, rows: Sequence[tuple], quiet: bool) -> Table:
     columns = []
     for known in read:
         name, file = known.name, files[known.data]
-        objective = open_objective(name, str(file), None, None, 0, model)
+        objective = open_objective(name, str(file), samples[known.data], None, 0, model)
         with progress_bar(quiet) as progress:
             losses = Evaluator(model, objective, progress=progress).score(from_removed(distinct, model.num_blocks))
         columns.append([known.read(loss) for loss in losses.tolist()])

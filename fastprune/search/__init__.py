@@ -6,7 +6,20 @@ from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select,
 
 # isort: on
 from .protect import PRESETS, protected_units
-from .registry import ALGORITHMS, check_algorithm, check_racing, describe_algorithms, find_algorithm, require_sklearn
+from .registry import (
+    ALGORITHMS,
+    Allowed,
+    Count,
+    CountOrAuto,
+    Share,
+    algorithm,
+    check_algorithm,
+    check_racing,
+    describe_algorithms,
+    find_algorithm,
+    load_plugins,
+    require_sklearn,
+)
 from .run import Search, SearchResult, run_search
 
 FAMILIES = (one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, similarity, enumeration)
@@ -14,8 +27,13 @@ FAMILIES = (one_shot, beam, evolution, bayesian, quadratic, fast_block_select, s
 __all__ = [
     "ALGORITHMS",
     "PRESETS",
+    "Allowed",
+    "Count",
+    "CountOrAuto",
     "Search",
     "SearchResult",
+    "Share",
+    "algorithm",
     "check_algorithm",
     "check_racing",
     "describe_algorithms",
@@ -24,3 +42,5 @@ __all__ = [
     "require_sklearn",
     "run_search",
 ]
+
+load_plugins()

@@ -6,11 +6,13 @@ then `Source:`, `Cost:` (in masks, for U units of which k are removed) and `Opti
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import math
 import re
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,6 +129,7 @@ class Algorithm:
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
+GROUP = "fastprune.algorithms"  # of entry points
 
 
 def algorithm(
@@ -142,6 +145,8 @@ def algorithm(
     """Register a search under its function's name, or another; its keyword parameters are its options.
 
     What an option may be stands in its annotation: `trials: Count`, `variant: Annotated[str, Allowed(...)]`.
+    check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that it cannot take.
+    Raises InputError for a name that another algorithm has.
     """
     if function is None:
         given = {
@@ -160,9 +165,24 @@ def algorithm(
         annotation = types[parameter.name]
         (allowed,) = getattr(annotation, "__metadata__", (None,))
         options[parameter.name] = Option(getattr(annotation, "__origin__", annotation), parameter.default, allowed)
+    known = ALGORITHMS[name].function if name in ALGORITHMS else function
+    if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+        raise InputError(f"an algorithm {name!r} is there already, from {known.__module__}; choose another name")
     needs = {"needs_sklearn": needs_sklearn, "needs_gradients": needs_gradients}
     ALGORITHMS[name] = Algorithm(name, function, options, check_size, **needs, races=races, studied=studied)
     return function
+
+
+def load_plugins() -> None:
+    """Import what installed packages name in the entry point group `fastprune.algorithms`; that registers theirs.
+
+    One that cannot be imported is named in a warning and left out.
+    """
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(f"the algorithms of {point.value!r} are left out: {error}", RuntimeWarning, stacklevel=2)
 
 
 def find_algorithm(name: str) -> Algorithm:

@@ -86,6 +86,7 @@ def test_sample_losses_are_means_over_rows(hf, rows):
     np.testing.assert_allclose(ev.score_samples(mask)[0], expected, rtol=RELATIVE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_as_near_as_transformers_own(family):
     found, own = bfloat16_errors(family, LENGTHS, lambda low, rows: fp.Evaluator(low, fp.Perplexity(rows)))

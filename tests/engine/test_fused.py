@@ -58,6 +58,7 @@ def test_scores_equal_physical_removal(operators, family, granularity):
     np.testing.assert_allclose(ev.score(masks), expected, rtol=RELATIVE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_bfloat16_is_as_near_as_transformers_own(operators, family):
     found, own = bfloat16_errors(family, LENGTHS, lambda low, rows: evaluator(low, fp.Perplexity(rows)))
@@ -100,7 +101,7 @@ def test_kl_divergence_is_that_of_the_generic_path(operators, family):
     np.testing.assert_allclose(evaluator(hf, objective).score(masks), expected, rtol=RELATIVE, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_scores_keep_their_bits(operators, dtype, granularity):
     """Alone, together, shuffled, and again: and every distinct prefix is run once."""

@@ -1,6 +1,6 @@
 """Every kernel, in every shipped configuration, compiled ahead of time for every architecture: no GPU is needed.
 
-In a process of its own for each architecture: the kernels of this one are interpreted.
+In a process of its own for each architecture: the kernels of this one are interpreted. Each takes a core.
 """
 
 from __future__ import annotations
@@ -27,28 +27,20 @@ MATRIX_UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcge
 MATRIX_KERNELS = ("linear_nll", "linear_kl", "tree_attention")
 
 
-@pytest.fixture(scope="module")
-def compilations(tmp_path_factory, pytestconfig):
-    """All four at once: each takes one core."""
+def compile_every_kernel(arch: str, folder, cache) -> str:
+    """What a fresh process, whose kernels are not interpreted, prints of this architecture."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(pytestconfig.rootpath / "kernels"), "OMP_NUM_THREADS": "1"}
-    processes = {}
-    for arch in MATRIX_UNITS:
-        cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp(arch))}
-        command = [sys.executable, "-c", COMPILE, arch]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes[arch] = subprocess.Popen(command, env=environment | cache, **pipes)
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.communicate()
+    environment |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", COMPILE, arch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("arch", MATRIX_UNITS)
-def test_every_configuration_compiles_fits_and_does_not_spill(arch, compilations):
-    out, errors = compilations[arch].communicate()
-    assert compilations[arch].returncode == 0, errors[-2000:]
+def test_every_configuration_compiles_fits_and_does_not_spill(arch, tmp_path, pytestconfig):
+    out = compile_every_kernel(arch, pytestconfig.rootpath / "kernels", tmp_path)
     limit, found = json.loads(out.splitlines()[-1])
     assert {kernel for kernel, *_ in found.values()} >= {"add_rms_norm", "gated_mlp", "rotary", *MATRIX_KERNELS}
     assert {name: spills for name, (_, spills, _, _) in found.items() if spills} == {}

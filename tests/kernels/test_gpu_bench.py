@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from kernel_checks import DTYPES  # noqa: F401  skips where triton is not installed
 
 SECTIONS = ("bits", "ceilings", "block", "loss", "beam", "kernels")
@@ -15,6 +16,7 @@ SECTIONS += ("margin", "pairs", "margin, Qwen3", "pairs, Qwen3")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
+@pytest.mark.slow
 def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
     out = tmp_path / "gpu.json"
     command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", "--minutes", "4", "--out", str(out)]

@@ -24,7 +24,7 @@ LAYERS = [
     {"engine", "probes"},
     {"evaluator"},
     {"search"},
-    {"study", "checkpoint", "integrations"},
+    {"study", "checkpoint", "integrations", "testing"},
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
 from fastprune.schedule import ROOT, make_schedule, max_slots
+from fastprune.testing import SyntheticEvaluator
 from fastprune.trie import Seen, kept_units, make_trie
 
 

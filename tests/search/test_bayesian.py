@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import integrate, stats
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
 from fastprune.search.gaussian_process import MaskProcess
+from fastprune.testing import SyntheticEvaluator
 
 
 def random_masks(count: int, seed: int) -> np.ndarray:

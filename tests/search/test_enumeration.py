@@ -6,9 +6,9 @@ import itertools
 from collections import Counter
 
 import pytest
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
+from fastprune.testing import SyntheticEvaluator
 
 
 def scored(evaluator, name, k, **arguments) -> list[tuple[int, ...]]:

@@ -7,12 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
 from fastprune.search import Search, draws
 from fastprune.search.evolution import _child, _flipped
 from fastprune.search.prior import LinearMean, Prior
+from fastprune.testing import SyntheticEvaluator
 
 
 def prior_of(evaluator, k, protect=()) -> Prior:

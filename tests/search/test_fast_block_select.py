@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
+from fastprune.testing import SyntheticEvaluator
 
 
 class Table(SyntheticEvaluator):

@@ -8,9 +8,9 @@ import families
 import numpy as np
 import pytest
 import torch
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
+from fastprune.testing import SyntheticEvaluator
 
 
 @pytest.fixture(scope="module")

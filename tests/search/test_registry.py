@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
 from fastprune.search import ALGORITHMS, check_algorithm, describe_algorithms
+from fastprune.testing import SyntheticEvaluator
 
 
 def test_every_algorithm_describes_itself():

@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
 from fastprune.search import Search
 from fastprune.search.shapley import shapley_values
+from fastprune.testing import SyntheticEvaluator
 
 
 @pytest.mark.parametrize("seed", range(3))

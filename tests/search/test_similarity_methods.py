@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers as tf
 from sklearn.cluster import SpectralClustering
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
 from fastprune.search.similarity import cluster_units, redundancy_score
+from fastprune.testing import SyntheticEvaluator
 
 BLOCKS = 8
 

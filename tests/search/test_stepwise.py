@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from synthetic import SyntheticEvaluator
 
 import fastprune as fp
+from fastprune.testing import SyntheticEvaluator
 
 
 def loss_of(evaluator, removed) -> float:

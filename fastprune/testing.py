@@ -1,0 +1,263 @@
+"""For tests of search algorithms: an evaluator that needs no model, and what every algorithm must do.
+
+Your own algorithm is a function with `@fastprune.search.algorithm`, in a module that an entry point of the group
+`fastprune.algorithms` names. Its tests, with pytest:
+
+    import pytest
+    from fastprune.testing import CHECKS
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_my_algorithm(check):
+        check("my_algorithm")
+
+or `check_algorithm("my_algorithm")`, which runs all of them. A check fails with AssertionError.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import combinations
+
+import numpy as np
+
+from .errors import InputError
+from .evaluator import Evaluator, Stats
+from .masks import from_removed, to_removed
+from .search import find_algorithm, run_search
+
+__all__ = ["CHECKS", "SyntheticEvaluator", "check_algorithm", "outcome"]
+
+
+class SyntheticEvaluator(Evaluator):
+    """An evaluator whose losses come from a formula, so that searches run in no time: pairs of units interact.
+
+    Removing a broken unit makes the loss not finite. curvature: of a term cubic in the units removed, which no
+    quadratic model can hold. flat: every unit costs 1, so that subsets of one size tie. There are `num_samples` samples
+    of `tokens` tokens each. calls: masks of each call of `score`; sample_calls: (masks, samples) of each call of
+    `score_samples`.
+    """
+
+    def __init__(
+        self,
+        num_units: int,
+        seed: int = 0,
+        broken: tuple[int, ...] = (),
+        curvature: float = 0.0,
+        num_samples: int = 16,
+        tokens: int = 2048,
+        flat: bool = False,
+    ):
+        rng = np.random.default_rng(seed)
+        self._linear = rng.random(num_units)
+        self._pairs = np.triu(rng.normal(size=(num_units, num_units)), 1)
+        if flat:
+            self._linear[:], self._pairs[:] = 1.0, 0.0
+        self._noise = rng.normal(size=(num_samples, num_units))
+        self._noise -= self._noise.mean(axis=0)  # the mean over samples is the loss
+        self._steps = rng.normal(size=(num_units + 1, 24))  # of the state, at each unit
+        self._steps[1:] *= self._linear[:, None]
+        self._broken, self._num_units, self._curvature = set(broken), num_units, curvature
+        self.sample_tokens = np.full(num_samples, tokens)
+        self.stats, self.granularity, self.calls, self.sample_calls = Stats(), "block", [], []
+        self.objective = type("Named", (), {"name": "synthetic"})
+
+    @property
+    def num_units(self) -> int:
+        return self._num_units
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_tokens)
+
+    @property
+    def sample_groups(self) -> list[np.ndarray]:
+        return np.array_split(np.arange(self.num_samples), -(-self.num_samples // 4))
+
+    def score(self, masks) -> np.ndarray:
+        removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
+        self.calls.append(len(removed))
+        return np.array([self._loss(units) for units in removed])
+
+    def score_samples(self, masks, samples=None) -> np.ndarray:
+        removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
+        noise = self._noise if samples is None else self._noise[samples]
+        self.sample_calls.append((len(removed), len(noise)))
+        return np.array([self._loss(units) + noise[:, units].sum(axis=1) for units in removed])
+
+    def similarity(self) -> np.ndarray:
+        states = self._steps.cumsum(axis=0)
+        states /= np.linalg.norm(states, axis=1, keepdims=True)
+        return states @ states.T
+
+    def unit_gradients(self) -> np.ndarray:
+        gradients = self._noise - self._linear
+        gradients[:, list(self._broken)] *= 1000.0
+        return gradients
+
+    def _loss(self, units: np.ndarray) -> float:
+        if set(units.tolist()) & self._broken:
+            return np.nan
+        quadratic = self._linear[units].sum() + self._pairs[np.ix_(units, units)].sum()
+        return quadratic + self._curvature * np.sin(3.0 * self._linear[units].sum() + len(units))
+
+
+def check_algorithm(name: str, **options) -> None:
+    """Run every check of CHECKS on a registered algorithm, with these options for all of them.
+
+    Raises InputError for a name that is not registered, AssertionError for what the algorithm does wrong.
+    """
+    find_algorithm(name)
+    for check in CHECKS:
+        check(name, **options)
+
+
+def check_description(name: str, **options) -> None:
+    """The docstring has a first line that ends with a full stop, Source:, Cost:, and a line for every option."""
+    row = find_algorithm(name).describe()
+    assert row["summary"].endswith("."), f"{name}: the docstring's first line must end with a full stop"
+    for section in ("source", "cost"):
+        assert row[section], f"{name}: the docstring has no {section.capitalize()}:"
+    for option in row["options"]:
+        what = f"{name}: option {option['name']}"
+        assert option["meaning"], f"{what} has no line under Options:"
+        assert type(option["default"]).__name__ == option["type"], f"{what} has a default of another type"
+    assert json.loads(json.dumps(row)) == row, f"{name}: what describes it must be plain values"
+
+
+def check_budgets(name: str, **options) -> None:
+    """It removes as many units as it was asked to, from none to all but one, in small models too."""
+    for num_units in (2, 3, 7):
+        for num_remove in range(num_units):
+            result = run_search(SyntheticEvaluator(num_units), name, num_remove, seed=1, **options)
+            assert len(result.removed) == num_remove, f"{name} removed {result.removed}, not {num_remove} units"
+            assert result.removed == to_removed(result.mask) == tuple(sorted(set(result.removed)))
+
+
+def check_best(name: str, **options) -> None:
+    """Its result is the best subset of the full budget that it scored."""
+    evaluator = SyntheticEvaluator(9, seed=3)
+    result = run_search(evaluator, name, 4, **options)
+    complete = {removed: loss for removed, loss in result.history if len(removed) == 4}
+    assert result.loss == min(complete.values()) == complete[result.removed], f"{name} scored a better subset"
+    assert result.loss == evaluator.score(result.mask[None])[0]
+
+
+def check_history(name: str, **options) -> None:
+    """It scores through its Search alone, so that every subset is scored, counted and remembered once."""
+    evaluator = SyntheticEvaluator(9, seed=4)
+    result = run_search(evaluator, name, 3, **options)
+    assert len(result.history) == len(dict(result.history)) == result.evaluations
+    assert result.evaluations == sum(evaluator.calls), f"{name} scores past its Search, or twice"
+    for removed, loss in result.history:
+        assert loss == evaluator.score(from_removed([removed], 9))[0]
+
+
+def check_protection(name: str, **options) -> None:
+    """It never scores a subset with a protected unit, and takes every budget that is left."""
+    for protect in ((0, 2, 5), (1, 3, 8), (0, 8)):
+        for num_remove in range(10 - len(protect)):
+            result = run_search(SyntheticEvaluator(9, seed=5), name, num_remove, protect=protect, **options)
+            assert len(result.removed) == num_remove
+            tried = {unit for removed, _ in result.history for unit in removed}
+            assert not tried & set(protect), f"{name} tried to remove units of {protect}, which are protected"
+
+
+def check_losses_that_are_not_finite(name: str, **options) -> None:
+    """Such a loss never wins and breaks no arithmetic, and where no other is found ArithmeticError says so.
+
+    An algorithm that scores a single subset may find none where there are some; where a single one of 35 is finite, any
+    may miss it.
+    """
+    evaluator = SyntheticEvaluator(8, seed=6, broken=(1, 4))
+    found = _finite(evaluator, name, options)
+    assert found is not None or sum(evaluator.calls) == 1, f"{name} found no finite loss where most are"
+    assert found is None or not set(found) & {1, 4}
+    assert _finite(SyntheticEvaluator(7, seed=6, broken=(0, 1, 2, 6)), name, options) in (None, (3, 4, 5))
+    try:
+        run_search(SyntheticEvaluator(4, broken=(0, 1, 2, 3)), name, 2, **options)
+    except ArithmeticError:
+        return
+    raise AssertionError(f"{name} found a finite loss where there is none")
+
+
+def check_ties(name: str, **options) -> None:
+    """Losses that are all equal break no arithmetic."""
+    assert len(run_search(SyntheticEvaluator(7, flat=True), name, 3, **options).removed) == 3
+
+
+def check_gap(name: str, **options) -> float:
+    """It finds nothing below the optimum. Returns how far above it stays, for what it is worth."""
+    evaluator = SyntheticEvaluator(10, seed=7)
+    optimum = float(evaluator.score(from_removed(list(combinations(range(10), 4)), 10)).min())
+    gap = run_search(evaluator, name, 4, **options).loss - optimum
+    assert gap >= 0, f"{name} reports a loss that no subset has"
+    return float(gap)
+
+
+def check_repeats(name: str, **options) -> None:
+    """A second run finds the same to the bit, scores the same subsets, and draws from search.rng alone."""
+    first = outcome(name, **options)
+    np.random.seed(0)  # noqa: NPY002  the global generator, which a search must not use
+    assert outcome(name, **options) == first, f"{name} finds something else when it is run again"
+
+
+def check_another_process(name: str, **options) -> None:
+    """A new process, with other hashes of strings, finds the same to the bit."""
+    module = find_algorithm(name).function.__module__
+    code = (
+        f"import importlib, json; importlib.import_module({module!r}); from fastprune.testing import outcome; "
+        f"print(json.dumps(outcome({name!r}, **json.loads({json.dumps(options)!r}))))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{name} cannot be run in a new process: {done.stderr[-1000:]}"
+    there = json.loads(done.stdout.splitlines()[-1])
+    assert there == outcome(name, **options), f"{name} finds something else in another process"
+
+
+def check_refusals(name: str, **options) -> None:
+    """Unknown options, and budgets and protected units that leave no room, are refused before anything is scored."""
+    evaluator = SyntheticEvaluator(4)
+    _refused(evaluator, name, 1, {**options, "no_such_option": 1}, "has no option 'no_such_option'")
+    for num_remove in (-1, 4, 1.0, True):
+        _refused(evaluator, name, num_remove, options, "num_remove")
+    _refused(evaluator, name, 3, {**options, "protect": (0, 1)}, "units are not protected")
+    assert not evaluator.calls, f"{name} scores before it refuses"
+
+
+CHECKS: tuple[Callable, ...] = (
+    check_description, check_budgets, check_best, check_history, check_protection, check_losses_that_are_not_finite,
+    check_ties, check_gap, check_repeats, check_another_process, check_refusals,
+)  # fmt: skip
+
+
+def outcome(name: str, **options) -> list:
+    """What a search finds for one seed: the removed units, the loss to the bit, and the history. Plain values."""
+    result = run_search(SyntheticEvaluator(9, seed=8, num_samples=20), name, 4, seed=11, **options)
+    history = [[list(removed), loss.hex()] for removed, loss in result.history]
+    return [list(result.removed), result.loss.hex(), history]
+
+
+def _finite(evaluator: SyntheticEvaluator, name: str, options: dict) -> tuple[int, ...] | None:
+    """The 3 units that the search removes, None where it found no finite loss."""
+    try:
+        result = run_search(evaluator, name, 3, **options)
+    except ArithmeticError:
+        return None
+    assert math.isfinite(result.loss), f"{name} let a loss that is not finite win"
+    return result.removed
+
+
+def _refused(evaluator: SyntheticEvaluator, name: str, num_remove, options: dict, message: str) -> None:
+    try:
+        run_search(evaluator, name, num_remove, **options)
+    except InputError as error:
+        if message in str(error):
+            return
+        raise AssertionError(f"{name}: the refusal names something else: {error}") from error
+    raise AssertionError(f"{name} takes num_remove={num_remove!r} with {options}")
