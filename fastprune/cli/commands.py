@@ -198,7 +198,7 @@ def export(model, device, dtype, trust_remote_code, removed, out_dir) -> None:
 
     with naming("--out"):
         check_target(out_dir)
-    opened = open_model(model, device, dtype, trust_remote_code)
+    opened = open_model(model, device, dtype or "auto", trust_remote_code)
     with naming("--removed"):
         check_removed(removed, opened.num_blocks)
     folder = write_checkpoint(opened, removed, out_dir)
