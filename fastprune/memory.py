@@ -23,8 +23,9 @@ def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
 
     Every tensor that an operator returns is followed by the life of its storage, on any device: bytes as they were
     asked for. What an allocator has in its caches, or rounds up to, is not among them, so that the same work always
-    counts the same, whatever the process did before; nor is scratch space inside an operator. The collector of garbage
-    rests meanwhile, since when it runs depends on the past, too.
+    counts the same, whatever the process did before; nor is scratch space inside an operator, nor a copy of a parameter
+    in another dtype, which belongs to the weights. The collector of garbage rests meanwhile, since when it runs depends
+    on the past, too.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -48,6 +49,8 @@ class _LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
+            return result
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()

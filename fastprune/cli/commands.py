@@ -216,7 +216,7 @@ def export(model, device, dtype, trust_remote_code, removed, sequence, result, b
     if result is not None:
         with naming("--result"):
             removed, losses = _read_result(Path(result))
-    opened = open_model(model, device, dtype, trust_remote_code)
+    opened = open_model(model, device, dtype or "auto", trust_remote_code)
     if sequence is not None:
         with naming("--sequence"):
             check_sequences([sequence], opened.num_blocks)

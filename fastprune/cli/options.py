@@ -140,7 +140,7 @@ model_settings = _group(
     click.option(
         "--dtype",
         type=Known(["float32", "bfloat16", "float16", "float64"]),
-        help="Default: the checkpoint's own.",
+        help="Default: the checkpoint's own, or float32 where a CPU has no instructions for that.",
     ),
     click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
 )

@@ -17,9 +17,11 @@ from ..errors import InputError
 from . import native
 from .generic import Model
 from .operators import OPERATORS, Rows, fast_operators
+from .precision import WideningLinear
 from .tree import layer_windows
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # pre-norm RMSNorm, rotary, gated MLP with SiLU
+LINEAR = (nn.Linear, WideningLinear)
 MAX_HIDDEN, MAX_HEAD = 16384, 256  # what the kernels hold of a row
 
 
@@ -205,14 +207,14 @@ def why_not_fused(model: Model) -> str | None:
         except AttributeError as error:
             return f"a part was not found ({error})"
         linears = (*parts.qkv, parts.output, *parts.gate_up, parts.down)
-        if any(type(linear) is not nn.Linear for linear in linears):
+        if any(type(linear) not in LINEAR for linear in linears):
             return "its projections are not plain nn.Linear"
         if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
             return "its layers have forward hooks"
         if parts.output.in_features // parts.num_heads > MAX_HEAD:
             return f"its heads have more than {MAX_HEAD} columns"
     head = model.hf.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
+    if type(head) not in LINEAR or head.bias is not None:
         return "its head is not a linear map without bias"
     if model.hidden_size > MAX_HIDDEN:
         return f"its states have more than {MAX_HIDDEN} columns"

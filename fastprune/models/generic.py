@@ -26,6 +26,7 @@ from fastprune_kernels.reference import token_kl, token_nll
 from ..errors import InputError
 from ..masks import check_removed
 from .attention import pinned_attention
+from .precision import working_dtype
 from .stand_ins import (
     Arguments,
     HalfBlock,
@@ -75,8 +76,7 @@ class Model:
         self._list = get_module(hf, self._path)
         self.layers: list[nn.Module] = list(self._list)
         self.num_blocks = len(self.layers)
-        parameter = next(hf.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = next(hf.parameters()).device, working_dtype(hf)
         self.vocab_size = int(self.config.vocab_size)
         self.hidden_size = int(self.config.hidden_size)
         self.max_positions = getattr(self.config, "max_position_embeddings", None)

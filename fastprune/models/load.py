@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..errors import InputError
 from ..records import brief, parse_json, shown
 from .generic import Model
+from .precision import available_bytes, has_instructions, widen
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_MESSAGE = 400
+MOST_OF_MEMORY = 0.8  # that is available: what weights in float32 may take, so that something is left for activations
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 # bits of one number of each dtype of the safetensors format, and those of them that weights are scored in
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8, "C64": 64}
@@ -44,7 +48,10 @@ def load_model(
 
     source: "demo", a folder of safetensors, a hub id, or a transformers causal language model in memory (its
         weights are shared, and it is left as it was found; device and dtype must then stay None).
-    device: by default "cuda" where there is a GPU, else "cpu". dtype: by default the checkpoint's own.
+    device: by default "cuda" where there is a GPU, else "cpu".
+    dtype: by default the checkpoint's own; but on a CPU without instructions for a 16-bit one it is float32, to which
+        the weights are widened as they are loaded, or, where that would not fit into memory, as they are used (a
+        UserWarning says so). "auto" is the checkpoint's own in any case.
     Raises InputError for a missing or truncated shard, a folder of pickles, or a family that cannot be run.
     """
     if isinstance(source, Model):
@@ -77,8 +84,41 @@ def _load(source, device, dtype, tokenizer, trust_remote_code: bool) -> Model:
     if not exists:
         folder = _fetch(name, trust_remote_code)
     tensors = check_folder(folder)
-    hf = _from_pretrained(folder, name, dtype, trust_remote_code, tensors).to(device).eval()
+    wanted = _stored_dtype(folder, tensors) if dtype is None else dtype
+    slow = device.type == "cpu" and wanted != "auto" and not has_instructions(wanted)
+    if slow and dtype is None:
+        hf, how = _load_widened(folder, name, trust_remote_code, tensors)
+    else:
+        hf = _from_pretrained(folder, name, dtype or "auto", trust_remote_code, tensors)
+        how = "a run takes many times as long as in float32"
+    if slow:
+        lacks = f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
+        warnings.warn(f"{lacks}: {how}", stacklevel=3)
+    hf = hf.to(device).eval()
     return Model(hf, tokenizer or _load_tokenizer(folder, trust_remote_code), name)
+
+
+def _load_widened(folder: Path, name: str, trust_remote_code: bool, tensors: dict) -> tuple[nn.Module, str]:
+    """A checkpoint in 16 bits as a model that runs in float32, and how that was done."""
+    needed = 4 * sum(math.prod(shape) for _, shape in tensors.values())
+    if needed > MOST_OF_MEMORY * available_bytes():
+        hf = _from_pretrained(folder, name, "auto", trust_remote_code, tensors)
+        if widen(hf):
+            return hf, "its weights are widened to float32 as they are used, since all would not fit"
+        del hf
+    hf = _from_pretrained(folder, name, torch.float32, trust_remote_code, tensors)
+    return hf, "its weights were widened to float32, which loses nothing"
+
+
+def _stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
+    """The dtype that transformers takes for a checkpoint's own: what its config says, else that of its first weight."""
+    config = _read_config(folder / "config.json")
+    parts = [config, config["text_config"] if isinstance(config.get("text_config"), dict) else {}]
+    for said in (part.get(key) for part in parts for key in ("dtype", "torch_dtype")):
+        if isinstance(said, str) and isinstance(getattr(torch, said.removeprefix("torch."), None), torch.dtype):
+            return getattr(torch, said.removeprefix("torch."))
+    stored = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return next((stored.get(kind, torch.float32) for kind, _ in tensors.values() if kind in FLOATS), torch.float32)
 
 
 def _fetch(name: str, trust_remote_code: bool) -> Path:
@@ -293,12 +333,12 @@ def _check_device(device) -> torch.device:
     return device
 
 
-def _check_dtype(dtype) -> torch.dtype | str:
-    if dtype is None:
-        return "auto"
+def _check_dtype(dtype) -> torch.dtype | str | None:
+    if dtype is None or dtype == "auto":
+        return dtype
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
     if dtype not in known:
-        raise InputError(f"dtype must be one of {', '.join(known)}, not {dtype!r}")
+        raise InputError(f"dtype must be auto or one of {', '.join(known)}, not {dtype!r}")
     return known[dtype]

@@ -1,0 +1,52 @@
+"""A 16-bit checkpoint on a CPU without instructions for it: `python bench/bench_precision.py FOLDER`.
+
+CPU seconds of the same masks in float32, with weights widened as they are used, and in bfloat16 by name; the first two
+in turn, twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+
+import numpy as np
+
+import fastprune as fp
+from fastprune.models import load, precision
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    folder, rows, length = vars(parser.parse_args()).values()
+    warnings.simplefilter("ignore")
+    precision.capabilities = dict  # whatever this processor has
+    models = {"float32": fp.load_model(folder)}
+    load.available_bytes = lambda: 0
+    models["widened as used"] = fp.load_model(folder)
+    models["bfloat16"] = fp.load_model(folder, dtype="bfloat16")
+    ids = np.random.default_rng(0).integers(0, models["float32"].vocab_size, (rows, length))
+    found: dict[str, list[float]] = {name: [] for name in models}
+    losses = {}
+    for name in ("float32", "widened as used", "widened as used", "float32", "bfloat16"):
+        few = name == "bfloat16"  # a quarter of the rows
+        ev = fp.Evaluator(models[name], fp.Perplexity(fp.TokenBatch.from_ids(ids[: rows // 4] if few else ids)))
+        masks = fp.from_removed([(), (4,), (20,)], ev.num_units)
+        ev.score(masks[:1])
+        started = time.process_time()
+        losses.setdefault(name, ev.score(masks))
+        found[name].append((time.process_time() - started) * (4 if few else 1))
+    best = {name: min(seconds) for name, seconds in found.items()}
+    assert np.array_equal(losses["float32"], losses["widened as used"])
+    for name, model in models.items():
+        megabytes = sum(parameter.nbytes for parameter in model.hf.parameters()) / 1e6
+        speed = best["float32"] / best[name]
+        print(json.dumps({"weights": name, "MB": megabytes, "cpu_s": best[name], "of_float32s_speed": speed}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

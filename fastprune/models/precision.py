@@ -1,0 +1,102 @@
+"""In which dtype a CPU computes, and weights that are kept in 16 bits and widened one at a time as they are used.
+
+Without instructions for bfloat16, torch's matrix products in it are many times slower than in float32, while a 16-bit
+number is a float32 number as well: widened weights lose nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# instructions for products of 16-bit numbers, as torch.cpu.get_capabilities names them, on x86 and on ARM
+INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+
+
+def capabilities() -> Mapping[str, object]:
+    """Which instruction sets this processor has, by name."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_fp16": torch.cpu._is_amx_fp16_supported()}
+
+
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether a CPU computes products in this dtype itself."""
+    return dtype not in INSTRUCTIONS or any(capabilities().get(name) for name in INSTRUCTIONS[dtype])
+
+
+def available_bytes() -> float:
+    """Memory that this process may still take, as the kernel tells it; unlimited where it does not."""
+    found = [float("inf")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) << 10)
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found)
+
+
+class Widening:
+    """Of a module whose weight is kept in 16 bits: whoever reads the weight gets a float32 copy, and lets go of it."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._parameters["weight"].float()
+
+
+class WideningLinear(Widening, nn.Linear):
+    pass
+
+
+class WideningEmbedding(nn.Embedding):
+    """Widens the rows that are looked up."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).float()
+
+
+def widen(hf: nn.Module) -> bool:
+    """Let a model whose weights are in 16 bits run in float32, to the same bits as if it had been loaded in float32.
+
+    Linear maps and embeddings, which nearly all weights belong to, keep theirs; everything else is widened for good.
+    False, and nothing is changed, for a family that has rounded a number of its own to its weights' dtype (Gemma).
+    """
+    low = tuple(INSTRUCTIONS)
+    if any(buffer.dtype in low for buffer in hf.buffers()):
+        return False
+    kinds = _widening_kinds()
+    for module in hf.modules():
+        kind = kinds.get(type(module))
+        if kind is not None and module.weight.dtype in low:
+            module.__class__ = kind
+            kept = {"weight"}
+        else:
+            kept = set()
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in low and name not in kept:
+                parameter.data = parameter.data.float()
+    return True
+
+
+def _widening_kinds() -> dict[type, type]:
+    from transformers.pytorch_utils import Conv1D
+
+    conv = type("WideningConv1D", (Widening, Conv1D), {"__doc__": "GPT-2's linear map."})
+    return {nn.Linear: WideningLinear, nn.Embedding: WideningEmbedding, Conv1D: conv}
+
+
+def working_dtype(hf: nn.Module) -> torch.dtype:
+    """The dtype of a model's states: that of its weights, or float32 where these are widened."""
+    widened = any(isinstance(module, (Widening, WideningEmbedding)) for module in hf.modules())
+    return torch.float32 if widened else next(hf.parameters()).dtype
