@@ -487,7 +487,8 @@ def masked(model, removed: Iterable[int]) -> Iterator[nn.Module]:
     lists of its config are cut, and its attentions are numbered anew, so that `generate` works with a cache.
     Afterwards, also after an exception, it has its own list, its own config object and its own numbers again. May be
     nested: the indices then count the blocks that are left. The model's turn is held throughout, so that evaluators
-    in other threads wait; one that was opened outside is refused inside.
+    in other threads wait; one that was opened outside is refused inside, and a cache that was filled outside is of no
+    use there.
 
     Raises InputError for an index out of range or given twice, for a model that cannot be run block by block, and
     when none is kept where the family cannot run without blocks.
