@@ -45,7 +45,8 @@ def main() -> None:
     for name, model in models.items():
         megabytes = sum(parameter.nbytes for parameter in model.hf.parameters()) / 1e6
         speed = best["float32"] / best[name]
-        print(json.dumps({"weights": name, "MB": megabytes, "cpu_s": best[name], "of_float32s_speed": speed}), flush=True)
+        found = {"weights": name, "MB": megabytes, "cpu_s": best[name], "of_float32s_speed": speed}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -188,17 +188,17 @@ def plan_tree(
     """
     row_starts, branch, position = (x.cpu().long() for x in (row_starts, branch, position))
     fits = row_starts.dim() == 1 and len(row_starts) > 0
-    check(fits, f"row_starts must have shape [R + 1], not {list(row_starts.shape)}")
+    check(fits, lambda: f"row_starts must have shape [R + 1], not {list(row_starts.shape)}")
     count = len(branch)
-    check(branch.dim() == 1, f"branch must have shape [T], not {list(branch.shape)}")
-    check(position.shape == branch.shape, f"position must have shape [{count}], not {list(position.shape)}")
+    check(branch.dim() == 1, lambda: f"branch must have shape [T], not {list(branch.shape)}")
+    check(position.shape == branch.shape, lambda: f"position must have shape [{count}], not {list(position.shape)}")
     lengths = row_starts.diff()
     covers = row_starts[0] == 0 and row_starts[-1] == count and bool((lengths > 0).all())
-    check(covers, f"row_starts must ascend from 0 to the {count} tokens")
-    check(count < 2**31 - 2**10, f"{count} tokens are too many; split them")
-    check(window is None or window > 0, f"window must be above 0, not {window}")
-    check(dtype in FLOATS, f"dtype must be one of {FLOATS}, not {dtype}")
-    check(0 < head_dim <= MAX_HEAD, f"a head must have 1 to {MAX_HEAD} columns, not {head_dim}")
+    check(covers, lambda: f"row_starts must ascend from 0 to the {count} tokens")
+    check(count < 2**31 - 2**10, lambda: f"{count} tokens are too many; split them")
+    check(window is None or window > 0, lambda: f"window must be above 0, not {window}")
+    check(dtype in FLOATS, lambda: f"dtype must be one of {FLOATS}, not {dtype}")
+    check(0 < head_dim <= MAX_HEAD, lambda: f"a head must have 1 to {MAX_HEAD} columns, not {head_dim}")
     device = torch.empty(0, device=device).device  # "cuda" gets its index
     config = config or tree_attention_config(architecture(device), dtype.itemsize, head_dim)
 
@@ -282,24 +282,26 @@ def tree_attention(
     qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v; num_heads / num_kv_heads query heads share a key
     head. scale: 1 / sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores / cap) before the mask (Gemma 2).
     """
-    check(num_kv_heads > 0, f"there must be key heads, not {num_kv_heads}")
+    check(num_kv_heads > 0, lambda: f"there must be key heads, not {num_kv_heads}")
     check(
         num_heads > 0 and num_heads % num_kv_heads == 0,
-        f"num_heads must be a multiple of the {num_kv_heads} key heads, not {num_heads}",
+        lambda: f"num_heads must be a multiple of the {num_kv_heads} key heads, not {num_heads}",
     )
     total = num_heads + 2 * num_kv_heads
     check(
         qkv.dim() == 2 and qkv.shape[1] > 0 and qkv.shape[1] % total == 0,
-        f"qkv must have shape [T, {total} * Dh], not {list(qkv.shape)}",
+        lambda: f"qkv must have shape [T, {total} * Dh], not {list(qkv.shape)}",
     )
     head_dim = qkv.shape[1] // total
     check_tensor("qkv", qkv, (plan.num_tokens, total * head_dim), FLOATS, qkv.device)
-    check(head_dim <= MAX_HEAD, f"a head must have at most {MAX_HEAD} columns, not {head_dim}")
-    check(plan.branch.device == qkv.device, f"the plan must be on {qkv.device}, not on {plan.branch.device}")
-    check(scale is None or scale > 0, f"scale must be above 0, not {scale}")
-    check(soft_cap is None or soft_cap > 0, f"soft_cap must be above 0, not {soft_cap}")
-    check(qkv.shape[1] < 2**22, f"qkv must have fewer than {2**22} columns, not {qkv.shape[1]}")  # 32-bit tile offsets
-    check(plan.num_tiles * num_heads < 2**31, f"{plan.num_tiles} tiles of {num_heads} heads are too many")
+    check(head_dim <= MAX_HEAD, lambda: f"a head must have at most {MAX_HEAD} columns, not {head_dim}")
+    check(plan.branch.device == qkv.device, lambda: f"the plan must be on {qkv.device}, not on {plan.branch.device}")
+    check(scale is None or scale > 0, lambda: f"scale must be above 0, not {scale}")
+    check(soft_cap is None or soft_cap > 0, lambda: f"soft_cap must be above 0, not {soft_cap}")
+    check(
+        qkv.shape[1] < 2**22, lambda: f"qkv must have fewer than {2**22} columns, not {qkv.shape[1]}"
+    )  # 32-bit tile offsets
+    check(plan.num_tiles * num_heads < 2**31, lambda: f"{plan.num_tiles} tiles of {num_heads} heads are too many")
     out = check_output("out", out, (len(qkv), num_heads * head_dim), qkv.dtype, qkv.device)
     if plan.num_tiles:
         with on_device(qkv):

@@ -37,10 +37,10 @@ def gated_mlp(
 
     activation: "silu" (SwiGLU), "gelu" (GeGLU, by the error function) or "gelu_tanh" (GeGLU, by its approximation).
     """
-    check(activation in ACTIVATIONS, f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    check(activation in ACTIVATIONS, lambda: f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     check(
         gate_up.dim() == 2 and gate_up.shape[1] > 0 and gate_up.shape[1] % 2 == 0,
-        f"gate_up must have shape [T, 2F], not {list(gate_up.shape)}",
+        lambda: f"gate_up must have shape [T, 2F], not {list(gate_up.shape)}",
     )
     count, size = gate_up.shape[0], gate_up.shape[1] // 2
     check_tensor("gate_up", gate_up, (None, 2 * size), FLOATS, gate_up.device)

@@ -7,8 +7,10 @@ on what a timing gave.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from triton import knobs, next_power_of_2
@@ -32,9 +34,9 @@ class Config:
         return cls(tuple(blocks.items()), num_warps, num_stages)
 
     def __getitem__(self, name: str) -> int:
-        return dict(self.blocks)[name]
+        return self.launch[name]
 
-    @property
+    @cached_property
     def launch(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
         return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -44,6 +46,7 @@ class Config:
         return f"{blocks} warps={self.num_warps} stages={self.num_stages}"
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """The architecture whose configurations serve a device. Raises ValueError where there is none."""
     if INTERPRETED:
@@ -72,21 +75,26 @@ def on_device(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def check(condition: bool, message: str) -> None:
+def check(condition: bool, message: Callable[[], str]) -> None:
+    """message: made only where it is needed, since a launch checks a dozen conditions and the host may be the limit."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def check_tensor(name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes, device: torch.device) -> None:
     """shape: None stands for any size. Raises ValueError for a wrong shape, dtype, device or layout."""
-    fits = x.dim() == len(shape) and all(want is None or have == want for have, want in zip(x.shape, shape))
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
-    check(fits, f"{name} must have shape [{wanted}], not {list(x.shape)}")
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    fits = x.shape == shape or (
+        x.dim() == len(shape) and all(want is None or have == want for have, want in zip(x.shape, shape))
+    )
+    if fits and x.dtype in dtypes and x.device == device and x.is_contiguous():
+        return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    check(fits, lambda: f"{name} must have shape [{wanted}], not {list(x.shape)}")
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    check(x.dtype in dtypes, f"{name} must be {names}, not {str(x.dtype).removeprefix('torch.')}")
-    check(x.device == device, f"{name} must be on {device}, not on {x.device}")
-    check(x.is_contiguous(), f"{name} must be contiguous")
+    check(x.dtype in dtypes, lambda: f"{name} must be {names}, not {str(x.dtype).removeprefix('torch.')}")
+    check(x.device == device, lambda: f"{name} must be on {device}, not on {x.device}")
+    check(x.is_contiguous(), lambda: f"{name} must be contiguous")
 
 
 def check_output(
@@ -107,17 +115,20 @@ def cdiv(a: int, b: int) -> int:
 MAX_ROW = 16384
 
 
+@cache
 def norm_config(size: int) -> Config:
     """Of add_rms_norm, by row size: the same on every architecture."""
     block = max(16, next_power_of_2(size))
     return Config.of(min(max(block // 512, 1), 16), 1, BLOCK_D=block)
 
 
+@cache
 def rotary_config(head_dim: int) -> Config:
     """Of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same on every architecture."""
     return Config.of(4, 1, BLOCK_R=32 if INTERPRETED else 2048 // max(16, next_power_of_2(head_dim)))
 
 
+@cache
 def gated_mlp_config() -> Config:
     """Of gated_mlp. The same on every architecture."""
     return Config.of(4, 1, BLOCK_F=32 if INTERPRETED else 1024)
@@ -160,10 +171,12 @@ LINEAR_KL = {
 _INTERPRETED_MATRIX = _matrix(32, 32, 32, 1, 1, split=64)
 
 
+@cache
 def linear_nll_config(arch: str, itemsize: int) -> Config:
     return _INTERPRETED_MATRIX if arch == "interpreter" else LINEAR_NLL[itemsize][arch]
 
 
+@cache
 def linear_kl_config(arch: str, itemsize: int) -> Config:
     return _INTERPRETED_MATRIX if arch == "interpreter" else LINEAR_KL[itemsize][arch]
 
@@ -176,9 +189,9 @@ def _attention(m: int, n: int, warps: int, stages: int) -> Config:
 _FLOAT32_ATTENTION = {64: _attention(64, 32, 8, 1), 128: _attention(32, 16, 8, 1), 256: _attention(32, 16, 8, 1)}
 TREE_ATTENTION = {
     2: {
-        "sm_80": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3), 256: _attention(64, 32, 8, 2)},
+        "sm_80": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3), 256: _attention(64, 16, 8, 3)},
         "sm_90": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 3)},
-        "sm_100": {64: _attention(128, 128, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 2)},
+        "sm_100": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 3)},
         "gfx942": {64: _attention(128, 64, 8, 1), 128: _attention(128, 32, 8, 1), 256: _attention(64, 32, 8, 1)},
     },
     4: dict.fromkeys(ARCHITECTURES, _FLOAT32_ATTENTION),
@@ -186,6 +199,7 @@ TREE_ATTENTION = {
 MAX_HEAD = 256
 
 
+@cache
 def tree_attention_config(arch: str, itemsize: int, head_dim: int) -> Config:
     if arch == "interpreter":
         return _attention(16, 16, 1, 1)

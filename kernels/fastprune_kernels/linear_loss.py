@@ -64,8 +64,8 @@ def _power(x, OF_TWO: tl.constexpr):
     return tl.exp2(x) if OF_TWO else tl.exp(x)
 
 
-# Maxima and exponents of linear_nll are in units of log(2) where operands have 16 bits: a power of 2 of scaled logit minus
-# scaled maximum is one fused operation a logit. Its rounding would show in float32.
+# Maxima and exponents of linear_nll are in units of log(2) where operands have 16 bits: a power of 2 of scaled logit
+# minus scaled maximum is one fused operation a logit. Its rounding would show in float32.
 
 
 @triton.jit(do_not_specialize=["num_rows", "vocab"])
@@ -134,8 +134,8 @@ def finish_nll_kernel(
     o_target = o_p.to(tl.int64) * num_targets + tl.program_id(1)
     b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
     m_in = (b_target >= 0) & (b_target < vocab)
-    # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a thousandth of the head. It
-    # sums a logit as linear_nll_kernel does, so that what is taken off is what was added up.
+    # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a thousandth of the head.
+    # It sums a logit as linear_nll_kernel does, so that what is taken off is what was added up.
     p_w = p_weight + tl.where(m_in, b_target, 0).to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
     b_products = tl.zeros([BLOCK_P, BLOCK_P], tl.float32)
     for i_d in range(0, D, BLOCK_D):
@@ -314,9 +314,9 @@ def linear_nll(
     """
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     shape = tuple(target.shape)
-    check(len(shape) in (1, 2), f"target must have shape [P] or [P, K], not {list(shape)}")
+    check(len(shape) in (1, 2), lambda: f"target must have shape [P] or [P, K], not {list(shape)}")
     num_targets = shape[1] if len(shape) == 2 else 1
-    check(0 < num_targets < 2**16, f"a position must have 1 to {2**16 - 1} targets, not {num_targets}")
+    check(0 < num_targets < 2**16, lambda: f"a position must have 1 to {2**16 - 1} targets, not {num_targets}")
     check_tensor("target", target, (count, *shape[1:]), (torch.int32, torch.int64), device)
     out = check_output("out", out, shape, torch.float32, device)
     config = config or linear_nll_config(architecture(device), hidden.element_size())
@@ -384,15 +384,21 @@ FINISH = Config.of(4, 4, BLOCK_P=64, BLOCK_S=32)
 
 
 def _check_head(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | None):
-    check(hidden.dim() == 2 and hidden.shape[1] > 0, f"hidden states must have shape [P, D], not {list(hidden.shape)}")
+    check(
+        hidden.dim() == 2 and hidden.shape[1] > 0,
+        lambda: f"hidden states must have shape [P, D], not {list(hidden.shape)}",
+    )
     count, size = hidden.shape
     check_tensor("hidden states", hidden, (None, size), FLOATS, hidden.device)
-    check(weight.dim() == 2 and weight.shape[0] > 0, f"weight must have shape [V, {size}], not {list(weight.shape)}")
+    check(
+        weight.dim() == 2 and weight.shape[0] > 0,
+        lambda: f"weight must have shape [V, {size}], not {list(weight.shape)}",
+    )
     check_tensor("weight", weight, (None, size), hidden.dtype, hidden.device)
-    check(soft_cap is None or soft_cap > 0, f"soft_cap must be above 0, not {soft_cap}")
+    check(soft_cap is None or soft_cap > 0, lambda: f"soft_cap must be above 0, not {soft_cap}")
     # within a tile, offsets are of 32 bits
-    check(size <= 2**22, f"hidden states must have at most {2**22} columns, not {size}")
-    check(count < 2**31 - 2**10, f"{count} positions are too many; split them")
+    check(size <= 2**22, lambda: f"hidden states must have at most {2**22} columns, not {size}")
+    check(count < 2**31 - 2**10, lambda: f"{count} positions are too many; split them")
     return count, size, weight.shape[0], hidden.device
 
 
@@ -408,4 +414,4 @@ def _sources(config: Config, rows: tuple[torch.Tensor, ...], weight: torch.Tenso
 
 def _check_splits(config: Config) -> None:
     split, block = config["SPLIT_V"], config["BLOCK_V"]
-    check(split % block == 0, f"SPLIT_V must be a multiple of BLOCK_V, not {split} of {block}")
+    check(split % block == 0, lambda: f"SPLIT_V must be a multiple of BLOCK_V, not {split} of {block}")

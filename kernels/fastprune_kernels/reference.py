@@ -32,16 +32,13 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     branch: torch.Tensor | None = None,
-    source: torch.Tensor | None = None,
     unit_offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, norm(x)), x_m = states[source_m] + branch_m, norm(x) = x / sqrt(mean(x^2) + eps) * weight.
+    """(x, norm(x)), x = states + branch, norm(x) = x / sqrt(mean(x^2) + eps) * weight.
 
-    states [N, D], branch [M, D], source int[M] (None: all rows). unit_offset: the scale is 1 + weight (Gemma).
+    states, branch [M, D]. unit_offset: the scale is 1 + weight (Gemma).
     """
-    x = states if source is None else states[source]
-    if branch is not None:
-        x = x + branch
+    x = states if branch is None else states + branch
     return x, rms_norm(x, weight, eps, unit_offset)
 
 

@@ -5,14 +5,18 @@ Needs no GPU: Triton compiles for a named target. Not under the interpreter, whe
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -50,12 +54,20 @@ class Case:
 class Resources:
     """registers: vector registers of a thread (for gfx942 with the accumulation registers). spills: bytes of a
     thread's registers kept in memory. matrix_unit: the instruction by which products are made, "" where there are none.
+
+    Of NVIDIA's targets also: shapes of Hopper's products. instructions of the whole kernel, a warp's. stalls: innermost
+    loops in which nothing is on its way while products are made. serialised: whether the
+    assembler says that it runs products one by one.
     """
 
     registers: int
     spills: int
     shared: int
     matrix_unit: str
+    shapes: tuple[str, ...] = ()
+    instructions: int = 0
+    stalls: int = 0
+    serialised: bool = False
 
 
 def cases(arch: str, only: str | None = None) -> Iterator[Case]:
@@ -74,7 +86,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
         return Case(kernel, f"{name} {variant}".strip(), arch, config, function, types, {**constants, **meta})
 
     pointers = dict.fromkeys(("p_states", "p_branch", "p_weight", "p_residual", "p_normed"), element)
-    types = {**pointers, "p_source": "*i64", "p_target": "*i64", "eps": "fp32"}
+    types = {**pointers, "eps": "fp32"}
     for size in (128, 4096, launch.MAX_ROW):
         config = launch.norm_config(size)
         yield case("add_rms_norm", f"D={size}", config, norm.add_rms_norm_kernel, types, D=size, UNIT_OFFSET=False)
@@ -140,10 +152,10 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
 
 
 def compile_case(case: Case) -> CompiledKernel:
+    """As the JIT compiles it: what torch allocates is aligned, and integers are not specialised."""
     names = case.function.arg_names
     constants = {name: None for name in names if case.types.get(name) is None} | case.constants
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
-    # what torch allocates is aligned
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(case.function, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
@@ -151,28 +163,62 @@ def compile_case(case: Case) -> CompiledKernel:
 
 
 def measure(case: Case) -> Resources:
-    """Compiles it and reads what the assembler says that it takes."""
-    compiled = compile_case(case)
+    """Compiles it, and reads what the assembler says and what it made."""
+    log = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        compiled = compile_case(case)
+    shared, said = compiled.metadata.shared, log.getvalue()
     if case.arch == "gfx942":
         assembly = compiled.asm["amdgcn"]
-        registers = _number(assembly, r"\.vgpr_count:\s+(\d+)")
         scratch = _number(assembly, r"\.private_segment_fixed_size:\s+(\d+)")
         spills = max(scratch, 4 * _number(assembly, r"\.vgpr_spill_count:\s+(\d+)"))
         unit = re.search(r"v_mfma_f32_\w+", assembly)
-    else:
-        usage = _resource_usage(compiled.asm["cubin"])
-        registers, spills = _number(usage, r"REG:(\d+)"), _number(usage, r"LOCAL:(\d+)")
-        spills = max(spills, _number(usage, r"STACK:(\d+)"))
-        unit = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
-    return Resources(registers, spills, compiled.metadata.shared, unit.group() if unit else "")
+        return Resources(_number(assembly, r"\.vgpr_count:\s+(\d+)"), spills, shared, unit.group() if unit else "")
+    ptx = compiled.asm["ptx"]
+    unit = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)
+    return Resources(
+        registers=_number(said, r"Used (\d+) registers"),
+        spills=max(_number(said, r"(\d+) bytes stack frame"), _number(said, r"(\d+) bytes spill stores")),
+        shared=shared,
+        matrix_unit=unit.group() if unit else "",
+        shapes=tuple(sorted(set(re.findall(r"wgmma\.mma_async[\w.]*?\.(m64n\d+k\d+)", ptx)))),
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", _disassembled(compiled.asm["cubin"]), re.MULTILINE)),
+        stalls=sum(_stalls(body) for body in _innermost_loops(compiled.asm["ttgir"])),
+        serialised="wgmma.mma_async instructions are serialized" in said,
+    )
 
 
-def _resource_usage(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _innermost_loops(ttgir: str) -> Iterator[list[str]]:
+    """The lines of each loop that holds no other."""
+    lines = ttgir.splitlines()
+    for i, line in enumerate(lines):
+        if " scf.for " in line:
+            end = re.match(r"\s*", line).group() + "}"
+            body = list(takewhile(lambda other, end=end: not other.startswith(end), lines[i + 1 :]))
+            if not any(" scf.for " in other for other in body):
+                yield body
+
+
+def _stalls(body: list[str]) -> bool:
+    """Copies stand at the end of a step and the wait at the beginning of the next: one that leaves none of them on
+    their way stands right behind them."""
+    copied = False
+    for line in body:
+        copied = copied or "async_tma_copy" in line
+        if copied and "ttng.wait_barrier" in line:
+            return True
+    return any("async_commit_group" in line for line in body) and any(
+        "ttg.async_wait" in line and "num = 0 " in line for line in body
+    )
+
+
+def _disassembled(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _number(text: str, pattern: str) -> int:
@@ -185,12 +231,13 @@ def _number(text: str, pattern: str) -> int:
 def table(architectures: tuple[str, ...] = ARCHITECTURES) -> str:
     """Resources of every kernel in every shipped configuration, as Markdown."""
     lines = [
-        "| kernel | variant | target | configuration | registers | shared bytes | spills | matrix unit |",
+        "| kernel | variant | target | configuration | registers | shared bytes | instructions | matrix unit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arch in architectures:
         for case in cases(arch):
             r = measure(case)
-            cells = (case.kernel, case.variant, arch, case.config, r.registers, r.shared, r.spills, r.matrix_unit)
+            unit = ", ".join(r.shapes) or r.matrix_unit
+            cells = (case.kernel, case.variant, arch, case.config, r.registers, r.shared, r.instructions or "", unit)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -103,26 +103,28 @@ def rotary(
     tables cos and sin [N, R], R <= Dh / 2 (fewer: partial rotary; the other columns stay). Positions must be in range.
     q_weight, k_weight [Dh]: RMSNorm of each head before the rotation (Qwen3). unit_offset: the scale is 1 + weight.
     """
-    check(num_heads > 0 and num_kv_heads > 0, f"there must be heads, not {num_heads} and {num_kv_heads}")
+    check(num_heads > 0 and num_kv_heads > 0, lambda: f"there must be heads, not {num_heads} and {num_kv_heads}")
     total = num_heads + 2 * num_kv_heads
     check(
         qkv.dim() == 2 and qkv.shape[1] > 0 and qkv.shape[1] % total == 0,
-        f"qkv must have shape [T, {total} * Dh], not {list(qkv.shape)}",
+        lambda: f"qkv must have shape [T, {total} * Dh], not {list(qkv.shape)}",
     )
     count, head_dim, device = qkv.shape[0], qkv.shape[1] // total, qkv.device
     check_tensor("qkv", qkv, (None, total * head_dim), FLOATS, device)
-    check(head_dim <= MAX_HEAD, f"a head must have at most {MAX_HEAD} columns, not {head_dim}")
-    check(cos.dim() == 2 and 0 < cos.shape[1] <= head_dim // 2, f"cos must have shape [N, 1 to {head_dim // 2}]")
+    check(head_dim <= MAX_HEAD, lambda: f"a head must have at most {MAX_HEAD} columns, not {head_dim}")
+    check(
+        cos.dim() == 2 and 0 < cos.shape[1] <= head_dim // 2, lambda: f"cos must have shape [N, 1 to {head_dim // 2}]"
+    )
     half = cos.shape[1]
     check_tensor("cos", cos, (None, half), FLOATS, device)
     check_tensor("sin", sin, tuple(cos.shape), cos.dtype, device)
     check_tensor("position", position, (count,), (torch.int32, torch.int64), device)
-    check((q_weight is None) == (k_weight is None), "q_weight and k_weight must be given together")
+    check((q_weight is None) == (k_weight is None), lambda: "q_weight and k_weight must be given together")
     if q_weight is not None:
         check_tensor("q_weight", q_weight, (head_dim,), FLOATS, device)
         check_tensor("k_weight", k_weight, (head_dim,), FLOATS, device)
     pairs = count * (num_heads + num_kv_heads)
-    check(pairs < 2**31 - 2**10, f"{count} tokens are too many; split them")
+    check(pairs < 2**31 - 2**10, lambda: f"{count} tokens are too many; split them")
     config = config or rotary_config(head_dim)
     if count:
         with on_device(qkv):

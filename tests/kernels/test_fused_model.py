@@ -6,6 +6,8 @@ broadly, on the other operators, in tests/engine/test_fused.py.
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -15,13 +17,15 @@ from kernel_checks import DEVICE, INTERPRETED, random  # skips where triton is n
 
 import fastprune as fp
 from fastprune.models import fused, operators
-from fastprune_kernels import reference
+from fastprune_kernels import attention, gated_mlp, linear_loss, norm, reference, rope
 from fastprune_kernels.attention import TreePlan
 
 FAMILIES = ["qwen3", "mistral"]  # with a norm of each head; with a window shorter than a row
 LENGTHS = [9, 8]
 MASKS = np.array([[1, 1, 0, 1, 0], [1, 1, 0, 0, 1]], dtype=bool)
 RELATIVE = 1e-5
+KERNELS = [norm.add_rms_norm_kernel, rope.rotary_kernel, gated_mlp.gated_mlp_kernel, attention.tree_attention_kernel]
+KERNELS += [linear_loss.linear_nll_kernel, linear_loss.finish_nll_kernel]
 BUDGET = 300_000 if INTERPRETED else None  # small tiles, one of which is run as a measurement
 
 
@@ -55,6 +59,32 @@ def test_choices_in_a_tree_equal_the_generic_path(family):
     expected = fp.Evaluator(hf, fp.TaskMargin(tasks), backend="generic").score_samples(MASKS[:1])
     found = evaluator(hf, fp.TaskMargin(tasks)).score_samples(MASKS[:1])
     np.testing.assert_allclose(found, expected, atol=5 * RELATIVE)  # differences of numbers of about 5
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
+    """Triton compiles a kernel for every set of constants, and for integers that are 1 or multiples of 16, and pointers
+    that are aligned. Sizes here are of every kind, and one variant serves them all."""
+    seen = collections.defaultdict(set)
+    for kernel in KERNELS:
+        kept = {p.name for p in getattr(kernel, "params", ()) if p.do_not_specialize}
+        kept |= set(getattr(kernel, "kwargs", {}).get("do_not_specialize") or ())
+
+        def note(*arguments, kernel=kernel, kept=kept, **constants):
+            key = [
+                (x.dtype, x.data_ptr() % 16) if torch.is_tensor(x) else type(x) if name in kept else (x == 1, x)
+                for name, x in zip(kernel.arg_names, arguments)
+                if x is not None
+            ]
+            absent = [name for name, x in zip(kernel.arg_names, arguments) if x is None]
+            seen[kernel.fn.__name__].add(repr((key, absent, sorted(constants.items(), key=str))))
+
+        monkeypatch.setattr(kernel, "pre_run_hooks", [note])
+    hf = build("qwen3").to(DEVICE)
+    for questions in ([(7, [1, 3]), (2, [1] * 18)], [(1, [1, 1])], [(10, [3, 3]), (3, [1] * 3)]):
+        evaluator(hf, fp.TaskMargin(make_tasks(hf.config.vocab_size, questions))).score(MASKS)
+    # a norm that keeps the sum is one more; the head's are two kernels
+    expected = ["gated_mlp_kernel", "linear_nll_kernel", "finish_nll_kernel", "rotary_kernel", "tree_attention_kernel"]
+    assert {name: len(keys) for name, keys in seen.items()} == {"add_rms_norm_kernel": 2, **dict.fromkeys(expected, 1)}
 
 
 def test_divergence_equals_the_generic_path():
