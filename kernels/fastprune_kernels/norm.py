@@ -55,8 +55,8 @@ def add_rms_norm(
     """x = states + branch; residual = x; returns normed = x / rms(x) * weight.
 
     states [M, D]; branch [M, D], what a unit adds; None adds nothing. The sum is rounded to the dtype of the states
-    before the norm. residual [M, D], where the sums go, may be `states` itself; None keeps none. normed [M, D]: made when
-    None. unit_offset: the scale is 1 + weight (Gemma).
+    before the norm. residual [M, D], where the sums go, may be `states` itself; None keeps none. normed [M, D]: made
+    when None. unit_offset: the scale is 1 + weight (Gemma).
     """
     check(states.dim() == 2, lambda: f"states must have shape [M, D], not {list(states.shape)}")
     (count, size), device = states.shape, states.device
