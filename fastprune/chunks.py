@@ -109,10 +109,11 @@ class Tile:
 def make_chunks(batch: TokenBatch, max_tokens: int, device: torch.device) -> list[Chunk]:
     """Cut a batch into chunks of at most max_tokens tokens each, padding included (but at least one row each).
 
-    No chunk crosses a look. Within one, rows are sorted by kind and length, so that a chunk holds rows of nearly one
-    length.
+    No chunk crosses a look, or is larger than the first, so that a few samples cost about their share. Within a look,
+    rows are sorted by kind and length, so that a chunk holds rows of nearly one length.
     """
-    groups = [group for rows in look_rows(batch.num_rows) for group in _group_rows(batch, rows, max_tokens)]
+    looks = look_rows(batch.num_rows)
+    groups = [group for rows in looks for group in _group_rows(batch, rows, max_tokens, len(looks[0]))]
     return [make_chunk(batch, rows, device) for rows in groups]
 
 
@@ -132,14 +133,14 @@ def look_rows(num_rows: int) -> list[np.ndarray]:
     return [np.sort(order[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
-def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int, max_rows: int) -> list[np.ndarray]:
     lengths, is_tree = batch.row_lengths, batch.row_is_tree
     groups: list[list[int]] = []
     for row in rows[np.lexsort((rows, -lengths[rows], is_tree[rows]))].tolist():
         if groups:
             first, size = groups[-1][0], len(groups[-1])
-            same_kind = is_tree[row] == is_tree[first]
-            if same_kind and lengths[row] >= LEAST_FILL * lengths[first] and (size + 1) * lengths[first] <= max_tokens:
+            alike = is_tree[row] == is_tree[first] and lengths[row] >= LEAST_FILL * lengths[first]
+            if alike and size < max_rows and (size + 1) * lengths[first] <= max_tokens:
                 groups[-1].append(row)
                 continue
         groups.append([row])
