@@ -141,4 +141,4 @@ def test_other_names(refused, name):
 
 
 def test_no_command(refused):
-    assert "name a command: demo, info, algorithms, score, search, study, eval, export; --help" in refused()
+    assert "name a command: demo, info, algorithms, score, search, study, eval, export, store; --help" in refused()
