@@ -93,6 +93,22 @@ def test_what_hopper_runs(compiled):
     assert plain["registers"] < found["linear_nll-bf16-pointers-sm_90"]["registers"]
 
 
+@pytest.mark.compile
+def test_the_model_of_the_card_expects_fractions(pytestconfig):
+    """bench/gpu_model.py compiles what it reckons with, so it breaks where names of kernels and variants do."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(pytestconfig.rootpath / "kernels"), str(pytestconfig.rootpath)]
+    environment["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "bench/gpu_model.py"]
+    done = subprocess.run(
+        command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| linear_nll")]
+    assert cells
+    assert all(0.5 < float(row[9]) <= 1 for row in cells)
+
+
 def test_every_float_has_a_configuration():
     from fastprune_kernels.launch import ARCHITECTURES, FLOATS, tree_attention_config
 
