@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from .calibration import TokenBatch
 from .chunks import Chunk, Tile, make_chunk, make_chunks
 from .errors import InputError
 from .fingerprint import machine_fingerprint
-from .footprint import measure_footprint
+from .footprint import measure_footprint, measure_head
 from .memory import is_out_of_memory
 from .models import Model, make_runner
 from .models.stand_ins import State, hidden_of, state_bytes
@@ -67,8 +68,7 @@ class Engine:
         kind = "cuda" if model.device.type == "cuda" else "cpu"
         budget_bytes = BUDGET_BYTES[kind] if budget_bytes is None else budget_bytes
         self.runner = make_runner(model, backend)
-        per_position = self.runner.head_bytes(measure)
-        self._tile = max(LEAST_TILE, min(TILE_BYTES[kind], budget_bytes // 4) // per_position // 8 * 8)
+        self._tile = self._tile_within(budget_bytes)
         self.peak_activation_bytes = 0
         self.row_runs = self.row_heads = 0
         with model.evaluation():
@@ -231,15 +231,35 @@ class Engine:
 
     def _fit(self, budget_bytes: int, most_tokens: int) -> int:
         """Tokens of a chunk for which everything held at once stays within the budget."""
+        dense = 0
         if self.measure == "kl":
             positions = len(np.unique(self.batch.target_source))
-            budget_bytes -= positions * self.model.hidden_size * self.model.dtype.itemsize
+            dense = positions * self.model.hidden_size * self.model.dtype.itemsize
         slots = max_slots(self.num_units, MAX_SEQUENCES)
-        tokens = self._footprint.tokens_within(budget_bytes, slots)
-        if tokens < self._footprint.longest_row:
-            short = self._footprint.needed(self._footprint.longest_row, slots) - budget_bytes
-            raise InputError(f"cache_bytes is too small by {short} bytes: not even one row of the batch fits")
+        tokens = self._footprint.tokens_within(budget_bytes - dense, slots)
+        if not tokens:
+            least = self._least_budget(dense, slots)
+            raise InputError(
+                f"cache_bytes is too small by {least - budget_bytes} bytes: one row of the batch takes {least}"
+            )
         return min(most_tokens, tokens)
+
+    def _tile_within(self, budget_bytes: int) -> int:
+        """Positions of a tile for which logits take a quarter of the budget, and no more than is of use."""
+        most = min(TILE_BYTES["cuda" if self.model.device.type == "cuda" else "cpu"], budget_bytes // 4)
+        return max(LEAST_TILE, most // self.runner.head_bytes(self.measure) // 8 * 8)
+
+    def _least_budget(self, dense: int, slots: int) -> int:
+        """The least budget for which the longest row fits. A larger one has larger tiles: up to where both agree."""
+        hidden = torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
+        tile, footprint = 0, self._footprint
+        budget_bytes = 0
+        while tile != self._tile_within(budget_bytes):
+            tile = self._tile_within(budget_bytes)
+            with self.model.evaluation():
+                footprint = replace(footprint, head=measure_head(hidden, self._measure_nothing, tile))
+            budget_bytes = dense + footprint.needed(footprint.longest_row, slots)
+        return budget_bytes
 
     def _cut(self, max_tokens: int) -> None:
         """Cut the batch into chunks, and the targets of each chunk into tiles."""

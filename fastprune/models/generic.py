@@ -24,6 +24,7 @@ from torch import nn
 from fastprune_kernels.reference import token_kl, token_nll
 
 from ..errors import InputError
+from ..fingerprint import mark
 from .stand_ins import (
     Arguments,
     HalfBlock,
@@ -35,7 +36,7 @@ from .stand_ins import (
     get_module,
     with_replaced,
 )
-from .tree import layer_windows, tree_mask
+from .tree import few_branches, layer_windows, tree_mask
 
 LAYERS_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
@@ -43,7 +44,9 @@ MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm", "norm_f", "embedding_norm")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 GRANULARITIES = ("block", "sublayer")
-NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached")  # attributes that no result depends on
+LONGEST_CHECKED = 2048  # tokens of a tree that is compared with its sequences
+# attributes that no result depends on
+NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
 
 
 # of each transformers model, whoever wraps it: its training flags and recorders serve one call at a time
@@ -53,15 +56,17 @@ _TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 class Model:
     """A decoder-only transformers model as a sequence of units.
 
-    hf: the transformers model, shared and left as it was found. tokenizer: or None. name: for messages.
+    hf: the transformers model, shared and left as it was found. tokenizer: or None. name: for messages. Rotary
+    frequencies that `.to(dtype)` has rounded are taken unrounded, as they are in the same model loaded from a folder.
     Raises InputError, before any long work, when the family cannot be run block by block.
     """
 
     path_name = "generic"  # beside "fused (...)", see FusedModel
 
     def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None):
-        self.hf, self.tokenizer = hf, tokenizer
         self.turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else threading.RLock()
+        self.hf = hf = _with_unrounded_angles(hf)
+        self.tokenizer = tokenizer
         self.config = getattr(hf, "config", None)
         self.family = getattr(self.config, "model_type", type(hf).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
@@ -132,6 +137,13 @@ class Model:
         for layer, window in zip(arguments, windows, strict=True):
             layer["attention_mask"] = masks[window]
         return state, arguments
+
+    def embed(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, Arguments]:
+        """As `open`, for who does without the layers' masks: what stands in their place weighs nothing."""
+        nothing = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
+        nothing = nothing.expand(len(ids), 1, ids.shape[1], ids.shape[1])
+        state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
+        return state, [self._by_name(args, kwargs) for args, kwargs in calls]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [P, V] of hidden states [P, D] taken before the final norm, in the model's dtype."""
@@ -356,7 +368,7 @@ class Model:
         """Raise InputError unless a token tree (as `open` takes it, [1, T]) gives what its sequences give one by one.
 
         The default is a short one; what depends on length (local attention of some kind) shows in the longest tree
-        that is to be run.
+        that is to be run. Of very many branches as many are looked at as a mask of [T, T] can be held for.
         """
         implementation = getattr(self.config, "_attn_implementation", None)
         if implementation not in ("eager", "sdpa"):
@@ -365,12 +377,14 @@ class Model:
             )
         if ids is None:
             ids, positions, branch = self.probe_tree()
+        inside = (branch[0] == 0) | torch.isin(branch[0], few_branches(branch[0], LONGEST_CHECKED))
+        ids, positions, branch = ids[:, inside], positions[:, inside], branch[:, inside]
         with self.evaluation():
             try:
                 found = self._final_states(*self.open(ids, positions, branch))
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise self._refuse(f"token trees failed ({error}); use plain text") from error
-            for number in branch.unique().tolist():
+            for number in few_branches(branch[0]).tolist():
                 inside = (branch[0] == 0) | (branch[0] == number)
                 alone = self._final_states(*self.open(ids[:, inside]))
                 if not self.agree(found[inside], alone):
@@ -398,6 +412,29 @@ class Model:
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
 
 
+def _with_unrounded_angles(hf: nn.Module) -> nn.Module:
+    """The model; where `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a shallow copy that has
+    them as its own code makes them. Those that are not just rounded were changed on purpose, and stay.
+    """
+    if not isinstance(hf, nn.Module):
+        return hf
+    for name, module in list(hf.named_modules()):
+        held = [buffer for key, buffer in module.named_buffers(recurse=False) if key.endswith("inv_freq")]
+        if all(buffer.dtype == torch.float32 for buffer in held):
+            continue
+        try:
+            fresh = type(module)(module.config).to(held[0].device)
+        except Exception:  # made by another rule than transformers' own
+            continue
+        fresh.training = module.training
+        alike = dict(fresh.named_buffers()).keys() == dict(module.named_buffers()).keys()
+        if not alike or any(True for _ in fresh.parameters()) or _plain_attributes(fresh) != _plain_attributes(module):
+            continue
+        if all(torch.equal(buffer.to(held[0].dtype), getattr(module, key)) for key, buffer in fresh.named_buffers()):
+            hf = with_replaced(hf, tuple(name.split(".")), fresh)
+    return hf
+
+
 def _plain_attributes(module: nn.Module) -> tuple:
     """A module's type, its numbers, texts and flags (whether it trains is none of them), and its hooks.
 
@@ -405,7 +442,7 @@ def _plain_attributes(module: nn.Module) -> tuple:
     """
     attributes = vars(module).items()
     plain = [(n, v) for n, v in attributes if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))]
-    hooks = [id(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
+    hooks = [mark(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
     return (type(module).__qualname__, *sorted(plain), *hooks)
 
 

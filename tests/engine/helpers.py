@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from families import build, num_blocks, random_rows, reference_model, reference_token_nll, some_masks
 
@@ -15,17 +16,12 @@ import fastprune as fp
 
 
 def smallest_budget(make) -> int:
-    """A byte budget near the smallest with which make(cache_bytes) is accepted."""
-    budget = 1_000
-    while True:
-        try:
-            make(budget)
-            return budget
-        except fp.InputError as error:
-            short = re.search(r"cache_bytes is too small by (\d+) bytes", str(error))
-            if short is None:
-                raise
-            budget += max(int(short[1]), 1)  # a larger budget may be spent on larger tiles: ask again
+    """The smallest byte budget with which make(cache_bytes) is accepted, as the first refusal names it."""
+    with pytest.raises(fp.InputError) as caught:
+        make(1_000)
+    by, least = re.search(r"cache_bytes is too small by (\d+) bytes: .* takes (\d+)$", str(caught.value)).groups()
+    assert 1_000 + int(by) == int(least)
+    return int(least)
 
 
 def make_tasks(vocab_size: int, shapes, seed: int = 0) -> fp.Tasks:
