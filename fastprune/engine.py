@@ -25,6 +25,7 @@ from .footprint import measure_footprint
 from .measures import MEASURES
 from .memory import is_out_of_memory
 from .models import Model, make_runner
+from .models.attention import BACKENDS
 from .models.stand_ins import State, hidden_of, state_bytes
 from .schedule import ROOT, Schedule, make_schedule, max_slots
 from .states import PrefixCache
@@ -276,6 +277,7 @@ class Engine:
             "dtype": str(self.model.dtype),
             "attention": getattr(self.model.config, "_attn_implementation", None),
             "experts": getattr(self.model.config, "_experts_implementation", None),
+            "sdpa": [backend.name for backend in BACKENDS],
             "machine": machine_fingerprint(self.model.device),
         }
 
@@ -284,22 +286,23 @@ class Engine:
     def _fit(self, memory_bytes: int, most_tokens: int) -> int:
         """Tokens of a chunk for which everything held at once stays within the budget; where not even one row does,
         tiles are made small."""
-        self.most_sums = max(
-            1, memory_bytes // SUMS_SHARE // (24 * len(self.measure.values) * self.batch.num_continuations)
-        )
-        budget = memory_bytes - memory_bytes // SUMS_SHARE
+        per_mask = 24 * len(self.measure.values) * self.batch.num_continuations  # sums, and twice that to reduce them
+        self.most_sums = max(1, memory_bytes // SUMS_SHARE // per_mask)
+        dense = 0
         if self.measure.needs_dense:
             dense = len(np.unique(self.batch.target_source)) * self.model.hidden_size * self.model.dtype.itemsize
-            budget -= dense
+        budget = memory_bytes - memory_bytes // SUMS_SHARE - dense
         slots = max_slots(self.num_units, MAX_SEQUENCES)
-        row = self._footprint.longest_row
-        if self._footprint.tokens_within(budget, slots) < row and self._tile > LEAST_TILE:
+        tokens = self._footprint.tokens_within(budget, slots)
+        if not tokens and self._tile > LEAST_TILE:
             self._tile = LEAST_TILE
             self._measure()
-        tokens = self._footprint.tokens_within(budget, slots)
-        if tokens < row:
-            least = self._footprint.needed(row, slots) + (dense if self.measure.needs_dense else 0) + 1
-            least += least // (SUMS_SHARE - 1) + 1
+            tokens = self._footprint.tokens_within(budget, slots)
+        if not tokens:
+            needed = self._footprint.needed(self._footprint.longest_row, slots) + dense
+            least = needed + (needed - 1) // (
+                SUMS_SHARE - 1
+            )  # of which all but the share of sums is that much
             raise InputError(f"memory_bytes is too small: one row of the batch takes {least} bytes, not {memory_bytes}")
         return min(most_tokens, tokens)
 

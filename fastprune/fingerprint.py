@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import os
+import uuid
+import weakref
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from . import __version__
-from .models.attention import BACKENDS
 
 _ENVIRONMENT = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG")
+
+
+_PROCESS = uuid.uuid4().hex
+_MARKS: dict[int, tuple[Callable[[], object], int]] = {}
+_NUMBERS = itertools.count()
+
+
+def mark(thing: object) -> str:
+    """A text that stands for an object of which nothing else is known, such as a hook: no other object's, in this
+    process or another. (Its address is another's as soon as it is gone.)"""
+    known = _MARKS.get(id(thing))
+    if known is None or known[0]() is not thing:
+        try:
+            reference = weakref.ref(thing)
+        except TypeError:  # a kind that cannot be told when it is gone: it never is
+            reference = functools.partial(lambda kept: kept, thing)
+        known = _MARKS[id(thing)] = (reference, next(_NUMBERS))
+    return f"{_PROCESS}-{os.getpid()}-{known[1]}"
 
 
 def machine_fingerprint(device: torch.device) -> dict[str, object]:
@@ -27,19 +50,40 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
         "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
         "transformers": transformers.__version__,
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-        "float32_matmul": torch.get_float32_matmul_precision(),
+        "float32_matmul": _float32_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "sdpa": [backend.name for backend in BACKENDS],
+        "default_dtype": str(torch.get_default_dtype()),
+        "denormals": bool(torch.full((1,), 1e-310, dtype=torch.float64) * 0.5 != 0),  # a switch that cannot be read
+        "hooks": _global_hooks(),
         **(_gpu(device) if device.type == "cuda" else _cpu()),
     }
+
+
+def _float32_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set for each backend by itself, which only they can say
+        return "by backend"
+
+
+def _global_hooks() -> list[str]:
+    """Hooks on every module there is."""
+    of_modules = nn.modules.module
+    hooks = (*of_modules._global_forward_pre_hooks.values(), *of_modules._global_forward_hooks.values())
+    return [mark(hook) for hook in hooks]
 
 
 def _cpu() -> dict[str, object]:
     return {
         "device": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "mkldnn": torch.backends.mkldnn.enabled,
+        "mkldnn": [torch.backends.mkldnn.enabled, *(op.fp32_precision for op in _mkldnn_operators())],
     }
+
+
+def _mkldnn_operators() -> tuple:
+    mkldnn = torch.backends.mkldnn
+    return mkldnn, mkldnn.matmul, mkldnn.conv
 
 
 def _gpu(device: torch.device) -> dict[str, object]:

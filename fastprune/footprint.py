@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,12 +31,14 @@ class Footprint:
 
     def needed(self, tokens: int, num_slots: int) -> int:
         """Bytes of a walk with chunks of so many tokens: the slots, a unit's input, its workspace, and the head."""
-        return int(((num_slots + 1) * self.state + self.workspace) * tokens) + self.head
+        return math.ceil(((num_slots + 1) * self.state + self.workspace) * tokens) + self.head
 
     def tokens_within(self, budget_bytes: int, num_slots: int) -> int:
-        """The most tokens of a chunk for which `needed` stays within the budget."""
+        """The most tokens of a chunk that `needed` allows within the budget; 0 where not even the longest row fits."""
+        if self.needed(self.longest_row, num_slots) > budget_bytes:
+            return 0
         per_token = (num_slots + 1) * self.state + self.workspace
-        return int((budget_bytes - self.head) / per_token)
+        return max(self.longest_row, int((budget_bytes - self.head) / per_token))
 
 
 def measure_footprint(
@@ -50,14 +53,19 @@ def measure_footprint(
     longest = 0
     for row in _longest_rows(batch):
         chunk = make_chunk(batch, [row], runner.device)
-        states, peak = _run_first_units(runner, chunk, granularity)
-        state_size = max(state_size, *(state_bytes(state) / chunk.num_tokens for state in states))
+        state, largest, peak = _run_first_units(runner, chunk, granularity)
+        state_size = max(state_size, largest / chunk.num_tokens)
         workspace = max(workspace, peak / chunk.num_tokens)
         longest = max(longest, chunk.num_tokens)
-    hidden = hidden_of(states[-1]).flatten(0, 1)
+    return Footprint(state_size, workspace, measure_head(hidden_of(state), head, tile), longest)
+
+
+def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], tile: int) -> int:
+    """Bytes that are held while a tile of positions goes from hidden states, like these [..., D], to numbers."""
+    hidden = hidden.flatten(0, -2)
     hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
-    _, head_bytes = peak_bytes(lambda: head(hidden))
-    return Footprint(state_size, workspace, head_bytes + hidden.nbytes, longest)
+    _, held = peak_bytes(lambda: head(hidden))
+    return held + hidden.nbytes
 
 
 def _longest_rows(batch: TokenBatch) -> list[int]:
@@ -66,13 +74,19 @@ def _longest_rows(batch: TokenBatch) -> list[int]:
     return [int(rows[batch.row_lengths[rows].argmax()]) for rows in kinds if len(rows)]
 
 
-def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[list[State], int]:
-    """The states after the embeddings and the first two units (with sublayers, one of each kind), and the peak."""
-    opened, peak = peak_bytes(lambda: runner.open(chunk.ids, chunk.positions, chunk.branch))
-    state, arguments = opened
-    states = [state]
-    for unit in range(2 if granularity == "sublayer" else 1):
-        state, unit_peak = peak_bytes(lambda unit=unit, state=state: runner.run(unit, state, arguments, granularity))
-        states.append(state)
-        peak = max(peak, unit_peak)
-    return states, peak
+def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[State, int, int]:
+    """Open a chunk and run its first unit (with sublayers, one of each kind). The last state, the bytes of the largest,
+    and those held at the peak besides a unit's input: its workspace, and what the layers are given (masks, angles)."""
+    largest = 0
+
+    def run() -> State:
+        nonlocal largest
+        state, arguments = runner.open(chunk.ids, chunk.positions, chunk.branch)
+        largest = state_bytes(state)
+        for unit in range(2 if granularity == "sublayer" else 1):
+            state = runner.run(unit, state, arguments, granularity)
+            largest = max(largest, state_bytes(state))
+        return state
+
+    state, peak = peak_bytes(run)
+    return state, largest, max(largest, peak - largest)

@@ -75,7 +75,7 @@ class FusedModel:
 
     def open(self, ids, positions=None, branch=None) -> tuple[torch.Tensor, ChunkArguments]:
         """As `Model.open`: the embedded tokens [B, T, D], and what the layers need."""
-        state, arguments = self._model.open(ids, positions, branch)
+        state, arguments = self._model.embed(ids, positions)
         cos, sin = arguments[0]["position_embeddings"]  # [1 or B, T, 2R], each angle twice
         half = cos.shape[-1] // 2
         cos, sin = (table[..., :half].reshape(-1, half).float().contiguous() for table in (cos, sin))

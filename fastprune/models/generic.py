@@ -24,6 +24,7 @@ from torch import nn
 from fastprune_kernels.reference import token_kl, token_nll
 
 from ..errors import InputError
+from ..fingerprint import mark
 from ..masks import check_removed
 from .attention import pinned_attention
 from .precision import working_dtype
@@ -38,7 +39,7 @@ from .stand_ins import (
     get_module,
     with_replaced,
 )
-from .tree import layer_windows, tree_mask
+from .tree import few_branches, layer_windows, tree_mask
 
 LAYERS_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
@@ -46,7 +47,9 @@ MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm", "norm_f", "embedding_norm")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 GRANULARITIES = ("block", "sublayer")
-NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached")  # attributes that no result depends on
+LONGEST_CHECKED = 2048  # tokens of a tree that is compared with its sequences
+# attributes that no result depends on
+NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
 
 
 # of each transformers model, whoever wraps it: its training flags and recorders serve one call at a time
@@ -56,24 +59,28 @@ _TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 class Model:
     """A decoder-only transformers model as a sequence of units.
 
-    hf: the transformers model, shared and left as it was found. tokenizer: or None. name: for messages.
+    hf: the transformers model, shared and left as it was found. tokenizer: or None. name: for messages. Rotary
+    frequencies that `.to(dtype)` has rounded are taken unrounded, as they are in the same model loaded from a folder.
     Raises InputError, before any long work, when the family cannot be run block by block.
     """
 
     path_name = "generic"  # beside "fused (...)", see FusedModel
 
     def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None):
-        self.hf, self.tokenizer = hf, tokenizer
         self.turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else threading.RLock()
         with self.turn:  # nobody masks it meanwhile
-            self._open(hf, name)
+            self._open(hf, tokenizer, name)
 
-    def _open(self, hf: nn.Module, name: str | None) -> None:
+    def _open(self, given: nn.Module, tokenizer, name: str | None) -> None:
+        self.given, self.tokenizer = given, tokenizer  # the caller's own model
+        self.hf = hf = _with_unrounded_angles(given)
+        if hf is not given:
+            _TURNS[hf] = self.turn
         self.config = getattr(hf, "config", None)
         self.family = getattr(self.config, "model_type", type(hf).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
         self._path = self._find_layers()
-        self._list = get_module(hf, self._path)
+        self._list = get_module(given, self._path)
         self.layers: list[nn.Module] = list(self._list)
         self.num_blocks = len(self.layers)
         self.device, self.dtype = next(hf.parameters()).device, working_dtype(hf)
@@ -147,6 +154,13 @@ class Model:
         for layer, window in zip(arguments, windows, strict=True):
             layer["attention_mask"] = masks[window]
         return state, arguments
+
+    def embed(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, Arguments]:
+        """As `open`, for who does without the layers' masks: what stands in their place weighs nothing."""
+        nothing = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
+        nothing = nothing.expand(len(ids), 1, ids.shape[1], ids.shape[1])
+        state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
+        return state, [self._by_name(args, kwargs) for args, kwargs in calls]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [P, V] of hidden states [P, D] taken before the final norm, in the model's dtype."""
@@ -270,9 +284,9 @@ class Model:
                 raise InputError(f"nothing is kept, and the family {self.family!r} cannot run without blocks")
             before = []  # (object, attribute, value), put back in the end
             *above, last = self._path
-            base = get_module(self.hf, above)
+            base = get_module(self.given, above)
             try:
-                config, owner = self._config_of(kept), self.hf
+                config, owner = self._config_of(kept), self.given
                 for name in (*above, None):
                     _set(before, owner, "config", config)
                     owner = name and getattr(owner, name)
@@ -281,7 +295,7 @@ class Model:
                         if isinstance(vars(module).get("layer_idx"), int):
                             _set(before, module, "layer_idx", place)
                 base._modules[last] = nn.ModuleList(self.layers[i] for i in kept)
-                yield self.hf
+                yield self.given
             finally:
                 base._modules[last] = self._list
                 for owner, name, value in reversed(before):
@@ -290,7 +304,7 @@ class Model:
     @property
     def is_whole(self) -> bool:
         """Whether the transformers model has the blocks that it had when it was opened."""
-        return get_module(self.hf, self._path) is self._list
+        return get_module(self.given, self._path) is self._list
 
     def _check_whole(self) -> None:
         if not self.is_whole:
@@ -436,7 +450,7 @@ class Model:
         """Raise InputError unless a token tree (as `open` takes it, [1, T]) gives what its sequences give one by one.
 
         The default is a short one; what depends on length (local attention of some kind) shows in the longest tree
-        that is to be run.
+        that is to be run. Of very many branches as many are looked at as a mask of [T, T] can be held for.
         """
         implementation = getattr(self.config, "_attn_implementation", None)
         if implementation not in ("eager", "sdpa"):
@@ -445,12 +459,14 @@ class Model:
             )
         if ids is None:
             ids, positions, branch = self.probe_tree()
+        inside = (branch[0] == 0) | torch.isin(branch[0], few_branches(branch[0], LONGEST_CHECKED))
+        ids, positions, branch = ids[:, inside], positions[:, inside], branch[:, inside]
         with self.evaluation():
             try:
                 found = self._final_states(*self.open(ids, positions, branch))
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise self._refuse(f"token trees failed ({error}); use plain text") from error
-            for number in branch.unique().tolist():
+            for number in few_branches(branch[0]).tolist():
                 inside = (branch[0] == 0) | (branch[0] == number)
                 alone = self._final_states(*self.open(ids[:, inside]))
                 if not self.agree(found[inside], alone):
@@ -496,7 +512,7 @@ def masked(model, removed: Iterable[int]) -> Iterator[nn.Module]:
     >>> with fp.masked(hf, (9, 10)):  # doctest: +SKIP
     ...     hf.generate(**inputs)
     """
-    hf = model.hf if isinstance(model, Model) else model
+    hf = model.given if isinstance(model, Model) else model
     turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else nullcontext()
     with turn:
         if not isinstance(model, Model) or not model.is_whole:
@@ -512,6 +528,29 @@ def _set(before: list[tuple], owner, name: str, value) -> None:
         setattr(owner, name, value)
 
 
+def _with_unrounded_angles(hf: nn.Module) -> nn.Module:
+    """The model; where `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a shallow copy that has
+    them as its own code makes them. Those that are not just rounded were changed on purpose, and stay.
+    """
+    if not isinstance(hf, nn.Module):
+        return hf
+    for name, module in list(hf.named_modules()):
+        held = [buffer for key, buffer in module.named_buffers(recurse=False) if key.endswith("inv_freq")]
+        if all(buffer.dtype == torch.float32 for buffer in held):
+            continue
+        try:
+            fresh = type(module)(module.config).to(held[0].device)
+        except Exception:  # made by another rule than transformers' own
+            continue
+        fresh.training = module.training
+        alike = dict(fresh.named_buffers()).keys() == dict(module.named_buffers()).keys()
+        if not alike or any(True for _ in fresh.parameters()) or _plain_attributes(fresh) != _plain_attributes(module):
+            continue
+        if all(torch.equal(buffer.to(held[0].dtype), getattr(module, key)) for key, buffer in fresh.named_buffers()):
+            hf = with_replaced(hf, tuple(name.split(".")), fresh)
+    return hf
+
+
 def _plain_attributes(module: nn.Module) -> tuple:
     """A module's type, its numbers, texts and flags (whether it trains is none of them), and its hooks.
 
@@ -519,7 +558,7 @@ def _plain_attributes(module: nn.Module) -> tuple:
     """
     attributes = vars(module).items()
     plain = [(n, v) for n, v in attributes if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))]
-    hooks = [id(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
+    hooks = [mark(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
     return (type(module).__qualname__, *sorted(plain), *hooks)
 
 

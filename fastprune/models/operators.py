@@ -6,8 +6,9 @@ Every set has the same methods. States are [T, D], the rows of a chunk one after
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch.nn import functional as F
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 from fastprune_kernels import reference
 
 from .generic import Model
-from .tree import tree_mask
+from .tree import seen_by, segments, tree_mask
+
+DENSE = 512  # tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,26 @@ class Rows:
             return self.branch.flatten(), self.positions.flatten()
         steps = torch.arange(self.length, device=self.device).repeat(self.num_rows)
         return torch.zeros_like(steps), steps
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A long row, positions and branch int64[1, T], cut into segments: (queries, keys, which of these they see).
+
+    What is seen is worked out anew each time it is gone through, so that one segment's mask at a time is held.
+    """
+
+    positions: torch.Tensor
+    branch: torch.Tensor
+    window: int | None
+
+    @cached_property
+    def _pieces(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return segments(self.positions[0], self.branch[0], self.window)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for queries, keys in self._pieces:
+            yield queries, keys, seen_by(queries, keys, self.positions, self.branch, self.window)[:, None]
 
 
 class TorchOperators:
@@ -72,17 +95,26 @@ class TorchOperators:
             return rows, None
         branch, position = (x.view(rows.num_rows, rows.length) for x in rows.tokens_of_trees)
         shared = slice(None) if rows.branch is not None else slice(1)  # plain rows all have the same mask
-        return rows, tree_mask(position[shared], branch[shared], window)
+        if rows.length <= DENSE:
+            return rows, tree_mask(position[shared], branch[shared], window)
+        return rows, [Segments(pos[None], br[None], window) for pos, br in zip(position[shared], branch[shared])]
 
     def attention(self, qkv, plan, num_heads, num_kv_heads, scale) -> torch.Tensor:
         """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused kernels."""
         rows, seen = plan
         heads = qkv.view(rows.num_rows, rows.length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=num_heads != num_kv_heads
-        )
-        return out.transpose(1, 2).reshape(len(qkv), -1)
+        attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=num_heads != num_kv_heads)
+        if not isinstance(seen, list):
+            out = attend(q, k, v, attn_mask=seen, is_causal=seen is None).transpose(1, 2)
+            return out.reshape(len(qkv), -1)
+        out = qkv.new_empty(rows.num_rows, rows.length, num_heads, q.shape[-1])
+        for row, pieces in enumerate(seen):
+            of = slice(row, row + 1) if rows.branch is not None else slice(None)
+            for queries, keys, mask in pieces:
+                part = attend(q[of][:, :, queries], k[of][:, :, keys], v[of][:, :, keys], attn_mask=mask)
+                out[of, queries] = part.transpose(1, 2)
+        return out.view(len(qkv), -1)
 
     def nll(self, normed, weight, tile) -> torch.Tensor:
         """-log p of the tile's targets, [M], from normed states at its sources, [P, D]."""

@@ -4,18 +4,62 @@ from __future__ import annotations
 
 import torch
 
+FEW = 8
+SEGMENT = 256  # queries that look at their keys together
+
 
 def tree_mask(positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor:
     """bool[B, 1, T, T], True = seen, for rows with positions and branch int64[B, T] (branch 0 is the trunk).
 
     window: only keys less than that many positions away.
     """
-    steps = torch.arange(branch.shape[1], device=branch.device)
-    query, key = branch[:, :, None], branch[:, None, :]
-    seen = ((key == 0) | (key == query)) & (steps[:, None] >= steps)
+    everything = torch.arange(branch.shape[1], device=branch.device)
+    return seen_by(everything, everything, positions, branch, window)[:, None]
+
+
+def seen_by(queries, keys, positions, branch, window) -> torch.Tensor:
+    """bool[B, Q, K], True = seen: the part of `tree_mask` at these places, int64[Q] and int64[K], of every row."""
+    query, key = branch[:, queries, None], branch[:, None, keys]
+    seen = ((key == 0) | (key == query)) & (queries[:, None] >= keys)
     if window is not None:
-        seen &= positions[:, :, None] - positions[:, None, :] < window
-    return seen[:, None]
+        seen &= positions[:, queries, None] - positions[:, None, keys] < window
+    return seen
+
+
+def segments(
+    positions: torch.Tensor, branch: torch.Tensor, window: int | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One row, int64[T] each, cut into runs of queries, int64[Q], each with the places int64[K] that any of it sees.
+
+    A few queries see the trunk and a few branches: so no mask of [T, T] is ever made, nor a product of that size.
+    """
+    pieces = []
+    for queries in torch.arange(len(branch), device=branch.device).split(SEGMENT):
+        stop = queries[-1] + 1
+        key = branch[:stop]
+        seen = (key == 0) | torch.isin(key, branch[queries].unique())
+        if window is not None:
+            seen &= positions[queries].min() - positions[:stop] < window
+        pieces.append((queries, seen.nonzero()[:, 0]))
+    return pieces
+
+
+def few_branches(branch: torch.Tensor, most_tokens: int | None = None) -> torch.Tensor:
+    """Some of a row's branches, int64[N]: a few (the longest, the last), or as many as give a row of so many tokens.
+
+    The longest comes first, and is one of them in any case; the trunk alone is a branch where there is no other.
+    """
+    numbers, lengths = branch.unique(return_counts=True)
+    trunk = int(lengths[numbers == 0].sum())
+    numbers, lengths = numbers[numbers != 0], lengths[numbers != 0]
+    if not len(numbers):
+        return branch.new_zeros(1)
+    order = torch.cat([lengths.argmax()[None], torch.arange(len(numbers), device=branch.device).flip(0)])
+    if most_tokens is None:
+        return numbers[order[:FEW]].unique()
+    fits = trunk + lengths[order].cumsum(0) <= most_tokens
+    fits[0] = True
+    return numbers[order[fits]].unique()
 
 
 def layer_windows(config, num_blocks: int) -> list[int | None]:

@@ -16,7 +16,7 @@ import fastprune as fp
 
 
 def smallest_budget(make) -> int:
-    """The smallest byte budget with which make(memory_bytes) is accepted."""
+    """The smallest byte budget with which make(memory_bytes) is accepted, as the first refusal names it."""
     with pytest.raises(fp.InputError) as error:
         make(1)
     return int(re.search(r"memory_bytes is too small: one row of the batch takes (\d+) bytes", str(error.value))[1])

@@ -103,8 +103,8 @@ def test_weights_that_would_not_fit_are_widened_as_they_are_used_to_the_same_bit
     if family != "qwen3-moe":  # whose experts are no linear maps of their own
         assert weight_bytes(narrow) < 0.6 * weight_bytes(wide)
     for budget in (None, 300_000):
-        expected, by = scores(wide, granularity, backend=backend, cache_bytes=budget)
-        found, ev = scores(narrow, granularity, backend=backend, cache_bytes=budget)
+        expected, by = scores(wide, granularity, backend=backend, memory_bytes=budget)
+        found, ev = scores(narrow, granularity, backend=backend, memory_bytes=budget)
         np.testing.assert_array_equal(found, expected)
         assert ev.backend == by.backend
         assert ev.stats.peak_activation_bytes == by.stats.peak_activation_bytes  # chunks are the same

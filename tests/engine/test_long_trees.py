@@ -1,0 +1,123 @@
+"""Questions with very many choices, and long rows with a window: the same losses, and no mask of all by all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_tasks, smallest_budget
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import fastprune as fp
+from fastprune.models import FusedModel
+from fastprune.models.tree import seen_by, segments, tree_mask
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.2,
+}  # fmt: skip
+MASKS = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0]], dtype=bool)
+
+
+def llama() -> fp.Model:
+    torch.manual_seed(0)
+    return fp.Model(LlamaForCausalLM(LlamaConfig(**SIZES)).eval())
+
+
+def mistral(window: int) -> fp.Model:
+    torch.manual_seed(0)
+    return fp.Model(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval())
+
+
+def losses(model: fp.Model, objective: fp.TaskMargin | fp.Perplexity, backend: str) -> np.ndarray:
+    return fp.Evaluator(model, objective, backend).score_samples(MASKS)
+
+
+@pytest.mark.parametrize("shape", [(9, [3] * 400), (700, [5, 40, 1]), (3, [600, 2, 300]), (1, [1] * 1100)], ids=str)
+@pytest.mark.parametrize("window", [None, 50, 300])
+def test_long_trees_equal_the_models_own_attention(shape, window):
+    model = llama() if window is None else mistral(window)
+    objective = fp.TaskMargin(make_tasks(97, [shape, (5, [2, 2])]))
+    np.testing.assert_allclose(
+        losses(model, objective, "fused"), losses(model, objective, "generic"), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("window", [20, 300, 1000])
+def test_long_rows_with_a_window_equal_the_models_own_attention(window):
+    ids = np.random.default_rng(0).integers(0, 97, (3, 1100))
+    objective = fp.Perplexity(fp.TokenBatch.from_ids(ids))
+    np.testing.assert_allclose(
+        losses(mistral(window), objective, "fused"), losses(mistral(window), objective, "generic"), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("window", [None, 7, 300])
+def test_segments_are_the_mask(window):
+    """Every query stands in one segment, and its keys there are all that the mask lets it see; padding has a branch."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 120, 12)
+    branch = torch.from_numpy(np.repeat([*range(len(lengths)), -1], [*lengths, 9]))
+    positions = torch.from_numpy(np.concatenate([np.arange(n) + (k > 0) * lengths[0] for k, n in enumerate(lengths)]))
+    positions = torch.cat([positions, torch.zeros(9, dtype=torch.int64)])
+    found = torch.zeros(len(branch), len(branch), dtype=torch.bool)
+    queries_seen = []
+    for queries, keys in segments(positions, branch, window):
+        found[queries[:, None], keys] = seen_by(queries, keys, positions[None], branch[None], window)[0]
+        queries_seen += queries.tolist()
+    assert queries_seen == list(range(len(branch)))
+    assert torch.equal(found, tree_mask(positions[None], branch[None], window)[0, 0])
+
+
+def test_a_tree_of_thousands_of_choices_holds_no_mask_of_all_by_all():
+    """Bytes of a chunk's footprint grow with its tokens, not with their square."""
+    model = llama()
+    budgets = []
+    for choices in (1000, 4000):
+        with pytest.raises(fp.InputError, match="memory_bytes is too small") as caught:
+            fp.Evaluator(model, fp.TaskMargin(make_tasks(97, [(9, [3] * choices)])), "fused", memory_bytes=1000)
+        budgets.append(int(str(caught.value).split(" bytes, not")[0].split()[-1]))
+    assert budgets[1] < 6 * budgets[0]
+
+
+def test_what_the_models_own_code_needs_a_mask_for_is_in_the_budget():
+    """On the generic path a row's mask is made for every layer's attention: [T, T] is in the least budget."""
+    model = llama()
+    tasks = make_tasks(97, [(9, [3] * 1000)])
+    tokens = tasks.batch.num_tokens
+    with pytest.raises(fp.InputError, match="memory_bytes is too small") as caught:
+        fp.Evaluator(model, fp.TaskMargin(tasks), "generic", memory_bytes=1000)
+    assert int(str(caught.value).split(" bytes, not")[0].split()[-1]) > tokens * tokens
+
+
+def test_a_fused_model_embeds_without_masks():
+    model = llama()
+    fused = FusedModel(model, "torch")
+    ids = torch.arange(600)[None] % 97
+    state, _ = fused.open(ids, torch.arange(600)[None], torch.zeros(1, 600, dtype=torch.int64))
+    assert torch.equal(state, model.open(ids)[0])
+
+
+@pytest.mark.parametrize("backend", ["generic", "fused"])
+@pytest.mark.parametrize("case", ["text", "kl", "tasks", "many choices", "large vocabulary", "sublayer"])
+def test_the_least_budget_is_named_at_once(backend, case):
+    """The number in the first refusal works, and one byte less does not."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 20_000 if case == "large vocabulary" else 97}
+    model = fp.Model(LlamaForCausalLM(LlamaConfig(**sizes)).eval())
+    text = fp.TokenBatch.from_ids(np.random.default_rng(0).integers(0, 97, (5, 30)))
+    objective = {
+        "kl": lambda: fp.KLDivergence(text),
+        "tasks": lambda: fp.TaskMargin(make_tasks(97, [(9, [3, 5]), (20, [1, 1, 40])])),
+        "many choices": lambda: fp.TaskMargin(make_tasks(97, [(9, [3] * 300), (5, [2, 2])])),
+    }.get(case, lambda: fp.Perplexity(text))()
+    granularity = "sublayer" if case == "sublayer" else "block"
+
+    def make(budget: int) -> fp.Evaluator:
+        return fp.Evaluator(model, objective, backend, memory_bytes=budget, granularity=granularity)
+
+    least = smallest_budget(make)
+    masks = MASKS if granularity == "block" else np.repeat(MASKS, 2, axis=1)
+    assert np.isfinite(make(least).score(masks)).all()
+    with pytest.raises(fp.InputError, match=f"takes {least} bytes, not {least - 1}"):
+        make(least - 1)
