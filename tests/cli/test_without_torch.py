@@ -47,3 +47,14 @@ def test_no_model_library_is_imported(arguments, status):
     assert done.returncode == status, done.stderr
     assert done.stdout.endswith("\n")
     assert not done.stdout.splitlines()[-1]
+
+
+def test_opening_a_model_imports_nothing_that_takes_long_and_is_not_needed():
+    program = PROGRAM.replace(
+        '("torch", "transformers", "sklearn", "matplotlib")', '("sklearn", "scipy", "pandas", "datasets")'
+    )
+    command = [sys.executable, "-c", program, "info", "demo"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""
