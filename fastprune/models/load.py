@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..memory import available_bytes
 from ..records import brief, parse_json, shown
 from .generic import Model
-from .precision import available_bytes, has_instructions, widen
+from .precision import has_instructions, widen
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_MESSAGE = 400
@@ -101,7 +102,7 @@ def _load(source, device, dtype, tokenizer, trust_remote_code: bool) -> Model:
 def _load_widened(folder: Path, name: str, trust_remote_code: bool, tensors: dict) -> tuple[nn.Module, str]:
     """A checkpoint in 16 bits as a model that runs in float32, and how that was done."""
     needed = 4 * sum(math.prod(shape) for _, shape in tensors.values())
-    if needed > MOST_OF_MEMORY * available_bytes():
+    if needed > MOST_OF_MEMORY * available_bytes(torch.device("cpu")):
         hf = _from_pretrained(folder, name, "auto", trust_remote_code, tensors)
         if widen(hf):
             return hf, "its weights are widened to float32 as they are used, since all would not fit"

@@ -6,9 +6,7 @@ number is a float32 number as well: widened weights lose nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,21 +28,6 @@ def capabilities() -> Mapping[str, object]:
 def has_instructions(dtype: torch.dtype) -> bool:
     """Whether a CPU computes products in this dtype itself."""
     return dtype not in INSTRUCTIONS or any(capabilities().get(name) for name in INSTRUCTIONS[dtype])
-
-
-def available_bytes() -> float:
-    """Memory that this process may still take, as the kernel tells it; unlimited where it does not."""
-    found = [float("inf")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) << 10)
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return min(found)
 
 
 class Widening:
