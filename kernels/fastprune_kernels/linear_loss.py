@@ -99,7 +99,7 @@ def linear_nll_kernel(
         if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
             b_logits = tl.where((i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1) * FACTOR)
-        b_powers = _power(b_logits * FACTOR - b_new_max[:, None], POWERS)
+        b_powers = _power(tl.fma(b_logits, FACTOR, -b_new_max[:, None]), POWERS)
         b_sum = b_sum * _power(b_max - b_new_max, POWERS) + tl.sum(b_powers, axis=1)
         b_max = b_new_max
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -160,7 +160,8 @@ def finish_nll_kernel(
         b_part_sum *= _power(b_part_max - b_new_max[None, :], POWERS)
         b_sum = b_sum * _power(b_max - b_new_max, POWERS) + tl.sum(b_part_sum, axis=0)
         b_max = b_new_max
-    b_below = b_max - b_logit * FACTOR
+    # as linear_nll_kernel has it: with a product rounded by itself, the target's own term in the sum would be another
+    b_below = -tl.fma(b_logit, FACTOR, -b_max)
     b_nll = (b_below + tl.log2(b_sum)) * (1.0 / LOG2_E) if POWERS else b_below + tl.log(b_sum)
     b_nll = tl.where(b_target < 0, 0.0, tl.where(m_in, b_nll, float("nan")))
     tl.store(p_nll + o_target, b_nll, mask=m_p)
