@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -14,11 +14,13 @@ from rich.table import Table
 
 from ..errors import InputError
 from ..masks import from_removed, load_masks, to_removed
-from ..records import refuse_existing, write_jsonl
+from ..records import refuse_existing, write_json, write_jsonl
 from .options import (
     MOST,
+    Command,
     FileName,
     Units,
+    group,
     model_options,
     naming,
     open_model,
@@ -28,18 +30,26 @@ from .options import (
 )
 from .output import err, printing, progress_bar, say
 
+task_settings = group(
+    click.option("--include-path", type=FileName(), help="A folder with tasks of your own."),
+    click.option("--limit", type=click.FloatRange(0, min_open=True), help="First documents of a task, or a share < 1."),
+    click.option("--num-fewshot", type=click.IntRange(0, MOST), help="Worked examples before each question."),
+)
 
-@click.command("eval")
+
+@click.command("eval", cls=Command)
 @click.option("--tasks", required=True, help="Names or patterns, such as arc_easy,mmlu_*; `lm_eval ls tasks` has them.")
 @click.option("--removed", multiple=True, type=Units(), help='Units to remove, such as 9,10 or 9-11; "" for none.')
 @click.option("--masks", "masks_file", type=FileName(), help="A file of masks instead, as `fastprune score` takes it.")
-@click.option("--include-path", type=FileName(), help="A folder with tasks of your own.")
-@click.option("--limit", type=click.FloatRange(0, min_open=True), help="First documents of each task, or a share < 1.")
-@click.option("--num-fewshot", type=click.IntRange(0, MOST), help="Worked examples before each question.")
+@task_settings
 @click.option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Of generated texts.")
 @click.option("--max-length", type=click.IntRange(1, MOST), help="Tokens that the model sees; default: all it can.")
 @click.option(
-    "--bootstrap-iters", type=click.IntRange(0, MOST), default=100_000, show_default=True, help="0: no errors."
+    "--bootstrap-iters",
+    type=click.IntRange(0, MOST),
+    default=100_000,
+    show_default=True,
+    help="For standard errors; 0 leaves out those that need it.",
 )
 @click.option("--log-samples", is_flag=True, help="Write every document's answers, too.")
 @click.option(
@@ -50,37 +60,24 @@ from .output import err, printing, progress_bar, say
 @quiet_option
 @model_options
 def evaluate(
-    model,
-    device,
-    dtype,
-    trust_remote_code,
-    tasks,
-    removed,
-    masks_file,
-    include_path,
-    out_file,
-    store,
-    quiet,
-    **settings,
-) -> None:
+    model, device, dtype, trust_remote_code, tasks, removed, masks_file, include_path, out_file, quiet, **settings
+) -> None:  # fmt: skip
     """Run tasks of lm-evaluation-harness on MODEL without some units.
 
     Metrics are the harness's own, as it computes them for the exported checkpoints. All masks are run together.
     """
-    from ..integrations import require_harness
-
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
+    with naming("--masks"):
+        if masks_file and not Path(masks_file).is_file():
+            raise InputError(f"{masks_file}: no such masks file")
     if out_file:
         with naming("--out"):
             refuse_existing(Path(out_file))
-    require_harness()
-    with _harness_on_stderr(quiet):
-        from ..integrations.lm_eval import evaluate_masks, find_tasks, plain
+    with harness_on_stderr(quiet):
+        names, settings["task_manager"] = open_tasks("--tasks", tasks, include_path)
+        from ..integrations.lm_eval import evaluate_masks, plain
 
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        with naming("--tasks"):
-            settings["task_manager"] = find_tasks(names, include_path)
         opened = open_model(model, device, dtype, trust_remote_code)
         num_units = len(opened.unit_names(settings["granularity"]))
         if masks_file:
@@ -95,18 +92,56 @@ def evaluate(
         write_jsonl(Path(out_file), rows)
     with printing(out_file):
         for task in rows[0]["results"]:
-            say(_table(task, rows))
+            say(task_table(task, task, rows))
         if out_file:
             say(f"written: {out_file}")
 
 
-def _table(task: str, rows: Sequence[dict]) -> Table:
+def open_tasks(flag: str, tasks: str, include_path: str | None) -> tuple[list[str], object]:
+    """The names in a text, and the harness's manager that knows them. Raises InputError for one that is not known."""
+    from ..integrations import require_harness
+
+    require_harness()
+    from ..integrations.lm_eval import find_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with naming(flag):
+        return names, find_tasks(names, include_path)
+
+
+def evaluate_study(models, found: Mapping, out_dir: Path, names: Sequence[str], granularity: str, **settings) -> dict:
+    """Run tasks on each model of a study, whole and under every mask that was chosen: rows by the model's name.
+
+    found: what `run_study` returned. Writes tasks.json into its folder, whose store keeps what was computed.
+    """
+    from ..integrations.lm_eval import evaluate_masks, plain
+
+    rows: dict[str, list[dict]] = {}
+    for model in models:
+        by: dict[tuple[int, ...], list] = {(): []}
+        for cell in found["cells"]:
+            if cell["model"] == model.name and not cell["error"]:
+                chosen = {name: cell[name] for name in ("objective", "num_remove", "algorithm")}
+                by.setdefault(tuple(cell["removed"]), []).append(chosen)
+        masks = from_removed(by, found["num_units"][model.name])
+        store = out_dir / "scores.db"
+        settings |= {"granularity": granularity, "store": store, "log_samples": False}
+        results = evaluate_masks(model, masks, names, **settings)
+        rows[model.name] = [
+            {"removed": list(removed), "chosen": chosen, "results": plain(result["results"])}
+            for (removed, chosen), result in zip(by.items(), results)
+        ]
+    write_json(out_dir / "tasks.json", rows, replace=True)
+    return rows
+
+
+def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
     """One task's metrics: a row for each mask. Metrics are named as the harness names them, with their filter."""
-    from ..report import format_removed
+    from ..study.tables import format_removed
 
     metrics = [name for name in rows[0]["results"][task] if "," in name and "_stderr," not in name]
     headers = [name.removesuffix(",none") for name in metrics]
-    table = Table("removed", title=task, title_justify="left")
+    table = Table("removed", title=title, title_justify="left")
     for header in headers:
         table.add_column(header, justify="right")
     for row in rows:
@@ -125,7 +160,7 @@ def _number(value) -> str:
 
 
 @contextlib.contextmanager
-def _harness_on_stderr(quiet: bool):
+def harness_on_stderr(quiet: bool):
     """What the harness prints goes to stderr, and only its errors; no bars where nobody sees them move."""
     if quiet or not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -21,7 +21,7 @@ MOST_SEED = 2**63 - 1
 LONGEST_NAME = 240  # bytes: what file systems take, less what the names of partial files add
 
 
-def _group(*options: Callable) -> Callable:
+def group(*options: Callable) -> Callable:
     """One decorator for several click options, listed in help in the order given."""
 
     def decorate(command):
@@ -135,7 +135,7 @@ def check_path(text: str) -> str:
     return text
 
 
-model_settings = _group(
+model_settings = group(
     click.option("--device", help="Such as cpu or cuda:0; default: a GPU where there is one."),
     click.option(
         "--dtype",
@@ -145,9 +145,9 @@ model_settings = _group(
     click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
 )
 
-model_options = _group(click.argument("model", type=FileName()), model_settings)
+model_options = group(click.argument("model", type=FileName()), model_settings)
 
-running_settings = _group(
+running_settings = group(
     click.option(
         "--granularity",
         type=Known(["block", "sublayer"]),
@@ -173,7 +173,7 @@ running_settings = _group(
 
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")
 
-evaluator_settings = _group(
+evaluator_settings = group(
     click.option(
         "--num-samples", type=click.IntRange(1, MOST), help="Text samples (default 64) or questions (default all)."
     ),
@@ -213,7 +213,7 @@ store_option = click.option(
     help="File of finished sums; what is in it is not computed again, and what is finished is kept.",
 )
 
-_objective_options = _group(
+_objective_options = group(
     click.option("--objective", default="perplexity", show_default=True, help=f"One of {', '.join(OBJECTIVES)}."),
     click.option("--calibration", type=FileName(), help="Text or questions to score on; the demo model has its own."),
     store_option,

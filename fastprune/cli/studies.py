@@ -14,6 +14,7 @@ from ..search import ALGORITHMS, check_algorithm
 from ..study import check_study, check_study_folder, figures, run_study, write_report
 from ..study.folder import check_label
 from ..study.tables import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
+from .evaluation import evaluate_study, harness_on_stderr, open_tasks, task_settings, task_table
 from .options import (
     MOST,
     MOST_SEED,
@@ -55,11 +56,14 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
 @click.option(
     "--out", "out_dir", required=True, type=Folder(), help="The study's folder; the same study continues there."
 )
+@click.option("--evaluate", "tasks", help="Tasks of lm-evaluation-harness to run every chosen mask on, by their names.")
+@task_settings
 @model_settings
 @evaluator_settings
 def study(
     models, algorithms, objectives, num_remove, options, seed, out_dir, device, dtype, trust_remote_code,
     num_samples, seq_len, sample_seed, granularity, backend, memory_bytes, cache_bytes, cache_dir, quiet,
+    tasks, include_path, limit, num_fewshot,
 ) -> None:  # fmt: skip
     """Compare search algorithms on MODELs.
 
@@ -80,6 +84,10 @@ def study(
     with naming("--out"):
         check_study_folder(Path(out_dir), known)
     check_study(names, given, out_dir)
+    if tasks is not None:
+        task_names, manager = open_tasks("--evaluate", tasks, include_path)
+    elif (include_path, limit, num_fewshot) != (None,) * 3:
+        raise InputError("--include-path, --limit and --num-fewshot belong to --evaluate; name its tasks")
     opened = [open_model(model, device, dtype, trust_remote_code) for model in models]
     with progress_bar(quiet) as progress:
         found = run_study(
@@ -99,9 +107,28 @@ def study(
             progress=progress,
         )
     write_report(found, Path(out_dir) / "report.html")
+    evaluated = {}
+    if tasks is not None:
+        _notify(quiet)("running tasks on every chosen mask")
+        with harness_on_stderr(quiet):
+            evaluated = evaluate_study(
+                opened,
+                found,
+                Path(out_dir),
+                task_names,
+                granularity,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                backend=backend,
+                memory_bytes=memory_bytes,
+            )
     with printing(out_dir):
         _print_cells(found)
-        say(f"written: {out_dir}/report.html and study.json")
+        for model, rows in evaluated.items():
+            for task in rows[0]["results"]:
+                say(task_table(f"{Path(model).name}, {task}", task, rows))
+        say(f"written: {out_dir}/report.html, {'tasks.json, ' * bool(evaluated)}study.json")
 
 
 @click.command(cls=Command)

@@ -313,6 +313,45 @@ def test_eval_writes_what_the_library_computes(run, folder, manager, tmp_path):
         assert text in out
 
 
+def test_a_store_keeps_what_was_evaluated(folder, manager, tmp_path):
+    ran = []
+    settings = {"task_manager": manager, "store": tmp_path / "s.db", **SETTINGS}
+    settings["progress"] = lambda done, total: ran.append(done)
+    first = evaluate_masks(str(folder("llama")), fp.from_removed([(1, 2), ()], 5), LIKELIHOODS, **settings)
+    assert ran
+    ran.clear()
+    again = evaluate_masks(str(folder("llama")), fp.from_removed([(), (1, 2)], 5), LIKELIHOODS, **settings)
+    assert not ran
+    assert [result["results"] for result in again] == [result["results"] for result in reversed(first)]
+
+
+def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_path):
+    out = tmp_path / "study"
+    arguments = (
+        "study", folder("llama"), "--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16,
+        "--algorithms", "one_shot,greedy", "--num-remove", "1,2", "--out", out,
+    )  # fmt: skip
+    tasks = ("--evaluate", "demo_choices,demo_text", "--include-path", TASKS, "--limit", 6)
+    status, printed, err = run(*arguments, *tasks)
+    assert status == 0, err
+    cells = json.loads((out / "study.json").read_text())["cells"]
+    ((name, rows),) = json.loads((out / "tasks.json").read_text()).items()
+    chosen = {tuple(cell["removed"]) for cell in cells}
+    assert rows[0]["removed"] == rows[0]["chosen"] == []
+    assert {tuple(row["removed"]) for row in rows[1:]} == chosen
+    assert sum(len(row["chosen"]) for row in rows) == len(cells)
+    masks = fp.from_removed([row["removed"] for row in rows], 5)
+    expected = evaluate_masks(name, masks, ["demo_choices"], task_manager=manager, limit=6)
+    for row, result in zip(rows, expected, strict=True):
+        assert row["results"]["demo_choices"] == result["results"]["demo_choices"]
+    assert "word_perplexity" in printed
+    status, _, err = run(*arguments, "--limit", 6)
+    assert (status, err) == (
+        2,
+        "fastprune: --include-path, --limit and --num-fewshot belong to --evaluate; name its tasks\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
