@@ -20,7 +20,7 @@ test-fast: .venv/installed
 
 # What the suite does of tests/torture in a minute, at length: more kills, faults at every call, more altered files.
 torture: .venv/installed
-	FASTPRUNE_TORTURE=15 $(BIN)/python -m pytest tests/torture
+	OMP_NUM_THREADS=1 FASTPRUNE_TORTURE=15 $(BIN)/python -m pytest tests/torture
 
 lint: .venv/installed
 	$(BIN)/ruff check .
