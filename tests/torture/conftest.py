@@ -38,7 +38,9 @@ def commands(checkpoint, long_text, questions):
             arguments = ("study", checkpoint, *wanted, *objectives, *size, "--out", folder / "study")
             return arguments, lambda: _studied(folder / "study")
         arguments = ("export", checkpoint, "--removed", "1,3", "--out", folder / "pruned")
-        return arguments, lambda: {path.name: path.read_bytes() for path in sorted((folder / "pruned").iterdir())}
+        return arguments, lambda: {
+            path.name: path.read_bytes() for path in sorted((folder / "pruned").iterdir()) if path.is_file()
+        }
 
     return commands
 
