@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Workers of one thread each: threads that wait at barriers would take the cores from one another.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-portable lint format bench native-test package clean
+.PHONY: demo test torture test-fast test-portable lint format bench native-test package clean
 
 demo: .venv/installed
 	$(BIN)/fastprune demo
@@ -17,6 +17,10 @@ test: .venv/installed
 # What takes a minute or so: all but the marks slow, compile (every kernel, ahead of time) and real (models from disk).
 test-fast: .venv/installed
 	$(TESTS) -m "not slow and not compile and not real"
+
+# What the suite does of tests/torture in a minute, at length: more kills, faults at every call, more altered files.
+torture: .venv/installed
+	OMP_NUM_THREADS=1 FASTPRUNE_TORTURE=15 $(BIN)/python -m pytest tests/torture
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,213 @@
+"""How often something goes wrong: bad files, flipped bits, kills, threads; a Markdown table.
+
+    python bench/reliability.py [EFFORT]      # 1: all that docs/reliability.md counts; 0.05: a look in a minute or two
+
+What is counted is what tests/torture checks, by the same functions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(HERE / "tests"), str(HERE / "tests" / "torture")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from harness import command, forked, killed_at, spread, watched  # noqa: E402
+
+import fastprune as fp  # noqa: E402
+from fastprune import demo  # noqa: E402
+
+WORDS = ["<unk>", *(f"w{i}" for i in range(60))]
+ODD = [
+    "null",
+    "true",
+    "-1",
+    "0",
+    "9" * 5000,
+    "1e999",
+    "NaN",
+    '""',
+    '"x"',
+    '"../x"',
+    "[]",
+    "{}",
+    "[" * 5000,
+    '"\\ud800"',
+]
+
+
+def make_files(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint of 5 blocks with a tokenizer of words, and a text of 4,000 words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % 60}" for i in range(4000)))
+    return folder / "model", folder / "text.txt"
+
+
+def bad_inputs(model: Path, text: Path, folder: Path, count: int) -> Counter:
+    """Commands with one file altered at random: how they end ("2, one line" or "0" is as promised)."""
+    rng = np.random.default_rng(0)
+    files = {name: (model / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}
+    rows = [{"prompt": f"w{i} w3", "choices": [" w1", " w2 w5"], "answer": i % 2} for i in range(5)]
+    files["tasks.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    files["masks.jsonl"] = b'{"removed": [1, 2]}\n{"removed": [3]}\n'
+    np.save(folder / "ids.npy", np.arange(48).reshape(4, 12))
+    files["ids.npy"] = (folder / "ids.npy").read_bytes()
+    found: Counter = Counter()
+    for number in range(count):
+        name = list(files)[number % len(files)]
+        content = altered(files[name], rng)
+        bad = folder / "bad"
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(model, bad)
+        (bad / name).write_bytes(content)
+        data = {"tasks.jsonl": bad / name, "ids.npy": bad / name}.get(name, text)
+        more = ("--objective", "margin") if name == "tasks.jsonl" else ("--num-samples", 2, "--seq-len", 8)
+        masks = ("--masks", bad / name) if name == "masks.jsonl" else ("--removed", 1)
+        end = forked(lambda m=bad, k=masks, d=data, o=more: command("score", m, *k, "--calibration", d, *o))
+        kept = end.status == 0 or (end.status == 2 and end.is_one_line)
+        found["2, one line" if end.status == 2 and kept else "0" if kept else f"{name}: {end.status} {end.err!r}"] += 1
+    return found
+
+
+def altered(content: bytes, rng: np.random.Generator) -> bytes:
+    """A value of a JSON text replaced, or bits flipped, or the end cut off."""
+    if rng.random() < 0.5:
+        places = [at for at, byte in enumerate(content[:100_000]) if byte in b'0123456789"[{,:']
+        at = int(rng.choice(places)) if places else 0
+        return content[:at] + ODD[rng.integers(len(ODD))].encode() + content[at + int(rng.integers(0, 9)) :]
+    if rng.random() < 0.3:
+        return content[: rng.integers(len(content))]
+    flipped = bytearray(content)
+    for _ in range(int(rng.integers(1, 4))):
+        flipped[int(rng.integers(min(len(flipped), 3000)))] ^= 1 << int(rng.integers(8))
+    return bytes(flipped)
+
+
+def store_flips(folder: Path, count: int) -> Counter:
+    """Single bits of a store flipped: whether it is named, given up, or served, rightly or wrongly."""
+    import warnings
+
+    model = fp.load_model("demo")
+    masks = fp.from_removed([(), *((unit,) for unit in range(model.num_blocks))], model.num_blocks)
+    batch = fp.Perplexity(fp.load_text(demo.TEXT, model.tokenizer, 2, 32))
+    expected = fp.Evaluator(model, batch, store=folder / "s.db").score(masks).tobytes()
+    content = (folder / "s.db").read_bytes()
+    rng, found = np.random.default_rng(1), Counter()
+    warnings.simplefilter("ignore")
+    for _ in range(count):
+        damaged = bytearray(content)
+        damaged[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        for rest in folder.glob("d.db*"):
+            rest.unlink()
+        (folder / "d.db").write_bytes(damaged)
+        try:
+            losses = fp.Evaluator(model, batch, store=folder / "d.db").score(masks).tobytes()
+        except fp.InputError:
+            found["refused by name"] += 1
+            continue
+        found["right" if losses == expected else "SERVED WRONG"] += 1
+    return found
+
+
+def threaded_calls(count: int) -> Counter:
+    """Calls from four threads on one evaluator, against the same calls alone."""
+    model = fp.load_model("demo")
+    ev = fp.Evaluator(model, fp.Perplexity(fp.load_text(demo.TEXT, model.tokenizer, 2, 32)))
+    masks = np.random.default_rng(0).random((24, model.num_blocks)) < 0.8
+    expected = ev.score(masks)
+
+    def call(number: int) -> bool:
+        rows = np.random.default_rng(number).permutation(len(masks))[:3]
+        return ev.score(masks[rows]).tobytes() == expected[rows].tobytes()
+
+    with ThreadPoolExecutor(4) as threads:
+        return Counter("right" if right else "WRONG" for right in threads.map(call, range(count)))
+
+
+def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Counter:
+    """A command killed before a unit run and given again, each time at another one: what came of it."""
+    data = ("--num-samples", 60, "--seq-len", 64, "--quiet")
+
+    def arguments(out: Path) -> tuple[tuple, Path]:
+        store = ("--calibration", text, "--store", out / "s.db", *data)
+        removed = [part for units in ("", "1", "2", "1,2", "0,4", "3") for part in ("--removed", units)]
+        two = ("--algorithm", "greedy", "--num-remove", 2)
+        both = ("--algorithms", "one_shot,greedy", "--num-remove", "1,2", "--objective", f"perplexity={text}")
+        return {
+            "score": (("score", model, *removed, *store, "--out", out / "a.jsonl"), out / "a.jsonl"),
+            "search": (("search", model, *two, *store, "--out", out / "r"), out / "r" / "result.json"),
+            "study": (("study", model, *both, *data, "--out", out / "s"), out / "s" / "study.json"),
+            "export": (("export", model, "--removed", "1,3", "--out", out / "e"), out / "e" / "model.safetensors"),
+        }[name]
+
+    def read(path: Path):
+        if path.suffix != ".json":
+            return path.read_bytes()
+        value = json.loads(path.read_text())
+        cells = value.get("cells", [value])
+        return [[cell[key] for key in ("removed", "loss")] for cell in cells]
+
+    whole_folder = folder / f"{name}-whole"
+    whole_folder.mkdir()
+    given, result = arguments(whole_folder)
+    end, whole = watched(whole_folder, *given)
+    assert end.status == 0, end.err
+    expected, found = read(result), Counter()
+    for number in spread(whole.runs, count):
+        out = folder / f"{name}-{number}"
+        out.mkdir()
+        given, result = arguments(out)
+        killed = killed_at(number, *given)
+        again, rest = watched(out, *given)
+        same = again.status == 0 and read(result) == expected and killed.status == -signal.SIGKILL
+        within = name == "export" or rest.runs <= whole.most_again(number)
+        found["same result, at most one chunk repeated" if same and within else f"{number}: {again} {rest}"] += 1
+        shutil.rmtree(out)
+    return found
+
+
+def main(effort: float = 1.0) -> None:
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    print("\n| what | tried | came out |\n|---|---|---|", flush=True)
+
+    def row(what: str, found: Counter) -> None:
+        print(f"| {what} | {found.total()} | {'; '.join(f'{n} {k}' for k, n in found.most_common())} |", flush=True)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, text = make_files(folder)
+        row("files altered at random", bad_inputs(model, text, folder, max(6, round(420 * effort))))
+        row("bits of a store flipped", store_flips(folder, max(5, round(1000 * effort))))
+        row("calls from four threads", threaded_calls(max(8, round(2000 * effort))))
+        for command_name in ("score", "search", "study", "export"):
+            row(f"kills of {command_name}", kills(command_name, model, text, folder, max(2, round(20 * effort))))
+
+
+if __name__ == "__main__":
+    main(*map(float, sys.argv[1:]))

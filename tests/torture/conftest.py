@@ -1,0 +1,57 @@
+"""A calibration text of several chunks, and commands that leave something behind, by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def long_text(tmp_path_factory):
+    """4,000 words: 62 windows of 64 tokens, in several chunks."""
+    path = tmp_path_factory.mktemp("data") / "long.txt"
+    path.write_text(" ".join(f"w{i * i % 60}" for i in range(4000)))
+    return path
+
+
+@pytest.fixture
+def commands(checkpoint, long_text, questions):
+    """commands(name, folder) -> (its arguments, a function that reads what it has left in the folder)."""
+
+    def commands(name: str, folder: Path):
+        data = ("--calibration", long_text, "--num-samples", 60, "--seq-len", 64, "--quiet")
+        store = ("--store", folder / "s.db")
+        removed = [part for units in ("", "1", "2", "1,2", "0,4", "3") for part in ("--removed", units)]
+        if name == "score":
+            arguments = ("score", checkpoint, *removed, *data, *store, "--out", folder / "scores.jsonl")
+            return arguments, lambda: (folder / "scores.jsonl").read_text()
+        if name == "search":
+            wanted = ("--algorithm", "greedy", "--num-remove", 2)
+            arguments = ("search", checkpoint, *wanted, *data, *store, "--out", folder / "found")
+            return arguments, lambda: _found(folder / "found" / "result.json")
+        if name == "study":
+            objectives = ("--objective", f"perplexity={long_text}", "--objective", f"margin={questions}")
+            wanted = ("--algorithms", "one_shot,greedy", "--num-remove", "1,2")
+            size = ("--seq-len", 64, "--num-samples", 60, "--quiet")
+            arguments = ("study", checkpoint, *wanted, *objectives, *size, "--out", folder / "study")
+            return arguments, lambda: _studied(folder / "study")
+        arguments = ("export", checkpoint, "--removed", "1,3", "--out", folder / "pruned")
+        return arguments, lambda: {
+            path.name: path.read_bytes() for path in sorted((folder / "pruned").iterdir()) if path.is_file()
+        }
+
+    return commands
+
+
+def _found(path: Path) -> dict:
+    result = json.loads(path.read_text())
+    return {name: result[name] for name in ("removed", "loss", "dense_loss", "evaluations")}
+
+
+def _studied(folder: Path) -> list:
+    assert (folder / "report.html").read_text().rstrip().endswith("</html>")
+    study = json.loads((folder / "study.json").read_text())
+    cells = [{k: v for k, v in cell.items() if k not in ("layer_runs", "seconds")} for cell in study["cells"]]
+    return [cells, study["dense"], study["similarity"]]
