@@ -21,6 +21,7 @@ test-fast: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
