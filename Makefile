@@ -14,7 +14,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(TESTS)
 
-# What takes a minute or so: all but the marks slow, compile (every kernel, ahead of time) and real (models from disk).
+# What takes a minute and a half: all but the marks slow, compile (every kernel, ahead of time) and real (models from disk).
 test-fast: .venv/installed
 	$(TESTS) -m "not slow and not compile and not real"
 
@@ -25,6 +25,7 @@ torture: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -62,7 +63,7 @@ package: .venv/installed
 	  "$$(echo build/dist/*.whl)[plots,search]"
 	cd build/clean && bin/python -c "import fastprune._native" && bin/fastprune demo --quick --quiet --out demo
 
-.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

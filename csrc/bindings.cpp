@@ -24,7 +24,8 @@ using Vector = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::
 
 // Arguments are validated in fastprune/qubo.py; here only what would be unsafe to get wrong.
 nb::tuple solve_subset(const Matrix& h, const Vector& linear, int k, std::size_t num_states,
-                       double time_limit, int threads, double enumerate_up_to) {
+                       double time_limit, int threads, double enumerate_up_to, bool exact_sums, bool symmetry,
+                       bool subtree_diagonals) {
     const std::size_t n = h.shape(0);
     if (n < 1 || n > 128 || h.shape(1) != n || linear.shape(0) != n || k < 0 || k > static_cast<int>(n) ||
         num_states < 1) {
@@ -36,6 +37,9 @@ nb::tuple solve_subset(const Matrix& h, const Vector& linear, int k, std::size_t
     options.time_limit = time_limit;
     options.threads = threads;
     options.enumerate_up_to = enumerate_up_to;
+    options.exact_sums = exact_sums;
+    options.symmetry = symmetry;
+    options.subtree_diagonals = subtree_diagonals;
     options.interrupted = [&raised] {
         if (raised) return true;
         const nb::gil_scoped_acquire acquire;
@@ -116,6 +120,7 @@ NB_MODULE(_native, m) {
     m.def("solve_subset", &solve_subset, nb::arg("h"), nb::arg("linear"), nb::arg("k"), nb::arg("num_states"),
           nb::arg("time_limit") = 0.0, nb::arg("threads") = 0,
           nb::arg("enumerate_up_to") = fastprune::SolveOptions{}.enumerate_up_to,
+          nb::arg("exact_sums") = true, nb::arg("symmetry") = true, nb::arg("subtree_diagonals") = true,
           "(subsets, energies, proven, gap, nodes); time_limit 0: none; threads 0: all.");
     using Free = nb::call_guard<nb::gil_scoped_release>;
     m.def("add_rms_norm", &add_rms_norm, Free());

@@ -6,6 +6,7 @@ The public names are loaded when they are first used, so that a bare import stay
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -25,8 +26,35 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME_OF)
 
+if TYPE_CHECKING:  # the same once more, for editors and type checkers, which run nothing
+    from .calibration import Tasks as Tasks
+    from .calibration import TokenBatch as TokenBatch
+    from .calibration import load_tasks as load_tasks
+    from .calibration import load_text as load_text
+    from .checkpoint import export as export
+    from .checkpoint import export_sequence as export_sequence
+    from .errors import InputError as InputError
+    from .evaluator import Evaluator as Evaluator
+    from .evaluator import Stats as Stats
+    from .masks import from_removed as from_removed
+    from .masks import load_masks as load_masks
+    from .masks import to_removed as to_removed
+    from .models import Model as Model
+    from .models import load_model as load_model
+    from .models import masked as masked
+    from .objectives import KLDivergence as KLDivergence
+    from .objectives import Perplexity as Perplexity
+    from .objectives import TaskAccuracy as TaskAccuracy
+    from .objectives import TaskLikelihood as TaskLikelihood
+    from .objectives import TaskMargin as TaskMargin
+    from .qubo import SubsetSolution as SubsetSolution
+    from .qubo import solve_subset as solve_subset
+    from .racing import Selection as Selection
+    from .search import SearchResult as SearchResult
+    from .search import run_search as run_search
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'fastprune' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

@@ -45,6 +45,10 @@ class TokenBatch:
 
         Every token but the first of its sequence is a target. Raises InputError when there are no sequences, or
         one has fewer than 2 tokens.
+
+        >>> batch = TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> batch.num_rows, batch.num_tokens, batch.target_token.tolist()
+        (2, 5, [6, 7, 8])
         """
         rows = [_as_ids(row, f"sequence {i}") for i, row in enumerate(_to_numpy(ids))]
         for i, row in enumerate(rows):
@@ -57,6 +61,12 @@ class TokenBatch:
         """One tree per row from its sequences: (token ids, start), where the tokens from `start` on are targets.
 
         The trunk is the longest common prefix of a row's sequences; each sequence's remainder is a branch.
+        Raises InputError when there are no rows, or a sequence has no token before or none after its start.
+
+        >>> question = [(np.array([1, 2, 3, 7]), 3), (np.array([1, 2, 3, 8, 9]), 3)]
+        >>> batch = TokenBatch.from_continuations([question])
+        >>> batch.ids.tolist(), batch.branch.tolist()
+        ([1, 2, 3, 7, 8, 9], [0, 0, 0, 1, 2, 2])
         """
         for r, sequences in enumerate(rows):
             for sequence, start in sequences:

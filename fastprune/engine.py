@@ -300,9 +300,7 @@ class Engine:
             tokens = self._footprint.tokens_within(budget, slots)
         if not tokens:
             needed = self._footprint.needed(self._footprint.longest_row, slots) + dense
-            least = needed + (needed - 1) // (
-                SUMS_SHARE - 1
-            )  # of which all but the share of sums is that much
+            least = needed + (needed - 1) // (SUMS_SHARE - 1)  # of which all but the share of sums is that much
             raise InputError(f"memory_bytes is too small: one row of the batch takes {least} bytes, not {memory_bytes}")
         return min(most_tokens, tokens)
 

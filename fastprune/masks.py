@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from .records import read_jsonl, read_npy, shown
 MAX_UNITS = 100_000  # that one text may name; no model has as many
 
 
-def as_masks(masks, num_units: int) -> np.ndarray:
+def as_masks(masks: Any, num_units: int) -> np.ndarray:
     """Check masks and return them as bool[N, U].
 
     masks: bool or 0/1 array-like of shape [N, U], or [U] for a single one (torch tensors included).
@@ -95,7 +96,14 @@ def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[
 
 
 def from_removed(removed: Iterable[Iterable[int]], num_units: int) -> np.ndarray:
-    """Masks bool[N, U] from N collections of removed unit indices, for example [(9, 10), (3,)]."""
+    """Masks bool[N, U] from N collections of removed unit indices.
+
+    Raises InputError for an index that is out of range, given twice, or no integer.
+
+    >>> from_removed([(1, 2), ()], 4).astype(int)
+    array([[1, 0, 0, 1],
+           [1, 1, 1, 1]])
+    """
     rows = [check_removed(units, num_units) for units in removed]
     masks = np.ones((len(rows), num_units), dtype=bool)
     for mask, units in zip(masks, rows, strict=True):
@@ -103,8 +111,14 @@ def from_removed(removed: Iterable[Iterable[int]], num_units: int) -> np.ndarray
     return masks
 
 
-def to_removed(mask) -> tuple[int, ...]:
-    """The sorted tuple of unit indices that a mask (bool or 0/1 [U]) removes."""
+def to_removed(mask: Any) -> tuple[int, ...]:
+    """The sorted tuple of unit indices that a mask (bool or 0/1 [U]) removes.
+
+    Raises InputError for what is not one mask of 0 and 1.
+
+    >>> to_removed([1, 0, 0, 1])
+    (1, 2)
+    """
     array = np.asarray(mask)
     if array.ndim != 1:
         raise InputError(f"to_removed takes one mask of shape [U], not {list(array.shape)}")
@@ -115,6 +129,9 @@ def parse_removed(text: str) -> tuple[int, ...]:
     """'9,10' or '9-11 14', as tables print it, as a tuple of integers; '' and '-' are no units.
 
     Raises InputError for anything else, and for more units than any model has.
+
+    >>> parse_removed("9-11 14")
+    (9, 10, 11, 14)
     """
     units: list[int] = []
     text = text.strip()
@@ -147,7 +164,7 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
     return masks
 
 
-def _named(path: Path, function, *args) -> np.ndarray:
+def _named(path: Path, function: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
     try:
         return function(*args)
     except InputError as error:

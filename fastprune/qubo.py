@@ -15,9 +15,12 @@ import numbers
 import operator
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastprune.errors import InputError
 
@@ -49,7 +52,9 @@ class SubsetSolution:
     gap: float
 
 
-def solve_subset(H, k, num_states=1, linear=None, time_limit=None) -> SubsetSolution:
+def solve_subset(
+    H: ArrayLike, k: int, num_states: int = 1, linear: ArrayLike | None = None, time_limit: float | None = None
+) -> SubsetSolution:
     """The `num_states` subsets S of size k with the lowest E = sum_{i,j in S} H_ij + sum_{i in S} linear_i.
 
     Args:
@@ -71,6 +76,10 @@ def solve_subset(H, k, num_states=1, linear=None, time_limit=None) -> SubsetSolu
         KeyboardInterrupt: passed on, within some milliseconds.
 
     Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
+
+    >>> found = solve_subset([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]], k=2, num_states=2)
+    >>> found.subsets, found.energies.tolist(), found.proven
+    ([(0, 2), (1, 2)], [4.0, 4.0], True)
     """
     h = _real_array("H", H, 2)
     size = h.shape[0]
@@ -83,9 +92,9 @@ def solve_subset(H, k, num_states=1, linear=None, time_limit=None) -> SubsetSolu
         if not np.isfinite(2 * np.abs(h).sum() + np.abs(g).sum()):
             raise InputError("H, linear: expected entries whose sum does not overflow float64")
     # A Gram matrix computed in float32 and stored wider is symmetric to float32 rounding only.
-    epsilon = np.finfo(np.float32).eps
+    epsilon = float(np.finfo(np.float32).eps)
     if getattr(H, "dtype", None) == np.float16:
-        epsilon = np.finfo(np.float16).eps
+        epsilon = float(np.finfo(np.float16).eps)
     asymmetry = np.abs(h - h.T).max()
     if asymmetry > 64 * epsilon * np.abs(h).max():
         raise InputError(f"H: expected a symmetric matrix, got entries {asymmetry:.3g} apart")
@@ -101,6 +110,7 @@ def solve_subset(H, k, num_states=1, linear=None, time_limit=None) -> SubsetSolu
     if time_limit is not None:
         if isinstance(time_limit, bool) or not isinstance(time_limit, numbers.Real):
             raise TypeError(f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}")
+        time_limit = float(time_limit)
         if not time_limit > 0:
             raise InputError(f"time_limit: expected a positive number of seconds, got {time_limit}")
 
@@ -119,7 +129,7 @@ def solve_subset(H, k, num_states=1, linear=None, time_limit=None) -> SubsetSolu
     return _solve_numpy(h, g, k, num_states, time_limit)
 
 
-def _real_array(name: str, value, ndim: int) -> np.ndarray:
+def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as e:
@@ -134,7 +144,7 @@ def _real_array(name: str, value, ndim: int) -> np.ndarray:
     return array
 
 
-def _integer(name: str, value) -> int:
+def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got bool")
     try:
@@ -162,7 +172,7 @@ class _Best:
         """Approximate energies above this cannot rank."""
         return self.ranked[-1][0] + self.margin if len(self.ranked) == self.capacity else math.inf
 
-    def offer(self, members) -> None:
+    def offer(self, members: Iterable) -> None:
         s = sorted(int(i) for i in members)
         block = self.h[np.ix_(s, s)]
         # fsum rounds the exact sum once, so the energy depends on the set alone.
@@ -174,7 +184,7 @@ class _Best:
             del self.ranked[self.capacity :]
 
 
-def _solve_numpy(h, g, k: int, num_states: int, time_limit: float | None) -> SubsetSolution:
+def _solve_numpy(h: np.ndarray, g: np.ndarray, k: int, num_states: int, time_limit: float | None) -> SubsetSolution:
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     best = _Best(h, g, num_states)
     if math.comb(len(g), k) <= _ENUMERATE_UP_TO:
@@ -242,7 +252,7 @@ def _best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return np.zeros(size)
     lifted = h + 10 * largest_row / size
 
-    def log_det(d):
+    def log_det(d: np.ndarray) -> float:
         try:
             return 2 * np.log(np.linalg.cholesky(lifted - np.diag(d)).diagonal()).sum()
         except np.linalg.LinAlgError:
@@ -320,7 +330,15 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
     return math.inf
 
 
-def _descend(y, is_open, q, lower, twice, lin, cutoff):
+def _descend(
+    y: np.ndarray,
+    is_open: np.ndarray,
+    q: np.ndarray,
+    lower: np.ndarray,
+    twice: np.ndarray,
+    lin: np.ndarray,
+    cutoff: float,
+) -> tuple[np.ndarray, np.ndarray]:
     """Pairwise coordinate descent of every row of y in place; returns bounds and reduced costs."""
     every = np.arange(len(y))
     gradient = y @ twice + lin
@@ -348,7 +366,7 @@ def _descend(y, is_open, q, lower, twice, lin, cutoff):
     return lower, reduced
 
 
-def _child(is_open, y, branch, value):
+def _child(is_open: np.ndarray, y: np.ndarray, branch: np.ndarray, value: int) -> tuple[np.ndarray, np.ndarray]:
     """Decides one variable a row and spreads what that adds or frees over the room of the open ones."""
     every = np.arange(len(y))
     is_open, y = is_open.copy(), y.copy()

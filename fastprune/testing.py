@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -63,8 +64,10 @@ class SyntheticEvaluator(Evaluator):
         self._steps[1:] *= self._linear[:, None]
         self._broken, self._num_units, self._curvature = set(broken), num_units, curvature
         self.sample_tokens = np.full(num_samples, tokens)
-        self.stats, self.granularity, self.calls, self.sample_calls = Stats(), "block", [], []
-        self.objective = type("Named", (), {"name": "synthetic"})
+        self.stats, self.granularity = Stats(), "block"
+        self.calls: list[int] = []
+        self.sample_calls: list[tuple[int, int]] = []
+        self.objective: Any = type("Named", (), {"name": "synthetic"})
 
     @property
     def num_units(self) -> int:
@@ -78,12 +81,12 @@ class SyntheticEvaluator(Evaluator):
     def sample_groups(self) -> list[np.ndarray]:
         return np.array_split(np.arange(self.num_samples), -(-self.num_samples // 4))
 
-    def score(self, masks) -> np.ndarray:
+    def score(self, masks: Any) -> np.ndarray:
         removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
         self.calls.append(len(removed))
         return np.array([self._loss(units) for units in removed])
 
-    def score_samples(self, masks, samples=None) -> np.ndarray:
+    def score_samples(self, masks: Any, samples: Any = None) -> np.ndarray:
         removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
         noise = self._noise if samples is None else self._noise[samples]
         self.sample_calls.append((len(removed), len(noise)))
@@ -106,7 +109,7 @@ class SyntheticEvaluator(Evaluator):
         return quadratic + self._curvature * np.sin(3.0 * self._linear[units].sum() + len(units))
 
 
-def check_algorithm(name: str, **options) -> None:
+def check_algorithm(name: str, **options: Any) -> None:
     """Run every check of CHECKS on a registered algorithm, with these options for all of them.
 
     Raises InputError for a name that is not registered, AssertionError for what the algorithm does wrong.
@@ -116,7 +119,7 @@ def check_algorithm(name: str, **options) -> None:
         check(name, **options)
 
 
-def check_description(name: str, **options) -> None:
+def check_description(name: str, **options: Any) -> None:
     """The docstring has a first line that ends with a full stop, Source:, Cost:, and a line for every option."""
     row = find_algorithm(name).describe()
     assert row["summary"].endswith("."), f"{name}: the docstring's first line must end with a full stop"
@@ -129,7 +132,7 @@ def check_description(name: str, **options) -> None:
     assert json.loads(json.dumps(row)) == row, f"{name}: what describes it must be plain values"
 
 
-def check_budgets(name: str, **options) -> None:
+def check_budgets(name: str, **options: Any) -> None:
     """It removes as many units as it was asked to, from none to all but one, in small models too."""
     for num_units in (2, 3, 7):
         for num_remove in range(num_units):
@@ -138,16 +141,16 @@ def check_budgets(name: str, **options) -> None:
             assert result.removed == to_removed(result.mask) == tuple(sorted(set(result.removed)))
 
 
-def check_best(name: str, **options) -> None:
+def check_best(name: str, **options: Any) -> None:
     """Its result is the best subset of the full budget that it scored."""
     evaluator = SyntheticEvaluator(9, seed=3)
     result = run_search(evaluator, name, 4, **options)
-    complete = {removed: loss for removed, loss in result.history if len(removed) == 4}
+    complete: dict[tuple[int, ...], float] = {r: loss for r, loss in result.history if len(r) == 4}
     assert result.loss == min(complete.values()) == complete[result.removed], f"{name} scored a better subset"
     assert result.loss == evaluator.score(result.mask[None])[0]
 
 
-def check_history(name: str, **options) -> None:
+def check_history(name: str, **options: Any) -> None:
     """It scores through its Search alone, so that every subset is scored, counted and remembered once."""
     evaluator = SyntheticEvaluator(9, seed=4)
     result = run_search(evaluator, name, 3, **options)
@@ -157,7 +160,7 @@ def check_history(name: str, **options) -> None:
         assert loss == evaluator.score(from_removed([removed], 9))[0]
 
 
-def check_protection(name: str, **options) -> None:
+def check_protection(name: str, **options: Any) -> None:
     """It never scores a subset with a protected unit, and takes every budget that is left."""
     for protect in ((0, 2, 5), (1, 3, 8), (0, 8)):
         for num_remove in range(10 - len(protect)):
@@ -167,7 +170,7 @@ def check_protection(name: str, **options) -> None:
             assert not tried & set(protect), f"{name} tried to remove units of {protect}, which are protected"
 
 
-def check_losses_that_are_not_finite(name: str, **options) -> None:
+def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
     """Such a loss never wins and breaks no arithmetic, and where no other is found ArithmeticError says so.
 
     An algorithm that scores a single subset may find none where there are some; where a single one of 35 is finite, any
@@ -185,12 +188,12 @@ def check_losses_that_are_not_finite(name: str, **options) -> None:
     raise AssertionError(f"{name} found a finite loss where there is none")
 
 
-def check_ties(name: str, **options) -> None:
+def check_ties(name: str, **options: Any) -> None:
     """Losses that are all equal break no arithmetic."""
     assert len(run_search(SyntheticEvaluator(7, flat=True), name, 3, **options).removed) == 3
 
 
-def check_gap(name: str, **options) -> float:
+def check_gap(name: str, **options: Any) -> float:
     """It finds nothing below the optimum. Returns how far above it stays, for what it is worth."""
     evaluator = SyntheticEvaluator(10, seed=7)
     optimum = float(evaluator.score(from_removed(list(combinations(range(10), 4)), 10)).min())
@@ -199,14 +202,14 @@ def check_gap(name: str, **options) -> float:
     return float(gap)
 
 
-def check_repeats(name: str, **options) -> None:
+def check_repeats(name: str, **options: Any) -> None:
     """A second run finds the same to the bit, scores the same subsets, and draws from search.rng alone."""
     first = outcome(name, **options)
     np.random.seed(0)  # noqa: NPY002  the global generator, which a search must not use
     assert outcome(name, **options) == first, f"{name} finds something else when it is run again"
 
 
-def check_another_process(name: str, **options) -> None:
+def check_another_process(name: str, **options: Any) -> None:
     """A new process, with other hashes of strings, finds the same to the bit."""
     module = find_algorithm(name).function.__module__
     code = (
@@ -220,7 +223,7 @@ def check_another_process(name: str, **options) -> None:
     assert there == outcome(name, **options), f"{name} finds something else in another process"
 
 
-def check_refusals(name: str, **options) -> None:
+def check_refusals(name: str, **options: Any) -> None:
     """Unknown options, and budgets and protected units that leave no room, are refused before anything is scored."""
     evaluator = SyntheticEvaluator(4)
     _refused(evaluator, name, 1, {**options, "no_such_option": 1}, "has no option 'no_such_option'")
@@ -236,7 +239,7 @@ CHECKS: tuple[Callable, ...] = (
 )  # fmt: skip
 
 
-def outcome(name: str, **options) -> list:
+def outcome(name: str, **options: Any) -> list:
     """What a search finds for one seed: the removed units, the loss to the bit, and the history. Plain values."""
     result = run_search(SyntheticEvaluator(9, seed=8, num_samples=20), name, 4, seed=11, **options)
     history = [[list(removed), loss.hex()] for removed, loss in result.history]
@@ -253,7 +256,7 @@ def _finite(evaluator: SyntheticEvaluator, name: str, options: dict) -> tuple[in
     return result.removed
 
 
-def _refused(evaluator: SyntheticEvaluator, name: str, num_remove, options: dict, message: str) -> None:
+def _refused(evaluator: SyntheticEvaluator, name: str, num_remove: Any, options: dict, message: str) -> None:
     try:
         run_search(evaluator, name, num_remove, **options)
     except InputError as error:

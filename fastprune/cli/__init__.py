@@ -20,12 +20,18 @@ from .output import cannot_print, is_of_printing, prepare_streams
 # parameters of the library that its messages name, where the command line has a flag of that name
 FLAGS = re.compile(r"(?<![\w/.-])(num_samples|seq_len|num_remove)(?![\w/.-])")
 
+# How threads wait for each other at barriers. By default they spin: where another process takes a core, one that spins
+# keeps from running what it waits for, and all takes twenty times as long.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
 LONGEST = 400  # characters of an error's line
 
 
 def main() -> None:
     """Run the command line; every error becomes one line and an exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not any(name in os.environ for name in WAITING):  # before torch is imported, which reads it
+        os.environ["OMP_WAIT_POLICY"] = "passive"
     prepare_streams()
     try:
         # not cli.main, which takes any broken pipe for a reader that went away, and calls it status 1

@@ -104,7 +104,7 @@ class Story:
         self.lies = {thing: rng.choice(self.places) for thing in self.things}  # a place, or the holder's name
         self.weather = rng.choice(sorted(WEATHER))
         self.time = 0
-        self.last = None  # who the last sentence was about, and so may be called "she" or "he"
+        self.last: str | None = None  # who the last sentence was about, and so may be called "she" or "he"
 
     def tell(self, sentences: int) -> str:
         """The story as one paragraph of about this many sentences."""

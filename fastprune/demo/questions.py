@@ -15,15 +15,15 @@ def compare(rng: Random):
     low, high = sorted(rng.sample(range(10, 100), 2))
     first, second = rng.sample((low, high), 2)
     if rng.random() < 0.6:
-        facts, more, less, large, small = "", "larger", "smaller", high, low
+        facts, more, less, large, small = "", "larger", "smaller", str(high), str(low)
         asks = [(f"Which is {word}, {first} or {second}?", word) for word in (more, less)]
     else:
         names = dict(zip((first, second), rng.sample(NAMES, 2)))
         facts = " ".join(f"{names[age]} is {age} years old." for age in (first, second))
         more, less, large, small = "older", "younger", names[high], names[low]
         asks = [(f"Who is {word}?", word) for word in (more, less)]
-    asks = [(text, large, [small]) if word == more else (text, small, [large]) for text, word in asks]
-    return ("compare", low, high), facts, asks
+    answered = [(text, large, [small]) if word == more else (text, small, [large]) for text, word in asks]
+    return ("compare", low, high), facts, answered
 
 
 def lookup(rng: Random):
@@ -97,7 +97,7 @@ def tallest(rng: Random):
 def copy(rng: Random):
     """Say a list again; dull, but what makes a small model learn to look back, which the others need."""
     items = rng.sample(OBJECTS + NAMES + [str(n) for n in range(10, 100)], rng.randint(3, 6))
-    wrong = set()
+    wrong: set[str] = set()
     while len(wrong) < 3:
         wrong.add(", ".join(rng.sample(items, len(items))))
         wrong.discard(", ".join(items))
@@ -137,7 +137,8 @@ def lesson(rng: Random, split: str) -> list[tuple[str, str]]:
 
 def questions(rng: Random, split: str, count: int) -> list[dict]:
     """This many different questions of the split, the kinds in turn."""
-    seen, rows = set(), []
+    seen: set = set()
+    rows: list[dict] = []
     while len(rows) < count:
         row = question(rng, split, list(KINDS)[len(rows) % len(KINDS)])
         if row["prompt"] not in seen:

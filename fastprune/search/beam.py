@@ -27,7 +27,7 @@ def beam(search: Search, beam_width: Count = 5) -> None:
     Options:
         beam_width: subsets kept after each round.
     """
-    kept = [()]
+    kept: list[tuple[int, ...]] = [()]
     if search.num_remove == 0:
         search.score(kept)
     for _ in range(search.num_remove):

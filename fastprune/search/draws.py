@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -44,5 +44,5 @@ def swapped(search: Search, subset: Removed, swaps: int) -> Removed:
     return as_removed([*np.delete(subset, out), *(kept[i] for i in into)])
 
 
-def as_removed(units) -> Removed:
+def as_removed(units: Iterable) -> Removed:
     return tuple(sorted(int(unit) for unit in units))

@@ -17,7 +17,7 @@ from .registry import Allowed, Count, algorithm
 from .run import Removed, Search
 
 
-def _solvable(candidates: int, num_remove: int, granularity: str, **options) -> None:
+def _solvable(candidates: int, num_remove: int, granularity: str, **options: object) -> None:
     if candidates > MAX_VARIABLES:
         raise InputError(
             f"cbo and surrogate solve for at most {MAX_VARIABLES} units exactly, but {candidates} may be removed: "

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..errors import InputError, nearest
 
@@ -30,7 +30,7 @@ class Allowed:
     most: float = math.inf
     choices: tuple[str, ...] = ()
 
-    def __contains__(self, value) -> bool:
+    def __contains__(self, value: Any) -> bool:
         return value in self.choices if self.choices else self.least <= value <= self.most
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ class Algorithm:
             for name, option in self.options.items()
         }
 
-    def _convert(self, name: str, option: Option, value):
+    def _convert(self, name: str, option: Option, value: Any) -> object:
         kind = option.kind
         if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
             value = value.lower() == "true"
@@ -149,7 +149,7 @@ def algorithm(
     Raises InputError for a name that another algorithm has.
     """
     if function is None:
-        given = {
+        given: dict[str, Any] = {
             "check_size": check_size,
             "needs_sklearn": needs_sklearn,
             "needs_gradients": needs_gradients,

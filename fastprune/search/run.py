@@ -92,7 +92,7 @@ class Search:
             raise ArithmeticError(f"none of the {len(complete)} subsets scored has a finite loss")
         return best
 
-    def _check_budget(self, num_remove) -> int:
+    def _check_budget(self, num_remove: object) -> int:
         if isinstance(num_remove, bool) or not isinstance(num_remove, (int, np.integer)):
             raise InputError(f"num_remove must be an integer, not {num_remove!r}")
         if not 0 <= num_remove < self.num_units:
@@ -143,7 +143,7 @@ def run_search(
     seed: int = 0,
     protect: Iterable[int] | str = (),
     racing: float | None = None,
-    **options,
+    **options: object,
 ) -> SearchResult:
     """Search for the num_remove units whose removal gives the lowest loss.
 

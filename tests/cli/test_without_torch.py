@@ -58,3 +58,20 @@ def test_opening_a_model_imports_nothing_that_takes_long_and_is_not_needed():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "waits"),
+    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, None)],
+)
+def test_threads_sleep_at_barriers_unless_the_environment_says_how_they_wait(given, waits):
+    """It is settled before torch, which reads it once, is imported."""
+    code = (
+        "import os, sys; from fastprune.cli import main; sys.argv = ['fastprune', '--version']\n"
+        "try: main()\n"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    environment = {**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **given}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{waits} False"

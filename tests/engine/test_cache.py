@@ -24,6 +24,7 @@ def state_bytes(hf, batch) -> int:
     return batch.num_rows * int(batch.row_lengths.max()) * hf.config.hidden_size * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "granularity", "kind", "backend"),
     [

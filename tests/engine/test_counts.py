@@ -77,6 +77,7 @@ def spy_on_runs(monkeypatch, ev, batch) -> list[Fraction]:
     return shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_bytes", [None, 1])
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_layer_runs_are_distinct_prefixes(monkeypatch, model, batch, backend, granularity, memory_bytes):
@@ -210,6 +211,7 @@ OUT_OF_MEMORY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("kind", ["nll", "kl"])
 def test_out_of_memory_makes_smaller_chunks(hf, model, monkeypatch, kind, error, backend):

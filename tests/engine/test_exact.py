@@ -142,6 +142,7 @@ class PerChoice(Objective):
         self.sample_weight = self.weight / len(self.sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_choices_in_a_tree_equal_choices_run_alone(hf, granularity):
     tasks, questions = make_tasks(hf.config.vocab_size)
@@ -173,6 +174,7 @@ def test_the_window_matters_in_the_tree_test(family):
 OBJECTIVE_FAMILIES = ["llama", "gemma2-eager", "gpt-neox", "qwen3-moe"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
 @pytest.mark.parametrize("memory_bytes", [None, 400_000])
 def test_kl_divergence(family, memory_bytes):
@@ -212,6 +214,7 @@ def test_kl_divergence_of_questions_counts_each_predicting_position_once():
     np.testing.assert_allclose(ev.score(mask)[0], np.mean(expected), rtol=RELATIVE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
 @pytest.mark.parametrize("normalization", ["mean", "sum"])
 def test_task_margin(family, normalization):
@@ -233,6 +236,7 @@ def test_task_margin(family, normalization):
         np.testing.assert_allclose(loss, np.mean(expected), rtol=0, atol=RELATIVE * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
 def test_task_likelihood(family):
     hf = build(family)
@@ -244,6 +248,7 @@ def test_task_likelihood(family):
         np.testing.assert_allclose(found, np.array(nll)[tasks.answer], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
 @pytest.mark.parametrize("normalization", ["sum", "characters", "bytes", "mean"])
 def test_task_accuracy(family, normalization):

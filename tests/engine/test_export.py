@@ -23,6 +23,7 @@ def loaded(folder: Path, hf):
     return tf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=hf.config._attn_implementation).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sequence_gives_its_score_and_generates(family, tmp_path):
     hf = build(family)

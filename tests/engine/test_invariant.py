@@ -26,6 +26,7 @@ def assert_same_bits(found, expected):
     assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "granularity", "kind", "dtype"),
     [
@@ -156,6 +157,7 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "training"),
     [("gpt2", True), ("gpt2", False), ("gemma2-sdpa", True), ("gpt-neox", False), ("qwen3-moe", True), ("phi3", True)],

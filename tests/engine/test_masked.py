@@ -26,6 +26,7 @@ def ids_of(hf, rows: int = 2, length: int = 9) -> torch.Tensor:
     return torch.tensor(random_rows(hf.config.vocab_size, [length] * rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_generation_are_the_exported_checkpoints(family, tmp_path):
     hf = build(family)

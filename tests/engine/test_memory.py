@@ -58,6 +58,7 @@ def measure(script: str, **constants: int) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_thousand_random_masks_in_64_mib():
     """A state weighs 0.13 MiB here: keeping that of every mask, or of every node of the trie, would take 2 or 9 times
     the budget."""
@@ -77,6 +78,7 @@ print(json.dumps(dict(peak=peak, growth=growth, meter=meter)))
     assert 1 << 20 < found["peak"] <= budget
 
 
+@pytest.mark.slow
 def test_a_small_budget_makes_small_chunks():
     """The same work without the budget takes more than it: the budget is what keeps memory down."""
     budget = 24 << 20

@@ -42,6 +42,7 @@ def evaluator(hf, rows: int = 200, seed: int = 0, **options) -> fp.Evaluator:
 PAIRS = [(i, j) for i in range(6) for j in range(i + 1, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 3])
 def test_keeps_what_a_full_evaluation_keeps_with_its_bits_for_less(keep):
     hf = uneven_model()
@@ -135,6 +136,7 @@ def test_wrong_races(options, message):
         ev.select(fp.from_removed([(0,), (1,), (0,)], 6), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["one_shot", "greedy", "beam", "contiguous", "exhaustive", "random"])
 def test_searches_race_to_the_same_result(algorithm):
     hf = uneven_model()

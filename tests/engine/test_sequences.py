@@ -24,6 +24,7 @@ def some_sequences(num_units: int, count: int, seed: int = 0) -> list[tuple[int,
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["generic", "auto"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2-sdpa", "gpt2", "gpt-neox"])
 def test_equal_to_the_model_with_these_blocks_in_its_list(family, backend):

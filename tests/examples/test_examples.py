@@ -25,6 +25,7 @@ def setting(found):
     return hf, shared.read_rows(tokenizer, shared.demo.TEXT, rows=3, length=24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_loop_and_fastprune_choose_the_same(name, setting):
     example = importlib.import_module(name)

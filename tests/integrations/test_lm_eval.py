@@ -80,6 +80,7 @@ def by_hf(folder, manager, tasks=NAMES, **settings) -> dict:
     return simple_evaluate("hf", arguments, tasks, task_manager=manager, **SETTINGS, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_metrics_are_those_of_hf_on_the_exported_checkpoint(family, folder, manager, tmp_path):
     removed = [(1, 3), (), (0,)]
@@ -92,6 +93,7 @@ def test_metrics_are_those_of_hf_on_the_exported_checkpoint(family, folder, mana
         close(result, by_hf(exported, manager))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"max_length": 24}, {"add_bos_token": False}, {"num_fewshot": 2}, {"max_length": 9, "num_fewshot": 1}]
 )
@@ -103,6 +105,7 @@ def test_settings_mean_what_they_mean_to_hf(settings, folder, manager, tmp_path)
     close(found, by_hf(exported, manager, tasks, **settings))
 
 
+@pytest.mark.slow
 def test_the_demo_model_answers_as_under_hf(manager, tmp_path):
     """A model that was trained: its flags are not all alike, and it generates words."""
     exported = fp.export(fp.load_model("demo"), (9, 10), tmp_path / "without")
@@ -113,6 +116,7 @@ def test_the_demo_model_answers_as_under_hf(manager, tmp_path):
     assert 0 < sum(flags) < len(flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_a_mask_gets_does_not_depend_on_the_others(family, folder, manager):
     model = fp.load_model(folder(family))
@@ -127,6 +131,7 @@ def test_what_a_mask_gets_does_not_depend_on_the_others(family, folder, manager)
                 assert mine["resps"] == theirs["resps"]
 
 
+@pytest.mark.slow
 def test_a_family_that_runs_no_trees_is_run_row_by_row(folder, manager, tmp_path):
     """Beyond 8 tokens this one's rotary frequencies change, so that trees are refused."""
     factors = {"short_factor": [1.0] * 5, "long_factor": [2.0] * 5, "original_max_position_embeddings": 8}
@@ -138,6 +143,7 @@ def test_a_family_that_runs_no_trees_is_run_row_by_row(folder, manager, tmp_path
     close(found, by_hf(exported, manager, ["demo_choices"]))
 
 
+@pytest.mark.slow
 def test_half_blocks(folder, manager):
     model = fp.load_model(folder("llama"))
     settings = {"task_manager": manager, **SETTINGS}
@@ -150,6 +156,7 @@ def test_half_blocks(folder, manager):
         evaluate_masks(model, masks, NAMES, granularity="sublayer", **settings)
 
 
+@pytest.mark.slow
 def test_the_callers_model_and_tokenizer_are_left_as_they_were(folder, manager):
     tokenizer = fp.load_model("demo").tokenizer
     tokenizer.pad_token = None
@@ -167,6 +174,7 @@ def requests(*pairs) -> list[Instance]:
     return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
 
 
+@pytest.mark.slow
 def test_contexts_that_are_shared_run_once(folder):
     """Four choices of a token each cost what the question alone costs."""
     question, runs = "Tom is 27 years old. Paul is 30 years old. Who is older? Answer:", []
@@ -185,6 +193,7 @@ def test_contexts_that_are_shared_run_once(folder):
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
 def test_requests_are_answered_as_they_were_asked(folder):
     hf = get_model("hf")(str(folder("llama")), device="cpu")
     lm = MaskedLM(str(folder("llama")))
@@ -201,6 +210,7 @@ def test_requests_are_answered_as_they_were_asked(folder):
 # -- wrong input ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -221,11 +231,13 @@ def test_wrong_arguments_of_the_model(folder, settings, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_tokenizer(manager):
     with pytest.raises(fp.InputError, match="need a tokenizer"):
         evaluate_masks(build("llama"), np.ones(5), NAMES, task_manager=manager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tasks", "settings", "message"),
     [
@@ -245,6 +257,7 @@ def test_wrong_arguments_of_an_evaluation(folder, manager, tasks, settings, mess
         evaluate_masks(str(folder("llama")), np.ones((1, 4)), NAMES, task_manager=manager)
 
 
+@pytest.mark.slow
 def test_a_mask_that_cannot_generate_is_refused_before_anything_runs(folder, manager):
     """GPT-2 knows from its cache of keys and values how far it is, and without blocks there is none."""
     model = fp.load_model(folder("gpt2"))
@@ -256,6 +269,7 @@ def test_a_mask_that_cannot_generate_is_refused_before_anything_runs(folder, man
     evaluate_masks(model, masks, LIKELIHOODS, **settings)
 
 
+@pytest.mark.slow
 def test_continuations_that_cannot_be_scored(folder):
     lm = MaskedLM(str(folder("llama")), max_length=4)
     with pytest.raises(fp.InputError, match=r"from 1 to 4 \(max_length\)"):
@@ -264,6 +278,7 @@ def test_continuations_that_cannot_be_scored(folder):
         lm.loglikelihood(requests(("Tom", "")))
 
 
+@pytest.mark.slow
 def test_an_entry_point_names_the_model():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((TASKS.parents[2] / "pyproject.toml").read_text())["project"]
@@ -294,6 +309,7 @@ def test_the_harness_own_command_line(folder, tmp_path, manager):
     assert done.stderr.splitlines()[-1].startswith("fastprune: removed unit 7 is out of range")
 
 
+@pytest.mark.slow
 def test_eval_writes_what_the_library_computes(run, folder, manager, tmp_path):
     out_file = tmp_path / "out.jsonl"
     status, out, err = run(
@@ -352,6 +368,7 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -376,6 +393,7 @@ def test_eval_with_wrong_input(run, folder, arguments, message):
     assert message in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_without_the_harness(run, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name))

@@ -244,6 +244,7 @@ def test_instruction_set_is_named(instruction_set, monkeypatch):
     assert (native.available(), native.instruction_set()) == (False, "none")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 @pytest.mark.parametrize("instruction_set", SETS[-1:], indirect=True)
 @pytest.mark.parametrize("order", [("torch", "fastprune._native"), ("fastprune._native", "torch")])

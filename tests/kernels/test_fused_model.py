@@ -40,6 +40,7 @@ def evaluator(hf, objective) -> fp.Evaluator:
     return ev
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_physical_removal(family):
     hf = build(family)
@@ -51,6 +52,7 @@ def test_scores_equal_physical_removal(family):
     assert ev.score(MASKS[1])[0] == together[1]  # to the bit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_choices_in_a_tree_equal_the_generic_path(family):
     """One position predicts the first tokens of 18 choices."""
@@ -61,6 +63,7 @@ def test_choices_in_a_tree_equal_the_generic_path(family):
     np.testing.assert_allclose(found, expected, atol=5 * RELATIVE)  # differences of numbers of about 5
 
 
+@pytest.mark.slow
 def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
     """Triton compiles a kernel for every set of constants, and for integers that are 1 or multiples of 16, and pointers
     that are aligned. Sizes here are of every kind, and one variant serves them all."""
@@ -87,6 +90,7 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
     assert {name: len(keys) for name, keys in seen.items()} == {"add_rms_norm_kernel": 2, **dict.fromkeys(expected, 1)}
 
 
+@pytest.mark.slow
 def test_divergence_equals_the_generic_path():
     hf = build("qwen3").to(DEVICE)
     objective = fp.KLDivergence(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [7])))
@@ -94,6 +98,7 @@ def test_divergence_equals_the_generic_path():
     np.testing.assert_allclose(evaluator(hf, objective).score(MASKS[:1]), expected, rtol=RELATIVE, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "grouped", "tree"),
     [(torch.float32, True, True), (torch.float32, False, False), (torch.bfloat16, True, False)],

@@ -18,6 +18,7 @@ def approximations(activation: str, truth: torch.Tensor) -> float:
     return (0 if activation == "gelu" else 2) * truth.abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (3, 1), (2, 129)])

@@ -104,6 +104,7 @@ def test_a_target_outside_the_vocabulary_gives_nan():
     assert out.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize(("rows", "size", "vocab"), SHAPES)

@@ -94,6 +94,7 @@ def test_search_equals_brute_force_where_enumeration_would_do(family):
             assert_best(r, energies, members, num_states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_fallback_equals_brute_force(family, monkeypatch):
     monkeypatch.setattr(qubo, "_native", None)

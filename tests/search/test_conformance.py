@@ -98,6 +98,7 @@ def evaluator(request) -> fp.Evaluator:
     return fp.Evaluator(families.build("llama"), made, granularity=granularity)
 
 
+@pytest.mark.slow
 def test_any_objective_and_granularity(name, evaluator):
     if name == "cbo" and evaluator.objective.name in ("accuracy", "kl"):
         with pytest.raises(fp.InputError, match="use"):

@@ -169,6 +169,7 @@ def swaps_law(k: int, kept: int, most: int = 3) -> np.ndarray:
     return law[1:] / law[1:].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "kept"), [(8, 24), (200, 200), (2, 5)])
 def test_published_flips_swap_as_many_blocks_as_the_law_says(k, kept):
     search = Search(SyntheticEvaluator(k + kept), k, 3, ())

@@ -11,6 +11,7 @@ namespace fastprune {
 
 class SymmetryClasses {
   public:
+    SymmetryClasses() = default;  // none are known
     // h and linear as given to Problem.
     SymmetryClasses(int n, const double* h, const double* linear);
 

@@ -10,10 +10,11 @@
 
 namespace fastprune {
 
-Problem::Problem(int n, int k, const double* h, const double* linear)
+Problem::Problem(int n, int k, const double* h, const double* linear, bool exact_sums)
     : n_(n),
       k_(k),
       stride_(padded(n)),
+      exact_sums_(exact_sums),
       original_(h, h + static_cast<std::size_t>(n) * static_cast<std::size_t>(n)),
       original_linear_(linear, linear + n) {
     double largest = 0.0;
@@ -57,13 +58,21 @@ double Problem::energy(const Subset& s) const {
     std::array<int, kMaxVariables> members;
     int count = 0;
     s.for_each([&](int i) { members[static_cast<std::size_t>(count++)] = i; });
-    ExactSum sum;
-    for (int a = 0; a < count; ++a) {
-        const int i = members[static_cast<std::size_t>(a)];
-        sum.add(original_linear_[static_cast<std::size_t>(i)]);
-        sum.add(original_[index(i, i)]);
-        for (int b = 0; b < a; ++b) sum.add(2.0 * original_[index(i, members[static_cast<std::size_t>(b)])]);
+    const auto each_term = [&](auto&& add) {
+        for (int a = 0; a < count; ++a) {
+            const int i = members[static_cast<std::size_t>(a)];
+            add(original_linear_[static_cast<std::size_t>(i)]);
+            add(original_[index(i, i)]);
+            for (int b = 0; b < a; ++b) add(2.0 * original_[index(i, members[static_cast<std::size_t>(b)])]);
+        }
+    };
+    if (!exact_sums_) {
+        double rounded = 0.0;
+        each_term([&](double x) { rounded += x; });
+        return rounded;
     }
+    ExactSum sum;
+    each_term([&](double x) { sum.add(x); });
     return sum.value();
 }
 

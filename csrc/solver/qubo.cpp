@@ -25,9 +25,9 @@ using Clock = std::chrono::steady_clock;
 class Search {
   public:
     Search(const Problem& problem, const SymmetryClasses& symmetry, std::size_t wanted, BestSubsets& best,
-           int threads)
+           const SolveOptions& options, int threads)
         : queue_(threads),
-          context_{problem, symmetry, static_cast<double>(wanted), best, queue_, nodes_},
+          context_{problem, symmetry, static_cast<double>(wanted), best, queue_, nodes_, options.subtree_diagonals},
           wanted_(wanted),
           running_(threads) {
         for (int t = 0; t < threads; ++t) threads_.emplace_back([this, t] { run(t == 0); });
@@ -102,7 +102,7 @@ SolveResult collect(const BestSubsets& best) {
 
 SolveResult solve_subset(int n, int k, const double* h, const double* linear, const SolveOptions& options) {
     const Clock::time_point start = Clock::now();
-    const Problem problem(n, k, h, linear);
+    const Problem problem(n, k, h, linear, options.exact_sums);
     const double count = binomial(n, k);
     const std::size_t wanted = static_cast<double>(options.num_states) < count
                                    ? options.num_states
@@ -119,11 +119,11 @@ SolveResult solve_subset(int n, int k, const double* h, const double* linear, co
         return result;
     }
 
-    const SymmetryClasses symmetry(n, h, linear);
+    const SymmetryClasses symmetry = options.symmetry ? SymmetryClasses(n, h, linear) : SymmetryClasses();
     const int threads = options.threads > 0
                             ? options.threads
                             : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-    Search search(problem, symmetry, wanted, best, threads);
+    Search search(problem, symmetry, wanted, best, options, threads);
     while (!search.wait_for(std::chrono::milliseconds(10))) {
         const std::chrono::duration<double> elapsed = Clock::now() - start;
         const bool late = options.time_limit > 0.0 && elapsed.count() >= options.time_limit;

@@ -12,7 +12,7 @@ namespace fastprune {
 class Problem {
   public:
     // h: n x n symmetric, row-major; linear: n entries.
-    Problem(int n, int k, const double* h, const double* linear);
+    Problem(int n, int k, const double* h, const double* linear, bool exact_sums = true);
 
     int n() const { return n_; }
     int k() const { return k_; }
@@ -46,6 +46,7 @@ class Problem {
     int n_;
     int k_;
     int stride_;
+    bool exact_sums_;
     int exponent_ = 0;
     double margin_ = 0.0;
     std::vector<double> original_;

@@ -372,7 +372,7 @@ void work(const SearchContext& context) {
         if (stale) {
             DepthFirst probe(context, subtree);
             if (probe.run(kProbeNodes, false)) continue;
-            if (!context.queue.stopped()) refit(context, subtree, kSubtreeRounds);
+            if (context.subtree_diagonals && !context.queue.stopped()) refit(context, subtree, kSubtreeRounds);
             if (subtree.lower > context.best.cutoff()) continue;
         }
         DepthFirst search(context, subtree);

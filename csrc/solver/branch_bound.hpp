@@ -62,6 +62,7 @@ struct SearchContext {
     BestSubsets& best;
     SubtreeQueue& queue;
     std::atomic<std::uint64_t>& nodes;
+    bool subtree_diagonals;  // whether subtrees get relaxations of their own
 };
 
 // The whole problem with its relaxation.

@@ -15,6 +15,11 @@ struct SolveOptions {
     // Up to this many subsets all are enumerated: some milliseconds, about as long as setting up a search
     // takes.
     double enumerate_up_to = 1e6;
+    // What bench/bench_solver.py leaves out in turn, to see what it is worth; a result is the same in any case but for
+    // exact_sums, without which equal energies may differ by roundings.
+    bool exact_sums = true;
+    bool symmetry = true;
+    bool subtree_diagonals = true;
     // Called every few milliseconds from the calling thread; true asks to stop.
     std::function<bool()> interrupted;
 };
