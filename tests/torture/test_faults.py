@@ -11,6 +11,8 @@ import sys
 import pytest
 from harness import EFFORT, command, failing, forked, small_files, spread, unit_runs
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ("score", "search", "export", "study")
 CALLS = ("fsync", "link", "rename", "replace", "mkdir", "open", "unlink", "rmdir", "scandir")
 SHORT = EFFORT <= 1

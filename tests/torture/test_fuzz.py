@@ -17,6 +17,8 @@ from harness import EFFORT, LONGEST_LINE, command, forked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = max(1, round(4 * EFFORT))
 fuzzed = settings(
     max_examples=EXAMPLES,

@@ -7,6 +7,8 @@ import signal
 import pytest
 from harness import EFFORT, killed_at, spread, watched
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ("score", "search", "study", "export")
 
 
