@@ -9,6 +9,7 @@ import os
 import uuid
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ def mark(thing: object) -> str:
     process or another. (Its address is another's as soon as it is gone.)"""
     known = _MARKS.get(id(thing))
     if known is None or known[0]() is not thing:
+        reference: Callable[[], object]
         try:
             reference = weakref.ref(thing)
         except TypeError:  # a kind that cannot be told when it is gone: it never is
@@ -82,7 +84,7 @@ def _cpu() -> dict[str, object]:
 
 
 def _mkldnn_operators() -> tuple:
-    mkldnn = torch.backends.mkldnn
+    mkldnn: Any = torch.backends.mkldnn  # whose parts are made when it is imported
     return mkldnn, mkldnn.matmul, mkldnn.conv
 
 
