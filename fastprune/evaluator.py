@@ -199,7 +199,7 @@ class Evaluator:
         """The `keep` masks of lowest loss, found by a race: what is beaten beyond doubt is not run to the end.
 
         All masks are scored on a sixteenth of the samples; those that are not beaten go on to the next look, which
-        doubles what was seen, and so on to the last, where losses are exact, the same bits as `score` gives.
+        adds two fifths to what was seen, and so on to the last, where losses are exact, the same bits as `score` gives.
         confidence: probability, in all, of keeping the best ones, under the assumption that `racing.beaten` states,
         shared out evenly over masks and looks. tolerance: a mask may also leave when what it could be better by is
         no more than this, beyond doubt. Sets of fewer than 32 samples are scored whole.

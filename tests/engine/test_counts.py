@@ -115,7 +115,7 @@ def test_some_samples_cost_the_chunks_that_hold_them(monkeypatch, model, batch, 
 def test_a_sixteenth_of_the_samples_costs_about_a_sixteenth_of_the_rows(hf):
     """EvoPress draws samples that run together, so that its first steps cost what they look at."""
     ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [32] * 512))))
-    assert len(ev.sample_groups) == 16
+    assert max(map(len, ev.sample_groups)) == 32
     share = dict.fromkeys(("initial_tokens", "first_tokens", "final_tokens"), 512 * 32 // 16)
     result = fp.run_search(ev, "evopress", 2, initial=6, offspring=5, generations=2, **share)
     steps = 6 + 2 * (5 + 3)
