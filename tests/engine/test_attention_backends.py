@@ -13,6 +13,7 @@ from helpers import make_tasks
 
 import fastprune as fp
 from fastprune.models.attention import pinned_attention
+from fastprune.store import SumStore
 
 cuda = torch.backends.cuda
 
@@ -91,6 +92,10 @@ def test_the_switches_are_put_back_after_an_error():
     assert switches() == before
 
 
-def test_the_fingerprint_names_the_backends_in_their_order():
-    found = fp.fingerprint.machine_fingerprint(torch.device("cpu"))["sdpa"]
+def test_the_key_of_the_store_names_the_backends_in_their_order(tmp_path):
+    hf = build("llama")
+    batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [5]))
+    fp.Evaluator(hf, fp.Perplexity(batch), store=tmp_path / "s.db").score(np.ones((1, 5), dtype=bool))
+    ((by, _),) = SumStore(tmp_path / "s.db").contexts().values()
+    found = by["sdpa"]
     assert found == ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "OVERRIDEABLE"]

@@ -188,7 +188,7 @@ def test_load_model_arguments(hf, tmp_path):
     (tmp_path / "file.safetensors").write_bytes(b"")
     refuses("file.safetensors: a model is a folder", fp.load_model, tmp_path / "file.safetensors")
     save(hf, tmp_path / "model")
-    refuses("dtype must be one of .* not 'int8'", fp.load_model, tmp_path / "model", dtype="int8")
+    refuses("dtype must be auto or one of .* not 'int8'", fp.load_model, tmp_path / "model", dtype="int8")
     refuses("device 'abacus' cannot be used", fp.load_model, tmp_path / "model", device="abacus")
 
 
@@ -463,7 +463,7 @@ def test_biases_that_are_not_floating(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_weights_of_every_floating_dtype(tmp_path, dtype):
     folder = save(build("llama", dtype), tmp_path / "model")
-    assert fp.load_model(folder, device="cpu").dtype == dtype
+    assert fp.load_model(folder, device="cpu", dtype="auto").dtype == dtype
 
 
 def test_an_unsupported_family_on_disk(tmp_path):

@@ -193,7 +193,7 @@ def test_a_model_in_memory_and_the_same_one_from_its_folder_have_the_same_scores
     hf = build(family).to(torch.bfloat16)
     held = {name: buffer.clone() for name, buffer in hf.named_buffers()}
     hf.save_pretrained(tmp_path / "m")
-    loaded = fp.load_model(tmp_path / "m")
+    loaded = fp.load_model(tmp_path / "m", dtype="auto")
     vocab, depth = loaded.vocab_size, loaded.num_blocks
     batch = fp.TokenBatch.from_ids(np.random.default_rng(1).integers(0, vocab, (3, 24)))
     masks = np.ones((2, depth), dtype=bool)

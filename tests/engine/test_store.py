@@ -91,14 +91,17 @@ def test_a_killed_run_keeps_what_it_had_finished(tmp_path):
         "import os, sys, fastprune as fp\n"
         "from engine.test_store import *\n"
         f"ev = fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store={str(tmp_path / 's.db')!r})\n"
-        "ev.score(MASKS[:6]); os.kill(os.getpid(), 9)\n"
+        "ev.score(MASKS[:6]); "
     )
+    assert run(program + "os.kill(os.getpid(), 9)") == (-9, "")
+    assert run(program + "print(ev.stats.store_hits)") == (0, "6\n")
+
+
+def run(program: str) -> tuple[int, str]:
+    """The status and the output of a process of its own, whose switches no other test has changed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
-    assert done.returncode == -9
-    ev = fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=tmp_path / "s.db")
-    ev.score(MASKS[:6])
-    assert ev.stats.store_hits == 6
+    done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=-1, text=True, check=False)
+    return done.returncode, done.stdout
 
 
 def in_chunks(**options) -> fp.Evaluator:
@@ -112,16 +115,16 @@ def test_a_run_that_is_killed_within_a_call_repeats_no_finished_chunk(tmp_path):
         "from engine.test_store import *\n"
         "def die(done, total):\n"
         "    if done >= total * 0.7: os.kill(os.getpid(), 9)\n"
-        f"ev = in_chunks(store={str(tmp_path / 's.db')!r}, progress=die)\n"
-        "ev.score(MASKS)\n"
+        "def ask(**options):\n"
+        "    ev = in_chunks(**options)\n"
+        "    print(ev.score(MASKS).tobytes().hex(), ev.stats.layer_runs)\n"
     )
-    plain = in_chunks()
-    expected = plain.score(MASKS)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == -9
-    ev = in_chunks(store=tmp_path / "s.db")
-    assert ev.score(MASKS).tobytes() == expected.tobytes()
-    assert 0 < ev.stats.layer_runs < 0.7 * plain.stats.layer_runs
+    store = f"store={str(tmp_path / 's.db')!r}"
+    assert run(program + f"ask({store}, progress=die)") == (-9, "")
+    _, out = run(program + f"ask(); ask({store})")
+    (expected, whole), (found, again) = (line.split() for line in out.splitlines())
+    assert found == expected
+    assert 0 < float(again) < 0.7 * float(whole)
 
 
 def test_one_run_serves_every_objective_on_the_same_tokens(tmp_path):
