@@ -5,18 +5,21 @@ BIN := .venv/bin
 # Workers of one thread each: threads that wait at barriers would take the cores from one another.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test torture test-fast test-portable lint format bench native-test package clean
+.PHONY: demo test test-all torture test-fast test-portable lint format bench native-test package clean
 
 demo: .venv/installed
 	$(BIN)/fastprune demo
 
-# Everything.
+# Everything but what takes most of a minute: compilation for other cards than sm_90, pages that run the harness whole.
 test: .venv/installed
+	$(TESTS) -m "not nightly"
+
+test-all: .venv/installed
 	$(TESTS)
 
 # What takes a minute and a half: all but the marks slow, compile (every kernel, ahead of time) and real (models from disk).
 test-fast: .venv/installed
-	$(TESTS) -m "not slow and not compile and not real"
+	$(TESTS) -m "not slow and not compile and not real and not nightly"
 
 # What the suite does of tests/torture in a minute, at length: more kills, faults at every call, more altered files.
 torture: .venv/installed

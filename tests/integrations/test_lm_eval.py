@@ -289,7 +289,7 @@ def test_an_entry_point_names_the_model():
 # -- command lines ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the harness indexes 14,000 tasks, for 20 s each time
 def test_the_harness_own_command_line(folder, tmp_path, manager):
     """`lm_eval --model fastprune`, through the module for releases that read no entry points."""
     command = [sys.executable, "-m", "fastprune.integrations.lm_eval", "--model", "fastprune", "--limit", "5"]
@@ -401,7 +401,7 @@ def test_without_the_harness(run, monkeypatch):
     assert "lm_eval is needed for this and not installed: pip install 'fastprune[lm-eval]'" in err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the harness indexes 14,000 tasks, for 20 s each time
 def test_the_page_runs_as_it_stands(tmp_path):
     page = (TASKS.parents[2] / "docs" / "lm-eval.md").read_text()
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

@@ -45,7 +45,9 @@ def compile_every_kernel(arch: str, folder) -> tuple[int, dict[str, dict]]:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("arch", MATRIX_UNITS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[] if arch == "sm_90" else pytest.mark.nightly) for arch in MATRIX_UNITS]
+)
 def test_compiled_code(arch, pytestconfig):
     """It fits, does not spill, makes its products on the matrix unit, and copies ahead while it makes them."""
     limit, found = compile_every_kernel(arch, pytestconfig.rootpath / "kernels")
