@@ -42,7 +42,7 @@ def all_cuts(hf):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_budget_gives_the_same_chunks_in_a_fresh_process_and_after_other_work():
     fresh = MEASURE + "print(json.dumps(all_cuts(build('llama'))))"
     used = (

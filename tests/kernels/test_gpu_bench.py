@@ -16,7 +16,7 @@ SECTIONS += ("margin", "pairs", "margin, Qwen3", "pairs, Qwen3")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
     out = tmp_path / "gpu.json"
     command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", "--minutes", "4", "--out", str(out)]
