@@ -49,6 +49,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 GRANULARITIES = ("block", "sublayer")
 LONGEST_CHECKED = 2048  # tokens of a tree that is compared with its sequences
 # attributes that no result depends on
+SAMPLED = 64  # values of each tensor that are looked at for a change
 NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
 
 
@@ -211,7 +212,8 @@ class Model:
     def weights_hash(self) -> str:
         """SHA-256 over the config, every tensor (buffers that are not saved, too), the plain attributes of every
         module, and its hooks. All is read once, and again when something of it was replaced or changed in place since
-        (a change through `.data` does not show)."""
+        (through `.data`: where it
+        shows in a few values of each tensor)."""
         self._check_whole()
         state = self.state
         if self._hashed is None or self._hashed[0] != state:
@@ -220,9 +222,16 @@ class Model:
 
     @property
     def state(self) -> tuple:
-        """What of the model decides its results, without reading a weight: equal as long as nothing was changed."""
-        tensors = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in self._tensors())
-        return tensors, tuple(_plain_attributes(module) for module in self.hf.modules())
+        """What of the model decides its results, equal as long as nothing was changed; only a few weights are read."""
+        known = list(self._tensors())
+        tensors = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in known)
+        # what is written through `.data` counts no version: a few values of each tensor show it, where many changed
+        samples = [
+            flat[:: max(1, len(flat) // SAMPLED)].double()
+            for flat in (tensor.detach().reshape(-1) for _, tensor in known)
+        ]
+        values = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
+        return tensors, values, tuple(_plain_attributes(module) for module in self.hf.modules())
 
     def _tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
         yield from self.hf.named_parameters(remove_duplicate=False)
