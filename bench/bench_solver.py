@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from make_matrices import fisher_like, wishart
 
-from fastprune import qubo
-from fastprune.qubo import solve_subset
+from fastprune import solve_subset
+from fastprune.solver import oracle, subset
 
 SEEDS = range(5)
 
@@ -70,11 +70,11 @@ def brute_force_halves(h: np.ndarray, k: int, num_states: int) -> list[tuple[flo
 
 
 def enumerate_native(h, k, num_states):
-    return qubo._native.solve_subset(h, np.zeros(len(h)), k, num_states, enumerate_up_to=math.inf)
+    return subset._native.solve_subset(h, np.zeros(len(h)), k, num_states, enumerate_up_to=math.inf)
 
 
 def fallback(h, k, num_states):
-    return qubo._solve_numpy(h, np.zeros(len(h)), k, num_states, None)
+    return oracle.solve(h, np.zeros(len(h)), k, num_states, None)
 
 
 METHODS = {
@@ -121,7 +121,7 @@ def relaxation_bound(h: np.ndarray, k: int, diagonal: np.ndarray) -> float:
     lower = np.full(1, -np.inf)
     for _ in range(100):
         everything = np.ones((1, size), dtype=bool)
-        lower, _ = qubo._descend(y, everything, np.array([k]), lower, 2 * (h - np.diag(diagonal)), diagonal, math.inf)
+        lower, _ = oracle.descend(y, everything, np.array([k]), lower, 2 * (h - np.diag(diagonal)), diagonal, math.inf)
     return float(lower[0])
 
 
@@ -177,7 +177,7 @@ def table_of_sizes(limit: float, quick: bool) -> None:
 
 def table_of_bounds(limit: float) -> None:
     header("matrix", "N", "k", "bound", "below the optimum, at the root", "NumPy search with it, s")
-    best_diagonal = qubo._best_diagonal
+    best_diagonal = oracle.best_diagonal
     for size, k in [(32, 16), (40, 16), (64, 24)]:
         for name, make in (("Fisher-like", fisher_like), ("Wishart", wishart)):
             matrices = [make(size, seed=seed) for seed in SEEDS]
@@ -188,9 +188,9 @@ def table_of_bounds(limit: float) -> None:
             for label, choice in choices.items():
                 choice = choice or (lambda h, weight: np.zeros(len(weight)))
                 gaps = [1 - relaxation_bound(h, k, choice(h, np.ones(size))) / e for h, e in zip(matrices, optima)]
-                qubo._best_diagonal = choice
-                runs = [seconds(qubo._solve_numpy, h, np.zeros(size), k, 1, limit) for h in matrices]
-                qubo._best_diagonal = best_diagonal
+                oracle.best_diagonal = choice
+                runs = [seconds(oracle.solve, h, np.zeros(size), k, 1, limit) for h in matrices]
+                oracle.best_diagonal = best_diagonal
                 t = statistics.median(t for t, _ in runs)
                 text = f"{t:.2f}" if all(r.proven for _, r in runs) else f"> {limit:g} (not all proven)"
                 print(
@@ -221,7 +221,7 @@ def table_of_what_is_left_out(limit: float) -> None:
             start, answers = time.process_time(), []
             for h in matrices:
                 zero = np.zeros(size)
-                answers.append(qubo._native.solve_subset(h, zero, k, states, time_limit=limit, threads=1, **settings))
+                answers.append(subset._native.solve_subset(h, zero, k, states, time_limit=limit, threads=1, **settings))
             took = time.process_time() - start
             found = [(subsets, energies.tolist()) for subsets, energies, *_ in answers]
             with_all = with_all or found

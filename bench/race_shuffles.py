@@ -17,7 +17,7 @@ import numpy as np
 
 import fastprune as fp
 from fastprune import demo
-from fastprune.chunks import look_rows
+from fastprune.layout import look_rows
 from fastprune.racing import race
 
 

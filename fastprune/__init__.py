@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "calibration": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
+    "data": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
     "errors": ["InputError"],
     "evaluator": ["Evaluator", "Stats"],
     "checkpoint": ["export", "export_sequence"],
     "masks": ["from_removed", "load_masks", "to_removed"],
     "models": ["Model", "load_model", "masked"],
     "objectives": ["KLDivergence", "Perplexity", "TaskAccuracy", "TaskLikelihood", "TaskMargin"],
-    "qubo": ["SubsetSolution", "solve_subset"],
+    "solver": ["SubsetSolution", "solve_subset"],
     "racing": ["Selection"],
     "search": ["SearchResult", "run_search"],
 }
@@ -27,12 +27,12 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:  # the same once more, for editors and type checkers, which run nothing
-    from .calibration import Tasks as Tasks
-    from .calibration import TokenBatch as TokenBatch
-    from .calibration import load_tasks as load_tasks
-    from .calibration import load_text as load_text
     from .checkpoint import export as export
     from .checkpoint import export_sequence as export_sequence
+    from .data import Tasks as Tasks
+    from .data import TokenBatch as TokenBatch
+    from .data import load_tasks as load_tasks
+    from .data import load_text as load_text
     from .errors import InputError as InputError
     from .evaluator import Evaluator as Evaluator
     from .evaluator import Stats as Stats
@@ -47,11 +47,11 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .objectives import TaskAccuracy as TaskAccuracy
     from .objectives import TaskLikelihood as TaskLikelihood
     from .objectives import TaskMargin as TaskMargin
-    from .qubo import SubsetSolution as SubsetSolution
-    from .qubo import solve_subset as solve_subset
     from .racing import Selection as Selection
     from .search import SearchResult as SearchResult
     from .search import run_search as run_search
+    from .solver import SubsetSolution as SubsetSolution
+    from .solver import solve_subset as solve_subset
 
 
 def __getattr__(name: str) -> object:

@@ -1,14 +1,8 @@
-"""A calibration set cut into fixed chunks of rows, each a rectangular batch on the model's device.
-
-The chunks are cut once, from the calibration set and the byte budget alone. Every mask is run over the same
-chunks, so that every matrix product has the same shape whatever else is scored in the same call: that is what
-makes a score bit-identical alone and in company.
-"""
+"""Rows of a calibration set as a rectangular batch on the model's device, and its targets in tiles."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .calibration import TokenBatch
-
-LEAST_LOOK = 16  # rows of the first look, at least; and one in 16 of all
-LEAST_FILL = 7 / 8  # rows of a chunk are at least this share of its longest, so that little is padded
+from .data import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -104,48 +95,6 @@ class Tile:
         per_row = torch.bincount(self.rows, minlength=len(self.sources))
         column = torch.arange(len(self.rows), device=self.rows.device) - (per_row.cumsum(0) - per_row)[self.rows]
         return column, max(1, int(per_row.max()))
-
-
-def make_chunks(batch: TokenBatch, max_tokens: int, device: torch.device) -> list[Chunk]:
-    """Cut a batch into chunks of at most max_tokens tokens each, padding included (but at least one row each).
-
-    No chunk crosses a look, or is larger than the first, so that a few samples cost about their share. Within a look,
-    rows are sorted by kind and length, so that a chunk holds rows of nearly one length.
-    """
-    looks = look_rows(batch.num_rows)
-    groups = [group for rows in looks for group in _group_rows(batch, rows, max_tokens, len(looks[0]))]
-    return [make_chunk(batch, rows, device) for rows in groups]
-
-
-def look_rows(num_rows: int) -> list[np.ndarray]:
-    """The rows of each look of a race, in the order in which they are looked at.
-
-    Rows stand in a random order, the same for every set of so many. The first look is at a sixteenth of them (but 16
-    rows, and at all where there are fewer than twice as many), and each later one adds two fifths to what has been
-    seen: on the demo model's triples this took a tenth less work than doubling. The last adds a quarter or more.
-    """
-    order = np.random.default_rng(num_rows).permutation(num_rows)
-    bound = max(LEAST_LOOK, -(-num_rows // 16))
-    bounds = [0]
-    while num_rows >= 2 * LEAST_LOOK and 5 * bound <= 4 * num_rows:
-        bounds.append(bound)
-        bound += 2 * bound // 5
-    bounds.append(num_rows)
-    return [np.sort(order[start:stop]) for start, stop in itertools.pairwise(bounds)]
-
-
-def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int, max_rows: int) -> list[np.ndarray]:
-    lengths, is_tree = batch.row_lengths, batch.row_is_tree
-    groups: list[list[int]] = []
-    for row in rows[np.lexsort((rows, -lengths[rows], is_tree[rows]))].tolist():
-        if groups:
-            first, size = groups[-1][0], len(groups[-1])
-            alike = is_tree[row] == is_tree[first] and lengths[row] >= LEAST_FILL * lengths[first]
-            if alike and size < max_rows and (size + 1) * lengths[first] <= max_tokens:
-                groups[-1].append(row)
-                continue
-        groups.append([row])
-    return [np.asarray(group) for group in groups]
 
 
 def make_chunk(batch: TokenBatch, rows: Sequence[int], device: torch.device) -> Chunk:

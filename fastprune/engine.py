@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .calibration import TokenBatch
-from .chunks import Chunk, Tile, make_chunk, make_chunks
+from .chunks import Chunk, Tile, make_chunk
+from .data import TokenBatch
 from .errors import InputError
 from .fingerprint import machine_fingerprint
 from .footprint import measure_footprint
+from .layout import Layout, make_layout
 from .measures import MEASURES
 from .memory import is_out_of_memory
 from .models import Model, make_runner
@@ -51,6 +52,7 @@ class Engine:
     measure: the name of what is computed at each target, see `measures`. memory_bytes bounds the activations of a call:
     states, the workspace of a unit, a tile of logits, and the dense model's final states where the measure needs them.
     cache_bytes, cache_dir: of the states that outlive a call, see `PrefixCache`.
+    layout: how the batch is cut; None: as fits the budget, see `Layout`.
     store: sums that are known, and are kept as they are finished. peak_activation_bytes: the most that were held so
     far, workspaces as measured on this model. row_runs, row_heads: units, and heads, that were run so far, counted
     where that happens, once for each row of the batch. row_unbounded: unit runs, had every state been kept.
@@ -67,6 +69,7 @@ class Engine:
         store: SumStore | None = None,
         cache_bytes: int | None = None,
         cache_dir: Path | None = None,
+        layout: Layout | None = None,
     ):
         model.require(granularity)
         batch.check_fits(model.vocab_size, model.max_positions)
@@ -78,18 +81,23 @@ class Engine:
         kind = "cuda" if model.device.type == "cuda" else "cpu"
         memory_bytes = BUDGET_BYTES[kind] if memory_bytes is None else memory_bytes
         self.runner = make_runner(model, backend)
-        per_position = self.runner.head_bytes(measure)
-        self._tile = max(LEAST_TILE, min(TILE_BYTES[kind], memory_bytes // 4) // per_position // 8 * 8)
         self.peak_activation_bytes = 0
         self.row_runs = self.row_heads = self.row_unbounded = 0
-        self._measure()
-        if kind == "cuda":
-            wanted = CHUNK_TOKENS
-        else:
-            wanted = max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
         self.cache = PrefixCache(cache_bytes, cache_dir, model.device)
         self._cached_of: tuple | None = None
-        self._cut(self._fit(memory_bytes, wanted))
+        per_mask = 24 * len(self.measure.values) * batch.num_continuations  # sums, and twice that to reduce them
+        self.most_sums = max(1, memory_bytes // SUMS_SHARE // per_mask)
+        self._slots = max_slots(self.num_units, MAX_SEQUENCES)
+        if layout is None:
+            per_position = self.runner.head_bytes(measure)
+            tile = max(LEAST_TILE, min(TILE_BYTES[kind], memory_bytes // 4) // per_position // 8 * 8)
+            wanted = CHUNK_TOKENS
+            if kind == "cpu":
+                wanted = max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
+            layout = self._fit(memory_bytes, wanted, tile)
+        else:
+            layout = self._check_layout(memory_bytes, layout)
+        self._cut(layout)
 
     def run(
         self, trie: Trie, progress: Progress | None = None, wanted: np.ndarray | None = None
@@ -271,7 +279,7 @@ class Engine:
     def numerics(self) -> dict[str, object]:
         """What the bits of a number depend on besides weights, chunk and mask: path, dtype, device, software."""
         return {
-            "tile": self._tile,
+            "tile": self.layout.tile,
             "granularity": self.granularity,
             "path": self.runner.numerics(),
             "dtype": str(self.model.dtype),
@@ -283,40 +291,52 @@ class Engine:
 
     # -- chunks and memory ---------------------------------------------------------------------------------------
 
-    def _fit(self, memory_bytes: int, most_tokens: int) -> int:
-        """Tokens of a chunk for which everything held at once stays within the budget; where not even one row does,
+    def _fit(self, memory_bytes: int, most_tokens: int, tile: int) -> Layout:
+        """Chunks and tiles for which everything held at once stays within the budget; where not even one row does,
         tiles are made small."""
-        per_mask = 24 * len(self.measure.values) * self.batch.num_continuations  # sums, and twice that to reduce them
-        self.most_sums = max(1, memory_bytes // SUMS_SHARE // per_mask)
-        dense = 0
-        if self.measure.needs_dense:
-            dense = len(np.unique(self.batch.target_source)) * self.model.hidden_size * self.model.dtype.itemsize
-        budget = memory_bytes - memory_bytes // SUMS_SHARE - dense
-        slots = max_slots(self.num_units, MAX_SEQUENCES)
-        tokens = self._footprint.tokens_within(budget, slots)
-        if not tokens and self._tile > LEAST_TILE:
-            self._tile = LEAST_TILE
-            self._measure()
-            tokens = self._footprint.tokens_within(budget, slots)
-        if not tokens:
-            needed = self._footprint.needed(self._footprint.longest_row, slots) + dense
-            least = needed + (needed - 1) // (SUMS_SHARE - 1)  # of which all but the share of sums is that much
-            raise InputError(f"memory_bytes is too small: one row of the batch takes {least} bytes, not {memory_bytes}")
-        return min(most_tokens, tokens)
+        for size in dict.fromkeys((tile, LEAST_TILE)):
+            self._measure(size)
+            budget = memory_bytes - memory_bytes // SUMS_SHARE - self._dense_bytes()
+            tokens = self._footprint.tokens_within(budget, self._slots)
+            if tokens:
+                return make_layout(self.batch, min(most_tokens, tokens), size)
+        raise InputError(self._too_small(memory_bytes, "one row of the batch", self._footprint.longest_row))
 
-    def _measure(self) -> None:
+    def _check_layout(self, memory_bytes: int, layout: Layout) -> Layout:
+        """A layout that was made before. Raises InputError where it is not the batch's, or does not fit the budget."""
+        layout.check(self.batch)
+        self._measure(layout.tile)
+        widest = max(len(rows) * int(self.batch.row_lengths[list(rows)].max()) for rows in layout.chunks)
+        if self._least_bytes(widest) > memory_bytes:
+            raise InputError(self._too_small(memory_bytes, "the largest chunk of the layout", widest))
+        return layout
+
+    def _too_small(self, memory_bytes: int, what: str, tokens: int) -> str:
+        return f"memory_bytes is too small: {what} takes {self._least_bytes(tokens)} bytes, not {memory_bytes}"
+
+    def _least_bytes(self, tokens: int) -> int:
+        """The least budget for chunks of so many tokens."""
+        needed = self._footprint.needed(tokens, self._slots) + self._dense_bytes()
+        return needed + (needed - 1) // (SUMS_SHARE - 1)  # of which all but the share of sums is that much
+
+    def _dense_bytes(self) -> int:
+        """What the dense model's final states weigh, where the measure compares with them."""
+        if not self.measure.needs_dense:
+            return 0
+        return len(np.unique(self.batch.target_source)) * self.model.hidden_size * self.model.dtype.itemsize
+
+    def _measure(self, tile: int) -> None:
         """Note what the activations of the longest rows, and one tile of the head, weigh."""
         with self.model.evaluation():
-            self._footprint = measure_footprint(
-                self.runner, self.batch, self.granularity, self._measure_nothing, self._tile
-            )
+            self._footprint = measure_footprint(self.runner, self.batch, self.granularity, self._measure_nothing, tile)
 
-    def _cut(self, max_tokens: int) -> None:
-        """Cut the batch into chunks, and the targets of each chunk into tiles."""
+    def _cut(self, layout: Layout) -> None:
+        """Make the chunks of a layout, and the tiles of each."""
         self._dense: list[torch.Tensor] = []  # per chunk, see _run_dense
         self._dense_of: tuple = ()
-        self.chunks = make_chunks(self.batch, max_tokens, self.model.device)
-        self._tiles = [chunk.tiles(self._tile) for chunk in self.chunks]
+        self.layout = layout
+        self.chunks = [make_chunk(self.batch, rows, self.model.device) for rows in layout.chunks]
+        self._tiles = [chunk.tiles(layout.tile) for chunk in self.chunks]
         self._seen = Seen()
         self.cache.start(int(self._footprint.state * sum(chunk.num_tokens for chunk in self.chunks)))
 
@@ -330,19 +350,20 @@ class Engine:
 
     def _take_smaller_steps(self) -> bool:
         """Cut chunks of half the size, or where they are single rows, tiles; False when both are as small as can be."""
+        tile = self.layout.tile
         divisible = [chunk.num_tokens for chunk in self.chunks if len(chunk.rows) > 1]
         if divisible:
             max_tokens = max(divisible) // 2
-        elif self._tile > LEAST_TILE:
-            max_tokens, self._tile = 1, max(LEAST_TILE, self._tile // 16 * 8)
+        elif tile > LEAST_TILE:
+            max_tokens, tile = 1, max(LEAST_TILE, tile // 16 * 8)
         else:
             return False
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._cut(max_tokens)
+        self._cut(make_layout(self.batch, max_tokens, tile))
         warnings.warn(
             f"out of memory: going on with chunks of {max(chunk.num_tokens for chunk in self.chunks)} tokens and tiles "
-            f"of {self._tile} positions; scores may differ in the last bits from those before",
+            f"of {tile} positions; scores may differ in the last bits from those before",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from . import probes
-from .chunks import look_rows
 from .engine import Engine, Progress
 from .errors import InputError
+from .layout import Layout, look_rows
 from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
@@ -61,6 +61,8 @@ class Evaluator:
     store: file of finished sums (or a SumStore): what is in it is not computed
     again, whichever objective on the same tokens had asked for it, and what is finished is kept chunk by chunk.
     progress: called with (unit runs done, unit runs in all) while masks are scored.
+    layout: how the calibration set is cut, `layout` of another evaluator, so that scores have its bits under another
+    budget; None: as fits memory_bytes.
 
     A mask's score does not depend, to the bit, on what else is scored in the same call or was before. Threads may share
     an evaluator or a model: their calls take turns.
@@ -77,6 +79,7 @@ class Evaluator:
         cache_dir: str | os.PathLike | None = None,
         store: str | os.PathLike | SumStore | None = None,
         progress: Progress | None = None,
+        layout: Layout | None = None,
     ):
         if not isinstance(objective, Objective):
             raise InputError(f"objective must be one such as Perplexity(batch), not {type(objective).__name__}")
@@ -84,6 +87,8 @@ class Evaluator:
             raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
         memory_bytes = _check_bytes("memory_bytes", memory_bytes, 1)
         cache_bytes = _check_bytes("cache_bytes", cache_bytes, 0)
+        if layout is not None and not isinstance(layout, Layout):
+            raise InputError(f"layout must be a Layout, such as another evaluator's, not {type(layout).__name__}")
         self.model = model if isinstance(model, Model) else Model(model)
         self.objective = objective
         self.granularity = granularity
@@ -101,6 +106,7 @@ class Evaluator:
             store=store,
             cache_bytes=cache_bytes,
             cache_dir=None if cache_dir is None else _make_folder(Path(cache_dir)),
+            layout=layout,
         )
 
     def __repr__(self) -> str:
@@ -116,6 +122,14 @@ class Evaluator:
     @property
     def num_units(self) -> int:
         return self._engine.num_units
+
+    @property
+    def layout(self) -> Layout:
+        """How the calibration set is cut: plain integers, which can be written down (`Layout.to_json`) and given again.
+
+        Another one after memory ran out.
+        """
+        return self._engine.layout
 
     @property
     def num_samples(self) -> int:

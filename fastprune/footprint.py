@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .calibration import TokenBatch
 from .chunks import Chunk, make_chunk
+from .data import TokenBatch
 from .memory import peak_bytes
 from .models import Runner
 from .models.stand_ins import State, hidden_of, state_bytes

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .calibration import Tasks, TokenBatch
+from .data import Tasks, TokenBatch
 from .errors import InputError
 
 

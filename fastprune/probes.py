@@ -7,8 +7,8 @@ import torch
 
 from fastprune_kernels.reference import token_nll
 
-from .calibration import TokenBatch
 from .chunks import Chunk, make_chunk
+from .data import TokenBatch
 from .errors import InputError
 from .models import Model
 from .models.stand_ins import HalfBlock, hidden_of

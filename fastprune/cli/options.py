@@ -348,7 +348,7 @@ def open_objective(name: str, calibration: str, num_samples: int | None, seq_len
     """The objective on its calibration file. Text gets the defaults of the field, 64 samples of 2048 tokens, and the
     demo's own text its own."""
     from .. import demo
-    from ..calibration import load_tasks, load_text
+    from ..data import load_tasks, load_text
 
     objective = OBJECTIVES[name]
     if objective.data == "tasks":

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..calibration import TokenBatch, common_prefix
+from ..data import TokenBatch, common_prefix
 from ..errors import InputError, nearest
 from ..evaluator import Evaluator
 from ..masks import as_masks, from_removed, parse_removed, to_removed

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..masks import from_removed
-from ..qubo import MAX_VARIABLES, solve_subset
+from ..solver import MAX_VARIABLES, solve_subset
 from . import draws
 from .prior import LinearMean, Prior, penalised
 from .registry import Allowed, Count, algorithm

@@ -203,3 +203,19 @@ def test_weights_are_shared():
         for parameter in hf.parameters():
             parameter *= 0.9
     assert ev.score(np.ones(5, dtype=bool)) != before  # a change of the caller's weights is seen: nothing was copied
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layout_keeps_the_bits_under_another_budget(kind):
+    hf = build("llama")
+    model, target = fp.Model(hf), objective(kind, hf.config.vocab_size)
+    masks = some_masks(len(layers_of(hf)), 12, seed=0)
+    least = smallest_budget(lambda memory_bytes: fp.Evaluator(model, target, memory_bytes=memory_bytes))
+    small = fp.Evaluator(model, target, memory_bytes=2 * least)
+    again = fp.Evaluator(model, target, memory_bytes=10**9, layout=type(small.layout).from_json(small.layout.to_json()))
+    assert len(again.layout.chunks) > len(fp.Evaluator(model, target, memory_bytes=10**9).layout.chunks)
+    assert_same_bits(again.score(masks), small.score(masks))
+    with pytest.raises(fp.InputError, match="the largest chunk of the layout takes"):
+        fp.Evaluator(model, target, memory_bytes=least // 8, layout=small.layout)
+    with pytest.raises(fp.InputError, match="layout must be a Layout"):
+        fp.Evaluator(model, target, layout=small.layout.to_json())

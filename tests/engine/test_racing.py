@@ -9,7 +9,7 @@ from families import random_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.chunks import look_rows
+from fastprune.layout import look_rows
 from fastprune.racing import beaten
 
 

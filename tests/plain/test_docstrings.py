@@ -9,7 +9,7 @@ import pytest
 
 import fastprune
 
-MODULES = ("calibration", "masks", "qubo")
+MODULES = ("data.tokens", "layout", "masks", "solver.subset")
 
 
 @pytest.mark.parametrize("name", MODULES)

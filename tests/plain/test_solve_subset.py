@@ -11,10 +11,10 @@ import warnings
 import numpy as np
 import pytest
 
-from fastprune import qubo
-from fastprune.qubo import solve_subset
+from fastprune import SubsetSolution, solve_subset
+from fastprune.solver import oracle, subset
 
-native_only = pytest.mark.skipif(qubo._native is None, reason="needs the compiled solver")
+native_only = pytest.mark.skipif(subset._native is None, reason="needs the compiled solver")
 
 
 def fisher(n, rng):
@@ -89,22 +89,22 @@ def test_search_equals_brute_force_where_enumeration_would_do(family):
     g = rng.integers(-4, 5, n) / 4
     for k, energies, members in brute_force(h, g):
         for num_states in {1, min(50, math.comb(n, k)), math.comb(n, k)}:
-            subsets, found, proven, gap, _ = qubo._native.solve_subset(h, g, k, num_states, enumerate_up_to=0.0)
-            r = qubo.SubsetSolution([tuple(s) for s in subsets], found, proven, gap)
+            subsets, found, proven, gap, _ = subset._native.solve_subset(h, g, k, num_states, enumerate_up_to=0.0)
+            r = SubsetSolution([tuple(s) for s in subsets], found, proven, gap)
             assert_best(r, energies, members, num_states)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_fallback_equals_brute_force(family, monkeypatch):
-    monkeypatch.setattr(qubo, "_native", None)
-    monkeypatch.setattr(qubo, "_warned", True)
+    monkeypatch.setattr(subset, "_native", None)
+    monkeypatch.setattr(subset, "_warned", True)
     rng = np.random.default_rng(8)
     n = 12
     h = family(n, rng).astype(float)
     for k, energies, members in brute_force(h, np.zeros(n)):
         for limit in (200_000, 1):
-            monkeypatch.setattr(qubo, "_ENUMERATE_UP_TO", limit)
+            monkeypatch.setattr(oracle, "ENUMERATE_UP_TO", limit)
             for num_states in (1, 30, 1000):
                 assert_best(solve_subset(h, k, num_states), energies, members, num_states)
 
@@ -117,8 +117,8 @@ def test_fallback_equals_native(n, k, num_states, family, monkeypatch):
     h = family(n, rng)
     g = 0.1 * rng.standard_normal(n)
     native = solve_subset(h, k, num_states, linear=g)
-    monkeypatch.setattr(qubo, "_native", None)
-    monkeypatch.setattr(qubo, "_warned", True)
+    monkeypatch.setattr(subset, "_native", None)
+    monkeypatch.setattr(subset, "_warned", True)
     fallback = solve_subset(h, k, num_states, linear=g)
     assert native.proven
     assert fallback.proven
@@ -127,8 +127,8 @@ def test_fallback_equals_native(n, k, num_states, family, monkeypatch):
 
 
 def test_fallback_warns_once(monkeypatch):
-    monkeypatch.setattr(qubo, "_native", None)
-    monkeypatch.setattr(qubo, "_warned", False)
+    monkeypatch.setattr(subset, "_native", None)
+    monkeypatch.setattr(subset, "_warned", False)
     with pytest.warns(RuntimeWarning, match="without its compiled solver"):
         solve_subset(np.eye(3), 1)
     with warnings.catch_warnings():
@@ -167,7 +167,7 @@ def test_repeated_and_threaded_solves_agree_to_the_bit():
     h = gaussian(36, np.random.default_rng(5))
     h = 0.5 * (h + h.T)
     g = np.zeros(36)
-    results = [qubo._native.solve_subset(h, g, 14, 100, threads=t) for t in (1, 2, 3, 2)]
+    results = [subset._native.solve_subset(h, g, 14, 100, threads=t) for t in (1, 2, 3, 2)]
     assert all(r[2] for r in results)
     for r in results[1:]:
         assert r[0] == results[0][0]
@@ -196,9 +196,9 @@ def test_40_variables_are_proven():
 
 def test_time_limit_returns_the_best_found_and_its_gap(monkeypatch):
     h = indefinite(100, np.random.default_rng(2))
-    for native in {qubo._native, None}:
-        monkeypatch.setattr(qubo, "_native", native)
-        monkeypatch.setattr(qubo, "_warned", True)
+    for native in {subset._native, None}:
+        monkeypatch.setattr(subset, "_native", native)
+        monkeypatch.setattr(subset, "_warned", True)
         start = time.monotonic()
         r = solve_subset(h, 40, 3, time_limit=0.2)
         assert time.monotonic() - start < 5

@@ -1,9 +1,6 @@
-"""Which k of N blocks to remove, as a constrained binary optimisation solved to proven optimality.
+"""The search of csrc/solver in simple form, in NumPy: what runs without the compiled solver, and what tests it.
 
-Removing the blocks S of a model changes its loss to second order by E(z) = z^T H z + g^T z, where z marks the
-members of S, H is the Fisher matrix A^T A / n of per-sample gradients A [n, N] and g the mean gradient (CBO,
-arXiv 2602.00161). `solve_subset` returns the subsets of lowest energy in order. The work is done by the
-compiled solver (csrc/); without it the same search runs in NumPy, slower.
+It works on batches of nodes, so that NumPy's calls pay off.
 """
 
 from __future__ import annotations
@@ -11,151 +8,12 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import numbers
-import operator
 import time
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from fastprune.errors import InputError
-
-try:
-    from fastprune import _native
-except ImportError:
-    _native = None
-
-MAX_VARIABLES = 128
-
-_warned = False
-
-
-@dataclass(frozen=True)
-class SubsetSolution:
-    """The subsets of lowest energy.
-
-    Attributes:
-        subsets: sorted tuples of k indices, by energy and, where energies are equal, lexicographically.
-        energies: float64 [len(subsets)], in the units of H, each correctly rounded (read-only).
-        proven: no other subset ranks before or between these.
-        gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned; 0 when
-            proven.
-    """
-
-    subsets: list[tuple[int, ...]]
-    energies: np.ndarray
-    proven: bool
-    gap: float
-
-
-def solve_subset(
-    H: ArrayLike, k: int, num_states: int = 1, linear: ArrayLike | None = None, time_limit: float | None = None
-) -> SubsetSolution:
-    """The `num_states` subsets S of size k with the lowest E = sum_{i,j in S} H_ij + sum_{i in S} linear_i.
-
-    Args:
-        H: real [N, N], N in 1..128, symmetric up to rounding (the mean with its transpose is used). Positive
-            semidefinite where it comes from gradients; an indefinite matrix is solved too, with weaker bounds.
-        k: size of the subsets, 0..N.
-        num_states: how many subsets, at least 1; all C(N, k) are returned where there are not more.
-        linear: real [N], in the units of H; None for zero.
-        time_limit: seconds of wall time after which the best found is returned with its proven gap; None to
-            search until the result is proven.
-
-    Returns:
-        SubsetSolution. A proven result does not depend on timing or the number of threads.
-
-    Raises:
-        TypeError: an argument has the wrong type; H or linear is not of a real dtype.
-        ValueError: an argument has the wrong shape or lies outside its range; H or linear holds NaN or
-            infinity; H is not symmetric.
-        KeyboardInterrupt: passed on, within some milliseconds.
-
-    Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
-
-    >>> found = solve_subset([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]], k=2, num_states=2)
-    >>> found.subsets, found.energies.tolist(), found.proven
-    ([(0, 2), (1, 2)], [4.0, 4.0], True)
-    """
-    h = _real_array("H", H, 2)
-    size = h.shape[0]
-    if h.shape[1] != size or not 1 <= size <= MAX_VARIABLES:
-        raise InputError(f"H: expected shape [N, N] with N in 1..{MAX_VARIABLES}, got {list(h.shape)}")
-    g = np.zeros(size) if linear is None else _real_array("linear", linear, 1)
-    if g.shape != (size,):
-        raise InputError(f"linear: expected shape [{size}] to match H, got {list(g.shape)}")
-    with np.errstate(over="ignore"):
-        if not np.isfinite(2 * np.abs(h).sum() + np.abs(g).sum()):
-            raise InputError("H, linear: expected entries whose sum does not overflow float64")
-    # A Gram matrix computed in float32 and stored wider is symmetric to float32 rounding only.
-    epsilon = float(np.finfo(np.float32).eps)
-    if getattr(H, "dtype", None) == np.float16:
-        epsilon = float(np.finfo(np.float16).eps)
-    asymmetry = np.abs(h - h.T).max()
-    if asymmetry > 64 * epsilon * np.abs(h).max():
-        raise InputError(f"H: expected a symmetric matrix, got entries {asymmetry:.3g} apart")
-    h = 0.5 * (h + h.T)
-
-    k = _integer("k", k)
-    if not 0 <= k <= size:
-        raise InputError(f"k: expected 0..{size} (the number of variables), got {k}")
-    num_states = _integer("num_states", num_states)
-    if num_states < 1:
-        raise InputError(f"num_states: expected at least 1, got {num_states}")
-    num_states = min(num_states, math.comb(size, k))
-    if time_limit is not None:
-        if isinstance(time_limit, bool) or not isinstance(time_limit, numbers.Real):
-            raise TypeError(f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}")
-        time_limit = float(time_limit)
-        if not time_limit > 0:
-            raise InputError(f"time_limit: expected a positive number of seconds, got {time_limit}")
-
-    if _native is not None:
-        limit = 0.0 if time_limit is None else float(time_limit)
-        subsets, energies, proven, gap, _ = _native.solve_subset(h, g, k, num_states, limit)
-        return SubsetSolution([tuple(s) for s in subsets], energies, proven, gap)
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            "fastprune was installed without its compiled solver; solve_subset falls back to NumPy, which is slower",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return _solve_numpy(h, g, k, num_states, time_limit)
-
-
-def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as e:
-        raise TypeError(f"{name}: expected an array of real numbers, got {type(value).__name__}") from e
-    if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: expected a real dtype, got {array.dtype}")
-    if array.ndim != ndim:
-        raise InputError(f"{name}: expected {ndim} dimension{'s' * (ndim > 1)}, got {array.ndim}")
-    array = np.ascontiguousarray(array, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise InputError(f"{name}: expected finite entries, got NaN or infinity")
-    return array
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got bool")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
-
-
-# The fallback: the search of csrc/ in simple form, on batches of nodes so that NumPy's calls pay off.
-
-_ENUMERATE_UP_TO = 200_000
+ENUMERATE_UP_TO = 200_000
 _BATCH = 256
 _DESCENT_STEPS = 80
 
@@ -184,10 +42,13 @@ class _Best:
             del self.ranked[self.capacity :]
 
 
-def _solve_numpy(h: np.ndarray, g: np.ndarray, k: int, num_states: int, time_limit: float | None) -> SubsetSolution:
+def solve(
+    h: np.ndarray, g: np.ndarray, k: int, num_states: int, time_limit: float | None
+) -> tuple[list[tuple[int, ...]], np.ndarray, bool, float]:
+    """Subsets, energies, whether they are proven, and the gap, as `SubsetSolution` has them, of checked arguments."""
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     best = _Best(h, g, num_states)
-    if math.comb(len(g), k) <= _ENUMERATE_UP_TO:
+    if math.comb(len(g), k) <= ENUMERATE_UP_TO:
         _enumerate(best, k)
         bound = math.inf
     else:
@@ -197,7 +58,7 @@ def _solve_numpy(h: np.ndarray, g: np.ndarray, k: int, num_states: int, time_lim
     energies.flags.writeable = False
     proven = bool(bound > best.cutoff())
     gap = 0.0 if proven else max(0.0, float(energies[-1] - bound))
-    return SubsetSolution([subset for _, subset in best.ranked], energies, proven, gap)
+    return [subset for _, subset in best.ranked], energies, proven, gap
 
 
 def _enumerate(best: _Best, k: int) -> None:
@@ -244,7 +105,7 @@ def _local_search(best: _Best, k: int) -> None:
         best.offer(next(subsets))
 
 
-def _best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Maximises weight.d with h - Diag(d) positive semidefinite on the directions that sum to zero."""
     size = len(weight)
     largest_row = np.abs(h).sum(axis=1).max()
@@ -287,7 +148,7 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
     """Depth first, a batch of nodes at a time. Returns the least bound of what is left, inf when complete."""
     h, g = best.h, best.g
     size = len(g)
-    diagonal = _best_diagonal(h, np.ones(size))
+    diagonal = best_diagonal(h, np.ones(size))
     twice = 2 * (h - np.diag(diagonal))
     lin = g + diagonal
     curvature = twice.diagonal()
@@ -314,7 +175,7 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
         if not len(q):
             continue
 
-        lower, reduced = _descend(y, is_open, q, lower, twice, lin, best.cutoff())
+        lower, reduced = descend(y, is_open, q, lower, twice, lin, best.cutoff())
         keep = lower <= best.cutoff()
         is_open, y, lower, reduced = is_open[keep], y[keep], lower[keep], reduced[keep]
         fraction = np.minimum(y, 1 - y)
@@ -330,7 +191,7 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
     return math.inf
 
 
-def _descend(
+def descend(
     y: np.ndarray,
     is_open: np.ndarray,
     q: np.ndarray,

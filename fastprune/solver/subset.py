@@ -1,0 +1,151 @@
+"""Which k of N blocks to remove, as a constrained binary optimisation solved to proven optimality.
+
+Removing the blocks S of a model changes its loss to second order by E(z) = z^T H z + g^T z, where z marks the
+members of S, H is the Fisher matrix A^T A / n of per-sample gradients A [n, N] and g the mean gradient (CBO,
+arXiv 2602.00161). `solve_subset` returns the subsets of lowest energy in order. The work is done by the
+compiled solver (csrc/solver); without it the same search runs in NumPy (`oracle`), slower.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastprune.errors import InputError
+
+from . import oracle
+
+try:
+    from fastprune import _native
+except ImportError:
+    _native = None
+
+MAX_VARIABLES = 128
+
+_warned = False
+
+
+@dataclass(frozen=True)
+class SubsetSolution:
+    """The subsets of lowest energy.
+
+    Attributes:
+        subsets: sorted tuples of k indices, by energy and, where energies are equal, lexicographically.
+        energies: float64 [len(subsets)], in the units of H, each correctly rounded (read-only).
+        proven: no other subset ranks before or between these.
+        gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned; 0 when
+            proven.
+    """
+
+    subsets: list[tuple[int, ...]]
+    energies: np.ndarray
+    proven: bool
+    gap: float
+
+
+def solve_subset(
+    H: ArrayLike, k: int, num_states: int = 1, linear: ArrayLike | None = None, time_limit: float | None = None
+) -> SubsetSolution:
+    """The `num_states` subsets S of size k with the lowest E = sum_{i,j in S} H_ij + sum_{i in S} linear_i.
+
+    Args:
+        H: real [N, N], N in 1..128, symmetric up to rounding (the mean with its transpose is used). Positive
+            semidefinite where it comes from gradients; an indefinite matrix is solved too, with weaker bounds.
+        k: size of the subsets, 0..N.
+        num_states: how many subsets, at least 1; all C(N, k) are returned where there are not more.
+        linear: real [N], in the units of H; None for zero.
+        time_limit: seconds of wall time after which the best found is returned with its proven gap; None to
+            search until the result is proven.
+
+    Returns:
+        SubsetSolution. A proven result does not depend on timing or the number of threads.
+
+    Raises:
+        TypeError: an argument has the wrong type; H or linear is not of a real dtype.
+        ValueError: an argument has the wrong shape or lies outside its range; H or linear holds NaN or
+            infinity; H is not symmetric.
+        KeyboardInterrupt: passed on, within some milliseconds.
+
+    Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
+
+    >>> found = solve_subset([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]], k=2, num_states=2)
+    >>> found.subsets, found.energies.tolist(), found.proven
+    ([(0, 2), (1, 2)], [4.0, 4.0], True)
+    """
+    h = _real_array("H", H, 2)
+    size = h.shape[0]
+    if h.shape[1] != size or not 1 <= size <= MAX_VARIABLES:
+        raise InputError(f"H: expected shape [N, N] with N in 1..{MAX_VARIABLES}, got {list(h.shape)}")
+    g = np.zeros(size) if linear is None else _real_array("linear", linear, 1)
+    if g.shape != (size,):
+        raise InputError(f"linear: expected shape [{size}] to match H, got {list(g.shape)}")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(2 * np.abs(h).sum() + np.abs(g).sum()):
+            raise InputError("H, linear: expected entries whose sum does not overflow float64")
+    # A Gram matrix computed in float32 and stored wider is symmetric to float32 rounding only.
+    epsilon = float(np.finfo(np.float32).eps)
+    if getattr(H, "dtype", None) == np.float16:
+        epsilon = float(np.finfo(np.float16).eps)
+    asymmetry = np.abs(h - h.T).max()
+    if asymmetry > 64 * epsilon * np.abs(h).max():
+        raise InputError(f"H: expected a symmetric matrix, got entries {asymmetry:.3g} apart")
+    h = 0.5 * (h + h.T)
+
+    k = _integer("k", k)
+    if not 0 <= k <= size:
+        raise InputError(f"k: expected 0..{size} (the number of variables), got {k}")
+    num_states = _integer("num_states", num_states)
+    if num_states < 1:
+        raise InputError(f"num_states: expected at least 1, got {num_states}")
+    num_states = min(num_states, math.comb(size, k))
+    if time_limit is not None:
+        if isinstance(time_limit, bool) or not isinstance(time_limit, numbers.Real):
+            raise TypeError(f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}")
+        time_limit = float(time_limit)
+        if not time_limit > 0:
+            raise InputError(f"time_limit: expected a positive number of seconds, got {time_limit}")
+
+    if _native is not None:
+        limit = 0.0 if time_limit is None else float(time_limit)
+        subsets, energies, proven, gap, _ = _native.solve_subset(h, g, k, num_states, limit)
+        return SubsetSolution([tuple(s) for s in subsets], energies, proven, gap)
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "fastprune was installed without its compiled solver; solve_subset falls back to NumPy, which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return SubsetSolution(*oracle.solve(h, g, k, num_states, time_limit))
+
+
+def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{name}: expected an array of real numbers, got {type(value).__name__}") from e
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: expected a real dtype, got {array.dtype}")
+    if array.ndim != ndim:
+        raise InputError(f"{name}: expected {ndim} dimension{'s' * (ndim > 1)}, got {array.ndim}")
+    array = np.ascontiguousarray(array, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise InputError(f"{name}: expected finite entries, got NaN or infinity")
+    return array
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got bool")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None

@@ -1,0 +1,64 @@
+"""Layouts: every row once, no chunk beyond a look, written down and read again, and wrong ones refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastprune import InputError, TokenBatch
+from fastprune.layout import Layout, look_rows, make_layout
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """40 rows, plain ones of 2 to 21 tokens and questions of two choices."""
+    rng = np.random.default_rng(0)
+    plain = [[(rng.integers(0, 50, rng.integers(2, 22)), 1)] for _ in range(25)]
+    trunk = np.arange(3)
+    questions = [[(np.append(trunk, [7] * n), 3), (np.append(trunk, [8] * n), 3)] for n in range(1, 16)]
+    return TokenBatch.from_continuations(plain + questions)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 64, 10_000])
+def test_a_layout_holds_every_row_once_and_can_be_written_down(batch, max_tokens):
+    layout = make_layout(batch, max_tokens, 8)
+    layout.check(batch)
+    assert Layout.from_json(layout.to_json()) == layout
+    looks = [set(look.tolist()) for look in look_rows(batch.num_rows)]
+    for chunk in layout.chunks:
+        assert any(look.issuperset(chunk) for look in looks)
+        assert len(chunk) == 1 or len(chunk) * batch.row_lengths[list(chunk)].max() <= max_tokens
+
+
+def test_wrong_layouts_are_refused(batch):
+    layout = make_layout(batch, 64, 8)
+    first, second, *rest = layout.chunks
+    looks = look_rows(batch.num_rows)
+    kinds = [rows[batch.row_is_tree[rows] == kind] for rows in looks[:1] for kind in (False, True)]
+    plain = np.flatnonzero(~batch.row_is_tree)
+    crossing = [next(row for row in plain if row in look) for look in looks[:2]]
+    both = [int(rows[0]) for rows in kinds]
+
+    def with_chunk(rows):
+        rows = tuple(map(int, rows))
+        others = [tuple(row for row in chunk if row not in rows) for chunk in layout.chunks]
+        return (rows, *filter(None, others))
+
+    for chunks, named in (
+        ((second, *rest), "each once"),
+        ((first, first, second, *rest), "each once"),
+        (((), first, second, *rest), "each once"),
+        (((0.0,), first, second, *rest), "each once"),
+        (with_chunk(crossing), "two looks"),
+        (with_chunk(both), "plain rows or trees"),
+    ):
+        with pytest.raises(InputError, match=named):
+            replace(layout, chunks=chunks).check(batch)
+    for tile in (0, -8, 2.5, True, "8"):
+        with pytest.raises(InputError, match="tile"):
+            replace(layout, tile=tile).check(batch)
+    with pytest.raises(InputError, match="other calibration data"):
+        layout.check(TokenBatch.from_ids([[1, 2, 3]]))
+    for text in ("", "{", "[]", "{}", '{"chunks": 3, "tile": 8, "content_hash": ""}', "[" * 100_000):
+        with pytest.raises(InputError, match="not a layout"):
+            Layout.from_json(text)
