@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE / "tests"), str(HERE / "tests" / "torture")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from harness import command, forked, killed_at, spread, watched  # noqa: E402
+from harness import command, forked, killed_after, killed_at, spread, watched  # noqa: E402
 
 import fastprune as fp  # noqa: E402
 from fastprune import demo  # noqa: E402
@@ -147,7 +147,8 @@ def threaded_calls(count: int) -> Counter:
 
 
 def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Counter:
-    """A command killed before a unit run and given again, each time at another one: what came of it."""
+    """A command killed and given again, what came of it: before unit runs, and where it has fewer than that, at random
+    moments."""
     data = ("--num-samples", 60, "--seq-len", 64, "--quiet")
 
     def arguments(out: Path) -> tuple[tuple, Path]:
@@ -175,13 +176,21 @@ def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Count
     end, whole = watched(whole_folder, *given)
     assert end.status == 0, end.err
     expected, found = read(result), Counter()
-    for number in spread(whole.runs, count):
+    numbers = spread(whole.runs, count)
+    moments = np.random.default_rng(0).uniform(0, end.seconds, count - len(numbers)).tolist()
+    for number in (*numbers, *moments):
         out = folder / f"{name}-{number}"
         out.mkdir()
         given, result = arguments(out)
-        killed = killed_at(number, *given)
+        killed = killed_at(number, *given) if isinstance(number, int) else killed_after(number, *given)
+        while killed.status == 0 and isinstance(number, float):  # it was faster this time
+            shutil.rmtree(out)
+            out.mkdir()
+            number /= 2
+            killed = killed_after(number, *given)
+        finished = name == "export" and result.exists()  # killed after its folder had got its name: nothing is missing
         again, rest = watched(out, *given)
-        same = again.status == 0 and read(result) == expected and killed.status == -signal.SIGKILL
+        same = (again.status == 0 or finished) and read(result) == expected and killed.status < 0
         within = name == "export" or rest.runs <= whole.most_again(number)
         found["same result, at most one chunk repeated" if same and within else f"{number}: {again} {rest}"] += 1
         shutil.rmtree(out)

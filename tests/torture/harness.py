@@ -173,6 +173,17 @@ def killed_at(number: int, *arguments: object) -> Outcome:
     return forked(work)
 
 
+def killed_after(seconds: float, *arguments: object) -> Outcome:
+    """A command that is killed after so many seconds, wherever it then is, by a signal that nobody handles."""
+
+    def work() -> int:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        return command(*arguments)
+
+    return forked(work)
+
+
 @contextmanager
 def failing(owner: object, name: str, number: int, error: Callable[[], BaseException]) -> Iterator[None]:
     """Inside, the n-th call of owner.name raises an error instead."""
