@@ -156,7 +156,8 @@ def evaluator(bench: Bench, name: str, objective, progress=None, cache_bytes: in
 
 def chunk_shapes(ev: fp.Evaluator) -> list[list[int]]:
     """Rows and tokens of the chunks into which an evaluator has cut its calibration set."""
-    return [list(chunk.ids.shape) for chunk in ev._engine.chunks]
+    lengths = ev.objective.batch.row_lengths
+    return [[len(rows), int(lengths[list(rows)].max())] for rows in ev.layout.chunks]
 
 
 def pairs(bench: Bench, name: str) -> dict:

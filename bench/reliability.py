@@ -7,14 +7,17 @@ What is counted is what tests/torture checks, by the same functions.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
-import signal
+import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -146,6 +149,61 @@ def threaded_calls(count: int) -> Counter:
         return Counter("right" if right else "WRONG" for right in threads.map(call, range(count)))
 
 
+def resident(masks: int, choices: int, prompt: int, memory_bytes: int | None) -> tuple[int, int]:
+    """Bytes by which this process grows while it scores so many masks on 8 questions, one of them with so many choices
+    and tokens of prompt; and the budget, for None the least that is accepted."""
+    rng = np.random.default_rng(0)
+    model = fp.load_model("demo")
+    sizes = [(prompt, choices), *[(20, 4)] * 7]
+    rows = [[(rng.integers(3, 60, start), start)] * count for start, count in sizes]
+    rows = [[(np.concatenate([ids, rng.integers(3, 60, 3)]), start) for ids, start in row] for row in rows]
+    wanted = rng.random((masks, model.num_blocks)) < 0.7
+    wanted[:, 0] = True
+
+    def evaluator(rows, memory_bytes=None) -> fp.Evaluator:
+        counts = [len(row) for row in rows]
+        question, answer = np.repeat(np.arange(len(rows)), counts), np.cumsum([0, *counts[:-1]])
+        tasks = fp.Tasks(fp.TokenBatch.from_continuations(rows), question, answer, *np.full((2, sum(counts)), 3))
+        return fp.Evaluator(model, fp.TaskMargin(tasks), cache_bytes=0, memory_bytes=memory_bytes)
+
+    evaluator(rows[1:]).score(wanted[:2])  # what libraries keep when they are first used
+    if memory_bytes is None:
+        try:
+            evaluator(rows, 1)
+        except fp.InputError as error:
+            memory_bytes = int(re.search(r"takes (\d+) bytes", str(error))[1])
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _resident_bytes("VmRSS")
+    evaluator(rows, memory_bytes).score(wanted)
+    return _resident_bytes("VmHWM") - before, memory_bytes
+
+
+def _resident_bytes(field: str) -> int:
+    return int(re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+
+SIZES = [(1, 10_000, 170), (30, 10_000, 30), (300, 2_000, 170), (3_000, 4, 30), (3_000, 300, 170), (20_000, 4, 170)]
+
+
+def memory(effort: float) -> Iterator[tuple[str, Counter]]:
+    """What a fresh process takes beyond its budget, at the least budget and at a large one."""
+    for (masks, choices, prompt), budget in itertools.product(SIZES, (None, 512 << 20)):
+        size = max(1, round(masks * min(1, effort))), max(2, round(choices * min(1, effort))), prompt
+        code = f"import reliability; print(*reliability.resident(*{size}, {budget}))"
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=HERE / "bench",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        grown, allowed = map(int, done.stdout.split()[-2:]) if done.returncode == 0 else (0, 0)
+        what = f"{size[0]:,} masks, a tree of {size[1]:,} choices after {prompt} tokens, {allowed / 2**20:.0f} MB"
+        yield what, Counter([f"grew by {grown / 2**20:.0f} MB" if allowed else done.stderr.splitlines()[-1]])
+
+
 def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Counter:
     """A command killed and given again, what came of it: before unit runs, and where it has fewer than that, at random
     moments."""
@@ -216,6 +274,8 @@ def main(effort: float = 1.0) -> None:
         row("calls from four threads", threaded_calls(max(8, round(2000 * effort))))
         for command_name in ("score", "search", "study", "export"):
             row(f"kills of {command_name}", kills(command_name, model, text, folder, max(2, round(20 * effort))))
+        for what, found in memory(effort):
+            row(what, found)
 
 
 if __name__ == "__main__":

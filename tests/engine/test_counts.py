@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastprune as fp
+from fastprune.models import FusedModel, Model
 
 LENGTHS = [23, 9, 17, 23, 16, 9, 21]
 
@@ -64,16 +65,41 @@ def fields(num_units: int) -> dict[str, np.ndarray]:
     }
 
 
+def runner_of(ev) -> type:
+    return Model if ev.backend == "generic" else FusedModel
+
+
+def spy_on_the_head(monkeypatch, ev, most: int | None = None) -> list[int]:
+    """Notes how many positions go through the head together; more than `most` are too many for the memory."""
+    seen, runner = [], runner_of(ev)
+    for name, own, at in (("nll", runner.nll, 0), ("kl", runner.kl, 1)):
+
+        def spy(self, *args, own=own, at=at):
+            seen.append(len(args[at]))
+            if most is not None and len(args[at]) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return own(self, *args)
+
+        monkeypatch.setattr(runner, name, spy)
+    return seen
+
+
+def targets_of_chunks(ev) -> list[np.ndarray]:
+    """The targets of each chunk."""
+    row = ev.objective.batch.continuation_row[ev.objective.batch.target_continuation]
+    return [np.flatnonzero(np.isin(row, chunk)) for chunk in ev.layout.chunks]
+
+
 def spy_on_runs(monkeypatch, ev, batch) -> list[Fraction]:
     """Notes, for every unit that is run, which share of the rows of the batch it ran on."""
-    shares, run = [], ev._engine.runner.run
+    shares, run = [], runner_of(ev).run
 
-    def spy(unit, state, *args, **kwargs):
+    def spy(self, unit, state, *args, **kwargs):
         hidden = state if isinstance(state, torch.Tensor) else state.hidden
         shares.append(Fraction(hidden.shape[0], batch.num_rows))
-        return run(unit, state, *args, **kwargs)
+        return run(self, unit, state, *args, **kwargs)
 
-    monkeypatch.setattr(ev._engine.runner, "run", spy)
+    monkeypatch.setattr(runner_of(ev), "run", spy)
     return shares
 
 
@@ -161,17 +187,12 @@ def test_the_head_sees_a_tile_and_nothing_exceeds_the_budget(monkeypatch, kind, 
     ev = make(budget)
     masks = some_masks(ev.num_units, 20, seed=4)
     weights = {parameter.untyped_storage().nbytes() for parameter in hf.parameters()}
-    positions, tile_of = [], ev._engine._measure_tile
-
-    def spy(states, *args):
-        positions.append(len(states))
-        return tile_of(states, *args)
-
-    monkeypatch.setattr(ev._engine, "_measure_tile", spy)
+    positions = spy_on_the_head(monkeypatch, ev)
     with Largest() as largest:
         scores = ev.score(masks)
     sources = len(np.unique(target.batch.target_source))
-    assert max(positions) < max(len(chunk.sources) for chunk in ev._engine.chunks) <= sources
+    in_chunks = [len(np.unique(target.batch.target_source[targets])) for targets in targets_of_chunks(ev)]
+    assert max(positions) < max(in_chunks) <= sources
     masks_run = len({mask.tobytes() for mask in masks})
     assert sum(positions) == sources * masks_run  # only positions that count
     assert largest.bytes <= max(budget, *weights)
@@ -185,22 +206,22 @@ def test_a_larger_budget_runs_larger_chunks(model, batch, backend):
         return fp.Evaluator(model, fp.Perplexity(batch), backend, memory_bytes=memory_bytes, cache_bytes=0)
 
     least = smallest_budget(make)
-    counts = [len(make(least * factor)._engine.chunks) for factor in (1, 3, 100)]
+    counts = [len(make(least * factor).layout.chunks) for factor in (1, 3, 100)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1]
 
 
 def fail_above(ev, monkeypatch, rows: int, error: Exception) -> list[int]:
     """Makes every unit run on more than `rows` rows raise an error; the list fills with the rows of each run."""
-    seen, run = [], ev._engine.runner.run
+    seen, run = [], runner_of(ev).run
 
-    def limited(unit, state, *args, **kwargs):
+    def limited(self, unit, state, *args, **kwargs):
         seen.append(len(state))
         if len(state) > rows:
             raise error
-        return run(unit, state, *args, **kwargs)
+        return run(self, unit, state, *args, **kwargs)
 
-    monkeypatch.setattr(ev._engine.runner, "run", limited)
+    monkeypatch.setattr(runner_of(ev), "run", limited)
     return seen
 
 
@@ -240,15 +261,8 @@ def test_out_of_memory_in_the_head_makes_smaller_tiles(hf, model, monkeypatch, b
     objective = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [90, 90])))
     ev = fp.Evaluator(model, objective, backend)
     masks = some_masks(ev.num_units, 20, seed=6)
-    expected, measure, seen = ev.score(masks), ev._engine._measure_tile, []
-
-    def limited(states, *args):
-        seen.append(len(states))
-        if len(states) > 16:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return measure(states, *args)
-
-    monkeypatch.setattr(ev._engine, "_measure_tile", limited)
+    expected = ev.score(masks)
+    seen = spy_on_the_head(monkeypatch, ev, most=16)
     with pytest.warns(RuntimeWarning, match="tiles of"):
         found = ev.score(masks)
     assert max(seen) > 16

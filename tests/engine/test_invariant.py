@@ -1,6 +1,7 @@
 """A score is the same to the bit whatever else is scored, and the caller's model is left as it was found."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,8 +45,8 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
     hf = build(family, getattr(torch, dtype))
     model, target = fp.Model(hf), objective(kind, hf.config.vocab_size)
 
-    def make(memory_bytes):
-        return fp.Evaluator(model, target, granularity=granularity, memory_bytes=memory_bytes)
+    def make(memory_bytes, layout=None):
+        return fp.Evaluator(model, target, granularity=granularity, memory_bytes=memory_bytes, layout=layout)
 
     num_chunks = 0
     for memory_bytes in (None, smallest_budget(make)):
@@ -68,13 +69,11 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
         for some in ([1], [3, 0], list(range(ev.num_samples))[::-1]):
             assert_same_bits(ev.score_samples(masks, samples=some), samples[:, some])
 
-        order = np.random.default_rng(9).permutation(len(ev._engine.chunks))
+        order = np.random.default_rng(9).permutation(len(ev.layout.chunks))
         assert len(order) > num_chunks  # the small budget cuts smaller chunks
         num_chunks = len(order)
-        ev = make(memory_bytes)
-        ev._engine.chunks = [ev._engine.chunks[i] for i in order]
-        ev._engine._tiles = [ev._engine._tiles[i] for i in order]
-        assert_same_bits(ev.score(masks), together)
+        other = replace(ev.layout, chunks=tuple(ev.layout.chunks[i] for i in order))
+        assert_same_bits(make(memory_bytes, other).score(masks), together)
 
 
 def test_a_failed_call_leaves_no_trace():
