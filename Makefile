@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Workers of one thread each: threads that wait at barriers would take the cores from one another.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all torture test-fast test-portable lint format bench native-test package clean
+.PHONY: demo test test-all torture test-fast test-portable lint format bench native-test package docs clean
 
 demo: .venv/installed
 	$(BIN)/fastprune demo
@@ -56,6 +56,11 @@ test-portable: .venv/installed
 	  $(TESTS) $(PORTABLE) -k "($(ONLY)) and not bfloat16"
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PORTABLE) -k "($(ONLY)) and not bfloat16"
 	$(TESTS) $(PORTABLE) --no-mkldnn -k "($(ONLY)) and not bfloat16"
+
+# docs/ and the API reference as a site, in build/site; links and names that lead nowhere are errors.
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The sdist, and the wheel that is built from it, installed where nothing else is: it must import, and run the demo.
 package: .venv/installed

@@ -1,14 +1,17 @@
-"""Examples in docstrings that need no model run; editors and type checkers see the public names."""
+"""Examples in docstrings that need no model run; public names are documented; links in pages lead somewhere."""
 
 import ast
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
 import fastprune
 
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 MODULES = ("data.tokens", "layout", "masks", "solver.subset")
 
 
@@ -36,3 +39,24 @@ def test_type_checkers_see_the_public_names():
 def test_every_public_name_has_a_docstring():
     for name in fastprune.__all__:
         assert getattr(fastprune, name).__doc__, name
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: fastprune\.(\w+)$", page, re.MULTILINE))
+    assert named - {"testing"} == set(fastprune.__all__)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            found = page.parent / path if path else page
+            assert found.exists(), target
+            assert not anchor or anchor in anchors(found), target
