@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Workers of one thread each: threads that wait at barriers would take the cores from one another.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all torture test-fast test-portable lint format bench native-test package docs clean
+.PHONY: demo test test-all torture test-fast test-portable lint format bench native-test test-triton-3.6 package docs clean
 
 demo: .venv/installed
 	$(BIN)/fastprune demo
@@ -43,6 +43,12 @@ native-test:
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/native --parallel
 	ctest --test-dir build/native --output-on-failure
+
+# What is compiled ahead of time, with the other series of Triton.
+test-triton-3.6: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-3.6 \
+	  triton==3.6.0
+	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compile and not nightly" tests/kernels
 
 # What could follow the processor, the number of threads or the libraries, as other machines would run it: with AVX2, with
 # no vector instructions (without bfloat16, which takes many minutes there), on two threads, and without oneDNN.

@@ -1,8 +1,7 @@
 """Every kernel, in every shipped configuration, compiled ahead of time for every architecture: no GPU is needed.
 
 In a process of its own for each architecture: the kernels of this one are interpreted. About a minute of a core each.
-With the other series of Triton: `pip install --no-deps --target build/triton-3.6 triton==3.6.0`, then
-`PYTHONPATH=build/triton-3.6 python -m pytest -m compile tests/kernels`.
+With the other series of Triton: `make test-triton-3.6`, which CI does, too.
 """
 
 from __future__ import annotations
