@@ -23,7 +23,8 @@ class Objective:
     ascending. weight float64[C] as above. sample_weight float64[S]: the loss is the sum of sample_weight_s * L_s.
     data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense model is run once,
     to compare with. differentiable: whether it has a gradient at the dense model that says something. meaning: of its
-    loss, in words. reading: what else a loss is read as, if anything, which `read` gives as text.
+    loss, in words. reading: what else a loss is read as, if anything, which `read` gives as text. settings: the names
+    of its own options.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Objective:
     differentiable = True
     meaning = ""
     reading = ""
+    settings: tuple[str, ...] = ()
     batch: TokenBatch
     sample: np.ndarray
     weight: np.ndarray
@@ -48,8 +50,10 @@ class Objective:
         return f"{loss:.5f}"
 
     def describe(self) -> dict[str, object]:
-        """Plain values: name, meaning, and whether it compares with the dense model."""
-        return {"name": self.name, "meaning": self.meaning, "compares_with_dense": self.compares_with_dense}
+        """Plain values: name, settings, meaning, and whether it compares with the dense model."""
+        settings = {name: getattr(self, name) for name in self.settings}
+        plain = {"name": self.name, "settings": settings, "meaning": self.meaning}
+        return {**plain, "compares_with_dense": self.compares_with_dense}
 
     @property
     def content_hash(self) -> str:
@@ -162,6 +166,7 @@ class TaskMargin(Objective):
         "below 0 where the right ones are likelier"
     )
     data = "tasks"
+    settings = ("normalization", "weighting")
 
     def __init__(self, tasks: Tasks, normalization: str = "mean", weighting: str = "question"):
         tasks = _check_tasks(tasks, type(self))
@@ -191,6 +196,7 @@ class TaskLikelihood(Objective):
     name = "likelihood"
     meaning = "minus the mean log-likelihood of the right choice of a question, in nats"
     data = "tasks"
+    settings = ("normalization",)
 
     def __init__(self, tasks: Tasks, normalization: str = "mean"):
         tasks = _check_tasks(tasks, type(self))
@@ -218,6 +224,7 @@ class TaskAccuracy(Objective):
     meaning = "the share of questions whose likeliest choice is wrong"
     reading = "accuracy"
     data = "tasks"
+    settings = ("normalization",)
     differentiable = False
 
     def __init__(self, tasks: Tasks, normalization: str = "sum"):
