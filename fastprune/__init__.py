@@ -17,7 +17,15 @@ _HOMES = {
     "checkpoint": ["export", "export_sequence"],
     "masks": ["from_removed", "load_masks", "to_removed"],
     "models": ["Model", "load_model", "masked"],
-    "objectives": ["KLDivergence", "Perplexity", "TaskAccuracy", "TaskLikelihood", "TaskMargin"],
+    "objectives": [
+        "CosineDistance",
+        "KLDivergence",
+        "NormalizedMSE",
+        "Perplexity",
+        "TaskAccuracy",
+        "TaskLikelihood",
+        "TaskMargin",
+    ],
     "solver": ["SubsetSolution", "solve_subset"],
     "racing": ["Selection"],
     "search": ["SearchResult", "run_search"],
@@ -42,7 +50,9 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .models import Model as Model
     from .models import load_model as load_model
     from .models import masked as masked
+    from .objectives import CosineDistance as CosineDistance
     from .objectives import KLDivergence as KLDivergence
+    from .objectives import NormalizedMSE as NormalizedMSE
     from .objectives import Perplexity as Perplexity
     from .objectives import TaskAccuracy as TaskAccuracy
     from .objectives import TaskLikelihood as TaskLikelihood

@@ -33,7 +33,9 @@ class Stats:
     """
 
     masks: int = 0  # scores that were asked for
-    layer_runs: float = 0  # unit runs that were made (for KL, the dense model's one pass too), counted as they happen
+    layer_runs: float = (
+        0  # unit runs that were made (and the dense model's one pass, to compare with), counted as they happen
+    )
     unbounded_layer_runs: float = 0  # what these would have been, had the prefix cache room for every state
     asked_layer_runs: float = 0  # distinct prefixes of each call: its unit runs, had nothing been known before
     naive_layer_runs: float = 0  # unit runs of one forward pass per mask that was asked for
@@ -49,7 +51,7 @@ class Evaluator:
     """Scores depth masks of one model under one objective.
 
     model: what load_model returns, or a transformers model in memory. objective: Perplexity, TaskMargin,
-    TaskLikelihood, TaskAccuracy or KLDivergence.
+    TaskLikelihood, TaskAccuracy, KLDivergence, CosineDistance or NormalizedMSE.
     backend: "generic" runs any family by transformers' own code, "fused" the Llama-like ones on fused operators,
     "auto" the fused path where it is the faster; `self.backend` says which one runs.
     granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
@@ -256,9 +258,19 @@ class Evaluator:
         """float64[S, U]: dL_s/da_i at a = 1 for each sample, where a_i scales unit i's residual branches.
 
         For blocks, a_i scales both branches (CBO, arXiv 2602.00161). Raises InputError for an objective without a
-        gradient (TaskAccuracy, and KLDivergence, whose gradient vanishes at the dense model).
+        gradient (TaskAccuracy, and what is compared with the dense model, whose gradient vanishes there).
         """
         return probes.unit_gradients(self.model, self.objective, self.granularity)
+
+    def unit_salience(self, power: int = 1) -> np.ndarray:
+        """float64[U]: the sum of |w dL/dw|^power over the weights w of each unit, L the loss of the dense model.
+
+        A gradient of every weight is held (Shortened LLaMA, arXiv 2402.02834). Raises InputError for an objective
+        without a gradient, as `unit_gradients` does, and for a power other than 1 and 2.
+        """
+        if power not in (1, 2):
+            raise InputError(f"power must be 1 or 2, not {power!r}")
+        return probes.unit_salience(self.model, self.objective, self.granularity, power)
 
     def _check_masks(self, masks) -> list[tuple[int, ...]]:
         """The kept units of each mask."""

@@ -1,8 +1,8 @@
 """Objectives: which tokens count, what is measured at each, and how the measurements reduce to a loss.
 
 An objective asks the engine for one number per target (`measure`): the negative log-likelihood of the target
-token ("nll"), or the divergence from the dense model's distribution at its source ("kl"). The engine sums these
-over each continuation, float64[N, C], and all that follows here is small and plain NumPy.
+token ("nll"), or how far its source is from the dense model's: in distribution ("kl") or in state ("cosine", "nmse").
+The engine sums these over each continuation, float64[N, C], and all that follows here is small and plain NumPy.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from .errors import InputError
 class Objective:
     """A loss per sample that is linear in the sums over continuations: L_s = sum over c in s of weight_c * sum_c.
 
-    batch: the tokens. measure: "nll" or "kl". sample int64[C]: the sample of each continuation, ascending.
-    weight float64[C] as above. sample_weight float64[S]: the loss is the sum of sample_weight_s * L_s.
-    data: "text" or "tasks", what its calibration file holds. differentiable: whether it has a gradient at the dense
-    model that says something. meaning: of its loss, in words. reading: what else a loss is read as, if anything, which
-    `read` gives as text.
+    batch: the tokens. measure: a name of `measures.MEASURES`. sample int64[C]: the sample of each continuation,
+    ascending. weight float64[C] as above. sample_weight float64[S]: the loss is the sum of sample_weight_s * L_s.
+    data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense model is run once,
+    to compare with. differentiable: whether it has a gradient at the dense model that says something. meaning: of its
+    loss, in words. reading: what else a loss is read as, if anything, which `read` gives as text. settings: the names
+    of its own options.
     """
 
     name: str
     data = "text"
     measure = "nll"
+    compares_with_dense = False
     differentiable = True
     meaning = ""
     reading = ""
+    settings: tuple[str, ...] = ()
     batch: TokenBatch
     sample: np.ndarray
     weight: np.ndarray
@@ -41,19 +44,16 @@ class Objective:
     def num_samples(self) -> int:
         return len(self.sample_weight)
 
-    @property
-    def compares_with_dense(self) -> bool:
-        """Whether the dense model is run once, to compare with."""
-        return self.measure == "kl"
-
     @staticmethod
     def read(loss: float) -> str:
         """The loss as text, as what `reading` names."""
         return f"{loss:.5f}"
 
     def describe(self) -> dict[str, object]:
-        """Plain values: name, meaning, and whether it compares with the dense model."""
-        return {"name": self.name, "meaning": self.meaning, "compares_with_dense": self.compares_with_dense}
+        """Plain values: name, settings, meaning, and whether it compares with the dense model."""
+        settings = {name: getattr(self, name) for name in self.settings}
+        plain = {"name": self.name, "settings": settings, "meaning": self.meaning}
+        return {**plain, "compares_with_dense": self.compares_with_dense}
 
     @property
     def content_hash(self) -> str:
@@ -112,12 +112,41 @@ class KLDivergence(Perplexity):
     )
     reading = ""
     measure = "kl"
+    compares_with_dense = True
     differentiable = False  # the gradient vanishes at the dense model, where the divergence is least
 
     def __init__(self, batch: TokenBatch | Tasks):
         batch = _check_batch(batch.batch if isinstance(batch, Tasks) else batch, type(self))
         self.batch = _positions_as_targets(batch)
         self._average(self.batch.target_counts)
+
+
+class CosineDistance(KLDivergence):
+    """Mean over positions of 1 - cosine between the masked model's final state and the dense one's.
+
+    Final states are those that the head reads, after the final norm. Positions and samples as in KLDivergence. Among
+    the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt).
+    """
+
+    name = "cosine"
+    meaning = "mean of 1 - cosine between the final states and those of the whole model; 0 where nothing is removed"
+    measure = "cosine"
+
+
+class NormalizedMSE(KLDivergence):
+    """Mean over positions of |h - h'|^2 / |h|^2, h the dense model's final state and h' the masked one's.
+
+    Final states, positions and samples as in CosineDistance. Every position counts alike: Puzzletron (NVIDIA ModelOpt)
+    divides the sum over positions of the one by that of the other, and Nemotron Elastic (arXiv 2511.16664) does so with
+    the models' predictions in the place of states.
+    """
+
+    name = "nmse"
+    meaning = (
+        "mean squared distance of the final states from those of the whole model, by the square of their length; "
+        "0 where nothing is removed"
+    )
+    measure = "nmse"
 
 
 class TaskMargin(Objective):
@@ -137,6 +166,7 @@ class TaskMargin(Objective):
         "below 0 where the right ones are likelier"
     )
     data = "tasks"
+    settings = ("normalization", "weighting")
 
     def __init__(self, tasks: Tasks, normalization: str = "mean", weighting: str = "question"):
         tasks = _check_tasks(tasks, type(self))
@@ -166,6 +196,7 @@ class TaskLikelihood(Objective):
     name = "likelihood"
     meaning = "minus the mean log-likelihood of the right choice of a question, in nats"
     data = "tasks"
+    settings = ("normalization",)
 
     def __init__(self, tasks: Tasks, normalization: str = "mean"):
         tasks = _check_tasks(tasks, type(self))
@@ -193,6 +224,7 @@ class TaskAccuracy(Objective):
     meaning = "the share of questions whose likeliest choice is wrong"
     reading = "accuracy"
     data = "tasks"
+    settings = ("normalization",)
     differentiable = False
 
     def __init__(self, tasks: Tasks, normalization: str = "sum"):
@@ -230,8 +262,11 @@ class TaskAccuracy(Objective):
 
 
 OBJECTIVES = {
-    objective.name: objective for objective in (Perplexity, TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence)
-}
+    objective.name: objective
+    for objective in (
+        Perplexity, TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence, CosineDistance, NormalizedMSE,
+    )
+}  # fmt: skip
 
 
 def _sum_by_sample(values: np.ndarray, sample: np.ndarray) -> np.ndarray:

@@ -1,6 +1,9 @@
-"""What is read off the dense model without scoring a mask: similarity of states, gradients of units."""
+"""What is read off the dense model without scoring a mask: similarity of states, gradients of units and weights."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -70,11 +73,7 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
     """dL_s/da_i, float64[S, U], one sample at a time: the states before each block are kept, and the blocks are run
     again backwards, one at a time, so that the graph of one block is the most that is held.
     """
-    if not objective.differentiable:
-        raise InputError(
-            f"unit gradients need a gradient at the dense model, which {type(objective).__name__} has not; "
-            "use Perplexity, TaskMargin or TaskLikelihood"
-        )
+    _check_differentiable("unit gradients need", objective)
     model.require("sublayer")
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)
@@ -87,6 +86,82 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
     if granularity == "sublayer":
         return gradients
     return gradients[:, 0::2] + gradients[:, 1::2]
+
+
+def unit_salience(model: Model, objective: Objective, granularity: str, power: int) -> np.ndarray:
+    """Sum over the weights w of each unit of |w dL/dw|^power, float64[U], L the loss over the whole calibration set; a
+    unit's biases are left out (Shortened LLaMA, arXiv 2402.02834).
+
+    One sample at a time, each unit's graph alone; a gradient of every weight of the blocks is held throughout, in
+    float32 at least.
+    """
+    _check_differentiable("unit salience needs", objective)
+    batch = objective.batch
+    batch.check_fits(model.vocab_size, model.max_positions)
+    per_block = 2 if granularity == "sublayer" else 1
+    weights = [_weights(model.layers[unit // per_block]) for unit in range(len(model.unit_names(granularity)))]
+    totals = [[torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in of] for of in weights]
+    with model.evaluation(), _recording([weight for of in weights for weight in of]):
+        for row in range(batch.num_rows):
+            chunk = make_chunk(batch, [row], model.device)
+            share = objective.weight * objective.sample_weight[objective.sample]
+            _add_weight_gradients(model, chunk, share[chunk.continuation], granularity, weights, totals)
+        found = [
+            [(w.detach().to(t.dtype) * t).abs().pow(power).sum(dtype=torch.float64) for w, t in zip(*pair)]
+            for pair in zip(weights, totals, strict=True)
+        ]
+    return np.array([float(sum(of)) for of in found])
+
+
+def _add_weight_gradients(
+    model: Model,
+    chunk: Chunk,
+    weight: np.ndarray,
+    granularity: str,
+    weights: Sequence[Sequence[torch.Tensor]],
+    totals: Sequence[Sequence[torch.Tensor]],
+) -> None:
+    """Add to totals, unit by unit, the gradient of the sum of weight_m * nll_m over one row's targets."""
+    state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
+    entries = []
+    for unit in range(len(weights)):
+        entries.append(model.pack(state))
+        state = model.run(unit, state, arguments, granularity)
+    grad = _head_gradient(model, chunk, state, torch.as_tensor(weight, device=model.device))
+    for unit in reversed(range(len(weights))):
+        entry = entries.pop().requires_grad_()
+        with torch.enable_grad():
+            after = model.pack(model.run(unit, model.unpack(entry, unit - 1), arguments, granularity))
+        grad, *found = torch.autograd.grad(after, (entry, *weights[unit]), grad, allow_unused=True)
+        for total, gradient in zip(totals[unit], found, strict=True):
+            if gradient is not None:  # the other half's, in a sublayer
+                total += gradient
+
+
+def _weights(layer: torch.nn.Module) -> list[torch.Tensor]:
+    named = layer.named_parameters()
+    return [tensor for name, tensor in named if tensor.is_floating_point() and not name.endswith("bias")]
+
+
+@contextmanager
+def _recording(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Parameters that were frozen take part in gradients for as long as this lasts."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _check_differentiable(what: str, objective: Objective) -> None:
+    if not objective.differentiable:
+        raise InputError(
+            f"{what} a gradient at the dense model, which {type(objective).__name__} has not; "
+            "use Perplexity, TaskMargin or TaskLikelihood"
+        )
 
 
 def _sample_gradient(model: Model, chunk: Chunk, weight: np.ndarray) -> np.ndarray:

@@ -102,6 +102,9 @@ class SyntheticEvaluator(Evaluator):
         gradients[:, list(self._broken)] *= 1000.0
         return gradients
 
+    def unit_salience(self, power: int = 1) -> np.ndarray:
+        return np.abs(self.unit_gradients().mean(axis=0)) ** power
+
     def _loss(self, units: np.ndarray) -> float:
         if set(units.tolist()) & self._broken:
             return np.nan

@@ -328,7 +328,7 @@ def open_model(model: str, device: str | None = None, dtype: str | None = None, 
     return load_model(model, device, dtype, trust_remote_code=trust_remote_code)
 
 
-def check_calibration(model: str, objective: str, calibration: str | None) -> str:
+def check_calibration(model: str, objective: str, calibration: str | None, flag: str = "--calibration") -> str:
     """The calibration file, before the model is loaded; the demo model's own where none is given."""
     from .. import demo
 
@@ -338,7 +338,7 @@ def check_calibration(model: str, objective: str, calibration: str | None) -> st
         return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
     if calibration is None:
         raise InputError("--calibration: name a file of text or questions to score on")
-    with naming("--calibration"):
+    with naming(flag):
         if not Path(check_path(calibration)).is_file():
             raise InputError(f"{calibration}: no such file")
     return calibration

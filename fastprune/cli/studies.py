@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -13,7 +15,14 @@ from ..objectives import OBJECTIVES
 from ..search import ALGORITHMS, check_algorithm
 from ..study import check_study, check_study_folder, figures, run_study, write_report
 from ..study.folder import check_label
-from ..study.tables import TABLE_NOTE, format_dense, format_removed, pattern_text, results_table
+from ..study.tables import (
+    TABLE_NOTE,
+    calibration_table,
+    format_dense,
+    format_removed,
+    pattern_text,
+    results_table,
+)
 from .evaluation import evaluate_study, harness_on_stderr, open_tasks, task_settings, task_table
 from .options import (
     MOST,
@@ -48,7 +57,20 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
     "objectives",
     multiple=True,
     help=f"{', '.join(OBJECTIVES)}, as NAME=FILE or, to use one several times, LABEL:NAME=FILE. "
-    "The demo model has files of its own.",
+    "Without FILE: on every --calibration of its kind. The demo model has files of its own.",
+)
+@click.option(
+    "--calibration",
+    "calibrations",
+    multiple=True,
+    help="A calibration set that searches are compared on, as NAME=text:FILE or NAME=tasks:FILE, and behind it "
+    ",samples=16,seq-len=256,seed=1 where it differs from --num-samples, --seq-len and --sample-seed.",
+)
+@click.option(
+    "--held-out",
+    multiple=True,
+    help="An objective that no search sees and every chosen mask is judged by, as NAME=FILE or LABEL:NAME=FILE; sizes "
+    "behind it as for --calibration.",
 )
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
 @click.option("--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5.")
@@ -61,9 +83,9 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
 @model_settings
 @evaluator_settings
 def study(
-    models, algorithms, objectives, num_remove, options, seed, out_dir, device, dtype, trust_remote_code,
-    num_samples, seq_len, sample_seed, granularity, backend, memory_bytes, cache_bytes, cache_dir, quiet,
-    tasks, include_path, limit, num_fewshot,
+    models, algorithms, objectives, calibrations, held_out, num_remove, options, seed, out_dir, device, dtype,
+    trust_remote_code, num_samples, seq_len, sample_seed, granularity, backend, memory_bytes, cache_bytes, cache_dir,
+    quiet, tasks, include_path, limit, num_fewshot,
 ) -> None:  # fmt: skip
     """Compare search algorithms on MODELs.
 
@@ -78,7 +100,12 @@ def study(
         check_algorithm(algorithm, given.get(algorithm, {}))
     figures.check_installed()
     budgets = _parse_budgets(num_remove)
-    makers = _objective_makers(models, objectives, num_samples, seq_len, sample_seed, names)
+    size = _Data(None, num_samples, seq_len, sample_seed)
+    sets = _calibration_sets(calibrations, size)
+    makers = _objective_makers(models, objectives, size, names, sets)
+    judges = _held_out_makers(models, held_out, size)
+    if both := makers.keys() & judges.keys():
+        raise InputError(f"--held-out: {min(both)!r} is searched with; give it a label of its own, as LABEL:NAME=FILE")
     settings = {name: check_algorithm(name, given.get(name, {}))[1] for name in names}
     known = {"algorithms": settings, "budgets": budgets, "seed": seed, "granularity": granularity}
     with naming("--out"):
@@ -99,6 +126,7 @@ def study(
             options=given,
             seed=seed,
             notify=_notify(quiet),
+            held_out=judges,
             backend=backend,
             memory_bytes=memory_bytes,
             cache_bytes=cache_bytes,
@@ -165,7 +193,7 @@ def demo(num_remove, out_dir, quick, quiet) -> None:
         say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
     makers = {}
     for name in COMPARED:
-        makers |= _objective_makers(["demo"], (name,), size["searched"][OBJECTIVES[name].data], None, 0)
+        makers |= _objective_makers(["demo"], (name,), _Data(None, size["searched"][OBJECTIVES[name].data]))
     with progress_bar(quiet) as progress:
         found = run_study(
             [model], makers, names, [num_remove], out_dir, options=options, notify=_notify(quiet), progress=progress
@@ -197,6 +225,8 @@ def _print_cells(found: Mapping) -> None:
         units = f"{num_remove} of {found['num_units'][model]} removed"
         say(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
     say(TABLE_NOTE, style="dim")
+    if found["calibration"]:
+        say(calibration_table(found["calibration"]))
     made, asked = (sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs"))
     if 0 < made < asked:
         text = f"Searches share their scores: {made:.0f} layer runs were made where they take {asked:.0f} alone."
@@ -234,31 +264,124 @@ def _held_out_table(model, rows: Sequence[tuple], samples: Mapping, quiet: bool)
     return table
 
 
+@dataclass(frozen=True)
+class _Data:
+    """A file (None: the demo model's own), and how much of it is taken."""
+
+    file: str | None
+    num_samples: int | None = None
+    seq_len: int | None = None
+    seed: int = 0
+    kind: str = ""  # text or tasks, of a calibration set
+
+    def maker(self, name: str) -> Callable:
+        return lambda model: open_objective(name, self.file, self.num_samples, self.seq_len, self.seed, model)
+
+
 def _objective_makers(
-    models: Sequence[str], objectives: Sequence[str], num_samples, seq_len, seed, algorithms: Sequence[str] = ()
+    models: Sequence[str],
+    objectives: Sequence[str],
+    size: _Data,
+    algorithms: Sequence[str] = (),
+    sets: Mapping[str, _Data] | None = None,
 ) -> dict[str, Callable]:
-    """By label, functions from a model to its objective; every name and file is checked now."""
-    if not objectives:
-        objectives = COMPARED
+    """By label, functions from a model to its objective; every name and file is checked now.
+
+    sets: calibration sets by name. An objective without a file of its own is made on each of them that is of its kind.
+    """
+    if sets and not objectives:
+        kinds = {data.kind for data in sets.values()}
+        objectives = [name for name in COMPARED if OBJECTIVES[name].data in kinds]
     makers: dict[str, Callable] = {}
-    for text in objectives:
-        head, _, file = text.partition("=")
-        label, colon, name = head.partition(":")
-        name = name if colon else label
-        if label in makers:
-            raise InputError(f"--objective: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
-        with naming("--objective"):
-            check_label(label)
-        files = {check_calibration(model, name, file or None) for model in models}
-        check_gradients(algorithms, name, label)
-        if len(files) > 1:
-            raise InputError(f"--objective {text}: name a file, as NAME=FILE")
-        makers[label] = _maker(name, files.pop(), num_samples, seq_len, seed)
+    used: set[str] = set()
+    for text in objectives or COMPARED:
+        label, name, file = _parse_objective(text)
+        on = {label: replace(size, file=file or None)}
+        if sets and not file and name in OBJECTIVES:
+            kind = OBJECTIVES[name].data
+            fitting = {of: data for of, data in sets.items() if data.kind == kind}
+            if not fitting:
+                raise InputError(f"--objective {text}: takes {kind}, of which no --calibration is; NAME={kind}:FILE")
+            on = {f"{label}-{of}": data for of, data in fitting.items()}
+            used.update(fitting)
+        for own, data in on.items():
+            if own in makers:
+                raise InputError(f"--objective: the label {own!r} is given twice; name each, as LABEL:NAME=FILE")
+            with naming("--objective"):
+                check_label(own)
+            files = {check_calibration(model, name, data.file) for model in models}
+            check_gradients(algorithms, name, own)
+            if len(files) > 1:
+                raise InputError(f"--objective {text}: name a file, as NAME=FILE")
+            makers[own] = replace(data, file=files.pop()).maker(name)
+    for of, data in (sets or {}).items():
+        if of not in used:
+            raise InputError(f"--calibration: no objective is calibrated on {of!r}; give one of {data.kind}, as NAME")
     return makers
 
 
-def _maker(name: str, file: str, num_samples, seq_len, seed) -> Callable:
-    return lambda model: open_objective(name, file, num_samples, seq_len, seed, model)
+def _calibration_sets(texts: Sequence[str], size: _Data) -> dict[str, _Data]:
+    """By name, the sets NAME=KIND:FILE,..."""
+    found: dict[str, _Data] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        kind, colon, rest = rest.partition(":")
+        if not equals or not colon or kind not in ("text", "tasks"):
+            raise InputError(f"--calibration takes NAME=text:FILE or NAME=tasks:FILE, not {text!r}")
+        if name in found:
+            raise InputError(f"--calibration: {name!r} is given twice")
+        with naming("--calibration"):
+            check_label(name)
+        found[name] = replace(_parse_data("--calibration", rest, size, kind), kind=kind)
+    return found
+
+
+def _held_out_makers(models: Sequence[str], texts: Sequence[str], size: _Data) -> dict[str, Callable]:
+    """By label, functions from a model to an objective that is judged by."""
+    makers: dict[str, Callable] = {}
+    for text in texts:
+        label, name, rest = _parse_objective(text)
+        if name not in OBJECTIVES:
+            raise InputError(f"--held-out: unknown objective {name!r}; {nearest(name, OBJECTIVES)}")
+        if not rest:
+            raise InputError(f"--held-out {text}: name a file, as NAME=FILE")
+        label = label if ":" in text.partition("=")[0] else f"held-out-{name}"
+        if label in makers:
+            raise InputError(f"--held-out: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
+        with naming("--held-out"):
+            check_label(label)
+        data = _parse_data("--held-out", rest, size, OBJECTIVES[name].data)
+        makers[label] = replace(data, file=check_calibration(models[0], name, data.file, "--held-out")).maker(name)
+    return makers
+
+
+def _parse_objective(text: str) -> tuple[str, str, str]:
+    """Label, name and what follows of NAME=... or LABEL:NAME=..."""
+    head, _, rest = text.partition("=")
+    label, colon, name = head.partition(":")
+    return label, name if colon else label, rest
+
+
+def _parse_data(flag: str, text: str, size: _Data, kind: str) -> _Data:
+    """FILE,samples=16,seq-len=256,seed=1; what is not given is as in `size`."""
+    given: dict[str, int] = {}
+    while match := re.fullmatch(r"(.*),(samples|seq-len|seed)=([0-9]+)", text, re.DOTALL):
+        text, name, number = match.groups()
+        least, most = {"samples": (1, MOST), "seq-len": (2, MOST), "seed": (0, MOST_SEED)}[name]
+        if name in given or not least <= int(number) <= most:
+            raise InputError(f"{flag}: {name} is given once, from {least} to {most}, not {number}")
+        if kind == "tasks" and name != "samples":
+            raise InputError(f"{flag}: {name} is of text; of questions, samples says how many")
+        given[name] = int(number)
+    if not text:
+        raise InputError(f"{flag}: names no file")
+    return replace(
+        size,
+        file=text,
+        num_samples=given.get("samples", size.num_samples),
+        seq_len=given.get("seq-len", size.seq_len),
+        seed=given.get("seed", size.seed),
+    )
 
 
 def _options_by_algorithm(options: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -110,18 +110,22 @@ class FusedModel:
         """As `Model.unpack`."""
         return packed
 
+    def normed(self, states: torch.Tensor) -> torch.Tensor:
+        """As `Model.normed`."""
+        return self._norm(self._model.final_norm, states)
+
     def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
         """As `Model.nll`."""
-        return self._operators.nll(self._final_norm(states), self._head.weight, tile)
+        return self._operators.nll(self.normed(states), self._head.weight, tile)
 
     def misses(self, states: torch.Tensor, tile) -> torch.Tensor:
         """As `Model.misses`."""
-        logits = nn.functional.linear(self._final_norm(states), self._head.weight)
+        logits = nn.functional.linear(self.normed(states), self._head.weight)
         return (logits.argmax(dim=-1)[tile.rows] != tile.tokens).float()
 
     def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
         """As `Model.kl`."""
-        return self._operators.kl(self._final_norm(dense), self._final_norm(states), self._head.weight, tile)
+        return self._operators.kl(self.normed(dense), self.normed(states), self._head.weight, tile)
 
     def head_bytes(self, measure: str) -> int:
         """As `Model.head_bytes`."""
@@ -149,9 +153,6 @@ class FusedModel:
 
     def _norm(self, norm: nn.Module, x, branch=None, residual=None) -> torch.Tensor:
         return self._operators.add_rms_norm(x, norm.weight, norm.variance_epsilon, branch, residual)
-
-    def _final_norm(self, states: torch.Tensor) -> torch.Tensor:
-        return self._norm(self._model.final_norm, states)
 
     def _check(self) -> None:
         """Every block's output against the generic path's, on a short row and a short tree."""

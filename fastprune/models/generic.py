@@ -163,9 +163,13 @@ class Model:
         state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
         return state, [self._by_name(args, kwargs) for args, kwargs in calls]
 
+    def normed(self, states: torch.Tensor) -> torch.Tensor:
+        """Final states [P, D] as the head reads them."""
+        return self.final_norm(states)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [P, V] of hidden states [P, D] taken before the final norm, in the model's dtype."""
-        return self._head(self.final_norm(hidden))
+        return self._head(self.normed(hidden))
 
     def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
         """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
@@ -181,7 +185,9 @@ class Model:
 
     def head_bytes(self, measure: str) -> int:
         """About what a measure holds for each position: logits, their float32 copy and its log-softmax; for "kl" the
-        dense model's too."""
+        dense model's too; for those that compare states, both models', and float64 copies of them."""
+        if measure in ("cosine", "nmse"):
+            return self.hidden_size * (2 * self.dtype.itemsize + 5 * 8)
         return self.vocab_size * (self.dtype.itemsize + 8) * (3 if measure == "kl" else 1)
 
     def numerics(self) -> str:

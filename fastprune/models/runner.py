@@ -31,6 +31,9 @@ class Runner(Protocol):
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """The state that was packed, after a unit."""
 
+    def normed(self, states: torch.Tensor) -> torch.Tensor:
+        """Final states [P, D] as the head reads them."""
+
     def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
         """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
 

@@ -2,7 +2,8 @@
 
 # Importing a family registers its algorithms, in the order in which they are listed.
 # isort: off
-from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, similarity, enumeration
+from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding, similarity
+from . import enumeration
 
 # isort: on
 from .protect import PRESETS, protected_units
@@ -22,7 +23,9 @@ from .registry import (
 )
 from .run import Search, SearchResult, run_search
 
-FAMILIES = (one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, similarity, enumeration)
+FAMILIES = (
+    one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding, similarity, enumeration,
+)  # fmt: skip
 
 __all__ = [
     "ALGORITHMS",

@@ -1,11 +1,13 @@
-"""One-shot: every unit is judged alone."""
+"""One-shot: every unit is judged alone, by the loss without it or by the gradients of its weights."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import numpy as np
 
 from .draws import as_removed
-from .registry import algorithm
+from .registry import Allowed, algorithm
 from .run import Removed, Search
 
 
@@ -18,6 +20,23 @@ def one_shot(search: Search) -> None:
     """
     singles = search.select([(unit,) for unit in search.candidates], max(1, search.num_remove))
     search.score([as_removed(unit for (unit,) in singles[: search.num_remove])])
+
+
+@algorithm(needs_gradients=True)
+def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) -> None:
+    """Remove the k units of lowest Taylor importance: the sum over a unit's weights of |w dL/dw|.
+
+    L is the loss of the whole model over the calibration set, so that gradients are summed over it before the absolute
+    value is taken. Biases do not count. A unit whose importance is not finite comes last. Needs an objective with a
+    gradient.
+
+    Source: Shortened LLaMA (arXiv 2402.02834).
+    Cost: 1 (and one forward and backward pass of the dense model, with a gradient of every weight).
+    Options:
+        power: 2 sums squares.
+    """
+    salience = search.evaluator.unit_salience(power)[search.candidates]
+    search.score([lowest(search, np.where(np.isfinite(salience), salience, np.inf))])
 
 
 def lowest(search: Search, values: np.ndarray) -> Removed:

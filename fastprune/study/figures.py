@@ -109,6 +109,38 @@ def spread_figure(groups: Mapping[str, Mapping[str, Sequence[float]]], dense: Ma
     return figure
 
 
+def calibration_figure(entries: Sequence[Mapping], title: str):
+    """What another calibration set changes, beside what another algorithm changes: a row for each algorithm.
+
+    entries: of `compare_calibrations`, of one model, budget and objective. The first panel has overlaps of removals,
+    each further one the differences of losses under one judge.
+    """
+    plt = _pyplot()
+    judges = list(entries[0]["losses"])
+    size = (2.4 + 2.6 * (1 + len(judges)), 1.3 + 0.25 * len(entries))
+    figure, panels = plt.subplots(1, 1 + len(judges), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    rows = [[entry["overlap"], *entry["losses"].values()] for entry in entries]
+    names = ["overlap of removed units", *(f"difference in loss: {judge}" for judge in judges)]
+    for column, (axes, name) in enumerate(zip(panels[0], names)):
+        for y, row in enumerate(rows):
+            axes.axhline(y, color=KEPT, linewidth=7, zorder=0)
+            for by, marker, filled in (("sets", "o", True), ("algorithms", "D", False)):
+                if row[column][by] is not None:
+                    colour = "C0" if filled else "none"
+                    axes.scatter(
+                        [row[column][by]], [y], s=30, marker=marker, facecolor=colour, edgecolor="C0", zorder=2
+                    )
+        axes.set(xlabel=name, ylim=(len(rows) - 0.4, -0.6), xlim=(-0.04, 1.04) if column == 0 else None)
+        if column and (most := axes.get_xlim()[1]) > 0:
+            axes.set_xlim(-0.04 * most, most)
+        _plain(axes)
+    panels[0][0].set_yticks(range(len(rows)), [entry["algorithm"] for entry in entries])
+    figure.suptitle(
+        f"{title}\nfilled: another calibration set; open: another algorithm", x=0.01, ha="left", fontsize=10
+    )
+    return figure
+
+
 def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str):
     """Heat map of the similarity of states before each unit and after the last, with the clusters of units below."""
     plt = _pyplot()

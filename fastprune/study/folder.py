@@ -73,13 +73,24 @@ def check_study_folder(folder: Path, known: Mapping[str, object]) -> bool:
     if not isinstance(found, dict):
         raise InputError(f"{inputs}: is not what a study has written; name another folder")
     plain = json.loads(json.dumps(known))
-    if others := [name for name, value in plain.items() if found.get(name) != value]:
+    others = [name for name, value in plain.items() if found.get(name) != value]
+    if others == ["machine"]:
+        what = ", ".join(sorted(_differing(found.get("machine"), plain["machine"])))
+        raise InputError(f"{folder}: holds a study made on another kind of machine ({what}); name another folder")
+    if others:
         raise InputError(f"{folder}: holds a study with other {', '.join(others)}; name another folder")
     if os.path.lexists(store):
         if not store.is_file():
             raise InputError(f"{store}: is not a file, and so no store of scores")
         SumStore(store).close()
     return True
+
+
+def _differing(a: object, b: object, name: str = "unknown") -> set[str]:
+    """The names of the innermost values that differ."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return {name} if a != b else set()
+    return {inner for key in {*a, *b} for inner in _differing(a.get(key), b.get(key), key)}
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def _best(cells: Sequence[Mapping]) -> list[dict]:
 
 
 def study_figures(study: Mapping) -> dict[str, list]:
-    """The figures of a study: patterns, ranks, spreads, similarity."""
+    """The figures of a study: patterns, ranks, spreads, calibration sets, similarity."""
     labels = list(study["objectives"])
     cells = [cell for cell in study["cells"] if not cell["error"]]
     names = {
@@ -51,7 +51,7 @@ def study_figures(study: Mapping) -> dict[str, list]:
         for model, units in study["num_units"].items()
         for num_remove in study["inputs"]["budgets"]
     }
-    found: dict[str, list] = {"patterns": [], "ranks": [], "spreads": [], "similarity": []}
+    found: dict[str, list] = {"patterns": [], "ranks": [], "spreads": [], "calibration": [], "similarity": []}
     for (model, num_remove), name in names.items():
         group = [cell for cell in cells if (cell["model"], cell["num_remove"]) == (model, num_remove)]
         rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in group]
@@ -73,7 +73,7 @@ def study_figures(study: Mapping) -> dict[str, list]:
             }
             if others:
                 found["ranks"].append(figures.rank_figure(name, chosen_by, others, losses))
-    for judged_by in labels:
+    for judged_by in (*labels, *study["held_out"]):
         strips: dict[str, dict[str, list[float]]] = {}
         for cell in cells:
             group = strips.setdefault(names[cell["model"], cell["num_remove"]], {})
@@ -81,6 +81,12 @@ def study_figures(study: Mapping) -> dict[str, list]:
         dense = {name: study["dense"][model][judged_by] for (model, _), name in names.items()}
         if strips:
             found["spreads"].append(figures.spread_figure(strips, dense, judged_by))
+    groups: dict[tuple, list[Mapping]] = {}
+    for entry in study["calibration"]:
+        groups.setdefault((entry["model"], entry["num_remove"], *entry["sets"]), []).append(entry)
+    for (model, num_remove, *sets), entries in groups.items():
+        title = f"{names[model, num_remove]}, calibrated on {', '.join(sets)}"
+        found["calibration"].append(figures.calibration_figure(entries, title))
     for model, entry in study["similarity"].items():
         if entry:
             title = f"{model}: RLS {entry['rls']:.3f}, {len(set(entry['clusters']))} clusters"

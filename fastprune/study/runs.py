@@ -22,7 +22,7 @@ from ..records import check_folder, write_json
 from ..search import check_algorithm, find_algorithm, require_sklearn, run_search
 from ..store import SumStore
 from .folder import Cell, check_label, check_study_folder, hold, read_cell, write_cell
-from .statistics import summarise, summarise_similarity
+from .statistics import compare_calibrations, summarise, summarise_similarity
 
 if TYPE_CHECKING:  # what checks a study does without torch
     from ..evaluator import Evaluator
@@ -41,32 +41,36 @@ def run_study(
     options: Mapping[str, Mapping[str, object]] | None = None,
     seed: int = 0,
     notify: Notify = lambda message: None,
+    held_out: Mapping[str, Callable[[Model], Objective]] | None = None,
     **evaluator_options,
 ) -> dict:
     """Run every search, cross-evaluate every chosen mask, and write `study.json`; returns its content.
 
     objectives: by label, functions from a model to an objective on its calibration set (so one objective can stand
-    several times, on several sets). options: of algorithms, by name. The directory keeps `inputs.json`, the score
-    store and one file per finished cell; a cell that is damaged, or was made with other settings, is named in a
+    several times, on several sets, which are then compared). options: of algorithms, by name. held_out: further
+    objectives that no search sees; every chosen mask is scored under them, too. The directory keeps `inputs.json`, the
+    score store and one file per finished cell; a cell that is damaged, or was made with other settings, is named in a
     RuntimeWarning and made again. A search that finds no finite loss is a cell with an error, and no reason to end.
-    Raises InputError, before the directory is touched, for one that belongs to other inputs or in which another
-    process is at work, and for algorithms, options, budgets or data that cannot be.
+    Raises InputError, before the directory is touched, for one that belongs to other inputs or another kind of machine,
+    or in which another process is at work, and for algorithms, options, budgets or data that cannot be.
     """
-    options = options or {}
+    options, held_out = options or {}, held_out or {}
     out = Path(out_dir)
     check_study(algorithms, options, out)
     if not (models and objectives and budgets):
         raise InputError("a study needs at least one model, objective, algorithm and budget")
-    evaluators = _Evaluators(models, objectives, evaluator_options)
+    evaluators = _Evaluators(models, objectives, held_out, evaluator_options)
     evaluators.check(algorithms, budgets, options)
     identity = evaluators.identity(algorithms, budgets, options, seed)
     if not check_study_folder(out, identity):
         evaluators.try_all()
     with hold(out):
-        return _run(evaluators, models, objectives, identity, options, out, notify)
+        return _run(evaluators, models, objectives, held_out, identity, options, out, notify)
 
 
-def _run(evaluators: _Evaluators, models, objectives, identity: dict, options, out: Path, notify: Notify) -> dict:
+def _run(
+    evaluators: _Evaluators, models, objectives, held_out, identity: dict, options, out: Path, notify: Notify
+) -> dict:
     """The study of these inputs, in a folder that is its own."""
     if not (out / "inputs.json").exists():
         write_json(out / "inputs.json", identity)
@@ -89,19 +93,22 @@ def _run(evaluators: _Evaluators, models, objectives, identity: dict, options, o
             write_cell(path, cell, made_with)
         cells.append(cell)
     notify("scoring every chosen mask under every objective")
-    cells = [cell for model in models for cell in _cross_evaluate(evaluators, model, objectives, cells)]
+    judges = [*objectives, *held_out]
+    cells = [cell for model in models for cell in _cross_evaluate(evaluators, model, judges, cells)]
+    described = evaluators.describe_objectives()
+    kinds = {label: (described[label]["name"], described[label]["settings"]) for label in objectives}
     matrices = {model.name: evaluators.get(model, next(iter(objectives))).similarity() for model in models}
     study = {
         "fastprune": __version__,
         "inputs": identity,
-        "objectives": evaluators.describe_objectives(),
-        "dense": {
-            model.name: {label: evaluators.get(model, label).dense_loss for label in objectives} for model in models
-        },
+        "objectives": {label: described[label] for label in objectives},
+        "held_out": {label: described[label] for label in held_out},
+        "dense": {model.name: {label: evaluators.get(model, label).dense_loss for label in judges} for model in models},
         "num_units": {model.name: evaluators.num_units(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
         "cells": [vars(cell) for cell in cells],
         **summarise(cells),
+        "calibration": compare_calibrations(cells, kinds, held_out or objectives),
     }
     write_json(out / "study.json", study, replace=True)  # a summary of the cells, made anew by every run
     return study
@@ -126,36 +133,49 @@ def _made_with(identity: dict, model: str, label: str, num_remove: int, algorith
         "algorithm": [algorithm, identity["algorithms"][algorithm]],
         "seed": identity["seed"],
         "granularity": identity["granularity"],
+        "backend": identity["backend"][model],
+        "machine": identity["machine"],
     }
 
 
 class _Evaluators:
     """The evaluators of a study, each made when it is first needed, all on one store."""
 
-    def __init__(self, models, objectives, options):
+    def __init__(self, models, objectives, held_out, options):
         names = [model.name for model in models]
         if len(set(names)) < len(names):
             raise InputError(f"a model is given twice: {', '.join(names)}")
-        for label in objectives:
+        for label in (*objectives, *held_out):
             check_label(label)
-        self._models, self._factories, self._options = list(models), objectives, options
-        self._objectives = {(m.name, label): make(m) for m in models for label, make in objectives.items()}
+        for label in held_out:
+            if label in objectives:
+                raise InputError(f"{label!r} is searched with; what is held out has a label of its own")
+        self._models, self._options, self._searched = list(models), options, list(objectives)
+        makers = {**objectives, **held_out}
+        self._objectives = {(m.name, label): make(m) for m in models for label, make in makers.items()}
         self._made: dict[tuple[str, str], Evaluator] = {}
         self._store: SumStore | None = None
 
     def identity(self, algorithms, budgets, options, seed) -> dict:
         """What makes a study this study."""
+        from ..fingerprint import machine_fingerprint  # only now: they bring torch
+        from ..models import make_runner
+
+        backend = self._options.get("backend", "auto")
         return {
             "models": {model.name: model.weights_hash for model in self._models},
             "dtype": {model.name: str(model.dtype) for model in self._models},
             "objectives": {
                 f"{name} {label}": [objective.name, objective.content_hash]
                 for (name, label), objective in self._objectives.items()
+                if label in self._searched
             },
             "algorithms": {name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms},
             "budgets": list(budgets),
             "seed": seed,
             "granularity": self._options.get("granularity", "block"),
+            "backend": {model.name: make_runner(model, backend).numerics() for model in self._models},
+            "machine": {model.device.type: machine_fingerprint(model.device) for model in self._models},
         }
 
     def check(self, algorithms, budgets, options) -> None:
@@ -177,7 +197,7 @@ class _Evaluators:
                     if chosen.check_size:
                         chosen.check_size(units, num_remove, self._options.get("granularity", "block"), **values)
         for (_, label), objective in self._objectives.items():
-            for algorithm in algorithms:
+            for algorithm in algorithms if label in self._searched else ():
                 if find_algorithm(algorithm).needs_gradients and not objective.differentiable:
                     name = f"{label!r} ({objective.name})"
                     raise InputError(f"{algorithm} needs gradients, which the objective {name} has not")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,38 @@ def summarise(cells: Sequence[Cell]) -> dict:
     return {"jaccard": jaccard, "spearman": spearman, "spread": spread}
 
 
+def compare_calibrations(cells: Sequence[Cell], objectives: Mapping[str, object], judges: Iterable[str]) -> list[dict]:
+    """What the choice of calibration set is worth, beside that of algorithm.
+
+    objectives: by label, what is searched for: labels with the same differ in their calibration sets alone. judges:
+    labels of the losses that are compared. For each model, budget, objective with several sets and algorithm: the mean
+    Jaccard overlap of its removals on two sets ("sets"), and with those of another algorithm on the same set
+    ("algorithms"); and of the same pairs, under each judge, the mean difference of their losses, as an absolute value.
+    None where there is no such pair. Searches that found nothing, and losses that are not finite, are left out.
+    """
+    judges, found = list(judges), []
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        if not cell.error:
+            groups.setdefault((cell.model, cell.num_remove), []).append(cell)
+    for (model, num_remove), group in groups.items():
+        for kind in _distinct(objectives.values()):
+            sets = [label for label in objectives if objectives[label] == kind]
+            alike = [cell for cell in group if cell.objective in sets]
+            for algorithm in dict.fromkeys(cell.algorithm for cell in alike) if len(sets) > 1 else ():
+                own = [cell for cell in alike if cell.algorithm == algorithm]
+                others = [cell for cell in alike if cell.algorithm != algorithm]
+                pairs = {
+                    "sets": list(combinations(own, 2)),
+                    "algorithms": [(a, b) for a in own for b in others if a.objective == b.objective],
+                }
+                entry = {"model": model, "num_remove": num_remove, "sets": sets, "algorithm": algorithm}
+                overlap = {by: _mean([_jaccard(a, b) for a, b in of]) for by, of in pairs.items()}
+                losses = {judge: {by: _mean(_differences(of, judge)) for by, of in pairs.items()} for judge in judges}
+                found.append({**entry, "overlap": overlap, "losses": losses})
+    return found
+
+
 def summarise_similarity(matrix: np.ndarray) -> dict | None:
     """The similarity of states on a calibration set, its redundancy score (RLS) and clusters (arXiv 2605.27786).
 
@@ -67,6 +99,19 @@ def summarise_similarity(matrix: np.ndarray) -> dict | None:
 def _jaccard(a: Cell, b: Cell) -> float:
     union = set(a.removed) | set(b.removed)
     return len(set(a.removed) & set(b.removed)) / len(union) if union else 1.0
+
+
+def _differences(pairs: Sequence[tuple[Cell, Cell]], judge: str) -> list[float]:
+    losses = [((a.losses or {})[judge], (b.losses or {})[judge]) for a, b in pairs]
+    return [abs(x - y) for x, y in losses if math.isfinite(x) and math.isfinite(y)]
+
+
+def _distinct(values: Iterable[object]) -> list[object]:
+    found: list[object] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -60,6 +60,27 @@ def results_table(title: str, rows: Iterable[tuple]) -> Table:
         saved = f"{naive / layer_runs:.1f}x" if layer_runs else "-"
         table.add_row(algorithm, *found, str(masks), f"{layer_runs:.0f}", f"{naive:.0f}", saved)
     return table
+
+
+def calibration_table(entries: Sequence[Mapping]) -> Table:
+    """What another calibration set changes, and in brackets what another algorithm changes (`compare_calibrations`)."""
+    table = Table(title="Another calibration set (another algorithm)", title_justify="left")
+    table.add_column("sets")
+    table.add_column("removed", justify="right")
+    table.add_column("algorithm", no_wrap=True)
+    table.add_column("overlap", justify="right")
+    for judge in entries[0]["losses"]:
+        table.add_column(Text(f"difference in {judge}"), justify="right")
+    for entry in entries:
+        losses = [_both(values, 5) for values in entry["losses"].values()]
+        row = (Text(", ".join(entry["sets"])), str(entry["num_remove"]), entry["algorithm"])
+        table.add_row(*row, _both(entry["overlap"], 3), *losses)
+    return table
+
+
+def _both(values: Mapping, digits: int) -> str:
+    first, second = ("n/a" if values[by] is None else f"{values[by]:.{digits}f}" for by in ("sets", "algorithms"))
+    return f"{first} ({second})"
 
 
 def pattern_text(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int) -> str:

@@ -17,7 +17,7 @@ from fastprune import testing
 from fastprune.search import ALGORITHMS
 
 OPTIONS = {"bayesian": {"trials": 30}}  # a Gaussian process is fitted for each trial
-BLIND = ("lorp", "shortgpt", "streamline")  # score nothing but the subset that they choose
+BLIND = ("lorp", "shortgpt", "streamline", "taylor")  # score nothing but the subset that they choose
 ALL_AT_ONCE = """
 import json
 from fastprune.search import ALGORITHMS
@@ -100,7 +100,7 @@ def evaluator(request) -> fp.Evaluator:
 
 @pytest.mark.slow
 def test_any_objective_and_granularity(name, evaluator):
-    if name == "cbo" and evaluator.objective.name in ("accuracy", "kl"):
+    if name in ("cbo", "taylor") and evaluator.objective.name in ("accuracy", "kl"):
         with pytest.raises(fp.InputError, match="use"):
             run(evaluator, name, 2)
         return

@@ -91,7 +91,7 @@ def test_a_field_too_large_to_enumerate_is_refused_before_anything_is_scored():
 
 
 def test_algorithms_that_need_gradients_say_so():
-    assert [name for name, known in ALGORITHMS.items() if known.needs_gradients] == ["cbo"]
+    assert [name for name, known in ALGORITHMS.items() if known.needs_gradients] == ["taylor", "cbo"]
 
 
 def test_protected_units_are_named_in_errors():

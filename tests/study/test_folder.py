@@ -30,9 +30,11 @@ def make_model() -> fp.Model:
     return fp.Model(LlamaForCausalLM(config).eval(), name="tiny")
 
 
+IDS = fp.TokenBatch.from_ids(np.random.default_rng(1).integers(0, 97, (4, 13)))
+
+
 def study(out, model: fp.Model | None = None, **more) -> dict:
-    ids = np.random.default_rng(1).integers(0, 97, (4, 13))
-    objectives = {"one": lambda model: fp.Perplexity(fp.TokenBatch.from_ids(ids))}
+    objectives = {"one": lambda model: fp.Perplexity(IDS)}
     return run_study([model or make_model()], objectives, ["one_shot", "greedy"], [1, 2], out, **more)
 
 
@@ -131,6 +133,18 @@ def test_what_a_kill_leaves_behind_does_not_block(finished, model, tmp_path):
     (tmp_path / ".inputs.json.4242").write_text('{"mod')
     again = study(tmp_path, model)
     assert found(again["cells"]) == found(finished[1]["cells"])
+
+
+def test_a_study_of_another_kind_of_machine_is_named(finished, model, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path / "s")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        with pytest.raises(fp.InputError, match=r"another kind of machine \(CUBLAS_WORKSPACE_CONFIG\); name another"):
+            study(out, model)
+    other = "generic" if fp.Evaluator(model, fp.Perplexity(IDS)).backend != "generic" else "fused"
+    with pytest.raises(fp.InputError, match="other backend; name another folder"):
+        study(out, model, backend=other)
+    assert found(study(out, model)["cells"]) == found(finished[1]["cells"])
 
 
 def test_checking_a_folder_makes_none(tmp_path):

@@ -198,7 +198,8 @@ def test_the_page_stands_alone(finished, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)', page)
     patterns, ranks, spreads = len(BUDGETS), len(BUDGETS) * len(OBJECTIVES), len(OBJECTIVES)
-    assert page.count("<svg") == page.count("</svg>") == patterns + ranks + spreads + 1
+    sets = len(BUDGETS)  # the objectives differ in their calibration sets alone
+    assert page.count("<svg") == page.count("</svg>") == patterns + ranks + spreads + sets + 1
     for word in (*ALGORITHMS, *OBJECTIVES, "tiny", "RLS"):
         assert word in page
 
@@ -213,6 +214,76 @@ def test_a_rank_figure_names_every_algorithm():
     columns = list(zip(*(line.get_ydata() for line in axes.lines)))
     assert all(len(set(column)) == len(losses) for column in columns)  # equal ranks do not lie on each other
     figures.as_svg(figure)
+
+
+def test_calibration_sets_are_compared_with_algorithms(model, tmp_path):
+    """Labels of one objective differ in their data alone: overlaps and held-out losses by set, and by algorithm."""
+    kl = {"kl": lambda model: fp.KLDivergence(fp.TokenBatch.from_ids([[1, 2, 3]]))}
+    study = run_study([model], {**OBJECTIVES, **kl}, ALGORITHMS, [2], tmp_path / "s", held_out={"new": text(3)})
+    cells = {(cell["objective"], cell["algorithm"]): cell for cell in study["cells"]}
+    evaluator = fp.Evaluator(model, text(3)(model))
+    for cell in cells.values():
+        assert cell["losses"]["new"] == evaluator.score(fp.from_removed([cell["removed"]], 6))[0]
+    assert study["dense"]["tiny"]["new"] == evaluator.dense_loss
+    assert [*study["objectives"], *study["held_out"]] == ["one", "other", "kl", "new"]
+
+    def changes(pairs) -> tuple[float, float]:
+        overlaps, differences = [], []
+        for a, b in pairs:
+            units = {*a["removed"]}, {*b["removed"]}
+            overlaps.append(len(units[0] & units[1]) / len(units[0] | units[1]))
+            differences.append(abs(a["losses"]["new"] - b["losses"]["new"]))
+        return np.mean(overlaps), np.mean(differences)
+
+    assert [entry["algorithm"] for entry in study["calibration"]] == ALGORITHMS
+    for entry in study["calibration"]:
+        name, others = entry["algorithm"], [other for other in ALGORITHMS if other != entry["algorithm"]]
+        assert entry["sets"] == ["one", "other"]
+        assert entry["losses"].keys() == {"new"}
+        expected = {
+            "sets": changes([(cells["one", name], cells["other", name])]),
+            "algorithms": changes([(cells[of, name], cells[of, other]) for of in entry["sets"] for other in others]),
+        }
+        for by, (overlap, difference) in expected.items():
+            assert entry["overlap"][by] == pytest.approx(overlap)
+            assert entry["losses"]["new"][by] == pytest.approx(difference)
+    write_report(study, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "How much does the calibration set matter?" in page
+    with pytest.raises(fp.InputError, match="'one' is searched with"):
+        run_study([model], OBJECTIVES, ALGORITHMS, [2], tmp_path / "t", held_out={"one": text(3)})
+
+
+def test_calibration_sets_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
+    size = ("--algorithms", "one_shot", "--num-remove", 1, "--num-samples", 4, "--seq-len", 16)
+    sets = (
+        "--calibration", f"a=text:{text_file}", "--calibration", f"b=text:{text_file},samples=2,seq-len=8,seed=3",
+        "--calibration", f"q=tasks:{questions},samples=3",
+    )  # fmt: skip
+    held_out = ("--held-out", f"perplexity={text_file},samples=6", "--out", tmp_path / "s")
+    status, out, _ = run("study", checkpoint, *size, *sets, *held_out)
+    assert status == 0
+    assert "Another calibration set" in out
+    study = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert study["objectives"].keys() == {"perplexity-a", "perplexity-b", "margin-q"}
+    assert study["held_out"].keys() == {"held-out-perplexity"}
+    model = fp.load_model(checkpoint)
+    batch = fp.load_text(text_file, model.tokenizer, 2, 8, 3)
+    of_b = next(cell for cell in study["cells"] if cell["objective"] == "perplexity-b")
+    assert of_b["loss"] == fp.Evaluator(model, fp.Perplexity(batch)).score(fp.from_removed([of_b["removed"]], 5))[0]
+    for wrong, message in (
+        (("--calibration", f"a=text:{text_file}"), "'a' is given twice"),
+        (("--calibration", f"c={text_file}"), "NAME=text:FILE or NAME=tasks:FILE"),
+        (("--calibration", f"c=tasks:{questions},seed=1"), "seed is of text"),
+        (("--calibration", f"c=text:{text_file},samples=0"), "samples is given once, from 1"),
+        (("--calibration", "c=text:nowhere.txt"), "nowhere.txt: no such file"),
+        (("--objective", "perplexity"), "no objective is calibrated on 'q'"),
+        (("--held-out", "perplexity"), "name a file"),
+        (("--held-out", f"nothing={text_file}"), "unknown objective 'nothing'"),
+        (("--held-out", f"perplexity-a:perplexity={text_file}"), "'perplexity-a' is searched with"),
+    ):
+        status, _, err = run("study", checkpoint, *size, *sets, *wrong, "--out", tmp_path / "t")
+        assert (status, message in err) == (2, True), err
 
 
 def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
