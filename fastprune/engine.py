@@ -98,6 +98,10 @@ class Engine:
         else:
             layout = self._check_layout(memory_bytes, layout)
         self._cut(layout)
+        room = memory_bytes - self._least_bytes(max(chunk.num_tokens for chunk in self.chunks))
+        most = max(len(chunk.sources) for chunk in self.chunks)
+        self._keeps_references = self.measure.needs_dense and most * self._reference_bytes <= room
+        self._references: dict[int, torch.Tensor] = {}  # by tile of the chunk that runs, see _reference
 
     def run(
         self, trie: Trie, progress: Progress | None = None, wanted: np.ndarray | None = None
@@ -119,6 +123,8 @@ class Engine:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not (self._shrink_cache() or self._take_smaller_steps()):
                     raise
+            finally:
+                self._references.clear()
 
     def most_together(self, longest: int) -> int:
         """The most sequences of so many units whose states, at the worst, the chunks were cut for."""
@@ -142,6 +148,7 @@ class Engine:
         done, total = 0, sum(schedule.unit_runs for schedule in schedules.values())
         for number, schedule in schedules.items():
             chunk, asked = self.chunks[number], np.flatnonzero(missing[number])
+            self._references.clear()
             pending: list[tuple[int, torch.Tensor]] = []
             with closing(self._walk(schedule, number)) as walk:
                 for end, hidden, units in walk:
@@ -254,14 +261,20 @@ class Engine:
         """The measure's values at every target of a chunk, [V, M], from one mask's final states [B, T, D]."""
         hidden = hidden.flatten(0, 1)
         values = []
-        for tile in self._tiles[number]:
-            dense = self._dense[number][tile.positions] if self.measure.needs_dense else None
-            values.append(self._measure_tile(hidden[tile.sources], tile, dense))
+        for index, tile in enumerate(self._tiles[number]):
+            reference = self._reference(number, index) if self.measure.reference else None
+            values.append(self.measure.compute(self.runner, hidden[tile.sources], tile, reference))
         return torch.cat(values, dim=1)
 
-    def _measure_tile(self, states: torch.Tensor, tile: Tile, dense: torch.Tensor | None) -> torch.Tensor:
-        """The values at a tile's targets, [V, M], from the final states at its sources, [P, D]."""
-        return self.measure.compute(self.runner, states, tile, dense)
+    def _reference(self, number: int, index: int) -> torch.Tensor:
+        """What the masks are compared with at a tile of a chunk; kept for the next mask where the budget has room."""
+        found = self._references.get(index)
+        if found is None:
+            dense = self._dense[number][self._tiles[number][index].positions]
+            found = self.measure.reference(self.runner, dense)
+            if self._keeps_references:
+                self._references[index] = found
+        return found
 
     def _run_dense(self) -> None:
         """Fill `_dense`: final states of the dense model where a target is predicted, [P, D] for each chunk."""
@@ -351,6 +364,7 @@ class Engine:
     def _take_smaller_steps(self) -> bool:
         """Cut chunks of half the size, or where they are single rows, tiles; False when both are as small as can be."""
         tile = self.layout.tile
+        self._keeps_references = False
         divisible = [chunk.num_tokens for chunk in self.chunks if len(chunk.rows) > 1]
         if divisible:
             max_tokens = max(divisible) // 2
@@ -373,11 +387,16 @@ class Engine:
         """One tile of the head, for its footprint."""
         none = torch.zeros(0, dtype=torch.int64, device=hidden.device)
         sources = torch.arange(len(hidden), device=hidden.device)
-        return self._measure_tile(hidden, Tile(slice(None), sources, none, none), hidden)
+        tile, reference = Tile(slice(None), sources, none, none), None
+        if self.measure.reference:
+            reference = self.measure.reference(self.runner, hidden)
+            self._reference_bytes = reference.nbytes // len(hidden)
+        return self.measure.compute(self.runner, hidden, tile, reference)
 
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
         alive = {id(s): s for s in (*slots, state) if s is not None}
-        held = sum(map(state_bytes, alive.values())) + sum(dense.nbytes for dense in self._dense)
+        held = sum(map(state_bytes, alive.values()))
+        held += sum(kept.nbytes for kept in (*self._dense, *self._references.values()))
         peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
         self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
 

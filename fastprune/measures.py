@@ -13,45 +13,55 @@ from .models import Runner
 
 @dataclass(frozen=True)
 class Measure:
-    """compute(runner, states [P, D], tile, dense [P, D] or None) -> [V, M], the values at a tile's targets.
+    """compute(runner, states [P, D], tile, reference [P, ...] or None) -> [V, M], the values at a tile's targets.
 
-    values: what they are, V of them. needs_dense: whether it compares with the dense model's final states.
+    values: what they are, V of them. reference(runner, dense [P, D]): what every mask is compared with, of the dense
+    model's final states; None for a measure that compares with nothing.
     """
 
     name: str
     compute: Callable[..., torch.Tensor]
     values: tuple[str, ...]
-    needs_dense: bool = False
+    reference: Callable[..., torch.Tensor] | None = None
+
+    @property
+    def needs_dense(self) -> bool:
+        return self.reference is not None
 
 
-def _nll(runner: Runner, states: torch.Tensor, tile, dense) -> torch.Tensor:
+def _nll(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
     return runner.nll(states, tile)[None]
 
 
-def _greedy(runner: Runner, states: torch.Tensor, tile, dense) -> torch.Tensor:
+def _greedy(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
     return torch.stack([runner.nll(states, tile), runner.misses(states, tile)])
 
 
-def _kl(runner: Runner, states: torch.Tensor, tile, dense) -> torch.Tensor:
-    return runner.kl(dense, states, tile)[None]
+def _kl_reference(runner: Runner, dense: torch.Tensor) -> torch.Tensor:
+    return runner.kl_reference(dense)
 
 
-def _cosine(runner: Runner, states: torch.Tensor, tile, dense) -> torch.Tensor:
-    found, expected = (
-        torch.nn.functional.normalize(normed, dim=-1, eps=0) for normed in _normed(runner, states, dense)
-    )
+def _kl(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
+    return runner.kl(reference, states, tile)[None]
+
+
+def _normed(runner: Runner, states: torch.Tensor) -> torch.Tensor:
+    """States as the head reads them, float64[P, D]."""
+    return runner.normed(states).double()
+
+
+def _direction(runner: Runner, states: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(_normed(runner, states), dim=-1, eps=0)
+
+
+def _cosine(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
     # half the squared distance of unit vectors is 1 - cosine: exact where they are equal, and never below 0
-    return ((found - expected).square().sum(dim=-1) / 2)[tile.rows][None]
+    return ((_direction(runner, states) - reference).square().sum(dim=-1) / 2)[tile.rows][None]
 
 
-def _nmse(runner: Runner, states: torch.Tensor, tile, dense) -> torch.Tensor:
-    found, expected = _normed(runner, states, dense)
-    return ((found - expected).square().sum(dim=-1) / expected.square().sum(dim=-1))[tile.rows][None]
-
-
-def _normed(runner: Runner, states: torch.Tensor, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both models' states as the head reads them, [P, D], in float64."""
-    return runner.normed(states).double(), runner.normed(dense).double()
+def _nmse(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
+    distance = (_normed(runner, states) - reference).square().sum(dim=-1)
+    return (distance / reference.square().sum(dim=-1))[tile.rows][None]
 
 
 MEASURES = {
@@ -59,8 +69,8 @@ MEASURES = {
     for measure in (
         Measure("nll", _nll, ("-log p of the target",)),
         Measure("greedy", _greedy, ("-log p of the target", "1 where the target is not the most likely token")),
-        Measure("kl", _kl, ("KL(dense || masked)",), needs_dense=True),
-        Measure("cosine", _cosine, ("1 - cosine of normed states, dense and masked",), needs_dense=True),
-        Measure("nmse", _nmse, ("|dense - masked|^2 / |dense|^2 of normed states",), needs_dense=True),
+        Measure("kl", _kl, ("KL(dense || masked)",), _kl_reference),
+        Measure("cosine", _cosine, ("1 - cosine of normed states, dense and masked",), _direction),
+        Measure("nmse", _nmse, ("|dense - masked|^2 / |dense|^2 of normed states",), _normed),
     )
 }

@@ -123,9 +123,13 @@ class FusedModel:
         logits = nn.functional.linear(self.normed(states), self._head.weight)
         return (logits.argmax(dim=-1)[tile.rows] != tile.tokens).float()
 
-    def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+    def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
+        """As `Model.kl_reference`; on a GPU normed states [P, D], since one kernel runs both heads."""
+        return self._operators.kl_reference(self.normed(dense), self._head.weight)
+
+    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
         """As `Model.kl`."""
-        return self._operators.kl(self.normed(dense), self.normed(states), self._head.weight, tile)
+        return self._operators.kl(reference, self.normed(states), self._head.weight, tile)
 
     def head_bytes(self, measure: str) -> int:
         """As `Model.head_bytes`."""

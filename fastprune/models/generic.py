@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fastprune_kernels.reference import token_kl, token_nll
+from fastprune_kernels.reference import kl_from, log_probabilities, token_nll
 
 from ..errors import InputError
 from ..fingerprint import mark
@@ -179,9 +179,13 @@ class Model:
         """1 where a tile's target is not the most likely token, else 0, [M], from the final states [P, D]."""
         return (self.logits(states).argmax(dim=-1)[tile.rows] != tile.tokens).float()
 
-    def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
-        """KL(dense || masked) where a tile's targets are predicted, [M], from both models' final states [P, D]."""
-        return token_kl(self.logits(dense), self.logits(states))[tile.rows]
+    def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
+        """What `kl` compares with, of the dense model's final states [P, D]: log-probabilities, float32[P, V]."""
+        return log_probabilities(self.logits(dense))
+
+    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+        """KL(dense || masked) where a tile's targets are predicted, [M], from the masked one's final states [P, D]."""
+        return kl_from(reference, self.logits(states))[tile.rows]
 
     def head_bytes(self, measure: str) -> int:
         """About what a measure holds for each position: logits, their float32 copy and its log-softmax; for "kl" the

@@ -120,9 +120,13 @@ class TorchOperators:
         """-log p of the tile's targets, [M], from normed states at its sources, [P, D]."""
         return reference.token_nll(F.linear(normed, weight), tile.rows, tile.tokens)
 
+    def kl_reference(self, dense, weight) -> torch.Tensor:
+        """What `kl` compares with, of the dense model's normed states [P, D]: log-probabilities, float32[P, V]."""
+        return reference.log_probabilities(F.linear(dense, weight))
+
     def kl(self, dense, masked, weight, tile) -> torch.Tensor:
         """KL(dense || masked) at the positions of the tile's targets, [M], from normed states [P, D]."""
-        return reference.token_kl(F.linear(dense, weight), F.linear(masked, weight))[tile.rows]
+        return reference.kl_from(dense, F.linear(masked, weight))[tile.rows]
 
     def head_bytes(self, model: Model, measure: str) -> int:
         """About what a measure holds for each position."""
@@ -207,6 +211,9 @@ class TritonOperators(TorchOperators):
 
     def nll(self, normed, weight, tile) -> torch.Tensor:
         return self._loss.linear_nll(normed, weight, tile.table).flatten()[tile.places]
+
+    def kl_reference(self, dense, weight) -> torch.Tensor:
+        return dense
 
     def kl(self, dense, masked, weight, tile) -> torch.Tensor:
         return self._loss.linear_kl(dense, masked, weight)[tile.rows]

@@ -40,7 +40,10 @@ class Runner(Protocol):
     def misses(self, states: torch.Tensor, tile) -> torch.Tensor:
         """1 where a tile's target is not the most likely token, else 0, [M]."""
 
-    def kl(self, dense: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+    def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
+        """What `kl` compares with at each position, [P, ...], of the dense model's final states [P, D]."""
+
+    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
         """KL(dense || masked) where a tile's targets are predicted, [M]."""
 
     def head_bytes(self, measure: str) -> int:

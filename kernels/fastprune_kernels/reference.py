@@ -14,7 +14,7 @@ def token_nll(logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> t
     logits [P, V] (float, any precision; computed in float32, or float64 if given), row int64[M] into them,
     token int64[M]. Returns [M].
     """
-    return -torch.log_softmax(_at_least_float32(logits), dim=-1)[row, token]
+    return -log_probabilities(logits)[row, token]
 
 
 def token_kl(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -22,9 +22,17 @@ def token_kl(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
 
     dense, masked: logits [P, V]. Returns [P].
     """
-    log_p = torch.log_softmax(_at_least_float32(dense), dim=-1)
-    log_q = torch.log_softmax(_at_least_float32(masked), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl_from(log_probabilities(dense), masked)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """log p(v) in nats, [P, V], of logits [P, V], in float32 or float64."""
+    return torch.log_softmax(_at_least_float32(logits), dim=-1)
+
+
+def kl_from(log_p: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """`token_kl` from the dense `log_probabilities`, which many masks share."""
+    return (log_p.exp() * (log_p - log_probabilities(masked))).sum(-1)
 
 
 def add_rms_norm(

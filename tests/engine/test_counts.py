@@ -282,3 +282,25 @@ def test_other_errors_are_not_taken_for_memory(model, batch, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes"):
         ev.score(np.ones(ev.num_units, dtype=bool))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("roomy", [False, True])
+def test_the_dense_head_runs_once_where_the_budget_has_room(model, batch, monkeypatch, backend, roomy):
+    objective = fp.KLDivergence(batch)
+
+    def make(memory_bytes):
+        return fp.Evaluator(model, objective, backend, memory_bytes=memory_bytes, cache_bytes=0)
+
+    ev = make(10**9 if roomy else smallest_budget(make))
+    masks, seen = some_masks(ev.num_units, 20, seed=6), []
+    dense_head = runner_of(ev).kl_reference
+
+    def spy(self, dense):
+        seen.append(len(dense))
+        return dense_head(self, dense)
+
+    monkeypatch.setattr(runner_of(ev), "kl_reference", spy)
+    ev.score(masks)
+    sources = len(np.unique(batch.target_source))
+    assert sum(seen) == sources * (1 if roomy else ev.stats.head_runs)
+    assert ev.stats.peak_activation_bytes <= (10**9 if roomy else smallest_budget(make))
