@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Workers of one thread each: threads that wait at barriers would take the cores from one another.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all torture test-fast test-portable lint format bench native-test test-triton-3.6 package docs clean
+.PHONY: demo test test-all torture test-fast test-portable lint format bench bench-full native-test test-triton-3.6 package docs clean
 
 demo: .venv/installed
 	$(BIN)/fastprune demo
@@ -36,6 +36,12 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-columns=median,iqr,rounds
+
+# The same with longer axes, written as JSON, and a figure of how cost grows (build/growth.png).
+bench-full: .venv/installed
+	mkdir -p build
+	GROWTH=full BENCH_JSON=build/bench.json $(BIN)/python -m pytest bench --benchmark-enable \
+	  --benchmark-columns=median,iqr,rounds
 
 # The C++ tests under the address and undefined-behaviour sanitizers.
 native-test:
