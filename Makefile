@@ -10,7 +10,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 demo: .venv/installed
 	$(BIN)/fastprune demo
 
-# Everything but what takes most of a minute: compilation for other cards than sm_90, pages that run the harness whole.
+# Everything but what takes most of a minute: compilation but that of bfloat16 for sm_90, pages that run the harness whole.
 test: .venv/installed
 	$(TESTS) -m "not nightly"
 

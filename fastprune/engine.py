@@ -88,6 +88,7 @@ class Engine:
         per_mask = 24 * len(self.measure.values) * batch.num_continuations  # sums, and twice that to reduce them
         self.most_sums = max(1, memory_bytes // SUMS_SHARE // per_mask)
         self._slots = max_slots(self.num_units, MAX_SEQUENCES)
+        self._positions = len(np.unique(batch.target_source))  # that predict something
         if layout is None:
             per_position = self.runner.head_bytes(measure)
             tile = max(LEAST_TILE, min(TILE_BYTES[kind], memory_bytes // 4) // per_position // 8 * 8)
@@ -336,10 +337,12 @@ class Engine:
         """What the dense model's final states weigh, where the measure compares with them."""
         if not self.measure.needs_dense:
             return 0
-        return len(np.unique(self.batch.target_source)) * self.model.hidden_size * self.model.dtype.itemsize
+        return self._positions * self.model.hidden_size * self.model.dtype.itemsize
 
     def _measure(self, tile: int) -> None:
-        """Note what the activations of the longest rows, and one tile of the head, weigh."""
+        """Note what the activations of the longest rows, and one tile of the head, weigh: of as many positions at most
+        as the batch has."""
+        tile = min(tile, self._positions)
         with self.model.evaluation():
             self._footprint = measure_footprint(self.runner, self.batch, self.granularity, self._measure_nothing, tile)
 

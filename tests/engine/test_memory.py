@@ -59,10 +59,10 @@ def measure(script: str, **constants: int) -> dict:
 
 
 @pytest.mark.slow
-def test_a_thousand_random_masks_in_64_mib():
+def test_five_hundred_random_masks_in_32_mib():
     """A state weighs 0.13 MiB here: keeping that of every mask, or of every node of the trie, would take 2 or 9 times
     the budget."""
-    budget = 64 << 20
+    budget = 32 << 20
     found = measure(
         f"""
 peak, growth = grown(lambda: score({budget}))
@@ -71,7 +71,7 @@ print(json.dumps(dict(peak=peak, growth=growth, meter=meter)))
 """,
         INTERMEDIATE=192,
         ROWS=2,
-        MASKS=1000,
+        MASKS=500,
     )
     assert found["meter"] >= 0.95 * budget  # the meter sees what is allocated
     assert 1 << 20 < found["growth"] <= budget
@@ -99,8 +99,8 @@ print(json.dumps(dict(peak=peak, growth=growth, free_peak=free_peak, free=free))
 
 
 def test_the_prefix_cache_adds_its_budget_and_no_more():
-    """Every node of the trie would take 9 times both budgets together."""
-    budget, cache = 32 << 20, 32 << 20
+    """Every node of the trie would take 7 times both budgets together."""
+    budget, cache = 24 << 20, 16 << 20
     found = measure(
         f"""
 peak, growth = grown(lambda: score({budget}, {cache}))
@@ -108,7 +108,7 @@ print(json.dumps(dict(peak=peak, growth=growth)))
 """,
         INTERMEDIATE=192,
         ROWS=2,
-        MASKS=1000,
+        MASKS=500,
     )
     assert found["growth"] <= budget + cache
     assert found["growth"] >= cache // 2  # it is used

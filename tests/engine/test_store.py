@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_tasks
+from torture.harness import forked
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
@@ -87,21 +86,13 @@ def test_not_finite_losses_are_kept(tmp_path):
 
 
 def test_a_killed_run_keeps_what_it_had_finished(tmp_path):
-    program = (
-        "import os, sys, fastprune as fp\n"
-        "from engine.test_store import *\n"
-        f"ev = fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store={str(tmp_path / 's.db')!r})\n"
-        "ev.score(MASKS[:6]); "
-    )
-    assert run(program + "os.kill(os.getpid(), 9)") == (-9, "")
-    assert run(program + "print(ev.stats.store_hits)") == (0, "6\n")
+    def begin() -> fp.Evaluator:
+        ev = fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=tmp_path / "s.db")
+        ev.score(MASKS[:6])
+        return ev
 
-
-def run(program: str) -> tuple[int, str]:
-    """The status and the output of a process of its own, whose switches no other test has changed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=-1, text=True, check=False)
-    return done.returncode, done.stdout
+    assert forked(lambda: begin() and os.kill(os.getpid(), 9)).status == -9
+    assert forked(lambda: print(begin().stats.store_hits)).out == "6\n"
 
 
 def in_chunks(**options) -> fp.Evaluator:
@@ -110,19 +101,17 @@ def in_chunks(**options) -> fp.Evaluator:
 
 
 def test_a_run_that_is_killed_within_a_call_repeats_no_finished_chunk(tmp_path):
-    program = (
-        "import os, fastprune as fp\n"
-        "from engine.test_store import *\n"
-        "def die(done, total):\n"
-        "    if done >= total * 0.7: os.kill(os.getpid(), 9)\n"
-        "def ask(**options):\n"
-        "    ev = in_chunks(**options)\n"
-        "    print(ev.score(MASKS).tobytes().hex(), ev.stats.layer_runs)\n"
-    )
-    store = f"store={str(tmp_path / 's.db')!r}"
-    assert run(program + f"ask({store}, progress=die)") == (-9, "")
-    _, out = run(program + f"ask(); ask({store})")
-    (expected, whole), (found, again) = (line.split() for line in out.splitlines())
+    def die(done: int, total: int) -> None:
+        if done >= total * 0.7:
+            os.kill(os.getpid(), 9)
+
+    def ask(**options) -> None:
+        ev = in_chunks(**options)
+        print(ev.score(MASKS).tobytes().hex(), ev.stats.layer_runs)
+
+    store = tmp_path / "s.db"
+    assert forked(lambda: ask(store=store, progress=die)).status == -9
+    (expected, whole), (found, again) = (forked(lambda o=o: ask(**o)).out.split() for o in ({}, {"store": store}))
     assert found == expected
     assert 0 < float(again) < 0.7 * float(whole)
 

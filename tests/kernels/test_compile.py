@@ -20,6 +20,8 @@ import dataclasses, json, sys
 from fastprune_kernels import resources
 found = {}
 for case in resources.cases(sys.argv[1]):
+    if sys.argv[2] not in str(case):
+        continue
     r = resources.measure(case)
     found[str(case)] = {"kernel": case.kernel, **dataclasses.asdict(r)}
 print(json.dumps([resources.SHARED_LIMIT[sys.argv[1]], found]))
@@ -28,15 +30,16 @@ MATRIX_UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcge
 MATRIX_KERNELS = ("linear_nll", "finish_nll", "linear_kl", "tree_attention")
 
 
-def compile_every_kernel(arch: str, folder) -> tuple[int, dict[str, dict]]:
-    """The limit of shared memory, and what each case takes, by its name: from a process whose kernels are compiled.
+def compile_every_kernel(arch: str, only: str, folder) -> tuple[int, dict[str, dict]]:
+    """The limit of shared memory, and what each case takes, by its name, of which `only` is a part: from a process whose
+    kernels are compiled.
 
     Nothing comes from Triton's cache: what the assembler says is said while it works. So there is one test for each.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", COMPILE, arch]
+    command = [sys.executable, "-c", COMPILE, arch, only]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     limit, found = json.loads(done.stdout.splitlines()[-1])
@@ -45,11 +48,11 @@ def compile_every_kernel(arch: str, folder) -> tuple[int, dict[str, dict]]:
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=[] if arch == "sm_90" else pytest.mark.nightly) for arch in MATRIX_UNITS]
+    ("arch", "only"), [("sm_90", "bf16"), *(pytest.param(arch, "", marks=pytest.mark.nightly) for arch in MATRIX_UNITS)]
 )
-def test_compiled_code(arch, pytestconfig):
+def test_compiled_code(arch, only, pytestconfig):
     """It fits, does not spill, makes its products on the matrix unit, and copies ahead while it makes them."""
-    limit, found = compile_every_kernel(arch, pytestconfig.rootpath / "kernels")
+    limit, found = compile_every_kernel(arch, only, pytestconfig.rootpath / "kernels")
     assert {r["kernel"] for r in found.values()} >= {"add_rms_norm", "gated_mlp", "rotary", *MATRIX_KERNELS}
     assert {name: r["spills"] for name, r in found.items() if r["spills"]} == {}
     assert {name: r["shared"] for name, r in found.items() if r["shared"] > limit} == {}

@@ -84,7 +84,7 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
         monkeypatch.setattr(kernel, "pre_run_hooks", [note])
     hf = build("qwen3").to(DEVICE)
     for questions in ([(7, [1, 3]), (2, [1] * 18)], [(1, [1, 1])], [(10, [3, 3]), (3, [1] * 3)]):
-        evaluator(hf, fp.TaskMargin(make_tasks(hf.config.vocab_size, questions))).score(MASKS)
+        evaluator(hf, fp.TaskMargin(make_tasks(hf.config.vocab_size, questions))).score(MASKS[:1])
     # a norm that keeps the sum is one more; the head's are two kernels
     expected = ["gated_mlp_kernel", "linear_nll_kernel", "finish_nll_kernel", "rotary_kernel", "tree_attention_kernel"]
     assert {name: len(keys) for name, keys in seen.items()} == {"add_rms_norm_kernel": 2, **dict.fromkeys(expected, 1)}
