@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .bands import FLOPS_PER_BYTE, make_groups
+from .bands import FLOPS_PER_BYTE, Groups, make_groups
 from .chunks import Chunk, Tile, make_chunk
 from .data import TokenBatch
 from .errors import InputError
@@ -29,12 +29,12 @@ from .fingerprint import machine_fingerprint
 from .footprint import measure_footprint
 from .layout import Layout, make_layout
 from .measures import MEASURES
-from .memory import is_out_of_memory
+from .memory import available_bytes, is_out_of_memory
 from .models import Model, make_runner
 from .models.attention import BACKENDS
 from .models.stand_ins import State, hidden_of, state_bytes
 from .schedule import ROOT, Schedule, Visit, make_schedule, max_slots
-from .states import Frontier, PrefixCache
+from .states import SHARE, Frontier, PrefixCache
 from .store import SumStore, units_key
 from .trie import Seen, Trie, make_trie
 
@@ -103,10 +103,7 @@ class Engine:
         if layout is None:
             per_position = self.runner.head_bytes(measure)
             tile = max(LEAST_TILE, min(TILE_BYTES[kind], memory_bytes // 4) // per_position // 8 * 8)
-            wanted = CHUNK_TOKENS
-            if kind == "cpu":
-                wanted = max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
-            layout = self._fit(memory_bytes, wanted, tile)
+            layout = self._fit(memory_bytes, _chunk_tokens(model), tile)
         else:
             layout = self._check_layout(memory_bytes, layout)
         self._cut(layout)
@@ -517,6 +514,36 @@ class Engine:
         held += sum(kept.nbytes for kept in (*self._dense, *self._references.values()))
         peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
         self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
+
+
+def _chunk_tokens(model: Model) -> int:
+    """Tokens of a chunk, where they fit."""
+    if model.device.type == "cuda":
+        return CHUNK_TOKENS
+    return max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
+
+
+def expect_groups(model: Model, num_masks: int, num_rows: int = 64, seq_len: int = 2048) -> Groups:
+    """About how often scoring would read the blocks of a model whose weights stay in files: random masks without a
+    quarter of the blocks, on rows of so many tokens, in the default budget."""
+    kind = "cuda" if model.device.type == "cuda" else "cpu"
+    rng = np.random.default_rng(0)
+    kept = max(1, model.num_blocks - model.num_blocks // 4)
+    sequences = [tuple(sorted(rng.permutation(model.num_blocks)[:kept].tolist())) for _ in range(num_masks)]
+    band_of = [number for number, band in enumerate(model.bands) for _ in band]
+    schedule = make_schedule(make_trie(sequences), band_of=band_of)
+    rows = max(1, _chunk_tokens(model) // seq_len)
+    tokens = [min(rows, num_rows - start) * seq_len for start in range(0, num_rows, rows)]
+    state, room = model.hidden_size * model.dtype.itemsize, model.weights.room
+    walk = 2 * (schedule.num_slots + 1) * state * tokens[0]  # with about as much for a unit's workspace
+    return make_groups(
+        [schedule.frontier_peak * state * count for count in tokens],
+        [2 * schedule.unit_runs * count * (room.block_bytes // model.dtype.itemsize) for count in tokens],
+        room.num_blocks * room.block_bytes,
+        max(0, BUDGET_BYTES[kind] - BUDGET_BYTES[kind] // SUMS_SHARE - walk),
+        available_bytes(torch.device("cpu")) // SHARE if kind == "cuda" else 0,
+        FLOPS_PER_BYTE[kind],
+    )
 
 
 def _check_rows(model: Model, batch: TokenBatch) -> None:

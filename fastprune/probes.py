@@ -68,7 +68,7 @@ def _states(model: Model, batch: TokenBatch, granularity: str) -> Iterator[tuple
         states: list[list] = [[state] for _, state, _ in walks]
         for band in model.visit():
             for (_, _, arguments), of in zip(walks, states, strict=True):
-                for unit in range(per_block * band[0], per_block * (band[-1] + 1)):
+                for unit in (per_block * block + half for block in band for half in range(per_block)):
                     of.append(model.run(unit, of[-1], arguments, granularity))
         for row, of in zip(rows, states, strict=True):
             yield row, [hidden_of(state)[0] for state in of]
@@ -134,8 +134,8 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
     _check_differentiable("unit salience needs", objective)
     if model.weights is not None:
         raise InputError(
-            f"{model.name}: unit salience holds a gradient of every weight, which does not fit where weights are streamed "
-            "(weights_bytes); open it without"
+            f"{model.name}: unit salience holds a gradient of every weight, more than where weights are streamed "
+            "(weights_bytes) may fit; open it without"
         )
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)

@@ -133,9 +133,9 @@ def _frontier_peak(steps: list[Step], num_known: int) -> int:
     """The most frontier states that are held at once."""
     count = peak = 0
     for step in steps:
+        count -= step.last_use and step.source <= -2 - num_known
         count += step.frontier >= 0
         peak = max(peak, count)
-        count -= step.last_use and step.source <= -2 - num_known
     return peak
 
 
