@@ -4,19 +4,24 @@ For every chunk of the calibration set the model embeds the tokens once. The ste
 states, depth first; a state is held until its last child has begun, or beyond the call where the prefix cache has it.
 Where a sequence ends, the head turns its state into the values of the measure at every target, a tile of positions at a
 time. They leave the device in batches and are summed over each continuation in a fixed order, in float64.
+
+Where not all weights fit, a group of chunks goes through the model together, a band of blocks at a time: while one is
+loaded, every chunk runs the steps of that visit, depth first, and leaves states that later visits read (`Frontier`).
+All weights loaded is one band, one visit, and every chunk a group of its own.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .bands import FLOPS_PER_BYTE, Groups, make_groups
 from .chunks import Chunk, Tile, make_chunk
 from .data import TokenBatch
 from .errors import InputError
@@ -24,14 +29,14 @@ from .fingerprint import machine_fingerprint
 from .footprint import measure_footprint
 from .layout import Layout, make_layout
 from .measures import MEASURES
-from .memory import is_out_of_memory
+from .memory import available_bytes, is_out_of_memory
 from .models import Model, make_runner
 from .models.attention import BACKENDS
 from .models.stand_ins import State, hidden_of, state_bytes
-from .schedule import ROOT, Schedule, make_schedule, max_slots
-from .states import PrefixCache
+from .schedule import ROOT, Schedule, Visit, make_schedule, max_slots
+from .states import SHARE, Frontier, PrefixCache
 from .store import SumStore, units_key
-from .trie import Seen, Trie, Units, make_trie
+from .trie import Seen, Trie, make_trie
 
 Progress = Callable[[int, int], None]
 
@@ -56,6 +61,7 @@ class Engine:
     store: sums that are known, and are kept as they are finished. peak_activation_bytes: the most that were held so
     far, workspaces as measured on this model. row_runs, row_heads: units, and heads, that were run so far, counted
     where that happens, once for each row of the batch. row_unbounded: unit runs, had every state been kept.
+    weight_loads: blocks whose weights were read; weight_bytes: of files, for these.
     """
 
     def __init__(
@@ -83,6 +89,12 @@ class Engine:
         self.runner = make_runner(model, backend)
         self.peak_activation_bytes = 0
         self.row_runs = self.row_heads = self.row_unbounded = 0
+        self.weight_loads = self.weight_bytes = 0
+        per_block = self.num_units // max(1, model.num_blocks)
+        self._block_of = [unit // per_block for unit in range(self.num_units)]
+        self._band_of = [number for number, band in enumerate(self.runner.bands) for _ in range(len(band) * per_block)]
+        self._frontier = Frontier(cache_dir, model.device)
+        self._memory_bytes = memory_bytes
         self.cache = PrefixCache(cache_bytes, cache_dir, model.device)
         self._cached_of: tuple | None = None
         per_mask = 24 * len(self.measure.values) * batch.num_continuations  # sums, and twice that to reduce them
@@ -92,16 +104,15 @@ class Engine:
         if layout is None:
             per_position = self.runner.head_bytes(measure)
             tile = max(LEAST_TILE, min(TILE_BYTES[kind], memory_bytes // 4) // per_position // 8 * 8)
-            wanted = CHUNK_TOKENS
-            if kind == "cpu":
-                wanted = max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
-            layout = self._fit(memory_bytes, wanted, tile)
+            layout = self._fit(memory_bytes, _chunk_tokens(model), tile)
         else:
             layout = self._check_layout(memory_bytes, layout)
         self._cut(layout)
         room = memory_bytes - self._least_bytes(max(chunk.num_tokens for chunk in self.chunks))
         most = max(len(chunk.sources) for chunk in self.chunks)
         self._keeps_references = self.measure.needs_dense and most * self._reference_bytes <= room
+        if self._keeps_references:
+            self._memory_bytes -= most * self._reference_bytes  # what is left for all else
         self._references: dict[int, torch.Tensor] = {}  # by tile of the chunk that runs, see _reference
 
     def run(
@@ -119,7 +130,7 @@ class Engine:
             raise InputError(f"{count} distinct masks in one call; at most {MAX_SEQUENCES} are planned together")
         while True:
             try:
-                with self.model.evaluation():
+                with self.model.evaluation(), self._counted_loads():
                     return self._run(trie, progress or (lambda done, total: None), wanted)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not (self._shrink_cache() or self._take_smaller_steps()):
@@ -146,21 +157,122 @@ class Engine:
         if self.measure.needs_dense and any(rows.any() for rows in missing.values()):
             self._run_dense()
         schedules = self._schedule(trie, {number: rows for number, rows in missing.items() if rows.any()})
+        if self._split(schedules) and len(keys) > 1:
+            return self._run_halves(trie, progress, wanted)
         done, total = 0, sum(schedule.unit_runs for schedule in schedules.values())
-        for number, schedule in schedules.items():
-            chunk, asked = self.chunks[number], np.flatnonzero(missing[number])
-            self._references.clear()
-            pending: list[tuple[int, torch.Tensor]] = []
-            with closing(self._walk(schedule, number)) as walk:
-                for end, hidden, units in walk:
-                    if end >= 0:
-                        pending.append((int(asked[end]), self._measure_targets(hidden, number)))
-                    if len(pending) == PENDING:
-                        self._finish(pending, chunk, sums, context, keys)
-                    done += units
-                    progress(done, total)
-            self._finish(pending, chunk, sums, context, keys)
+        asked = {number: np.flatnonzero(rows) for number, rows in missing.items()}
+        for group in self._groups(schedules):
+            with closing(self._walks({number: schedules[number] for number in group})) as walks:
+                for number, steps in walks:
+                    chunk, pending = self.chunks[number], []
+                    self._references.clear()
+                    for end, hidden, units in steps:
+                        if end >= 0:
+                            pending.append((int(asked[number][end]), self._measure_targets(hidden, number)))
+                        if len(pending) == PENDING:
+                            self._finish(pending, chunk, sums, context, keys)
+                        done += units
+                        progress(done, total)
+                    self._finish(pending, chunk, sums, context, keys)
         return sums, ~np.any([*missing.values(), np.zeros(len(keys), dtype=bool)], axis=0)
+
+    def _run_halves(self, trie: Trie, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """As `_run`, one half of the sequences after the other."""
+        done = known = 0
+        found = []
+
+        def note(now: int, total: int) -> None:
+            nonlocal known
+            known = now
+            progress(done + now, done + total)
+
+        middle = len(trie.sequences) // 2
+        for part in (trie.sequences[:middle], trie.sequences[middle:]):
+            found.append(self._run(make_trie(part), note, wanted))
+            done += known
+        sums, from_store = zip(*found)
+        return np.concatenate(sums), np.concatenate(from_store)
+
+    # -- bands -----------------------------------------------------------------------------------------------------
+
+    def _frontier_bytes(self, schedule: Schedule, number: int) -> int:
+        """What a chunk's states between visits weigh at their most."""
+        return schedule.frontier_peak * int(self._footprint.state * self.chunks[number].num_tokens)
+
+    def _room(self, schedules: dict[int, Schedule]) -> tuple[int, int]:
+        """Bytes for states between visits: what the budget leaves beside a walk, and what slower tiers may take."""
+        widest = max(self.chunks[number].num_tokens for number in schedules)
+        slots = max(schedule.num_slots for schedule in schedules.values())
+        walk = self._footprint.needed(widest, slots) + self._dense_bytes()
+        memory = max(0, self._memory_bytes - self._memory_bytes // SUMS_SHARE - walk)
+        return memory, self._frontier.start(memory)
+
+    def _split(self, schedules: dict[int, Schedule]) -> bool:
+        """Whether the states between visits of a single chunk do not fit, so that masks must be scored in parts."""
+        if not any(schedule.frontier for schedule in schedules.values()):
+            return False
+        return max(self._frontier_bytes(s, number) for number, s in schedules.items()) > sum(self._room(schedules))
+
+    def _groups(self, schedules: dict[int, Schedule]) -> list[list[int]]:
+        """The chunks that go through the model together, see `bands`."""
+        numbers = list(schedules)
+        if len(self.runner.bands) == 1 or not numbers:
+            return [[number] for number in numbers]
+        memory, slower = self._room(schedules)
+        room = self.model.weights.room
+        per_token = 2 * room.block_bytes // self.model.dtype.itemsize * room.num_blocks // self.num_units
+        groups = make_groups(
+            [self._frontier_bytes(schedules[number], number) for number in numbers],
+            [schedules[number].unit_runs * self.chunks[number].num_tokens * per_token for number in numbers],
+            room.num_blocks * room.block_bytes,
+            memory,
+            slower,
+            FLOPS_PER_BYTE["cuda" if self.model.device.type == "cuda" else "cpu"],
+        )
+        return [[numbers[place] for place in group] for group in groups.groups]
+
+    def _walks(self, schedules: dict[int, Schedule]) -> Iterator[tuple[int, Iterator[tuple[int, torch.Tensor, int]]]]:
+        """A group of chunks, band by band: (chunk, its steps while that band is loaded, see `_walk`)."""
+        cache, finished = self.cache, False
+        try:
+            for number, schedule in schedules.items():
+                cache.drop(number, schedule.dropped)
+            visits: dict[int, dict[int, Visit]] = {}
+            for number, schedule in schedules.items():
+                for visit in schedule.visits:
+                    visits.setdefault(visit.number, {})[number] = visit
+            order = sorted(visits)
+            bands = [self._needed(schedules, visits[visit]) for visit in order]
+            for visit, _ in zip(order, self.runner.visit(bands)):
+                for number, part in visits[visit].items():
+                    with closing(self._walk(schedules[number], part, number)) as steps:
+                        yield number, steps
+            for number, schedule in schedules.items():
+                cache.settle(number, schedule.retained, schedule.likelihood)
+            finished = True
+        finally:
+            self._frontier.clear()
+            if not finished:
+                for number in schedules:
+                    cache.forget(number)
+
+    def _needed(self, schedules: dict[int, Schedule], visits: dict[int, Visit]) -> Sequence[int]:
+        """The blocks that a visit runs."""
+        if len(self.runner.bands) == 1:
+            return self.runner.bands[0]
+        steps = (schedules[number].steps[visit.start : visit.stop] for number, visit in visits.items())
+        return sorted({self._block_of[unit] for step in itertools.chain.from_iterable(steps) for unit in step.units})
+
+    @contextmanager
+    def _counted_loads(self) -> Iterator[None]:
+        weights = self.model.weights
+        before = (0, 0) if weights is None else (weights.loads, weights.bytes)
+        try:
+            yield
+        finally:
+            if weights is not None:
+                self.weight_loads += weights.loads - before[0]
+                self.weight_bytes += weights.bytes - before[1]
 
     def _schedule(self, trie: Trie, missing: dict[int, np.ndarray]) -> dict[int, Schedule]:
         """What is run on each chunk, given the sums that are missing there and the states that are known.
@@ -180,7 +292,7 @@ class Engine:
                 new = trie
                 if known or not rows.all():
                     new = make_trie(itertools.compress(trie.sequences, rows), known)
-                made[key] = make_schedule(new, likelihood, capacity), new
+                made[key] = make_schedule(new, likelihood, capacity, self._band_of), new
             found[number] = made[key][0]
             self.row_unbounded += self._seen.add(number, made[key][1]) * len(self.chunks[number].rows)
         return found
@@ -218,41 +330,42 @@ class Engine:
             self.store.put(context, chunk.key, finished)
         pending.clear()
 
-    def _walk(self, schedule: Schedule, number: int) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """Run a schedule's steps on one chunk; after each, yield (its end or -1, hidden [B, T, D], units run)."""
-        chunk, cache = self.chunks[number], self.cache
-        finished = False
-        try:
-            cache.drop(number, schedule.dropped)
-            embedded, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
-            slots: list[State | None] = [None] * schedule.num_slots
-            for step in schedule.steps:
-                if step.source == ROOT:  # the first step, if any
-                    state, embedded = embedded, None
-                elif step.source >= 0:
-                    state = slots[step.source]
-                    if step.last_use:
-                        slots[step.source] = None
-                else:
-                    state = self._take(schedule.known[-2 - step.source], number, step.last_use)
-                retained = dict(step.retained)
-                for count, unit in enumerate(step.units, start=1):
-                    self._note_peak(slots, state, chunk)
-                    state = self.runner.run(unit, state, arguments, self.granularity)
-                    self.row_runs += len(chunk.rows)
-                    if count in retained:
-                        cache.put(number, retained[count], self.runner.pack(state))
-                if step.target >= 0:
-                    slots[step.target] = state
-                yield step.end, hidden_of(state), len(step.units)
-            cache.settle(number, schedule.retained, schedule.likelihood)
-            finished = True
-        finally:
-            if not finished:
-                cache.forget(number)
+    def _walk(self, schedule: Schedule, visit: Visit, number: int) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """Run a visit's steps on one chunk; after each, yield (its end or -1, hidden [B, T, D], units run)."""
+        chunk = self.chunks[number]
+        embedded, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
+        slots: list[State | None] = [None] * schedule.num_slots
+        for step in schedule.steps[visit.start : visit.stop]:
+            if step.source == ROOT:  # the first step, if any
+                state, embedded = embedded, None
+            elif step.source >= 0:
+                state = slots[step.source]
+                if step.last_use:
+                    slots[step.source] = None
+            else:
+                state = self._take(schedule, -2 - step.source, number, step.last_use)
+            retained = dict(step.retained)
+            for count, unit in enumerate(step.units, start=1):
+                self._note_peak(slots, state, chunk)
+                state = self.runner.run(unit, state, arguments, self.granularity)
+                self.row_runs += len(chunk.rows)
+                if count in retained:
+                    self.cache.put(number, retained[count], self.runner.pack(state))
+            if step.frontier >= 0:
+                self._frontier.put(number, schedule.frontier[step.frontier], self.runner.pack(state))
+            if step.target >= 0:
+                slots[step.target] = state
+            yield step.end, hidden_of(state), len(step.units)
 
-    def _take(self, prefix: Units, number: int, last_use: bool) -> State:
-        """A state of the prefix cache."""
+    def _take(self, schedule: Schedule, place: int, number: int, last_use: bool) -> State:
+        """A state of the prefix cache, or of the frontier."""
+        if place >= len(schedule.known):
+            prefix = schedule.frontier[place - len(schedule.known)]
+            state = self.runner.unpack(self._frontier.get(number, prefix), prefix[-1])
+            if last_use:
+                self._frontier.drop(number, prefix)
+            return state
+        prefix = schedule.known[place]
         state = self.runner.unpack(self.cache.get(number, prefix), prefix[-1])
         if last_use:
             self.cache.drop(number, [prefix])
@@ -281,14 +394,16 @@ class Engine:
         """Fill `_dense`: final states of the dense model where a target is predicted, [P, D] for each chunk."""
         if self._dense and self._dense_of == self.model.state:
             return
-        of, dense = self.model.state, []
+        of, dense = self.model.state, {}
         trie = make_trie([tuple(range(self.num_units))])
         schedules = self._schedule(trie, {number: np.ones(1, dtype=bool) for number in range(len(self.chunks))})
-        for number, schedule in schedules.items():
-            with closing(self._walk(schedule, number)) as walk:
-                states = [hidden for end, hidden, _ in walk if end >= 0]
-            dense.append(states[0].flatten(0, 1)[self.chunks[number].sources])
-        self._dense, self._dense_of = dense, of
+        for group in self._groups(schedules):
+            with closing(self._walks({number: schedules[number] for number in group})) as walks:
+                for number, steps in walks:
+                    for end, hidden, _ in steps:
+                        if end >= 0:
+                            dense[number] = hidden.flatten(0, 1)[self.chunks[number].sources]
+        self._dense, self._dense_of = [dense[number] for number in sorted(dense)], of
 
     def numerics(self) -> dict[str, object]:
         """What the bits of a number depend on besides weights, chunk and mask: path, dtype, device, software."""
@@ -398,10 +513,40 @@ class Engine:
 
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
         alive = {id(s): s for s in (*slots, state) if s is not None}
-        held = sum(map(state_bytes, alive.values()))
+        held = sum(map(state_bytes, alive.values())) + self._frontier.bytes
         held += sum(kept.nbytes for kept in (*self._dense, *self._references.values()))
         peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
         self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
+
+
+def _chunk_tokens(model: Model) -> int:
+    """Tokens of a chunk, where they fit."""
+    if model.device.type == "cuda":
+        return CHUNK_TOKENS
+    return max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
+
+
+def expect_groups(model: Model, num_masks: int, num_rows: int = 64, seq_len: int = 2048) -> Groups:
+    """About how often scoring would read the blocks of a model whose weights stay in files: random masks without a
+    quarter of the blocks, on rows of so many tokens, in the default budget."""
+    kind = "cuda" if model.device.type == "cuda" else "cpu"
+    rng = np.random.default_rng(0)
+    kept = max(1, model.num_blocks - model.num_blocks // 4)
+    sequences = [tuple(sorted(rng.permutation(model.num_blocks)[:kept].tolist())) for _ in range(num_masks)]
+    band_of = [number for number, band in enumerate(model.bands) for _ in band]
+    schedule = make_schedule(make_trie(sequences), band_of=band_of)
+    rows = max(1, _chunk_tokens(model) // seq_len)
+    tokens = [min(rows, num_rows - start) * seq_len for start in range(0, num_rows, rows)]
+    state, room = model.hidden_size * model.dtype.itemsize, model.weights.room
+    walk = 2 * (schedule.num_slots + 1) * state * tokens[0]  # with about as much for a unit's workspace
+    return make_groups(
+        [schedule.frontier_peak * state * count for count in tokens],
+        [2 * schedule.unit_runs * count * (room.block_bytes // model.dtype.itemsize) for count in tokens],
+        room.num_blocks * room.block_bytes,
+        max(0, BUDGET_BYTES[kind] - BUDGET_BYTES[kind] // SUMS_SHARE - walk),
+        available_bytes(torch.device("cpu")) // SHARE if kind == "cuda" else 0,
+        FLOPS_PER_BYTE[kind],
+    )
 
 
 def _check_rows(model: Model, batch: TokenBatch) -> None:

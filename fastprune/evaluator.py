@@ -18,7 +18,7 @@ from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
 from .racing import Selection, race
-from .records import check_folder
+from .records import check_bytes, check_folder
 from .store import SumStore
 from .trie import Trie, kept_units, make_trie
 
@@ -44,6 +44,8 @@ class Stats:
     peak_activation_bytes: int = 0  # the most that was held at once, besides the prefix cache
     cache_bytes: int = 0  # what the prefix cache holds now
     cache_hits: dict[str, int] = field(default_factory=dict)  # states of chunks that it served, by tier
+    weight_loads: int = 0  # blocks that were read from files, where weights are streamed
+    weight_bytes: int = 0  # what was read for them
     seconds: float = 0.0  # spent scoring
 
 
@@ -87,8 +89,8 @@ class Evaluator:
             raise InputError(f"objective must be one such as Perplexity(batch), not {type(objective).__name__}")
         if backend not in BACKENDS:
             raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-        memory_bytes = _check_bytes("memory_bytes", memory_bytes, 1)
-        cache_bytes = _check_bytes("cache_bytes", cache_bytes, 0)
+        memory_bytes = check_bytes("memory_bytes", memory_bytes, 1)
+        cache_bytes = check_bytes("cache_bytes", cache_bytes, 0)
         if layout is not None and not isinstance(layout, Layout):
             raise InputError(f"layout must be a Layout, such as another evaluator's, not {type(layout).__name__}")
         self.model = model if isinstance(model, Model) else Model(model)
@@ -308,6 +310,7 @@ class Evaluator:
             self.stats.head_runs = _whole(engine.row_heads / rows)
             self.stats.unbounded_layer_runs = _whole(engine.row_unbounded / rows)
             self.stats.peak_activation_bytes = engine.peak_activation_bytes
+            self.stats.weight_loads, self.stats.weight_bytes = engine.weight_loads, engine.weight_bytes
             self.stats.cache_bytes, self.stats.cache_hits = engine.cache.bytes, dict(engine.cache.hits)
             self.stats.seconds += time.perf_counter() - started
         self.stats.store_hits += int(known[trie.index].sum())
@@ -346,15 +349,6 @@ def _make_folder(folder: Path) -> Path:
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _check_bytes(name: str, value, least: int) -> int | None:
-    if value is None:
-        return None
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not least <= value < float("inf") or int(value) != value:
-        raise InputError(f"{name} must be a number of bytes, at least {least}, not {value!r}")
-    return int(value)
 
 
 def _check_race(keep, count: int, confidence, tolerance) -> None:

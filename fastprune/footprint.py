@@ -49,6 +49,13 @@ def measure_footprint(
     tile: int,
 ) -> Footprint:
     """Run the first units and one tile of the head on the longest rows of a batch, and note what they hold."""
+    if not runner.bands[0]:
+        return _measure(runner, batch, granularity, head, tile)
+    (found,) = (_measure(runner, batch, granularity, head, tile) for _ in runner.visit([runner.bands[0][:1]]))
+    return found
+
+
+def _measure(runner: Runner, batch: TokenBatch, granularity: str, head: Callable, tile: int) -> Footprint:
     state_size = workspace = 0.0
     longest = 0
     for row in _longest_rows(batch):

@@ -14,22 +14,23 @@ from .chunks import Chunk, make_chunk
 from .data import TokenBatch
 from .errors import InputError
 from .models import Model
-from .models.stand_ins import HalfBlock, hidden_of
+from .models.stand_ins import Arguments, HalfBlock, hidden_of
 from .objectives import Objective
 
 TOKENS_AT_ONCE = 256  # positions whose states of all depths are compared, or whose logits are differentiated, together
+STATES_BYTES = 1 << 30  # of states of the rows that share the reading of weights, where these are read band by band
 
 
 def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     """Mean token cosine between the states before each unit and after the last, float64[U + 1, U + 1].
 
-    One row at a time: the states of every depth are held for that row. Each pair's mean is over all tokens.
+    One row at a time: the states of every depth are held for that row (where weights are read band by band, for as
+    many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
     """
     num_units = len(model.unit_names(granularity))
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
-        for row in range(batch.num_rows):
-            flat = _states(model, batch, row, granularity)
+        for _, flat in _states(model, batch, granularity):
             for start in range(0, len(flat[0]), TOKENS_AT_ONCE):
                 part = torch.stack([h[start : start + TOKENS_AT_ONCE].float() for h in flat], dim=1)  # [n, U + 1, D]
                 part = torch.nn.functional.normalize(part, dim=-1)
@@ -45,12 +46,12 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
     """
     total, count = 0.0, 0
     with model.evaluation():
-        for row in range(batch.num_rows):
+        for row, states in _states(model, batch, granularity):
             branch = batch.branch[batch.row_starts[row] : batch.row_starts[row + 1]]
             ends = np.flatnonzero(np.diff(branch, append=-1))
             ends = ends[branch[ends] > 0] if batch.row_is_tree[row] else ends
             last = torch.as_tensor(ends, device=model.device)
-            part = torch.stack([h[last].double() for h in _states(model, batch, row, granularity)], dim=1)
+            part = torch.stack([h[last].double() for h in states], dim=1)
             part = torch.nn.functional.normalize(part, dim=-1)  # in float64: arccos is steep near 1
             total = total + ((part @ part.mT).clamp(-1, 1).arccos() / torch.pi).sum(0)
             count += len(ends)
@@ -59,19 +60,47 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
     return (mean + mean.T) / 2
 
 
-def _states(model: Model, batch: TokenBatch, row: int, granularity: str) -> list[torch.Tensor]:
-    """The dense model's states of one row, before each unit and after the last: U + 1 of [T, D]."""
+def _states(model: Model, batch: TokenBatch, granularity: str) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Of each row, the dense model's states before each unit and after the last: U + 1 of [T, D]."""
+    per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
+    for rows in _row_groups(model, batch, per_block * model.num_blocks + 1):
+        walks = [_open(model, batch, row) for row in rows]
+        states: list[list] = [[state] for _, state, _ in walks]
+        for band in model.visit():
+            for (_, _, arguments), of in zip(walks, states, strict=True):
+                for unit in (per_block * block + half for block in band for half in range(per_block)):
+                    of.append(model.run(unit, of[-1], arguments, granularity))
+        for row, of in zip(rows, states, strict=True):
+            yield row, [hidden_of(state)[0] for state in of]
+
+
+def _row_groups(model: Model, batch: TokenBatch, states_of_row: int) -> list[list[int]]:
+    """The rows that share the reading of weights: each alone where all stay loaded, else as many as states fit."""
+    if len(model.bands) == 1:
+        return [[row] for row in range(batch.num_rows)]
+    sizes = batch.row_lengths * states_of_row * model.hidden_size * model.dtype.itemsize
+    groups: list[list[int]] = [[]]
+    total = 0
+    for row, size in enumerate(sizes.tolist()):
+        if groups[-1] and total + size > STATES_BYTES:
+            groups.append([])
+            total = 0
+        groups[-1].append(row)
+        total += size
+    return groups
+
+
+def _open(model: Model, batch: TokenBatch, row: int) -> tuple[Chunk, torch.Tensor, Arguments]:
     chunk = make_chunk(batch, [row], model.device)
-    state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
-    states = [state]
-    for unit in range(len(model.unit_names(granularity))):
-        states.append(state := model.run(unit, state, arguments, granularity))
-    return [hidden_of(state)[0] for state in states]
+    return chunk, *model.open(chunk.ids, chunk.positions, chunk.branch)
 
 
 def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.ndarray:
     """dL_s/da_i, float64[S, U], one sample at a time: the states before each block are kept, and the blocks are run
     again backwards, one at a time, so that the graph of one block is the most that is held.
+
+    Where weights are read band by band, the states before each band are kept, of as many samples as fit into
+    STATES_BYTES: forwards through the bands, then backwards, each band's own states made anew.
     """
     _check_differentiable("unit gradients need", objective)
     model.require("sublayer")
@@ -79,10 +108,17 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
     batch.check_fits(model.vocab_size, model.max_positions)
     gradients = np.zeros((objective.num_samples, 2 * model.num_blocks))
     with model.evaluation():
-        for row in range(batch.num_rows):
-            chunk = make_chunk(batch, [row], model.device)
-            (sample,) = set(objective.sample[chunk.continuation].tolist())
-            gradients[sample] = _sample_gradient(model, chunk, objective.weight[chunk.continuation])
+        for rows in _row_groups(model, batch, len(model.bands)):
+            samples = [_Sample(model, objective, row) for row in rows]
+            *before, last = model.bands
+            for number, band in enumerate(model.visit([*before, last, *reversed(before)])):
+                for sample in samples:
+                    if number < len(before):
+                        sample.forward(band)
+                    else:
+                        sample.backward(band)
+            for sample in samples:
+                gradients[sample.number] = sample.gradient
     if granularity == "sublayer":
         return gradients
     return gradients[:, 0::2] + gradients[:, 1::2]
@@ -96,6 +132,11 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
     float32 at least.
     """
     _check_differentiable("unit salience needs", objective)
+    if model.weights is not None:
+        raise InputError(
+            f"{model.name}: unit salience holds a gradient of every weight, more than where weights are streamed "
+            "(weights_bytes) may fit; open it without"
+        )
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)
     per_block = 2 if granularity == "sublayer" else 1
@@ -164,28 +205,47 @@ def _check_differentiable(what: str, objective: Objective) -> None:
         )
 
 
-def _sample_gradient(model: Model, chunk: Chunk, weight: np.ndarray) -> np.ndarray:
-    """Of one row: dL/da for every sublayer, [2 * blocks], L = sum of weight_m * nll_m over its targets."""
-    state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
-    entries = [state]
-    for block in range(model.num_blocks):
-        entries.append(model.run(block, entries[-1], arguments))
-    grad = _head_gradient(model, chunk, entries.pop(), torch.as_tensor(weight, device=model.device))
-    gradient = np.zeros(2 * model.num_blocks)
-    for block in reversed(range(model.num_blocks)):
-        entry = entries.pop().requires_grad_()
-        with torch.enable_grad():
-            middle = model.run(2 * block, entry, arguments, "sublayer")
-            after = model.run(2 * block + 1, middle, arguments, "sublayer")
-        between = hidden_of(middle)
-        if isinstance(middle, HalfBlock):  # both branches leave from the entry and meet in the sum
-            grad_middle, (grad_entry,) = grad, torch.autograd.grad(after, entry, grad)
-        else:
-            grad_middle, grad_entry = torch.autograd.grad(after, (between, entry), grad)
-        gradient[2 * block] = _dot(grad_middle, between - entry)
-        gradient[2 * block + 1] = _dot(grad, after - between)
-        grad = grad_entry
-    return gradient
+class _Sample:
+    """dL/da of one row for every sublayer, [2 * blocks], L = sum of weight_m * nll_m over its targets."""
+
+    def __init__(self, model: Model, objective: Objective, row: int):
+        self._model = model
+        self._chunk, state, self._arguments = _open(model, objective.batch, row)
+        (self.number,) = set(objective.sample[self._chunk.continuation].tolist())
+        self._weight = torch.as_tensor(objective.weight[self._chunk.continuation], device=model.device)
+        self._starts = [state]  # before each band
+        self._grad: torch.Tensor | None = None
+        self.gradient = np.zeros(2 * model.num_blocks)
+
+    def forward(self, band: Sequence[int]) -> None:
+        self._starts.append(self._through(band)[-1])
+
+    def backward(self, band: Sequence[int]) -> None:
+        model, entries = self._model, self._through(band)
+        self._starts.pop()
+        after_band = entries.pop()
+        grad = _head_gradient(model, self._chunk, after_band, self._weight) if self._grad is None else self._grad
+        for block in reversed(band):
+            entry = entries.pop().requires_grad_()
+            with torch.enable_grad():
+                middle = model.run(2 * block, entry, self._arguments, "sublayer")
+                after = model.run(2 * block + 1, middle, self._arguments, "sublayer")
+            between = hidden_of(middle)
+            if isinstance(middle, HalfBlock):  # both branches leave from the entry and meet in the sum
+                grad_middle, (grad_entry,) = grad, torch.autograd.grad(after, entry, grad)
+            else:
+                grad_middle, grad_entry = torch.autograd.grad(after, (between, entry), grad)
+            self.gradient[2 * block] = _dot(grad_middle, between - entry)
+            self.gradient[2 * block + 1] = _dot(grad, after - between)
+            grad = grad_entry
+        self._grad = grad
+
+    def _through(self, band: Sequence[int]) -> list[torch.Tensor]:
+        """The states before each block of the band that comes next, and after its last."""
+        states = [self._starts[-1]]
+        for block in band:
+            states.append(self._model.run(block, states[-1], self._arguments))
+        return states
 
 
 def _head_gradient(model: Model, chunk: Chunk, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

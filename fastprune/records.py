@@ -11,6 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,3 +184,13 @@ def _plain(value):
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def check_bytes(name: str, value, least: int) -> int | None:
+    """The number of bytes, if it is a whole one of at least `least`; None stays None. Raises InputError."""
+    if value is None:
+        return None
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not least <= value < float("inf") or int(value) != value:
+        raise InputError(f"{name} must be a number of bytes, at least {least}, not {value!r}")
+    return int(value)

@@ -1,4 +1,5 @@
-"""The prefix cache: states that outlive a call, by chunk and prefix, in tiers from fast to slow.
+"""The prefix cache: states that outlive a call, by chunk and prefix, in tiers from fast to slow. And the frontier:
+states that wait for a later band of weights, in the same tiers.
 
 What is worth keeping is decided before a call, in integers (`retention`, `schedule`); here states only come and go. A
 state comes back with the bits that it went with.
@@ -221,3 +222,64 @@ class PrefixCache:
         warnings.warn(f"{self._folder}: no more states are kept there: {error}", RuntimeWarning, stacklevel=2)
         self._folder = None
         self._rooms[-1] = 0
+
+
+class Frontier:
+    """States that go from one visit of a band to later ones, by chunk and prefix.
+
+    What does not fit into memory goes to the host's (from a GPU), then to a disk. Nothing is ever lost: a disk that
+    fails is given up with one warning, and memory takes what it should have had.
+    """
+
+    def __init__(self, folder: Path | None, device: torch.device):
+        self._folder, self._device = folder, device
+        self._tiers: list[DeviceTier | DiskTier] = [DeviceTier()]
+        if device.type == "cuda":
+            self._tiers.append(HostTier(device))
+        if folder is not None:
+            self._tiers.append(DiskTier(folder, device))
+        self._rooms = [0] * len(self._tiers)
+        self._held = [0] * len(self._tiers)
+        self._place: dict[Key, tuple[int, int]] = {}  # tier, bytes
+
+    def start(self, memory: int) -> int:
+        """Begin anew, empty, with so many bytes in memory; how many there are beyond it."""
+        self.clear()
+        self._rooms = [memory]
+        if self._device.type == "cuda":
+            self._rooms.append(available_bytes(torch.device("cpu")) // SHARE)
+        if self._folder is not None:
+            self._rooms.append(shutil.disk_usage(self._folder).free // SHARE)
+        return sum(self._rooms[1:])
+
+    @property
+    def bytes(self) -> int:
+        """What is held in memory, on the device."""
+        return self._held[0]
+
+    def put(self, chunk: int, prefix: Units, state: torch.Tensor) -> None:
+        """Keep a state, in the fastest tier that has room."""
+        fits = (i for i, room in enumerate(self._rooms) if self._held[i] + state.nbytes <= room)
+        number = next(fits, 0)
+        try:
+            self._tiers[number].put((chunk, prefix), state)
+        except OSError as error:
+            warnings.warn(f"{self._folder}: no more states go there: {error}", RuntimeWarning, stacklevel=2)
+            self._rooms[number], number = 0, 0
+            self._tiers[0].put((chunk, prefix), state)
+        self._place[chunk, prefix] = number, state.nbytes
+        self._held[number] += state.nbytes
+
+    def get(self, chunk: int, prefix: Units) -> torch.Tensor:
+        """A state that is held, on the device."""
+        return self._tiers[self._place[chunk, prefix][0]].get((chunk, prefix))
+
+    def drop(self, chunk: int, prefix: Units) -> None:
+        number, size = self._place.pop((chunk, prefix))
+        self._tiers[number].drop((chunk, prefix))
+        self._held[number] -= size
+
+    def clear(self) -> None:
+        """Drop everything."""
+        for key in list(self._place):
+            self.drop(*key)

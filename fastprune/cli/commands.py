@@ -34,17 +34,22 @@ from .options import (
     naming,
     open_model,
     split_options,
+    weights_option,
 )
 from .output import printing, say
 
 
 @click.command(cls=Command)
 @model_options
-def info(model, device, dtype, trust_remote_code) -> None:
-    """Show a model's units, and whether and how it can be run."""
+@weights_option
+def info(model, device, dtype, trust_remote_code, weights_bytes) -> None:
+    """Show a model's units, and whether and how it can be run.
+
+    With --weights-gb: how its blocks would be read, and how much in all.
+    """
     from ..models import make_runner
 
-    opened = open_model(model, device, dtype, trust_remote_code)
+    opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
     table = Table(show_header=False, box=None)
     blocks, halves = opened.unit_names("block"), opened.unit_names("sublayer")
     rows = {
@@ -67,10 +72,35 @@ def info(model, device, dtype, trust_remote_code) -> None:
         "token trees": _can(opened.check_trees),
         "without blocks": "yes" if opened.runs_without_blocks else "no",
     }
+    if opened.weights is not None:
+        rows |= _streaming_rows(opened)
     for name, value in rows.items():
         table.add_row(name, str(value))
     with printing():
         say(table)
+
+
+def _streaming_rows(opened) -> dict[str, str]:
+    """How a model's blocks are read, and what scoring reads in all, by the model of cost in `bands`."""
+    from ..engine import expect_groups
+
+    room, bands = opened.weights.room, opened.bands
+    rows = {
+        "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
+        "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for {room.places}",
+        "bands": f"{len(bands)} of up to {max(map(len, bands))} blocks",
+    }
+    for num_masks in (1, 200):
+        expected = expect_groups(opened, num_masks)
+        how = f"{len(expected.groups)} x all blocks, {_gib(expected.load_bytes)}"
+        if len(bands) == 1:
+            how = "nothing more than once"
+        rows[f"{num_masks} mask{'s' * (num_masks > 1)} read"] = f"{how} (about; 64 x 2,048 tokens, a quarter removed)"
+    return rows
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 @click.command(cls=Command)

@@ -171,6 +171,15 @@ running_settings = group(
     ),
 )
 
+weights_option = click.option(
+    "--weights-gb",
+    "weights_bytes",
+    type=float,
+    callback=_to_bytes,
+    help="For a model larger than memory: GiB of weights that may be loaded at once; blocks are read from their files "
+    "a band at a time, while the band before computes. Default: all stay loaded.",
+)
+
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 evaluator_settings = group(
@@ -190,6 +199,7 @@ evaluator_settings = group(
         help="Which windows of a text are drawn.",
     ),
     running_settings,
+    weights_option,
     click.option(
         "--cache-gb",
         "cache_bytes",
@@ -265,14 +275,14 @@ def evaluates(command):
     @functools.wraps(command)
     def wrapped(
         model, device, dtype, trust_remote_code, objective, calibration, store, num_samples, seq_len, sample_seed,
-        granularity, backend, memory_bytes, cache_bytes, cache_dir, quiet, **own,
+        granularity, backend, memory_bytes, weights_bytes, cache_bytes, cache_dir, quiet, **own,
     ):  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
 
         def make(progress):
             from ..evaluator import Evaluator
 
-            opened = open_model(model, device, dtype, trust_remote_code)
+            opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
             on_data = open_objective(objective, calibration, num_samples, seq_len, sample_seed, opened)
             return Evaluator(
                 opened,
@@ -312,7 +322,13 @@ def import_transformers() -> None:
             setattr(utils, name, function)
 
 
-def open_model(model: str, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False):
+def open_model(
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    weights_bytes: int | None = None,
+):
     import torch
     from transformers.utils import logging
 
@@ -325,7 +341,7 @@ def open_model(model: str, device: str | None = None, dtype: str | None = None, 
         device and torch.device(device)
     except (RuntimeError, ValueError, TypeError):  # the last two of text that is no UTF-8
         raise InputError(f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0") from None
-    return load_model(model, device, dtype, trust_remote_code=trust_remote_code)
+    return load_model(model, device, dtype, trust_remote_code=trust_remote_code, weights_bytes=weights_bytes)
 
 
 def check_calibration(model: str, objective: str, calibration: str | None, flag: str = "--calibration") -> str:

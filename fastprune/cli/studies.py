@@ -84,14 +84,16 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
 @evaluator_settings
 def study(
     models, algorithms, objectives, calibrations, held_out, num_remove, options, seed, out_dir, device, dtype,
-    trust_remote_code, num_samples, seq_len, sample_seed, granularity, backend, memory_bytes, cache_bytes, cache_dir,
-    quiet, tasks, include_path, limit, num_fewshot,
+    trust_remote_code, num_samples, seq_len, sample_seed, granularity, backend, memory_bytes, weights_bytes,
+    cache_bytes, cache_dir, quiet, tasks, include_path, limit, num_fewshot,
 ) -> None:  # fmt: skip
     """Compare search algorithms on MODELs.
 
     Runs every algorithm for every objective and budget, over one store of scores, and writes study.json and
     report.html. Interrupted, it continues where it stopped.
     """
+    if tasks and weights_bytes is not None:
+        raise InputError("--evaluate: tasks are run on whole models only; leave out --weights-gb, or --evaluate")
     names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
     given = _options_by_algorithm(options)
     _refuse_twice("--algorithms", names)
@@ -115,7 +117,7 @@ def study(
         task_names, manager = open_tasks("--evaluate", tasks, include_path)
     elif (include_path, limit, num_fewshot) != (None,) * 3:
         raise InputError("--include-path, --limit and --num-fewshot belong to --evaluate; name its tasks")
-    opened = [open_model(model, device, dtype, trust_remote_code) for model in models]
+    opened = [open_model(model, device, dtype, trust_remote_code, weights_bytes) for model in models]
     with progress_bar(quiet) as progress:
         found = run_study(
             opened,

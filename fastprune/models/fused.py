@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,15 @@ class FusedModel:
         plans = {w: self._operators.plan_attention(rows, head_dim, grouped, w) for w in set(self._windows)}
         return state, ChunkArguments(cos, sin, position, [plans[w] for w in self._windows])
 
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """As `Model.bands`."""
+        return self._model.bands
+
+    def visit(self, bands=None) -> Iterator[Sequence[int]]:
+        """As `Model.visit`."""
+        return self._model.visit(bands)
+
     def run(self, unit: int, state: torch.Tensor, arguments: ChunkArguments, granularity: str = "block"):
         """As `Model.run`, on states [B, T, D]. The input is left as it is."""
         x = state.flatten(0, 1)
@@ -160,15 +170,14 @@ class FusedModel:
 
     def _check(self) -> None:
         """Every block's output against the generic path's, on a short row and a short tree."""
-        for tree in (False, True):
-            inputs = self._model.probe_tree() if tree else (self._model.probe_ids(),)
-            state, generic_arguments = self._model.open(*inputs)
-            _, arguments = self.open(*inputs)
-            for block in range(self._model.num_blocks):
+        probes = (self._model.probe_ids(),), self._model.probe_tree()
+        opened = [(*self._model.open(*inputs), self.open(*inputs)[1]) for inputs in probes]
+        for block in self._model.visited_blocks():
+            for probe, (state, generic_arguments, arguments) in enumerate(opened):
                 expected = self._model.run(block, state, generic_arguments)
                 if not self._model.agree(self.run(block, state, arguments), expected):
                     raise InputError(f"{self._model.name}: block {block} gives something else on the fused path")
-                state = expected
+                opened[probe] = expected, generic_arguments, arguments
 
 
 def make_runner(model: Model, backend: str) -> Model | FusedModel:

@@ -14,7 +14,7 @@ import itertools
 import json
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 
@@ -33,12 +33,14 @@ from .stand_ins import (
     HalfBlock,
     Head,
     Recorder,
+    StandInLayer,
     State,
     Sublayers,
     first,
     get_module,
     with_replaced,
 )
+from .streaming import Weights
 from .tree import few_branches, layer_windows, tree_mask
 
 LAYERS_NAMES = ("layers", "h", "blocks")
@@ -62,12 +64,14 @@ class Model:
 
     hf: the transformers model, shared and left as it was found. tokenizer: or None. name: for messages. Rotary
     frequencies that `.to(dtype)` has rounded are taken unrounded, as they are in the same model loaded from a folder.
+    weights: of a model that was opened without its blocks' weights; who runs a block does so inside of `visit`.
     Raises InputError, before any long work, when the family cannot be run block by block.
     """
 
     path_name = "generic"  # beside "fused (...)", see FusedModel
 
-    def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None):
+    def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None, weights: Weights | None = None):
+        self.weights = weights
         self.turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else threading.RLock()
         with self.turn:  # nobody masks it meanwhile
             self._open(hf, tokenizer, name)
@@ -119,6 +123,20 @@ class Model:
         if granularity == "sublayer" and self._sublayers is None:
             with self.evaluation():
                 self._sublayers = self._find_sublayers()
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """The blocks whose weights are loaded together: all of them, where all stay loaded."""
+        return (range(self.num_blocks),) if self.weights is None else self.weights.bands
+
+    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
+        """Groups of blocks, by default all `bands`, each with its weights at hand while it is the current one."""
+        bands = self.bands if bands is None else bands
+        return iter(bands) if self.weights is None else self.weights.visit(bands)
+
+    def visited_blocks(self) -> Iterator[int]:
+        """All blocks, each with its weights at hand while it is the current one."""
+        return (block for band in self.visit() for block in band)
 
     def run(self, unit: int, state: State, arguments: Arguments, granularity: str = "block") -> State:
         """Run one unit on a state and return the next state. Skipping a unit is not calling this."""
@@ -232,8 +250,11 @@ class Model:
 
     @property
     def state(self) -> tuple:
-        """What of the model decides its results, equal as long as nothing was changed; only a few weights are read."""
-        known = list(self._tensors())
+        """What of the model decides its results, equal as long as nothing was changed; only a few weights are read.
+
+        Of weights that stay in files, their size and time. Raises InputError where a file has changed.
+        """
+        known = list(self._resident_tensors())
         tensors = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in known)
         # what is written through `.data` counts no version: a few values of each tensor show it, where many changed
         samples = [
@@ -241,20 +262,43 @@ class Model:
             for flat in (tensor.detach().reshape(-1) for _, tensor in known)
         ]
         values = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
-        return tensors, values, tuple(_plain_attributes(module) for module in self.hf.modules())
+        files = None if self.weights is None else str(self.weights.identity)
+        return tensors, values, tuple(_plain_attributes(module) for module in self.hf.modules()), files
 
-    def _tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        yield from self.hf.named_parameters(remove_duplicate=False)
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor by name; one that stays in a file has storage while it is the current one."""
+        blocks, current = self.visited_blocks(), None
+        for name, tensor in list(self.hf.named_parameters(remove_duplicate=False)):
+            block = None if self.weights is None else self.weights.block_of(name)
+            if block is not None:
+                while current != block:  # both ascend
+                    current = next(blocks)
+                tensor = self.hf.get_parameter(name)
+            yield name, tensor
+        yield from self.hf.named_buffers(remove_duplicate=False)
+
+    def _resident_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.hf.named_parameters(remove_duplicate=False):
+            if self.weights is None or self.weights.block_of(name) is None:
+                yield name, tensor
         yield from self.hf.named_buffers(remove_duplicate=False)
 
     def _hash(self) -> str:
+        if self.weights is None:
+            return self._digest(self._tensors())
+        # with the same files and the same of all else, the whole hash is the same, and need not be read for again
+        files = json.dumps([str(self.dtype), self.weights.identity])
+        key = hashlib.sha256(f"{self._digest(self._resident_tensors())}{files}".encode()).hexdigest()
+        return self.weights.remembered(key, lambda: self._digest(self._tensors()))
+
+    def _digest(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         config = self.config.to_diff_dict()
         for name in ("_name_or_path", "transformers_version"):  # where it lies and who wrote it
             config.pop(name, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, module in self.hf.named_modules():
             digest.update(f"{name}{_plain_attributes(module)}".encode())
-        for name, tensor in self._tensors():
+        for name, tensor in tensors:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -279,7 +323,12 @@ class Model:
 
         Its config has num_hidden_layers and every per-layer list as the blocks stand. copies: a block that stands
         again has weights of its own, as a checkpoint needs it; otherwise it is the same module.
+        Raises InputError where the blocks' weights stay in files.
         """
+        if sequence and self.weights is not None:
+            raise InputError(
+                f"{self.name}: its weights are streamed (weights_bytes); open it without, to take it whole"
+            )
         config, blocks = self._config_of(sequence), []
         for place, block in enumerate(sequence):
             again = copies and block in sequence[:place]
@@ -295,6 +344,10 @@ class Model:
     @contextmanager
     def masked(self, removed: Iterable[int]) -> Iterator[nn.Module]:
         """See `masked`, the function."""
+        if self.weights is not None:
+            raise InputError(
+                f"{self.name}: its weights are streamed (weights_bytes); open it without, to mask it in place"
+            )
         with self.turn:
             self._check_whole()
             gone = set(check_removed(removed, self.num_blocks))
@@ -365,13 +418,9 @@ class Model:
             raise InputError(f"{self.name}: load the model on one device, without device_map offloading")
         if not callable(getattr(self.hf, "get_output_embeddings", None)) or self.hf.get_output_embeddings() is None:
             raise self._refuse("it has no language-model head")
-        depth = getattr(self.config, "num_hidden_layers", None)
-        found = [
-            tuple(name.split("."))
-            for name, module in self.hf.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == depth and name.split(".")[-1] in LAYERS_NAMES
-        ]
+        found = layer_paths(self.hf)
         if len(found) != 1:
+            depth = getattr(self.config, "num_hidden_layers", None)
             raise self._refuse(f"{'no' if not found else 'more than one'} list of {depth} decoder layers was found")
         return found[0]
 
@@ -399,7 +448,8 @@ class Model:
     def _add_up(self, sublayers: list[Sublayers], state: torch.Tensor, arguments: Arguments) -> bool:
         """Whether the halves of every block, run one after the other, give the block's own output to the bit, leave
         their inputs alone, and a block without either half adds nothing."""
-        for block, halves in enumerate(sublayers):
+        for block in self.visited_blocks():
+            halves = sublayers[block]
             whole = self.run(block, state, arguments)
             try:
                 middle = halves.attention(state, arguments[block])
@@ -433,7 +483,7 @@ class Model:
 
     def _final_states(self, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """Normed final states [B * T, D] of the dense model, layer by layer."""
-        for unit in range(self.num_blocks):
+        for unit in self.visited_blocks():
             version = state._version
             following = self.run(unit, state, arguments)
             if state._version != version:
@@ -447,7 +497,7 @@ class Model:
         for as_tuple in (False, True):  # what the model takes from a layer: the states, or a tuple of them
             self._recorder.as_tuple = as_tuple
             try:
-                expected = self.hf(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+                expected = self._own_forward()(input_ids=ids, use_cache=False).logits.flatten(0, 1)
                 found = self._head(self._final_states(*self.open(ids)))
                 break
             except InputError:
@@ -459,6 +509,21 @@ class Model:
             raise self._refuse(why) from failure
         if not self.agree(found, expected):
             raise self._refuse("its layers, run one by one, do not give the logits of its own forward pass")
+
+    def _own_forward(self) -> nn.Module:
+        """The transformers model, to be called once; weights that stay in files come as its layers are called."""
+        if self.weights is None:
+            return self.hf
+        blocks = self.visited_blocks()
+
+        def calling(layer: nn.Module) -> Callable:
+            def call(hidden: torch.Tensor, args: tuple, kwargs: dict):
+                next(blocks)
+                return layer(hidden, *args, **kwargs)
+
+            return call
+
+        return with_replaced(self.hf, self._path, nn.ModuleList(StandInLayer(la, calling(la)) for la in self.layers))
 
     def check_trees(
         self,
@@ -511,6 +576,16 @@ class Model:
         if self.config._attn_implementation == "sdpa":
             return seen
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, torch.finfo(self.dtype).min)
+
+
+def layer_paths(hf: nn.Module) -> list[tuple[str, ...]]:
+    """Attribute paths from a transformers model to what may be its list of decoder layers."""
+    depth = getattr(hf.config, "num_hidden_layers", None)
+    return [
+        tuple(name.split("."))
+        for name, module in hf.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and name.split(".")[-1] in LAYERS_NAMES
+    ]
 
 
 @contextmanager

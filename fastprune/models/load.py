@@ -13,9 +13,10 @@ from torch import nn
 
 from ..errors import InputError
 from ..memory import available_bytes
-from ..records import brief, parse_json, shown
-from .generic import Model
+from ..records import brief, check_bytes, parse_json, shown
+from .generic import Model, layer_paths
 from .precision import has_instructions, widen
+from .streaming import Stored, blocks_left_out, resident_bytes, to_device
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_MESSAGE = 400
@@ -44,6 +45,7 @@ def load_model(
     *,
     tokenizer=None,
     trust_remote_code: bool = False,
+    weights_bytes: int | None = None,
 ) -> Model:
     """Open a language model for scoring.
 
@@ -53,6 +55,8 @@ def load_model(
     dtype: by default the checkpoint's own; but on a CPU without instructions for a 16-bit one it is float32, to which
         the weights are widened as they are loaded, or, where that would not fit into memory, as they are used (a
         UserWarning says so). "auto" is the checkpoint's own in any case.
+    weights_bytes: for a checkpoint larger than memory, or than this: its blocks stay in their files, and are read a
+        band at a time into so many bytes, embeddings and head included. Scores have the same bits.
     Raises InputError for a missing or truncated shard, a folder of pickles, or a family that cannot be run.
     """
     if isinstance(source, Model):
@@ -60,14 +64,18 @@ def load_model(
     if not isinstance(source, (str, os.PathLike)):
         if device is not None or dtype is not None:
             raise InputError("device and dtype belong to a model that is loaded; move a model in memory yourself")
+        if weights_bytes is not None:
+            raise InputError("weights_bytes belongs to a model that is read from a folder; this one is in memory")
         return Model(source, tokenizer)
     try:
-        return _load(source, device, dtype, tokenizer, trust_remote_code)
+        return _load(
+            source, device, dtype, tokenizer, trust_remote_code, check_bytes("weights_bytes", weights_bytes, 1)
+        )
     except InputError as error:
         raise InputError(brief(str(error), LONGEST_MESSAGE)) from error.__cause__
 
 
-def _load(source, device, dtype, tokenizer, trust_remote_code: bool) -> Model:
+def _load(source, device, dtype, tokenizer, trust_remote_code: bool, weights_bytes: int | None) -> Model:
     name, folder = str(source), Path(source)
     if name == "demo":
         from ..demo import MODEL_DIR
@@ -87,16 +95,51 @@ def _load(source, device, dtype, tokenizer, trust_remote_code: bool) -> Model:
     tensors = check_folder(folder)
     wanted = _stored_dtype(folder, tensors) if dtype is None else dtype
     slow = device.type == "cpu" and wanted != "auto" and not has_instructions(wanted)
-    if slow and dtype is None:
+    weights = None
+    if weights_bytes is not None:
+        widens = slow and dtype is None
+        with blocks_left_out(folder, _locate(folder), _only_layers) as made:
+            hf = _from_pretrained(
+                folder, name, torch.float32 if widens else dtype or "auto", trust_remote_code, tensors
+            )
+        (weights,) = made
+        how = "its weights are widened to float32 as they are read" if widens else _MANY_TIMES
+    elif slow and dtype is None:
         hf, how = _load_widened(folder, name, trust_remote_code, tensors)
     else:
         hf = _from_pretrained(folder, name, dtype or "auto", trust_remote_code, tensors)
-        how = "a run takes many times as long as in float32"
+        how = _MANY_TIMES
     if slow:
         lacks = f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
         warnings.warn(f"{lacks}: {how}", stacklevel=3)
-    hf = hf.to(device).eval()
-    return Model(hf, tokenizer or _load_tokenizer(folder, trust_remote_code), name)
+    tokenizer = tokenizer or _load_tokenizer(folder, trust_remote_code)
+    if weights is None:
+        return Model(hf.to(device).eval(), tokenizer, name)
+    hf = to_device(hf, device).eval()
+    weights.start(weights_bytes, resident_bytes(hf), device, name)
+    return Model(hf, tokenizer, name, weights)
+
+
+_MANY_TIMES = "a run takes many times as long as in float32"
+
+
+def _only_layers(hf: nn.Module) -> tuple[str, ...]:
+    found = layer_paths(hf)
+    if len(found) != 1:
+        raise ValueError("its list of decoder layers was not found, so that its weights cannot be streamed")
+    return found[0]
+
+
+def _locate(folder: Path) -> dict[str, Stored]:
+    """Where every tensor of a model folder lies, which `check_folder` has passed."""
+    paths, found = [folder / "model.safetensors"], {}
+    if not paths[0].is_file():
+        paths = [folder / shard for shard in _read_index(folder / "model.safetensors.index.json")]
+    for path in paths:
+        start, header = _read_header(path)
+        for key, entry in header.items():
+            found[key] = Stored(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+    return found
 
 
 def _load_widened(folder: Path, name: str, trust_remote_code: bool, tensors: dict) -> tuple[nn.Module, str]:
@@ -233,17 +276,7 @@ def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     The header is a JSON object; the tensors fill the rest of the file without gap or overlap, each as many bytes as
     its dtype and shape ask for. Raises InputError when anything else is found, or the file is cut short.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_length = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_length > size - 8:
-            raise InputError(f"{path}: truncated, its header is incomplete ({size} bytes)")
-        if header_length > LONGEST_HEADER:
-            raise InputError(f"{path}: not a safetensors file (a header of {header_length} bytes)")
-        header = parse_json(file.read(header_length), f"{path}: not a safetensors file")
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: not a safetensors file (its header is no JSON object)")
-    header.pop("__metadata__", None)
+    start, header = _read_header(path)
     spans = []
     for name, entry in header.items():
         place = f"{path}: not a safetensors file (tensor {brief(name, 80)})"
@@ -262,10 +295,26 @@ def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if begin != reached:
             raise InputError(f"{path}: not a safetensors file (tensor {brief(name, 80)} overlaps, or leaves a gap)")
         reached = end
-    expected = 8 + header_length + reached
+    size, expected = path.stat().st_size, start + reached
     if size != expected:
         raise InputError(f"{path}: truncated or damaged, {size} bytes where its header promises {expected}")
     return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def _read_header(path: Path) -> tuple[int, dict]:
+    """Where a safetensors file's tensors begin, and its header's entries, of which nothing is checked yet."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_length = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_length > size - 8:
+            raise InputError(f"{path}: truncated, its header is incomplete ({size} bytes)")
+        if header_length > LONGEST_HEADER:
+            raise InputError(f"{path}: not a safetensors file (a header of {header_length} bytes)")
+        header = parse_json(file.read(header_length), f"{path}: not a safetensors file")
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: not a safetensors file (its header is no JSON object)")
+    header.pop("__metadata__", None)
+    return 8 + header_length, header
 
 
 def _are_counts(values) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +19,13 @@ class Runner(Protocol):
 
     path_name: str
     device: torch.device
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """The blocks whose weights are loaded together: all of them, where all stay loaded."""
+
+    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
+        """Groups of blocks, each loaded while it is the current one; by default all bands. Units run inside only."""
 
     def open(self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None) -> tuple:
         """The embedded tokens, and what every unit needs of a chunk besides them."""

@@ -7,7 +7,7 @@ causal-LM wrapper's own code on given states, `Sublayers` runs one half of a lay
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ class Recorder:
         self.as_tuple = False  # whether the model takes a tuple from each layer
         self._calls: list[tuple[tuple, dict]] = []
         self._state: torch.Tensor | None = None
-        layers = nn.ModuleList(_RecordingLayer(layer, self) for layer in get_module(hf, path))
+        layers = nn.ModuleList(StandInLayer(layer, self.record) for layer in get_module(hf, path))
         # the causal-LM wrapper is left out: only the base model below it is run
         self._base = get_module(with_replaced(hf, path, layers), path[:1])
 
@@ -64,19 +64,19 @@ class Recorder:
         return (hidden, None) if self.as_tuple else hidden
 
 
-class _RecordingLayer(nn.Module):
-    """Stands in for a layer: passes the hidden states through, notes the other arguments."""
+class StandInLayer(nn.Module):
+    """Stands in for a layer: called in its place is a function of (hidden states, other arguments, those by name)."""
 
-    def __init__(self, layer: nn.Module, recorder: Recorder):
+    def __init__(self, layer: nn.Module, call: Callable):
         super().__init__()
         # hidden from nn.Module, so that the layer is not a submodule of its stand-in
-        self.__dict__["_layer"], self.__dict__["_recorder"] = layer, recorder
+        self.__dict__["_layer"], self.__dict__["_call"] = layer, call
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["_layer"], name)  # models read attributes such as attention_type
 
     def forward(self, hidden_states, *args, **kwargs):
-        return self._recorder.record(hidden_states, args, kwargs)
+        return self._call(hidden_states, args, kwargs)
 
 
 class Head:

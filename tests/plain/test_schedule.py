@@ -225,3 +225,80 @@ def test_a_search_of_32_blocks_costs_its_distinct_prefixes(algorithm, options, t
         found = (within - runs_over_a_search(ev.trace, capacity)) / (within - len(every))
         record_property(f"{capacity} states", found)
         assert found >= share, capacity
+
+
+def execute_by_bands(schedule, trie, band_of) -> dict[int, tuple[int, ...]]:
+    """Run the steps on tuples of units, visit by visit: only units of the visit's band, no slot held between visits."""
+    frontier: set = set()
+    peak, finished, runs, num_bands = 0, {}, 0, max(band_of) + 1
+    assert [visit.number for visit in schedule.visits] == sorted({visit.number for visit in schedule.visits})
+    assert [v.start for v in schedule.visits] == [0, *(v.stop for v in schedule.visits)][:-1]
+    for visit in schedule.visits:
+        slots: list[tuple[int, ...] | None] = [None] * schedule.num_slots
+        for step in schedule.steps[visit.start : visit.stop]:
+            if step.source == ROOT:
+                state = ()
+            elif step.source >= 0:
+                state = slots[step.source]
+                if step.last_use:
+                    slots[step.source] = None
+            else:
+                place = -2 - step.source
+                state = (schedule.known + schedule.frontier)[place]
+                if place >= len(schedule.known):
+                    assert state in frontier, "reads a state that is not there"
+                    if step.last_use:
+                        frontier.remove(state)
+            for unit in step.units:
+                assert band_of[unit] == visit.number % num_bands
+                state = (*state, unit)
+            runs += len(step.units)
+            if step.end >= 0:
+                finished[step.end] = state
+            if step.target >= 0:
+                slots[step.target] = state
+            if step.frontier >= 0:
+                assert schedule.frontier[step.frontier] == state
+                frontier.add(state)
+                peak = max(peak, len(frontier))
+        assert slots == [None] * schedule.num_slots
+    assert not frontier
+    assert peak == schedule.frontier_peak
+    assert runs == schedule.unit_runs
+    return finished
+
+
+def test_bands_run_every_node_once_and_ascending_sequences_in_one_round():
+    rng = np.random.default_rng(3)
+    for masks in random_fields():
+        num_units = masks.shape[1]
+        band_of = np.sort(rng.integers(0, rng.integers(1, 5), num_units))
+        band_of -= band_of[0]
+        band_of = np.unique(band_of, return_inverse=True)[1].tolist()
+        sequences = kept_units(masks)
+        known = sorted({s[: rng.integers(1, len(s) + 1)] for s in sequences if s and rng.random() < 0.2})
+        for prefixes in ([], known):
+            trie = make_trie(sequences, prefixes)
+            schedule = make_schedule(trie, band_of=band_of)
+            found = execute_by_bands(schedule, trie, band_of)
+            assert [found[i] for i in range(len(trie.sequences))] == list(trie.sequences)
+            assert all(visit.number <= max(band_of) for visit in schedule.visits)
+            assert schedule.unit_runs == trie.wanted_runs
+
+
+def test_bands_come_round_again_for_units_that_go_back():
+    rng = np.random.default_rng(4)
+    sequences = [tuple(rng.integers(0, 6, rng.integers(0, 9)).tolist()) for _ in range(60)]
+    band_of = [0, 0, 1, 1, 2, 2]
+    trie = make_trie(sequences)
+    found = execute_by_bands(make_schedule(trie, band_of=band_of), trie, band_of)
+    assert [found[i] for i in range(len(trie.sequences))] == list(trie.sequences)
+
+
+def test_one_band_is_the_schedule_without_bands():
+    for masks in random_fields():
+        trie = make_trie(kept_units(masks))
+        plain, banded = make_schedule(trie, None, 3), make_schedule(trie, None, 3, [0] * masks.shape[1])
+        assert plain.steps == banded.steps
+        assert plain.frontier == banded.frontier == ()
+        assert len(plain.visits) <= 1
