@@ -230,7 +230,7 @@ def test_a_search_of_32_blocks_costs_its_distinct_prefixes(algorithm, options, t
 def execute_by_bands(schedule, trie, band_of) -> dict[int, tuple[int, ...]]:
     """Run the steps on tuples of units, visit by visit: only units of the visit's band, no slot held between visits."""
     frontier: set = set()
-    peak, finished, runs, num_bands = 0, {}, 0, max(band_of) + 1
+    peak, finished, runs, num_bands = 0, {}, 0, max(band_of, default=0) + 1
     assert [visit.number for visit in schedule.visits] == sorted({visit.number for visit in schedule.visits})
     assert [v.start for v in schedule.visits] == [0, *(v.stop for v in schedule.visits)][:-1]
     for visit in schedule.visits:
