@@ -59,10 +59,10 @@ def measure(script: str, **constants: int) -> dict:
 
 
 @pytest.mark.slow
-def test_five_hundred_random_masks_in_32_mib():
+def test_a_thousand_random_masks_in_64_mib():
     """A state weighs 0.13 MiB here: keeping that of every mask, or of every node of the trie, would take 2 or 9 times
     the budget."""
-    budget = 32 << 20
+    budget = 64 << 20
     found = measure(
         f"""
 peak, growth = grown(lambda: score({budget}))
@@ -71,7 +71,7 @@ print(json.dumps(dict(peak=peak, growth=growth, meter=meter)))
 """,
         INTERMEDIATE=192,
         ROWS=2,
-        MASKS=500,
+        MASKS=1000,
     )
     assert found["meter"] >= 0.95 * budget  # the meter sees what is allocated
     assert 1 << 20 < found["growth"] <= budget
@@ -81,7 +81,7 @@ print(json.dumps(dict(peak=peak, growth=growth, meter=meter)))
 @pytest.mark.slow
 def test_a_small_budget_makes_small_chunks():
     """The same work without the budget takes more than it: the budget is what keeps memory down."""
-    budget = 24 << 20
+    budget = 16 << 20
     found = measure(
         f"""
 free_peak, free = grown(lambda: score(None))
