@@ -4,8 +4,7 @@
         [--algorithms one_shot,greedy,...] [--num-remove 3,5,7] [--lengths 128,512] [--amounts 16,64] [--limit 100]
 
 Calibration sets: windows of the text, of each length and amount; of another text, such as code, of the first length and
-amount; and questions, under the margin and as their own text. Judges: other windows of the text, and the accuracy on the
-questions of --judge. Prints Markdown tables, of the losses and of what each search costs against one transformers pass
+amount; and questions, under the margin. Judges: other windows of the text, and the accuracy on the questions of --judge. Prints Markdown tables, of the losses and of what each search costs against one transformers pass
 for each mask, timed here. Interrupted, it continues in its folder.
 """
 
@@ -83,7 +82,8 @@ def print_losses(found: dict, judges: list[str]) -> None:
     print(f"| 0 | | dense | - | | {' | '.join(f'{dense[judge]:.3f}' for judge in judges)} |")
     for cell in sorted(found["cells"], key=lambda cell: cell["num_remove"]):
         chosen = f"{cell['objective']} | {cell['algorithm']} | {format_removed(cell['removed'])} | {cell['loss']:.3f}"
-        print(f"| {cell['num_remove']} | {chosen} | {' | '.join(f'{cell["losses"][judge]:.3f}' for judge in judges)} |")
+        judged = " | ".join(f"{cell['losses'][judge]:.3f}" for judge in judges)
+        print(f"| {cell['num_remove']} | {chosen} | {judged} |")
     print()
 
 
@@ -115,15 +115,20 @@ def print_costs(found: dict, model: fp.Model, sets: dict) -> None:
 
 
 def passes(model: fp.Model, batch: fp.TokenBatch, removed: list) -> list[float]:
-    """Seconds of a transformers pass over the batch, every continuation by itself, for each of some masks."""
-    rows = [batch.ids[start:stop] for start, stop in itertools.pairwise(batch.row_starts)]
-    choices = np.bincount(batch.continuation_row, minlength=len(rows))
+    """Seconds of a transformers pass over the batch for each of some masks; the choices of a question run together."""
+    rows = []
+    for ids, branch in zip(
+        *(np.split(part, batch.row_starts[1:-1]) for part in (batch.ids, batch.branch)), strict=True
+    ):
+        sequences = [torch.from_numpy(ids[(branch == 0) | (branch == b)]) for b in range(1, branch.max() + 1)]
+        rows.append(torch.nn.utils.rnn.pad_sequence(sequences or [torch.from_numpy(ids)], batch_first=True))
+    together = max(1, 1024 // max(row.numel() for row in rows)) if all(len(row) == 1 for row in rows) else 1
+    batches = [torch.cat(rows[i : i + together]) for i in range(0, len(rows), together)]
     found = []
     for units in removed:
         pruned, started = model.pruned(units), time.perf_counter()
         with torch.inference_mode():
-            for row, count in zip(rows, choices, strict=True):
-                ids = torch.from_numpy(row)[None].repeat(int(count), 1)
+            for ids in batches:
                 pruned(input_ids=ids, use_cache=False)
         found.append(time.perf_counter() - started)
     return found
