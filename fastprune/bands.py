@@ -16,6 +16,7 @@ The model of cost behind the choice:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: 
     if limit < least:
         raise InputError(
             f"weights_bytes is too small for {name}: what stays loaded takes {always} bytes, a block {block_bytes}; "
-            f"the smallest that works is {least}, not {limit}"
+            f"the smallest that works is {least}, not {limit} (--weights-gb {math.ceil(least / 2**30 * 1e6) / 1e6:.6f})"
         )
     places = num_blocks if not block_bytes else min(num_blocks, (limit - always) // block_bytes)
     return Room(num_blocks, block_bytes, always, places)

@@ -272,8 +272,6 @@ def test_bands_run_every_node_once_and_ascending_sequences_in_one_round():
     rng = np.random.default_rng(3)
     for masks in random_fields():
         num_units = masks.shape[1]
-        if not num_units:
-            continue
         band_of = np.sort(rng.integers(0, rng.integers(1, 5), num_units))
         band_of = np.unique(band_of, return_inverse=True)[1].tolist()
         sequences = kept_units(masks)
