@@ -42,8 +42,10 @@ class Room:
     @property
     def bands(self) -> tuple[range, ...]:
         """The bands, ascending, of nearly equal length. With a single place, a block is read after the one before."""
+        if not self.num_blocks:
+            return (range(0),)
         most = self.num_blocks if self.places >= self.num_blocks else max(1, self.places // 2)
-        count = -(-self.num_blocks // max(1, most))
+        count = -(-self.num_blocks // most)
         bounds = [self.num_blocks * i // count for i in range(count + 1)]
         return tuple(range(start, stop) for start, stop in itertools.pairwise(bounds))
 
