@@ -16,6 +16,7 @@ The model of cost behind the choice:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,8 +42,10 @@ class Room:
     @property
     def bands(self) -> tuple[range, ...]:
         """The bands, ascending, of nearly equal length. With a single place, a block is read after the one before."""
+        if not self.num_blocks:
+            return (range(0),)
         most = self.num_blocks if self.places >= self.num_blocks else max(1, self.places // 2)
-        count = -(-self.num_blocks // max(1, most))
+        count = -(-self.num_blocks // most)
         bounds = [self.num_blocks * i // count for i in range(count + 1)]
         return tuple(range(start, stop) for start, stop in itertools.pairwise(bounds))
 
@@ -53,7 +56,7 @@ def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: 
     if limit < least:
         raise InputError(
             f"weights_bytes is too small for {name}: what stays loaded takes {always} bytes, a block {block_bytes}; "
-            f"the smallest that works is {least}, not {limit}"
+            f"the smallest that works is {least}, not {limit} (--weights-gb {math.ceil(least / 2**30 * 1e6) / 1e6:.6f})"
         )
     places = num_blocks if not block_bytes else min(num_blocks, (limit - always) // block_bytes)
     return Room(num_blocks, block_bytes, always, places)

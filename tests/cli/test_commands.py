@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -224,3 +225,19 @@ def test_runs_as_a_program(checkpoint):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--calibration" in done.stderr
+
+
+def test_weights_that_are_read_by_turns(run, checkpoint, text_file):
+    status, _, error = run("info", checkpoint, "--weights-gb", 2**-30)
+    assert status == 2
+    least = re.search(r"the smallest that works is \d+, not 1 \(--weights-gb ([\d.]+)\)$", error.strip())[1]
+    status, output, _ = run("info", checkpoint, "--weights-gb", least)
+    assert status == 0
+    assert "5 of up to 1 blocks" in output
+    assert "200 masks read" in output
+    score = ("score", checkpoint, "--calibration", text_file, "--seq-len", 16, "--num-samples", 4, "--removed", "1")
+    whole, streamed = run(*score), run(*score, "--weights-gb", least)
+    assert whole[0] == streamed[0] == 0
+    assert [line for line in streamed[1].splitlines() if "│" in line] == [
+        line for line in whole[1].splitlines() if "│" in line
+    ]

@@ -24,7 +24,7 @@ def limits(folder) -> tuple[int, int]:
     """The smallest limit that works, and the bytes of a block, as the refusal of one byte names them."""
     with pytest.raises(fp.InputError, match="the smallest that works") as error:
         fp.load_model(folder, weights_bytes=1)
-    block, least = re.search(r"a block (\d+); the smallest that works is (\d+), not 1$", str(error.value)).groups()
+    block, least = re.search(r"a block (\d+); the smallest that works is (\d+), not 1 ", str(error.value)).groups()
     return int(least), int(block)
 
 
@@ -48,7 +48,7 @@ def perplexity(model) -> fp.Perplexity:
     return fp.Perplexity(fp.TokenBatch.from_ids(random_rows(model.vocab_size, LENGTHS)))
 
 
-FAMILIES = ["gemma2-sdpa", "gpt-neox", "gpt2", "llama-tied", "mixtral", "qwen3-moe"]
+FAMILIES = ["gemma2-sdpa", "gpt2", "llama-tied", "mixtral", "qwen3-moe"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,8 +79,7 @@ def test_bits_counts_and_loads(folder, backend, blocks):
     assert ev.stats.weight_bytes == ev.stats.weight_loads * sum(p.nbytes for p in whole.layers[0].parameters())
 
 
-@pytest.mark.parametrize("granularity", ["block", "sublayer"])
-@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+@pytest.mark.parametrize("family, granularity", [("llama", "block"), ("gpt-neox", "sublayer")])
 def test_caches_stores_races_and_sequences(family, granularity, tmp_path):
     make_folder(family, tmp_path)
     whole, model = fp.load_model(tmp_path), streamed(tmp_path, 2)
@@ -148,22 +147,25 @@ def test_probes(folder):
 
 
 def test_reading_goes_on_while_a_band_computes(folder, monkeypatch):
-    """A file so slow that it gives the next band's bytes only after a unit of this one has run."""
+    """A file so slow that it gives the next band's bytes only after a unit of this one has run, and a run so slow that
+    it goes on only after reading of the next band has begun: either alone would wait for the other for ever."""
     model = streamed(folder, 2)
-    ev = fp.Evaluator(model, perplexity(model), cache_bytes=0)
-    ran, reads, preadv = threading.Event(), [], os.preadv
+    ev = fp.Evaluator(model, perplexity(model), cache_bytes=0)  # leaves the first block loaded
+    ran, began, preadv = threading.Event(), threading.Event(), os.preadv
 
     def slow(*arguments):
-        if threading.current_thread() is not threading.main_thread() and len(reads) > 3 * 9:
-            assert ran.wait(timeout=60), "nothing computes while the next band is read"
-        reads.append(arguments)
+        began.set()
+        assert ran.wait(timeout=60), "nothing computes while the next band is read"
         return preadv(*arguments)
 
+    def progress(done, total):
+        ran.set()
+        assert began.wait(timeout=60), "nothing is read while a band computes"
+
     monkeypatch.setattr(os, "preadv", slow)
-    ev.progress = lambda done, total: ran.set()
+    ev.progress = progress
     ev.score(some_masks(5, 12, seed=8))
-    assert ran.is_set()
-    assert len(reads) >= 4 * 9
+    assert ev.stats.weight_loads >= 3
 
 
 def test_a_limit_below_one_block(folder):
