@@ -4,8 +4,9 @@
         [--algorithms one_shot,greedy,...] [--num-remove 3,5,7] [--lengths 128,512] [--amounts 16,64] [--limit 100]
 
 Calibration sets: windows of the text, of each length and amount; of another text, such as code, of the first length and
-amount; and questions, under the margin. Judges: other windows of the text, and the accuracy on the questions of --judge. Prints Markdown tables, of the losses and of what each search costs against one transformers pass
-for each mask, timed here. Interrupted, it continues in its folder.
+amount; and questions, under the margin. Judges: other windows of the text, and the accuracy on the questions of
+--judge. Prints Markdown tables, of the losses and of what each search costs against one transformers pass for each
+mask, timed here. Interrupted, it continues in its folder.
 """
 
 from __future__ import annotations
