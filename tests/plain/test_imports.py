@@ -19,7 +19,7 @@ LAYERS = [
     {"records", "solver"},
     {"bands", "masks", "recipes"},
     {"data", "models", "trie", "memory", "layout", "fingerprint", "store", "racing"},
-    {"chunks", "retention", "schedule", "states", "measures"},
+    {"chunks", "retention", "schedule", "split", "states", "measures"},
     {"footprint"},
     {"objectives"},
     {"engine", "probes"},
@@ -124,7 +124,7 @@ def test_kernels_never_import_fastprune(path):
 
 
 def test_plans_and_masks_are_free_of_torch():
-    names = {"bands", "trie", "retention", "schedule", "layout", "masks", "objectives", "data", "solver", "errors"}
+    names = {"bands", "trie", "retention", "schedule", "split", "layout", "masks", "objectives", "data", "solver", "errors"}
     for path in modules(PACKAGE):
         if part_of(path) in names:
             assert not {module.split(".")[0] for module, _ in imports(path, PACKAGE)} & {"torch", "transformers"}, path
