@@ -22,16 +22,16 @@ def owners(loads: Sequence[int], looks: Sequence[int], workers: int) -> np.ndarr
     loads: tokens of each chunk. looks: of a race, which one each chunk belongs to. Heavy chunks first, each to the
     worker that has least, of its look and of all together: every look of a race is shared out as well as the whole.
     """
-    loads, looks = np.asarray(loads, dtype=np.int64), np.asarray(looks, dtype=np.int64)
-    found, total = np.zeros(len(loads), dtype=np.int64), np.zeros(workers, dtype=np.int64)
-    for look in np.unique(looks):
+    weights, of = np.asarray(loads, dtype=np.int64), np.asarray(looks, dtype=np.int64)
+    found, total = np.zeros(len(weights), dtype=np.int64), np.zeros(workers, dtype=np.int64)
+    for look in np.unique(of):
         of_look = np.zeros(workers, dtype=np.int64)
-        chunks = np.flatnonzero(looks == look)
-        for chunk in chunks[np.argsort(-loads[chunks], kind="stable")].tolist():
+        chunks = np.flatnonzero(of == look)
+        for chunk in chunks[np.argsort(-weights[chunks], kind="stable")].tolist():
             worker = int(np.argmin(of_look + total))
             found[chunk] = worker
-            of_look[worker] += loads[chunk]
-            total[worker] += loads[chunk]
+            of_look[worker] += weights[chunk]
+            total[worker] += weights[chunk]
     return found
 
 
@@ -40,12 +40,12 @@ def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list
 
     loads, owner: of the chunks that are asked for. The same chunks have the same teams in every call.
     """
-    loads = np.asarray(loads, dtype=np.float64)
-    if not 0 < len(loads) < workers:
+    weights = np.asarray(loads, dtype=np.float64)
+    if not 0 < len(weights) < workers:
         return [[int(worker)] for worker in owner]
-    sizes = np.ones(len(loads), dtype=np.int64)
-    for _ in range(workers - len(loads)):  # the next worker goes where the most is left for each
-        sizes[np.argmax(loads / sizes)] += 1
+    sizes = np.ones(len(weights), dtype=np.int64)
+    for _ in range(workers - len(weights)):  # the next worker goes where the most is left for each
+        sizes[np.argmax(weights / sizes)] += 1
     found: list[list[int]] = [[] for _ in sizes]
     free = list(range(workers))
     for team, worker in zip(found, owner):
