@@ -185,8 +185,8 @@ workers_options = group(
     click.option(
         "--workers",
         type=click.IntRange(1, MOST_WORKERS),
-        help="Processes of this machine that share the work, each with the model; their threads are the machine's, shared "
-        "out, unless OMP_NUM_THREADS says how many each has.",
+        help="Processes of this machine that share the work, each with the model. The machine's cores are shared out as "
+        "threads, unless OMP_NUM_THREADS says how many each has.",
     ),
     click.option(
         "--ray",
