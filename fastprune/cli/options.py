@@ -185,7 +185,7 @@ workers_options = group(
     click.option(
         "--workers",
         type=click.IntRange(1, MOST_WORKERS),
-        help="Processes of this machine that share the work, each with the model. The machine's cores are shared out as "
+        help="Processes of this machine that share the work, each with the model. Its cores are shared out as "
         "threads, unless OMP_NUM_THREADS says how many each has.",
     ),
     click.option(
