@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import fastprune as fp
-from fastprune.chunks import look_rows, make_chunks
+from fastprune.layout import look_rows, make_layout
 from fastprune.schedule import make_schedule
 from fastprune.split import cut, owners, teams
 from fastprune.testing import SyntheticEvaluator
@@ -92,9 +91,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     batch = fp.TokenBatch.from_ids(np.zeros((ROWS, LENGTH), dtype=np.int64))
-    chunks = make_chunks(batch, CHUNK_TOKENS, torch.device("cpu"))
+    chunks = make_layout(batch, CHUNK_TOKENS, 8).chunks
     look_of = {row: look for look, rows in enumerate(look_rows(ROWS)) for row in rows.tolist()}
-    loads, looks = [chunk.num_tokens for chunk in chunks], [look_of[int(chunk.rows[0])] for chunk in chunks]
+    loads, looks = [len(rows) * LENGTH for rows in chunks], [look_of[rows[0]] for rows in chunks]
     print(f"{len(chunks)} chunks of {min(loads)} to {max(loads)} tokens")
     found = {}
     for name, options in SEARCHES.items():

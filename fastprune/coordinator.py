@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibration import TokenBatch
-from .chunks import look_rows
+from .data import TokenBatch
 from .engine import Engine, Progress
 from .errors import InputError
+from .layout import Layout, look_rows
 from .models import Model
 from .models.handover import pack
 from .processes import Workers
 from .split import cut, owners, teams
 from .store import SumStore, units_key
 from .trie import Trie, make_trie
-from .worker import layout_hash
 
 MOST_DEATHS = 3  # of one worker in one call
 
@@ -87,9 +86,10 @@ class Coordinator(Engine):
         store: SumStore | None = None,
         cache_bytes: int | None = None,
         cache_dir: Path | None = None,
+        layout: Layout | None = None,
     ):
         self.workers = workers
-        super().__init__(model, batch, measure, granularity, memory_bytes, backend, store, cache_bytes=0)
+        super().__init__(model, batch, measure, granularity, memory_bytes, backend, store, 0, None, layout)
         self._given = {
             "batch": replace(batch),  # without what it has worked out so far
             "measure": measure,
@@ -134,17 +134,12 @@ class Coordinator(Engine):
 
     def _description(self) -> dict[str, object]:
         """What an engine as this one is made of, and what must come of it."""
-        return {"engine": self._given, "processes": self.workers.per_machine, **self._agreed()}
+        engine = {**self._given, "layout": self.layout}
+        return {"engine": engine, "processes": self.workers.per_machine, **self._agreed()}
 
     def _agreed(self) -> dict[str, object]:
         """What every engine must have in common: chunks, tiles, and all that bits depend on."""
-        return {
-            "max_tokens": self.max_tokens,
-            "tile": self._tile,
-            "layout": self._layout,
-            "numerics": self.numerics(),
-            "threads": torch.get_num_threads(),
-        }
+        return {"layout": self.layout, "numerics": self.numerics(), "threads": torch.get_num_threads()}
 
     def _tell_open(self, worker: int, description: Any) -> None:
         state, weights = self._opened
@@ -161,6 +156,8 @@ class Coordinator(Engine):
         if self._model_given is None or self._model_given[0] != weights:
             if self.model.opened is not None and self.model.opened[1] == state:
                 self._model_given = weights, ("load", *self.model.opened[0]), None
+            elif self.model.weights is not None:
+                raise InputError(f"{self.model.name}: has changed since it was opened, and its weights are in files")
             else:
                 modules, tensors = pack(self.model.given)
                 at, token, held = self.workers.keep_tensors(tensors)
@@ -232,8 +229,10 @@ class Coordinator(Engine):
                 if len(done) == len(parts):
                     progress(*map(sum, zip(*done.values())))
             elif kind == "done":
-                peak, self.cache.held[worker], self.cache.served[worker] = value
+                peak, self.cache.held[worker], self.cache.served[worker], loads, read = value
                 self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
+                self.weight_loads += loads
+                self.weight_bytes += read
                 if worker in done:
                     done[worker] = (done[worker][1],) * 2
             elif kind == "memory":
@@ -289,14 +288,13 @@ class Coordinator(Engine):
 
     # -- chunks and memory ---------------------------------------------------------------------------------------
 
-    def _cut(self, max_tokens: int) -> None:
-        super()._cut(max_tokens)
+    def _cut(self, layout: Layout) -> None:
+        super()._cut(layout)
         look_of = np.zeros(self.batch.num_rows, dtype=np.int64)
         for look, rows in enumerate(look_rows(self.batch.num_rows)):
             look_of[rows] = look
         loads = [chunk.num_tokens for chunk in self.chunks]
         self._owner = owners(loads, [look_of[chunk.rows[0]] for chunk in self.chunks], self.workers.count)
-        self._layout = layout_hash(self)
 
     def _shrink_cache(self) -> bool:
         return False  # a worker that says it has no memory has given its cache up before

@@ -6,11 +6,10 @@ them: a pipe (`serve`), or Ray (`integrations.distributed`).
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 
 from .chunks import Chunk
-from .engine import Engine
+from .engine import Engine, Progress
 from .errors import InputError
 from .memory import is_out_of_memory
 from .models import Model, load_model
 from .models.handover import unpack, views
 from .models.imports import import_transformers
-from .trie import make_trie
+from .store import units_key
+from .trie import Units, make_trie
 
 EVERY = 0.1  # seconds between two words on progress
 
@@ -37,32 +37,42 @@ class PartEngine(Engine):
     """An engine that runs some sequences on some chunks, and gives their sums away as they are finished."""
 
     emit: Callable[[str, object], None] = lambda kind, value: None
-    part: Mapping[int, np.ndarray]  # by chunk, bool[M]: which sequences are to be run there
+    places: Mapping[bytes, int]  # of the sequences of a call, by the keys of their units
+    part: Mapping[int, np.ndarray]  # by chunk, bool[M]: which of them are to be run there
+
+    def start(self, sequences: Sequence[Units], part: Mapping[int, np.ndarray], progress: Progress) -> None:
+        """Run sequences, sorted and distinct, on chunks."""
+        self.places, self.part = {units_key(sequence): place for place, sequence in enumerate(sequences)}, part
+        self.peak_activation_bytes = 0
+        self.run(make_trie(sequences), progress)
 
     def _numbers(self, wanted: np.ndarray | None) -> list[int]:
         return list(self.part)
 
     def _look_up(self, context: int | None, keys: list[bytes], number: int, sums: np.ndarray) -> np.ndarray:
-        return self.part[number]
+        return self.part[number][[self.places[key] for key in keys]]
 
     def _finish(self, pending: list, chunk: Chunk, sums: np.ndarray, context: int | None, keys: list[bytes]) -> None:
         rows = [row for row, _ in pending]
         super()._finish(pending, chunk, sums, context, keys)
         if rows:
             number = next(n for n, known in enumerate(self.chunks) if known is chunk)
-            self.emit("sums", (number, rows, sums[rows][:, :, chunk.continuations]))
+            places = [self.places[keys[row]] for row in rows]
+            self.emit("sums", (number, places, sums[rows][:, :, chunk.continuations]))
+
+    def share_memory(self, processes: int) -> None:
+        """Take only one part in so many of what is free."""
+        self.cache.processes = self._frontier.processes = processes
 
     def _take_smaller_steps(self) -> bool:
         return False  # chunks are common to all workers: who shares out the work cuts them
 
     def agree(self, given: Mapping[str, Any]) -> None:
-        """Cut chunks and tiles as all do. Raises InputError where that gives others, or numbers had other bits."""
-        if (self.max_tokens, self._tile) != (given["max_tokens"], given["tile"]):
-            self._tile = given["tile"]
-            self._cut(given["max_tokens"])
+        """Cut chunks and tiles as all do. Raises InputError where numbers would have other bits all the same."""
+        if self.layout != given["layout"]:
+            self._keeps_references = False
+            self._cut(given["layout"])
         _check_alike(self.numerics(), given["numerics"])
-        if layout_hash(self) != given["layout"]:
-            raise InputError("it cuts the calibration set into other chunks, so that its numbers would have other bits")
 
 
 class Worker:
@@ -115,7 +125,7 @@ class Worker:
                 del self._models[weights]
                 raise InputError("the model that it opened is not the same as here: weights, config, hooks or switches")
         engine = PartEngine(self._models[weights], **given["engine"])
-        engine.cache.processes = given["processes"]
+        engine.share_memory(given["processes"])
         engine.emit = self._say
         engine.agree(given)
         self._engines[number] = engine
@@ -126,8 +136,9 @@ class Worker:
     def _make_model(self, how: tuple, device: str) -> Model:
         kind, *arguments = how
         if kind == "load":
-            place, dtype, trust_remote_code = arguments
-            return load_model(place, device, dtype, trust_remote_code=trust_remote_code)
+            place, dtype, trust_remote_code, weights_bytes = arguments
+            options = {"trust_remote_code": trust_remote_code, "weights_bytes": weights_bytes}
+            return load_model(place, device, dtype, **options)
         modules, at, token = arguments
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,9 +148,8 @@ class Worker:
         given, engine = self._fetch(token), self._engines[number]
         _use_threads(given["threads"])
         engine.agree(given)
-        engine.part = given["part"]
         self._counted = engine, engine.row_runs, engine.row_heads
-        engine.peak_activation_bytes, told = 0, 0.0
+        loads, bytes_read, told = engine.weight_loads, engine.weight_bytes, 0.0
 
         def progress(done: int, total: int) -> None:
             nonlocal told
@@ -149,8 +159,9 @@ class Worker:
                 told = time.monotonic()
                 self._say("progress", (done, total))
 
-        engine.run(make_trie(given["sequences"]), progress)
-        return "done", (engine.peak_activation_bytes, engine.cache.bytes, dict(engine.cache.hits))
+        engine.start(given["sequences"], given["part"], progress)
+        read = engine.weight_loads - loads, engine.weight_bytes - bytes_read
+        return "done", (engine.peak_activation_bytes, engine.cache.bytes, dict(engine.cache.hits), *read)
 
     def _say(self, kind: str, value: object) -> None:
         engine, runs, heads = self._counted
@@ -162,14 +173,6 @@ class Worker:
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, RuntimeWarning):
             self._say("warning", str(message))
-
-
-def layout_hash(engine: Engine) -> str:
-    """SHA-256 over the chunks of an engine: equal where the same rows run together."""
-    digest = hashlib.sha256()
-    for chunk in engine.chunks:
-        digest.update(chunk.key + np.asarray(chunk.rows, dtype="<i8").tobytes())
-    return digest.hexdigest()
 
 
 def _check_alike(found: Mapping, expected: Mapping) -> None:

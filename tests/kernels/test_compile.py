@@ -31,7 +31,7 @@ MATRIX_KERNELS = ("linear_nll", "finish_nll", "linear_kl", "tree_attention")
 
 
 def compile_every_kernel(arch: str, only: str, folder) -> tuple[int, dict[str, dict]]:
-    """The limit of shared memory, and what each case takes, by its name, of which `only` is a part: from a process whose
+    """The limit of shared memory, and what each case takes, by its name, of which `only` is a part: of a process whose
     kernels are compiled.
 
     Nothing comes from Triton's cache: what the assembler says is said while it works. So there is one test for each.
