@@ -245,6 +245,20 @@ def test_weights_that_change_are_handed_over_anew(batch):
     assert [len(models) for models in workers.models] == [1, 1]
 
 
+def test_weights_that_stay_in_files(checkpoint):
+    with pytest.raises(fp.InputError, match="the smallest that works is") as error:
+        fp.load_model(checkpoint, weights_bytes=1)
+    least = int(str(error.value).split("the smallest that works is ")[1].split(",")[0])
+    ids = fp.TokenBatch.from_ids(random_rows(61, [23, 9] * 20))
+    many = fp.Evaluator(
+        fp.load_model(checkpoint, weights_bytes=least), fp.KLDivergence(ids), workers=InThisProcess(2), cache_bytes=0
+    )
+    masks = some_masks(many.num_units, 20, seed=12)
+    one = fp.Evaluator(fp.load_model(checkpoint), fp.KLDivergence(ids))
+    assert many.score(masks).tobytes() == one.score(masks).tobytes()
+    assert many.stats.weight_loads > 0
+
+
 def test_evaluators_share_workers_and_their_models(hf, batch):
     workers, masks = InThisProcess(2), some_masks(num_blocks(hf), 20, seed=10)
     evaluators = [
@@ -291,6 +305,16 @@ def test_a_model_that_cannot_be_handed_over(batch):
 def test_counts_that_cannot_be(hf, batch, count):
     with pytest.raises(fp.InputError, match=r"workers must be a number from 1 to 1024, not"):
         fp.Evaluator(hf, fp.Perplexity(batch), workers=count)
+
+
+def test_the_arithmetic_of_scale(hf):
+    """What docs/scale.md reckons with: runs per mask, and bytes per state."""
+    units, tokens = num_blocks(hf), 30 * 16
+    ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [16] * 30))))
+    ev.score(~np.eye(units, dtype=bool))
+    assert ev.stats.layer_runs == (units - 1) * (units + 2) / 2
+    assert ev.stats.naive_layer_runs == units * (units - 1)
+    assert ev.stats.cache_bytes == ev.stats.layer_runs * tokens * hf.config.hidden_size * 4
 
 
 # -- processes -----------------------------------------------------------------------------------------------------
