@@ -154,8 +154,8 @@ class Engine:
         keys = [units_key(sequence) for sequence in trie.sequences]
         context = self._context()
         missing = {number: self._look_up(context, keys, number, sums) for number in self._numbers(wanted)}
-        if self.measure.needs_dense and any(rows.any() for rows in missing.values()):
-            self._run_dense()
+        if self.measure.needs_dense:
+            self._run_dense([number for number, rows in missing.items() if rows.any()])
         schedules = self._schedule(trie, {number: rows for number, rows in missing.items() if rows.any()})
         if self._split(schedules) and len(keys) > 1:
             return self._run_halves(trie, progress, wanted)
@@ -390,20 +390,19 @@ class Engine:
                 self._references[index] = found
         return found
 
-    def _run_dense(self) -> None:
-        """Fill `_dense`: final states of the dense model where a target is predicted, [P, D] for each chunk."""
-        if self._dense and self._dense_of == self.model.state:
-            return
-        of, dense = self.model.state, {}
+    def _run_dense(self, numbers: list[int]) -> None:
+        """Fill `_dense` for these chunks: final states of the dense model where a target is predicted, [P, D]."""
+        of = self.model.state
+        if self._dense_of != of:
+            self._dense, self._dense_of = {}, of
         trie = make_trie([tuple(range(self.num_units))])
-        schedules = self._schedule(trie, {number: np.ones(1, dtype=bool) for number in range(len(self.chunks))})
+        schedules = self._schedule(trie, {n: np.ones(1, dtype=bool) for n in numbers if n not in self._dense})
         for group in self._groups(schedules):
             with closing(self._walks({number: schedules[number] for number in group})) as walks:
                 for number, steps in walks:
                     for end, hidden, _ in steps:
                         if end >= 0:
-                            dense[number] = hidden.flatten(0, 1)[self.chunks[number].sources]
-        self._dense, self._dense_of = [dense[number] for number in sorted(dense)], of
+                            self._dense[number] = hidden.flatten(0, 1)[self.chunks[number].sources]
 
     def numerics(self) -> dict[str, object]:
         """What the bits of a number depend on besides weights, chunk and mask: path, dtype, device, software."""
@@ -463,7 +462,7 @@ class Engine:
 
     def _cut(self, layout: Layout) -> None:
         """Make the chunks of a layout, and the tiles of each."""
-        self._dense: list[torch.Tensor] = []  # per chunk, see _run_dense
+        self._dense: dict[int, torch.Tensor] = {}  # by chunk, see _run_dense
         self._dense_of: tuple = ()
         self.layout = layout
         self.chunks = [make_chunk(self.batch, rows, self.model.device) for rows in layout.chunks]
@@ -514,7 +513,7 @@ class Engine:
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
         alive = {id(s): s for s in (*slots, state) if s is not None}
         held = sum(map(state_bytes, alive.values())) + self._frontier.bytes
-        held += sum(kept.nbytes for kept in (*self._dense, *self._references.values()))
+        held += sum(kept.nbytes for kept in (*self._dense.values(), *self._references.values()))
         peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
         self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
 

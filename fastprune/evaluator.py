@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from . import probes
+from .coordinator import Coordinator
 from .engine import Engine, Progress
 from .errors import InputError
 from .layout import Layout, look_rows
 from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
+from .processes import Processes, Workers, check_workers
 from .racing import Selection, race
 from .records import check_bytes, check_folder
 from .store import SumStore
@@ -64,6 +67,9 @@ class Evaluator:
     do not fit, in a file that goes with the process, up to a quarter of what is free there.
     store: file of finished sums (or a SumStore): what is in it is not computed
     again, whichever objective on the same tokens had asked for it, and what is finished is kept chunk by chunk.
+    workers: that many processes of this machine, each with a model of its own, or `Workers` that are started already,
+    run a call together; None for this process alone. Each runs with as many threads as this process, and a score has
+    the bits that it has here. memory_bytes is then of each worker, cache_bytes of all of a machine.
     progress: called with (unit runs done, unit runs in all) while masks are scored.
     layout: how the calibration set is cut, `layout` of another evaluator, so that scores have its bits under another
     budget; None: as fits memory_bytes.
@@ -82,6 +88,7 @@ class Evaluator:
         cache_bytes: int | None = None,
         cache_dir: str | os.PathLike | None = None,
         store: str | os.PathLike | SumStore | None = None,
+        workers: int | Workers | None = None,
         progress: Progress | None = None,
         layout: Layout | None = None,
     ):
@@ -93,6 +100,8 @@ class Evaluator:
         cache_bytes = check_bytes("cache_bytes", cache_bytes, 0)
         if layout is not None and not isinstance(layout, Layout):
             raise InputError(f"layout must be a Layout, such as another evaluator's, not {type(layout).__name__}")
+        if workers is not None and not isinstance(workers, Workers):
+            check_workers(workers)
         self.model = model if isinstance(model, Model) else Model(model)
         self.objective = objective
         self.granularity = granularity
@@ -100,7 +109,11 @@ class Evaluator:
         self.stats = Stats()
         self._dense: tuple[tuple, float] | None = None
         store = store if isinstance(store, SumStore) or store is None else SumStore(store)
-        self._engine = Engine(
+        make = Engine
+        if workers is not None:
+            workers = workers if isinstance(workers, Workers) else Processes(workers)
+            make = functools.partial(Coordinator, workers)
+        self._engine = make(
             self.model,
             objective.batch,
             objective.measure,

@@ -112,8 +112,10 @@ class PrefixCache:
 
     limit: bytes in memory; None for a quarter of what is free, asked anew before each call; 0 for none. folder: where
     states go that do not fit, up to a quarter of what its disk has free; None for nowhere. hits: states that were read,
-    by tier. Every chunk has room for the same number of prefixes.
+    by tier. Every chunk has room for the same number of prefixes. processes: how many share what is free.
     """
+
+    processes = 1
 
     def __init__(self, limit: int | None, folder: Path | None, device: torch.device):
         self._limit, self._folder, self._device = limit, folder, device
@@ -208,14 +210,14 @@ class PrefixCache:
         held = {tier.name: held for tier, held in zip(self._tiers, self._held)}
         budgets = {"device": self._limit}
         if self._limit is None or self._device.type == "cuda":
-            budgets["device"] = (available_bytes(self._device) + held["device"]) // SHARE
+            budgets["device"] = (available_bytes(self._device) + held["device"]) // (SHARE * self.processes)
         if self._device.type == "cuda" and self._limit is None:
-            budgets["host"] = (available_bytes(torch.device("cpu")) + held["host"]) // SHARE
+            budgets["host"] = (available_bytes(torch.device("cpu")) + held["host"]) // (SHARE * self.processes)
         elif self._device.type == "cuda":
             budgets["device"] = min(budgets["device"], self._limit)
             budgets["host"] = self._limit - budgets["device"]
         if self._folder is not None:
-            budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // SHARE
+            budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // (SHARE * self.processes)
         return budgets
 
     def _give_up_disk(self, error: OSError) -> None:
@@ -228,8 +230,11 @@ class Frontier:
     """States that go from one visit of a band to later ones, by chunk and prefix.
 
     What does not fit into memory goes to the host's (from a GPU), then to a disk. Nothing is ever lost: a disk that
-    fails is given up with one warning, and memory takes what it should have had.
+    fails is given up with one warning, and memory takes what it should have had. processes: how many share the slower
+    tiers.
     """
+
+    processes = 1
 
     def __init__(self, folder: Path | None, device: torch.device):
         self._folder, self._device = folder, device
@@ -247,9 +252,9 @@ class Frontier:
         self.clear()
         self._rooms = [memory]
         if self._device.type == "cuda":
-            self._rooms.append(available_bytes(torch.device("cpu")) // SHARE)
+            self._rooms.append(available_bytes(torch.device("cpu")) // (SHARE * self.processes))
         if self._folder is not None:
-            self._rooms.append(shutil.disk_usage(self._folder).free // SHARE)
+            self._rooms.append(shutil.disk_usage(self._folder).free // (SHARE * self.processes))
         return sum(self._rooms[1:])
 
     @property

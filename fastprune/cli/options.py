@@ -13,6 +13,7 @@ import click
 from ..errors import InputError, nearest
 from ..masks import parse_removed
 from ..objectives import OBJECTIVES
+from ..processes import MOST_WORKERS
 from ..records import check_folder
 from .output import progress_bar
 
@@ -180,6 +181,20 @@ weights_option = click.option(
     "a band at a time, while the band before computes. Default: all stay loaded.",
 )
 
+workers_options = group(
+    click.option(
+        "--workers",
+        type=click.IntRange(1, MOST_WORKERS),
+        help="Processes of this machine that share the work, each with the model. Its cores are shared out as "
+        "threads, unless OMP_NUM_THREADS says how many each has.",
+    ),
+    click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Share the work by Ray: local for this machine, auto for the cluster that it belongs to, or HOST:PORT.",
+    ),
+)
+
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 evaluator_settings = group(
@@ -213,6 +228,7 @@ evaluator_settings = group(
         type=Folder(),
         help="A folder on a fast disk for states that do not fit into memory, gone with the process.",
     ),
+    workers_options,
     quiet_option,
 )
 
@@ -275,9 +291,11 @@ def evaluates(command):
     @functools.wraps(command)
     def wrapped(
         model, device, dtype, trust_remote_code, objective, calibration, store, num_samples, seq_len, sample_seed,
-        granularity, backend, memory_bytes, weights_bytes, cache_bytes, cache_dir, quiet, **own,
+        granularity, backend, memory_bytes, weights_bytes, cache_bytes, cache_dir,
+        workers, ray, quiet, **own,
     ):  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
+        check_workers(workers, ray)
 
         def make(progress):
             from ..evaluator import Evaluator
@@ -293,6 +311,7 @@ def evaluates(command):
                 cache_bytes=cache_bytes,
                 cache_dir=cache_dir,
                 store=store,
+                workers=open_workers(workers, ray, opened),
                 progress=progress,
             )
 
@@ -300,26 +319,6 @@ def evaluates(command):
             return command(functools.partial(make, progress), **own)
 
     return wrapped
-
-
-def import_transformers() -> None:
-    """Import what opens a model, without scikit-learn and SciPy, which make up a third of the time that takes.
-
-    Transformers wants them for speculative decoding and object detection, and goes without where they are not
-    installed. For this process, which does neither, it is told that they are not.
-    """
-    from transformers import utils
-
-    asked = {
-        name: getattr(utils, name) for name in ("is_sklearn_available", "is_scipy_available") if hasattr(utils, name)
-    }
-    for name in asked:
-        setattr(utils, name, lambda: False)
-    try:
-        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
-    finally:
-        for name, function in asked.items():
-            setattr(utils, name, function)
 
 
 def open_model(
@@ -332,8 +331,10 @@ def open_model(
     import torch
     from transformers.utils import logging
 
-    import_transformers()
     from ..models import load_model
+    from ..models.imports import import_transformers
+
+    import_transformers()
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -342,6 +343,31 @@ def open_model(
     except (RuntimeError, ValueError, TypeError):  # the last two of text that is no UTF-8
         raise InputError(f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0") from None
     return load_model(model, device, dtype, trust_remote_code=trust_remote_code, weights_bytes=weights_bytes)
+
+
+def check_workers(workers: int | None, ray: str | None) -> None:
+    """Raise InputError for workers of two kinds, and for a Ray that is not installed or does not answer."""
+    if ray is None:
+        return
+    if workers is not None:
+        raise InputError("--workers are processes of this machine, --ray those of a cluster; give one of them")
+    from ..integrations.distributed import check_address
+
+    with naming("--ray"):
+        check_address(ray)
+
+
+def open_workers(workers: int | None, ray: str | None, model):
+    """An evaluator's workers. The cores of this machine are shared out as threads over its processes."""
+    if ray is not None:
+        from ..integrations.distributed import RayWorkers
+
+        return RayWorkers(ray, model.device)
+    if workers is not None and "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    return workers
 
 
 def check_calibration(model: str, objective: str, calibration: str | None, flag: str = "--calibration") -> str:

@@ -32,11 +32,13 @@ from .options import (
     Folder,
     check_calibration,
     check_gradients,
+    check_workers,
     evaluator_settings,
     model_settings,
     naming,
     open_model,
     open_objective,
+    open_workers,
     split_options,
 )
 from .output import note, printing, progress_bar, say
@@ -85,7 +87,7 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
 def study(
     models, algorithms, objectives, calibrations, held_out, num_remove, options, seed, out_dir, device, dtype,
     trust_remote_code, num_samples, seq_len, sample_seed, granularity, backend, memory_bytes, weights_bytes,
-    cache_bytes, cache_dir, quiet, tasks, include_path, limit, num_fewshot,
+    cache_bytes, cache_dir, workers, ray, quiet, tasks, include_path, limit, num_fewshot,
 ) -> None:  # fmt: skip
     """Compare search algorithms on MODELs.
 
@@ -113,11 +115,13 @@ def study(
     with naming("--out"):
         check_study_folder(Path(out_dir), known)
     check_study(names, given, out_dir)
+    check_workers(workers, ray)
     if tasks is not None:
         task_names, manager = open_tasks("--evaluate", tasks, include_path)
     elif (include_path, limit, num_fewshot) != (None,) * 3:
         raise InputError("--include-path, --limit and --num-fewshot belong to --evaluate; name its tasks")
     opened = [open_model(model, device, dtype, trust_remote_code, weights_bytes) for model in models]
+    shared = open_workers(workers, ray, opened[0])
     with progress_bar(quiet) as progress:
         found = run_study(
             opened,
@@ -134,6 +138,7 @@ def study(
             cache_bytes=cache_bytes,
             cache_dir=cache_dir,
             granularity=granularity,
+            workers=shared,
             progress=progress,
         )
     write_report(found, Path(out_dir) / "report.html")

@@ -69,6 +69,7 @@ class Model:
     """
 
     path_name = "generic"  # beside "fused (...)", see FusedModel
+    opened: tuple[tuple, tuple] | None = None  # of what load_model opened: its arguments, and the state it then had
 
     def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None, weights: Weights | None = None):
         self.weights = weights

@@ -114,10 +114,14 @@ def _load(source, device, dtype, tokenizer, trust_remote_code: bool, weights_byt
         warnings.warn(f"{lacks}: {how}", stacklevel=3)
     tokenizer = tokenizer or _load_tokenizer(folder, trust_remote_code)
     if weights is None:
-        return Model(hf.to(device).eval(), tokenizer, name)
-    hf = to_device(hf, device).eval()
-    weights.start(weights_bytes, resident_bytes(hf), device, name)
-    return Model(hf, tokenizer, name, weights)
+        model = Model(hf.to(device).eval(), tokenizer, name)
+    else:
+        hf = to_device(hf, device).eval()
+        weights.start(weights_bytes, resident_bytes(hf), device, name)
+        model = Model(hf, tokenizer, name, weights)
+    place = str(Path(source).absolute()) if exists and name != "demo" else name
+    model.opened = (place, dtype, trust_remote_code, weights_bytes), model.state
+    return model
 
 
 _MANY_TIMES = "a run takes many times as long as in float32"

@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import InputError
 from ..masks import from_removed
 from ..objectives import Objective
+from ..processes import Processes
 from ..records import check_folder, write_json
 from ..search import check_algorithm, find_algorithm, require_sklearn, run_search
 from ..store import SumStore
@@ -48,9 +49,10 @@ def run_study(
 
     objectives: by label, functions from a model to an objective on its calibration set (so one objective can stand
     several times, on several sets, which are then compared). options: of algorithms, by name. held_out: further
-    objectives that no search sees; every chosen mask is scored under them, too. The directory keeps `inputs.json`, the
-    score store and one file per finished cell; a cell that is damaged, or was made with other settings, is named in a
-    RuntimeWarning and made again. A search that finds no finite loss is a cell with an error, and no reason to end.
+    objectives that no search sees; every chosen mask is scored under them, too. evaluator_options: of `Evaluator`; its
+    workers are started once, for all. The directory keeps `inputs.json`, the score store and one file per finished
+    cell; a cell that is damaged, or was made with other settings, is named in a RuntimeWarning and made again. A search
+    that finds no finite loss is a cell with an error, and no reason to end.
     Raises InputError, before the directory is touched, for one that belongs to other inputs or another kind of machine,
     or in which another process is at work, and for algorithms, options, budgets or data that cannot be.
     """
@@ -150,7 +152,7 @@ class _Evaluators:
         for label in held_out:
             if label in objectives:
                 raise InputError(f"{label!r} is searched with; what is held out has a label of its own")
-        self._models, self._options, self._searched = list(models), options, list(objectives)
+        self._models, self._options, self._searched = list(models), {**options}, list(objectives)
         makers = {**objectives, **held_out}
         self._objectives = {(m.name, label): make(m) for m in models for label, make in makers.items()}
         self._made: dict[tuple[str, str], Evaluator] = {}
@@ -206,7 +208,7 @@ class _Evaluators:
         """Make every evaluator once, and keep none: data or options that do not fit a model are found now."""
         for (name, _), objective in self._objectives.items():
             (model,) = (model for model in self._models if model.name == name)
-            _evaluator(model, objective, **self._options)
+            self._evaluator(model, objective)
 
     def describe_objectives(self) -> dict[str, dict]:
         """By label, what the objective says of itself."""
@@ -218,8 +220,15 @@ class _Evaluators:
     def get(self, model: Model, label: str) -> Evaluator:
         key = (model.name, label)
         if key not in self._made:
-            self._made[key] = _evaluator(model, self._objectives[key], store=self._store, **self._options)
+            self._made[key] = self._evaluator(model, self._objectives[key], store=self._store)
         return self._made[key]
+
+    def _evaluator(self, model: Model, objective: Objective, **more) -> Evaluator:
+        from ..evaluator import Evaluator  # only now: it brings torch
+
+        if isinstance(self._options.get("workers"), int):
+            self._options["workers"] = Processes(self._options["workers"])
+        return Evaluator(model, objective, **more, **self._options)
 
     def num_units(self, model: Model) -> int:
         return len(model.unit_names(self._options.get("granularity", "block")))
@@ -227,12 +236,6 @@ class _Evaluators:
     def slug(self, model: Model) -> str:
         """A short file-name part for a model, distinct within the study."""
         return f"{self._models.index(model)}-{Path(model.name).name[:30]}"
-
-
-def _evaluator(*arguments, **options) -> Evaluator:
-    from ..evaluator import Evaluator  # only now: it brings torch
-
-    return Evaluator(*arguments, **options)
 
 
 def _search(evaluator, model, label, num_remove, algorithm, options, seed) -> Cell:

@@ -150,3 +150,10 @@ def test_a_study_continues(run, checkpoint, text_file, tmp_path):
 )
 def test_options_that_are_given_twice(refused, command, twice):
     assert "is given twice" in refused(command, *twice)
+
+
+def test_workers(refused, tmp_path):
+    for command in ("score", "search", "study"):
+        more = ("--out", tmp_path / "s") if command == "study" else ()
+        assert "0 is not in the range 1<=x<=1024" in refused(command, "--workers", 0, *more)
+        assert "give one of them" in refused(command, "--workers", 2, "--ray", "local", *more)

@@ -19,10 +19,12 @@ LAYERS = [
     {"records", "solver"},
     {"bands", "masks", "recipes"},
     {"data", "models", "trie", "memory", "layout", "fingerprint", "store", "racing"},
-    {"chunks", "retention", "schedule", "states", "measures"},
+    {"chunks", "retention", "schedule", "split", "states", "measures"},
     {"footprint"},
     {"objectives"},
-    {"engine", "probes"},
+    {"engine", "probes", "processes"},
+    {"worker"},
+    {"coordinator"},
     {"evaluator"},
     {"search"},
     {"study", "checkpoint", "integrations", "testing"},
@@ -124,7 +126,19 @@ def test_kernels_never_import_fastprune(path):
 
 
 def test_plans_and_masks_are_free_of_torch():
-    names = {"bands", "trie", "retention", "schedule", "layout", "masks", "objectives", "data", "solver", "errors"}
+    names = {
+        "bands",
+        "trie",
+        "retention",
+        "schedule",
+        "split",
+        "layout",
+        "masks",
+        "objectives",
+        "data",
+        "solver",
+        "errors",
+    }
     for path in modules(PACKAGE):
         if part_of(path) in names:
             assert not {module.split(".")[0] for module, _ in imports(path, PACKAGE)} & {"torch", "transformers"}, path

@@ -1,0 +1,226 @@
+"""Workers on Ray (extra `ray`): one actor with a model of its own for every GPU of a cluster, or for so many cores.
+
+Ray places the actors, carries what is large (calibration sets, models in memory, sums) in its object store, and says
+when one dies. Who runs what is decided by `split`, as for processes of one machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..processes import LAST, MOST_WORKERS, Workers, check_workers
+from ..records import brief
+from . import require
+
+if TYPE_CHECKING:  # what checks an address does without torch
+    import torch
+
+ANSWER_WITHIN, START_WITHIN = 5, 300  # seconds: a cluster, and an actor that is being placed
+LISTEN = 5  # seconds that one call waits for a word
+
+
+def check_address(address: str) -> None:
+    """Raise InputError, within seconds, unless Ray is installed and somebody answers at the address.
+
+    address: "local", "auto" (the cluster that this machine belongs to) or HOST:PORT of a cluster's head.
+    """
+    require("ray", "ray")
+    if address in ("local", "auto"):
+        return
+    found = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})", address)
+    if not found or not 0 < int(found[2]) < 1 << 16:
+        raise InputError(f"a Ray address is local, auto or HOST:PORT, not {brief(repr(address), 80)}")
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=ANSWER_WITHIN).close()
+    except OSError as error:
+        raise InputError(f"nobody answers at {address}: {error.strerror or error}") from None
+
+
+class RayWorkers(Workers):
+    """Actors on a Ray cluster, started at once; `Evaluator(..., workers=RayWorkers("local"))`.
+
+    address: see `check_address`; a Ray that this process is connected to already is taken as it is. device: of the
+    model; on a GPU every worker has one to itself, elsewhere as many cores as this process has threads. count: how
+    many workers; default: as many as the cluster has room for. Their machines need fastprune, and a model's files in
+    the same place.
+
+    Raises InputError for an address that nobody answers, and a cluster without room; RuntimeError when Ray, or an
+    actor, cannot start.
+    """
+
+    def __init__(self, address: str = "local", device: torch.device | None = None, count: int | None = None):
+        import torch
+
+        check_address(address)
+        if count is not None:
+            check_workers(count)
+        import ray
+
+        self._ray: Any = ray
+        self._gpus = 1 if device is not None and device.type == "cuda" else 0
+        self._cores = 1 if self._gpus else torch.get_num_threads()
+        self._end = weakref.finalize(self, ray.shutdown) if _connect(ray, address) else lambda: None
+        room = _room(ray.cluster_resources(), self._gpus, self._cores)
+        if room < (count or 1):
+            each = "a GPU" if self._gpus else f"{self._cores} cores"
+            raise InputError(f"the cluster has room for {room} workers of {each} each, not {count or 1}")
+        count = min(room, MOST_WORKERS) if count is None else int(count)
+        super().__init__(count, -(-count // max(1, sum(node["Alive"] for node in ray.nodes()))))
+        self._actor_class = ray.remote(Actor).options(
+            num_gpus=self._gpus, num_cpus=self._cores, max_concurrency=3, max_restarts=0
+        )
+        self._actors: list[Any] = [None] * count
+        self._request = [0] * count
+        self._listening: dict[Any, int] = {}  # by the reference of a call, its worker
+        self._words: deque[tuple] = deque()
+        self.pids = [0] * count
+        for worker in range(count):
+            self._actors[worker] = self._actor_class.remote()
+        for worker in range(count):
+            self._expect_ready(worker)
+
+    def close(self) -> None:
+        """End the actors, and Ray where it was started here; the last use of this object."""
+        for actor in self._actors:
+            with contextlib.suppress(Exception):  # gone already
+                self._ray.kill(actor)
+        self._end()
+
+    def keep(self, value: Any) -> Any:
+        return "object", [self._ray.put(value)]  # in a list Ray hands on the reference, not the value
+
+    def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
+        from ..models import handover
+
+        at, size = handover.places(tensors)
+        buffer = np.zeros(size, dtype=np.uint8)
+        handover.fill(buffer, tensors, at)
+        return at, ("buffer", [self._ray.put(buffer)]), None
+
+    def device(self, worker: int, device: torch.device) -> str:
+        return device.type  # of the GPUs of its machine, an actor sees its own
+
+    def _start(self, worker: int) -> None:
+        self._actors[worker] = self._actor_class.remote()
+        self._expect_ready(worker)
+
+    def _expect_ready(self, worker: int) -> None:
+        try:
+            self.pids[worker] = self._ray.get(self._actors[worker].pid.remote(), timeout=START_WITHIN)
+        except self._ray.exceptions.GetTimeoutError:
+            raise RuntimeError(f"worker {worker} could not be placed within {START_WITHIN} s") from None
+        except self._ray.exceptions.RayError as error:
+            raise RuntimeError(f"worker {worker} could not start: {brief(str(error), 200)}") from None
+
+    def _send(self, worker: int, request: tuple) -> None:
+        if request == ("stop",):
+            self._actors[worker].stop.remote(self._request[worker])
+            return
+        self._request[worker] += 1
+        self._actors[worker].ask.remote(self._request[worker], *request)
+        self._listen(worker)
+
+    def _listen(self, worker: int) -> None:
+        self._listening[self._actors[worker].listen.remote()] = worker
+
+    def _receive(self) -> tuple[int, str, Any, int, int]:
+        while not self._words:
+            (reference,), _ = self._ray.wait(list(self._listening), num_returns=1)
+            worker = self._listening.pop(reference)
+            try:
+                words = self._ray.get(reference)
+            except self._ray.exceptions.RayActorError as error:
+                why = brief(str(error).replace("\n", " "), 200)
+                self._words.append((worker, "lost", f"process {self.pids[worker]}: {why}", 0, 0))
+                break
+            self._words.extend((worker, *word) for word in words)
+            if not (words and words[-1][0] in LAST):
+                self._listen(worker)
+        return self._words.popleft()
+
+
+class Actor:
+    """A `Worker` on Ray: one call does what is asked, another hands on its words, a third gives it up."""
+
+    def __init__(self) -> None:
+        from ..models.imports import import_transformers
+        from ..worker import Worker
+
+        import_transformers()
+        self._words: list[tuple] = []
+        self._news = threading.Condition()
+        self._asked = self._stopped = 0
+        self._worker = Worker(self._note, lambda: self._stopped >= self._asked, _fetch)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def ask(self, number: int, *request: Any) -> None:
+        self._asked = number
+        self._worker.answer(*request)
+
+    def listen(self) -> list[tuple]:
+        """What was said since the last time; waits for a word."""
+        with self._news:
+            self._news.wait_for(lambda: self._words, timeout=LISTEN)
+            words, self._words = self._words, []
+            return words
+
+    def stop(self, number: int) -> None:
+        self._stopped = number
+
+    def _note(self, word: tuple) -> None:
+        with self._news:
+            self._words.append(word)
+            self._news.notify_all()
+
+
+def _fetch(token: Any) -> Any:
+    import ray
+    import torch
+
+    kind, (reference,) = token
+    value = ray.get(reference)
+    if kind == "object":
+        return value
+    with warnings.catch_warnings():  # memory of the object store cannot be written to, and nobody does
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(value).untyped_storage()
+
+
+def _connect(ray: Any, address: str) -> bool:
+    """Connect to Ray, where this process is not yet; whether it was started here."""
+    if ray.is_initialized():
+        return False
+    own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False} if address == "local" else {}
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # actors here inherit it
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+    except Exception as error:  # of whatever kind: Ray raises many, a bare Exception among them
+        kind = RuntimeError if own else InputError
+        raise kind(f"no Ray at {address}: {brief(str(error), 200)}") from None
+    finally:
+        os.environ.pop("PYTHONPATH")
+        os.environ |= {} if before is None else {"PYTHONPATH": before}
+    return True
+
+
+def _room(resources: dict[str, float], gpus: int, cores: int) -> int:
+    """How many workers of so many GPUs or cores a cluster has room for."""
+    if gpus:
+        return int(resources.get("GPU", 0)) // gpus
+    return int(resources.get("CPU", 0)) // cores

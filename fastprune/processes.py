@@ -1,0 +1,231 @@
+"""Workers as processes of this machine: started, told, heard, and started anew when one dies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe, connection
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import InputError
+from .records import brief
+
+if TYPE_CHECKING:  # what checks a command line does without torch
+    import torch
+
+MOST_WORKERS = 1024
+LAST = ("ready", "opened", "done", "memory", "wrong", "failed", "stopped", "lost")  # of `worker`: it then waits
+START = "import sys; from fastprune.worker import serve; serve(int(sys.argv[1]))"
+
+
+class Workers:
+    """What runs the parts of a call, several at once. Evaluators may share one; their calls take turns.
+
+    count: how many there are. per_machine: how many share the memory of one machine. models, engines: what each holds,
+    by hash and by number; who opens something there notes it. alive: who shares out work here, by number.
+
+    A subclass starts them, and gives `_start(worker)`, `_send(worker, request)` and `_receive()`, which waits for the
+    next word of any busy worker, as `hear` returns it: "lost" where one died, whose value says why.
+    """
+
+    def __init__(self, count: int, per_machine: int):
+        self.count, self.per_machine = count, per_machine
+        self.turn = threading.RLock()
+        self.numbers = itertools.count()
+        self.alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.models: list[set[str]] = [set() for _ in range(count)]
+        self.engines: list[dict[int, str]] = [{} for _ in range(count)]
+        self.busy: set[int] = set()
+        self._dead: set[int] = set()
+
+    def tell(self, worker: int, *request: Any) -> None:
+        """Ask a worker that is not busy for something."""
+        self.busy.add(worker)
+        self._send(worker, request)
+
+    def hear(self) -> tuple[int, str, Any, int, int]:
+        """The next word of any busy worker: (worker, kind, value, unit runs on rows, heads on rows)."""
+        worker, kind, *more = self._receive()
+        if kind in LAST:
+            self.busy.discard(worker)
+        if kind == "lost":
+            self._dead.add(worker)
+            self.models[worker].clear()
+            self.engines[worker].clear()
+        return (worker, kind, *more)
+
+    def quiet(self) -> None:
+        """Have every worker that is busy give up what it does."""
+        for worker in self.busy:
+            self._send(worker, ("stop",))
+        while self.busy:
+            self.hear()
+
+    def settle(self) -> None:
+        """Let every worker be ready for a request: nothing is left of an earlier one, and dead ones begin anew."""
+        self.quiet()
+        for worker in sorted(self._dead):
+            self.revive(worker)
+
+    def revive(self, worker: int) -> None:
+        """Start anew a worker that has died. Raises RuntimeError when it cannot start."""
+        self._start(worker)
+        self._dead.discard(worker)
+
+    def keep(self, value: Any) -> Any:
+        """What stands for a value in a request that goes to several workers."""
+        return value
+
+    def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
+        """Where each tensor stands in a buffer, see `models.handover`; what stands for the buffer in a request; and
+        what must be held as long as a request may have it."""
+        raise NotImplementedError
+
+    def device(self, worker: int, device: torch.device) -> str:
+        """The device of a worker, where this process has one of that kind."""
+        return str(device)
+
+    def _start(self, worker: int) -> None:
+        raise NotImplementedError
+
+    def _send(self, worker: int, request: tuple) -> None:
+        raise NotImplementedError
+
+    def _receive(self) -> tuple[int, str, Any, int, int]:
+        raise NotImplementedError
+
+
+@dataclass
+class _Member:
+    """A process, this end of its pipe, and what it prints."""
+
+    process: subprocess.Popen
+    pipe: connection.Connection
+    printed: IO[bytes]
+
+
+class Processes(Workers):
+    """`count` processes of this machine, each with a model of its own, started at once.
+
+    On GPUs the workers take the devices of the machine in turn. They end with this object, and with this process,
+    however that ends. Raises InputError for a count below 1, RuntimeError when one cannot start.
+    """
+
+    def __init__(self, count: int):
+        super().__init__(check_workers(count), count)
+        self._members: dict[int, _Member] = {}
+        self._end = weakref.finalize(self, _end, self._members, os.getpid())
+        for worker in range(count):
+            self._begin(worker)
+        for worker in range(count):
+            self._expect_ready(worker)
+
+    @property
+    def pids(self) -> list[int]:
+        """The process of each worker."""
+        return [self._members[worker].process.pid for worker in range(self.count)]
+
+    def close(self) -> None:
+        """End the processes; the last use of this object."""
+        self._end()
+
+    def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
+        from .models import handover
+
+        at, size = handover.places(tensors)
+        file = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as a worker may read it)
+        file.truncate(size)
+        handover.fill(np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)), tensors, at)
+        return at, ("file", f"/proc/{os.getpid()}/fd/{file.fileno()}", size), file
+
+    def device(self, worker: int, device: torch.device) -> str:
+        import torch
+
+        return f"cuda:{worker % torch.cuda.device_count()}" if device.type == "cuda" else str(device)
+
+    def _start(self, worker: int) -> None:
+        self._members[worker].pipe.close()
+        self._members[worker].printed.close()
+        self._begin(worker)
+        self._expect_ready(worker)
+
+    def _begin(self, worker: int) -> None:
+        own, other = Pipe()
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        printed = tempfile.TemporaryFile()  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, "-c", START, str(other.fileno())],
+            pass_fds=[other.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=printed,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        other.close()
+        self._members[worker] = _Member(process, own, printed)
+
+    def _expect_ready(self, worker: int) -> None:
+        member = self._members[worker]
+        try:
+            member.pipe.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"worker {worker} could not start: {_why(member)}") from None
+
+    def _send(self, worker: int, request: tuple) -> None:
+        with suppress(OSError):  # one that died is heard of by `_receive`
+            self._members[worker].pipe.send(request)
+
+    def _receive(self) -> tuple[int, str, Any, int, int]:
+        worker_of: dict[Any, int] = {self._members[worker].pipe: worker for worker in self.busy}
+        pipe: Any = connection.wait(worker_of)[0]
+        worker = worker_of[pipe]
+        try:
+            return (worker, *pipe.recv())
+        except (EOFError, OSError):
+            return worker, "lost", _why(self._members[worker]), 0, 0
+
+
+def check_workers(count: Any) -> int:
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= MOST_WORKERS:
+        raise InputError(f"workers must be a number from 1 to {MOST_WORKERS}, not {count!r}")
+    return int(count)
+
+
+def _why(member: _Member) -> str:
+    """How a process ended whose pipe is closed: its signal, or its status and the last line that it printed."""
+    with suppress(subprocess.TimeoutExpired):
+        member.process.wait(timeout=5)
+    status = member.process.returncode
+    if status is not None and status < 0:
+        return f"process {member.process.pid} was killed ({signal.Signals(-status).name})"
+    member.printed.seek(0)
+    lines = [line for line in member.printed.read().decode(errors="replace").splitlines() if line.strip()]
+    said = brief(lines[-1], 200) if lines else "it printed nothing"
+    return f"process {member.process.pid} ended with status {status}: {said}"
+
+
+def _end(members: dict[int, _Member], owner: int) -> None:
+    """Close every pipe, upon which the processes end by themselves, or are ended."""
+    if os.getpid() != owner:  # a fork of the process that has started them
+        return
+    for member in members.values():
+        member.pipe.close()
+    for member in members.values():
+        try:
+            member.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            member.process.kill()
+            member.process.wait()
+        member.printed.close()
+    members.clear()

@@ -1,0 +1,103 @@
+"""Which worker runs what: chunks first, and parts of the trie where workers outnumber chunks. Pure integers and NumPy.
+
+A continuation lies in one chunk, so that a worker's sums need nothing from another's, and as long as there is a chunk
+for every worker no prefix is run twice. A trie is cut between neighbours of its sorted sequences: each part is a range
+of them, and runs again only the path to its first node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .trie import Trie
+
+SLACK = 1 / 8  # how far a cut may move from where the parts would weigh the same, to where less is shared
+
+
+def owners(loads: Sequence[int], looks: Sequence[int], workers: int) -> np.ndarray:
+    """The worker of each chunk, int64[C], the same whatever is asked, so that its prefix cache stays of use.
+
+    loads: tokens of each chunk. looks: of a race, which one each chunk belongs to. Heavy chunks first, each to the
+    worker that has least, of its look and of all together: every look of a race is shared out as well as the whole.
+    """
+    weights, of = np.asarray(loads, dtype=np.int64), np.asarray(looks, dtype=np.int64)
+    found, total = np.zeros(len(weights), dtype=np.int64), np.zeros(workers, dtype=np.int64)
+    for look in np.unique(of):
+        of_look = np.zeros(workers, dtype=np.int64)
+        chunks = np.flatnonzero(of == look)
+        for chunk in chunks[np.argsort(-weights[chunks], kind="stable")].tolist():
+            worker = int(np.argmin(of_look + total))
+            found[chunk] = worker
+            of_look[worker] += weights[chunk]
+            total[worker] += weights[chunk]
+    return found
+
+
+def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list[int]]:
+    """The workers of each chunk of a call: its owner alone, or, of fewer chunks than workers, a team by its weight.
+
+    loads, owner: of the chunks that are asked for. The same chunks have the same teams in every call.
+    """
+    weights = np.asarray(loads, dtype=np.float64)
+    if not 0 < len(weights) < workers:
+        return [[int(worker)] for worker in owner]
+    sizes = np.ones(len(weights), dtype=np.int64)
+    for _ in range(workers - len(weights)):  # the next worker goes where the most is left for each
+        sizes[np.argmax(weights / sizes)] += 1
+    found: list[list[int]] = [[] for _ in sizes]
+    free = list(range(workers))
+    for team, worker in zip(found, owner):
+        if worker in free:
+            free.remove(worker)
+            team.append(int(worker))
+    for team, size in zip(found, sizes.tolist()):
+        while len(team) < size:
+            team.append(free.pop(0))
+    return found
+
+
+def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
+    """At most `parts` ranges of the trie's sequences, of about the same work, in order; none of them empty.
+
+    head: what a sequence costs besides its nodes, in unit runs. A range runs the nodes on the way to its sequences,
+    those that it shares with the range before once more; so a cut is made where little is shared, near where it is due.
+    """
+    shared, own = _shared(trie)
+    work = np.concatenate([[0.0], np.cumsum(own + head)])
+    found, start = [], 0
+    for left in range(parts, 1, -1):
+        if start == len(own):
+            break
+        due = (work[-1] - work[start]) / left
+        first = int(np.searchsorted(work, work[start] + (1 - SLACK) * due))
+        last = int(np.searchsorted(work, work[start] + (1 + SLACK) * due, side="right"))
+        places = np.arange(max(start + 1, first), max(start + 2, last))
+        places = places[places < len(own)]
+        if not len(places):
+            break
+        stop = int(places[np.lexsort((np.abs(work[places] - work[start] - due), shared[places]))[0]])
+        found.append(range(start, stop))
+        start = stop
+    return [*found, range(start, len(own))] if start < len(own) else found
+
+
+def repeated_runs(trie: Trie, ranges: Sequence[range]) -> int:
+    """Unit runs that these ranges of a trie make beyond its own nodes."""
+    shared, _ = _shared(trie)
+    return int(sum(shared[part.start] for part in ranges[1:]))
+
+
+def _shared(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sequence, how many units it shares with the one before, and how many it has beyond these: int64[M]."""
+    count = len(trie.sequences)
+    lengths = np.array([len(sequence) for sequence in trie.sequences], dtype=np.int64)
+    table = np.full((count, int(lengths.max(initial=0)) + 1), -1, dtype=np.int64)
+    for row, sequence in enumerate(trie.sequences):
+        table[row, : len(sequence)] = sequence
+    shared = np.zeros(count, dtype=np.int64)
+    if count > 1:
+        differs = table[1:] != table[:-1]
+        shared[1:] = differs.argmax(axis=1)  # sequences are distinct, and end with -1
+    return shared, lengths - shared

@@ -1,0 +1,375 @@
+"""Several workers give one process's bits, run nothing twice, and lose nothing when one of them dies.
+
+Most tests run workers in this process, one after the other, so that they can be watched and broken; a few run them as
+processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import warnings
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from families import build, num_blocks, random_rows, some_masks
+from helpers import make_tasks
+
+import fastprune as fp
+from fastprune import processes
+from fastprune.models.handover import fill, places
+from fastprune.processes import Processes, Workers
+from fastprune.study import run_study
+from fastprune.trie import kept_units, make_trie
+from fastprune.worker import Worker
+
+
+class InThisProcess(Workers):
+    """Workers that do at once what they are asked; lose: numbers of the words upon which the one that says it dies."""
+
+    def __init__(self, count: int, lose: tuple[int, ...] = ()):
+        super().__init__(count, count)
+        self.words: deque[tuple] = deque()
+        self.lose, self.heard = set(lose), 0
+        self.requests: list[tuple[int, str]] = []
+        self.workers = [self._make(worker) for worker in range(count)]
+
+    def _make(self, worker: int) -> Worker:
+        return Worker(lambda word: self.words.append((worker, *word)), lambda: False)
+
+    def _start(self, worker: int) -> None:
+        self.workers[worker] = self._make(worker)
+
+    def _send(self, worker: int, request: tuple) -> None:
+        self.requests.append((worker, request[0]))
+        self.workers[worker].answer(*request)
+
+    def _receive(self):
+        self.heard += 1
+        if self.heard in self.lose:
+            worker = self.words[0][0]
+            self.words = deque(word for word in self.words if word[0] != worker)
+            return worker, "lost", "it was asked to", 0, 0
+        return self.words.popleft()
+
+    def keep_tensors(self, tensors):
+        at, size = places(tensors)
+        storage = torch.UntypedStorage(size)
+        fill(torch.tensor([], dtype=torch.uint8).set_(storage).numpy(), tensors, at)
+        return at, storage, None
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def batch(hf):
+    return fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [23, 9, 17, 23, 16, 9, 21, 12] * 5))
+
+
+def objective(kind: str, hf):
+    vocabulary = hf.config.vocab_size
+    if kind == "tasks":
+        return fp.TaskMargin(make_tasks(vocabulary, [(11, [5, 9]), (7, [3, 3, 4])] * 20))
+    rows = fp.TokenBatch.from_ids(random_rows(vocabulary, [23, 9, 17, 23, 16, 9, 21, 12] * 5))
+    return fp.KLDivergence(rows) if kind == "kl" else fp.Perplexity(rows)
+
+
+@pytest.mark.parametrize("count", [2, 17])
+@pytest.mark.parametrize("kind", ["nll", "kl", "tasks"])
+def test_every_number_has_the_bits_of_one_process(hf, kind, count):
+    target = objective(kind, hf)
+    one, many = fp.Evaluator(hf, target), fp.Evaluator(hf, target, workers=InThisProcess(count))
+    masks = some_masks(one.num_units, 20, seed=1)
+    assert many.score(masks).tobytes() == one.score(masks).tobytes()
+    samples = [1, 5, 3]
+    assert many.score_samples(masks, samples).tobytes() == one.score_samples(masks, samples).tobytes()
+    assert many.sums(masks[:3]).tobytes() == one.sums(masks[:3]).tobytes()
+    sequences = [(0, 1, 1, 2), (2, 0), (0, 1, 2)]
+    assert many.score_sequences(sequences).tobytes() == one.score_sequences(sequences).tobytes()
+    assert many.dense_loss == one.dense_loss
+    found, expected = many.select(masks, keep=2), one.select(masks, keep=2)
+    assert found.indices.tolist() == expected.indices.tolist()
+    assert found.losses.tobytes() == expected.losses.tobytes()
+
+
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+def test_no_prefix_is_run_twice_where_there_is_a_chunk_for_every_worker(hf, batch, granularity):
+    options = {"granularity": granularity, "store": None}
+    one, many = (fp.Evaluator(hf, fp.Perplexity(batch), workers=w, **options) for w in (None, InThisProcess(3)))
+    assert len(one.sample_groups) >= 3
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        masks = rng.random((20, one.num_units)) < 0.7
+        masks[:, 0] |= ~masks.any(axis=1)
+        assert many.score(masks).tobytes() == one.score(masks).tobytes()
+    for name in ("masks", "layer_runs", "unbounded_layer_runs", "asked_layer_runs", "naive_layer_runs", "head_runs"):
+        assert getattr(many.stats, name) == getattr(one.stats, name), name
+    assert sum(many.stats.cache_hits.values()) == sum(one.stats.cache_hits.values()) > 0
+    assert many.stats.cache_bytes == one.stats.cache_bytes > 0
+    assert 0 < many.stats.peak_activation_bytes <= one.stats.peak_activation_bytes
+
+
+def test_a_trie_that_is_cut_runs_little_more(hf):
+    target = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9])))
+    many = fp.Evaluator(hf, target, workers=InThisProcess(4), granularity="sublayer", cache_bytes=0)
+    masks = np.random.default_rng(0).random((200, many.num_units)) < 0.6
+    masks[:, 0] |= ~masks.any(axis=1)
+    assert many.score(masks).tobytes() == fp.Evaluator(hf, target, granularity="sublayer").score(masks).tobytes()
+    trie = make_trie(kept_units(masks))
+    assert trie.layer_runs < many.stats.layer_runs < 1.1 * trie.layer_runs
+    assert many.stats.head_runs == len(trie.sequences)
+
+
+def test_a_worker_has_its_chunks_in_every_call(hf, batch):
+    """So that what its prefix cache holds is of use."""
+    many = fp.Evaluator(hf, fp.Perplexity(batch), workers=InThisProcess(3))
+    masks = some_masks(many.num_units, 20, seed=2)
+    many.score(masks)
+    made = many.stats.layer_runs
+    many.score(masks)
+    assert many.stats.layer_runs == made
+
+
+@pytest.mark.parametrize("lose", [(4,), (5, 9), (6, 15)])
+def test_a_share_is_done_again_by_a_new_worker(hf, batch, lose):
+    workers = InThisProcess(2)
+    many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
+    masks = some_masks(many.num_units, 40, seed=3)
+    expected = fp.Evaluator(hf, fp.Perplexity(batch)).score(masks)
+    workers.heard, workers.lose = 0, set(lose)
+    with pytest.warns(RuntimeWarning, match="died, its share is run again: it was asked to") as said:
+        found = many.score(masks)
+    assert found.tobytes() == expected.tobytes()
+    assert len(said) == len(lose)
+    many.score(masks)
+    assert not workers.busy
+
+
+def test_what_had_come_back_is_not_run_again(hf, batch):
+    workers = InThisProcess(1)
+    many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers, cache_bytes=0)
+    masks = some_masks(many.num_units, 40, seed=3)
+    many.score(masks[:1])
+    before = many.stats.layer_runs
+    workers.heard, chunks = 0, len(many.sample_groups)
+    sums = 0
+    receive = workers._receive
+
+    def counted():
+        nonlocal sums
+        word = receive()
+        sums += word[1] == "sums"
+        if sums == chunks - 1:
+            workers.lose.add(workers.heard + 1)
+            sums += 1
+        return word
+
+    workers._receive = counted
+    with pytest.warns(RuntimeWarning, match="died"):
+        many.score(masks)
+    all_of_it = make_trie(kept_units(masks)).layer_runs
+    assert all_of_it <= many.stats.layer_runs - before < 1.5 * all_of_it
+
+
+def test_a_worker_that_dies_again_and_again(hf, batch):
+    workers = InThisProcess(2)
+    many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
+    masks = some_masks(many.num_units, 20, seed=4)
+    workers.heard, workers.lose = 0, set(range(1, 1000, 2))
+    warnings.simplefilter("ignore")  # pytest puts the filters back
+    with pytest.raises(RuntimeError, match=r"died 3 times in one call|could not open"):
+        many.score(masks)
+    workers.lose = set()
+    assert many.score(masks).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch)).score(masks).tobytes()
+
+
+def test_the_store_is_filled_as_sums_come_back(hf, batch, tmp_path):
+    masks = some_masks(num_blocks(hf), 20, seed=5)
+    many = fp.Evaluator(hf, fp.Perplexity(batch), workers=InThisProcess(2), store=tmp_path / "s.db")
+    expected = many.score(masks)
+    for workers in (None, InThisProcess(3)):
+        again = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers, store=tmp_path / "s.db")
+        assert again.score(masks).tobytes() == expected.tobytes()
+        assert (again.stats.layer_runs, again.stats.store_hits) == (0, len(masks))
+    more = some_masks(num_blocks(hf), 30, seed=6)
+    assert again.score(more).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch)).score(more).tobytes()
+
+
+def test_progress_ends_where_all_is_done(hf, batch):
+    told = []
+    many = fp.Evaluator(
+        hf, fp.Perplexity(batch), workers=InThisProcess(3), progress=lambda done, total: told.append((done, total))
+    )
+    many.score(some_masks(many.num_units, 20, seed=7))
+    assert told[-1][0] == told[-1][1] > 0
+    assert all(done <= total for done, total in told)
+
+
+def test_memory_that_runs_out_makes_chunks_smaller_everywhere(hf, monkeypatch):
+    target = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [19] * 9 + [8] * 3)))
+    masks = some_masks(num_blocks(hf), 20, seed=8)
+    expected = fp.Evaluator(hf, target).score(masks)
+    workers = InThisProcess(2)
+    many = fp.Evaluator(hf, target, "generic", workers=workers)
+    run = fp.Model.run
+
+    def limited(self, unit, state, *more):
+        if len(state) > 2 and self is not many.model:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, unit, state, *more)
+
+    monkeypatch.setattr(fp.Model, "run", limited)
+    with pytest.warns(RuntimeWarning, match="going on with chunks of"):
+        found = many.score(masks)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert max(map(len, many.sample_groups)) <= 2
+    assert many.score(masks).tobytes() == found.tobytes()  # the smaller chunks stay, so that the bits do
+
+
+def test_weights_that_change_are_handed_over_anew(batch):
+    hf = build("llama", seed=3)
+    workers = InThisProcess(2)
+    many, one = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers), fp.Evaluator(hf, fp.Perplexity(batch))
+    masks = some_masks(many.num_units, 20, seed=9)
+    before = many.score(masks)
+    with torch.no_grad():
+        hf.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    found = many.score(masks)
+    assert found.tobytes() == one.score(masks).tobytes() != before.tobytes()
+    assert [len(models) for models in workers.models] == [1, 1]
+
+
+def test_weights_that_stay_in_files(checkpoint):
+    with pytest.raises(fp.InputError, match="the smallest that works is") as error:
+        fp.load_model(checkpoint, weights_bytes=1)
+    least = int(str(error.value).split("the smallest that works is ")[1].split(",")[0])
+    ids = fp.TokenBatch.from_ids(random_rows(61, [23, 9] * 20))
+    many = fp.Evaluator(
+        fp.load_model(checkpoint, weights_bytes=least), fp.KLDivergence(ids), workers=InThisProcess(2), cache_bytes=0
+    )
+    masks = some_masks(many.num_units, 20, seed=12)
+    one = fp.Evaluator(fp.load_model(checkpoint), fp.KLDivergence(ids))
+    assert many.score(masks).tobytes() == one.score(masks).tobytes()
+    assert many.stats.weight_loads > 0
+
+
+def test_evaluators_share_workers_and_their_models(hf, batch):
+    workers, masks = InThisProcess(2), some_masks(num_blocks(hf), 20, seed=10)
+    evaluators = [
+        fp.Evaluator(hf, fp.Perplexity(batch), workers=workers),
+        fp.Evaluator(hf, objective("tasks", hf), workers=workers),
+    ]
+    for ev in (*evaluators, *evaluators):
+        assert ev.score(masks).tobytes() == fp.Evaluator(hf, ev.objective).score(masks).tobytes()
+    assert [len(models) for models in workers.models] == [1, 1]
+    assert [len(engines) for engines in workers.engines] == [2, 2]
+
+
+def test_a_study_on_workers(hf, tmp_path):
+    pytest.importorskip("sklearn")
+    found = []
+    for workers in (None, InThisProcess(2)):
+        objectives = {kind: lambda model, kind=kind: objective(kind, hf) for kind in ("nll", "kl")}
+        out = tmp_path / f"{len(found)}"
+        study = run_study([fp.Model(hf)], objectives, ["one_shot", "greedy"], [2], out, workers=workers)
+        found.append([{k: v for k, v in cell.items() if k != "seconds"} for cell in study["cells"]])
+    assert found[0] == found[1]
+
+
+def test_bits_that_would_differ_are_refused(hf, batch):
+    workers = InThisProcess(1)
+    many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
+    numerics = many._engine.numerics
+    many._engine.numerics = lambda: {**numerics(), "dtype": "torch.float8"}
+    with pytest.raises(fp.InputError, match=r"worker 0: its dtype is torch.float32, not torch.float8"):
+        many.score(some_masks(many.num_units, 20, seed=11))
+
+
+def test_a_model_that_cannot_be_handed_over(batch):
+    hf = build("llama", seed=4)
+    handle = hf.model.layers[0].register_forward_hook(lambda module, inputs, output: output)
+    try:
+        with pytest.raises(fp.InputError, match="cannot be handed to other processes"):
+            fp.Evaluator(hf, fp.Perplexity(batch), workers=InThisProcess(1))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 1.5, "2", 1 << 20])
+def test_counts_that_cannot_be(hf, batch, count):
+    with pytest.raises(fp.InputError, match=r"workers must be a number from 1 to 1024, not"):
+        fp.Evaluator(hf, fp.Perplexity(batch), workers=count)
+
+
+def test_the_arithmetic_of_scale(hf):
+    """What docs/scale.md reckons with: runs per mask, and bytes per state."""
+    units, tokens = num_blocks(hf), 30 * 16
+    ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [16] * 30))))
+    ev.score(~np.eye(units, dtype=bool))
+    assert ev.stats.layer_runs == (units - 1) * (units + 2) / 2
+    assert ev.stats.naive_layer_runs == units * (units - 1)
+    assert ev.stats.cache_bytes == ev.stats.layer_runs * tokens * hf.config.hidden_size * 4
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+class Killed(Processes):
+    """Kills the second worker, as a power cut would, when it says its first word on a call; once."""
+
+    told = False
+
+    def hear(self):
+        worker, kind, *more = super().hear()
+        if worker == 1 and kind in ("progress", "sums") and not self.told:
+            self.told = True
+            os.kill(self.pids[1], signal.SIGKILL)
+        return (worker, kind, *more)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed(checkpoint, hf):
+    """Of a model from a folder, and of one in memory."""
+    workers = Killed(2)
+    ids = fp.TokenBatch.from_ids(random_rows(61, [64] * 300))
+    model = fp.load_model(checkpoint)
+    many, one = fp.Evaluator(model, fp.Perplexity(ids), workers=workers), fp.Evaluator(model, fp.Perplexity(ids))
+    masks = some_masks(many.num_units, 30, seed=1)
+    with pytest.warns(RuntimeWarning, match=r"worker 1 died, its share is run again: process \d+ was killed") as said:
+        found = many.score(masks)
+    assert found.tobytes() == one.score(masks).tobytes()
+    assert len(said) == 1
+    other = fp.Evaluator(hf, objective("nll", hf), workers=workers)
+    masks = some_masks(other.num_units, 20, seed=2)
+    assert other.score(masks).tobytes() == fp.Evaluator(hf, other.objective).score(masks).tobytes()
+    pids = workers.pids
+    del many, other
+    workers.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_process_that_cannot_start(monkeypatch):
+    monkeypatch.setattr(processes, "START", "raise SystemExit('no such library')")
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"worker 0 could not start: .* ended with status 1: no such library"):
+        Processes(2)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_the_command_line(run, checkpoint, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    data = ("--calibration", text_file, "--num-samples", 40, "--seq-len", 5, "--quiet")
+    for name, more in (("one", ()), ("two", ("--workers", 2))):
+        asked = ("--removed", "1", "--removed", "1,2", "--out", tmp_path / f"{name}.jsonl")
+        status, _, err = run("score", checkpoint, *asked, *data, *more)
+        assert status == 0, err
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()

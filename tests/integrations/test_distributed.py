@@ -1,0 +1,90 @@
+"""Workers on Ray: one process's bits, also when one of them is killed; addresses that cannot be."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+
+import numpy as np
+import pytest
+from families import build, random_rows, some_masks
+
+import fastprune as fp
+from fastprune.integrations.distributed import RayWorkers, check_address
+
+has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+
+@pytest.fixture(scope="module")
+def workers():
+    import torch
+
+    if len(os.sched_getaffinity(0)) < 2 * torch.get_num_threads():
+        pytest.skip("two workers need twice as many cores as this process has threads")
+    found = RayWorkers("local", count=2)
+    yield found
+    found.close()
+
+
+@has_ray
+@pytest.mark.nightly
+def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoint, monkeypatch):
+    hf = build("llama")
+    batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [23, 9, 17, 23] * 20))
+    one, many = fp.Evaluator(hf, fp.Perplexity(batch)), fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
+    masks = some_masks(one.num_units, 20, seed=1)
+    assert many.score(masks).tobytes() == one.score(masks).tobytes()
+    assert many.stats.layer_runs == one.stats.layer_runs
+
+    batch = fp.TokenBatch.from_ids(random_rows(61, [64] * 300))
+    model = fp.load_model(checkpoint)
+    one, many = (
+        fp.Evaluator(model, fp.KLDivergence(batch)),
+        fp.Evaluator(model, fp.KLDivergence(batch), workers=workers),
+    )
+    hear, told = workers.hear, []
+
+    def killing():
+        word = hear()
+        if word[0] == 1 and not told:
+            told.append(os.kill(workers.pids[1], signal.SIGKILL))
+        return word
+
+    monkeypatch.setattr(workers, "hear", killing)
+    masks = some_masks(one.num_units, 40, seed=2)
+    with pytest.warns(RuntimeWarning, match="worker 1 died, its share is run again") as said:
+        found = many.score(masks)
+    assert found.tobytes() == one.score(masks).tobytes()
+    assert len(said) == 1
+    ids = np.random.default_rng(0).integers(0, 61, (30, 9))
+    questions = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids)), workers=workers)
+    alone = fp.Evaluator(model, questions.objective)
+    assert questions.select(masks, keep=2).losses.tobytes() == alone.select(masks, keep=2).losses.tobytes()
+
+
+@has_ray
+@pytest.mark.parametrize("address", ["", "here", "host:", "host:99999", "ray://host:1", "a b:1"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(fp.InputError, match="a Ray address is local, auto or HOST:PORT"):
+        check_address(address)
+
+
+@has_ray
+def test_an_address_that_nobody_answers(run, checkpoint, text_file):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        status, _, err = run(
+            "score", checkpoint, "--removed", "1", "--calibration", text_file, "--ray", f"127.0.0.1:{port}"
+        )
+    assert status == 2
+    assert f"--ray: nobody answers at 127.0.0.1:{port}: Connection refused" in err
+    assert err.count("\n") == 1
+
+
+def test_a_ray_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(fp.InputError, match=r"ray is needed for this.*: pip install 'fastprune\[ray\]'"):
+        check_address("local")
