@@ -55,14 +55,14 @@ def main() -> None:
 
     length, amount = given.lengths[0], given.amounts[0]
     sets = {
-        f"text {n} x {tokens}": text(given.text, n, tokens) for n in given.amounts for tokens in given.lengths
+        f"text-{n}x{tokens}": text(given.text, n, tokens) for n in given.amounts for tokens in given.lengths
     }  # fmt: skip
     if given.other:
-        sets[f"other {amount} x {length}"] = text(given.other, amount, length)
-    sets["questions, margin"] = questions(given.questions, fp.TaskMargin)
+        sets[f"other-{amount}x{length}"] = text(given.other, amount, length)
+    sets["questions-margin"] = questions(given.questions, fp.TaskMargin)
     judges = {
-        "text, unseen": text(given.text, given.amounts[-1], length, seed=1),
-        "accuracy, unseen": questions(given.judge, fp.TaskAccuracy),
+        "text-unseen": text(given.text, given.amounts[-1], length, seed=1),
+        "accuracy-unseen": questions(given.judge, fp.TaskAccuracy),
     }
     note = functools.partial(print, file=sys.stderr, flush=True)
     found = run_study(

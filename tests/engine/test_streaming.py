@@ -79,7 +79,7 @@ def test_bits_counts_and_loads(folder, backend, blocks):
     assert ev.stats.weight_bytes == ev.stats.weight_loads * sum(p.nbytes for p in whole.layers[0].parameters())
 
 
-@pytest.mark.parametrize("family, granularity", [("llama", "block"), ("gpt-neox", "sublayer")])
+@pytest.mark.parametrize(("family", "granularity"), [("llama", "block"), ("gpt-neox", "sublayer")])
 def test_caches_stores_races_and_sequences(family, granularity, tmp_path):
     make_folder(family, tmp_path)
     whole, model = fp.load_model(tmp_path), streamed(tmp_path, 2)
