@@ -36,7 +36,8 @@ def sliding_window_merge(search: Search, keep: Annotated[str, Allowed(choices=("
     search.score([(unit,) for unit in order])  # what the first windows begin with, in one call
     threshold = -math.inf
     while True:
-        removed, refused = (), []
+        removed: Removed = ()
+        refused: list[float] = []
         for subset, loss in _walk(search, order, keep, threshold):
             if loss <= threshold:
                 removed = subset
