@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,12 +41,12 @@ def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
 class _LiveStorages(TorchDispatchMode):
     """Adds up the storages that operators return, until they are freed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.current = self.peak = 0
         self._known: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
@@ -61,7 +61,7 @@ class _LiveStorages(TorchDispatchMode):
     def _follow(self, storage: torch.UntypedStorage) -> None:
         size, key = storage.nbytes(), id(storage)
 
-        def freed(_):
+        def freed(_: object) -> None:
             self.current -= size
             del self._known[key]
 
@@ -77,8 +77,9 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # where nobody says more
-    with suppress(OSError, TypeError):
-        available = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) << 10
+    with suppress(OSError):
+        if said := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            available = int(said[1]) << 10
     group = Path("/sys/fs/cgroup")
     for most, used in (
         ("memory.max", "memory.current"),

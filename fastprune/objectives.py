@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -229,7 +230,7 @@ class TaskAccuracy(Objective):
 
     def __init__(self, tasks: Tasks, normalization: str = "sum"):
         tasks = _check_tasks(tasks, type(self))
-        lengths = {
+        lengths: dict[str, Any] = {
             "sum": 1,
             "characters": tasks.choice_characters,
             "bytes": tasks.choice_bytes,
@@ -300,12 +301,12 @@ def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
     )
 
 
-def _check_choice(name: str, value, choices: Iterable[str]) -> None:
+def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     if value not in (*choices,):
         raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def _check_batch(batch, objective: type) -> TokenBatch:
+def _check_batch(batch: object, objective: type) -> TokenBatch:
     if not isinstance(batch, TokenBatch):
         raise InputError(
             f"{objective.__name__} takes a TokenBatch (load_text, TokenBatch.from_ids), not {type(batch).__name__}"
@@ -313,7 +314,7 @@ def _check_batch(batch, objective: type) -> TokenBatch:
     return batch
 
 
-def _check_tasks(tasks, objective: type) -> Tasks:
+def _check_tasks(tasks: object, objective: type) -> Tasks:
     if not isinstance(tasks, Tasks):
         raise InputError(f"{objective.__name__} takes Tasks (load_tasks), not {type(tasks).__name__}")
     return tasks

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import InputError
 
@@ -34,7 +34,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
         raise InputError(f"{path}: not a text file in UTF-8") from None
 
 
-def parse_json(text: str | bytes, place: str, finite: bool = True):
+def parse_json(text: str | bytes, place: str, finite: bool = True) -> Any:
     """The value of a JSON text; `place` is named in errors, `finite` refuses NaN and Infinity, which are not JSON.
 
     Raises InputError for text that is not JSON, is nested too deeply, names a key twice in one object, or holds half
@@ -48,7 +48,7 @@ def parse_json(text: str | bytes, place: str, finite: bool = True):
             raise InputError(f"{place}: the key {shown(twice)} is given twice")
         return value
 
-    def refuse(constant: str):
+    def refuse(constant: str) -> NoReturn:
         raise InputError(f"{place}: not valid JSON ({constant} is no JSON number)")
 
     try:
@@ -85,7 +85,7 @@ def read_npy(path: Path) -> np.ndarray:
     raise InputError(f"{path}: not a readable .npy array")
 
 
-def shown(value, limit: int = 40) -> str:
+def shown(value: object, limit: int = 40) -> str:
     """A wrong value as a message quotes it: its repr, shortened."""
     try:
         return brief(repr(value), limit)
@@ -176,7 +176,7 @@ def _give_new_name(partial: Path, path: Path) -> None:
         os.close(folder)
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

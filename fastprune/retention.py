@@ -10,6 +10,7 @@ of which few states fit keeps them at even distances, where a list of the most r
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def _nearest_above(trie: Trie, by_depth: list[np.ndarray], candidate: np.ndarray
     return above
 
 
-def _least_worth_goes_first(nodes, above, depth, weight, capacity) -> np.ndarray:
+def _least_worth_goes_first(nodes: np.ndarray, above: Any, depth: Any, weight: Any, capacity: int) -> np.ndarray:
     """The nodes that are left when all but `capacity` have gone, most worth first."""
     gone: dict[int, int] = {}
     above, depth, weight = above.tolist(), depth.tolist(), weight.tolist()

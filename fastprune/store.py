@@ -118,10 +118,10 @@ class SumStore:
         with self._turn:
             if self._failed:
                 return
-            rows = [(*row, self._checksum(*row)) for row in rows]
+            checked = [(*row, self._checksum(*row)) for row in rows]
             try:
                 with self._db:
-                    self._db.executemany("INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)", rows)
+                    self._db.executemany("INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)", checked)
             except _FAILURES as error:
                 self._give_up(error)
 

@@ -125,7 +125,7 @@ class Seen:
     By 64-bit hashes, since these are counts that nothing else depends on.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._hashes: dict[int, np.ndarray] = {}  # ascending
         self._last: tuple = None, None, None  # hashes, a trie, and both together: the next group mostly asks the same
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from .tokens import Tasks, TokenBatch
 
 def load_text(
     path: str | os.PathLike,
-    tokenizer=None,
+    tokenizer: Any = None,
     num_samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
@@ -64,7 +65,7 @@ def load_text(
     return TokenBatch.from_ids(windows[drawn])
 
 
-def load_tasks(path: str | os.PathLike, tokenizer, limit: int | None = None) -> Tasks:
+def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None) -> Tasks:
     """Questions from a .jsonl file of rows {"prompt": str, "choices": [str, ...], "answer": index}.
 
     Prompt and choice are encoded together and split at the prompt's token count; trailing spaces of the prompt
@@ -79,7 +80,11 @@ def load_tasks(path: str | os.PathLike, tokenizer, limit: int | None = None) -> 
         raise InputError(f"{path}: tasks are read from .jsonl files")
     if tokenizer is None:
         raise InputError(f"{path}: tasks need a tokenizer, and the model has none")
-    rows, question, answer, characters, in_bytes = [], [], [], [], []
+    rows: list[list[tuple[np.ndarray, int]]] = []
+    question: list[int] = []
+    answer: list[int] = []
+    characters: list[int] = []
+    in_bytes: list[int] = []
     for number, row in read_jsonl(path):
         if limit is not None and len(rows) == limit:
             break
@@ -95,7 +100,7 @@ def load_tasks(path: str | os.PathLike, tokenizer, limit: int | None = None) -> 
     return Tasks(TokenBatch.from_continuations(rows), *arrays)
 
 
-def _check_task(row, place: str) -> tuple[str, list[str], int]:
+def _check_task(row: Any, place: str) -> tuple[str, list[str], int]:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise InputError(f'{place}: expected a row like {{"prompt": "...", "choices": ["...", "..."], "answer": 0}}')
     choices, correct = row.get("choices"), row.get("answer")
@@ -110,7 +115,7 @@ def _check_task(row, place: str) -> tuple[str, list[str], int]:
     return row["prompt"], choices, correct
 
 
-def _encode_choice(tokenizer, prompt: str, choice: str, place: str) -> tuple[np.ndarray, int]:
+def _encode_choice(tokenizer: Any, prompt: str, choice: str, place: str) -> tuple[np.ndarray, int]:
     """Token ids of prompt and choice together, and where the choice begins."""
     stripped = prompt.rstrip()
     choice = prompt[len(stripped) :] + choice
@@ -161,7 +166,7 @@ def _read_ids(path: Path) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def _check_count(name: str, value, least: int) -> None:
+def _check_count(name: str, value: Any, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least):
         raise InputError(f"{name} must be an integer of at least {least}, not {shown(value)}")
     if value is not None and value >= 2**63:

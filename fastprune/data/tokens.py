@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
 from ..records import shown
+
+Ids = Sequence[int] | np.ndarray  # of tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class TokenBatch:
     continuation_row: np.ndarray
 
     @classmethod
-    def from_ids(cls, ids) -> TokenBatch:
+    def from_ids(cls, ids: object) -> TokenBatch:
         """Plain text from token ids: an int array [S, T], or S sequences of ints whose lengths may differ.
 
         Every token but the first of its sequence is a target. Raises InputError when there are no sequences, or
@@ -55,7 +58,7 @@ class TokenBatch:
         return cls.from_continuations([[(row, 1)] for row in rows])
 
     @classmethod
-    def from_continuations(cls, rows: Sequence[Sequence[tuple[Sequence[int], int]]]) -> TokenBatch:
+    def from_continuations(cls, rows: Sequence[Sequence[tuple[Ids, int]]]) -> TokenBatch:
         """One tree per row from its sequences: (token ids, start), where the tokens from `start` on are targets.
 
         The trunk is the longest common prefix of a row's sequences; each sequence's remainder is a branch.
@@ -73,7 +76,7 @@ class TokenBatch:
         return cls._from_trees([[(ids, start - 1, ids[start:]) for ids, start in sequences] for sequences in rows])
 
     @classmethod
-    def from_predictions(cls, rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]]) -> TokenBatch:
+    def from_predictions(cls, rows: Sequence[Sequence[tuple[Ids, Ids]]]) -> TokenBatch:
         """One tree per row from its sequences: (token ids, targets), where the last ids predict the targets.
 
         What `from_continuations` makes of ids + targets[-1:], without running the last target, whose state predicts
@@ -86,16 +89,24 @@ class TokenBatch:
         return cls._from_trees([[(ids, len(ids) - len(t), t) for ids, t in sequences] for sequences in rows])
 
     @classmethod
-    def _from_trees(cls, rows: Sequence[Sequence[tuple[Sequence[int], int, Sequence[int]]]]) -> TokenBatch:
+    def _from_trees(cls, rows: Sequence[Sequence[tuple[Ids, int, Ids]]]) -> TokenBatch:
         """One tree per row from its sequences: (token ids, first, targets), targets predicted at `first` and on."""
         if not rows:
             raise InputError("the calibration set is empty")
-        ids, positions, branch, row_starts = [], [], [], [0]
-        sources, tokens, continuations, continuation_row = [], [], [], []
+        ids: list[Ids] = []
+        positions: list[np.ndarray] = []
+        branch: list[np.ndarray] = []
+        row_starts = [0]
+        continuation_row: list[int] = []
+        sources: list[np.ndarray] = []
+        tokens: list[Ids] = []
+        continuations: list[np.ndarray] = []
         for r, sequences in enumerate(rows):
             trunk = common_prefix([s for s, *_ in sequences])
             base = row_starts[-1]
-            row_ids, row_positions, row_branch = [sequences[0][0][:trunk]], [np.arange(trunk)], [np.zeros(trunk)]
+            ids.append(sequences[0][0][:trunk])
+            positions.append(np.arange(trunk))
+            branch.append(np.zeros(trunk))
             length = trunk
             for number, (sequence, first, targets) in enumerate(sequences, 1):
                 tail = len(sequence) - trunk
@@ -105,17 +116,21 @@ class TokenBatch:
                 tokens.append(targets)
                 continuations.append(np.full(len(targets), len(continuation_row)))
                 continuation_row.append(r)
-                row_ids.append(sequence[trunk:])
-                row_positions.append(np.arange(trunk, len(sequence)))
-                row_branch.append(np.full(tail, number))
+                ids.append(sequence[trunk:])
+                positions.append(np.arange(trunk, len(sequence)))
+                branch.append(np.full(tail, number))
                 length += tail
-            ids += row_ids
-            positions += row_positions
-            branch += row_branch
             row_starts.append(base + length)
-        flat = [np.concatenate(part).astype(np.int64) for part in (ids, positions, branch)]
-        targets = [np.concatenate(part).astype(np.int64) for part in (sources, tokens, continuations)]
-        return cls(*flat, np.asarray(row_starts), *targets, np.asarray(continuation_row))
+        return cls(
+            ids=_joined(ids),
+            positions=_joined(positions),
+            branch=_joined(branch),
+            row_starts=np.asarray(row_starts),
+            target_source=_joined(sources),
+            target_token=_joined(tokens),
+            target_continuation=_joined(continuations),
+            continuation_row=np.asarray(continuation_row),
+        )
 
     @property
     def num_rows(self) -> int:
@@ -198,14 +213,18 @@ class Tasks:
         return digest.hexdigest()
 
 
-def _as_ids(row, name: str) -> np.ndarray:
+def _joined(parts: Sequence[Ids]) -> np.ndarray:
+    return np.concatenate([np.asarray(part) for part in parts]).astype(np.int64)
+
+
+def _as_ids(row: Any, name: str) -> np.ndarray:
     array = np.asarray(row)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InputError(f"{name} must be integer token ids, not {array.dtype} {list(array.shape)}")
     return array.astype(np.int64)
 
 
-def _to_numpy(ids) -> Iterable:
+def _to_numpy(ids: Any) -> Iterable:
     if hasattr(ids, "detach"):
         ids = ids.detach().cpu().numpy()
     if isinstance(ids, np.ndarray) and ids.ndim != 2:
@@ -218,7 +237,7 @@ def _to_numpy(ids) -> Iterable:
     return ids
 
 
-def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+def common_prefix(sequences: Sequence[Ids]) -> int:
     """Length of the longest prefix that all sequences share."""
     shortest = min(map(len, sequences))
     stacked = np.stack([sequence[:shortest] for sequence in sequences])

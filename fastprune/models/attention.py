@@ -10,6 +10,7 @@ switch records, for the sake of about 4 % of a block (LLaMA-3 8B, rows of 2,048 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +29,7 @@ _switches = ExitStack()
 
 
 @contextmanager
-def pinned_attention():
+def pinned_attention() -> Iterator[None]:
     """The backends above, in this order; whoever leaves last puts the caller's switches back."""
     global _inside
     with _turn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 FEW = 8
@@ -17,7 +19,9 @@ def tree_mask(positions: torch.Tensor, branch: torch.Tensor, window: int | None)
     return seen_by(everything, everything, positions, branch, window)[:, None]
 
 
-def seen_by(queries, keys, positions, branch, window) -> torch.Tensor:
+def seen_by(
+    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, branch: torch.Tensor, window: int | None
+) -> torch.Tensor:
     """bool[B, Q, K], True = seen: the part of `tree_mask` at these places, int64[Q] and int64[K], of every row."""
     query, key = branch[:, queries, None], branch[:, None, keys]
     seen = ((key == 0) | (key == query)) & (queries[:, None] >= keys)
@@ -62,7 +66,7 @@ def few_branches(branch: torch.Tensor, most_tokens: int | None = None) -> torch.
     return numbers[order[fits]].unique()
 
 
-def layer_windows(config, num_blocks: int) -> list[int | None]:
+def layer_windows(config: Any, num_blocks: int) -> list[int | None]:
     """The sliding window of each layer, None where attention is full."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:

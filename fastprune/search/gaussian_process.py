@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
@@ -21,7 +22,7 @@ from sklearn.gaussian_process.kernels import (
 class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
     """exp(-hamming(x, y) / l) for binary vectors x, y."""
 
-    def __init__(self, length_scale: float = 1.0, length_scale_bounds=(0.1, 1000.0)):
+    def __init__(self, length_scale: float = 1.0, length_scale_bounds: tuple[float, float] = (0.1, 1000.0)):
         self.length_scale = length_scale
         self.length_scale_bounds = length_scale_bounds
 
@@ -29,7 +30,7 @@ class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
     def hyperparameter_length_scale(self) -> Hyperparameter:
         return Hyperparameter("length_scale", "numeric", self.length_scale_bounds)
 
-    def __call__(self, X, Y=None, eval_gradient: bool = False):
+    def __call__(self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False) -> Any:
         Y = X if Y is None else Y
         hamming = X @ (1 - Y).T + (1 - X) @ Y.T
         kernel = np.exp(-hamming / self.length_scale)
@@ -42,8 +43,8 @@ class MaskProcess:
     """The posterior of a loss over masks: kernel s^2 exp(-hamming / l) + noise, s, l and the noise by marginal
     likelihood, found from where the fit before left them."""
 
-    def __init__(self):
-        self._kernel = ConstantKernel(1.0, (1e-3, 1e3)) * HammingKernel(4.0) + WhiteKernel(1e-2, (1e-6, 1.0))
+    def __init__(self) -> None:
+        self._kernel: Any = ConstantKernel(1.0, (1e-3, 1e3)) * HammingKernel(4.0) + WhiteKernel(1e-2, (1e-6, 1.0))
 
     def fit(self, masks: np.ndarray, residuals: np.ndarray) -> None:
         """masks float64[N, U] of 0 and 1; residuals float64[N], the losses less their prior mean."""

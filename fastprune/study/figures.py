@@ -7,6 +7,7 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def check_installed() -> None:
         raise InputError("figures need matplotlib, which is not installed: pip install 'fastprune[plots]'")
 
 
-def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int, title: str):
+def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int, title: str) -> Any:
     """Which units each search removes: a row per search, a column per unit, a cell filled where removed.
 
     rows: (objective, algorithm, removed units); those of one objective stand together and share a colour.
@@ -50,7 +51,9 @@ def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: in
     return figure
 
 
-def rank_figure(title: str, chosen_by: str, others: Mapping[str, float | None], losses: Mapping[tuple, Sequence]):
+def rank_figure(
+    title: str, chosen_by: str, others: Mapping[str, float | None], losses: Mapping[tuple, Sequence]
+) -> Any:
     """How the masks chosen under one objective rank under it and under others: a line per mask, the best on top.
 
     others: Spearman's rho, or None, by the name of each other objective. losses: for the algorithms that chose a mask
@@ -85,7 +88,9 @@ def rank_figure(title: str, chosen_by: str, others: Mapping[str, float | None], 
     return figure
 
 
-def spread_figure(groups: Mapping[str, Mapping[str, Sequence[float]]], dense: Mapping[str, float], judged_by: str):
+def spread_figure(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], dense: Mapping[str, float], judged_by: str
+) -> Any:
     """How much the algorithms differ: a strip of losses per group and objective that chose the masks.
 
     groups: {group: {chosen by: losses under `judged_by`}}; dense: by group, the loss of the whole model, a grey mark.
@@ -109,7 +114,7 @@ def spread_figure(groups: Mapping[str, Mapping[str, Sequence[float]]], dense: Ma
     return figure
 
 
-def calibration_figure(entries: Sequence[Mapping], title: str):
+def calibration_figure(entries: Sequence[Mapping], title: str) -> Any:
     """What another calibration set changes, beside what another algorithm changes: a row for each algorithm.
 
     entries: of `compare_calibrations`, of one model, budget and objective. The first panel has overlaps of removals,
@@ -141,7 +146,7 @@ def calibration_figure(entries: Sequence[Mapping], title: str):
     return figure
 
 
-def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str):
+def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str) -> Any:
     """Heat map of the similarity of states before each unit and after the last, with the clusters of units below."""
     plt = _pyplot()
     from matplotlib.patches import Rectangle
@@ -164,7 +169,7 @@ def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str):
     return figure
 
 
-def as_svg(figure) -> str:
+def as_svg(figure: Any) -> str:
     """The figure as an <svg> element, to stand in a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -173,7 +178,7 @@ def as_svg(figure) -> str:
     return text[text.index("<svg") :]
 
 
-def save(figure, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Write the figure as PNG, in the place of one that is there."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
@@ -181,18 +186,18 @@ def save(figure, path: Path) -> None:
     write_file(path, buffer.getvalue(), replace=True)
 
 
-def _pyplot():
+def _pyplot() -> Any:
     check_installed()
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = {"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"}
+    settings: dict[str, Any] = {"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"}
     pyplot.rcParams.update({**settings, "text.parse_math": False})  # a `$` in a model's name is a `$`
     return pyplot
 
 
-def _plain(axes) -> None:
+def _plain(axes: Any) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
