@@ -186,7 +186,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def check_bytes(name: str, value, least: int) -> int | None:
+def check_bytes(name: str, value: Any, least: int) -> int | None:
     """The number of bytes, if it is a whole one of at least `least`; None stays None. Raises InputError."""
     if value is None:
         return None

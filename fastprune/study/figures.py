@@ -193,8 +193,9 @@ def _pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings: dict[str, Any] = {"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"}
-    pyplot.rcParams.update({**settings, "text.parse_math": False})  # a `$` in a model's name is a `$`
+    settings: Any = {"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"}
+    settings["text.parse_math"] = False  # a `$` in a model's name is a `$`
+    pyplot.rcParams.update(settings)
     return pyplot
 
 
