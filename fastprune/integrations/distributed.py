@@ -143,7 +143,7 @@ class RayWorkers(Workers):
             try:
                 words = self._ray.get(reference)
             except self._ray.exceptions.RayActorError as error:
-                why = brief(str(error).replace("\n", " "), 200)
+                why = brief(str(error).strip().partition("\n")[0], 120)  # Ray's advice follows
                 self._words.append((worker, "lost", f"process {self.pids[worker]}: {why}", 0, 0))
                 break
             self._words.extend((worker, *word) for word in words)
