@@ -52,8 +52,8 @@ native-test:
 
 # What is compiled ahead of time, with the other series of Triton.
 test-triton-3.6: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton-3.6 \
-	  triton==3.6.0
+	test -d build/triton-3.6/triton-3.6.0.dist-info || $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-deps --target build/triton-3.6 triton==3.6.0
 	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compile and not nightly" tests/kernels
 
 # What could follow the processor, the number of threads or the libraries, as other machines would run it: with AVX2, with

@@ -103,10 +103,12 @@ class Coordinator(Engine):
         self._opened: tuple[tuple, str] = (), ""  # the model's state, and its hash
         self._model_given: tuple[str, tuple, object] | None = None  # hash, how a worker comes by it, what must be held
         self._head_share = self._cost_of_head()
-        with workers.turn, self.model.evaluation():
+        with self.model.evaluation(), workers.turn:  # in this order, as in a call
             self._number = next(workers.numbers)
             workers.alive[self._number] = self
             self._open()
+        if model.weights is not None:
+            model.weights.release()  # no unit is run here
 
     # -- what the workers hold -----------------------------------------------------------------------------------
 
@@ -123,10 +125,15 @@ class Coordinator(Engine):
         description = self.workers.keep(self._description())
         for worker in late:
             self._tell_open(worker, description)
+        deaths = 0
         while self.workers.busy:
             worker, kind, value, _, _ = self.workers.hear()
             if kind == "opened":
                 self._note_opened(worker, value)
+            elif kind == "lost" and deaths < MOST_DEATHS:  # perhaps long ago, while it had nothing to do
+                deaths += 1
+                self.workers.revive(worker)
+                self._tell_open(worker, description)
             elif kind == "wrong":
                 raise InputError(f"worker {worker}: {value}")
             elif kind in ("failed", "memory", "lost"):
@@ -145,6 +152,7 @@ class Coordinator(Engine):
         state, weights = self._opened
         how = None if weights in self.workers.models[worker] else self._model_for_workers(weights, state)
         device = self.workers.device(worker, self.model.device)
+        self.workers.engines[worker].pop(self._number, None)  # until it says that it has it
         self.workers.tell(worker, "open", self._number, weights, how, device, description, list(self.workers.alive))
 
     def _note_opened(self, worker: int, models: list[str]) -> None:

@@ -51,8 +51,8 @@ class Workers:
 
     def tell(self, worker: int, *request: Any) -> None:
         """Ask a worker that is not busy for something."""
-        self.busy.add(worker)
         self._send(worker, request)
+        self.busy.add(worker)
 
     def hear(self) -> tuple[int, str, Any, int, int]:
         """The next word of any busy worker: (worker, kind, value, unit runs on rows, heads on rows)."""
@@ -145,7 +145,13 @@ class Processes(Workers):
 
         at, size = handover.places(tensors)
         file = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as a worker may read it)
-        file.truncate(size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full says so now, not by a signal later
+        except OSError as error:
+            place = tempfile.gettempdir()
+            raise InputError(
+                f"{place}: no room for a model of {size} bytes that workers share: {error.strerror}"
+            ) from None
         handover.fill(np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)), tensors, at)
         return at, ("file", f"/proc/{os.getpid()}/fd/{file.fileno()}", size), file
 

@@ -96,6 +96,8 @@ def study(
     """
     if tasks and weights_bytes is not None:
         raise InputError("--evaluate: tasks are run on whole models only; leave out --weights-gb, or --evaluate")
+    if tasks and (workers or ray):
+        raise InputError("--evaluate: tasks are run in one process; leave out --workers and --ray, or --evaluate")
     names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
     given = _options_by_algorithm(options)
     _refuse_twice("--algorithms", names)

@@ -80,6 +80,8 @@ def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
     found: list[Place] = []
     end = 0
     for tensor in tensors:
+        if not tensor.is_contiguous():  # as one that is, it may go another way through a matrix product
+            raise InputError("this model cannot be handed to other processes: a tensor of it is not contiguous")
         start = end + (tensor.data_ptr() - end) % ALIGNED
         found.append((start, tuple(tensor.shape), tensor.dtype))
         end = start + tensor.numel() * tensor.dtype.itemsize

@@ -106,6 +106,8 @@ def _load(source, device, dtype, tokenizer, trust_remote_code: bool, weights_byt
         how = "its weights are widened to float32 as they are read" if widens else _MANY_TIMES
     elif slow and dtype is None:
         hf, how = _load_widened(folder, name, trust_remote_code, tensors)
+        if hf.dtype == torch.float32:
+            dtype = torch.float32  # for workers, whose memory may decide otherwise
     else:
         hf = _from_pretrained(folder, name, dtype or "auto", trust_remote_code, tensors)
         how = _MANY_TIMES

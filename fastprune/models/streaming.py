@@ -31,6 +31,7 @@ DTYPES |= {"BOOL": torch.bool}
 ALIGNMENT = 64  # bytes, as torch's own allocator aligns
 STAGING = 8 << 20  # bytes read at once where they cannot go to their place directly: another dtype, or a GPU
 HASHES = ".fastprune-hashes.json"
+_PATCHING = threading.RLock()  # one thread at a time opens a model whose weights stay in files
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Files:
 
     @property
     def identity(self) -> list[list]:
-        """Name, size and time of change of every file."""
-        return [[path.name, size, changed] for path, (_, size, changed) in self._states.items()]
+        """Name, number on this machine's disk, size and time of change of every file: nobody elsewhere can know it."""
+        return [[path.name, *state] for path, state in self._states.items()]
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
         """Raise InputError for a file that is not what it was when it was opened."""
@@ -183,29 +184,42 @@ class Weights:
             self._read([block for block in following if block not in self._loaded], [*band, *following])
             yield band
 
+    def release(self) -> None:
+        """Give back all that is loaded; what is needed again is read again."""
+        self._settle()
+        for block in list(self._loaded):
+            self._release(block)
+        self._free.clear()
+        self._made = 0
+
     def remembered(self, key: str, work: Callable[[], str]) -> str:
         """The hash that is kept beside the files under a key, or else what `work` gives, which is kept then."""
         path = self.folder / HASHES
-        known = {}
+        known: dict = {}
         with suppress(OSError, ValueError):
-            known = json.loads(path.read_text())
-        found = known.get(key) if isinstance(known, dict) else None
+            said = json.loads(path.read_text())
+            known = said if isinstance(said, dict) else {}
+        found = known.get(key)
         if isinstance(found, str) and len(found) == 64 and not set(found) - set("0123456789abcdef"):
             return found
         found = work()
         self._files.check()
         with suppress(OSError):  # a folder that cannot be written to: it is worked out again each time
-            write_json(path, {key: found}, replace=True)
+            write_json(path, {**dict(list(known.items())[-7:]), key: found}, replace=True)
         return found
 
     def _read(self, wanted: Sequence[int], keep: Sequence[int]) -> None:
         """Begin to read blocks, in the background, as many as there is room for without those in `keep`."""
         places = []
-        for block in wanted:
-            buffer = self._buffer(block, keep)
-            if buffer is None:
-                break
-            places.append((block, buffer))
+        try:
+            for block in wanted:
+                buffer = self._buffer(block, keep)
+                if buffer is None:
+                    break
+                places.append((block, buffer))
+        except BaseException:  # memory ran out: what was collected is of use the next time
+            self._free += [buffer for _, buffer in places]
+            raise
         if places:
             ready = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
             self._reading = _Reading(lambda: self._fill(places, ready), places)
@@ -216,8 +230,9 @@ class Weights:
         if self._free:
             return self._free.pop()
         if self._made < self.room.places:
+            made = torch.empty(self.room.block_bytes, dtype=torch.uint8, device=self._device)
             self._made += 1
-            return torch.empty(self.room.block_bytes, dtype=torch.uint8, device=self._device)
+            return made
         others = [other for other in self._loaded if other not in keep]
         if not others:
             return None
@@ -227,8 +242,9 @@ class Weights:
         """Wait for what is being read, and put it in place."""
         if self._reading is None:
             return
-        reading, self._reading = self._reading, None
-        error = reading.wait()
+        reading = self._reading
+        error = reading.wait()  # interrupted here, the next visit settles it
+        self._reading = None
         if error is not None:
             self._free += [buffer for _, buffer in reading.places]
             raise error
@@ -347,6 +363,7 @@ def blocks_left_out(
 
     made: list[Weights] = []
     thread = threading.get_ident()
+    _PATCHING.acquire()
     original = PreTrainedModel._load_pretrained_model
 
     def load(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -368,6 +385,7 @@ def blocks_left_out(
         yield made
     finally:
         PreTrainedModel._load_pretrained_model = staticmethod(original)
+        _PATCHING.release()
 
 
 class _Later:

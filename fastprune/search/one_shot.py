@@ -22,7 +22,7 @@ def one_shot(search: Search) -> None:
     search.score([as_removed(unit for (unit,) in singles[: search.num_remove])])
 
 
-@algorithm(needs_gradients=True)
+@algorithm(needs_gradients=True, needs_weights=True)
 def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) -> None:
     """Remove the k units of lowest Taylor importance: the sum over a unit's weights of |w dL/dw|.
 

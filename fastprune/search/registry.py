@@ -61,7 +61,8 @@ class Algorithm:
     """A registered search: its function, and its options.
 
     check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that it cannot take.
-    needs_gradients: of the objective at the dense model (Objective.differentiable). races: whether its selections may
+    needs_gradients: of the objective at the dense model (Objective.differentiable). needs_weights: all at once, so that
+    none can stay in files. races: whether its selections may
     be races. studied: whether a study runs it unless others are named.
     """
 
@@ -71,6 +72,7 @@ class Algorithm:
     check_size: Callable[..., None] | None
     needs_sklearn: bool
     needs_gradients: bool
+    needs_weights: bool
     races: bool
     studied: bool
 
@@ -139,6 +141,7 @@ def algorithm(
     check_size: Callable[..., None] | None = None,
     needs_sklearn: bool = False,
     needs_gradients: bool = False,
+    needs_weights: bool = False,
     races: bool = False,
     studied: bool = False,
 ) -> Callable:
@@ -153,6 +156,7 @@ def algorithm(
             "check_size": check_size,
             "needs_sklearn": needs_sklearn,
             "needs_gradients": needs_gradients,
+            "needs_weights": needs_weights,
             "races": races,
             "studied": studied,
         }
@@ -168,7 +172,7 @@ def algorithm(
     known = ALGORITHMS[name].function if name in ALGORITHMS else function
     if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
         raise InputError(f"an algorithm {name!r} is there already, from {known.__module__}; choose another name")
-    needs = {"needs_sklearn": needs_sklearn, "needs_gradients": needs_gradients}
+    needs = {"needs_sklearn": needs_sklearn, "needs_gradients": needs_gradients, "needs_weights": needs_weights}
     ALGORITHMS[name] = Algorithm(name, function, options, check_size, **needs, races=races, studied=studied)
     return function
 

@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import InputError
 from ..masks import from_removed
 from ..objectives import Objective
-from ..processes import Processes
+from ..processes import Processes, Workers
 from ..records import check_folder, write_json
 from ..search import check_algorithm, find_algorithm, require_sklearn, run_search
 from ..store import SumStore
@@ -196,6 +196,8 @@ class _Evaluators:
                     )
                 for algorithm in algorithms:
                     chosen, values = check_algorithm(algorithm, options.get(algorithm, {}))
+                    if chosen.needs_weights and model.weights is not None:
+                        raise InputError(f"{algorithm} needs all weights at once, and {model.name} reads them in bands")
                     if chosen.check_size:
                         chosen.check_size(units, num_remove, self._options.get("granularity", "block"), **values)
         for (_, label), objective in self._objectives.items():
@@ -226,7 +228,7 @@ class _Evaluators:
     def _evaluator(self, model: Model, objective: Objective, **more) -> Evaluator:
         from ..evaluator import Evaluator  # only now: it brings torch
 
-        if isinstance(self._options.get("workers"), int):
+        if not isinstance(self._options.get("workers"), (Workers, type(None))):
             self._options["workers"] = Processes(self._options["workers"])
         return Evaluator(model, objective, **more, **self._options)
 
