@@ -10,11 +10,11 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,32 +48,40 @@ class Outcome:
 def forked(work: Callable[[], int | None]) -> Outcome:
     """What comes of work() in a child of its own, whose time and memory are limited."""
     started = time.monotonic()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if not child:
-            status = 70
-            try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-                warnings.simplefilter("ignore")
-                torch.set_num_threads(1)  # a forked child has no threads to compute with
-                _limit(resource.RLIMIT_CPU, MOST_SECONDS)
-                _limit(resource.RLIMIT_AS, _address_space() + MOST_BYTES)
-                status = work() or 0
-            except SystemExit as end:
-                status = end.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                with suppress(OSError, ValueError):
-                    sys.stdout.flush()
-                os._exit(status)
-        _, raw = os.waitpid(child, 0)
-        out.seek(0)
-        err.seek(0)
-        texts = (file.read().decode(errors="replace") for file in (out, err))
-        return Outcome(os.waitstatus_to_exitcode(raw), *texts, time.monotonic() - started)
+    pipes = os.pipe(), os.pipe()  # not files, whose size a test may limit
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            for number, (_, end) in enumerate(pipes, 1):
+                os.dup2(end, number)
+            for end in (end for pipe in pipes for end in pipe):
+                os.close(end)  # a grandchild must not hold them open
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+            warnings.simplefilter("ignore")
+            torch.set_num_threads(1)  # a forked child has no threads to compute with
+            _limit(resource.RLIMIT_CPU, MOST_SECONDS)
+            _limit(resource.RLIMIT_AS, _address_space() + MOST_BYTES)
+            status = work() or 0
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(status)
+    for _, end in pipes:
+        os.close(end)
+    with ThreadPoolExecutor(2) as readers:
+        texts = list(readers.map(_read_all, (end for end, _ in pipes)))
+    _, raw = os.waitpid(child, 0)
+    return Outcome(os.waitstatus_to_exitcode(raw), *texts, time.monotonic() - started)
+
+
+def _read_all(end: int) -> str:
+    with open(end, "rb") as file:
+        return file.read().decode(errors="replace")
 
 
 def command(*arguments: object) -> int:
