@@ -81,12 +81,14 @@ def available_bytes(device: torch.device) -> int:
         if said := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
             available = int(said[1]) << 10
     group = Path("/sys/fs/cgroup")
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for most, used, counts, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         with suppress(OSError, ValueError):
             left = int((group / most).read_text()) - int((group / used).read_text())
+            if said := re.search(rf"^{cached} (\d+)$", (group / counts).read_text(), re.MULTILINE):
+                left += int(said[1])  # pages of files, which the kernel takes back when they are wanted
             available = min(available, max(0, left))
     return available
 
