@@ -148,6 +148,11 @@ def tree_attention(shape: Shape, dtype: torch.dtype) -> Work:
     )
 
 
+def in_parts(work: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+    """2,048 rows at a time: logits of all would not fit."""
+    return torch.cat([work(*parts) for parts in zip(*(part.split(2048) for part in rows), strict=True)])
+
+
 def linear_nll(shape: Shape, dtype: torch.dtype) -> Work:
     from fastprune_kernels.linear_loss import linear_nll
 
@@ -155,13 +160,9 @@ def linear_nll(shape: Shape, dtype: torch.dtype) -> Work:
     weight = random(shape.vocabulary, shape.hidden, dtype=dtype, scale=0.02)
     target = torch.randint(shape.vocabulary, (TOKENS, 1), device=DEVICE)
 
-    def by_torch() -> torch.Tensor:
-        parts = zip(hidden.split(2048), target.split(2048), strict=True)
-        return torch.cat([reference.linear_nll(part, weight, wanted) for part, wanted in parts])
-
     return Work(
         lambda: linear_nll(hidden, weight, target),
-        by_torch,
+        lambda: in_parts(lambda part, wanted: reference.linear_nll(part, weight, wanted), hidden, target),
         lambda rows: reference.linear_nll(hidden[rows].double(), weight.double(), target[rows]),
         moved=hidden.nbytes + weight.nbytes,
         flops=2 * TOKENS * weight.numel(),
@@ -175,13 +176,9 @@ def linear_kl(shape: Shape, dtype: torch.dtype) -> Work:
     masked = dense + random(TOKENS, shape.hidden, dtype=dtype, scale=0.3)
     weight = random(shape.vocabulary, shape.hidden, dtype=dtype, scale=0.02)
 
-    def by_torch() -> torch.Tensor:
-        parts = zip(dense.split(2048), masked.split(2048), strict=True)
-        return torch.cat([reference.linear_kl(a, b, weight) for a, b in parts])
-
     return Work(
         lambda: linear_kl(dense, masked, weight),
-        by_torch,
+        lambda: in_parts(lambda p, q: reference.linear_kl(p, q, weight), dense, masked),
         lambda rows: reference.linear_kl(dense[rows].double(), masked[rows].double(), weight.double()),
         moved=dense.nbytes + masked.nbytes + weight.nbytes,
         flops=4 * TOKENS * weight.numel(),

@@ -21,12 +21,12 @@ import torch
 from .data import TokenBatch
 from .engine import Engine, Progress
 from .errors import InputError
-from .layout import Layout, look_rows
+from .layout import Layout, look_of
 from .models import Model
 from .models.handover import pack
 from .processes import Workers
 from .split import cut, owners, teams
-from .store import SumStore, units_key
+from .store import SumStore
 from .trie import Trie, make_trie
 
 MOST_DEATHS = 3  # of one worker in one call
@@ -81,21 +81,20 @@ class Coordinator(Engine):
         batch: TokenBatch,
         measure: str,
         granularity: str,
-        memory_bytes: int | None = None,
-        backend: str = "auto",
+        *,
         store: SumStore | None = None,
         cache_bytes: int | None = None,
         cache_dir: Path | None = None,
         layout: Layout | None = None,
+        **given: Any,
     ):
         self.workers = workers
-        super().__init__(model, batch, measure, granularity, memory_bytes, backend, store, 0, None, layout)
+        super().__init__(model, batch, measure, granularity, store=store, cache_bytes=0, layout=layout, **given)
         self._given = {
             "batch": replace(batch),  # without what it has worked out so far
             "measure": measure,
             "granularity": granularity,
-            "memory_bytes": memory_bytes,
-            "backend": backend,
+            **given,
             "cache_bytes": None if cache_bytes is None else cache_bytes // workers.per_machine,
             "cache_dir": cache_dir,
         }
@@ -175,11 +174,7 @@ class Coordinator(Engine):
     # -- a call --------------------------------------------------------------------------------------------------
 
     def _run(self, trie: Trie, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        sums = np.zeros((len(trie.sequences), len(self.measure.values), self.batch.num_continuations))
-        keys = [units_key(sequence) for sequence in trie.sequences]
-        context = self._context()
-        missing = {number: self._look_up(context, keys, number, sums) for number in self._numbers(wanted)}
-        known = ~np.any([*missing.values(), np.zeros(len(keys), dtype=bool)], axis=0)
+        sums, keys, context, missing, known = self._begin(trie, wanted)
         left = {number: rows.copy() for number, rows in missing.items() if rows.any()}
         call, tries = _Call(trie, keys, context, sums, left), self._tries(trie, left)
         self._note_asked(tries)
@@ -292,17 +287,14 @@ class Coordinator(Engine):
         units = sum(p.numel() for layer in self.model.layers for p in layer.parameters()) / self.num_units
         embeddings: Any = self.model.hf.get_output_embeddings
         head = sum(p.numel() for p in embeddings().parameters())
-        return head / max(1, units) * len(np.unique(self.batch.target_source)) / self.batch.num_tokens
+        return head / max(1, units) * self._positions / self.batch.num_tokens
 
     # -- chunks and memory ---------------------------------------------------------------------------------------
 
     def _cut(self, layout: Layout) -> None:
         super()._cut(layout)
-        look_of = np.zeros(self.batch.num_rows, dtype=np.int64)
-        for look, rows in enumerate(look_rows(self.batch.num_rows)):
-            look_of[rows] = look
-        loads = [chunk.num_tokens for chunk in self.chunks]
-        self._owner = owners(loads, [look_of[chunk.rows[0]] for chunk in self.chunks], self.workers.count)
+        looks = look_of(self.batch.num_rows)[[rows[0] for rows in layout.chunks]]
+        self._owner = owners([chunk.num_tokens for chunk in self.chunks], looks.tolist(), self.workers.count)
 
     def _shrink_cache(self) -> bool:
         return False  # a worker that says it has no memory has given its cache up before

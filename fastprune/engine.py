@@ -150,10 +150,7 @@ class Engine:
         return [n for n, chunk in enumerate(self.chunks) if wanted is None or wanted[chunk.continuation].any()]
 
     def _run(self, trie: Trie, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        sums = np.zeros((len(trie.sequences), len(self.measure.values), self.batch.num_continuations))
-        keys = [units_key(sequence) for sequence in trie.sequences]
-        context = self._context()
-        missing = {number: self._look_up(context, keys, number, sums) for number in self._numbers(wanted)}
+        sums, keys, context, missing, known = self._begin(trie, wanted)
         if self.measure.needs_dense:
             self._run_dense([number for number, rows in missing.items() if rows.any()])
         schedules = self._schedule(trie, {number: rows for number, rows in missing.items() if rows.any()})
@@ -174,7 +171,16 @@ class Engine:
                         done += units
                         progress(done, total)
                     self._finish(pending, chunk, sums, context, keys)
-        return sums, ~np.any([*missing.values(), np.zeros(len(keys), dtype=bool)], axis=0)
+        return sums, known
+
+    def _begin(self, trie: Trie, wanted: np.ndarray | None):
+        """Sums [M, V, C] as far as the store knows them, and what they are kept under: the sequences' keys and the
+        context; by chunk, bool[M], which are missing there; bool[M], which are missing nowhere."""
+        sums = np.zeros((len(trie.sequences), len(self.measure.values), self.batch.num_continuations))
+        keys = [units_key(sequence) for sequence in trie.sequences]
+        context = self._context()
+        missing = {number: self._look_up(context, keys, number, sums) for number in self._numbers(wanted)}
+        return sums, keys, context, missing, ~np.any([*missing.values(), np.zeros(len(keys), dtype=bool)], axis=0)
 
     def _run_halves(self, trie: Trie, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """As `_run`, one half of the sequences after the other."""

@@ -55,10 +55,8 @@ class Layout:
         rows, every = [row for chunk in self.chunks for row in chunk], list(range(batch.num_rows))
         if not all(self.chunks) or not all(type(row) is int for row in rows) or sorted(rows) != every:
             raise InputError(f"the layout's chunks must hold the rows 0 to {batch.num_rows - 1}, each once")
-        look_of = np.empty(batch.num_rows, dtype=np.int64)
-        for number, look in enumerate(look_rows(batch.num_rows)):
-            look_of[look] = number
-        if any(len(set(look_of[list(chunk)].tolist())) > 1 for chunk in self.chunks):
+        look = look_of(batch.num_rows)
+        if any(len(set(look[list(chunk)].tolist())) > 1 for chunk in self.chunks):
             raise InputError("a chunk of the layout holds rows of two looks of a race")
         if any(len(set(batch.row_is_tree[list(chunk)].tolist())) > 1 for chunk in self.chunks):
             raise InputError("the layout's chunks must hold plain rows or trees, not both")
@@ -92,6 +90,14 @@ def look_rows(num_rows: int) -> list[np.ndarray]:
         bound += 2 * bound // 5
     bounds.append(num_rows)
     return [np.sort(order[start:stop]) for start, stop in itertools.pairwise(bounds)]
+
+
+def look_of(num_rows: int) -> np.ndarray:
+    """The number of each row's look, int64[R]."""
+    found = np.zeros(num_rows, dtype=np.int64)
+    for number, rows in enumerate(look_rows(num_rows)):
+        found[rows] = number
+    return found
 
 
 def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int, max_rows: int) -> list[list[int]]:
