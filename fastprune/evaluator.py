@@ -36,9 +36,7 @@ class Stats:
     """
 
     masks: int = 0  # scores that were asked for
-    layer_runs: float = (
-        0  # unit runs that were made (and the dense model's one pass, to compare with), counted as they happen
-    )
+    layer_runs: float = 0  # unit runs that were made, the dense model's to compare with too, counted as they happen
     unbounded_layer_runs: float = 0  # what these would have been, had the prefix cache room for every state
     asked_layer_runs: float = 0  # distinct prefixes of each call: its unit runs, had nothing been known before
     naive_layer_runs: float = 0  # unit runs of one forward pass per mask that was asked for

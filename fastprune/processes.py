@@ -169,7 +169,7 @@ class Processes(Workers):
     def _begin(self, worker: int) -> None:
         own, other = Pipe()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        printed = tempfile.TemporaryFile()  # noqa: SIM115
+        printed = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process may print)
         process = subprocess.Popen(
             [sys.executable, "-c", START, str(other.fileno())],
             pass_fds=[other.fileno()],

@@ -241,8 +241,7 @@ class Model:
     def weights_hash(self) -> str:
         """SHA-256 over the config, every tensor (buffers that are not saved, too), the plain attributes of every
         module, and its hooks. All is read once, and again when something of it was replaced or changed in place since
-        (through `.data`: where it
-        shows in a few values of each tensor)."""
+        (through `.data`: where it shows in a few values of each tensor)."""
         self._check_whole()
         state = self.state
         if self._hashed is None or self._hashed[0] != state:

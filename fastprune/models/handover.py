@@ -98,6 +98,7 @@ def fill(buffer: np.ndarray, tensors: Sequence[torch.Tensor], at: Sequence[Place
 def views(storage: torch.UntypedStorage, at: Sequence[Place]) -> list[torch.Tensor]:
     """The tensors that stand at these places of a buffer, on the CPU; nothing is copied."""
     return [
+        # torch's stubs know no storage without a dtype here
         torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape)  # type: ignore[call-overload]
         for start, shape, dtype in at
     ]

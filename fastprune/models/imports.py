@@ -17,7 +17,7 @@ def import_transformers() -> None:
     for name in asked:
         setattr(utils, name, lambda: False)
     try:
-        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401  (loaded now)
     finally:
         for name, function in asked.items():
             setattr(utils, name, function)
