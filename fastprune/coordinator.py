@@ -200,7 +200,7 @@ class Coordinator(Engine):
         dense = [make_trie([tuple(range(self.num_units))])] * self.measure.needs_dense
         for number, asked in tries.items():
             for part in (*dense, asked):
-                self.row_unbounded += self._seen.add(number, part) * len(self.chunks[number].rows)
+                self.counts.row_unbounded += self._seen.add(number, part) * len(self.chunks[number].rows)
 
     def _parts(self, trie: Trie, tries: Mapping[int, Trie]) -> dict[int, dict[int, np.ndarray]]:
         """By worker and chunk, which of the trie's sequences it runs there, int64[n]."""
@@ -222,8 +222,8 @@ class Coordinator(Engine):
             asked[worker] = self._tell(worker, call.trie, parts[worker])
         while self.workers.busy:
             worker, kind, value, runs, heads = self.workers.hear()
-            self.row_runs += runs
-            self.row_heads += heads
+            self.counts.row_runs += runs
+            self.counts.row_heads += heads
             if kind == "sums":
                 number, rows, found = value
                 self._put(call, number, asked[worker][rows], found)
@@ -233,9 +233,9 @@ class Coordinator(Engine):
                     progress(*map(sum, zip(*done.values())))
             elif kind == "done":
                 peak, self.cache.held[worker], self.cache.served[worker], loads, read = value
-                self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
-                self.weight_loads += loads
-                self.weight_bytes += read
+                self.counts.peak_activation_bytes = max(self.counts.peak_activation_bytes, peak)
+                self.counts.weight_loads += loads
+                self.counts.weight_bytes += read
                 if worker in done:
                     done[worker] = (done[worker][1],) * 2
             elif kind == "memory":
@@ -287,7 +287,8 @@ class Coordinator(Engine):
         units = sum(p.numel() for layer in self.model.layers for p in layer.parameters()) / self.num_units
         embeddings: Any = self.model.hf.get_output_embeddings
         head = sum(p.numel() for p in embeddings().parameters())
-        return head / max(1, units) * self._positions / self.batch.num_tokens
+        positions = len(np.unique(self.batch.target_source))  # that predict something
+        return head / max(1, units) * positions / self.batch.num_tokens
 
     # -- chunks and memory ---------------------------------------------------------------------------------------
 

@@ -1,52 +1,45 @@
-"""The engine: walks a schedule through a model, chunk by chunk. Read this file first.
+"""The engine: what is known, what is to be run, and the sums that come of it. Read this file first, then `executor`.
 
-For every chunk of the calibration set the model embeds the tokens once. The steps of the schedule then run units on
-states, depth first; a state is held until its last child has begun, or beyond the call where the prefix cache has it.
-Where a sequence ends, the head turns its state into the values of the measure at every target, a tile of positions at a
-time. They leave the device in batches and are summed over each continuation in a fixed order, in float64.
+A call asks for sums of a measure, over each continuation, of many sequences of units. What the store knows is filled
+in; for the rest a schedule is made on each chunk of the calibration set, from the states that the prefix cache has
+there. The executor walks it, depth first. Where a sequence ends, the head turns its state into values at every target.
+They leave the device in batches and are summed over each continuation in a fixed order, in float64.
 
 Where not all weights fit, a group of chunks goes through the model together, a band of blocks at a time: while one is
-loaded, every chunk runs the steps of that visit, depth first, and leaves states that later visits read (`Frontier`).
-All weights loaded is one band, one visit, and every chunk a group of its own.
+loaded, every chunk runs the steps of that visit and leaves states that later visits read (`Frontier`). All weights
+loaded is one band, one visit, and every chunk a group of its own.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .bands import FLOPS_PER_BYTE, Groups, make_groups
-from .chunks import Chunk, Tile, make_chunk
+from .bands import FLOPS_PER_BYTE, make_groups
+from .budget import MAX_SEQUENCES, Budget
+from .chunks import Chunk, make_chunk
 from .data import TokenBatch
 from .errors import InputError
+from .executor import Counts, Executor, Walk
 from .fingerprint import machine_fingerprint
-from .footprint import measure_footprint
-from .layout import Layout, make_layout
+from .layout import Layout
 from .measures import MEASURES
-from .memory import available_bytes, is_out_of_memory
+from .memory import is_out_of_memory
 from .models import Model, make_runner
 from .models.attention import BACKENDS
-from .models.stand_ins import State, hidden_of, state_bytes
-from .schedule import ROOT, Schedule, Visit, make_schedule, max_slots
-from .states import SHARE, Frontier, PrefixCache
+from .schedule import Schedule, make_schedule
+from .states import Frontier, PrefixCache
 from .store import SumStore, units_key
 from .trie import Seen, Trie, make_trie
 
 Progress = Callable[[int, int], None]
 
-MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
-CHUNK_TOKENS = 16384  # on a GPU: enough rows to keep its matrix units busy, no more
-CHUNK_BYTES, LEAST_CHUNK_TOKENS = 2 << 20, 1024  # on a CPU: states that leave a unit's workspace room in the caches
-TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
-LEAST_TILE = 8  # positions
-BUDGET_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
-SUMS_SHARE = 8  # one part in so many of the budget is for sums over continuations
 PENDING = 64  # masks whose numbers wait on the device, to be fetched together
 
 
@@ -54,14 +47,9 @@ class Engine:
     """Runs sequences of units over one calibration set.
 
     backend: "generic", "fused" or "auto"; `runner` is what runs the units, the model itself or its fused path.
-    measure: the name of what is computed at each target, see `measures`. memory_bytes bounds the activations of a call:
-    states, the workspace of a unit, a tile of logits, and the dense model's final states where the measure needs them.
-    cache_bytes, cache_dir: of the states that outlive a call, see `PrefixCache`.
-    layout: how the batch is cut; None: as fits the budget, see `Layout`.
-    store: sums that are known, and are kept as they are finished. peak_activation_bytes: the most that were held so
-    far, workspaces as measured on this model. row_runs, row_heads: units, and heads, that were run so far, counted
-    where that happens, once for each row of the batch. row_unbounded: unit runs, had every state been kept.
-    weight_loads: blocks whose weights were read; weight_bytes: of files, for these.
+    measure: the name of what is computed at each target, see `measures`. memory_bytes: see `Budget`. cache_bytes,
+    cache_dir: of the states that outlive a call, see `PrefixCache`. layout: how the batch is cut; None: as fits the
+    budget, see `Layout`. store: sums that are known, and are kept as they are finished. counts: what was done so far.
     """
 
     def __init__(
@@ -81,39 +69,19 @@ class Engine:
         batch.check_fits(model.vocab_size, model.max_positions)
         _check_rows(model, batch)
         self.model, self.batch, self.granularity = model, batch, granularity
-        self.measure = MEASURES[measure]
+        self.measure, self.store = MEASURES[measure], store
         self.num_units = len(model.unit_names(granularity))
-        self.store = store
-        kind = "cuda" if model.device.type == "cuda" else "cpu"
-        memory_bytes = BUDGET_BYTES[kind] if memory_bytes is None else memory_bytes
         self.runner = make_runner(model, backend)
-        self.peak_activation_bytes = 0
-        self.row_runs = self.row_heads = self.row_unbounded = 0
-        self.weight_loads = self.weight_bytes = 0
-        per_block = self.num_units // max(1, model.num_blocks)
-        self._block_of = [unit // per_block for unit in range(self.num_units)]
-        self._band_of = [number for number, band in enumerate(self.runner.bands) for _ in range(len(band) * per_block)]
-        self._frontier = Frontier(cache_dir, model.device)
-        self._memory_bytes = memory_bytes
+        self.counts = Counts()
         self.cache = PrefixCache(cache_bytes, cache_dir, model.device)
         self._cached_of: tuple | None = None
-        per_mask = 24 * len(self.measure.values) * batch.num_continuations  # sums, and twice that to reduce them
-        self.most_sums = max(1, memory_bytes // SUMS_SHARE // per_mask)
-        self._slots = max_slots(self.num_units, MAX_SEQUENCES)
-        self._positions = len(np.unique(batch.target_source))  # that predict something
-        if layout is None:
-            per_position = self.runner.head_bytes(measure)
-            tile = max(LEAST_TILE, min(TILE_BYTES[kind], memory_bytes // 4) // per_position // 8 * 8)
-            layout = self._fit(memory_bytes, _chunk_tokens(model), tile)
-        else:
-            layout = self._check_layout(memory_bytes, layout)
-        self._cut(layout)
-        room = memory_bytes - self._least_bytes(max(chunk.num_tokens for chunk in self.chunks))
-        most = max(len(chunk.sources) for chunk in self.chunks)
-        self._keeps_references = self.measure.needs_dense and most * self._reference_bytes <= room
-        if self._keeps_references:
-            self._memory_bytes -= most * self._reference_bytes  # what is left for all else
-        self._references: dict[int, torch.Tensor] = {}  # by tile of the chunk that runs, see _reference
+        per_block = self.num_units // max(1, model.num_blocks)
+        self._band_of = [number for number, band in enumerate(self.runner.bands) for _ in range(len(band) * per_block)]
+        self.frontier = Frontier(cache_dir, model.device)
+        self.executor = Executor(model, self.runner, self.measure, granularity, self.cache, self.frontier, self.counts)
+        self.budget = Budget(memory_bytes, model, self.runner, batch, self.measure, granularity)
+        self._cut(self.budget.cut() if layout is None else self.budget.check(layout))
+        self.executor.keeps_references = self.budget.take_references(self.chunks)
 
     def run(
         self, trie: Trie, progress: Progress | None = None, wanted: np.ndarray | None = None
@@ -130,17 +98,11 @@ class Engine:
             raise InputError(f"{count} distinct masks in one call; at most {MAX_SEQUENCES} are planned together")
         while True:
             try:
-                with self.model.evaluation(), self._counted_loads():
+                with self.model.evaluation():
                     return self._run(trie, progress or (lambda done, total: None), wanted)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not (self._shrink_cache() or self._take_smaller_steps()):
                     raise
-            finally:
-                self._references.clear()
-
-    def most_together(self, longest: int) -> int:
-        """The most sequences of so many units whose states, at the worst, the chunks were cut for."""
-        return MAX_SEQUENCES if longest <= self.num_units else (1 << max_slots(self.num_units, MAX_SEQUENCES)) - 1
 
     def share(self, wanted: np.ndarray | None) -> float:
         """The share of the rows that `run` runs for these continuations."""
@@ -158,19 +120,17 @@ class Engine:
             return self._run_halves(trie, progress, wanted)
         done, total = 0, sum(schedule.unit_runs for schedule in schedules.values())
         asked = {number: np.flatnonzero(rows) for number, rows in missing.items()}
-        for group in self._groups(schedules):
-            with closing(self._walks({number: schedules[number] for number in group})) as walks:
-                for number, steps in walks:
-                    chunk, pending = self.chunks[number], []
-                    self._references.clear()
-                    for end, hidden, units in steps:
-                        if end >= 0:
-                            pending.append((int(asked[number][end]), self._measure_targets(hidden, number)))
-                        if len(pending) == PENDING:
-                            self._finish(pending, chunk, sums, context, keys)
-                        done += units
-                        progress(done, total)
-                    self._finish(pending, chunk, sums, context, keys)
+        with closing(self._walks(schedules)) as walks:
+            for number, walk in walks:
+                chunk, pending = self.chunks[number], []
+                for end, hidden, units in walk:
+                    if end >= 0:
+                        pending.append((int(asked[number][end]), self.executor.values(hidden, number)))
+                    if len(pending) == PENDING:
+                        self._finish(pending, chunk, sums, context, keys)
+                    done += units
+                    progress(done, total)
+                self._finish(pending, chunk, sums, context, keys)
         return sums, known
 
     def _begin(self, trie: Trie, wanted: np.ndarray | None):
@@ -203,21 +163,24 @@ class Engine:
 
     def _frontier_bytes(self, schedule: Schedule, number: int) -> int:
         """What a chunk's states between visits weigh at their most."""
-        return schedule.frontier_peak * int(self._footprint.state * self.chunks[number].num_tokens)
+        return schedule.frontier_peak * self.budget.state_bytes(self.chunks[number].num_tokens)
 
     def _room(self, schedules: dict[int, Schedule]) -> tuple[int, int]:
         """Bytes for states between visits: what the budget leaves beside a walk, and what slower tiers may take."""
         widest = max(self.chunks[number].num_tokens for number in schedules)
-        slots = max(schedule.num_slots for schedule in schedules.values())
-        walk = self._footprint.needed(widest, slots) + self._dense_bytes()
-        memory = max(0, self._memory_bytes - self._memory_bytes // SUMS_SHARE - walk)
-        return memory, self._frontier.start(memory)
+        memory = self.budget.beside(widest, max(schedule.num_slots for schedule in schedules.values()))
+        return memory, self.frontier.start(memory)
 
     def _split(self, schedules: dict[int, Schedule]) -> bool:
         """Whether the states between visits of a single chunk do not fit, so that masks must be scored in parts."""
         if not any(schedule.frontier for schedule in schedules.values()):
             return False
         return max(self._frontier_bytes(s, number) for number, s in schedules.items()) > sum(self._room(schedules))
+
+    def _walks(self, schedules: dict[int, Schedule]) -> Iterator[tuple[int, Walk]]:
+        """The walks of all chunks, group by group, see `Executor.walks`."""
+        for group in self._groups(schedules):
+            yield from self.executor.walks({number: schedules[number] for number in group})
 
     def _groups(self, schedules: dict[int, Schedule]) -> list[list[int]]:
         """The chunks that go through the model together, see `bands`."""
@@ -237,48 +200,7 @@ class Engine:
         )
         return [[numbers[place] for place in group] for group in groups.groups]
 
-    def _walks(self, schedules: dict[int, Schedule]) -> Iterator[tuple[int, Iterator[tuple[int, torch.Tensor, int]]]]:
-        """A group of chunks, band by band: (chunk, its steps while that band is loaded, see `_walk`)."""
-        cache, finished = self.cache, False
-        try:
-            for number, schedule in schedules.items():
-                cache.drop(number, schedule.dropped)
-            visits: dict[int, dict[int, Visit]] = {}
-            for number, schedule in schedules.items():
-                for visit in schedule.visits:
-                    visits.setdefault(visit.number, {})[number] = visit
-            order = sorted(visits)
-            bands = [self._needed(schedules, visits[visit]) for visit in order]
-            for visit, _ in zip(order, self.runner.visit(bands)):
-                for number, part in visits[visit].items():
-                    with closing(self._walk(schedules[number], part, number)) as steps:
-                        yield number, steps
-            for number, schedule in schedules.items():
-                cache.settle(number, schedule.retained, schedule.likelihood)
-            finished = True
-        finally:
-            self._frontier.clear()
-            if not finished:
-                for number in schedules:
-                    cache.forget(number)
-
-    def _needed(self, schedules: dict[int, Schedule], visits: dict[int, Visit]) -> Sequence[int]:
-        """The blocks that a visit runs."""
-        if len(self.runner.bands) == 1:
-            return self.runner.bands[0]
-        steps = (schedules[number].steps[visit.start : visit.stop] for number, visit in visits.items())
-        return sorted({self._block_of[unit] for step in itertools.chain.from_iterable(steps) for unit in step.units})
-
-    @contextmanager
-    def _counted_loads(self) -> Iterator[None]:
-        weights = self.model.weights
-        before = (0, 0) if weights is None else (weights.loads, weights.bytes)
-        try:
-            yield
-        finally:
-            if weights is not None:
-                self.weight_loads += weights.loads - before[0]
-                self.weight_bytes += weights.bytes - before[1]
+    # -- what is known -----------------------------------------------------------------------------------------------
 
     def _schedule(self, trie: Trie, missing: dict[int, np.ndarray]) -> dict[int, Schedule]:
         """What is run on each chunk, given the sums that are missing there and the states that are known.
@@ -300,7 +222,7 @@ class Engine:
                     new = make_trie(itertools.compress(trie.sequences, rows), known)
                 made[key] = make_schedule(new, likelihood, capacity, self._band_of), new
             found[number] = made[key][0]
-            self.row_unbounded += self._seen.add(number, made[key][1]) * len(self.chunks[number].rows)
+            self.counts.row_unbounded += self._seen.add(number, made[key][1]) * len(self.chunks[number].rows)
         return found
 
     def _context(self) -> int | None:
@@ -330,85 +252,20 @@ class Engine:
             for value, row in enumerate(rows):
                 found = np.bincount(chunk.continuation, weights=row, minlength=sums.shape[2])
                 sums[mask, value, chunk.continuations] = found[chunk.continuations]
-        self.row_heads += len(pending) * len(chunk.rows)
         if context is not None:
             finished = {keys[mask]: sums[mask, :, chunk.continuations] for mask, _ in pending}
             self.store.put(context, chunk.key, finished)
         pending.clear()
 
-    def _walk(self, schedule: Schedule, visit: Visit, number: int) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """Run a visit's steps on one chunk; after each, yield (its end or -1, hidden [B, T, D], units run)."""
-        chunk = self.chunks[number]
-        embedded, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
-        slots: list[State | None] = [None] * schedule.num_slots
-        for step in schedule.steps[visit.start : visit.stop]:
-            if step.source == ROOT:  # the first step, if any
-                state, embedded = embedded, None
-            elif step.source >= 0:
-                state = slots[step.source]
-                if step.last_use:
-                    slots[step.source] = None
-            else:
-                state = self._take(schedule, -2 - step.source, number, step.last_use)
-            retained = dict(step.retained)
-            for count, unit in enumerate(step.units, start=1):
-                self._note_peak(slots, state, chunk)
-                state = self.runner.run(unit, state, arguments, self.granularity)
-                self.row_runs += len(chunk.rows)
-                if count in retained:
-                    self.cache.put(number, retained[count], self.runner.pack(state))
-            if step.frontier >= 0:
-                self._frontier.put(number, schedule.frontier[step.frontier], self.runner.pack(state))
-            if step.target >= 0:
-                slots[step.target] = state
-            yield step.end, hidden_of(state), len(step.units)
-
-    def _take(self, schedule: Schedule, place: int, number: int, last_use: bool) -> State:
-        """A state of the prefix cache, or of the frontier."""
-        if place >= len(schedule.known):
-            prefix = schedule.frontier[place - len(schedule.known)]
-            state = self.runner.unpack(self._frontier.get(number, prefix), prefix[-1])
-            if last_use:
-                self._frontier.drop(number, prefix)
-            return state
-        prefix = schedule.known[place]
-        state = self.runner.unpack(self.cache.get(number, prefix), prefix[-1])
-        if last_use:
-            self.cache.drop(number, [prefix])
-        return state
-
-    def _measure_targets(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        """The measure's values at every target of a chunk, [V, M], from one mask's final states [B, T, D]."""
-        hidden = hidden.flatten(0, 1)
-        values = []
-        for index, tile in enumerate(self._tiles[number]):
-            reference = self._reference(number, index) if self.measure.reference else None
-            values.append(self.measure.compute(self.runner, hidden[tile.sources], tile, reference))
-        return torch.cat(values, dim=1)
-
-    def _reference(self, number: int, index: int) -> torch.Tensor:
-        """What the masks are compared with at a tile of a chunk; kept for the next mask where the budget has room."""
-        found = self._references.get(index)
-        if found is None:
-            dense = self._dense[number][self._tiles[number][index].positions]
-            found = self.measure.reference(self.runner, dense)
-            if self._keeps_references:
-                self._references[index] = found
-        return found
-
     def _run_dense(self, numbers: list[int]) -> None:
-        """Fill `_dense` for these chunks: final states of the dense model where a target is predicted, [P, D]."""
-        of = self.model.state
-        if self._dense_of != of:
-            self._dense, self._dense_of = {}, of
-        trie = make_trie([tuple(range(self.num_units))])
-        schedules = self._schedule(trie, {n: np.ones(1, dtype=bool) for n in numbers if n not in self._dense})
-        for group in self._groups(schedules):
-            with closing(self._walks({number: schedules[number] for number in group})) as walks:
-                for number, steps in walks:
-                    for end, hidden, _ in steps:
-                        if end >= 0:
-                            self._dense[number] = hidden.flatten(0, 1)[self.chunks[number].sources]
+        """Have the executor know the dense model's final states of these chunks."""
+        trie, every = make_trie([tuple(range(self.num_units))]), np.ones(1, dtype=bool)
+        schedules = self._schedule(trie, dict.fromkeys(self.executor.without_dense(numbers), every))
+        with closing(self._walks(schedules)) as walks:
+            for number, walk in walks:
+                for end, hidden, _ in walk:
+                    if end >= 0:
+                        self.executor.keep_dense(hidden, number)
 
     def numerics(self) -> dict[str, object]:
         """What the bits of a number depend on besides weights, chunk and mask: path, dtype, device, software."""
@@ -425,56 +282,13 @@ class Engine:
 
     # -- chunks and memory ---------------------------------------------------------------------------------------
 
-    def _fit(self, memory_bytes: int, most_tokens: int, tile: int) -> Layout:
-        """Chunks and tiles for which everything held at once stays within the budget; where not even one row does,
-        tiles are made small."""
-        for size in dict.fromkeys((tile, LEAST_TILE)):
-            self._measure(size)
-            budget = memory_bytes - memory_bytes // SUMS_SHARE - self._dense_bytes()
-            tokens = self._footprint.tokens_within(budget, self._slots)
-            if tokens:
-                return make_layout(self.batch, min(most_tokens, tokens), size)
-        raise InputError(self._too_small(memory_bytes, "one row of the batch", self._footprint.longest_row))
-
-    def _check_layout(self, memory_bytes: int, layout: Layout) -> Layout:
-        """A layout that was made before. Raises InputError where it is not the batch's, or does not fit the budget."""
-        layout.check(self.batch)
-        self._measure(layout.tile)
-        widest = max(len(rows) * int(self.batch.row_lengths[list(rows)].max()) for rows in layout.chunks)
-        if self._least_bytes(widest) > memory_bytes:
-            raise InputError(self._too_small(memory_bytes, "the largest chunk of the layout", widest))
-        return layout
-
-    def _too_small(self, memory_bytes: int, what: str, tokens: int) -> str:
-        return f"memory_bytes is too small: {what} takes {self._least_bytes(tokens)} bytes, not {memory_bytes}"
-
-    def _least_bytes(self, tokens: int) -> int:
-        """The least budget for chunks of so many tokens."""
-        needed = self._footprint.needed(tokens, self._slots) + self._dense_bytes()
-        return needed + (needed - 1) // (SUMS_SHARE - 1)  # of which all but the share of sums is that much
-
-    def _dense_bytes(self) -> int:
-        """What the dense model's final states weigh, where the measure compares with them."""
-        if not self.measure.needs_dense:
-            return 0
-        return self._positions * self.model.hidden_size * self.model.dtype.itemsize
-
-    def _measure(self, tile: int) -> None:
-        """Note what the activations of the longest rows, and one tile of the head, weigh: of as many positions at most
-        as the batch has."""
-        tile = min(tile, self._positions)
-        with self.model.evaluation():
-            self._footprint = measure_footprint(self.runner, self.batch, self.granularity, self._measure_nothing, tile)
-
     def _cut(self, layout: Layout) -> None:
-        """Make the chunks of a layout, and the tiles of each."""
-        self._dense: dict[int, torch.Tensor] = {}  # by chunk, see _run_dense
-        self._dense_of: tuple = ()
+        """Make the chunks of a layout."""
         self.layout = layout
         self.chunks = [make_chunk(self.batch, rows, self.model.device) for rows in layout.chunks]
-        self._tiles = [chunk.tiles(layout.tile) for chunk in self.chunks]
+        self.executor.start(self.chunks, layout.tile, self.budget.footprint)
         self._seen = Seen()
-        self.cache.start(int(self._footprint.state * sum(chunk.num_tokens for chunk in self.chunks)))
+        self.cache.start(self.budget.state_bytes(sum(chunk.num_tokens for chunk in self.chunks)))
 
     def _shrink_cache(self) -> bool:
         """Give back what the prefix cache holds, and let it hold less from now on; False when it is empty."""
@@ -485,73 +299,21 @@ class Engine:
         return True
 
     def _take_smaller_steps(self) -> bool:
-        """Cut chunks of half the size, or where they are single rows, tiles; False when both are as small as can be."""
-        tile = self.layout.tile
-        self._keeps_references = False
-        divisible = [chunk.num_tokens for chunk in self.chunks if len(chunk.rows) > 1]
-        if divisible:
-            max_tokens = max(divisible) // 2
-        elif tile > LEAST_TILE:
-            max_tokens, tile = 1, max(LEAST_TILE, tile // 16 * 8)
-        else:
+        """Cut smaller chunks, or tiles; False when both are as small as can be."""
+        self.executor.keeps_references = False
+        smaller = self.budget.smaller(self.layout, self.chunks)
+        if smaller is None:
             return False
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._cut(make_layout(self.batch, max_tokens, tile))
+        self._cut(smaller)
         warnings.warn(
             f"out of memory: going on with chunks of {max(chunk.num_tokens for chunk in self.chunks)} tokens and tiles "
-            f"of {tile} positions; scores may differ in the last bits from those before",
+            f"of {smaller.tile} positions; scores may differ in the last bits from those before",
             RuntimeWarning,
             stacklevel=4,
         )
         return True
-
-    def _measure_nothing(self, hidden: torch.Tensor) -> torch.Tensor:
-        """One tile of the head, for its footprint."""
-        none = torch.zeros(0, dtype=torch.int64, device=hidden.device)
-        sources = torch.arange(len(hidden), device=hidden.device)
-        tile, reference = Tile(slice(None), sources, none, none), None
-        if self.measure.reference:
-            reference = self.measure.reference(self.runner, hidden)
-            self._reference_bytes = reference.nbytes // len(hidden)
-        return self.measure.compute(self.runner, hidden, tile, reference)
-
-    def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
-        alive = {id(s): s for s in (*slots, state) if s is not None}
-        held = sum(map(state_bytes, alive.values())) + self._frontier.bytes
-        held += sum(kept.nbytes for kept in (*self._dense.values(), *self._references.values()))
-        peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
-        self.peak_activation_bytes = max(self.peak_activation_bytes, peak)
-
-
-def _chunk_tokens(model: Model) -> int:
-    """Tokens of a chunk, where they fit."""
-    if model.device.type == "cuda":
-        return CHUNK_TOKENS
-    return max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
-
-
-def expect_groups(model: Model, num_masks: int, num_rows: int = 64, seq_len: int = 2048) -> Groups:
-    """About how often scoring would read the blocks of a model whose weights stay in files: random masks without a
-    quarter of the blocks, on rows of so many tokens, in the default budget."""
-    kind = "cuda" if model.device.type == "cuda" else "cpu"
-    rng = np.random.default_rng(0)
-    kept = max(1, model.num_blocks - model.num_blocks // 4)
-    sequences = [tuple(sorted(rng.permutation(model.num_blocks)[:kept].tolist())) for _ in range(num_masks)]
-    band_of = [number for number, band in enumerate(model.bands) for _ in band]
-    schedule = make_schedule(make_trie(sequences), band_of=band_of)
-    rows = max(1, _chunk_tokens(model) // seq_len)
-    tokens = [min(rows, num_rows - start) * seq_len for start in range(0, num_rows, rows)]
-    state, room = model.hidden_size * model.dtype.itemsize, model.weights.room
-    walk = 2 * (schedule.num_slots + 1) * state * tokens[0]  # with about as much for a unit's workspace
-    return make_groups(
-        [schedule.frontier_peak * state * count for count in tokens],
-        [2 * schedule.unit_runs * count * (room.block_bytes // model.dtype.itemsize) for count in tokens],
-        room.num_blocks * room.block_bytes,
-        max(0, BUDGET_BYTES[kind] - BUDGET_BYTES[kind] // SUMS_SHARE - walk),
-        available_bytes(torch.device("cpu")) // SHARE if kind == "cuda" else 0,
-        FLOPS_PER_BYTE[kind],
-    )
 
 
 def _check_rows(model: Model, batch: TokenBatch) -> None:

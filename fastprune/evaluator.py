@@ -199,7 +199,7 @@ class Evaluator:
         """
         sequences = check_sequences(sequences, self.num_units)
         self._check_not_empty(sequences)
-        together = self._engine.most_together(max(map(len, sequences), default=0))
+        together = self._engine.budget.most_together(max(map(len, sequences), default=0))
         with self.model.turn:
             parts = [self._losses(sequences[i : i + together]) for i in range(0, len(sequences), together)]
         return np.concatenate([np.empty(0), *parts])
@@ -305,7 +305,7 @@ class Evaluator:
 
     def _losses(self, sequences: list[tuple[int, ...]]) -> np.ndarray:
         """The loss of each sequence, float64[N]; of so many at once that their sums stay within the budget."""
-        trie, together = self._ask(sequences), self._engine.most_sums
+        trie, together = self._ask(sequences), self._engine.budget.most_sums
         if len(trie.sequences) <= together:
             return self.objective.loss(self._run(trie)[:, 0])[trie.index]
         parts = (make_trie(trie.sequences[i : i + together]) for i in range(0, len(trie.sequences), together))
@@ -314,14 +314,15 @@ class Evaluator:
     def _run(self, trie: Trie, wanted: np.ndarray | None = None) -> np.ndarray:
         """Sums over continuations of the trie's distinct sequences, [M, V, C]; notes what it cost."""
         started, engine, rows = time.perf_counter(), self._engine, self.objective.batch.num_rows
+        counts = engine.counts
         try:
             sums, known = engine.run(trie, self.progress, wanted)
         finally:  # work that was interrupted was work, too
-            self.stats.layer_runs = _whole(engine.row_runs / rows)
-            self.stats.head_runs = _whole(engine.row_heads / rows)
-            self.stats.unbounded_layer_runs = _whole(engine.row_unbounded / rows)
-            self.stats.peak_activation_bytes = engine.peak_activation_bytes
-            self.stats.weight_loads, self.stats.weight_bytes = engine.weight_loads, engine.weight_bytes
+            self.stats.layer_runs = _whole(counts.row_runs / rows)
+            self.stats.head_runs = _whole(counts.row_heads / rows)
+            self.stats.unbounded_layer_runs = _whole(counts.row_unbounded / rows)
+            self.stats.peak_activation_bytes = counts.peak_activation_bytes
+            self.stats.weight_loads, self.stats.weight_bytes = counts.weight_loads, counts.weight_bytes
             self.stats.cache_bytes, self.stats.cache_hits = engine.cache.bytes, dict(engine.cache.hits)
             self.stats.seconds += time.perf_counter() - started
         self.stats.store_hits += int(known[trie.index].sum())

@@ -43,7 +43,7 @@ class PartEngine(Engine):
     def start(self, sequences: Sequence[Units], part: Mapping[int, np.ndarray], progress: Progress) -> None:
         """Run sequences, sorted and distinct, on chunks."""
         self.places, self.part = {units_key(sequence): place for place, sequence in enumerate(sequences)}, part
-        self.peak_activation_bytes = 0
+        self.counts.peak_activation_bytes = 0
         self.run(make_trie(sequences), progress)
 
     def _numbers(self, wanted: np.ndarray | None) -> list[int]:
@@ -62,7 +62,7 @@ class PartEngine(Engine):
 
     def share_memory(self, processes: int) -> None:
         """Take only one part in so many of what is free."""
-        self.cache.processes = self._frontier.processes = processes
+        self.cache.processes = self.frontier.processes = processes
 
     def _take_smaller_steps(self) -> bool:
         return False  # chunks are common to all workers: who shares out the work cuts them
@@ -70,7 +70,7 @@ class PartEngine(Engine):
     def agree(self, given: Mapping[str, Any]) -> None:
         """Cut chunks and tiles as all do. Raises InputError where numbers would have other bits all the same."""
         if self.layout != given["layout"]:
-            self._keeps_references = False
+            self.executor.keeps_references = False
             self._cut(given["layout"])
         _check_alike(self.numerics(), given["numerics"])
 
@@ -148,8 +148,8 @@ class Worker:
         given, engine = self._fetch(token), self._engines[number]
         _use_threads(given["threads"])
         engine.agree(given)
-        self._counted = engine, engine.row_runs, engine.row_heads
-        loads, bytes_read, told = engine.weight_loads, engine.weight_bytes, 0.0
+        self._counted = engine, engine.counts.row_runs, engine.counts.row_heads
+        loads, bytes_read, told = engine.counts.weight_loads, engine.counts.weight_bytes, 0.0
 
         def progress(done: int, total: int) -> None:
             nonlocal told
@@ -160,14 +160,14 @@ class Worker:
                 self._say("progress", (done, total))
 
         engine.start(given["sequences"], given["part"], progress)
-        read = engine.weight_loads - loads, engine.weight_bytes - bytes_read
-        return "done", (engine.peak_activation_bytes, engine.cache.bytes, dict(engine.cache.hits), *read)
+        read = engine.counts.weight_loads - loads, engine.counts.weight_bytes - bytes_read
+        return "done", (engine.counts.peak_activation_bytes, engine.cache.bytes, dict(engine.cache.hits), *read)
 
     def _say(self, kind: str, value: object) -> None:
         engine, runs, heads = self._counted
         if engine is not None:
-            self._counted = engine, engine.row_runs, engine.row_heads
-            runs, heads = engine.row_runs - runs, engine.row_heads - heads
+            self._counted = engine, engine.counts.row_runs, engine.counts.row_heads
+            runs, heads = engine.counts.row_runs - runs, engine.counts.row_heads - heads
         self._emit((kind, value, runs, heads))
 
     def _warn(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -82,7 +82,7 @@ def info(model, device, dtype, trust_remote_code, weights_bytes) -> None:
 
 def _streaming_rows(opened) -> dict[str, str]:
     """How a model's blocks are read, and what scoring reads in all, by the model of cost in `bands`."""
-    from ..engine import expect_groups
+    from ..budget import expect_groups
 
     room, bands = opened.weights.room, opened.bands
     rows = {

@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "models", "trie", "memory", "layout", "fingerprint", "store", "racing"},
     {"chunks", "retention", "schedule", "split", "states", "measures"},
     {"footprint"},
-    {"objectives"},
+    {"objectives", "budget", "executor"},
     {"engine", "probes", "processes"},
     {"worker"},
     {"coordinator"},
