@@ -209,6 +209,28 @@ def failing(owner: object, name: str, number: int, error: Callable[[], BaseExcep
         setattr(owner, name, own)
 
 
+def how_often(directory: Path, owner: object, name: str, *arguments: object) -> int:
+    """How often a command calls owner.name."""
+    note = directory / "calls"
+
+    def work() -> int:
+        count, own = itertools.count(), getattr(owner, name)
+
+        def call(*given, **options):
+            next(count)
+            return own(*given, **options)
+
+        setattr(owner, name, call)
+        try:
+            return command(*arguments)
+        finally:
+            setattr(owner, name, own)
+            note.write_text(str(next(count)))
+
+    assert forked(work).status == 0
+    return int(note.read_text())
+
+
 def small_files(most_bytes: int) -> None:
     """From now on in this process no file grows beyond so many bytes: a disk that is full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
