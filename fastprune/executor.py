@@ -7,7 +7,7 @@ run is counted where it happens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .models.stand_ins import State, hidden_of, state_bytes
 from .schedule import ROOT, Schedule, Visit
 from .states import Frontier, PrefixCache
 
-Walk = Iterator[tuple[int, torch.Tensor, int]]  # after each step: its end or -1, hidden [B, T, D], units run
+Walk = Generator[tuple[int, torch.Tensor, int], None, None]  # after each step: its end or -1, hidden [B, T, D], units run
 
 
 @dataclass
@@ -86,9 +86,9 @@ class Executor:
                 for visit in schedule.visits:
                     visits.setdefault(visit.number, {})[number] = visit
             order = sorted(visits)
-            bands = [self._needed(schedules, visits[visit]) for visit in order]
-            for visit, _ in zip(order, self.runner.visit(bands)):
-                for number, part in visits[visit].items():
+            bands = [self._needed(schedules, visits[now]) for now in order]
+            for now, _ in zip(order, self.runner.visit(bands)):
+                for number, part in visits[now].items():
                     self._references.clear()
                     with closing(self._walk(schedules[number], part, number)) as walk:
                         yield number, walk
