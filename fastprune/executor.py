@@ -21,7 +21,7 @@ from .models.stand_ins import State, hidden_of, state_bytes
 from .schedule import ROOT, Schedule, Visit
 from .states import Frontier, PrefixCache
 
-Walk = Generator[tuple[int, torch.Tensor, int], None, None]  # after each step: its end or -1, hidden [B, T, D], units run
+Walk = Generator[tuple[int, torch.Tensor, int], None, None]  # after each step: its end or -1, hidden, units run
 
 
 @dataclass
