@@ -141,7 +141,8 @@ class Coordinator(Engine):
     def _description(self) -> dict[str, object]:
         """What an engine as this one is made of, and what must come of it."""
         engine = {**self._given, "layout": self.layout}
-        return {"engine": engine, "processes": self.workers.per_machine, **self._agreed()}
+        sharing = self.workers.per_machine, self.workers.per_device(self.model.device)
+        return {"engine": engine, "sharing": sharing, **self._agreed()}
 
     def _agreed(self) -> dict[str, object]:
         """What every engine must have in common: chunks, tiles, and all that bits depend on."""

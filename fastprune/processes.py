@@ -99,6 +99,10 @@ class Workers:
     def _start(self, worker: int) -> None:
         raise NotImplementedError
 
+    def per_device(self, device: torch.device) -> int:
+        """How many share the memory of one device, where this process has one of that kind."""
+        return self.per_machine
+
     def _send(self, worker: int, request: tuple) -> None:
         raise NotImplementedError
 
@@ -165,6 +169,11 @@ class Processes(Workers):
         self._members[worker].printed.close()
         self._begin(worker)
         self._expect_ready(worker)
+
+    def per_device(self, device: torch.device) -> int:
+        import torch
+
+        return -(-self.count // torch.cuda.device_count()) if device.type == "cuda" else self.count
 
     def _begin(self, worker: int) -> None:
         own, other = Pipe()

@@ -60,9 +60,10 @@ class PartEngine(Engine):
             places = [self.places[keys[row]] for row in rows]
             self.emit("sums", (number, places, sums[rows][:, :, chunk.continuations]))
 
-    def share_memory(self, processes: int) -> None:
-        """Take only one part in so many of what is free."""
-        self.cache.processes = self._frontier.processes = processes
+    def share_memory(self, per_machine: int, per_device: int) -> None:
+        """Take only one part in so many of what is free, of the host and its disk, and of the device."""
+        self.cache.per_machine = self._frontier.per_machine = per_machine
+        self.cache.per_device = per_device
 
     def _take_smaller_steps(self) -> bool:
         return False  # chunks are common to all workers: who shares out the work cuts them
@@ -125,7 +126,7 @@ class Worker:
                 del self._models[weights]
                 raise InputError("the model that it opened is not the same as here: weights, config, hooks or switches")
         engine = PartEngine(self._models[weights], **given["engine"])
-        engine.share_memory(given["processes"])
+        engine.share_memory(*given["sharing"])
         engine.emit = self._say
         engine.agree(given)
         self._engines[number] = engine
