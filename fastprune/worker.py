@@ -6,6 +6,7 @@ them: a pipe (`serve`), or Ray (`integrations.distributed`).
 
 from __future__ import annotations
 
+import pickle
 import signal
 import time
 import warnings
@@ -145,7 +146,8 @@ class Worker:
             warnings.simplefilter("ignore")
             return Model(unpack(modules, views(self._fetch(token), at)).to(device))
 
-    def _run(self, number: int, token: Any) -> tuple[str, object]:
+    def _run(self, number: int, token: Any, part: Mapping[int, np.ndarray]) -> tuple[str, object]:
+        """Run sequences; part: by chunk, bool[M], which of them there."""
         given, engine = self._fetch(token), self._engines[number]
         _use_threads(given["threads"])
         engine.agree(given)
@@ -160,7 +162,7 @@ class Worker:
                 told = time.monotonic()
                 self._say("progress", (done, total))
 
-        engine.start(given["sequences"], given["part"], progress)
+        engine.start(given["sequences"], part, progress)
         read = engine.weight_loads - loads, engine.weight_bytes - bytes_read
         return "done", (engine.peak_activation_bytes, engine.cache.bytes, dict(engine.cache.hits), *read)
 
@@ -201,10 +203,11 @@ def serve(number: int) -> None:
     def stopping() -> bool:
         return pipe.poll() and bool(pipe.recv())  # while a request is at hand, nothing comes but "stop"
 
-    def fetch(token: Any) -> Any:
-        if isinstance(token, tuple) and token[0] == "file":
-            return torch.UntypedStorage.from_file(token[1], False, token[2])
-        return token
+    def fetch(token: tuple) -> Any:
+        kind, *where = token
+        if kind == "file":
+            return torch.UntypedStorage.from_file(where[0], False, where[1])
+        return pickle.loads(where[0])  # from who started this, as all that comes over the pipe
 
     worker = Worker(pipe.send, stopping, fetch)
     try:
