@@ -27,6 +27,7 @@ def machine() -> dict:
     model = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "")
     return {
         "cpu": model or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,

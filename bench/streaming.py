@@ -1,16 +1,21 @@
 """Weights that do not fit: memory as the kernel reports it, time beside the run in memory, bits, blocks read.
 
-    python bench/streaming.py [--quick]     # writes bench/results/streaming.json, prints a table
+    python bench/streaming.py [--rows 8] [--length 64] [--masks 200] [--repeats 3] [--hidden 512] [--out FILE]
+    python bench/streaming.py --quick       # a tiny model, one run of each kind
 
-A model of 30 blocks whose weights are 4 times the limit, scored under 200 masks. Every run is a process of its own;
-resident and streamed ones take turns. CPU seconds are those of all threads, reading included; on a shared machine they
-say more than the clock does.
+A model of 30 blocks whose weights are 4 times the limit, scored under random masks without 7 blocks. Every run is a
+process of its own; resident and streamed ones take turns, each pair in the other order, and of each kind the run with
+the median of CPU seconds is reported, the seconds of all beside it. A first mask warms up. CPU seconds are those of all
+threads, reading included; on a shared machine (`load` before and after) they say more than the clock. Files are in the
+page cache. More rows than fit into one chunk (1,024 tokens) show how chunks share the reading.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CONSTANT = 64 << 20  # beside limit, activations and what a process has before the model is opened
-BLOCKS, MASKS = 30, 200
+BLOCKS = 30
 
 
 def make_model(folder: Path, hidden: int) -> None:
@@ -42,7 +47,7 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
-def measure(folder: str, limit: int, rows: int, length: int) -> dict:
+def measure(folder: str, limit: int, rows: int, length: int, masks: int) -> dict:
     """Open the model, score, and say what that took; limit 0: in memory."""
     import numpy as np
     import torch
@@ -56,10 +61,13 @@ def measure(folder: str, limit: int, rows: int, length: int) -> dict:
     rng = np.random.default_rng(0)
     batch = fp.TokenBatch.from_ids(rng.integers(3, 1009, (rows, length)))
     ev = fp.Evaluator(model, fp.Perplexity(batch), memory_bytes=512 << 20, cache_bytes=0)
-    masks = np.array([rng.permutation(BLOCKS) >= 7 for _ in range(MASKS)])
+    asked = np.array([rng.permutation(BLOCKS) >= 7 for _ in range(masks)])
     opened = 0 if model.weights is None else model.weights.loads
+    ev.score(asked[:1])  # what a process pays once
+    runs, loads, read = ev.stats.layer_runs, ev.stats.weight_loads, ev.stats.weight_bytes
+    waited = 0.0 if model.weights is None else model.weights.waited
     wall, cpu = time.perf_counter(), time.process_time()
-    losses = ev.score(masks)
+    losses = ev.score(asked)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return {
         "limit": limit,
@@ -68,20 +76,21 @@ def measure(folder: str, limit: int, rows: int, length: int) -> dict:
         "activations": ev.stats.peak_activation_bytes,
         "wall_seconds": wall,
         "cpu_seconds": cpu,
-        "layer_runs": ev.stats.layer_runs,
+        "layer_runs": ev.stats.layer_runs - runs,
         "loads_to_open": opened,
-        "loads": ev.stats.weight_loads,
-        "read_bytes": ev.stats.weight_bytes,
-        "waited_seconds": 0.0 if model.weights is None else model.weights.waited,
+        "loads": ev.stats.weight_loads - loads,
+        "read_bytes": ev.stats.weight_bytes - read,
+        "waited_seconds": 0.0 if model.weights is None else model.weights.waited - waited,
         "bands": list(map(len, model.bands)),
         "backend": ev.backend,
+        "chunks": len(ev.sample_groups),
         "losses": [loss.hex() for loss in losses.tolist()],
     }
 
 
-def run(folder: Path, limit: int, rows: int, length: int) -> dict:
+def run(folder: Path, limit: int, *sizes: int) -> dict:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    arguments = [str(HERE / "streaming.py"), "--measure", str(folder), str(limit), str(rows), str(length)]
+    arguments = [str(HERE / "streaming.py"), "--measure", str(folder), *map(str, (limit, *sizes))]
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -89,31 +98,52 @@ def run(folder: Path, limit: int, rows: int, length: int) -> dict:
 
 
 def main() -> None:
-    quick = "--quick" in sys.argv
-    hidden, rows, length, repeats = (128, 1, 16, 1) if quick else (512, 2, 32, 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rows", 8), ("length", 64), ("masks", 200), ("repeats", 3), ("hidden", 512)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "streaming.json")
+    given = parser.parse_args()
+    if given.quick:
+        given.hidden, given.rows, given.length, given.masks, given.repeats = 128, 1, 16, 20, 1
+    from conftest import machine
+
+    load, runs = os.getloadavg()[0], {"resident": [], "streamed": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(folder, hidden)
+        make_model(folder, given.hidden)
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        runs = [(run(folder, 0, rows, length), run(folder, weights // 4, rows, length)) for _ in range(repeats)]
-    resident, streamed = (min(of, key=lambda found: found["cpu_seconds"]) for of in zip(*runs))
-    same = all(found["losses"] == runs[0][0]["losses"] for pair in runs for found in pair)
-    allowed = streamed["limit"] + streamed["activations"] + streamed["before"] + CONSTANT
-    result = {
-        "model": f"Llama, {BLOCKS} blocks, hidden size {hidden}, float32, {weights} bytes",
-        "data": f"{rows} rows of {length} tokens, {MASKS} masks without 7 blocks",
-        "same_bits": same,
-        "peak_bytes": max(streamed["peak"] for _, streamed in runs),
-        "allowed_bytes": allowed,
-        "constant_bytes": CONSTANT,
-        "cpu_ratio": streamed["cpu_seconds"] / resident["cpu_seconds"],
-        "wall_ratio": min(s["wall_seconds"] for _, s in runs) / min(r["wall_seconds"] for r, _ in runs),
-        "resident": {key: value for key, value in resident.items() if key != "losses"},
-        "streamed": {key: value for key, value in streamed.items() if key != "losses"},
+        limits = {"resident": 0, "streamed": weights // 4}
+        for number in range(given.repeats):
+            for kind in list(runs)[:: -1 if number % 2 else 1]:
+                runs[kind].append(run(folder, limits[kind], given.rows, given.length, given.masks))
+    seconds = {
+        kind: {clock: [found[f"{clock}_seconds"] for found in of] for clock in ("cpu", "wall")}
+        for kind, of in runs.items()
     }
-    if not quick:
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / "streaming.json").write_text(json.dumps(result, indent=1) + "\n")
+    ratio = {
+        clock: statistics.median(seconds["streamed"][clock]) / statistics.median(seconds["resident"][clock])
+        for clock in ("cpu", "wall")
+    }
+    middle = {kind: sorted(of, key=lambda found: found["cpu_seconds"])[(len(of) - 1) // 2] for kind, of in runs.items()}
+    streamed = middle["streamed"]
+    losses = [found["losses"] for of in runs.values() for found in of]
+    result = {
+        "machine": {**machine(), "threads": 1, "load": [load, os.getloadavg()[0]]},
+        "model": f"Llama, {BLOCKS} blocks, hidden size {given.hidden}, float32, {weights} bytes",
+        "data": f"{given.rows} rows of {given.length} tokens, {given.masks} masks without 7 blocks",
+        "same_bits": all(found == losses[0] for found in losses),
+        "peak_bytes": max(found["peak"] for found in runs["streamed"]),
+        "allowed_bytes": streamed["limit"] + streamed["activations"] + streamed["before"] + CONSTANT,
+        "constant_bytes": CONSTANT,
+        "cpu_ratio": ratio["cpu"],
+        "wall_ratio": ratio["wall"],
+        "seconds": seconds,
+        **{kind: {key: value for key, value in of.items() if key != "losses"} for kind, of in middle.items()},
+    }
+    if not given.quick:
+        given.out.parent.mkdir(exist_ok=True)
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -1,9 +1,10 @@
 """What workers cost: two processes of one thread against one process of two threads, and of one, on the same calls.
 
-    python bench/workers.py [--blocks 12] [--out bench/results/workers_overhead.json]
+    python bench/workers.py [--blocks 12] [--masks 40] [--rounds 5] [--out bench/results/workers_overhead.json]
 
 Seconds on the clock and of all cores (this process and its workers), of the calls alone: starting is reported by
-itself. Modes take turns, and of each the fastest round counts; where others use the cores, seconds of cores say more.
+itself, and a first call of each mode warms it up. Modes take turns, each round beginning with the next of them, and of
+each the median round counts; where others use the cores (`load` before and after), seconds of cores say more.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
@@ -35,9 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--masks", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    load = os.getloadavg()[0]
     torch.manual_seed(0)
     hf = LlamaForCausalLM(
         LlamaConfig(
@@ -57,16 +61,25 @@ def main() -> None:
         torch.set_num_threads(threads)
         name = f"1 process of {threads} thread{'s' * (threads > 1)}"
         evaluators[name] = threads, fp.Evaluator(hf, target, cache_bytes=0), []
-    found: dict[str, dict] = {"starting 2 workers": start}
-    scores = {}
-    for _ in range(given.rounds):
-        for name, (threads, ev, pids) in evaluators.items():
+    scores, rounds = {}, {name: {"seconds": [], "cores": []} for name in evaluators}
+    names = list(evaluators)
+    for number in range(given.rounds + 1):  # the first is not counted
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            threads, ev, pids = evaluators[name]
             torch.set_num_threads(threads)
             before, started = cores(pids), time.perf_counter()
             scores[name] = ev.score(masks)
-            took = {"seconds": time.perf_counter() - started, "cores": cores(pids) - before}
-            best = found.setdefault(name, took)
-            found[name] = {key: min(best[key], took[key]) for key in took}
+            if number:
+                rounds[name]["seconds"].append(time.perf_counter() - started)
+                rounds[name]["cores"].append(cores(pids) - before)
+    found: dict[str, dict] = {
+        "machine": {**machine(), "threads": [1, 2], "load": [load, os.getloadavg()[0]]},
+        "settings": {"blocks": given.blocks, "masks": given.masks, "rounds": given.rounds, "width": WIDTH}
+        | {"rows": ROWS, "tokens of a row": LENGTH, "backend": ev.backend},
+        "starting 2 workers": start,
+    }
+    for name, took in rounds.items():
+        found[name] = {kind: statistics.median(values) for kind, values in took.items()} | {"rounds": took}
     same = scores["2 workers of 1 thread"].tobytes() == scores["1 process of 1 thread"].tobytes()
     found["bits"] = {
         "as one process of one thread": same,

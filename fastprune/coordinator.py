@@ -54,13 +54,17 @@ class _Caches:
 
 @dataclass
 class _Call:
-    """The sequences of a call, their sums as far as they are known, and by chunk those that are left, bool[M]."""
+    """The sequences of a call, their sums as far as they are known, and by chunk those that are left, bool[M].
+
+    kept: what stands for sequences in requests, by their places in the trie: many workers are given the same.
+    """
 
     trie: Trie
     keys: list[bytes]
     context: int | None
     sums: np.ndarray
     left: dict[int, np.ndarray]
+    kept: dict[bytes, Any] = field(default_factory=dict)
 
 
 class Coordinator(Engine):
@@ -141,7 +145,8 @@ class Coordinator(Engine):
     def _description(self) -> dict[str, object]:
         """What an engine as this one is made of, and what must come of it."""
         engine = {**self._given, "layout": self.layout}
-        return {"engine": engine, "processes": self.workers.per_machine, **self._agreed()}
+        sharing = self.workers.per_machine, self.workers.per_device(self.model.device)
+        return {"engine": engine, "sharing": sharing, **self._agreed()}
 
     def _agreed(self) -> dict[str, object]:
         """What every engine must have in common: chunks, tiles, and all that bits depend on."""
@@ -219,7 +224,7 @@ class Coordinator(Engine):
         done: dict[int, tuple[int, int]] = {}  # by worker, its unit runs so far and in all, as it has said last
         asked: dict[int, np.ndarray] = {}  # by worker, the places of its sequences
         for worker in parts:
-            asked[worker] = self._tell(worker, call.trie, parts[worker])
+            asked[worker] = self._tell(worker, call, parts[worker])
         while self.workers.busy:
             worker, kind, value, runs, heads = self.workers.hear()
             self.counts.row_runs += runs
@@ -258,19 +263,18 @@ class Coordinator(Engine):
                 rest = {number: rows[call.left[number][rows]] for number, rows in parts[worker].items()}
                 rest = {number: rows for number, rows in rest.items() if len(rows)}
                 if rest:
-                    asked[worker] = self._tell(worker, call.trie, rest)
+                    asked[worker] = self._tell(worker, call, rest)
         if done:
             progress(*map(sum, zip(*done.values())))
 
-    def _tell(self, worker: int, trie: Trie, part: Mapping[int, np.ndarray]) -> np.ndarray:
+    def _tell(self, worker: int, call: _Call, part: Mapping[int, np.ndarray]) -> np.ndarray:
         """Have a worker run its part; the places in the trie of the sequences that it is given."""
         places = np.unique(np.concatenate([*part.values()]))
-        job = {
-            "sequences": [trie.sequences[place] for place in places.tolist()],
-            "part": {number: np.isin(places, rows) for number, rows in part.items()},
-            **self._agreed(),
-        }
-        self.workers.tell(worker, "run", self._number, self.workers.keep(job))
+        if (key := places.tobytes()) not in call.kept:
+            sequences = [call.trie.sequences[place] for place in places.tolist()]
+            call.kept[key] = self.workers.keep({"sequences": sequences, **self._agreed()})
+        wanted = {number: np.isin(places, rows) for number, rows in part.items()}
+        self.workers.tell(worker, "run", self._number, call.kept[key], wanted)
         return places
 
     def _put(self, call: _Call, number: int, places: np.ndarray, found: np.ndarray) -> None:

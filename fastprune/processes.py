@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # what checks a command line does without torch
 
 MOST_WORKERS = 1024
 LAST = ("ready", "opened", "done", "memory", "wrong", "failed", "stopped", "lost")  # of `worker`: it then waits
+END_WITHIN = 2  # seconds that processes have, all together, to end by themselves
 START = "import sys; from fastprune.worker import serve; serve(int(sys.argv[1]))"
 
 
@@ -96,6 +99,10 @@ class Workers:
         """The device of a worker, where this process has one of that kind."""
         return str(device)
 
+    def per_device(self, device: torch.device) -> int:
+        """How many share the memory of one device, where this process has one of that kind."""
+        return self.per_machine
+
     def _start(self, worker: int) -> None:
         raise NotImplementedError
 
@@ -140,6 +147,9 @@ class Processes(Workers):
         """End the processes; the last use of this object."""
         self._end()
 
+    def keep(self, value: Any) -> Any:
+        return "pickled", pickle.dumps(value)  # once for all
+
     def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
         from .models import handover
 
@@ -159,6 +169,11 @@ class Processes(Workers):
         import torch
 
         return f"cuda:{worker % torch.cuda.device_count()}" if device.type == "cuda" else str(device)
+
+    def per_device(self, device: torch.device) -> int:
+        import torch
+
+        return -(-self.count // torch.cuda.device_count()) if device.type == "cuda" else self.count
 
     def _start(self, worker: int) -> None:
         self._members[worker].pipe.close()
@@ -222,16 +237,19 @@ def _why(member: _Member) -> str:
 
 
 def _end(members: dict[int, _Member], owner: int) -> None:
-    """Close every pipe, upon which the processes end by themselves, or are ended."""
+    """Close every pipe, upon which the processes end by themselves, or are ended: all together, since busy ones do not
+    look at it."""
     if os.getpid() != owner:  # a fork of the process that has started them
         return
     for member in members.values():
         member.pipe.close()
+    until = time.monotonic() + END_WITHIN
     for member in members.values():
-        try:
-            member.process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            member.process.kill()
-            member.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            member.process.wait(timeout=max(0.0, until - time.monotonic()))
+    for member in members.values():
+        member.process.kill()  # nothing, where it has ended
+    for member in members.values():
+        member.process.wait()
         member.printed.close()
     members.clear()

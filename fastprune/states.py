@@ -112,10 +112,11 @@ class PrefixCache:
 
     limit: bytes in memory; None for a quarter of what is free, asked anew before each call; 0 for none. folder: where
     states go that do not fit, up to a quarter of what its disk has free; None for nowhere. hits: states that were read,
-    by tier. Every chunk has room for the same number of prefixes. processes: how many share what is free.
+    by tier. Every chunk has room for the same number of prefixes. per_machine, per_device: how many processes share
+    what is free of the host and its disk, and of the device.
     """
 
-    processes = 1
+    per_machine = per_device = 1
 
     def __init__(self, limit: int | None, folder: Path | None, device: torch.device):
         self._limit, self._folder, self._device = limit, folder, device
@@ -210,14 +211,14 @@ class PrefixCache:
         held = {tier.name: held for tier, held in zip(self._tiers, self._held)}
         budgets = {"device": self._limit}
         if self._limit is None or self._device.type == "cuda":
-            budgets["device"] = (available_bytes(self._device) + held["device"]) // (SHARE * self.processes)
+            budgets["device"] = (available_bytes(self._device) + held["device"]) // (SHARE * self.per_device)
         if self._device.type == "cuda" and self._limit is None:
-            budgets["host"] = (available_bytes(torch.device("cpu")) + held["host"]) // (SHARE * self.processes)
+            budgets["host"] = (available_bytes(torch.device("cpu")) + held["host"]) // (SHARE * self.per_machine)
         elif self._device.type == "cuda":
             budgets["device"] = min(budgets["device"], self._limit)
             budgets["host"] = self._limit - budgets["device"]
         if self._folder is not None:
-            budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // (SHARE * self.processes)
+            budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // (SHARE * self.per_machine)
         return budgets
 
     def _give_up_disk(self, error: OSError) -> None:
@@ -230,11 +231,11 @@ class Frontier:
     """States that go from one visit of a band to later ones, by chunk and prefix.
 
     What does not fit into memory goes to the host's (from a GPU), then to a disk. Nothing is ever lost: a disk that
-    fails is given up with one warning, and memory takes what it should have had. processes: how many share the slower
-    tiers.
+    fails is given up with one warning, and memory takes what it should have had. per_machine: how many processes share
+    the slower tiers.
     """
 
-    processes = 1
+    per_machine = 1
 
     def __init__(self, folder: Path | None, device: torch.device):
         self._folder, self._device = folder, device
@@ -252,9 +253,9 @@ class Frontier:
         self.clear()
         self._rooms = [memory]
         if self._device.type == "cuda":
-            self._rooms.append(available_bytes(torch.device("cpu")) // (SHARE * self.processes))
+            self._rooms.append(available_bytes(torch.device("cpu")) // (SHARE * self.per_machine))
         if self._folder is not None:
-            self._rooms.append(shutil.disk_usage(self._folder).free // (SHARE * self.processes))
+            self._rooms.append(shutil.disk_usage(self._folder).free // (SHARE * self.per_machine))
         return sum(self._rooms[1:])
 
     @property
@@ -270,6 +271,7 @@ class Frontier:
             self._tiers[number].put((chunk, prefix), state)
         except OSError as error:
             warnings.warn(f"{self._folder}: no more states go there: {error}", RuntimeWarning, stacklevel=2)
+            self._folder = None  # for later calls, too
             self._rooms[number], number = 0, 0
             self._tiers[0].put((chunk, prefix), state)
         self._place[chunk, prefix] = number, state.nbytes

@@ -6,6 +6,7 @@ them: a pipe (`serve`), or Ray (`integrations.distributed`).
 
 from __future__ import annotations
 
+import pickle
 import signal
 import time
 import warnings
@@ -60,9 +61,10 @@ class PartEngine(Engine):
             places = [self.places[keys[row]] for row in rows]
             self.emit("sums", (number, places, sums[rows][:, :, chunk.continuations]))
 
-    def share_memory(self, processes: int) -> None:
-        """Take only one part in so many of what is free."""
-        self.cache.processes = self.frontier.processes = processes
+    def share_memory(self, per_machine: int, per_device: int) -> None:
+        """Take only one part in so many of what is free, of the host and its disk, and of the device."""
+        self.cache.per_machine = self.frontier.per_machine = per_machine
+        self.cache.per_device = per_device
 
     def _take_smaller_steps(self) -> bool:
         return False  # chunks are common to all workers: who shares out the work cuts them
@@ -125,7 +127,7 @@ class Worker:
                 del self._models[weights]
                 raise InputError("the model that it opened is not the same as here: weights, config, hooks or switches")
         engine = PartEngine(self._models[weights], **given["engine"])
-        engine.share_memory(given["processes"])
+        engine.share_memory(*given["sharing"])
         engine.emit = self._say
         engine.agree(given)
         self._engines[number] = engine
@@ -144,7 +146,8 @@ class Worker:
             warnings.simplefilter("ignore")
             return Model(unpack(modules, views(self._fetch(token), at)).to(device))
 
-    def _run(self, number: int, token: Any) -> tuple[str, object]:
+    def _run(self, number: int, token: Any, part: Mapping[int, np.ndarray]) -> tuple[str, object]:
+        """Run sequences; part: by chunk, bool[M], which of them there."""
         given, engine = self._fetch(token), self._engines[number]
         _use_threads(given["threads"])
         engine.agree(given)
@@ -159,7 +162,7 @@ class Worker:
                 told = time.monotonic()
                 self._say("progress", (done, total))
 
-        engine.start(given["sequences"], given["part"], progress)
+        engine.start(given["sequences"], part, progress)
         read = engine.counts.weight_loads - loads, engine.counts.weight_bytes - bytes_read
         return "done", (engine.counts.peak_activation_bytes, engine.cache.bytes, dict(engine.cache.hits), *read)
 
@@ -200,10 +203,11 @@ def serve(number: int) -> None:
     def stopping() -> bool:
         return pipe.poll() and bool(pipe.recv())  # while a request is at hand, nothing comes but "stop"
 
-    def fetch(token: Any) -> Any:
-        if isinstance(token, tuple) and token[0] == "file":
-            return torch.UntypedStorage.from_file(token[1], False, token[2])
-        return token
+    def fetch(token: tuple) -> Any:
+        kind, *where = token
+        if kind == "file":
+            return torch.UntypedStorage.from_file(where[0], False, where[1])
+        return pickle.loads(where[0])  # from who started this, as all that comes over the pipe
 
     worker = Worker(pipe.send, stopping, fetch)
     try:

@@ -20,13 +20,17 @@ from .options import (
     Command,
     FileName,
     Units,
+    check_workers,
     group,
     model_options,
     naming,
     open_model,
+    open_workers,
     quiet_option,
     running_settings,
     store_option,
+    weights_option,
+    workers_options,
 )
 from .output import err, printing, progress_bar, say
 
@@ -57,14 +61,18 @@ task_settings = group(
 )
 @store_option
 @running_settings
+@weights_option
+@workers_options
 @quiet_option
 @model_options
 def evaluate(
-    model, device, dtype, trust_remote_code, tasks, removed, masks_file, include_path, out_file, quiet, **settings
+    model, device, dtype, trust_remote_code, tasks, removed, masks_file, include_path, out_file, weights_bytes, workers,
+    ray, quiet, **settings,
 ) -> None:  # fmt: skip
     """Run tasks of lm-evaluation-harness on MODEL without some units.
 
-    Metrics are the harness's own, as it computes them for the exported checkpoints. All masks are run together.
+    Metrics are the harness's own, as it computes them for the exported checkpoints. All masks are run together. Workers
+    and streamed weights are for likelihoods: text is generated in one process, by the whole model.
     """
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
@@ -74,17 +82,19 @@ def evaluate(
     if out_file:
         with naming("--out"):
             refuse_existing(Path(out_file))
+    check_workers(workers, ray)
     with harness_on_stderr(quiet):
-        names, settings["task_manager"] = open_tasks("--tasks", tasks, include_path)
+        names, settings["task_manager"] = open_tasks("--tasks", tasks, include_path, weights_bytes)
         from ..integrations.lm_eval import evaluate_masks, plain
 
-        opened = open_model(model, device, dtype, trust_remote_code)
+        opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
         num_units = len(opened.unit_names(settings["granularity"]))
         if masks_file:
             masks = load_masks(masks_file, num_units)
         else:
             with naming("--removed"):
                 masks = from_removed(removed, num_units)
+        settings["workers"] = open_workers(workers, ray, opened)
         with progress_bar(quiet) as progress:
             results = evaluate_masks(opened, masks, names, progress=progress, **settings)
     rows = [{"removed": list(to_removed(mask)), **plain(result)} for mask, result in zip(masks, results)]
@@ -97,16 +107,24 @@ def evaluate(
             say(f"written: {out_file}")
 
 
-def open_tasks(flag: str, tasks: str, include_path: str | None) -> tuple[list[str], object]:
-    """The names in a text, and the harness's manager that knows them. Raises InputError for one that is not known."""
+def open_tasks(
+    flag: str, tasks: str, include_path: str | None, weights_bytes: int | None = None
+) -> tuple[list[str], object]:
+    """The names in a text, and the harness's manager that knows them.
+
+    Raises InputError for one that is not known, and, where weights are streamed, for one that generates.
+    """
     from ..integrations import require_harness
 
     require_harness()
-    from ..integrations.lm_eval import find_tasks
+    from ..integrations.lm_eval import find_tasks, refuse_generation
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with naming(flag):
-        return names, find_tasks(names, include_path)
+        manager = find_tasks(names, include_path)
+        if weights_bytes is not None:
+            refuse_generation(names, manager)
+        return names, manager
 
 
 def evaluate_study(models, found: Mapping, out_dir: Path, names: Sequence[str], granularity: str, **settings) -> dict:

@@ -13,7 +13,7 @@ import click
 from ..errors import InputError, nearest
 from ..masks import parse_removed
 from ..objectives import OBJECTIVES
-from ..processes import MOST_WORKERS
+from ..processes import MOST_WORKERS, Processes
 from ..records import check_folder
 from .output import progress_bar
 
@@ -358,16 +358,18 @@ def check_workers(workers: int | None, ray: str | None) -> None:
 
 
 def open_workers(workers: int | None, ray: str | None, model):
-    """An evaluator's workers. The cores of this machine are shared out as threads over its processes."""
+    """Workers of evaluators, started. The cores of this machine are shared out as threads over its processes."""
     if ray is not None:
         from ..integrations.distributed import RayWorkers
 
         return RayWorkers(ray, model.device)
-    if workers is not None and "OMP_NUM_THREADS" not in os.environ:
+    if workers is None:
+        return None
+    if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    return workers
+    return Processes(workers)
 
 
 def check_calibration(model: str, objective: str, calibration: str | None, flag: str = "--calibration") -> str:

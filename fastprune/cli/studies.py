@@ -94,10 +94,6 @@ def study(
     Runs every algorithm for every objective and budget, over one store of scores, and writes study.json and
     report.html. Interrupted, it continues where it stopped.
     """
-    if tasks and weights_bytes is not None:
-        raise InputError("--evaluate: tasks are run on whole models only; leave out --weights-gb, or --evaluate")
-    if tasks and (workers or ray):
-        raise InputError("--evaluate: tasks are run in one process; leave out --workers and --ray, or --evaluate")
     names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
     given = _options_by_algorithm(options)
     _refuse_twice("--algorithms", names)
@@ -119,7 +115,7 @@ def study(
     check_study(names, given, out_dir)
     check_workers(workers, ray)
     if tasks is not None:
-        task_names, manager = open_tasks("--evaluate", tasks, include_path)
+        task_names, manager = open_tasks("--evaluate", tasks, include_path, weights_bytes)
     elif (include_path, limit, num_fewshot) != (None,) * 3:
         raise InputError("--include-path, --limit and --num-fewshot belong to --evaluate; name its tasks")
     opened = [open_model(model, device, dtype, trust_remote_code, weights_bytes) for model in models]
@@ -159,6 +155,7 @@ def study(
                 num_fewshot=num_fewshot,
                 backend=backend,
                 memory_bytes=memory_bytes,
+                workers=shared,
             )
     with printing(out_dir):
         _print_cells(found)

@@ -117,6 +117,9 @@ class RayWorkers(Workers):
         self._actors[worker] = self._actor_class.remote()
         self._expect_ready(worker)
 
+    def per_device(self, device: torch.device) -> int:
+        return 1 if device.type == "cuda" else self.per_machine
+
     def _expect_ready(self, worker: int) -> None:
         try:
             self.pids[worker] = self._ray.get(self._actors[worker].pid.remote(), timeout=START_WITHIN)

@@ -481,49 +481,61 @@ class Model:
         tree = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5], [0, 0, 0, 1, 1, 2, 2, 2]], device=self.device)[:, : ids.shape[1]]
         return ids, tree[:1], tree[1:]
 
-    def _final_states(self, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """Normed final states [B * T, D] of the dense model, layer by layer."""
-        for unit in self.visited_blocks():
-            version = state._version
-            following = self.run(unit, state, arguments)
-            if state._version != version:
-                raise self._refuse("its layers overwrite their input, which other masks still need")
-            state = following
-        return self.final_norm(state.flatten(0, 1))
+    def _final_states(self, opened: Sequence[tuple[torch.Tensor, Arguments]]) -> list[torch.Tensor]:
+        """Normed final states [B * T, D] of the dense model, layer by layer, of each that `open` gave."""
+        states = [state for state, _ in opened]
+        for block in self.visited_blocks():  # once for all: it may be read for this
+            states = [self._after(block, state, of) for state, (_, of) in zip(states, opened, strict=True)]
+        return [self.final_norm(state.flatten(0, 1)) for state in states]
+
+    def _after(self, block: int, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """The state after a block. Raises InputError where that has changed the one before it."""
+        version = state._version
+        following = self.run(block, state, arguments)
+        if state._version != version:
+            raise self._refuse("its layers overwrite their input, which other masks still need")
+        return following
 
     def _check_dense(self) -> None:
         ids = self.probe_ids()
-        found, failure = None, None
+        both, failure = None, None
         for as_tuple in (False, True):  # what the model takes from a layer: the states, or a tuple of them
             self._recorder.as_tuple = as_tuple
             try:
-                expected = self._own_forward()(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-                found = self._head(self._final_states(*self.open(ids)))
+                both = self._both_ways(ids)
                 break
             except InputError:
                 raise
             except Exception as error:
                 failure = failure or error
-        if found is None:
+        if both is None:
             why = f"running its layers one by one failed ({type(failure).__name__}: {failure})"
             raise self._refuse(why) from failure
-        if not self.agree(found, expected):
+        if not self.agree(*both):
             raise self._refuse("its layers, run one by one, do not give the logits of its own forward pass")
 
-    def _own_forward(self) -> nn.Module:
-        """The transformers model, to be called once; weights that stay in files come as its layers are called."""
+    def _both_ways(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B * T, V] of the model's layers, run one by one, and of its own forward pass.
+
+        Weights that stay in files come as the forward pass calls their layer, and serve both.
+        """
+        state, arguments = self.open(ids)
         if self.weights is None:
-            return self.hf
+            (found,) = self._final_states([(state, arguments)])
+            return self._head(found), self.hf(input_ids=ids, use_cache=False).logits.flatten(0, 1)
         blocks = self.visited_blocks()
 
         def calling(layer: nn.Module) -> Callable:
             def call(hidden: torch.Tensor, args: tuple, kwargs: dict):
-                next(blocks)
+                nonlocal state
+                state = self._after(next(blocks), state, arguments)
                 return layer(hidden, *args, **kwargs)
 
             return call
 
-        return with_replaced(self.hf, self._path, nn.ModuleList(StandInLayer(la, calling(la)) for la in self.layers))
+        own = with_replaced(self.hf, self._path, nn.ModuleList(StandInLayer(la, calling(la)) for la in self.layers))
+        expected = own(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+        return self._head(self.final_norm(state.flatten(0, 1))), expected
 
     def check_trees(
         self,
@@ -545,16 +557,15 @@ class Model:
             ids, positions, branch = self.probe_tree()
         inside = (branch[0] == 0) | torch.isin(branch[0], few_branches(branch[0], LONGEST_CHECKED))
         ids, positions, branch = ids[:, inside], positions[:, inside], branch[:, inside]
+        sequences = [(branch[0] == 0) | (branch[0] == number) for number in few_branches(branch[0]).tolist()]
         with self.evaluation():
+            alone = [self.open(ids[:, inside]) for inside in sequences]
             try:
-                found = self._final_states(*self.open(ids, positions, branch))
+                found, *expected = self._final_states([self.open(ids, positions, branch), *alone])
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise self._refuse(f"token trees failed ({error}); use plain text") from error
-            for number in few_branches(branch[0]).tolist():
-                inside = (branch[0] == 0) | (branch[0] == number)
-                alone = self._final_states(*self.open(ids[:, inside]))
-                if not self.agree(found[inside], alone):
-                    raise self._refuse("token trees do not give what their sequences give; use plain text")
+            if not all(self.agree(found[inside], by_itself) for inside, by_itself in zip(sequences, expected)):
+                raise self._refuse("token trees do not give what their sequences give; use plain text")
 
     def agree(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
         """Equal up to a few roundings of the model's dtype, by relative norm; what is not finite stands alike."""

@@ -25,6 +25,7 @@ def refused(run, monkeypatch, text_file):
             "score": {"--removed": "1", "--calibration": text_file},
             "search": {"--num-remove": "1", "--calibration": text_file},
             "study": {"--num-remove": "1,2", "--objective": f"perplexity={text_file}"},
+            "eval": {"--removed": "1", "--tasks": "arc_easy"},
         }[command]
         arguments = [part for flag, value in needed.items() if flag not in more for part in (flag, value)]
         status, _, err = run(command, "nowhere/model", *arguments, *more)
@@ -153,7 +154,7 @@ def test_options_that_are_given_twice(refused, command, twice):
 
 
 def test_workers(refused, tmp_path):
-    for command in ("score", "search", "study"):
+    for command in ("score", "search", "study", "eval"):
         more = ("--out", tmp_path / "s") if command == "study" else ()
         assert "0 is not in the range 1<=x<=1024" in refused(command, "--workers", 0, *more)
         assert "give one of them" in refused(command, "--workers", 2, "--ray", "local", *more)

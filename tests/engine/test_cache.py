@@ -7,7 +7,8 @@ from families import build, random_rows, some_masks
 from helpers import make_tasks
 
 import fastprune as fp
-from fastprune.states import DiskTier, HostTier, PrefixCache
+from fastprune.processes import Processes
+from fastprune.states import DiskTier, Frontier, HostTier, PrefixCache
 
 LENGTHS = [23, 9, 17, 23, 16, 9, 21]
 
@@ -179,6 +180,44 @@ def test_tiers_return_the_bits_they_were_given(tmp_path):
                 assert torch.equal(found, state)
             for key in states:
                 tier.drop(key)
+
+
+def test_processes_with_a_gpu_each_share_the_host_only(monkeypatch):
+    """With 800 states of room free on a GPU and 8,000 on the host, of which the cache may take a quarter."""
+    room = {"cuda": 800, "cpu": 8000}
+    monkeypatch.setattr("fastprune.states.available_bytes", lambda device: room[device.type])
+    cache = PrefixCache(None, None, torch.device("cuda"))
+    cache.start(1)
+    found = []
+    for cache.per_machine, cache.per_device in ((1, 1), (4, 1), (4, 2)):
+        found.append(cache.capacity())
+    assert found == [200 + 2000, 200 + 500, 100 + 500]
+
+
+def test_gpus_are_shared_by_turns(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    shared = {}
+    for count in (1, 4, 5, 8, 9):
+        workers = object.__new__(Processes)  # none is started
+        workers.count = workers.per_machine = count
+        shared[count] = workers.per_device(torch.device("cuda")), workers.per_device(torch.device("cpu"))
+    assert shared == {1: (1, 1), 4: (1, 4), 5: (2, 5), 8: (2, 8), 9: (3, 9)}
+
+
+def test_a_disk_that_failed_is_not_offered_again(tmp_path, monkeypatch):
+    frontier, state = Frontier(tmp_path, torch.device("cpu")), torch.randn(2, 3)
+    assert frontier.start(0) > 0
+
+    def fails(self, key, state):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(DiskTier, "put", fails)
+    with pytest.warns(RuntimeWarning, match="no more states go there: .*Input/output error"):
+        frontier.put(0, (1,), state)
+    assert torch.equal(frontier.get(0, (1,)), state)
+    assert frontier.start(0) == 0
+    frontier.put(0, (1,), state)  # to memory, without a word
+    assert frontier.bytes == state.nbytes
 
 
 def test_a_cache_without_room_holds_nothing():

@@ -200,6 +200,16 @@ def test_a_checkpoint_that_changes(change, tmp_path):
         ev.score(some_masks(5, 12, seed=9))
 
 
+def test_how_often_a_model_is_read_before_the_first_mask(folder):
+    """As docs/scale.md counts it: to prove it, then trees, then the fused path, and a block to measure."""
+    model = streamed(folder, 1)
+    assert model.weights.loads == 5
+    model.check_trees()
+    assert model.weights.loads == 10
+    fp.Evaluator(model, perplexity(model), "fused", cache_bytes=0)
+    assert model.weights.loads == 16
+
+
 def test_the_hash_is_kept_beside_the_files(tmp_path):
     make_folder("llama", tmp_path)
     first = streamed(tmp_path, 2)

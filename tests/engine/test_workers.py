@@ -8,58 +8,22 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 import warnings
-from collections import deque
 
 import numpy as np
 import pytest
 import torch
 from families import build, num_blocks, random_rows, some_masks
 from helpers import make_tasks
+from workers_for_tests import InThisProcess
 
 import fastprune as fp
 from fastprune import processes
-from fastprune.models.handover import fill, places
-from fastprune.processes import Processes, Workers
+from fastprune.processes import Processes
 from fastprune.study import run_study
 from fastprune.trie import kept_units, make_trie
-from fastprune.worker import Worker
-
-
-class InThisProcess(Workers):
-    """Workers that do at once what they are asked; lose: numbers of the words upon which the one that says it dies."""
-
-    def __init__(self, count: int, lose: tuple[int, ...] = ()):
-        super().__init__(count, count)
-        self.words: deque[tuple] = deque()
-        self.lose, self.heard = set(lose), 0
-        self.requests: list[tuple[int, str]] = []
-        self.workers = [self._make(worker) for worker in range(count)]
-
-    def _make(self, worker: int) -> Worker:
-        return Worker(lambda word: self.words.append((worker, *word)), lambda: False)
-
-    def _start(self, worker: int) -> None:
-        self.workers[worker] = self._make(worker)
-
-    def _send(self, worker: int, request: tuple) -> None:
-        self.requests.append((worker, request[0]))
-        self.workers[worker].answer(*request)
-
-    def _receive(self):
-        self.heard += 1
-        if self.heard in self.lose:
-            worker = self.words[0][0]
-            self.words = deque(word for word in self.words if word[0] != worker)
-            return worker, "lost", "it was asked to", 0, 0
-        return self.words.popleft()
-
-    def keep_tensors(self, tensors):
-        at, size = places(tensors)
-        storage = torch.UntypedStorage(size)
-        fill(torch.tensor([], dtype=torch.uint8).set_(storage).numpy(), tensors, at)
-        return at, storage, None
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +326,41 @@ def test_a_process_that_cannot_start(monkeypatch):
     with pytest.raises(RuntimeError, match=r"worker 0 could not start: .* ended with status 1: no such library"):
         Processes(2)
     assert time.monotonic() - started < 60
+
+
+def test_processes_that_do_not_end_are_ended_together(monkeypatch):
+    """One after the other, each of many busy ones would be waited for."""
+    start = (
+        "import sys, time; from multiprocessing.connection import Connection as C; C(int(sys.argv[1])).send('ready')"
+    )
+    monkeypatch.setattr(processes, "START", f"{start}; time.sleep(600)")
+    monkeypatch.setattr(processes, "END_WITHIN", 0.05)
+    workers = Processes(3)
+    pids, waits, wait = workers.pids, [], subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", lambda of, timeout=None: waits.append(timeout) or wait(of, timeout))
+    workers.close()
+    first, *others = waits
+    assert 0 < first <= 0.05
+    assert others == [0, 0, None, None, None]
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_what_many_workers_are_given_is_pickled_once(hf, batch):
+    class Counting(InThisProcess):
+        kept = 0
+
+        def keep(self, value):
+            self.kept += 1
+            return value
+
+    workers = Counting(3)
+    many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
+    assert len(many.sample_groups) >= 3
+    many.score(some_masks(many.num_units, 20, seed=13))
+    assert [request for _, request in workers.requests] == ["open"] * 3 + ["run"] * 3
+    assert workers.kept == 2
 
 
 @pytest.mark.slow
