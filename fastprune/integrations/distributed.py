@@ -12,10 +12,11 @@ import re
 import socket
 import sys
 import threading
+import time
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # what checks an address does without torch
     import torch
 
 ANSWER_WITHIN, START_WITHIN = 5, 300  # seconds: a cluster, and an actor that is being placed
+GIVEN_BACK_WITHIN = 5  # seconds until Ray counts as free what an actor that has ended had
 LISTEN = 5  # seconds that one call waits for a word
 
 
@@ -54,11 +56,11 @@ class RayWorkers(Workers):
 
     address: see `check_address`; a Ray that this process is connected to already is taken as it is. device: of the
     model; on a GPU every worker has one to itself, elsewhere as many cores as this process has threads. count: how
-    many workers; default: as many as the cluster has room for. Their machines need fastprune, and a model's files in
-    the same place.
+    many workers; default: as many as there is room for in what is free, with a warning where others use a part of the
+    cluster. Ray is asked to spread them over its machines, which need fastprune, and a model's files in the same place.
 
-    Raises InputError for an address that nobody answers, and a cluster without room; RuntimeError when Ray, or an
-    actor, cannot start.
+    Raises InputError for an address that nobody answers, and where fewer workers can be had than asked for;
+    RuntimeError when Ray, or an actor, cannot start.
     """
 
     def __init__(self, address: str = "local", device: torch.device | None = None, count: int | None = None):
@@ -73,24 +75,26 @@ class RayWorkers(Workers):
         self._gpus = 1 if device is not None and device.type == "cuda" else 0
         self._cores = 1 if self._gpus else torch.get_num_threads()
         self._end = weakref.finalize(self, ray.shutdown) if _connect(ray, address) else lambda: None
-        room = _room(ray.cluster_resources(), self._gpus, self._cores)
-        if room < (count or 1):
-            each = "a GPU" if self._gpus else f"{self._cores} cores"
-            raise InputError(f"the cluster has room for {room} workers of {each} each, not {count or 1}")
-        count = min(room, MOST_WORKERS) if count is None else int(count)
-        super().__init__(count, -(-count // max(1, sum(node["Alive"] for node in ray.nodes()))))
+        free, total = _nodes(count, self._gpus, self._cores)
+        count = choose_count(count, free, total, self._gpus, self._cores)
+        super().__init__(count, count)
         self._actor_class = ray.remote(Actor).options(
-            num_gpus=self._gpus, num_cpus=self._cores, max_concurrency=3, max_restarts=0
+            num_gpus=self._gpus,
+            num_cpus=self._cores,
+            max_concurrency=3,
+            max_restarts=0,
+            scheduling_strategy="SPREAD",
         )
         self._actors: list[Any] = [None] * count
         self._request = [0] * count
         self._listening: dict[Any, int] = {}  # by the reference of a call, its worker
         self._words: deque[tuple] = deque()
-        self.pids = [0] * count
+        self.pids, self._machines = [0] * count, [""] * count
         for worker in range(count):
             self._actors[worker] = self._actor_class.remote()
         for worker in range(count):
             self._expect_ready(worker)
+        self.per_machine = max(Counter(self._machines).values())
 
     def close(self) -> None:
         """End the actors, and Ray where it was started here; the last use of this object."""
@@ -113,16 +117,17 @@ class RayWorkers(Workers):
     def device(self, worker: int, device: torch.device) -> str:
         return device.type  # of the GPUs of its machine, an actor sees its own
 
+    def per_device(self, device: torch.device) -> int:
+        return 1 if device.type == "cuda" else self.per_machine
+
     def _start(self, worker: int) -> None:
         self._actors[worker] = self._actor_class.remote()
         self._expect_ready(worker)
 
-    def per_device(self, device: torch.device) -> int:
-        return 1 if device.type == "cuda" else self.per_machine
-
     def _expect_ready(self, worker: int) -> None:
         try:
-            self.pids[worker] = self._ray.get(self._actors[worker].pid.remote(), timeout=START_WITHIN)
+            found = self._ray.get(self._actors[worker].place.remote(), timeout=START_WITHIN)
+            self.pids[worker], self._machines[worker] = found
         except self._ray.exceptions.GetTimeoutError:
             raise RuntimeError(f"worker {worker} could not be placed within {START_WITHIN} s") from None
         except self._ray.exceptions.RayError as error:
@@ -168,8 +173,11 @@ class Actor:
         self._asked = self._stopped = 0
         self._worker = Worker(self._note, lambda: self._stopped >= self._asked, _fetch)
 
-    def pid(self) -> int:
-        return os.getpid()
+    def place(self) -> tuple[int, str]:
+        """Its process, and its machine."""
+        import ray
+
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def ask(self, number: int, *request: Any) -> None:
         self._asked = number
@@ -222,8 +230,40 @@ def _connect(ray: Any, address: str) -> bool:
     return True
 
 
-def _room(resources: dict[str, float], gpus: int, cores: int) -> int:
-    """How many workers of so many GPUs or cores a cluster has room for."""
-    if gpus:
-        return int(resources.get("GPU", 0)) // gpus
-    return int(resources.get("CPU", 0)) // cores
+def choose_count(
+    count: int | None, free: Iterable[Mapping[str, float]], total: Iterable[Mapping[str, float]], gpus: int, cores: int
+) -> int:
+    """How many workers to start on machines with these resources, by Ray's names of them, free and in all.
+
+    count: as many as were asked for; None: as many as there is room for, with a warning where it is not all there is.
+    gpus, cores: of each worker. Raises InputError where fewer can be had than asked for, or none.
+    """
+    now, whole = _room(free, gpus, cores), _room(total, gpus, cores)
+    each = "a GPU" if gpus else f"{cores} core{'s' * (cores > 1)}"
+    said = f"the cluster has room for {now} worker{'s' * (now != 1)} of {each} each"
+    said += f" ({whole} when nobody else uses it)" * (now < whole)
+    if min(now, MOST_WORKERS) < (count or 1):
+        raise InputError(f"{said}, not for {count or 1}")
+    if count is None and now < min(whole, MOST_WORKERS):
+        warnings.warn(f"{said}: going on with {now}", RuntimeWarning, stacklevel=3)
+    return min(now, MOST_WORKERS) if count is None else int(count)
+
+
+def _room(machines: Iterable[Mapping[str, float]], gpus: int, cores: int) -> int:
+    """How many workers of so many GPUs and cores fit, each on one machine."""
+    needs = {"GPU": gpus, "CPU": cores}
+    return sum(min(int(machine.get(kind, 0) // n) for kind, n in needs.items() if n) for machine in machines)
+
+
+def _nodes(count: int | None, gpus: int, cores: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """What the cluster's machines have free, and in all; waits a little for what was just given back."""
+    from ray._private.state import available_resources_per_node, total_resources_per_node  # its public ones add it up
+
+    until = time.monotonic() + GIVEN_BACK_WITHIN
+    while True:
+        free, total = [*available_resources_per_node().values()], [*total_resources_per_node().values()]
+        room = _room(total, gpus, cores)
+        wanted = room if count is None else min(room, count)
+        if (wanted and _room(free, gpus, cores) >= wanted) or time.monotonic() > until:
+            return free, total
+        time.sleep(0.1)

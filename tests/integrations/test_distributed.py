@@ -12,18 +12,20 @@ import pytest
 from families import build, random_rows, some_masks
 
 import fastprune as fp
-from fastprune.integrations.distributed import RayWorkers, check_address
+from fastprune.integrations import distributed
+from fastprune.integrations.distributed import RayWorkers, check_address, choose_count
 
 has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
 
 @pytest.fixture(scope="module")
 def workers():
+    """Two, on a Ray of this machine that takes it for one with the cores they need: to Ray cores are numbers only."""
     import torch
 
-    if len(os.sched_getaffinity(0)) < 2 * torch.get_num_threads():
-        pytest.skip("two workers need twice as many cores as this process has threads")
-    found = RayWorkers("local", count=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda pid: set(range(2 * torch.get_num_threads())))
+        found = RayWorkers("local", count=2)
     yield found
     found.close()
 
@@ -62,6 +64,23 @@ def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoin
     questions = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids)), workers=workers)
     alone = fp.Evaluator(model, questions.objective)
     assert questions.select(masks, keep=2).losses.tobytes() == alone.select(masks, keep=2).losses.tobytes()
+
+    monkeypatch.setattr(distributed, "GIVEN_BACK_WITHIN", 0)
+    with pytest.raises(fp.InputError, match=r"room for 0 workers .* \(2 when nobody else uses it\), not for 1"):
+        RayWorkers("local")
+
+
+def test_workers_fit_into_what_is_free_each_on_one_machine():
+    total = [{"CPU": 5.0, "GPU": 2.0}, {"CPU": 3.0}, {"memory": 1.0}]
+    assert choose_count(None, total, total, gpus=0, cores=2) == 3  # not 8 // 2
+    assert choose_count(2, total, total, gpus=1, cores=1) == 2
+    free = [{"CPU": 1.0, "GPU": 2.0}, {"CPU": 3.0}]
+    with pytest.warns(RuntimeWarning, match=r"room for 1 worker of 2 cores each \(3 when nobody else uses it\): going"):
+        assert choose_count(None, free, total, gpus=0, cores=2) == 1
+    with pytest.raises(fp.InputError, match=r"room for 1 worker of 2 cores each \(3 when .*\), not for 2"):
+        choose_count(2, free, total, gpus=0, cores=2)
+    with pytest.raises(fp.InputError, match="room for 2 workers of a GPU each, not for 3"):
+        choose_count(3, total, total, gpus=1, cores=1)
 
 
 @has_ray
