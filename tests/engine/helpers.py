@@ -65,10 +65,11 @@ def bfloat16_errors(family: str, lengths, make_evaluator) -> tuple[float, float]
 
 
 def run_python(code: str, **environment: str) -> str:
-    """Standard output of a fresh interpreter that can import what this one can."""
+    """Standard output of a fresh interpreter that can import what this one can, for code that opens models."""
+    begin = "from fastprune.models.imports import import_transformers; import_transformers()\n"
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", begin + code],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
