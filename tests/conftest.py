@@ -15,6 +15,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    gc.disable()  # until all is imported
     if config.getoption("--no-mkldnn"):
         torch.backends.mkldnn.set_flags(False)
 
@@ -28,6 +29,7 @@ def pytest_collection_finish():
     """What was imported stays: the collector of garbage need not look through it again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
