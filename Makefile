@@ -5,14 +5,14 @@ BIN := .venv/bin
 # Workers of one thread each: threads that wait at barriers would take the cores from one another.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all torture test-fast test-portable lint format bench bench-full native-test test-triton-3.6 package docs clean
+.PHONY: demo test test-all test-compile torture test-fast test-portable test-portable-quick lint format bench bench-full native-test test-triton-3.6 package docs clean
 
 demo: .venv/installed
 	$(BIN)/fastprune demo
 
-# Everything but what takes most of a minute: compilation but that of bfloat16 for sm_90, pages that run the harness whole.
+# Everything but what takes most of a minute: kernels compiled ahead of time, pages that run the harness whole.
 test: .venv/installed
-	$(TESTS) -m "not nightly"
+	$(TESTS) -m "not nightly and not compile"
 
 test-all: .venv/installed
 	$(TESTS)
@@ -20,6 +20,10 @@ test-all: .venv/installed
 # What takes a minute and a half: all but the marks slow, compile (every kernel, ahead of time) and real (models from disk).
 test-fast: .venv/installed
 	$(TESTS) -m "not slow and not compile and not real and not nightly"
+
+# Every kernel in bfloat16 for sm_90, ahead of time. CI runs it, with either series of Triton.
+test-compile: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compile and not nightly" tests/kernels/test_compile.py
 
 # What the suite does of tests/torture in a minute, at length: more kills, faults at every call, more altered files.
 torture: .venv/installed
@@ -50,11 +54,12 @@ native-test:
 	cmake --build build/native --parallel
 	ctest --test-dir build/native --output-on-failure
 
-# What is compiled ahead of time, with the other series of Triton.
+# test-compile with the other series of Triton.
 test-triton-3.6: .venv/installed
 	test -d build/triton-3.6/triton-3.6.0.dist-info || $(BIN)/python -m pip install --quiet \
 	  --disable-pip-version-check --no-deps --target build/triton-3.6 triton==3.6.0
-	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compile and not nightly" tests/kernels
+	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compile and not nightly" \
+	  tests/kernels/test_compile.py
 
 # What could follow the processor, the number of threads or the libraries, as other machines would run it: with AVX2, with
 # no vector instructions (without bfloat16, which takes many minutes there), on two threads, and without oneDNN.
@@ -69,6 +74,11 @@ test-portable: .venv/installed
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PORTABLE) -k "($(ONLY)) and not bfloat16"
 	$(TESTS) $(PORTABLE) --no-mkldnn -k "($(ONLY)) and not bfloat16"
 
+# Of these what matters most, in a minute of a core: CI runs it. No vector instructions, and families that differ.
+test-portable-quick: .venv/installed
+	ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott ONEDNN_MAX_CPU_ISA=SSE41 $(TESTS) $(PORTABLE) \
+	  -m "not slow" -k "(llama or gemma2-eager or mixtral or process or layout or nll or attention) and not bfloat16"
+
 # docs/ and the API reference as a site, in build/site; links and names that lead nowhere are errors.
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
@@ -79,7 +89,7 @@ package: .venv/installed
 	rm -rf build/dist build/clean
 	$(BIN)/python -m build --outdir build/dist .
 	$(PYTHON) -m venv build/clean
-	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
 	  "$$(echo build/dist/*.whl)[plots,search]"
 	cd build/clean && bin/python -c "import fastprune._native" && bin/fastprune demo --quick --quiet --out demo
 

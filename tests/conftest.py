@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 
@@ -14,8 +15,21 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    gc.disable()  # until all is imported
     if config.getoption("--no-mkldnn"):
         torch.backends.mkldnn.set_flags(False)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes most of a minute begins first: at the end, other workers would wait for it."""
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("nightly", "compile")))
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector of garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -222,16 +222,14 @@ def reference_model(hf, mask, granularity: str = "block"):
 
 
 def full_log_probs(hf, rows) -> list[torch.Tensor]:
-    """log p of every token at every position, float64 [T, V] for each row; rows of one length are run together."""
+    """log p of every token at every position, float64 [T, V] for each row.
+
+    All rows are run together, the shorter ones with tokens behind their end, which nothing before them sees.
+    """
     rows = [torch.as_tensor(np.asarray(row)) for row in rows]
-    found: list[torch.Tensor | None] = [None] * len(rows)
     with torch.no_grad():
-        for length in {len(row) for row in rows}:
-            members = [i for i, row in enumerate(rows) if len(row) == length]
-            logits = hf(input_ids=torch.stack([rows[i] for i in members]), use_cache=False).logits
-            for i, row_logits in zip(members, logits.double(), strict=True):
-                found[i] = torch.log_softmax(row_logits, dim=-1)
-    return found
+        logits = hf(input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).logits
+    return [torch.log_softmax(of_row[: len(row)].double(), dim=-1) for row, of_row in zip(rows, logits, strict=True)]
 
 
 def reference_token_nll(hf, rows) -> list[np.ndarray]:

@@ -63,7 +63,7 @@ for arguments, _ in {COMMANDS!r}:
 
 def test_opening_a_model_imports_nothing_that_takes_long_and_is_not_needed():
     program = PROGRAM.replace(
-        '("torch", "transformers", "sklearn", "matplotlib")', '("sklearn", "scipy", "pandas", "datasets")'
+        '("torch", "transformers", "sklearn", "matplotlib")', '("sklearn", "scipy", "pandas", "datasets", "accelerate")'
     )
     command = [sys.executable, "-c", program, "info", "demo"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -45,30 +46,44 @@ def bfloat16_errors(family: str, lengths, make_evaluator) -> tuple[float, float]
     The same (bfloat16) weights on all sides; over 6 sets of rows times the distinct ones of 40 masks, since the losses
     of one set are a few roundings each, whose ratio depends on the processor.
     """
-    low, high = build(family, torch.bfloat16), build(family, torch.bfloat16).float()
-    masks = np.unique(some_masks(num_blocks(low), 40, seed=2), axis=0)
-    rows = [row for seed in range(6) for row in random_rows(low.config.vocab_size, lengths, seed)]
-    targets = np.array([len(row) - 1 for row in rows]).reshape(6, -1)  # [set, row]
+    low, masks, rows = build(family, torch.bfloat16), *_bfloat16_masks_and_rows(family, tuple(lengths))
+    truth, own = _bfloat16_references(family, tuple(lengths))
+    found = _by_set(make_evaluator(low, fp.TokenBatch.from_ids(rows)).score_samples(masks), rows) - truth
+    return float(np.sqrt(np.mean(np.square(found)))), float(np.sqrt(np.mean(np.square(own - truth))))
 
-    def by_set(row_losses) -> np.ndarray:
-        """The loss of each mask on each set, [N, 6], from its mean on each row."""
-        return (np.reshape(row_losses, (-1, *targets.shape)) * targets).sum(axis=2) / targets.sum(axis=1)
+
+def _bfloat16_masks_and_rows(family: str, lengths: tuple[int, ...]):
+    hf = build(family)
+    rows = [row for seed in range(6) for row in random_rows(hf.config.vocab_size, lengths, seed)]
+    return np.unique(some_masks(num_blocks(hf), 40, seed=2), axis=0), rows
+
+
+@functools.cache
+def _bfloat16_references(family: str, lengths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The losses of each mask on each set, [N, 6]: in float32, and transformers' own."""
+    masks, rows = _bfloat16_masks_and_rows(family, lengths)
 
     def reference(hf) -> np.ndarray:
         models = (reference_model(hf, mask) for mask in masks)
-        return by_set([[nll.mean() for nll in reference_token_nll(model, rows)] for model in models])
+        return _by_set([[nll.mean() for nll in reference_token_nll(model, rows)] for model in models], rows)
 
-    truth = reference(high)
-    found = by_set(make_evaluator(low, fp.TokenBatch.from_ids(rows)).score_samples(masks)) - truth
-    own = reference(low) - truth
-    return float(np.sqrt(np.mean(np.square(found)))), float(np.sqrt(np.mean(np.square(own))))
+    low = build(family, torch.bfloat16)
+    own = reference(low)
+    return reference(low.float()), own
+
+
+def _by_set(row_losses, rows) -> np.ndarray:
+    """The loss of each mask on each of 6 sets of rows, [N, 6], from its mean on each row."""
+    targets = np.array([len(row) - 1 for row in rows]).reshape(6, -1)  # [set, row]
+    return (np.reshape(row_losses, (-1, *targets.shape)) * targets).sum(axis=2) / targets.sum(axis=1)
 
 
 def run_python(code: str, **environment: str) -> str:
-    """Standard output of a fresh interpreter that can import what this one can."""
+    """Standard output of a fresh interpreter that can import what this one can, for code that opens models."""
+    begin = "from fastprune.models.imports import import_transformers; import_transformers()\n"
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", begin + code],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,

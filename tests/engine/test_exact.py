@@ -1,5 +1,6 @@
 """Scores, tree-packed choices, objectives and probes equal what transformers gives without any sharing."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -174,6 +175,29 @@ def test_the_window_matters_in_the_tree_test(family):
 OBJECTIVE_FAMILIES = ["llama", "gemma2-eager", "gpt-neox", "qwen3-moe"]
 
 
+@functools.cache
+def masks_and_divergences(family: str) -> tuple[np.ndarray, list[float]]:
+    hf = build(family)
+    rows = random_rows(hf.config.vocab_size, LENGTHS)
+    masks = some_masks(num_blocks(hf), 20, seed=4)
+    dense = full_log_probs(hf, rows)
+    expected = []
+    for mask in masks:
+        found = full_log_probs(reference_model(hf, mask), rows)
+        kl = [(p.exp() * (p - q)).sum(-1)[:-1] for p, q in zip(dense, found, strict=True)]
+        expected.append(float(torch.cat(kl).mean()))
+    return masks, expected
+
+
+@functools.cache
+def masks_and_choices(family: str) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+    """Masks, and what each one's own model gives for every token of every choice."""
+    hf = build(family)
+    _, questions = make_tasks(hf.config.vocab_size)
+    masks = some_masks(num_blocks(hf), 20, seed=6)
+    return masks, [reference_choice_nll(reference_model(hf, mask), questions) for mask in masks]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
 @pytest.mark.parametrize("memory_bytes", [None, 400_000])
@@ -181,13 +205,7 @@ def test_kl_divergence(family, memory_bytes):
     hf = build(family)
     rows = random_rows(hf.config.vocab_size, LENGTHS)
     ev = fp.Evaluator(hf, fp.KLDivergence(fp.TokenBatch.from_ids(rows)), memory_bytes=memory_bytes)
-    masks = some_masks(ev.num_units, 20, seed=4)
-    dense = full_log_probs(hf, rows)
-    expected = []
-    for mask in masks:
-        found = full_log_probs(reference_model(hf, mask), rows)
-        kl = [(p.exp() * (p - q)).sum(-1)[:-1] for p, q in zip(dense, found, strict=True)]
-        expected.append(float(torch.cat(kl).mean()))
+    masks, expected = masks_and_divergences(family)
     # the terms of a KL divergence are of size log p and cancel: an absolute error of float32 roundings remains
     np.testing.assert_allclose(ev.score(masks), expected, rtol=RELATIVE, atol=1e-6)
     assert max(expected) > 0.1
@@ -219,13 +237,13 @@ def test_kl_divergence_of_questions_counts_each_predicting_position_once():
 @pytest.mark.parametrize("normalization", ["mean", "sum"])
 def test_task_margin(family, normalization):
     hf = build(family)
-    tasks, questions = make_tasks(hf.config.vocab_size)
+    tasks, _ = make_tasks(hf.config.vocab_size)
     ev = fp.Evaluator(hf, fp.TaskMargin(tasks, normalization=normalization))
-    masks = some_masks(ev.num_units, 20, seed=5)[:8]
+    masks, choices = masks_and_choices(family)
     samples, losses = ev.score_samples(masks), ev.score(masks)
-    for mask, found, loss in zip(masks, samples, losses, strict=True):
+    for of_mask, found, loss in zip(choices, samples, losses, strict=True):
         reduce = np.mean if normalization == "mean" else np.sum
-        ll = np.array([-reduce(nll) for nll in reference_choice_nll(reference_model(hf, mask), questions)])
+        ll = np.array([-reduce(nll) for nll in of_mask])
         expected = []
         for q, right in enumerate(tasks.answer):
             of_question = np.flatnonzero(tasks.question == q)
@@ -240,11 +258,11 @@ def test_task_margin(family, normalization):
 @pytest.mark.parametrize("family", OBJECTIVE_FAMILIES)
 def test_task_likelihood(family):
     hf = build(family)
-    tasks, questions = make_tasks(hf.config.vocab_size)
+    tasks, _ = make_tasks(hf.config.vocab_size)
     ev = fp.Evaluator(hf, fp.TaskLikelihood(tasks))
-    masks = some_masks(ev.num_units, 20, seed=7)
-    for mask, found in zip(masks, ev.score_samples(masks), strict=True):
-        nll = [tokens.mean() for tokens in reference_choice_nll(reference_model(hf, mask), questions)]
+    masks, choices = masks_and_choices(family)
+    for of_mask, found in zip(choices, ev.score_samples(masks), strict=True):
+        nll = [tokens.mean() for tokens in of_mask]
         np.testing.assert_allclose(found, np.array(nll)[tasks.answer], rtol=1e-5)
 
 
@@ -255,11 +273,11 @@ def test_task_accuracy(family, normalization):
     hf = build(family)
     tasks, questions = make_tasks(hf.config.vocab_size)
     ev = fp.Evaluator(hf, fp.TaskAccuracy(tasks, normalization=normalization))
-    masks = some_masks(ev.num_units, 20, seed=6)
+    masks, choices = masks_and_choices(family)
     samples, losses = ev.score_samples(masks), ev.score(masks)
     seen = set()
-    for mask, found, loss in zip(masks, samples, losses, strict=True):
-        ll = np.array([-nll.sum() for nll in reference_choice_nll(reference_model(hf, mask), questions)])
+    for of_mask, found, loss in zip(choices, samples, losses, strict=True):
+        ll = np.array([-nll.sum() for nll in of_mask])
         counts = [len(ids) - start for question in questions for ids, start in question]
         lengths = {"characters": tasks.choice_characters, "bytes": tasks.choice_bytes, "mean": np.array(counts)}
         ll = ll / lengths.get(normalization, 1)

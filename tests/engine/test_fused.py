@@ -1,5 +1,7 @@
 """The fused path, with each set of operators that runs on a CPU: what the generic path promises holds there too."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -46,14 +48,20 @@ def perplexity(hf, lengths=LENGTHS) -> tuple[fp.Perplexity, list[list[int]]]:
     return fp.Perplexity(fp.TokenBatch.from_ids(rows)), rows
 
 
+@functools.cache
+def masks_and_losses(family: str, granularity: str) -> tuple[np.ndarray, np.ndarray]:
+    hf = build(family)
+    many = granularity == "block"
+    masks = some_masks(num_blocks(hf) * (1 if many else 2), 40 if many else 22, seed=1)
+    return masks, reference_losses(hf, masks, perplexity(hf)[1], granularity)
+
+
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_scores_equal_physical_removal(operators, family, granularity):
     hf = build(family)
-    objective, rows = perplexity(hf)
-    ev = evaluator(hf, objective, granularity=granularity)
-    masks = some_masks(ev.num_units, 40 if granularity == "block" else 22, seed=1)
-    expected = reference_losses(hf, masks, rows, granularity)
+    ev = evaluator(hf, perplexity(hf)[0], granularity=granularity)
+    masks, expected = masks_and_losses(family, granularity)
     assert ev.backend == f"fused ({operators})"
     np.testing.assert_allclose(ev.score(masks), expected, rtol=RELATIVE)
 
@@ -74,7 +82,7 @@ def test_choices_in_a_tree_equal_choices_run_alone(operators, family):
     mask = np.arange(ev.num_units) != 1
     removed = reference_model(hf, mask)
     batch = tasks.batch
-    nll = []
+    rows, lengths = [], []
     for continuation in range(batch.num_continuations):
         of = np.flatnonzero(batch.target_continuation == continuation)
         row = batch.continuation_row[continuation]
@@ -82,8 +90,9 @@ def test_choices_in_a_tree_equal_choices_run_alone(operators, family):
         own = batch.branch[batch.target_source[of[-1]]]
         path = inside[(batch.branch[inside] == 0) | (batch.branch[inside] == own)]
         path = path[path <= batch.target_source[of[-1]]]
-        ids = [*batch.ids[path].tolist(), int(batch.target_token[of[-1]])]
-        nll.append(float(reference_token_nll(removed, [ids])[0][-len(of) :].mean()))
+        rows.append([*batch.ids[path].tolist(), int(batch.target_token[of[-1]])])
+        lengths.append(len(of))
+    nll = [float(of[-length:].mean()) for of, length in zip(reference_token_nll(removed, rows), lengths)]
     found = ev.score_samples(mask)[0]
     for question, margin in enumerate(found):
         choices = np.flatnonzero(tasks.question == question)

@@ -110,24 +110,22 @@ def test_progress_ends_at_the_total():
     assert done[-1] == totals[0] > 0
 
 
-SCRIPT = """
-import numpy as np
-from families import build, random_rows, some_masks
-import fastprune as fp
-hf = build("gemma2-eager")
-rows = random_rows(hf.config.vocab_size, [23, 9, 17, 23])
-ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(rows)), memory_bytes=3_000_000)
-masks = some_masks(ev.num_units, 30, seed=12)
-if ORDER:
-    np.testing.assert_array_equal(ev.score(masks[::-1])[::-1], ev.score(masks))
-print(ev.score(masks).tobytes().hex())
-"""
+def losses_of_thirty_masks(backwards_first: bool) -> str:
+    hf = build("gemma2-eager")
+    rows = random_rows(hf.config.vocab_size, [23, 9, 17, 23])
+    ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(rows)), memory_bytes=3_000_000)
+    masks = some_masks(ev.num_units, 30, seed=12)
+    if backwards_first:
+        np.testing.assert_array_equal(ev.score(masks[::-1])[::-1], ev.score(masks))
+    return ev.score(masks).tobytes().hex()
 
 
 def test_another_process_gives_the_same_bits():
-    first, second = (run_python(f"ORDER = {order}\n{SCRIPT}") for order in (False, True))
-    assert len(first.split()[-1]) == 30 * 16
-    assert first.split()[-1] == second.split()[-1]
+    code = f"import torch; torch.backends.mkldnn.set_flags({torch.backends.mkldnn.enabled})\n"
+    code += "import test_invariant; print(test_invariant.losses_of_thirty_masks(True))"
+    there = run_python(code, OMP_NUM_THREADS=str(torch.get_num_threads())).split()[-1]
+    assert len(there) == 30 * 16
+    assert there == losses_of_thirty_masks(False)
 
 
 # -- the caller's model --------------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ class Killed(Processes):
 def test_a_process_that_is_killed(checkpoint, hf):
     """Of a model from a folder, and of one in memory."""
     workers = Killed(2)
-    ids = fp.TokenBatch.from_ids(random_rows(61, [64] * 300))
+    ids = fp.TokenBatch.from_ids(random_rows(61, [64] * 150))
     model = fp.load_model(checkpoint)
     many, one = fp.Evaluator(model, fp.Perplexity(ids), workers=workers), fp.Evaluator(model, fp.Perplexity(ids))
     masks = some_masks(many.num_units, 30, seed=1)

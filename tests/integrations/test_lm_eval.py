@@ -409,7 +409,7 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
         pytest.param(
             ("--tasks", "demo_choics", "--removed", "1"),
             "--tasks: unknown task 'demo_choics'",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,  # here, too, the harness indexes its own
             id="unknown",
         ),
         (("--tasks", ",", "--removed", "1"), "--tasks: tasks are given as"),
@@ -427,6 +427,23 @@ def test_eval_with_wrong_input(run, folder, arguments, message):
     status, _, err = run("eval", folder("llama"), "--include-path", TASKS, *arguments)
     assert status == 2
     assert message in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_task_that_nobody_knows(run, folder, monkeypatch):
+    """The harness's own are asked for as well, of which there are none here."""
+    asked = []
+
+    def managed(include_path=None, include_defaults=True):
+        asked.append(include_defaults)
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("fastprune.integrations.lm_eval.TaskManager", managed)
+    arguments = ("--include-path", TASKS, "--tasks", "demo_choics", "--removed", "1")
+    status, _, err = run("eval", folder("llama"), *arguments)
+    assert status == 2
+    assert "--tasks: unknown task 'demo_choics'; did you mean 'demo_choices'?" in err.splitlines()[-1]
+    assert asked == [False, True]
 
 
 @pytest.mark.slow

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
+
+import fastprune.cli
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +19,22 @@ def long_text(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "long.txt"
     path.write_text(" ".join(f"w{i * i % 60}" for i in range(4000)))
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def everything_is_loaded(checkpoint, text_file, tmp_path_factory):
+    """What commands import when they get there is imported once, and not in every child."""
+    folder, size = tmp_path_factory.mktemp("loaded"), ("--num-samples", 2, "--seq-len", 8, "--quiet")
+    wanted = ("--num-remove", "1", "--algorithms", "one_shot", "--objective", f"perplexity={text_file}")
+    for arguments in (
+        ("study", checkpoint, *wanted, *size, "--out", folder / "study"),
+        ("export", checkpoint, "--removed", "1", "--out", folder / "pruned"),
+    ):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.setattr(sys, "argv", ["fastprune", *map(str, arguments)])
+            with pytest.raises(SystemExit) as end:
+                fastprune.cli.main()
+        assert not end.value.code
 
 
 @pytest.fixture
