@@ -74,7 +74,7 @@ test-portable: .venv/installed
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(PORTABLE) -k "($(ONLY)) and not bfloat16"
 	$(TESTS) $(PORTABLE) --no-mkldnn -k "($(ONLY)) and not bfloat16"
 
-# Of these what matters most, in a minute of a core: CI runs it. No vector instructions, and families that differ.
+# Of these what matters most, in a minute of a core. No vector instructions, and families that differ.
 test-portable-quick: .venv/installed
 	ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott ONEDNN_MAX_CPU_ISA=SSE41 $(TESTS) $(PORTABLE) \
 	  -m "not slow" -k "(llama or gemma2-eager or mixtral or process or layout or nll or attention) and not bfloat16"
