@@ -370,12 +370,16 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises no narrower class
         if (folder / "tokenizer.json").is_file():
             why = _first_line(error)
             raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {why}") from error
         return None
+    longest = getattr(tokenizer, "model_max_length", 0)
+    if not isinstance(longest, (int, float)):
+        raise InputError(f"{folder / 'tokenizer_config.json'}: model_max_length must be a number, not {shown(longest)}")
+    return tokenizer
 
 
 def _check_device(device) -> torch.device:
