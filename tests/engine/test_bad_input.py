@@ -402,6 +402,13 @@ def test_a_damaged_tokenizer(folder):
         refuses("tokenizer.json: cannot be read as a tokenizer", fp.load_model, folder)
 
 
+def test_a_tokenizer_without_a_longest_input(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": ""}))
+    refuses("tokenizer_config.json: model_max_length must be a number, not ''", fp.load_model, folder)
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "mixtral"])
 def test_more_layers_than_the_config_has(family, tmp_path):
     """Without the last layer it is another model."""
