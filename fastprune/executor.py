@@ -60,8 +60,7 @@ class Executor:
         self.model, self.runner, self.measure, self.granularity = model, runner, measure, granularity
         self.cache, self.frontier, self.counts = cache, frontier, counts
         self.keeps_references = False
-        per_block = max(1, len(model.unit_names(granularity)) // max(1, model.num_blocks))
-        self._block_of = [unit // per_block for unit in range(per_block * model.num_blocks)]
+        self._per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
         self._dense_of: tuple = ()
 
     def start(self, chunks: Sequence[Chunk], tile: int, footprint: Footprint) -> None:
@@ -110,7 +109,7 @@ class Executor:
         if len(self.runner.bands) == 1:
             return self.runner.bands[0]
         steps = (schedules[number].steps[visit.start : visit.stop] for number, visit in visits.items())
-        return sorted({self._block_of[unit] for step in itertools.chain.from_iterable(steps) for unit in step.units})
+        return sorted({unit // self._per_block for step in itertools.chain.from_iterable(steps) for unit in step.units})
 
     def _walk(self, schedule: Schedule, visit: Visit, number: int) -> Walk:
         """Run a visit's steps on one chunk."""
