@@ -79,13 +79,14 @@ def _cpu() -> dict[str, object]:
     return {
         "device": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "mkldnn": [torch.backends.mkldnn.enabled, *(op.fp32_precision for op in _mkldnn_operators())],
+        "mkldnn": [torch.backends.mkldnn.enabled, *_mkldnn_precisions()],
     }
 
 
-def _mkldnn_operators() -> tuple:
+def _mkldnn_precisions() -> list[str]:
     mkldnn: Any = torch.backends.mkldnn  # whose parts are made when it is imported
-    return mkldnn, mkldnn.matmul, mkldnn.conv
+    precisions = [operator.fp32_precision for operator in (mkldnn, mkldnn.matmul, mkldnn.conv)]
+    return ["ieee" if precision == "none" else precision for precision in precisions]  # never set: the same, unsaid
 
 
 def _gpu(device: torch.device) -> dict[str, object]:

@@ -187,6 +187,15 @@ def test_every_global_switch(hf, scores, switch):
         assert holds(scores, hf)
 
 
+def test_a_default_that_is_said_aloud_changes_nothing(hf, tmp_path):
+    precision = attribute(MKLDNN.matmul, "fp32_precision")
+    for value, runs in (("none", True), ("ieee", False)):
+        with switched(*precision, value):
+            ev = fp.Evaluator(fp.Model(hf), fp.Perplexity(BATCH), store=tmp_path / "s.db")
+            ev.score(MASKS)
+            assert (ev.stats.layer_runs > 0) == runs
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox", "phi3", "qwen3-moe"])  # each rotates otherwise
 def test_a_model_in_memory_and_the_same_one_from_its_folder_have_the_same_scores(family, tmp_path):
     """`.to(dtype)` rounds the rotary frequencies of a model in memory, which no checkpoint holds."""

@@ -1,16 +1,16 @@
-"""The byte budget holds as the kernel measures it: growth of a forked process's resident memory."""
+"""The byte budget holds as the kernel measures it: growth of a process's resident memory."""
 
 import ctypes
 import gc
-import json
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
-from torture.harness import forked
 
 import fastprune as fp
 
@@ -23,7 +23,11 @@ def memory(field: str) -> int:
 
 
 def grown(work) -> int:
-    """Bytes by which the memory of this process is larger than now while work() runs, at the most."""
+    """Bytes by which the memory of this process is larger than now while work() runs, at the most.
+
+    What is free now goes back to the kernel first: work() would take it without growing."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     CLEAR_REFS.write_text("5")
     before = memory("VmRSS")
     work()
@@ -36,53 +40,54 @@ def random_masks(count: int, blocks: int) -> np.ndarray:
     return masks
 
 
-def measure(budgets: dict[str, tuple[int | None, int]], *, blocks: int, inner: int, rows: int, masks: int) -> dict:
-    """The peak that is told and the growth of memory, by name, when random masks are scored under (memory_bytes,
-    cache_bytes), and the growth that is measured of 16 MiB; in a process of their own, where blocks of 128 KiB and more
-    go back to the kernel when they are freed, and what was free before has gone back, too."""
+@pytest.fixture(scope="module")
+def measure():
+    """measured(), in a process of its own: the heap of this one has holes, which other tests have left."""
     if not CLEAR_REFS.exists():
         pytest.skip("the kernel keeps no peak that can be reset")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=give_back) as pool:
+        yield lambda budgets, **shape: pool.submit(measured, budgets, **shape).result()
 
-    def work() -> None:
-        libc = ctypes.CDLL(None)
-        assert libc.mallopt(MMAP_THRESHOLD, 1 << 17)
-        assert libc.mallopt(TRIM_THRESHOLD, 1 << 17)
-        torch.manual_seed(0)
-        config = tf.LlamaConfig(
-            vocab_size=503, hidden_size=64, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=16, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        model = fp.Model(tf.AutoModelForCausalLM.from_config(config).eval())
-        ids = np.random.default_rng(0).integers(0, 503, (rows, 67))
 
-        def score(batch, some, memory_bytes, cache_bytes):
-            ev = fp.Evaluator(model, fp.Perplexity(batch), memory_bytes=memory_bytes, cache_bytes=cache_bytes)
-            losses = ev.score(some)
-            assert np.isfinite(losses).all()
-            assert len(np.unique(losses)) > len(some) // 2
-            return ev.stats.peak_activation_bytes
+def give_back() -> None:
+    """From now on, blocks of 128 KiB and more go back to the kernel when they are freed."""
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(MMAP_THRESHOLD, 1 << 17)
+    assert libc.mallopt(TRIM_THRESHOLD, 1 << 17)
+    torch.set_num_threads(1)
 
-        # what libraries load or keep when they are first used
-        score(fp.TokenBatch.from_ids(ids[:1]), random_masks(3, blocks), None, 0)
-        gc.collect()
-        libc.malloc_trim(0)
-        found, batch, some = {}, fp.TokenBatch.from_ids(ids), random_masks(masks, blocks)
-        for name, budget in budgets.items():
-            peaks = []
-            growth = grown(lambda: peaks.append(score(batch, some, *budget)))  # noqa: B023
-            found[name] = {"peak": peaks[0], "growth": growth}
-        found["meter"] = grown(lambda: torch.ones(4 << 20))
-        print(json.dumps(found))
 
-    outcome = forked(work)
-    assert outcome.status == 0, outcome.err
-    found = json.loads(outcome.out)
-    assert 0.95 <= found["meter"] / (16 << 20) <= 1.05  # the meter sees what is allocated
+def measured(budgets: dict[str, tuple[int | None, int]], *, blocks: int, inner: int, rows: int, masks: int) -> dict:
+    """The peak that is told and the growth of memory, by name, when random masks are scored under (memory_bytes,
+    cache_bytes)."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=503, hidden_size=64, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = fp.Model(tf.AutoModelForCausalLM.from_config(config).eval())
+    ids = np.random.default_rng(0).integers(0, 503, (rows, 67))
+
+    def score(batch, some, memory_bytes, cache_bytes):
+        ev = fp.Evaluator(model, fp.Perplexity(batch), memory_bytes=memory_bytes, cache_bytes=cache_bytes)
+        losses = ev.score(some)
+        assert np.isfinite(losses).all()
+        assert len(np.unique(losses)) > len(some) // 2
+        return ev.stats.peak_activation_bytes
+
+    # what libraries load or keep when they are first used
+    score(fp.TokenBatch.from_ids(ids[:1]), random_masks(3, blocks), None, 0)
+    found, batch, some = {}, fp.TokenBatch.from_ids(ids), random_masks(masks, blocks)
+    for name, budget in budgets.items():
+        peaks = []
+        growth = grown(lambda: peaks.append(score(batch, some, *budget)))  # noqa: B023
+        found[name] = {"peak": peaks[0], "growth": growth}
+    assert 0.95 <= grown(lambda: torch.ones(4 << 20)) / (16 << 20) <= 1.05  # the meter sees what is allocated
     return found
 
 
 @pytest.mark.slow
-def test_a_thousand_random_masks_in_64_mib():
+def test_a_thousand_random_masks_in_64_mib(measure):
     """A state weighs 0.13 MiB here: keeping that of every mask, or of every node of the trie, would take 2 or 9 times
     the budget."""
     budget = 64 << 20
@@ -92,7 +97,7 @@ def test_a_thousand_random_masks_in_64_mib():
 
 
 @pytest.mark.slow
-def test_a_small_budget_makes_small_chunks():
+def test_a_small_budget_makes_small_chunks(measure):
     """The same work without the budget takes more than it: the budget is what keeps memory down."""
     budget = 8 << 20
     found = measure({"free": (None, 0), "small": (budget, 0)}, blocks=4, inner=1024, rows=32, masks=4)
@@ -102,7 +107,7 @@ def test_a_small_budget_makes_small_chunks():
     assert found["small"]["peak"] <= budget
 
 
-def test_the_prefix_cache_adds_its_budget_and_no_more():
+def test_the_prefix_cache_adds_its_budget_and_no_more(measure):
     """Every node of the trie would take 7 times both budgets together."""
     budget, cache = 10 << 20, 8 << 20
     found = measure({"cached": (budget, cache)}, blocks=16, inner=64, rows=8, masks=200)["cached"]
