@@ -58,7 +58,7 @@ def altered_json(draw, value):
         if action == "remove":
             del owner[path[-1]]
         elif action == "replace":
-            owner[path[-1]] = draw(st.sampled_from(ODD))
+            owner[path[-1]] = copy.deepcopy(draw(st.sampled_from(ODD)))  # whose parts may be altered next
         elif isinstance(owner, dict):
             owner[draw(st.sampled_from(["x", "__metadata__", "", "quantization_config", "auto_map"]))] = owner[path[-1]]
         else:
