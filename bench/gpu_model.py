@@ -76,15 +76,15 @@ def streaming(case, found, programs: int, moved: int) -> dict:
     }
 
 
-def loss(case, found, rows: int, model: Model, products: int) -> dict:
-    """products: 1 for linear_nll, 2 for linear_kl, whose weights are read once for both."""
+def loss(case, found, rows: int, model: Model, powers: int, kept: int) -> dict:
+    """Of each logit: powers, exponentials; kept, bytes that are read with it."""
     p, v = case.config["BLOCK_P"], case.config["BLOCK_V"]
-    flops = 2 * products * p * v * model.width
+    flops = 2 * p * v * model.width
     product = flops / (PRODUCT / SMS)
-    logits = p * v // (32 * case.config.num_warps)  # a thread's, of each product
+    logits = p * v // (32 * case.config.num_warps)  # a thread's
     epilogue = (found.instructions - OUTSIDE) * case.config.num_warps / ISSUE
-    epilogue = max(epilogue, products * p * v / POWERS) + FILL
-    cache = 2 * (products * p + v) / (2 * products * p * v)  # bytes per FLOP
+    epilogue = max(epilogue, powers * p * v / POWERS) + FILL
+    cache = 2 * (p + v) / (2 * p * v) + kept / (2 * model.width)  # bytes per FLOP
     shared = (64 + v) / (64 * v)  # a warp group's step: 64 rows and v columns of 2 bytes, 2 FLOP for each pair
     slow = max(1, cache * PRODUCT / CACHE, shared * PRODUCT / SHARED)
     split = case.config["SPLIT_V"]
@@ -96,7 +96,7 @@ def loss(case, found, rows: int, model: Model, products: int) -> dict:
     seconds += START + rows * (64 * 2 * model.width / PRODUCT + 8 * cdiv(model.vocab, split) / COPY)
     limit = "product" if slow == 1 else "L2" if cache / CACHE > shared / SHARED else "shared memory"
     return {
-        "floor": 2 * products * rows * model.width * model.vocab / PRODUCT,
+        "floor": 2 * rows * model.width * model.vocab / PRODUCT,
         "seconds": seconds,
         "limit": f"{limit}; epilogue {epilogue / tile:.0%}, {(found.instructions - OUTSIDE) / logits:.0f} a logit",
         "waves": waves,
@@ -152,9 +152,9 @@ def kernel_rows() -> list[list[str]]:
             (name, "8,192 tokens", found, streaming(*found, pairs // 16, 4 * pairs * model.head))
             for name, found in zip(("rotary", "rotary, q/k norm"), turn)
         ),
-        ("linear_nll", "32,768 positions", nll, loss(*nll, 32768, model, 1)),
-        ("linear_nll", "512 positions", nll, loss(*nll, 512, model, 1)),
-        ("linear_kl", "32,768 positions", divergence, loss(*divergence, 32768, model, 2)),
+        ("linear_nll", "32,768 positions", nll, loss(*nll, 32768, model, 1, 0)),
+        ("linear_nll", "512 positions", nll, loss(*nll, 512, model, 1, 0)),
+        ("linear_kl", "32,768 positions", divergence, loss(*divergence, 32768, model, 2, 4)),
         ("tree_attention", "128 x (100 + 4 x 20)", attend, trees(*attend, 128, 100, 4, 20, model)),
         ("tree_attention", "4 x 2,048", attend, trees(*attend, 4, 2048, 0, 0, model)),
     ]

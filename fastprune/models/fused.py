@@ -134,7 +134,7 @@ class FusedModel:
         return (logits.argmax(dim=-1)[tile.rows] != tile.tokens).float()
 
     def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
-        """As `Model.kl_reference`; on a GPU normed states [P, D], since one kernel runs both heads."""
+        """As `Model.kl_reference`; on a GPU logits."""
         return self._operators.kl_reference(self.normed(dense), self._head.weight)
 
     def kl(self, reference: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:

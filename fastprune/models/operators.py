@@ -213,7 +213,8 @@ class TritonOperators(TorchOperators):
         return self._loss.linear_nll(normed, weight, tile.table).flatten()[tile.places]
 
     def kl_reference(self, dense, weight) -> torch.Tensor:
-        return dense
+        """Logits, float32[P, V]."""
+        return self._loss.linear_logits(dense, weight)
 
     def kl(self, dense, masked, weight, tile) -> torch.Tensor:
         return self._loss.linear_kl(dense, masked, weight)[tile.rows]
@@ -221,9 +222,11 @@ class TritonOperators(TorchOperators):
     def head_bytes(self, model: Model, measure: str) -> int:
         if measure not in ("nll", "kl"):
             return super().head_bytes(model, measure)
-        # normed states, and a few float32 partial results for each split of the vocabulary (of 1,024 tokens)
-        normed = model.hidden_size * model.dtype.itemsize * (1 if measure == "nll" else 2)
-        return normed + (8 if measure == "nll" else 20) * (model.vocab_size // 1024 + 1)
+        # normed states, a few float32 partial results for each split of the vocabulary (of 1,024 tokens), dense logits
+        normed = model.hidden_size * model.dtype.itemsize
+        if measure == "nll":
+            return normed + 8 * (model.vocab_size // 1024 + 1)
+        return 2 * normed + 20 * (model.vocab_size // 1024 + 1) + 4 * model.vocab_size
 
     def numerics(self) -> str:
         import triton

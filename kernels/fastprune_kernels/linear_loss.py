@@ -1,9 +1,10 @@
 """Head and loss, tile by tile over the vocabulary: cross-entropy, and KL divergence from the dense model.
 
-No [P, V] tensor is made. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on nothing but the
-configuration. One program runs the head for BLOCK_P positions and one split, and leaves a partial result; a second,
-small kernel combines the splits in order. So a few positions fill a GPU too, and a position's bits depend on its own
-numbers only: nor is the code compiled anew for a number of positions that is 1, or a multiple of 16.
+No mask needs a [P, V] tensor; the dense model's logits, with which each divergence compares, are made once.
+The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on nothing but the configuration. One program
+runs the head for BLOCK_P positions and one split, and leaves a partial result; a second, small kernel combines the
+splits in order. So a few positions fill a GPU too, and a position's bits depend on its own numbers only: nor is the
+code compiled anew for a number of positions that is 1, or a multiple of 16.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from .launch import (
     on_device,
 )
 from .numeric import LEAST, LOG2_E, dot, soft_cap
+
+# Kept logits: a row takes a multiple of so many numbers, so that it begins aligned and holds whole tiles.
+ROW_UNIT = tl.constexpr(256)
 
 
 @triton.jit
@@ -60,6 +64,21 @@ def _tile(
 
 
 @triton.jit
+def _logits(
+    hidden, weight, i_row, i_v, num_rows, vocab,
+    D: tl.constexpr, SOFT_CAP: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """float32[BLOCK_P, BLOCK_V] from i_row, i_v on; columns beyond the vocabulary mean nothing."""
+    b_logits = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
+    for i_d in range(0, D, BLOCK_D):
+        b_h = _tile(hidden, i_row, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA)
+        b_w = _tile(weight, i_v, i_d, vocab, D, BLOCK_V, BLOCK_D, TMA)
+        b_logits = dot(b_h, tl.trans(b_w), b_logits)
+    return soft_cap(b_logits, SOFT_CAP)
+
+
+@triton.jit
 def _power(x, OF_TWO: tl.constexpr):
     return tl.exp2(x) if OF_TWO else tl.exp(x)
 
@@ -90,12 +109,9 @@ def linear_nll_kernel(
     b_max = tl.full([BLOCK_P], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_P], tl.float32)
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
-        b_logits = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
-        for i_d in range(0, D, BLOCK_D):
-            b_h = _tile(hidden, i_p * BLOCK_P, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA)
-            b_w = _tile(weight, i_v, i_d, vocab, D, BLOCK_V, BLOCK_D, TMA)
-            b_logits = dot(b_h, tl.trans(b_w), b_logits)
-        b_logits = soft_cap(b_logits, SOFT_CAP)
+        b_logits = _logits(
+            hidden, weight, i_p * BLOCK_P, i_v, num_rows, vocab, D, SOFT_CAP, TMA, BLOCK_P, BLOCK_V, BLOCK_D
+        )
         if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
             b_logits = tl.where((i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1) * FACTOR)
@@ -167,14 +183,50 @@ def finish_nll_kernel(
     tl.store(p_nll + o_target, b_nll, mask=m_p)
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab"])
+@triton.jit(do_not_specialize=["num_rows", "vocab", "row_units"])
+def linear_logits_kernel(
+    hidden,
+    weight,
+    p_logits,
+    num_rows,
+    vocab,
+    row_units,
+    D: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    TMA: tl.constexpr,
+    SPLIT_V: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_P: tl.constexpr,
+):
+    i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
+    stride = row_units * ROW_UNIT
+    for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
+        b_logits = _logits(
+            hidden, weight, i_p * BLOCK_P, i_v, num_rows, vocab, D, SOFT_CAP, TMA, BLOCK_P, BLOCK_V, BLOCK_D
+        )
+        p_tile, m_tile = _kept(p_logits, i_p * BLOCK_P, i_v, num_rows, stride, BLOCK_P, BLOCK_V)
+        tl.store(p_tile, b_logits, mask=m_tile & (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :])
+
+
+@triton.jit
+def _kept(p_logits, i_row, i_v, num_rows, stride, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Where a tile of kept logits is; of what lies beyond the rows, where the last one's are."""
+    o_p = tl.arange(0, BLOCK_P)
+    o_tile = o_p[:, None] * stride + tl.arange(0, BLOCK_V)[None, :]
+    return p_logits + i_row.to(tl.int64) * stride + i_v + o_tile, (o_p < num_rows - i_row)[:, None]
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab", "row_units"])
 def linear_kl_kernel(
-    dense,
+    p_dense,
     masked,
     weight,
     p_partial,
     num_rows,
     vocab,
+    row_units,
     D: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     TMA: tl.constexpr,
@@ -190,19 +242,14 @@ def linear_kl_kernel(
     b_sum = tl.zeros([BLOCK_P], tl.float32)
     b_excess = tl.zeros([BLOCK_P], tl.float32)
     b_cross = tl.zeros([BLOCK_P], tl.float32)
+    stride = row_units * ROW_UNIT
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
-        b_a = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
-        b_b = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
-        for i_d in range(0, D, BLOCK_D):
-            b_w = tl.trans(_tile(weight, i_v, i_d, vocab, D, BLOCK_V, BLOCK_D, TMA))
-            b_a = dot(_tile(dense, i_p * BLOCK_P, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA), b_w, b_a)
-            b_b = dot(_tile(masked, i_p * BLOCK_P, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA), b_w, b_b)
-        b_a = soft_cap(b_a, SOFT_CAP)
-        b_b = soft_cap(b_b, SOFT_CAP)
+        p_tile, m_tile = _kept(p_dense, i_p * BLOCK_P, i_v, num_rows, stride, BLOCK_P, BLOCK_V)
+        b_a = tl.load(p_tile, mask=m_tile, other=0.0)
+        b_b = _logits(masked, weight, i_p * BLOCK_P, i_v, num_rows, vocab, D, SOFT_CAP, TMA, BLOCK_P, BLOCK_V, BLOCK_D)
         if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
-            m_v = (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :]
-            b_a = tl.where(m_v, b_a, LEAST)
-            b_b = tl.where(m_v, b_b, LEAST)
+            b_b = tl.where((i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_b, LEAST)
+        b_a = tl.where(b_b == LEAST, LEAST, b_a)  # also brings b_a at once to the registers that b_b has
         b_new_a = tl.maximum(b_max_a, tl.max(b_a, axis=1))
         b_new_b = tl.maximum(b_max_b, tl.max(b_b, axis=1))
         b_sum, b_excess, b_cross = _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b)
@@ -327,9 +374,9 @@ def linear_nll(
         partial = hidden.new_empty(num_splits, 2, count, dtype=torch.float32)
         powers = hidden.dtype != torch.float32
         with on_device(hidden):
-            tma, (rows, columns) = _sources(config, (hidden,), weight)
+            tma, sources = _sources(config, hidden, weight)
             linear_nll_kernel[(cdiv(count, config["BLOCK_P"]) * num_splits,)](
-                rows, columns, partial, count, vocab, D=size, SOFT_CAP=soft_cap, POWERS=powers, TMA=tma, **config.launch
+                *sources, partial, count, vocab, D=size, SOFT_CAP=soft_cap, POWERS=powers, TMA=tma, **config.launch
             )
             finish_nll_kernel[(cdiv(count, FINISH["BLOCK_P"]), num_targets)](
                 hidden,
@@ -350,6 +397,37 @@ def linear_nll(
     return out
 
 
+def linear_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, *, soft_cap: float | None = None, config: Config | None = None
+) -> torch.Tensor:
+    """Logits hidden @ weight.T as linear_kl compares with them, not rounded to hidden's dtype. Returns float32[P, V].
+
+    hidden [P, D]: normed states; weight [V, D]: the head. soft_cap as in linear_nll. config: linear_kl's, whose tiles
+    give the same logits to the bit. Rows lie a multiple of ROW_UNIT numbers apart.
+    """
+    count, size, vocab, device = _check_head(hidden, weight, soft_cap)
+    config = config or linear_kl_config(architecture(device), hidden.element_size())
+    _check_splits(config)
+    row_units = cdiv(vocab, ROW_UNIT.value)
+    logits = hidden.new_empty(count, row_units * ROW_UNIT.value, dtype=torch.float32)
+    if count:
+        grid = (cdiv(count, config["BLOCK_P"]) * cdiv(vocab, config["SPLIT_V"]),)
+        with on_device(hidden):
+            tma, sources = _sources(config, hidden, weight)
+            linear_logits_kernel[grid](
+                *sources,
+                logits,
+                count,
+                vocab,
+                row_units,
+                D=size,
+                SOFT_CAP=soft_cap,
+                TMA=tma,
+                **config.launch,
+            )
+    return logits[:, :vocab]
+
+
 def linear_kl(
     dense: torch.Tensor,
     masked: torch.Tensor,
@@ -359,12 +437,21 @@ def linear_kl(
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """KL(p || q) in nats, p = softmax(dense @ weight.T), q = softmax(masked @ weight.T). Returns float32[P].
+    """KL(p || q) in nats, p = softmax(dense), q = softmax(masked @ weight.T). Returns float32[P].
 
-    dense, masked [P, D]: normed states; weight [V, D]: the head. soft_cap as in linear_nll.
+    dense [P, V]: the dense model's logits, from linear_logits, once for any number of masks; masked [P, D]: normed
+    states; weight [V, D]: the head. soft_cap as in linear_nll, of the masked model's logits.
     """
     count, size, vocab, device = _check_head(masked, weight, soft_cap)
-    check_tensor("dense", dense, (count, size), masked.dtype, device)
+    check(
+        dense.shape == (count, vocab) and dense.dtype == torch.float32 and dense.device == device,
+        lambda: f"dense must be float32[{count}, {vocab}] on {device}, not {dense.dtype}{list(dense.shape)} there",
+    )
+    row_units = cdiv(vocab, ROW_UNIT.value)
+    check(
+        dense.stride() == (row_units * ROW_UNIT.value, 1) and dense.data_ptr() % 16 == 0,
+        lambda: "dense must lie in memory as linear_logits returns it",
+    )
     out = check_output("out", out, (count,), torch.float32, device)
     config = config or linear_kl_config(architecture(device), masked.element_size())
     _check_splits(config)
@@ -372,9 +459,18 @@ def linear_kl(
         num_splits = cdiv(vocab, config["SPLIT_V"])
         partial = masked.new_empty(num_splits, 5, count, dtype=torch.float32)
         with on_device(masked):
-            tma, sources = _sources(config, (dense, masked), weight)
+            tma, sources = _sources(config, masked, weight)
             linear_kl_kernel[(cdiv(count, config["BLOCK_P"]) * num_splits,)](
-                *sources, partial, count, vocab, D=size, SOFT_CAP=soft_cap, TMA=tma, **config.launch
+                dense,
+                *sources,
+                partial,
+                count,
+                vocab,
+                row_units,
+                D=size,
+                SOFT_CAP=soft_cap,
+                TMA=tma,
+                **config.launch,
             )
             combine_kl_kernel[(cdiv(count, FINISH["BLOCK_P"]),)](partial, out, count, num_splits, **FINISH.launch)
     return out
@@ -403,16 +499,18 @@ def _check_head(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | No
     return count, size, weight.shape[0], hidden.device
 
 
-def _sources(config: Config, rows: tuple[torch.Tensor, ...], weight: torch.Tensor) -> tuple[bool, list]:
+def _sources(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, list]:
     """Whether tiles come by TMA, and what they come from: its descriptors, else the tensors. Bits are the same."""
-    tensors = (*rows, weight)
-    aligned = rows[0].shape[1] * rows[0].element_size() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in tensors)
-    if not (aligned and has_tma(rows[0])):
-        return False, list(tensors)
-    blocks = [config["BLOCK_P"]] * len(rows) + [config["BLOCK_V"]]
-    return True, [TensorDescriptor.from_tensor(x, [block, config["BLOCK_D"]]) for x, block in zip(tensors, blocks)]
+    tensors = {"BLOCK_P": hidden, "BLOCK_V": weight}
+    aligned = hidden.shape[1] * hidden.element_size() % 16 == 0 and all(
+        x.data_ptr() % 16 == 0 for x in tensors.values()
+    )
+    if not (aligned and has_tma(hidden)):
+        return False, [hidden, weight]
+    return True, [TensorDescriptor.from_tensor(x, [config[rows], config["BLOCK_D"]]) for rows, x in tensors.items()]
 
 
 def _check_splits(config: Config) -> None:
     split, block = config["SPLIT_V"], config["BLOCK_V"]
+    check(ROW_UNIT.value % block == 0, lambda: f"BLOCK_V must divide {ROW_UNIT.value}, not {block}")
     check(split % block == 0, lambda: f"SPLIT_V must be a multiple of BLOCK_V, not {split} of {block}")

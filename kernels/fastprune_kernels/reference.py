@@ -158,8 +158,8 @@ def linear_nll(
 def linear_kl(
     dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """KL(p || q) [P], p from the head's logits of the dense hidden states [P, D], q from those of the masked ones."""
-    return token_kl(head_logits(dense, weight, soft_cap), head_logits(masked, weight, soft_cap))
+    """KL(p || q) [P], p from the dense model's logits [P, V], q from the head's logits of the masked states [P, D]."""
+    return token_kl(dense, head_logits(masked, weight, soft_cap))
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -34,20 +34,24 @@ def double(*tensors: torch.Tensor | None):
     return wide[0] if len(wide) == 1 else wide
 
 
+def approximate_units() -> int:
+    """By how many units in the last place an exponential, logarithm, root or division may be off: 1 under
+    `triton_interpreter.approximate`, which moves each by one, and 2 in compiled code."""
+    return 2 if not INTERPRETED else 1 if triton_interpreter.is_approximate() else 0
+
+
 def assert_as_exact(result: torch.Tensor, same: torch.Tensor, truth: torch.Tensor, approximations: float = 0.0) -> None:
     """The greatest error of `result` is at most that of `same`, torch's own in the same dtype, plus one rounding.
 
     One rounding: half a unit in the last place of the output's dtype at the greatest magnitude of the truth.
     approximations: how far off a result may be besides, in units of float32's eps, where each exponential, logarithm,
-    root and division is off by a relative eps: derived from the kernel's formula. It counts where they are off: once
-    under `triton_interpreter.approximate`, which moves each by a unit in the last place, and twice in compiled code,
-    whose own are off by up to two.
+    root and division is off by a relative eps: derived from the kernel's formula. It counts as often as
+    `approximate_units` says.
     """
     assert result.shape == truth.shape
     assert torch.isfinite(result).all()
     rounding = torch.finfo(result.dtype).eps / 2 * truth.abs().max().item()
-    units = 2 if not INTERPRETED else 1 if triton_interpreter.is_approximate() else 0
-    budget = units * approximations * torch.finfo(torch.float32).eps
+    budget = approximate_units() * approximations * torch.finfo(torch.float32).eps
     error, allowed = (_error(x, truth) for x in (result, same))
     assert error <= allowed + rounding + budget, (
         f"error {error:.3g}, torch's {allowed:.3g}, one rounding {rounding:.3g}, approximations {budget:.3g}"

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, assert_as_exact, double, integers, nans, random
+from kernel_checks import DEVICE, DTYPES, approximate_units, assert_as_exact, double, integers, nans, random
 
 from fastprune_kernels import reference
-from fastprune_kernels.linear_loss import linear_kl, linear_nll
+from fastprune_kernels.linear_loss import linear_kl, linear_logits, linear_nll
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
@@ -95,13 +95,37 @@ def test_rows_that_are_not_aligned_have_the_same_bits(loss):
         target = integers(33, high=200, seed=3)
         assert torch.equal(linear_nll(hidden, weight, target), linear_nll(shifted, weight, target))
     else:
-        assert torch.equal(linear_kl(other, hidden, weight), linear_kl(other, shifted, weight))
+        dense = linear_logits(other, weight)
+        assert torch.equal(linear_kl(dense, hidden, weight), linear_kl(dense, shifted, weight))
 
 
 def test_a_target_outside_the_vocabulary_gives_nan():
     hidden, weight = make(3, 60, 131, torch.float32)
     out = linear_nll(hidden, weight, torch.tensor([0, 131, 130], device=DEVICE))
     assert out.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize(("rows", "size", "vocab"), SHAPES)
+def test_logits(rows, size, vocab, soft_cap, dtype):
+    """Sums in float32, whatever the dtype of what is multiplied. A capped logit, cap * (1 - 2 / (1 + exp)), is rounded
+    six times on its way, each time by half a unit of the cap at most."""
+    hidden, weight = make(rows, size, vocab, dtype)
+    out = linear_logits(hidden, weight, soft_cap=soft_cap)
+    assert out.shape == (rows, vocab)
+    assert out.dtype == torch.float32
+    same = reference.head_logits(hidden.float(), weight.float(), soft_cap)
+    truth = reference.head_logits(*double(hidden, weight), soft_cap)
+    if soft_cap is None:
+        assert_as_exact(out, same, truth)
+    else:
+        allowed = (same.double() - truth).abs().max() + (3 + approximate_units() * 4) * soft_cap * 2**-23
+        assert (out.double() - truth).abs().max() <= allowed
+
+
+def divergence(dense, masked, weight, soft_cap=None) -> torch.Tensor:
+    return reference.linear_kl(reference.head_logits(dense, weight, soft_cap), masked, weight, soft_cap)
 
 
 @pytest.mark.slow
@@ -112,9 +136,10 @@ def test_kl(rows, size, vocab, soft_cap, dtype):
     masked, weight = make(rows, size, vocab, dtype)
     dense = (masked.double() + random(rows, size, dtype=torch.float64, seed=5, scale=0.3)).to(dtype)
     out = nans(rows)
-    assert linear_kl(dense, masked, weight, soft_cap=soft_cap, out=out) is out
-    same = reference.linear_kl(dense, masked, weight, soft_cap)
-    truth = reference.linear_kl(*double(dense, masked, weight), soft_cap)
+    kept = linear_logits(dense, weight, soft_cap=soft_cap)
+    assert linear_kl(kept, masked, weight, soft_cap=soft_cap, out=out) is out
+    same = divergence(dense, masked, weight, soft_cap)
+    truth = divergence(*double(dense, masked, weight), soft_cap)
     assert_as_exact(out, same, truth, kl_approximations(dense, masked, weight, soft_cap))
 
 
@@ -124,11 +149,11 @@ def test_kl_where_models_almost_agree_or_logits_are_large(size_of_change):
     masked, weight = make(20, 60, 131, torch.float32)
     masked = masked * 10
     dense = masked + random(20, 60, seed=5, scale=size_of_change)
-    out = linear_kl(dense, masked, weight)
-    truth = reference.linear_kl(*double(dense, masked, weight))
-    assert_as_exact(out, reference.linear_kl(dense, masked, weight), truth)
+    out = linear_kl(linear_logits(dense, weight), masked, weight)
+    truth = divergence(*double(dense, masked, weight))
+    assert_as_exact(out, divergence(dense, masked, weight), truth)
     if size_of_change == 0:
-        assert out.abs().max() < 1e-6
+        assert not out.any()  # both kernels make the same logits
 
 
 @pytest.mark.parametrize("loss", ["nll", "kl"])
@@ -140,7 +165,7 @@ def test_positions_have_the_same_bits_alone_and_together(loss):
     def run(rows):
         if loss == "nll":
             return linear_nll(hidden[rows], weight, target[rows])
-        return linear_kl(other[rows], hidden[rows], weight)
+        return linear_kl(linear_logits(other[rows], weight), hidden[rows], weight)
 
     everything = torch.arange(63, device=DEVICE)
     together = run(everything)
@@ -154,7 +179,7 @@ def test_nothing_to_do():
     _, weight = make(1, 60, 131, torch.float32)
     none = random(1, 60)[:0]
     assert linear_nll(none, weight, integers(1, high=2)[:0]).shape == (0,)
-    assert linear_kl(none, none, weight).shape == (0,)
+    assert linear_kl(linear_logits(none, weight), none, weight).shape == (0,)
 
 
 def test_wrong_arguments_are_named():
@@ -168,7 +193,10 @@ def test_wrong_arguments_are_named():
         linear_nll(hidden, weight, target[1:])
     with pytest.raises(ValueError, match="soft_cap must be above 0, not 0"):
         linear_nll(hidden, weight, target, soft_cap=0)
-    with pytest.raises(ValueError, match=r"dense must have shape \[5, 60\], not \[4, 60\]"):
-        linear_kl(hidden[1:], hidden, weight)
+    dense = linear_logits(hidden, weight)
+    with pytest.raises(ValueError, match=r"dense must be float32\[5, 131\] on cpu, not torch.float32\[4, 131\]"):
+        linear_kl(dense[1:], hidden, weight)
+    with pytest.raises(ValueError, match="dense must lie in memory as linear_logits returns it"):
+        linear_kl(dense.contiguous(), hidden, weight)
     with pytest.raises(ValueError, match="weight must be contiguous"):
-        linear_kl(hidden, hidden, weight.T.contiguous().T)
+        linear_kl(dense, hidden, weight.T.contiguous().T)
