@@ -30,7 +30,7 @@ from .launch import (
 from .numeric import LEAST, LOG2_E, dot, soft_cap
 
 # Kept logits: a row takes a multiple of so many numbers, so that it begins aligned and holds whole tiles.
-ROW_UNIT = tl.constexpr(256)
+ROW_UNIT = 256
 
 
 @triton.jit
@@ -183,14 +183,14 @@ def finish_nll_kernel(
     tl.store(p_nll + o_target, b_nll, mask=m_p)
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab", "row_units"])
+@triton.jit(do_not_specialize=["num_rows", "vocab"])
 def linear_logits_kernel(
     hidden,
     weight,
     p_logits,
     num_rows,
     vocab,
-    row_units,
+    STRIDE: tl.constexpr,
     D: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     TMA: tl.constexpr,
@@ -201,24 +201,23 @@ def linear_logits_kernel(
     GROUP_P: tl.constexpr,
 ):
     i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
-    stride = row_units * ROW_UNIT
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
         b_logits = _logits(
             hidden, weight, i_p * BLOCK_P, i_v, num_rows, vocab, D, SOFT_CAP, TMA, BLOCK_P, BLOCK_V, BLOCK_D
         )
-        p_tile, m_tile = _kept(p_logits, i_p * BLOCK_P, i_v, num_rows, stride, BLOCK_P, BLOCK_V)
+        p_tile, m_tile = _kept(p_logits, i_p * BLOCK_P, i_v, num_rows, STRIDE, BLOCK_P, BLOCK_V)
         tl.store(p_tile, b_logits, mask=m_tile & (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :])
 
 
 @triton.jit
-def _kept(p_logits, i_row, i_v, num_rows, stride, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr):
+def _kept(p_logits, i_row, i_v, num_rows, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr):
     """Where a tile of kept logits is; of what lies beyond the rows, where the last one's are."""
     o_p = tl.arange(0, BLOCK_P)
-    o_tile = o_p[:, None] * stride + tl.arange(0, BLOCK_V)[None, :]
-    return p_logits + i_row.to(tl.int64) * stride + i_v + o_tile, (o_p < num_rows - i_row)[:, None]
+    o_tile = o_p[:, None] * STRIDE + tl.arange(0, BLOCK_V)[None, :]
+    return p_logits + i_row.to(tl.int64) * STRIDE + i_v + o_tile, (o_p < num_rows - i_row)[:, None]
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab", "row_units"])
+@triton.jit(do_not_specialize=["num_rows", "vocab"])
 def linear_kl_kernel(
     p_dense,
     masked,
@@ -226,7 +225,7 @@ def linear_kl_kernel(
     p_partial,
     num_rows,
     vocab,
-    row_units,
+    STRIDE: tl.constexpr,
     D: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     TMA: tl.constexpr,
@@ -242,9 +241,8 @@ def linear_kl_kernel(
     b_sum = tl.zeros([BLOCK_P], tl.float32)
     b_excess = tl.zeros([BLOCK_P], tl.float32)
     b_cross = tl.zeros([BLOCK_P], tl.float32)
-    stride = row_units * ROW_UNIT
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
-        p_tile, m_tile = _kept(p_dense, i_p * BLOCK_P, i_v, num_rows, stride, BLOCK_P, BLOCK_V)
+        p_tile, m_tile = _kept(p_dense, i_p * BLOCK_P, i_v, num_rows, STRIDE, BLOCK_P, BLOCK_V)
         b_a = tl.load(p_tile, mask=m_tile, other=0.0)
         b_b = _logits(masked, weight, i_p * BLOCK_P, i_v, num_rows, vocab, D, SOFT_CAP, TMA, BLOCK_P, BLOCK_V, BLOCK_D)
         if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
@@ -408,8 +406,7 @@ def linear_logits(
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     config = config or linear_kl_config(architecture(device), hidden.element_size())
     _check_splits(config)
-    row_units = cdiv(vocab, ROW_UNIT.value)
-    logits = hidden.new_empty(count, row_units * ROW_UNIT.value, dtype=torch.float32)
+    logits = hidden.new_empty(count, _row(vocab), dtype=torch.float32)
     if count:
         grid = (cdiv(count, config["BLOCK_P"]) * cdiv(vocab, config["SPLIT_V"]),)
         with on_device(hidden):
@@ -419,7 +416,7 @@ def linear_logits(
                 logits,
                 count,
                 vocab,
-                row_units,
+                STRIDE=_row(vocab),
                 D=size,
                 SOFT_CAP=soft_cap,
                 TMA=tma,
@@ -447,9 +444,8 @@ def linear_kl(
         dense.shape == (count, vocab) and dense.dtype == torch.float32 and dense.device == device,
         lambda: f"dense must be float32[{count}, {vocab}] on {device}, not {dense.dtype}{list(dense.shape)} there",
     )
-    row_units = cdiv(vocab, ROW_UNIT.value)
     check(
-        dense.stride() == (row_units * ROW_UNIT.value, 1) and dense.data_ptr() % 16 == 0,
+        dense.stride() == (_row(vocab), 1) and dense.data_ptr() % 16 == 0,
         lambda: "dense must lie in memory as linear_logits returns it",
     )
     out = check_output("out", out, (count,), torch.float32, device)
@@ -466,7 +462,7 @@ def linear_kl(
                 partial,
                 count,
                 vocab,
-                row_units,
+                STRIDE=_row(vocab),
                 D=size,
                 SOFT_CAP=soft_cap,
                 TMA=tma,
@@ -510,7 +506,12 @@ def _sources(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tupl
     return True, [TensorDescriptor.from_tensor(x, [config[rows], config["BLOCK_D"]]) for rows, x in tensors.items()]
 
 
+def _row(vocab: int) -> int:
+    """Numbers that a row of kept logits takes."""
+    return ROW_UNIT * cdiv(vocab, ROW_UNIT)
+
+
 def _check_splits(config: Config) -> None:
     split, block = config["SPLIT_V"], config["BLOCK_V"]
-    check(ROW_UNIT.value % block == 0, lambda: f"BLOCK_V must divide {ROW_UNIT.value}, not {block}")
+    check(ROW_UNIT % block == 0, lambda: f"BLOCK_V must divide {ROW_UNIT}, not {block}")
     check(split % block == 0, lambda: f"SPLIT_V must be a multiple of BLOCK_V, not {split} of {block}")

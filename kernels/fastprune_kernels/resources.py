@@ -131,13 +131,24 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             powers = {"TMA": described, "POWERS": itemsize == 2}
             yield case("linear_nll", said, config, linear_loss.linear_nll_kernel, types, **shape, **powers)
             config = launch.linear_kl_config(arch, itemsize)
-            kept = {**counts, "row_units": "i32"}
+            kept = {**counts}
             types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_logits": "*fp32", **kept}
-            yield case("linear_logits", said, config, linear_loss.linear_logits_kernel, types, **shape, TMA=described)
+            yield case(
+                "linear_logits",
+                said,
+                config,
+                linear_loss.linear_logits_kernel,
+                types,
+                **shape,
+                TMA=described,
+                STRIDE=128256,
+            )
             types = (
                 tiles(config, masked="BLOCK_P", weight="BLOCK_V") | {"p_dense": "*fp32", "p_partial": "*fp32"} | kept
             )
-            yield case("linear_kl", said, config, linear_loss.linear_kl_kernel, types, **shape, TMA=described)
+            yield case(
+                "linear_kl", said, config, linear_loss.linear_kl_kernel, types, **shape, TMA=described, STRIDE=128256
+            )
         types = {"p_hidden": element, "p_weight": element, "p_target": "*i64", "p_partial": "*fp32", "p_nll": "*fp32"}
         shape |= {"POWERS": itemsize == 2, "BLOCK_D": launch.linear_nll_config(arch, itemsize)["BLOCK_D"]}
         yield case("finish_nll", variant, linear_loss.FINISH, linear_loss.finish_nll_kernel, types | splits, **shape)
