@@ -71,8 +71,7 @@ class FusedModel:
         self._layers = [_layer(layer) for layer in model.layers]
         self._head = model.hf.get_output_embeddings()
         self.path_name = f"fused ({self._operators.name})"
-        with model.evaluation():
-            self._check()
+        model.once(self.path_name, self._check)
 
     def open(self, ids, positions=None, branch=None) -> tuple[torch.Tensor, ChunkArguments]:
         """As `Model.open`: the embedded tokens [B, T, D], and what the layers need."""

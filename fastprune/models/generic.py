@@ -14,7 +14,7 @@ import itertools
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 
@@ -99,6 +99,7 @@ class Model:
         self._head = Head(self._path, hf)
         self._sublayers: list[Sublayers] | None = None
         self._hashed: tuple[list, str] | None = None
+        self._passed: tuple[tuple | None, set[Hashable]] = (None, set())  # the state, and what was checked in it
         with self.evaluation():
             self._check_dense()
 
@@ -264,6 +265,16 @@ class Model:
         values = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
         files = None if self.weights is None else str(self.weights.identity)
         return tensors, values, tuple(_plain_attributes(module) for module in self.hf.modules()), files
+
+    def once(self, name: Hashable, check: Callable[[], None]) -> None:
+        """Run a check that raises where it fails; not again where it has passed and the model is as it was then."""
+        state = self.state
+        if self._passed[0] != state:
+            self._passed = (state, set())
+        if name not in self._passed[1]:
+            with self.evaluation():
+                check()
+            self._passed[1].add(name)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor by name; one that stays in a file has storage while it is the current one."""
@@ -557,15 +568,19 @@ class Model:
             ids, positions, branch = self.probe_tree()
         inside = (branch[0] == 0) | torch.isin(branch[0], few_branches(branch[0], LONGEST_CHECKED))
         ids, positions, branch = ids[:, inside], positions[:, inside], branch[:, inside]
+        tree = ids, positions, branch
+        name = "trees", *(values.cpu().numpy().tobytes() for values in tree)
+        self.once(name, lambda: self._check_tree(*tree))
+
+    def _check_tree(self, ids: torch.Tensor, positions: torch.Tensor, branch: torch.Tensor) -> None:
         sequences = [(branch[0] == 0) | (branch[0] == number) for number in few_branches(branch[0]).tolist()]
-        with self.evaluation():
-            alone = [self.open(ids[:, inside]) for inside in sequences]
-            try:
-                found, *expected = self._final_states([self.open(ids, positions, branch), *alone])
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise self._refuse(f"token trees failed ({error}); use plain text") from error
-            if not all(self.agree(found[inside], by_itself) for inside, by_itself in zip(sequences, expected)):
-                raise self._refuse("token trees do not give what their sequences give; use plain text")
+        alone = [self.open(ids[:, inside]) for inside in sequences]
+        try:
+            found, *expected = self._final_states([self.open(ids, positions, branch), *alone])
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise self._refuse(f"token trees failed ({error}); use plain text") from error
+        if not all(self.agree(found[inside], by_itself) for inside, by_itself in zip(sequences, expected)):
+            raise self._refuse("token trees do not give what their sequences give; use plain text")
 
     def agree(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
         """Equal up to a few roundings of the model's dtype, by relative norm; what is not finite stands alike."""
