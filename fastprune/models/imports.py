@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def import_transformers() -> None:
-    """Import what opens a model, without scikit-learn, SciPy and accelerate, a third of the time it takes.
+    """Import what opens a model, without scikit-learn, SciPy and accelerate: a fifth of the time, torch's included.
 
     Transformers wants them for speculative decoding, object detection and models spread over devices, and goes without
     where they are not installed. For this process, which does none of these, it is told that they are not.
