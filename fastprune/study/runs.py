@@ -141,7 +141,8 @@ def _made_with(identity: dict, model: str, label: str, num_remove: int, algorith
 
 
 class _Evaluators:
-    """The evaluators of a study, each made when it is first needed, all on one store."""
+    """The evaluators of a study, all on one store; one at a time, since the prefix cache of each may take a good part of
+    the memory that is free."""
 
     def __init__(self, models, objectives, held_out, options):
         names = [model.name for model in models]
@@ -155,7 +156,7 @@ class _Evaluators:
         self._models, self._options, self._searched = list(models), {**options}, list(objectives)
         makers = {**objectives, **held_out}
         self._objectives = {(m.name, label): make(m) for m in models for label, make in makers.items()}
-        self._made: dict[tuple[str, str], Evaluator] = {}
+        self._current: tuple[tuple[str, str], Evaluator] | None = None
         self._store: SumStore | None = None
 
     def identity(self, algorithms, budgets, options, seed) -> dict:
@@ -220,10 +221,12 @@ class _Evaluators:
         self._store = SumStore(path)
 
     def get(self, model: Model, label: str) -> Evaluator:
+        """That of a model and a label; the one before it goes."""
         key = (model.name, label)
-        if key not in self._made:
-            self._made[key] = self._evaluator(model, self._objectives[key], store=self._store)
-        return self._made[key]
+        if self._current is None or self._current[0] != key:
+            self._current = None
+            self._current = key, self._evaluator(model, self._objectives[key], store=self._store)
+        return self._current[1]
 
     def _evaluator(self, model: Model, objective: Objective, **more) -> Evaluator:
         from ..evaluator import Evaluator  # only now: it brings torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import math
@@ -126,6 +127,18 @@ def test_a_study_in_which_nothing_is_found_is_finished_all_the_same(model, tmp_p
     assert all(cell["error"] for cell in study["cells"])
     assert study["jaccard"] == study["spearman"] == study["spread"] == []
     write_report(study, tmp_path / "report.html")
+
+
+def test_one_prefix_cache_at_a_time(model, tmp_path):
+    """Each may take a quarter of what is free: those of many calibration sets would take nearly all of it."""
+    alive = []
+
+    def look(_: str) -> None:
+        alive.append(sum(isinstance(thing, fp.Evaluator) for thing in gc.get_objects()))
+
+    before = sum(isinstance(thing, fp.Evaluator) for thing in gc.get_objects())
+    run_study([model], OBJECTIVES | {"third": text(3)}, ["one_shot"], BUDGETS, tmp_path / "study", notify=look)
+    assert max(alive) == before + 1
 
 
 def test_shared_scores_save_runs(finished):
