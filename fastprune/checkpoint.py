@@ -8,15 +8,22 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import recipes
 from .errors import InputError
 from .masks import check_removed, check_sequences
 from .records import check_folder, shown
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .evaluator import Evaluator
+    from .models import Model
+
 
 def export(
-    model,
+    model: Model | Evaluator | nn.Module,
     removed: Iterable[int],
     out_dir: str | os.PathLike,
     *,
@@ -46,7 +53,7 @@ def export(
 
 
 def export_sequence(
-    model,
+    model: Model | Evaluator | nn.Module,
     sequence: Sequence[int],
     out_dir: str | os.PathLike,
     *,
@@ -81,12 +88,12 @@ def check_base_model(base_model: str | None) -> str | None:
     return base_model
 
 
-def llama_cpp_warning(model) -> str | None:
+def llama_cpp_warning(model: Model) -> str | None:
     """What must be known before blocks of this Model are left out with llama.cpp's own option; None where nothing."""
     return recipes.llama_cpp_warning(model.per_layer())
 
 
-def _opened(model):
+def _opened(model: Model | Evaluator | nn.Module) -> tuple[Model, Evaluator | None]:
     """The Model, and the Evaluator where one was given."""
     from .evaluator import Evaluator
     from .models import Model
@@ -98,9 +105,17 @@ def _opened(model):
     return model.model, model
 
 
-def _export(model, evaluator, sequence, out_dir, what: str, base_model, losses) -> Path:
+def _export(
+    model: Model,
+    evaluator: Evaluator | None,
+    sequence: Sequence[int],
+    out_dir: str | os.PathLike,
+    what: str,
+    base_model: str | None,
+    given: Mapping[str, tuple[float, float]] | None,
+) -> Path:
     out, base = check_target(out_dir), _base_name(check_base_model(base_model) or model.name)
-    losses = _check_losses(losses)
+    losses = _check_losses(given)
     if evaluator is not None:
         losses[evaluator.objective.name] = (evaluator.dense_loss, float(evaluator.score_sequences([sequence])[0]))
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
@@ -123,7 +138,9 @@ def _export(model, evaluator, sequence, out_dir, what: str, base_model, losses) 
     return out
 
 
-def _describe(model, sequence, base: str, losses: dict, folder: Path) -> None:
+def _describe(
+    model: Model, sequence: Sequence[int], base: str, losses: Mapping[str, tuple[float, float]], folder: Path
+) -> None:
     """Write the model card, and what other tools need to make the same of the base model."""
     warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
     card = recipes.model_card(base, sequence, model.num_blocks, losses, warning)
@@ -140,7 +157,7 @@ def _base_name(name: str) -> str:
     return name if is_hub_id else Path(name).absolute().name
 
 
-def _check_losses(losses) -> dict[str, tuple[float, float]]:
+def _check_losses(losses: Mapping[str, tuple[float, float]] | None) -> dict[str, tuple[float, float]]:
     if losses is None:
         return {}
     try:
@@ -165,7 +182,7 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_written(model, sequence: Sequence[int], what: str, folder: Path) -> None:
+def _check_written(model: Model, sequence: Sequence[int], what: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     ids = model.probe_ids()

@@ -97,7 +97,7 @@ class Tile:
         return column, max(1, int(per_row.max()))
 
 
-def make_chunk(batch: TokenBatch, rows: Sequence[int], device: torch.device) -> Chunk:
+def make_chunk(batch: TokenBatch, rows: Sequence[int] | np.ndarray, device: torch.device) -> Chunk:
     """One chunk of these rows, which must be all trees or all plain."""
     rows = np.asarray(rows)
     width = int(batch.row_lengths[rows].max())
@@ -105,7 +105,8 @@ def make_chunk(batch: TokenBatch, rows: Sequence[int], device: torch.device) -> 
     # padding sees itself and the trunk, and nothing sees it: it comes last, in a branch of its own
     ids, positions, branch = np.zeros((3, len(rows), width), dtype=np.int64)
     branch -= 1
-    sources, target_sources, tokens, continuations = [], [], [], []
+    sources: list[np.ndarray] = []
+    target_sources, tokens, continuations = [], [], []
     for i, row in enumerate(rows):
         start, stop = batch.row_starts[row], batch.row_starts[row + 1]
         ids[i, : stop - start] = batch.ids[start:stop]

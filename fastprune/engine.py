@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
@@ -133,7 +133,9 @@ class Engine:
                 self._finish(pending, chunk, sums, context, keys)
         return sums, known
 
-    def _begin(self, trie: Trie, wanted: np.ndarray | None):
+    def _begin(
+        self, trie: Trie, wanted: np.ndarray | None
+    ) -> tuple[np.ndarray, list[bytes], int | None, dict[int, np.ndarray], np.ndarray]:
         """Sums [M, V, C] as far as the store knows them, and what they are kept under: the sequences' keys and the
         context; by chunk, bool[M], which are missing there; bool[M], which are missing nowhere."""
         sums = np.zeros((len(trie.sequences), len(self.measure.values), self.batch.num_continuations))
@@ -177,18 +179,18 @@ class Engine:
             return False
         return max(self._frontier_bytes(s, number) for number, s in schedules.items()) > sum(self._room(schedules))
 
-    def _walks(self, schedules: dict[int, Schedule]) -> Iterator[tuple[int, Walk]]:
+    def _walks(self, schedules: dict[int, Schedule]) -> Generator[tuple[int, Walk], None, None]:
         """The walks of all chunks, group by group, see `Executor.walks`."""
         for group in self._groups(schedules):
             yield from self.executor.walks({number: schedules[number] for number in group})
 
     def _groups(self, schedules: dict[int, Schedule]) -> list[list[int]]:
         """The chunks that go through the model together, see `bands`."""
-        numbers = list(schedules)
-        if len(self.runner.bands) == 1 or not numbers:
+        numbers, weights = list(schedules), self.model.weights
+        if weights is None or len(self.runner.bands) == 1 or not numbers:
             return [[number] for number in numbers]
         memory, slower = self._room(schedules)
-        room = self.model.weights.room
+        room = weights.room
         per_token = 2 * room.block_bytes // self.model.dtype.itemsize * room.num_blocks // self.num_units
         groups = make_groups(
             [self._frontier_bytes(schedules[number], number) for number in numbers],
@@ -234,7 +236,7 @@ class Engine:
     def _look_up(self, context: int | None, keys: list[bytes], number: int, sums: np.ndarray) -> np.ndarray:
         """Fill in the sums of a chunk that the store knows; bool[M], those that are missing."""
         missing = np.ones(len(keys), dtype=bool)
-        if context is not None:
+        if self.store is not None and context is not None:
             chunk = self.chunks[number]
             known = self.store.get(context, chunk.key, keys)
             for mask, key in enumerate(keys):
@@ -243,7 +245,14 @@ class Engine:
                     missing[mask] = False
         return missing
 
-    def _finish(self, pending, chunk: Chunk, sums: np.ndarray, context: int | None, keys: list[bytes]) -> None:
+    def _finish(
+        self,
+        pending: list[tuple[int, torch.Tensor]],
+        chunk: Chunk,
+        sums: np.ndarray,
+        context: int | None,
+        keys: list[bytes],
+    ) -> None:
         """Fetch the values of pending masks [V, M], sum them over continuations in target order, and keep the sums."""
         if not pending:
             return
@@ -252,7 +261,7 @@ class Engine:
             for value, row in enumerate(rows):
                 found = np.bincount(chunk.continuation, weights=row, minlength=sums.shape[2])
                 sums[mask, value, chunk.continuations] = found[chunk.continuations]
-        if context is not None:
+        if self.store is not None and context is not None:
             finished = {keys[mask]: sums[mask, :, chunk.continuations] for mask, _ in pending}
             self.store.put(context, chunk.key, finished)
         pending.clear()

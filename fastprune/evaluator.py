@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +25,11 @@ from .processes import Processes, Workers, check_workers
 from .racing import Selection, race
 from .records import check_bytes, check_folder
 from .store import SumStore
-from .trie import Trie, kept_units, make_trie
+from .trie import Trie, Units, kept_units, make_trie
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from torch import nn
 
 BACKENDS = ("auto", "generic", "fused")
 
@@ -78,7 +84,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model,
+        model: Model | nn.Module,
         objective: Objective,
         backend: str = "auto",
         granularity: str = "block",
@@ -107,7 +113,7 @@ class Evaluator:
         self.stats = Stats()
         self._dense: tuple[tuple, float] | None = None
         store = store if isinstance(store, SumStore) or store is None else SumStore(store)
-        make = Engine
+        make: Callable[..., Engine] = Engine
         if workers is not None:
             workers = workers if isinstance(workers, Workers) else Processes(workers)
             make = functools.partial(Coordinator, workers)
@@ -179,7 +185,7 @@ class Evaluator:
                 self._dense = state, float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
             return self._dense[1]
 
-    def score(self, masks) -> np.ndarray:
+    def score(self, masks: ArrayLike) -> np.ndarray:
         """The loss of each mask, float64[N]; masks: bool or 0/1 [N, U], True = kept. Lower is better.
 
         A loss that is not finite is returned as it is. Raises InputError for masks of another shape or value, and
@@ -188,7 +194,7 @@ class Evaluator:
         with self.model.turn:
             return self._losses(self._check_masks(masks))
 
-    def score_sequences(self, sequences) -> np.ndarray:
+    def score_sequences(self, sequences: Iterable[Iterable[int]]) -> np.ndarray:
         """The loss of running these units in this order, float64[N]; a sequence may leave out, repeat and reorder.
 
         sequences: N collections of unit indices, such as [(0, 1, 1, 2), (0, 2, 1)]. One that ascends is a mask, and
@@ -197,21 +203,21 @@ class Evaluator:
 
         >>> ev.score_sequences([(0, 1, 2, 2, 3)])  # doctest: +SKIP
         """
-        sequences = check_sequences(sequences, self.num_units)
-        self._check_not_empty(sequences)
-        together = self._engine.budget.most_together(max(map(len, sequences), default=0))
+        checked = check_sequences(sequences, self.num_units)
+        self._check_not_empty(checked)
+        together = self._engine.budget.most_together(max(map(len, checked), default=0))
         with self.model.turn:
-            parts = [self._losses(sequences[i : i + together]) for i in range(0, len(sequences), together)]
+            parts = [self._losses(checked[i : i + together]) for i in range(0, len(checked), together)]
         return np.concatenate([np.empty(0), *parts])
 
-    def sums(self, masks) -> np.ndarray:
+    def sums(self, masks: ArrayLike) -> np.ndarray:
         """What the objective's measure gives on each continuation of its batch, float64[N, V, C]: the sums over its
         targets of each of the measure's V values (`measures.MEASURES`), before the objective weighs them."""
         with self.model.turn:
             trie = self._ask(self._check_masks(masks))
             return self._run(trie)[trie.index]
 
-    def score_samples(self, masks, samples=None) -> np.ndarray:
+    def score_samples(self, masks: ArrayLike, samples: ArrayLike | None = None) -> np.ndarray:
         """The loss of each mask on each sample (row of text, or question), float64[N, S].
 
         samples: indices of the samples that are wanted, in the order of the columns; default all. Only the chunks
@@ -224,7 +230,7 @@ class Evaluator:
             sums = self._run(trie, wanted)[:, 0]
             return self.objective.sample_losses(sums)[:, samples][trie.index]
 
-    def select(self, masks, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0) -> Selection:
+    def select(self, masks: ArrayLike, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0) -> Selection:
         """The `keep` masks of lowest loss, found by a race: what is beaten beyond doubt is not run to the end.
 
         All masks are scored on a sixteenth of the samples; those that are not beaten go on to the next look, which
@@ -285,17 +291,17 @@ class Evaluator:
             raise InputError(f"power must be 1 or 2, not {power!r}")
         return probes.unit_salience(self.model, self.objective, self.granularity, power)
 
-    def _check_masks(self, masks) -> list[tuple[int, ...]]:
+    def _check_masks(self, masks: ArrayLike) -> list[Units]:
         """The kept units of each mask."""
         sequences = kept_units(as_masks(masks, self.num_units))
         self._check_not_empty(sequences)
         return sequences
 
-    def _check_not_empty(self, sequences: list[tuple[int, ...]]) -> None:
+    def _check_not_empty(self, sequences: list[Units]) -> None:
         if not all(sequences) and not self.model.runs_without_blocks:
             raise InputError(f"a mask keeps nothing, and the family {self.model.family!r} cannot run without blocks")
 
-    def _ask(self, sequences: list[tuple[int, ...]], share: float = 1) -> Trie:
+    def _ask(self, sequences: list[Units], share: float = 1) -> Trie:
         """The trie of sequences; notes what was asked for, of a share of the calibration set."""
         trie = make_trie(sequences)
         self.stats.masks += len(sequences)
@@ -303,7 +309,7 @@ class Evaluator:
         self.stats.naive_layer_runs += _whole(trie.naive_layer_runs * share)
         return trie
 
-    def _losses(self, sequences: list[tuple[int, ...]]) -> np.ndarray:
+    def _losses(self, sequences: list[Units]) -> np.ndarray:
         """The loss of each sequence, float64[N]; of so many at once that their sums stay within the budget."""
         trie, together = self._ask(sequences), self._engine.budget.most_sums
         if len(trie.sequences) <= together:
@@ -328,7 +334,9 @@ class Evaluator:
         self.stats.store_hits += int(known[trie.index].sum())
         return sums
 
-    def _race(self, sequences, looks, keep, confidence, tolerance) -> tuple[np.ndarray, np.ndarray]:
+    def _race(
+        self, sequences: Sequence[Units], looks: Sequence[np.ndarray], keep: int, confidence: float, tolerance: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Which of the sequences reach the last look, int64[K], and their losses."""
         batch, objective = self.objective.batch, self.objective
         seen = np.zeros(batch.num_continuations, dtype=bool)
@@ -346,7 +354,7 @@ class Evaluator:
         alive = race(len(sequences), len(looks), look, self.num_samples, keep, confidence, tolerance)
         return alive, objective.loss(sums[alive])
 
-    def _check_samples(self, samples) -> np.ndarray:
+    def _check_samples(self, samples: ArrayLike) -> np.ndarray:
         samples = np.asarray(samples)
         if samples.ndim != 1 or samples.dtype.kind not in "iu" or not samples.size:
             raise InputError("samples must be a list of sample indices that is not empty")
@@ -363,7 +371,7 @@ def _make_folder(folder: Path) -> Path:
     return folder
 
 
-def _check_race(keep, count: int, confidence, tolerance) -> None:
+def _check_race(keep: int, count: int, confidence: float, tolerance: float) -> None:
     if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)) or not 1 <= keep <= count:
         raise InputError(f"keep must be from 1 to {count}, the number of different masks, not {keep!r}")
     if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .models import Runner
+
+if TYPE_CHECKING:
+    from .chunks import Tile
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,11 @@ class Measure:
         return self.reference is not None
 
 
-def _nll(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
+def _nll(runner: Runner, states: torch.Tensor, tile: Tile, reference: None) -> torch.Tensor:
     return runner.nll(states, tile)[None]
 
 
-def _greedy(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
+def _greedy(runner: Runner, states: torch.Tensor, tile: Tile, reference: None) -> torch.Tensor:
     return torch.stack([runner.nll(states, tile), runner.misses(states, tile)])
 
 
@@ -41,7 +45,7 @@ def _kl_reference(runner: Runner, dense: torch.Tensor) -> torch.Tensor:
     return runner.kl_reference(dense)
 
 
-def _kl(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
+def _kl(runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor) -> torch.Tensor:
     return runner.kl(reference, states, tile)[None]
 
 
@@ -54,12 +58,12 @@ def _direction(runner: Runner, states: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(_normed(runner, states), dim=-1, eps=0)
 
 
-def _cosine(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
+def _cosine(runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor) -> torch.Tensor:
     # half the squared distance of unit vectors is 1 - cosine: exact where they are equal, and never below 0
     return ((_direction(runner, states) - reference).square().sum(dim=-1) / 2)[tile.rows][None]
 
 
-def _nmse(runner: Runner, states: torch.Tensor, tile, reference) -> torch.Tensor:
+def _nmse(runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor) -> torch.Tensor:
     distance = (_normed(runner, states) - reference).square().sum(dim=-1)
     return (distance / reference.square().sum(dim=-1))[tile.rows][None]
 

@@ -14,7 +14,7 @@ from .chunks import Chunk, make_chunk
 from .data import TokenBatch
 from .errors import InputError
 from .models import Model
-from .models.stand_ins import Arguments, HalfBlock, hidden_of
+from .models.stand_ins import Arguments, HalfBlock, State, hidden_of
 from .objectives import Objective
 
 TOKENS_AT_ONCE = 256  # positions whose states of all depths are compared, or whose logits are differentiated, together
@@ -44,7 +44,8 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
     """Mean of arccos(cosine)/pi between the states before each unit and after the last, float64[U + 1, U + 1], over
     the last token of each sequence: of a row of text, or of each branch (Gromov et al., arXiv 2403.17887).
     """
-    total, count = 0.0, 0
+    num_units, count = len(model.unit_names(granularity)), 0
+    total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
         for row, states in _states(model, batch, granularity):
             branch = batch.branch[batch.row_starts[row] : batch.row_starts[row + 1]]
@@ -53,7 +54,7 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
             last = torch.as_tensor(ends, device=model.device)
             part = torch.stack([h[last].double() for h in states], dim=1)
             part = torch.nn.functional.normalize(part, dim=-1)  # in float64: arccos is steep near 1
-            total = total + ((part @ part.mT).clamp(-1, 1).arccos() / torch.pi).sum(0)
+            total += ((part @ part.mT).clamp(-1, 1).arccos() / torch.pi).sum(0)
             count += len(ends)
     mean = total.cpu().numpy() / count
     np.fill_diagonal(mean, 0.0)
@@ -163,12 +164,13 @@ def _add_weight_gradients(
     totals: Sequence[Sequence[torch.Tensor]],
 ) -> None:
     """Add to totals, unit by unit, the gradient of the sum of weight_m * nll_m over one row's targets."""
+    state: State
     state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
     entries = []
     for unit in range(len(weights)):
         entries.append(model.pack(state))
         state = model.run(unit, state, arguments, granularity)
-    grad = _head_gradient(model, chunk, state, torch.as_tensor(weight, device=model.device))
+    grad = _head_gradient(model, chunk, hidden_of(state), torch.as_tensor(weight, device=model.device))
     for unit in reversed(range(len(weights))):
         entry = entries.pop().requires_grad_()
         with torch.enable_grad():
@@ -229,7 +231,7 @@ class _Sample:
             entry = entries.pop().requires_grad_()
             with torch.enable_grad():
                 middle = model.run(2 * block, entry, self._arguments, "sublayer")
-                after = model.run(2 * block + 1, middle, self._arguments, "sublayer")
+                after = hidden_of(model.run(2 * block + 1, middle, self._arguments, "sublayer"))
             between = hidden_of(middle)
             if isinstance(middle, HalfBlock):  # both branches leave from the entry and meet in the sum
                 grad_middle, (grad_entry,) = grad, torch.autograd.grad(after, entry, grad)

@@ -139,7 +139,9 @@ def _frontier_peak(steps: list[Step], num_known: int) -> int:
     return peak
 
 
-def _within(steps: list[Step], known: Sequence[Units], retained: set[Units], capacity: int):
+def _within(
+    steps: list[Step], known: Sequence[Units], retained: set[Units], capacity: int
+) -> tuple[list[Step], set[Units], tuple[Units, ...]]:
     """The steps with what is retained beyond the call kept within the capacity at all times; the prefixes held
     afterwards; those known that go first.
 

@@ -29,7 +29,7 @@ class DeviceTier:
 
     name = "device"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._states: dict[Key, torch.Tensor] = {}
 
     def put(self, key: Key, state: torch.Tensor) -> None:
@@ -86,7 +86,7 @@ class DiskTier:
         free = self._free.setdefault(len(data), [])
         start = free[-1] if free else self._end
         self._file.seek(start)
-        self._file.write(data)
+        self._file.write(data.data)
         self._file.flush()
         if free:
             free.pop()
@@ -98,7 +98,7 @@ class DiskTier:
         start, shape, dtype, size = self._places[key]
         data = np.empty(size, dtype=np.uint8)
         self._file.seek(start)
-        if self._file.readinto(data) != size:
+        if self._file.readinto(data.data) != size:
             raise OSError("a state was cut short")
         return torch.from_numpy(data).view(dtype).view(shape).to(self._device)
 
@@ -120,7 +120,7 @@ class PrefixCache:
 
     def __init__(self, limit: int | None, folder: Path | None, device: torch.device):
         self._limit, self._folder, self._device = limit, folder, device
-        self._tiers = [DeviceTier()]
+        self._tiers: list[DeviceTier | DiskTier] = [DeviceTier()]
         if device.type == "cuda":
             self._tiers.append(HostTier(device))
         if folder is not None:
@@ -209,14 +209,15 @@ class PrefixCache:
     def _budgets(self) -> dict[str, int]:
         """Bytes that each tier may take."""
         held = {tier.name: held for tier, held in zip(self._tiers, self._held)}
-        budgets = {"device": self._limit}
-        if self._limit is None or self._device.type == "cuda":
+        budgets, limit, is_gpu = {}, self._limit, self._device.type == "cuda"
+        if limit is None or is_gpu:
             budgets["device"] = (available_bytes(self._device) + held["device"]) // (SHARE * self.per_device)
-        if self._device.type == "cuda" and self._limit is None:
+        if limit is None and is_gpu:
             budgets["host"] = (available_bytes(torch.device("cpu")) + held["host"]) // (SHARE * self.per_machine)
-        elif self._device.type == "cuda":
-            budgets["device"] = min(budgets["device"], self._limit)
-            budgets["host"] = self._limit - budgets["device"]
+        elif limit is not None:
+            budgets["device"] = min(budgets.get("device", limit), limit)
+            if is_gpu:
+                budgets["host"] = limit - budgets["device"]
         if self._folder is not None:
             budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // (SHARE * self.per_machine)
         return budgets

@@ -36,7 +36,7 @@ class Trie:
     parent: np.ndarray
     depth: np.ndarray
     ends: np.ndarray
-    through: Sequence[Units]
+    through: _Through
     known: tuple[Units, ...]
     known_nodes: np.ndarray
     asked: np.ndarray
@@ -159,14 +159,11 @@ def levels(trie: Trie) -> list[np.ndarray]:
     return np.split(by_depth, np.searchsorted(trie.depth[by_depth], np.arange(1, int(trie.depth.max()) + 1)))[1:]
 
 
-class _Through(Sequence):
+class _Through:
     """Of each node but the root, the row that first holds it."""
 
     def __init__(self, rows: list[Units], owner: np.ndarray):
         self._rows, self._owner = rows, owner
-
-    def __len__(self) -> int:
-        return len(self._owner) + 1
 
     def __getitem__(self, node: int) -> Units:
         return self._rows[self._owner[node - 1]] if node else ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -38,11 +39,16 @@ from .options import (
 )
 from .output import printing, say
 
+if TYPE_CHECKING:
+    from ..bands import Room
+    from ..evaluator import Evaluator
+    from ..models import Model
+
 
 @click.command(cls=Command)
 @model_options
 @weights_option
-def info(model, device, dtype, trust_remote_code, weights_bytes) -> None:
+def info(model: str, device: str | None, dtype: str | None, trust_remote_code: bool, weights_bytes: int | None) -> None:
     """Show a model's units, and whether and how it can be run.
 
     With --weights-gb: how its blocks would be read, and how much in all.
@@ -52,7 +58,7 @@ def info(model, device, dtype, trust_remote_code, weights_bytes) -> None:
     opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
     table = Table(show_header=False, box=None)
     blocks, halves = opened.unit_names("block"), opened.unit_names("sublayer")
-    rows = {
+    rows: dict[str, object] = {
         "model": opened.name,
         "family": opened.family,
         "blocks": opened.num_blocks,
@@ -73,18 +79,18 @@ def info(model, device, dtype, trust_remote_code, weights_bytes) -> None:
         "without blocks": "yes" if opened.runs_without_blocks else "no",
     }
     if opened.weights is not None:
-        rows |= _streaming_rows(opened)
+        rows |= _streaming_rows(opened, opened.weights.room)
     for name, value in rows.items():
         table.add_row(name, str(value))
     with printing():
         say(table)
 
 
-def _streaming_rows(opened) -> dict[str, str]:
+def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
     """How a model's blocks are read, and what scoring reads in all, by the model of cost in `bands`."""
     from ..budget import expect_groups
 
-    room, bands = opened.weights.room, opened.bands
+    bands = opened.bands
     rows = {
         "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
         "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for {room.places}",
@@ -105,7 +111,7 @@ def _gib(size: int) -> str:
 
 @click.command(cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-def algorithms(names) -> None:
+def algorithms(names: tuple[str, ...]) -> None:
     """List the search algorithms and their options.
 
     With names: these, and how they work. k units of U are removed; a cost is the number of masks that are scored.
@@ -136,7 +142,12 @@ def algorithms(names) -> None:
 @click.option("--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; once per mask.")
 @click.option("--out", "out_file", type=FileName(), help='Write rows {"removed", "loss"} to this new .jsonl file.')
 @evaluates
-def score(make_evaluator, masks_file, removed, out_file) -> None:
+def score(
+    make_evaluator: Callable[[], Evaluator],
+    masks_file: str | None,
+    removed: tuple[tuple[int, ...], ...],
+    out_file: str | None,
+) -> None:
     """Score depth masks of MODEL.
 
     A mask's score is the loss of the model without the units that it removes: lower is better.
@@ -179,7 +190,16 @@ def score(make_evaluator, masks_file, removed, out_file) -> None:
 @click.option("--out", "out_dir", type=FileName(), help="Write result.json into this folder.")
 @click.option("--racing", type=float, help="Let what is beaten leave early, at this confidence, such as 0.99.")
 @evaluates
-def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_dir, racing) -> None:
+def search(
+    make_evaluator: Callable[[], Evaluator],
+    algorithm: str,
+    num_remove: int,
+    options: tuple[str, ...],
+    protect: str | tuple[int, ...],
+    seed: int,
+    out_dir: str | None,
+    racing: float | None,
+) -> None:
     """Search MODEL for the units whose removal hurts least."""
     from ..search import check_algorithm, check_racing, protected_units, run_search
 
@@ -228,7 +248,17 @@ def search(make_evaluator, algorithm, num_remove, options, protect, seed, out_di
 @click.option("--base-model", help="Hub id of the base model, for the model card; default: the name of MODEL.")
 @click.option("--out", "out_dir", required=True, type=FileName(), help="The new checkpoint's folder.")
 @model_options
-def export(model, device, dtype, trust_remote_code, removed, sequence, result, base_model, out_dir) -> None:
+def export(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    removed: Sequence[int] | None,
+    sequence: tuple[int, ...] | None,
+    result: str | None,
+    base_model: str | None,
+    out_dir: str,
+) -> None:
     """Write MODEL without some blocks, or with others repeated, for transformers.
 
     Transformers loads the new checkpoint as it is. Its README.md is a model card; recipes/ holds the same for mergekit,
@@ -252,7 +282,7 @@ def export(model, device, dtype, trust_remote_code, removed, sequence, result, b
             check_sequences([sequence], opened.num_blocks)
         folder = checkpoint.export_sequence(opened, sequence, out_dir, base_model=base_model)
         what = f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
-    else:
+    elif removed is not None:
         with naming("--removed" if result is None else "--result"):
             check_removed(removed, opened.num_blocks)
         folder = checkpoint.export(opened, removed, out_dir, base_model=base_model, losses=losses)
@@ -283,7 +313,7 @@ def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]]]
     return value["removed"], {str(value["objective"]): losses}
 
 
-def _score_table(evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:
+def _score_table(evaluator: Evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:
     objective = evaluator.objective
     reading = [objective.reading] * bool(objective.reading)
     halves = evaluator.granularity == "sublayer"
@@ -294,7 +324,7 @@ def _score_table(evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Ta
     return table
 
 
-def _print_cost(evaluator, sizes: list[int]) -> None:
+def _print_cost(evaluator: Evaluator, sizes: list[int]) -> None:
     stats = evaluator.stats
     least, most = min(sizes), max(sizes)
     removed = f"{least}" if least == most else f"{least} to {most}"
@@ -310,11 +340,11 @@ def _print_cost(evaluator, sizes: list[int]) -> None:
     )
 
 
-def _names(evaluator, units) -> str:
+def _names(evaluator: Evaluator, units: Iterable[int]) -> str:
     return ", ".join(evaluator.unit_names[unit] for unit in units) or "-"
 
 
-def _can(check, what: str = "yes") -> str:
+def _can(check: Callable[[], object], what: str = "yes") -> str:
     try:
         check()
     except InputError as error:

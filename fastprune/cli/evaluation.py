@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
@@ -33,6 +34,9 @@ from .options import (
     workers_options,
 )
 from .output import err, printing, progress_bar, say
+
+if TYPE_CHECKING:
+    from ..models import Model
 
 task_settings = group(
     click.option("--include-path", type=FileName(), help="A folder with tasks of your own."),
@@ -66,8 +70,9 @@ task_settings = group(
 @quiet_option
 @model_options
 def evaluate(
-    model, device, dtype, trust_remote_code, tasks, removed, masks_file, include_path, out_file, weights_bytes, workers,
-    ray, quiet, **settings,
+    model: str, device: str | None, dtype: str | None, trust_remote_code: bool,
+    tasks: str, removed: tuple[tuple[int, ...], ...], masks_file: str | None, include_path: str | None,
+    out_file: str | None, weights_bytes: int | None, workers: int | None, ray: str | None, quiet: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Run tasks of lm-evaluation-harness on MODEL without some units.
 
@@ -127,7 +132,9 @@ def open_tasks(
         return names, manager
 
 
-def evaluate_study(models, found: Mapping, out_dir: Path, names: Sequence[str], granularity: str, **settings) -> dict:
+def evaluate_study(
+    models: Sequence[Model], found: Mapping, out_dir: Path, names: Sequence[str], granularity: str, **settings: Any
+) -> dict[str, list[dict]]:
     """Run tasks on each model of a study, whole and under every mask that was chosen: rows by the model's name.
 
     found: what `run_study` returned. Writes tasks.json into its folder, whose store keeps what was computed.
@@ -173,12 +180,12 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
     return table
 
 
-def _number(value) -> str:
+def _number(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 @contextlib.contextmanager
-def harness_on_stderr(quiet: bool):
+def harness_on_stderr(quiet: bool) -> Iterator[None]:
     """What the harness prints goes to stderr, and only its errors; no bars where nobody sees them move."""
     if quiet or not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")

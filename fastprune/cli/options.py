@@ -7,15 +7,21 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import InputError, nearest
 from ..masks import parse_removed
-from ..objectives import OBJECTIVES
-from ..processes import MOST_WORKERS, Processes
+from ..objectives import OBJECTIVES, Objective
+from ..processes import MOST_WORKERS, Processes, Workers
 from ..records import check_folder
 from .output import progress_bar
+
+if TYPE_CHECKING:
+    from ..engine import Progress
+    from ..evaluator import Evaluator
+    from ..models import Model
 
 MOST = 2**31 - 1  # of what is counted
 MOST_SEED = 2**63 - 1
@@ -25,7 +31,7 @@ LONGEST_NAME = 240  # bytes: what file systems take, less what the names of part
 def group(*options: Callable) -> Callable:
     """One decorator for several click options, listed in help in the order given."""
 
-    def decorate(command):
+    def decorate(command: Callable) -> Callable:
         for option in reversed(options):
             command = option(command)
         return command
@@ -33,7 +39,7 @@ def group(*options: Callable) -> Callable:
     return decorate
 
 
-def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
+def _to_bytes(context: click.Context, parameter: click.Parameter, gigabytes: float | None) -> int | None:
     if gigabytes is None or (gigabytes == 0 and parameter.name == "cache_bytes"):
         return gigabytes if gigabytes is None else 0
     if not 2**-30 <= gigabytes <= 2**20:
@@ -44,11 +50,11 @@ def _to_bytes(context, parameter, gigabytes: float | None) -> int | None:
 class Command(click.Command):
     """A command that takes no option twice but those that are lists: the last would win unseen."""
 
-    def parse_args(self, context, arguments):
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         *_, order = self.make_parser(context).parse_args(args=list(arguments))
         for given in order:
-            is_list = given.multiple if isinstance(given, click.Option) else True
-            if not is_list and not given.is_flag and order.count(given) > 1:
+            single = isinstance(given, click.Option) and not given.multiple and not given.is_flag
+            if single and order.count(given) > 1:
                 raise InputError(f"{given.opts[0]} is given twice")
         return super().parse_args(context, arguments)
 
@@ -56,7 +62,7 @@ class Command(click.Command):
 class Known(click.Choice):
     """A choice whose error suggests the nearest name."""
 
-    def convert(self, value, parameter, context):
+    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
         if value not in self.choices:
             raise InputError(f"{parameter.opts[0]}: unknown value {value!r}; {nearest(value, self.choices)}")
         return value
@@ -67,7 +73,7 @@ class Units(click.ParamType):
 
     name = "units"
 
-    def convert(self, value, parameter, context):
+    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
         if isinstance(value, tuple):
             return value
         with naming(parameter.opts[0]):
@@ -79,7 +85,7 @@ class Protected(Units):
 
     name = "units or preset"
 
-    def convert(self, value, parameter, context):
+    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
         from ..search import PRESETS
 
         if value in PRESETS:
@@ -95,7 +101,7 @@ class FileName(click.ParamType):
 
     name = "text"
 
-    def convert(self, value, parameter, context):
+    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
         with naming(parameter.opts[0] if isinstance(parameter, click.Option) else "MODEL"):
             return check_path(value)
 
@@ -105,7 +111,7 @@ class Folder(click.ParamType):
 
     name = "folder"
 
-    def convert(self, value, parameter, context):
+    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
         with naming(parameter.opts[0]):
             return check_folder(Path(check_path(value)))
 
@@ -282,7 +288,7 @@ def check_gradients(algorithms: Iterable[str], objective: str, label: str | None
             )
 
 
-def evaluates(command):
+def evaluates(command: Callable) -> Callable:
     """Give a command the shared options, and as its first argument a function that makes the evaluator from them."""
 
     @model_options
@@ -290,14 +296,17 @@ def evaluates(command):
     @evaluator_settings
     @functools.wraps(command)
     def wrapped(
-        model, device, dtype, trust_remote_code, objective, calibration, store, num_samples, seq_len, sample_seed,
-        granularity, backend, memory_bytes, weights_bytes, cache_bytes, cache_dir,
-        workers, ray, quiet, **own,
-    ):  # fmt: skip
+        model: str, device: str | None, dtype: str | None, trust_remote_code: bool,
+        objective: str, calibration: str | None, store: str | None,
+        num_samples: int | None, seq_len: int | None, sample_seed: int,
+        granularity: str, backend: str, memory_bytes: int | None, weights_bytes: int | None,
+        cache_bytes: int | None, cache_dir: Path | None,
+        workers: int | None, ray: str | None, quiet: bool, **own: Any,
+    ) -> Any:  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
         check_workers(workers, ray)
 
-        def make(progress):
+        def make(progress: Progress | None) -> Evaluator:
             from ..evaluator import Evaluator
 
             opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
@@ -327,7 +336,7 @@ def open_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     weights_bytes: int | None = None,
-):
+) -> Model:
     import torch
     from transformers.utils import logging
 
@@ -357,7 +366,7 @@ def check_workers(workers: int | None, ray: str | None) -> None:
         check_address(ray)
 
 
-def open_workers(workers: int | None, ray: str | None, model):
+def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers | None:
     """Workers of evaluators, started. The cores of this machine are shared out as threads over its processes."""
     if ray is not None:
         from ..integrations.distributed import RayWorkers
@@ -388,14 +397,16 @@ def check_calibration(model: str, objective: str, calibration: str | None, flag:
     return calibration
 
 
-def open_objective(name: str, calibration: str, num_samples: int | None, seq_len: int | None, seed: int, model):
+def open_objective(
+    name: str, calibration: str, num_samples: int | None, seq_len: int | None, seed: int, model: Model
+) -> Objective:
     """The objective on its calibration file. Text gets the defaults of the field, 64 samples of 2048 tokens, and the
     demo's own text its own."""
     from .. import demo
     from ..data import load_tasks, load_text
 
-    objective = OBJECTIVES[name]
-    if objective.data == "tasks":
+    objective: Callable[[Any], Objective] = OBJECTIVES[name]  # each takes the data of its kind
+    if OBJECTIVES[name].data == "tasks":
         return objective(load_tasks(calibration, model.tokenizer, limit=num_samples))
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
         is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written

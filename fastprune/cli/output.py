@@ -9,11 +9,12 @@ import codecs
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # what stands in for characters that a terminal's encoding has not
@@ -23,7 +24,7 @@ STAND_INS = {"■": "#", "·": ".", "…": "~", "–": "-", "—": "-", "’": "
 class Terminal(Console):
     """A console that takes text as it is: a model's folder may be named `m[/x]` or `:smile:`."""
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any):
         super().__init__(markup=False, emoji=False, **settings)
 
     def on_broken_pipe(self) -> None:
@@ -33,7 +34,7 @@ class Terminal(Console):
 err = Terminal(stderr=True)
 
 
-def say(what, style: str | None = None) -> None:
+def say(what: RenderableType, style: str | None = None) -> None:
     """Print a table, or a line of text, which is wrapped for a terminal only, so that a program reads it whole."""
     out = Terminal()  # a new one each time: one whose stream has failed would print what it holds again
     text = isinstance(what, str) or hasattr(what, "plain")
@@ -84,8 +85,9 @@ def prepare_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process lives
     codecs.register_error("fastprune", _stand_in)
+    stdout: Any = sys.stdout
     with suppress(AttributeError):  # a stream that a caller has put there need not be one of text over bytes
-        sys.stdout.reconfigure(errors="fastprune")
+        stdout.reconfigure(errors="fastprune")
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
@@ -103,7 +105,7 @@ def _silence() -> None:
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator:
+def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A callback (done, total) that moves a bar on stderr, from the first call of a run to its last."""
     if quiet or not err.is_terminal:
         yield None

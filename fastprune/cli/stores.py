@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -12,6 +13,9 @@ from ..records import refuse_existing, write_jsonl
 from .options import Command, FileName, check_store, naming
 from .output import printing, say
 
+if TYPE_CHECKING:
+    from ..store import SumStore
+
 
 @click.group()
 def store() -> None:
@@ -20,7 +24,7 @@ def store() -> None:
 
 @store.command(cls=Command)
 @click.argument("file", type=FileName())
-def info(file) -> None:
+def info(file: str) -> None:
     """Show the contexts of a store (model, measure, machine), what each holds, and whether rows are damaged."""
     opened = _open(file)
     table = Table("context", "sums", "weights", "measure", "dtype", "granularity", "path", "fastprune", "device")
@@ -38,7 +42,7 @@ def info(file) -> None:
 @store.command(cls=Command)
 @click.argument("file", type=FileName())
 @click.option("--out", required=True, type=FileName(), help="A new .jsonl file: context, chunk, units, sums.")
-def export(file, out) -> None:
+def export(file: str, out: str) -> None:
     """Write all sums of a store as JSON lines: the context by what determines it, the units that ran, the sums."""
     opened = _open(file)
     with naming("--out"):
@@ -58,7 +62,7 @@ def export(file, out) -> None:
 @click.argument("file", type=FileName())
 @click.option("--context", "contexts", multiple=True, type=click.IntRange(0, 2**31), help="Remove this context's sums.")
 @click.option("--damaged", is_flag=True, help="Remove rows whose checksum does not fit.")
-def prune(file, contexts, damaged) -> None:
+def prune(file: str, contexts: tuple[int, ...], damaged: bool) -> None:
     """Remove contexts that nobody needs any more, or damaged rows, and give back the space."""
     if not contexts and not damaged:
         raise InputError("say what to remove: --context NUMBER, as store info shows them, or --damaged")
@@ -71,7 +75,7 @@ def prune(file, contexts, damaged) -> None:
         say(f"removed: {gone} rows; {Path(file).stat().st_size / 2**20:.1f} MiB are left")
 
 
-def _open(file: str):
+def _open(file: str) -> SumStore:
     from ..store import SumStore
 
     if not Path(file).is_file():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 from rich.table import Table
@@ -43,11 +44,23 @@ from .options import (
 )
 from .output import note, printing, progress_bar, say
 
+if TYPE_CHECKING:
+    from ..models import Model
+
 STUDIED = tuple(name for name, known in ALGORITHMS.items() if known.studied)
 COMPARED = tuple({known.data: name for name, known in reversed(OBJECTIVES.items())}.values())[::-1]  # one of each kind
-# what the demo searches, of text and of questions (None: all), and reads held out: not all, so that it stays short
-DEMO = {"algorithms": STUDIED, "searched": {"text": 16, "tasks": None}, "held_out": {"text": None, "tasks": None}}
-QUICK = {"algorithms": STUDIED[:3], "searched": {"text": 8, "tasks": 48}, "held_out": {"text": 8, "tasks": 48}}
+
+
+class _Size(NamedTuple):
+    """What the demo runs, and how much of text and of questions it searches and reads held out (None: all)."""
+
+    algorithms: tuple[str, ...]
+    searched: Mapping[str, int | None]
+    held_out: Mapping[str, int | None]
+
+
+DEMO = _Size(STUDIED, {"text": 16, "tasks": None}, {"text": None, "tasks": None})  # not all, so that it stays short
+QUICK = _Size(STUDIED[:3], {"text": 8, "tasks": 48}, {"text": 8, "tasks": 48})
 DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subsets that there are
 
 
@@ -85,9 +98,13 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
 @model_settings
 @evaluator_settings
 def study(
-    models, algorithms, objectives, calibrations, held_out, num_remove, options, seed, out_dir, device, dtype,
-    trust_remote_code, num_samples, seq_len, sample_seed, granularity, backend, memory_bytes, weights_bytes,
-    cache_bytes, cache_dir, workers, ray, quiet, tasks, include_path, limit, num_fewshot,
+    models: tuple[str, ...], algorithms: str, objectives: tuple[str, ...], calibrations: tuple[str, ...],
+    held_out: tuple[str, ...], num_remove: str, options: tuple[str, ...], seed: int, out_dir: Path,
+    device: str | None, dtype: str | None, trust_remote_code: bool,
+    num_samples: int | None, seq_len: int | None, sample_seed: int,
+    granularity: str, backend: str, memory_bytes: int | None, weights_bytes: int | None,
+    cache_bytes: int | None, cache_dir: Path | None, workers: int | None, ray: str | None, quiet: bool,
+    tasks: str | None, include_path: str | None, limit: float | None, num_fewshot: int | None,
 ) -> None:  # fmt: skip
     """Compare search algorithms on MODELs.
 
@@ -179,13 +196,13 @@ def study(
 )
 @click.option("--quick", is_flag=True, help="Three algorithms on a part of the data: seconds instead of minutes.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
-def demo(num_remove, out_dir, quick, quiet) -> None:
+def demo(num_remove: int, out_dir: Path, quick: bool, quiet: bool) -> None:
     """Search a small model that is built in; no downloads.
 
     Seven algorithms look for the blocks to remove, under two objectives, and a report shows what they found.
     """
     size = QUICK if quick else DEMO
-    names = size["algorithms"]
+    names = size.algorithms
     options = {name: given for name, given in DEMO_OPTIONS.items() if name in names}
     check_study(names, options, out_dir)
     settings = {name: check_algorithm(name, options.get(name, {}))[1] for name in names}
@@ -197,9 +214,9 @@ def demo(num_remove, out_dir, quick, quiet) -> None:
         raise InputError(f"num_remove must be from 0 to {model.num_blocks - 1} (the model has {model.num_blocks})")
     with printing(out_dir):
         say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
-    makers = {}
+    makers: dict[str, Callable] = {}
     for name in COMPARED:
-        makers |= _objective_makers(["demo"], (name,), _Data(None, size["searched"][OBJECTIVES[name].data]))
+        makers |= _objective_makers(["demo"], (name,), _Data(None, size.searched[OBJECTIVES[name].data]))
     with progress_bar(quiet) as progress:
         found = run_study(
             [model], makers, names, [num_remove], out_dir, options=options, notify=_notify(quiet), progress=progress
@@ -212,7 +229,7 @@ def demo(num_remove, out_dir, quick, quiet) -> None:
         _print_cells(found)
         say("\nRemoved blocks (filled), by objective and algorithm:\n")
         say(pattern_text(rows, model.num_blocks))
-    held_out = _held_out_table(model, rows, size["held_out"], quiet)
+    held_out = _held_out_table(model, rows, size.held_out, quiet)
     with printing(out_dir):
         say(held_out)
         say(f"\nwritten: {out_dir}/report.html, pattern.png and study.json")
@@ -239,7 +256,7 @@ def _print_cells(found: Mapping) -> None:
         say(text)
 
 
-def _held_out_table(model, rows: Sequence[tuple], samples: Mapping, quiet: bool) -> Table:
+def _held_out_table(model: Model, rows: Sequence[tuple], samples: Mapping[str, int | None], quiet: bool) -> Table:
     """What the removals cost on data that no search has seen: on so much text and so many questions (None: all)."""
     from .. import demo as data
     from ..evaluator import Evaluator
@@ -280,8 +297,9 @@ class _Data:
     seed: int = 0
     kind: str = ""  # text or tasks, of a calibration set
 
-    def maker(self, name: str) -> Callable:
-        return lambda model: open_objective(name, self.file, self.num_samples, self.seq_len, self.seed, model)
+    def maker(self, name: str, file: str) -> Callable:
+        """What makes the objective of a model on this much of a file."""
+        return lambda model: open_objective(name, file, self.num_samples, self.seq_len, self.seed, model)
 
 
 def _objective_makers(
@@ -319,7 +337,7 @@ def _objective_makers(
             check_gradients(algorithms, name, own)
             if len(files) > 1:
                 raise InputError(f"--objective {text}: name a file, as NAME=FILE")
-            makers[own] = replace(data, file=files.pop()).maker(name)
+            makers[own] = data.maker(name, files.pop())
     for of, data in (sets or {}).items():
         if of not in used:
             raise InputError(f"--calibration: no objective is calibrated on {of!r}; give one of {data.kind}, as NAME")
@@ -357,7 +375,7 @@ def _held_out_makers(models: Sequence[str], texts: Sequence[str], size: _Data) -
         with naming("--held-out"):
             check_label(label)
         data = _parse_data("--held-out", rest, size, OBJECTIVES[name].data)
-        makers[label] = replace(data, file=check_calibration(models[0], name, data.file, "--held-out")).maker(name)
+        makers[label] = data.maker(name, check_calibration(models[0], name, data.file, "--held-out"))
     return makers
 
 

@@ -82,7 +82,7 @@ WEATHER = {
 TIMES = ["In the morning", "At noon", "In the afternoon", "In the evening", "At night"]
 
 
-def split_of(key) -> str:
+def split_of(key: object) -> str:
     """The one split that items about `key` belong to: 80 % train, 10 % each for the other two."""
     bucket = hashlib.sha256(repr(key).encode()).digest()[0] % 10
     return {8: "calibration", 9: "heldout"}.get(bucket, "train")
@@ -140,31 +140,33 @@ class Story:
             return "She" if person in WOMEN else "He"
         return person
 
-    def pick(self, pairs):
-        return self.rng.choice(pairs) if pairs else (None, None)
+    def pick(self, pairs: list[tuple[str, str]]) -> tuple[str, str]:
+        return self.rng.choice(pairs) if pairs else ("", "")
 
-    def walk(self):
+    def walk(self) -> str:
         person = self.rng.choice(self.people)
         place = self.rng.choice([place for place in self.places if place != self.at[person]])
         self.at[person] = place
         verb = self.rng.choice(("walked to", "went to", "ran to", "hurried to"))
         return f"{self.who(person)} {verb} the {place}."
 
-    def take(self):
+    def take(self) -> str | None:
         person, thing = self.pick([(p, t) for p in self.people for t in self.things if self.lies[t] == self.at[p]])
         if person:
             self.lies[thing] = person
             verb = self.rng.choice(("picked up", "took", "found"))
             return f"{self.who(person)} {verb} the {self.named(thing)}."
+        return None
 
-    def drop(self):
+    def drop(self) -> str | None:
         person, thing = self.pick([(self.lies[t], t) for t in self.things if self.lies[t] in self.people])
         if person:
             self.lies[thing] = self.at[person]
             verb = self.rng.choice(("left", "put down", "dropped"))
             return f"{self.who(person)} {verb} the {self.named(thing)} {self.where(self.at[person])}."
+        return None
 
-    def give(self):
+    def give(self) -> str | None:
         person, thing = self.pick([(self.lies[t], t) for t in self.things if self.lies[t] in self.people])
         near = [p for p in self.people if person and p != person and self.at[p] == self.at[person]]
         if near:
@@ -172,8 +174,9 @@ class Story:
             line = f"{self.who(person)} gave the {self.named(thing)} to {taker}, and {taker} said thank you."
             self.last = taker
             return line
+        return None
 
-    def seek(self):
+    def seek(self) -> str | None:
         """Someone goes and fetches a thing from where it was last put."""
         person, thing = self.pick([(p, t) for p in self.people for t in self.things if self.lies[t] in WHERE])
         if person and self.at[person] != self.lies[thing]:
@@ -181,8 +184,9 @@ class Story:
             self.lies[thing] = person
             they = "she" if person in WOMEN else "he"
             return f"{self.who(person)} wanted the {thing}, so {they} went to the {place} and found it there."
+        return None
 
-    def ask(self):
+    def ask(self) -> str:
         asker, other = self.rng.sample(self.people, 2)
         thing = self.rng.choice(self.things)
         spot = self.lies[thing]
@@ -193,17 +197,17 @@ class Story:
         self.last = other
         return f'"Where is the {thing}?" asked {asker}. "{answer}," said {other}.'
 
-    def sky(self):
+    def sky(self) -> str:
         if self.rng.random() < 0.6:
             return f"{WEATHER[self.weather][1]}."
         self.weather = self.rng.choice([w for w in sorted(WEATHER) if w != self.weather])
         return f"Then the weather changed. {WEATHER[self.weather][0]}."
 
-    def feel(self):
+    def feel(self) -> str:
         person = self.rng.choice(self.people)
         return f"{self.who(person)} felt {WEATHER[self.weather][2]} because of the {self.weather}."
 
-    def recall(self):
+    def recall(self) -> str:
         thing = self.rng.choice(self.things)
         spot = self.lies[thing]
         self.last = None
@@ -211,13 +215,14 @@ class Story:
             return f"{spot} still had the {self.named(thing)}."
         return f"The {self.named(thing)} was still {self.where(spot)}."
 
-    def clock(self):
+    def clock(self) -> str | None:
         self.time += 1
         person = self.last = self.rng.choice(self.people)
         if self.time < len(TIMES):
             return f"{TIMES[self.time]}, {person} was {self.where(self.at[person])}."
+        return None
 
-    def work(self):
+    def work(self) -> str:
         person = self.rng.choice(self.people)
         name = self.who(person)
         if self.rng.random() < 0.5:

@@ -3,15 +3,18 @@
 `question` draws one as it is asked of a model, `lesson` as it is trained on; both keep to one split.
 """
 
+from collections.abc import Sequence
 from random import Random
 
 from .corpus import CONTAINERS, NAMES, OBJECTS, PLACES, WHERE, split_of
 
 # Each maker below returns (what the item is about, the facts as text, what can be asked about them); what
 # can be asked is a list of (question, right answer, wrong answers).
+Asks = list[tuple[str, str | int, Sequence[str | int]]]
+Item = tuple[tuple, str, Asks]
 
 
-def compare(rng: Random):
+def compare(rng: Random) -> Item:
     low, high = sorted(rng.sample(range(10, 100), 2))
     first, second = rng.sample((low, high), 2)
     if rng.random() < 0.6:
@@ -22,11 +25,11 @@ def compare(rng: Random):
         facts = " ".join(f"{names[age]} is {age} years old." for age in (first, second))
         more, less, large, small = "older", "younger", names[high], names[low]
         asks = [(f"Who is {word}?", word) for word in (more, less)]
-    answered = [(text, large, [small]) if word == more else (text, small, [large]) for text, word in asks]
+    answered: Asks = [(text, large, [small]) if word == more else (text, small, [large]) for text, word in asks]
     return ("compare", low, high), facts, answered
 
 
-def lookup(rng: Random):
+def lookup(rng: Random) -> Item:
     count = rng.randint(3, 5)
     things = rng.sample(OBJECTS, count)
     if rng.random() < 0.5:
@@ -38,7 +41,7 @@ def lookup(rng: Random):
     return ("lookup", *facts), " ".join(facts), ask_each(question, things, values)
 
 
-def chain(rng: Random):
+def chain(rng: Random) -> Item:
     """Two steps: the thing is in a container, and the container is in a place."""
     count = rng.randint(2, 3)
     things, boxes = rng.sample(OBJECTS, count), rng.sample(CONTAINERS, count)
@@ -50,14 +53,14 @@ def chain(rng: Random):
     return ("chain", *sorted(inside), *sorted(outside)), facts, asks
 
 
-def ask_each(question: str, things: list[str], values: list[str]):
+def ask_each(question: str, things: list[str], values: list[str]) -> Asks:
     return [
         (question.format(thing), value, [other for other in values if other != value])
         for thing, value in zip(things, values)
     ]
 
 
-def arithmetic(rng: Random):
+def arithmetic(rng: Random) -> Item:
     minus = rng.random() < 0.5
     a, b = rng.randint(20, 69), rng.randint(1, 9)
     right = a - b if minus else a + b
@@ -69,7 +72,7 @@ def arithmetic(rng: Random):
     return ("arithmetic", minus, a, b), facts, [(question, right, near(rng, right))]
 
 
-def sequence(rng: Random):
+def sequence(rng: Random) -> Item:
     step = rng.choice((1, 2, 3, 5, 10, -1, -2, -10))
     start = rng.choice([s for s in range(10, 100) if 10 <= s + 4 * step <= 99])
     right = start + 4 * step
@@ -83,18 +86,18 @@ def near(rng: Random, right: int) -> list[int]:
     return rng.sample([right + d for d in (-10, -2, -1, 1, 2, 10) if 10 <= right + d <= 99], 3)
 
 
-def tallest(rng: Random):
+def tallest(rng: Random) -> Item:
     """Three people ordered by two comparisons that share the one in the middle."""
     high, middle, low = names = rng.sample(NAMES, 3)
     up = rng.random() < 0.5
     facts = []
     for tall, short in rng.sample([(high, middle), (middle, low)], 2):
         facts.append(f"{tall} is taller than {short}." if up else f"{short} is shorter than {tall}.")
-    asks = [("Who is the tallest?", high, [middle, low]), ("Who is the shortest?", low, [high, middle])]
+    asks: Asks = [("Who is the tallest?", high, [middle, low]), ("Who is the shortest?", low, [high, middle])]
     return ("tallest", *names), " ".join(facts), asks
 
 
-def copy(rng: Random):
+def copy(rng: Random) -> Item:
     """Say a list again; dull, but what makes a small model learn to look back, which the others need."""
     items = rng.sample(OBJECTS + NAMES + [str(n) for n in range(10, 100)], rng.randint(3, 6))
     wrong: set[str] = set()
@@ -110,7 +113,7 @@ KINDS = {f.__name__: f for f in (compare, lookup, chain, arithmetic, sequence, t
 LESSONS = [*KINDS, "compare", "arithmetic", "arithmetic", "sequence"]
 
 
-def draw(rng: Random, split: str, kind: str):
+def draw(rng: Random, split: str, kind: str) -> tuple[str, Asks]:
     """The facts of one item of the split, and what can be asked about it in random order."""
     while True:
         key, facts, asks = KINDS[kind](rng)

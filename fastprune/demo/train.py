@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -99,13 +100,13 @@ def build_model(tokenizer) -> LlamaForCausalLM:
 class Batches:
     """Endless batches of training windows: (token ids, weight of each token in the loss)."""
 
-    def __init__(self, tokenizer, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
         self.rng = Random(f"train {seed}")
         self.encode = lambda text: tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         self.begin, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.rest: list[int] = []  # what is left of the last story; a window may begin in mid-story
 
-    def stories(self):
+    def stories(self) -> tuple[torch.Tensor, torch.Tensor]:
         rows = []
         for _ in range(STORIES):
             while len(self.rest) < WINDOW:
@@ -114,7 +115,7 @@ class Batches:
             self.rest = self.rest[WINDOW:]
         return torch.tensor(rows), torch.ones(STORIES, WINDOW)
 
-    def lessons(self):
+    def lessons(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Whole lessons one after the other, until the window is full."""
         rows, row_weights, length = [], [], WINDOW // 2
         for _ in range(LESSONS):
@@ -145,7 +146,7 @@ def train(out: Path, seed: int, minutes: float) -> None:
         torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    step, start, reported = 0, time.monotonic(), 0
+    step, start, reported = 0, time.monotonic(), 0.0
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
         # The clock is the schedule: warm up over the first 100 steps, hold, then fall to zero by the end.
         scale = min(1.0, (step + 1) / 100, (1 - done) / 0.6)
@@ -175,14 +176,20 @@ def train(out: Path, seed: int, minutes: float) -> None:
     evaluate(out)
 
 
-def apart(ids, begin: int):
+def apart(ids: torch.Tensor, begin: int) -> torch.Tensor:
     """An attention mask in which a token sees only what came before it in its own lesson."""
     which = (ids == begin).cumsum(1)
     seen = (which[:, :, None] == which[:, None, :]).tril()
     return torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None]
 
 
-def add_gradient(model, ids, weights, mask, total) -> float:
+def add_gradient(
+    model: LlamaForCausalLM,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor | None,
+    total: torch.Tensor | float,
+) -> float:
     """Add the gradient of the weighted loss, as a share of the step's total weight; return the weighted mean."""
     weights = weights[:, 1:].flatten()
     with torch.autocast("cpu", torch.bfloat16):
@@ -193,10 +200,12 @@ def add_gradient(model, ids, weights, mask, total) -> float:
     return loss.item() / weights.sum().item()
 
 
-def save(model, tokenizer, folder: Path) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the folder with the weights in bfloat16; the model that goes on training keeps float32."""
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    shipped = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    shipped = LlamaForCausalLM(model.config)
+    # transformers' wrapper of it is typed as a plain function
+    shipped.to(torch.bfloat16)  # type: ignore[arg-type]
     shipped.load_state_dict(state)
     shipped.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -248,7 +257,7 @@ def evaluate(out: Path, suffix: str = "-heldout") -> None:
         print(f"{kind:12} {len(results):4} questions  accuracy {right:6.1%}  chance {chance:.1%}", flush=True)
 
 
-def choice_score(model, tokenizer, prompt: str, choice: str) -> float:
+def choice_score(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:
     """Mean log probability of the choice's tokens after the prompt."""
     begin = len(tokenizer(prompt)["input_ids"])
     ids = torch.tensor([tokenizer(prompt + choice)["input_ids"]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +18,13 @@ from ..masks import check_removed, from_removed
 from ..search import protected_units
 from . import require
 
+if TYPE_CHECKING:
+    import optuna
 
-def suggest_removed(trial, num_units: int, num_remove: int, protect: Iterable[int] = ()) -> tuple[int, ...]:
+
+def suggest_removed(
+    trial: optuna.Trial, num_units: int, num_remove: int, protect: Iterable[int] = ()
+) -> tuple[int, ...]:
     """num_remove units, by optuna's parameters `unit 0`, `unit 1`, ... in [0, 1]: those with the highest go.
 
     Every point of the parameters' cube is a subset of the right size, and samplers that model parameters one by one
@@ -30,7 +36,7 @@ def suggest_removed(trial, num_units: int, num_remove: int, protect: Iterable[in
 
 
 def optimize(
-    study,
+    study: optuna.Study,
     evaluator: Evaluator,
     num_remove: int | None = None,
     n_trials: int = 128,
@@ -72,7 +78,15 @@ def optimize(
                 study.tell(trial, state=_state("FAIL"))
 
 
-def _run_batch(study, evaluator, open_trials: list, suggest, known: dict, racing, keep) -> None:
+def _run_batch(
+    study: optuna.Study,
+    evaluator: Evaluator,
+    open_trials: list[optuna.Trial],
+    suggest: Callable[..., Iterable[int]],
+    known: dict[tuple[int, ...], float],
+    racing: float | None,
+    keep: int,
+) -> None:
     """Score the trials of a batch and tell the study; those that were told leave the list."""
     subsets = []
     for trial in open_trials:
@@ -96,13 +110,23 @@ def _run_batch(study, evaluator, open_trials: list, suggest, known: dict, racing
             study.tell(trial, state=_state("FAIL"))
 
 
-def _state(name: str):
+def _state(name: str) -> optuna.trial.TrialState:
     from optuna.trial import TrialState
 
     return TrialState[name]
 
 
-def _check(study, evaluator, num_remove, n_trials, batch_size, racing, keep, protect, suggest):
+def _check(
+    study: optuna.Study,
+    evaluator: Evaluator,
+    num_remove: int | None,
+    n_trials: int,
+    batch_size: int,
+    racing: float | None,
+    keep: int,
+    protect: Iterable[int] | str,
+    suggest: Callable[..., Iterable[int]] | None,
+) -> Callable[..., Iterable[int]]:
     """The function that makes a subset of a trial. Raises InputError for what cannot be run."""
     import optuna
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from . import native
 from .generic import Model
 from .operators import OPERATORS, Rows, fast_operators
 from .precision import WideningLinear
+from .runner import Targets
 from .tree import layer_windows
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # pre-norm RMSNorm, rotary, gated MLP with SiLU
@@ -32,8 +34,8 @@ class Layer:
 
     attention_norm: nn.Module
     qkv: tuple[nn.Linear, ...]
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
+    q_norm: Any  # the family's RMSNorm, or None
+    k_norm: Any
     output: nn.Linear
     mlp_norm: nn.Module
     gate_up: tuple[nn.Linear, ...]
@@ -73,14 +75,17 @@ class FusedModel:
         self.path_name = f"fused ({self._operators.name})"
         model.once(self.path_name, self._check)
 
-    def open(self, ids, positions=None, branch=None) -> tuple[torch.Tensor, ChunkArguments]:
+    def open(
+        self, ids: torch.Tensor, positions: torch.Tensor | None = None, branch: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ChunkArguments]:
         """As `Model.open`: the embedded tokens [B, T, D], and what the layers need."""
         state, arguments = self._model.embed(ids, positions)
         cos, sin = arguments[0]["position_embeddings"]  # [1 or B, T, 2R], each angle twice
         half = cos.shape[-1] // 2
         cos, sin = (table[..., :half].reshape(-1, half).float().contiguous() for table in (cos, sin))
         position = torch.arange(ids.numel(), device=ids.device) % len(cos)
-        rows = Rows(*ids.shape, positions, branch, ids.device)
+        num_rows, length = ids.shape
+        rows = Rows(num_rows, length, positions, branch, ids.device)
         layer = self._layers[0]
         head_dim = layer.output.in_features // layer.num_heads
         grouped = any(layer.num_heads != layer.num_kv_heads for layer in self._layers)
@@ -92,11 +97,13 @@ class FusedModel:
         """As `Model.bands`."""
         return self._model.bands
 
-    def visit(self, bands=None) -> Iterator[Sequence[int]]:
+    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
         """As `Model.visit`."""
         return self._model.visit(bands)
 
-    def run(self, unit: int, state: torch.Tensor, arguments: ChunkArguments, granularity: str = "block"):
+    def run(
+        self, unit: int, state: torch.Tensor, arguments: ChunkArguments, granularity: str = "block"
+    ) -> torch.Tensor:
         """As `Model.run`, on states [B, T, D]. The input is left as it is."""
         x = state.flatten(0, 1)
         if granularity == "block":
@@ -123,11 +130,11 @@ class FusedModel:
         """As `Model.normed`."""
         return self._norm(self._model.final_norm, states)
 
-    def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
+    def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """As `Model.nll`."""
         return self._operators.nll(self.normed(states), self._head.weight, tile)
 
-    def misses(self, states: torch.Tensor, tile) -> torch.Tensor:
+    def misses(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """As `Model.misses`."""
         logits = nn.functional.linear(self.normed(states), self._head.weight)
         return (logits.argmax(dim=-1)[tile.rows] != tile.tokens).float()
@@ -136,7 +143,7 @@ class FusedModel:
         """As `Model.kl_reference`; on a GPU logits."""
         return self._operators.kl_reference(self.normed(dense), self._head.weight)
 
-    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """As `Model.kl`."""
         return self._operators.kl(reference, self.normed(states), self._head.weight, tile)
 
@@ -164,7 +171,9 @@ class FusedModel:
         residual.addmm_(active, layer.down.weight.T)
         return residual if layer.down.bias is None else residual.add_(layer.down.bias)
 
-    def _norm(self, norm: nn.Module, x, branch=None, residual=None) -> torch.Tensor:
+    def _norm(
+        self, norm: Any, x: torch.Tensor, branch: torch.Tensor | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return self._operators.add_rms_norm(x, norm.weight, norm.variance_epsilon, branch, residual)
 
     def _check(self) -> None:
@@ -234,7 +243,7 @@ def why_not_fused(model: Model) -> str | None:
     return None
 
 
-def _layer(module: nn.Module) -> Layer:
+def _layer(module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     packed = hasattr(attention, "qkv_proj")
     qkv = (attention.qkv_proj,) if packed else (attention.q_proj, attention.k_proj, attention.v_proj)

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from ..fingerprint import mark
 from ..masks import check_removed
 from .attention import pinned_attention
 from .precision import working_dtype
+from .runner import Targets
 from .stand_ins import (
     Arguments,
     HalfBlock,
@@ -71,34 +73,37 @@ class Model:
     path_name = "generic"  # beside "fused (...)", see FusedModel
     opened: tuple[tuple, tuple] | None = None  # of what load_model opened: its arguments, and the state it then had
 
-    def __init__(self, hf: nn.Module, tokenizer=None, name: str | None = None, weights: Weights | None = None):
+    def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None, weights: Weights | None = None):
         self.weights = weights
         self.turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else threading.RLock()
         with self.turn:  # nobody masks it meanwhile
             self._open(hf, tokenizer, name)
 
-    def _open(self, given: nn.Module, tokenizer, name: str | None) -> None:
-        self.given, self.tokenizer = given, tokenizer  # the caller's own model
-        self.hf = hf = _with_unrounded_angles(given)
+    def _open(self, given: nn.Module, tokenizer: Any, name: str | None) -> None:
+        self.given: Any = given  # the caller's own model
+        self.tokenizer = tokenizer
+        hf = _with_unrounded_angles(given)
+        self.hf: Any = hf  # with what a transformers model has and a module has not
         if hf is not given:
             _TURNS[hf] = self.turn
-        self.config = getattr(hf, "config", None)
+        self.config: Any = getattr(hf, "config", None)
         self.family = getattr(self.config, "model_type", type(hf).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
         self._path = self._find_layers()
-        self._list = get_module(given, self._path)
+        assert self.config is not None  # or it was refused
+        self._list: nn.ModuleList = get_module(given, self._path)
         self.layers: list[nn.Module] = list(self._list)
         self.num_blocks = len(self.layers)
         self.device, self.dtype = next(hf.parameters()).device, working_dtype(hf)
         self.vocab_size = int(self.config.vocab_size)
         self.hidden_size = int(self.config.hidden_size)
-        self.max_positions = getattr(self.config, "max_position_embeddings", None)
+        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         self.final_norm = self._find_final_norm()
         self._signature = inspect.signature(type(self.layers[0]).forward)
         self._recorder = Recorder(self._path, hf)
         self._head = Head(self._path, hf)
-        self._sublayers: list[Sublayers] | None = None
-        self._hashed: tuple[list, str] | None = None
+        self._sublayers: list[Sublayers] = []  # none until they are required
+        self._hashed: tuple[tuple, str] | None = None
         self._passed: tuple[tuple | None, set[Hashable]] = (None, set())  # the state, and what was checked in it
         with self.evaluation():
             self._check_dense()
@@ -110,7 +115,7 @@ class Model:
         """The row length beyond which rotary frequencies change for all that runs together; None where they do not."""
         kinds = _rotary_kinds(self.config)
         lengths = [kind.get("original_max_position_embeddings") or self.max_positions for kind in kinds]
-        return min(lengths, default=None)
+        return min((length for length in lengths if length is not None), default=None)
 
     def unit_names(self, granularity: str) -> list[str]:
         """Names of the prunable units, in the order in which they run."""
@@ -122,7 +127,7 @@ class Model:
         """Raise InputError unless the model's units of this granularity can be run."""
         if granularity not in GRANULARITIES:
             raise InputError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
-        if granularity == "sublayer" and self._sublayers is None:
+        if granularity == "sublayer" and not self._sublayers:
             with self.evaluation():
                 self._sublayers = self._find_sublayers()
 
@@ -140,6 +145,12 @@ class Model:
         """All blocks, each with its weights at hand while it is the current one."""
         return (block for band in self.visit() for block in band)
 
+    @overload
+    def run(self, unit: int, state: State, arguments: Arguments) -> torch.Tensor: ...
+
+    @overload
+    def run(self, unit: int, state: State, arguments: Arguments, granularity: str) -> State: ...
+
     def run(self, unit: int, state: State, arguments: Arguments, granularity: str = "block") -> State:
         """Run one unit on a state and return the next state. Skipping a unit is not calling this."""
         if granularity == "block":
@@ -155,7 +166,10 @@ class Model:
 
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """The state that was packed, after a unit."""
-        return packed if packed.dim() == 3 else HalfBlock(*packed, self._sublayers[unit // 2])
+        if packed.dim() == 3:
+            return packed
+        hidden, entry, attention = packed
+        return HalfBlock(hidden, entry, attention, self._sublayers[unit // 2])
 
     def open(
         self, ids: torch.Tensor, positions: torch.Tensor | None = None, branch: torch.Tensor | None = None
@@ -168,6 +182,7 @@ class Model:
         if branch is None:
             state, calls = self._recorder(input_ids=ids)
             return state, [self._by_name(args, kwargs) for args, kwargs in calls]
+        assert positions is not None
         windows = layer_windows(self.config, self.num_blocks)
         masks = {window: self._layer_mask(tree_mask(positions, branch, window)) for window in {None, *windows}}
         state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=masks[None])
@@ -191,11 +206,11 @@ class Model:
         """Logits [P, V] of hidden states [P, D] taken before the final norm, in the model's dtype."""
         return self._head(self.normed(hidden))
 
-    def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
+    def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
         return token_nll(self.logits(states), tile.rows, tile.tokens)
 
-    def misses(self, states: torch.Tensor, tile) -> torch.Tensor:
+    def misses(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """1 where a tile's target is not the most likely token, else 0, [M], from the final states [P, D]."""
         return (self.logits(states).argmax(dim=-1)[tile.rows] != tile.tokens).float()
 
@@ -203,7 +218,7 @@ class Model:
         """What `kl` compares with, of the dense model's final states [P, D]: log-probabilities, float32[P, V]."""
         return log_probabilities(self.logits(dense))
 
-    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """KL(dense || masked) where a tile's targets are predicted, [M], from the masked one's final states [P, D]."""
         return kl_from(reference, self.logits(states))[tile.rows]
 
@@ -219,7 +234,7 @@ class Model:
         return self.path_name
 
     @contextmanager
-    def evaluation(self):
+    def evaluation(self) -> Iterator[None]:
         """No gradients, no dropout, no autocast of the caller, and attention by the pinned backends; every training
         flag and switch is put back afterwards.
 
@@ -311,7 +326,7 @@ class Model:
             digest.update(f"{name}{_plain_attributes(module)}".encode())
         for name, tensor in tensors:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @cached_property
@@ -324,12 +339,12 @@ class Model:
             return False
         return True
 
-    def pruned(self, removed: Iterable[int]) -> nn.Module:
+    def pruned(self, removed: Iterable[int]) -> Any:
         """The transformers model without these blocks: a shallow copy that shares all weights, see `ordered`."""
         gone = set(removed)
         return self.ordered([i for i in range(self.num_blocks) if i not in gone])
 
-    def ordered(self, sequence: Sequence[int], copies: bool = False) -> nn.Module:
+    def ordered(self, sequence: Sequence[int], copies: bool = False) -> Any:
         """The transformers model with these blocks in this order: a shallow copy that shares all weights.
 
         Its config has num_hidden_layers and every per-layer list as the blocks stand. copies: a block that stands
@@ -345,7 +360,7 @@ class Model:
             again = copies and block in sequence[:place]
             blocks.append(copy.deepcopy(self.layers[block]) if again else self.layers[block])
         ordered = with_replaced(self.hf, self._path, nn.ModuleList(blocks))
-        owner = ordered
+        owner: Any = ordered
         for name in self._path:
             if getattr(owner, "config", None) is not None:
                 owner.config = config
@@ -353,7 +368,7 @@ class Model:
         return ordered
 
     @contextmanager
-    def masked(self, removed: Iterable[int]) -> Iterator[nn.Module]:
+    def masked(self, removed: Iterable[int]) -> Iterator[Any]:
         """See `masked`, the function."""
         if self.weights is not None:
             raise InputError(
@@ -365,7 +380,7 @@ class Model:
             kept = [i for i in range(self.num_blocks) if i not in gone]
             if not kept and not self.runs_without_blocks:
                 raise InputError(f"nothing is kept, and the family {self.family!r} cannot run without blocks")
-            before = []  # (object, attribute, value), put back in the end
+            before: list[tuple[Any, str, Any]] = []  # (object, attribute, value), put back in the end
             *above, last = self._path
             base = get_module(self.given, above)
             try:
@@ -396,7 +411,7 @@ class Model:
                 "serves outside, what was opened inside serves there"
             )
 
-    def _config_of(self, sequence: Sequence[int]):
+    def _config_of(self, sequence: Sequence[int]) -> Any:
         """The config of the model with these blocks: num_hidden_layers and every per-layer list as they stand."""
         config = copy.deepcopy(self.config)
         if getattr(config, "mlp_only_layers", None):  # a list of layer indices
@@ -419,7 +434,7 @@ class Model:
 
     def _find_layers(self) -> tuple[str, ...]:
         """Attribute path from the model to its list of decoder layers."""
-        if not isinstance(self.hf, nn.Module) or self.config is None:
+        if not isinstance(self.given, nn.Module) or self.config is None:
             raise InputError(f"expected a transformers causal language model, not {type(self.hf).__name__}")
         if getattr(self.config, "is_encoder_decoder", False):
             raise self._refuse("it is an encoder-decoder")
@@ -537,7 +552,7 @@ class Model:
         blocks = self.visited_blocks()
 
         def calling(layer: nn.Module) -> Callable:
-            def call(hidden: torch.Tensor, args: tuple, kwargs: dict):
+            def call(hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
                 nonlocal state
                 state = self._after(next(blocks), state, arguments)
                 return layer(hidden, *args, **kwargs)
@@ -566,6 +581,8 @@ class Model:
             )
         if ids is None:
             ids, positions, branch = self.probe_tree()
+        assert positions is not None
+        assert branch is not None
         inside = (branch[0] == 0) | torch.isin(branch[0], few_branches(branch[0], LONGEST_CHECKED))
         ids, positions, branch = ids[:, inside], positions[:, inside], branch[:, inside]
         tree = ids, positions, branch
@@ -615,7 +632,7 @@ def layer_paths(hf: nn.Module) -> list[tuple[str, ...]]:
 
 
 @contextmanager
-def masked(model, removed: Iterable[int]) -> Iterator[nn.Module]:
+def masked(model: Model | nn.Module, removed: Iterable[int]) -> Iterator[Any]:
     """Run any code on a transformers model without some of its blocks; nothing is copied, and all is put back.
 
     model: the transformers model, or a `Model` of it, which saves the checks of opening one. removed: block indices.
@@ -641,7 +658,7 @@ def masked(model, removed: Iterable[int]) -> Iterator[nn.Module]:
             yield hf
 
 
-def _set(before: list[tuple], owner, name: str, value) -> None:
+def _set(before: list[tuple[Any, str, Any]], owner: Any, name: str, value: Any) -> None:
     """Set an attribute where there is one, and note what it was."""
     if getattr(owner, name, None) is not None:
         before.append((owner, name, getattr(owner, name)))
@@ -682,7 +699,7 @@ def _plain_attributes(module: nn.Module) -> tuple:
     return (type(module).__qualname__, *sorted(plain), *hooks)
 
 
-def _rotary_kinds(config) -> list[dict]:
+def _rotary_kinds(config: Any) -> list[dict[str, Any]]:
     """The rotary parameters (one set, or one per layer type) whose frequencies depend on the length of a row."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p] or [parameters]

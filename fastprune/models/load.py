@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,19 +32,20 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|rotary_emb\.inv_freq$")
 # what a config may call its sizes: each is found again in the weights
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-WIDTHS = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads", "num_experts")
-WIDTHS += ("num_local_experts", "moe_intermediate_size", "d_model", "n_embd", "n_inner", "n_head", "n_positions")
+WIDTHS: tuple[str, ...] = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
+WIDTHS += ("num_key_value_heads", "num_experts", "num_local_experts", "moe_intermediate_size")
+WIDTHS += ("d_model", "n_embd", "n_inner", "n_head", "n_positions")
 # the files of a hub repository that a model and its tokenizer are made of
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "model.safetensors", "model-*.safetensors"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_model(
-    source,
+    source: str | os.PathLike | Model | nn.Module,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     trust_remote_code: bool = False,
     weights_bytes: int | None = None,
 ) -> Model:
@@ -75,7 +77,14 @@ def load_model(
         raise InputError(brief(str(error), LONGEST_MESSAGE)) from error.__cause__
 
 
-def _load(source, device, dtype, tokenizer, trust_remote_code: bool, weights_bytes: int | None) -> Model:
+def _load(
+    source: str | os.PathLike,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    tokenizer: Any,
+    trust_remote_code: bool,
+    weights_bytes: int | None,
+) -> Model:
     name, folder = str(source), Path(source)
     if name == "demo":
         from ..demo import MODEL_DIR
@@ -94,7 +103,7 @@ def _load(source, device, dtype, tokenizer, trust_remote_code: bool, weights_byt
         folder = _fetch(name, trust_remote_code)
     tensors = check_folder(folder)
     wanted = _stored_dtype(folder, tensors) if dtype is None else dtype
-    slow = device.type == "cpu" and wanted != "auto" and not has_instructions(wanted)
+    slow = device.type == "cpu" and isinstance(wanted, torch.dtype) and not has_instructions(wanted)
     weights = None
     if weights_bytes is not None:
         widens = slow and dtype is None
@@ -115,7 +124,7 @@ def _load(source, device, dtype, tokenizer, trust_remote_code: bool, weights_byt
         lacks = f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
         warnings.warn(f"{lacks}: {how}", stacklevel=3)
     tokenizer = tokenizer or _load_tokenizer(folder, trust_remote_code)
-    if weights is None:
+    if weights is None or weights_bytes is None:
         model = Model(hf.to(device).eval(), tokenizer, name)
     else:
         hf = to_device(hf, device).eval()
@@ -224,7 +233,7 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
     """
     longest = max((max(shape, default=0) for _, shape in tensors.values()), default=0)
     total = sum(math.prod(shape) for _, shape in tensors.values())
-    limits = [(key, len(tensors), "tensors") for key in DEPTHS]
+    limits: list[tuple[str, float, str]] = [(key, len(tensors), "tensors") for key in DEPTHS]
     limits += [("vocab_size", longest, "rows in the largest of them")]
     limits += [(key, total, "numbers") for key in WIDTHS]
     limits += [("max_position_embeddings", math.inf, "")]
@@ -242,7 +251,7 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
                 raise InputError(f"{path}: {key} is {shown(value)}, but the weights hold only {limit} {of_what}")
 
 
-def _wrong_dtype(place, tensor: str, dtype: str) -> InputError:
+def _wrong_dtype(place: str | Path, tensor: str, dtype: str) -> InputError:
     return InputError(f"{place}: the tensor {brief(tensor, 80)} is {dtype}; weights are scored in {', '.join(FLOATS)}")
 
 
@@ -323,15 +332,15 @@ def _read_header(path: Path) -> tuple[int, dict]:
     return 8 + header_length, header
 
 
-def _are_counts(values) -> bool:
+def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def _from_pretrained(folder: Path, name: str, dtype, trust_remote_code: bool, tensors: dict):
+def _from_pretrained(folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        hf, report = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -345,6 +354,7 @@ def _from_pretrained(folder: Path, name: str, dtype, trust_remote_code: bool, te
                 f"{name}: brings code of its own, which runs only with --trust-remote-code (trust_remote_code=True)"
             ) from error
         raise InputError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+    hf, report = found
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):
             tensor = sorted(report[problem], key=str)[0]
@@ -353,10 +363,10 @@ def _from_pretrained(folder: Path, name: str, dtype, trust_remote_code: bool, te
         if not BUFFERS.search(tensor) and not (tensor == "lm_head.weight" and hf.config.tie_word_embeddings):
             raise InputError(f"{name}: the config has no place for the tensor {brief(tensor, 80)} of the checkpoint")
     own = [buffer for buffer, values in hf.named_buffers() if not values.is_floating_point()]
-    for tensor, (dtype, _) in tensors.items():
+    for tensor, (kind, _) in tensors.items():
         is_buffer = BUFFERS.search(tensor) or any(f".{buffer}".endswith(f".{tensor}") for buffer in own)
-        if dtype not in FLOATS and not is_buffer:
-            raise _wrong_dtype(name, tensor, dtype)
+        if kind not in FLOATS and not is_buffer:
+            raise _wrong_dtype(name, tensor, kind)
     return hf
 
 
@@ -365,7 +375,7 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool):
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """The checkpoint's tokenizer, or None where it has none (token ids can still be scored)."""
     from transformers import AutoTokenizer
 
@@ -382,7 +392,7 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool):
     return tokenizer
 
 
-def _check_device(device) -> torch.device:
+def _check_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -393,7 +403,7 @@ def _check_device(device) -> torch.device:
     return device
 
 
-def _check_dtype(dtype) -> torch.dtype | str | None:
+def _check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str | None:
     if dtype is None or dtype == "auto":
         return dtype
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -7,12 +7,16 @@ is recorded. What each computes is defined in fastprune_kernels.reference.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 try:
-    from fastprune import _native
+    from fastprune import _native as _found
 except ImportError:
-    _native = None
+    _found = None
+
+_native: Any = _found
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -136,7 +140,9 @@ def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.
     return out
 
 
-def _check_matrix(name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS, contiguous=True) -> None:
+def _check_matrix(
+    name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS, contiguous: bool = True
+) -> None:
     if x.dim() != 2:
         raise ValueError(f"{name} must be a matrix, not of shape {list(x.shape)}")
     if x.dtype not in dtypes:

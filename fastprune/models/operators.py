@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from fastprune_kernels import reference
 
 from .generic import Model
+from .runner import Targets
 from .tree import seen_by, segments, tree_mask
 
 DENSE = 512  # tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
@@ -39,6 +41,7 @@ class Rows:
     def tokens_of_trees(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Branch and position of every token, int64[B * T]."""
         if self.branch is not None:
+            assert self.positions is not None
             return self.branch.flatten(), self.positions.flatten()
         steps = torch.arange(self.length, device=self.device).repeat(self.num_rows)
         return torch.zeros_like(steps), steps
@@ -72,20 +75,38 @@ class TorchOperators:
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 
-    def add_rms_norm(self, states, weight, eps, branch=None, residual=None) -> torch.Tensor:
+    def add_rms_norm(
+        self,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        branch: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """norm(states + branch) * weight; the sum goes to `residual` as well."""
         x, normed = reference.add_rms_norm(states, weight, eps, branch)
         if residual is not None:
             residual.copy_(x)
         return normed
 
-    def rotary(self, qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps) -> torch.Tensor:
+    def rotary(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        position: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
         return reference.rotary(qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps)
 
-    def gated_mlp(self, gate_up) -> torch.Tensor:
+    def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
         return reference.gated_mlp(gate_up)
 
-    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None):
+    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None) -> object:
         """What `attention` needs to know of a chunk's rows, once for all layers with this window.
 
         grouped: whether several heads share a key head.
@@ -99,7 +120,7 @@ class TorchOperators:
             return rows, tree_mask(position[shared], branch[shared], window)
         return rows, [Segments(pos[None], br[None], window) for pos, br in zip(position[shared], branch[shared])]
 
-    def attention(self, qkv, plan, num_heads, num_kv_heads, scale) -> torch.Tensor:
+    def attention(self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float) -> torch.Tensor:
         """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused kernels."""
         rows, seen = plan
         heads = qkv.view(rows.num_rows, rows.length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)
@@ -116,15 +137,15 @@ class TorchOperators:
                 out[of, queries] = part.transpose(1, 2)
         return out.view(len(qkv), -1)
 
-    def nll(self, normed, weight, tile) -> torch.Tensor:
+    def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
         """-log p of the tile's targets, [M], from normed states at its sources, [P, D]."""
         return reference.token_nll(F.linear(normed, weight), tile.rows, tile.tokens)
 
-    def kl_reference(self, dense, weight) -> torch.Tensor:
+    def kl_reference(self, dense: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What `kl` compares with, of the dense model's normed states [P, D]: log-probabilities, float32[P, V]."""
         return reference.log_probabilities(F.linear(dense, weight))
 
-    def kl(self, dense, masked, weight, tile) -> torch.Tensor:
+    def kl(self, dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
         """KL(dense || masked) at the positions of the tile's targets, [M], from normed states [P, D]."""
         return reference.kl_from(dense, F.linear(masked, weight))[tile.rows]
 
@@ -148,16 +169,34 @@ class NativeOperators(TorchOperators):
         super().__init__(dtype)
         self._ops = native
 
-    def add_rms_norm(self, states, weight, eps, branch=None, residual=None) -> torch.Tensor:
+    def add_rms_norm(
+        self,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        branch: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return self._ops.add_rms_norm(states, weight, eps, branch, residual)
 
-    def rotary(self, qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps) -> torch.Tensor:
+    def rotary(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        position: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
         return self._ops.rotary(qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps)
 
-    def gated_mlp(self, gate_up) -> torch.Tensor:
+    def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._ops.gated_mlp(gate_up)
 
-    def nll(self, normed, weight, tile) -> torch.Tensor:
+    def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
         logits = F.linear(normed, weight)
         return self._ops.log_sum_exp(logits)[tile.rows] - logits[tile.rows, tile.tokens].float()
 
@@ -180,18 +219,36 @@ class TritonOperators(TorchOperators):
         self._attention, self._loss = attention, linear_loss
         self._norm, self._rope, self._gated_mlp = norm.add_rms_norm, rope.rotary, gated_mlp.gated_mlp
 
-    def add_rms_norm(self, states, weight, eps, branch=None, residual=None) -> torch.Tensor:
+    def add_rms_norm(
+        self,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        branch: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return self._norm(states, weight, eps, branch=branch, residual=residual)
 
-    def rotary(self, qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps) -> torch.Tensor:
+    def rotary(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        position: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
         return self._rope(
             qkv, cos, sin, position, num_heads, num_kv_heads, q_weight=q_weight, k_weight=k_weight, eps=eps
         )
 
-    def gated_mlp(self, gate_up) -> torch.Tensor:
+    def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._gated_mlp(gate_up)
 
-    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None):
+    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None) -> object:
         """Plain rows go to torch's flash attention where that serves them, and in float32 to its memory-efficient
         kernel. This one takes no grouped heads: torch would hold all scores of a row, so they go to tree_attention, as
         trees and windows do."""
@@ -204,19 +261,19 @@ class TritonOperators(TorchOperators):
             starts, branch, position, head_dim=head_dim, dtype=self.dtype, device=rows.device, window=window
         )
 
-    def attention(self, qkv, plan, num_heads, num_kv_heads, scale) -> torch.Tensor:
+    def attention(self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float) -> torch.Tensor:
         if isinstance(plan, self._attention.TreePlan):
             return self._attention.tree_attention(qkv, plan, num_heads, num_kv_heads, scale=scale)
         return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
 
-    def nll(self, normed, weight, tile) -> torch.Tensor:
+    def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
         return self._loss.linear_nll(normed, weight, tile.table).flatten()[tile.places]
 
-    def kl_reference(self, dense, weight) -> torch.Tensor:
+    def kl_reference(self, dense: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Logits, float32[P, V]."""
         return self._loss.linear_logits(dense, weight)
 
-    def kl(self, dense, masked, weight, tile) -> torch.Tensor:
+    def kl(self, dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
         return self._loss.linear_kl(dense, masked, weight)[tile.rows]
 
     def head_bytes(self, model: Model, measure: str) -> int:

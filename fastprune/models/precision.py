@@ -7,6 +7,7 @@ number is a float32 number as well: widened weights lose nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,12 +31,14 @@ def has_instructions(dtype: torch.dtype) -> bool:
     return dtype not in INSTRUCTIONS or any(capabilities().get(name) for name in INSTRUCTIONS[dtype])
 
 
+def _widened(module: Any) -> torch.Tensor:
+    return module._parameters["weight"].float()
+
+
 class Widening:
     """Of a module whose weight is kept in 16 bits: whoever reads the weight gets a float32 copy, and lets go of it."""
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return self._parameters["weight"].float()
+    weight: Any = property(_widened)
 
 
 class WideningLinear(Widening, nn.Linear):

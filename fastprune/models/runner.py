@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .stand_ins import State
 
 
+class Targets(Protocol):
+    """What the head reads of the targets of a tile, see `chunks.Tile`."""
+
+    @property
+    def rows(self) -> torch.Tensor: ...
+
+    @property
+    def tokens(self) -> torch.Tensor: ...
+
+    @property
+    def table(self) -> torch.Tensor: ...
+
+    @property
+    def places(self) -> torch.Tensor: ...
+
+
 class Runner(Protocol):
     """Runs units on states, and the head on final states. The engine knows nothing else of a model.
 
     A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these (`pack`, `unpack`). A
-    unit leaves its input as it is, since other masks still need it. path_name: what runs, as users read it.
+    unit leaves its input as it is, since other masks still need it. States and arguments go back to the runner that
+    made them. path_name: what runs, as users read it.
     """
 
     path_name: str
@@ -30,10 +47,10 @@ class Runner(Protocol):
     def open(self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None) -> tuple:
         """The embedded tokens, and what every unit needs of a chunk besides them."""
 
-    def run(self, unit: int, state: State, arguments, granularity: str) -> State:
+    def run(self, unit: int, state: Any, arguments: Any, granularity: str) -> State:
         """The state after a unit. Skipping one is not calling this."""
 
-    def pack(self, state: State) -> torch.Tensor:
+    def pack(self, state: Any) -> torch.Tensor:
         """A state as one tensor, to be kept."""
 
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
@@ -42,16 +59,16 @@ class Runner(Protocol):
     def normed(self, states: torch.Tensor) -> torch.Tensor:
         """Final states [P, D] as the head reads them."""
 
-    def nll(self, states: torch.Tensor, tile) -> torch.Tensor:
+    def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
 
-    def misses(self, states: torch.Tensor, tile) -> torch.Tensor:
+    def misses(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """1 where a tile's target is not the most likely token, else 0, [M]."""
 
     def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
         """What `kl` compares with at each position, [P, ...], of the dense model's final states [P, D]."""
 
-    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile) -> torch.Tensor:
+    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """KL(dense || masked) where a tile's targets are predicted, [M]."""
 
     def head_bytes(self, measure: str) -> int:

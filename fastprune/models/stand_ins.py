@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -44,12 +44,12 @@ class Recorder:
     def __init__(self, path: tuple[str, ...], hf: nn.Module):
         self.as_tuple = False  # whether the model takes a tuple from each layer
         self._calls: list[tuple[tuple, dict]] = []
-        self._state: torch.Tensor | None = None
+        self._state: Any = None  # the first layer's input, once it is known
         layers = nn.ModuleList(StandInLayer(layer, self.record) for layer in get_module(hf, path))
         # the causal-LM wrapper is left out: only the base model below it is run
         self._base = get_module(with_replaced(hf, path, layers), path[:1])
 
-    def __call__(self, **inputs) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+    def __call__(self, **inputs: Any) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         self._calls, self._state = [], None
         try:
             self._base(**inputs, use_cache=False)
@@ -57,7 +57,7 @@ class Recorder:
         finally:
             self._calls, self._state = [], None
 
-    def record(self, hidden: torch.Tensor, args: tuple, kwargs: dict):
+    def record(self, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor | tuple[torch.Tensor, None]:
         if self._state is None:
             self._state = hidden
         self._calls.append((args, kwargs))
@@ -72,10 +72,10 @@ class StandInLayer(nn.Module):
         # hidden from nn.Module, so that the layer is not a submodule of its stand-in
         self.__dict__["_layer"], self.__dict__["_call"] = layer, call
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)  # models read attributes such as attention_type
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._call(hidden_states, args, kwargs)
 
 
@@ -100,14 +100,15 @@ class _BaseStub(nn.Module):
 
     hidden: torch.Tensor | None = None
 
-    def forward(self, *args, **kwargs):
-        return _BaseOutput(last_hidden_state=self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        # transformers calls any tensor a FloatTensor
+        return _BaseOutput(last_hidden_state=self.hidden)  # type: ignore[arg-type]
 
 
 class _BaseOutput(BaseModelOutput):
     """A base model's output; whatever else a family's wrapper reads from its own output type is None."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)
         return None
@@ -136,7 +137,7 @@ class Sublayers:
         finally:
             self._kept.output = None
 
-    def mlp(self, state: State, arguments: dict) -> State:
+    def mlp(self, state: State, arguments: dict) -> torch.Tensor:
         if isinstance(state, HalfBlock) and state.owner is self:
             entry, self._given.output = state.entry, state.attention
         else:  # attention was skipped; the state may have been left by an earlier block whose mlp was
@@ -158,7 +159,9 @@ class _NoMlp(nn.Module):
         super().__init__()
         self._as_tuple = as_tuple
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
         nothing = torch.zeros_like(hidden_states)
         return (nothing, None) if self._as_tuple else nothing
 
@@ -168,7 +171,7 @@ class _GivenAttention(nn.Module):
 
     output: torch.Tensor | None = None
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         if self.output is not None:
             return self.output, None
         return torch.zeros_like(hidden_states), None
@@ -180,19 +183,19 @@ class _KeepAttention(nn.Module):
     def __init__(self, attention: nn.Module):
         super().__init__()
         self.attention = attention
-        self.output: torch.Tensor | None = None
+        self.output: Any = None  # of the last call
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = self.attention(*args, **kwargs)
         self.output = result[0]
         return result
 
 
-def first(output):
+def first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def get_module(module: nn.Module, path: Sequence[str]) -> nn.Module:
+def get_module(module: nn.Module, path: Sequence[str]) -> Any:
     for name in path:
         module = getattr(module, name)
     return module
@@ -200,8 +203,8 @@ def get_module(module: nn.Module, path: Sequence[str]) -> nn.Module:
 
 def with_replaced(module: nn.Module, path: Sequence[str], replacement: nn.Module) -> nn.Module:
     """A shallow copy of `module`, sharing all weights, with the submodule at `path` replaced."""
-    clone = copy.copy(module)
+    clone: Any = copy.copy(module)
     clone._modules = dict(module._modules)
     name, *rest = path
-    clone._modules[name] = with_replaced(module._modules[name], rest, replacement) if rest else replacement
+    clone._modules[name] = with_replaced(clone._modules[name], rest, replacement) if rest else replacement
     return clone

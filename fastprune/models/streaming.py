@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class Files:
 
     def read(self, stored: Stored, start: int, into: torch.Tensor) -> None:
         """Fill a uint8 tensor with the bytes of a stored tensor from `start` on."""
-        number, view, done = self._open[stored.path].fileno(), memoryview(into.numpy()), 0
+        number, view, done = self._open[stored.path].fileno(), into.numpy().data, 0
         while done < len(view):
             count = os.preadv(number, [view[done:]], stored.offset + start + done)
             if not count:
@@ -138,7 +139,7 @@ class Weights:
         self._free: list[torch.Tensor] = []
         self._made = 0
         self._reading: _Reading | None = None
-        self._staging: list[tuple] = []
+        self._staging: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
         self.room = Room(len(blocks), max((block.size for block in blocks), default=0), 0, len(blocks))
         self.loads = self.bytes = 0
         self.waited = 0.0
@@ -266,7 +267,7 @@ class Weights:
 
     # -- in the background ---------------------------------------------------------------------------------------
 
-    def _fill(self, places: Sequence[tuple[int, torch.Tensor]], ready) -> None:
+    def _fill(self, places: Sequence[tuple[int, torch.Tensor]], ready: torch.cuda.Event | None) -> None:
         """Read blocks into their buffers; on a GPU, on a stream of its own, once what runs now is done with these."""
         if ready is not None:
             self._stream.wait_event(ready)
@@ -288,7 +289,7 @@ class Weights:
             staged, done = self._stage()
             raw = staged[: len(part) * dtype.itemsize]
             self._files.read(piece.stored, start * dtype.itemsize, raw)
-            if self._device.type == "cuda":
+            if done is not None:
                 with torch.cuda.stream(self._stream):
                     if dtype == piece.dtype:
                         part.copy_(raw.view(dtype), non_blocking=True)
@@ -298,8 +299,8 @@ class Weights:
             else:
                 part.copy_(raw.view(dtype))
 
-    def _stage(self) -> tuple[torch.Tensor, object]:
-        """A staging buffer whose last copy is done, and on a GPU the event to record after the next.."""
+    def _stage(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """A staging buffer whose last copy is done, and on a GPU the event to record after the next."""
         is_gpu = self._device.type == "cuda"
         if len(self._staging) < (2 if is_gpu else 1):
             event = torch.cuda.Event() if is_gpu else None
@@ -312,7 +313,7 @@ class Weights:
         return staged, event
 
     @property
-    def _stream(self):
+    def _stream(self) -> torch.cuda.Stream:
         if not hasattr(self, "_own_stream"):
             self._own_stream = torch.cuda.Stream(self._device)
         return self._own_stream
@@ -361,12 +362,13 @@ def blocks_left_out(
     """
     from transformers import PreTrainedModel
 
+    base: Any = PreTrainedModel
     made: list[Weights] = []
     thread = threading.get_ident()
     _PATCHING.acquire()
-    original = PreTrainedModel._load_pretrained_model
+    original = base._load_pretrained_model
 
-    def load(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:  # another thread opens a model of its own
             return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         files = Files(tensor.path for tensor in stored.values())
@@ -380,11 +382,11 @@ def blocks_left_out(
         made.append(Weights(folder, files, blocks, names))
         return found
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load)
+    base._load_pretrained_model = staticmethod(load)
     try:
         yield made
     finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(original)
+        base._load_pretrained_model = staticmethod(original)
         _PATCHING.release()
 
 
@@ -400,11 +402,13 @@ class _Later:
     def get_shape(self) -> list[int]:
         return list(self._stored.shape)
 
-    def __getitem__(self, index) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> torch.Tensor:
         return self._files.tensor(self._stored)[index]
 
 
-def _sort(model, load_config, stored: dict[str, Stored], parameters: set[str]) -> tuple[dict, dict[str, Stored]]:
+def _sort(
+    model: Any, load_config: Any, stored: dict[str, Stored], parameters: set[str]
+) -> tuple[dict, dict[str, Stored]]:
     """The checkpoint's tensors that parameters of blocks are made of, as {parameter: [(pattern or None, key, tensor)]},
     by transformers' own rules of renaming; and all others."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -427,7 +431,7 @@ def _sort(model, load_config, stored: dict[str, Stored], parameters: set[str]) -
 
 
 def _lay_out(
-    model, load_config, prefix: str, parameters: set[str], sources: dict
+    model: Any, load_config: Any, prefix: str, parameters: set[str], sources: dict
 ) -> tuple[list[Block], dict[str, int]]:
     """The blocks of a model, and the block of each parameter that has its tensors."""
     by_block: dict[int, list[str]] = {}
@@ -447,7 +451,8 @@ def _lay_out(
             place = Place(model.get_submodule(owner), own_name, end, dtype, parameter.shape)
             places.append(place)
             pieces += _pieces(model, load_config, name, place, sources[name])
-            place.module._parameters[own_name] = nothing = _nothing(place.shape, dtype)
+            nothing: Any = _nothing(place.shape, dtype)
+            place.module._parameters[own_name] = nothing
             nothing._is_hf_initialized = True
             block_of[name] = number
             end += -(-parameter.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
@@ -456,7 +461,7 @@ def _lay_out(
     return blocks, block_of
 
 
-def _planned_dtype(load_config, name: str, dtype: torch.dtype) -> torch.dtype:
+def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dtype:
     """What transformers loads a parameter as: as it was made, but where a family keeps some in float32."""
     from transformers.core_model_loading import build_glob_alternation
 
@@ -464,12 +469,12 @@ def _planned_dtype(load_config, name: str, dtype: torch.dtype) -> torch.dtype:
     if plan:
         pattern, by_group, _ = build_glob_alternation(list(plan))
         found = pattern.search(name)
-        if found is not None:
+        if found is not None and found.lastgroup is not None:
             return plan[by_group[found.lastgroup]]
     return dtype
 
 
-def _pieces(model, load_config, name: str, place: Place, sources: list) -> list[Piece]:
+def _pieces(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[Piece]:
     """Where the tensors that a parameter is made of go. Raises ValueError for what is not just put side by side."""
     if len(sources) == 1 and sources[0][0] is None:
         (_, key, stored), offsets = sources[0], [0]
@@ -483,7 +488,7 @@ def _pieces(model, load_config, name: str, place: Place, sources: list) -> list[
     ]
 
 
-def _side_by_side(model, load_config, name: str, place: Place, sources: list) -> list[int]:
+def _side_by_side(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[int]:
     """The first number of each source within a parameter that transformers merges from several.
 
     Its own rule is run on one number in the place of each source, which shows where each goes.
@@ -491,7 +496,7 @@ def _side_by_side(model, load_config, name: str, place: Place, sources: list) ->
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
     rules = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightConverter)]
-    rule = next((rule for rule in rules if sources[0][0] in rule.source_patterns), None)
+    rule: Any = next((rule for rule in rules if sources[0][0] in rule.source_patterns), None)
     shape = sources[0][2].shape
     plain = rule is not None and all(type(op) in (MergeModulelist, Concatenate) for op in rule.operations)
     if not plain or any(stored.shape != shape for _, _, stored in sources):
@@ -510,7 +515,7 @@ def _side_by_side(model, load_config, name: str, place: Place, sources: list) ->
         part = whole[tuple(slice(i * n, (i + 1) * n) for i, n in zip(cell, cells, strict=True))]
         if not part.squeeze().is_contiguous():
             raise ValueError(f"{name} is put together from columns, which cannot be streamed; open it whole")
-        offsets[int(grid[cell])] = part.storage_offset()
+        offsets[int(grid[cell])] = int(part.storage_offset())
     return offsets
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def genetic(
     for _ in range(generations - 1):
         following = members[:elites]
         following += draws.distinct(
-            lambda parents=members: _child(search, prior, parents, tournament, mutation),
+            functools.partial(_child, search, prior, members, tournament, mutation),
             population - len(following),
             known=following,
         )
@@ -74,7 +75,7 @@ def _child(search: Search, prior: Prior, members: list[Removed], tournament: int
     return draws.as_removed(child)
 
 
-def _halves_to_remove(candidates: int, num_remove: int, granularity: str, flips: str, **options) -> None:
+def _halves_to_remove(candidates: int, num_remove: int, granularity: str, flips: str, **options: object) -> None:
     if granularity == "sublayer" and flips == "published" and num_remove % 2:
         raise InputError(
             f"evopress removes as many attentions as MLPs: num_remove must be even, not {num_remove}, "
@@ -126,13 +127,13 @@ def evopress(
         generations: generations; 0 for int(k (U - k) / 1.5), U units that may go (of sublayers: k/2 and U/2).
         flips: published, or free: of any type, and always of different units.
     """
-    k, size = search.num_remove, len(search.candidates)
+    k, size = search.num_remove, float(len(search.candidates))
     if flips == "published" and search.evaluator.granularity == "sublayer":
         types = [[unit for unit in search.candidates if unit % 2 == half] for half in (0, 1)]  # attentions, MLPs
         first = draws.distinct(lambda: _balanced(search, types), initial)
         k, size = k // 2, size / 2
     else:
-        types = search.candidates, []  # a flip of a block's MLP changes nothing: attention and MLP are tied
+        types = [search.candidates, []]  # a flip of a block's MLP changes nothing: attention and MLP are tied
         first = draws.uniform(search, initial)
     (parent,) = _select(search, first, initial_tokens, 1)
 
@@ -160,7 +161,7 @@ def _balanced(search: Search, types: Sequence[Sequence[int]]) -> Removed:
     return draws.as_removed(unit for units in types for unit in search.rng.choice(units, share, replace=False))
 
 
-def _flipped(search: Search, subset: Removed, count: int, types: Sequence[Sequence[int]]) -> Removed:
+def _flipped(search: Search, subset: Removed, count: int, types: list[list[int]]) -> Removed:
     """The subset after `count` flips, one after the other, each within one of the two types; an empty one flips not."""
     removed = {*subset}
     for _ in range(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -48,10 +49,12 @@ def fast_block_select(search: Search, max_run: Count = 4, pool: Count = 5, round
     search.score([removed])  # several exchanges at once: not scored together so far
 
 
-def _exchanges(search: Search, removed: Removed, loss_of: dict[int, float], max_run: int, pool: int):
+def _exchanges(
+    search: Search, removed: Removed, loss_of: dict[int, float], max_run: int, pool: int
+) -> list[tuple[Removed, Removed]]:
     """Pairs (run to put back, run to remove) among the best of each length, in order of rank."""
     kept = [unit for unit in search.candidates if unit not in removed]
-    found = []
+    found: list[tuple[Removed, Removed]] = []
     for length in range(1, max_run + 1):
         costly = sorted(_runs(removed, length), key=lambda run: (-sum(loss_of[unit] for unit in run), run))
         cheap = sorted(_runs(kept, length), key=lambda run: (sum(loss_of[unit] for unit in run), run))
@@ -59,7 +62,7 @@ def _exchanges(search: Search, removed: Removed, loss_of: dict[int, float], max_
     return found
 
 
-def _runs(units, length: int) -> list[Removed]:
+def _runs(units: Sequence[int], length: int) -> list[Removed]:
     """All runs of `length` adjacent units inside `units`, ascending."""
     inside = set(units)
     spans = (tuple(range(start, start + length)) for start in units)

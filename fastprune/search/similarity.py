@@ -109,7 +109,7 @@ def cluster_units(similarity: np.ndarray, count: int) -> np.ndarray:
         warnings.simplefilter("ignore")  # fewer distinct points than clusters, as with equal states, is no fault here
         labels = clustering.fit_predict(affinity)
     first = {label: unit for unit, label in reversed(list(enumerate(labels)))}
-    rank = {label: position for position, label in enumerate(sorted(first, key=first.get))}
+    rank = {label: position for position, label in enumerate(sorted(first, key=first.__getitem__))}
     return np.array([rank[label] for label in labels])
 
 
@@ -124,7 +124,7 @@ def lorp_order(similarity: np.ndarray, labels: np.ndarray, candidates: Iterable[
         queues.append([unit for unit in cluster[np.argsort(-likeness, kind="stable")].tolist() if unit in candidates])
     order = [queue.pop(0) for queue in queues if queue]
     while any(queues):
-        left = [[unit for unit in cluster if unit not in order] for cluster in members]
+        left = [[unit for unit in cluster.tolist() if unit not in order] for cluster in members]
         waiting = [c for c in range(len(queues)) if queues[c]]
         order.append(queues[max(waiting, key=lambda c: _mean_pair(similarity, left[c]))].pop(0))
     return order

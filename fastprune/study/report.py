@@ -76,8 +76,8 @@ def study_figures(study: Mapping) -> dict[str, list]:
     for judged_by in (*labels, *study["held_out"]):
         strips: dict[str, dict[str, list[float]]] = {}
         for cell in cells:
-            group = strips.setdefault(names[cell["model"], cell["num_remove"]], {})
-            group.setdefault(cell["objective"], []).append(cell["losses"][judged_by])
+            strip = strips.setdefault(names[cell["model"], cell["num_remove"]], {})
+            strip.setdefault(cell["objective"], []).append(cell["losses"][judged_by])
         dense = {name: study["dense"][model][judged_by] for (model, _), name in names.items()}
         if strips:
             found["spreads"].append(figures.spread_figure(strips, dense, judged_by))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import InputError
@@ -29,12 +29,14 @@ if TYPE_CHECKING:  # what checks a study does without torch
     from ..evaluator import Evaluator
     from ..models import Model
 
+    Makers = Mapping[str, Callable[[Model], Objective]]
+
 Notify = Callable[[str], None]
 
 
 def run_study(
     models: Sequence[Model],
-    objectives: Mapping[str, Callable[[Model], Objective]],
+    objectives: Makers,
     algorithms: Sequence[str],
     budgets: Sequence[int],
     out_dir: str | Path,
@@ -42,8 +44,8 @@ def run_study(
     options: Mapping[str, Mapping[str, object]] | None = None,
     seed: int = 0,
     notify: Notify = lambda message: None,
-    held_out: Mapping[str, Callable[[Model], Objective]] | None = None,
-    **evaluator_options,
+    held_out: Makers | None = None,
+    **evaluator_options: Any,
 ) -> dict:
     """Run every search, cross-evaluate every chosen mask, and write `study.json`; returns its content.
 
@@ -71,7 +73,14 @@ def run_study(
 
 
 def _run(
-    evaluators: _Evaluators, models, objectives, held_out, identity: dict, options, out: Path, notify: Notify
+    evaluators: _Evaluators,
+    models: Sequence[Model],
+    objectives: Makers,
+    held_out: Makers,
+    identity: dict,
+    options: Mapping[str, Mapping[str, object]],
+    out: Path,
+    notify: Notify,
 ) -> dict:
     """The study of these inputs, in a folder that is its own."""
     if not (out / "inputs.json").exists():
@@ -144,7 +153,7 @@ class _Evaluators:
     """The evaluators of a study, all on one store; one at a time, since the prefix cache of each may take a good part of
     the memory that is free."""
 
-    def __init__(self, models, objectives, held_out, options):
+    def __init__(self, models: Sequence[Model], objectives: Makers, held_out: Makers, options: Mapping[str, Any]):
         names = [model.name for model in models]
         if len(set(names)) < len(names):
             raise InputError(f"a model is given twice: {', '.join(names)}")
@@ -159,7 +168,9 @@ class _Evaluators:
         self._current: tuple[tuple[str, str], Evaluator] | None = None
         self._store: SumStore | None = None
 
-    def identity(self, algorithms, budgets, options, seed) -> dict:
+    def identity(
+        self, algorithms: Sequence[str], budgets: Sequence[int], options: Mapping[str, Mapping[str, object]], seed: int
+    ) -> dict:
         """What makes a study this study."""
         from ..fingerprint import machine_fingerprint  # only now: they bring torch
         from ..models import make_runner
@@ -181,7 +192,9 @@ class _Evaluators:
             "machine": {model.device.type: machine_fingerprint(model.device) for model in self._models},
         }
 
-    def check(self, algorithms, budgets, options) -> None:
+    def check(
+        self, algorithms: Sequence[str], budgets: Sequence[int], options: Mapping[str, Mapping[str, object]]
+    ) -> None:
         """Raise InputError for a granularity that a model has not, a budget it cannot have or that is too large for
         an algorithm, or an objective without gradients where they are needed."""
         for what, given in (("an algorithm", algorithms), ("a budget", budgets)):
@@ -228,7 +241,7 @@ class _Evaluators:
             self._current = key, self._evaluator(model, self._objectives[key], store=self._store)
         return self._current[1]
 
-    def _evaluator(self, model: Model, objective: Objective, **more) -> Evaluator:
+    def _evaluator(self, model: Model, objective: Objective, **more: Any) -> Evaluator:
         from ..evaluator import Evaluator  # only now: it brings torch
 
         if not isinstance(self._options.get("workers"), (Workers, type(None))):
@@ -243,7 +256,15 @@ class _Evaluators:
         return f"{self._models.index(model)}-{Path(model.name).name[:30]}"
 
 
-def _search(evaluator, model, label, num_remove, algorithm, options, seed) -> Cell:
+def _search(
+    evaluator: Evaluator,
+    model: Model,
+    label: str,
+    num_remove: int,
+    algorithm: str,
+    options: Mapping[str, Any],
+    seed: int,
+) -> Cell:
     cell = Cell(model.name, label, num_remove, algorithm)
     before, started = vars(evaluator.stats).copy(), time.perf_counter()
     try:
@@ -256,11 +277,15 @@ def _search(evaluator, model, label, num_remove, algorithm, options, seed) -> Ce
     return replace(cell, **cost, seconds=time.perf_counter() - started)
 
 
-def _cross_evaluate(evaluators, model, objectives, cells: Sequence[Cell]) -> list[Cell]:
+def _cross_evaluate(
+    evaluators: _Evaluators, model: Model, objectives: Sequence[str], cells: Sequence[Cell]
+) -> list[Cell]:
     """The cells of one model, with the loss of each chosen mask under every objective."""
     own = [cell for cell in cells if cell.model == model.name]
-    chosen = list(dict.fromkeys(cell.removed for cell in own if not cell.error))
+    chosen = list(dict.fromkeys(cell.removed for cell in own if cell.removed is not None))
     masks = from_removed(chosen, evaluators.num_units(model))
     columns = {label: evaluators.get(model, label).score(masks).tolist() for label in objectives}
-    losses = {removed: {label: columns[label][i] for label in objectives} for i, removed in enumerate(chosen)}
+    losses: dict[tuple[int, ...] | None, dict[str, float]] = {
+        removed: {label: columns[label][i] for label in objectives} for i, removed in enumerate(chosen)
+    }
     return [replace(cell, losses=losses.get(cell.removed)) for cell in own]

@@ -39,14 +39,14 @@ def summarise(cells: Sequence[Cell]) -> dict:
         labels = list(dict.fromkeys(cell.objective for cell in group))
         for chosen_by in labels:
             chosen = [cell for cell in group if cell.objective == chosen_by]
-            for judged_by in chosen[0].losses:
+            for judged_by in _losses(chosen[0]):
                 entry = {**where, "chosen_by": chosen_by, "judged_by": judged_by}
-                losses = [cell.losses[judged_by] for cell in chosen]
-                finite = [loss for loss in losses if math.isfinite(loss)] or [None]
-                spread.append({**entry, "least": min(finite), "most": max(finite)})
+                losses = [_losses(cell)[judged_by] for cell in chosen]
+                finite = [loss for loss in losses if math.isfinite(loss)]
+                spread.append({**entry, "least": min(finite, default=None), "most": max(finite, default=None)})
                 if judged_by != chosen_by:
                     distinct = len({cell.removed for cell in chosen})
-                    rho = _spearman([cell.losses[chosen_by] for cell in chosen], losses) if distinct > 2 else None
+                    rho = _spearman([_losses(cell)[chosen_by] for cell in chosen], losses) if distinct > 2 else None
                     spearman.append({**entry, "masks": distinct, "rho": rho})
     return {"jaccard": jaccard, "spearman": spearman, "spread": spread}
 
@@ -96,13 +96,17 @@ def summarise_similarity(matrix: np.ndarray) -> dict | None:
     return {"matrix": matrix.tolist(), "rls": score, "clusters": labels.tolist()}
 
 
+def _losses(cell: Cell) -> Mapping[str, float]:
+    return cell.losses or {}
+
+
 def _jaccard(a: Cell, b: Cell) -> float:
-    union = set(a.removed) | set(b.removed)
-    return len(set(a.removed) & set(b.removed)) / len(union) if union else 1.0
+    one, other = set(a.removed or ()), set(b.removed or ())
+    return len(one & other) / len(one | other) if one | other else 1.0
 
 
 def _differences(pairs: Sequence[tuple[Cell, Cell]], judge: str) -> list[float]:
-    losses = [((a.losses or {})[judge], (b.losses or {})[judge]) for a, b in pairs]
+    losses = [(_losses(a)[judge], _losses(b)[judge]) for a, b in pairs]
     return [abs(x - y) for x, y in losses if math.isfinite(x) and math.isfinite(y)]
 
 
