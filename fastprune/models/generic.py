@@ -94,6 +94,8 @@ class Model:
         self._list: nn.ModuleList = get_module(given, self._path)
         self.layers: list[nn.Module] = list(self._list)
         self.num_blocks = len(self.layers)
+        if not self.num_blocks:
+            raise self._refuse("it has no blocks")
         self.device, self.dtype = next(hf.parameters()).device, working_dtype(hf)
         self.vocab_size = int(self.config.vocab_size)
         self.hidden_size = int(self.config.hidden_size)

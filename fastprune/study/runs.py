@@ -150,8 +150,8 @@ def _made_with(identity: dict, model: str, label: str, num_remove: int, algorith
 
 
 class _Evaluators:
-    """The evaluators of a study, all on one store; one at a time, since the prefix cache of each may take a good part of
-    the memory that is free."""
+    """The evaluators of a study, all on one store; one at a time, since the prefix cache of each may take a good part
+    of the memory that is free."""
 
     def __init__(self, models: Sequence[Model], objectives: Makers, held_out: Makers, options: Mapping[str, Any]):
         names = [model.name for model in models]

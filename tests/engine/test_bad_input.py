@@ -138,6 +138,10 @@ UNSUPPORTED = {
         "'rwkv' cannot be run",
     ),
     "llama without a head": (lambda: tf.LlamaModel(tf.LlamaConfig(**TINY)), "'llama' .*language-model head"),
+    "llama without blocks": (
+        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TINY | {"num_hidden_layers": 0})),
+        "'llama' .*no blocks",
+    ),
     "classifier": (
         lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**TINY, pad_token_id=0)),
         "'llama' .*language-model head",
