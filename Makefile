@@ -41,10 +41,10 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-columns=median,iqr,rounds
 
-# The same with longer axes, written as JSON, and a figure of how cost grows (build/growth.png).
+# The same with longer axes and torch.compile, written as JSON, and a figure of how cost grows (build/growth.png).
 bench-full: .venv/installed
 	mkdir -p build
-	GROWTH=full BENCH_JSON=build/bench.json $(BIN)/python -m pytest bench --benchmark-enable \
+	BENCH=full BENCH_JSON=build/bench.json $(BIN)/python -m pytest bench --benchmark-enable \
 	  --benchmark-columns=median,iqr,rounds
 
 # The C++ tests under the address and undefined-behaviour sanitizers.

@@ -2,11 +2,13 @@
 
 Shapes of the demo model (d = 128) and of d = 512. Torch is timed half before and half after the operator, on the same
 number of threads, in inference mode; both allocate their outputs, except for what the operators write in place. Their
-errors against the float64 reference are compared before anything is timed.
+errors against the float64 reference are compared before anything is timed. With BENCH=full, torch.compile of the same
+code is timed beside them.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from fastprune.models import native
 from fastprune_kernels import reference
 
 ROUNDS = 50
+FULL = os.environ.get("BENCH") == "full"
 EPS = 1e-5
 
 
@@ -111,20 +114,28 @@ def test_operator(benchmark, report, make, width, tokens, dtype):
     case = make(SHAPES[width], tokens, getattr(torch, dtype))
     check(case.native(), case.shaped(case.torch()), case.truth)
 
-    by_torch = timed(case.torch, ROUNDS // 2)
+    others = {"torch": case.torch}
+    if FULL:
+        torch.compiler.reset()
+        others["compiled"] = torch.compile(case.torch, dynamic=False)
+        check(*map(case.shaped, (others["compiled"](), case.torch())), case.truth)
+    seconds = {name: timed(other, ROUNDS // 2) for name, other in others.items()}
     benchmark.pedantic(case.native, rounds=ROUNDS, warmup_rounds=2)
-    by_torch += timed(case.torch, ROUNDS // 2)
+    for name, other in others.items():
+        seconds[name] += timed(other, ROUNDS // 2)
     if benchmark.disabled:
         return
-    ours, theirs = benchmark.stats.stats.median * 1e6, statistics.median(by_torch) * 1e6
+    ours, theirs = benchmark.stats.stats.median * 1e6, {name: statistics.median(s) * 1e6 for name, s in seconds.items()}
     report(
         operator=make.__name__, d=width, tokens=tokens, dtype=dtype, threads=torch.get_num_threads(),
-        kernels=native.instruction_set(), native_us=ours, torch_us=theirs, ratio=theirs / ours,
+        kernels=native.instruction_set(), native_us=ours,
+        **{f"{name}_us": taken for name, taken in theirs.items()},
+        **{f"{name}_ratio": taken / ours for name, taken in theirs.items()},
     )  # fmt: skip
 
 
 def check(found: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> None:
-    """The operator's greatest error is at most torch's plus one rounding."""
+    """The greatest error is at most torch's plus one rounding."""
     error, allowed = ((x.double() - truth).abs().max().item() for x in (found, same))
     assert error <= allowed + torch.finfo(found.dtype).eps / 2 * truth.abs().max().item()
 

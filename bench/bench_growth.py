@@ -2,7 +2,7 @@
 
 Random masks that keep 0.8 of the units of Llama models of random weights, d = 128. Every point is one call of a fresh
 evaluator, its median of three, with the unit runs that were made and the peak of its activations beside it. With
-GROWTH=full the axes are longer, and a figure is drawn (build/growth.png).
+BENCH=full the axes are longer, and a figure is drawn (build/growth.png).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import fastprune as fp
 from fastprune.schedule import make_schedule
 from fastprune.trie import kept_units, make_trie
 
-FULL = os.environ.get("GROWTH") == "full"
+FULL = os.environ.get("BENCH") == "full"
 BASE = {"masks": 50, "units": 16, "tokens": 512, "vocabulary": 2048}
 AXES = {
     "masks": [10, 50, 200] + [500, 1000, 2000] * FULL,
