@@ -22,11 +22,6 @@ from fastprune.errors import InputError
 
 from . import oracle
 
-try:
-    from fastprune import _native
-except ImportError:
-    _native = None
-
 MAX_VARIABLES = 128
 
 _warned = False
@@ -112,9 +107,10 @@ def solve_subset(
         if not time_limit > 0:
             raise InputError(f"time_limit: expected a positive number of seconds, got {time_limit}")
 
-    if _native is not None:
+    native = _extension()
+    if native is not None:
         limit = 0.0 if time_limit is None else float(time_limit)
-        subsets, energies, proven, gap, _ = _native.solve_subset(h, g, k, num_states, limit)
+        subsets, energies, proven, gap, _ = native.solve_subset(h, g, k, num_states, limit)
         return SubsetSolution([tuple(s) for s in subsets], energies, proven, gap)
     global _warned
     if not _warned:
@@ -125,6 +121,15 @@ def solve_subset(
             stacklevel=2,
         )
     return SubsetSolution(*oracle.solve(h, g, k, num_states, time_limit))
+
+
+def _extension() -> Any:
+    """The compiled solver, or None; imported only now, since it brings OpenMP, which then reads how threads wait."""
+    try:
+        from fastprune import _native
+    except ImportError:
+        return None
+    return _native
 
 
 def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:

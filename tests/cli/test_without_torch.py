@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -87,3 +88,15 @@ def test_threads_sleep_at_barriers_unless_the_environment_says_how_they_wait(giv
     environment = {**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **given}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{waits} False"
+
+
+def test_openmp_reads_how_threads_wait():
+    """It does when it is loaded, by whatever is linked to it. libgomp, which is asked here, then spins 0 times."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    environment = {**inherited, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_DISPLAY_ENV": "verbose"}
+    command = [sys.executable, "-m", "fastprune.cli", "score", "demo", "--removed", "3", "--num-samples", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    spins = re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if spins is None:
+        pytest.skip("torch has another OpenMP here")
+    assert spins[1] == "0"

@@ -14,7 +14,12 @@ import pytest
 from fastprune import SubsetSolution, solve_subset
 from fastprune.solver import oracle, subset
 
-native_only = pytest.mark.skipif(subset._native is None, reason="needs the compiled solver")
+try:
+    from fastprune import _native
+except ImportError:
+    _native = None
+
+native_only = pytest.mark.skipif(_native is None, reason="needs the compiled solver")
 
 
 def fisher(n, rng):
@@ -89,7 +94,7 @@ def test_search_equals_brute_force_where_enumeration_would_do(family):
     g = rng.integers(-4, 5, n) / 4
     for k, energies, members in brute_force(h, g):
         for num_states in {1, min(50, math.comb(n, k)), math.comb(n, k)}:
-            subsets, found, proven, gap, _ = subset._native.solve_subset(h, g, k, num_states, enumerate_up_to=0.0)
+            subsets, found, proven, gap, _ = _native.solve_subset(h, g, k, num_states, enumerate_up_to=0.0)
             r = SubsetSolution([tuple(s) for s in subsets], found, proven, gap)
             assert_best(r, energies, members, num_states)
 
@@ -97,7 +102,7 @@ def test_search_equals_brute_force_where_enumeration_would_do(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_fallback_equals_brute_force(family, monkeypatch):
-    monkeypatch.setattr(subset, "_native", None)
+    monkeypatch.setattr(subset, "_extension", lambda: None)
     monkeypatch.setattr(subset, "_warned", True)
     rng = np.random.default_rng(8)
     n = 12
@@ -117,7 +122,7 @@ def test_fallback_equals_native(n, k, num_states, family, monkeypatch):
     h = family(n, rng)
     g = 0.1 * rng.standard_normal(n)
     native = solve_subset(h, k, num_states, linear=g)
-    monkeypatch.setattr(subset, "_native", None)
+    monkeypatch.setattr(subset, "_extension", lambda: None)
     monkeypatch.setattr(subset, "_warned", True)
     fallback = solve_subset(h, k, num_states, linear=g)
     assert native.proven
@@ -127,7 +132,7 @@ def test_fallback_equals_native(n, k, num_states, family, monkeypatch):
 
 
 def test_fallback_warns_once(monkeypatch):
-    monkeypatch.setattr(subset, "_native", None)
+    monkeypatch.setattr(subset, "_extension", lambda: None)
     monkeypatch.setattr(subset, "_warned", False)
     with pytest.warns(RuntimeWarning, match="without its compiled solver"):
         solve_subset(np.eye(3), 1)
@@ -167,7 +172,7 @@ def test_repeated_and_threaded_solves_agree_to_the_bit():
     h = gaussian(36, np.random.default_rng(5))
     h = 0.5 * (h + h.T)
     g = np.zeros(36)
-    results = [subset._native.solve_subset(h, g, 14, 100, threads=t) for t in (1, 2, 3, 2)]
+    results = [_native.solve_subset(h, g, 14, 100, threads=t) for t in (1, 2, 3, 2)]
     assert all(r[2] for r in results)
     for r in results[1:]:
         assert r[0] == results[0][0]
@@ -196,8 +201,8 @@ def test_40_variables_are_proven():
 
 def test_time_limit_returns_the_best_found_and_its_gap(monkeypatch):
     h = indefinite(100, np.random.default_rng(2))
-    for native in {subset._native, None}:
-        monkeypatch.setattr(subset, "_native", native)
+    for native in {_native, None}:
+        monkeypatch.setattr(subset, "_extension", lambda native=native: native)
         monkeypatch.setattr(subset, "_warned", True)
         start = time.monotonic()
         r = solve_subset(h, 40, 3, time_limit=0.2)
