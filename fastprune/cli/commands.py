@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from .. import __version__
 from ..errors import InputError
 from ..masks import check_removed, check_sequences, from_removed, load_masks, to_removed
 from ..records import parse_json, refuse_existing, write_json, write_jsonl
@@ -139,7 +140,9 @@ def algorithms(names: tuple[str, ...]) -> None:
     type=FileName(),
     help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.',
 )
-@click.option("--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; once per mask.")
+@click.option(
+    "--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11, or -; once per mask."
+)
 @click.option("--out", "out_file", type=FileName(), help='Write rows {"removed", "loss"} to this new .jsonl file.')
 @evaluates
 def score(
@@ -171,8 +174,7 @@ def score(
     if out_file:
         write_jsonl(Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows))
     with printing(out_file):
-        if not out_file:
-            say(_score_table(evaluator, rows))
+        say(f"written: {out_file}" if out_file else _score_table(evaluator, rows))
         _print_cost(evaluator, [len(units) for units, _ in rows])
 
 
@@ -204,8 +206,9 @@ def search(
     from ..search import check_algorithm, check_racing, protected_units, run_search
 
     given = split_options(options)
+    chosen, _ = check_algorithm(algorithm, given)
     with naming("--racing"):
-        check_racing(check_algorithm(algorithm, given)[0], racing)
+        check_racing(chosen, racing)
     check_gradients([algorithm], click.get_current_context().params["objective"])
     target = Path(out_dir) / "result.json" if out_dir else None
     if target:
@@ -218,6 +221,9 @@ def search(
     if target:
         names = [evaluator.unit_names[unit] for unit in result.removed]
         of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}
+        given_data = click.get_current_context().params
+        settings = ("calibration", "num_samples", "seq_len", "sample_seed")
+        of |= {"calibration": {name: given_data[name] for name in settings}, "fastprune": __version__}
         write_json(target, {**result.to_dict(), **of})
     dense = format_dense(evaluator.objective, evaluator.dense_loss)
     title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
@@ -230,7 +236,7 @@ def search(
         say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
         say(f"removed: {format_removed(result.removed)}")
         if racing:
-            say(f"{result.decided_early} subsets left a race early; masks counts those with an exact loss")
+            say(f"{result.decided_early} subsets left a race early; masks counts those whose loss is remembered, exact")
         if result.granularity == "sublayer":
             say(f"sublayers: {_names(evaluator, result.removed)}")
         if target:
@@ -275,7 +281,7 @@ def export(
     losses = None
     if result is not None:
         with naming("--result"):
-            removed, losses = _read_result(Path(result))
+            removed, losses, num_units = _read_result(Path(result))
     opened = open_model(model, device, dtype or "auto", trust_remote_code)
     if sequence is not None:
         with naming("--sequence"):
@@ -284,6 +290,8 @@ def export(
         what = f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
     elif removed is not None:
         with naming("--removed" if result is None else "--result"):
+            if result is not None and num_units != opened.num_blocks:
+                raise InputError(f"{result}: of a model of {num_units} blocks; {opened.name} has {opened.num_blocks}")
             check_removed(removed, opened.num_blocks)
         folder = checkpoint.export(opened, removed, out_dir, base_model=base_model, losses=losses)
         left = opened.num_blocks - len(removed)
@@ -296,12 +304,13 @@ def export(
             say(f"llama.cpp: {warning}")
 
 
-def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]]]:
-    """The removed blocks of a search's result.json, and its losses (before, after) by objective."""
+def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]], object]:
+    """The removed blocks of a search's result.json, its losses (before, after) by objective, and how many units the
+    model had."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     value = parse_json(path.read_bytes(), str(path))
-    names = ("removed", "objective", "granularity", "dense_loss", "loss")
+    names = ("removed", "objective", "granularity", "dense_loss", "loss", "num_units")
     if not isinstance(value, dict) or not set(names) <= set(value) or not isinstance(value["removed"], list):
         raise InputError(f"{path}: not the result.json of a search (it has {', '.join(names)})")
     if value["granularity"] != "block":
@@ -310,7 +319,7 @@ def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]]]
         losses = float(value["dense_loss"]), float(value["loss"])
     except (TypeError, ValueError):
         raise InputError(f"{path}: dense_loss and loss must be numbers") from None
-    return value["removed"], {str(value["objective"]): losses}
+    return value["removed"], {str(value["objective"]): losses}, value["num_units"]
 
 
 def _score_table(evaluator: Evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:

@@ -281,17 +281,20 @@ class Model:
         ]
         values = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
         files = None if self.weights is None else str(self.weights.identity)
-        return tensors, values, tuple(_plain_attributes(module) for module in self.hf.modules()), files
+        attention = getattr(self.config, "_attn_implementation", None)
+        modules = tuple(_plain_attributes(module) for module in self.hf.modules())
+        return tensors, values, modules, files, self._config_text(), attention
 
     def once(self, name: Hashable, check: Callable[[], None]) -> None:
         """Run a check that raises where it fails; not again where it has passed and the model is as it was then."""
-        state = self.state
-        if self._passed[0] != state:
-            self._passed = (state, set())
-        if name not in self._passed[1]:
-            with self.evaluation():
-                check()
-            self._passed[1].add(name)
+        with self.turn:
+            state = self.state
+            if self._passed[0] != state:
+                self._passed = (state, set())
+            if name not in self._passed[1]:
+                with self.evaluation():
+                    check()
+                self._passed[1].add(name)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor by name; one that stays in a file has storage while it is the current one."""
@@ -320,16 +323,19 @@ class Model:
         return self.weights.remembered(key, lambda: self._digest(self._tensors()))
 
     def _digest(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-        config = self.config.to_diff_dict()
-        for name in ("_name_or_path", "transformers_version"):  # where it lies and who wrote it
-            config.pop(name, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(self._config_text().encode())
         for name, module in self.hf.named_modules():
             digest.update(f"{name}{_plain_attributes(module)}".encode())
         for name, tensor in tensors:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def _config_text(self) -> str:
+        config = self.config.to_diff_dict()
+        for name in ("_name_or_path", "transformers_version"):  # where it lies and who wrote it
+            config.pop(name, None)
+        return json.dumps(config, sort_keys=True, default=str)
 
     @cached_property
     def runs_without_blocks(self) -> bool:
@@ -588,7 +594,7 @@ class Model:
         inside = (branch[0] == 0) | torch.isin(branch[0], few_branches(branch[0], LONGEST_CHECKED))
         ids, positions, branch = ids[:, inside], positions[:, inside], branch[:, inside]
         tree = ids, positions, branch
-        name = "trees", *(values.cpu().numpy().tobytes() for values in tree)
+        name = "trees", hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in tree)).digest()
         self.once(name, lambda: self._check_tree(*tree))
 
     def _check_tree(self, ids: torch.Tensor, positions: torch.Tensor, branch: torch.Tensor) -> None:
@@ -691,14 +697,15 @@ def _with_unrounded_angles(hf: nn.Module) -> nn.Module:
 
 
 def _plain_attributes(module: nn.Module) -> tuple:
-    """A module's type, its numbers, texts and flags (whether it trains is none of them), and its hooks.
+    """A module's type, its numbers, texts and flags (whether it trains is none), its hooks, and its own `forward`.
 
-    Of a hook only the object is known: none of another process is taken for it.
+    Of a hook or a forward only the object is known: none of another process is taken for it.
     """
     attributes = vars(module).items()
     plain = [(n, v) for n, v in attributes if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))]
     hooks = [mark(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
-    return (type(module).__qualname__, *sorted(plain), *hooks)
+    own = [mark(vars(module)["forward"])] if "forward" in vars(module) else []
+    return (type(module).__qualname__, *sorted(plain), *hooks, *own)
 
 
 def _rotary_kinds(config: Any) -> list[dict[str, Any]]:

@@ -145,9 +145,10 @@ class TorchOperators:
         """What `kl` compares with, of the dense model's normed states [P, D]: log-probabilities, float32[P, V]."""
         return reference.log_probabilities(F.linear(dense, weight))
 
-    def kl(self, dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """KL(dense || masked) at the positions of the tile's targets, [M], from normed states [P, D]."""
-        return reference.kl_from(dense, F.linear(masked, weight))[tile.rows]
+    def kl(self, kept: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
+        """KL(dense || masked) at the positions of the tile's targets, [M], from what `kl_reference` gave of the dense
+        model and the masked one's normed states [P, D]."""
+        return reference.kl_from(kept, F.linear(masked, weight))[tile.rows]
 
     def head_bytes(self, model: Model, measure: str) -> int:
         """About what a measure holds for each position."""
@@ -273,8 +274,8 @@ class TritonOperators(TorchOperators):
         """Logits, float32[P, V]."""
         return self._loss.linear_logits(dense, weight)
 
-    def kl(self, dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
-        return self._loss.linear_kl(dense, masked, weight)[tile.rows]
+    def kl(self, kept: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
+        return self._loss.linear_kl(kept, masked, weight)[tile.rows]
 
     def head_bytes(self, model: Model, measure: str) -> int:
         if measure not in ("nll", "kl"):

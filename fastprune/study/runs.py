@@ -96,9 +96,9 @@ def _run(
             warnings.warn(f"{path}: damaged, or of another study; searched again", RuntimeWarning, stacklevel=3)
         if not cell:
             notify(f"{number}/{len(searches)}  {model.name}: {label}, {num_remove} removed, {algorithm}")
-            evaluator = evaluators.get(model, label)
             seed, given = identity["seed"], options.get(algorithm, {})
-            cell = _search(evaluator, model, label, num_remove, algorithm, given, seed)
+            # not under a name, which would keep it while the next one is made
+            cell = _search(evaluators.get(model, label), model, label, num_remove, algorithm, given, seed)
             if cell.error:
                 notify(f"{number}/{len(searches)}  found nothing: {cell.error}")
             write_cell(path, cell, made_with)

@@ -211,7 +211,7 @@ def linear_logits_kernel(
 
 @triton.jit
 def _kept(p_logits, i_row, i_v, num_rows, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Where a tile of kept logits is; of what lies beyond the rows, where the last one's are."""
+    """Where a tile of kept logits is, and which of its rows there are."""
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None] * STRIDE + tl.arange(0, BLOCK_V)[None, :]
     return p_logits + i_row.to(tl.int64) * STRIDE + i_v + o_tile, (o_p < num_rows - i_row)[:, None]
@@ -442,7 +442,7 @@ def linear_kl(
     count, size, vocab, device = _check_head(masked, weight, soft_cap)
     check(
         dense.shape == (count, vocab) and dense.dtype == torch.float32 and dense.device == device,
-        lambda: f"dense must be float32[{count}, {vocab}] on {device}, not {dense.dtype}{list(dense.shape)} there",
+        lambda: f"dense must be float32[{count}, {vocab}] on {device}, not {_said(dense)}",
     )
     check(
         dense.stride() == (_row(vocab), 1) and dense.data_ptr() % 16 == 0,
@@ -504,6 +504,10 @@ def _sources(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tupl
     if not (aligned and has_tma(hidden)):
         return False, [hidden, weight]
     return True, [TensorDescriptor.from_tensor(x, [config[rows], config["BLOCK_D"]]) for rows, x in tensors.items()]
+
+
+def _said(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
 
 
 def _row(vocab: int) -> int:

@@ -131,8 +131,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             powers = {"TMA": described, "POWERS": itemsize == 2}
             yield case("linear_nll", said, config, linear_loss.linear_nll_kernel, types, **shape, **powers)
             config = launch.linear_kl_config(arch, itemsize)
-            kept = {**counts}
-            types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_logits": "*fp32", **kept}
+            types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_logits": "*fp32", **counts}
             yield case(
                 "linear_logits",
                 said,
@@ -144,7 +143,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
                 STRIDE=128256,
             )
             types = (
-                tiles(config, masked="BLOCK_P", weight="BLOCK_V") | {"p_dense": "*fp32", "p_partial": "*fp32"} | kept
+                tiles(config, masked="BLOCK_P", weight="BLOCK_V") | {"p_dense": "*fp32", "p_partial": "*fp32"} | counts
             )
             yield case(
                 "linear_kl", said, config, linear_loss.linear_kl_kernel, types, **shape, TMA=described, STRIDE=128256

@@ -68,6 +68,7 @@ def test_budget(fails, checkpoint, text_file, budget):
 def test_names_are_suggested(fails, checkpoint, text_file):
     search = ("search", checkpoint, "--num-remove", 1, "--calibration", text_file)
     assert "did you mean 'beam'" in fails(*search, "--algorithm", "beem")
+    assert "--racing" not in fails(*search, "--algorithm", "beem")
     assert "did you mean 'perplexity'" in fails(*search, "--objective", "perplexety")
     assert "its options: beam_width=5" in fails(*search, "--option", "width=5")
     assert "takes int" in fails(*search, "--option", "beam_width=wide")
@@ -171,14 +172,24 @@ def test_an_output_below_a_file_is_refused_before_the_model_is_opened(fails, tex
         ("{", "not valid JSON"),
         ("[]", "not the result.json of a search"),
         (
-            '{"removed": 3, "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2}',
+            '{"removed": 3, "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2, "num_units": 5}',
             "not the result.json",
         ),
-        ('{"removed": [], "objective": "kl", "granularity": "sublayer", "dense_loss": 1, "loss": 2}', "sublayers"),
-        ('{"removed": [], "objective": "kl", "granularity": "block", "dense_loss": [], "loss": 2}', "must be numbers"),
         (
-            '{"removed": [9], "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2}',
+            '{"removed": [], "objective": "kl", "granularity": "sublayer", "dense_loss": 1, "loss": 2, "num_units": 5}',
+            "sublayers",
+        ),
+        (
+            '{"removed": [], "objective": "kl", "granularity": "block", "dense_loss": [], "loss": 2, "num_units": 5}',
+            "must be numbers",
+        ),
+        (
+            '{"removed": [9], "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2, "num_units": 5}',
             "9 is out of range",
+        ),
+        (
+            '{"removed": [1], "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2, "num_units": 12}',
+            "of a model of 12 blocks; ",
         ),
     ],
 )

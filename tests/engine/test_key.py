@@ -104,6 +104,21 @@ def test_a_hook_is_not_taken_for_one_that_is_gone(hf, scores):
             del hook
 
 
+def test_a_forward_of_its_own(hf, scores):
+    """Put on a module of a Model that was opened, and checked, before."""
+    model = fp.Model(hf)
+    scores(model, False)
+    mlp = hf.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: 1.5 * forward(x)
+    try:
+        assert holds(scores, model)
+        with pytest.raises(fp.InputError, match="block 1 gives something else on the fused path"):
+            fp.Evaluator(model, fp.Perplexity(BATCH), "fused")
+    finally:
+        del mlp.forward
+
+
 def test_global_hooks(hf, scores):
     of_modules = torch.nn.modules.module
     for register in (of_modules.register_module_forward_hook, of_modules.register_module_forward_pre_hook):
