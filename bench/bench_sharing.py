@@ -1,15 +1,16 @@
 """Scoring fields of masks against one transformers forward pass per mask, side by side in one run.
 
-16 blocks, d = 512, vocabulary 8,192, 8 x 256 tokens. The loop runs each mask as users do: the model with the
-blocks physically removed, one forward pass of the whole batch with its loss, in inference mode. Every mask of a
-field costs the loop the same, so it is timed on a sample of the field's masks, half of them before and half after
-fastprune scores the whole field, and its median pass is multiplied by the number of masks. The scores are compared
-before anything is timed.
+16 blocks, d = 512, vocabulary 8,192, 2 x 256 tokens (8 x 256, and more random masks, with BENCH=full). The loop runs
+each mask as users do: the model with the blocks physically removed, one forward pass of the whole batch with its loss,
+in inference mode. Every mask of a field costs the loop the same, so it is timed on a sample of the field's masks, half
+of them before and half after fastprune scores the whole field, and its median pass is multiplied by the number of
+masks. The scores are compared before anything is timed.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 
@@ -21,14 +22,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastprune as fp
 from fastprune.trie import kept_units, make_trie
 
+FULL = os.environ.get("BENCH") == "full"
 BLOCKS, WIDTH, FFN, HEADS, VOCABULARY = 16, 512, 1408, 8, 8192
-SEQUENCES, LENGTH = 8, 256
+SEQUENCES, LENGTH = 8 if FULL else 2, 256
 SAMPLED = 8  # passes of the loop that are timed, per field
 
 FIELDS = {
     "singles": [(i,) for i in range(BLOCKS)],
     "pairs": list(itertools.combinations(range(BLOCKS), 2)),
-    "random k=4": [tuple(np.random.default_rng(i).choice(BLOCKS, 4, replace=False)) for i in range(200)],
+    "random k=4": [
+        tuple(np.random.default_rng(i).choice(BLOCKS, 4, replace=False)) for i in range(200 if FULL else 40)
+    ],
 }
 
 
