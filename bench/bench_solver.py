@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from make_matrices import fisher_like, wishart
 
-from fastprune import solve_subset
-from fastprune.solver import oracle, subset
+from fastprune import _native, solve_subset
+from fastprune.solver import oracle
 
 SEEDS = range(5)
 
@@ -70,7 +70,7 @@ def brute_force_halves(h: np.ndarray, k: int, num_states: int) -> list[tuple[flo
 
 
 def enumerate_native(h, k, num_states):
-    return subset._native.solve_subset(h, np.zeros(len(h)), k, num_states, enumerate_up_to=math.inf)
+    return _native.solve_subset(h, np.zeros(len(h)), k, num_states, enumerate_up_to=math.inf)
 
 
 def fallback(h, k, num_states):
@@ -221,7 +221,7 @@ def table_of_what_is_left_out(limit: float) -> None:
             start, answers = time.process_time(), []
             for h in matrices:
                 zero = np.zeros(size)
-                answers.append(subset._native.solve_subset(h, zero, k, states, time_limit=limit, threads=1, **settings))
+                answers.append(_native.solve_subset(h, zero, k, states, time_limit=limit, threads=1, **settings))
             took = time.process_time() - start
             found = [(subsets, energies.tolist()) for subsets, energies, *_ in answers]
             with_all = with_all or found
