@@ -221,9 +221,10 @@ def search(
     if target:
         names = [evaluator.unit_names[unit] for unit in result.removed]
         of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}
-        given_data = click.get_current_context().params
-        settings = ("calibration", "num_samples", "seq_len", "sample_seed")
-        of |= {"calibration": {name: given_data[name] for name in settings}, "fastprune": __version__}
+        data = click.get_current_context().params
+        settings = {name: data[name] for name in ("seq_len", "sample_seed")}
+        of["calibration"] = {"file": data["calibration"], "num_samples": evaluator.num_samples, **settings}
+        of["fastprune"] = __version__
         write_json(target, {**result.to_dict(), **of})
     dense = format_dense(evaluator.objective, evaluator.dense_loss)
     title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"

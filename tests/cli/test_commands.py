@@ -171,7 +171,7 @@ def test_the_result_of_a_search_is_exported_with_its_losses(run, checkpoint, tex
     data = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16)
     run("search", checkpoint, *data, "--algorithm", "greedy", "--num-remove", 2, "--out", tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    of = {"calibration": str(text_file), "num_samples": 4, "seq_len": 16, "sample_seed": 0}
+    of = {"file": str(text_file), "num_samples": 4, "seq_len": 16, "sample_seed": 0}
     assert result["calibration"] == of
     status, out, _ = run(
         "export", checkpoint, "--result", tmp_path / "run" / "result.json", "--base-model", "org/base",
