@@ -25,7 +25,7 @@ class Objective:
     data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense model is run once,
     to compare with. differentiable: whether it has a gradient at the dense model that says something. meaning: of its
     loss, in words. reading: what else a loss is read as, if anything, which `read` gives as text. settings: the names
-    of its own options.
+    of its own options. source: where its data is from, in words, for those who read a study.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Objective:
     meaning = ""
     reading = ""
     settings: tuple[str, ...] = ()
+    source = ""
     batch: TokenBatch
     sample: np.ndarray
     weight: np.ndarray
@@ -51,10 +52,16 @@ class Objective:
         return f"{loss:.5f}"
 
     def describe(self) -> dict[str, object]:
-        """Plain values: name, settings, meaning, and whether it compares with the dense model."""
-        settings = {name: getattr(self, name) for name in self.settings}
-        plain = {"name": self.name, "settings": settings, "meaning": self.meaning}
-        return {**plain, "compares_with_dense": self.compares_with_dense}
+        """Plain values: name, settings, meaning, what it is calibrated on, whether it compares with the dense model."""
+        return {
+            "name": self.name,
+            "settings": {name: getattr(self, name) for name in self.settings},
+            "meaning": self.meaning,
+            "source": self.source,
+            "num_samples": self.num_samples,
+            "num_tokens": self.batch.num_tokens,
+            "compares_with_dense": self.compares_with_dense,
+        }
 
     @property
     def content_hash(self) -> str:

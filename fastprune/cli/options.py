@@ -205,7 +205,10 @@ quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 evaluator_settings = group(
     click.option(
-        "--num-samples", type=click.IntRange(1, MOST), help="Text samples (default 64) or questions (default all)."
+        "--num-samples",
+        type=click.IntRange(1, MOST),
+        help="Text samples (default 64, or all of a shorter text) or questions (default all).",
+   
     ),
     click.option(
         "--seq-len",
@@ -304,6 +307,7 @@ def evaluates(command: Callable) -> Callable:
         workers: int | None, ray: str | None, quiet: bool, **own: Any,
     ) -> Any:  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
+        refuse_text_sizes([objective], seq_len, sample_seed)
         check_workers(workers, ray)
 
         def make(progress: Progress | None) -> Evaluator:
@@ -405,13 +409,26 @@ def open_objective(
     from .. import demo
     from ..data import load_tasks, load_text
 
-    objective: Callable[[Any], Objective] = OBJECTIVES[name]  # each takes the data of its kind
+    make: Callable[[Any], Objective] = OBJECTIVES[name]  # each takes the data of its kind
     if OBJECTIVES[name].data == "tasks":
-        return objective(load_tasks(calibration, model.tokenizer, limit=num_samples))
+        objective = make(load_tasks(calibration, model.tokenizer, limit=num_samples))
+        objective.source = calibration if num_samples is None else f"{calibration}, the first questions"
+        return objective
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
         is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written
         seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
-    return objective(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
+    objective = make(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
+    objective.source = f"{calibration}, drawn by seed {seed}"
+    return objective
+
+
+def refuse_text_sizes(objectives: Iterable[str], seq_len: int | None, seed: int) -> None:
+    """Raise InputError for what says how text is cut, where no objective is on text."""
+    if any(OBJECTIVES[name].data == "text" for name in objectives):
+        return
+    for flag, given in (("--seq-len", seq_len is not None), ("--sample-seed", seed != 0)):
+        if given:
+            raise InputError(f"{flag} is of text; of questions, --num-samples says how many")
 
 
 def _split_option(text: str) -> tuple[str, str]:

@@ -21,6 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 STAND_INS = {"■": "#", "·": ".", "…": "~", "–": "-", "—": "-", "’": "'", "×": "x", "ρ": "rho"}  # fmt: skip
 
 
+WIDE = 240  # columns of a table that goes to a file or a program, where nothing is cut
+
+
 class Terminal(Console):
     """A console that takes text as it is: a model's folder may be named `m[/x]` or `:smile:`."""
 
@@ -37,6 +40,8 @@ err = Terminal(stderr=True)
 def say(what: RenderableType, style: str | None = None) -> None:
     """Print a table, or a line of text, which is wrapped for a terminal only, so that a program reads it whole."""
     out = Terminal()  # a new one each time: one whose stream has failed would print what it holds again
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out = Terminal(width=WIDE)
     text = isinstance(what, str) or hasattr(what, "plain")
     out.print(what, style=style, highlight=False if text else None, soft_wrap=text and not out.is_terminal)
 

@@ -40,6 +40,7 @@ from .options import (
     open_model,
     open_objective,
     open_workers,
+    refuse_text_sizes,
     split_options,
 )
 from .output import note, printing, progress_bar, say
@@ -121,6 +122,7 @@ def study(
     budgets = _parse_budgets(num_remove)
     size = _Data(None, num_samples, seq_len, sample_seed)
     sets = _calibration_sets(calibrations, size)
+    _refuse_text_sizes(objectives, held_out, sets, size)
     makers = _objective_makers(models, objectives, size, names, sets)
     judges = _held_out_makers(models, held_out, size)
     if both := makers.keys() & judges.keys():
@@ -179,7 +181,7 @@ def study(
         for model, rows in evaluated.items():
             for task in rows[0]["results"]:
                 say(task_table(f"{Path(model).name}, {task}", task, rows))
-        say(f"written: {out_dir}/report.html, {'tasks.json, ' * bool(evaluated)}study.json")
+        say(f"written to {out_dir}: report.html, {'tasks.json, ' * bool(evaluated)}study.json")
 
 
 @click.command(cls=Command)
@@ -232,7 +234,7 @@ def demo(num_remove: int, out_dir: Path, quick: bool, quiet: bool) -> None:
     held_out = _held_out_table(model, rows, size.held_out, quiet)
     with printing(out_dir):
         say(held_out)
-        say(f"\nwritten: {out_dir}/report.html, pattern.png and study.json")
+        say(f"\nwritten to {out_dir}: report.html, pattern.png, study.json")
 
 
 def _print_cells(found: Mapping) -> None:
@@ -379,6 +381,15 @@ def _held_out_makers(models: Sequence[str], texts: Sequence[str], size: _Data) -
     return makers
 
 
+def _refuse_text_sizes(
+    objectives: Sequence[str], held_out: Sequence[str], sets: Mapping[str, _Data], size: _Data
+) -> None:
+    kinds = {data.kind for data in sets.values()}
+    of_sets = [name for name in COMPARED if OBJECTIVES[name].data in kinds]
+    names = [_parse_objective(text)[1] for text in (*objectives, *held_out)] + (of_sets if objectives else [])
+    refuse_text_sizes(names or of_sets or COMPARED, size.seq_len, size.seed)
+
+
 def _parse_objective(text: str) -> tuple[str, str, str]:
     """Label, name and what follows of NAME=... or LABEL:NAME=..."""
     head, _, rest = text.partition("=")
@@ -399,6 +410,9 @@ def _parse_data(flag: str, text: str, size: _Data, kind: str) -> _Data:
         given[name] = int(number)
     if not text:
         raise InputError(f"{flag}: names no file")
+    if (match := re.fullmatch(r".*,([\w-]+)=([^,/]*)", text, re.DOTALL)) and not Path(text).exists():
+        takes = "samples=NUMBER" if kind == "tasks" else "samples=, seq-len= and seed=, each a number"
+        raise InputError(f"{flag}: behind the file stand {takes}, not {match[1]}={match[2]}")
     return replace(
         size,
         file=text,
@@ -413,7 +427,8 @@ def _options_by_algorithm(options: Sequence[str]) -> dict[str, dict[str, str]]:
     for name, value in split_options(options).items():
         algorithm, dot, option = name.partition(".")
         if not dot:
-            raise InputError(f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {name!r}")
+            text = f"{name}={value}"
+            raise InputError(f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {text!r}")
         if algorithm not in ALGORITHMS:
             raise InputError(f"--option: unknown algorithm {algorithm!r}; {nearest(algorithm, ALGORITHMS)}")
         found.setdefault(algorithm, {})[option] = value

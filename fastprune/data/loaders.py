@@ -20,7 +20,7 @@ def load_text(
     seq_len: int | None = None,
     seed: int = 0,
 ) -> TokenBatch:
-    """Calibration text as `num_samples` sequences of `seq_len` tokens (64 and 2048 by default).
+    """Calibration text as `num_samples` sequences of `seq_len` tokens (by default 64 of 2048, or all of a shorter text).
 
     path: .txt, or .jsonl of rows {"text": ...}: documents are encoded (special tokens as the tokenizer adds them),
         joined in order, cut into windows of seq_len, and num_samples windows are drawn without replacement by
@@ -45,12 +45,13 @@ def load_text(
     elif path.suffix in (".txt", ".jsonl"):
         if tokenizer is None:
             raise InputError(f"{path}: text needs a tokenizer, and the model has none; give token ids (.npy) instead")
-        seq_len, num_samples = seq_len or 2048, num_samples or 64
+        seq_len = seq_len or 2048
         documents = _read_documents(path)
         encoded = tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]
         stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
         windows = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
         unit = f"windows of {seq_len} tokens"
+        num_samples = num_samples or max(1, min(64, len(windows)))
         fits = [f"num_samples={len(windows)}"] * (len(windows) > 0)
         fits += [f"seq_len={len(stream) // num_samples}"] * (len(stream) >= 2 * num_samples)
         fits = fits or [f"a longer text (this one has {len(stream)} tokens)"]

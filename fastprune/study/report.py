@@ -16,7 +16,7 @@ def write_report(study: Mapping, path: Path) -> None:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True)
-    environment.filters.update(removed=format_removed, loss=format_loss)
+    environment.filters.update(removed=format_removed, loss=format_loss, data=_data)
     found = [cell for cell in study["cells"] if not cell["error"]]
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     page = environment.from_string(template).render(
@@ -28,6 +28,12 @@ def write_report(study: Mapping, path: Path) -> None:
         algorithms=[row for row in describe_algorithms() if row["name"] in study["inputs"]["algorithms"]],
     )
     write_file(path, page, replace=True)
+
+
+def _data(objective: Mapping) -> str:
+    """What an objective is calibrated on, and how much of it."""
+    size = f"{objective['num_samples']} samples, {objective['num_tokens']:,} tokens"
+    return f"{objective['source']}, {size}" if objective["source"] else size
 
 
 def _best(cells: Sequence[Mapping]) -> list[dict]:
