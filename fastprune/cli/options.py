@@ -208,7 +208,6 @@ evaluator_settings = group(
         "--num-samples",
         type=click.IntRange(1, MOST),
         help="Text samples (default 64, or all of a shorter text) or questions (default all).",
-   
     ),
     click.option(
         "--seq-len",

@@ -20,7 +20,7 @@ def load_text(
     seq_len: int | None = None,
     seed: int = 0,
 ) -> TokenBatch:
-    """Calibration text as `num_samples` sequences of `seq_len` tokens (by default 64 of 2048, or all of a shorter text).
+    """Calibration text as `num_samples` sequences of `seq_len` tokens (64 of 2048, or all that a text has).
 
     path: .txt, or .jsonl of rows {"text": ...}: documents are encoded (special tokens as the tokenizer adds them),
         joined in order, cut into windows of seq_len, and num_samples windows are drawn without replacement by

@@ -57,6 +57,26 @@ def test_stores(refused, tmp_path, monkeypatch, command):
     assert "cannot be written to" in refused(command, "--store", tmp_path / "mine.db")
 
 
+def test_sizes_of_text_are_refused_for_questions(refused, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "w1", "choices": [" w2", " w3"], "answer": 0}\n')
+    margin = ("--objective", "margin", "--calibration", questions)
+    assert "--seq-len is of text" in refused("score", *margin, "--seq-len", 32)
+    assert "--sample-seed is of text" in refused("search", *margin, "--sample-seed", 1)
+    study = ("--objective", f"margin={questions}", "--seq-len", 32, "--out", tmp_path / "study")
+    assert "--num-samples says how many" in refused("study", *study)
+    sets = ("--calibration", f"q=tasks:{questions}", "--objective", "margin", "--seq-len", 32)
+    sets += ("--out", tmp_path / "study")
+    assert "--seq-len is of text" in refused("study", *sets)
+
+
+def test_sizes_of_a_set_are_named(refused, text_file, tmp_path):
+    out = ("--out", tmp_path / "study")
+    wrong = refused("study", "--calibration", f"a=text:{text_file},sample=8", *out)
+    assert "seed=, each a number, not sample=8" in wrong
+    assert "not 'beam_width=2'" in refused("study", "--option", "beam_width=2", *out)
+
+
 def test_a_refused_run_leaves_no_store(refused, tmp_path):
     refused("search", "--store", tmp_path / "new.db", "--algorithm", "beem")
     assert not any(tmp_path.iterdir())

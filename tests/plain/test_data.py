@@ -186,6 +186,9 @@ def test_text_windows(tmp_path):
         draws.add(tuple(places))
     assert len(draws) > 1
     whole = fp.load_text(path, make_tokenizer(), num_samples=len(every), seq_len=17, seed=3)
+    assert fp.load_text(path, make_tokenizer(), seq_len=17, seed=3).num_rows == 64  # where nothing is said
+    longer = fp.load_text(path, make_tokenizer(), seq_len=40)
+    assert longer.num_rows == len(stream) // 40 < 64  # all of a text that has fewer
     assert windows_of(whole) == every
 
 
