@@ -69,7 +69,6 @@ OBJECTS = [
     "mirror",
     "hammer",
 ]
-CONTAINERS = ["box", "bag", "chest", "drawer", "jar", "sack", "trunk", "bucket"]
 COLOURS = ["red", "blue", "green", "yellow", "black", "white", "brown", "golden"]
 # Each weather with how it starts, how it goes on, and how it makes people feel.
 WEATHER = {

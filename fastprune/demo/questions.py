@@ -4,9 +4,10 @@
 """
 
 from collections.abc import Sequence
+from itertools import pairwise, permutations
 from random import Random
 
-from .corpus import CONTAINERS, NAMES, OBJECTS, PLACES, WHERE, split_of
+from .corpus import NAMES, OBJECTS, split_of
 
 # Each maker below returns (what the item is about, the facts as text, what can be asked about them); what
 # can be asked is a list of (question, right answer, wrong answers).
@@ -29,35 +30,23 @@ def compare(rng: Random) -> Item:
     return ("compare", low, high), facts, answered
 
 
-def lookup(rng: Random) -> Item:
-    count = rng.randint(3, 5)
-    things = rng.sample(OBJECTS, count)
-    if rng.random() < 0.5:
-        values, question = rng.sample(NAMES, count), "Who has the {}?"
-        facts = [f"{name} has the {thing}." for name, thing in zip(values, things)]
-    else:
-        values, question = rng.sample(sorted(WHERE), count), "Where is the {}?"
-        facts = [f"The {thing} is {WHERE[place]} the {place}." for place, thing in zip(values, things)]
-    return ("lookup", *facts), " ".join(facts), ask_each(question, things, values)
+def most(rng: Random) -> Item:
+    """One of three things is named more often than each of the others."""
+    things = rng.sample(OBJECTS + NAMES, 3)
+    counts = rng.choice([(2, 1, 1), (3, 1, 1), (3, 2, 1), (3, 2, 2), (4, 2, 1)])
+    named = [thing for thing, count in zip(things, counts) for _ in range(count)]
+    rng.shuffle(named)
+    facts = f"Seen: {', '.join(named)}."
+    return ("most", *named), facts, [("Which was seen most often?", things[0], things[1:])]
 
 
-def chain(rng: Random) -> Item:
-    """Two steps: the thing is in a container, and the container is in a place."""
-    count = rng.randint(2, 3)
-    things, boxes = rng.sample(OBJECTS, count), rng.sample(CONTAINERS, count)
-    places = rng.sample(PLACES["in"], count)
-    inside = [f"The {thing} is in the {box}." for thing, box in zip(things, boxes)]
-    outside = [f"The {box} is in the {place}." for box, place in zip(boxes, places)]
-    facts = " ".join(rng.sample(inside, count) + rng.sample(outside, count))
-    asks = ask_each("Which place has the {}?", things, places)
-    return ("chain", *sorted(inside), *sorted(outside)), facts, asks
-
-
-def ask_each(question: str, things: list[str], values: list[str]) -> Asks:
-    return [
-        (question.format(thing), value, [other for other in values if other != value])
-        for thing, value in zip(things, values)
-    ]
+def missing(rng: Random) -> Item:
+    """Of some things all but one are named again, in any order."""
+    things = rng.sample(OBJECTS + NAMES, rng.randint(3, 5))
+    gone = rng.choice(things)
+    left = [thing for thing in things if thing != gone]
+    facts = f"Before: {', '.join(things)}. After: {', '.join(rng.sample(left, len(left)))}."
+    return ("missing", gone, *things), facts, [("Which is gone?", gone, left)]
 
 
 def arithmetic(rng: Random) -> Item:
@@ -86,15 +75,16 @@ def near(rng: Random, right: int) -> list[int]:
     return rng.sample([right + d for d in (-10, -2, -1, 1, 2, 10) if 10 <= right + d <= 99], 3)
 
 
-def tallest(rng: Random) -> Item:
+def order(rng: Random) -> Item:
     """Three people ordered by two comparisons that share the one in the middle."""
-    high, middle, low = names = rng.sample(NAMES, 3)
-    up = rng.random() < 0.5
-    facts = []
-    for tall, short in rng.sample([(high, middle), (middle, low)], 2):
-        facts.append(f"{tall} is taller than {short}." if up else f"{short} is shorter than {tall}.")
-    asks: Asks = [("Who is the tallest?", high, [middle, low]), ("Who is the shortest?", low, [high, middle])]
-    return ("tallest", *names), " ".join(facts), asks
+    names = rng.sample(NAMES, 3)
+    word, question = rng.choice(
+        [("taller", "Who is there, from tall to short?"), ("shorter", "Who is there, from short to tall?")]
+    )
+    facts = [f"{one} is {word} than {other}." for one, other in pairwise(names)]
+    right = ", ".join(names)
+    wrong = [", ".join(other) for other in permutations(names) if other != tuple(names)]
+    return ("order", *names), " ".join(rng.sample(facts, 2)), [(question, right, rng.sample(wrong, 3))]
 
 
 def copy(rng: Random) -> Item:
@@ -108,9 +98,9 @@ def copy(rng: Random) -> Item:
     return ("copy", *items), "", [(question, ", ".join(items), sorted(wrong))]
 
 
-KINDS = {f.__name__: f for f in (compare, lookup, chain, arithmetic, sequence, tallest, copy)}
+KINDS = {f.__name__: f for f in (compare, most, missing, arithmetic, sequence, order, copy)}
 # Kinds whose lessons are short come more often, to get their share of the tokens.
-LESSONS = [*KINDS, "compare", "arithmetic", "arithmetic", "sequence"]
+LESSONS = [*KINDS, "compare", "compare", "most", "missing", "missing", "arithmetic", "arithmetic", "sequence"]
 
 
 def draw(rng: Random, split: str, kind: str) -> tuple[str, Asks]:
