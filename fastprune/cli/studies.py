@@ -387,7 +387,8 @@ def _refuse_text_sizes(
     kinds = {data.kind for data in sets.values()}
     of_sets = [name for name in COMPARED if OBJECTIVES[name].data in kinds]
     names = [_parse_objective(text)[1] for text in (*objectives, *held_out)] + (of_sets if objectives else [])
-    refuse_text_sizes(names or of_sets or COMPARED, size.seq_len, size.seed)
+    if set(names) <= set(OBJECTIVES):  # others are refused by name, later
+        refuse_text_sizes(names or of_sets or COMPARED, size.seq_len, size.seed)
 
 
 def _parse_objective(text: str) -> tuple[str, str, str]:
