@@ -108,10 +108,10 @@ def test_settings_mean_what_they_mean_to_hf(settings, folder, manager, tmp_path)
 
 @pytest.mark.slow
 def test_the_demo_model_answers_as_under_hf(manager, tmp_path):
-    """A model that was trained: its flags are not all alike, and it generates words."""
-    exported = fp.export(fp.load_model("demo"), (9, 10), tmp_path / "without")
+    """A trained model without its second block: its flags are not all alike, and it generates words."""
+    exported = fp.export(fp.load_model("demo"), (1,), tmp_path / "without")
     settings = {"task_manager": manager, **SETTINGS, "limit": 30}
-    (found,) = evaluate_masks("demo", fp.from_removed([(9, 10)], 12), NAMES, batch_size=4, **settings)
+    (found,) = evaluate_masks("demo", fp.from_removed([(1,)], 12), NAMES, batch_size=4, **settings)
     close(found, simple_evaluate("hf", {"pretrained": str(exported), "device": "cpu"}, NAMES, **settings))
     flags = [sample["resps"][0][0][1] for sample in found["samples"]["demo_next"]]
     assert 0 < sum(flags) < len(flags)
