@@ -19,9 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # what stands in for characters that a terminal's encoding has not
 STAND_INS = {"■": "#", "·": ".", "…": "~", "–": "-", "—": "-", "’": "'", "×": "x", "ρ": "rho"}  # fmt: skip
-
-
-WIDE = 240  # columns of a table that goes to a file or a program, where nothing is cut
+WIDE = 240  # columns of a table that goes to a file or a program: enough for all of ours
 
 
 class Terminal(Console):
@@ -41,7 +39,7 @@ def say(what: RenderableType, style: str | None = None) -> None:
     """Print a table, or a line of text, which is wrapped for a terminal only, so that a program reads it whole."""
     out = Terminal()  # a new one each time: one whose stream has failed would print what it holds again
     if not out.is_terminal and "COLUMNS" not in os.environ:
-        out = Terminal(width=WIDE)
+        out.width = WIDE
     text = isinstance(what, str) or hasattr(what, "plain")
     out.print(what, style=style, highlight=False if text else None, soft_wrap=text and not out.is_terminal)
 

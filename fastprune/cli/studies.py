@@ -122,8 +122,9 @@ def study(
     budgets = _parse_budgets(num_remove)
     size = _Data(None, num_samples, seq_len, sample_seed)
     sets = _calibration_sets(calibrations, size)
-    _refuse_text_sizes(objectives, held_out, sets, size)
-    makers = _objective_makers(models, objectives, size, names, sets)
+    searched = _searched(objectives, sets)
+    _refuse_text_sizes([*searched, *held_out], size)
+    makers = _objective_makers(models, searched, size, names, sets)
     judges = _held_out_makers(models, held_out, size)
     if both := makers.keys() & judges.keys():
         raise InputError(f"--held-out: {min(both)!r} is searched with; give it a label of its own, as LABEL:NAME=FILE")
@@ -315,12 +316,9 @@ def _objective_makers(
 
     sets: calibration sets by name. An objective without a file of its own is made on each of them that is of its kind.
     """
-    if sets and not objectives:
-        kinds = {data.kind for data in sets.values()}
-        objectives = [name for name in COMPARED if OBJECTIVES[name].data in kinds]
     makers: dict[str, Callable] = {}
     used: set[str] = set()
-    for text in objectives or COMPARED:
+    for text in objectives:
         label, name, file = _parse_objective(text)
         on = {label: replace(size, file=file or None)}
         if sets and not file and name in OBJECTIVES:
@@ -381,14 +379,16 @@ def _held_out_makers(models: Sequence[str], texts: Sequence[str], size: _Data) -
     return makers
 
 
-def _refuse_text_sizes(
-    objectives: Sequence[str], held_out: Sequence[str], sets: Mapping[str, _Data], size: _Data
-) -> None:
+def _searched(objectives: Sequence[str], sets: Mapping[str, _Data]) -> Sequence[str]:
+    """The objectives that are given; else one for each kind of data, of which there are sets where any is given."""
     kinds = {data.kind for data in sets.values()}
-    of_sets = [name for name in COMPARED if OBJECTIVES[name].data in kinds]
-    names = [_parse_objective(text)[1] for text in (*objectives, *held_out)] + (of_sets if objectives else [])
+    return objectives or [name for name in COMPARED if not sets or OBJECTIVES[name].data in kinds]
+
+
+def _refuse_text_sizes(objectives: Sequence[str], size: _Data) -> None:
+    names = [_parse_objective(text)[1] for text in objectives]
     if set(names) <= set(OBJECTIVES):  # others are refused by name, later
-        refuse_text_sizes(names or of_sets or COMPARED, size.seq_len, size.seed)
+        refuse_text_sizes(names, size.seq_len, size.seed)
 
 
 def _parse_objective(text: str) -> tuple[str, str, str]:

@@ -70,6 +70,17 @@ def test_sizes_of_text_are_refused_for_questions(refused, tmp_path):
     assert "--seq-len is of text" in refused("study", *sets)
 
 
+def test_sizes_of_text_stand_beside_held_out_questions(run, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "w1", "choices": [" w2", " w3"], "answer": 0}\n')
+    study = ("study", "nowhere/model", "--num-remove", "1", "--out", tmp_path / "study", "--seq-len", 32)
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3")
+    for more in (("--objective", f"perplexity={text}"), ("--calibration", f"a=text:{text}")):
+        _, _, err = run(*study, *more, "--held-out", f"margin={questions}")
+        assert "nowhere/model" in err  # as far as the model, which is not there
+
+
 def test_sizes_of_a_set_are_named(refused, text_file, tmp_path):
     out = ("--out", tmp_path / "study")
     wrong = refused("study", "--calibration", f"a=text:{text_file},sample=8", *out)
