@@ -21,11 +21,11 @@ from fastprune.layout import look_rows
 from fastprune.racing import race
 
 
-def races(shares: np.ndarray, keep: int, confidence: float, shuffles: int) -> dict[str, float]:
-    """shares float64[M, S]: see `racing.beaten`."""
+def races(shares: np.ndarray, looks: list[np.ndarray], keep: int, confidence: float, shuffles: int) -> dict[str, float]:
+    """shares float64[M, S]: see `racing.beaten`. looks: the samples of each look, see `look_rows`."""
     count, num_samples = shares.shape
     best = set(np.argsort(shares.mean(axis=1), kind="stable")[:keep].tolist())
-    looks, right, work = look_rows(num_samples), 0, []
+    right, work = 0, []
     for seed in range(shuffles):
         order = np.random.default_rng(seed).permutation(num_samples)
         seen = [order[np.concatenate(looks[: n + 1])] for n in range(len(looks))]
@@ -56,9 +56,10 @@ def main() -> None:
         masks = fp.from_removed(itertools.combinations(range(ev.num_units), 3), ev.num_units)
         losses = ev.score_samples(masks)
         shares = losses * objective.sample_weight * ev.num_samples
+        looks = look_rows(objective.batch)  # a sample is a row here
         for keep in (1, 5):
             name = f"{objective.name}, keep {keep}, {len(masks)} masks, {ev.num_samples} samples"
-            found[name] = races(shares, keep, given.confidence, given.shuffles)
+            found[name] = races(shares, looks, keep, given.confidence, given.shuffles)
             print(name, found[name], flush=True)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -92,7 +92,7 @@ def main() -> None:
     given = parser.parse_args()
     batch = fp.TokenBatch.from_ids(np.zeros((ROWS, LENGTH), dtype=np.int64))
     chunks = make_layout(batch, CHUNK_TOKENS, 8).chunks
-    look_of = {row: look for look, rows in enumerate(look_rows(ROWS)) for row in rows.tolist()}
+    look_of = {row: look for look, rows in enumerate(look_rows(batch)) for row in rows.tolist()}
     loads, looks = [len(rows) * LENGTH for rows in chunks], [look_of[rows[0]] for rows in chunks]
     print(f"{len(chunks)} chunks of {min(loads)} to {max(loads)} tokens")
     found = {}

@@ -298,7 +298,7 @@ class Coordinator(Engine):
 
     def _cut(self, layout: Layout) -> None:
         super()._cut(layout)
-        looks = look_of(self.batch.num_rows)[[rows[0] for rows in layout.chunks]]
+        looks = look_of(self.batch)[[rows[0] for rows in layout.chunks]]
         self._owner = owners([chunk.num_tokens for chunk in self.chunks], looks.tolist(), self.workers.count)
 
     def _shrink_cache(self) -> bool:

@@ -245,7 +245,7 @@ class Evaluator:
         sequences = self._check_masks(masks)
         distinct = list(dict.fromkeys(sequences))
         _check_race(keep, len(distinct), confidence, tolerance)
-        looks = look_rows(self.objective.batch.num_rows)
+        looks = look_rows(self.objective.batch)
         with self.model.turn:
             runs, whole = self.stats.layer_runs, self._ask(sequences)
             chunks = None

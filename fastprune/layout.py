@@ -16,7 +16,8 @@ from .data import TokenBatch
 from .errors import InputError
 from .records import shown
 
-LEAST_LOOK = 16  # rows of the first look, at least; and one in 16 of all
+FIRST_LOOK = 8, 16  # rows of the first look at least: as few from 8 to 16 as hold LOOK_TOKENS; and one in 16 of all
+LOOK_TOKENS = 1024  # a matrix product of so many rows runs at speed on a CPU
 LEAST_FILL = 7 / 8  # rows of a chunk are at least this share of its longest, so that little is padded
 
 
@@ -55,7 +56,7 @@ class Layout:
         rows, every = [row for chunk in self.chunks for row in chunk], list(range(batch.num_rows))
         if not all(self.chunks) or not all(type(row) is int for row in rows) or sorted(rows) != every:
             raise InputError(f"the layout's chunks must hold the rows 0 to {batch.num_rows - 1}, each once")
-        look = look_of(batch.num_rows)
+        look = look_of(batch)
         if any(len(set(look[list(chunk)].tolist())) > 1 for chunk in self.chunks):
             raise InputError("a chunk of the layout holds rows of two looks of a race")
         if any(len(set(batch.row_is_tree[list(chunk)].tolist())) > 1 for chunk in self.chunks):
@@ -70,32 +71,36 @@ def make_layout(batch: TokenBatch, max_tokens: int, tile: int) -> Layout:
     No chunk crosses a look, or is larger than the first, so that a few samples cost about their share. Within a look,
     rows are sorted by kind and length, so that a chunk holds rows of nearly one length.
     """
-    looks = look_rows(batch.num_rows)
+    looks = look_rows(batch)
     groups = [group for rows in looks for group in _group_rows(batch, rows, max_tokens, len(looks[0]))]
     return Layout(tuple(map(tuple, groups)), tile, batch.content_hash)
 
 
-def look_rows(num_rows: int) -> list[np.ndarray]:
+def look_rows(batch: TokenBatch) -> list[np.ndarray]:
     """The rows of each look of a race, in the order in which they are looked at.
 
-    Rows stand in a random order, the same for every set of so many. The first look is at a sixteenth of them (but 16
-    rows, and at all where there are fewer than twice as many), and each later one adds two fifths to what has been
-    seen: on the demo model's triples this took a tenth less work than doubling. The last adds a quarter or more.
+    Rows stand in a random order, the same for every set of so many. The first look is at a sixteenth of them (but 8
+    rows, or up to 16 where rows are short, and at all of fewer than 32), and each later one adds two fifths to what
+    has been seen: on the demo model's triples this took a tenth less work than doubling. The last adds a quarter or
+    more.
     """
+    num_rows = batch.num_rows
     order = np.random.default_rng(num_rows).permutation(num_rows)
-    bound = max(LEAST_LOOK, -(-num_rows // 16))
+    fewest, most = FIRST_LOOK
+    least = min(most, max(fewest, -(-LOOK_TOKENS * num_rows // batch.num_tokens)))
+    bound = max(least, -(-num_rows // 16))
     bounds = [0]
-    while num_rows >= 2 * LEAST_LOOK and 5 * bound <= 4 * num_rows:
+    while num_rows >= 2 * most and 5 * bound <= 4 * num_rows:
         bounds.append(bound)
         bound += 2 * bound // 5
     bounds.append(num_rows)
     return [np.sort(order[start:stop]) for start, stop in itertools.pairwise(bounds)]
 
 
-def look_of(num_rows: int) -> np.ndarray:
+def look_of(batch: TokenBatch) -> np.ndarray:
     """The number of each row's look, int64[R]."""
-    found = np.zeros(num_rows, dtype=np.int64)
-    for number, rows in enumerate(look_rows(num_rows)):
+    found = np.zeros(batch.num_rows, dtype=np.int64)
+    for number, rows in enumerate(look_rows(batch)):
         found[rows] = number
     return found
 

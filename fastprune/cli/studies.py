@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..errors import InputError, nearest
 from ..objectives import OBJECTIVES
+from ..records import check_folder
 from ..search import ALGORITHMS, check_algorithm
 from ..study import check_study, check_study_folder, figures, run_study, write_report
 from ..study.folder import check_label
@@ -61,7 +62,7 @@ class _Size(NamedTuple):
 
 
 DEMO = _Size(STUDIED, {"text": 16, "tasks": None}, {"text": None, "tasks": None})  # not all, so that it stays short
-QUICK = _Size(STUDIED[:3], {"text": 8, "tasks": 48}, {"text": 8, "tasks": 48})
+QUICK = _Size(STUDIED[:3], {"text": 8, "tasks": 24}, {"text": 8, "tasks": 48})
 DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subsets that there are
 
 
@@ -193,18 +194,18 @@ def study(
     "--out",
     "out_dir",
     type=Folder(),
-    default="fastprune-demo",
-    show_default=True,
-    help="Folder for report and figure.",
+    help="Folder for report and figure.  [default: fastprune-demo, or fastprune-demo-quick]",
 )
 @click.option("--quick", is_flag=True, help="Three algorithms on a part of the data: seconds instead of minutes.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
-def demo(num_remove: int, out_dir: Path, quick: bool, quiet: bool) -> None:
+def demo(num_remove: int, out_dir: Path | None, quick: bool, quiet: bool) -> None:
     """Search a small model that is built in; no downloads.
 
     Seven algorithms look for the blocks to remove, under two objectives, and a report shows what they found.
     """
     size = QUICK if quick else DEMO
+    with naming("--out"):
+        out_dir = out_dir or check_folder(Path("fastprune-demo-quick" if quick else "fastprune-demo"))
     names = size.algorithms
     options = {name: given for name, given in DEMO_OPTIONS.items() if name in names}
     check_study(names, options, out_dir)

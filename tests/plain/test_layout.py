@@ -24,7 +24,7 @@ def test_a_layout_holds_every_row_once_and_can_be_written_down(batch, max_tokens
     layout = make_layout(batch, max_tokens, 8)
     layout.check(batch)
     assert Layout.from_json(layout.to_json()) == layout
-    looks = [set(look.tolist()) for look in look_rows(batch.num_rows)]
+    looks = [set(look.tolist()) for look in look_rows(batch)]
     for chunk in layout.chunks:
         assert any(look.issuperset(chunk) for look in looks)
         assert len(chunk) == 1 or len(chunk) * batch.row_lengths[list(chunk)].max() <= max_tokens
@@ -33,7 +33,7 @@ def test_a_layout_holds_every_row_once_and_can_be_written_down(batch, max_tokens
 def test_wrong_layouts_are_refused(batch):
     layout = make_layout(batch, 64, 8)
     first, second, *rest = layout.chunks
-    looks = look_rows(batch.num_rows)
+    looks = look_rows(batch)
     kinds = [rows[batch.row_is_tree[rows] == kind] for rows in looks[:1] for kind in (False, True)]
     plain = np.flatnonzero(~batch.row_is_tree)
     crossing = [next(row for row in plain if row in look) for look in looks[:2]]
