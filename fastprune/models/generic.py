@@ -11,7 +11,6 @@ import copy
 import hashlib
 import inspect
 import itertools
-import json
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -25,10 +24,11 @@ from torch import nn
 from fastprune_kernels.reference import kl_from, log_probabilities, token_nll
 
 from ..errors import InputError
-from ..fingerprint import mark
 from ..masks import check_removed
 from .attention import pinned_attention
+from .identity import Identity
 from .precision import working_dtype
+from .rotary import switch_length, with_unrounded_frequencies
 from .runner import Targets
 from .stand_ins import (
     Arguments,
@@ -49,12 +49,8 @@ LAYERS_NAMES = ("layers", "h", "blocks")
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm", "norm_f", "embedding_norm")
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 GRANULARITIES = ("block", "sublayer")
 LONGEST_CHECKED = 2048  # tokens of a tree that is compared with its sequences
-# attributes that no result depends on
-SAMPLED = 64  # values of each tensor that are looked at for a change
-NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
 
 
 # of each transformers model, whoever wraps it: its training flags and recorders serve one call at a time
@@ -82,7 +78,7 @@ class Model:
     def _open(self, given: nn.Module, tokenizer: Any, name: str | None) -> None:
         self.given: Any = given  # the caller's own model
         self.tokenizer = tokenizer
-        hf = _with_unrounded_angles(given)
+        hf = with_unrounded_frequencies(given)
         self.hf: Any = hf  # with what a transformers model has and a module has not
         if hf is not given:
             _TURNS[hf] = self.turn
@@ -105,7 +101,7 @@ class Model:
         self._recorder = Recorder(self._path, hf)
         self._head = Head(self._path, hf)
         self._sublayers: list[Sublayers] = []  # none until they are required
-        self._hashed: tuple[tuple, str] | None = None
+        self._identity = Identity(self)
         self._passed: tuple[tuple | None, set[Hashable]] = (None, set())  # the state, and what was checked in it
         with self.evaluation():
             self._check_dense()
@@ -115,9 +111,7 @@ class Model:
     @cached_property
     def rotary_switch(self) -> int | None:
         """The row length beyond which rotary frequencies change for all that runs together; None where they do not."""
-        kinds = _rotary_kinds(self.config)
-        lengths = [kind.get("original_max_position_embeddings") or self.max_positions for kind in kinds]
-        return min((length for length in lengths if length is not None), default=None)
+        return switch_length(self.config)
 
     def unit_names(self, granularity: str) -> list[str]:
         """Names of the prunable units, in the order in which they run."""
@@ -261,10 +255,7 @@ class Model:
         module, and its hooks. All is read once, and again when something of it was replaced or changed in place since
         (through `.data`: where it shows in a few values of each tensor)."""
         self._check_whole()
-        state = self.state
-        if self._hashed is None or self._hashed[0] != state:
-            self._hashed = (state, self._hash())
-        return self._hashed[1]
+        return self._identity.hash()
 
     @property
     def state(self) -> tuple:
@@ -272,18 +263,7 @@ class Model:
 
         Of weights that stay in files, their size and time. Raises InputError where a file has changed.
         """
-        known = list(self._resident_tensors())
-        tensors = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in known)
-        # what is written through `.data` counts no version: a few values of each tensor show it, where many changed
-        samples = [
-            flat[:: max(1, len(flat) // SAMPLED)].double()
-            for flat in (tensor.detach().reshape(-1) for _, tensor in known)
-        ]
-        values = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
-        files = None if self.weights is None else str(self.weights.identity)
-        attention = getattr(self.config, "_attn_implementation", None)
-        modules = tuple(_plain_attributes(module) for module in self.hf.modules())
-        return tensors, values, modules, files, self._config_text(), attention
+        return self._identity.state()
 
     def once(self, name: Hashable, check: Callable[[], None]) -> None:
         """Run a check that raises where it fails; not again where it has passed and the model is as it was then."""
@@ -295,47 +275,6 @@ class Model:
                 with self.evaluation():
                     check()
                 self._passed[1].add(name)
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor by name; one that stays in a file has storage while it is the current one."""
-        blocks, current = self.visited_blocks(), None
-        for name, tensor in list(self.hf.named_parameters(remove_duplicate=False)):
-            block = None if self.weights is None else self.weights.block_of(name)
-            if block is not None:
-                while current != block:  # both ascend
-                    current = next(blocks)
-                tensor = self.hf.get_parameter(name)
-            yield name, tensor
-        yield from self.hf.named_buffers(remove_duplicate=False)
-
-    def _resident_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.hf.named_parameters(remove_duplicate=False):
-            if self.weights is None or self.weights.block_of(name) is None:
-                yield name, tensor
-        yield from self.hf.named_buffers(remove_duplicate=False)
-
-    def _hash(self) -> str:
-        if self.weights is None:
-            return self._digest(self._tensors())
-        # with the same files and the same of all else, the whole hash is the same, and need not be read for again
-        files = json.dumps([str(self.dtype), self.weights.identity])
-        key = hashlib.sha256(f"{self._digest(self._resident_tensors())}{files}".encode()).hexdigest()
-        return self.weights.remembered(key, lambda: self._digest(self._tensors()))
-
-    def _digest(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-        digest = hashlib.sha256(self._config_text().encode())
-        for name, module in self.hf.named_modules():
-            digest.update(f"{name}{_plain_attributes(module)}".encode())
-        for name, tensor in tensors:
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    def _config_text(self) -> str:
-        config = self.config.to_diff_dict()
-        for name in ("_name_or_path", "transformers_version"):  # where it lies and who wrote it
-            config.pop(name, None)
-        return json.dumps(config, sort_keys=True, default=str)
 
     @cached_property
     def runs_without_blocks(self) -> bool:
@@ -671,45 +610,3 @@ def _set(before: list[tuple[Any, str, Any]], owner: Any, name: str, value: Any) 
     if getattr(owner, name, None) is not None:
         before.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
-
-
-def _with_unrounded_angles(hf: nn.Module) -> nn.Module:
-    """The model; where `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a shallow copy that has
-    them as its own code makes them. Those that are not just rounded were changed on purpose, and stay.
-    """
-    if not isinstance(hf, nn.Module):
-        return hf
-    for name, module in list(hf.named_modules()):
-        held = [buffer for key, buffer in module.named_buffers(recurse=False) if key.endswith("inv_freq")]
-        if all(buffer.dtype == torch.float32 for buffer in held):
-            continue
-        try:
-            fresh = type(module)(module.config).to(held[0].device)
-        except Exception:  # made by another rule than transformers' own
-            continue
-        fresh.training = module.training
-        alike = dict(fresh.named_buffers()).keys() == dict(module.named_buffers()).keys()
-        if not alike or any(True for _ in fresh.parameters()) or _plain_attributes(fresh) != _plain_attributes(module):
-            continue
-        if all(torch.equal(buffer.to(held[0].dtype), getattr(module, key)) for key, buffer in fresh.named_buffers()):
-            hf = with_replaced(hf, tuple(name.split(".")), fresh)
-    return hf
-
-
-def _plain_attributes(module: nn.Module) -> tuple:
-    """A module's type, its numbers, texts and flags (whether it trains is none), its hooks, and its own `forward`.
-
-    Of a hook or a forward only the object is known: none of another process is taken for it.
-    """
-    attributes = vars(module).items()
-    plain = [(n, v) for n, v in attributes if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))]
-    hooks = [mark(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
-    own = [mark(vars(module)["forward"])] if "forward" in vars(module) else []
-    return (type(module).__qualname__, *sorted(plain), *hooks, *own)
-
-
-def _rotary_kinds(config: Any) -> list[dict[str, Any]]:
-    """The rotary parameters (one set, or one per layer type) whose frequencies depend on the length of a row."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p] or [parameters]
-    return [kind for kind in kinds if kind.get("rope_type") in LENGTH_DEPENDENT_ROPE]
