@@ -51,6 +51,10 @@ class Objective:
         """The loss as text, as what `reading` names."""
         return f"{loss:.5f}"
 
+    def __repr__(self) -> str:
+        settings = "".join(f", {name}={getattr(self, name)!r}" for name in self.settings)
+        return f"{type(self).__name__}({self.num_samples} samples, {self.batch.num_tokens} tokens{settings})"
+
     def describe(self) -> dict[str, object]:
         """Plain values: name, settings, meaning, what it is calibrated on, whether it compares with the dense model."""
         return {

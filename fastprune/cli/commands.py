@@ -74,7 +74,7 @@ def info(model: str, device: str | None, dtype: str | None, trust_remote_code: b
         "units": f"0 to {len(blocks) - 1}: {blocks[0]} to {blocks[-1]}",
         "sublayers": _can(
             lambda: opened.require("sublayer"),
-            f"0 to {len(halves) - 1}: {halves[0]}, {halves[1]} to {halves[-1]}",
+            f"0 to {len(halves) - 1}: {halves[0]}, {halves[1]} to {halves[-2]}, {halves[-1]}",
         ),
         "token trees": _can(opened.check_trees),
         "without blocks": "yes" if opened.runs_without_blocks else "no",

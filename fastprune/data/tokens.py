@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..records import shown
 Ids = Sequence[int] | np.ndarray  # of tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenBatch:
     """Rows of tokens, each a tree: a trunk, then branches that see the trunk and themselves but not each other.
 
@@ -132,6 +132,9 @@ class TokenBatch:
             continuation_row=np.asarray(continuation_row),
         )
 
+    def __repr__(self) -> str:
+        return f"TokenBatch({self.num_rows} rows, {self.num_continuations} continuations, {self.num_tokens} tokens)"
+
     @property
     def num_rows(self) -> int:
         return len(self.row_starts) - 1
@@ -186,7 +189,7 @@ class TokenBatch:
             raise InputError(f"a sequence of {longest} tokens is longer than the model's {max_positions} positions")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tasks:
     """Multiple-choice questions as token trees: one row per question, one continuation per choice.
 
@@ -198,8 +201,11 @@ class Tasks:
     batch: TokenBatch
     question: np.ndarray
     answer: np.ndarray
-    choice_characters: np.ndarray = field(repr=False)
-    choice_bytes: np.ndarray = field(repr=False)
+    choice_characters: np.ndarray
+    choice_bytes: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"Tasks({self.num_questions} questions, {len(self.question)} choices, {self.batch.num_tokens} tokens)"
 
     @property
     def num_questions(self) -> int:

@@ -106,6 +106,10 @@ class Model:
         with self.evaluation():
             self._check_dense()
 
+    def __repr__(self) -> str:
+        size = f"{self.num_blocks} blocks of width {self.hidden_size}"
+        return f"Model({self.name!r}, {self.family}, {size}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+
     # -- units ---------------------------------------------------------------------------------------------------
 
     @cached_property

@@ -100,7 +100,8 @@ class Search:
                 f"num_remove must be from 0 to {self.num_units - 1} (the model has {self.num_units} units)"
             )
         if num_remove > len(self.candidates):
-            raise InputError(f"num_remove is {num_remove}, but only {len(self.candidates)} units are not protected")
+            free = "1 unit is" if len(self.candidates) == 1 else f"{len(self.candidates)} units are"
+            raise InputError(f"num_remove is {num_remove}, but only {free} not protected")
         return int(num_remove)
 
 

@@ -233,6 +233,14 @@ def test_names_and_hashes_tell_objectives_apart():
     assert {objective.name for objective in objectives} == set(OBJECTIVES)
 
 
+def test_what_is_printed_is_a_line_of_counts_and_settings():
+    batch, tasks = make_batch(), make_tasks()
+    assert repr(batch) == f"TokenBatch({len(LENGTHS)} rows, {len(LENGTHS)} continuations, {sum(LENGTHS)} tokens)"
+    assert repr(tasks) == f"Tasks(3 questions, 9 choices, {tasks.batch.num_tokens} tokens)"
+    assert repr(fp.Perplexity(batch)) == f"Perplexity({len(LENGTHS)} samples, {sum(LENGTHS)} tokens)"
+    assert repr(fp.TaskAccuracy(tasks, normalization="bytes")).endswith("tokens, normalization='bytes')")
+
+
 @pytest.mark.parametrize(
     ("make", "culprit"),
     [
