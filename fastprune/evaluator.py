@@ -236,8 +236,8 @@ class Evaluator:
         All masks are scored on a sixteenth of the samples; those that are not beaten go on to the next look, which
         adds two fifths to what was seen, and so on to the last, where losses are exact, the same bits as `score` gives.
         confidence: probability, in all, of keeping the best ones, under the assumption that `racing.beaten` states,
-        shared out evenly over masks and looks. tolerance: a mask may also leave when what it could be better by is
-        no more than this, beyond doubt. Sets of fewer than 32 samples are scored whole.
+        shared out evenly over looks and, at each, the masks that are left. tolerance: a mask may also leave when what
+        it could be better by is no more than this, beyond doubt. Sets of fewer than 32 samples are scored whole.
 
         Raises InputError for keep below 1 or above the number of different masks, a confidence outside (0, 1), and a
         negative tolerance.

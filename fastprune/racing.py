@@ -37,14 +37,15 @@ def race(
 
     look(number, alive) scores those that are left on the samples of one more look, and returns their shares
     float64[len(alive), n] on all samples seen so far, see `beaten`. The error 1 - confidence is shared out evenly over
-    candidates and looks.
+    looks, and at each over the candidates that are left: one that has left was so far behind that a later decision in
+    its favour would have been next to impossible.
     """
     alive = np.arange(count)
-    error = (1 - confidence) / (count * max(1, num_looks - 1))
+    error = (1 - confidence) / max(1, num_looks - 1)
     for number in range(num_looks):
         shares = look(number, alive)
         if number < num_looks - 1:
-            alive = alive[~beaten(shares, num_samples, keep, error, tolerance)]
+            alive = alive[~beaten(shares, num_samples, keep, error / len(alive), tolerance)]
     return alive
 
 
