@@ -1,4 +1,5 @@
-"""Are races right, and what do they save? All triples of the demo model, over many orders of its samples.
+"""Are races right, and what do they save? All triples of the demo model and 2,000 random masks of it, over many orders
+of its samples.
 
     python bench/race_shuffles.py [--shuffles 200] [--out bench/results/racing.json]
 
@@ -19,6 +20,8 @@ import fastprune as fp
 from fastprune import demo
 from fastprune.layout import look_rows
 from fastprune.racing import race
+
+RANDOM = 2000
 
 
 def races(shares: np.ndarray, looks: list[np.ndarray], keep: int, confidence: float, shuffles: int) -> dict[str, float]:
@@ -41,6 +44,13 @@ def races(shares: np.ndarray, looks: list[np.ndarray], keep: int, confidence: fl
     return {"right": right / shuffles, "work": float(np.median(work)), "most_work": max(work)}
 
 
+def random_masks(num_units: int, count: int) -> np.ndarray:
+    """Different masks, bool[count, num_units], each unit kept by the toss of a coin."""
+    rng = np.random.default_rng(0)
+    numbers = rng.choice(2**num_units, count, replace=False)
+    return (numbers[:, None] >> np.arange(num_units)) % 2 == 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shuffles", type=int, default=200)
@@ -53,14 +63,15 @@ def main() -> None:
     found = {}
     for objective in (fp.Perplexity(text), fp.TaskMargin(tasks)):
         ev = fp.Evaluator(model, objective)
-        masks = fp.from_removed(itertools.combinations(range(ev.num_units), 3), ev.num_units)
-        losses = ev.score_samples(masks)
-        shares = losses * objective.sample_weight * ev.num_samples
-        looks = look_rows(objective.batch)  # a sample is a row here
-        for keep in (1, 5):
-            name = f"{objective.name}, keep {keep}, {len(masks)} masks, {ev.num_samples} samples"
-            found[name] = races(shares, looks, keep, given.confidence, given.shuffles)
-            print(name, found[name], flush=True)
+        triples = fp.from_removed(itertools.combinations(range(ev.num_units), 3), ev.num_units)
+        for masks, kind in ((triples, "triples"), (random_masks(ev.num_units, RANDOM), "random masks")):
+            losses = ev.score_samples(masks)
+            shares = losses * objective.sample_weight * ev.num_samples
+            looks = look_rows(objective.batch)  # a sample is a row here
+            for keep in (1, 5):
+                name = f"{objective.name}, keep {keep}, {len(masks)} {kind}, {ev.num_samples} samples"
+                found[name] = races(shares, looks, keep, given.confidence, given.shuffles)
+                print(name, found[name], flush=True)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
 

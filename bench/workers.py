@@ -22,7 +22,7 @@ from conftest import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.processes import Processes
+from fastprune.workers.processes import Processes
 
 WIDTH, FFN, HEADS, VOCABULARY, ROWS, LENGTH = 256, 704, 4, 4096, 24, 128
 TICKS = os.sysconf("SC_CLK_TCK")

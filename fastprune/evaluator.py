@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import probes
-from .coordinator import Coordinator
 from .engine import Engine, Progress
 from .errors import InputError
 from .layout import Layout, look_rows
 from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
-from .processes import Processes, Workers, check_workers
 from .racing import Selection, race
 from .records import check_bytes, check_folder
 from .store import SumStore
 from .trie import Trie, Units, kept_units, make_trie
+from .workers.coordinator import Coordinator
+from .workers.processes import Processes, Workers, check_workers
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -7,8 +7,8 @@ from collections import deque
 import torch
 
 from fastprune.models.handover import fill, places
-from fastprune.processes import Workers
-from fastprune.worker import Worker
+from fastprune.workers.processes import Workers
+from fastprune.workers.worker import Worker
 
 
 class InThisProcess(Workers):

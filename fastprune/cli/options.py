@@ -14,8 +14,8 @@ import click
 from ..errors import InputError, nearest
 from ..masks import parse_removed
 from ..objectives import OBJECTIVES, Objective
-from ..processes import MOST_WORKERS, Processes, Workers
 from ..records import check_folder
+from ..workers.processes import MOST_WORKERS, Processes, Workers
 from .output import progress_bar
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..processes import LAST, MOST_WORKERS, Workers, check_workers
 from ..records import brief
+from ..workers.processes import LAST, MOST_WORKERS, Workers, check_workers
 from . import require
 
 if TYPE_CHECKING:  # what checks an address does without torch
@@ -165,7 +165,7 @@ class Actor:
 
     def __init__(self) -> None:
         from ..models.imports import import_transformers
-        from ..worker import Worker
+        from ..workers.worker import Worker
 
         import_transformers()
         self._words: list[tuple] = []

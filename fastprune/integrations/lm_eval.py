@@ -29,8 +29,8 @@ from ..evaluator import Evaluator
 from ..masks import as_masks, from_removed, parse_removed, to_removed
 from ..models import Model, load_model
 from ..objectives import Objective
-from ..processes import Processes, Workers, check_workers
 from ..records import shown
+from ..workers.processes import Processes, Workers, check_workers
 from . import require_harness
 
 require_harness()

@@ -18,10 +18,10 @@ from .. import __version__
 from ..errors import InputError
 from ..masks import from_removed
 from ..objectives import Objective
-from ..processes import Processes, Workers
 from ..records import check_folder, write_json
 from ..search import check_algorithm, find_algorithm, require_sklearn, run_search
 from ..store import SumStore
+from ..workers.processes import Processes, Workers
 from .folder import Cell, check_label, check_study_folder, hold, read_cell, write_cell
 from .statistics import compare_calibrations, summarise, summarise_similarity
 

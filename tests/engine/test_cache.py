@@ -7,8 +7,8 @@ from families import build, random_rows, some_masks
 from helpers import make_tasks
 
 import fastprune as fp
-from fastprune.processes import Processes
 from fastprune.states import DiskTier, Frontier, HostTier, PrefixCache
+from fastprune.workers.processes import Processes
 
 LENGTHS = [23, 9, 17, 23, 16, 9, 21]
 

@@ -20,10 +20,10 @@ from helpers import make_tasks
 from workers_for_tests import InThisProcess
 
 import fastprune as fp
-from fastprune import processes
-from fastprune.processes import Processes
 from fastprune.study import run_study
 from fastprune.trie import kept_units, make_trie
+from fastprune.workers import processes
+from fastprune.workers.processes import Processes
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.split import cut, owners, repeated_runs, teams
 from fastprune.trie import kept_units, make_trie
+from fastprune.workers.split import cut, owners, repeated_runs, teams
 
 
 def random_masks(kind: str) -> np.ndarray:

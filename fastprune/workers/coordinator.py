@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import TokenBatch
-from .engine import Engine, Progress
-from .errors import InputError
-from .layout import Layout, look_of
-from .models import Model
-from .models.handover import pack
+from ..data import TokenBatch
+from ..engine import Engine, Progress
+from ..errors import InputError
+from ..layout import Layout, look_of
+from ..models import Model
+from ..models.handover import pack
+from ..store import SumStore
+from ..trie import Trie, make_trie
 from .processes import Workers
 from .split import cut, owners, teams
-from .store import SumStore
-from .trie import Trie, make_trie
 
 MOST_DEATHS = 3  # of one worker in one call
 

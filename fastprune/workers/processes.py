@@ -20,8 +20,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import InputError
-from .records import brief
+from ..errors import InputError
+from ..records import brief
 
 if TYPE_CHECKING:  # what checks a command line does without torch
     import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # what checks a command line does without torch
 MOST_WORKERS = 1024
 LAST = ("ready", "opened", "done", "memory", "wrong", "failed", "stopped", "lost")  # of `worker`: it then waits
 END_WITHIN = 2  # seconds that processes have, all together, to end by themselves
-START = "import sys; from fastprune.worker import serve; serve(int(sys.argv[1]))"
+START = "import sys; from fastprune.workers.worker import serve; serve(int(sys.argv[1]))"
 
 
 class Workers:
@@ -151,7 +151,7 @@ class Processes(Workers):
         return "pickled", pickle.dumps(value)  # once for all
 
     def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
-        from .models import handover
+        from ..models import handover
 
         at, size = handover.places(tensors)
         file = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as a worker may read it)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .trie import Trie
+from ..trie import Trie
 
 SLACK = 1 / 8  # how far a cut may move from where the parts would weigh the same, to where less is shared
 

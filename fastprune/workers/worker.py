@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .chunks import Chunk
-from .engine import Engine, Progress
-from .errors import InputError
-from .memory import is_out_of_memory
-from .models import Model, load_model
-from .models.handover import unpack, views
-from .models.imports import import_transformers
-from .store import units_key
-from .trie import Units, make_trie
+from ..chunks import Chunk
+from ..engine import Engine, Progress
+from ..errors import InputError
+from ..memory import is_out_of_memory
+from ..models import Model, load_model
+from ..models.handover import unpack, views
+from ..models.imports import import_transformers
+from ..store import units_key
+from ..trie import Units, make_trie
 
 EVERY = 0.1  # seconds between two words on progress
 
