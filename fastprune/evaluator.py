@@ -69,8 +69,8 @@ class Evaluator:
     only what no call before has run, as far as the cache goes. By default a quarter of the memory that is free before
     each call (on a GPU, of the device and of the host); 0 for none. cache_dir: a folder on a fast disk for states that
     do not fit, in a file that goes with the process, up to a quarter of what is free there.
-    store: file of finished sums (or a SumStore): what is in it is not computed
-    again, whichever objective on the same tokens had asked for it, and what is finished is kept chunk by chunk.
+    store: file of finished sums (or a SumStore): what is in it is not computed again, whichever objective had measured
+    the same on the same tokens (margin and accuracy do), and what is finished is kept chunk by chunk.
     workers: that many processes of this machine, each with a model of its own, or `Workers` that are started already,
     run a call together; None for this process alone. Each runs with as many threads as this process, and a score has
     the bits that it has here. memory_bytes is then of each worker, cache_bytes of all of a machine.
@@ -87,6 +87,7 @@ class Evaluator:
         model: Model | nn.Module,
         objective: Objective,
         backend: str = "auto",
+        *,
         granularity: str = "block",
         memory_bytes: int | None = None,
         cache_bytes: int | None = None,
@@ -233,8 +234,9 @@ class Evaluator:
     def select(self, masks: ArrayLike, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0) -> Selection:
         """The `keep` masks of lowest loss, found by a race: what is beaten beyond doubt is not run to the end.
 
-        All masks are scored on a sixteenth of the samples; those that are not beaten go on to the next look, which
-        adds two fifths to what was seen, and so on to the last, where losses are exact, the same bits as `score` gives.
+        All masks are scored on a sixteenth of the samples, but on 8 at least, or up to 16 where they are short; those
+        that are not beaten go on to the next look, which adds two fifths to what was seen, and so on to the last, where
+        losses are exact, the same bits as `score` gives.
         confidence: probability, in all, of keeping the best ones, under the assumption that `racing.beaten` states,
         shared out evenly over looks and, at each, the masks that are left. tolerance: a mask may also leave when what
         it could be better by is no more than this, beyond doubt. Sets of fewer than 32 samples are scored whole.

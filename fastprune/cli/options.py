@@ -147,7 +147,7 @@ model_settings = group(
     click.option(
         "--dtype",
         type=Known(["float32", "bfloat16", "float16", "float64"]),
-        help="Default: the checkpoint's own, or float32 where a CPU has no instructions for that.",
+        help="Default: the checkpoint's own; to compute where a CPU has no instructions for that, float32.",
     ),
     click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
 )
@@ -318,7 +318,7 @@ def evaluates(command: Callable) -> Callable:
                 opened,
                 on_data,
                 backend,
-                granularity,
+                granularity=granularity,
                 memory_bytes=memory_bytes,
                 cache_bytes=cache_bytes,
                 cache_dir=cache_dir,

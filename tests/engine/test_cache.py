@@ -45,7 +45,7 @@ def test_warm_cold_half_evicted_and_on_disk_give_the_same_bits(tmp_path, family,
     budget = None if states is None else states * halves * state_bytes(hf, target.batch)
 
     def make(**options):
-        return fp.Evaluator(hf, target, backend, granularity, **options)
+        return fp.Evaluator(hf, target, backend, granularity=granularity, **options)
 
     cold = make(cache_bytes=0)
     masks = some_masks(cold.num_units, 20, seed=7)

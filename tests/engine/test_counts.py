@@ -108,7 +108,9 @@ def spy_on_runs(monkeypatch, ev, batch) -> list[Fraction]:
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_layer_runs_are_distinct_prefixes(monkeypatch, model, batch, backend, granularity, memory_bytes):
     def make(memory_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), backend, granularity, memory_bytes=memory_bytes, cache_bytes=0)
+        return fp.Evaluator(
+            model, fp.Perplexity(batch), backend, granularity=granularity, memory_bytes=memory_bytes, cache_bytes=0
+        )
 
     memory_bytes = memory_bytes and smallest_budget(make)
     ev = make(memory_bytes)
