@@ -110,7 +110,8 @@ class SearchResult:
     """The outcome of a search.
 
     removed, mask (bool[U]), loss: the best subset. history: every (removed, loss) whose exact loss is known, in order
-    (not of what left a race, or was scored on a share of the samples). evaluations: how many. layer_runs, naive_layer_runs: as in Stats, for this search alone. seconds: of the whole search.
+    (not of what left a race, or was scored on a share of the samples). evaluations: how many. layer_runs,
+    naive_layer_runs: as in Stats, for this search alone. seconds: of the whole search.
     racing: the confidence of its races, None without. decided_early: subsets that left one before the last samples.
     """
 
