@@ -2,6 +2,7 @@
 
     python bench/real.py MODEL --text FILE --questions FILE --judge FILE --out FOLDER [--other FILE]
         [--algorithms one_shot,greedy,...] [--num-remove 3,5,7] [--lengths 128,512] [--amounts 16,64] [--limit 100]
+        [--racing 0.99] [--only text|other|questions]
 
 Calibration sets: windows of the text, of each length and amount; of another text, such as code, of the first length and
 amount; and questions, under the margin. Judges: other windows of the text, and the accuracy on the questions of
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=numbers, default=[128, 512])
     parser.add_argument("--amounts", type=numbers, default=[16, 64])
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--racing", type=float)
+    parser.add_argument("--only", default="", help="of the calibration sets")
     given = parser.parse_args()
     model = fp.load_model(given.model)
 
@@ -60,13 +63,21 @@ def main() -> None:
     if given.other:
         sets[f"other-{amount}x{length}"] = text(given.other, amount, length)
     sets["questions-margin"] = questions(given.questions, fp.TaskMargin)
+    sets = {label: make for label, make in sets.items() if label.startswith(given.only)}
     judges = {
         "text-unseen": text(given.text, given.amounts[-1], length, seed=1),
         "accuracy-unseen": questions(given.judge, fp.TaskAccuracy),
     }
     note = functools.partial(print, file=sys.stderr, flush=True)
     found = run_study(
-        [model], sets, given.algorithms.split(","), given.num_remove, given.out, held_out=judges, notify=note
+        [model],
+        sets,
+        given.algorithms.split(","),
+        given.num_remove,
+        given.out,
+        racing=given.racing,
+        held_out=judges,
+        notify=note,
     )
     write_report(found, Path(given.out) / "report.html")
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}\n")
@@ -103,16 +114,18 @@ def print_calibration(found: dict) -> None:
 
 
 def print_costs(found: dict, model: fp.Model, sets: dict) -> None:
-    """Seconds of every set's searches, against one transformers pass for each mask that they asked for."""
-    print("| calibration | masks | unit runs of a loop | made | seconds | loop, seconds | ratio |")
-    print("|---|---|---|---|---|---|---|")
+    """Seconds of every set's searches, against transformers passes of as many unit runs as one a mask takes."""
+    print("| calibration | unit runs of a loop | made | seconds | loop, seconds | ratio |")
+    print("|---|---|---|---|---|---|")
     for label, make in sets.items():
         cells = [cell for cell in found["cells"] if cell["objective"] == label]
-        masks, naive, made, seconds = (
-            sum(cell[name] for cell in cells) for name in ("masks", "naive_layer_runs", "layer_runs", "seconds")
+        naive, made, seconds = (
+            sum(cell[name] for cell in cells) for name in ("naive_layer_runs", "layer_runs", "seconds")
         )
-        loop = masks * statistics.median(passes(model, make(model).batch, [cell["removed"] for cell in cells[:3]]))
-        print(f"| {label} | {masks} | {naive:.0f} | {made:.0f} | {seconds:.0f} | {loop:.0f} | {loop / seconds:.1f} |")
+        removed = [cell["removed"] for cell in cells[:3]]
+        timed = zip(passes(model, make(model).batch, removed), removed)
+        loop = naive * statistics.median(taken / (model.num_blocks - len(units)) for taken, units in timed)
+        print(f"| {label} | {naive:.0f} | {made:.0f} | {seconds:.0f} | {loop:.0f} | {loop / seconds:.1f} |")
 
 
 def passes(model: fp.Model, batch: fp.TokenBatch, removed: list) -> list[float]:

@@ -18,6 +18,7 @@ from ..study.tables import (
     TABLE_NOTE,
     format_dense,
     format_loss,
+    format_races,
     format_removed,
     format_saved,
     pattern_text,
@@ -35,6 +36,7 @@ from .options import (
     model_options,
     naming,
     open_model,
+    racing_option,
     split_options,
     weights_option,
 )
@@ -190,7 +192,7 @@ def score(
 )
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--out", "out_dir", type=FileName(), help="Write result.json into this folder.")
-@click.option("--racing", type=float, help="Let what is beaten leave early, at this confidence, such as 0.99.")
+@racing_option
 @evaluates
 def search(
     make_evaluator: Callable[[], Evaluator],
@@ -206,9 +208,9 @@ def search(
     from ..search import check_algorithm, check_racing, protected_units, run_search
 
     given = split_options(options)
-    chosen, _ = check_algorithm(algorithm, given)
+    check_algorithm(algorithm, given)
     with naming("--racing"):
-        check_racing(chosen, racing)
+        check_racing([algorithm], racing)
     check_gradients([algorithm], click.get_current_context().params["objective"])
     target = Path(out_dir) / "result.json" if out_dir else None
     if target:
@@ -237,7 +239,7 @@ def search(
         say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
         say(f"removed: {format_removed(result.removed)}")
         if racing:
-            say(f"{result.decided_early} subsets left a race early; masks counts those whose loss is remembered, exact")
+            say(format_races(result.decided_early))
         if result.granularity == "sublayer":
             say(f"sublayers: {_names(evaluator, result.removed)}")
         if target:

@@ -201,6 +201,10 @@ workers_options = group(
     ),
 )
 
+racing_option = click.option(
+    "--racing", type=float, help="Let what is beaten leave early, at this confidence, such as 0.99."
+)
+
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 evaluator_settings = group(

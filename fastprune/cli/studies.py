@@ -14,13 +14,14 @@ from rich.table import Table
 from ..errors import InputError, nearest
 from ..objectives import OBJECTIVES
 from ..records import check_folder
-from ..search import ALGORITHMS, check_algorithm
+from ..search import ALGORITHMS, check_algorithm, check_racing
 from ..study import check_study, check_study_folder, figures, run_study, write_report
 from ..study.folder import check_label
 from ..study.tables import (
     TABLE_NOTE,
     calibration_table,
     format_dense,
+    format_races,
     format_removed,
     pattern_text,
     results_table,
@@ -41,6 +42,7 @@ from .options import (
     open_model,
     open_objective,
     open_workers,
+    racing_option,
     refuse_text_sizes,
     split_options,
 )
@@ -92,6 +94,7 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
 @click.option("--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5.")
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
+@racing_option
 @click.option(
     "--out", "out_dir", required=True, type=Folder(), help="The study's folder; the same study continues there."
 )
@@ -101,8 +104,8 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
 @evaluator_settings
 def study(
     models: tuple[str, ...], algorithms: str, objectives: tuple[str, ...], calibrations: tuple[str, ...],
-    held_out: tuple[str, ...], num_remove: str, options: tuple[str, ...], seed: int, out_dir: Path,
-    device: str | None, dtype: str | None, trust_remote_code: bool,
+    held_out: tuple[str, ...], num_remove: str, options: tuple[str, ...], seed: int, racing: float | None,
+    out_dir: Path, device: str | None, dtype: str | None, trust_remote_code: bool,
     num_samples: int | None, seq_len: int | None, sample_seed: int,
     granularity: str, backend: str, memory_bytes: int | None, weights_bytes: int | None,
     cache_bytes: int | None, cache_dir: Path | None, workers: int | None, ray: str | None, quiet: bool,
@@ -119,6 +122,8 @@ def study(
     _refuse_twice("MODEL", models)
     for algorithm in dict.fromkeys([*names, *given]):
         check_algorithm(algorithm, given.get(algorithm, {}))
+    with naming("--racing"):
+        check_racing(names, racing)
     figures.check_installed()
     budgets = _parse_budgets(num_remove)
     size = _Data(None, num_samples, seq_len, sample_seed)
@@ -130,7 +135,7 @@ def study(
     if both := makers.keys() & judges.keys():
         raise InputError(f"--held-out: {min(both)!r} is searched with; give it a label of its own, as LABEL:NAME=FILE")
     settings = {name: check_algorithm(name, given.get(name, {}))[1] for name in names}
-    known = {"algorithms": settings, "budgets": budgets, "seed": seed, "granularity": granularity}
+    known = {"algorithms": settings, "budgets": budgets, "seed": seed, "racing": racing, "granularity": granularity}
     with naming("--out"):
         check_study_folder(Path(out_dir), known)
     check_study(names, given, out_dir)
@@ -150,6 +155,7 @@ def study(
             out_dir,
             options=given,
             seed=seed,
+            racing=racing,
             notify=_notify(quiet),
             held_out=judges,
             backend=backend,
@@ -252,12 +258,14 @@ def _print_cells(found: Mapping) -> None:
         units = f"{num_remove} of {found['num_units'][model]} removed"
         say(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
     say(TABLE_NOTE, style="dim")
+    if found["inputs"]["racing"]:
+        say(format_races(sum(cell["decided_early"] for cell in found["cells"])))
     if found["calibration"]:
         say(calibration_table(found["calibration"]))
     made, asked = (sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs"))
     if 0 < made < asked:
-        text = f"Searches share their scores: {made:.0f} layer runs were made where they take {asked:.0f} alone."
-        say(text)
+        how = "share their scores, and race" if found["inputs"]["racing"] else "share their scores"
+        say(f"Searches {how}: {made:.0f} layer runs were made where they take {asked:.0f} alone.")
 
 
 def _held_out_table(model: Model, rows: Sequence[tuple], samples: Mapping[str, int | None], quiet: bool) -> Table:

@@ -13,7 +13,7 @@ import math
 import re
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -209,15 +209,16 @@ def check_algorithm(name: str, options: Mapping[str, object]) -> tuple[Algorithm
     return chosen, options
 
 
-def check_racing(chosen: Algorithm, racing: float | None) -> None:
-    """Raise InputError for a confidence outside (0, 1), or an algorithm that does not race."""
+def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
+    """Raise InputError for a confidence outside (0, 1), or algorithms none of which races."""
     if racing is None:
         return
     if isinstance(racing, bool) or not isinstance(racing, (int, float)) or not 0 < racing < 1:
         raise InputError(f"racing must be a confidence between 0 and 1, such as 0.99, not {racing!r}")
-    if not chosen.races:
-        racers = ", ".join(known.name for known in ALGORITHMS.values() if known.races)
-        raise InputError(f"{chosen.name} needs every loss it asks for and does not race; these do: {racers}")
+    racers = [known.name for known in ALGORITHMS.values() if known.races]
+    if not set(racers) & set(algorithms):
+        what = "needs every loss it asks for and does not race" if len(algorithms) == 1 else "do not race"
+        raise InputError(f"{', '.join(algorithms)} {what}; these do: {', '.join(racers)}")
 
 
 def require_sklearn(what: str) -> None:

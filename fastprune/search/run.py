@@ -157,7 +157,7 @@ def run_search(
     no subset has a finite loss.
     """
     chosen, options = check_algorithm(algorithm, options)
-    check_racing(chosen, racing)
+    check_racing([algorithm], racing)
     search = Search(evaluator, num_remove, seed, protect, racing)
     if chosen.check_size:
         chosen.check_size(len(search.candidates), search.num_remove, evaluator.granularity, **options)

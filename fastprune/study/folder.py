@@ -28,7 +28,7 @@ class Cell:
 
     error: why the search found nothing; `removed` and `loss` are then None. losses: of the chosen mask under every
     objective of the study, by label. layer_runs: unit runs that were made; asked_layer_runs: those it would have made
-    alone, without scores that other searches had left in the store.
+    alone, without scores that other searches had left in the store. decided_early: subsets that left a race early.
     """
 
     model: str
@@ -39,6 +39,7 @@ class Cell:
     loss: float | None = None
     error: str | None = None
     masks: int = 0
+    decided_early: int = 0
     layer_runs: float = 0
     asked_layer_runs: float = 0
     naive_layer_runs: float = 0

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..masks import from_removed
 from ..objectives import Objective
 from ..records import check_folder, write_json
-from ..search import check_algorithm, find_algorithm, require_sklearn, run_search
+from ..search import check_algorithm, check_racing, find_algorithm, require_sklearn, run_search
 from ..store import SumStore
 from ..workers.processes import Processes, Workers
 from .folder import Cell, check_label, check_study_folder, hold, read_cell, write_cell
@@ -43,6 +43,7 @@ def run_study(
     *,
     options: Mapping[str, Mapping[str, object]] | None = None,
     seed: int = 0,
+    racing: float | None = None,
     notify: Notify = lambda message: None,
     held_out: Makers | None = None,
     **evaluator_options: Any,
@@ -50,22 +51,24 @@ def run_study(
     """Run every search, cross-evaluate every chosen mask, and write `study.json`; returns its content.
 
     objectives: by label, functions from a model to an objective on its calibration set (so one objective can stand
-    several times, on several sets, which are then compared). options: of algorithms, by name. held_out: further
-    objectives that no search sees; every chosen mask is scored under them, too. evaluator_options: of `Evaluator`; its
-    workers are started once, for all. The directory keeps `inputs.json`, the score store and one file per finished
-    cell; a cell that is damaged, or was made with other settings, is named in a RuntimeWarning and made again. A search
-    that finds no finite loss is a cell with an error, and no reason to end.
+    several times, on several sets, which are then compared). options: of algorithms, by name. racing: a confidence,
+    as of `run_search`, for those of the algorithms that race. held_out: further objectives that no search sees; every
+    chosen mask is scored under them, too. evaluator_options: of `Evaluator`; its workers are started once, for all.
+    The directory keeps `inputs.json`, the score store and one file per finished cell; a cell that is damaged, or was
+    made with other settings, is named in a RuntimeWarning and made again. A search that finds no finite loss is a cell
+    with an error, and no reason to end.
     Raises InputError, before the directory is touched, for one that belongs to other inputs or another kind of machine,
     or in which another process is at work, and for algorithms, options, budgets or data that cannot be.
     """
     options, held_out = options or {}, held_out or {}
     out = Path(out_dir)
     check_study(algorithms, options, out)
+    check_racing(algorithms, racing)
     if not (models and objectives and budgets):
         raise InputError("a study needs at least one model, objective, algorithm and budget")
     evaluators = _Evaluators(models, objectives, held_out, evaluator_options)
     evaluators.check(algorithms, budgets, options)
-    identity = evaluators.identity(algorithms, budgets, options, seed)
+    identity = evaluators.identity(algorithms, budgets, options, seed, racing)
     if not check_study_folder(out, identity):
         evaluators.try_all()
     with hold(out):
@@ -96,9 +99,10 @@ def _run(
             warnings.warn(f"{path}: damaged, or of another study; searched again", RuntimeWarning, stacklevel=3)
         if not cell:
             notify(f"{number}/{len(searches)}  {model.name}: {label}, {num_remove} removed, {algorithm}")
-            seed, given = identity["seed"], options.get(algorithm, {})
+            given = {**options.get(algorithm, {}), "seed": identity["seed"]}
+            given["racing"] = identity["racing"] if find_algorithm(algorithm).races else None
             # not under a name, which would keep it while the next one is made
-            cell = _search(evaluators.get(model, label), model, label, num_remove, algorithm, given, seed)
+            cell = _search(evaluators.get(model, label), model, label, num_remove, algorithm, given)
             if cell.error:
                 notify(f"{number}/{len(searches)}  found nothing: {cell.error}")
             write_cell(path, cell, made_with)
@@ -143,6 +147,7 @@ def _made_with(identity: dict, model: str, label: str, num_remove: int, algorith
         "num_remove": num_remove,
         "algorithm": [algorithm, identity["algorithms"][algorithm]],
         "seed": identity["seed"],
+        "racing": identity["racing"],
         "granularity": identity["granularity"],
         "backend": identity["backend"][model],
         "machine": identity["machine"],
@@ -169,7 +174,12 @@ class _Evaluators:
         self._store: SumStore | None = None
 
     def identity(
-        self, algorithms: Sequence[str], budgets: Sequence[int], options: Mapping[str, Mapping[str, object]], seed: int
+        self,
+        algorithms: Sequence[str],
+        budgets: Sequence[int],
+        options: Mapping[str, Mapping[str, object]],
+        seed: int,
+        racing: float | None,
     ) -> dict:
         """What makes a study this study."""
         from ..fingerprint import machine_fingerprint  # only now: they bring torch
@@ -187,6 +197,7 @@ class _Evaluators:
             "algorithms": {name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms},
             "budgets": list(budgets),
             "seed": seed,
+            "racing": racing,
             "granularity": self._options.get("granularity", "block"),
             "backend": {model.name: make_runner(model, backend).numerics() for model in self._models},
             "machine": {model.device.type: machine_fingerprint(model.device) for model in self._models},
@@ -262,14 +273,15 @@ def _search(
     label: str,
     num_remove: int,
     algorithm: str,
-    options: Mapping[str, Any],
-    seed: int,
+    given: Mapping[str, Any],
 ) -> Cell:
+    """given: what `run_search` takes besides."""
     cell = Cell(model.name, label, num_remove, algorithm)
     before, started = vars(evaluator.stats).copy(), time.perf_counter()
     try:
-        result = run_search(evaluator, algorithm, num_remove, seed, **options)
+        result = run_search(evaluator, algorithm, num_remove, **given)
         cell = replace(cell, removed=result.removed, loss=result.loss, masks=result.evaluations)
+        cell = replace(cell, decided_early=result.decided_early)
     except ArithmeticError as error:  # no finite loss, or a probe that is not finite
         cell = replace(cell, error=str(error), masks=evaluator.stats.masks - before["masks"])
     names = ("layer_runs", "asked_layer_runs", "naive_layer_runs")

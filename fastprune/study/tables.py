@@ -39,6 +39,11 @@ def format_dense(objective: Objective | type[Objective], loss: float) -> str:
     return f"dense loss {format_loss(loss)}{read}"
 
 
+def format_races(decided_early: int) -> str:
+    """What races have left out of a table."""
+    return f"{decided_early} subsets left a race early; masks counts those whose loss is remembered, exact"
+
+
 TABLE_NOTE = (
     "runs: unit runs, each prefix that masks share counted once; naive: those of one forward pass per mask; "
     "saved: naive / runs."

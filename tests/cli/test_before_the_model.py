@@ -189,3 +189,11 @@ def test_workers(refused, tmp_path):
         more = ("--out", tmp_path / "s") if command == "study" else ()
         assert "0 is not in the range 1<=x<=1024" in refused(command, "--workers", 0, *more)
         assert "give one of them" in refused(command, "--workers", 2, "--ray", "local", *more)
+
+
+def test_races_of_a_study(refused, tmp_path):
+    study = ("--out", tmp_path / "study")
+    assert "--racing: racing must be a confidence between 0 and 1" in refused("study", *study, "--racing", 99)
+    alone = refused("study", *study, "--racing", 0.9, "--algorithms", "shortgpt")
+    assert "--racing: shortgpt needs every loss it asks for and does not race; these do: one_shot" in alone
+    assert not (tmp_path / "study").exists()

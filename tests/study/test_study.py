@@ -153,6 +153,25 @@ def test_shared_scores_save_runs(finished):
     assert made < asked
 
 
+def test_a_study_that_races_is_made_of_searches_that_race(model, tmp_path):
+    ids = np.random.default_rng(5).integers(0, 97, (64, 13))
+    objectives = {"long": lambda model: fp.Perplexity(fp.TokenBatch.from_ids(ids))}
+    algorithms = ["greedy", "shapley"]
+    study = run_study([model], objectives, algorithms, [2], tmp_path / "s", racing=0.9)
+    assert study["inputs"]["racing"] == 0.9
+    for cell, racing in zip(study["cells"], (0.9, None), strict=True):  # shapley needs every loss
+        evaluator = fp.Evaluator(model, objectives["long"](model))
+        result = fp.run_search(evaluator, cell["algorithm"], 2, racing=racing)
+        assert (tuple(cell["removed"]), cell["loss"]) == (result.removed, result.loss)
+        assert cell["decided_early"] == result.decided_early
+        assert (result.decided_early > 0) == bool(racing)
+        assert cell["loss"] == evaluator.score(result.mask[None]).item()
+    write_report(study, tmp_path / "report.html")
+    assert "confidence 0.9" in (tmp_path / "report.html").read_text()
+    with pytest.raises(fp.InputError, match="other racing"):
+        run_study([model], objectives, algorithms, [2], tmp_path / "s")
+
+
 def test_continues_where_it_stopped(finished, model):
     out, study = finished
     lost = sorted((out / "cells").iterdir())[3]
@@ -195,6 +214,8 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
     refused("above its option max_masks", ["exhaustive"], options={"exhaustive": {"max_masks": 5}})
     refused("num_remove 6 must be from 0 to 5", budgets=[1, 6])
     refused("backend", backend="nonsense")
+    refused("racing must be a confidence between 0 and 1", racing=1.0)
+    refused("shortgpt, shapley do not race; these do: one_shot", ["shortgpt", "shapley"], racing=0.9)
     refused("num_remove must be even", ["evopress"], [1], granularity="sublayer")
     kl = {"divergence": lambda model: fp.KLDivergence(fp.TokenBatch.from_ids([[1, 2]]))}
     refused(r"cbo needs gradients, which the objective 'divergence' \(kl\) has not", ["cbo"], objectives=kl)
