@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from ..masks import check_removed
 from .attention import pinned_attention
 from .identity import Identity
 from .precision import working_dtype
+from .proof import find_sublayers, prove_blocks, prove_tree
 from .rotary import switch_length, with_unrounded_frequencies
 from .runner import Targets
 from .stand_ins import (
@@ -35,7 +35,6 @@ from .stand_ins import (
     HalfBlock,
     Head,
     Recorder,
-    StandInLayer,
     State,
     Sublayers,
     first,
@@ -46,8 +45,6 @@ from .streaming import Weights
 from .tree import few_branches, layer_windows, tree_mask
 
 LAYERS_NAMES = ("layers", "h", "blocks")
-ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 FINAL_NORM_NAMES = ("norm", "final_layer_norm", "ln_f", "final_layernorm", "final_norm", "norm_f", "embedding_norm")
 GRANULARITIES = ("block", "sublayer")
 LONGEST_CHECKED = 2048  # tokens of a tree that is compared with its sequences
@@ -85,26 +82,26 @@ class Model:
         self.config: Any = getattr(hf, "config", None)
         self.family = getattr(self.config, "model_type", type(hf).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
-        self._path = self._find_layers()
+        self.path = self._find_layers()
         assert self.config is not None  # or it was refused
-        self._list: nn.ModuleList = get_module(given, self._path)
+        self._list: nn.ModuleList = get_module(given, self.path)
         self.layers: list[nn.Module] = list(self._list)
         self.num_blocks = len(self.layers)
         if not self.num_blocks:
-            raise self._refuse("it has no blocks")
+            raise self.refusal("it has no blocks")
         self.device, self.dtype = next(hf.parameters()).device, working_dtype(hf)
         self.vocab_size = int(self.config.vocab_size)
         self.hidden_size = int(self.config.hidden_size)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         self.final_norm = self._find_final_norm()
         self._signature = inspect.signature(type(self.layers[0]).forward)
-        self._recorder = Recorder(self._path, hf)
-        self._head = Head(self._path, hf)
+        self.recorder = Recorder(self.path, hf)
+        self.head = Head(self.path, hf)
         self._sublayers: list[Sublayers] = []  # none until they are required
         self._identity = Identity(self)
         self._passed: tuple[tuple | None, set[Hashable]] = (None, set())  # the state, and what was checked in it
         with self.evaluation():
-            self._check_dense()
+            prove_blocks(self)
 
     def __repr__(self) -> str:
         size = f"{self.num_blocks} blocks of width {self.hidden_size}"
@@ -129,7 +126,7 @@ class Model:
             raise InputError(f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}")
         if granularity == "sublayer" and not self._sublayers:
             with self.evaluation():
-                self._sublayers = self._find_sublayers()
+                self._sublayers = find_sublayers(self)
 
     @property
     def bands(self) -> tuple[range, ...]:
@@ -180,12 +177,12 @@ class Model:
         int64[B, T]: a token sees the earlier tokens of the trunk (branch 0) and of its own branch.
         """
         if branch is None:
-            state, calls = self._recorder(input_ids=ids)
+            state, calls = self.recorder(input_ids=ids)
             return state, [self._by_name(args, kwargs) for args, kwargs in calls]
         assert positions is not None
         windows = layer_windows(self.config, self.num_blocks)
         masks = {window: self._layer_mask(tree_mask(positions, branch, window)) for window in {None, *windows}}
-        state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=masks[None])
+        state, calls = self.recorder(input_ids=ids, position_ids=positions, attention_mask=masks[None])
         arguments = [self._by_name(args, kwargs) for args, kwargs in calls]
         for layer, window in zip(arguments, windows, strict=True):
             layer["attention_mask"] = masks[window]
@@ -195,7 +192,7 @@ class Model:
         """As `open`, for who does without the layers' masks: what stands in their place weighs nothing."""
         nothing = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
         nothing = nothing.expand(len(ids), 1, ids.shape[1], ids.shape[1])
-        state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
+        state, calls = self.recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
         return state, [self._by_name(args, kwargs) for args, kwargs in calls]
 
     def normed(self, states: torch.Tensor) -> torch.Tensor:
@@ -204,7 +201,7 @@ class Model:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [P, V] of hidden states [P, D] taken before the final norm, in the model's dtype."""
-        return self._head(self.normed(hidden))
+        return self.head(self.normed(hidden))
 
     def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
@@ -310,9 +307,9 @@ class Model:
         for place, block in enumerate(sequence):
             again = copies and block in sequence[:place]
             blocks.append(copy.deepcopy(self.layers[block]) if again else self.layers[block])
-        ordered = with_replaced(self.hf, self._path, nn.ModuleList(blocks))
+        ordered = with_replaced(self.hf, self.path, nn.ModuleList(blocks))
         owner: Any = ordered
-        for name in self._path:
+        for name in self.path:
             if getattr(owner, "config", None) is not None:
                 owner.config = config
             owner = getattr(owner, name)
@@ -332,7 +329,7 @@ class Model:
             if not kept and not self.runs_without_blocks:
                 raise InputError(f"nothing is kept, and the family {self.family!r} cannot run without blocks")
             before: list[tuple[Any, str, Any]] = []  # (object, attribute, value), put back in the end
-            *above, last = self._path
+            *above, last = self.path
             base = get_module(self.given, above)
             try:
                 config, owner = self._config_of(kept), self.given
@@ -353,7 +350,7 @@ class Model:
     @property
     def is_whole(self) -> bool:
         """Whether the transformers model has the blocks that it had when it was opened."""
-        return get_module(self.given, self._path) is self._list
+        return get_module(self.given, self.path) is self._list
 
     def _check_whole(self) -> None:
         if not self.is_whole:
@@ -380,7 +377,7 @@ class Model:
 
     # -- finding the parts ---------------------------------------------------------------------------------------
 
-    def _refuse(self, why: str) -> InputError:
+    def refusal(self, why: str) -> InputError:
         return InputError(f"{self.name}: the family {self.family!r} cannot be run block by block: {why}")
 
     def _find_layers(self) -> tuple[str, ...]:
@@ -388,64 +385,27 @@ class Model:
         if not isinstance(self.given, nn.Module) or self.config is None:
             raise InputError(f"expected a transformers causal language model, not {type(self.hf).__name__}")
         if getattr(self.config, "is_encoder_decoder", False):
-            raise self._refuse("it is an encoder-decoder")
+            raise self.refusal("it is an encoder-decoder")
         if getattr(self.config, "num_kv_shared_layers", 0):
-            raise self._refuse("its layers share keys and values across depth")
+            raise self.refusal("its layers share keys and values across depth")
         if any(hasattr(module, "_hf_hook") for module in self.hf.modules()):
             raise InputError(f"{self.name}: load the model on one device, without device_map offloading")
         if not callable(getattr(self.hf, "get_output_embeddings", None)) or self.hf.get_output_embeddings() is None:
-            raise self._refuse("it has no language-model head")
+            raise self.refusal("it has no language-model head")
         found = layer_paths(self.hf)
         if len(found) != 1:
             depth = getattr(self.config, "num_hidden_layers", None)
-            raise self._refuse(f"{'no' if not found else 'more than one'} list of {depth} decoder layers was found")
+            raise self.refusal(f"{'no' if not found else 'more than one'} list of {depth} decoder layers was found")
         return found[0]
 
     def _find_final_norm(self) -> nn.Module:
-        parent = get_module(self.hf, self._path[:-1])
+        parent = get_module(self.hf, self.path[:-1])
         for name in FINAL_NORM_NAMES:
             if isinstance(getattr(parent, name, None), nn.Module):
                 return getattr(parent, name)
-        raise self._refuse("its final norm was not found")
+        raise self.refusal("its final norm was not found")
 
-    def _find_sublayers(self) -> list[Sublayers]:
-        pairs = []
-        for layer in self.layers:
-            names = [[n for n, _ in layer.named_children() if n in known] for known in (ATTENTION_NAMES, MLP_NAMES)]
-            if any(len(found) != 1 for found in names):
-                raise self._refuse("its attention and mlp sublayers were not found; use granularity='block'")
-            pairs.append((layer, names[0][0], names[1][0]))
-        state, arguments = self.open(self.probe_ids())
-        for parallel, mlp_as_tuple in itertools.product((False, True), repeat=2):
-            sublayers = [Sublayers(*pair, parallel, mlp_as_tuple) for pair in pairs]
-            if self._add_up(sublayers, state, arguments):
-                return sublayers
-        raise self._refuse("its attention and mlp sublayers do not add up to its blocks; use granularity='block'")
-
-    def _add_up(self, sublayers: list[Sublayers], state: torch.Tensor, arguments: Arguments) -> bool:
-        """Whether the halves of every block, run one after the other, give the block's own output to the bit, leave
-        their inputs alone, and a block without either half adds nothing."""
-        for block in self.visited_blocks():
-            halves = sublayers[block]
-            whole = self.run(block, state, arguments)
-            try:
-                middle = halves.attention(state, arguments[block])
-                inputs = (
-                    [t for t in middle if isinstance(t, torch.Tensor)] if isinstance(middle, HalfBlock) else [middle]
-                )
-                versions = [tensor._version for tensor in inputs]
-                after = halves.mlp(middle, arguments[block])
-                nothing = halves.neither(state, arguments[block])
-                pairs = ((after, whole), (nothing, state))
-                same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
-            except (TypeError, ValueError, AttributeError):  # this family's modules return something else
-                return False
-            if not same or versions != [tensor._version for tensor in inputs]:
-                return False
-            state = after
-        return True
-
-    # -- checks against the model's own forward -------------------------------------------------------------------
+    # -- proven on itself ----------------------------------------------------------------------------------------
 
     def probe_ids(self) -> torch.Tensor:
         """A short row of token ids spread over the vocabulary, [1, T]."""
@@ -457,62 +417,6 @@ class Model:
         ids = self.probe_ids()
         tree = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5], [0, 0, 0, 1, 1, 2, 2, 2]], device=self.device)[:, : ids.shape[1]]
         return ids, tree[:1], tree[1:]
-
-    def _final_states(self, opened: Sequence[tuple[torch.Tensor, Arguments]]) -> list[torch.Tensor]:
-        """Normed final states [B * T, D] of the dense model, layer by layer, of each that `open` gave."""
-        states = [state for state, _ in opened]
-        for block in self.visited_blocks():  # once for all: it may be read for this
-            states = [self._after(block, state, of) for state, (_, of) in zip(states, opened, strict=True)]
-        return [self.final_norm(state.flatten(0, 1)) for state in states]
-
-    def _after(self, block: int, state: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """The state after a block. Raises InputError where that has changed the one before it."""
-        version = state._version
-        following = self.run(block, state, arguments)
-        if state._version != version:
-            raise self._refuse("its layers overwrite their input, which other masks still need")
-        return following
-
-    def _check_dense(self) -> None:
-        ids = self.probe_ids()
-        both, failure = None, None
-        for as_tuple in (False, True):  # what the model takes from a layer: the states, or a tuple of them
-            self._recorder.as_tuple = as_tuple
-            try:
-                both = self._both_ways(ids)
-                break
-            except InputError:
-                raise
-            except Exception as error:
-                failure = failure or error
-        if both is None:
-            why = f"running its layers one by one failed ({type(failure).__name__}: {failure})"
-            raise self._refuse(why) from failure
-        if not self.agree(*both):
-            raise self._refuse("its layers, run one by one, do not give the logits of its own forward pass")
-
-    def _both_ways(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B * T, V] of the model's layers, run one by one, and of its own forward pass.
-
-        Weights that stay in files come as the forward pass calls their layer, and serve both.
-        """
-        state, arguments = self.open(ids)
-        if self.weights is None:
-            (found,) = self._final_states([(state, arguments)])
-            return self._head(found), self.hf(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        blocks = self.visited_blocks()
-
-        def calling(layer: nn.Module) -> Callable:
-            def call(hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
-                nonlocal state
-                state = self._after(next(blocks), state, arguments)
-                return layer(hidden, *args, **kwargs)
-
-            return call
-
-        own = with_replaced(self.hf, self._path, nn.ModuleList(StandInLayer(la, calling(la)) for la in self.layers))
-        expected = own(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        return self._head(self.final_norm(state.flatten(0, 1))), expected
 
     def check_trees(
         self,
@@ -538,17 +442,7 @@ class Model:
         ids, positions, branch = ids[:, inside], positions[:, inside], branch[:, inside]
         tree = ids, positions, branch
         name = "trees", hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in tree)).digest()
-        self.once(name, lambda: self._check_tree(*tree))
-
-    def _check_tree(self, ids: torch.Tensor, positions: torch.Tensor, branch: torch.Tensor) -> None:
-        sequences = [(branch[0] == 0) | (branch[0] == number) for number in few_branches(branch[0]).tolist()]
-        alone = [self.open(ids[:, inside]) for inside in sequences]
-        try:
-            found, *expected = self._final_states([self.open(ids, positions, branch), *alone])
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise self._refuse(f"token trees failed ({error}); use plain text") from error
-        if not all(self.agree(found[inside], by_itself) for inside, by_itself in zip(sequences, expected)):
-            raise self._refuse("token trees do not give what their sequences give; use plain text")
+        self.once(name, lambda: prove_tree(self, *tree))
 
     def agree(self, found: torch.Tensor, expected: torch.Tensor) -> bool:
         """Equal up to a few roundings of the model's dtype, by relative norm; what is not finite stands alike."""

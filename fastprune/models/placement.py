@@ -1,0 +1,212 @@
+"""Opening a model without the weights of its blocks: where each of them goes, once it is read.
+
+transformers' own code opens the model, and its own rules say which stored tensors a parameter is made of.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .files import Files, Stored
+from .streaming import Block, Piece, Place, Weights, nothing
+
+ALIGNMENT = 64  # bytes, as torch's own allocator aligns
+_PATCHING = threading.RLock()  # one thread at a time opens a model whose weights stay in files
+
+
+@contextmanager
+def blocks_left_out(
+    folder: Path, stored: dict[str, Stored], find_layers: Callable[[nn.Module], Sequence[str]]
+) -> Iterator[list[Weights]]:
+    """Inside, transformers' from_pretrained leaves the parameters of the blocks on the meta device; what it makes is
+    as it always is otherwise. The list then holds the `Weights` of the model that was opened.
+
+    stored: the checkpoint's tensors. find_layers: the attribute path to a model's list of layers.
+    """
+    from transformers import PreTrainedModel
+
+    base: Any = PreTrainedModel
+    made: list[Weights] = []
+    thread = threading.get_ident()
+    _PATCHING.acquire()
+    original = base._load_pretrained_model
+
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:  # another thread opens a model of its own
+            return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        files = Files(tensor.path for tensor in stored.values())
+        prefix = ".".join(find_layers(model)) + "."
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(prefix)}
+        sources, others = _sort(model, load_config, stored, parameters)
+        residents = {key: _Later(files, tensor) for key, tensor in others.items()}
+        found = original(model, residents, None, load_config, *args, **kwargs)
+        blocks, names = _lay_out(model, load_config, prefix, parameters, sources)
+        found[0].missing_keys -= names.keys()
+        made.append(Weights(folder, files, blocks, names))
+        return found
+
+    base._load_pretrained_model = staticmethod(load)
+    try:
+        yield made
+    finally:
+        base._load_pretrained_model = staticmethod(original)
+        _PATCHING.release()
+
+
+class _Later:
+    """A stored tensor that is read when transformers asks for it, as it does of a safetensors slice."""
+
+    def __init__(self, files: Files, stored: Stored):
+        self._files, self._stored = files, stored
+
+    def get_dtype(self) -> str:
+        return self._stored.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._stored.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._files.tensor(self._stored)[index]
+
+
+def _sort(
+    model: Any, load_config: Any, stored: dict[str, Stored], parameters: set[str]
+) -> tuple[dict, dict[str, Stored]]:
+    """The checkpoint's tensors that parameters of blocks are made of, as {parameter: [(pattern or None, key, tensor)]},
+    by transformers' own rules of renaming; and all others."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = load_config.weight_mapping or []
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    sources: dict[str, list] = {}
+    others = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        if name in parameters:
+            sources.setdefault(name, []).append((pattern, key, stored[key]))
+        else:
+            others[key] = stored[key]
+    return sources, others
+
+
+def _lay_out(
+    model: Any, load_config: Any, prefix: str, parameters: set[str], sources: dict
+) -> tuple[list[Block], dict[str, int]]:
+    """The blocks of a model, and the block of each parameter that has its tensors."""
+    by_block: dict[int, list[str]] = {}
+    for name in model.state_dict():
+        if name in parameters:
+            by_block.setdefault(int(name.removeprefix(prefix).split(".")[0]), []).append(name)
+    count = len(model.get_submodule(prefix[:-1]))
+    blocks, block_of = [], {}
+    for number in range(count):
+        places, pieces, end = [], [], 0
+        for name in by_block.get(number, []):
+            if name not in sources:
+                continue  # transformers reports it as missing
+            parameter = model.get_parameter(name)
+            dtype = _planned_dtype(load_config, name, parameter.dtype)
+            owner, _, own_name = name.rpartition(".")
+            place = Place(model.get_submodule(owner), own_name, end, dtype, parameter.shape)
+            places.append(place)
+            pieces += _pieces(model, load_config, name, place, sources[name])
+            absent: Any = nothing(place.shape, dtype)
+            place.module._parameters[own_name] = absent
+            absent._is_hf_initialized = True
+            block_of[name] = number
+            end += -(-parameter.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        pieces.sort(key=lambda piece: (piece.stored.path, piece.stored.offset))
+        blocks.append(Block(tuple(places), tuple(pieces), end))
+    return blocks, block_of
+
+
+def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What transformers loads a parameter as: as it was made, but where a family keeps some in float32."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = load_config.dtype_plan or {}
+    if plan:
+        pattern, by_group, _ = build_glob_alternation(list(plan))
+        found = pattern.search(name)
+        if found is not None and found.lastgroup is not None:
+            return plan[by_group[found.lastgroup]]
+    return dtype
+
+
+def _pieces(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[Piece]:
+    """Where the tensors that a parameter is made of go. Raises ValueError for what is not just put side by side."""
+    if len(sources) == 1 and sources[0][0] is None:
+        (_, key, stored), offsets = sources[0], [0]
+        if stored.shape != tuple(place.shape):
+            raise ValueError(f"{key} has the shape {list(stored.shape)}, but the config asks for {list(place.shape)}")
+    else:
+        offsets = _side_by_side(model, load_config, name, place, sources)
+    return [
+        Piece(stored, place.offset + offset * place.dtype.itemsize, place.dtype)
+        for (_, _, stored), offset in zip(sources, offsets, strict=True)
+    ]
+
+
+def _side_by_side(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[int]:
+    """The first number of each source within a parameter that transformers merges from several.
+
+    Its own rule is run on one number in the place of each source, which shows where each goes.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    rules = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightConverter)]
+    rule: Any = next((rule for rule in rules if sources[0][0] in rule.source_patterns), None)
+    shape = sources[0][2].shape
+    plain = rule is not None and all(type(op) in (MergeModulelist, Concatenate) for op in rule.operations)
+    if not plain or any(stored.shape != shape for _, _, stored in sources):
+        raise ValueError(f"{name} is converted from the checkpoint in a way that cannot be streamed; open it whole")
+    rule = deepcopy(rule)
+    for number, (pattern, key, _) in enumerate(sources):
+        one = torch.full((1,) * len(shape), number)
+        rule.add_tensor(name, key, pattern, lambda one=one: one)
+    (grid,) = rule.convert(name, model=model, config=model.config).values()
+    cells = (1,) * (grid.dim() - len(shape)) + shape
+    if tuple(a * b for a, b in zip(grid.shape, cells, strict=True)) != tuple(place.shape):
+        raise ValueError(f"{name} has not the shape that the config asks for, {list(place.shape)}")
+    whole = torch.empty(place.shape, device="meta")
+    offsets = [0] * len(sources)
+    for cell in np.ndindex(*grid.shape):
+        part = whole[tuple(slice(i * n, (i + 1) * n) for i, n in zip(cell, cells, strict=True))]
+        if not part.squeeze().is_contiguous():
+            raise ValueError(f"{name} is put together from columns, which cannot be streamed; open it whole")
+        offsets[int(grid[cell])] = int(part.storage_offset())
+    return offsets
+
+
+def to_device(hf: nn.Module, device: torch.device) -> nn.Module:
+    """The model with all that has storage on a device; tied parameters stay tied."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in hf.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "meta" and parameter.device != device:
+                if id(parameter) not in moved:
+                    moved[id(parameter)] = nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
+                module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return hf
+
+
+def resident_bytes(hf: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers that have storage, each once."""
+    tensors = [tensor for tensor in (*hf.parameters(), *hf.buffers()) if tensor.device.type != "meta"]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
