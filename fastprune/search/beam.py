@@ -22,6 +22,8 @@ def greedy(search: Search) -> None:
 def beam(search: Search, beam_width: Count = 5) -> None:
     """k rounds; each extends every kept subset by every unit, merges equal subsets, keeps the beam_width lowest.
 
+    A race of the last round keeps the best one alone, since nothing is made of the others.
+
     Source: the study (arXiv 2604.24938).
     Cost: U + at most beam_width ((U - 1) + ... + (U - k + 1)).
     Options:
@@ -30,8 +32,8 @@ def beam(search: Search, beam_width: Count = 5) -> None:
     kept: list[tuple[int, ...]] = [()]
     if search.num_remove == 0:
         search.score(kept)
-    for _ in range(search.num_remove):
+    for size in range(1, search.num_remove + 1):
         extended = {
             tuple(sorted((*subset, unit))) for subset in kept for unit in search.candidates if unit not in subset
         }
-        kept = search.select(extended, beam_width)
+        kept = search.select(extended, beam_width if size < search.num_remove else 1)
