@@ -1,5 +1,6 @@
 """Races keep what a full evaluation keeps, give its bits, and run less."""
 
+import collections
 import functools
 import itertools
 
@@ -158,6 +159,11 @@ def test_searches_race_to_the_same_result(algorithm):
         assert raced.layer_runs <= plain.layer_runs
         assert raced.naive_layer_runs == plain.naive_layer_runs
         assert (raced.racing, plain.racing, plain.decided_early) == (0.99, None, 0)
+
+
+def test_the_last_round_of_a_beam_keeps_the_best_alone():
+    raced = fp.run_search(evaluator(uneven_model()), "beam", 3, racing=0.99, beam_width=3)
+    assert collections.Counter(len(removed) for removed, _ in raced.history) == {1: 3, 2: 3, 3: 1}
 
 
 @pytest.mark.parametrize("cache_bytes", [0, None])
