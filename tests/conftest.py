@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 
 import pytest
@@ -16,6 +17,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     gc.disable()  # until all is imported
+    if hasattr(config, "workerinput") and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # threads of several workers that wait take the cores from one another
+        torch.set_num_threads(1)
     if config.getoption("--no-mkldnn"):
         torch.backends.mkldnn.set_flags(False)
 
