@@ -117,7 +117,12 @@ def _export(
     out, base = check_target(out_dir), _base_name(check_base_model(base_model) or model.name)
     losses = _check_losses(given)
     if evaluator is not None:
-        losses[evaluator.objective.name] = (evaluator.dense_loss, float(evaluator.score_sequences([sequence])[0]))
+        data = evaluator.objective.describe()
+        on = f"{data['num_samples']} samples, {data['num_tokens']:,} tokens"
+        losses[f"{evaluator.objective.name}, {on}"] = (
+            evaluator.dense_loss,
+            float(evaluator.score_sequences([sequence])[0]),
+        )
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:

@@ -103,6 +103,8 @@ class Evaluator:
             raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
         memory_bytes = check_bytes("memory_bytes", memory_bytes, 1)
         cache_bytes = check_bytes("cache_bytes", cache_bytes, 0)
+        if progress is not None and not callable(progress):
+            raise InputError(f"progress must be a function of (unit runs done, in all), not {progress!r}")
         if layout is not None and not isinstance(layout, Layout):
             raise InputError(f"layout must be a Layout, such as another evaluator's, not {type(layout).__name__}")
         if workers is not None and not isinstance(workers, Workers):
@@ -230,6 +232,11 @@ class Evaluator:
             trie = self._ask(self._check_masks(masks), self._engine.share(wanted))
             sums = self._run(trie, wanted)[:, 0]
             return self.objective.sample_losses(sums)[:, samples][trie.index]
+
+    @property
+    def num_looks(self) -> int:
+        """How many looks a race over this calibration set takes; 1: it is too small for one, and is scored whole."""
+        return len(look_rows(self.objective.batch))
 
     def select(self, masks: ArrayLike, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0) -> Selection:
         """The `keep` masks of lowest loss, found by a race: what is beaten beyond doubt is not run to the end.

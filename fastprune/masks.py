@@ -143,6 +143,8 @@ def parse_removed(text: str) -> tuple[int, ...]:
             if int(run[2]) - int(run[1]) + len(units) >= MAX_UNITS:
                 raise InputError(f"{shown(text)} names more than {MAX_UNITS} units")
             units += range(int(run[1]), int(run[2]) + 1)
+        elif run:
+            raise InputError(f"{part} runs backwards; the lower unit comes first")
         else:
             raise InputError(f"units must be integers separated by commas, such as 9,10 or 9-11,14, not {shown(text)}")
     return tuple(units)

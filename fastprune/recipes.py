@@ -131,4 +131,8 @@ def all_recipes(base: str, sequence: Sequence[int], num_blocks: int, dtype: str,
 
 
 def _shown(name: str, loss: float) -> str:
-    return f"{loss:.4f} (perplexity {math.exp(loss):.3f})" if name == "perplexity" and loss < 700 else f"{loss:.4f}"
+    return (
+        f"{loss:.4f} (perplexity {math.exp(loss):.3f})"
+        if name.split(",")[0] == "perplexity" and loss < 700
+        else f"{loss:.4f}"
+    )

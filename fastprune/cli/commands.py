@@ -143,7 +143,7 @@ def algorithms(names: tuple[str, ...]) -> None:
     help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.',
 )
 @click.option(
-    "--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11, or -; once per mask."
+    "--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; - for none; once per mask."
 )
 @click.option("--out", "out_file", type=FileName(), help='Write rows {"removed", "loss"} to this new .jsonl file.')
 @evaluates
@@ -284,7 +284,7 @@ def export(
     losses = None
     if result is not None:
         with naming("--result"):
-            removed, losses, num_units = _read_result(Path(result))
+            removed, losses, num_units, searched = _read_result(Path(result))
     opened = open_model(model, device, dtype or "auto", trust_remote_code)
     if sequence is not None:
         with naming("--sequence"):
@@ -305,13 +305,15 @@ def export(
         say("for other tools: " + ", ".join(f"recipes/{path.name}" for path in sorted((folder / "recipes").iterdir())))
         if warning:
             say(f"llama.cpp: {warning}")
+        if result is not None and Path(searched).name != Path(opened.name).name:
+            say(f"its card has the losses of {result}, where the model is called {searched}")
 
 
-def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]], object]:
-    """The removed blocks of a search's result.json, its losses (before, after) by objective, and how many units the
-    model had."""
+def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]], object, str]:
+    """The removed blocks of a search's result.json, its losses (before, after) by objective and what that was
+    calibrated on, how many units the model had, and its name."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'a folder; name its result.json' if path.is_dir() else 'no such file'}")
     value = parse_json(path.read_bytes(), str(path))
     names = ("removed", "objective", "granularity", "dense_loss", "loss", "num_units")
     if not isinstance(value, dict) or not set(names) <= set(value) or not isinstance(value["removed"], list):
@@ -322,7 +324,10 @@ def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]],
         losses = float(value["dense_loss"]), float(value["loss"])
     except (TypeError, ValueError):
         raise InputError(f"{path}: dense_loss and loss must be numbers") from None
-    return value["removed"], {str(value["objective"]): losses}, value["num_units"]
+    found, name = value.get("calibration"), str(value["objective"])
+    if isinstance(found, dict) and {"file", "num_samples"} <= set(found):
+        name += f", {found['num_samples']} samples of {Path(str(found['file'])).name}"
+    return value["removed"], {name: losses}, value["num_units"], str(value.get("model", ""))
 
 
 def _score_table(evaluator: Evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:

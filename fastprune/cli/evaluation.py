@@ -47,7 +47,7 @@ task_settings = group(
 
 @click.command("eval", cls=Command)
 @click.option("--tasks", required=True, help="Names or patterns, such as arc_easy,mmlu_*; `lm_eval ls tasks` has them.")
-@click.option("--removed", multiple=True, type=Units(), help='Units to remove, such as 9,10 or 9-11; "" for none.')
+@click.option("--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; - for none.")
 @click.option("--masks", "masks_file", type=FileName(), help="A file of masks instead, as `fastprune score` takes it.")
 @task_settings
 @click.option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Of generated texts.")

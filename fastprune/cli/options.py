@@ -420,6 +420,8 @@ def open_objective(
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
         is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written
         seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
+    if seq_len is not None and model.max_positions and seq_len > model.max_positions:
+        raise InputError(f"seq-len {seq_len} is longer than the model's {model.max_positions} positions")
     objective = make(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
     objective.source = f"{calibration}, drawn by seed {seed}"
     return objective

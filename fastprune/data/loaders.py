@@ -29,7 +29,7 @@ def load_text(
         seq_len keeps the first tokens of each, by default all.
     Raises InputError for a missing or empty file, and when there are fewer windows or tokens than asked for.
     """
-    path = Path(path)
+    path = _check_path(path)
     _check_count("num_samples", num_samples, 1)
     _check_count("seq_len", seq_len, 2)
     _check_count("seed", seed, 0)
@@ -44,7 +44,10 @@ def load_text(
         fits = [f"num_samples={len(windows)}"]
     elif path.suffix in (".txt", ".jsonl"):
         if tokenizer is None:
-            raise InputError(f"{path}: text needs a tokenizer, and the model has none; give token ids (.npy) instead")
+            raise InputError(
+                f"{path}: text needs a tokenizer, such as a model's own; without one, give token ids (.npy)"
+            )
+        _check_tokenizer(tokenizer)
         seq_len = seq_len or 2048
         documents = _read_documents(path)
         encoded = tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]
@@ -71,16 +74,18 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
 
     Prompt and choice are encoded together and split at the prompt's token count; trailing spaces of the prompt
     count to the choice (as lm-evaluation-harness does). `limit` keeps the first questions.
-    Raises InputError naming file and line for a row without choices, an answer out of range, and the like.
+    Raises InputError naming file and line for a row without choices, an answer out of range, and the like, and when
+    there are fewer questions than asked for.
     """
-    path = Path(path)
+    path = _check_path(path)
     _check_count("limit", limit, 1)
     if not path.is_file():
         raise InputError(f"{path}: no such task file")
     if path.suffix != ".jsonl":
         raise InputError(f"{path}: tasks are read from .jsonl files")
     if tokenizer is None:
-        raise InputError(f"{path}: tasks need a tokenizer, and the model has none")
+        raise InputError(f"{path}: tasks need a tokenizer, such as a model's own")
+    _check_tokenizer(tokenizer)
     rows: list[list[tuple[np.ndarray, int]]] = []
     question: list[int] = []
     answer: list[int] = []
@@ -97,6 +102,8 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
         in_bytes += [len(choice.encode()) for choice in choices]
     if not rows:
         raise InputError(f"{path}: holds no questions")
+    if limit is not None and len(rows) < limit:
+        raise InputError(f"{path}: holds {len(rows)} questions, but {limit} were asked for")
     arrays = map(np.asarray, (question, answer, characters, in_bytes))
     return Tasks(TokenBatch.from_continuations(rows), *arrays)
 
@@ -139,7 +146,9 @@ def _read_documents(path: Path) -> list[str]:
         documents = []
         for number, row in read_jsonl(path):
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise InputError(f'{path}:{number}: expected a row like {{"text": "..."}}')
+                questions = isinstance(row, dict) and {"prompt", "choices"} <= set(row)
+                hint = "; these are questions, for objectives such as margin and accuracy" * questions
+                raise InputError(f'{path}:{number}: expected a row like {{"text": "..."}}{hint}')
             documents.append(row["text"])
     if not any(document.strip() for document in documents):
         raise InputError(f"{path}: holds no text")
@@ -165,6 +174,17 @@ def _read_ids(path: Path) -> np.ndarray:
     if ids.size == 0:
         raise InputError(f"{path}: holds no token ids")
     return ids.astype(np.int64)
+
+
+def _check_path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"path must be that of a file, not {shown(path)}")
+    return Path(path)
+
+
+def _check_tokenizer(tokenizer: object) -> None:
+    if not callable(tokenizer):
+        raise InputError(f"tokenizer must be one of transformers, such as model.tokenizer, not {shown(tokenizer)}")
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

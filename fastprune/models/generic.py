@@ -383,7 +383,9 @@ class Model:
     def _find_layers(self) -> tuple[str, ...]:
         """Attribute path from the model to its list of decoder layers."""
         if not isinstance(self.given, nn.Module) or self.config is None:
-            raise InputError(f"expected a transformers causal language model, not {type(self.hf).__name__}")
+            what = type(self.hf).__name__
+            hint = "; load_model opens folders, hub ids and 'demo'" * isinstance(self.hf, str)
+            raise InputError(f"expected a transformers causal language model, not {what}{hint}")
         if getattr(self.config, "is_encoder_decoder", False):
             raise self.refusal("it is an encoder-decoder")
         if getattr(self.config, "num_kv_shared_layers", 0):

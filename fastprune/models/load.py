@@ -154,7 +154,7 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:
-        raise InputError(f"{name}: no such model folder, and not on the hub: {_first_line(error)}") from error
+        raise InputError(f"{name}: no such model folder, and the hub did not give it: {_first_line(error)}") from error
 
 
 def _from_pretrained(folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict) -> Any:

@@ -19,7 +19,9 @@ def protected_units(protect: Iterable[int] | str, num_units: int, granularity: s
     if not isinstance(protect, str):
         return check_removed(protect, num_units, "protected")
     if protect not in PRESETS:
-        raise InputError(f"unknown preset {protect!r} of protected units; {nearest(protect, PRESETS)}")
+        raise InputError(
+            f"unknown preset {protect!r} of protected units; {nearest(protect, PRESETS)}; or indices, such as (0, 1)"
+        )
     first, last = PRESETS[protect]
     halves = 2 if granularity == "sublayer" else 1
     return tuple(u for u in range(num_units) if u < first * halves or u >= num_units - last * halves)

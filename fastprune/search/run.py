@@ -25,7 +25,8 @@ class Search:
     """What an algorithm sees: the budget, the units that may go, and `score`. Every score is remembered.
 
     num_remove: units to remove. candidates: units that are not protected, ascending. rng: the only source of
-    randomness. evaluator: for the probes (similarity, unit gradients). racing: the confidence of races, or None.
+    randomness. evaluator: for the probes (similarity, unit gradients). racing: the confidence of races, or None,
+    as on sets that are too small for one.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Search:
         protect: Iterable[int] | str,
         racing: float | None = None,
     ):
-        self.racing = racing
+        self.racing = racing if racing is not None and evaluator.num_looks > 1 else None
         self.decided_early = 0
         self.evaluator = evaluator
         self.num_units = evaluator.num_units
@@ -158,6 +159,10 @@ def run_search(
     """
     chosen, options = check_algorithm(algorithm, options)
     check_racing([algorithm], racing)
+    if not hasattr(evaluator, "num_units"):
+        raise InputError(f"a search takes an Evaluator, not {type(evaluator).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"seed must be an integer of at least 0, not {seed!r}")
     search = Search(evaluator, num_remove, seed, protect, racing)
     if chosen.check_size:
         chosen.check_size(len(search.candidates), search.num_remove, evaluator.granularity, **options)

@@ -135,6 +135,8 @@ def check_study(algorithms: Sequence[str], options: Mapping[str, Mapping[str, ob
         raise InputError("a study needs at least one model, objective, algorithm and budget")
     for algorithm in dict.fromkeys([*algorithms, *options]):
         check_algorithm(algorithm, options.get(algorithm, {}))
+        if algorithm not in algorithms:
+            raise InputError(f"options are given for {algorithm}, which is not among the algorithms")
     require_sklearn("a study")  # for the clusters of its summary
     check_folder(Path(out_dir))
 

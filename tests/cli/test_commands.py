@@ -181,7 +181,8 @@ def test_the_result_of_a_search_is_exported_with_its_losses(run, checkpoint, tex
     assert "recipes/evopress.txt, recipes/llama.cpp.txt, recipes/llm-drop.json, recipes/mergekit.yaml" in out
     card = (tmp_path / "pruned" / "README.md").read_text()
     assert "base_model: org/base" in card
-    assert f"| perplexity | {result['dense_loss']:.4f} " in card
+    assert f"| perplexity, 4 samples of {text_file.name} | {result['dense_loss']:.4f} (perplexity " in card
+    assert "its card has the losses" not in out
     assert f"| {result['loss']:.4f} " in card
     assert f"without the blocks {', '.join(map(str, result['removed']))}" in card
 

@@ -82,6 +82,11 @@ def test_names_are_suggested(fails, checkpoint, text_file):
     assert "did you mean 'beam'" in fails("algorithms", "beem")
 
 
+def test_a_sample_longer_than_the_model_can_take(fails, checkpoint, text_file):
+    arguments = ("score", checkpoint, "--calibration", text_file, "--removed", 1, "--seq-len", 65)
+    assert "seq-len 65 is longer than the model's 64 positions" in fails(*arguments)
+
+
 def test_calibration_files(fails, checkpoint, tmp_path):
     def score(file, *more) -> str:
         return fails("score", checkpoint, "--removed", "1", "--calibration", file, *more)

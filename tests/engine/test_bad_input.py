@@ -73,6 +73,8 @@ def test_evaluator_arguments(hf, batch, tmp_path):
     objective = fp.Perplexity(batch)
     refuses("objective must be.* not TokenBatch", fp.Evaluator, hf, batch)
     refuses("objective must be.* not str", fp.Evaluator, hf, "perplexity")
+    refuses("not str; load_model opens folders, hub ids and 'demo'", fp.Evaluator, "demo", objective)
+    refuses("progress must be a function .* not True", fp.Evaluator, hf, objective, progress=True)
     refuses("backend must be.* not 'cuda'", fp.Evaluator, hf, objective, backend="cuda")
     refuses("granularity must be.* not 'head'", fp.Evaluator, hf, objective, granularity="head")
     for value in (0, -1, 1.5, True):

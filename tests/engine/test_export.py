@@ -135,7 +135,8 @@ def test_model_card(tmp_path):
     assert metadata["base_model"] == "org/base"
     assert metadata["library_name"] == "transformers"
     assert "without the blocks 1, 3" in card.text
-    assert f"| perplexity | {ev.dense_loss:.4f} " in card.text
+    tokens = int(ev.sample_tokens.sum())
+    assert f"| perplexity, {ev.num_samples} samples, {tokens} tokens | {ev.dense_loss:.4f} (perplexity " in card.text
     assert f"| {ev.score(fp.from_removed([(1, 3)], 5))[0]:.4f} (perplexity " in card.text
     assert "peft" in card.text
     named = fp.Model(hf, name=str(tmp_path / "secret" / "local"))

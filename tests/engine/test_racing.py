@@ -161,6 +161,12 @@ def test_searches_race_to_the_same_result(algorithm):
         assert (raced.racing, plain.racing, plain.decided_early) == (0.99, None, 0)
 
 
+def test_on_few_samples_a_search_that_races_is_the_same_search():
+    ev = evaluator(uneven_model(), rows=20)
+    plain, raced = (fp.run_search(ev, "genetic", 2, racing=racing) for racing in (None, 0.99))
+    assert (ev.num_looks, raced.history, raced.decided_early) == (1, plain.history, 0)
+
+
 def test_the_last_round_of_a_beam_keeps_the_best_alone():
     raced = fp.run_search(evaluator(uneven_model()), "beam", 3, racing=0.99, beam_width=3)
     assert collections.Counter(len(removed) for removed, _ in raced.history) == {1: 3, 2: 3, 3: 1}

@@ -104,7 +104,9 @@ def test_parse_removed():
     assert parse_removed(" 3 ") == (3,)
     assert parse_removed("") == parse_removed("-") == ()
     assert parse_removed("3-5 9, 11") == (3, 4, 5, 9, 11)  # as tables print it
-    for text in ("a", "1;2", "1,,2", "1.5", "5-3", "1-2-3"):
+    with pytest.raises(fp.InputError, match="5-3 runs backwards"):
+        parse_removed("1,5-3")
+    for text in ("a", "1;2", "1,,2", "1.5", "1-2-3"):
         with pytest.raises(fp.InputError, match="separated by commas"):
             parse_removed(text)
 

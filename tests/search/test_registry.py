@@ -95,9 +95,18 @@ def test_algorithms_that_need_gradients_say_so():
 
 
 def test_protected_units_are_named_in_errors():
-    for protect, message in ((3, "protected units are given as a collection"), ((9,), "protected unit 9 is out of")):
+    wrong = {3: "protected units are given as a collection", (9,): "protected unit 9 is out of"}
+    for protect, message in {**wrong, "0,1": r"unknown preset '0,1' .* or indices, such as \(0, 1\)"}.items():
         with pytest.raises(fp.InputError, match=message):
             fp.run_search(SyntheticEvaluator(5), "greedy", 1, protect=protect)
+
+
+def test_what_is_no_evaluator_and_no_seed():
+    with pytest.raises(fp.InputError, match="a search takes an Evaluator, not str"):
+        fp.run_search("demo", "greedy", 1)
+    for seed in (-1, 1.5, True, None):
+        with pytest.raises(fp.InputError, match="seed must be an integer of at least 0"):
+            fp.run_search(SyntheticEvaluator(5), "greedy", 1, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["bayesian", "lorp", "surrogate"])

@@ -214,6 +214,7 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
     refused("above its option max_masks", ["exhaustive"], options={"exhaustive": {"max_masks": 5}})
     refused("num_remove 6 must be from 0 to 5", budgets=[1, 6])
     refused("backend", backend="nonsense")
+    refused("options are given for beam, which is not among the algorithms", ["greedy"], options={"beam": {}})
     refused("racing must be a confidence between 0 and 1", racing=1.0)
     refused("shortgpt, shapley do not race; these do: one_shot", ["shortgpt", "shapley"], racing=0.9)
     refused("num_remove must be even", ["evopress"], [1], granularity="sublayer")
