@@ -326,7 +326,7 @@ def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]],
         raise InputError(f"{path}: dense_loss and loss must be numbers") from None
     found, name = value.get("calibration"), str(value["objective"])
     if isinstance(found, dict) and {"file", "num_samples"} <= set(found):
-        name += f", {found['num_samples']} samples of {Path(str(found['file'])).name}"
+        name += f", {found['num_samples']} samples" + (f" of {Path(str(found['file'])).name}" if found["file"] else "")
     return value["removed"], {name: losses}, value["num_units"], str(value.get("model", ""))
 
 
