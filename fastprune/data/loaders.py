@@ -73,9 +73,8 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
     """Questions from a .jsonl file of rows {"prompt": str, "choices": [str, ...], "answer": index}.
 
     Prompt and choice are encoded together and split at the prompt's token count; trailing spaces of the prompt
-    count to the choice (as lm-evaluation-harness does). `limit` keeps the first questions.
-    Raises InputError naming file and line for a row without choices, an answer out of range, and the like, and when
-    there are fewer questions than asked for.
+    count to the choice (as lm-evaluation-harness does). `limit` keeps the first questions, or all where there are fewer.
+    Raises InputError naming file and line for a row without choices, an answer out of range, and the like.
     """
     path = _check_path(path)
     _check_count("limit", limit, 1)
@@ -102,8 +101,6 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
         in_bytes += [len(choice.encode()) for choice in choices]
     if not rows:
         raise InputError(f"{path}: holds no questions")
-    if limit is not None and len(rows) < limit:
-        raise InputError(f"{path}: holds {len(rows)} questions, but {limit} were asked for")
     arrays = map(np.asarray, (question, answer, characters, in_bytes))
     return Tasks(TokenBatch.from_continuations(rows), *arrays)
 

@@ -362,10 +362,7 @@ def test_limit_and_hash(tmp_path):
     some = fp.load_tasks(path, make_tokenizer(), limit=2)
     assert some.num_questions == 2
     assert unpack(some.batch) == unpack(whole.batch)[:2]
-    all_of_them = fp.load_tasks(path, make_tokenizer(), limit=len(QUESTIONS))
-    assert all_of_them.content_hash == whole.content_hash != some.content_hash
-    with pytest.raises(fp.InputError, match=f"holds {len(QUESTIONS)} questions, but 99 were asked for"):
-        fp.load_tasks(path, make_tokenizer(), limit=99)
+    assert fp.load_tasks(path, make_tokenizer(), limit=99).content_hash == whole.content_hash != some.content_hash
     with pytest.raises(fp.InputError, match="tokenizer must be one of transformers"):
         fp.load_tasks(path, "demo")
     with pytest.raises(fp.InputError, match="path must be that of a file"):
