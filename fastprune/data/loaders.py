@@ -73,7 +73,7 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
     """Questions from a .jsonl file of rows {"prompt": str, "choices": [str, ...], "answer": index}.
 
     Prompt and choice are encoded together and split at the prompt's token count; trailing spaces of the prompt
-    count to the choice (as lm-evaluation-harness does). `limit` keeps the first questions, or all where there are fewer.
+    count to the choice (as lm-evaluation-harness does). `limit` keeps the first questions at most.
     Raises InputError naming file and line for a row without choices, an answer out of range, and the like.
     """
     path = _check_path(path)
