@@ -6,8 +6,8 @@
 
 Calibration sets: windows of the text, of each length and amount; of another text, such as code, of the first length and
 amount; and questions, under the margin. Judges: other windows of the text, and the accuracy on the questions of
---judge. Prints Markdown tables, of the losses and of what each search costs against one transformers pass for each
-mask, timed here. Interrupted, it continues in its folder.
+--judge. Prints Markdown tables, of the losses and of what each set's searches cost against one transformers pass
+for each mask, reckoned by unit runs from passes timed here. Interrupted, it continues in its folder.
 """
 
 from __future__ import annotations

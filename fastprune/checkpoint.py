@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from . import recipes
 from .errors import InputError
 from .masks import check_removed, check_sequences
+from .objectives import format_size
 from .records import check_folder, shown
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def export(
 
     model: a Model, a transformers model, or an Evaluator of blocks, whose losses then stand in the card.
     base_model: the hub id of the base model, for card and recipes; by default the name that it was opened by, of a
-    folder its last part. losses: (before, after) by objective, for the card.
+    folder its last part. losses: (before, after) by objective, for the card; what they
+    were measured on may follow the objective's name behind a comma.
     Raises InputError for an index out of range or given twice, a folder that is not empty, a base_model that is no
     hub id, and for a family whose blocks cannot be renumbered.
     """
@@ -117,12 +119,9 @@ def _export(
     out, base = check_target(out_dir), _base_name(check_base_model(base_model) or model.name)
     losses = _check_losses(given)
     if evaluator is not None:
-        data = evaluator.objective.describe()
-        on = f"{data['num_samples']} samples, {data['num_tokens']:,} tokens"
-        losses[f"{evaluator.objective.name}, {on}"] = (
-            evaluator.dense_loss,
-            float(evaluator.score_sequences([sequence])[0]),
-        )
+        objective = evaluator.objective
+        name = f"{objective.name}, {format_size(objective.num_samples, objective.batch.num_tokens)}"
+        losses[name] = (evaluator.dense_loss, float(evaluator.score_sequences([sequence])[0]))
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:

@@ -281,6 +281,11 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
+def format_size(num_samples: int, num_tokens: int) -> str:
+    """How much data an objective is calibrated on, in words."""
+    return f"{num_samples} samples, {num_tokens:,} tokens"
+
+
 def _sum_by_sample(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
     """Sums of values [N, C] over the continuations of each sample, [N, S]."""
     starts = np.flatnonzero(np.diff(sample, prepend=-1))

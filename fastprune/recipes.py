@@ -131,8 +131,5 @@ def all_recipes(base: str, sequence: Sequence[int], num_blocks: int, dtype: str,
 
 
 def _shown(name: str, loss: float) -> str:
-    return (
-        f"{loss:.4f} (perplexity {math.exp(loss):.3f})"
-        if name.split(",")[0] == "perplexity" and loss < 700
-        else f"{loss:.4f}"
-    )
+    is_text = name.partition(",")[0] == "perplexity"  # behind the comma stands what it was measured on
+    return f"{loss:.4f} (perplexity {math.exp(loss):.3f})" if is_text and loss < 700 else f"{loss:.4f}"

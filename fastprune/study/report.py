@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..objectives import format_size
 from ..records import write_file
 from ..search import describe_algorithms
 from . import figures
@@ -32,7 +33,7 @@ def write_report(study: Mapping, path: Path) -> None:
 
 def _data(objective: Mapping) -> str:
     """What an objective is calibrated on, and how much of it."""
-    size = f"{objective['num_samples']} samples, {objective['num_tokens']:,} tokens"
+    size = format_size(objective["num_samples"], objective["num_tokens"])
     return f"{objective['source']}, {size}" if objective["source"] else size
 
 

@@ -282,8 +282,13 @@ def _search(
     before, started = vars(evaluator.stats).copy(), time.perf_counter()
     try:
         result = run_search(evaluator, algorithm, num_remove, **given)
-        cell = replace(cell, removed=result.removed, loss=result.loss, masks=result.evaluations)
-        cell = replace(cell, decided_early=result.decided_early)
+        cell = replace(
+            cell,
+            removed=result.removed,
+            loss=result.loss,
+            masks=result.evaluations,
+            decided_early=result.decided_early,
+        )
     except ArithmeticError as error:  # no finite loss, or a probe that is not finite
         cell = replace(cell, error=str(error), masks=evaluator.stats.masks - before["masks"])
     names = ("layer_runs", "asked_layer_runs", "naive_layer_runs")
