@@ -1,7 +1,7 @@
 """What a whole search costs on a real model, against one transformers pass for each mask that it asks for.
 
     python bench/search_real.py MODEL --text FILE [--algorithm greedy] [--num-remove 5] [--samples 16] [--seq-len 256]
-        [--racing 0.99] [--sampled 4] [--out FILE.json]
+        [--racing 0.99] [--cache-bytes N] [--cache-dir FOLDER] [--sampled 4] [--out FILE.json]
 
 The loop is timed on a sample of the search's masks, before and after the search, blocks physically removed, and the
 median is taken times the number of masks. Seconds are the CPU's of this process, with one thread, so that other work
@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--racing", type=float)
+    parser.add_argument("--cache-bytes", type=int, help="of the prefix cache, as the Evaluator's; it has a default")
+    parser.add_argument("--cache-dir", help="a folder for states that do not fit")
     parser.add_argument("--sampled", type=int, default=4)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -59,7 +61,7 @@ def main() -> None:
     masks = [tuple(sorted(rng.choice(units, n, replace=False).tolist())) for n in (1, given.num_remove) * given.sampled]
     one_pass(masks[0])  # warms up
     passes = [one_pass(removed) for removed in masks[::2]]
-    ev = fp.Evaluator(model, fp.Perplexity(batch))
+    ev = fp.Evaluator(model, fp.Perplexity(batch), cache_bytes=given.cache_bytes, cache_dir=given.cache_dir)
     options = {"beam_width": given.beam_width} if given.beam_width else {}
     started, wall = time.process_time(), time.perf_counter()
     result = fp.run_search(ev, given.algorithm, given.num_remove, racing=given.racing, **options)
@@ -93,7 +95,10 @@ def main() -> None:
         "loop_sample_cpu_s": [second for second, _ in passes],
         "speedup": loop / seconds,
         "flop_ratio": naive / made,
+        "cache_budget": given.cache_bytes or "default",
+        "cache_on_disk": bool(given.cache_dir),
         "cache_bytes": stats.cache_bytes,
+        "cache_hits": stats.cache_hits,
         "greatest_difference": float(np.max(np.abs(losses / [loss for _, loss in passes] - 1))),
     }
     print(json.dumps(found, indent=1))
