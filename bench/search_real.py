@@ -95,7 +95,7 @@ def main() -> None:
         "loop_sample_cpu_s": [second for second, _ in passes],
         "speedup": loop / seconds,
         "flop_ratio": naive / made,
-        "cache_budget": given.cache_bytes or "default",
+        "cache_budget": "default" if given.cache_bytes is None else given.cache_bytes,
         "cache_on_disk": bool(given.cache_dir),
         "cache_bytes": stats.cache_bytes,
         "cache_hits": stats.cache_hits,

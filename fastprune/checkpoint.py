@@ -40,8 +40,8 @@ def export(
 
     model: a Model, a transformers model, or an Evaluator of blocks, whose losses then stand in the card.
     base_model: the hub id of the base model, for card and recipes; by default the name that it was opened by, of a
-    folder its last part. losses: (before, after) by objective, for the card; what they
-    were measured on may follow the objective's name behind a comma.
+    folder its last part. losses: (before, after) by objective, for the card; what they were
+    measured on may follow the objective's name behind a comma.
     Raises InputError for an index out of range or given twice, a folder that is not empty, a base_model that is no
     hub id, and for a family whose blocks cannot be renumbered.
     """
