@@ -104,6 +104,14 @@ void log_sum_exp(Address logits, Address out, std::int64_t rows, std::int64_t co
                            dtype_of(bfloat16), threads);
 }
 
+void attention(Address qkv, Address seen, Address out, std::int64_t rows, bool rows_differ, std::int64_t length,
+               std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, double scale, bool bfloat16,
+               int threads) {
+    fastprune::attention({at<const void>(qkv), at<void>(out), at<const fastprune::Attention::Seen>(seen),
+                          rows_differ, length, heads, kv_heads, head_dim, static_cast<float>(scale)},
+                         rows, dtype_of(bfloat16), threads);
+}
+
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (const auto& set : fastprune::instruction_sets()) names.emplace_back(set.name);
@@ -127,4 +135,5 @@ NB_MODULE(_native, m) {
     m.def("rotary", &rotary, Free());
     m.def("gated_mlp", &gated_mlp, Free());
     m.def("log_sum_exp", &log_sum_exp, Free());
+    m.def("attention", &attention, Free());
 }

@@ -28,6 +28,17 @@ struct Bfloat16 {
     unsigned short bits;
 };
 
+inline float to_float(float x) {
+    return x;
+}
+
+inline float to_float(Bfloat16 x) {
+    const unsigned wide = static_cast<unsigned>(x.bits) << 16;
+    float result;
+    __builtin_memcpy(&result, &wide, sizeof result);
+    return result;
+}
+
 // How many lanes of a vector are elements: all, or at the end of a row the first few.
 struct All {};
 struct First {

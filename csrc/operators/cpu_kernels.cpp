@@ -1,6 +1,7 @@
 // Compiled once per instruction set with FASTPRUNE_ISA naming the namespace.
 #include "cpu_kernels.hpp"
 
+#include "attention.hpp"
 #include "vector.hpp"
 
 namespace fastprune {
@@ -196,6 +197,8 @@ const CpuKernels cpu_table = {
     {rotary<float>, rotary<Bfloat16>},
     {gated_mlp<float>, gated_mlp<Bfloat16>},
     {log_sum_exp<float>, log_sum_exp<Bfloat16>},
+    attention<float>,
+    attention<Bfloat16>,
 };
 
 }  // namespace FASTPRUNE_ISA

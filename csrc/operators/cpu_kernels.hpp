@@ -45,6 +45,31 @@ struct LogSumExp {
     long stride;  // elements from one row to the next
 };
 
+struct Attention {
+    // The keys that a query sees: two runs of places in its row, the first before the second.
+    struct Seen {
+        std::int32_t first_begin, first_end, second_begin, second_end;
+    };
+    static constexpr long kBlock = 24;  // queries that pass the keys together
+    static constexpr long kPad = 64;    // scratch is made for a multiple of so many keys, and columns
+
+    const void* qkv;   // [rows * length, (heads + 2 kv_heads) * head_dim], q, then k, then v
+    void* out;         // [rows * length, heads * head_dim]
+    const Seen* seen;  // [rows or 1, length]
+    bool rows_differ;  // whether seen has every row
+    long length;
+    long heads;
+    long kv_heads;
+    long head_dim;
+    float scale;
+
+    // Floats that a thread needs.
+    long scratch() const {
+        const auto padded = [](long n) { return (n + kPad - 1) / kPad * kPad; };
+        return padded(length) * head_dim + length * padded(head_dim) + kBlock * (head_dim + padded(length));
+    }
+};
+
 template <class Arguments>
 using RowsFn = void (*)(const Arguments&, long begin, long end);
 
@@ -54,11 +79,16 @@ struct ForDtype {
     RowsFn<Arguments> bfloat16;
 };
 
+// Items begin..end - 1, each one head of one row: item = row * heads + head.
+using AttentionFn = void (*)(const Attention&, float* scratch, long begin, long end);
+
 struct CpuKernels {
     ForDtype<AddRmsNorm> add_rms_norm;
     ForDtype<Rotary> rotary;
     ForDtype<GatedMlp> gated_mlp;
     ForDtype<LogSumExp> log_sum_exp;
+    AttentionFn attention_float32;
+    AttentionFn attention_bfloat16;
 };
 
 namespace generic {

@@ -5,6 +5,10 @@
 #endif
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -17,10 +21,11 @@ namespace {
 // A thread is worth waking for this many elements (torch's own grain).
 constexpr std::int64_t kGrain = 32768;
 
-template <class Arguments>
-void over_rows(const ForDtype<Arguments>& kernel, const Arguments& arguments, std::int64_t rows,
-               std::int64_t columns, Dtype dtype, int threads) {
-    const RowsFn<Arguments> run = dtype == Dtype::float32 ? kernel.float32 : kernel.bfloat16;
+constexpr std::int64_t kLine = 16;  // floats of a cache line
+
+// run(thread, begin, end) on shares of the rows, with at most so many threads.
+template <class Run>
+void share_out(std::int64_t rows, std::int64_t columns, int threads, Run run) {
     const std::int64_t useful = std::min(rows, rows * columns / kGrain);
     const int team = static_cast<int>(std::min<std::int64_t>(threads, useful));
 #ifdef _OPENMP
@@ -29,14 +34,21 @@ void over_rows(const ForDtype<Arguments>& kernel, const Arguments& arguments, st
         {
             const int thread = omp_get_thread_num();
             const int count = omp_get_num_threads();
-            run(arguments, rows * thread / count, rows * (thread + 1) / count);
+            run(thread, rows * thread / count, rows * (thread + 1) / count);
         }
         return;
     }
 #else
     static_cast<void>(team);
 #endif
-    run(arguments, 0, rows);
+    run(0, 0, rows);
+}
+
+template <class Arguments>
+void over_rows(const ForDtype<Arguments>& kernel, const Arguments& arguments, std::int64_t rows,
+               std::int64_t columns, Dtype dtype, int threads) {
+    const RowsFn<Arguments> run = dtype == Dtype::float32 ? kernel.float32 : kernel.bfloat16;
+    share_out(rows, columns, threads, [&](int, std::int64_t begin, std::int64_t end) { run(arguments, begin, end); });
 }
 
 }  // namespace
@@ -61,6 +73,28 @@ void gated_mlp(const GatedMlp& a, std::int64_t rows, Dtype dtype, int threads) {
 
 void log_sum_exp(const LogSumExp& a, std::int64_t rows, Dtype dtype, int threads) {
     over_rows(instruction_set().cpu.log_sum_exp, a, rows, a.columns, dtype, threads);
+}
+
+void attention(const Attention& a, std::int64_t rows, Dtype dtype, int threads) {
+    for (std::int64_t i = 0; i < (a.rows_differ ? rows : 1) * a.length; ++i) {
+        const Attention::Seen& s = a.seen[i];
+        if (s.first_begin < 0 || s.first_end < s.first_begin || s.second_begin < s.first_end ||
+            s.second_end < s.second_begin || s.second_end > a.length) {
+            throw std::invalid_argument("seen must hold two runs of places in 0.." + std::to_string(a.length) +
+                                        ", the first before the second");
+        }
+    }
+    const CpuKernels& cpu = instruction_set().cpu;
+    const AttentionFn run = dtype == Dtype::float32 ? cpu.attention_float32 : cpu.attention_bfloat16;
+    const std::int64_t size = (a.scratch() + kLine - 1) / kLine * kLine;  // threads write to no line together
+    const std::size_t bytes = static_cast<std::size_t>(size * std::max(threads, 1)) * sizeof(float);
+    const std::unique_ptr<float, decltype(&std::free)> scratch(
+        static_cast<float*>(std::aligned_alloc(kLine * sizeof(float), bytes)), &std::free);
+    if (scratch == nullptr) throw std::bad_alloc();
+    share_out(rows * a.heads, a.length * a.head_dim * (1 + a.length / 16), threads,
+              [&](int thread, std::int64_t begin, std::int64_t end) {
+                  run(a, scratch.get() + thread * size, begin, end);
+              });
 }
 
 }  // namespace fastprune

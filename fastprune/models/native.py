@@ -1,8 +1,8 @@
 """The compiled operators of the fused path on a CPU: argument checks, then the call.
 
 Tensors are float32 or bfloat16, on the CPU, contiguous; sums are float32 and results are rounded once. A row's result
-depends on nothing but the row: not on the other rows, nor on the number of threads, which is torch's own. No gradient
-is recorded. What each computes is defined in fastprune_kernels.reference.
+(in attention that of a row of tokens) depends on nothing but the row: not on the other rows, nor on the number of
+threads, which is torch's own. No gradient is recorded. What each computes is defined in fastprune_kernels.reference.
 """
 
 from __future__ import annotations
@@ -78,14 +78,8 @@ def rotary(
     and sin, float32 [N, R], R <= Dh / 2. q_weight, k_weight [Dh]: RMSNorm of each head before the rotation.
     """
     _check_matrix("qkv", qkv)
-    rows, width = qkv.shape
-    dtype = qkv.dtype
-    if num_heads < 1 or num_kv_heads < 1:
-        raise ValueError(f"num_heads and num_kv_heads must be at least 1, not {num_heads} and {num_kv_heads}")
-    total = num_heads + 2 * num_kv_heads
-    head_dim = width // total
-    if head_dim == 0 or width % total:
-        raise ValueError(f"qkv must have shape [T, {total} * Dh], not {list(qkv.shape)}")
+    rows, dtype = len(qkv), qkv.dtype
+    head_dim = _head_dim(qkv, num_heads, num_kv_heads)
     _check_matrix("cos", cos, (torch.float32,))
     positions, half = cos.shape
     if not 1 <= half <= head_dim // 2:
@@ -103,6 +97,44 @@ def rotary(
         dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return qkv
+
+
+def attention(
+    qkv: torch.Tensor,
+    seen: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out = softmax(scale * q k^T) v over the keys of its row that each query sees. Returns out.
+
+    out [B * L, num_heads * Dh], qkv [B * L, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v; num_heads /
+    num_kv_heads query heads share a key head. seen int32[B or 1, L, 4]: begin and end of two runs of places in the row,
+    the first before the second; 1: all rows alike. A query that sees no key gets NaN.
+    """
+    _check_matrix("qkv", qkv)
+    dtype = qkv.dtype
+    head_dim = _head_dim(qkv, num_heads, num_kv_heads)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads must be a multiple of num_kv_heads, not {num_heads} of {num_kv_heads}")
+    if seen.dim() != 3 or seen.shape[2] != 4:
+        raise ValueError(f"seen must have shape [B or 1, L, 4], not {list(seen.shape)}")
+    given, length, _ = seen.shape
+    rows = len(qkv) // max(length, 1)
+    if rows * length != len(qkv) or given not in (1, rows):
+        raise ValueError(f"seen {list(seen.shape)} does not fit qkv of {len(qkv)} tokens")
+    shape = (len(qkv), num_heads * head_dim)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype)
+    _native.attention(
+        qkv.data_ptr(),
+        _address("seen", seen, (given, length, 4), torch.int32),
+        _address("out", out, shape, dtype),
+        rows, given > 1, length, num_heads, num_kv_heads, head_dim, scale,
+        dtype is torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def gated_mlp(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -138,6 +170,16 @@ def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.
         logits.dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _head_dim(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> int:
+    if num_heads < 1 or num_kv_heads < 1:
+        raise ValueError(f"num_heads and num_kv_heads must be at least 1, not {num_heads} and {num_kv_heads}")
+    total = num_heads + 2 * num_kv_heads
+    head_dim, rest = divmod(qkv.shape[1], total)
+    if head_dim == 0 or rest:
+        raise ValueError(f"qkv must have shape [T, {total} * Dh], not {list(qkv.shape)}")
+    return head_dim
 
 
 def _check_matrix(

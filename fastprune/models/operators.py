@@ -18,7 +18,7 @@ from fastprune_kernels import reference
 
 from .generic import Model
 from .runner import Targets
-from .tree import seen_by, segments, tree_mask
+from .tree import seen_by, seen_runs, segments, tree_mask
 
 DENSE = 512  # tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
 
@@ -38,12 +38,12 @@ class Rows:
         return None if window is None or window >= self.length else window
 
     @cached_property
-    def tokens_of_trees(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Branch and position of every token, int64[B * T]."""
+    def trees(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Branch and position of every token, int64[B, T]; of plain rows, which are all alike, int64[1, T]."""
         if self.branch is not None:
             assert self.positions is not None
-            return self.branch.flatten(), self.positions.flatten()
-        steps = torch.arange(self.length, device=self.device).repeat(self.num_rows)
+            return self.branch, self.positions
+        steps = torch.arange(self.length, device=self.device)[None]
         return torch.zeros_like(steps), steps
 
 
@@ -114,11 +114,10 @@ class TorchOperators:
         window = rows.windowed(window)
         if rows.branch is None and window is None:
             return rows, None
-        branch, position = (x.view(rows.num_rows, rows.length) for x in rows.tokens_of_trees)
-        shared = slice(None) if rows.branch is not None else slice(1)  # plain rows all have the same mask
+        branch, position = rows.trees
         if rows.length <= DENSE:
-            return rows, tree_mask(position[shared], branch[shared], window)
-        return rows, [Segments(pos[None], br[None], window) for pos, br in zip(position[shared], branch[shared])]
+            return rows, tree_mask(position, branch, window)
+        return rows, [Segments(pos[None], br[None], window) for pos, br in zip(position, branch)]
 
     def attention(self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float) -> torch.Tensor:
         """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused kernels."""
@@ -160,7 +159,7 @@ class TorchOperators:
 
 
 class NativeOperators(TorchOperators):
-    """csrc's, on a CPU; matrix products and attention are torch's."""
+    """csrc's, on a CPU; matrix products are torch's."""
 
     name = "native"
 
@@ -196,6 +195,17 @@ class NativeOperators(TorchOperators):
 
     def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._ops.gated_mlp(gate_up)
+
+    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None) -> object:
+        """Rows whose branches do not each stand in one piece go to torch."""
+        branch, position = rows.trees
+        seen = seen_runs(position, branch, rows.windowed(window))
+        return super().plan_attention(rows, head_dim, grouped, window) if seen is None else seen
+
+    def attention(self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float) -> torch.Tensor:
+        if isinstance(plan, torch.Tensor):
+            return self._ops.attention(qkv, plan, num_heads, num_kv_heads, scale)
+        return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
 
     def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
         logits = F.linear(normed, weight)
@@ -256,7 +266,7 @@ class TritonOperators(TorchOperators):
         window = rows.windowed(window)
         if rows.branch is None and window is None and not (grouped and self.dtype is torch.float32):
             return super().plan_attention(rows, head_dim, grouped, window)
-        branch, position = rows.tokens_of_trees
+        branch, position = (x.expand(rows.num_rows, -1).flatten() for x in rows.trees)
         starts = torch.arange(0, len(branch) + 1, rows.length)
         return self._attention.plan_tree(
             starts, branch, position, head_dim=head_dim, dtype=self.dtype, device=rows.device, window=window

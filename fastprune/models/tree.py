@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 FEW = 8
 SEGMENT = 256  # queries that look at their keys together
@@ -28,6 +29,30 @@ def seen_by(
     if window is not None:
         seen &= positions[:, queries, None] - positions[:, None, keys] < window
     return seen
+
+
+def seen_runs(positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """`tree_mask` as two runs of places, int32[B, T, 4] on a CPU, begin and end of each: the trunk's, where a token is on
+    a branch, and its own branch's up to itself. Padding (branch -1) sees at least itself, and nothing behind it.
+
+    None where the trunk and then each branch do not stand in one piece or, with a window, their positions skip some.
+    """
+    place = torch.arange(branch.shape[1])
+    on_trunk = branch == 0
+    trunk = on_trunk.sum(dim=1, keepdim=True)
+    goes_on = branch[:, 1:] == branch[:, :-1]
+    steps = branch.sort(dim=1).values.diff(dim=1) != 0  # one between two branches, in whatever order they stand
+    if bool((on_trunk != (place < trunk)).any()) or bool((steps.sum(dim=1) != (~goes_on).sum(dim=1)).any()):
+        return None
+    own = torch.where(F.pad(goes_on, (1, 0)), 0, place).cummax(dim=1).values
+    shared = torch.zeros_like(own)
+    if window is not None:
+        if bool((goes_on & (branch[:, 1:] >= 0) & (positions.diff(dim=1) != 1)).any()):
+            return None
+        own = own.maximum(place - window + 1)
+        shared = (positions - positions[:, :1] - window + 1).clamp(min=0).minimum(trunk)
+    of_trunk = torch.where(on_trunk, 0, shared), torch.where(on_trunk, 0, trunk)
+    return torch.stack([*of_trunk, own, (place + 1).expand_as(own)], dim=-1).int()
 
 
 def segments(

@@ -9,8 +9,9 @@ from helpers import make_tasks, smallest_budget
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import fastprune as fp
-from fastprune.models import FusedModel
-from fastprune.models.tree import seen_by, segments, tree_mask
+from fastprune.models import FusedModel, fused, native
+from fastprune.models.operators import OPERATORS, Rows
+from fastprune.models.tree import seen_by, seen_runs, segments, tree_mask
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -29,13 +30,22 @@ def mistral(window: int) -> fp.Model:
     return fp.Model(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval())
 
 
+SETS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="not built"))]
+
+
+@pytest.fixture(params=SETS)
+def operators(request, monkeypatch):
+    """Makes the fused path take this set of operators."""
+    monkeypatch.setattr(fused, "fast_operators", lambda device, dtype: request.param)
+
+
 def losses(model: fp.Model, objective: fp.TaskMargin | fp.Perplexity, backend: str) -> np.ndarray:
     return fp.Evaluator(model, objective, backend).score_samples(MASKS)
 
 
 @pytest.mark.parametrize("shape", [(9, [3] * 400), (700, [5, 40, 1]), (3, [600, 2, 300]), (1, [1] * 1100)], ids=str)
 @pytest.mark.parametrize("window", [None, 50, 300])
-def test_long_trees_equal_the_models_own_attention(shape, window):
+def test_long_trees_equal_the_models_own_attention(operators, shape, window):
     model = llama() if window is None else mistral(window)
     objective = fp.TaskMargin(make_tasks(97, [shape, (5, [2, 2])]))
     np.testing.assert_allclose(
@@ -44,7 +54,7 @@ def test_long_trees_equal_the_models_own_attention(shape, window):
 
 
 @pytest.mark.parametrize("window", [20, 300, 1000])
-def test_long_rows_with_a_window_equal_the_models_own_attention(window):
+def test_long_rows_with_a_window_equal_the_models_own_attention(operators, window):
     ids = np.random.default_rng(0).integers(0, 97, (3, 1100))
     objective = fp.Perplexity(fp.TokenBatch.from_ids(ids))
     np.testing.assert_allclose(
@@ -52,14 +62,21 @@ def test_long_rows_with_a_window_equal_the_models_own_attention(window):
     )
 
 
+def tree_of(lengths: list[int], padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and branch, int64[T] each, of a row of a trunk and branches of these lengths, padded as chunks are."""
+    positions = [*range(lengths[0]), *(lengths[0] + i for n in lengths[1:] for i in range(n)), *[0] * padding]
+    branch = np.repeat([*range(len(lengths)), -1], [*lengths, padding])
+    return torch.tensor(positions), torch.from_numpy(branch)
+
+
+def random_lengths() -> list[int]:
+    return np.random.default_rng(1).integers(1, 120, 12).tolist()
+
+
 @pytest.mark.parametrize("window", [None, 7, 300])
 def test_segments_are_the_mask(window):
     """Every query stands in one segment, and its keys there are all that the mask lets it see; padding has a branch."""
-    rng = np.random.default_rng(1)
-    lengths = rng.integers(1, 120, 12)
-    branch = torch.from_numpy(np.repeat([*range(len(lengths)), -1], [*lengths, 9]))
-    positions = torch.from_numpy(np.concatenate([np.arange(n) + (k > 0) * lengths[0] for k, n in enumerate(lengths)]))
-    positions = torch.cat([positions, torch.zeros(9, dtype=torch.int64)])
+    positions, branch = tree_of(random_lengths(), padding=9)
     found = torch.zeros(len(branch), len(branch), dtype=torch.bool)
     queries_seen = []
     for queries, keys in segments(positions, branch, window):
@@ -69,7 +86,47 @@ def test_segments_are_the_mask(window):
     assert torch.equal(found, tree_mask(positions[None], branch[None], window)[0, 0])
 
 
-def test_a_tree_of_thousands_of_choices_holds_no_mask_of_all_by_all():
+@pytest.mark.parametrize("window", [None, 1, 7, 300])
+def test_runs_are_the_mask(window):
+    """For all tokens but padding, of which none looks at what padding sees: at least itself, and nothing behind it."""
+    trees = [random_lengths(), [3], [0, 5, 1, 9], [40, 1, 1, 1], [1]]
+    longest = max(map(sum, trees)) + 2
+    rows = [tree_of(lengths, longest - sum(lengths)) for lengths in trees]
+    positions, branch = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    runs = seen_runs(positions, branch, window)
+    key = torch.arange(longest)
+    begin, end, own, own_end = runs[..., None].unbind(dim=2)
+    assert bool((end <= own).all())
+    found = (begin <= key) & (key < end) | (own <= key) & (key < own_end)
+    real = branch >= 0
+    assert torch.equal(found[real], tree_mask(positions, branch, window)[:, 0][real])
+    assert bool(found.diagonal(dim1=1, dim2=2).all())
+    assert not bool(found.triu(1).any())
+
+
+@pytest.mark.parametrize(
+    ("branch", "positions", "window"),
+    [
+        ([0, 1, 0, 1], [0, 1, 1, 2], None),  # a trunk in two pieces
+        ([0, 1, 2, 1], [0, 1, 1, 2], None),  # a branch in two pieces
+        ([1, 1, 0, 0], [0, 1, 0, 1], None),  # the trunk not first
+        ([0, 0, 0, 1], [0, 2, 3, 4], 2),  # positions that skip some
+    ],
+)
+@pytest.mark.skipif(not native.available(), reason="the extension is not built")
+def test_rows_whose_branches_are_not_in_one_piece_go_to_torch(branch, positions, window):
+    branch, positions = torch.tensor([branch]), torch.tensor([positions])
+    assert seen_runs(positions, branch, window) is None
+    rows = Rows(1, 4, positions, branch, torch.device("cpu"))
+    qkv = torch.randn(4, 3 * 16, generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        ops.attention(qkv, ops.plan_attention(rows, 16, False, window), 1, 1, 0.25)
+        for ops in (OPERATORS["native"](qkv.dtype), OPERATORS["torch"](qkv.dtype))
+    )
+    assert torch.equal(found, expected)
+
+
+def test_a_tree_of_thousands_of_choices_holds_no_mask_of_all_by_all(operators):
     """Bytes of a chunk's footprint grow with its tokens, not with their square."""
     model = llama()
     budgets = []

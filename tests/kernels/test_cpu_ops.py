@@ -114,6 +114,106 @@ def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, with_norm, dty
         assert torch.equal(rest, before)
 
 
+def random_runs(rows: int, length: int, seed: int = 5) -> torch.Tensor:
+    """Two runs of places for each query, int32[B, L, 4], of any length but both empty."""
+    ends = torch.randint(length + 1, (rows, length, 4), generator=torch.Generator().manual_seed(seed)).sort().values
+    ends[..., 3] = ends[..., 3].maximum(ends[..., 2] + 1).clamp(max=length)
+    ends[..., 2] = ends[..., 2].clamp(max=length - 1)
+    ends[..., 1] = ends[..., 1].minimum(ends[..., 2])
+    ends[..., 0] = ends[..., 0].minimum(ends[..., 1])
+    return ends.int()
+
+
+def causal_runs(length: int) -> torch.Tensor:
+    ends = torch.arange(1, length + 1)
+    return torch.stack([ends * 0, ends, ends, ends], dim=-1)[None].int()
+
+
+def attention_by_rows(qkv: torch.Tensor, seen: torch.Tensor, heads: int, kv_heads: int, scale: float) -> torch.Tensor:
+    """The reference, row by row, under the mask that `seen` stands for."""
+    key = torch.arange(seen.shape[1])
+    begin, end, next_begin, next_end = seen[..., None].unbind(dim=2)
+    mask = (begin <= key) & (key < end) | (next_begin <= key) & (key < next_end)
+    rows = qkv.split(seen.shape[1])
+    masks = mask.expand(len(rows), -1, -1)
+    parts = [reference.tree_attention(row, mask, heads, kv_heads, scale) for row, mask in zip(rows, masks, strict=True)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("runs", ["causal", "random"])
+@pytest.mark.parametrize(
+    ("rows", "length", "heads", "kv_heads", "head_dim"),
+    [(3, 21, 4, 2, 16), (1, 1, 1, 1, 1), (2, 7, 3, 1, 5), (1, 200, 2, 2, 20), (2, 65, 6, 2, 80), (1, 129, 1, 1, 256)],
+)
+def test_attends_to_the_keys_that_are_seen(rows, length, heads, kv_heads, head_dim, runs, dtype):
+    qkv = random(rows * length, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1, scale=2.0)
+    seen = causal_runs(length) if runs == "causal" else random_runs(rows, length)
+    arguments = (seen, heads, kv_heads, head_dim**-0.5)
+    out = nans(rows * length, heads * head_dim, dtype=dtype)
+    assert native.attention(qkv, *arguments, out) is out
+    truth = attention_by_rows(qkv.double(), *arguments)
+    # float32 roundings of the greatest score that there may be count twice in a weight; then the result is rounded once
+    q, k, v = qkv.double().unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    score = head_dim**-0.5 * q.norm(dim=-1).max() * k.norm(dim=-1).max()
+    allowed = 2 * (score + 2) * 2.0**-24 * v.abs().max() + torch.finfo(dtype).eps / 2 * truth.abs().max()
+    assert (out.double() - truth).abs().max() <= allowed
+    assert torch.equal(native.attention(qkv, *arguments), out)
+    assert torch.equal(native.attention(qkv, seen.expand(rows, -1, -1).contiguous(), *arguments[1:]), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_depends_on_what_is_seen_alone(dtype, threads):
+    """A row alone and among others, on any number of threads; a query with and without what it does not see."""
+    rows, length, heads, kv_heads, head_dim = 5, 150, 4, 2, 24
+    qkv = random(rows * length, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
+    for seen in (causal_runs(length).expand(rows, -1, -1).contiguous(), random_runs(rows, length)):
+        threads(1)
+        together = native.attention(qkv, seen, heads, kv_heads, 0.2)
+        for number in (2, 3):
+            threads(number)
+            assert torch.equal(native.attention(qkv, seen, heads, kv_heads, 0.2), together)
+        for row in (0, 3):
+            part = slice(row * length, (row + 1) * length)
+            alone = native.attention(qkv[part], seen[row : row + 1], heads, kv_heads, 0.2)
+            assert torch.equal(alone, together[part])
+    short = native.attention(qkv[:101], causal_runs(101), heads, kv_heads, 0.2)
+    assert torch.equal(short, native.attention(qkv[:length], causal_runs(length), heads, kv_heads, 0.2)[:101])
+    assert native.attention(qkv[:0], causal_runs(length), heads, kv_heads, 0.2).shape == (0, heads * head_dim)
+
+
+def test_attention_to_what_is_not_finite():
+    """A key that is not finite shows where it is seen, a query in its own result; one that sees nothing gets NaN."""
+    length, seen = 70, causal_runs(70)
+    qkv = random(length, 3 * 16, seed=1)
+    before = native.attention(qkv, seen, 1, 1, 0.25)
+    for value in (NAN, INF, -INF):
+        broken = qkv.clone()
+        broken[40, 16:32] = value
+        found = native.attention(broken, seen, 1, 1, 0.25)
+        assert torch.equal(found[:40], before[:40])
+        torch.testing.assert_close(found, attention_by_rows(broken, seen, 1, 1, 0.25), equal_nan=True)
+        broken = qkv.clone()
+        broken[40, :16] = value
+        found = native.attention(broken, seen, 1, 1, 0.25)
+        assert found[40].isnan().all()
+        found[40] = before[40]
+        assert torch.equal(found, before)
+    seen[0, 3] = 0
+    found = native.attention(qkv, seen, 1, 1, 0.25)
+    assert found[3].isnan().all()
+    found[3] = before[3]
+    assert torch.equal(found, before)
+
+
+def test_attention_with_scores_far_apart():
+    """Weights of exactly 1 and 0, and scores that would overflow without their maximum taken off."""
+    qkv = torch.zeros(80, 3 * 8)
+    qkv[:, :8], qkv[:, 8:16], qkv[:, 16:] = 1e3, torch.arange(80)[:, None] * 10.0, torch.arange(80)[:, None]
+    out = native.attention(qkv, causal_runs(80), 1, 1, 1.0)
+    assert torch.equal(out, qkv[:, 16:])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (3, 1), (2, 129)])
 def test_activates_and_multiplies(rows, size, dtype):
@@ -200,6 +300,11 @@ def rotary_with(**change):
     native.rotary(**{**arguments, "num_heads": 4, "num_kv_heads": 2, **change})
 
 
+def attention_with(**change):
+    arguments = {"qkv": random(10, 64), "seen": causal_runs(5), "num_heads": 4, "num_kv_heads": 2, "scale": 1.0}
+    native.attention(**{**arguments, **change})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -225,6 +330,17 @@ def rotary_with(**change):
         (lambda: rotary_with(position=positions(5) + 50), r"position must lie in 0\.\.49, the rows of cos, not"),
         (lambda: rotary_with(position=positions(5) - 51), r"position must lie in 0\.\.49, the rows of cos, not -"),
         (lambda: rotary_with(q_weight=random(16)), "q_weight and k_weight must be given together"),
+        (lambda: attention_with(qkv=random(10, 63)), r"qkv must have shape \[T, 8 \* Dh\], not \[10, 63\]"),
+        (lambda: attention_with(num_heads=2, num_kv_heads=3), "num_heads must be a multiple of num_kv_heads, not 2 of"),
+        (lambda: attention_with(num_kv_heads=0), "num_heads and num_kv_heads must be at least 1, not 4 and 0"),
+        (lambda: attention_with(seen=causal_runs(5)[0]), r"seen must have shape \[B or 1, L, 4\], not \[5, 4\]"),
+        (lambda: attention_with(seen=causal_runs(4)), r"seen \[1, 4, 4\] does not fit qkv of 10 tokens"),
+        (lambda: attention_with(seen=random_runs(3, 5)), r"seen \[3, 5, 4\] does not fit qkv of 10 tokens"),
+        (lambda: attention_with(seen=causal_runs(5).long()), "seen must be int32, not int64"),
+        (lambda: attention_with(seen=causal_runs(5) + 1), r"seen must hold two runs of places in 0\.\.5, the"),
+        (lambda: attention_with(seen=causal_runs(5) - 1), "seen must hold two runs"),
+        (lambda: attention_with(seen=causal_runs(5).flip(2)), "seen must hold two runs"),
+        (lambda: attention_with(out=random(10, 64)), r"out must have shape \[10, 32\], not \[10, 64\]"),
         (lambda: native.gated_mlp(random(3, 5)), r"gate_up must have shape \[T, 2F\], not \[3, 5\]"),
         (lambda: native.gated_mlp(random(3, 4), random(3, 4)), r"out must have shape \[3, 2\], not \[3, 4\]"),
         (lambda: native.log_sum_exp(random(4, 6).T), "logits must be contiguous within a row"),
