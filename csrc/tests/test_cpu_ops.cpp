@@ -370,6 +370,120 @@ void test_log_sum_exp() {
     });
 }
 
+using Seen = fastprune::Attention::Seen;
+
+struct AttentionSize {
+    size_t rows, length, heads, kv_heads, head_dim;
+    size_t width() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+std::vector<Seen> causal(size_t length) {
+    std::vector<Seen> seen;
+    for (std::int32_t i = 1; i <= static_cast<std::int32_t>(length); ++i) seen.push_back({0, i, i, i});
+    return seen;
+}
+
+// Two runs of any length, of which one may be empty.
+std::vector<Seen> random_runs(size_t rows, size_t length) {
+    std::mt19937_64 rng(4);
+    std::uniform_int_distribution<std::int32_t> place(0, static_cast<std::int32_t>(length));
+    std::vector<Seen> seen;
+    while (seen.size() < rows * length) {
+        std::int32_t ends[4];
+        for (auto& end : ends) end = place(rng);
+        std::sort(ends, ends + 4);
+        const Seen s{ends[0], ends[1], ends[2], ends[3]};
+        if (s.first_begin < s.first_end || s.second_begin < s.second_end) seen.push_back(s);
+    }
+    return seen;
+}
+
+template <class T>
+Rows<T> attended(const Rows<T>& qkv, const std::vector<Seen>& seen, const AttentionSize& a, int threads) {
+    auto out = nans<T>(a.rows * a.length * a.heads * a.head_dim);
+    const auto number = [](size_t n) { return static_cast<long>(n); };
+    fastprune::attention({qkv.data(), out.data(), seen.data(), seen.size() > a.length, number(a.length),
+                          number(a.heads), number(a.kv_heads), number(a.head_dim), 0.25F},
+                         static_cast<std::int64_t>(a.rows), kDtype<T>, threads);
+    return out;
+}
+
+template <class T>
+void attention(const std::string& name, const std::vector<Seen>& seen, const AttentionSize& a) {
+    const auto qkv = random<T>(a.rows * a.length * a.width(), 1);
+    const auto out = attended(qkv, seen, a, 1);
+    const auto dot = [&](size_t query, size_t key) {
+        double sum = 0.0;
+        for (size_t d = 0; d < a.head_dim; ++d)
+            sum += static_cast<double>(to_float(qkv[query + d])) * to_float(qkv[key + d]);
+        return 0.25 * sum;
+    };
+    for (size_t row = 0; row < a.rows; ++row) {
+        for (size_t i = 0; i < a.length; ++i) {
+            const Seen& s = seen[(seen.size() > a.length ? row * a.length : 0) + i];
+            for (size_t head = 0; head < a.heads; ++head) {
+                const size_t token = row * a.length * a.width();
+                const size_t query = token + i * a.width() + head * a.head_dim;
+                const size_t key = token + (a.heads + head / (a.heads / a.kv_heads)) * a.head_dim;
+                const size_t value = key + a.kv_heads * a.head_dim;
+                std::vector<double> sums(a.head_dim);
+                std::vector<double> magnitudes(a.head_dim);
+                double total = 0.0;
+                double greatest = 0.0;
+                for (size_t j = 0; j < a.length; ++j) {
+                    const auto at = static_cast<std::int32_t>(j);
+                    if (!(s.first_begin <= at && at < s.first_end) &&
+                        !(s.second_begin <= at && at < s.second_end))
+                        continue;
+                    const double score = dot(query, key + j * a.width());
+                    greatest = std::max(greatest, std::fabs(score));
+                    total += std::exp(score);
+                    for (size_t d = 0; d < a.head_dim; ++d) {
+                        const double term = std::exp(score) * to_float(qkv[value + j * a.width() + d]);
+                        sums[d] += term;
+                        magnitudes[d] += std::fabs(term);
+                    }
+                }
+                const size_t to = ((row * a.length + i) * a.heads + head) * a.head_dim;
+                for (size_t d = 0; d < a.head_dim; ++d) {
+                    // float32 roundings grow with the scores; in bfloat16 that of the result is all but alone
+                    const double roundings = sizeof(T) == 4 ? 16.0 + 4.0 * greatest : 1.01;
+                    check_close(out[to + d], sums[d] / total, magnitudes[d] / total, roundings, name);
+                }
+            }
+        }
+    }
+    for (const int threads : {2, 3}) {
+        check(same_bits(attended(qkv, seen, a, threads), out), name + ": on several threads");
+    }
+    const size_t last = (a.rows - 1) * a.length;
+    const std::vector<Seen> own(seen.end() - static_cast<std::ptrdiff_t>(a.length), seen.end());
+    const auto alone = attended(slice(qkv, last * a.width(), qkv.size()), own,
+                                {1, a.length, a.heads, a.kv_heads, a.head_dim}, 1);
+    check(same_bits(alone, slice(out, last * a.heads * a.head_dim, out.size())), name + ": a row alone");
+}
+
+void test_attention() {
+    for_each_set([](const std::string& set) {
+        for (const AttentionSize& a : {AttentionSize{3, 21, 4, 2, 16}, {1, 1, 1, 1, 1}, {2, 7, 3, 1, 5},
+                                       {2, 130, 2, 2, 20}, {1, 65, 6, 2, 80}}) {
+            for (const auto& seen : {causal(a.length), random_runs(a.rows, a.length)}) {
+                attention<float>("attention, " + set + ", float32", seen, a);
+                attention<Bfloat16>("attention, " + set + ", bfloat16", seen, a);
+            }
+        }
+        for (const Seen wrong : {Seen{-1, 1, 1, 1}, {1, 0, 1, 1}, {0, 2, 1, 2}, {0, 1, 2, 1}, {0, 1, 1, 3}}) {
+            bool thrown = false;
+            try {
+                attended<float>(Rows<float>(6, 1.0F), {{0, 1, 1, 1}, wrong}, {1, 2, 1, 1, 1}, 1);
+            } catch (const std::invalid_argument&) {
+                thrown = true;
+            }
+            check(thrown, "attention: what is no two runs is refused");
+        }
+    });
+}
+
 }  // namespace
 
 int main() {
@@ -377,5 +491,6 @@ int main() {
     run("test_rotary", test_rotary);
     run("test_gated_mlp", test_gated_mlp);
     run("test_log_sum_exp", test_log_sum_exp);
+    run("test_attention", test_attention);
     std::printf("all native operator tests passed (up to %s)\n", fastprune::instruction_set().name);
 }

@@ -32,8 +32,10 @@ def seen_by(
 
 
 def seen_runs(positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """`tree_mask` as two runs of places, int32[B, T, 4] on a CPU, begin and end of each: the trunk's, where a token is on
-    a branch, and its own branch's up to itself. Padding (branch -1) sees at least itself, and nothing behind it.
+    """`tree_mask` as two runs of places, int32[B, T, 4] on a CPU, begin and end of each.
+
+    The first is of the trunk, where a token is on a branch, the second of its own branch up to itself. Padding (branch
+    -1) sees at least itself, and nothing behind it.
 
     None where the trunk and then each branch do not stand in one piece or, with a window, their positions skip some.
     """
