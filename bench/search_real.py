@@ -60,15 +60,15 @@ def main() -> None:
     rng = np.random.default_rng(0)
     masks = [tuple(sorted(rng.choice(units, n, replace=False).tolist())) for n in (1, given.num_remove) * given.sampled]
     one_pass(masks[0])  # warms up
-    passes = [one_pass(removed) for removed in masks[::2]]
+    passes = [one_pass(removed) for removed in masks[: given.sampled]]
     ev = fp.Evaluator(model, fp.Perplexity(batch), cache_bytes=given.cache_bytes, cache_dir=given.cache_dir)
     options = {"beam_width": given.beam_width} if given.beam_width else {}
     started, wall = time.process_time(), time.perf_counter()
     result = fp.run_search(ev, given.algorithm, given.num_remove, racing=given.racing, **options)
     seconds, wall = time.process_time() - started, time.perf_counter() - wall
     stats = ev.stats
-    passes += [one_pass(removed) for removed in masks[1::2]]
-    losses = fp.Evaluator(model, fp.Perplexity(batch)).score(fp.from_removed(masks[::2] + masks[1::2], units))
+    passes += [one_pass(removed) for removed in masks[given.sampled :]]
+    losses = fp.Evaluator(model, fp.Perplexity(batch)).score(fp.from_removed(masks, units))
     block, head = flops_of(model, given.seq_len)
     loop = statistics.median(second for second, _ in passes) * stats.masks
     naive = stats.naive_layer_runs * block + stats.masks * head

@@ -29,6 +29,7 @@ class TokenBatch:
     target_source, target_token, target_continuation [M]: a target is a token whose probability counts: the state
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per choice).
+    raced: whether a race may look at some rows before the others; chunks are then cut along its looks.
     """
 
     ids: np.ndarray
@@ -39,6 +40,7 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
+    raced: bool = True
 
     @classmethod
     def from_ids(cls, ids: object) -> TokenBatch:
@@ -172,7 +174,7 @@ class TokenBatch:
     def content_hash(self) -> str:
         """SHA-256 of every array: equal for equal calibration data, whatever file it came from."""
         digest = hashlib.sha256()
-        for item in fields(self):
+        for item in fields(self)[:-1]:
             array = np.ascontiguousarray(getattr(self, item.name), dtype="<i8")
             digest.update(f"{item.name}{array.shape}".encode())
             digest.update(array.tobytes())

@@ -7,6 +7,7 @@ windows, generates. Only the likelihoods come from the engine: of all masks toge
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import inspect
 import json
@@ -236,7 +237,7 @@ class MaskedLM(HFLM):
     def _run(self, pairs: Sequence[tuple], rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Log-likelihoods float64[N, C] and greedy flags bool[N, C], continuations in the order of the rows."""
         batch = TokenBatch.from_predictions([[pairs[number] for number in row] for row in rows])
-        evaluator = Evaluator(self.opened, _Sums(batch), **self._running)
+        evaluator = Evaluator(self.opened, _Sums(dataclasses.replace(batch, raced=False)), **self._running)
         nll, misses = np.moveaxis(evaluator.sums(self.masks), 1, 0)
         return -nll, misses == 0
 

@@ -10,7 +10,7 @@ import fastprune as fp
 from fastprune.states import DiskTier, Frontier, HostTier, PrefixCache
 from fastprune.workers.processes import Processes
 
-LENGTHS = [23, 9, 17, 23, 16, 9, 21]
+LENGTHS = [93, 9, 47, 93, 46, 9, 91]
 
 
 def objective(kind: str, vocab_size: int):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import fastprune as fp
 from fastprune.models import FusedModel, Model
 
-LENGTHS = [23, 9, 17, 23, 16, 9, 21]
+LENGTHS = [93, 9, 47, 93, 46, 9, 91]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from helpers import make_tasks, run_python, smallest_budget
 
 import fastprune as fp
 
-LENGTHS = [23, 9, 17, 23, 16, 9, 21, 2]
+LENGTHS = [93, 9, 47, 93, 46, 9, 91, 2]
 SHAPES = [(11, [1, 4, 7]), (5, [2, 2]), (13, [3, 1, 1, 6]), (12, [4, 7]), (9, [4, 5])]
 KINDS = ["text", "tasks", "kl"]
 

@@ -1,6 +1,7 @@
 """Token trees, and the loaders of text, token ids and questions."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,8 +95,11 @@ def test_predictions_that_cannot_be(ids, targets):
 
 def test_all_arrays_are_int64():
     batch = fp.TokenBatch.from_continuations([[([1, 2, 3], 1), ([1, 5], 1)]])
-    for name in batch.__dataclass_fields__:
-        assert getattr(batch, name).dtype == np.int64, name
+    arrays = {name: getattr(batch, name) for name in batch.__dataclass_fields__ if name != "raced"}
+    assert {name: array.dtype.name for name, array in arrays.items()} == dict.fromkeys(arrays, "int64")
+    assert replace(batch, raced=False).content_hash == batch.content_hash
+    for name, array in arrays.items():
+        assert replace(batch, **{name: array + 1}).content_hash != batch.content_hash, name
 
 
 def test_a_sequence_that_another_begins_with():

@@ -1,12 +1,13 @@
 """Layouts: every row once, no chunk beyond a look, written down and read again, and wrong ones refused."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fastprune import InputError, TokenBatch
-from fastprune.layout import Layout, look_rows, make_layout
+from fastprune.layout import RUN_TOKENS, Layout, look_of, look_rows, make_layout
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,42 @@ def test_a_layout_holds_every_row_once_and_can_be_written_down(batch, max_tokens
     for chunk in layout.chunks:
         assert any(look.issuperset(chunk) for look in looks)
         assert len(chunk) == 1 or len(chunk) * batch.row_lengths[list(chunk)].max() <= max_tokens
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 150, 10_000])
+def test_chunks_cost_the_least(max_tokens):
+    """Of all ways to cut 10 rows, longest first: tokens with padding, and for each chunk what a run costs besides."""
+    lengths = np.sort(np.random.default_rng(1).integers(2, 60, 10))[::-1]
+    batch = TokenBatch.from_ids([[1] * n for n in lengths])
+
+    def cost(sizes):
+        starts = np.cumsum([0, *sizes[:-1]])
+        if any(n > 1 and n * lengths[start] > max_tokens for start, n in zip(starts, sizes, strict=True)):
+            return np.inf
+        return sum(n * lengths[start] + RUN_TOKENS for start, n in zip(starts, sizes, strict=True))
+
+    cuts = [[i for i, cut in enumerate(flags, 1) if cut] for flags in itertools.product((False, True), repeat=9)]
+    least = min(cost(np.diff([0, *places, 10]).tolist()) for places in cuts)
+    chunks = make_layout(batch, max_tokens, 8).chunks
+    assert list(itertools.chain(*chunks)) == list(range(10))
+    assert cost([len(chunk) for chunk in chunks]) == least
+
+
+def test_rows_of_one_length_fill_their_chunks():
+    batch = TokenBatch.from_ids([[1] * 16] * 10)
+    assert [len(chunk) for chunk in make_layout(batch, 64, 8).chunks] == [4, 4, 2]
+
+
+def test_without_a_race_there_is_one_look(batch):
+    whole = replace(batch, raced=False)
+    assert len(look_rows(batch)) > 1
+    assert [look.tolist() for look in look_rows(whole)] == [list(range(40))]
+    assert not look_of(whole).any()
+    layout = make_layout(whole, 10_000, 8)
+    layout.check(whole)
+    assert len(layout.chunks) < len(make_layout(batch, 10_000, 8).chunks)
+    with pytest.raises(InputError, match="two looks"):
+        layout.check(batch)
 
 
 def test_wrong_layouts_are_refused(batch):
