@@ -200,7 +200,7 @@ def block(model: Model, tokens: int, attend: float, packed: bool = False) -> dic
     """Device seconds and host microseconds of each step. attend: seconds of attention."""
     w, s = model.width, 2 * tokens
     kv = model.kv_heads * model.head
-    copied = lambda elements: START + s * elements / COPY  # noqa: E731
+    copied = lambda elements: START + s * elements / COPY  # noqa: E731 (short beside its use)
     apart = product(tokens, model.heads * model.head, w) + 2 * product(tokens, kv, w)
     triton = {name: checks + TRITON for name, checks in CHECKS.items()}
     return {

@@ -208,7 +208,7 @@ def check_gap(name: str, **options: Any) -> float:
 def check_repeats(name: str, **options: Any) -> None:
     """A second run finds the same to the bit, scores the same subsets, and draws from search.rng alone."""
     first = outcome(name, **options)
-    np.random.seed(0)  # noqa: NPY002  the global generator, which a search must not use
+    np.random.seed(0)  # noqa: NPY002 (the global one, which a search must not use)
     assert outcome(name, **options) == first, f"{name} finds something else when it is run again"
 
 

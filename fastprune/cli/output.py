@@ -86,7 +86,7 @@ def prepare_streams() -> None:
     """Let stdout take any text in any encoding; a closed stream is like one to nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process lives
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
     codecs.register_error("fastprune", _stand_in)
     stdout: Any = sys.stdout
     with suppress(AttributeError):  # a stream that a caller has put there need not be one of text over bytes

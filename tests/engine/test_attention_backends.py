@@ -85,7 +85,7 @@ def test_the_pinned_order_holds_while_any_thread_is_inside():
 def test_the_switches_are_put_back_after_an_error():
     before = switches()
     with pytest.raises(ZeroDivisionError), pinned_attention():
-        1 / 0  # noqa: B018
+        1 / 0  # noqa: B018 (raises)
     assert switches() == before
     with pinned_attention(), pinned_attention():
         assert PINNED.items() <= switches().items()

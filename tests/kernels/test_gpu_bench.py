@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_checks import DTYPES  # noqa: F401  skips where triton is not installed
+from kernel_checks import DTYPES  # noqa: F401 (skips where triton is not installed)
 
 SECTIONS = ("bits", "ceilings", "block", "loss", "beam", "kernels")
 SECTIONS += ("margin", "pairs", "margin, Qwen3", "pairs, Qwen3")

@@ -100,7 +100,7 @@ def scores_aside(search: Search) -> None:
     first_units(search)
 
 
-def never_the_same(search: Search, drawn=iter(range(10**6))) -> None:  # noqa: B008
+def never_the_same(search: Search, drawn=iter(range(10**6))) -> None:  # noqa: B008 (one for all calls)
     """Another subset on every run.
 
     Source: this test.
