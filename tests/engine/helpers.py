@@ -1,4 +1,4 @@
-"""What several engine tests need: evaluators in small budgets, questions, environments of subprocesses."""
+"""What several engine tests need: evaluators in small budgets, questions, refusals, environments of subprocesses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from families import build, num_blocks, random_rows, reference_model, reference_token_nll, some_masks
 
 import fastprune as fp
@@ -91,3 +92,18 @@ def run_python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def refuses(culprit: str, call, *args, **options) -> None:
+    """The call raises InputError with one line in which `culprit` (a pattern) is found."""
+    with pytest.raises(fp.InputError, match=culprit) as caught:
+        call(*args, **options)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) > len(culprit) / 2
+
+
+def t5() -> torch.nn.Module:
+    """An encoder-decoder, which no family here is."""
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    )
