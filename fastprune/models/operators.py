@@ -20,6 +20,7 @@ from .generic import Model
 from .runner import Targets
 from .tree import seen_by, seen_runs, segments, tree_mask
 
+VOCABULARY = 4096  # tokens whose logits csrc's head holds at once
 DENSE = 512  # tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
 
 
@@ -208,11 +209,21 @@ class NativeOperators(TorchOperators):
         return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
 
     def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
-        logits = F.linear(normed, weight)
-        return self._ops.log_sum_exp(logits)[tile.rows] - logits[tile.rows, tile.tokens].float()
+        """A part of the vocabulary at a time: many positions then share one reading of the head's weights."""
+        logits = normed.new_empty(len(normed), min(VOCABULARY, len(weight)))
+        targets = torch.empty(len(tile.tokens))
+        sums = []
+        for start, part in zip(range(0, len(weight), VOCABULARY), weight.split(VOCABULARY), strict=True):
+            of_part = torch.mm(normed, part.T, out=logits[:, : len(part)])
+            sums.append(self._ops.log_sum_exp(of_part))
+            here = (tile.tokens // VOCABULARY == start // VOCABULARY).nonzero()[:, 0]
+            targets[here] = of_part[tile.rows[here], tile.tokens[here] - start].float()
+        return torch.stack(sums).double().logsumexp(dim=0).float()[tile.rows] - targets
 
     def head_bytes(self, model: Model, measure: str) -> int:
-        return model.vocab_size * self.dtype.itemsize if measure == "nll" else super().head_bytes(model, measure)
+        if measure != "nll":
+            return super().head_bytes(model, measure)
+        return min(VOCABULARY, model.vocab_size) * self.dtype.itemsize
 
     def numerics(self) -> str:
         return f"{self.name} {self._ops.instruction_set()}"
