@@ -171,7 +171,7 @@ class Evaluator:
     def sample_groups(self) -> list[np.ndarray]:
         """The samples whose rows run together, int64[n] each: one of a group costs as much as all of it.
 
-        Groups hold random samples of nearly one length.
+        Groups hold random samples, sorted by length.
         """
         return [np.unique(self.objective.sample[chunk.continuations]) for chunk in self._engine.chunks]
 

@@ -7,6 +7,7 @@ The engine sums these over each continuation, float64[N, C], and all that follow
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -305,11 +306,8 @@ def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
     """The same rows, where every position that predicts something counts once, towards its own row."""
     source, first = np.unique(batch.target_source, return_index=True)
     rows = np.arange(batch.num_rows)
-    return TokenBatch(
-        ids=batch.ids,
-        positions=batch.positions,
-        branch=batch.branch,
-        row_starts=batch.row_starts,
+    return dataclasses.replace(
+        batch,
         target_source=source,
         target_token=batch.target_token[first],
         target_continuation=np.searchsorted(batch.row_starts, source, side="right") - 1,

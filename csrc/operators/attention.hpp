@@ -3,8 +3,8 @@
 //
 // Keys and values of a head are copied once, keys transposed into panels. Then a block of queries at a time: its
 // scores, their exponentials, the weighted sums of the values, in tiles of registers. What a query gets depends
-// on the keys that it sees alone: each score and each sum is added up in the order of columns or keys, and a key
-// that is not seen adds zero.
+// on the keys that it sees alone: every sum has an order that places in the row decide, and a key that is not
+// seen adds zero. (Unless its value is not finite: that may show in the other queries of a tile.)
 #pragma once
 
 #include "cpu_kernels.hpp"
@@ -17,6 +17,7 @@ namespace {
 constexpr int kVectors = kWidth == 16 ? 4 : 2;      // of a tile: with kTile queries as many as registers hold
 constexpr long kTile = 6;                           // queries of a tile
 constexpr long kPanel = kVectors * kWidth;          // keys of a panel
+constexpr long kChain = 256;                        // keys that are added up in one chain
 constexpr long kTiles = Attention::kBlock / kTile;  // of a block, which passes each panel once
 static_assert(Attention::kBlock % kTile == 0, "blocks of whole tiles");
 static_assert(Attention::kPad % kPanel == 0, "scratch has room for whole panels");
@@ -70,9 +71,8 @@ struct Tile {
 
     // How many vectors of the panel that begins there hold keys up to the last; 0 where none is seen.
     int vectors(long begin) const {
-        const bool first_run = runs.first_begin < begin + kPanel && begin < runs.first_end;
-        const bool second_run = runs.second_begin < begin + kPanel && begin < runs.second_end;
-        if (!first_run && !second_run) return 0;
+        const auto holds = [=](long from, long to) { return from < to && from < begin + kPanel && begin < to; };
+        if (!holds(runs.first_begin, runs.first_end) && !holds(runs.second_begin, runs.second_end)) return 0;
         const long needed = (end() - begin + kWidth - 1) / kWidth;
         return needed < kVectors ? static_cast<int>(needed) : kVectors;
     }
@@ -124,9 +124,12 @@ template <class T>
 void copy_keys_and_values(const Attention& a, const T* key, long stride, const Copies& copies) {
     const T* value = key + a.kv_heads * a.head_dim;
     float* values = copies.values;
-    for (long j = 0; j < copies.padded; ++j, key += stride) {
-        float* panel = copies.keys + j / kPanel * kPanel * a.head_dim + j % kPanel;
-        for (long d = 0; d < a.head_dim; ++d) panel[d * kPanel] = j < a.length ? to_float(key[d]) : 0.0F;
+    const auto column = [&](long j) { return copies.keys + j / kPanel * kPanel * a.head_dim + j % kPanel; };
+    for (long j = 0; j < a.length; ++j, key += stride) {
+        for (long d = 0; d < a.head_dim; ++d) column(j)[d * kPanel] = to_float(key[d]);
+    }
+    for (long j = a.length; j < copies.padded; ++j) {
+        for (long d = 0; d < a.head_dim; ++d) column(j)[d * kPanel] = 0.0F;
     }
     for (long j = 0; j < a.length; ++j, value += stride, values += copies.columns) {
         for_each_vector(a.head_dim,
@@ -184,8 +187,8 @@ inline float weigh(float* scores, const Tile& tile, const Attention::Seen& seen)
     const Vec low = broadcast(-87.0F);  // what lies further below the greatest adds nothing
     Vec sums = {};
     tile.for_each_key_vector([&](long i) {
-        const Vec v = load(scores + i, All{});
-        const Vec weight = v == none ? Vec{} : exp(greatest(low, v - top));
+        const Vec below = load(scores + i, All{}) - top;
+        const Vec weight = below < low ? Vec{} : exp(below);
         store(scores + i, weight, All{});
         sums += weight;
     });
@@ -197,14 +200,24 @@ template <class T>
 void average(const Attention& a, const Tile& tile, const float (&totals)[kTile], const Copies& copies, T* out,
              long stride) {
     const float* weights = copies.scores + tile.first * copies.padded;
-    const Attention::Seen& runs = tile.runs;
+    const long runs[2][2] = {{tile.runs.first_begin, tile.runs.first_end},
+                             {tile.runs.second_begin, tile.runs.second_end}};
     for (long column = 0; column < copies.columns; column += kPanel) {
         const float* values = copies.values + column;
         with_constant((copies.columns - column) / kWidth, [&](auto vectors) {
             constexpr int n = decltype(vectors)::value;
             Vec sums[kTile][n] = {};
-            multiply(weights, copies.padded, values, copies.columns, runs.first_begin, runs.first_end, sums);
-            multiply(weights, copies.padded, values, copies.columns, runs.second_begin, runs.second_end, sums);
+            for (long chain = 0; chain < tile.end(); chain += kChain) {
+                Vec part[kTile][n] = {};
+                for (const auto& run : runs) {
+                    const long from = run[0] > chain ? run[0] : chain;
+                    const long to = run[1] < chain + kChain ? run[1] : chain + kChain;
+                    multiply(weights, copies.padded, values, copies.columns, from, to, part);
+                }
+                for (long r = 0; r < kTile; ++r) {
+                    for (int v = 0; v < n; ++v) sums[r][v] += part[r][v];
+                }
+            }
             for (long r = 0; r < tile.count; ++r) {
                 for (int v = 0; v < n; ++v) {
                     const long at = column + v * kWidth;
@@ -249,8 +262,9 @@ void attention(const Attention& a, float* scratch, long begin, long end) {
     const Copies copies(a, scratch);
     long copied = -1;
     for (long item = begin; item < end; ++item) {
-        const long row = item / a.heads;
-        const long head = item % a.heads;
+        const long row = item / (a.heads * a.blocks());
+        const long head = item / a.blocks() % a.heads;
+        const long query = item % a.blocks() * Attention::kBlock;
         const long kv_head = head * a.kv_heads / a.heads;
         const T* tokens = static_cast<const T*>(a.qkv) + row * a.length * stride;
         if (copied != row * a.kv_heads + kv_head) {
@@ -259,11 +273,9 @@ void attention(const Attention& a, float* scratch, long begin, long end) {
         }
         const Attention::Seen* seen = a.seen + (a.rows_differ ? row * a.length : 0);
         T* out = static_cast<T*>(a.out) + (row * a.length * a.heads + head) * a.head_dim;
-        for (long query = 0; query < a.length; query += Attention::kBlock) {
-            const long count = a.length - query < Attention::kBlock ? a.length - query : Attention::kBlock;
-            copy_queries(a, tokens + query * stride + head * a.head_dim, stride, count, copies);
-            attend(a, seen + query, count, copies, out + query * a.heads * a.head_dim);
-        }
+        const long count = a.length - query < Attention::kBlock ? a.length - query : Attention::kBlock;
+        copy_queries(a, tokens + query * stride + head * a.head_dim, stride, count, copies);
+        attend(a, seen + query, count, copies, out + query * a.heads * a.head_dim);
     }
 }
 

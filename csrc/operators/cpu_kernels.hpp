@@ -63,6 +63,8 @@ struct Attention {
     long head_dim;
     float scale;
 
+    // Of queries, of one head and row.
+    long blocks() const { return (length + kBlock - 1) / kBlock; }
     // Floats that a thread needs.
     long scratch() const {
         const auto padded = [](long n) { return (n + kPad - 1) / kPad * kPad; };
@@ -79,7 +81,7 @@ struct ForDtype {
     RowsFn<Arguments> bfloat16;
 };
 
-// Items begin..end - 1, each one head of one row: item = row * heads + head.
+// Items begin..end - 1, each a block of queries: item = (row * heads + head) * blocks + block.
 using AttentionFn = void (*)(const Attention&, float* scratch, long begin, long end);
 
 struct CpuKernels {

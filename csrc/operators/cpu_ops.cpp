@@ -87,11 +87,13 @@ void attention(const Attention& a, std::int64_t rows, Dtype dtype, int threads) 
     const CpuKernels& cpu = instruction_set().cpu;
     const AttentionFn run = dtype == Dtype::float32 ? cpu.attention_float32 : cpu.attention_bfloat16;
     const std::int64_t size = (a.scratch() + kLine - 1) / kLine * kLine;  // threads write to no line together
-    const std::size_t bytes = static_cast<std::size_t>(size * std::max(threads, 1)) * sizeof(float);
+    const std::int64_t items = rows * a.heads * a.blocks();
+    threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
+    const std::size_t bytes = static_cast<std::size_t>(size * threads) * sizeof(float);
     const std::unique_ptr<float, decltype(&std::free)> scratch(
         static_cast<float*>(std::aligned_alloc(kLine * sizeof(float), bytes)), &std::free);
     if (scratch == nullptr) throw std::bad_alloc();
-    share_out(rows * a.heads, a.length * a.head_dim * (1 + a.length / 16), threads,
+    share_out(items, Attention::kBlock * a.head_dim * (1 + a.length / 16), threads,
               [&](int thread, std::int64_t begin, std::int64_t end) {
                   run(a, scratch.get() + thread * size, begin, end);
               });

@@ -131,7 +131,7 @@ def attention(
         qkv.data_ptr(),
         _address("seen", seen, (given, length, 4), torch.int32),
         _address("out", out, shape, dtype),
-        rows, given > 1, length, num_heads, num_kv_heads, head_dim, scale,
+        rows, given != 1, length, num_heads, num_kv_heads, head_dim, scale,
         dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -164,7 +164,7 @@ def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.
     if columns > 1 and logits.stride(1) != 1:
         raise ValueError("logits must be contiguous within a row")
     if out is None:
-        out = torch.empty(rows)
+        out = torch.empty(rows, dtype=torch.float32)
     _native.log_sum_exp(
         logits.data_ptr(), _address("out", out, (rows,), torch.float32), rows, columns, logits.stride(0),
         logits.dtype is torch.bfloat16, torch.get_num_threads(),

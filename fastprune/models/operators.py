@@ -211,7 +211,7 @@ class NativeOperators(TorchOperators):
     def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
         """A part of the vocabulary at a time: many positions then share one reading of the head's weights."""
         logits = normed.new_empty(len(normed), min(VOCABULARY, len(weight)))
-        targets = torch.empty(len(tile.tokens))
+        targets = torch.empty(len(tile.tokens), dtype=torch.float32)
         sums = []
         for start, part in zip(range(0, len(weight), VOCABULARY), weight.split(VOCABULARY), strict=True):
             of_part = torch.mm(normed, part.T, out=logits[:, : len(part)])

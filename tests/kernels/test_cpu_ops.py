@@ -189,11 +189,15 @@ def test_attention_depends_on_what_is_seen_alone(dtype, threads):
             assert torch.equal(alone, together[part])
     short = native.attention(qkv[:101], causal_runs(101), heads, kv_heads, 0.2)
     assert torch.equal(short, native.attention(qkv[:length], causal_runs(length), heads, kv_heads, 0.2)[:101])
-    assert native.attention(qkv[:0], causal_runs(length), heads, kv_heads, 0.2).shape == (0, heads * head_dim)
+    for seen in (causal_runs(length), causal_runs(length)[:0]):
+        assert native.attention(qkv[:0], seen, heads, kv_heads, 0.2).shape == (0, heads * head_dim)
 
 
 def test_attention_to_what_is_not_finite():
-    """A key that is not finite shows where it is seen, a query in its own result; one that sees nothing gets NaN."""
+    """A key that is not finite shows where it is seen, a query in its own result; one that sees nothing gets NaN.
+
+    A value that is not finite may show in queries beside those that see it.
+    """
     length, seen = 70, causal_runs(70)
     qkv = random(length, 3 * 16, seed=1)
     before = native.attention(qkv, seen, 1, 1, 0.25)
@@ -209,6 +213,11 @@ def test_attention_to_what_is_not_finite():
         assert found[40].isnan().all()
         found[40] = before[40]
         assert torch.equal(found, before)
+        broken = qkv.clone()
+        broken[40, 32:] = value
+        found = native.attention(broken, seen, 1, 1, 0.25)
+        assert torch.equal(found[:24], before[:24])
+        torch.testing.assert_close(found[40:], attention_by_rows(broken, seen, 1, 1, 0.25)[40:], equal_nan=True)
     seen[0, 3] = 0
     found = native.attention(qkv, seen, 1, 1, 0.25)
     assert found[3].isnan().all()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastprune import InputError, TokenBatch
+from fastprune import InputError, KLDivergence, TokenBatch
 from fastprune.layout import RUN_TOKENS, Layout, look_of, look_rows, make_layout
 
 
@@ -65,6 +65,7 @@ def test_without_a_race_there_is_one_look(batch):
     assert len(layout.chunks) < len(make_layout(batch, 10_000, 8).chunks)
     with pytest.raises(InputError, match="two looks"):
         layout.check(batch)
+    assert not KLDivergence(whole).batch.raced
 
 
 def test_wrong_layouts_are_refused(batch):
