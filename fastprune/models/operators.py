@@ -198,7 +198,7 @@ class NativeOperators(TorchOperators):
         return self._ops.gated_mlp(gate_up)
 
     def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None) -> object:
-        """Rows whose branches do not each stand in one piece go to torch."""
+        """Two runs of places for each token; rows whose branches do not each stand in one piece go to torch."""
         branch, position = rows.trees
         seen = seen_runs(position, branch, rows.windowed(window))
         return super().plan_attention(rows, head_dim, grouped, window) if seen is None else seen

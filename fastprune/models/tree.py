@@ -32,14 +32,14 @@ def seen_by(
 
 
 def seen_runs(positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """`tree_mask` as two runs of places, int32[B, T, 4] on a CPU, begin and end of each.
+    """`tree_mask` as two runs of places, int32[B, T, 4], begin and end of each.
 
     The first is of the trunk, where a token is on a branch, the second of its own branch up to itself. Padding (branch
     -1) sees at least itself, and nothing behind it.
 
     None where the trunk and then each branch do not stand in one piece or, with a window, their positions skip some.
     """
-    place = torch.arange(branch.shape[1])
+    place = torch.arange(branch.shape[1], device=branch.device)
     on_trunk = branch == 0
     trunk = on_trunk.sum(dim=1, keepdim=True)
     goes_on = branch[:, 1:] == branch[:, :-1]

@@ -6,26 +6,11 @@ import shutil
 import pytest
 import torch
 import transformers as tf
-from families import build, random_rows, some_masks
+from families import build, some_masks
 from helpers import refuses, t5
 from safetensors.torch import load_file, save_file
 
 import fastprune as fp
-
-
-@pytest.fixture(scope="module")
-def hf():
-    return build("llama")
-
-
-@pytest.fixture(scope="module")
-def batch(hf):
-    return fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [13, 9]))
-
-
-@pytest.fixture(scope="module")
-def ev(hf, batch):
-    return fp.Evaluator(hf, fp.Perplexity(batch))
 
 
 def save(hf, folder, **options):

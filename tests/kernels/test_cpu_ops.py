@@ -154,7 +154,15 @@ def attention_by_rows(qkv: torch.Tensor, seen: torch.Tensor, heads: int, kv_head
 @pytest.mark.parametrize("runs", ["causal", "random"])
 @pytest.mark.parametrize(
     ("rows", "length", "heads", "kv_heads", "head_dim"),
-    [(3, 21, 4, 2, 16), (1, 1, 1, 1, 1), (2, 7, 3, 1, 5), (1, 200, 2, 2, 20), (2, 65, 6, 2, 80), (1, 129, 1, 1, 256)],
+    [
+        (3, 21, 4, 2, 16),
+        (1, 1, 1, 1, 1),
+        (2, 7, 3, 1, 5),
+        (1, 200, 2, 2, 20),
+        (2, 65, 6, 2, 80),
+        (1, 129, 1, 1, 256),
+        (1, 600, 2, 1, 24),
+    ],
 )
 def test_attends_to_the_keys_that_are_seen(rows, length, heads, kv_heads, head_dim, runs, dtype):
     qkv = random(rows * length, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1, scale=2.0)
@@ -174,7 +182,8 @@ def test_attends_to_the_keys_that_are_seen(rows, length, heads, kv_heads, head_d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_depends_on_what_is_seen_alone(dtype, threads):
-    """A row alone and among others, on any number of threads; a query with and without what it does not see."""
+    """A row alone and among others, on any number of threads; a query without what it does not see, and beside queries
+    that see something else."""
     rows, length, heads, kv_heads, head_dim = 5, 150, 4, 2, 24
     qkv = random(rows * length, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
     for seen in (causal_runs(length).expand(rows, -1, -1).contiguous(), random_runs(rows, length)):
@@ -189,6 +198,13 @@ def test_attention_depends_on_what_is_seen_alone(dtype, threads):
             assert torch.equal(alone, together[part])
     short = native.attention(qkv[:101], causal_runs(101), heads, kv_heads, 0.2)
     assert torch.equal(short, native.attention(qkv[:length], causal_runs(length), heads, kv_heads, 0.2)[:101])
+    long = random(600, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=2)
+    seen, others = random_runs(1, 600), random_runs(1, 600, seed=6)
+    found = native.attention(long, seen, heads, kv_heads, 0.2)
+    for query in (0, 255, 256, 301, 599):
+        beside = others.clone()
+        beside[:, query] = seen[:, query]
+        assert torch.equal(native.attention(long, beside, heads, kv_heads, 0.2)[query], found[query])
     for seen in (causal_runs(length), causal_runs(length)[:0]):
         assert native.attention(qkv[:0], seen, heads, kv_heads, 0.2).shape == (0, heads * head_dim)
 
