@@ -22,7 +22,7 @@ namespace {
 using Matrix = nb::ndarray<const double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// Arguments are validated in fastprune/qubo.py; here only what would be unsafe to get wrong.
+// Arguments are validated in fastprune/solver/subset.py; here only what would be unsafe to get wrong.
 nb::tuple solve_subset(const Matrix& h, const Vector& linear, int k, std::size_t num_states,
                        double time_limit, int threads, double enumerate_up_to, bool exact_sums, bool symmetry,
                        bool subtree_diagonals) {
@@ -121,7 +121,7 @@ std::vector<std::string> instruction_sets() {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Compiled part of fastprune; called by fastprune.qubo and fastprune.models.native.";
+    m.doc() = "Compiled part of fastprune; called by fastprune.solver and fastprune.models.native.";
     m.def("instruction_sets", &instruction_sets, "Those that this processor runs, the fastest last.");
     m.def("instruction_set", [] { return fastprune::instruction_set().name; });
     m.def("use_instruction_set", &fastprune::use_instruction_set, nb::arg("name"), "For tests.");

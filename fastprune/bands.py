@@ -16,11 +16,10 @@ The model of cost behind the choice:
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import InputError
+from .errors import InputError, gb_flag
 
 # operations in the time that a byte takes to be read: about 50 GFLOP/s over 1 GB/s, and 400 TFLOP/s over 8 GB/s
 FLOPS_PER_BYTE = {"cpu": 50, "cuda": 50_000}
@@ -56,7 +55,7 @@ def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: 
     if limit < least:
         raise InputError(
             f"weights_bytes is too small for {name}: what stays loaded takes {always} bytes, a block {block_bytes}; "
-            f"the smallest that works is {least}, not {limit} (--weights-gb {math.ceil(least / 2**30 * 1e6) / 1e6:.6f})"
+            f"the smallest that works is {least}, not {limit} ({gb_flag('weights', least)})"
         )
     places = num_blocks if not block_bytes else min(num_blocks, (limit - always) // block_bytes)
     return Room(num_blocks, block_bytes, always, places)

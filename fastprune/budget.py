@@ -10,7 +10,7 @@ import torch
 from .bands import FLOPS_PER_BYTE, Groups, make_groups
 from .chunks import Chunk, Tile
 from .data import TokenBatch
-from .errors import InputError
+from .errors import InputError, gb_flag
 from .footprint import measure_footprint
 from .layout import Layout, make_layout
 from .measures import Measure
@@ -106,7 +106,8 @@ class Budget:
         return int(self.footprint.state * tokens)
 
     def _too_small(self, what: str, tokens: int) -> str:
-        return f"memory_bytes is too small: {what} takes {self._least_bytes(tokens)} bytes, not {self.limit}"
+        least = self._least_bytes(tokens)
+        return f"memory_bytes is too small: {what} takes {least} bytes, not {self.limit} ({gb_flag('memory', least)})"
 
     def _least_bytes(self, tokens: int) -> int:
         """The least budget for chunks of so many tokens."""

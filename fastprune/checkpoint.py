@@ -44,6 +44,13 @@ def export(
     measured on may follow the objective's name behind a comma.
     Raises InputError for an index out of range or given twice, a folder that is not empty, a base_model that is no
     hub id, and for a family whose blocks cannot be renumbered.
+
+    >>> import tempfile
+    >>> import fastprune as fp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pruned = fp.export(fp.load_model("demo"), (3, 7), f"{folder}/pruned")
+    ...     fp.load_model(pruned).num_blocks
+    10
     """
     check_target(out_dir)
     model, evaluator = _opened(model)
@@ -66,6 +73,13 @@ def export_sequence(
 
     What `Evaluator.score_sequences` scores. The weights of a block that stands n times are written n times, as
     separate weights. Raises InputError as `export` does, and for a sequence that is empty.
+
+    >>> import tempfile
+    >>> import fastprune as fp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     grown = fp.export_sequence(fp.load_model("demo"), (0, 1, 2, 1, 2, 3), f"{folder}/grown")
+    ...     fp.load_model(grown).num_blocks
+    6
     """
     check_target(out_dir)
     model, evaluator = _opened(model)

@@ -32,7 +32,7 @@ from .layout import Layout
 from .measures import MEASURES
 from .memory import is_out_of_memory
 from .models import Model, make_runner
-from .models.attention import BACKENDS
+from .models.attention import SDPA_BACKENDS
 from .schedule import Schedule, make_schedule
 from .states import Frontier, PrefixCache
 from .store import SumStore, units_key
@@ -285,7 +285,7 @@ class Engine:
             "dtype": str(self.model.dtype),
             "attention": getattr(self.model.config, "_attn_implementation", None),
             "experts": getattr(self.model.config, "_experts_implementation", None),
-            "sdpa": [backend.name for backend in BACKENDS],
+            "sdpa": [backend.name for backend in SDPA_BACKENDS],
             "machine": machine_fingerprint(self.model.device),
         }
 

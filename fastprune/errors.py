@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A file, flag or argument is wrong. The message is one line: what is wrong, and what would be right."""
+    """A file, flag or argument is wrong. The message is one line: what is wrong, and what would be right.
+
+    >>> import fastprune as fp
+    >>> try:
+    ...     fp.from_removed([(4,)], num_units=4)
+    ... except fp.InputError as error:
+    ...     print(type(error).__name__)
+    InputError
+    """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -16,3 +25,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+def gb_flag(name: str, least: int) -> str:
+    """The flag of the command line that gives at least so many bytes, such as --weights-gb 0.001235."""
+    return f"--{name}-gb {math.ceil(least / 2**30 * 1e6) / 1e6:.6f}"

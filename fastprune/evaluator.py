@@ -39,6 +39,13 @@ class Stats:
     """What an evaluator's calls have cost so far.
 
     Runs are counted over the whole calibration set: one on half of its rows counts one half.
+
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+    >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+    >>> _ = ev.score(fp.from_removed([(3,), (3, 7)], ev.num_units))
+    >>> ev.stats.layer_runs, ev.stats.naive_layer_runs  # both masks share blocks 0, 1, 2, 4, 5 and 6
+    (15.0, 21.0)
     """
 
     masks: int = 0  # scores that were asked for
@@ -80,6 +87,15 @@ class Evaluator:
 
     A mask's score does not depend, to the bit, on what else is scored in the same call or was before. Threads may share
     an evaluator or a model: their calls take turns.
+
+    Raises InputError for an argument of another kind or out of its range, for tokens that the model does not take, for
+    a backend or a granularity that the family cannot run on, and for memory_bytes that a row does not fit into.
+
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+    >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+    >>> ev.score(fp.from_removed([(3,), (3, 7)], ev.num_units)).shape
+    (2,)
     """
 
     def __init__(
@@ -204,7 +220,11 @@ class Evaluator:
         has its score. All share their prefixes as masks do. Raises InputError for an index out of range, and for an
         empty sequence where the family cannot run without blocks.
 
-        >>> ev.score_sequences([(0, 1, 2, 2, 3)])  # doctest: +SKIP
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+        >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+        >>> ev.score_sequences([(0, 1, 1, 2), (0, 2, 1)]).shape
+        (2,)
         """
         checked = check_sequences(sequences, self.num_units)
         self._check_not_empty(checked)
@@ -215,7 +235,8 @@ class Evaluator:
 
     def sums(self, masks: ArrayLike) -> np.ndarray:
         """What the objective's measure gives on each continuation of its batch, float64[N, V, C]: the sums over its
-        targets of each of the measure's V values (`measures.MEASURES`), before the objective weighs them."""
+        targets of each of the measure's V values (`measures.MEASURES`), before the objective weighs them. Raises
+        InputError as `score` does."""
         with self.model.turn:
             trie = self._ask(self._check_masks(masks))
             return self._run(trie)[trie.index]
@@ -224,7 +245,8 @@ class Evaluator:
         """The loss of each mask on each sample (row of text, or question), float64[N, S].
 
         samples: indices of the samples that are wanted, in the order of the columns; default all. Only the chunks
-        that hold them are run, so a few samples cost less, and every number has the same bits as with all.
+        that hold them are run, so a few samples cost less, and every number has the same bits as with all. Raises
+        InputError as `score` does, and for samples that there are not.
         """
         samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
         wanted = np.isin(self.objective.sample, samples)

@@ -151,7 +151,20 @@ def parse_removed(text: str) -> tuple[int, ...]:
 
 
 def load_masks(path: str | Path, num_units: int) -> np.ndarray:
-    """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed) or .jsonl rows {"removed": [9, 10]}."""
+    """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed) or .jsonl rows {"removed": [9, 10]}.
+
+    Raises InputError, with the file's name, for one that is missing, of another kind, damaged or empty, and for masks
+    of another number of units or other values.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import fastprune as fp
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "masks.jsonl")
+    ...     _ = path.write_text('{"removed": [1, 2]}')
+    ...     fp.load_masks(path, 4).astype(int)
+    array([[1, 0, 0, 1]])
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such masks file")

@@ -86,7 +86,13 @@ class Objective:
 class Perplexity(Objective):
     """Mean over target tokens of -log p(x_t | x_<t), in nats; perplexity is its exponential.
 
-    A sample is a row; its loss is the mean over its own targets.
+    A sample is a row; its loss is the mean over its own targets. Raises InputError for what is no TokenBatch of plain
+    text.
+
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> fp.Perplexity(batch).loss(np.array([[1.5, 0.75]]))  # of one mask, from its sums over rows
+    array([0.75])
     """
 
     name = "perplexity"
@@ -115,7 +121,13 @@ class Perplexity(Objective):
 class KLDivergence(Perplexity):
     """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q the masked one.
 
-    The positions are those that predict a target. A sample is a row. The objective of EvoPress (arXiv 2410.14649).
+    batch: text, or Tasks. The positions are those that predict a target. A sample is a row. The objective of EvoPress
+    (arXiv 2410.14649). Raises InputError for what is neither.
+
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> fp.KLDivergence(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
+    array([0.25])
     """
 
     name = "kl"
@@ -138,7 +150,12 @@ class CosineDistance(KLDivergence):
     """Mean over positions of 1 - cosine between the masked model's final state and the dense one's.
 
     Final states are those that the head reads, after the final norm. Positions and samples as in KLDivergence. Among
-    the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt).
+    the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt). Raises InputError as KLDivergence does.
+
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
+    array([0.25])
     """
 
     name = "cosine"
@@ -151,7 +168,12 @@ class NormalizedMSE(KLDivergence):
 
     Final states, positions and samples as in CosineDistance. Every position counts alike: Puzzletron (NVIDIA ModelOpt)
     divides the sum over positions of the one by that of the other, and Nemotron Elastic (arXiv 2511.16664) does so with
-    the models' predictions in the place of states.
+    the models' predictions in the place of states. Raises InputError as KLDivergence does.
+
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
+    array([0.25])
     """
 
     name = "nmse"
@@ -171,6 +193,15 @@ class TaskMargin(Objective):
     weighting="question" gives every question the same weight; "choices" weighs one of C choices by C - 1, as that
     paper's code does by summing (C - 1) ll(correct) - sum ll(wrong). The sum is divided by the sum of C - 1, so that
     the loss is a mean, comparable with the other, and equal to it where all questions have as many choices.
+
+    Raises InputError for what is no Tasks, and for another normalization or weighting.
+
+    >>> import fastprune as fp
+    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
+    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+    >>> fp.TaskMargin(tasks).loss(np.array([[3.0, 4.0]]))  # of one mask, from its sums over choices
+    array([-1.])
     """
 
     name = "margin"
@@ -203,7 +234,15 @@ class TaskMargin(Objective):
 class TaskLikelihood(Objective):
     """Minus the mean over questions of ll(correct), ll as in TaskMargin (PuDDing's other loss, arXiv 2502.04348).
 
-    Wrong choices are not run. A sample is a question.
+    Wrong choices are not run. A sample is a question. Raises InputError for what is no Tasks, and for another
+    normalization.
+
+    >>> import fastprune as fp
+    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
+    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+    >>> fp.TaskLikelihood(tasks).loss(np.array([[4.0]]))  # of one mask, from its sums over choices
+    array([2.])
     """
 
     name = "likelihood"
@@ -230,7 +269,17 @@ class TaskAccuracy(Objective):
 
     normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness); "characters" divides each by
     its choice's length in characters (`acc_norm`), "bytes" by that in UTF-8 bytes (`acc_bytes`), leading spaces
-    included; "mean" by its number of tokens. A sample is a question (0 or 1).
+    included; "mean" by its number of tokens. A sample is a question (0 or 1). Raises InputError for what is no Tasks,
+    and for another normalization.
+
+    >>> import fastprune as fp
+    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
+    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+    >>> fp.TaskAccuracy(tasks).loss(np.array([[3.0, 4.0]]))  # of one mask, from its sums over choices
+    array([1.])
+    >>> fp.TaskAccuracy(tasks, "mean").loss(np.array([[3.0, 4.0]]))
+    array([0.])
     """
 
     name = "accuracy"

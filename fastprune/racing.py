@@ -15,6 +15,13 @@ class Selection:
     indices int64[K]: rows of what was asked for (of equal masks the first). losses float64[K]: exact, over all samples.
     decided_early: masks that left before the last samples. layer_runs: unit runs that were made. share: these, as a
     share of what scoring every mask on every sample takes.
+
+    >>> import fastprune as fp
+    >>> from fastprune.testing import SyntheticEvaluator
+    >>> masks = fp.from_removed([(0,), (1,), (2,)], num_units=6)
+    >>> found = SyntheticEvaluator(6, num_samples=64).select(masks, keep=2)
+    >>> len(found.indices), found.decided_early
+    (2, 1)
     """
 
     indices: np.ndarray

@@ -107,6 +107,16 @@ class DiskTier:
         self._free[size].append(start)
 
 
+def _make_tiers(folder: Path | None, device: torch.device) -> list[DeviceTier | DiskTier]:
+    """The places for states, the fastest first: the device, the host beside a GPU, a folder's disk if one is given."""
+    tiers: list[DeviceTier | DiskTier] = [DeviceTier()]
+    if device.type == "cuda":
+        tiers.append(HostTier(device))
+    if folder is not None:
+        tiers.append(DiskTier(folder, device))
+    return tiers
+
+
 class PrefixCache:
     """States of prefixes that earlier calls ran, for each chunk of a calibration set.
 
@@ -120,11 +130,7 @@ class PrefixCache:
 
     def __init__(self, limit: int | None, folder: Path | None, device: torch.device):
         self._limit, self._folder, self._device = limit, folder, device
-        self._tiers: list[DeviceTier | DiskTier] = [DeviceTier()]
-        if device.type == "cuda":
-            self._tiers.append(HostTier(device))
-        if folder is not None:
-            self._tiers.append(DiskTier(folder, device))
+        self._tiers = _make_tiers(folder, device)
         self.hits = {tier.name: 0 for tier in self._tiers}
         self._rooms = [0] * len(self._tiers)  # prefixes that each chunk may have in each tier
         self._share, self._state_bytes = 1.0, 1
@@ -240,11 +246,7 @@ class Frontier:
 
     def __init__(self, folder: Path | None, device: torch.device):
         self._folder, self._device = folder, device
-        self._tiers: list[DeviceTier | DiskTier] = [DeviceTier()]
-        if device.type == "cuda":
-            self._tiers.append(HostTier(device))
-        if folder is not None:
-            self._tiers.append(DiskTier(folder, device))
+        self._tiers = _make_tiers(folder, device)
         self._rooms = [0] * len(self._tiers)
         self._held = [0] * len(self._tiers)
         self._place: dict[Key, tuple[int, int]] = {}  # tier, bytes

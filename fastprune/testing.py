@@ -29,6 +29,7 @@ import numpy as np
 from .errors import InputError
 from .evaluator import Evaluator, Stats
 from .masks import from_removed, to_removed
+from .racing import Selection
 from .search import find_algorithm, run_search
 
 __all__ = ["CHECKS", "SyntheticEvaluator", "check_algorithm", "outcome"]
@@ -39,8 +40,8 @@ class SyntheticEvaluator(Evaluator):
 
     Removing a broken unit makes the loss not finite. curvature: of a term cubic in the units removed, which no
     quadratic model can hold. flat: every unit costs 1, so that subsets of one size tie. There are `num_samples` samples
-    of `tokens` tokens each. calls: masks of each call of `score`; sample_calls: (masks, samples) of each call of
-    `score_samples`.
+    of `tokens` tokens each; with 32 or more it races, and never errs: it keeps the best. calls: masks of each call of
+    `score`; sample_calls: (masks, samples) of each call of `score_samples`; races: (masks, kept) of each of `select`.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SyntheticEvaluator(Evaluator):
         self.stats, self.granularity = Stats(), "block"
         self.calls: list[int] = []
         self.sample_calls: list[tuple[int, int]] = []
+        self.races: list[tuple[int, int]] = []
         self.objective: Any = type("Named", (), {"name": "synthetic"})
 
     @property
@@ -92,10 +94,24 @@ class SyntheticEvaluator(Evaluator):
         self.sample_calls.append((len(removed), len(noise)))
         return np.array([self._loss(units) + noise[:, units].sum(axis=1) for units in removed])
 
+    @property
+    def num_looks(self) -> int:
+        return 1 if self.num_samples < 32 else 2
+
+    def select(self, masks: Any, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0) -> Selection:
+        removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
+        self.races.append((len(removed), keep))
+        losses = np.array([self._loss(units) for units in removed])
+        best = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
+        return Selection(best, losses[best], decided_early=len(removed) - keep, layer_runs=0.0, share=1.0)
+
     def similarity(self) -> np.ndarray:
         states = self._steps.cumsum(axis=0)
         states /= np.linalg.norm(states, axis=1, keepdims=True)
         return states @ states.T
+
+    def angular_distance(self) -> np.ndarray:
+        return np.arccos(np.clip(self.similarity(), -1.0, 1.0)) / np.pi
 
     def unit_gradients(self) -> np.ndarray:
         gradients = self._noise - self._linear
@@ -205,6 +221,26 @@ def check_gap(name: str, **options: Any) -> float:
     return float(gap)
 
 
+def check_races(name: str, **options: Any) -> None:
+    """Racing, it needs no loss but those of what a race keeps, and finds the best that it knows, the same once more.
+
+    One that does not race refuses to.
+    """
+    if not find_algorithm(name).races:
+        _refused(SyntheticEvaluator(9), name, 4, {**options, "racing": 0.99}, "does not race")
+        return
+    found = []
+    for _ in range(2):
+        evaluator = SyntheticEvaluator(9, seed=9, num_samples=64)
+        result = run_search(evaluator, name, 4, seed=2, protect=(1,), racing=0.99, **options)
+        assert evaluator.races, f"{name} is registered as one that races, and does not"
+        complete = {removed: loss for removed, loss in result.history if len(removed) == 4}
+        assert result.loss == min(complete.values()) == complete[result.removed], f"{name} knows a better subset"
+        assert 1 not in result.removed, f"{name} removed a protected unit"
+        found.append(result.history)
+    assert found[0] == found[1], f"{name} finds something else when it is run again"
+
+
 def check_repeats(name: str, **options: Any) -> None:
     """A second run finds the same to the bit, scores the same subsets, and draws from search.rng alone."""
     first = outcome(name, **options)
@@ -238,7 +274,7 @@ def check_refusals(name: str, **options: Any) -> None:
 
 CHECKS: tuple[Callable, ...] = (
     check_description, check_budgets, check_best, check_history, check_protection, check_losses_that_are_not_finite,
-    check_ties, check_gap, check_repeats, check_another_process, check_refusals,
+    check_ties, check_gap, check_races, check_repeats, check_another_process, check_refusals,
 )  # fmt: skip
 
 

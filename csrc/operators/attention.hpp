@@ -195,39 +195,39 @@ inline float weigh(float* scores, const Tile& tile, const Attention::Seen& seen)
     return sum(sums);
 }
 
+// sums[r][v] += the values of the keys that are seen, times a tile's weights, one chain of keys after the other.
+template <int N>
+inline void add_values(const Tile& tile, const Copies& copies, long column, Vec (&sums)[kTile][N]) {
+    const float* weights = copies.scores + tile.first * copies.padded;
+    const long runs[2][2] = {{tile.runs.first_begin, tile.runs.first_end},
+                             {tile.runs.second_begin, tile.runs.second_end}};
+    for (long chain = 0; chain < tile.end(); chain += kChain) {
+        Vec part[kTile][N] = {};
+        for (const auto& run : runs) {
+            const long from = run[0] > chain ? run[0] : chain;
+            const long to = run[1] < chain + kChain ? run[1] : chain + kChain;
+            multiply(weights, copies.padded, copies.values + column, copies.columns, from, to, part);
+        }
+        for (long r = 0; r < kTile; ++r) {
+            for (int v = 0; v < N; ++v) sums[r][v] += part[r][v];
+        }
+    }
+}
+
 // The values' weighted means of a tile's queries; out [.., stride] begins with the first of these.
 template <class T>
 void average(const Attention& a, const Tile& tile, const float (&totals)[kTile], const Copies& copies, T* out,
              long stride) {
-    const float* weights = copies.scores + tile.first * copies.padded;
-    const long runs[2][2] = {{tile.runs.first_begin, tile.runs.first_end},
-                             {tile.runs.second_begin, tile.runs.second_end}};
     for (long column = 0; column < copies.columns; column += kPanel) {
-        const float* values = copies.values + column;
         with_constant((copies.columns - column) / kWidth, [&](auto vectors) {
-            constexpr int n = decltype(vectors)::value;
-            Vec sums[kTile][n] = {};
-            for (long chain = 0; chain < tile.end(); chain += kChain) {
-                Vec part[kTile][n] = {};
-                for (const auto& run : runs) {
-                    const long from = run[0] > chain ? run[0] : chain;
-                    const long to = run[1] < chain + kChain ? run[1] : chain + kChain;
-                    multiply(weights, copies.padded, values, copies.columns, from, to, part);
-                }
-                for (long r = 0; r < kTile; ++r) {
-                    for (int v = 0; v < n; ++v) sums[r][v] += part[r][v];
-                }
-            }
+            Vec sums[kTile][decltype(vectors)::value] = {};
+            add_values(tile, copies, column, sums);
+            const long width = a.head_dim - column < kPanel ? a.head_dim - column : kPanel;
             for (long r = 0; r < tile.count; ++r) {
-                for (int v = 0; v < n; ++v) {
-                    const long at = column + v * kWidth;
-                    const Vec mean = sums[r][v] / totals[r];
-                    if (at + kWidth <= a.head_dim) {
-                        store(out + r * stride + at, mean, All{});
-                    } else {
-                        store(out + r * stride + at, mean, First{a.head_dim - at});
-                    }
-                }
+                T* to = out + r * stride + column;
+                for_each_vector(width, [&](long i, auto lanes) {
+                    store(to + i, sums[r][i / kWidth] / totals[r], lanes);
+                });
             }
         });
     }

@@ -147,7 +147,7 @@ model_settings = group(
     click.option(
         "--dtype",
         type=Known(["float32", "bfloat16", "float16", "float64"]),
-        help="Default: the checkpoint's own; to compute where a CPU has no instructions for that, float32.",
+        help="Default: the checkpoint's own, or float32 where a CPU has no instructions for that (exports keep it).",
     ),
     click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
 )
@@ -414,7 +414,13 @@ def open_objective(
 
     make: Callable[[Any], Objective] = OBJECTIVES[name]  # each takes the data of its kind
     if OBJECTIVES[name].data == "tasks":
-        objective = make(load_tasks(calibration, model.tokenizer, limit=num_samples))
+        tasks = load_tasks(calibration, model.tokenizer, limit=num_samples)
+        if num_samples is not None and tasks.num_questions < num_samples:
+            raise InputError(
+                f"{calibration}: holds {tasks.num_questions} questions, but {num_samples} samples were asked for; "
+                f"what fits: num_samples={tasks.num_questions}"
+            )
+        objective = make(tasks)
         objective.source = calibration if num_samples is None else f"{calibration}, the first questions"
         return objective
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):

@@ -27,7 +27,13 @@ def load_text(
         `seed`, kept in file order.
     path: .npy or .safetensors (one tensor) of token ids [S, T]: used as they are; num_samples then draws rows and
         seq_len keeps the first tokens of each, by default all.
+    tokenizer: a tokenizer of transformers, such as a model's own; not needed for token ids.
     Raises InputError for a missing or empty file, and when there are fewer windows or tokens than asked for.
+
+    >>> import fastprune as fp
+    >>> from fastprune import demo
+    >>> fp.load_text(demo.TEXT, fp.load_model("demo").tokenizer, num_samples=4, seq_len=64)
+    TokenBatch(4 rows, 4 continuations, 256 tokens)
     """
     path = _check_path(path)
     _check_count("num_samples", num_samples, 1)
@@ -74,7 +80,13 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
 
     Prompt and choice are encoded together and split at the prompt's token count; trailing spaces of the prompt
     count to the choice (as lm-evaluation-harness does). `limit` keeps the first questions at most.
+    tokenizer: a tokenizer of transformers, such as a model's own.
     Raises InputError naming file and line for a row without choices, an answer out of range, and the like.
+
+    >>> import fastprune as fp
+    >>> from fastprune import demo
+    >>> fp.load_tasks(demo.QUESTIONS, fp.load_model("demo").tokenizer, limit=3).num_questions
+    3
     """
     path = _check_path(path)
     _check_count("limit", limit, 1)

@@ -82,7 +82,8 @@ class TokenBatch:
         """One tree per row from its sequences: (token ids, targets), where the last ids predict the targets.
 
         What `from_continuations` makes of ids + targets[-1:], without running the last target, whose state predicts
-        nothing: choices of one token each are one row without branches.
+        nothing: choices of one token each are one row without branches. Raises InputError when there are no rows, or
+        more targets than tokens that could predict them.
         """
         for r, sequences in enumerate(rows):
             for ids, targets in sequences:
@@ -200,6 +201,12 @@ class Tasks:
     question [C]: the question of each choice, ascending. answer [Q]: the continuation of each correct choice.
     choice_characters, choice_bytes [C]: length of each choice's text as given, leading spaces included, in
         characters and in UTF-8 bytes, for length-normalised accuracy.
+
+    >>> import fastprune as fp
+    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
+    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+    >>> fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+    Tasks(1 questions, 2 choices, 5 tokens)
     """
 
     batch: TokenBatch

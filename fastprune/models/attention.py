@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # in order of preference; the last is what devices bring along that are neither GPUs of these kinds nor CPUs
-BACKENDS = (
+SDPA_BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -35,8 +35,8 @@ def pinned_attention() -> Iterator[None]:
     with _turn:
         if not _inside:
             # all are allowed first, since the order of those that are not would be lost on the way out
-            _switches.enter_context(sdpa_kernel([*BACKENDS, SDPBackend.CUDNN_ATTENTION]))
-            _switches.enter_context(sdpa_kernel(list(BACKENDS), set_priority=True))
+            _switches.enter_context(sdpa_kernel([*SDPA_BACKENDS, SDPBackend.CUDNN_ATTENTION]))
+            _switches.enter_context(sdpa_kernel(list(SDPA_BACKENDS), set_priority=True))
         _inside += 1
     try:
         yield

@@ -61,6 +61,10 @@ class Model:
     frequencies that `.to(dtype)` has rounded are taken unrounded, as they are in the same model loaded from a folder.
     weights: of a model that was opened without its blocks' weights; who runs a block does so inside of `visit`.
     Raises InputError, before any long work, when the family cannot be run block by block.
+
+    >>> import fastprune as fp
+    >>> fp.load_model("demo").unit_names("sublayer")[:3]
+    ['attn 0', 'mlp 0', 'attn 1']
     """
 
     path_name = "generic"  # beside "fused (...)", see FusedModel
@@ -493,8 +497,10 @@ def masked(model: Model | nn.Module, removed: Iterable[int]) -> Iterator[Any]:
     Raises InputError for an index out of range or given twice, for a model that cannot be run block by block, and
     when none is kept where the family cannot run without blocks.
 
-    >>> with fp.masked(hf, (9, 10)):  # doctest: +SKIP
-    ...     hf.generate(**inputs)
+    >>> import fastprune as fp
+    >>> with fp.masked(fp.load_model("demo"), (9, 10)) as hf:
+    ...     hf.config.num_hidden_layers
+    10
     """
     hf = model.given if isinstance(model, Model) else model
     turn = _TURNS.setdefault(hf, threading.RLock()) if isinstance(hf, nn.Module) else nullcontext()

@@ -41,23 +41,30 @@ def load_model(
     """Open a language model for scoring.
 
     source: "demo", a folder of safetensors, a hub id, or a transformers causal language model in memory (its
-        weights are shared, and it is left as it was found; device and dtype must then stay None).
+        weights are shared, and it is left as it was found; device and dtype must then stay None). A Model, which is
+        open already, is returned as it is.
     device: by default "cuda" where there is a GPU, else "cpu".
     dtype: by default the checkpoint's own; but on a CPU without instructions for a 16-bit one it is float32, to which
         the weights are widened as they are loaded, or, where that would not fit into memory, as they are used (a
         UserWarning says so). "auto" is the checkpoint's own in any case.
+    tokenizer: a tokenizer of transformers; by default the folder's own, None for a model in memory.
+    trust_remote_code: run code that comes with the checkpoint, for a family that transformers does not know.
     weights_bytes: for a checkpoint larger than memory, or than this: its blocks stay in their files, and are read a
         band at a time into so many bytes, embeddings and head included. Scores have the same bits.
     Raises InputError for a missing or truncated shard, a folder of pickles, or a family that cannot be run.
+
+    >>> import fastprune as fp
+    >>> fp.load_model("demo").num_blocks
+    12
     """
-    if isinstance(source, Model):
-        return source
     if not isinstance(source, (str, os.PathLike)):
         if device is not None or dtype is not None:
             raise InputError("device and dtype belong to a model that is loaded; move a model in memory yourself")
         if weights_bytes is not None:
             raise InputError("weights_bytes belongs to a model that is read from a folder; this one is in memory")
-        return Model(source, tokenizer)
+        if isinstance(source, Model) and tokenizer is not None:
+            raise InputError("tokenizer belongs to a model that is opened; this one is open, with its own")
+        return source if isinstance(source, Model) else Model(source, tokenizer)
     try:
         return _load(
             source, device, dtype, tokenizer, trust_remote_code, check_bytes("weights_bytes", weights_bytes, 1)

@@ -2,8 +2,8 @@
 
 # Importing a family registers its algorithms, in the order in which they are listed.
 # isort: off
-from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding, similarity
-from . import enumeration
+from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding  # noqa: F401
+from . import similarity, enumeration  # noqa: F401
 
 # isort: on
 from .protect import PRESETS, protected_units
@@ -22,10 +22,6 @@ from .registry import (
     require_sklearn,
 )
 from .run import Search, SearchResult, run_search
-
-FAMILIES = (
-    one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding, similarity, enumeration,
-)  # fmt: skip
 
 __all__ = [
     "ALGORITHMS",

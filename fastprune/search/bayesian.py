@@ -24,7 +24,7 @@ def bayesian(search: Search, trials: Count = 200, initial: Count = 10, batch_siz
     best loss is maximised over a pool: 256 prior draws, and all 1-swaps and 100 2-swaps of each of the 3 best
     subsets. A loss that is not finite counts as the worst finite one. Ends early when the pool has nothing new.
 
-    Source: the study (arXiv 2604.24938).
+    Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most trials.
     Options:
         trials: subsets of the full budget that are scored, the initial ones included.

@@ -24,7 +24,7 @@ def beam(search: Search, beam_width: Count = 5) -> None:
 
     A race of the last round keeps the best one alone, since nothing is made of the others.
 
-    Source: the study (arXiv 2604.24938).
+    Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most beam_width ((U - 1) + ... + (U - k + 1)).
     Options:
         beam_width: subsets kept after each round.

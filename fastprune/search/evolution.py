@@ -32,7 +32,7 @@ def genetic(
     by w. Duplicates within a generation are redrawn; where breeding finds nothing new, the prior fills up. With
     racing, the better half of a generation is found by a race, and the others stand behind it in no order.
 
-    Source: the study (arXiv 2604.24938).
+    Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most population + (generations - 1) (population - elites).
     Options:
         population: subsets of each generation.

@@ -52,21 +52,20 @@ class Prior:
 
 
 class LinearMean:
-    """A prior mean of the loss, linear in sum d_i: fitted by least squares to subsets whose losses are known."""
+    """A prior mean of the loss, linear in sum d_i: fitted by least squares to subsets whose losses are known.
+
+    slope: of the loss in that sum.
+    """
 
     def __init__(self, prior: Prior, subsets: list[Removed], losses: np.ndarray):
         self._prior = prior
         sums = prior.sums(subsets)
         spread = sums - sums.mean()
-        self._slope = float(spread @ losses / (spread @ spread)) if np.ptp(sums) > 0 else 0.0
-        self._offset = float(losses.mean() - self._slope * sums.mean())
+        self.slope = float(spread @ losses / (spread @ spread)) if np.ptp(sums) > 0 else 0.0
+        self._offset = float(losses.mean() - self.slope * sums.mean())
 
     def __call__(self, subsets: list[Removed]) -> np.ndarray:
-        return self._offset + self._slope * self._prior.sums(subsets)
-
-    @property
-    def slope(self) -> float:
-        return self._slope
+        return self._offset + self.slope * self._prior.sums(subsets)
 
 
 def penalised(losses: np.ndarray) -> np.ndarray:

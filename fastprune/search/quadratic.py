@@ -30,13 +30,13 @@ def cbo(search: Search, num_states: Count = 10, rescore: bool = True, first_orde
     """Remove the k units of lowest energy z^T H z, z_i = 1 where removed, H the Fisher matrix of branch scales.
 
     a_i scales unit i's residual branches, at 1. A[s, i] = dL_s/da_i per calibration sample; H = A^T A / n over the n
-    samples. The num_states lowest states of |z| = k are found exactly, and with rescore=True the objective decides
-    among them. Samples whose gradient is not finite are left out. Needs an objective with a gradient.
+    samples. The num_states subsets |z| = k of lowest energy are found exactly, and with rescore=True the objective
+    decides among them. Samples whose gradient is not finite are left out. Needs an objective with a gradient.
 
     Source: CBO (arXiv 2602.00161).
     Cost: num_states with rescore, else 1 (and one forward and backward pass of the dense model).
     Options:
-        num_states: lowest states that are scored (fewer where there are not as many).
+        num_states: subsets that are scored (fewer where there are not as many).
         rescore: score them all; otherwise only the lowest.
         first_order: add -g^T z to the energy, g the mean gradient.
     """

@@ -22,11 +22,11 @@ Removed = tuple[int, ...]
 
 
 class Search:
-    """What an algorithm sees: the budget, the units that may go, and `score`. Every score is remembered.
+    """What an algorithm sees: the budget, the units that may go, `score` and `select`. Every loss is remembered.
 
     num_remove: units to remove. candidates: units that are not protected, ascending. rng: the only source of
-    randomness. evaluator: for the probes (similarity, unit gradients). racing: the confidence of races, or None,
-    as on sets that are too small for one.
+    randomness. evaluator: for the probes (similarity, unit gradients). losses: by subset, all that are known. racing:
+    the confidence of races, or None, as on sets that are too small for one.
     """
 
     def __init__(
@@ -114,6 +114,11 @@ class SearchResult:
     (not of what left a race, or was scored on a share of the samples). evaluations: how many. layer_runs,
     naive_layer_runs: as in Stats, for this search alone. seconds: of the whole search.
     racing: the confidence of its races, None without. decided_early: subsets that left one before the last samples.
+
+    >>> import fastprune as fp
+    >>> from fastprune.testing import SyntheticEvaluator
+    >>> fp.run_search(SyntheticEvaluator(num_units=8), "one_shot", num_remove=2).to_dict()["evaluations"]
+    9
     """
 
     algorithm: str
@@ -154,8 +159,14 @@ def run_search(
     "sleb" or "shortened-llama": what those methods never remove. racing: a confidence such as 0.99 lets subsets that
     are beaten beyond doubt leave early (Evaluator.select), in each selection of an algorithm that races; the result's
     loss is exact all the same. Deterministic for a seed.
-    Raises InputError for an unknown algorithm, option or preset and for a budget outside 0..U-1, ArithmeticError when
-    no subset has a finite loss.
+    Raises InputError for an unknown algorithm, option or preset, for a budget outside 0..U-1, and for racing outside
+    (0, 1) or with an algorithm that does not race; ArithmeticError when no subset has a finite loss.
+
+    >>> import fastprune as fp
+    >>> from fastprune.testing import SyntheticEvaluator
+    >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "greedy", num_remove=3)
+    >>> len(result.removed), result.evaluations  # 8 + 7 + 6 masks
+    (3, 21)
     """
     chosen, options = check_algorithm(algorithm, options)
     check_racing([algorithm], racing)

@@ -37,6 +37,10 @@ class SubsetSolution:
         proven: no other subset ranks before or between these.
         gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned; 0 when
             proven.
+
+    >>> found = solve_subset([[1.0, 0.5], [0.5, 2.0]], k=1)
+    >>> found.subsets, found.gap
+    ([(0,)], 0.0)
     """
 
     subsets: list[tuple[int, ...]]
@@ -63,9 +67,8 @@ def solve_subset(
         SubsetSolution. A proven result does not depend on timing or the number of threads.
 
     Raises:
-        TypeError: an argument has the wrong type; H or linear is not of a real dtype.
-        ValueError: an argument has the wrong shape or lies outside its range; H or linear holds NaN or
-            infinity; H is not symmetric.
+        InputError: an argument has the wrong type or shape, or lies outside its range; H or linear is not of a real
+            dtype, or holds NaN or infinity; H is not symmetric.
         KeyboardInterrupt: passed on, within some milliseconds.
 
     Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
@@ -102,7 +105,7 @@ def solve_subset(
     num_states = min(num_states, math.comb(size, k))
     if time_limit is not None:
         if isinstance(time_limit, bool) or not isinstance(time_limit, numbers.Real):
-            raise TypeError(f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}")
+            raise InputError(f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}")
         time_limit = float(time_limit)
         if not time_limit > 0:
             raise InputError(f"time_limit: expected a positive number of seconds, got {time_limit}")
@@ -136,9 +139,9 @@ def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as e:
-        raise TypeError(f"{name}: expected an array of real numbers, got {type(value).__name__}") from e
+        raise InputError(f"{name}: expected an array of real numbers, got {type(value).__name__}") from e
     if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: expected a real dtype, got {array.dtype}")
+        raise InputError(f"{name}: expected a real dtype, got {array.dtype}")
     if array.ndim != ndim:
         raise InputError(f"{name}: expected {ndim} dimension{'s' * (ndim > 1)}, got {array.ndim}")
     array = np.ascontiguousarray(array, dtype=np.float64)
@@ -149,8 +152,8 @@ def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got bool")
+        raise InputError(f"{name}: expected an integer, got bool")
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
+        raise InputError(f"{name}: expected an integer, got {type(value).__name__}") from None

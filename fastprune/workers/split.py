@@ -83,12 +83,6 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
     return [*found, range(start, len(own))] if start < len(own) else found
 
 
-def repeated_runs(trie: Trie, ranges: Sequence[range]) -> int:
-    """Unit runs that these ranges of a trie make beyond its own nodes."""
-    shared, _ = _shared(trie)
-    return int(sum(shared[part.start] for part in ranges[1:]))
-
-
 def _shared(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
     """Of each sequence, how many units it shares with the one before, and how many it has beyond these: int64[M]."""
     count = len(trie.sequences)

@@ -29,7 +29,7 @@ def test_every_algorithm_describes_itself():
 
 def test_descriptions_are_read_from_docstrings():
     (row,) = (row for row in describe_algorithms() if row["name"] == "beam")
-    assert row["source"] == "the study (arXiv 2604.24938)"
+    assert row["source"] == "Kim et al. (arXiv 2604.24938)"
     (option,) = row["options"]
     assert option == {
         "name": "beam_width",
