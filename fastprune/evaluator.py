@@ -45,7 +45,7 @@ class Stats:
     >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
     >>> _ = ev.score(fp.from_removed([(3,), (3, 7)], ev.num_units))
     >>> ev.stats.layer_runs, ev.stats.naive_layer_runs  # both masks share blocks 0, 1, 2, 4, 5 and 6
-    (15.0, 21.0)
+    (15, 21)
     """
 
     masks: int = 0  # scores that were asked for

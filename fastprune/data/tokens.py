@@ -30,6 +30,10 @@ class TokenBatch:
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per choice).
     raced: whether a race may look at some rows before the others; chunks are then cut along its looks.
+
+    >>> import fastprune as fp
+    >>> fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    TokenBatch(2 rows, 2 continuations, 5 tokens)
     """
 
     ids: np.ndarray

@@ -112,6 +112,11 @@ def test_calibration_files(fails, checkpoint, tmp_path):
     assert ".safetensors" in score(tmp_path / "text.pdf")
 
 
+def test_fewer_questions_than_asked_for(fails, checkpoint, questions):
+    on = ("--calibration", questions, "--objective", "margin", "--num-samples", 8)
+    assert "holds 7 questions, but 8 samples" in fails("score", checkpoint, *on, "--removed", "1")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -53,7 +53,8 @@ def commands(checkpoint, long_text, questions):
             arguments = ("search", checkpoint, *wanted, *data, *store, "--out", folder / "found")
             return arguments, lambda: _found(folder / "found" / "result.json")
         if name == "study":
-            objectives = ("--objective", f"perplexity={long_text}", "--objective", f"margin={questions}")
+            objectives = ("--objective", f"perplexity={long_text}", "--objective", "margin")
+            objectives += ("--calibration", f"all=tasks:{questions},samples=7")
             wanted = ("--algorithms", "one_shot,greedy", "--num-remove", "1,2")
             size = ("--seq-len", 64, "--num-samples", 60, "--quiet")
             arguments = ("study", checkpoint, *wanted, *objectives, *size, "--out", folder / "study")
