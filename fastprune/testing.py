@@ -234,7 +234,7 @@ def check_races(name: str, **options: Any) -> None:
         evaluator = SyntheticEvaluator(9, seed=9, num_samples=64)
         result = run_search(evaluator, name, 4, seed=2, protect=(1,), racing=0.99, **options)
         assert evaluator.races, f"{name} is registered as one that races, and does not"
-        complete = {removed: loss for removed, loss in result.history if len(removed) == 4}
+        complete: dict[tuple[int, ...], float] = {r: loss for r, loss in result.history if len(r) == 4}
         assert result.loss == min(complete.values()) == complete[result.removed], f"{name} knows a better subset"
         assert 1 not in result.removed, f"{name} removed a protected unit"
         found.append(result.history)
