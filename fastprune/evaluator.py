@@ -275,7 +275,7 @@ class Evaluator:
         """
         sequences = self._check_masks(masks)
         distinct = list(dict.fromkeys(sequences))
-        _check_race(keep, len(distinct), confidence, tolerance)
+        check_race(keep, len(distinct), confidence, tolerance)
         looks = look_rows(self.objective.batch)
         with self.model.turn:
             runs, whole = self.stats.layer_runs, self._ask(sequences)
@@ -402,7 +402,8 @@ def _make_folder(folder: Path) -> Path:
     return folder
 
 
-def _check_race(keep: int, count: int, confidence: float, tolerance: float) -> None:
+def check_race(keep: int, count: int, confidence: float, tolerance: float) -> None:
+    """Raise InputError for what is no race over so many different masks."""
     if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)) or not 1 <= keep <= count:
         raise InputError(f"keep must be from 1 to {count}, the number of different masks, not {keep!r}")
     if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not 0 < confidence < 1:

@@ -28,6 +28,7 @@ class Layout:
     chunks: the rows of each, all rows once; a chunk holds either plain rows or trees. tile: positions.
     content_hash: of the calibration set that it was made for, `TokenBatch.content_hash`.
 
+    >>> from fastprune.layout import Layout
     >>> layout = Layout(((0, 2), (1,)), tile=64, content_hash="")
     >>> Layout.from_json(layout.to_json()) == layout
     True

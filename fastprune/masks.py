@@ -100,7 +100,8 @@ def from_removed(removed: Iterable[Iterable[int]], num_units: int) -> np.ndarray
 
     Raises InputError for an index that is out of range, given twice, or no integer.
 
-    >>> from_removed([(1, 2), ()], 4).astype(int)
+    >>> import fastprune as fp
+    >>> fp.from_removed([(1, 2), ()], 4).astype(int)
     array([[1, 0, 0, 1],
            [1, 1, 1, 1]])
     """
@@ -116,7 +117,8 @@ def to_removed(mask: Any) -> tuple[int, ...]:
 
     Raises InputError for what is not one mask of 0 and 1.
 
-    >>> to_removed([1, 0, 0, 1])
+    >>> import fastprune as fp
+    >>> fp.to_removed([1, 0, 0, 1])
     (1, 2)
     """
     array = np.asarray(mask)
@@ -130,6 +132,7 @@ def parse_removed(text: str) -> tuple[int, ...]:
 
     Raises InputError for anything else, and for more units than any model has.
 
+    >>> from fastprune.masks import parse_removed
     >>> parse_removed("9-11 14")
     (9, 10, 11, 14)
     """

@@ -89,6 +89,7 @@ class Perplexity(Objective):
     A sample is a row; its loss is the mean over its own targets. Raises InputError for what is no TokenBatch of plain
     text.
 
+    >>> import numpy as np
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
     >>> fp.Perplexity(batch).loss(np.array([[1.5, 0.75]]))  # of one mask, from its sums over rows
@@ -124,6 +125,7 @@ class KLDivergence(Perplexity):
     batch: text, or Tasks. The positions are those that predict a target. A sample is a row. The objective of EvoPress
     (arXiv 2410.14649). Raises InputError for what is neither.
 
+    >>> import numpy as np
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
     >>> fp.KLDivergence(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
@@ -152,6 +154,7 @@ class CosineDistance(KLDivergence):
     Final states are those that the head reads, after the final norm. Positions and samples as in KLDivergence. Among
     the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt). Raises InputError as KLDivergence does.
 
+    >>> import numpy as np
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
     >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
@@ -170,6 +173,7 @@ class NormalizedMSE(KLDivergence):
     divides the sum over positions of the one by that of the other, and Nemotron Elastic (arXiv 2511.16664) does so with
     the models' predictions in the place of states. Raises InputError as KLDivergence does.
 
+    >>> import numpy as np
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
     >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
@@ -196,6 +200,7 @@ class TaskMargin(Objective):
 
     Raises InputError for what is no Tasks, and for another normalization or weighting.
 
+    >>> import numpy as np
     >>> import fastprune as fp
     >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
     >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
@@ -237,6 +242,7 @@ class TaskLikelihood(Objective):
     Wrong choices are not run. A sample is a question. Raises InputError for what is no Tasks, and for another
     normalization.
 
+    >>> import numpy as np
     >>> import fastprune as fp
     >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
     >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
@@ -272,6 +278,7 @@ class TaskAccuracy(Objective):
     included; "mean" by its number of tokens. A sample is a question (0 or 1). Raises InputError for what is no Tasks,
     and for another normalization.
 
+    >>> import numpy as np
     >>> import fastprune as fp
     >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
     >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])

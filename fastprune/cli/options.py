@@ -147,7 +147,7 @@ model_settings = group(
     click.option(
         "--dtype",
         type=Known(["float32", "bfloat16", "float16", "float64"]),
-        help="Default: the checkpoint's own, or float32 where a CPU has no instructions for that (exports keep it).",
+        help="Default: the checkpoint's own, or float32 where a CPU has no instructions for it. Exports keep its own.",
     ),
     click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
 )

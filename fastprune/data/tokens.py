@@ -53,7 +53,8 @@ class TokenBatch:
         Every token but the first of its sequence is a target. Raises InputError when there are no sequences, or
         one has fewer than 2 tokens.
 
-        >>> batch = TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
         >>> batch.num_rows, batch.num_tokens, batch.target_token.tolist()
         (2, 5, [6, 7, 8])
         """
@@ -70,8 +71,9 @@ class TokenBatch:
         The trunk is the longest common prefix of a row's sequences; each sequence's remainder is a branch.
         Raises InputError when there are no rows, or a sequence has no token before or none after its start.
 
-        >>> question = [(np.array([1, 2, 3, 7]), 3), (np.array([1, 2, 3, 8, 9]), 3)]
-        >>> batch = TokenBatch.from_continuations([question])
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3, 7], 3), ([1, 2, 3, 8, 9], 3)]
+        >>> batch = fp.TokenBatch.from_continuations([question])
         >>> batch.ids.tolist(), batch.branch.tolist()
         ([1, 2, 3, 7, 8, 9], [0, 0, 0, 1, 2, 2])
         """
@@ -206,6 +208,7 @@ class Tasks:
     choice_characters, choice_bytes [C]: length of each choice's text as given, leading spaces included, in
         characters and in UTF-8 bytes, for length-normalised accuracy.
 
+    >>> import numpy as np
     >>> import fastprune as fp
     >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
     >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])

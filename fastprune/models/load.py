@@ -62,6 +62,8 @@ def load_model(
             raise InputError("device and dtype belong to a model that is loaded; move a model in memory yourself")
         if weights_bytes is not None:
             raise InputError("weights_bytes belongs to a model that is read from a folder; this one is in memory")
+        if trust_remote_code:
+            raise InputError("trust_remote_code belongs to a model that is loaded; this one is in memory")
         if isinstance(source, Model) and tokenizer is not None:
             raise InputError("tokenizer belongs to a model that is opened; this one is open, with its own")
         return source if isinstance(source, Model) else Model(source, tokenizer)

@@ -22,7 +22,7 @@ Removed = tuple[int, ...]
 
 
 class Search:
-    """What an algorithm sees: the budget, the units that may go, `score` and `select`. Every loss is remembered.
+    """What an algorithm sees: the budget, the units that may go, `score` and `select`. Every exact loss is remembered.
 
     num_remove: units to remove. candidates: units that are not protected, ascending. rng: the only source of
     randomness. evaluator: for the probes (similarity, unit gradients). losses: by subset, all that are known. racing:

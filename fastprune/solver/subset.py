@@ -38,7 +38,8 @@ class SubsetSolution:
         gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned; 0 when
             proven.
 
-    >>> found = solve_subset([[1.0, 0.5], [0.5, 2.0]], k=1)
+    >>> import fastprune as fp
+    >>> found = fp.solve_subset([[1.0, 0.5], [0.5, 2.0]], k=1)
     >>> found.subsets, found.gap
     ([(0,)], 0.0)
     """
@@ -73,7 +74,8 @@ def solve_subset(
 
     Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
 
-    >>> found = solve_subset([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]], k=2, num_states=2)
+    >>> import fastprune as fp
+    >>> found = fp.solve_subset([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]], k=2, num_states=2)
     >>> found.subsets, found.energies.tolist(), found.proven
     ([(0, 2), (1, 2)], [4.0, 4.0], True)
     """

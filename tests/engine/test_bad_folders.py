@@ -33,6 +33,10 @@ def sharded(hf, tmp_path):
 def test_load_model_arguments(hf, tmp_path):
     refuses("device and dtype", fp.load_model, hf, dtype="bfloat16")
     refuses("device and dtype", fp.load_model, hf, device="cpu")
+    refuses("trust_remote_code", fp.load_model, hf, trust_remote_code=True)
+    refuses("device and dtype", fp.load_model, fp.Model(hf), device="cpu")
+    refuses("weights_bytes", fp.load_model, fp.Model(hf), weights_bytes=1000)
+    refuses("tokenizer .* with its own", fp.load_model, fp.Model(hf), tokenizer=object())
     refuses("no such model folder", fp.load_model, tmp_path / "nowhere")
     refuses("no such model folder", fp.load_model, "./nowhere/at/all")
     (tmp_path / "file.safetensors").write_bytes(b"")

@@ -18,7 +18,7 @@ MODULES += ("data.loaders", "models.load", "models.generic", "evaluator", "check
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
-    found = doctest.testmod(importlib.import_module(f"fastprune.{name}"))
+    found = doctest.testmod(importlib.import_module(f"fastprune.{name}"), globs={})  # as copied, with its imports
     assert found.attempted > 0
     assert found.failed == 0
 

@@ -110,6 +110,18 @@ def never_the_same(search: Search, drawn=iter(range(10**6))) -> None:  # noqa: B
     search.score([(search.candidates[start:] + search.candidates[:start])[: search.num_remove]])
 
 
+def wants_what_left(search: Search) -> None:
+    """The best unit by a race, then the losses of all that took part.
+
+    Source: this test.
+    Cost: U.
+    """
+    units = [(unit,) for unit in search.candidates]
+    search.select(units, keep=1)
+    sorted(units, key=search.losses.__getitem__)
+    first_units(search)
+
+
 def undescribed(search: Search) -> None:
     first_units(search)
 
@@ -144,3 +156,10 @@ def test_a_blind_one_passes_all_but_another_process(registry):
     for check in testing.CHECKS:
         if check is not testing.check_another_process:  # which would import this file
             check("first_units")
+
+
+@pytest.mark.parametrize("function", [first_units, wants_what_left])
+def test_one_that_cannot_race_and_says_so_fails(registry, function):
+    algorithm(races=True)(function)
+    with pytest.raises(AssertionError, match=function.__name__):
+        testing.check_races(function.__name__)
