@@ -214,6 +214,18 @@ inline void add_values(const Tile& tile, const Copies& copies, long column, Vec 
     }
 }
 
+// One query's means; columns: how many the head has from here on.
+template <int N, class T>
+inline void store_means(const Vec (&sums)[N], float total, T* to, long columns) {
+    for (int v = 0; v < N; ++v, columns -= kWidth) {
+        if (columns >= kWidth) {
+            store(to + v * kWidth, sums[v] / total, All{});
+        } else {
+            store(to + v * kWidth, sums[v] / total, First{columns});
+        }
+    }
+}
+
 // The values' weighted means of a tile's queries; out [.., stride] begins with the first of these.
 template <class T>
 void average(const Attention& a, const Tile& tile, const float (&totals)[kTile], const Copies& copies, T* out,
@@ -222,12 +234,8 @@ void average(const Attention& a, const Tile& tile, const float (&totals)[kTile],
         with_constant((copies.columns - column) / kWidth, [&](auto vectors) {
             Vec sums[kTile][decltype(vectors)::value] = {};
             add_values(tile, copies, column, sums);
-            const long width = a.head_dim - column < kPanel ? a.head_dim - column : kPanel;
             for (long r = 0; r < tile.count; ++r) {
-                T* to = out + r * stride + column;
-                for_each_vector(width, [&](long i, auto lanes) {
-                    store(to + i, sums[r][i / kWidth] / totals[r], lanes);
-                });
+                store_means(sums[r], totals[r], out + r * stride + column, a.head_dim - column);
             }
         });
     }
