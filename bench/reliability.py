@@ -24,12 +24,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE / "tests"), str(HERE / "tests" / "torture")]
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from harness import command, forked, killed_after, killed_at, spread, watched  # noqa: E402
+import numpy as np  # noqa: E402 (after the path)
+import torch  # noqa: E402 (after the path)
+from harness import command, forked, killed_after, killed_at, spread, watched  # noqa: E402 (after the path)
 
-import fastprune as fp  # noqa: E402
-from fastprune import demo  # noqa: E402
+import fastprune as fp  # noqa: E402 (after the path)
+from fastprune import demo  # noqa: E402 (after the path)
 
 WORDS = ["<unk>", *(f"w{i}" for i in range(60))]
 ODD = [

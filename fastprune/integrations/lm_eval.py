@@ -36,10 +36,10 @@ from . import require_harness
 
 require_harness()
 
-from lm_eval import evaluate, simple_evaluate, utils  # noqa: E402
-from lm_eval.api.registry import model_registry  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval import evaluate, simple_evaluate, utils  # noqa: E402 (after the check)
+from lm_eval.api.registry import model_registry  # noqa: E402 (after the check)
+from lm_eval.models.huggingface import HFLM  # noqa: E402 (after the check)
+from lm_eval.tasks import TaskManager  # noqa: E402 (after the check)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

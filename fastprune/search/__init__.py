@@ -2,8 +2,8 @@
 
 # Importing a family registers its algorithms, in the order in which they are listed.
 # isort: off
-from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding  # noqa: F401
-from . import similarity, enumeration  # noqa: F401
+from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding  # noqa: F401 (as above)
+from . import similarity, enumeration  # noqa: F401 (as above)
 
 # isort: on
 from .protect import PRESETS, protected_units

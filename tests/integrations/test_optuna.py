@@ -9,7 +9,7 @@ import fastprune as fp
 optuna = pytest.importorskip("optuna")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-from fastprune.integrations.optuna import optimize, suggest_removed  # noqa: E402
+from fastprune.integrations.optuna import optimize, suggest_removed  # noqa: E402 (after the check)
 
 PRUNED, FAIL, COMPLETE = (optuna.trial.TrialState[name] for name in ("PRUNED", "FAIL", "COMPLETE"))
 

@@ -57,7 +57,7 @@ def forked(work: Callable[[], int | None]) -> Outcome:
                 os.dup2(end, number)
             for end in (end for pipe in pipes for end in pipe):
                 os.close(end)  # a grandchild must not hold them open
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115 (for good)
             warnings.simplefilter("ignore")
             torch.set_num_threads(1)  # a forked child has no threads to compute with
             _limit(resource.RLIMIT_CPU, MOST_SECONDS)
