@@ -244,3 +244,12 @@ def test_weights_that_are_read_by_turns(run, checkpoint, text_file):
     assert [line for line in streamed[1].splitlines() if "│" in line] == [
         line for line in whole[1].splitlines() if "│" in line
     ]
+
+
+def test_the_memory_that_is_named_is_enough(run, checkpoint, text_file):
+    score = ("score", checkpoint, "--calibration", text_file, "--seq-len", 16, "--num-samples", 4, "--removed", "1")
+    status, _, error = run(*score, "--memory-gb", 1e-7)
+    assert status == 2
+    least = re.search(r"\(--memory-gb ([\d.]+)\)$", error.strip())[1]
+    assert run(*score, "--memory-gb", least)[0] == 0
+    assert run(*score, "--memory-gb", float(least) / 2)[0] == 2
