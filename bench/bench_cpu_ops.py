@@ -1,9 +1,10 @@
-"""The compiled operators on a CPU against the torch code that transformers runs, side by side in one run.
+"""The compiled operators on a CPU against the torch code that transformers runs, side by side in
+one run.
 
-Shapes of the demo model (d = 128) and of d = 512. Torch is timed half before and half after the operator, on the same
-number of threads, in inference mode; both allocate their outputs, except for what the operators write in place. Their
-errors against the float64 reference are compared before anything is timed. With BENCH=full, torch.compile of the same
-code is timed beside them.
+Shapes of the demo model (d = 128) and of d = 512. Torch is timed half before and half after the
+operator, on the same number of threads, in inference mode; both allocate their outputs, except for
+what the operators write in place. Their errors against the float64 reference are compared before
+anything is timed. With BENCH=full, torch.compile of the same code is timed beside them.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ def rotary(shape: Shape, tokens: int, dtype: torch.dtype) -> Case:
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
     packed = qkv.clone()  # the operator rotates it in place, over and over
     values = (heads + kv_heads) * head_dim
-    q, k = (x.contiguous() for x in qkv[:, :values].split([heads * head_dim, kv_heads * head_dim], dim=1))
+    q, k = (
+        x.contiguous()
+        for x in qkv[:, :values].split([heads * head_dim, kv_heads * head_dim], dim=1)
+    )
 
     def by_transformers():
         q_heads, k_heads = (x.view(1, tokens, -1, head_dim).transpose(1, 2) for x in (q, k))
@@ -80,7 +84,9 @@ def rotary(shape: Shape, tokens: int, dtype: torch.dtype) -> Case:
     return Case(
         lambda: native.rotary(packed, cos, sin, position, heads, kv_heads)[:, :values],
         by_transformers,
-        reference.rotary(qkv.double(), cos.double(), sin.double(), position, heads, kv_heads)[:, :values],
+        reference.rotary(qkv.double(), cos.double(), sin.double(), position, heads, kv_heads)[
+            :, :values
+        ],
         lambda rotated: torch.cat([x[0].transpose(0, 1).flatten(1) for x in rotated], dim=1),
     )
 
@@ -155,19 +161,31 @@ def test_operator(benchmark, report, make, width, tokens, dtype):
         seconds[name] += timed(other, ROUNDS // 2)
     if benchmark.disabled:
         return
-    ours, theirs = benchmark.stats.stats.median * 1e6, {name: statistics.median(s) * 1e6 for name, s in seconds.items()}
+    ours, theirs = (
+        benchmark.stats.stats.median * 1e6,
+        {name: statistics.median(s) * 1e6 for name, s in seconds.items()},
+    )
     report(
-        operator=make.__name__, d=width, tokens=tokens, dtype=dtype, threads=torch.get_num_threads(),
-        kernels=native.instruction_set(), native_us=ours,
+        operator=make.__name__,
+        d=width,
+        tokens=tokens,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        kernels=native.instruction_set(),
+        native_us=ours,
         **{f"{name}_us": taken for name, taken in theirs.items()},
         **{f"{name}_ratio": taken / ours for name, taken in theirs.items()},
-    )  # fmt: skip
+    )
 
 
 def check(case: Case, found: torch.Tensor, same: torch.Tensor) -> None:
     """The greatest error is at most torch's plus one rounding, or a few where the case says so."""
     error, allowed = ((x.double() - case.truth).abs().max().item() for x in (found, same))
-    assert error <= allowed + case.roundings * torch.finfo(found.dtype).eps / 2 * case.truth.abs().max().item()
+    assert (
+        error
+        <= allowed
+        + case.roundings * torch.finfo(found.dtype).eps / 2 * case.truth.abs().max().item()
+    )
 
 
 def timed(work: Callable, rounds: int) -> list[float]:

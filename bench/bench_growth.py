@@ -1,8 +1,9 @@
 """How cost grows: with masks, units, tokens and vocabulary, with a cold and a warm prefix cache.
 
-Random masks that keep 0.8 of the units of Llama models of random weights, d = 128. Every point is one call of a fresh
-evaluator, its median of three, with the unit runs that were made and the peak of its activations beside it. With
-BENCH=full the axes are longer, and a figure is drawn (build/growth.png).
+Random masks that keep 0.8 of the units of Llama models of random weights, d = 128. Every point is
+one call of a fresh evaluator, its median of three, with the unit runs that were made and the peak
+of its activations beside it. With BENCH=full the axes are longer, and a figure is drawn
+(build/growth.png).
 """
 
 from __future__ import annotations
@@ -43,16 +44,24 @@ def random_masks(count: int, units: int) -> np.ndarray:
 def make_model(units: int, vocabulary: int) -> fp.Model:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=344, num_hidden_layers=units, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=units,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
     return fp.Model(LlamaForCausalLM(config).eval())
 
 
 @pytest.mark.parametrize(("axis", "value"), POINTS, ids=lambda part: str(part))
 def test_growth(benchmark, report, axis, value):
     size = {**BASE, axis: value}
-    model, masks = make_model(size["units"], size["vocabulary"]), random_masks(size["masks"], size["units"])
+    model, masks = (
+        make_model(size["units"], size["vocabulary"]),
+        random_masks(size["masks"], size["units"]),
+    )
     ids = np.random.default_rng(1).integers(0, size["vocabulary"], (size["tokens"] // 128, 128))
     objective = fp.Perplexity(fp.TokenBatch.from_ids(ids))
     fp.Evaluator(model, objective, cache_bytes=0).score(masks[:2])  # warms up
@@ -70,7 +79,15 @@ def test_growth(benchmark, report, axis, value):
     made = ev.stats.layer_runs - runs
     row = statistics.median(cold), statistics.median(warm), peak / 2**20
     FOUND[axis].append((value, *row))
-    report(axis=axis, value=value, cold_s=row[0], warm_s=row[1], layer_runs=runs, warm_layer_runs=made, peak_MiB=row[2])
+    report(
+        axis=axis,
+        value=value,
+        cold_s=row[0],
+        warm_s=row[1],
+        layer_runs=runs,
+        warm_layer_runs=made,
+        peak_MiB=row[2],
+    )
     if FULL and (axis, value) == POINTS[-1]:
         draw()
 
@@ -78,9 +95,14 @@ def test_growth(benchmark, report, axis, value):
 @pytest.mark.parametrize("count", [10, 100, 1_000, 10_000] + [100_000] * FULL)
 def test_planning(benchmark, report, count):
     masks = random_masks(count, 32)
-    schedule = benchmark.pedantic(lambda: make_schedule(make_trie(kept_units(masks))), rounds=3, warmup_rounds=1)
+    schedule = benchmark.pedantic(
+        lambda: make_schedule(make_trie(kept_units(masks))), rounds=3, warmup_rounds=1
+    )
     report(
-        axis="masks planned, 32 units", value=count, cold_s=benchmark.stats.stats.median, layer_runs=schedule.unit_runs
+        axis="masks planned, 32 units",
+        value=count,
+        cold_s=benchmark.stats.stats.median,
+        layer_runs=schedule.unit_runs,
     )
 
 

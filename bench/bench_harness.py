@@ -1,11 +1,13 @@
-"""lm-evaluation-harness for 20 masks: its `hf` model on 20 exported checkpoints against one `evaluate_masks`.
+"""lm-evaluation-harness for 20 masks: its `hf` model on 20 exported checkpoints against one
+`evaluate_masks`.
 
-The demo model, 60 of its held-out questions (2 to 5 choices) and texts. `hf` gets the batch size, of those
-tried on the whole model, at which it takes the least. CPU seconds of this process and its children, since
-other work on the machine does not count into them; standard errors are not estimated on either side, and the
-harness does not ask the machine about itself after each run (seconds in which nothing is evaluated). `answers` are
-the seconds in which likelihoods were computed, the rest is the harness's own. Results are compared before any is
-reported. Texts and next words are run with BENCH=full.
+The demo model, 60 of its held-out questions (2 to 5 choices) and texts. `hf` gets the batch size,
+of those tried on the whole model, at which it takes the least. CPU seconds of this process and its
+children, since other work on the machine does not count into them; standard errors are not
+estimated on either side, and the harness does not ask the machine about itself after each run
+(seconds in which nothing is evaluated). `answers` are the seconds in which likelihoods were
+computed, the rest is the harness's own. Results are compared before any is reported. Texts and next
+words are run with BENCH=full.
 """
 
 from __future__ import annotations
@@ -27,14 +29,18 @@ FULL = os.environ.get("BENCH") == "full"
 TASKS = Path(__file__).parents[1] / "tests" / "integrations" / "tasks"
 BLOCKS, MASKS, BATCH_SIZES, LIMIT = 12, 20, (1, 16), 60
 FIELDS = {
-    "3 of 12, at random": [tuple(np.random.default_rng(i).choice(BLOCKS, 3, replace=False)) for i in range(MASKS)],
+    "3 of 12, at random": [
+        tuple(np.random.default_rng(i).choice(BLOCKS, 3, replace=False)) for i in range(MASKS)
+    ],
     "one added to 9-10": [tuple(sorted({9, 10, i})) for i in range(BLOCKS)]
     + [tuple(sorted({8, 10, i})) for i in range(MASKS - BLOCKS)],
 }
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("names", [["demo_choices"], *([["demo_text"], ["demo_next"]] if FULL else [])], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [["demo_choices"], *([["demo_text"], ["demo_next"]] if FULL else [])], ids="-".join
+)
 def test_20_masks(report, tmp_path, monkeypatch, field, names):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -54,7 +60,9 @@ def test_20_masks(report, tmp_path, monkeypatch, field, names):
     def by_hf(folder, batch_size) -> tuple[dict, float]:
         started = cpu_seconds()
         arguments = {"pretrained": str(folder), "device": "cpu"}
-        return simple_evaluate("hf", arguments, names, batch_size=batch_size, **settings), cpu_seconds() - started
+        return simple_evaluate(
+            "hf", arguments, names, batch_size=batch_size, **settings
+        ), cpu_seconds() - started
 
     whole = fp.export(model, (), tmp_path / "whole")
     by_hf(whole, 1)  # imports
@@ -72,14 +80,22 @@ def test_20_masks(report, tmp_path, monkeypatch, field, names):
     trie = make_trie(kept_units(masks))
     by_loop = sum(taken for _, taken in expected)
     report(
-        field=field, task=names[0], hf_batch_size=batch_size, hf_cpu_s=by_loop, fastprune_cpu_s=seconds,
-        ratio=by_loop / seconds, hf_answers_s=sum(spent[HFLM]), fastprune_answers_s=sum(spent[MaskedLM]),
-        answers_ratio=sum(spent[HFLM]) / sum(spent[MaskedLM]), blocks_ratio=trie.naive_layer_runs / trie.layer_runs,
-    )  # fmt: skip
+        field=field,
+        task=names[0],
+        hf_batch_size=batch_size,
+        hf_cpu_s=by_loop,
+        fastprune_cpu_s=seconds,
+        ratio=by_loop / seconds,
+        hf_answers_s=sum(spent[HFLM]),
+        fastprune_answers_s=sum(spent[MaskedLM]),
+        answers_ratio=sum(spent[HFLM]) / sum(spent[MaskedLM]),
+        blocks_ratio=trie.naive_layer_runs / trie.layer_runs,
+    )
 
 
 def _count_seconds(monkeypatch, kind) -> list[float]:
-    """CPU seconds of each time that likelihoods are asked of a class's models, its own calls of others not twice."""
+    """CPU seconds of each time that likelihoods are asked of a class's models, its own calls of
+    others not twice."""
     spent, inside = [], []
 
     def counted(method):

@@ -1,8 +1,9 @@
 """Each Triton kernel beside torch's reference on a GPU, at the shapes of models from 135M to 70B.
 
-Results are compared with float64 on some rows before anything is timed; reached is the share of the bytes or FLOPs a
-second that a copy or a matrix product reaches on the same card, in the same run. Without a GPU the cases are skipped;
-TRITON_INTERPRET=1 runs them there at tiny sizes, which checks the cases and times nothing of interest.
+Results are compared with float64 on some rows before anything is timed; reached is the share of the
+bytes or FLOPs a second that a copy or a matrix product reaches on the same card, in the same run.
+Without a GPU the cases are skipped; TRITON_INTERPRET=1 runs them there at tiny sizes, which checks
+the cases and times nothing of interest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ TOKENS = 9 if TINY else 8192
 CHECKED = 64  # rows that are compared with float64
 
 pytestmark = pytest.mark.skipif(
-    not TINY and not torch.cuda.is_available(), reason="needs a GPU, or TRITON_INTERPRET=1 for a dry run at tiny sizes"
+    not TINY and not torch.cuda.is_available(),
+    reason="needs a GPU, or TRITON_INTERPRET=1 for a dry run at tiny sizes",
 )
 
 
@@ -50,8 +52,8 @@ DTYPES = ["float32"] if TINY else ["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class Work:
-    """ours(), plain(): by the kernel and by torch, [rows, ...]; truth(rows): some of its rows in float64. moved bytes
-    and flops: the least that has to be done."""
+    """ours(), plain(): by the kernel and by torch, [rows, ...]; truth(rows): some of its rows in
+    float64. moved bytes and flops: the least that has to be done."""
 
     ours: Callable[[], torch.Tensor]
     plain: Callable[[], torch.Tensor]
@@ -73,7 +75,9 @@ def add_rms_norm(shape: Shape, dtype: torch.dtype) -> Work:
     return Work(
         lambda: add_rms_norm(states, weight, 1e-5, branch=branch, residual=residual),
         lambda: reference.add_rms_norm(states, weight, 1e-5, branch)[1],
-        lambda rows: reference.add_rms_norm(states[rows].double(), weight.double(), 1e-5, branch[rows].double())[1],
+        lambda rows: reference.add_rms_norm(
+            states[rows].double(), weight.double(), 1e-5, branch[rows].double()
+        )[1],
         moved=4 * states.nbytes,
     )
 
@@ -96,7 +100,9 @@ def rotary(shape: Shape, dtype: torch.dtype) -> Work:
     width, size = (shape.heads + 2 * shape.kv_heads) * shape.head_dim, shape.head_dim
     given = random(TOKENS, width, dtype=dtype)
     turned = given.clone()
-    angles = torch.arange(TOKENS, device=DEVICE)[:, None] * 1e4 ** -(torch.arange(size // 2, device=DEVICE) * 2 / size)
+    angles = torch.arange(TOKENS, device=DEVICE)[:, None] * 1e4 ** -(
+        torch.arange(size // 2, device=DEVICE) * 2 / size
+    )
     tables = angles.cos(), angles.sin()
     position = torch.arange(TOKENS, device=DEVICE)
     heads = shape.heads, shape.kv_heads
@@ -126,12 +132,19 @@ def tree_attention(shape: Shape, dtype: torch.dtype) -> Work:
     qkv = random(count * len(row), (shape.heads + 2 * shape.kv_heads) * shape.head_dim, dtype=dtype)
     heads = shape.heads, shape.kv_heads
     plan = attention.plan_tree(
-        starts, row.repeat(count), at.repeat(count), head_dim=shape.head_dim, dtype=dtype, device=qkv.device
+        starts,
+        row.repeat(count),
+        at.repeat(count),
+        head_dim=shape.head_dim,
+        dtype=dtype,
+        device=qkv.device,
     )
     mask = reference.tree_mask(starts[:2], row, at).to(DEVICE)
 
     def by_torch(packed: torch.Tensor) -> torch.Tensor:
-        return torch.cat([reference.tree_attention(part, mask, *heads) for part in packed.split(len(row))])
+        return torch.cat(
+            [reference.tree_attention(part, mask, *heads) for part in packed.split(len(row))]
+        )
 
     def truth(rows: torch.Tensor) -> torch.Tensor:
         of = torch.unique(rows // len(row))
@@ -150,7 +163,9 @@ def tree_attention(shape: Shape, dtype: torch.dtype) -> Work:
 
 def in_parts(work: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
     """2,048 rows at a time: logits of all would not fit."""
-    return torch.cat([work(*parts) for parts in zip(*(part.split(2048) for part in rows), strict=True)])
+    return torch.cat(
+        [work(*parts) for parts in zip(*(part.split(2048) for part in rows), strict=True)]
+    )
 
 
 def linear_nll(shape: Shape, dtype: torch.dtype) -> Work:
@@ -162,7 +177,9 @@ def linear_nll(shape: Shape, dtype: torch.dtype) -> Work:
 
     return Work(
         lambda: linear_nll(hidden, weight, target),
-        lambda: in_parts(lambda part, wanted: reference.linear_nll(part, weight, wanted), hidden, target),
+        lambda: in_parts(
+            lambda part, wanted: reference.linear_nll(part, weight, wanted), hidden, target
+        ),
         lambda rows: reference.linear_nll(hidden[rows].double(), weight.double(), target[rows]),
         moved=hidden.nbytes + weight.nbytes,
         flops=2 * TOKENS * weight.numel(),
@@ -192,7 +209,10 @@ def linear_kl(shape: Shape, dtype: torch.dtype) -> Work:
     )
 
 
-OPERATORS = {make.__name__: make for make in (add_rms_norm, gated_mlp, rotary, tree_attention, linear_nll, linear_kl)}
+OPERATORS = {
+    make.__name__: make
+    for make in (add_rms_norm, gated_mlp, rotary, tree_attention, linear_nll, linear_kl)
+}
 
 
 @functools.cache
@@ -203,7 +223,9 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     a, b = (random(8192, 8192, dtype=dtype) for _ in range(2))
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source)), 2 * 8192**3 / seconds(lambda: a @ b)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source)), 2 * 8192**3 / seconds(
+        lambda: a @ b
+    )
 
 
 def seconds(work: Callable[[], object], rounds: int = 20) -> float:
@@ -239,15 +261,26 @@ def test_kernel(benchmark, report, operator, model, dtype):
     rows = torch.linspace(0, len(found) - 1, min(CHECKED, len(found))).long().to(DEVICE)
     error = relative_error(found[rows].flatten(), work.truth(rows).flatten())
     by_torch = relative_error(work.plain()[rows].flatten(), work.truth(rows).flatten())
-    assert error <= max(2 * by_torch, 1e-5), (error, by_torch)  # no further from the truth than torch is
-    benchmark.pedantic(run, args=(work.ours,), rounds=1 if TINY else 20, warmup_rounds=0 if TINY else 3)
+    assert error <= max(2 * by_torch, 1e-5), (
+        error,
+        by_torch,
+    )  # no further from the truth than torch is
+    benchmark.pedantic(
+        run, args=(work.ours,), rounds=1 if TINY else 20, warmup_rounds=0 if TINY else 3
+    )
     ours, plain = seconds(work.ours), seconds(work.plain)
     bytes_a_second, flops_a_second = ceilings(getattr(torch, dtype))
     floor = max(work.moved / bytes_a_second, work.flops / flops_a_second)
     report(
-        operator=operator, model=model, dtype=dtype, us=ours * 1e6, torch_us=plain * 1e6, faster=plain / ours,
-        reached=floor / ours, error=error,
-    )  # fmt: skip
+        operator=operator,
+        model=model,
+        dtype=dtype,
+        us=ours * 1e6,
+        torch_us=plain * 1e6,
+        faster=plain / ours,
+        reached=floor / ours,
+        error=error,
+    )
 
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:

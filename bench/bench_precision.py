@@ -1,7 +1,8 @@
-"""A 16-bit checkpoint on a CPU without instructions for it: `python bench/bench_precision.py FOLDER`.
+"""A 16-bit checkpoint on a CPU without instructions for it: `python bench/bench_precision.py
+FOLDER`.
 
-CPU seconds of the same masks in float32, with weights widened as they are used, and in bfloat16 by name (on a quarter
-of the rows, times four).
+CPU seconds of the same masks in float32, with weights widened as they are used, and in bfloat16 by
+name (on a quarter of the rows, times four).
 """
 
 from __future__ import annotations
@@ -33,14 +34,19 @@ def main() -> None:
     seconds, losses = {}, {}
     for name, model in models.items():
         few = name == "bfloat16"
-        ev = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids[: rows // 4] if few else ids)))
+        ev = fp.Evaluator(
+            model, fp.Perplexity(fp.TokenBatch.from_ids(ids[: rows // 4] if few else ids))
+        )
         masks = fp.from_removed([(), (20,)], ev.num_units)
         started = time.process_time()
         losses[name] = ev.score(masks)
         seconds[name] = (time.process_time() - started) * (4 if few else 1)
         megabytes = sum(parameter.nbytes for parameter in model.hf.parameters()) / 1e6
         found = {"weights": name, "MB": megabytes, "cpu_s": seconds[name]}
-        print(json.dumps({**found, "of_float32s_speed": seconds["float32"] / seconds[name]}), flush=True)
+        print(
+            json.dumps({**found, "of_float32s_speed": seconds["float32"] / seconds[name]}),
+            flush=True,
+        )
     assert np.array_equal(losses["float32"], losses["widened as used"])
 
 

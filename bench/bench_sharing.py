@@ -1,10 +1,11 @@
 """Scoring fields of masks against one transformers forward pass per mask, side by side in one run.
 
-16 blocks, d = 512, vocabulary 8,192, 2 x 256 tokens (8 x 256, and more random masks, with BENCH=full). The loop runs
-each mask as users do: the model with the blocks physically removed, one forward pass of the whole batch with its loss,
-in inference mode. Every mask of a field costs the loop the same, so it is timed on a sample of the field's masks, half
-of them before and half after fastprune scores the whole field, and its median pass is multiplied by the number of
-masks. The scores are compared before anything is timed.
+16 blocks, d = 512, vocabulary 8,192, 2 x 256 tokens (8 x 256, and more random masks, with
+BENCH=full). The loop runs each mask as users do: the model with the blocks physically removed, one
+forward pass of the whole batch with its loss, in inference mode. Every mask of a field costs the
+loop the same, so it is timed on a sample of the field's masks, half of them before and half after
+fastprune scores the whole field, and its median pass is multiplied by the number of masks. The
+scores are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ FIELDS = {
     "singles": [(i,) for i in range(BLOCKS)],
     "pairs": list(itertools.combinations(range(BLOCKS), 2)),
     "random k=4": [
-        tuple(np.random.default_rng(i).choice(BLOCKS, 4, replace=False)) for i in range(200 if FULL else 40)
+        tuple(np.random.default_rng(i).choice(BLOCKS, 4, replace=False))
+        for i in range(200 if FULL else 40)
     ],
 }
 
@@ -40,9 +42,14 @@ FIELDS = {
 def setup(request):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS // 2, max_position_embeddings=LENGTH,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=FFN,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2,
+        max_position_embeddings=LENGTH,
+    )
     model = LlamaForCausalLM(config).to(getattr(torch, request.param)).eval()
     ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
     evaluator = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids)), cache_bytes=0)
@@ -67,7 +74,9 @@ def test_score(benchmark, report, setup, field):
     passes: list[float] = []
     for p in pruned[::2]:
         passes.append(_timed(lambda p=p: transformers_pass(p, ids)))
-    benchmark.pedantic(evaluator.score, args=(masks,), rounds=3 if field == "singles" else 1, iterations=1)
+    benchmark.pedantic(
+        evaluator.score, args=(masks,), rounds=3 if field == "singles" else 1, iterations=1
+    )
     for p in pruned[1::2]:
         passes.append(_timed(lambda p=p: transformers_pass(p, ids)))
 
@@ -75,9 +84,15 @@ def test_score(benchmark, report, setup, field):
     seconds = benchmark.stats.stats.median
     ratio = flop_ratio(masks)
     report(
-        dtype=dtype, field=field, masks=len(masks), loop_s=loop, fastprune_s=seconds, speedup=loop / seconds,
-        flop_ratio=ratio, beyond_sharing=loop / seconds / ratio,
-    )  # fmt: skip
+        dtype=dtype,
+        field=field,
+        masks=len(masks),
+        loop_s=loop,
+        fastprune_s=seconds,
+        speedup=loop / seconds,
+        flop_ratio=ratio,
+        beyond_sharing=loop / seconds / ratio,
+    )
 
 
 def flop_ratio(masks: np.ndarray) -> float:

@@ -4,9 +4,10 @@
     python bench/bench_solver.py [--limit 30] [--quick]           the tables of docs/solver.md
     python bench/bench_solver.py --ablation                       the table of what is left out
 
-Two brute forces are timed, both over all C(32, 8) = 1.05e7 subsets: the plain one multiplies blocks of membership
-vectors with H; the other splits the variables into halves so that one matrix product gives the energies of all
-pairs of half-subsets, which is about the least that NumPy can do per subset.
+Two brute forces are timed, both over all C(32, 8) = 1.05e7 subsets: the plain one multiplies blocks
+of membership vectors with H; the other splits the variables into halves so that one matrix product
+gives the energies of all pairs of half-subsets, which is about the least that NumPy can do per
+subset.
 """
 
 from __future__ import annotations
@@ -44,11 +45,16 @@ def brute_force(h: np.ndarray, k: int, num_states: int) -> list[tuple[float, tup
         np.put_along_axis(z, index, 1.0, axis=1)
         energy = ((z @ h) * z).sum(axis=1)
         lowest = np.argpartition(energy, min(num_states, len(energy)) - 1)[:num_states]
-        best = heapq.nsmallest(num_states, [*best, *((energy[r], tuple(index[r].tolist())) for r in lowest)])
+        best = heapq.nsmallest(
+            num_states, [*best, *((energy[r], tuple(index[r].tolist())) for r in lowest)]
+        )
 
 
-def brute_force_halves(h: np.ndarray, k: int, num_states: int) -> list[tuple[float, tuple[int, ...]]]:
-    """Every subset as a pair of half-subsets: E = E_low + E_high + 2 z_low' H z_high, a matrix product per size."""
+def brute_force_halves(
+    h: np.ndarray, k: int, num_states: int
+) -> list[tuple[float, tuple[int, ...]]]:
+    """Every subset as a pair of half-subsets: E = E_low + E_high + 2 z_low' H z_high, a matrix
+    product per size."""
     size = len(h)
     half = size // 2
     z = ((np.arange(2**half)[:, None] >> np.arange(half)) & 1).astype(float)
@@ -123,12 +129,15 @@ def relaxation_bound(h: np.ndarray, k: int, diagonal: np.ndarray) -> float:
     lower = np.full(1, -np.inf)
     for _ in range(100):
         everything = np.ones((1, size), dtype=bool)
-        lower, _ = oracle.descend(y, everything, np.array([k]), lower, 2 * (h - np.diag(diagonal)), diagonal, math.inf)
+        lower, _ = oracle.descend(
+            y, everything, np.array([k]), lower, 2 * (h - np.diag(diagonal)), diagonal, math.inf
+        )
     return float(lower[0])
 
 
 def eigenvalue_shift(h: np.ndarray, _weight: np.ndarray) -> np.ndarray:
-    """The largest multiple of the identity that keeps H convex on the directions that sum to zero."""
+    """The largest multiple of the identity that keeps H convex on the directions that sum to
+    zero."""
     size = len(h)
     basis = np.linalg.svd(np.ones((1, size)))[2][1:]
     return np.full(size, np.linalg.eigvalsh(basis @ h @ basis.T)[0] - 1e-12)
@@ -152,7 +161,9 @@ def table_of_methods() -> None:
     h = fisher_like(32)
     times, answers = {}, {}
     for name, method in METHODS.items():
-        times[name], answers[name] = seconds(method, h, 8, 100, rounds=1 if name == "NumPy brute force" else 7)
+        times[name], answers[name] = seconds(
+            method, h, 8, 100, rounds=1 if name == "NumPy brute force" else 7
+        )
     for name, t in times.items():
         assert subsets_of(answers[name]) == subsets_of(answers["solve_subset"])
         print(f"| {name} | {t:.4f} | {t / times['solve_subset']:.1f} |")
@@ -167,11 +178,14 @@ def table_of_sizes(limit: float, quick: bool) -> None:
                 runs = []
                 for seed in SEEDS if size < 128 else range(2):
                     h = make(size, seed=seed)
-                    t, r = seconds(lambda h=h, k=k, m=states: solve_subset(h, k, m, time_limit=limit))
+                    t, r = seconds(
+                        lambda h=h, k=k, m=states: solve_subset(h, k, m, time_limit=limit)
+                    )
                     runs.append((t, r.proven, r.gap / abs(r.energies[-1])))
                 times, proven, gaps = zip(*runs)
                 print(
-                    f"| {name} | {size} | {k} | {states} | {sum(proven)}/{len(runs)} | {statistics.median(times):.3f} "
+                    f"| {name} | {size} | {k} | {states} | {sum(proven)}/{len(runs)} | "
+                    f"{statistics.median(times):.3f} "
                     f"| {max(times):.3f} | {max(gaps):.3f} |",
                     flush=True,
                 )
@@ -186,28 +200,45 @@ def table_of_bounds(limit: float) -> None:
             optima = [solve_subset(h, k).energies[0] for h in matrices]
             gaps = [1 - pairwise_bound(h, k) / e for h, e in zip(matrices, optima)]
             print(f"| {name} | {size} | {k} | pairwise | {100 * statistics.median(gaps):.1f} % | |")
-            choices = {"convex as it is": None, "eigenvalue shift": eigenvalue_shift, "best diagonal": best_diagonal}
+            choices = {
+                "convex as it is": None,
+                "eigenvalue shift": eigenvalue_shift,
+                "best diagonal": best_diagonal,
+            }
             for label, choice in choices.items():
                 choice = choice or (lambda h, weight: np.zeros(len(weight)))
-                gaps = [1 - relaxation_bound(h, k, choice(h, np.ones(size))) / e for h, e in zip(matrices, optima)]
+                gaps = [
+                    1 - relaxation_bound(h, k, choice(h, np.ones(size))) / e
+                    for h, e in zip(matrices, optima)
+                ]
                 oracle.best_diagonal = choice
                 runs = [seconds(oracle.solve, h, np.zeros(size), k, 1, limit) for h in matrices]
                 oracle.best_diagonal = best_diagonal
                 t = statistics.median(t for t, _ in runs)
-                text = f"{t:.2f}" if all(r.proven for _, r in runs) else f"> {limit:g} (not all proven)"
+                text = (
+                    f"{t:.2f}"
+                    if all(r.proven for _, r in runs)
+                    else f"> {limit:g} (not all proven)"
+                )
                 print(
-                    f"| {name} | {size} | {k} | {label} | {100 * statistics.median(gaps):.1f} % | {text} |", flush=True
+                    f"| {name} | {size} | {k} | {label} | {100 * statistics.median(gaps):.1f} % | "
+                    f"{text} |",
+                    flush=True,
                 )
 
 
 def tied(size: int, seed: int) -> np.ndarray:
-    """A Fisher-like matrix in which every variable stands four times: exchangeable ones, and so ties."""
+    """A Fisher-like matrix in which every variable stands four times: exchangeable ones, and so
+    ties."""
     return np.kron(fisher_like(size // 4, seed=seed), np.ones((4, 4)))
 
 
 def table_of_what_is_left_out(limit: float) -> None:
-    """Nodes and processor seconds, on one thread, summed over the seeds, without each part of the solver in turn."""
-    header("matrix", "N", "k", "states", "left out", "proven", "nodes", "processor s", "as with all")
+    """Nodes and processor seconds, on one thread, summed over the seeds, without each part of the
+    solver in turn."""
+    header(
+        "matrix", "N", "k", "states", "left out", "proven", "nodes", "processor s", "as with all"
+    )
     left_out = (None, "exact_sums", "symmetry", "subtree_diagonals")
     for name, make, size, k, states in (
         ("Fisher-like", fisher_like, 40, 16, 100),
@@ -223,21 +254,39 @@ def table_of_what_is_left_out(limit: float) -> None:
             start, answers = time.process_time(), []
             for h in matrices:
                 zero = np.zeros(size)
-                answers.append(_native.solve_subset(h, zero, k, states, time_limit=limit, threads=1, **settings))
+                answers.append(
+                    _native.solve_subset(
+                        h, zero, k, states, time_limit=limit, threads=1, **settings
+                    )
+                )
             took = time.process_time() - start
             found = [(subsets, energies.tolist()) for subsets, energies, *_ in answers]
             with_all = with_all or found
             proven, nodes = (sum(answer[at] for answer in answers) for at in (2, 4))
             same = "yes" if found == with_all else "no"
-            row = (name, size, k, states, part or "nothing", f"{proven}/{len(answers)}", nodes, f"{took:.2f}", same)
+            row = (
+                name,
+                size,
+                k,
+                states,
+                part or "nothing",
+                f"{proven}/{len(answers)}",
+                nodes,
+                f"{took:.2f}",
+                same,
+            )
             print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--limit", type=float, default=30.0, help="seconds per solve")
     parser.add_argument("--quick", action="store_true", help="leave out 128 variables")
-    parser.add_argument("--ablation", action="store_true", help="only the table of what is left out")
+    parser.add_argument(
+        "--ablation", action="store_true", help="only the table of what is left out"
+    )
     args = parser.parse_args()
     if args.ablation:
         table_of_what_is_left_out(args.limit)

@@ -1,4 +1,5 @@
-"""Shared by the benchmarks: rows that are printed as tables at the end of the run, and written as JSON."""
+"""Shared by the benchmarks: rows that are printed as tables at the end of the run, and written as
+JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ TABLES: dict[str, list[dict]] = {}  # rows by title
 
 @pytest.fixture
 def report(request):
-    """report(**columns): add a row to the module's table at the end, whose title is the module's first line."""
+    """report(**columns): add a row to the module's table at the end, whose title is the module's
+    first line."""
     title = request.module.__doc__.splitlines()[0].rstrip(".")
     return lambda **columns: TABLES.setdefault(title, []).append(columns)
 
@@ -24,7 +26,9 @@ def machine() -> dict:
     import torch
     import transformers
 
-    model = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "")
+    model = next(
+        (line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), ""
+    )
     return {
         "cpu": model or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -48,9 +52,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         cells = [names] + [[_format(row.get(name, "")) for name in names] for row in rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
         for line in cells:
-            terminalreporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+            terminalreporter.write_line(
+                "  ".join(cell.rjust(width) for cell, width in zip(line, widths))
+            )
     if TABLES and "BENCH_JSON" in os.environ:
-        Path(os.environ["BENCH_JSON"]).write_text(json.dumps({"machine": machine(), "tables": TABLES}, indent=1) + "\n")
+        Path(os.environ["BENCH_JSON"]).write_text(
+            json.dumps({"machine": machine(), "tables": TABLES}, indent=1) + "\n"
+        )
 
 
 def _format(value) -> str:

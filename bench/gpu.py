@@ -1,11 +1,13 @@
-"""What the kernels and the fused path reach on a GPU: `python bench/gpu.py`, from a source tree, in 9 minutes.
+"""What the kernels and the fused path reach on a GPU: `python bench/gpu.py`, from a source tree, in
+9 minutes.
 
-First the promise: scores are the same to the bit in whatever company. Then the card's own ceilings, one block, the loss
-kernels, a beam search, the tests, and what may be cut: every other kernel against its floor and against torch, and
-whole searches with random weights against one transformers forward pass per mask. Sections run in a process of their
-own, and every finding is on disk as it is made: one that hangs is killed at its limit, and the others go on in a new
-process. Sections that time does not allow are skipped, and said to be. A table is printed at the end.
-`--device cpu --tiny` runs every line of it at shapes that Triton's interpreter can run; its times mean nothing.
+First the promise: scores are the same to the bit in whatever company. Then the card's own ceilings,
+one block, the loss kernels, a beam search, the tests, and what may be cut: every other kernel
+against its floor and against torch, and whole searches with random weights against one transformers
+forward pass per mask. Sections run in a process of their own, and every finding is on disk as it is
+made: one that hangs is killed at its limit, and the others go on in a new process. Sections that
+time does not allow are skipped, and said to be. A table is printed at the end. `--device cpu
+--tiny` runs every line of it at shapes that Triton's interpreter can run; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +25,15 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests" / "kernels")]
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "kernels"),
+    str(ROOT / "bench"),
+    str(ROOT / "tests" / "kernels"),
+]
 
-# In order of importance: what comes later is what time may run out for. Seconds that must be left to begin a section,
-# and that it may take at most.
+# In order of importance: what comes later is what time may run out for. Seconds that must be left
+# to begin a section, and that it may take at most.
 SECTIONS = {
     "bits": (20, 120),
     "ceilings": (5, 30),
@@ -40,7 +47,12 @@ SECTIONS = {
     "margin, Qwen3": (30, 60),
     "pairs, Qwen3": (60, 150),
 }
-TESTS = ("kernels/test_fused_model", "kernels/test_norm", "kernels/test_rope", "kernels/test_gated_mlp")
+TESTS = (
+    "kernels/test_fused_model",
+    "kernels/test_norm",
+    "kernels/test_rope",
+    "kernels/test_gated_mlp",
+)
 TESTS += ("kernels/test_linear_loss", "kernels/test_attention", "kernels/test_reference")
 UNUSABLE = 3  # exit status of a worker whose device a fault has left unusable
 
@@ -59,14 +71,32 @@ def main() -> int:
 
     def command(sections: list[str], descriptor: int) -> list[str]:
         minutes = arguments.minutes - (time.monotonic() - started) / 60
-        words = [sys.executable, __file__, "--device", arguments.device, "--out", str(arguments.out), "--resume"]
-        words += ["--minutes", f"{minutes:.3f}", "--only", "+".join(sections), "--reports", str(descriptor)]
+        words = [
+            sys.executable,
+            __file__,
+            "--device",
+            arguments.device,
+            "--out",
+            str(arguments.out),
+            "--resume",
+        ]
+        words += [
+            "--minutes",
+            f"{minutes:.3f}",
+            "--only",
+            "+".join(sections),
+            "--reports",
+            str(descriptor),
+        ]
         return words + ["--tiny"] * arguments.tiny + ["--tune"] * arguments.tune
 
     def failed(section: str, why: str) -> None:
         print(f"{section}: {why}", flush=True)
         results = json.loads(arguments.out.read_text())
-        results[section] = {**results.get(section, {}), "failed": results.get(section, {}).get("failed", why)}
+        results[section] = {
+            **results.get(section, {}),
+            "failed": results.get(section, {}).get("failed", why),
+        }
         save(arguments.out, results)
 
     began = watch(command, arguments.only, failed)
@@ -90,7 +120,9 @@ def work(arguments: argparse.Namespace) -> int:
     from gpu_measure import Bench, time_limit
     from gpu_watch import Reports
 
-    bench = Bench(arguments.device, arguments.tiny, arguments.minutes, arguments.out, arguments.tune)
+    bench = Bench(
+        arguments.device, arguments.tiny, arguments.minutes, arguments.out, arguments.tune
+    )
     reports = Reports(arguments.reports)
     if arguments.device == "cpu":
         _interpret()
@@ -120,7 +152,8 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def _interpret() -> None:
-    """Kernels under Triton's interpreter; whole searches with torch's operators, since interpreted ones crawl."""
+    """Kernels under Triton's interpreter; whole searches with torch's operators, since interpreted
+    ones crawl."""
     import numpy
     import triton
     import triton_interpreter
@@ -129,19 +162,34 @@ def _interpret() -> None:
 
     fused.fast_operators = lambda device, dtype: None
     if triton_interpreter.mend():
-        print(f"the interpreter of Triton {triton.__version__} is mended to run with NumPy {numpy.__version__}")
+        print(
+            f"the interpreter of Triton {triton.__version__} is mended to run with NumPy "
+            f"{numpy.__version__}"
+        )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu: Triton's interpreter, for tiny shapes only")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, everything once, no tests")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, or cpu: Triton's interpreter, for tiny shapes only"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny shapes, everything once, no tests"
+    )
     parser.add_argument("--minutes", type=float, default=9, help="wall clock for all of it")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")) / "gpu.json")
-    parser.add_argument("--only", type=lambda text: text.split("+"), help=f"sections: {'+'.join(SECTIONS)}")
-    parser.add_argument("--tune", action="store_true", help="time other configurations of the kernels as well")
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT", "bench/results")) / "gpu.json"
+    )
+    parser.add_argument(
+        "--only", type=lambda text: text.split("+"), help=f"sections: {'+'.join(SECTIONS)}"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="time other configurations of the kernels as well"
+    )
     parser.add_argument("--resume", action="store_true", help="add to what the file already holds")
-    parser.add_argument("--reports", type=int, help=argparse.SUPPRESS)  # of a worker: the descriptor it reports to
+    parser.add_argument(
+        "--reports", type=int, help=argparse.SUPPRESS
+    )  # of a worker: the descriptor it reports to
     arguments = parser.parse_args()
     wanted = arguments.only or list(SECTIONS)
     unknown = set(wanted) - set(SECTIONS)
@@ -183,10 +231,22 @@ def tests(limit: float) -> dict:
     """The kernels' tests and the fused model's, on the GPU, in a process of their own."""
     if importlib.util.find_spec("pytest") is None:
         return {"skipped": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "--maxfail=20", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=line",
+        "--maxfail=20",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += [f"tests/{name}.py" for name in TESTS]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]  # most of the time is compilation
+        command += [
+            "-n",
+            str(max(1, min(8, (os.cpu_count() or 2) // 2))),
+        ]  # most of the time is compilation
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -208,7 +268,11 @@ def machine(bench) -> dict:
     import torch
     import transformers
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     if importlib.util.find_spec("triton"):
         import triton
 
@@ -226,7 +290,7 @@ def machine(bench) -> dict:
     return found
 
 
-# -- what was found ------------------------------------------------------------------------------------------------
+# -- what was found --------------------------------------------------------------------------------
 
 
 def goals(results: dict) -> list[list[str]]:
@@ -241,28 +305,53 @@ def goals(results: dict) -> list[list[str]]:
     rows = []
 
     def at_least(goal: str, value, least: float, unit: str = "") -> None:
-        met = None if value is None else "met" if value >= least else f"missed: {value / least:.2f} of it"
-        rows.append([goal, "not measured" if value is None else f"{value:.3g}{unit}", met or "open"])
+        met = (
+            None
+            if value is None
+            else "met"
+            if value >= least
+            else f"missed: {value / least:.2f} of it"
+        )
+        rows.append(
+            [goal, "not measured" if value is None else f"{value:.3g}{unit}", met or "open"]
+        )
 
     def at_most(goal: str, value, most: float, unit: str = "") -> None:
-        met = None if value is None else "met" if value <= most else f"missed: {value / most:.2f} times it"
-        rows.append([goal, "not measured" if value is None else f"{value:.3g}{unit}", met or "open"])
+        met = (
+            None
+            if value is None
+            else "met"
+            if value <= most
+            else f"missed: {value / most:.2f} times it"
+        )
+        rows.append(
+            [goal, "not measured" if value is None else f"{value:.3g}{unit}", met or "open"]
+        )
 
     cases = of("bits", "cases") or {}
-    equal = [case["finite"] and not any(d["numbers"] for d in case["different"].values()) for case in cases.values()]
-    said = f"{sum(equal)} of {len(equal)} cases" if of("bits", "equal") is not None else "not measured"
+    equal = [
+        case["finite"] and not any(d["numbers"] for d in case["different"].values())
+        for case in cases.values()
+    ]
+    said = (
+        f"{sum(equal)} of {len(equal)} cases" if of("bits", "equal") is not None else "not measured"
+    )
     met = "open" if not equal else "met" if of("bits", "equal") else "missed"
     rows.append(["bits: the same scores in whatever company", said, met])
     for name in ("add_rms_norm", "gated_mlp", "rotary", "rotary, q/k norm"):
         at_least(f"{name}: 0.9 of the copy bandwidth", of("kernels", name, "of_floor"), 0.9)
-    at_least("linear_nll: 0.85 of the matrix product's rate", of("loss", "linear_nll", "of_floor"), 0.85)
+    at_least(
+        "linear_nll: 0.85 of the matrix product's rate", of("loss", "linear_nll", "of_floor"), 0.85
+    )
     extra = of("loss", "linear_nll", "extra_bytes")
     at_most("linear_nll: less than 1 GB besides its operands", extra and extra / 1e9, 1, " GB")
     at_least("one block: 0.8 of the matrix product's rate", of("block", "of_floor"), 0.8)
     for section in ("pairs", "pairs, Qwen3"):
         at_least(f"{section}: 1.3 times what sharing gives", of(section, "beyond_sharing"), 1.3)
     for section in ("margin", "margin, Qwen3"):
-        at_least(f"{section}: trees 2 times as fast as separate sequences", of(section, "speedup"), 2)
+        at_least(
+            f"{section}: trees 2 times as fast as separate sequences", of(section, "speedup"), 2
+        )
     at_most("beam: under 60 s", of("beam", "seconds"), 60, " s")
     at_most("beam, raced at 0.99: under 20 s", of("beam", "raced", "seconds"), 20, " s")
     return rows
@@ -277,7 +366,10 @@ def table(results: dict) -> str:
         lines.append(f"ceilings: copy {copy:.0f} GB/s, matrix product {rate:.0f} TFLOP/s")
     if "tests" in results:
         said = results["tests"]
-        lines.append(f"tests: {said.get('skipped') or said.get('failed') or said['tail'][-1:]} ({said.get('status')})")
+        lines.append(
+            f"tests: {said.get('skipped') or said.get('failed') or said['tail'][-1:]} "
+            f"({said.get('status')})"
+        )
     rows = [["kernel", "floor ms", "ms", "of floor", "beside it, ms"]]
     for name, found in (results.get("loss", {}) | results.get("kernels", {})).items():
         if isinstance(found, dict):
@@ -288,7 +380,16 @@ def table(results: dict) -> str:
     for section in SECTIONS:
         found = results.get(section)
         if found is not None and section != "tests":
-            shown = ("equal", "masks", "loop_s", "transformers_s", "fastprune_s", "speedup", "flop_ratio", "agrees")
+            shown = (
+                "equal",
+                "masks",
+                "loop_s",
+                "transformers_s",
+                "fastprune_s",
+                "speedup",
+                "flop_ratio",
+                "agrees",
+            )
             shown += ("seconds", "floor_s", "stopped", "skipped", "failed")
             said = [f"{key} {_format(found[key])}" for key in shown if key in found]
             lines += [f"{section}: {', '.join(said)}"] * bool(said)
@@ -305,12 +406,19 @@ def _timing_row(name: str, found: dict) -> list[str]:
         for other, timing in found.items()
         if isinstance(timing, dict) and ("ms" in timing or "failed" in timing)
     ]
-    return [name, *(_format(found.get(key, "")) for key in ("floor_ms", "ms", "of_floor")), "; ".join(beside)]
+    return [
+        name,
+        *(_format(found.get(key, "")) for key in ("floor_ms", "ms", "of_floor")),
+        "; ".join(beside),
+    ]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[-1]]).rstrip() for row in rows]
+    return [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[-1]]).rstrip()
+        for row in rows
+    ]
 
 
 def _format(value) -> str:

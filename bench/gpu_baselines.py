@@ -1,4 +1,5 @@
-"""What linear_nll is measured against: the other ways to get losses from states and a head. Each returns float[P]."""
+"""What linear_nll is measured against: the other ways to get losses from states and a head. Each
+returns float[P]."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from fastprune_kernels.launch import on_device
 Loss = Callable[[], torch.Tensor]
 
 
-def losses(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, chunk: int) -> dict[str, Loss]:
-    """By name, those that are installed. hidden [P, D], weight [V, D], target int64[P]; chunk: how many positions'
-    logits are held at once."""
+def losses(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, chunk: int
+) -> dict[str, Loss]:
+    """By name, those that are installed. hidden [P, D], weight [V, D], target int64[P]; chunk: how
+    many positions' logits are held at once."""
 
     def chunked(of_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Loss:
         def run() -> torch.Tensor:
@@ -32,9 +35,13 @@ def losses(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, chu
         f"cuBLAS, one pass over its logits, {chunk} at a time": chunked(nll_of_logits),
     }
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
-        found["torch, linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, target, reduction="none")
+        found["torch, linear_cross_entropy"] = lambda: F.linear_cross_entropy(
+            hidden, weight, target, reduction="none"
+        )
     try:
-        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyLoss,
+        )
     except ImportError:
         pass
     else:
@@ -45,7 +52,9 @@ def losses(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, chu
     except ImportError:
         pass
     else:
-        found["Cut Cross-Entropy"] = lambda: linear_cross_entropy(hidden, weight, target, reduction="none")
+        found["Cut Cross-Entropy"] = lambda: linear_cross_entropy(
+            hidden, weight, target, reduction="none"
+        )
     return found
 
 
@@ -53,7 +62,9 @@ def nll_of_logits(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of logits [P, V] in their own dtype, each read once. Returns float32[P]."""
     out = logits.new_empty(len(logits), dtype=torch.float32)
     with on_device(logits):
-        nll_of_logits_kernel[(len(logits),)](logits, target, out, logits.shape[1], BLOCK_V=4096, num_warps=8)
+        nll_of_logits_kernel[(len(logits),)](
+            logits, target, out, logits.shape[1], BLOCK_V=4096, num_warps=8
+        )
     return out
 
 

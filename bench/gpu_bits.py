@@ -1,7 +1,8 @@
-"""The promise that a mask's score is the same to the bit, alone or in company, at the shapes of LLaMA-3 8B.
+"""The promise that a mask's score is the same to the bit, alone or in company, at the shapes of
+LLaMA-3 8B.
 
-A few blocks suffice, since every block runs the same code on the same shapes; rows and chunks are those of the searches
-that are timed.
+A few blocks suffice, since every block runs the same code on the same shapes; rows and chunks are
+those of the searches that are timed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from gpu_models import chunk_shapes, random_model, random_tasks
 
 import fastprune as fp
 
-# what is scored, and by which path: rows of text and questions, every kernel of the head, transformers' own layers
+# what is scored, and by which path: rows of text and questions, every kernel of the head,
+# transformers' own layers
 CASES = {
     "plain rows": ("fused", "text", fp.Perplexity),
     "trees": ("fused", "questions", fp.TaskMargin),
@@ -23,7 +25,8 @@ CASES = {
 
 
 def bits(bench: Bench, name: str) -> dict:
-    """Every case by every grouping of its masks: how many numbers differ in a bit from the mask's alone."""
+    """Every case by every grouping of its masks: how many numbers differ in a bit from the mask's
+    alone."""
     num_blocks, num_masks = bench.pick((6, 16), (4, 5))
     hf = bench.model(f"{name}, {num_blocks} blocks", lambda: random_model(bench, name, num_blocks))
     vocab = hf.config.vocab_size
@@ -45,7 +48,9 @@ def bits(bench: Bench, name: str) -> dict:
             "chunks": chunk_shapes(ev),
             "backend": ev.backend,
             "finite": bool(np.isfinite(alone).all()),
-            "different": {how: _different(scores, alone) for how, scores in _groupings(ev, evaluator, masks)},
+            "different": {
+                how: _different(scores, alone) for how, scores in _groupings(ev, evaluator, masks)
+            },
         }
         bench.save("bits", {"model": name, **found})
         bench.free()
@@ -76,7 +81,10 @@ def _groupings(ev: fp.Evaluator, evaluator, masks: np.ndarray):
     yield "three groups", _back(np.concatenate(parts), order)
     yield "grouped, cold", evaluator().score_samples(masks)
     cold = evaluator()
-    yield "backwards, cold", np.concatenate([cold.score_samples(mask[None]) for mask in masks[::-1]])[::-1]
+    yield (
+        "backwards, cold",
+        np.concatenate([cold.score_samples(mask[None]) for mask in masks[::-1]])[::-1],
+    )
 
 
 def _back(scores: np.ndarray, order: np.ndarray) -> np.ndarray:

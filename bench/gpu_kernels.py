@@ -1,7 +1,8 @@
-"""Each kernel against its floor and against torch, at the shapes of LLaMA-3 8B and Qwen3 8B, in bfloat16.
+"""Each kernel against its floor and against torch, at the shapes of LLaMA-3 8B and Qwen3 8B, in
+bfloat16.
 
-A kernel is timed only after its result was compared with float64, on the inputs and at the size it is timed at (for
-the largest, on some of the rows).
+A kernel is timed only after its result was compared with float64, on the inputs and at the size it
+is timed at (for the largest, on some of the rows).
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ from fastprune_kernels import attention, gated_mlp, linear_loss, norm, reference
 from fastprune_kernels.launch import Config, gated_mlp_config, norm_config, rotary_config
 
 COMPILE_SECONDS = 45  # at most, for one operator by torch.compile
-ROUNDED, EXACT = 1e-2, 1e-3  # relative error allowed to what is rounded to bfloat16, and to what stays float32
+ROUNDED, EXACT = (
+    1e-2,
+    1e-3,
+)  # relative error allowed to what is rounded to bfloat16, and to what stays float32
 
 
 @dataclass
 class Case:
     """One kernel at one shape.
 
-    moved, flops: what it must do at the least. error: against float64. others: what it is measured against, by name.
+    moved, flops: what it must do at the least. error: against float64. others: what it is measured
+    against, by name.
     like: whether what one of these returns is the same.
-    compiled: what torch.compile is given. variants: other configurations, tried when asked for. keeps: whether the
-    memory it takes besides its operands is of interest.
+    compiled: what torch.compile is given. variants: other configurations, tried when asked for.
+    keeps: whether the memory it takes besides its operands is of interest.
     """
 
     shape: str
@@ -47,7 +52,8 @@ class Case:
 
 
 def run(bench: Bench, section: str) -> None:
-    """Measure every kernel of a section, "loss" or "kernels"; what fails is noted and the others go on."""
+    """Measure every kernel of a section, "loss" or "kernels"; what fails is noted and the others go
+    on."""
     found: dict[str, dict] = {}
     for name, make in loss() if section == "loss" else others():
         if bench.left() < bench.pick(10, 1):
@@ -68,7 +74,11 @@ def run(bench: Bench, section: str) -> None:
 def _measure(bench: Bench, case: Case) -> dict:
     result = {"shape": case.shape, "bytes": case.moved, "flops": case.flops, "error": case.error()}
     if not result["error"] <= case.tolerance:
-        return {**result, "failed": f"wrong: error {result['error']:.3g}, at most {case.tolerance:.3g} is allowed"}
+        return {
+            **result,
+            "failed": f"wrong: error {result['error']:.3g}, at most {case.tolerance:.3g} is "
+            f"allowed",
+        }
     result |= bench.time(case.ours)
     result |= bench.against_floor(result["ms"], case.moved, case.flops)
     if case.keeps:
@@ -77,14 +87,21 @@ def _measure(bench: Bench, case: Case) -> dict:
         result[name] = _attempt(bench, other, like=case.like)
     if case.compiled is not None and bench.compiles:
         limit = min(COMPILE_SECONDS, bench.left() / 8)
-        result["torch.compile"] = _attempt(bench, torch.compile(case.compiled, dynamic=False), limit)
+        result["torch.compile"] = _attempt(
+            bench, torch.compile(case.compiled, dynamic=False), limit
+        )
     if bench.tune or bench.tiny:
-        result["variants"] = {name: _attempt(bench, variant) for name, variant in case.variants.items()}
+        result["variants"] = {
+            name: _attempt(bench, variant) for name, variant in case.variants.items()
+        }
     return result
 
 
 def _attempt(
-    bench: Bench, work: Callable[[], Any], limit: float = 60, like: Callable[[Any], bool] | None = None
+    bench: Bench,
+    work: Callable[[], Any],
+    limit: float = 60,
+    like: Callable[[Any], bool] | None = None,
 ) -> dict:
     """Its timing, or why there is none: memory, shared memory, time, or another result."""
     try:
@@ -117,11 +134,17 @@ def others() -> Iterator[tuple[str, Callable[[Bench], Case]]]:
 
 def add_rms_norm(bench: Bench) -> Case:
     rows, width = bench.pick((8192, 4096), (5, 60))
-    states, branch, weight = bench.random(rows, width), bench.random(rows, width), bench.random(width)
+    states, branch, weight = (
+        bench.random(rows, width),
+        bench.random(rows, width),
+        bench.random(width),
+    )
     residual, normed = bench.nans(rows, width), bench.nans(rows, width)
 
     def ours(config: Config | None = None):
-        norm.add_rms_norm(states, weight, 1e-5, branch=branch, residual=residual, normed=normed, config=config)
+        norm.add_rms_norm(
+            states, weight, 1e-5, branch=branch, residual=residual, normed=normed, config=config
+        )
 
     def error() -> float:
         ours()
@@ -173,7 +196,11 @@ def rotary(bench: Bench, with_norm: bool) -> Case:
     steps = torch.arange(length, device=bench.device)
     angles = steps[:, None] * 1e4 ** -(torch.arange(size // 2, device=bench.device) / (size // 2))
     tables = angles.cos(), angles.sin(), torch.arange(tokens, device=bench.device) % length
-    weights = {"q_weight": bench.random(size), "k_weight": bench.random(size), "eps": 1e-6} if with_norm else {}
+    weights = (
+        {"q_weight": bench.random(size), "k_weight": bench.random(size), "eps": 1e-6}
+        if with_norm
+        else {}
+    )
 
     def ours(config: Config | None = None):  # in place: turned once more each time
         rope.rotary(qkv, *tables, heads, kv_heads, config=config, **weights)
@@ -203,9 +230,12 @@ def rotary(bench: Bench, with_norm: bool) -> Case:
 
 
 def questions(bench: Bench) -> Case:
-    """Choices that share a question, one row each, against a dense mask, and against every choice run by itself."""
+    """Choices that share a question, one row each, against a dense mask, and against every choice
+    run by itself."""
     rows, trunk, choices, length = bench.pick((128, 100, 4, 20), (2, 5, 2, 3))
-    branch = torch.cat([torch.zeros(trunk), torch.arange(1, choices + 1).repeat_interleave(length)]).long()
+    branch = torch.cat(
+        [torch.zeros(trunk), torch.arange(1, choices + 1).repeat_interleave(length)]
+    ).long()
     position = torch.cat([torch.arange(trunk), torch.arange(trunk, trunk + length).repeat(choices)])
     pairs = trunk * (trunk + 1) // 2 + choices * (length * trunk + length * (length + 1) // 2)
     return _attention(bench, rows, branch, position, pairs, alone=(choices, trunk + length))
@@ -218,7 +248,9 @@ def plain_rows(bench: Bench) -> Case:
     return _attention(bench, rows, branch, position, length * (length + 1) // 2, alone=None)
 
 
-def _attention(bench: Bench, rows: int, branch, position, pairs: int, alone: tuple[int, int] | None) -> Case:
+def _attention(
+    bench: Bench, rows: int, branch, position, pairs: int, alone: tuple[int, int] | None
+) -> Case:
     heads, kv_heads, size = bench.pick((32, 8, 128), (2, 1, 16))
     length = len(branch)
     starts = torch.arange(0, rows * length + 1, length)
@@ -246,7 +278,9 @@ def _attention(bench: Bench, rows: int, branch, position, pairs: int, alone: tup
     def sdpa(packed: torch.Tensor, mask: torch.Tensor | None = None):
         split = packed.unflatten(-1, (heads + 2 * kv_heads, size)).transpose(1, 2)
         q, k, v = split.split([heads, kv_heads, kv_heads], dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
 
     def by(backend: str):
         def work():
@@ -264,7 +298,9 @@ def _attention(bench: Bench, rows: int, branch, position, pairs: int, alone: tup
     else:
         others = {"torch": lambda: sdpa(qkv.view(rows, length, -1))}
         others |= {"torch, flash": by("FLASH_ATTENTION"), "torch, cuDNN": by("CUDNN_ATTENTION")}
-    tiles = bench.pick(((128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 32, 4, 4)), ((16, 32, 1, 1),))
+    tiles = bench.pick(
+        ((128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 32, 4, 4)), ((16, 32, 1, 1),)
+    )
     return Case(
         f"{rows} rows of {length}, {heads} and {kv_heads} heads of {size}",
         ours,
@@ -273,7 +309,9 @@ def _attention(bench: Bench, rows: int, branch, position, pairs: int, alone: tup
         flops=4 * heads * size * pairs * rows,
         others=others,
         variants={
-            f"{m} x {n}, {w} warps, {s} stages": _later(lambda m=m, n=n, w=w, s=s: planned(_tile(m, n, w, s)))
+            f"{m} x {n}, {w} warps, {s} stages": _later(
+                lambda m=m, n=n, w=w, s=s: planned(_tile(m, n, w, s))
+            )
             for m, n, w, s in tiles
         },
     )
@@ -284,7 +322,8 @@ def _tile(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 def _later(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """Makes the work when it is first run, so that a plan is made for those variants that are tried."""
+    """Makes the work when it is first run, so that a plan is made for those variants that are
+    tried."""
     made: list[Callable[[], object]] = []
 
     def work():
@@ -379,6 +418,8 @@ def _matrix_variants(bench: Bench, ours, tiles) -> dict[str, Callable[[], object
 
     tiles = bench.pick(tiles, ((16, 32, 16, 1, 1),))
     return {
-        f"{p} x {v} x {d}, {w} warps, {s} stages": lambda p=p, v=v, d=d, w=w, s=s: ours(config(p, v, d, w, s))
+        f"{p} x {v} x {d}, {w} warps, {s} stages": lambda p=p, v=v, d=d, w=w, s=s: ours(
+            config(p, v, d, w, s)
+        )
         for p, v, d, w, s in tiles
     }

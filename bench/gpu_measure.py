@@ -1,4 +1,5 @@
-"""What the parts of the GPU benchmark share: the clock, the results, timings, and the card's own ceilings."""
+"""What the parts of the GPU benchmark share: the clock, the results, timings, and the card's own
+ceilings."""
 
 from __future__ import annotations
 
@@ -14,14 +15,18 @@ from pathlib import Path
 
 import torch
 
-FLUSH_BYTES = 512 << 20  # well over any L2; clearing it also gives the host time to queue what is timed
+FLUSH_BYTES = (
+    512 << 20
+)  # well over any L2; clearing it also gives the host time to queue what is timed
 TIMED_MS, MOST_REPEATS = 400, 30  # of one measurement
 
 
 class Bench:
-    """One run: where it measures, what time it has left, and what it found, on disk after every finding.
+    """One run: where it measures, what time it has left, and what it found, on disk after every
+    finding.
 
-    tiny: shapes that an interpreter can run, everything once, so that no line goes unrun where there is no GPU.
+    tiny: shapes that an interpreter can run, everything once, so that no line goes unrun where
+    there is no GPU.
     """
 
     def __init__(self, device: str, tiny: bool, minutes: float, out: Path, tune: bool = False):
@@ -34,10 +39,11 @@ class Bench:
         self._flush: torch.Tensor | None = None
         self._models: dict[str, torch.nn.Module] = {}
 
-    # -- time and results ------------------------------------------------------------------------------------------
+    # -- time and results --------------------------------------------------------------------------
 
     def begin(self, limit: float) -> float:
-        """A section begins that may take `limit` seconds; fewer where fewer are left, which is returned."""
+        """A section begins that may take `limit` seconds; fewer where fewer are left, which is
+        returned."""
         now = time.monotonic()
         self._section_end = min(self._end, now + limit)
         return self._section_end - now
@@ -61,9 +67,11 @@ class Bench:
     def pick(self, full, tiny):
         return tiny if self.tiny else full
 
-    # -- data ------------------------------------------------------------------------------------------------------
+    # -- data --------------------------------------------------------------------------------------
 
-    def random(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def random(
+        self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype) * scale
 
     def nans(self, *shape: int) -> torch.Tensor:
@@ -74,7 +82,8 @@ class Bench:
         return torch.randint(high, shape, device=self.device)
 
     def model(self, name: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-        """The model of that name, made when it is first asked for; another one makes room for it."""
+        """The model of that name, made when it is first asked for; another one makes room for
+        it."""
         if name not in self._models:
             self._models.clear()
             gc.collect()
@@ -86,14 +95,15 @@ class Bench:
         if self.is_cuda:
             torch.cuda.empty_cache()
 
-    # -- timing ----------------------------------------------------------------------------------------------------
+    # -- timing ------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
     def time(self, work: Callable[[], object], cold: bool = True) -> dict[str, float]:
-        """Median milliseconds, and the spread between the 10th and 90th percentile over it. Warmed up.
+        """Median milliseconds, and the spread between the 10th and 90th percentile over it. Warmed
+        up.
 
         cold: nothing of the operands is in the cache.
         """
@@ -104,7 +114,11 @@ class Bench:
         once = self.times(work, 1, cold)[0]
         found = sorted(self.times(work, max(3, min(MOST_REPEATS, int(TIMED_MS / once))), cold))
         median, tenth = statistics.median(found), len(found) // 10
-        return {"ms": median, "spread": (found[-1 - tenth] - found[tenth]) / median, "repeats": len(found)}
+        return {
+            "ms": median,
+            "spread": (found[-1 - tenth] - found[tenth]) / median,
+            "repeats": len(found),
+        }
 
     def times(self, work: Callable[[], object], repeats: int, cold: bool) -> list[float]:
         """Milliseconds of each repetition, by events on the device."""
@@ -132,10 +146,11 @@ class Bench:
         self.synchronize()
         return time.perf_counter() - started
 
-    # -- ceilings --------------------------------------------------------------------------------------------------
+    # -- ceilings ----------------------------------------------------------------------------------
 
     def ceilings(self) -> dict[str, float]:
-        """Bytes and FLOPs a second that the card itself reaches; floors of kernels are reckoned by them."""
+        """Bytes and FLOPs a second that the card itself reaches; floors of kernels are reckoned by
+        them."""
         count = self.pick(512 << 20, 1 << 20)  # float32 numbers, 2 GiB
         source = self.random(count, dtype=torch.float32)
         target = torch.empty_like(source)
@@ -151,11 +166,14 @@ class Bench:
         }
 
     def floor_ms(self, moved: float, flops: float) -> float | None:
-        """The least time for so many bytes and FLOPs at the ceilings; None where these were not measured."""
+        """The least time for so many bytes and FLOPs at the ceilings; None where these were not
+        measured."""
         ceilings = self.results.get("ceilings", {})
         if "matmul_flops_per_s" not in ceilings:
             return None
-        return 1e3 * max(moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"])
+        return 1e3 * max(
+            moved / ceilings["copy_bytes_per_s"], flops / ceilings["matmul_flops_per_s"]
+        )
 
     def against_floor(self, ms: float, moved: float, flops: float) -> dict[str, float]:
         floor = self.floor_ms(moved, flops)

@@ -1,7 +1,9 @@
-"""What one H100 should reach, reckoned without one: `PYTHONPATH=kernels:. python bench/gpu_model.py`, about a minute.
+"""What one H100 should reach, reckoned without one: `PYTHONPATH=kernels:. python
+bench/gpu_model.py`, about a minute.
 
-Registers, shared memory and instructions are read from compiled code, tiles and launches from the launchers, and laid
-beside the card's rates. Every number is an expectation, to stand beside what a run measures, and says what limits it.
+Registers, shared memory and instructions are read from compiled code, tiles and launches from the
+launchers, and laid beside the card's rates. Every number is an expectation, to stand beside what a
+run measures, and says what limits it.
 """
 
 from __future__ import annotations
@@ -16,19 +18,33 @@ from fastprune.trie import kept_units, make_trie
 from fastprune_kernels import attention, resources
 from fastprune_kernels.launch import cdiv
 
-# One H100 SXM. The product's rate and the copy's are ceilings as usually measured, not the data sheet's.
+# One H100 SXM. The product's rate and the copy's are ceilings as usually measured, not the data
+# sheet's.
 SMS, CLOCK = 132, 1.7e9
-PRODUCT, COPY, CACHE = 800e12, 2.9e12, 10e12  # FLOP/s; bytes/s of memory, read and written; bytes/s of the L2 cache
+PRODUCT, COPY, CACHE = (
+    800e12,
+    2.9e12,
+    10e12,
+)  # FLOP/s; bytes/s of memory, read and written; bytes/s of the L2 cache
 SHARED = 128 * SMS * CLOCK  # bytes/s
 ISSUE = 4 * 0.7 * CLOCK  # instructions/s of an SM, at the rate that dependent code reaches
 POWERS = 16 * CLOCK  # exponentials/s of an SM
 START = 2.5e-6  # of a kernel: launch, first copies, last stores
 FILL = 1e-6  # until the first copies of a tile have come
-# Of the host, in microseconds: torch's own operators, a launch of Triton's, and our checks before it (CPU time of the
-# launchers with the kernel left out, on a slow core; linear_nll has two launches and makes two descriptors).
+# Of the host, in microseconds: torch's own operators, a launch of Triton's, and our checks before
+# it (CPU time of the launchers with the kernel left out, on a slow core; linear_nll has two
+# launches and makes two descriptors).
 TORCH, TRITON = 6, 12
-CHECKS = {"add_rms_norm": 15, "rotary": 18, "gated_mlp": 8, "tree_attention": 17, "linear_nll": 33, "linear_kl": 32}
-OUTSIDE = 650  # instructions of a loss kernel that are not its epilogue: prologue, loop, the last tile's mask
+CHECKS = {
+    "add_rms_norm": 15,
+    "rotary": 18,
+    "gated_mlp": 8,
+    "tree_attention": 17,
+    "linear_nll": 33,
+    "linear_kl": 32,
+}
+# instructions of a loss kernel that are not its epilogue: prologue, loop, the last tile's mask
+OUTSIDE = 650
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ def programs_at_once(case: resources.Case, found: resources.Resources) -> int:
     return min(228 * 1024 // (found.shared + 1024), 65536 // registers, 2048 // threads, 32)
 
 
-# -- kernels: seconds, and what limits them ------------------------------------------------------------------------
+# -- kernels: seconds, and what limits them --------------------------------------------------------
 
 
 def streaming(case, found, programs: int, moved: int) -> dict:
@@ -85,7 +101,9 @@ def loss(case, found, rows: int, model: Model, powers: int, kept: int) -> dict:
     epilogue = (found.instructions - OUTSIDE) * case.config.num_warps / ISSUE
     epilogue = max(epilogue, powers * p * v / POWERS) + FILL
     cache = 2 * (p + v) / (2 * p * v) + kept / (2 * model.width)  # bytes per FLOP
-    shared = (64 + v) / (64 * v)  # a warp group's step: 64 rows and v columns of 2 bytes, 2 FLOP for each pair
+    shared = (64 + v) / (
+        64 * v
+    )  # a warp group's step: 64 rows and v columns of 2 bytes, 2 FLOP for each pair
     slow = max(1, cache * PRODUCT / CACHE, shared * PRODUCT / SHARED)
     split = case.config["SPLIT_V"]
     programs = cdiv(rows, p) * cdiv(model.vocab, split)
@@ -98,7 +116,8 @@ def loss(case, found, rows: int, model: Model, powers: int, kept: int) -> dict:
     return {
         "floor": 2 * rows * model.width * model.vocab / PRODUCT,
         "seconds": seconds,
-        "limit": f"{limit}; epilogue {epilogue / tile:.0%}, {(found.instructions - OUTSIDE) / logits:.0f} a logit",
+        "limit": f"{limit}; epilogue {epilogue / tile:.0%}, "
+        f"{(found.instructions - OUTSIDE) / logits:.0f} a logit",
         "waves": waves,
         "cache": cache,
         "shared": shared,
@@ -106,24 +125,34 @@ def loss(case, found, rows: int, model: Model, powers: int, kept: int) -> dict:
 
 
 def trees(case, found, rows: int, trunk: int, choices: int, length: int, model: Model) -> dict:
-    branch = torch.cat([torch.zeros(trunk), torch.arange(1, choices + 1).repeat_interleave(length)]).long()
+    branch = torch.cat(
+        [torch.zeros(trunk), torch.arange(1, choices + 1).repeat_interleave(length)]
+    ).long()
     position = torch.cat([torch.arange(trunk), torch.arange(trunk, trunk + length).repeat(choices)])
     size = len(branch)
     starts = torch.arange(0, rows * size + 1, size)
     plan = attention.plan_tree(
-        starts, branch.repeat(rows), position.repeat(rows), head_dim=model.head, dtype=torch.bfloat16, device="cpu",
+        starts,
+        branch.repeat(rows),
+        position.repeat(rows),
+        head_dim=model.head,
+        dtype=torch.bfloat16,
+        device="cpu",
         config=case.config,
-    )  # fmt: skip
+    )
     m, n = case.config["BLOCK_M"], case.config["BLOCK_N"]
     steps = int(plan.lists[-1]) * model.heads
     product = 4 * m * n * model.head / (PRODUCT / SMS)
     # a quarter of the code is one step of the inner loop: there are two, a beginning and an end
     issue = max(found.instructions / 4 * case.config.num_warps / ISSUE, m * n / POWERS)
-    # one half of the warps works on scores while the other's products run, but for about half of the time
+    # one half of the warps works on scores while the other's products run, but for about half of
+    # the time
     step = max(product, issue) + 0.5 * min(product, issue)
     programs = plan.num_tiles * model.heads
     waves = programs / (SMS * programs_at_once(case, found))
-    pairs = rows * (trunk * (trunk + 1) // 2 + choices * (length * trunk + length * (length + 1) // 2))
+    pairs = rows * (
+        trunk * (trunk + 1) // 2 + choices * (length * trunk + length * (length + 1) // 2)
+    )
     seconds = START + steps * step / SMS + programs / SMS / programs_at_once(case, found) * FILL
     floor = max(
         4 * model.heads * model.head * pairs / PRODUCT,
@@ -133,9 +162,13 @@ def trees(case, found, rows: int, trunk: int, choices: int, length: int, model: 
     moved = 2 * n * model.head * 2 / (4 * m * n * model.head)
     limit = "scores" if issue > product else "product"
     return {
-        "floor": floor, "seconds": seconds, "limit": f"{limit}; {seen:.0%} of what is visited is seen",
-        "waves": waves, "cache": moved, "shared": moved * m / 64,
-    }  # fmt: skip
+        "floor": floor,
+        "seconds": seconds,
+        "limit": f"{limit}; {seen:.0%} of what is visited is seen",
+        "waves": waves,
+        "cache": moved,
+        "shared": moved * m / 64,
+    }
 
 
 def kernel_rows() -> list[list[str]]:
@@ -146,8 +179,18 @@ def kernel_rows() -> list[list[str]]:
     nll, divergence = compiled("linear_nll", "bf16"), compiled("linear_kl", "bf16")
     attend = compiled("tree_attention", "bf16 Dh=128")
     rows = [
-        ("add_rms_norm", "8,192 x 4,096", both[0], streaming(*both[0], tokens, 8 * tokens * model.width)),
-        ("gated_mlp", "8,192 x 14,336", both[1], streaming(*both[1], tokens * 14, 6 * tokens * model.inner)),
+        (
+            "add_rms_norm",
+            "8,192 x 4,096",
+            both[0],
+            streaming(*both[0], tokens, 8 * tokens * model.width),
+        ),
+        (
+            "gated_mlp",
+            "8,192 x 14,336",
+            both[1],
+            streaming(*both[1], tokens * 14, 6 * tokens * model.inner),
+        ),
         *(
             (name, "8,192 tokens", found, streaming(*found, pairs // 16, 4 * pairs * model.head))
             for name, found in zip(("rotary", "rotary, q/k norm"), turn)
@@ -179,24 +222,41 @@ def kernel_rows() -> list[list[str]]:
         host = CHECKS[kernel] + TRITON * (2 if kernel.startswith("linear") else 1)
         each = [f"{t[key]:.3g}" if key in t else "" for key in ("waves", "cache", "shared")]
         lines.append(
-            [name, shape, str(found.registers), f"{found.shared / 1024:.0f}", str(programs_at_once(case, found)), *each,
-             f"{1e3 * t['seconds']:.3g}", f"{t['floor'] / t['seconds']:.2f}", t["limit"], str(host)]
-        )  # fmt: skip
+            [
+                name,
+                shape,
+                str(found.registers),
+                f"{found.shared / 1024:.0f}",
+                str(programs_at_once(case, found)),
+                *each,
+                f"{1e3 * t['seconds']:.3g}",
+                f"{t['floor'] / t['seconds']:.2f}",
+                t["limit"],
+                str(host),
+            ]
+        )
     return lines
 
 
-# -- one block -----------------------------------------------------------------------------------------------------
+# -- one block -------------------------------------------------------------------------------------
 
 
 def product(rows: int, outputs: int, inputs: int) -> float:
-    """Seconds of cuBLAS's product: tiles of 128 x 256 in whole waves, smaller ones where they do not fill one."""
+    """Seconds of cuBLAS's product: tiles of 128 x 256 in whole waves, smaller ones where they do
+    not fill one."""
     tiles = cdiv(rows, 128) * cdiv(outputs, 256)
     whole = max(tiles, SMS) if tiles < SMS else cdiv(tiles, SMS) * SMS
-    spread = max(tiles / SMS, rows * outputs / (128 * 256) / SMS, 0.25) if tiles < SMS else whole / SMS
-    return START + max(spread * 2 * 128 * 256 * inputs / (PRODUCT / SMS), 2 * inputs * outputs / COPY)
+    spread = (
+        max(tiles / SMS, rows * outputs / (128 * 256) / SMS, 0.25) if tiles < SMS else whole / SMS
+    )
+    return START + max(
+        spread * 2 * 128 * 256 * inputs / (PRODUCT / SMS), 2 * inputs * outputs / COPY
+    )
 
 
-def block(model: Model, tokens: int, attend: float, packed: bool = False) -> dict[str, tuple[float, float]]:
+def block(
+    model: Model, tokens: int, attend: float, packed: bool = False
+) -> dict[str, tuple[float, float]]:
     """Device seconds and host microseconds of each step. attend: seconds of attention."""
     w, s = model.width, 2 * tokens
     kv = model.kv_heads * model.head
@@ -225,7 +285,7 @@ def totals(steps: dict[str, tuple[float, float]]) -> tuple[float, float]:
     return sum(t for t, _ in steps.values()), 1e-6 * sum(host for _, host in steps.values())
 
 
-# -- a search ------------------------------------------------------------------------------------------------------
+# -- a search --------------------------------------------------------------------------------------
 
 
 def beam_rounds(units: int, remove: int, width: int) -> list[np.ndarray]:
@@ -233,7 +293,10 @@ def beam_rounds(units: int, remove: int, width: int) -> list[np.ndarray]:
     weight = np.random.default_rng(0).random(units)
     beam, rounds = [frozenset()], []
     for _ in range(remove):
-        asked = sorted({removed | {unit} for removed in beam for unit in set(range(units)) - removed}, key=sorted)
+        asked = sorted(
+            {removed | {unit} for removed in beam for unit in set(range(units)) - removed},
+            key=sorted,
+        )
         masks = np.ones((len(asked), units), dtype=bool)
         for mask, removed in zip(masks, asked):
             mask[list(removed)] = False
@@ -247,7 +310,12 @@ def unit_runs(rounds: list[np.ndarray], kept: bool) -> tuple[int, int]:
     masks = sum(map(len, rounds))
     if not kept:
         return masks, sum(make_trie(kept_units(asked)).layer_runs for asked in rounds)
-    prefixes = {tuple(units[: i + 1]) for asked in rounds for units in kept_units(asked) for i in range(len(units))}
+    prefixes = {
+        tuple(units[: i + 1])
+        for asked in rounds
+        for units in kept_units(asked)
+        for i in range(len(units))
+    }
     return masks, len(prefixes)
 
 
@@ -277,18 +345,32 @@ def search_rows() -> list[list[str]]:
             positions = chunk * (1 + shape[1] * (shape[2] - 1))
             head = positions * model.width * model.vocab * 2 / PRODUCT / 0.85 + 2 * START
             trunk, choices, length = shape
-            pairs = chunk * (trunk * (trunk + 1) // 2 + choices * (length * trunk + length * (length + 1) // 2))
+            pairs = chunk * (
+                trunk * (trunk + 1) // 2 + choices * (length * trunk + length * (length + 1) // 2)
+            )
             head_flops = 2 * positions * model.width * model.vocab
             for kept in (False, True):
                 masks, runs = unit_runs(rounds, kept)
-                once = runs * max(device, host) + masks * max(head, 1e-6 * (CHECKS["linear_nll"] + 6 * TRITON))
+                once = runs * max(device, host) + masks * max(
+                    head, 1e-6 * (CHECKS["linear_nll"] + 6 * TRITON)
+                )
                 seconds = items // chunk * once
-                flops = items // chunk * (runs * block_flops(model, tokens, pairs) + masks * head_flops)
+                flops = (
+                    items // chunk * (runs * block_flops(model, tokens, pairs) + masks * head_flops)
+                )
                 lines.append(
-                    [model.name, f"{chunk} questions", "of all rounds" if kept else "of a round", f"{masks:,}",
-                     f"{runs:,}", f"{1e3 * device:.3g}", f"{1e3 * host:.3g}", f"{seconds:.0f}",
-                     f"{flops / seconds / PRODUCT:.2f}"]
-                )  # fmt: skip
+                    [
+                        model.name,
+                        f"{chunk} questions",
+                        "of all rounds" if kept else "of a round",
+                        f"{masks:,}",
+                        f"{runs:,}",
+                        f"{1e3 * device:.3g}",
+                        f"{1e3 * host:.3g}",
+                        f"{seconds:.0f}",
+                        f"{flops / seconds / PRODUCT:.2f}",
+                    ]
+                )
     return lines
 
 
@@ -297,7 +379,9 @@ def block_rows() -> list[list[str]]:
     for model, tokens in ((LLAMA, 8192), (LLAMA, 1024), (SMALL, 8192), (SMALL, 1024)):
         length = min(tokens, 2048)
         pairs = tokens // length * length * (length + 1) // 2
-        attend = START + 4 * model.heads * model.head * pairs / (0.55 * PRODUCT)  # torch's, on plain rows
+        attend = START + 4 * model.heads * model.head * pairs / (
+            0.55 * PRODUCT
+        )  # torch's, on plain rows
         for packed in (False, True):
             device, host = totals(block(model, tokens, attend, packed))
             rate = block_flops(model, tokens, pairs) / max(device, host) / PRODUCT
@@ -319,7 +403,10 @@ def step_rows() -> list[list[str]]:
     steps = block(LLAMA, 8192, attend)
     device, host = totals(steps)
     lines = [["step of a LLaMA-3 8B block, 8,192 tokens", "ms", "share", "host us"]]
-    lines += [[name, f"{1e3 * t:.3g}", f"{t / device:.1%}", f"{us:.0f}"] for name, (t, us) in steps.items()]
+    lines += [
+        [name, f"{1e3 * t:.3g}", f"{t / device:.1%}", f"{us:.0f}"]
+        for name, (t, us) in steps.items()
+    ]
     return [*lines, ["all of it", f"{1e3 * device:.3g}", "", f"{1e6 * host:.0f}"]]
 
 
@@ -329,4 +416,6 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(markdown(rows()) for rows in (kernel_rows, step_rows, block_rows, search_rows)))
+    print(
+        "\n\n".join(markdown(rows()) for rows in (kernel_rows, step_rows, block_rows, search_rows))
+    )

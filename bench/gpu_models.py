@@ -1,7 +1,7 @@
 """One block, and whole searches, with random weights at the shapes of LLaMA-3 8B and Qwen3 8B.
 
-What they are measured against is transformers: one forward pass per mask of the model with the blocks physically
-removed, timed on a stated sample of the masks, half of it before and half after.
+What they are measured against is transformers: one forward pass per mask of the model with the
+blocks physically removed, timed on a stated sample of the masks, half of it before and half after.
 """
 
 from __future__ import annotations
@@ -22,22 +22,42 @@ from fastprune.trie import Seen, kept_units, make_trie
 
 SHAPES = {
     "LLaMA-3 8B": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
     "Qwen3 8B": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
-        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
-}  # fmt: skip
+}
 TINY = {
-    "vocab_size": 97, "hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 3,
-    "num_key_value_heads": 1, "head_dim": 10, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+}
 SEQUENCES = 64  # of the goal; one chunk of them is run, and all chunks cost the same
 SAMPLED = 4  # masks of the loop that are timed
 AGREE = 5e-3  # relative difference between the losses of two bfloat16 runs
@@ -48,12 +68,21 @@ def random_model(bench: Bench, name: str, num_layers: int | None = None) -> torc
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {**SHAPES[name], **bench.pick({}, TINY)}
-    shape |= {"num_hidden_layers": num_layers or shape["num_hidden_layers"], "tie_word_embeddings": False}
+    shape |= {
+        "num_hidden_layers": num_layers or shape["num_hidden_layers"],
+        "tie_word_embeddings": False,
+    }
     torch.manual_seed(0)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     with bench.device:
-        hf = AutoModelForCausalLM.from_config(config, dtype=bench.dtype, attn_implementation="sdpa").eval()
-    wrong = [n for n, p in hf.named_parameters() if p.device.type != bench.device.type or p.dtype != bench.dtype]
+        hf = AutoModelForCausalLM.from_config(
+            config, dtype=bench.dtype, attn_implementation="sdpa"
+        ).eval()
+    wrong = [
+        n
+        for n, p in hf.named_parameters()
+        if p.device.type != bench.device.type or p.dtype != bench.dtype
+    ]
     if wrong:
         raise RuntimeError(f"{wrong[0]} was not made on {bench.device} in {bench.dtype}")
     return hf
@@ -75,7 +104,7 @@ def causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
-# -- one block -----------------------------------------------------------------------------------------------------
+# -- one block -------------------------------------------------------------------------------------
 
 
 def block(bench: Bench, name: str) -> dict:
@@ -107,9 +136,15 @@ def block(bench: Bench, name: str) -> dict:
             "error": error,
             **_per_block(bench.time(ours, cold=False), chained),
             "host_ms": _host_ms(bench, ours) / chained,  # until the last launch was handed over
-            "attention": _per_block(bench.time(chain(runner.run, arguments, "sublayer", (0, 2)), cold=False), chained),
-            "mlp": _per_block(bench.time(chain(runner.run, arguments, "sublayer", (1, 3)), cold=False), chained),
-            "transformers": _per_block(bench.time(chain(model.run, own_arguments), cold=False), chained),
+            "attention": _per_block(
+                bench.time(chain(runner.run, arguments, "sublayer", (0, 2)), cold=False), chained
+            ),
+            "mlp": _per_block(
+                bench.time(chain(runner.run, arguments, "sublayer", (1, 3)), cold=False), chained
+            ),
+            "transformers": _per_block(
+                bench.time(chain(model.run, own_arguments), cold=False), chained
+            ),
             "kernels": _profile(bench, ours, chained),
         }
     found["tflops"] = flops / found["ms"] * 1e-9
@@ -140,16 +175,22 @@ def _profile(bench: Bench, work, chained: int) -> list[list] | str:
             bench.synchronize()
         time_of = "self_device_time_total" if bench.is_cuda else "self_cpu_time_total"
         events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, time_of))
-        return [[e.key[:120], e.count / chained, getattr(e, time_of) / 1e3 / chained] for e in events[:20]]
+        return [
+            [e.key[:120], e.count / chained, getattr(e, time_of) / 1e3 / chained]
+            for e in events[:20]
+        ]
     except (RuntimeError, AttributeError) as error:
         return f"not profiled: {error}"
 
 
-# -- searches ------------------------------------------------------------------------------------------------------
+# -- searches --------------------------------------------------------------------------------------
 
 
-def evaluator(bench: Bench, name: str, objective, progress=None, cache_bytes: int | None = 0) -> fp.Evaluator:
-    """cache_bytes: 0 keeps no states, so that a call repeated costs the same again; None is the default cache."""
+def evaluator(
+    bench: Bench, name: str, objective, progress=None, cache_bytes: int | None = 0
+) -> fp.Evaluator:
+    """cache_bytes: 0 keeps no states, so that a call repeated costs the same again; None is the
+    default cache."""
     hf = bench.model(name, lambda: random_model(bench, name))
     return fp.Evaluator(hf, objective, backend="fused", cache_bytes=cache_bytes, progress=progress)
 
@@ -161,7 +202,8 @@ def chunk_shapes(ev: fp.Evaluator) -> list[list[int]]:
 
 
 def pairs(bench: Bench, name: str) -> dict:
-    """All pairs of blocks, on as many sequences as run together; as many of the pairs as time allows."""
+    """All pairs of blocks, on as many sequences as run together; as many of the pairs as time
+    allows."""
     rows, length = bench.pick((8, 2048), (2, 9))
     hf = bench.model(name, lambda: random_model(bench, name))
     config, vocab = hf.config, hf.config.vocab_size
@@ -181,7 +223,12 @@ def pairs(bench: Bench, name: str) -> dict:
     rate = cost(make_trie(kept_units(dense))) / dense_seconds
     field = list(itertools.combinations(range(units), 2))
     every = max(
-        1, math.ceil(cost(make_trie(kept_units(fp.from_removed(field, units)))) / rate / (0.4 * max(bench.left(), 1)))
+        1,
+        math.ceil(
+            cost(make_trie(kept_units(fp.from_removed(field, units))))
+            / rate
+            / (0.4 * max(bench.left(), 1))
+        ),
     )
     field = field[::every]
     masks = fp.from_removed(field, units)
@@ -205,7 +252,8 @@ def pairs(bench: Bench, name: str) -> dict:
     loop = statistics.median(passes) * len(masks)
     return {
         "blocks": units,
-        "sequences": f"{rows} of {length} tokens, of the goal's {SEQUENCES}: one chunk of {SEQUENCES // rows}",
+        "sequences": f"{rows} of {length} tokens, of the goal's {SEQUENCES}: one chunk of "
+        f"{SEQUENCES // rows}",
         "chunks": chunk_shapes(ev),
         "masks": len(masks),
         "masks_of_the_field": f"1 of {every}" if every > 1 else "all",
@@ -225,7 +273,9 @@ def pairs(bench: Bench, name: str) -> dict:
     }
 
 
-def random_tasks(bench: Bench, vocab: int, items: int, trunk: int, choices: int, length: int) -> fp.Tasks:
+def random_tasks(
+    bench: Bench, vocab: int, items: int, trunk: int, choices: int, length: int
+) -> fp.Tasks:
     """Questions of `trunk` tokens with choices of `length` tokens, all random."""
     rng = np.random.default_rng(0)
     rows = []
@@ -244,21 +294,27 @@ def random_tasks(bench: Bench, vocab: int, items: int, trunk: int, choices: int,
 
 
 def margin(bench: Bench, name: str) -> dict:
-    """Masks one by one, so that no prefix is shared: what trees, answer-only heads and kernels give by themselves."""
+    """Masks one by one, so that no prefix is shared: what trees, answer-only heads and kernels give
+    by themselves."""
     shape = items, trunk, choices, length = bench.pick((128, 100, 4, 20), (3, 5, 2, 3))
     hf = bench.model(name, lambda: random_model(bench, name))
     tasks = random_tasks(bench, hf.config.vocab_size, *shape)
     ev = evaluator(bench, name, fp.TaskMargin(tasks))
     rng = np.random.default_rng(1)
     gone = bench.pick(7, 1)
-    sampled = [tuple(sorted(rng.choice(ev.num_units, gone, replace=False).tolist())) for _ in range(SAMPLED)]
+    sampled = [
+        tuple(sorted(rng.choice(ev.num_units, gone, replace=False).tolist()))
+        for _ in range(SAMPLED)
+    ]
     masks = fp.from_removed(sampled, ev.num_units)
     pruned = [ev.model.pruned(removed) for removed in sampled]
     # the same questions, one sequence per choice
     batch, width = tasks.batch, trunk + length
     tree = torch.from_numpy(batch.ids.reshape(items, trunk + choices * length))
     prompts = tree[:, None, :trunk].expand(items, choices, trunk)
-    sequences = torch.cat([prompts, tree[:, trunk:].view(items, choices, length)], dim=2).view(-1, width)
+    sequences = torch.cat([prompts, tree[:, trunk:].view(items, choices, length)], dim=2).view(
+        -1, width
+    )
     sequences = sequences.to(bench.device)
 
     @torch.inference_mode()
@@ -266,7 +322,9 @@ def margin(bench: Bench, name: str) -> dict:
         found = []
         for part in sequences.split(bench.pick(128, 4)):
             logits = model(input_ids=part, use_cache=False).logits[:, trunk - 1 : -1].float()
-            found.append(torch.log_softmax(logits, -1).gather(2, part[:, trunk:, None]).mean((1, 2)))
+            found.append(
+                torch.log_softmax(logits, -1).gather(2, part[:, trunk:, None]).mean((1, 2))
+            )
         chosen = torch.cat(found).view(items, choices)
         return (chosen[:, 1:].mean(1) - chosen[:, 0]).mean().item()
 
@@ -280,12 +338,15 @@ def margin(bench: Bench, name: str) -> dict:
     config, kept = hf.config, ev.num_units - gone
     tree_pairs = causal_pairs(trunk) + choices * (length * trunk + causal_pairs(length))
     positions = items * (1 + choices * (length - 1))
-    tree_flops = kept * block_flops(config, batch.num_tokens, items * tree_pairs) + head_flops(config, positions)
+    tree_flops = kept * block_flops(config, batch.num_tokens, items * tree_pairs) + head_flops(
+        config, positions
+    )
     apart = items * choices
     apart_flops = kept * block_flops(config, apart * width, apart * causal_pairs(width))
     apart_flops += head_flops(config, apart * width)
     seconds, loop_seconds = statistics.median(ours), statistics.median(loop)
-    # margins of random weights are near 0: their differences are held against the likelihoods they are made of
+    # margins of random weights are near 0: their differences are held against the likelihoods they
+    # are made of
     differences = np.abs(scores - expected) / math.log(config.vocab_size)
     return {
         "items": f"{items} x {choices} choices, questions of {trunk} tokens, choices of {length}",
@@ -305,10 +366,15 @@ class OutOfTime(Exception):
 
 
 class _Rounds:
-    """An evaluator that only counts: how many unit runs a search needs where every state is kept, by drawn losses."""
+    """An evaluator that only counts: how many unit runs a search needs where every state is kept,
+    by drawn losses."""
 
     def __init__(self, like: fp.Evaluator):
-        self.num_units, self.objective, self.granularity = like.num_units, like.objective, like.granularity
+        self.num_units, self.objective, self.granularity = (
+            like.num_units,
+            like.objective,
+            like.granularity,
+        )
         self.stats = Stats()
         self._seen = Seen()
         self._weight = np.random.default_rng(0).random(like.num_units)
@@ -319,8 +385,8 @@ class _Rounds:
 
 
 def beam(bench: Bench, name: str) -> dict:
-    """A whole search with the prefix cache; where time runs out, what it would have taken by the unit runs that were
-    done. And once more with racing, where there is time."""
+    """A whole search with the prefix cache; where time runs out, what it would have taken by the
+    unit runs that were done. And once more with racing, where there is time."""
     shape = items, trunk, choices, length = bench.pick((128, 100, 4, 6), (3, 5, 2, 2))
     hf = bench.model(name, lambda: random_model(bench, name))
     options = {"num_remove": bench.pick(7, 2), "beam_width": bench.pick(5, 2)}
@@ -375,7 +441,9 @@ def beam(bench: Bench, name: str) -> dict:
             return found | {"raced": "no time was left"}
         bench.synchronize()  # what was counted has only been handed over
         elapsed, done = time.perf_counter() - started, runs["done"] + runs["of_this_call"]
-        found["stopped"] = f"after {elapsed:.0f} s and {done} of about {expected * len(chunks):.0f} unit runs"
+        found["stopped"] = (
+            f"after {elapsed:.0f} s and {done} of about {expected * len(chunks):.0f} unit runs"
+        )
         found["seconds"] = elapsed * expected * len(chunks) / max(done, 1)
     tree_pairs = causal_pairs(trunk) + choices * (length * trunk + causal_pairs(length))
     tokens = items * (trunk + choices * length)

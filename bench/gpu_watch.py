@@ -1,7 +1,8 @@
-"""Runs the sections of the GPU benchmark in a process of their own, and survives whatever becomes of it.
+"""Runs the sections of the GPU benchmark in a process of their own, and survives whatever becomes
+of it.
 
-A process that waits for a device which never answers can be stopped by nothing but its end: no signal handler of its
-own runs. So another one watches it, that touches no device.
+A process that waits for a device which never answers can be stopped by nothing but its end: no
+signal handler of its own runs. So another one watches it, that touches no device.
 """
 
 from __future__ import annotations
@@ -29,19 +30,25 @@ class Reports:
 
 
 def watch(
-    command: Callable[[list[str], int], list[str]], sections: list[str], failed: Callable[[str, str], None], grace=GRACE
+    command: Callable[[list[str], int], list[str]],
+    sections: list[str],
+    failed: Callable[[str, str], None],
+    grace=GRACE,
 ) -> bool:
-    """Run sections, in as many processes as it takes; False when a process ended before it had begun any.
+    """Run sections, in as many processes as it takes; False when a process ended before it had
+    begun any.
 
-    command(sections, descriptor): of a process that runs them in order, and reports each to the descriptor as it
-    begins. failed(section, why) is told of the section in which a process was killed or ended with an error; those
-    after it run in a new one.
+    command(sections, descriptor): of a process that runs them in order, and reports each to the
+    descriptor as it begins. failed(section, why) is told of the section in which a process was
+    killed or ended with an error; those after it run in a new one.
     """
     left = list(sections)
     while left:
         reading, writing = os.pipe()
         try:
-            process = subprocess.Popen(command(left, writing), pass_fds=(writing,), start_new_session=True)
+            process = subprocess.Popen(
+                command(left, writing), pass_fds=(writing,), start_new_session=True
+            )
         finally:
             os.close(writing)
         try:
@@ -60,7 +67,8 @@ def watch(
 
 
 def _follow(process: subprocess.Popen, reading: int, grace: float) -> tuple[list[str], bool]:
-    """The sections that a process began, and whether the last of them ran past its limit and the grace."""
+    """The sections that a process began, and whether the last of them ran past its limit and the
+    grace."""
     begun: list[str] = []
     until, said = time.monotonic() + STARTING, b""
     while True:
@@ -78,7 +86,8 @@ def _follow(process: subprocess.Popen, reading: int, grace: float) -> tuple[list
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill a process with all that it has started, unless it has ended: they hold the device's memory."""
+    """Kill a process with all that it has started, unless it has ended: they hold the device's
+    memory."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,5 @@
-"""Prints what every kernel takes in every shipped configuration: the table of docs/kernels.md. Needs no GPU.
+"""Prints what every kernel takes in every shipped configuration: the table of docs/kernels.md.
+Needs no GPU.
 
 PYTHONPATH=kernels python bench/kernel_resources.py [sm_80 sm_90 sm_100 gfx942]
 """

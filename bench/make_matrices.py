@@ -2,9 +2,10 @@
 
     python bench/make_matrices.py --out matrices.npz
 
-writes the matrices of `FAMILIES` at the sizes of `--sizes`, one array per key `family-N`. Every matrix is
-H = A^T A / n in float64 for some A [n, N], so it is symmetric and positive semidefinite up to rounding, and is
-fixed by its family, size and seed. `from_gradients` does the same for per-sample gradients from elsewhere.
+writes the matrices of `FAMILIES` at the sizes of `--sizes`, one array per key `family-N`. Every
+matrix is H = A^T A / n in float64 for some A [n, N], so it is symmetric and positive semidefinite
+up to rounding, and is fixed by its family, size and seed. `from_gradients` does the same for
+per-sample gradients from elsewhere.
 """
 
 import argparse
@@ -22,8 +23,9 @@ def from_gradients(gradients: np.ndarray) -> np.ndarray:
 def fisher_like(num_variables: int, num_samples: int = 2048, seed: int = 0) -> np.ndarray:
     """Gradients with strong common directions, noise, and columns of different size.
 
-    The common part has standard deviations 1/r along r = 1..8 random directions, the noise 0.5 per entry, and
-    the columns log-normal scales (sigma 0.5): a decaying spectrum over a floor, as block gradients show.
+    The common part has standard deviations 1/r along r = 1..8 random directions, the noise 0.5 per
+    entry, and the columns log-normal scales (sigma 0.5): a decaying spectrum over a floor, as block
+    gradients show.
     """
     rng = np.random.default_rng(seed)
     rank = 8
@@ -43,11 +45,17 @@ FAMILIES: dict[str, Callable[[int], np.ndarray]] = {"fisher": fisher_like, "wish
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="file to write (.npz)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 40, 64], help="numbers of variables")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32, 40, 64], help="numbers of variables"
+    )
     args = parser.parse_args(argv)
-    np.savez(args.out, **{f"{name}-{n}": make(n) for name, make in FAMILIES.items() for n in args.sizes})
+    np.savez(
+        args.out, **{f"{name}-{n}": make(n) for name, make in FAMILIES.items() for n in args.sizes}
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Are races right, and what do they save? All triples of the demo model and 2,000 random masks of it, over many orders
-of its samples.
+"""Are races right, and what do they save? All triples of the demo model and 2,000 random masks of
+it, over many orders of its samples.
 
     python bench/race_shuffles.py [--shuffles 200] [--out bench/results/racing.json]
 
-The losses of every mask on every sample are computed once; every race then runs on them in another order, with the code
-that `Evaluator.select` runs. Work is the share of (mask, sample) pairs that were looked at.
+The losses of every mask on every sample are computed once; every race then runs on them in another
+order, with the code that `Evaluator.select` runs. Work is the share of (mask, sample) pairs that
+were looked at.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from fastprune.racing import race
 RANDOM = 2000
 
 
-def races(shares: np.ndarray, looks: list[np.ndarray], keep: int, confidence: float, shuffles: int) -> dict[str, float]:
-    """shares float64[M, S]: see `racing.beaten`. looks: the samples of each look, see `look_rows`."""
+def races(
+    shares: np.ndarray, looks: list[np.ndarray], keep: int, confidence: float, shuffles: int
+) -> dict[str, float]:
+    """shares float64[M, S]: see `racing.beaten`. looks: the samples of each look, see
+    `look_rows`."""
     count, num_samples = shares.shape
     best = set(np.argsort(shares.mean(axis=1), kind="stable")[:keep].tolist())
     right, work = 0, []
@@ -64,12 +68,17 @@ def main() -> None:
     for objective in (fp.Perplexity(text), fp.TaskMargin(tasks)):
         ev = fp.Evaluator(model, objective)
         triples = fp.from_removed(itertools.combinations(range(ev.num_units), 3), ev.num_units)
-        for masks, kind in ((triples, "triples"), (random_masks(ev.num_units, RANDOM), "random masks")):
+        for masks, kind in (
+            (triples, "triples"),
+            (random_masks(ev.num_units, RANDOM), "random masks"),
+        ):
             losses = ev.score_samples(masks)
             shares = losses * objective.sample_weight * ev.num_samples
             looks = look_rows(objective.batch)  # a sample is a row here
             for keep in (1, 5):
-                name = f"{objective.name}, keep {keep}, {len(masks)} {kind}, {ev.num_samples} samples"
+                name = (
+                    f"{objective.name}, keep {keep}, {len(masks)} {kind}, {ev.num_samples} samples"
+                )
                 found[name] = races(shares, looks, keep, given.confidence, given.shuffles)
                 print(name, found[name], flush=True)
     if given.out:

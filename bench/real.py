@@ -1,13 +1,15 @@
-"""The study on a real model: algorithms, objectives and calibration sets, judged on what no search saw.
+"""The study on a real model: algorithms, objectives and calibration sets, judged on what no search
+saw.
 
     python bench/real.py MODEL --text FILE --questions FILE --judge FILE --out FOLDER [--other FILE]
-        [--algorithms one_shot,greedy,...] [--num-remove 3,5,7] [--lengths 128,512] [--amounts 16,64] [--limit 100]
-        [--racing 0.99] [--only text|other|questions]
+        [--algorithms one_shot,greedy,...] [--num-remove 3,5,7] [--lengths 128,512] [--amounts
+        16,64] [--limit 100] [--racing 0.99] [--only text|other|questions]
 
-Calibration sets: windows of the text, of each length and amount; of another text, such as code, of the first length and
-amount; and questions, under the margin. Judges: other windows of the text, and the accuracy on the questions of
---judge. Prints Markdown tables, of the losses and of what each set's searches cost against one transformers pass
-for each mask, reckoned by unit runs from passes timed here. Interrupted, it continues in its folder.
+Calibration sets: windows of the text, of each length and amount; of another text, such as code, of
+the first length and amount; and questions, under the margin. Judges: other windows of the text, and
+the accuracy on the questions of --judge. Prints Markdown tables, of the losses and of what each
+set's searches cost against one transformers pass for each mask, reckoned by unit runs from passes
+timed here. Interrupted, it continues in its folder.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def numbers(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     for name in ("text", "questions", "judge", "out"):
         parser.add_argument(f"--{name}", required=True)
@@ -51,15 +55,19 @@ def main() -> None:
     model = fp.load_model(given.model)
 
     def text(path: str, amount: int, length: int, seed: int = 0):
-        return lambda model: fp.Perplexity(fp.load_text(path, model.tokenizer, amount, length, seed))
+        return lambda model: fp.Perplexity(
+            fp.load_text(path, model.tokenizer, amount, length, seed)
+        )
 
     def questions(path: str, objective):
         return lambda model: objective(fp.load_tasks(path, model.tokenizer, given.limit))
 
     length, amount = given.lengths[0], given.amounts[0]
     sets = {
-        f"text-{n}x{tokens}": text(given.text, n, tokens) for n in given.amounts for tokens in given.lengths
-    }  # fmt: skip
+        f"text-{n}x{tokens}": text(given.text, n, tokens)
+        for n in given.amounts
+        for tokens in given.lengths
+    }
     if given.other:
         sets[f"other-{amount}x{length}"] = text(given.other, amount, length)
     sets["questions-margin"] = questions(given.questions, fp.TaskMargin)
@@ -80,7 +88,10 @@ def main() -> None:
         notify=note,
     )
     write_report(found, Path(given.out) / "report.html")
-    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}\n")
+    print(
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
+        f"{torch.__version__}\n"
+    )
     print_losses(found, list(judges))
     print_calibration(found)
     print_costs(found, model, sets)
@@ -93,50 +104,76 @@ def print_losses(found: dict, judges: list[str]) -> None:
     print("|---|---|---|---|---|" + "---|" * len(judges))
     print(f"| 0 | | dense | - | | {' | '.join(f'{dense[judge]:.3f}' for judge in judges)} |")
     for cell in sorted(found["cells"], key=lambda cell: cell["num_remove"]):
-        chosen = f"{cell['objective']} | {cell['algorithm']} | {format_removed(cell['removed'])} | {cell['loss']:.3f}"
+        chosen = (
+            f"{cell['objective']} | {cell['algorithm']} | {format_removed(cell['removed'])} "
+            f"| {cell['loss']:.3f}"
+        )
         judged = " | ".join(f"{cell['losses'][judge]:.3f}" for judge in judges)
         print(f"| {cell['num_remove']} | {chosen} | {judged} |")
     print()
 
 
 def print_calibration(found: dict) -> None:
-    """How far the judges' losses spread over calibration sets, for one algorithm, and over algorithms, for one set."""
-    print("| removed | judge | spread over calibration sets, mean of algorithms | over algorithms, mean of sets |")
+    """How far the judges' losses spread over calibration sets, for one algorithm, and over
+    algorithms, for one set."""
+    print(
+        "| removed | judge | spread over calibration sets, mean of algorithms | over algorithms, "
+        "mean of sets |"
+    )
     print("|---|---|---|---|")
     for num_remove, judge in itertools.product(found["inputs"]["budgets"], found["held_out"]):
         cells = [cell for cell in found["cells"] if cell["num_remove"] == num_remove]
         spreads = []
         for fixed in ("algorithm", "objective"):
-            groups = [[c["losses"][judge] for c in cells if c[fixed] == name] for name in {c[fixed] for c in cells}]
+            groups = [
+                [c["losses"][judge] for c in cells if c[fixed] == name]
+                for name in {c[fixed] for c in cells}
+            ]
             spreads.append(np.mean([max(losses) - min(losses) for losses in groups]))
         print(f"| {num_remove} | {judge} | {spreads[0]:.3f} | {spreads[1]:.3f} |")
     print()
 
 
 def print_costs(found: dict, model: fp.Model, sets: dict) -> None:
-    """Seconds of every set's searches, against transformers passes of as many unit runs as one a mask takes."""
+    """Seconds of every set's searches, against transformers passes of as many unit runs as one a
+    mask takes."""
     print("| calibration | unit runs of a loop | made | seconds | loop, seconds | ratio |")
     print("|---|---|---|---|---|---|")
     for label, make in sets.items():
         cells = [cell for cell in found["cells"] if cell["objective"] == label]
         naive, made, seconds = (
-            sum(cell[name] for cell in cells) for name in ("naive_layer_runs", "layer_runs", "seconds")
+            sum(cell[name] for cell in cells)
+            for name in ("naive_layer_runs", "layer_runs", "seconds")
         )
         removed = [cell["removed"] for cell in cells[:3]]
         timed = zip(passes(model, make(model).batch, removed), removed)
-        loop = naive * statistics.median(taken / (model.num_blocks - len(units)) for taken, units in timed)
-        print(f"| {label} | {naive:.0f} | {made:.0f} | {seconds:.0f} | {loop:.0f} | {loop / seconds:.1f} |")
+        loop = naive * statistics.median(
+            taken / (model.num_blocks - len(units)) for taken, units in timed
+        )
+        print(
+            f"| {label} | {naive:.0f} | {made:.0f} | {seconds:.0f} | {loop:.0f} | "
+            f"{loop / seconds:.1f} |"
+        )
 
 
 def passes(model: fp.Model, batch: fp.TokenBatch, removed: list) -> list[float]:
-    """Seconds of a transformers pass over the batch for each of some masks; the choices of a question run together."""
+    """Seconds of a transformers pass over the batch for each of some masks; the choices of a
+    question run together."""
     rows = []
     for ids, branch in zip(
         *(np.split(part, batch.row_starts[1:-1]) for part in (batch.ids, batch.branch)), strict=True
     ):
-        sequences = [torch.from_numpy(ids[(branch == 0) | (branch == b)]) for b in range(1, branch.max() + 1)]
-        rows.append(torch.nn.utils.rnn.pad_sequence(sequences or [torch.from_numpy(ids)], batch_first=True))
-    together = max(1, 1024 // max(row.numel() for row in rows)) if all(len(row) == 1 for row in rows) else 1
+        sequences = [
+            torch.from_numpy(ids[(branch == 0) | (branch == b)]) for b in range(1, branch.max() + 1)
+        ]
+        rows.append(
+            torch.nn.utils.rnn.pad_sequence(sequences or [torch.from_numpy(ids)], batch_first=True)
+        )
+    together = (
+        max(1, 1024 // max(row.numel() for row in rows))
+        if all(len(row) == 1 for row in rows)
+        else 1
+    )
     batches = [torch.cat(rows[i : i + together]) for i in range(0, len(rows), together)]
     found = []
     for units in removed:

@@ -1,6 +1,7 @@
 """How often something goes wrong: bad files, flipped bits, kills, threads; a Markdown table.
 
-    python bench/reliability.py [EFFORT]      # 1: all that docs/reliability.md counts; 0.05: a look in a minute or two
+    python bench/reliability.py [EFFORT]      # 1: all that docs/reliability.md counts; 0.05: a look
+    in a minute or two
 
 What is counted is what tests/torture checks, by the same functions.
 """
@@ -55,23 +56,39 @@ def make_files(folder: Path) -> tuple[Path, Path]:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
+        folder / "model"
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     (folder / "text.txt").write_text(" ".join(f"w{i * i % 60}" for i in range(4000)))
     return folder / "model", folder / "text.txt"
 
 
 def bad_inputs(model: Path, text: Path, folder: Path, count: int) -> Counter:
-    """Commands with one file altered at random: how they end ("2, one line" or "0" is as promised)."""
+    """Commands with one file altered at random: how they end ("2, one line" or "0" is as
+    promised)."""
     rng = np.random.default_rng(0)
-    files = {name: (model / name).read_bytes() for name in ("config.json", "tokenizer.json", "model.safetensors")}
+    files = {
+        name: (model / name).read_bytes()
+        for name in ("config.json", "tokenizer.json", "model.safetensors")
+    }
     rows = [{"prompt": f"w{i} w3", "choices": [" w1", " w2 w5"], "answer": i % 2} for i in range(5)]
     files["tasks.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
     files["masks.jsonl"] = b'{"removed": [1, 2]}\n{"removed": [3]}\n'
@@ -86,11 +103,23 @@ def bad_inputs(model: Path, text: Path, folder: Path, count: int) -> Counter:
         shutil.copytree(model, bad)
         (bad / name).write_bytes(content)
         data = {"tasks.jsonl": bad / name, "ids.npy": bad / name}.get(name, text)
-        more = ("--objective", "margin") if name == "tasks.jsonl" else ("--num-samples", 2, "--seq-len", 8)
+        more = (
+            ("--objective", "margin")
+            if name == "tasks.jsonl"
+            else ("--num-samples", 2, "--seq-len", 8)
+        )
         masks = ("--masks", bad / name) if name == "masks.jsonl" else ("--removed", 1)
-        end = forked(lambda m=bad, k=masks, d=data, o=more: command("score", m, *k, "--calibration", d, *o))
+        end = forked(
+            lambda m=bad, k=masks, d=data, o=more: command("score", m, *k, "--calibration", d, *o)
+        )
         kept = end.status == 0 or (end.status == 2 and end.is_one_line)
-        found["2, one line" if end.status == 2 and kept else "0" if kept else f"{name}: {end.status} {end.err!r}"] += 1
+        found[
+            "2, one line"
+            if end.status == 2 and kept
+            else "0"
+            if kept
+            else f"{name}: {end.status} {end.err!r}"
+        ] += 1
     return found
 
 
@@ -99,7 +128,11 @@ def altered(content: bytes, rng: np.random.Generator) -> bytes:
     if rng.random() < 0.5:
         places = [at for at, byte in enumerate(content[:100_000]) if byte in b'0123456789"[{,:']
         at = int(rng.choice(places)) if places else 0
-        return content[:at] + ODD[rng.integers(len(ODD))].encode() + content[at + int(rng.integers(0, 9)) :]
+        return (
+            content[:at]
+            + ODD[rng.integers(len(ODD))].encode()
+            + content[at + int(rng.integers(0, 9)) :]
+        )
     if rng.random() < 0.3:
         return content[: rng.integers(len(content))]
     flipped = bytearray(content)
@@ -109,7 +142,8 @@ def altered(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def store_flips(folder: Path, count: int) -> Counter:
-    """Single bits of a store flipped: whether it is named, given up, or served, rightly or wrongly."""
+    """Single bits of a store flipped: whether it is named, given up, or served, rightly or
+    wrongly."""
     import warnings
 
     model = fp.load_model("demo")
@@ -150,20 +184,26 @@ def threaded_calls(count: int) -> Counter:
 
 
 def resident(masks: int, choices: int, prompt: int, memory_bytes: int | None) -> tuple[int, int]:
-    """Bytes by which this process grows while it scores so many masks on 8 questions, one of them with so many choices
-    and tokens of prompt; and the budget, for None the least that is accepted."""
+    """Bytes by which this process grows while it scores so many masks on 8 questions, one of them
+    with so many choices and tokens of prompt; and the budget, for None the least that is
+    accepted."""
     rng = np.random.default_rng(0)
     model = fp.load_model("demo")
     sizes = [(prompt, choices), *[(20, 4)] * 7]
     rows = [[(rng.integers(3, 60, start), start)] * count for start, count in sizes]
-    rows = [[(np.concatenate([ids, rng.integers(3, 60, 3)]), start) for ids, start in row] for row in rows]
+    rows = [
+        [(np.concatenate([ids, rng.integers(3, 60, 3)]), start) for ids, start in row]
+        for row in rows
+    ]
     wanted = rng.random((masks, model.num_blocks)) < 0.7
     wanted[:, 0] = True
 
     def evaluator(rows, memory_bytes=None) -> fp.Evaluator:
         counts = [len(row) for row in rows]
         question, answer = np.repeat(np.arange(len(rows)), counts), np.cumsum([0, *counts[:-1]])
-        tasks = fp.Tasks(fp.TokenBatch.from_continuations(rows), question, answer, *np.full((2, sum(counts)), 3))
+        tasks = fp.Tasks(
+            fp.TokenBatch.from_continuations(rows), question, answer, *np.full((2, sum(counts)), 3)
+        )
         return fp.Evaluator(model, fp.TaskMargin(tasks), cache_bytes=0, memory_bytes=memory_bytes)
 
     evaluator(rows[1:]).score(wanted[:2])  # what libraries keep when they are first used
@@ -182,15 +222,30 @@ def _resident_bytes(field: str) -> int:
     return int(re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 
-SIZES = [(1, 10_000, 170), (30, 10_000, 30), (300, 2_000, 170), (3_000, 4, 30), (3_000, 300, 170), (20_000, 4, 170)]
+SIZES = [
+    (1, 10_000, 170),
+    (30, 10_000, 30),
+    (300, 2_000, 170),
+    (3_000, 4, 30),
+    (3_000, 300, 170),
+    (20_000, 4, 170),
+]
 
 
 def memory(effort: float) -> Iterator[tuple[str, Counter]]:
     """What a fresh process takes beyond its budget, at the least budget and at a large one."""
     for (masks, choices, prompt), budget in itertools.product(SIZES, (None, 512 << 20)):
-        size = max(1, round(masks * min(1, effort))), max(2, round(choices * min(1, effort))), prompt
+        size = (
+            max(1, round(masks * min(1, effort))),
+            max(2, round(choices * min(1, effort))),
+            prompt,
+        )
         code = f"import reliability; print(*reliability.resident(*{size}, {budget}))"
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+        environment = {
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "131072",
+            "MALLOC_TRIM_THRESHOLD_": "131072",
+        }
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=HERE / "bench",
@@ -200,25 +255,51 @@ def memory(effort: float) -> Iterator[tuple[str, Counter]]:
             check=False,
         )
         grown, allowed = map(int, done.stdout.split()[-2:]) if done.returncode == 0 else (0, 0)
-        what = f"{size[0]:,} masks, a tree of {size[1]:,} choices after {prompt} tokens, {allowed / 2**20:.0f} MB"
-        yield what, Counter([f"grew by {grown / 2**20:.0f} MB" if allowed else done.stderr.splitlines()[-1]])
+        what = (
+            f"{size[0]:,} masks, a tree of {size[1]:,} choices after {prompt} tokens, "
+            f"{allowed / 2**20:.0f} MB"
+        )
+        yield (
+            what,
+            Counter(
+                [f"grew by {grown / 2**20:.0f} MB" if allowed else done.stderr.splitlines()[-1]]
+            ),
+        )
 
 
 def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Counter:
-    """A command killed and given again, what came of it: before unit runs, and where it has fewer than that, at random
-    moments."""
+    """A command killed and given again, what came of it: before unit runs, and where it has fewer
+    than that, at random moments."""
     data = ("--num-samples", 60, "--seq-len", 64, "--quiet")
 
     def arguments(out: Path) -> tuple[tuple, Path]:
         store = ("--calibration", text, "--store", out / "s.db", *data)
-        removed = [part for units in ("", "1", "2", "1,2", "0,4", "3") for part in ("--removed", units)]
+        removed = [
+            part for units in ("", "1", "2", "1,2", "0,4", "3") for part in ("--removed", units)
+        ]
         two = ("--algorithm", "greedy", "--num-remove", 2)
-        both = ("--algorithms", "one_shot,greedy", "--num-remove", "1,2", "--objective", f"perplexity={text}")
+        both = (
+            "--algorithms",
+            "one_shot,greedy",
+            "--num-remove",
+            "1,2",
+            "--objective",
+            f"perplexity={text}",
+        )
         return {
-            "score": (("score", model, *removed, *store, "--out", out / "a.jsonl"), out / "a.jsonl"),
-            "search": (("search", model, *two, *store, "--out", out / "r"), out / "r" / "result.json"),
+            "score": (
+                ("score", model, *removed, *store, "--out", out / "a.jsonl"),
+                out / "a.jsonl",
+            ),
+            "search": (
+                ("search", model, *two, *store, "--out", out / "r"),
+                out / "r" / "result.json",
+            ),
             "study": (("study", model, *both, *data, "--out", out / "s"), out / "s" / "study.json"),
-            "export": (("export", model, "--removed", "1,3", "--out", out / "e"), out / "e" / "model.safetensors"),
+            "export": (
+                ("export", model, "--removed", "1,3", "--out", out / "e"),
+                out / "e" / "model.safetensors",
+            ),
         }[name]
 
     def read(path: Path):
@@ -240,17 +321,25 @@ def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Count
         out = folder / f"{name}-{number}"
         out.mkdir()
         given, result = arguments(out)
-        killed = killed_at(number, *given) if isinstance(number, int) else killed_after(number, *given)
+        killed = (
+            killed_at(number, *given) if isinstance(number, int) else killed_after(number, *given)
+        )
         while killed.status == 0 and isinstance(number, float):  # it was faster this time
             shutil.rmtree(out)
             out.mkdir()
             number /= 2
             killed = killed_after(number, *given)
-        finished = name == "export" and result.exists()  # killed after its folder had got its name: nothing is missing
+        finished = (
+            name == "export" and result.exists()
+        )  # killed after its folder had got its name: nothing is missing
         again, rest = watched(out, *given)
         same = (again.status == 0 or finished) and read(result) == expected and killed.status < 0
         within = name == "export" or rest.runs <= whole.most_again(number)
-        found["same result, at most one chunk repeated" if same and within else f"{number}: {again} {rest}"] += 1
+        found[
+            "same result, at most one chunk repeated"
+            if same and within
+            else f"{number}: {again} {rest}"
+        ] += 1
         shutil.rmtree(out)
     return found
 
@@ -259,12 +348,17 @@ def main(effort: float = 1.0) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}"
     )
     print("\n| what | tried | came out |\n|---|---|---|", flush=True)
 
     def row(what: str, found: Counter) -> None:
-        print(f"| {what} | {found.total()} | {'; '.join(f'{n} {k}' for k, n in found.most_common())} |", flush=True)
+        print(
+            f"| {what} | {found.total()} | "
+            f"{'; '.join(f'{n} {k}' for k, n in found.most_common())} |",
+            flush=True,
+        )
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -273,7 +367,10 @@ def main(effort: float = 1.0) -> None:
         row("bits of a store flipped", store_flips(folder, max(5, round(1000 * effort))))
         row("calls from four threads", threaded_calls(max(8, round(2000 * effort))))
         for command_name in ("score", "search", "study", "export"):
-            row(f"kills of {command_name}", kills(command_name, model, text, folder, max(2, round(20 * effort))))
+            row(
+                f"kills of {command_name}",
+                kills(command_name, model, text, folder, max(2, round(20 * effort))),
+            )
         for what, found in memory(effort):
             row(what, found)
 

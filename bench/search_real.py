@@ -1,11 +1,14 @@
-"""What a whole search costs on a real model, against one transformers pass for each mask that it asks for.
+"""What a whole search costs on a real model, against one transformers pass for each mask that it
+asks for.
 
-    python bench/search_real.py MODEL --text FILE [--algorithm greedy] [--num-remove 5] [--samples 16] [--seq-len 256]
-        [--racing 0.99] [--cache-bytes N] [--cache-dir FOLDER] [--sampled 4] [--out FILE.json]
+    python bench/search_real.py MODEL --text FILE [--algorithm greedy] [--num-remove 5] [--samples
+        16] [--seq-len 256] [--racing 0.99] [--cache-bytes N] [--cache-dir FOLDER] [--sampled 4]
+        [--out FILE.json]
 
-The loop is timed on a sample of the search's masks, before and after the search, blocks physically removed, and the
-median is taken times the number of masks. Seconds are the CPU's of this process, with one thread, so that other work
-on the machine counts little. The FLOP ratio is what the counts of unit and head runs promise.
+The loop is timed on a sample of the search's masks, before and after the search, blocks physically
+removed, and the median is taken times the number of masks. Seconds are the CPU's of this process,
+with one thread, so that other work on the machine counts little. The FLOP ratio is what the counts
+of unit and head runs promise.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ def flops_of(model: fp.Model, length: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
     parser.add_argument("--algorithm", default="greedy")
@@ -38,7 +43,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--racing", type=float)
-    parser.add_argument("--cache-bytes", type=int, help="of the prefix cache, as the Evaluator's; it has a default")
+    parser.add_argument(
+        "--cache-bytes", type=int, help="of the prefix cache, as the Evaluator's; it has a default"
+    )
     parser.add_argument("--cache-dir", help="a folder for states that do not fit")
     parser.add_argument("--sampled", type=int, default=4)
     parser.add_argument("--out", type=Path)
@@ -53,15 +60,23 @@ def main() -> None:
         """CPU seconds and the loss of one mask by transformers."""
         pruned, started = model.pruned(removed), time.process_time()
         with torch.inference_mode():
-            losses = [pruned(input_ids=part, labels=part, use_cache=False).loss.item() for part in ids.split(chunk)]
+            losses = [
+                pruned(input_ids=part, labels=part, use_cache=False).loss.item()
+                for part in ids.split(chunk)
+            ]
         return time.process_time() - started, float(np.mean(losses))
 
     units = model.num_blocks
     rng = np.random.default_rng(0)
-    masks = [tuple(sorted(rng.choice(units, n, replace=False).tolist())) for n in (1, given.num_remove) * given.sampled]
+    masks = [
+        tuple(sorted(rng.choice(units, n, replace=False).tolist()))
+        for n in (1, given.num_remove) * given.sampled
+    ]
     one_pass(masks[0])  # warms up
     passes = [one_pass(removed) for removed in masks[: given.sampled]]
-    ev = fp.Evaluator(model, fp.Perplexity(batch), cache_bytes=given.cache_bytes, cache_dir=given.cache_dir)
+    ev = fp.Evaluator(
+        model, fp.Perplexity(batch), cache_bytes=given.cache_bytes, cache_dir=given.cache_dir
+    )
     options = {"beam_width": given.beam_width} if given.beam_width else {}
     started, wall = time.process_time(), time.perf_counter()
     result = fp.run_search(ev, given.algorithm, given.num_remove, racing=given.racing, **options)
@@ -76,8 +91,17 @@ def main() -> None:
     found = {
         "model": f"{units} blocks, hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
         "text": f"{given.samples} x {given.seq_len} tokens",
-        "search": {"algorithm": given.algorithm, "num_remove": given.num_remove, "racing": given.racing, **options},
-        "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1, "torch": torch.__version__},
+        "search": {
+            "algorithm": given.algorithm,
+            "num_remove": given.num_remove,
+            "racing": given.racing,
+            **options,
+        },
+        "machine": {
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": 1,
+            "torch": torch.__version__,
+        },
         "removed": list(result.removed),
         "loss": result.loss,
         "masks": stats.masks,

@@ -1,12 +1,14 @@
-"""A cluster without a cluster: searches on a stub, whose calls are then shared out over 64 workers and counted.
+"""A cluster without a cluster: searches on a stub, whose calls are then shared out over 64 workers
+and counted.
 
     python bench/simulate_workers.py [--workers 64] [--out bench/results/workers.json]
 
-A search runs on `SyntheticEvaluator`, which notes the masks of every call. Each call is then what it would be for a
-model of 80 blocks on 64 rows of 2,048 tokens, cut as a GPU cuts them: `split` says who runs what, each worker's prefix
-cache and schedule are the library's own, and unit runs are counted, by chunk and worker. A call takes as long as its
-busiest worker. Integers only: no model is run. more_runs: what they all run beyond one worker; below 0 where caches
-together hold more than one.
+A search runs on `SyntheticEvaluator`, which notes the masks of every call. Each call is then what
+it would be for a model of 80 blocks on 64 rows of 2,048 tokens, cut as a GPU cuts them: `split`
+says who runs what, each worker's prefix cache and schedule are the library's own, and unit runs are
+counted, by chunk and worker. A call takes as long as its busiest worker. Integers only: no model is
+run. more_runs: what they all run beyond one worker; below 0 where caches together hold more than
+one.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ class Cache:
 
 
 def shared_out(trace, workers: int, loads, looks, capacity: int) -> tuple[float, float]:
-    """Unit runs on chunks that all workers make, by the chunks' share of the tokens; and those of the busiest, heads
-    included, over all calls."""
+    """Unit runs on chunks that all workers make, by the chunks' share of the tokens; and those of
+    the busiest, heads included, over all calls."""
     weight = np.asarray(loads) / np.sum(loads)
     owner = owners(loads, looks, workers)
     caches: dict[tuple[int, int], Cache] = {}

@@ -1,13 +1,15 @@
-"""Weights that do not fit: memory as the kernel reports it, time beside the run in memory, bits, blocks read.
+"""Weights that do not fit: memory as the kernel reports it, time beside the run in memory, bits,
+blocks read.
 
-    python bench/streaming.py [--rows 8] [--length 64] [--masks 200] [--repeats 3] [--hidden 512] [--out FILE]
-    python bench/streaming.py --quick       # a tiny model, one run of each kind
+    python bench/streaming.py [--rows 8] [--length 64] [--masks 200] [--repeats 3] [--hidden 512]
+    [--out FILE] python bench/streaming.py --quick       # a tiny model, one run of each kind
 
-A model of 30 blocks whose weights are 4 times the limit, scored under random masks without 7 blocks. Every run is a
-process of its own; resident and streamed ones take turns, each pair in the other order, and of each kind the run with
-the median of CPU seconds is reported, the seconds of all beside it. A first mask warms up. CPU seconds are those of all
-threads, reading included; on a shared machine (`load` before and after) they say more than the clock. Files are in the
-page cache. More rows than fit into one chunk (1,024 tokens) show how chunks share the reading.
+A model of 30 blocks whose weights are 4 times the limit, scored under random masks without 7
+blocks. Every run is a process of its own; resident and streamed ones take turns, each pair in the
+other order, and of each kind the run with the median of CPU seconds is reported, the seconds of all
+beside it. A first mask warms up. CPU seconds are those of all threads, reading included; on a
+shared machine (`load` before and after) they say more than the clock. Files are in the page cache.
+More rows than fit into one chunk (1,024 tokens) show how chunks share the reading.
 """
 
 from __future__ import annotations
@@ -34,10 +36,16 @@ def make_model(folder: Path, hidden: int) -> None:
 
     torch.manual_seed(0)
     config = tf.LlamaConfig(
-        vocab_size=1009, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=BLOCKS,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=512,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=1009,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     tf.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="100MB")
 
 
@@ -89,17 +97,31 @@ def measure(folder: str, limit: int, rows: int, length: int, masks: int) -> dict
 
 
 def run(folder: Path, limit: int, *sizes: int) -> dict:
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+        "MALLOC_TRIM_THRESHOLD_": "131072",
+    }
     arguments = [str(HERE / "streaming.py"), "--measure", str(folder), *map(str, (limit, *sizes))]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 8), ("length", 64), ("masks", 200), ("repeats", 3), ("hidden", 512)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("rows", 8),
+        ("length", 64),
+        ("masks", 200),
+        ("repeats", 3),
+        ("hidden", 512),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "streaming.json")
@@ -122,10 +144,14 @@ def main() -> None:
         for kind, of in runs.items()
     }
     ratio = {
-        clock: statistics.median(seconds["streamed"][clock]) / statistics.median(seconds["resident"][clock])
+        clock: statistics.median(seconds["streamed"][clock])
+        / statistics.median(seconds["resident"][clock])
         for clock in ("cpu", "wall")
     }
-    middle = {kind: sorted(of, key=lambda found: found["cpu_seconds"])[(len(of) - 1) // 2] for kind, of in runs.items()}
+    middle = {
+        kind: sorted(of, key=lambda found: found["cpu_seconds"])[(len(of) - 1) // 2]
+        for kind, of in runs.items()
+    }
     streamed = middle["streamed"]
     losses = [found["losses"] for of in runs.values() for found in of]
     result = {
@@ -134,12 +160,18 @@ def main() -> None:
         "data": f"{given.rows} rows of {given.length} tokens, {given.masks} masks without 7 blocks",
         "same_bits": all(found == losses[0] for found in losses),
         "peak_bytes": max(found["peak"] for found in runs["streamed"]),
-        "allowed_bytes": streamed["limit"] + streamed["activations"] + streamed["before"] + CONSTANT,
+        "allowed_bytes": streamed["limit"]
+        + streamed["activations"]
+        + streamed["before"]
+        + CONSTANT,
         "constant_bytes": CONSTANT,
         "cpu_ratio": ratio["cpu"],
         "wall_ratio": ratio["wall"],
         "seconds": seconds,
-        **{kind: {key: value for key, value in of.items() if key != "losses"} for kind, of in middle.items()},
+        **{
+            kind: {key: value for key, value in of.items() if key != "losses"}
+            for kind, of in middle.items()
+        },
     }
     if not given.quick:
         given.out.parent.mkdir(exist_ok=True)

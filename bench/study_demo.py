@@ -1,4 +1,5 @@
-"""The study on the demo model: every algorithm, two objectives, two budgets, and each algorithm's gap to the optimum.
+"""The study on the demo model: every algorithm, two objectives, two budgets, and each algorithm's
+gap to the optimum.
 
     python bench/study_demo.py OUT_DIR        # writes the study there, prints Markdown tables
 
@@ -23,7 +24,9 @@ from fastprune.study.tables import format_removed
 
 BUDGETS = (3, 4)
 OBJECTIVES = {
-    "perplexity": lambda model: fp.Perplexity(fp.load_text(demo.TEXT, model.tokenizer, seq_len=demo.WINDOW)),
+    "perplexity": lambda model: fp.Perplexity(
+        fp.load_text(demo.TEXT, model.tokenizer, seq_len=demo.WINDOW)
+    ),
     "margin": lambda model: fp.TaskMargin(fp.load_tasks(demo.QUESTIONS, model.tokenizer)),
 }
 
@@ -32,23 +35,45 @@ def main(out_dir: str) -> None:
     out = Path(out_dir)
     model = fp.load_model("demo")
     started = time.perf_counter()
-    names = sorted(ALGORITHMS, key=lambda name: name == "exhaustive")  # last, so that the others' runs are their own
-    study = run_study([model], OBJECTIVES, names, BUDGETS, out, notify=lambda m: print(m, file=sys.stderr, flush=True))
+    names = sorted(
+        ALGORITHMS, key=lambda name: name == "exhaustive"
+    )  # last, so that the others' runs are their own
+    study = run_study(
+        [model],
+        OBJECTIVES,
+        names,
+        BUDGETS,
+        out,
+        notify=lambda m: print(m, file=sys.stderr, flush=True),
+    )
     seconds = time.perf_counter() - started
     write_report(study, out / "report.html")
     for kind, made in study_figures(study).items():
         for number, figure in enumerate(made, 1):
             figures.save(figure, out / f"{kind}-{number}.png")
 
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}"
+    )
     print(f"{len(study['cells'])} searches in {seconds:.0f} s\n")
-    optimum = {(c["objective"], c["num_remove"]): c["loss"] for c in study["cells"] if c["algorithm"] == "exhaustive"}
-    print("| objective | removed | algorithm | blocks | loss | gap to optimum | masks | layer runs | naive | seconds |")
+    optimum = {
+        (c["objective"], c["num_remove"]): c["loss"]
+        for c in study["cells"]
+        if c["algorithm"] == "exhaustive"
+    }
+    print(
+        "| objective | removed | algorithm | blocks | loss | gap to optimum | masks | layer runs "
+        "| naive | seconds |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for c in study["cells"]:
         gap = c["loss"] - optimum[c["objective"], c["num_remove"]]
         blocks = format_removed(c["removed"])
-        counts = f"{c['masks']} | {c['asked_layer_runs']:.0f} | {c['naive_layer_runs']:.0f} | {c['seconds']:.1f}"
+        counts = (
+            f"{c['masks']} | {c['asked_layer_runs']:.0f} | {c['naive_layer_runs']:.0f} | "
+            f"{c['seconds']:.1f}"
+        )
         found = f"{c['algorithm']} | {blocks} | {c['loss']:.5f} | {gap:.5f}"
         print(f"| {c['objective']} | {c['num_remove']} | {found} | {counts} |")
     print("\n| removed | Jaccard within an objective | across objectives |\n|---|---|---|")
@@ -59,9 +84,13 @@ def main(out_dir: str) -> None:
     for entry in study["spearman"]:
         key = (entry["num_remove"], entry["chosen_by"], entry["judged_by"])
         rho = "n/a" if entry["rho"] is None else f"{entry['rho']:+.2f}"
-        print(f"| {' | '.join(map(str, key))} | {rho} | {spread[key]['least']:.4f} to {spread[key]['most']:.4f} |")
+        print(
+            f"| {' | '.join(map(str, key))} | {rho} | {spread[key]['least']:.4f} to "
+            f"{spread[key]['most']:.4f} |"
+        )
     made, asked, naive = (
-        sum(c[name] for c in study["cells"]) for name in ("layer_runs", "asked_layer_runs", "naive_layer_runs")
+        sum(c[name] for c in study["cells"])
+        for name in ("layer_runs", "asked_layer_runs", "naive_layer_runs")
     )
     print(f"\nlayer runs: {made:.0f} made, {asked:.0f} alone, {naive:.0f} naive")
 

@@ -2,9 +2,10 @@
 
     python bench/threads.py [--beside N]
 
-Scores the demo model without each of its blocks, on two windows, in fresh processes, for each number of threads and
-each way of waiting, in turn and three times over. Prints every measurement, and the median seconds of the clock and of
-the processors. --beside: so many processes that only count run at the same time.
+Scores the demo model without each of its blocks, on two windows, in fresh processes, for each
+number of threads and each way of waiting, in turn and three times over. Prints every measurement,
+and the median seconds of the clock and of the processors. --beside: so many processes that only
+count run at the same time.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ wall, cpu = time.perf_counter(), time.process_time()
 ev.score(masks)
 print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
 """
-WAITS = {"as libgomp does": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "1,000 spins": {"GOMP_SPINCOUNT": "1000"}}
+WAITS = {
+    "as libgomp does": {},
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
+}
 
 
 def measure(threads: int, environment: dict[str, str]) -> list[float]:
     """Seconds of the clock, and of the processors."""
     settings = {**os.environ, "OMP_NUM_THREADS": str(threads), **environment}
-    out = subprocess.run([sys.executable, "-c", WORK], env=settings, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", WORK], env=settings, capture_output=True, text=True, check=True
+    ).stdout
     return json.loads(out.splitlines()[-1])
 
 
@@ -45,7 +52,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     cases = [(1, "as libgomp does"), *((os.cpu_count(), how) for how in WAITS)]
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(given.beside)]
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(given.beside)
+    ]
     try:
         found = []
         for _, case in itertools.product(range(given.repeats), cases):

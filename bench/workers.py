@@ -1,10 +1,13 @@
-"""What workers cost: two processes of one thread against one process of two threads, and of one, on the same calls.
+"""What workers cost: two processes of one thread against one process of two threads, and of one, on
+the same calls.
 
-    python bench/workers.py [--blocks 12] [--masks 40] [--rounds 5] [--out bench/results/workers_overhead.json]
+    python bench/workers.py [--blocks 12] [--masks 40] [--rounds 5] [--out
+    bench/results/workers_overhead.json]
 
-Seconds on the clock and of all cores (this process and its workers), of the calls alone: starting is reported by
-itself, and a first call of each mode warms it up. Modes take turns, each round beginning with the next of them, and of
-each the median round counts; where others use the cores (`load` before and after), seconds of cores say more.
+Seconds on the clock and of all cores (this process and its workers), of the calls alone: starting
+is reported by itself, and a first call of each mode warms it up. Modes take turns, each round
+beginning with the next of them, and of each the median round counts; where others use the cores
+(`load` before and after), seconds of cores say more.
 """
 
 from __future__ import annotations
@@ -45,17 +48,28 @@ def main() -> None:
     torch.manual_seed(0)
     hf = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=given.blocks,
-            num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=LENGTH,
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=FFN,
+            num_hidden_layers=given.blocks,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=LENGTH,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     target = fp.Perplexity(fp.TokenBatch.from_ids(torch.randint(0, VOCABULARY, (ROWS, LENGTH))))
     masks = np.random.default_rng(0).random((given.masks, given.blocks)) < 0.7
     masks[:, 0] = True
     torch.set_num_threads(1)
     started, used = time.perf_counter(), time.process_time()
     workers = Processes(2)
-    evaluators = {"2 workers of 1 thread": (1, fp.Evaluator(hf, target, cache_bytes=0, workers=workers), workers.pids)}
+    evaluators = {
+        "2 workers of 1 thread": (
+            1,
+            fp.Evaluator(hf, target, cache_bytes=0, workers=workers),
+            workers.pids,
+        )
+    }
     start = {"seconds": time.perf_counter() - started, "cores": cores(workers.pids) - used}
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -74,16 +88,24 @@ def main() -> None:
                 rounds[name]["cores"].append(cores(pids) - before)
     found: dict[str, dict] = {
         "machine": {**machine(), "threads": [1, 2], "load": [load, os.getloadavg()[0]]},
-        "settings": {"blocks": given.blocks, "masks": given.masks, "rounds": given.rounds, "width": WIDTH}
+        "settings": {
+            "blocks": given.blocks,
+            "masks": given.masks,
+            "rounds": given.rounds,
+            "width": WIDTH,
+        }
         | {"rows": ROWS, "tokens of a row": LENGTH, "backend": ev.backend},
         "starting 2 workers": start,
     }
     for name, took in rounds.items():
-        found[name] = {kind: statistics.median(values) for kind, values in took.items()} | {"rounds": took}
+        found[name] = {kind: statistics.median(values) for kind, values in took.items()} | {
+            "rounds": took
+        }
     same = scores["2 workers of 1 thread"].tobytes() == scores["1 process of 1 thread"].tobytes()
     found["bits"] = {
         "as one process of one thread": same,
-        "as one of two": scores["1 process of 2 threads"].tobytes() == scores["1 process of 1 thread"].tobytes(),
+        "as one of two": scores["1 process of 2 threads"].tobytes()
+        == scores["1 process of 1 thread"].tobytes(),
     }
     print(json.dumps(found, indent=1))
     if given.out:

@@ -1,4 +1,5 @@
-"""Every example, one after the other, in one process: the table of README.md. all.py [MODEL] [--text FILE] ..."""
+"""Every example, one after the other, in one process: the table of README.md. all.py [MODEL]
+[--text FILE] ..."""
 
 import importlib
 

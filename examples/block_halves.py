@@ -1,4 +1,5 @@
-"""BlockPruner (arXiv 2406.10594) and FinerCut (2405.18218): attentions and MLPs go one by one, greedily."""
+"""BlockPruner (arXiv 2406.10594) and FinerCut (2405.18218): attentions and MLPs go one by one,
+greedily."""
 
 from shared import evaluator, loss, main, without_halves
 

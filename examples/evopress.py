@@ -1,7 +1,8 @@
-"""EvoPress (arXiv 2410.14649): mutations of one parent are scored by KL to the dense model, on growing shares.
+"""EvoPress (arXiv 2410.14649): mutations of one parent are scored by KL to the dense model, on
+growing shares.
 
-All children run on few rows, the survivors and the parent on more. The search is the same function for both; what a
-population costs is not.
+All children run on few rows, the survivors and the parent on more. The search is the same function
+for both; what a population costs is not.
 """
 
 import numpy as np
@@ -22,7 +23,9 @@ def search(score, num_blocks: int, num_rows: int):
         members = [swapped(parent, num_blocks, rng) for _ in range(OFFSPRING)]
         for survivors, share in zip(SURVIVORS, SHARES):
             members += [parent] if survivors == 1 else []
-            found = score(members, np.sort(rng.choice(num_rows, max(1, int(share * num_rows)), replace=False)))
+            found = score(
+                members, np.sort(rng.choice(num_rows, max(1, int(share * num_rows)), replace=False))
+            )
             order = np.argsort(found, kind="stable")[:survivors]
             members = [members[i] for i in order]
         parent = members[0]
@@ -39,14 +42,19 @@ def swapped(parent, num_blocks: int, rng) -> list[int]:
 
 @torch.no_grad()
 def loop(hf, rows):
-    dense = [hf(input_ids=row[None], use_cache=False).logits[0, :-1].log_softmax(-1) for row in rows]  # all are held
+    dense = [
+        hf(input_ids=row[None], use_cache=False).logits[0, :-1].log_softmax(-1) for row in rows
+    ]  # all are held
 
     def score(subsets, numbers):
         found = []
         for subset in subsets:
             with without(hf, subset):
                 kl = [
-                    divergence(dense[n], hf(input_ids=rows[n][None], use_cache=False).logits[0, :-1]) for n in numbers
+                    divergence(
+                        dense[n], hf(input_ids=rows[n][None], use_cache=False).logits[0, :-1]
+                    )
+                    for n in numbers
                 ]
             found.append(np.mean(kl))
         return np.array(found)
@@ -56,7 +64,9 @@ def loop(hf, rows):
 
 def divergence(dense, logits) -> float:
     logs = logits.log_softmax(-1)
-    return torch.nn.functional.kl_div(logs, dense, log_target=True, reduction="sum").item() / len(logs)
+    return torch.nn.functional.kl_div(logs, dense, log_target=True, reduction="sum").item() / len(
+        logs
+    )
 
 
 def fast(hf, rows):

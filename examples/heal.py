@@ -1,7 +1,8 @@
-"""Heal a pruned checkpoint: a few steps of LoRA (peft) on text, loss before and after on text that was held out.
+"""Heal a pruned checkpoint: a few steps of LoRA (peft) on text, loss before and after on text that
+was held out.
 
-heal.py PRUNED --text FILE --out HEALED: the last tenth of the text is held out. The adapters are merged into the
-weights, so that HEALED is a checkpoint as any other. See docs/healing.md.
+heal.py PRUNED --text FILE --out HEALED: the last tenth of the text is held out. The adapters are
+merged into the weights, so that HEALED is a checkpoint as any other. See docs/healing.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from fastprune.checkpoint import check_target
 def read_text(path: str) -> str:
     """A .txt file, or the texts of .jsonl rows {"text"}."""
     text = Path(path).read_text(encoding="utf-8")
-    return "\n".join(json.loads(line)["text"] for line in text.splitlines()) if path.endswith(".jsonl") else text
+    return (
+        "\n".join(json.loads(line)["text"] for line in text.splitlines())
+        if path.endswith(".jsonl")
+        else text
+    )
 
 
 def windows(ids: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -31,15 +36,29 @@ def windows(ids: torch.Tensor, rows: int, length: int, generator: torch.Generato
     return torch.stack([ids[start : start + length] for start in starts])
 
 
-def heal(hf, ids: torch.Tensor, steps: int, rows: int, length: int, rank: int = 16, rate: float = 1e-3, seed: int = 0):
-    """The model with adapters on all of its linear layers trained for some steps, and merged into it."""
+def heal(
+    hf,
+    ids: torch.Tensor,
+    steps: int,
+    rows: int,
+    length: int,
+    rank: int = 16,
+    rate: float = 1e-3,
+    seed: int = 0,
+):
+    """The model with adapters on all of its linear layers trained for some steps, and merged into
+    it."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapters = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model = get_peft_model(hf, adapters).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=rate, total_steps=steps, pct_start=0.1
+    )
     for step in range(1, steps + 1):
         batch = windows(ids, rows, length, generator)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -57,7 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="heal.py")
     parser.add_argument("pruned", help="a folder that fastprune export has written")
     parser.add_argument("--text", required=True, help="a .txt file, or .jsonl rows of texts")
-    parser.add_argument("--out", required=True, type=check_target, help="the healed checkpoint's folder")
+    parser.add_argument(
+        "--out", required=True, type=check_target, help="the healed checkpoint's folder"
+    )
     parser.add_argument("--base", help="the whole model's folder, to report its loss too")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, default=4)
@@ -72,7 +93,9 @@ def main() -> None:
     rows = windows(held_out, 16, given.length, torch.Generator().manual_seed(1))
     if given.base:
         print(
-            f"held-out loss of the whole model: {evaluator(open_model(given.base)[0], rows).dense_loss:.4f}", flush=True
+            f"held-out loss of the whole model: "
+            f"{evaluator(open_model(given.base)[0], rows).dense_loss:.4f}",
+            flush=True,
         )
     print(f"held-out loss before: {evaluator(hf, rows).dense_loss:.4f}", flush=True)
     started = time.process_time()

@@ -1,5 +1,5 @@
-"""PruneMe, after Gromov et al. (arXiv 2403.17887): the window of n blocks whose ends are nearest by angle, for several
-n, and the loss without each."""
+"""PruneMe, after Gromov et al. (arXiv 2403.17887): the window of n blocks whose ends are nearest by
+angle, for several n, and the loss without each."""
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ SIZES = (1, 2, 3, 4, 5)
 
 
 def nearest(distance: np.ndarray, size: int) -> list[int]:
-    """The window of `size` blocks with the smallest distance between the states before and after it."""
+    """The window of `size` blocks with the smallest distance between the states before and after
+    it."""
     start = int(np.argmin(np.diagonal(distance, size)))
     return list(range(start, start + size))
 
@@ -19,11 +20,14 @@ def nearest(distance: np.ndarray, size: int) -> list[int]:
 @torch.no_grad()
 def loop(hf, rows):
     distances, last = [], []
-    # the last of transformers' hidden states is after the final norm: the one before it is taken by a hook
+    # the last of transformers' hidden states is after the final norm: the one before it is taken by
+    # a hook
     hook = hf.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
     for row in rows:
         output = hf(input_ids=row[None], output_hidden_states=True, use_cache=False)
-        states = torch.stack([*output.hidden_states[:-1], last.pop()])[:, 0, -1].double()  # at the last token
+        states = torch.stack([*output.hidden_states[:-1], last.pop()])[
+            :, 0, -1
+        ].double()  # at the last token
         states = torch.nn.functional.normalize(states, dim=-1)
         distances.append((states @ states.T).clamp(-1, 1).arccos() / torch.pi)
     hook.remove()

@@ -1,5 +1,5 @@
-"""Monte-Carlo Shapley values of blocks (Siddiqui et al., arXiv 2407.16286): along random orders, blocks are removed one
-after the other, and each is charged what its removal adds to the loss."""
+"""Monte-Carlo Shapley values of blocks (Siddiqui et al., arXiv 2407.16286): along random orders,
+blocks are removed one after the other, and each is charged what its removal adds to the loss."""
 
 import numpy as np
 from shared import evaluator, loss, main, without

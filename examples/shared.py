@@ -1,7 +1,9 @@
-"""What the examples share: a model and rows of tokens, the loss as other tools take it, and a stopwatch.
+"""What the examples share: a model and rows of tokens, the loss as other tools take it, and a
+stopwatch.
 
-Each example has two functions of (hf, rows): `loop`, as a tool of the field writes it, with transformers only, and
-`fast`, the same with fastprune. Both return (what was chosen, the losses that decided it).
+Each example has two functions of (hf, rows): `loop`, as a tool of the field writes it, with
+transformers only, and `fast`, the same with fastprune. Both return (what was chosen, the losses
+that decided it).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def read_rows(tokenizer, text: str | Path, rows: int, length: int) -> torch.Tens
 @torch.no_grad()
 def loss(hf, rows: torch.Tensor) -> float:
     """Mean negative log-likelihood, one row at a time, from full logits."""
-    return sum(hf(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in rows) / len(rows)
+    return sum(
+        hf(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in rows
+    ) / len(rows)
 
 
 def evaluator(hf, rows: torch.Tensor, **options) -> fp.Evaluator:
@@ -63,13 +67,17 @@ def without(hf, removed):
 
 @contextmanager
 def without_halves(hf, removed):
-    """The model without these halves of blocks: 2i is block i's attention, 2i + 1 its mlp; each then adds nothing."""
+    """The model without these halves of blocks: 2i is block i's attention, 2i + 1 its mlp; each
+    then adds nothing."""
     halves = [half for layer in hf.model.layers for half in (layer.self_attn, layer.mlp)]
     for half in removed:
         if half % 2:
             halves[half].forward = torch.zeros_like
         else:
-            halves[half].forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None)
+            halves[half].forward = lambda hidden_states, **kwargs: (
+                torch.zeros_like(hidden_states),
+                None,
+            )
     try:
         yield
     finally:
@@ -86,7 +94,13 @@ def compare(loop, fast, hf, rows) -> dict:
         seconds.append(time.process_time() - started)
     (chosen, losses), (also, found) = results
     same = list(chosen) == list(also) and np.allclose(losses, found, rtol=2e-4, atol=2e-5)
-    return {"loop": seconds[0], "fast": seconds[1], "ratio": seconds[0] / seconds[1], "same": same, "chosen": chosen}
+    return {
+        "loop": seconds[0],
+        "fast": seconds[1],
+        "ratio": seconds[0] / seconds[1],
+        "same": same,
+        "chosen": chosen,
+    }
 
 
 def main(name: str, loop, fast) -> None:
@@ -97,7 +111,9 @@ def main(name: str, loop, fast) -> None:
 
 def arguments(name: str):
     parser = argparse.ArgumentParser(prog=name)
-    parser.add_argument("model", nargs="?", default="demo", help="'demo', or a folder of a Llama-like model")
+    parser.add_argument(
+        "model", nargs="?", default="demo", help="'demo', or a folder of a Llama-like model"
+    )
     parser.add_argument("--text", default=demo.TEXT)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
@@ -108,5 +124,8 @@ def arguments(name: str):
 
 def report(name: str, row: dict) -> None:
     verdict = "the same" if row["same"] else "NOT THE SAME"
-    numbers = f"loop {row['loop']:7.1f} s, fastprune {row['fast']:6.1f} s of CPU, {row['ratio']:5.1f} x, {verdict}"
+    numbers = (
+        f"loop {row['loop']:7.1f} s, fastprune {row['fast']:6.1f} s of CPU, "
+        f"{row['ratio']:5.1f} x, {verdict}"
+    )
     print(f"{name:20} {numbers}: {row['chosen']}", flush=True)

@@ -1,6 +1,8 @@
-"""SLEB (arXiv 2402.09025), and Shortened LLaMA's one-shot criterion (2402.02834) as its first round.
+"""SLEB (arXiv 2402.09025), and Shortened LLaMA's one-shot criterion (2402.02834) as its first
+round.
 
-For each block: leave it out, measure. The block that hurts least goes, and so on until enough are gone.
+For each block: leave it out, measure. The block that hurts least goes, and so on until enough are
+gone.
 """
 
 from shared import evaluator, loss, main, without

@@ -1,16 +1,18 @@
-"""Which blocks are loaded together, and which chunks share the loading: decided from bytes, in integers.
+"""Which blocks are loaded together, and which chunks share the loading: decided from bytes, in
+integers.
 
-The weights of blocks that do not fit are loaded a band of consecutive blocks at a time, for a whole group of chunks.
-The model of cost behind the choice:
+The weights of blocks that do not fit are loaded a band of consecutive blocks at a time, for a whole
+group of chunks. The model of cost behind the choice:
 
-- Half of the room is for the band that computes, half for the next, which is read meanwhile. How large bands are does
-  not change how often a block is read, so they are as large as that allows: then fewest states go from one to the next.
-- A group of chunks reads every block once, so groups are as large as the states between bands may be. Where these fit
-  into memory only in more groups than with a slower tier (a GPU's host, a disk), the cheaper way is taken: loading
-  costs its bytes as far as it is longer than computing, FLOPS_PER_BYTE operations to a byte; a state in a slower tier
-  costs its bytes twice.
-- Masks are split only where the states of a single chunk do not fit: splitting chunks repeats no unit, splitting masks
-  repeats what they share.
+- Half of the room is for the band that computes, half for the next, which is read meanwhile. How
+  large bands are does not change how often a block is read, so they are as large as that allows:
+  then fewest states go from one to the next.
+- A group of chunks reads every block once, so groups are as large as the states between bands may
+  be. Where these fit into memory only in more groups than with a slower tier (a GPU's host, a
+  disk), the cheaper way is taken: loading costs its bytes as far as it is longer than computing,
+  FLOPS_PER_BYTE operations to a byte; a state in a slower tier costs its bytes twice.
+- Masks are split only where the states of a single chunk do not fit: splitting chunks repeats no
+  unit, splitting masks repeats what they share.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from dataclasses import dataclass
 
 from .errors import InputError, gb_flag
 
-# operations in the time that a byte takes to be read: about 50 GFLOP/s over 1 GB/s, and 400 TFLOP/s over 8 GB/s
+# operations in the time that a byte takes to be read: about 50 GFLOP/s over 1 GB/s, and 400 TFLOP/s
+# over 8 GB/s
 FLOPS_PER_BYTE = {"cpu": 50, "cuda": 50_000}
 
 
@@ -29,8 +32,9 @@ FLOPS_PER_BYTE = {"cpu": 50, "cuda": 50_000}
 class Room:
     """What a limit on resident weights leaves for blocks.
 
-    num_blocks, block_bytes: of the model; the largest block, since every place for one takes any. always: bytes that
-    stay loaded (embeddings, final norm, head), and what reading needs. places: blocks that fit at once.
+    num_blocks, block_bytes: of the model; the largest block, since every place for one takes any.
+    always: bytes that stay loaded (embeddings, final norm, head), and what reading needs. places:
+    blocks that fit at once.
     """
 
     num_blocks: int
@@ -40,7 +44,8 @@ class Room:
 
     @property
     def bands(self) -> tuple[range, ...]:
-        """The bands, ascending, of nearly equal length. With a single place, a block is read after the one before."""
+        """The bands, ascending, of nearly equal length. With a single place, a block is read after
+        the one before."""
         if not self.num_blocks:
             return (range(0),)
         most = self.num_blocks if self.places >= self.num_blocks else max(1, self.places // 2)
@@ -50,11 +55,13 @@ class Room:
 
 
 def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: str) -> Room:
-    """The room that `limit` bytes leave. Raises InputError, with the smallest that works, where no block fits."""
+    """The room that `limit` bytes leave. Raises InputError, with the smallest that works, where no
+    block fits."""
     least = always + block_bytes
     if limit < least:
         raise InputError(
-            f"weights_bytes is too small for {name}: what stays loaded takes {always} bytes, a block {block_bytes}; "
+            f"weights_bytes is too small for {name}: what stays loaded takes {always} bytes, a "
+            f"block {block_bytes}; "
             f"the smallest that works is {least}, not {limit} ({gb_flag('weights', least)})"
         )
     places = num_blocks if not block_bytes else min(num_blocks, (limit - always) // block_bytes)
@@ -63,8 +70,8 @@ def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: 
 
 @dataclass(frozen=True)
 class Groups:
-    """Chunks that share the loading, by their places in the list that was given; whether their states may go to a
-    slower tier; load_bytes: read in all."""
+    """Chunks that share the loading, by their places in the list that was given; whether their
+    states may go to a slower tier; load_bytes: read in all."""
 
     groups: tuple[tuple[int, ...], ...]
     slower: bool
@@ -72,12 +79,18 @@ class Groups:
 
 
 def make_groups(
-    state_bytes: Sequence[int], flops: Sequence[int], load_bytes: int, memory: int, slower: int, flops_per_byte: int
+    state_bytes: Sequence[int],
+    flops: Sequence[int],
+    load_bytes: int,
+    memory: int,
+    slower: int,
+    flops_per_byte: int,
 ) -> Groups:
     """Which chunks share the loading, for the least cost.
 
-    state_bytes, flops: of each chunk, the states between bands at their most, and its operations. load_bytes: read for
-    a group. memory, slower: bytes for states in memory, and beyond it. A chunk that alone is too large is a group.
+    state_bytes, flops: of each chunk, the states between bands at their most, and its operations.
+    load_bytes: read for a group. memory, slower: bytes for states in memory, and beyond it. A chunk
+    that alone is too large is a group.
     """
     best: tuple[int, Groups] | None = None
     for extra in (0, slower) if slower else (0,):

@@ -1,4 +1,5 @@
-"""Mask or sequence -> Hugging Face checkpoint that stock transformers loads, and the same for other tools."""
+"""Mask or sequence -> Hugging Face checkpoint that stock transformers loads, and the same for other
+tools."""
 
 from __future__ import annotations
 
@@ -33,17 +34,19 @@ def export(
 ) -> Path:
     """Write the model without these blocks as a safetensors checkpoint and return its folder.
 
-    `AutoModelForCausalLM.from_pretrained` loads it: blocks are renumbered, num_hidden_layers and per-layer lists of
-    the config are cut, the tokenizer goes along. The folder appears only when it is complete and what it holds,
-    loaded again, gives the logits of the masked model. It can go to a hub as it is: README.md is its model card, and
-    `recipes/` says the same for mergekit, llama.cpp, EvoPress and LLM-Drop (see `fastprune.recipes`).
+    `AutoModelForCausalLM.from_pretrained` loads it: blocks are renumbered, num_hidden_layers and
+    per-layer lists of the config are cut, the tokenizer goes along. The folder appears only when it
+    is complete and what it holds, loaded again, gives the logits of the masked model. It can go to
+    a hub as it is: README.md is its model card, and `recipes/` says the same for mergekit,
+    llama.cpp, EvoPress and LLM-Drop (see `fastprune.recipes`).
 
-    model: a Model, a transformers model, or an Evaluator of blocks, whose losses then stand in the card.
-    base_model: the hub id of the base model, for card and recipes; by default the name that it was opened by, of a
-    folder its last part. losses: (before, after) by objective, for the card; what they were
-    measured on may follow the objective's name behind a comma.
-    Raises InputError for an index out of range or given twice, a folder that is not empty, a base_model that is no
-    hub id, and for a family whose blocks cannot be renumbered.
+    model: a Model, a transformers model, or an Evaluator of blocks, whose losses then stand in the
+    card.
+    base_model: the hub id of the base model, for card and recipes; by default the name that it was
+    opened by, of a folder its last part. losses: (before, after) by objective, for the card; what
+    they were measured on may follow the objective's name behind a comma. Raises InputError for an
+    index out of range or given twice, a folder that is not empty, a base_model that is no hub id,
+    and for a family whose blocks cannot be renumbered.
 
     >>> import tempfile
     >>> import fastprune as fp
@@ -58,7 +61,9 @@ def export(
     sequence = [block for block in range(model.num_blocks) if block not in removed]
     if not sequence:
         raise InputError("removing every block leaves nothing to export")
-    return _export(model, evaluator, sequence, out_dir, f"without blocks {removed}", base_model, losses)
+    return _export(
+        model, evaluator, sequence, out_dir, f"without blocks {removed}", base_model, losses
+    )
 
 
 def export_sequence(
@@ -69,10 +74,12 @@ def export_sequence(
     base_model: str | None = None,
     losses: Mapping[str, tuple[float, float]] | None = None,
 ) -> Path:
-    """Write the model with these blocks in this order, as `export` does; a block may stand repeatedly, or not at all.
+    """Write the model with these blocks in this order, as `export` does; a block may stand
+    repeatedly, or not at all.
 
-    What `Evaluator.score_sequences` scores. The weights of a block that stands n times are written n times, as
-    separate weights. Raises InputError as `export` does, and for a sequence that is empty.
+    What `Evaluator.score_sequences` scores. The weights of a block that stands n times are written
+    n times, as separate weights. Raises InputError as `export` does, and for a sequence that is
+    empty.
 
     >>> import tempfile
     >>> import fastprune as fp
@@ -86,26 +93,33 @@ def export_sequence(
     (checked,) = check_sequences([sequence], model.num_blocks)
     if not checked:
         raise InputError("a sequence without blocks leaves nothing to export")
-    return _export(model, evaluator, checked, out_dir, f"with the blocks {checked}", base_model, losses)
+    return _export(
+        model, evaluator, checked, out_dir, f"with the blocks {checked}", base_model, losses
+    )
 
 
 def check_target(out_dir: str | os.PathLike) -> Path:
     """The folder as a path, if a checkpoint can be written there. Raises InputError otherwise."""
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists already and is not overwritten; name another folder or remove it")
+        raise InputError(
+            f"{out}: exists already and is not overwritten; name another folder or remove it"
+        )
     return check_folder(out)
 
 
 def check_base_model(base_model: str | None) -> str | None:
     """The hub id, if it is one. Raises InputError otherwise."""
-    if base_model is not None and not (isinstance(base_model, str) and recipes.HUB_ID.fullmatch(base_model)):
+    if base_model is not None and not (
+        isinstance(base_model, str) and recipes.HUB_ID.fullmatch(base_model)
+    ):
         raise InputError(f"base_model must be a hub id such as 'org/name', not {shown(base_model)}")
     return base_model
 
 
 def llama_cpp_warning(model: Model) -> str | None:
-    """What must be known before blocks of this Model are left out with llama.cpp's own option; None where nothing."""
+    """What must be known before blocks of this Model are left out with llama.cpp's own option; None
+    where nothing."""
     return recipes.llama_cpp_warning(model.per_layer())
 
 
@@ -117,7 +131,9 @@ def _opened(model: Model | Evaluator | nn.Module) -> tuple[Model, Evaluator | No
     if not isinstance(model, Evaluator):
         return model if isinstance(model, Model) else Model(model), None
     if model.granularity != "block":
-        raise InputError("half a block cannot be left out of a checkpoint; give an evaluator of blocks")
+        raise InputError(
+            "half a block cannot be left out of a checkpoint; give an evaluator of blocks"
+        )
     return model.model, model
 
 
@@ -145,7 +161,9 @@ def _export(
                 model.tokenizer.save_pretrained(partial)
             _check_written(model, sequence, what, partial)
         _describe(model, sequence, base, losses, partial)
-        for file in partial.rglob("*"):  # safetensors makes its files private; the folder has what the umask leaves
+        for file in partial.rglob(
+            "*"
+        ):  # safetensors makes its files private; the folder has what the umask leaves
             if file.is_file():
                 file.chmod(partial.stat().st_mode & 0o666)
         if out.exists():
@@ -157,7 +175,11 @@ def _export(
 
 
 def _describe(
-    model: Model, sequence: Sequence[int], base: str, losses: Mapping[str, tuple[float, float]], folder: Path
+    model: Model,
+    sequence: Sequence[int],
+    base: str,
+    losses: Mapping[str, tuple[float, float]],
+    folder: Path,
 ) -> None:
     """Write the model card, and what other tools need to make the same of the base model."""
     warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
@@ -175,14 +197,19 @@ def _base_name(name: str) -> str:
     return name if is_hub_id else Path(name).absolute().name
 
 
-def _check_losses(losses: Mapping[str, tuple[float, float]] | None) -> dict[str, tuple[float, float]]:
+def _check_losses(
+    losses: Mapping[str, tuple[float, float]] | None,
+) -> dict[str, tuple[float, float]]:
     if losses is None:
         return {}
     try:
-        return {str(name): (float(before), float(after)) for name, (before, after) in losses.items()}
+        return {
+            str(name): (float(before), float(after)) for name, (before, after) in losses.items()
+        }
     except (AttributeError, TypeError, ValueError):
         raise InputError(
-            f"losses are (before, after) by objective, such as {{'perplexity': (2.1, 2.4)}}, not {shown(losses)}"
+            f"losses are (before, after) by objective, such as {{'perplexity': (2.1, 2.4)}}, not "
+            f"{shown(losses)}"
         ) from None
 
 
@@ -211,12 +238,18 @@ def _check_written(model: Model, sequence: Sequence[int], what: str, folder: Pat
     implementation = getattr(model.config, "_attn_implementation", None)
     # what such a model's own code has written along is that code
     own_code = type(model.hf).__module__.startswith("transformers_modules.")
-    options = {"dtype": model.dtype, "attn_implementation": implementation, "trust_remote_code": own_code}
+    options = {
+        "dtype": model.dtype,
+        "attn_implementation": implementation,
+        "trust_remote_code": own_code,
+    }
     try:
         written = AutoModelForCausalLM.from_pretrained(folder, **options)
         found = written.eval().to(model.device)(input_ids=ids, use_cache=False).logits.flatten(0, 1)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"the family {model.family!r} cannot be exported {what}: {error}") from error
+        raise InputError(
+            f"the family {model.family!r} cannot be exported {what}: {error}"
+        ) from error
     if not model.agree(found, expected):
         raise InputError(
             f"the family {model.family!r} cannot be exported {what}: "

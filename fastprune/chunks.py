@@ -1,4 +1,5 @@
-"""Rows of a calibration set as a rectangular batch on the model's device, and its targets in tiles."""
+"""Rows of a calibration set as a rectangular batch on the model's device, and its targets in
+tiles."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from .data import TokenBatch
 class Chunk:
     """B rows of about T tokens, padded at the end to T, with their targets.
 
-    ids int64[B, T]; positions and branch int64[B, T], or None for plain causal rows.
-    sources int64[P]: the flat indices in [B * T] whose states predict a target, ascending and distinct.
-    target_source int64[M] (index into sources, ascending), target_token int64[M].
-    continuation int64[M] (NumPy): which continuation of the batch each target belongs to.
+    ids int64[B, T]; positions and branch int64[B, T], or None for plain causal rows. sources
+    int64[P]: the flat indices in [B * T] whose states predict a target, ascending and distinct.
+    target_source int64[M] (index into sources, ascending), target_token int64[M]. continuation
+    int64[M] (NumPy): which continuation of the batch each target belongs to.
     """
 
     ids: torch.Tensor
@@ -43,23 +44,39 @@ class Chunk:
 
     @cached_property
     def key(self) -> bytes:
-        """SHA-256 of the shape, the tokens, and the targets by continuation: what a sum over this chunk is a sum of."""
-        parts = (self.ids, self.positions, self.branch, self.sources, self.target_source, self.target_token)
+        """SHA-256 of the shape, the tokens, and the targets by continuation: what a sum over this
+        chunk is a sum of."""
+        parts = (
+            self.ids,
+            self.positions,
+            self.branch,
+            self.sources,
+            self.target_source,
+            self.target_token,
+        )
         arrays = [None if part is None else part.cpu().numpy() for part in parts]
         digest = hashlib.sha256()
         for array in (*arrays, np.searchsorted(self.continuations, self.continuation)):
-            digest.update(b"none" if array is None else f"{array.shape}".encode() + array.astype("<i8").tobytes())
+            digest.update(
+                b"none"
+                if array is None
+                else f"{array.shape}".encode() + array.astype("<i8").tobytes()
+            )
         return digest.digest()
 
     def tiles(self, size: int) -> list[Tile]:
         """The targets, cut into tiles of at most `size` positions."""
         tiles = []
         starts = range(0, len(self.sources), size)
-        bounds = np.searchsorted(self.target_source.cpu().numpy(), [*starts, len(self.sources)]).tolist()
+        bounds = np.searchsorted(
+            self.target_source.cpu().numpy(), [*starts, len(self.sources)]
+        ).tolist()
         for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
             positions = slice(start, min(start + size, len(self.sources)))
             rows = self.target_source[first:last] - start
-            tiles.append(Tile(positions, self.sources[positions], rows, self.target_token[first:last]))
+            tiles.append(
+                Tile(positions, self.sources[positions], rows, self.target_token[first:last])
+            )
         return tiles
 
 
@@ -67,8 +84,8 @@ class Chunk:
 class Tile:
     """Positions of a chunk that go through the head together.
 
-    positions: which of the chunk's sources; sources int64[P]: those. rows int64[M] (ascending, into the P positions)
-    and tokens int64[M]: the targets.
+    positions: which of the chunk's sources; sources int64[P]: those. rows int64[M] (ascending, into
+    the P positions) and tokens int64[M]: the targets.
     """
 
     positions: slice
@@ -93,7 +110,10 @@ class Tile:
     def _columns(self) -> tuple[torch.Tensor, int]:
         """Each target's number among those of its position, and the most that a position has."""
         per_row = torch.bincount(self.rows, minlength=len(self.sources))
-        column = torch.arange(len(self.rows), device=self.rows.device) - (per_row.cumsum(0) - per_row)[self.rows]
+        column = (
+            torch.arange(len(self.rows), device=self.rows.device)
+            - (per_row.cumsum(0) - per_row)[self.rows]
+        )
         return column, max(1, int(per_row.max()))
 
 

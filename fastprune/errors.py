@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A file, flag or argument is wrong. The message is one line: what is wrong, and what would be right.
+    """A file, flag or argument is wrong. The message is one line: what is wrong, and what would be
+    right.
 
     >>> import fastprune as fp
     >>> try:
@@ -28,5 +29,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def gb_flag(name: str, least: int) -> str:
-    """The flag of the command line that gives at least so many bytes, such as --weights-gb 0.001235."""
+    """The flag of the command line that gives at least so many bytes, such as --weights-gb
+    0.001235."""
     return f"--{name}-gb {math.ceil(least / 2**30 * 1e6) / 1e6:.6f}"

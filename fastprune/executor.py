@@ -1,7 +1,8 @@
-"""The executor: takes a chunk through the steps of a schedule, and turns final states into values of the measure.
+"""The executor: takes a chunk through the steps of a schedule, and turns final states into values
+of the measure.
 
-It decides nothing. The engine says which chunks, in which order, by which steps; here units and heads run, and what was
-run is counted where it happens.
+It decides nothing. The engine says which chunks, in which order, by which steps; here units and
+heads run, and what was run is counted where it happens.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from .models.stand_ins import State, hidden_of, state_bytes
 from .schedule import ROOT, Schedule, Visit
 from .states import Frontier, PrefixCache
 
-Walk = Generator[tuple[int, torch.Tensor, int], None, None]  # after each step: its end or -1, hidden, units run
+Walk = Generator[
+    tuple[int, torch.Tensor, int], None, None
+]  # after each step: its end or -1, hidden, units run
 
 
 @dataclass
 class Counts:
     """What was done so far.
 
-    row_runs, row_heads: units, and heads, that were run, once for each row of the batch. row_unbounded: unit runs, had
-    every state been kept. weight_loads: blocks whose weights were read; weight_bytes: of files, for these.
+    row_runs, row_heads: units, and heads, that were run, once for each row of the batch.
+    row_unbounded: unit runs, had every state been kept. weight_loads: blocks whose weights were
+    read; weight_bytes: of files, for these.
     peak_activation_bytes: the most that were held, workspaces as measured on this model.
     """
 
@@ -42,9 +46,11 @@ class Counts:
 
 
 class Executor:
-    """Runs schedules on chunks. cache, frontier: where states come from and go to; counts: where it says what it did.
+    """Runs schedules on chunks. cache, frontier: where states come from and go to; counts: where it
+    says what it did.
 
-    keeps_references: whether what masks are compared with (`Measure.reference`) stays while the masks of a chunk run.
+    keeps_references: whether what masks are compared with (`Measure.reference`) stays while the
+    masks of a chunk run.
     """
 
     def __init__(
@@ -57,7 +63,12 @@ class Executor:
         frontier: Frontier,
         counts: Counts,
     ):
-        self.model, self.runner, self.measure, self.granularity = model, runner, measure, granularity
+        self.model, self.runner, self.measure, self.granularity = (
+            model,
+            runner,
+            measure,
+            granularity,
+        )
         self.cache, self.frontier, self.counts = cache, frontier, counts
         self.keeps_references = False
         self._per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
@@ -68,13 +79,16 @@ class Executor:
         self.chunks, self._footprint = chunks, footprint
         self._tiles = [chunk.tiles(tile) for chunk in chunks]
         self._dense: dict[int, torch.Tensor] = {}  # by chunk, see keep_dense
-        self._references: dict[int, torch.Tensor] = {}  # by tile of the chunk that runs, see _reference
+        self._references: dict[
+            int, torch.Tensor
+        ] = {}  # by tile of the chunk that runs, see _reference
 
-    # -- walks -----------------------------------------------------------------------------------------------------
+    # -- walks -------------------------------------------------------------------------------------
 
     def walks(self, schedules: dict[int, Schedule]) -> Iterator[tuple[int, Walk]]:
-        """A group of chunks, band by band: (chunk, its walk while that band is loaded). Each is walked before the next
-        is asked for; broken off, the cache forgets what it has of these chunks."""
+        """A group of chunks, band by band: (chunk, its walk while that band is loaded). Each is
+        walked before the next is asked for; broken off, the cache forgets what it has of these
+        chunks."""
         cache, weights, finished = self.cache, self.model.weights, False
         read = (0, 0) if weights is None else (weights.loads, weights.bytes)
         try:
@@ -108,8 +122,16 @@ class Executor:
         """The blocks that a visit runs."""
         if len(self.runner.bands) == 1:
             return self.runner.bands[0]
-        steps = (schedules[number].steps[visit.start : visit.stop] for number, visit in visits.items())
-        return sorted({unit // self._per_block for step in itertools.chain.from_iterable(steps) for unit in step.units})
+        steps = (
+            schedules[number].steps[visit.start : visit.stop] for number, visit in visits.items()
+        )
+        return sorted(
+            {
+                unit // self._per_block
+                for step in itertools.chain.from_iterable(steps)
+                for unit in step.units
+            }
+        )
 
     def _walk(self, schedule: Schedule, visit: Visit, number: int) -> Walk:
         """Run a visit's steps on one chunk."""
@@ -159,10 +181,11 @@ class Executor:
         peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
         self.counts.peak_activation_bytes = max(self.counts.peak_activation_bytes, peak)
 
-    # -- final states ------------------------------------------------------------------------------------------------
+    # -- final states ------------------------------------------------------------------------------
 
     def values(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        """The measure's values at every target of a chunk, [V, M], from one mask's final states [B, T, D]."""
+        """The measure's values at every target of a chunk, [V, M], from one mask's final states [B,
+        T, D]."""
         hidden = hidden.flatten(0, 1)
         values = []
         for index, tile in enumerate(self._tiles[number]):
@@ -172,7 +195,8 @@ class Executor:
         return torch.cat(values, dim=1)
 
     def _reference(self, number: int, index: int) -> torch.Tensor:
-        """What the masks are compared with at a tile of a chunk; kept for the next mask where the budget has room."""
+        """What the masks are compared with at a tile of a chunk; kept for the next mask where the
+        budget has room."""
         found = self._references.get(index)
         if found is None:
             assert self.measure.reference is not None
@@ -190,5 +214,6 @@ class Executor:
         return [number for number in numbers if number not in self._dense]
 
     def keep_dense(self, hidden: torch.Tensor, number: int) -> None:
-        """Keep the dense model's final states of a chunk, [B, T, D], where a target is predicted."""
+        """Keep the dense model's final states of a chunk, [B, T, D], where a target is
+        predicted."""
         self._dense[number] = hidden.flatten(0, 1)[self.chunks[number].sources]

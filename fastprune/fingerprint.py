@@ -1,4 +1,5 @@
-"""What the bits of a result depend on besides weights, data and mask: device, software, and their switches."""
+"""What the bits of a result depend on besides weights, data and mask: device, software, and their
+switches."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from torch import nn
 
 from . import __version__
 
-_ENVIRONMENT = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG")
+_ENVIRONMENT = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
 
 
 _PROCESS = uuid.uuid4().hex
@@ -25,8 +31,8 @@ _NUMBERS = itertools.count()
 
 
 def mark(thing: object) -> str:
-    """A text that stands for an object of which nothing else is known, such as a hook: no other object's, in this
-    process or another. (Its address is another's as soon as it is gone.)"""
+    """A text that stands for an object of which nothing else is known, such as a hook: no other
+    object's, in this process or another. (Its address is another's as soon as it is gone.)"""
     known = _MARKS.get(id(thing))
     if known is None or known[0]() is not thing:
         reference: Callable[[], object]
@@ -39,10 +45,12 @@ def mark(thing: object) -> str:
 
 
 def machine_fingerprint(device: torch.device) -> dict[str, object]:
-    """Plain values, by name: equal on two machines whose results have the same bits as far as is known.
+    """Plain values, by name: equal on two machines whose results have the same bits as far as is
+    known.
 
-    Software versions and torch's build (its BLAS among it), the device and what it computes with, the backends of
-    attention, and every global switch of torch that chooses or changes a matrix product.
+    Software versions and torch's build (its BLAS among it), the device and what it computes with,
+    the backends of attention, and every global switch of torch that chooses or changes a matrix
+    product.
     """
     import transformers
 
@@ -55,7 +63,9 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
         "float32_matmul": _float32_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "default_dtype": str(torch.get_default_dtype()),
-        "denormals": bool(torch.full((1,), 1e-310, dtype=torch.float64) * 0.5 != 0),  # a switch that cannot be read
+        "denormals": bool(
+            torch.full((1,), 1e-310, dtype=torch.float64) * 0.5 != 0
+        ),  # a switch that cannot be read
         "hooks": _global_hooks(),
         **(_gpu(device) if device.type == "cuda" else _cpu()),
     }
@@ -71,7 +81,10 @@ def _float32_precision() -> str:
 def _global_hooks() -> list[str]:
     """Hooks on every module there is."""
     of_modules = nn.modules.module
-    hooks = (*of_modules._global_forward_pre_hooks.values(), *of_modules._global_forward_hooks.values())
+    hooks = (
+        *of_modules._global_forward_pre_hooks.values(),
+        *of_modules._global_forward_hooks.values(),
+    )
     return [mark(hook) for hook in hooks]
 
 
@@ -86,16 +99,29 @@ def _cpu() -> dict[str, object]:
 def _mkldnn_precisions() -> list[str]:
     mkldnn: Any = torch.backends.mkldnn  # whose parts are made when it is imported
     precisions = [operator.fp32_precision for operator in (mkldnn, mkldnn.matmul, mkldnn.conv)]
-    return ["ieee" if precision == "none" else precision for precision in precisions]  # never set: the same, unsaid
+    return [
+        "ieee" if precision == "none" else precision for precision in precisions
+    ]  # never set: the same, unsaid
 
 
 def _gpu(device: torch.device) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(device)
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     return {
-        "device": [properties.name, properties.major, properties.minor, properties.multi_processor_count],
+        "device": [
+            properties.name,
+            properties.major,
+            properties.minor,
+            properties.multi_processor_count,
+        ],
         "cuda": torch.version.cuda or torch.version.hip,
-        "cudnn": [cudnn.version(), cudnn.enabled, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark],
+        "cudnn": [
+            cudnn.version(),
+            cudnn.enabled,
+            cudnn.allow_tf32,
+            cudnn.deterministic,
+            cudnn.benchmark,
+        ],
         "matmul": [
             matmul.allow_tf32,
             str(matmul.allow_bf16_reduced_precision_reduction),

@@ -1,4 +1,5 @@
-"""What a model's activations weigh, measured on one row, and how many tokens of a chunk a byte budget allows."""
+"""What a model's activations weigh, measured on one row, and how many tokens of a chunk a byte
+budget allows."""
 
 from __future__ import annotations
 
@@ -30,11 +31,13 @@ class Footprint:
     longest_row: int
 
     def needed(self, tokens: int, num_slots: int) -> int:
-        """Bytes of a walk with chunks of so many tokens: the slots, a unit's input, its workspace, and the head."""
+        """Bytes of a walk with chunks of so many tokens: the slots, a unit's input, its workspace,
+        and the head."""
         return math.ceil(((num_slots + 1) * self.state + self.workspace) * tokens) + self.head
 
     def tokens_within(self, budget_bytes: int, num_slots: int) -> int:
-        """The most tokens of a chunk that `needed` allows within the budget; 0 where not even the longest row fits."""
+        """The most tokens of a chunk that `needed` allows within the budget; 0 where not even the
+        longest row fits."""
         if self.needed(self.longest_row, num_slots) > budget_bytes:
             return 0
         per_token = (num_slots + 1) * self.state + self.workspace
@@ -48,14 +51,20 @@ def measure_footprint(
     head: Callable[[torch.Tensor], object],
     tile: int,
 ) -> Footprint:
-    """Run the first units and one tile of the head on the longest rows of a batch, and note what they hold."""
+    """Run the first units and one tile of the head on the longest rows of a batch, and note what
+    they hold."""
     if not runner.bands[0]:
         return _measure(runner, batch, granularity, head, tile)
-    (found,) = (_measure(runner, batch, granularity, head, tile) for _ in runner.visit([runner.bands[0][:1]]))
+    (found,) = (
+        _measure(runner, batch, granularity, head, tile)
+        for _ in runner.visit([runner.bands[0][:1]])
+    )
     return found
 
 
-def _measure(runner: Runner, batch: TokenBatch, granularity: str, head: Callable, tile: int) -> Footprint:
+def _measure(
+    runner: Runner, batch: TokenBatch, granularity: str, head: Callable, tile: int
+) -> Footprint:
     state_size = workspace = 0.0
     longest = 0
     for row in _longest_rows(batch):
@@ -68,7 +77,8 @@ def _measure(runner: Runner, batch: TokenBatch, granularity: str, head: Callable
 
 
 def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], tile: int) -> int:
-    """Bytes that are held while a tile of positions goes from hidden states, like these [..., D], to numbers."""
+    """Bytes that are held while a tile of positions goes from hidden states, like these [..., D],
+    to numbers."""
     hidden = hidden.flatten(0, -2)
     hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
     _, held = peak_bytes(lambda: head(hidden))
@@ -82,8 +92,9 @@ def _longest_rows(batch: TokenBatch) -> list[int]:
 
 
 def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[State, int, int]:
-    """Open a chunk and run its first unit (with sublayers, one of each kind). The last state, the bytes of the largest,
-    and those held at the peak besides a unit's input: its workspace, and what the layers are given (masks, angles)."""
+    """Open a chunk and run its first unit (with sublayers, one of each kind). The last state, the
+    bytes of the largest, and those held at the peak besides a unit's input: its workspace, and what
+    the layers are given (masks, angles)."""
     largest = 0
 
     def run() -> State:

@@ -1,7 +1,9 @@
-"""How a calibration set is cut into chunks and tiles: decided once, from the data and the byte budget alone.
+"""How a calibration set is cut into chunks and tiles: decided once, from the data and the byte
+budget alone.
 
-Every mask is run over the same chunks, so that every matrix product has the same shape whatever else is scored in the
-same call: that is what makes a score bit-identical alone and in company. Integers only.
+Every mask is run over the same chunks, so that every matrix product has the same shape whatever
+else is scored in the same call: that is what makes a score bit-identical alone and in company.
+Integers only.
 """
 
 from __future__ import annotations
@@ -16,16 +18,22 @@ from .data import TokenBatch
 from .errors import InputError
 from .records import shown
 
-FIRST_LOOK = 8, 16  # rows of the first look at least: as few from 8 to 16 as hold LOOK_TOKENS; and one in 16 of all
+FIRST_LOOK = (
+    8,
+    16,
+)  # rows of the first look at least: as few from 8 to 16 as hold LOOK_TOKENS; and one in 16 of all
 LOOK_TOKENS = 1024  # a matrix product of so many rows runs at speed on a CPU
-RUN_TOKENS = 32  # what each run of a chunk costs beside its tokens, in tokens: reading the weights above all
+RUN_TOKENS = (
+    32  # what each run of a chunk costs beside its tokens, in tokens: reading the weights above all
+)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which rows run together, and how many of their positions go through the head at once.
 
-    chunks: the rows of each, all rows once; a chunk holds either plain rows or trees. tile: positions.
+    chunks: the rows of each, all rows once; a chunk holds either plain rows or trees. tile:
+    positions.
     content_hash: of the calibration set that it was made for, `TokenBatch.content_hash`.
 
     >>> from fastprune.layout import Layout
@@ -55,35 +63,47 @@ class Layout:
         if self.content_hash != batch.content_hash:
             raise InputError("the layout was made for other calibration data")
         rows, every = [row for chunk in self.chunks for row in chunk], list(range(batch.num_rows))
-        if not all(self.chunks) or not all(type(row) is int for row in rows) or sorted(rows) != every:
-            raise InputError(f"the layout's chunks must hold the rows 0 to {batch.num_rows - 1}, each once")
+        if (
+            not all(self.chunks)
+            or not all(type(row) is int for row in rows)
+            or sorted(rows) != every
+        ):
+            raise InputError(
+                f"the layout's chunks must hold the rows 0 to {batch.num_rows - 1}, each once"
+            )
         look = look_of(batch)
         if any(len(set(look[list(chunk)].tolist())) > 1 for chunk in self.chunks):
             raise InputError("a chunk of the layout holds rows of two looks of a race")
         if any(len(set(batch.row_is_tree[list(chunk)].tolist())) > 1 for chunk in self.chunks):
             raise InputError("the layout's chunks must hold plain rows or trees, not both")
         if type(self.tile) is not int or self.tile < 1:
-            raise InputError(f"the layout's tile must be a number of positions, not {shown(self.tile)}")
+            raise InputError(
+                f"the layout's tile must be a number of positions, not {shown(self.tile)}"
+            )
 
 
 def make_layout(batch: TokenBatch, max_tokens: int, tile: int) -> Layout:
     """Chunks of at most max_tokens tokens each, padding included (but at least one row each).
 
-    No chunk crosses a look, or is larger than the first, so that a few samples cost about their share. Within a look,
-    rows are sorted by kind and length, and cut where padding and many small chunks cost the least.
+    No chunk crosses a look, or is larger than the first, so that a few samples cost about their
+    share. Within a look, rows are sorted by kind and length, and cut where padding and many small
+    chunks cost the least.
     """
     looks = look_rows(batch)
-    groups = [group for rows in looks for group in _group_rows(batch, rows, max_tokens, len(looks[0]))]
+    groups = [
+        group for rows in looks for group in _group_rows(batch, rows, max_tokens, len(looks[0]))
+    ]
     return Layout(tuple(map(tuple, groups)), tile, batch.content_hash)
 
 
 def look_rows(batch: TokenBatch) -> list[np.ndarray]:
     """The rows of each look of a race, in the order in which they are looked at.
 
-    Rows stand in a random order, the same for every set of so many. The first look is at a sixteenth of them (but 8
-    rows, or up to 16 where rows are short, and at all of fewer than 32), and each later one adds two fifths to what
-    has been seen: on the demo model's triples this took a tenth less work than doubling. The last adds a quarter or
-    more. One look at all where there is no race.
+    Rows stand in a random order, the same for every set of so many. The first look is at a
+    sixteenth of them (but 8 rows, or up to 16 where rows are short, and at all of fewer than 32),
+    and each later one adds two fifths to what has been seen: on the demo model's triples this took
+    a tenth less work than doubling. The last adds a quarter or more. One look at all where there is
+    no race.
     """
     num_rows = batch.num_rows
     if not batch.raced:
@@ -108,17 +128,27 @@ def look_of(batch: TokenBatch) -> np.ndarray:
     return found
 
 
-def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int, max_rows: int) -> list[list[int]]:
-    """Plain rows, then trees, longest first, cut so that tokens, with padding, and runs cost the least in all."""
+def _group_rows(
+    batch: TokenBatch, rows: np.ndarray, max_tokens: int, max_rows: int
+) -> list[list[int]]:
+    """Plain rows, then trees, longest first, cut so that tokens, with padding, and runs cost the
+    least in all."""
     groups = []
     for kind in (False, True):
         alike = rows[batch.row_is_tree[rows] == kind]
         alike = alike[np.lexsort((alike, -batch.row_lengths[alike]))]
         lengths, count = batch.row_lengths[alike], len(alike)
-        least, sizes = np.zeros(count + 1), np.zeros(count, dtype=np.int64)  # of what is left from each row on
+        least, sizes = (
+            np.zeros(count + 1),
+            np.zeros(count, dtype=np.int64),
+        )  # of what is left from each row on
         for start in reversed(range(count)):
             most = min(count - start, max_rows, max(1, max_tokens // int(lengths[start])))
-            costs = lengths[start] * np.arange(most, 0, -1) + RUN_TOKENS + least[start + 1 : start + 1 + most][::-1]
+            costs = (
+                lengths[start] * np.arange(most, 0, -1)
+                + RUN_TOKENS
+                + least[start + 1 : start + 1 + most][::-1]
+            )
             best = int(costs.argmin())  # of equals that with the most rows
             least[start], sizes[start] = costs[best], most - best
         start = 0

@@ -28,7 +28,9 @@ def as_masks(masks: Any, num_units: int) -> np.ndarray:
     try:
         array = np.asarray(masks)
     except ValueError:  # rows of different lengths
-        raise InputError(f"masks must be a rectangular array [N, {num_units}], but its rows differ") from None
+        raise InputError(
+            f"masks must be a rectangular array [N, {num_units}], but its rows differ"
+        ) from None
     if array.size == 0 and array.ndim < 2:
         array = array.reshape(0, num_units)
     if array.ndim == 1:
@@ -47,7 +49,9 @@ def as_masks(masks: Any, num_units: int) -> np.ndarray:
     wrong = np.argwhere((array != 0) & (array != 1))
     if len(wrong):
         row, unit = wrong[0]
-        raise InputError(f"mask {row} has the value {array[row, unit]} at unit {unit}; only 0 and 1 are allowed")
+        raise InputError(
+            f"mask {row} has the value {array[row, unit]} at unit {unit}; only 0 and 1 are allowed"
+        )
     return array.astype(bool)
 
 
@@ -58,13 +62,17 @@ def check_removed(removed: Iterable[int], num_units: int, what: str = "removed")
     """
     units = []
     if not isinstance(removed, Iterable):
-        raise InputError(f"{what} units are given as a collection such as (9, 10), not {shown(removed)}")
+        raise InputError(
+            f"{what} units are given as a collection such as (9, 10), not {shown(removed)}"
+        )
     for unit in removed:
         if isinstance(unit, bool) or not isinstance(unit, (int, np.integer)):
             raise InputError(f"{what} unit {shown(unit)} is not an integer")
         if not 0 <= unit < num_units:
             number = shown(int(unit))
-            raise InputError(f"{what} unit {number} is out of range; the model's units are 0 to {num_units - 1}")
+            raise InputError(
+                f"{what} unit {number} is out of range; the model's units are 0 to {num_units - 1}"
+            )
         units.append(int(unit))
     units.sort()
     for unit, following in itertools.pairwise(units):
@@ -77,20 +85,30 @@ MAX_LENGTH = 4096  # units of a sequence
 
 
 def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[tuple[int, ...]]:
-    """Sequences of unit indices as tuples. Raises InputError for an index that is out of range or no integer, and for
-    a sequence of more than 4,096 units."""
+    """Sequences of unit indices as tuples. Raises InputError for an index that is out of range or
+    no integer, and for a sequence of more than 4,096 units."""
     if not isinstance(sequences, Iterable):
         raise InputError(f"sequences are given as a list such as [(0, 1, 1, 2)], not {sequences!r}")
     checked = []
     for number, sequence in enumerate(sequences):
         if not isinstance(sequence, Iterable) or isinstance(sequence, (str, bytes)):
-            raise InputError(f"sequence {number} must be a list of unit indices such as (0, 1, 1, 2), not {sequence!r}")
+            raise InputError(
+                f"sequence {number} must be a list of unit indices such as (0, 1, 1, 2), not "
+                f"{sequence!r}"
+            )
         units = tuple(itertools.islice(sequence, MAX_LENGTH + 1))
         if len(units) > MAX_LENGTH:
             raise InputError(f"sequence {number} has more than {MAX_LENGTH} units")
         for unit in units:
-            if isinstance(unit, bool) or not isinstance(unit, (int, np.integer)) or not 0 <= unit < num_units:
-                raise InputError(f"sequence {number}: {unit!r} is no unit; the model's units are 0 to {num_units - 1}")
+            if (
+                isinstance(unit, bool)
+                or not isinstance(unit, (int, np.integer))
+                or not 0 <= unit < num_units
+            ):
+                raise InputError(
+                    f"sequence {number}: {unit!r} is no unit; the model's units are 0 to "
+                    f"{num_units - 1}"
+                )
         checked.append(tuple(map(int, units)))
     return checked
 
@@ -139,7 +157,10 @@ def parse_removed(text: str) -> tuple[int, ...]:
     units: list[int] = []
     text = text.strip()
     for part in re.split(r"\s*,\s*|\s+", text) if text not in ("", "-") else []:
-        single, run = re.fullmatch(r"-?\d{1,18}", part), re.fullmatch(r"(\d{1,18})-(\d{1,18})", part)
+        single, run = (
+            re.fullmatch(r"-?\d{1,18}", part),
+            re.fullmatch(r"(\d{1,18})-(\d{1,18})", part),
+        )
         if single:
             units.append(int(part))
         elif run and int(run[1]) <= int(run[2]):
@@ -149,15 +170,19 @@ def parse_removed(text: str) -> tuple[int, ...]:
         elif run:
             raise InputError(f"{part} runs backwards; the lower unit comes first")
         else:
-            raise InputError(f"units must be integers separated by commas, such as 9,10 or 9-11,14, not {shown(text)}")
+            raise InputError(
+                f"units must be integers separated by commas, such as 9,10 or 9-11,14, not "
+                f"{shown(text)}"
+            )
     return tuple(units)
 
 
 def load_masks(path: str | Path, num_units: int) -> np.ndarray:
-    """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed) or .jsonl rows {"removed": [9, 10]}.
+    """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed) or .jsonl rows {"removed":
+    [9, 10]}.
 
-    Raises InputError, with the file's name, for one that is missing, of another kind, damaged or empty, and for masks
-    of another number of units or other values.
+    Raises InputError, with the file's name, for one that is missing, of another kind, damaged or
+    empty, and for masks of another number of units or other values.
 
     >>> import tempfile
     >>> from pathlib import Path

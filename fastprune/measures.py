@@ -1,5 +1,5 @@
-"""What is computed at every target, from a mask's final states: one or more values, which the engine sums over each
-continuation. To add one, write a function and register it."""
+"""What is computed at every target, from a mask's final states: one or more values, which the
+engine sums over each continuation. To add one, write a function and register it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measure:
-    """compute(runner, states [P, D], tile, reference [P, ...] or None) -> [V, M], the values at a tile's targets.
+    """compute(runner, states [P, D], tile, reference [P, ...] or None) -> [V, M], the values at a
+    tile's targets.
 
-    values: what they are, V of them. reference(runner, dense [P, D]): what every mask is compared with, of the dense
-    model's final states; None for a measure that compares with nothing.
+    values: what they are, V of them. reference(runner, dense [P, D]): what every mask is compared
+    with, of the dense model's final states; None for a measure that compares with nothing.
     """
 
     name: str
@@ -58,12 +59,17 @@ def _direction(runner: Runner, states: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(_normed(runner, states), dim=-1, eps=0)
 
 
-def _cosine(runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor) -> torch.Tensor:
-    # half the squared distance of unit vectors is 1 - cosine: exact where they are equal, and never below 0
+def _cosine(
+    runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor
+) -> torch.Tensor:
+    # half the squared distance of unit vectors is 1 - cosine: exact where they are equal, and never
+    # below 0
     return ((_direction(runner, states) - reference).square().sum(dim=-1) / 2)[tile.rows][None]
 
 
-def _nmse(runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor) -> torch.Tensor:
+def _nmse(
+    runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor
+) -> torch.Tensor:
     distance = (_normed(runner, states) - reference).square().sum(dim=-1)
     return (distance / reference.square().sum(dim=-1))[tile.rows][None]
 
@@ -72,7 +78,11 @@ MEASURES = {
     measure.name: measure
     for measure in (
         Measure("nll", _nll, ("-log p of the target",)),
-        Measure("greedy", _greedy, ("-log p of the target", "1 where the target is not the most likely token")),
+        Measure(
+            "greedy",
+            _greedy,
+            ("-log p of the target", "1 where the target is not the most likely token"),
+        ),
         Measure("kl", _kl, ("KL(dense || masked)",), _kl_reference),
         Measure("cosine", _cosine, ("1 - cosine of normed states, dense and masked",), _direction),
         Measure("nmse", _nmse, ("|dense - masked|^2 / |dense|^2 of normed states",), _normed),

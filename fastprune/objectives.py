@@ -1,8 +1,10 @@
-"""Objectives: which tokens count, what is measured at each, and how the measurements reduce to a loss.
+"""Objectives: which tokens count, what is measured at each, and how the measurements reduce to a
+loss.
 
-An objective asks the engine for one number per target (`measure`): the negative log-likelihood of the target
-token ("nll"), or how far its source is from the dense model's: in distribution ("kl") or in state ("cosine", "nmse").
-The engine sums these over each continuation, float64[N, C], and all that follows here is small and plain NumPy.
+An objective asks the engine for one number per target (`measure`): the negative log-likelihood of
+the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl") or
+in state ("cosine", "nmse"). The engine sums these over each continuation, float64[N, C], and all
+that follows here is small and plain NumPy.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ from .errors import InputError
 
 
 class Objective:
-    """A loss per sample that is linear in the sums over continuations: L_s = sum over c in s of weight_c * sum_c.
+    """A loss per sample that is linear in the sums over continuations: L_s = sum over c in s of
+    weight_c * sum_c.
 
-    batch: the tokens. measure: a name of `measures.MEASURES`. sample int64[C]: the sample of each continuation,
-    ascending. weight float64[C] as above. sample_weight float64[S]: the loss is the sum of sample_weight_s * L_s.
-    data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense model is run once,
-    to compare with. differentiable: whether it has a gradient at the dense model that says something. meaning: of its
-    loss, in words. reading: what else a loss is read as, if anything, which `read` gives as text. settings: the names
-    of its own options. source: where its data is from, in words, for those who read a study.
+    batch: the tokens. measure: a name of `measures.MEASURES`. sample int64[C]: the sample of each
+    continuation, ascending. weight float64[C] as above. sample_weight float64[S]: the loss is the
+    sum of sample_weight_s * L_s.
+    data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense
+    model is run once, to compare with. differentiable: whether it has a gradient at the dense model
+    that says something. meaning: of its loss, in words. reading: what else a loss is read as, if
+    anything, which `read` gives as text. settings: the names of its own options. source: where its
+    data is from, in words, for those who read a study.
     """
 
     name: str
@@ -54,10 +59,14 @@ class Objective:
 
     def __repr__(self) -> str:
         settings = "".join(f", {name}={getattr(self, name)!r}" for name in self.settings)
-        return f"{type(self).__name__}({self.num_samples} samples, {self.batch.num_tokens} tokens{settings})"
+        return (
+            f"{type(self).__name__}({self.num_samples} samples, {self.batch.num_tokens} "
+            f"tokens{settings})"
+        )
 
     def describe(self) -> dict[str, object]:
-        """Plain values: name, settings, meaning, what it is calibrated on, whether it compares with the dense model."""
+        """Plain values: name, settings, meaning, what it is calibrated on, whether it compares with
+        the dense model."""
         return {
             "name": self.name,
             "settings": {name: getattr(self, name) for name in self.settings},
@@ -86,13 +95,13 @@ class Objective:
 class Perplexity(Objective):
     """Mean over target tokens of -log p(x_t | x_<t), in nats; perplexity is its exponential.
 
-    A sample is a row; its loss is the mean over its own targets. Raises InputError for what is no TokenBatch of plain
-    text.
+    A sample is a row; its loss is the mean over its own targets. Raises InputError for what is no
+    TokenBatch of plain text.
 
     >>> import numpy as np
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.Perplexity(batch).loss(np.array([[1.5, 0.75]]))  # of one mask, from its sums over rows
+    >>> fp.Perplexity(batch).loss(np.array([[1.5, 0.75]]))
     array([0.75])
     """
 
@@ -104,7 +113,8 @@ class Perplexity(Objective):
         self.batch = _check_batch(batch, type(self))
         if self.batch.row_is_tree.any():
             raise InputError(
-                "Perplexity takes plain text; for questions use TaskMargin, TaskLikelihood or TaskAccuracy"
+                "Perplexity takes plain text; for questions use TaskMargin, TaskLikelihood or "
+                "TaskAccuracy"
             )
         self._average(self.batch.target_counts)
 
@@ -113,22 +123,24 @@ class Perplexity(Objective):
         return f"{math.exp(loss) if loss < 700 else math.inf:.3f}"
 
     def _average(self, counts: np.ndarray) -> None:
-        """Every sample averages over its own `counts` [S]; the loss averages over all of them together."""
+        """Every sample averages over its own `counts` [S]; the loss averages over all of them
+        together."""
         self.sample = np.arange(len(counts))
         self.weight = 1 / counts
         self.sample_weight = counts / counts.sum()
 
 
 class KLDivergence(Perplexity):
-    """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q the masked one.
+    """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q
+    the masked one.
 
-    batch: text, or Tasks. The positions are those that predict a target. A sample is a row. The objective of EvoPress
-    (arXiv 2410.14649). Raises InputError for what is neither.
+    batch: text, or Tasks. The positions are those that predict a target. A sample is a row. The
+    objective of EvoPress (arXiv 2410.14649). Raises InputError for what is neither.
 
     >>> import numpy as np
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.KLDivergence(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
+    >>> fp.KLDivergence(batch).loss(np.array([[0.5, 0.25]]))
     array([0.25])
     """
 
@@ -140,7 +152,9 @@ class KLDivergence(Perplexity):
     reading = ""
     measure = "kl"
     compares_with_dense = True
-    differentiable = False  # the gradient vanishes at the dense model, where the divergence is least
+    differentiable = (
+        False  # the gradient vanishes at the dense model, where the divergence is least
+    )
 
     def __init__(self, batch: TokenBatch | Tasks):
         batch = _check_batch(batch.batch if isinstance(batch, Tasks) else batch, type(self))
@@ -151,67 +165,77 @@ class KLDivergence(Perplexity):
 class CosineDistance(KLDivergence):
     """Mean over positions of 1 - cosine between the masked model's final state and the dense one's.
 
-    Final states are those that the head reads, after the final norm. Positions and samples as in KLDivergence. Among
-    the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt). Raises InputError as KLDivergence does.
+    Final states are those that the head reads, after the final norm. Positions and samples as in
+    KLDivergence. Among the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt). Raises
+    InputError as KLDivergence does.
 
     >>> import numpy as np
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
+    >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))
     array([0.25])
     """
 
     name = "cosine"
-    meaning = "mean of 1 - cosine between the final states and those of the whole model; 0 where nothing is removed"
+    meaning = (
+        "mean of 1 - cosine between the final states and those of the whole model; 0 where "
+        "nothing is removed"
+    )
     measure = "cosine"
 
 
 class NormalizedMSE(KLDivergence):
-    """Mean over positions of |h - h'|^2 / |h|^2, h the dense model's final state and h' the masked one's.
+    """Mean over positions of |h - h'|^2 / |h|^2, h the dense model's final state and h' the masked
+    one's.
 
-    Final states, positions and samples as in CosineDistance. Every position counts alike: Puzzletron (NVIDIA ModelOpt)
-    divides the sum over positions of the one by that of the other, and Nemotron Elastic (arXiv 2511.16664) does so with
-    the models' predictions in the place of states. Raises InputError as KLDivergence does.
+    Final states, positions and samples as in CosineDistance. Every position counts alike:
+    Puzzletron (NVIDIA ModelOpt) divides the sum over positions of the one by that of the other, and
+    Nemotron Elastic (arXiv 2511.16664) does so with the models' predictions in the place of states.
+    Raises InputError as KLDivergence does.
 
     >>> import numpy as np
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))  # of one mask, from its sums over rows
+    >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))
     array([0.25])
     """
 
     name = "nmse"
     meaning = (
-        "mean squared distance of the final states from those of the whole model, by the square of their length; "
+        "mean squared distance of the final states from those of the whole model, by the square "
+        "of their length; "
         "0 where nothing is removed"
     )
     measure = "nmse"
 
 
 class TaskMargin(Objective):
-    """Minus the mean likelihood margin: ll(correct) - mean over the wrong choices of ll (PuDDing, arXiv 2502.04348).
+    """Minus the mean likelihood margin: ll(correct) - mean over the wrong choices of ll (PuDDing,
+    arXiv 2502.04348).
 
-    ll of a choice is the mean (normalization="mean") or the sum ("sum") of log p over its tokens, given the
-    prompt and the choice's earlier tokens. A sample is a question. Lower is better.
+    ll of a choice is the mean (normalization="mean") or the sum ("sum") of log p over its tokens,
+    given the prompt and the choice's earlier tokens. A sample is a question. Lower is better.
 
-    weighting="question" gives every question the same weight; "choices" weighs one of C choices by C - 1, as that
-    paper's code does by summing (C - 1) ll(correct) - sum ll(wrong). The sum is divided by the sum of C - 1, so that
-    the loss is a mean, comparable with the other, and equal to it where all questions have as many choices.
+    weighting="question" gives every question the same weight; "choices" weighs one of C choices by
+    C - 1, as that paper's code does by summing (C - 1) ll(correct) - sum ll(wrong). The sum is
+    divided by the sum of C - 1, so that the loss is a mean, comparable with the other, and equal to
+    it where all questions have as many choices.
 
     Raises InputError for what is no Tasks, and for another normalization or weighting.
 
     >>> import numpy as np
     >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
+    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
     >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
     >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskMargin(tasks).loss(np.array([[3.0, 4.0]]))  # of one mask, from its sums over choices
+    >>> fp.TaskMargin(tasks).loss(np.array([[3.0, 4.0]]))
     array([-1.])
     """
 
     name = "margin"
     meaning = (
-        "minus the mean margin in log-likelihood, in nats, of the right choice of a question over the wrong ones; "
+        "minus the mean margin in log-likelihood, in nats, of the right choice of a question over "
+        "the wrong ones; "
         "below 0 where the right ones are likelier"
     )
     data = "tasks"
@@ -237,17 +261,18 @@ class TaskMargin(Objective):
 
 
 class TaskLikelihood(Objective):
-    """Minus the mean over questions of ll(correct), ll as in TaskMargin (PuDDing's other loss, arXiv 2502.04348).
+    """Minus the mean over questions of ll(correct), ll as in TaskMargin (PuDDing's other loss,
+    arXiv 2502.04348).
 
-    Wrong choices are not run. A sample is a question. Raises InputError for what is no Tasks, and for another
-    normalization.
+    Wrong choices are not run. A sample is a question. Raises InputError for what is no Tasks, and
+    for another normalization.
 
     >>> import numpy as np
     >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
+    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
     >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
     >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskLikelihood(tasks).loss(np.array([[4.0]]))  # of one mask, from its sums over choices
+    >>> fp.TaskLikelihood(tasks).loss(np.array([[4.0]]))
     array([2.])
     """
 
@@ -260,9 +285,15 @@ class TaskLikelihood(Objective):
         tasks = _check_tasks(tasks, type(self))
         _check_choice("normalization", normalization, ("mean", "sum"))
         self.tasks, self.normalization = tasks, normalization
-        self.batch = TokenBatch.from_continuations([[_sequence(tasks.batch, answer)] for answer in tasks.answer])
+        self.batch = TokenBatch.from_continuations(
+            [[_sequence(tasks.batch, answer)] for answer in tasks.answer]
+        )
         self.sample = np.arange(tasks.num_questions)
-        self.weight = 1 / self.batch.target_counts if normalization == "mean" else np.ones(tasks.num_questions)
+        self.weight = (
+            1 / self.batch.target_counts
+            if normalization == "mean"
+            else np.ones(tasks.num_questions)
+        )
         self.sample_weight = np.full(tasks.num_questions, 1 / tasks.num_questions)
 
     @property
@@ -271,19 +302,20 @@ class TaskLikelihood(Objective):
 
 
 class TaskAccuracy(Objective):
-    """1 - accuracy: the share of questions whose most likely choice is wrong; ties go to the lower index.
+    """1 - accuracy: the share of questions whose most likely choice is wrong; ties go to the lower
+    index.
 
-    normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness); "characters" divides each by
-    its choice's length in characters (`acc_norm`), "bytes" by that in UTF-8 bytes (`acc_bytes`), leading spaces
-    included; "mean" by its number of tokens. A sample is a question (0 or 1). Raises InputError for what is no Tasks,
-    and for another normalization.
+    normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness);
+    "characters" divides each by its choice's length in characters (`acc_norm`), "bytes" by that in
+    UTF-8 bytes (`acc_bytes`), leading spaces included; "mean" by its number of tokens. A sample is
+    a question (0 or 1). Raises InputError for what is no Tasks, and for another normalization.
 
     >>> import numpy as np
     >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
+    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
     >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
     >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskAccuracy(tasks).loss(np.array([[3.0, 4.0]]))  # of one mask, from its sums over choices
+    >>> fp.TaskAccuracy(tasks).loss(np.array([[3.0, 4.0]]))
     array([1.])
     >>> fp.TaskAccuracy(tasks, "mean").loss(np.array([[3.0, 4.0]]))
     array([0.])
@@ -333,9 +365,15 @@ class TaskAccuracy(Objective):
 OBJECTIVES = {
     objective.name: objective
     for objective in (
-        Perplexity, TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence, CosineDistance, NormalizedMSE,
+        Perplexity,
+        TaskMargin,
+        TaskLikelihood,
+        TaskAccuracy,
+        KLDivergence,
+        CosineDistance,
+        NormalizedMSE,
     )
-}  # fmt: skip
+}
 
 
 def format_size(num_samples: int, num_tokens: int) -> str:
@@ -359,7 +397,8 @@ def _sequence(batch: TokenBatch, continuation: int) -> tuple[np.ndarray, int]:
 
 
 def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
-    """The same rows, where every position that predicts something counts once, towards its own row."""
+    """The same rows, where every position that predicts something counts once, towards its own
+    row."""
     source, first = np.unique(batch.target_source, return_index=True)
     rows = np.arange(batch.num_rows)
     return dataclasses.replace(
@@ -379,12 +418,15 @@ def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 def _check_batch(batch: object, objective: type) -> TokenBatch:
     if not isinstance(batch, TokenBatch):
         raise InputError(
-            f"{objective.__name__} takes a TokenBatch (load_text, TokenBatch.from_ids), not {type(batch).__name__}"
+            f"{objective.__name__} takes a TokenBatch (load_text, TokenBatch.from_ids), not "
+            f"{type(batch).__name__}"
         )
     return batch
 
 
 def _check_tasks(tasks: object, objective: type) -> Tasks:
     if not isinstance(tasks, Tasks):
-        raise InputError(f"{objective.__name__} takes Tasks (load_tasks), not {type(tasks).__name__}")
+        raise InputError(
+            f"{objective.__name__} takes Tasks (load_tasks), not {type(tasks).__name__}"
+        )
     return tasks

@@ -1,4 +1,5 @@
-"""What is read off the dense model without scoring a mask: similarity of states, gradients of units and weights."""
+"""What is read off the dense model without scoring a mask: similarity of states, gradients of units
+and weights."""
 
 from __future__ import annotations
 
@@ -17,22 +18,28 @@ from .models import Model
 from .models.stand_ins import Arguments, HalfBlock, State, hidden_of
 from .objectives import Objective
 
-TOKENS_AT_ONCE = 256  # positions whose states of all depths are compared, or whose logits are differentiated, together
-STATES_BYTES = 1 << 30  # of states of the rows that share the reading of weights, where these are read band by band
+# positions whose states of all depths are compared, or whose logits are differentiated, together
+TOKENS_AT_ONCE = 256
+STATES_BYTES = (
+    1 << 30
+)  # of states of the rows that share the reading of weights, where these are read band by band
 
 
 def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
-    """Mean token cosine between the states before each unit and after the last, float64[U + 1, U + 1].
+    """Mean token cosine between the states before each unit and after the last, float64[U + 1, U +
+    1].
 
-    One row at a time: the states of every depth are held for that row (where weights are read band by band, for as
-    many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
+    One row at a time: the states of every depth are held for that row (where weights are read band
+    by band, for as many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
     """
     num_units = len(model.unit_names(granularity))
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
         for _, flat in _states(model, batch, granularity):
             for start in range(0, len(flat[0]), TOKENS_AT_ONCE):
-                part = torch.stack([h[start : start + TOKENS_AT_ONCE].float() for h in flat], dim=1)  # [n, U + 1, D]
+                part = torch.stack(
+                    [h[start : start + TOKENS_AT_ONCE].float() for h in flat], dim=1
+                )  # [n, U + 1, D]
                 part = torch.nn.functional.normalize(part, dim=-1)
                 total += (part @ part.mT).double().sum(0)
     mean = total.cpu().numpy() / batch.num_tokens
@@ -41,8 +48,9 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
 
 
 def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
-    """Mean of arccos(cosine)/pi between the states before each unit and after the last, float64[U + 1, U + 1], over
-    the last token of each sequence: of a row of text, or of each branch (Gromov et al., arXiv 2403.17887).
+    """Mean of arccos(cosine)/pi between the states before each unit and after the last, float64[U +
+    1, U + 1], over the last token of each sequence: of a row of text, or of each branch (Gromov et
+    al., arXiv 2403.17887).
     """
     num_units, count = len(model.unit_names(granularity)), 0
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
@@ -61,22 +69,28 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
     return (mean + mean.T) / 2
 
 
-def _states(model: Model, batch: TokenBatch, granularity: str) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Of each row, the dense model's states before each unit and after the last: U + 1 of [T, D]."""
+def _states(
+    model: Model, batch: TokenBatch, granularity: str
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Of each row, the dense model's states before each unit and after the last: U + 1 of [T,
+    D]."""
     per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
     for rows in _row_groups(model, batch, per_block * model.num_blocks + 1):
         walks = [_open(model, batch, row) for row in rows]
         states: list[list] = [[state] for _, state, _ in walks]
         for band in model.visit():
             for (_, _, arguments), of in zip(walks, states, strict=True):
-                for unit in (per_block * block + half for block in band for half in range(per_block)):
+                for unit in (
+                    per_block * block + half for block in band for half in range(per_block)
+                ):
                     of.append(model.run(unit, of[-1], arguments, granularity))
         for row, of in zip(rows, states, strict=True):
             yield row, [hidden_of(state)[0] for state in of]
 
 
 def _row_groups(model: Model, batch: TokenBatch, states_of_row: int) -> list[list[int]]:
-    """The rows that share the reading of weights: each alone where all stay loaded, else as many as states fit."""
+    """The rows that share the reading of weights: each alone where all stay loaded, else as many as
+    states fit."""
     if len(model.bands) == 1:
         return [[row] for row in range(batch.num_rows)]
     sizes = batch.row_lengths * states_of_row * model.hidden_size * model.dtype.itemsize
@@ -97,11 +111,13 @@ def _open(model: Model, batch: TokenBatch, row: int) -> tuple[Chunk, torch.Tenso
 
 
 def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.ndarray:
-    """dL_s/da_i, float64[S, U], one sample at a time: the states before each block are kept, and the blocks are run
-    again backwards, one at a time, so that the graph of one block is the most that is held.
+    """dL_s/da_i, float64[S, U], one sample at a time: the states before each block are kept, and
+    the blocks are run again backwards, one at a time, so that the graph of one block is the most
+    that is held.
 
-    Where weights are read band by band, the states before each band are kept, of as many samples as fit into
-    STATES_BYTES: forwards through the bands, then backwards, each band's own states made anew.
+    Where weights are read band by band, the states before each band are kept, of as many samples as
+    fit into STATES_BYTES: forwards through the bands, then backwards, each band's own states made
+    anew.
     """
     _check_differentiable("unit gradients need", objective)
     model.require("sublayer")
@@ -126,30 +142,42 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
 
 
 def unit_salience(model: Model, objective: Objective, granularity: str, power: int) -> np.ndarray:
-    """Sum over the weights w of each unit of |w dL/dw|^power, float64[U], L the loss over the whole calibration set; a
-    unit's biases are left out (Shortened LLaMA, arXiv 2402.02834).
+    """Sum over the weights w of each unit of |w dL/dw|^power, float64[U], L the loss over the whole
+    calibration set; a unit's biases are left out (Shortened LLaMA, arXiv 2402.02834).
 
-    One sample at a time, each unit's graph alone; a gradient of every weight of the blocks is held throughout, in
-    float32 at least.
+    One sample at a time, each unit's graph alone; a gradient of every weight of the blocks is held
+    throughout, in float32 at least.
     """
     _check_differentiable("unit salience needs", objective)
     if model.weights is not None:
         raise InputError(
-            f"{model.name}: unit salience holds a gradient of every weight, more than where weights are streamed "
+            f"{model.name}: unit salience holds a gradient of every weight, more than where "
+            f"weights are streamed "
             "(weights_bytes) may fit; open it without"
         )
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)
     per_block = 2 if granularity == "sublayer" else 1
-    weights = [_weights(model.layers[unit // per_block]) for unit in range(len(model.unit_names(granularity)))]
-    totals = [[torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in of] for of in weights]
+    weights = [
+        _weights(model.layers[unit // per_block])
+        for unit in range(len(model.unit_names(granularity)))
+    ]
+    totals = [
+        [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in of]
+        for of in weights
+    ]
     with model.evaluation(), _recording([weight for of in weights for weight in of]):
         for row in range(batch.num_rows):
             chunk = make_chunk(batch, [row], model.device)
             share = objective.weight * objective.sample_weight[objective.sample]
-            _add_weight_gradients(model, chunk, share[chunk.continuation], granularity, weights, totals)
+            _add_weight_gradients(
+                model, chunk, share[chunk.continuation], granularity, weights, totals
+            )
         found = [
-            [(w.detach().to(t.dtype) * t).abs().pow(power).sum(dtype=torch.float64) for w, t in zip(*pair)]
+            [
+                (w.detach().to(t.dtype) * t).abs().pow(power).sum(dtype=torch.float64)
+                for w, t in zip(*pair)
+            ]
             for pair in zip(weights, totals, strict=True)
         ]
     return np.array([float(sum(of)) for of in found])
@@ -163,18 +191,23 @@ def _add_weight_gradients(
     weights: Sequence[Sequence[torch.Tensor]],
     totals: Sequence[Sequence[torch.Tensor]],
 ) -> None:
-    """Add to totals, unit by unit, the gradient of the sum of weight_m * nll_m over one row's targets."""
+    """Add to totals, unit by unit, the gradient of the sum of weight_m * nll_m over one row's
+    targets."""
     state: State
     state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
     entries = []
     for unit in range(len(weights)):
         entries.append(model.pack(state))
         state = model.run(unit, state, arguments, granularity)
-    grad = _head_gradient(model, chunk, hidden_of(state), torch.as_tensor(weight, device=model.device))
+    grad = _head_gradient(
+        model, chunk, hidden_of(state), torch.as_tensor(weight, device=model.device)
+    )
     for unit in reversed(range(len(weights))):
         entry = entries.pop().requires_grad_()
         with torch.enable_grad():
-            after = model.pack(model.run(unit, model.unpack(entry, unit - 1), arguments, granularity))
+            after = model.pack(
+                model.run(unit, model.unpack(entry, unit - 1), arguments, granularity)
+            )
         grad, *found = torch.autograd.grad(after, (entry, *weights[unit]), grad, allow_unused=True)
         for total, gradient in zip(totals[unit], found, strict=True):
             if gradient is not None:  # the other half's, in a sublayer
@@ -183,7 +216,9 @@ def _add_weight_gradients(
 
 def _weights(layer: torch.nn.Module) -> list[torch.Tensor]:
     named = layer.named_parameters()
-    return [tensor for name, tensor in named if tensor.is_floating_point() and not name.endswith("bias")]
+    return [
+        tensor for name, tensor in named if tensor.is_floating_point() and not name.endswith("bias")
+    ]
 
 
 @contextmanager
@@ -208,13 +243,16 @@ def _check_differentiable(what: str, objective: Objective) -> None:
 
 
 class _Sample:
-    """dL/da of one row for every sublayer, [2 * blocks], L = sum of weight_m * nll_m over its targets."""
+    """dL/da of one row for every sublayer, [2 * blocks], L = sum of weight_m * nll_m over its
+    targets."""
 
     def __init__(self, model: Model, objective: Objective, row: int):
         self._model = model
         self._chunk, state, self._arguments = _open(model, objective.batch, row)
         (self.number,) = set(objective.sample[self._chunk.continuation].tolist())
-        self._weight = torch.as_tensor(objective.weight[self._chunk.continuation], device=model.device)
+        self._weight = torch.as_tensor(
+            objective.weight[self._chunk.continuation], device=model.device
+        )
         self._starts = [state]  # before each band
         self._grad: torch.Tensor | None = None
         self.gradient = np.zeros(2 * model.num_blocks)
@@ -226,14 +264,20 @@ class _Sample:
         model, entries = self._model, self._through(band)
         self._starts.pop()
         after_band = entries.pop()
-        grad = _head_gradient(model, self._chunk, after_band, self._weight) if self._grad is None else self._grad
+        grad = (
+            _head_gradient(model, self._chunk, after_band, self._weight)
+            if self._grad is None
+            else self._grad
+        )
         for block in reversed(band):
             entry = entries.pop().requires_grad_()
             with torch.enable_grad():
                 middle = model.run(2 * block, entry, self._arguments, "sublayer")
                 after = hidden_of(model.run(2 * block + 1, middle, self._arguments, "sublayer"))
             between = hidden_of(middle)
-            if isinstance(middle, HalfBlock):  # both branches leave from the entry and meet in the sum
+            if isinstance(
+                middle, HalfBlock
+            ):  # both branches leave from the entry and meet in the sum
                 grad_middle, (grad_entry,) = grad, torch.autograd.grad(after, entry, grad)
             else:
                 grad_middle, grad_entry = torch.autograd.grad(after, (between, entry), grad)
@@ -250,7 +294,9 @@ class _Sample:
         return states
 
 
-def _head_gradient(model: Model, chunk: Chunk, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _head_gradient(
+    model: Model, chunk: Chunk, hidden: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """dL/d hidden, [1, T, D], tile by tile over the positions that count."""
     gradient = torch.zeros_like(hidden)
     for start in range(0, len(chunk.sources), TOKENS_AT_ONCE):
@@ -258,8 +304,12 @@ def _head_gradient(model: Model, chunk: Chunk, hidden: torch.Tensor, weight: tor
         inside = (chunk.target_source >= start) & (chunk.target_source < start + len(sources))
         tile = hidden[0, sources].requires_grad_()
         with torch.enable_grad():
-            nll = token_nll(model.logits(tile), chunk.target_source[inside] - start, chunk.target_token[inside])
-            (gradient[0, sources],) = torch.autograd.grad((nll.double() * weight[inside]).sum(), tile)
+            nll = token_nll(
+                model.logits(tile), chunk.target_source[inside] - start, chunk.target_token[inside]
+            )
+            (gradient[0, sources],) = torch.autograd.grad(
+                (nll.double() * weight[inside]).sum(), tile
+            )
     return gradient
 
 

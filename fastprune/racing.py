@@ -1,4 +1,5 @@
-"""Racing: which candidates can no longer be among the best, from the samples seen so far. Pure NumPy and SciPy."""
+"""Racing: which candidates can no longer be among the best, from the samples seen so far. Pure
+NumPy and SciPy."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Selection:
-    """The masks that a race kept, best first; equal losses keep the order in which they were asked for.
+    """The masks that a race kept, best first; equal losses keep the order in which they were asked
+    for.
 
-    indices int64[K]: rows of what was asked for (of equal masks the first). losses float64[K]: exact, over all samples.
-    decided_early: masks that left before the last samples. layer_runs: unit runs that were made. share: these, as a
-    share of what scoring every mask on every sample takes.
+    indices int64[K]: rows of what was asked for (of equal masks the first). losses float64[K]:
+    exact, over all samples.
+    decided_early: masks that left before the last samples. layer_runs: unit runs that were made.
+    share: these, as a share of what scoring every mask on every sample takes.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator
@@ -42,10 +45,11 @@ def race(
 ) -> np.ndarray:
     """Which of `count` candidates reach the last look, int64[K].
 
-    look(number, alive) scores those that are left on the samples of one more look, and returns their shares
-    float64[len(alive), n] on all samples seen so far, see `beaten`. The error 1 - confidence is shared out evenly over
-    looks, and at each over the candidates that are left: one that has left was so far behind that a later decision in
-    its favour would have been next to impossible.
+    look(number, alive) scores those that are left on the samples of one more look, and returns
+    their shares float64[len(alive), n] on all samples seen so far, see `beaten`. The error 1 -
+    confidence is shared out evenly over looks, and at each over the candidates that are left: one
+    that has left was so far behind that a later decision in its favour would have been next to
+    impossible.
     """
     alive = np.arange(count)
     error = (1 - confidence) / max(1, num_looks - 1)
@@ -56,17 +60,22 @@ def race(
     return alive
 
 
-def beaten(shares: np.ndarray, num_samples: int, keep: int, error: float, tolerance: float = 0.0) -> np.ndarray:
-    """bool[M]: candidates that are not among the `keep` best, beyond doubt or by no more than `tolerance`.
+def beaten(
+    shares: np.ndarray, num_samples: int, keep: int, error: float, tolerance: float = 0.0
+) -> np.ndarray:
+    """bool[M]: candidates that are not among the `keep` best, beyond doubt or by no more than
+    `tolerance`.
 
-    shares float64[M, n]: what each sample seen so far, n of num_samples, adds to a loss, times num_samples: a loss is
-    the mean over all samples. error: the probability of a wrong decision that each comparison may have.
+    shares float64[M, n]: what each sample seen so far, n of num_samples, adds to a loss, times
+    num_samples: a loss is the mean over all samples. error: the probability of a wrong decision
+    that each comparison may have.
 
-    Each candidate is compared with the keep-th best so far by the paired t statistic of their differences, with the
-    finite-population correction 1 - n / num_samples, since samples are drawn without replacement (Cochran, Sampling
-    Techniques, 3rd ed., 2.5-2.6; paired racing: Maron and Moore 1994). The assumption: the mean difference over the
-    samples seen is near normal. A candidate without a finite mean is beaten where `keep` others have one; one that
-    differs from the keep-th best by the same number on every sample is not decided.
+    Each candidate is compared with the keep-th best so far by the paired t statistic of their
+    differences, with the finite-population correction 1 - n / num_samples, since samples are drawn
+    without replacement (Cochran, Sampling Techniques, 3rd ed., 2.5-2.6; paired racing: Maron and
+    Moore 1994). The assumption: the mean difference over the samples seen is near normal. A
+    candidate without a finite mean is beaten where `keep` others have one; one that differs from
+    the keep-th best by the same number on every sample is not decided.
     """
     from scipy.stats import t
 

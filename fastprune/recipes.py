@@ -1,4 +1,5 @@
-"""What was done to a model, in the words of other tools: texts that their own loaders read, and a model card.
+"""What was done to a model, in the words of other tools: texts that their own loaders read, and a
+model card.
 
 Nothing here looks at weights. Each function says where its format is defined.
 """
@@ -17,17 +18,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("PATH OR HUB ID OF THIS MODEL")
-model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+model = get_peft_model(model, lora)
 # train on text such as the base model's, then: model.merge_and_unload().save_pretrained("healed")
 """
 
 
 def mergekit(base: str, sequence: Sequence[int], dtype: str) -> str:
-    """A mergekit configuration of method passthrough: slices of the base model, half-open `layer_range`s.
+    """A mergekit configuration of method passthrough: slices of the base model, half-open
+    `layer_range`s.
 
-    Consecutive blocks are one slice; a block that is repeated begins another. Format: `slices`, `sources`,
-    `layer_range` and `merge_method: passthrough` of arcee-ai/mergekit (README.md, docs/merge_methods.md, and
-    `InputSliceDefinition` of mergekit/config.py, whose range leaves out its end).
+    Consecutive blocks are one slice; a block that is repeated begins another. Format: `slices`,
+    `sources`, `layer_range` and `merge_method: passthrough` of arcee-ai/mergekit (README.md,
+    docs/merge_methods.md, and `InputSliceDefinition` of mergekit/config.py, whose range leaves out
+    its end).
     """
     runs: list[list[int]] = []
     for block in sequence:
@@ -35,12 +39,16 @@ def mergekit(base: str, sequence: Sequence[int], dtype: str) -> str:
             runs[-1][1] += 1
         else:
             runs.append([block, block + 1])
-    slices = "".join(f"  - sources:\n      - model: {json.dumps(base)}\n        layer_range: {run}\n" for run in runs)
+    slices = "".join(
+        f"  - sources:\n      - model: {json.dumps(base)}\n        layer_range: {run}\n"
+        for run in runs
+    )
     return f"slices:\n{slices}merge_method: passthrough\ndtype: {dtype}\n"
 
 
 def llama_cpp(removed: Iterable[int], warning: str | None = None) -> str:
-    """The option of llama-quantize that leaves these blocks out of a GGUF file, as the last line of a text.
+    """The option of llama-quantize that leaves these blocks out of a GGUF file, as the last line of
+    a text.
 
     Format: `--prune-layers L0,L1,...` of ggml-org/llama.cpp, tools/quantize (its README and usage).
     """
@@ -49,17 +57,22 @@ def llama_cpp(removed: Iterable[int], warning: str | None = None) -> str:
 
 
 def llama_cpp_warning(per_layer: Mapping[str, Sequence]) -> str | None:
-    """What a family with these per-layer lists in its config must know about --prune-layers; None where nothing.
+    """What a family with these per-layer lists in its config must know about --prune-layers; None
+    where nothing.
 
-    llama-quantize lowers block_count and renumbers tensors, but leaves per-layer arrays of the metadata as long as
-    they were, so that the file does not load (ggml-org/llama.cpp, issue 27976); where the pattern is in llama.cpp's
-    own code, each layer after the first removed one takes its neighbour's settings.
+    llama-quantize lowers block_count and renumbers tensors, but leaves per-layer arrays of the
+    metadata as long as they were, so that the file does not load (ggml-org/llama.cpp, issue 27976);
+    where the pattern is in llama.cpp's own code, each layer after the first removed one takes its
+    neighbour's settings.
     """
-    mixed = [name for name, values in per_layer.items() if any(value != values[0] for value in values)]
+    mixed = [
+        name for name, values in per_layer.items() if any(value != values[0] for value in values)
+    ]
     if not mixed:
         return None
     return (
-        f"the layers differ in {', '.join(sorted(mixed))}, which --prune-layers may leave to the wrong layers: convert "
+        f"the layers differ in {', '.join(sorted(mixed))}, which --prune-layers may leave to the "
+        f"wrong layers: convert "
         "the exported checkpoint instead, and compare its perplexity there with transformers'"
     )
 
@@ -67,14 +80,16 @@ def llama_cpp_warning(per_layer: Mapping[str, Sequence]) -> str | None:
 def evopress(removed: Iterable[int], num_blocks: int) -> str:
     """A drop list of EvoPress: one line for each block, `none` or `attn+mlp`.
 
-    Format: `drop_layers_from_config` of IST-DASLab/EvoPress, src/model_utils.py (its --drop_layer_config).
+    Format: `drop_layers_from_config` of IST-DASLab/EvoPress, src/model_utils.py (its
+    --drop_layer_config).
     """
     gone = set(removed)
     return "".join("attn+mlp\n" if block in gone else "none\n" for block in range(num_blocks))
 
 
 def llm_drop(removed: Iterable[int]) -> str:
-    """The entries `drop_attn_list` and `drop_mlp_list` of a config.json of LLM-Drop: indices of blocks.
+    """The entries `drop_attn_list` and `drop_mlp_list` of a config.json of LLM-Drop: indices of
+    blocks.
 
     Format: CASE-Lab-UMD/LLM-Drop, the config.json files of its experiments, and
     src/llmtuner/compression/prune/models/configuration_dropped_llama.py.
@@ -84,31 +99,57 @@ def llm_drop(removed: Iterable[int]) -> str:
 
 
 def model_card(
-    base: str, sequence: Sequence[int], num_blocks: int, losses: Mapping[str, tuple[float, float]], warning: str | None
+    base: str,
+    sequence: Sequence[int],
+    num_blocks: int,
+    losses: Mapping[str, tuple[float, float]],
+    warning: str | None,
 ) -> str:
-    """README.md of a hub repository: base model, what was done, losses (before, after) by objective, how to heal.
+    """README.md of a hub repository: base model, what was done, losses (before, after) by
+    objective, how to heal.
 
-    Format: the model cards of the Hugging Face hub, YAML metadata between `---` lines, then Markdown.
+    Format: the model cards of the Hugging Face hub, YAML metadata between `---` lines, then
+    Markdown.
     """
     metadata = ["library_name: transformers", "pipeline_tag: text-generation"]
     if HUB_ID.fullmatch(base):
         metadata.append(f"base_model: {base}")
     metadata += ["tags:", "- depth-pruning", "- fastprune"]
-    lines = ["---", *metadata, "---", "", f"# {base.split('/')[-1]}, {len(sequence)} of {num_blocks} blocks", ""]
+    lines = [
+        "---",
+        *metadata,
+        "---",
+        "",
+        f"# {base.split('/')[-1]}, {len(sequence)} of {num_blocks} blocks",
+        "",
+    ]
     if is_mask(sequence):
         gone = sorted(set(range(num_blocks)) - set(sequence))
-        lines += [f"{base} without the blocks {', '.join(map(str, gone)) or '(none)'}, counted from 0."]
+        lines += [
+            f"{base} without the blocks {', '.join(map(str, gone)) or '(none)'}, counted from 0."
+        ]
     else:
-        lines += [f"The blocks of {base}, counted from 0, in this order: {', '.join(map(str, sequence))}."]
+        lines += [
+            f"The blocks of {base}, counted from 0, in this order: {', '.join(map(str, sequence))}."
+        ]
     lines += ["Nothing was trained: every weight is the base model's.", ""]
     if losses:
         lines += ["| objective | before | after |", "|---|---|---|"]
         for name, pair in losses.items():
             lines.append(f"| {name} | {_shown(name, pair[0])} | {_shown(name, pair[1])} |")
         lines.append("")
-    lines += ["## Healing", "", "A short fine-tuning with low-rank adapters gets back part of what was lost:", ""]
+    lines += [
+        "## Healing",
+        "",
+        "A short fine-tuning with low-rank adapters gets back part of what was lost:",
+        "",
+    ]
     lines += ["```python", *HEALING.splitlines(), "```", ""]
-    lines += ["## The same for other tools", "", "`recipes/` holds this in the formats of other tools."]
+    lines += [
+        "## The same for other tools",
+        "",
+        "`recipes/` holds this in the formats of other tools.",
+    ]
     if warning:
         lines += ["", f"For llama.cpp: {warning}."]
     return "\n".join(lines) + "\n"
@@ -119,7 +160,9 @@ def is_mask(sequence: Sequence[int]) -> bool:
     return all(a < b for a, b in itertools.pairwise(sequence))
 
 
-def all_recipes(base: str, sequence: Sequence[int], num_blocks: int, dtype: str, warning: str | None) -> dict[str, str]:
+def all_recipes(
+    base: str, sequence: Sequence[int], num_blocks: int, dtype: str, warning: str | None
+) -> dict[str, str]:
     """Texts by file name. Drop lists are there where the blocks ascend, and some are left out."""
     recipes = {"mergekit.yaml": mergekit(base, sequence, dtype)}
     removed = sorted(set(range(num_blocks)) - set(sequence))
@@ -131,5 +174,9 @@ def all_recipes(base: str, sequence: Sequence[int], num_blocks: int, dtype: str,
 
 
 def _shown(name: str, loss: float) -> str:
-    is_text = name.partition(",")[0] == "perplexity"  # behind the comma stands what it was measured on
-    return f"{loss:.4f} (perplexity {math.exp(loss):.3f})" if is_text and loss < 700 else f"{loss:.4f}"
+    is_text = (
+        name.partition(",")[0] == "perplexity"
+    )  # behind the comma stands what it was measured on
+    return (
+        f"{loss:.4f} (perplexity {math.exp(loss):.3f})" if is_text and loss < 700 else f"{loss:.4f}"
+    )

@@ -20,11 +20,18 @@ from .errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # no hard link to be had here
+NO_LINKS = (
+    errno.EPERM,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EMLINK,
+)  # no hard link to be had here
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for each line of a .jsonl file (a BOM at its start is skipped) that is not blank."""
+    """Yield (line number, value) for each line of a .jsonl file (a BOM at its start is skipped)
+    that is not blank."""
     try:
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
@@ -35,10 +42,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def parse_json(text: str | bytes, place: str, finite: bool = True) -> Any:
-    """The value of a JSON text; `place` is named in errors, `finite` refuses NaN and Infinity, which are not JSON.
+    """The value of a JSON text; `place` is named in errors, `finite` refuses NaN and Infinity,
+    which are not JSON.
 
-    Raises InputError for text that is not JSON, is nested too deeply, names a key twice in one object, or holds half
-    a surrogate pair, which no tokenizer takes.
+    Raises InputError for text that is not JSON, is nested too deeply, names a key twice in one
+    object, or holds half a surrogate pair, which no tokenizer takes.
     """
 
     def once(pairs: list[tuple[str, object]]) -> dict:
@@ -70,9 +78,11 @@ def parse_json(text: str | bytes, place: str, finite: bool = True) -> Any:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file. What its header promises is compared with the file before memory is taken for it.
+    """The array of a .npy file. What its header promises is compared with the file before memory is
+    taken for it.
 
-    Raises InputError for another kind of file, one that is cut short, and an array of Python objects.
+    Raises InputError for another kind of file, one that is cut short, and an array of Python
+    objects.
     """
     import numpy as np
 
@@ -103,12 +113,14 @@ def brief(text: str, limit: int) -> str:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows to a new file, which appears only when it is complete; an existing one is refused."""
+    """Write rows to a new file, which appears only when it is complete; an existing one is
+    refused."""
     write_file(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: dict, replace: bool = False) -> None:
-    """Write one value, indented, to a file that appears only when it is complete; an existing one is refused."""
+    """Write one value, indented, to a file that appears only when it is complete; an existing one
+    is refused."""
     write_file(path, json.dumps(_plain(value), indent=1) + "\n", replace)
 
 
@@ -120,7 +132,9 @@ def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:50]}.{os.getpid()}")
-    partial.unlink(missing_ok=True)  # a killed run's, which may by now be another name of a finished file
+    partial.unlink(
+        missing_ok=True
+    )  # a killed run's, which may by now be another name of a finished file
     try:
         with partial.open("xb") as file:
             file.write(data)
@@ -151,12 +165,15 @@ def refuse_existing(path: Path) -> Path:
     """The path, if nothing is there yet and a folder can hold it."""
     check_folder(path.parent)
     if os.path.lexists(path):  # a link that leads nowhere, too
-        raise InputError(f"{path}: exists already and is not overwritten; name another file or remove it")
+        raise InputError(
+            f"{path}: exists already and is not overwritten; name another file or remove it"
+        )
     return path
 
 
 def _give_new_name(partial: Path, path: Path) -> None:
-    """Let a finished file appear as `path`, at once. Raises FileExistsError where something is there already."""
+    """Let a finished file appear as `path`, at once. Raises FileExistsError where something is
+    there already."""
     try:
         os.link(partial, path)
         return
@@ -165,7 +182,8 @@ def _give_new_name(partial: Path, path: Path) -> None:
             raise
     import fcntl
 
-    # a rename does replace what is there: one writer at a time looks, then renames; a killed one's lock is gone
+    # a rename does replace what is there: one writer at a time looks, then renames; a killed one's
+    # lock is gone
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -187,7 +205,8 @@ def _plain(value: object) -> object:
 
 
 def check_bytes(name: str, value: Any, least: int) -> int | None:
-    """The number of bytes, if it is a whole one of at least `least`; None stays None. Raises InputError."""
+    """The number of bytes, if it is a whole one of at least `least`; None stays None. Raises
+    InputError."""
     if value is None:
         return None
     number = isinstance(value, Real) and not isinstance(value, bool)

@@ -1,10 +1,13 @@
-"""Which states are worth keeping beyond a call, for calls that come after it. Pure integers and NumPy.
+"""Which states are worth keeping beyond a call, for calls that come after it. Pure integers and
+NumPy.
 
-A later call asks for sequences that leave the trie at some node; it then runs what lies below the deepest known prefix.
-So a state is worth what it saves: how likely sequences leave at its node, or below it with nothing known in between,
-times the units from the next known prefix above. Every state weighs the same, so the least of these worths goes first,
-its likelihood passing on to the prefix above, until the states fit. What is left is spread over the trie: a chain
-of which few states fit keeps them at even distances, where a list of the most recently used would keep its beginning.
+A later call asks for sequences that leave the trie at some node; it then runs what lies below the
+deepest known prefix.
+So a state is worth what it saves: how likely sequences leave at its node, or below it with nothing
+known in between, times the units from the next known prefix above. Every state weighs the same, so
+the least of these worths goes first, its likelihood passing on to the prefix above, until the
+states fit. What is left is spread over the trie: a chain of which few states fit keeps them at even
+distances, where a list of the most recently used would keep its beginning.
 """
 
 from __future__ import annotations
@@ -20,10 +23,14 @@ FADE = 0.9  # how much of a likelihood is left after each call that does not pas
 MOST_CANDIDATES = 1 << 14  # states compared one by one; more only where more are retained
 
 
-def worth_retaining(trie: Trie, likelihood: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nodes whose states are best retained, int64[R], most worth first, R at most `capacity`; their likelihoods.
+def worth_retaining(
+    trie: Trie, likelihood: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes whose states are best retained, int64[R], most worth first, R at most `capacity`;
+    their likelihoods.
 
-    likelihood float64[K]: of trie.known, as the last call left them. Candidates are these and the wanted nodes.
+    likelihood float64[K]: of trie.known, as the last call left them. Candidates are these and the
+    wanted nodes.
     """
     if capacity <= 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
@@ -46,12 +53,19 @@ def worth_retaining(trie: Trie, likelihood: np.ndarray, capacity: int) -> tuple[
     if len(nodes) > capacity:
         kept = _least_worth_goes_first(nodes, above, trie.depth, weight, capacity)
     else:
-        kept = nodes[np.argsort(-weight[nodes] * (trie.depth[nodes] - trie.depth[above[nodes]]), kind="stable")]
+        kept = nodes[
+            np.argsort(
+                -weight[nodes] * (trie.depth[nodes] - trie.depth[above[nodes]]), kind="stable"
+            )
+        ]
     return kept, weight[kept]
 
 
-def _worth_most_alone(trie: Trie, by_depth: list[np.ndarray], weight: np.ndarray, count: int) -> np.ndarray:
-    """bool[n]: the nodes that would save most were theirs the only state: the likelihood below, times the depth."""
+def _worth_most_alone(
+    trie: Trie, by_depth: list[np.ndarray], weight: np.ndarray, count: int
+) -> np.ndarray:
+    """bool[n]: the nodes that would save most were theirs the only state: the likelihood below,
+    times the depth."""
     below = weight.copy()
     for level in reversed(by_depth):
         np.add.at(below, trie.parent[level], below[level])
@@ -69,7 +83,9 @@ def _nearest_above(trie: Trie, by_depth: list[np.ndarray], candidate: np.ndarray
     return above
 
 
-def _least_worth_goes_first(nodes: np.ndarray, above: Any, depth: Any, weight: Any, capacity: int) -> np.ndarray:
+def _least_worth_goes_first(
+    nodes: np.ndarray, above: Any, depth: Any, weight: Any, capacity: int
+) -> np.ndarray:
     """The nodes that are left when all but `capacity` have gone, most worth first."""
     gone: dict[int, int] = {}
     above, depth, weight = above.tolist(), depth.tolist(), weight.tolist()
@@ -81,7 +97,10 @@ def _least_worth_goes_first(nodes: np.ndarray, above: Any, depth: Any, weight: A
         above[node] = found
         return found
 
-    heap = [(weight[node] * (depth[node] - depth[above[node]]), -depth[node], node) for node in nodes.tolist()]
+    heap = [
+        (weight[node] * (depth[node] - depth[above[node]]), -depth[node], node)
+        for node in nodes.tolist()
+    ]
     heapq.heapify(heap)
     count = len(heap)
     while count > capacity:

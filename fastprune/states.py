@@ -1,8 +1,8 @@
-"""The prefix cache: states that outlive a call, by chunk and prefix, in tiers from fast to slow. And the frontier:
-states that wait for a later band of weights, in the same tiers.
+"""The prefix cache: states that outlive a call, by chunk and prefix, in tiers from fast to slow.
+And the frontier: states that wait for a later band of weights, in the same tiers.
 
-What is worth keeping is decided before a call, in integers (`retention`, `schedule`); here states only come and go. A
-state comes back with the bits that it went with.
+What is worth keeping is decided before a call, in integers (`retention`, `schedule`); here states
+only come and go. A state comes back with the bits that it went with.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class HostTier(DeviceTier):
         if self._free.get(kind):
             buffer = self._free[kind].pop()
         else:
-            buffer = torch.empty(state.shape, dtype=state.dtype, pin_memory=self._device.type == "cuda")
+            buffer = torch.empty(
+                state.shape, dtype=state.dtype, pin_memory=self._device.type == "cuda"
+            )
         # the copies of a stream keep their order, so that a later read finds what was written
         self._states[key] = buffer.copy_(state, non_blocking=True)
 
@@ -108,7 +110,8 @@ class DiskTier:
 
 
 def _make_tiers(folder: Path | None, device: torch.device) -> list[DeviceTier | DiskTier]:
-    """The places for states, the fastest first: the device, the host beside a GPU, a folder's disk if one is given."""
+    """The places for states, the fastest first: the device, the host beside a GPU, a folder's disk
+    if one is given."""
     tiers: list[DeviceTier | DiskTier] = [DeviceTier()]
     if device.type == "cuda":
         tiers.append(HostTier(device))
@@ -120,10 +123,11 @@ def _make_tiers(folder: Path | None, device: torch.device) -> list[DeviceTier | 
 class PrefixCache:
     """States of prefixes that earlier calls ran, for each chunk of a calibration set.
 
-    limit: bytes in memory; None for a quarter of what is free, asked anew before each call; 0 for none. folder: where
-    states go that do not fit, up to a quarter of what its disk has free; None for nowhere. hits: states that were read,
-    by tier. Every chunk has room for the same number of prefixes. per_machine, per_device: how many processes share
-    what is free of the host and its disk, and of the device.
+    limit: bytes in memory; None for a quarter of what is free, asked anew before each call; 0 for
+    none. folder: where states go that do not fit, up to a quarter of what its disk has free; None
+    for nowhere. hits: states that were read, by tier. Every chunk has room for the same number of
+    prefixes. per_machine, per_device: how many processes share what is free of the host and its
+    disk, and of the device.
     """
 
     per_machine = per_device = 1
@@ -140,7 +144,8 @@ class PrefixCache:
         self._held = [0] * len(self._tiers)
 
     def start(self, state_bytes: int) -> None:
-        """Begin anew, empty, with chunks over all of which the states of one prefix weigh so much."""
+        """Begin anew, empty, with chunks over all of which the states of one prefix weigh so
+        much."""
         self.clear()
         self._state_bytes = max(1, state_bytes)
 
@@ -152,11 +157,15 @@ class PrefixCache:
     def capacity(self) -> int:
         """How many prefixes each chunk may hold, as of now."""
         budgets = self._budgets()
-        self._rooms = [int(self._share * budgets.get(tier.name, 0)) // self._state_bytes for tier in self._tiers]
+        self._rooms = [
+            int(self._share * budgets.get(tier.name, 0)) // self._state_bytes
+            for tier in self._tiers
+        ]
         return sum(self._rooms)
 
     def known(self, chunk: int) -> tuple[tuple[Units, ...], np.ndarray]:
-        """The prefixes that are held of a chunk, and how likely each is wanted (see `retention`)."""
+        """The prefixes that are held of a chunk, and how likely each is wanted (see
+        `retention`)."""
         return self._known.get(chunk, ((), np.zeros(0)))
 
     def put(self, chunk: int, prefix: Units, state: torch.Tensor) -> None:
@@ -208,7 +217,8 @@ class PrefixCache:
         self._known.clear()
 
     def shrink(self) -> None:
-        """Drop everything and take a quarter of the room from now on; none at all the third time."""
+        """Drop everything and take a quarter of the room from now on; none at all the third
+        time."""
         self.clear()
         self._share = self._share / 4 if self._share > 1 / 16 else 0
 
@@ -217,19 +227,27 @@ class PrefixCache:
         held = {tier.name: held for tier, held in zip(self._tiers, self._held)}
         budgets, limit, is_gpu = {}, self._limit, self._device.type == "cuda"
         if limit is None or is_gpu:
-            budgets["device"] = (available_bytes(self._device) + held["device"]) // (SHARE * self.per_device)
+            budgets["device"] = (available_bytes(self._device) + held["device"]) // (
+                SHARE * self.per_device
+            )
         if limit is None and is_gpu:
-            budgets["host"] = (available_bytes(torch.device("cpu")) + held["host"]) // (SHARE * self.per_machine)
+            budgets["host"] = (available_bytes(torch.device("cpu")) + held["host"]) // (
+                SHARE * self.per_machine
+            )
         elif limit is not None:
             budgets["device"] = min(budgets.get("device", limit), limit)
             if is_gpu:
                 budgets["host"] = limit - budgets["device"]
         if self._folder is not None:
-            budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // (SHARE * self.per_machine)
+            budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // (
+                SHARE * self.per_machine
+            )
         return budgets
 
     def _give_up_disk(self, error: OSError) -> None:
-        warnings.warn(f"{self._folder}: no more states are kept there: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"{self._folder}: no more states are kept there: {error}", RuntimeWarning, stacklevel=2
+        )
         self._folder = None
         self._rooms[-1] = 0
 
@@ -237,9 +255,9 @@ class PrefixCache:
 class Frontier:
     """States that go from one visit of a band to later ones, by chunk and prefix.
 
-    What does not fit into memory goes to the host's (from a GPU), then to a disk. Nothing is ever lost: a disk that
-    fails is given up with one warning, and memory takes what it should have had. per_machine: how many processes share
-    the slower tiers.
+    What does not fit into memory goes to the host's (from a GPU), then to a disk. Nothing is ever
+    lost: a disk that fails is given up with one warning, and memory takes what it should have had.
+    per_machine: how many processes share the slower tiers.
     """
 
     per_machine = 1
@@ -273,7 +291,9 @@ class Frontier:
         try:
             self._tiers[number].put((chunk, prefix), state)
         except OSError as error:
-            warnings.warn(f"{self._folder}: no more states go there: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{self._folder}: no more states go there: {error}", RuntimeWarning, stacklevel=2
+            )
             self._folder = None  # for later calls, too
             self._rooms[number], number = 0, 0
             self._tiers[0].put((chunk, prefix), state)

@@ -1,4 +1,5 @@
-"""Finished sums on disk (SQLite): of each mask, on each chunk, under everything that determines their bits."""
+"""Finished sums on disk (SQLite): of each mask, on each chunk, under everything that determines
+their bits."""
 
 from __future__ import annotations
 
@@ -20,27 +21,36 @@ from .errors import InputError
 
 APPLICATION, VERSION = 0x46505255, 2  # PRAGMA application_id and user_version of a store
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS contexts (id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, determined_by TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS contexts (
+  id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, determined_by TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS sums (
-  context INTEGER NOT NULL, chunk BLOB NOT NULL, units BLOB NOT NULL, sums BLOB NOT NULL, checksum INTEGER NOT NULL,
+  context INTEGER NOT NULL, chunk BLOB NOT NULL, units BLOB NOT NULL, sums BLOB NOT NULL,
+  checksum INTEGER NOT NULL,
   PRIMARY KEY (context, chunk, units)
 ) WITHOUT ROWID;
 """
 _AT_ONCE = 500  # keys of one look-up
-_FAILURES = (sqlite3.Error, UnicodeDecodeError, TypeError, ValueError)  # what SQLite raises over a damaged file
+_FAILURES = (
+    sqlite3.Error,
+    UnicodeDecodeError,
+    TypeError,
+    ValueError,
+)  # what SQLite raises over a damaged file
 
 
 class SumStore:
     """Sums over the continuations of a chunk, by (context, chunk, units that ran).
 
-    A context is what determines a sum besides chunk and units: weights, measure, dtype, device, software. So whatever
-    objective asks for the same tokens under the same measure finds what another has left. Sums are kept as their
-    eight bytes with a checksum, so that they come back to the bit or not at all; every `put` is one transaction, so
-    that a killed run keeps all that it had finished. Threads and processes may share a file.
+    A context is what determines a sum besides chunk and units: weights, measure, dtype, device,
+    software. So whatever objective asks for the same tokens under the same measure finds what
+    another has left. Sums are kept as their eight bytes with a checksum, so that they come back to
+    the bit or not at all; every `put` is one transaction, so that a killed run keeps all that it
+    had finished. Threads and processes may share a file.
 
-    Raises InputError for a file that is no store, is one of another version, or is damaged: none is overwritten. When
-    the file fails later (a full disk, another program's lock, a damaged row), a RuntimeWarning says so once, and the
-    store keeps and finds nothing from then on.
+    Raises InputError for a file that is no store, is one of another version, or is damaged: none is
+    overwritten. When the file fails later (a full disk, another program's lock, a damaged row), a
+    RuntimeWarning says so once, and the store keeps and finds nothing from then on.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -63,18 +73,33 @@ class SumStore:
         if known:
             application = self._db.execute("PRAGMA application_id").fetchone()[0]
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            names = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            names = {
+                name
+                for (name,) in self._db.execute(
+                    "SELECT name FROM sqlite_master WHERE type = 'table'"
+                )
+            }
             if application != APPLICATION and names != {"contexts", "scores"}:
-                raise InputError(f"{self.path}: a database of something else; name another file for the store")
+                raise InputError(
+                    f"{self.path}: a database of something else; name another file for the store"
+                )
             if version != VERSION:
-                raise InputError(f"{self.path}: a store of another version of fastprune; name another file")
-            columns = [row[1] for row in self._db.execute("SELECT * FROM pragma_table_info('sums')")]
+                raise InputError(
+                    f"{self.path}: a store of another version of fastprune; name another file"
+                )
+            columns = [
+                row[1] for row in self._db.execute("SELECT * FROM pragma_table_info('sums')")
+            ]
             if columns != ["context", "chunk", "units", "sums", "checksum"]:
-                raise InputError(f"{self.path}: a damaged store, its tables are not those of a store")
+                raise InputError(
+                    f"{self.path}: a damaged store, its tables are not those of a store"
+                )
             return
         self._db.execute("PRAGMA journal_mode=WAL")
         pragmas = f"PRAGMA application_id={APPLICATION}; PRAGMA user_version={VERSION};"
-        self._db.executescript(f"BEGIN IMMEDIATE; {pragmas} {_SCHEMA} COMMIT;")  # another process sees all or nothing
+        self._db.executescript(
+            f"BEGIN IMMEDIATE; {pragmas} {_SCHEMA} COMMIT;"
+        )  # another process sees all or nothing
 
     def context(self, determined_by: Mapping[str, object]) -> int:
         """The number of a context in this file, noted readably when it is new."""
@@ -83,8 +108,13 @@ class SumStore:
         with self._turn:
             try:
                 with self._db:
-                    self._db.execute("INSERT OR IGNORE INTO contexts (key, determined_by) VALUES (?, ?)", (key, text))
-                number = self._db.execute("SELECT id FROM contexts WHERE key = ?", (key,)).fetchone()[0]
+                    self._db.execute(
+                        "INSERT OR IGNORE INTO contexts (key, determined_by) VALUES (?, ?)",
+                        (key, text),
+                    )
+                number = self._db.execute(
+                    "SELECT id FROM contexts WHERE key = ?", (key,)
+                ).fetchone()[0]
                 self._keys[number] = key.encode()
                 return number
             except _FAILURES as error:
@@ -98,7 +128,10 @@ class SumStore:
         with self._turn:
             while not self._failed and (part := list(itertools.islice(keys, _AT_ONCE))):
                 marks = ",".join("?" * len(part))
-                query = f"SELECT units, sums, checksum FROM sums WHERE context = ? AND chunk = ? AND units IN ({marks})"
+                query = (
+                    f"SELECT units, sums, checksum FROM sums WHERE context = ? AND chunk = ? "
+                    f"AND units IN ({marks})"
+                )
                 try:
                     for units, sums, checksum in self._db.execute(query, (context, chunk, *part)):
                         if self._checksum(context, chunk, units, sums) != checksum or len(sums) % 8:
@@ -121,44 +154,63 @@ class SumStore:
             checked = [(*row, self._checksum(*row)) for row in rows]
             try:
                 with self._db:
-                    self._db.executemany("INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)", checked)
+                    self._db.executemany(
+                        "INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)", checked
+                    )
             except _FAILURES as error:
                 self._give_up(error)
 
-    # -- looking at a file ---------------------------------------------------------------------------------------
+    # -- looking at a file -------------------------------------------------------------------------
 
     def contexts(self) -> dict[int, tuple[dict, int]]:
-        """Each context in the file, by its number: what it is determined by, and how many sums it holds."""
-        query = "SELECT id, determined_by, (SELECT count(*) FROM sums WHERE context = id) FROM contexts ORDER BY id"
+        """Each context in the file, by its number: what it is determined by, and how many sums it
+        holds."""
+        query = (
+            "SELECT id, determined_by, (SELECT count(*) FROM sums WHERE context = id) FROM "
+            "contexts ORDER BY id"
+        )
         with self._turn, self._naming():
-            return {number: (json.loads(text), count) for number, text, count in self._db.execute(query)}
+            return {
+                number: (json.loads(text), count) for number, text, count in self._db.execute(query)
+            }
 
     def rows(self) -> Iterator[tuple[int, bytes, tuple[int, ...], np.ndarray | None]]:
-        """Everything in the file: (context, chunk, units that ran, sums); the sums of a damaged row are None."""
+        """Everything in the file: (context, chunk, units that ran, sums); the sums of a damaged row
+        are None."""
         with self._turn, self._naming():
             for context, key in self._db.execute("SELECT id, key FROM contexts"):
                 self._keys[context] = key.encode()
             for context, chunk, units, sums, checksum in self._db.execute("SELECT * FROM sums"):
-                whole = context in self._keys and self._checksum(context, chunk, units, sums) == checksum
+                whole = (
+                    context in self._keys
+                    and self._checksum(context, chunk, units, sums) == checksum
+                )
                 values = np.frombuffer(sums, dtype="<f8") if whole and not len(sums) % 8 else None
                 yield context, chunk, tuple(np.frombuffer(units, dtype="<u2").tolist()), values
 
     def prune(self, contexts: Iterable[int] = (), damaged: bool = False) -> int:
-        """Remove these contexts with their sums, or the rows that are damaged; how many sums went."""
+        """Remove these contexts with their sums, or the rows that are damaged; how many sums
+        went."""
         broken = []
         if damaged:
             broken = [
-                (context, chunk, units_key(units)) for context, chunk, units, values in self.rows() if values is None
+                (context, chunk, units_key(units))
+                for context, chunk, units, values in self.rows()
+                if values is None
             ]
         with self._turn, self._naming():
             before = self._db.total_changes
             with self._db:
-                self._db.executemany("DELETE FROM sums WHERE context = ? AND chunk = ? AND units = ?", broken)
+                self._db.executemany(
+                    "DELETE FROM sums WHERE context = ? AND chunk = ? AND units = ?", broken
+                )
                 for number in contexts:
                     self._db.execute("DELETE FROM sums WHERE context = ?", (number,))
             gone = self._db.total_changes - before
             with self._db:
-                self._db.executemany("DELETE FROM contexts WHERE id = ?", [(number,) for number in contexts])
+                self._db.executemany(
+                    "DELETE FROM contexts WHERE id = ?", [(number,) for number in contexts]
+                )
             self._db.execute("VACUUM")
         return gone
 
@@ -180,7 +232,9 @@ class SumStore:
     def _give_up(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
-            warnings.warn(f"{self.path}: going on without the store: {error}", RuntimeWarning, stacklevel=4)
+            warnings.warn(
+                f"{self.path}: going on without the store: {error}", RuntimeWarning, stacklevel=4
+            )
 
 
 def units_key(sequence: Iterable[int]) -> bytes:

@@ -1,7 +1,8 @@
-"""For tests of search algorithms: an evaluator that needs no model, and what every algorithm must do.
+"""For tests of search algorithms: an evaluator that needs no model, and what every algorithm must
+do.
 
-Your own algorithm is a function with `@fastprune.search.algorithm`, in a module that an entry point of the group
-`fastprune.algorithms` names. Its tests, with pytest:
+Your own algorithm is a function with `@fastprune.search.algorithm`, in a module that an entry point
+of the group `fastprune.algorithms` names. Its tests, with pytest:
 
     import pytest
     from fastprune.testing import CHECKS
@@ -36,12 +37,14 @@ __all__ = ["CHECKS", "SyntheticEvaluator", "check_algorithm", "outcome"]
 
 
 class SyntheticEvaluator(Evaluator):
-    """An evaluator whose losses come from a formula, so that searches run in no time: pairs of units interact.
+    """An evaluator whose losses come from a formula, so that searches run in no time: pairs of
+    units interact.
 
-    Removing a broken unit makes the loss not finite. curvature: of a term cubic in the units removed, which no
-    quadratic model can hold. flat: every unit costs 1, so that subsets of one size tie. There are `num_samples` samples
-    of `tokens` tokens each; with 32 or more it races, and never errs: it keeps the best. calls: masks of each call of
-    `score`; sample_calls: (masks, samples) of each call of `score_samples`; races: (masks, kept) of each of `select`.
+    Removing a broken unit makes the loss not finite. curvature: of a term cubic in the units
+    removed, which no quadratic model can hold. flat: every unit costs 1, so that subsets of one
+    size tie. There are `num_samples` samples of `tokens` tokens each; with 32 or more it races, and
+    never errs: it keeps the best. calls: masks of each call of `score`; sample_calls: (masks,
+    samples) of each call of `score_samples`; races: (masks, kept) of each of `select`.
     """
 
     def __init__(
@@ -98,15 +101,21 @@ class SyntheticEvaluator(Evaluator):
     def num_looks(self) -> int:
         return 1 if self.num_samples < 32 else 2
 
-    def select(self, masks: Any, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0) -> Selection:
+    def select(
+        self, masks: Any, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
+    ) -> Selection:
         rows = np.asarray(masks, dtype=bool)
-        distinct = np.sort(np.unique(rows, axis=0, return_index=True)[1])  # of equal masks the first
+        distinct = np.sort(
+            np.unique(rows, axis=0, return_index=True)[1]
+        )  # of equal masks the first
         check_race(keep, len(distinct), confidence, tolerance)
         self.races.append((len(distinct), keep))
         losses = np.array([self._loss(np.flatnonzero(~mask)) for mask in rows[distinct]])
         best = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
         early = len(distinct) - keep if self.num_looks > 1 else 0
-        return Selection(distinct[best], losses[best], decided_early=early, layer_runs=0.0, share=1.0)
+        return Selection(
+            distinct[best], losses[best], decided_early=early, layer_runs=0.0, share=1.0
+        )
 
     def similarity(self) -> np.ndarray:
         states = self._steps.cumsum(axis=0)
@@ -134,7 +143,8 @@ class SyntheticEvaluator(Evaluator):
 def check_algorithm(name: str, **options: Any) -> None:
     """Run every check of CHECKS on a registered algorithm, with these options for all of them.
 
-    Raises InputError for a name that is not registered, AssertionError for what the algorithm does wrong.
+    Raises InputError for a name that is not registered, AssertionError for what the algorithm does
+    wrong.
     """
     find_algorithm(name)
     for check in CHECKS:
@@ -142,24 +152,32 @@ def check_algorithm(name: str, **options: Any) -> None:
 
 
 def check_description(name: str, **options: Any) -> None:
-    """The docstring has a first line that ends with a full stop, Source:, Cost:, and a line for every option."""
+    """The docstring has a first line that ends with a full stop, Source:, Cost:, and a line for
+    every option."""
     row = find_algorithm(name).describe()
-    assert row["summary"].endswith("."), f"{name}: the docstring's first line must end with a full stop"
+    assert row["summary"].endswith("."), (
+        f"{name}: the docstring's first line must end with a full stop"
+    )
     for section in ("source", "cost"):
         assert row[section], f"{name}: the docstring has no {section.capitalize()}:"
     for option in row["options"]:
         what = f"{name}: option {option['name']}"
         assert option["meaning"], f"{what} has no line under Options:"
-        assert type(option["default"]).__name__ == option["type"], f"{what} has a default of another type"
+        assert type(option["default"]).__name__ == option["type"], (
+            f"{what} has a default of another type"
+        )
     assert json.loads(json.dumps(row)) == row, f"{name}: what describes it must be plain values"
 
 
 def check_budgets(name: str, **options: Any) -> None:
-    """It removes as many units as it was asked to, from none to all but one, in small models too."""
+    """It removes as many units as it was asked to, from none to all but one, in small models
+    too."""
     for num_units in (2, 3, 7):
         for num_remove in range(num_units):
             result = run_search(SyntheticEvaluator(num_units), name, num_remove, seed=1, **options)
-            assert len(result.removed) == num_remove, f"{name} removed {result.removed}, not {num_remove} units"
+            assert len(result.removed) == num_remove, (
+                f"{name} removed {result.removed}, not {num_remove} units"
+            )
             assert result.removed == to_removed(result.mask) == tuple(sorted(set(result.removed)))
 
 
@@ -168,12 +186,15 @@ def check_best(name: str, **options: Any) -> None:
     evaluator = SyntheticEvaluator(9, seed=3)
     result = run_search(evaluator, name, 4, **options)
     complete: dict[tuple[int, ...], float] = {r: loss for r, loss in result.history if len(r) == 4}
-    assert result.loss == min(complete.values()) == complete[result.removed], f"{name} scored a better subset"
+    assert result.loss == min(complete.values()) == complete[result.removed], (
+        f"{name} scored a better subset"
+    )
     assert result.loss == evaluator.score(result.mask[None])[0]
 
 
 def check_history(name: str, **options: Any) -> None:
-    """It scores through its Search alone, so that every subset is scored, counted and remembered once."""
+    """It scores through its Search alone, so that every subset is scored, counted and remembered
+    once."""
     evaluator = SyntheticEvaluator(9, seed=4)
     result = run_search(evaluator, name, 3, **options)
     assert len(result.history) == len(dict(result.history)) == result.evaluations
@@ -186,23 +207,33 @@ def check_protection(name: str, **options: Any) -> None:
     """It never scores a subset with a protected unit, and takes every budget that is left."""
     for protect in ((0, 2, 5), (1, 3, 8), (0, 8)):
         for num_remove in range(10 - len(protect)):
-            result = run_search(SyntheticEvaluator(9, seed=5), name, num_remove, protect=protect, **options)
+            result = run_search(
+                SyntheticEvaluator(9, seed=5), name, num_remove, protect=protect, **options
+            )
             assert len(result.removed) == num_remove
             tried = {unit for removed, _ in result.history for unit in removed}
-            assert not tried & set(protect), f"{name} tried to remove units of {protect}, which are protected"
+            assert not tried & set(protect), (
+                f"{name} tried to remove units of {protect}, which are protected"
+            )
 
 
 def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
-    """Such a loss never wins and breaks no arithmetic, and where no other is found ArithmeticError says so.
+    """Such a loss never wins and breaks no arithmetic, and where no other is found ArithmeticError
+    says so.
 
-    An algorithm that scores a single subset may find none where there are some; where a single one of 35 is finite, any
-    may miss it.
+    An algorithm that scores a single subset may find none where there are some; where a single one
+    of 35 is finite, any may miss it.
     """
     evaluator = SyntheticEvaluator(8, seed=6, broken=(1, 4))
     found = _finite(evaluator, name, options)
-    assert found is not None or sum(evaluator.calls) == 1, f"{name} found no finite loss where most are"
+    assert found is not None or sum(evaluator.calls) == 1, (
+        f"{name} found no finite loss where most are"
+    )
     assert found is None or not set(found) & {1, 4}
-    assert _finite(SyntheticEvaluator(7, seed=6, broken=(0, 1, 2, 6)), name, options) in (None, (3, 4, 5))
+    assert _finite(SyntheticEvaluator(7, seed=6, broken=(0, 1, 2, 6)), name, options) in (
+        None,
+        (3, 4, 5),
+    )
     try:
         run_search(SyntheticEvaluator(4, broken=(0, 1, 2, 3)), name, 2, **options)
     except ArithmeticError:
@@ -225,7 +256,8 @@ def check_gap(name: str, **options: Any) -> float:
 
 
 def check_races(name: str, **options: Any) -> None:
-    """Racing, it needs no loss but those of what a race keeps, has its result's exact loss, and finds it once more.
+    """Racing, it needs no loss but those of what a race keeps, has its result's exact loss, and
+    finds it once more.
 
     One that is not registered with races=True refuses to race.
     """
@@ -238,7 +270,9 @@ def check_races(name: str, **options: Any) -> None:
         try:
             result = run_search(evaluator, name, 4, seed=2, protect=(1,), racing=0.99, **options)
         except KeyError as error:
-            raise AssertionError(f"{name} needs the loss of {error}, which has left a race") from error
+            raise AssertionError(
+                f"{name} needs the loss of {error}, which has left a race"
+            ) from error
         assert result.decided_early > 0, f"{name} is registered as one that races, and does not"
         assert result.loss == evaluator.score(result.mask[None])[0]
         assert 1 not in result.removed, f"{name} removed a protected unit"
@@ -247,7 +281,8 @@ def check_races(name: str, **options: Any) -> None:
 
 
 def check_repeats(name: str, **options: Any) -> None:
-    """A second run finds the same to the bit, scores the same subsets, and draws from search.rng alone."""
+    """A second run finds the same to the bit, scores the same subsets, and draws from search.rng
+    alone."""
     first = outcome(name, **options)
     np.random.seed(0)  # noqa: NPY002 (the global one, which a search must not use)
     assert outcome(name, **options) == first, f"{name} finds something else when it is run again"
@@ -257,18 +292,22 @@ def check_another_process(name: str, **options: Any) -> None:
     """A new process, with other hashes of strings, finds the same to the bit."""
     module = find_algorithm(name).function.__module__
     code = (
-        f"import importlib, json; importlib.import_module({module!r}); from fastprune.testing import outcome; "
+        f"import importlib, json; importlib.import_module({module!r}); from fastprune.testing "
+        f"import outcome; "
         f"print(json.dumps(outcome({name!r}, **json.loads({json.dumps(options)!r}))))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{name} cannot be run in a new process: {done.stderr[-1000:]}"
     there = json.loads(done.stdout.splitlines()[-1])
     assert there == outcome(name, **options), f"{name} finds something else in another process"
 
 
 def check_refusals(name: str, **options: Any) -> None:
-    """Unknown options, and budgets and protected units that leave no room, are refused before anything is scored."""
+    """Unknown options, and budgets and protected units that leave no room, are refused before
+    anything is scored."""
     evaluator = SyntheticEvaluator(4)
     _refused(evaluator, name, 1, {**options, "no_such_option": 1}, "has no option 'no_such_option'")
     for num_remove in (-1, 4, 1.0, True):
@@ -278,13 +317,24 @@ def check_refusals(name: str, **options: Any) -> None:
 
 
 CHECKS: tuple[Callable, ...] = (
-    check_description, check_budgets, check_best, check_history, check_protection, check_losses_that_are_not_finite,
-    check_ties, check_gap, check_races, check_repeats, check_another_process, check_refusals,
-)  # fmt: skip
+    check_description,
+    check_budgets,
+    check_best,
+    check_history,
+    check_protection,
+    check_losses_that_are_not_finite,
+    check_ties,
+    check_gap,
+    check_races,
+    check_repeats,
+    check_another_process,
+    check_refusals,
+)
 
 
 def outcome(name: str, **options: Any) -> list:
-    """What a search finds for one seed: the removed units, the loss to the bit, and the history. Plain values."""
+    """What a search finds for one seed: the removed units, the loss to the bit, and the history.
+    Plain values."""
     result = run_search(SyntheticEvaluator(9, seed=8, num_samples=20), name, 4, seed=11, **options)
     history = [[list(removed), loss.hex()] for removed, loss in result.history]
     return [list(result.removed), result.loss.hex(), history]
@@ -300,7 +350,9 @@ def _finite(evaluator: SyntheticEvaluator, name: str, options: dict) -> tuple[in
     return result.removed
 
 
-def _refused(evaluator: SyntheticEvaluator, name: str, num_remove: Any, options: dict, message: str) -> None:
+def _refused(
+    evaluator: SyntheticEvaluator, name: str, num_remove: Any, options: dict, message: str
+) -> None:
     try:
         run_search(evaluator, name, num_remove, **options)
     except InputError as error:

@@ -1,8 +1,10 @@
-"""Sequences of units as a trie: one node for each distinct prefix. Pure integers: no model, no torch.
+"""Sequences of units as a trie: one node for each distinct prefix. Pure integers: no model, no
+torch.
 
-The hidden state after a unit depends only on the units that ran so far and their order, so a batch of masks is a trie
-over sequences of kept units. The trie knows sequences, not masks: a unit that is repeated, or run in another order, is
-one more sequence. Every node is one unit run; the number of nodes is the least work that any exact evaluator can do.
+The hidden state after a unit depends only on the units that ran so far and their order, so a batch
+of masks is a trie over sequences of kept units. The trie knows sequences, not masks: a unit that is
+repeated, or run in another order, is one more sequence. Every node is one unit run; the number of
+nodes is the least work that any exact evaluator can do.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ Units = tuple[int, ...]
 class Trie:
     """The prefixes of some sequences that are asked for, and of some whose states are known.
 
-    sequences: the M distinct ones that are asked for, sorted. index: int64[N], which of them each of the N asked is.
-    Nodes are numbered so that a parent comes before its children, and a child that alone continues its parent comes
-    right after it; node 0 is the empty prefix. unit, parent, depth: int64[n] (unit and parent of node 0 are -1).
-    through: of each node, a sequence or prefix on whose way it lies. ends int64[M]: the node of each sequence.
+    sequences: the M distinct ones that are asked for, sorted. index: int64[N], which of them each
+    of the N asked is. Nodes are numbered so that a parent comes before its children, and a child
+    that alone continues its parent comes right after it; node 0 is the empty prefix. unit, parent,
+    depth: int64[n] (unit and parent of node 0 are -1).
+    through: of each node, a sequence or prefix on whose way it lies. ends int64[M]: the node of
+    each sequence.
     known: the K prefixes whose states are known; known_nodes int64[K].
-    asked: bool[n], nodes on the way to some sequence. wanted: bool[n], those that must be run: below the deepest known
-    prefix of one. layer_runs: how many are on the way, the unit runs were nothing known. naive_layer_runs: those of
-    one forward pass for each asked.
+    asked: bool[n], nodes on the way to some sequence. wanted: bool[n], those that must be run:
+    below the deepest known prefix of one. layer_runs: how many are on the way, the unit runs were
+    nothing known. naive_layer_runs: those of one forward pass for each asked.
     """
 
     sequences: tuple[Units, ...]
@@ -55,14 +59,20 @@ class Trie:
 
 
 def make_trie(asked: Iterable[Units], known: Sequence[Units] = ()) -> Trie:
-    """The trie of sequences of unit indices; known: prefixes, distinct, not empty, whose states need not be run."""
+    """The trie of sequences of unit indices; known: prefixes, distinct, not empty, whose states
+    need not be run."""
     asked = list(asked)
     every = [*asked, *known]
     lengths = np.array([len(sequence) for sequence in every], dtype=np.int64)
-    table = np.zeros((len(every), int(lengths.max(initial=0)) + 1), dtype=np.uint16)  # 0 is the end, unit i is i + 1
-    units = np.fromiter(itertools.chain.from_iterable(every), dtype=np.int64, count=int(lengths.sum()))
+    table = np.zeros(
+        (len(every), int(lengths.max(initial=0)) + 1), dtype=np.uint16
+    )  # 0 is the end, unit i is i + 1
+    units = np.fromiter(
+        itertools.chain.from_iterable(every), dtype=np.int64, count=int(lengths.sum())
+    )
     table[np.arange(table.shape[1]) < lengths[:, None]] = units + 1
-    # in sorted order, sequences that share a prefix are neighbours, and one comes before those that extend it
+    # in sorted order, sequences that share a prefix are neighbours, and one comes before those that
+    # extend it
     order = np.lexsort(table.T[::-1])
     differs = table[order[1:]] != table[order[:-1]]
     new = np.concatenate([np.ones(min(len(every), 1), dtype=bool), differs.any(axis=1)])
@@ -106,14 +116,17 @@ def make_trie(asked: Iterable[Units], known: Sequence[Units] = ()) -> Trie:
 
 
 def _paths(lengths: np.ndarray, shared: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of sorted rows, `shared` of whose units are those of the row before: which row first holds each node (but the
-    root), int64[n - 1]; the number of each row's first own node, less 1; the nodes on each row's path, [R, L]."""
+    """Of sorted rows, `shared` of whose units are those of the row before: which row first holds
+    each node (but the root), int64[n - 1]; the number of each row's first own node, less 1; the
+    nodes on each row's path, [R, L]."""
     own = lengths - shared
     starts = np.cumsum(own) - own
     owner = np.repeat(np.arange(len(lengths)), own)
     steps = np.arange(int(lengths.max(initial=0)) + 1)
     holder = np.where(shared[:, None] < steps, np.arange(len(lengths))[:, None], 0)
-    holder = np.maximum.accumulate(holder, axis=0)  # the last row, at or before, whose own nodes reach this depth
+    holder = np.maximum.accumulate(
+        holder, axis=0
+    )  # the last row, at or before, whose own nodes reach this depth
     path = starts[holder] + steps - shared[holder]
     path[(steps == 0) | (steps > lengths[:, None])] = 0
     return owner, starts, path
@@ -127,7 +140,11 @@ class Seen:
 
     def __init__(self) -> None:
         self._hashes: dict[int, np.ndarray] = {}  # ascending
-        self._last: tuple = None, None, None  # hashes, a trie, and both together: the next group mostly asks the same
+        self._last: tuple = (
+            None,
+            None,
+            None,
+        )  # hashes, a trie, and both together: the next group mostly asks the same
 
     def add(self, group: int, trie: Trie) -> int:
         """How many of the prefixes asked for in a trie are new to a group."""
@@ -145,7 +162,9 @@ def _hashes(trie: Trie) -> np.ndarray:
     """uint64 of every node on the way to some sequence."""
     hashes = np.zeros(len(trie.unit), dtype=np.uint64)
     for level in levels(trie):
-        mixed = (hashes[trie.parent[level]] ^ trie.unit[level].astype(np.uint64) + np.uint64(1)) * _MIX
+        mixed = (
+            hashes[trie.parent[level]] ^ trie.unit[level].astype(np.uint64) + np.uint64(1)
+        ) * _MIX
         hashes[level] = mixed ^ (mixed >> np.uint64(29))
     return hashes[trie.asked]
 
@@ -156,7 +175,9 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio
 def levels(trie: Trie) -> list[np.ndarray]:
     """The nodes of each depth, from 1 on."""
     by_depth = np.argsort(trie.depth, kind="stable")
-    return np.split(by_depth, np.searchsorted(trie.depth[by_depth], np.arange(1, int(trie.depth.max()) + 1)))[1:]
+    return np.split(
+        by_depth, np.searchsorted(trie.depth[by_depth], np.arange(1, int(trie.depth.max()) + 1))
+    )[1:]
 
 
 class _Through:

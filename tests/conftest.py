@@ -1,4 +1,5 @@
-"""A small checkpoint with a tokenizer, calibration files, and the command line run in this process."""
+"""A small checkpoint with a tokenizer, calibration files, and the command line run in this
+process."""
 
 from __future__ import annotations
 
@@ -12,13 +13,19 @@ import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--no-mkldnn", action="store_true", help="without oneDNN, as where torch was built without it")
+    parser.addoption(
+        "--no-mkldnn",
+        action="store_true",
+        help="without oneDNN, as where torch was built without it",
+    )
 
 
 def pytest_configure(config):
     gc.disable()  # until all is imported
     if hasattr(config, "workerinput") and "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"  # threads of several workers that wait take the cores from one another
+        os.environ["OMP_NUM_THREADS"] = (
+            "1"  # threads of several workers that wait take the cores from one another
+        )
         torch.set_num_threads(1)
     if config.getoption("--no-mkldnn"):
         torch.backends.mkldnn.set_flags(False)
@@ -26,11 +33,14 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """What takes most of a minute begins first: at the end, other workers would wait for it."""
-    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("nightly", "compile")))
+    items.sort(
+        key=lambda item: not any(item.get_closest_marker(name) for name in ("nightly", "compile"))
+    )
 
 
 def pytest_collection_finish():
-    """What was imported stays: the collector of garbage need not look through it again and again."""
+    """What was imported stays: the collector of garbage need not look through it again and
+    again."""
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -44,14 +54,24 @@ def checkpoint(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("checkpoint")
     words = ["<unk>", *(f"w{i}" for i in range(60))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -67,7 +87,8 @@ def text_file(tmp_path_factory):
 def questions(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "questions.jsonl"
     rows = [
-        {"prompt": f"w{i} w3 w{i + 2}", "choices": [f" w{i + 3}", " w9 w1", " w5"], "answer": i % 3} for i in range(7)
+        {"prompt": f"w{i} w3 w{i + 2}", "choices": [f" w{i + 3}", " w9 w1", " w5"], "answer": i % 3}
+        for i in range(7)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

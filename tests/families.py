@@ -1,7 +1,7 @@
 """Tiny random models of every supported family, and references that share no code with fastprune.
 
-A reference removes blocks from a deep copy of the model, or scales residual branches with forward hooks, and takes
-losses from the full logits in float64.
+A reference removes blocks from a deep copy of the model, or scales residual branches with forward
+hooks, and takes losses from the full logits in float64.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ LLAMA_LIKE = {
     "num_key_value_heads": 1,
     "head_dim": 10,
 }
-ALIGNED = {"hidden_size": 40, "intermediate_size": 48}  # grouped matrix products want rows of whole 16 bytes
+ALIGNED = {
+    "hidden_size": 40,
+    "intermediate_size": 48,
+}  # grouped matrix products want rows of whole 16 bytes
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -56,7 +59,9 @@ def _gemma2(attn_implementation: str):
 
 
 CONFIGS = {
-    "llama": lambda: tf.LlamaConfig(**LLAMA_LIKE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False),
+    "llama": lambda: tf.LlamaConfig(
+        **LLAMA_LIKE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False
+    ),
     "llama-tied": lambda: tf.LlamaConfig(
         **(LLAMA_LIKE | {"vocab_size": 101, "num_key_value_heads": 3}),
         attention_bias=True,
@@ -64,7 +69,9 @@ CONFIGS = {
         tie_word_embeddings=True,
     ),
     "mistral": lambda: tf.MistralConfig(**LLAMA_LIKE, sliding_window=WINDOW),
-    "qwen2": lambda: tf.Qwen2Config(**(LLAMA_LIKE | {"hidden_size": 42, "head_dim": 14}), tie_word_embeddings=True),
+    "qwen2": lambda: tf.Qwen2Config(
+        **(LLAMA_LIKE | {"hidden_size": 42, "head_dim": 14}), tie_word_embeddings=True
+    ),
     "qwen2-window": lambda: tf.Qwen2Config(
         **(LLAMA_LIKE | {"hidden_size": 42, "head_dim": 14}),
         use_sliding_window=True,
@@ -78,9 +85,17 @@ CONFIGS = {
         **LLAMA_LIKE,
         sliding_window=WINDOW,
         query_pre_attn_scalar=10,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        layer_types=[
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
     ),
-    "phi3": lambda: tf.Phi3Config(**(LLAMA_LIKE | {"head_dim": 12, "num_key_value_heads": 3, "vocab_size": 113})),
+    "phi3": lambda: tf.Phi3Config(
+        **(LLAMA_LIKE | {"head_dim": 12, "num_key_value_heads": 3, "vocab_size": 113})
+    ),
     "olmo2": lambda: tf.Olmo2Config(**(LLAMA_LIKE | {"head_dim": 12}), tie_word_embeddings=False),
     "gpt-neox": lambda: tf.GPTNeoXConfig(
         **(COMMON | {"vocab_size": 99, "hidden_size": 36, "intermediate_size": 52}),
@@ -135,7 +150,8 @@ BRANCHES = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
-    """A random model of a family, in evaluation mode: norms and biases are random too, so that none is neutral.
+    """A random model of a family, in evaluation mode: norms and biases are random too, so that none
+    is neutral.
 
     changes: attributes of its config that are to be others.
     """
@@ -175,7 +191,8 @@ def physically_removed(hf, removed):
 
 
 def physically_ordered(hf, sequence):
-    """A deep copy of the model whose list and config hold these blocks, in this order; some may stand repeatedly."""
+    """A deep copy of the model whose list and config hold these blocks, in this order; some may
+    stand repeatedly."""
     hf = copy.deepcopy(hf)
     kept = list(sequence)
     blocks = torch.nn.ModuleList(layers_of(hf)[i] for i in kept)
@@ -191,11 +208,14 @@ def physically_ordered(hf, sequence):
 
 
 def with_scaled_branches(hf, scales):
-    """A deep copy whose residual branches (attention, mlp of block 0, ...) are multiplied by scales [2 * blocks].
+    """A deep copy whose residual branches (attention, mlp of block 0, ...) are multiplied by scales
+    [2 * blocks].
 
     scales: numbers, or a tensor that takes gradients.
     """
-    scales = scales if isinstance(scales, torch.Tensor) else np.asarray(scales, dtype=float).tolist()
+    scales = (
+        scales if isinstance(scales, torch.Tensor) else np.asarray(scales, dtype=float).tolist()
+    )
     hf = copy.deepcopy(hf)
     names = BRANCHES.get(hf.config.model_type, ("self_attn", "mlp"))
     for i, layer in enumerate(layers_of(hf)):
@@ -224,12 +244,18 @@ def reference_model(hf, mask, granularity: str = "block"):
 def full_log_probs(hf, rows) -> list[torch.Tensor]:
     """log p of every token at every position, float64 [T, V] for each row.
 
-    All rows are run together, the shorter ones with tokens behind their end, which nothing before them sees.
+    All rows are run together, the shorter ones with tokens behind their end, which nothing before
+    them sees.
     """
     rows = [torch.as_tensor(np.asarray(row)) for row in rows]
     with torch.no_grad():
-        logits = hf(input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).logits
-    return [torch.log_softmax(of_row[: len(row)].double(), dim=-1) for row, of_row in zip(rows, logits, strict=True)]
+        logits = hf(
+            input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False
+        ).logits
+    return [
+        torch.log_softmax(of_row[: len(row)].double(), dim=-1)
+        for row, of_row in zip(rows, logits, strict=True)
+    ]
 
 
 def reference_token_nll(hf, rows) -> list[np.ndarray]:
@@ -255,7 +281,8 @@ def reference_losses(hf, masks, rows, granularity: str = "block") -> np.ndarray:
 
 
 def some_masks(num_units: int, count: int, seed: int) -> np.ndarray:
-    """`count` masks: nothing removed, singles, all but one removed, random ones, and duplicates of these."""
+    """`count` masks: nothing removed, singles, all but one removed, random ones, and duplicates of
+    these."""
     rng = np.random.default_rng(seed)
     masks = [np.ones(num_units, dtype=bool)]
     for unit in rng.permutation(num_units)[:6]:

@@ -7,7 +7,11 @@ from functools import cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-CORPUS = ["the sum of 4 and 4 is 8", "the sea is blue and the sky is blue", "what is the sum of 8 and 4? it is 1 2"] * 3
+CORPUS = [
+    "the sum of 4 and 4 is 8",
+    "the sea is blue and the sky is blue",
+    "what is the sum of 8 and 4? it is 1 2",
+] * 3
 
 
 @cache
@@ -24,5 +28,7 @@ def make_tokenizer(adds_bos: bool = True) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")

@@ -12,7 +12,8 @@ from fastprune.workers.worker import Worker
 
 
 class InThisProcess(Workers):
-    """Workers that do at once what they are asked; lose: numbers of the words upon which the one that says it dies."""
+    """Workers that do at once what they are asked; lose: numbers of the words upon which the one
+    that says it dies."""
 
     def __init__(self, count: int, lose: tuple[int, ...] = ()):
         super().__init__(count, count)

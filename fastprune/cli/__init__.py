@@ -1,6 +1,7 @@
 """The command line: demo, info, algorithms, score, search, study, eval, export, store.
 
-Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong. An error is one line.
+Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong. An error is one
+line.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .output import cannot_print, is_of_printing, prepare_streams
 # parameters of the library that its messages name, where the command line has a flag of that name
 FLAGS = re.compile(r"(?<![\w/.-])(num_samples|seq_len|num_remove)(?![\w/.-])")
 
-# How threads wait for each other at barriers. By default they spin: where another process takes a core, one that spins
-# keeps from running what it waits for, and all takes twenty times as long.
+# How threads wait for each other at barriers. By default they spin: where another process takes a
+# core, one that spins keeps from running what it waits for, and all takes twenty times as long.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 LONGEST = 400  # characters of an error's line
@@ -34,7 +35,8 @@ def main() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
     prepare_streams()
     try:
-        # not cli.main, which takes any broken pipe for a reader that went away, and calls it status 1
+        # not cli.main, which takes any broken pipe for a reader that went away, and calls it status
+        # 1
         with cli.make_context("fastprune", sys.argv[1:]) as context:
             cli.invoke(context)
         sys.exit(0)
@@ -59,7 +61,9 @@ def _fail(message: str, status: int) -> None:
     message = FLAGS.sub(lambda name: f"--{name[0].replace('_', '-')}", message)
     line = f"fastprune: {' '.join(message.split())}"
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    if len(line) > LONGEST:  # a value of thousands of characters: what is wrong stands before it, what is right after
+    if (
+        len(line) > LONGEST
+    ):  # a value of thousands of characters: what is wrong stands before it, what is right after
         line = f"{line[: LONGEST // 2]} ... {line[5 - LONGEST // 2 :]}"
     with suppress(OSError):
         print(line, file=sys.stderr)
@@ -71,7 +75,8 @@ def _fail(message: str, status: int) -> None:
 @click.version_option(__version__)
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Which blocks of a language model can go? Scores depth masks exactly, and searches for the best one.
+    """Which blocks of a language model can go? Scores depth masks exactly, and searches for the
+    best one.
 
     MODEL is 'demo', a folder with a safetensors checkpoint, or a hub id.
     """
@@ -79,7 +84,14 @@ def cli(context: click.Context) -> None:
         raise InputError(f"name a command: {', '.join(cli.commands)}; --help says what each does")
 
 
-for command in (studies.demo, commands.info, commands.algorithms, commands.score, commands.search, studies.study):
+for command in (
+    studies.demo,
+    commands.info,
+    commands.algorithms,
+    commands.score,
+    commands.search,
+    studies.study,
+):
     cli.add_command(command)
 cli.add_command(evaluation.evaluate)
 cli.add_command(commands.export)

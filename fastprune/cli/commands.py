@@ -51,7 +51,13 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @model_options
 @weights_option
-def info(model: str, device: str | None, dtype: str | None, trust_remote_code: bool, weights_bytes: int | None) -> None:
+def info(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    weights_bytes: int | None,
+) -> None:
     """Show a model's units, and whether and how it can be run.
 
     With --weights-gb: how its blocks would be read, and how much in all.
@@ -90,13 +96,15 @@ def info(model: str, device: str | None, dtype: str | None, trust_remote_code: b
 
 
 def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
-    """How a model's blocks are read, and what scoring reads in all, by the model of cost in `bands`."""
+    """How a model's blocks are read, and what scoring reads in all, by the model of cost in
+    `bands`."""
     from ..budget import expect_groups
 
     bands = opened.bands
     rows = {
         "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
-        "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for {room.places}",
+        "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for "
+        f"{room.places}",
         "bands": f"{len(bands)} of up to {max(map(len, bands))} blocks",
     }
     for num_masks in (1, 200):
@@ -104,7 +112,9 @@ def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
         how = f"{len(expected.groups)} x all blocks, {_gib(expected.load_bytes)}"
         if len(bands) == 1:
             how = "nothing more than once"
-        rows[f"{num_masks} mask{'s' * (num_masks > 1)} read"] = f"{how} (about; 64 x 2,048 tokens, a quarter removed)"
+        rows[f"{num_masks} mask{'s' * (num_masks > 1)} read"] = (
+            f"{how} (about; 64 x 2,048 tokens, a quarter removed)"
+        )
     return rows
 
 
@@ -117,7 +127,8 @@ def _gib(size: int) -> str:
 def algorithms(names: tuple[str, ...]) -> None:
     """List the search algorithms and their options.
 
-    With names: these, and how they work. k units of U are removed; a cost is the number of masks that are scored.
+    With names: these, and how they work. k units of U are removed; a cost is the number of masks
+    that are scored.
     """
     from ..search import ALGORITHMS, find_algorithm
 
@@ -131,7 +142,11 @@ def algorithms(names: tuple[str, ...]) -> None:
             say(f"    masks: {row['cost']}", style="dim")
             say(f"    source: {row['source']}", style="dim")
             for option in row["options"]:
-                kind = f"{option['type']}, {option['allowed']}" if option["allowed"] else option["type"]
+                kind = (
+                    f"{option['type']}, {option['allowed']}"
+                    if option["allowed"]
+                    else option["type"]
+                )
                 say(f"    {option['name']}={option['default']} ({kind}): {option['meaning']}")
 
 
@@ -143,9 +158,17 @@ def algorithms(names: tuple[str, ...]) -> None:
     help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.',
 )
 @click.option(
-    "--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; - for none; once per mask."
+    "--removed",
+    multiple=True,
+    type=Units(),
+    help="Units to remove, such as 9,10 or 9-11; - for none; once per mask.",
 )
-@click.option("--out", "out_file", type=FileName(), help='Write rows {"removed", "loss"} to this new .jsonl file.')
+@click.option(
+    "--out",
+    "out_file",
+    type=FileName(),
+    help='Write rows {"removed", "loss"} to this new .jsonl file.',
+)
 @evaluates
 def score(
     make_evaluator: Callable[[], Evaluator],
@@ -174,21 +197,33 @@ def score(
     losses = evaluator.score(masks).tolist()
     rows = [(to_removed(mask), loss) for mask, loss in zip(masks, losses)]
     if out_file:
-        write_jsonl(Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows))
+        write_jsonl(
+            Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows)
+        )
     with printing(out_file):
         say(f"written: {out_file}" if out_file else _score_table(evaluator, rows))
         _print_cost(evaluator, [len(units) for units, _ in rows])
 
 
 @click.command(cls=Command)
-@click.option("--algorithm", default="beam", show_default=True, help="A name that `fastprune algorithms` lists.")
-@click.option("--num-remove", type=click.IntRange(0, MOST), required=True, help="How many units to remove.")
-@click.option("--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5.")
+@click.option(
+    "--algorithm",
+    default="beam",
+    show_default=True,
+    help="A name that `fastprune algorithms` lists.",
+)
+@click.option(
+    "--num-remove", type=click.IntRange(0, MOST), required=True, help="How many units to remove."
+)
+@click.option(
+    "--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5."
+)
 @click.option(
     "--protect",
     type=Protected(),
     default="",
-    help="Units that must stay, such as 0,1 or 0-3, or what a method never removes: sleb or shortened-llama.",
+    help="Units that must stay, such as 0,1 or 0-3, or what a method never removes: sleb or "
+    "shortened-llama.",
 )
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--out", "out_dir", type=FileName(), help="Write result.json into this folder.")
@@ -222,15 +257,33 @@ def search(
     result = run_search(evaluator, algorithm, num_remove, seed, protect, racing, **given)
     if target:
         names = [evaluator.unit_names[unit] for unit in result.removed]
-        of = {"model": evaluator.model.name, "dense_loss": evaluator.dense_loss, "removed_names": names}
+        of = {
+            "model": evaluator.model.name,
+            "dense_loss": evaluator.dense_loss,
+            "removed_names": names,
+        }
         data = click.get_current_context().params
         settings = {name: data[name] for name in ("seq_len", "sample_seed")}
-        of["calibration"] = {"file": data["calibration"], "num_samples": evaluator.num_samples, **settings}
+        of["calibration"] = {
+            "file": data["calibration"],
+            "num_samples": evaluator.num_samples,
+            **settings,
+        }
         of["fastprune"] = __version__
         write_json(target, {**result.to_dict(), **of})
     dense = format_dense(evaluator.objective, evaluator.dense_loss)
-    title = f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} removed ({dense})"
-    row = (algorithm, result.removed, result.loss, result.evaluations, result.layer_runs, result.naive_layer_runs)
+    title = (
+        f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} "
+        f"removed ({dense})"
+    )
+    row = (
+        algorithm,
+        result.removed,
+        result.loss,
+        result.evaluations,
+        result.layer_runs,
+        result.naive_layer_runs,
+    )
     dense_pass = f" Under {result.objective}, runs include one pass of the whole model."
     dense_pass *= evaluator.objective.compares_with_dense
     with printing(target):
@@ -250,12 +303,25 @@ def search(
 @click.option(
     "--removed",
     type=Units(),
-    help="Blocks to remove, such as 9,10,11 or 9-11. Not sublayers: half a block cannot be left out of a checkpoint.",
+    help="Blocks to remove, such as 9,10,11 or 9-11. Not sublayers: half a block cannot be left "
+    "out of a checkpoint.",
 )
-@click.option("--sequence", type=Units(), help="Blocks in the order in which they are to run, such as 0-8,8-11.")
-@click.option("--result", type=FileName(), help="A search's result.json: its blocks are removed, its losses reported.")
-@click.option("--base-model", help="Hub id of the base model, for the model card; default: the name of MODEL.")
-@click.option("--out", "out_dir", required=True, type=FileName(), help="The new checkpoint's folder.")
+@click.option(
+    "--sequence",
+    type=Units(),
+    help="Blocks in the order in which they are to run, such as 0-8,8-11.",
+)
+@click.option(
+    "--result",
+    type=FileName(),
+    help="A search's result.json: its blocks are removed, its losses reported.",
+)
+@click.option(
+    "--base-model", help="Hub id of the base model, for the model card; default: the name of MODEL."
+)
+@click.option(
+    "--out", "out_dir", required=True, type=FileName(), help="The new checkpoint's folder."
+)
 @model_options
 def export(
     model: str,
@@ -270,13 +336,16 @@ def export(
 ) -> None:
     """Write MODEL without some blocks, or with others repeated, for transformers.
 
-    Transformers loads the new checkpoint as it is. Its README.md is a model card; recipes/ holds the same for mergekit,
-    llama.cpp, EvoPress and LLM-Drop. Only blocks can be left out, not sublayers.
+    Transformers loads the new checkpoint as it is. Its README.md is a model card; recipes/ holds
+    the same for mergekit, llama.cpp, EvoPress and LLM-Drop. Only blocks can be left out, not
+    sublayers.
     """
     from .. import checkpoint
 
     if sum(given is not None for given in (removed, sequence, result)) != 1:
-        raise InputError("say what to write: one of --removed BLOCKS, --sequence BLOCKS and --result FILE")
+        raise InputError(
+            "say what to write: one of --removed BLOCKS, --sequence BLOCKS and --result FILE"
+        )
     with naming("--out"):
         checkpoint.check_target(out_dir)
     with naming("--base-model"):
@@ -290,19 +359,31 @@ def export(
         with naming("--sequence"):
             check_sequences([sequence], opened.num_blocks)
         folder = checkpoint.export_sequence(opened, sequence, out_dir, base_model=base_model)
-        what = f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
+        what = (
+            f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
+        )
     elif removed is not None:
         with naming("--removed" if result is None else "--result"):
             if result is not None and num_units != opened.num_blocks:
-                raise InputError(f"{result}: of a model of {num_units} blocks; {opened.name} has {opened.num_blocks}")
+                raise InputError(
+                    f"{result}: of a model of {num_units} blocks; {opened.name} has "
+                    f"{opened.num_blocks}"
+                )
             check_removed(removed, opened.num_blocks)
         folder = checkpoint.export(opened, removed, out_dir, base_model=base_model, losses=losses)
         left = opened.num_blocks - len(removed)
         what = f"{left} blocks of {opened.num_blocks}, without {format_removed(removed)}"
-    warning = checkpoint.llama_cpp_warning(opened) if (folder / "recipes" / "llama.cpp.txt").exists() else None
+    warning = (
+        checkpoint.llama_cpp_warning(opened)
+        if (folder / "recipes" / "llama.cpp.txt").exists()
+        else None
+    )
     with printing(folder):
         say(f"written: {folder} ({what})")
-        say("for other tools: " + ", ".join(f"recipes/{path.name}" for path in sorted((folder / "recipes").iterdir())))
+        say(
+            "for other tools: "
+            + ", ".join(f"recipes/{path.name}" for path in sorted((folder / "recipes").iterdir()))
+        )
         if warning:
             say(f"llama.cpp: {warning}")
         if result is not None and Path(searched).name != Path(opened.name).name:
@@ -310,23 +391,33 @@ def export(
 
 
 def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]], object, str]:
-    """The removed blocks of a search's result.json, its losses (before, after) by objective and what that was
-    calibrated on, how many units the model had, and its name."""
+    """The removed blocks of a search's result.json, its losses (before, after) by objective and
+    what that was calibrated on, how many units the model had, and its name."""
     if not path.is_file():
-        raise InputError(f"{path}: {'a folder; name its result.json' if path.is_dir() else 'no such file'}")
+        raise InputError(
+            f"{path}: {'a folder; name its result.json' if path.is_dir() else 'no such file'}"
+        )
     value = parse_json(path.read_bytes(), str(path))
     names = ("removed", "objective", "granularity", "dense_loss", "loss", "num_units")
-    if not isinstance(value, dict) or not set(names) <= set(value) or not isinstance(value["removed"], list):
+    if (
+        not isinstance(value, dict)
+        or not set(names) <= set(value)
+        or not isinstance(value["removed"], list)
+    ):
         raise InputError(f"{path}: not the result.json of a search (it has {', '.join(names)})")
     if value["granularity"] != "block":
-        raise InputError(f"{path}: its units are sublayers, and half a block cannot be left out of a checkpoint")
+        raise InputError(
+            f"{path}: its units are sublayers, and half a block cannot be left out of a checkpoint"
+        )
     try:
         losses = float(value["dense_loss"]), float(value["loss"])
     except (TypeError, ValueError):
         raise InputError(f"{path}: dense_loss and loss must be numbers") from None
     found, name = value.get("calibration"), str(value["objective"])
     if isinstance(found, dict) and {"file", "num_samples"} <= set(found):
-        name += f", {found['num_samples']} samples" + (f" of {Path(str(found['file'])).name}" if found["file"] else "")
+        name += f", {found['num_samples']} samples" + (
+            f" of {Path(str(found['file'])).name}" if found["file"] else ""
+        )
     return value["removed"], {name: losses}, value["num_units"], str(value.get("model", ""))
 
 
@@ -337,7 +428,12 @@ def _score_table(evaluator: Evaluator, rows: Sequence[tuple[tuple[int, ...], flo
     table = Table("removed", *["sublayers"] * halves, f"{objective.name} loss", *reading)
     for units, loss in rows:
         names = [_names(evaluator, units)] * halves
-        table.add_row(format_removed(units), *names, format_loss(loss), *[objective.read(loss) for _ in reading])
+        table.add_row(
+            format_removed(units),
+            *names,
+            format_loss(loss),
+            *[objective.read(loss) for _ in reading],
+        )
     return table
 
 
@@ -350,9 +446,12 @@ def _print_cost(evaluator: Evaluator, sizes: list[int]) -> None:
     dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
     known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
     say(
-        f"{stats.masks} mask{'s' * (stats.masks != 1)} that remove{'s' * (stats.masks == 1)} {removed} of "
-        f"{evaluator.num_units} units: {stats.layer_runs:.0f} layer runs where one pass per mask takes "
-        f"{stats.naive_layer_runs:.0f}{saved and f' ({saved})'}{dense}{known}, {stats.seconds:.1f} s; "
+        f"{stats.masks} mask{'s' * (stats.masks != 1)} that remove{'s' * (stats.masks == 1)} "
+        f"{removed} of "
+        f"{evaluator.num_units} units: {stats.layer_runs:.0f} layer runs where one pass per mask "
+        f"takes "
+        f"{stats.naive_layer_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
+        f"{stats.seconds:.1f} s; "
         f"{stats.cache_bytes / 2**20:.0f} MiB of states were kept"
     )
 

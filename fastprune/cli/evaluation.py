@@ -40,18 +40,48 @@ if TYPE_CHECKING:
 
 task_settings = group(
     click.option("--include-path", type=FileName(), help="A folder with tasks of your own."),
-    click.option("--limit", type=click.FloatRange(0, min_open=True), help="First documents of a task, or a share < 1."),
-    click.option("--num-fewshot", type=click.IntRange(0, MOST), help="Worked examples before each question."),
+    click.option(
+        "--limit",
+        type=click.FloatRange(0, min_open=True),
+        help="First documents of a task, or a share < 1.",
+    ),
+    click.option(
+        "--num-fewshot", type=click.IntRange(0, MOST), help="Worked examples before each question."
+    ),
 )
 
 
 @click.command("eval", cls=Command)
-@click.option("--tasks", required=True, help="Names or patterns, such as arc_easy,mmlu_*; `lm_eval ls tasks` has them.")
-@click.option("--removed", multiple=True, type=Units(), help="Units to remove, such as 9,10 or 9-11; - for none.")
-@click.option("--masks", "masks_file", type=FileName(), help="A file of masks instead, as `fastprune score` takes it.")
+@click.option(
+    "--tasks",
+    required=True,
+    help="Names or patterns, such as arc_easy,mmlu_*; `lm_eval ls tasks` has them.",
+)
+@click.option(
+    "--removed",
+    multiple=True,
+    type=Units(),
+    help="Units to remove, such as 9,10 or 9-11; - for none.",
+)
+@click.option(
+    "--masks",
+    "masks_file",
+    type=FileName(),
+    help="A file of masks instead, as `fastprune score` takes it.",
+)
 @task_settings
-@click.option("--batch-size", type=click.IntRange(1, MOST), default=1, show_default=True, help="Of generated texts.")
-@click.option("--max-length", type=click.IntRange(1, MOST), help="Tokens that the model sees; default: all it can.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, MOST),
+    default=1,
+    show_default=True,
+    help="Of generated texts.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(1, MOST),
+    help="Tokens that the model sees; default: all it can.",
+)
 @click.option(
     "--bootstrap-iters",
     type=click.IntRange(0, MOST),
@@ -61,7 +91,10 @@ task_settings = group(
 )
 @click.option("--log-samples", is_flag=True, help="Write every document's answers, too.")
 @click.option(
-    "--out", "out_file", type=FileName(), help='Write rows {"removed", "results", ...} to this new .jsonl file.'
+    "--out",
+    "out_file",
+    type=FileName(),
+    help='Write rows {"removed", "results", ...} to this new .jsonl file.',
 )
 @store_option
 @running_settings
@@ -70,14 +103,26 @@ task_settings = group(
 @quiet_option
 @model_options
 def evaluate(
-    model: str, device: str | None, dtype: str | None, trust_remote_code: bool,
-    tasks: str, removed: tuple[tuple[int, ...], ...], masks_file: str | None, include_path: str | None,
-    out_file: str | None, weights_bytes: int | None, workers: int | None, ray: str | None, quiet: bool, **settings: Any,
-) -> None:  # fmt: skip
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    tasks: str,
+    removed: tuple[tuple[int, ...], ...],
+    masks_file: str | None,
+    include_path: str | None,
+    out_file: str | None,
+    weights_bytes: int | None,
+    workers: int | None,
+    ray: str | None,
+    quiet: bool,
+    **settings: Any,
+) -> None:
     """Run tasks of lm-evaluation-harness on MODEL without some units.
 
-    Metrics are the harness's own, as it computes them for the exported checkpoints. All masks are run together. Workers
-    and streamed weights are for likelihoods: text is generated in one process, by the whole model.
+    Metrics are the harness's own, as it computes them for the exported checkpoints. All masks are
+    run together. Workers and streamed weights are for likelihoods: text is generated in one
+    process, by the whole model.
     """
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
@@ -102,7 +147,9 @@ def evaluate(
         settings["workers"] = open_workers(workers, ray, opened)
         with progress_bar(quiet) as progress:
             results = evaluate_masks(opened, masks, names, progress=progress, **settings)
-    rows = [{"removed": list(to_removed(mask)), **plain(result)} for mask, result in zip(masks, results)]
+    rows = [
+        {"removed": list(to_removed(mask)), **plain(result)} for mask, result in zip(masks, results)
+    ]
     if out_file:
         write_jsonl(Path(out_file), rows)
     with printing(out_file):
@@ -117,7 +164,8 @@ def open_tasks(
 ) -> tuple[list[str], object]:
     """The names in a text, and the harness's manager that knows them.
 
-    Raises InputError for one that is not known, and, where weights are streamed, for one that generates.
+    Raises InputError for one that is not known, and, where weights are streamed, for one that
+    generates.
     """
     from ..integrations import require_harness
 
@@ -133,11 +181,18 @@ def open_tasks(
 
 
 def evaluate_study(
-    models: Sequence[Model], found: Mapping, out_dir: Path, names: Sequence[str], granularity: str, **settings: Any
+    models: Sequence[Model],
+    found: Mapping,
+    out_dir: Path,
+    names: Sequence[str],
+    granularity: str,
+    **settings: Any,
 ) -> dict[str, list[dict]]:
-    """Run tasks on each model of a study, whole and under every mask that was chosen: rows by the model's name.
+    """Run tasks on each model of a study, whole and under every mask that was chosen: rows by the
+    model's name.
 
-    found: what `run_study` returned. Writes tasks.json into its folder, whose store keeps what was computed.
+    found: what `run_study` returned. Writes tasks.json into its folder, whose store keeps what was
+    computed.
     """
     from ..integrations.lm_eval import evaluate_masks, plain
 
@@ -161,7 +216,8 @@ def evaluate_study(
 
 
 def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
-    """One task's metrics: a row for each mask. Metrics are named as the harness names them, with their filter."""
+    """One task's metrics: a row for each mask. Metrics are named as the harness names them, with
+    their filter."""
     from ..study.tables import format_removed
 
     metrics = [name for name in rows[0]["results"][task] if "," in name and "_stderr," not in name]
@@ -175,7 +231,9 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
         for name in metrics:
             error = found.get("_stderr,".join(name.split(",", 1)))
             known = isinstance(error, float)
-            cells.append(f"{_number(found[name])} ± {_number(error)}" if known else _number(found[name]))
+            cells.append(
+                f"{_number(found[name])} ± {_number(error)}" if known else _number(found[name])
+            )
         table.add_row(format_removed(row["removed"]), *cells)
     return table
 
@@ -186,7 +244,8 @@ def _number(value: object) -> str:
 
 @contextlib.contextmanager
 def harness_on_stderr(quiet: bool) -> Iterator[None]:
-    """What the harness prints goes to stderr, and only its errors; no bars where nobody sees them move."""
+    """What the harness prints goes to stderr, and only its errors; no bars where nobody sees them
+    move."""
     if quiet or not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

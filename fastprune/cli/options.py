@@ -39,11 +39,15 @@ def group(*options: Callable) -> Callable:
     return decorate
 
 
-def _to_bytes(context: click.Context, parameter: click.Parameter, gigabytes: float | None) -> int | None:
+def _to_bytes(
+    context: click.Context, parameter: click.Parameter, gigabytes: float | None
+) -> int | None:
     if gigabytes is None or (gigabytes == 0 and parameter.name == "cache_bytes"):
         return gigabytes if gigabytes is None else 0
     if not 2**-30 <= gigabytes <= 2**20:
-        raise InputError(f"{parameter.opts[0]} must be above 0 and at most {2**20}, not {gigabytes}")
+        raise InputError(
+            f"{parameter.opts[0]} must be above 0 and at most {2**20}, not {gigabytes}"
+        )
     return int(gigabytes * 2**30)
 
 
@@ -64,7 +68,9 @@ class Known(click.Choice):
 
     def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
         if value not in self.choices:
-            raise InputError(f"{parameter.opts[0]}: unknown value {value!r}; {nearest(value, self.choices)}")
+            raise InputError(
+                f"{parameter.opts[0]}: unknown value {value!r}; {nearest(value, self.choices)}"
+            )
         return value
 
 
@@ -147,9 +153,14 @@ model_settings = group(
     click.option(
         "--dtype",
         type=Known(["float32", "bfloat16", "float16", "float64"]),
-        help="Default: the checkpoint's own, or float32 where a CPU has no instructions for it. Exports keep its own.",
+        help="Default: the checkpoint's own, or float32 where a CPU has no instructions for it. "
+        "Exports keep its own.",
     ),
-    click.option("--trust-remote-code", is_flag=True, help="Run model code that a hub repository brings along."),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run model code that a hub repository brings along.",
+    ),
 )
 
 model_options = group(click.argument("model", type=FileName()), model_settings)
@@ -167,7 +178,8 @@ running_settings = group(
         type=Known(["auto", "generic", "fused"]),
         default="auto",
         show_default=True,
-        help="generic: transformers' own code; fused: fused operators for Llama-like models; auto: the faster.",
+        help="generic: transformers' own code; fused: fused operators for Llama-like models; "
+        "auto: the faster.",
     ),
     click.option(
         "--memory-gb",
@@ -183,7 +195,8 @@ weights_option = click.option(
     "weights_bytes",
     type=float,
     callback=_to_bytes,
-    help="For a model larger than memory: GiB of weights that may be loaded at once; blocks are read from their files "
+    help="For a model larger than memory: GiB of weights that may be loaded at once; blocks are "
+    "read from their files "
     "a band at a time, while the band before computes. Default: all stay loaded.",
 )
 
@@ -191,13 +204,15 @@ workers_options = group(
     click.option(
         "--workers",
         type=click.IntRange(1, MOST_WORKERS),
-        help="Processes of this machine that share the work, each with the model. Its cores are shared out as "
+        help="Processes of this machine that share the work, each with the model. Its cores are "
+        "shared out as "
         "threads, unless OMP_NUM_THREADS says how many each has.",
     ),
     click.option(
         "--ray",
         metavar="ADDRESS",
-        help="Share the work by Ray: local for this machine, auto for the cluster that it belongs to, or HOST:PORT.",
+        help="Share the work by Ray: local for this machine, auto for the cluster that it belongs "
+        "to, or HOST:PORT.",
     ),
 )
 
@@ -216,7 +231,8 @@ evaluator_settings = group(
     click.option(
         "--seq-len",
         type=click.IntRange(2, MOST),
-        help="Tokens of a text sample; default 2048, or what the model can take (256 for the demo model's own text).",
+        help="Tokens of a text sample; default 2048, or what the model can take (256 for the demo "
+        "model's own text).",
     ),
     click.option(
         "--sample-seed",
@@ -232,13 +248,15 @@ evaluator_settings = group(
         "cache_bytes",
         type=float,
         callback=_to_bytes,
-        help="Budget in GiB of the prefix cache, states that later calls need not run again; 0 for none; default a "
+        help="Budget in GiB of the prefix cache, states that later calls need not run again; 0 "
+        "for none; default a "
         "quarter of the free memory.",
     ),
     click.option(
         "--cache-dir",
         type=Folder(),
-        help="A folder on a fast disk for states that do not fit into memory, gone with the process.",
+        help="A folder on a fast disk for states that do not fit into memory, gone with the "
+        "process.",
     ),
     workers_options,
     quiet_option,
@@ -248,12 +266,22 @@ store_option = click.option(
     "--store",
     type=FileName(),
     callback=lambda context, parameter, value: _check_store(value),
-    help="File of finished sums; what is in it is not computed again, and what is finished is kept.",
+    help="File of finished sums; what is in it is not computed again, and what is finished is "
+    "kept.",
 )
 
 _objective_options = group(
-    click.option("--objective", default="perplexity", show_default=True, help=f"One of {', '.join(OBJECTIVES)}."),
-    click.option("--calibration", type=FileName(), help="Text or questions to score on; the demo model has its own."),
+    click.option(
+        "--objective",
+        default="perplexity",
+        show_default=True,
+        help=f"One of {', '.join(OBJECTIVES)}.",
+    ),
+    click.option(
+        "--calibration",
+        type=FileName(),
+        help="Text or questions to score on; the demo model has its own.",
+    ),
     store_option,
 )
 
@@ -266,7 +294,8 @@ def _check_store(store: str | None) -> str | None:
 
 
 def check_store(path: Path) -> None:
-    """Raise InputError for a file that cannot be a store of scores; nothing is made where there is none."""
+    """Raise InputError for a file that cannot be a store of scores; nothing is made where there is
+    none."""
     folder = path.parent
     if not folder.is_dir():
         raise InputError(f"{path}: its folder does not exist")
@@ -290,12 +319,14 @@ def check_gradients(algorithms: Iterable[str], objective: str, label: str | None
         if find_algorithm(name).needs_gradients and not OBJECTIVES[objective].differentiable:
             raise InputError(
                 f"{name} needs gradients, which the objective {label or objective!r} has not; "
-                f"take {', '.join(n for n, o in OBJECTIVES.items() if o.differentiable)}, or another algorithm"
+                f"take {', '.join(n for n, o in OBJECTIVES.items() if o.differentiable)}, or "
+                f"another algorithm"
             )
 
 
 def evaluates(command: Callable) -> Callable:
-    """Give a command the shared options, and as its first argument a function that makes the evaluator from them."""
+    """Give a command the shared options, and as its first argument a function that makes the
+    evaluator from them."""
 
     @model_options
     @_objective_options
@@ -317,7 +348,9 @@ def evaluates(command: Callable) -> Callable:
             from ..evaluator import Evaluator
 
             opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
-            on_data = open_objective(objective, calibration, num_samples, seq_len, sample_seed, opened)
+            on_data = open_objective(
+                objective, calibration, num_samples, seq_len, sample_seed, opened
+            )
             return Evaluator(
                 opened,
                 on_data,
@@ -357,16 +390,23 @@ def open_model(
     try:
         device and torch.device(device)
     except (RuntimeError, ValueError, TypeError):  # the last two of text that is no UTF-8
-        raise InputError(f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0") from None
-    return load_model(model, device, dtype, trust_remote_code=trust_remote_code, weights_bytes=weights_bytes)
+        raise InputError(
+            f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0"
+        ) from None
+    return load_model(
+        model, device, dtype, trust_remote_code=trust_remote_code, weights_bytes=weights_bytes
+    )
 
 
 def check_workers(workers: int | None, ray: str | None) -> None:
-    """Raise InputError for workers of two kinds, and for a Ray that is not installed or does not answer."""
+    """Raise InputError for workers of two kinds, and for a Ray that is not installed or does not
+    answer."""
     if ray is None:
         return
     if workers is not None:
-        raise InputError("--workers are processes of this machine, --ray those of a cluster; give one of them")
+        raise InputError(
+            "--workers are processes of this machine, --ray those of a cluster; give one of them"
+        )
     from ..integrations.distributed import check_address
 
     with naming("--ray"):
@@ -374,7 +414,8 @@ def check_workers(workers: int | None, ray: str | None) -> None:
 
 
 def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers | None:
-    """Workers of evaluators, started. The cores of this machine are shared out as threads over its processes."""
+    """Workers of evaluators, started. The cores of this machine are shared out as threads over its
+    processes."""
     if ray is not None:
         from ..integrations.distributed import RayWorkers
 
@@ -388,12 +429,17 @@ def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers 
     return Processes(workers)
 
 
-def check_calibration(model: str, objective: str, calibration: str | None, flag: str = "--calibration") -> str:
-    """The calibration file, before the model is loaded; the demo model's own where none is given."""
+def check_calibration(
+    model: str, objective: str, calibration: str | None, flag: str = "--calibration"
+) -> str:
+    """The calibration file, before the model is loaded; the demo model's own where none is
+    given."""
     from .. import demo
 
     if objective not in OBJECTIVES:
-        raise InputError(f"--objective: unknown objective {objective!r}; {nearest(objective, OBJECTIVES)}")
+        raise InputError(
+            f"--objective: unknown objective {objective!r}; {nearest(objective, OBJECTIVES)}"
+        )
     if calibration is None and model == "demo":
         return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
     if calibration is None:
@@ -405,10 +451,15 @@ def check_calibration(model: str, objective: str, calibration: str | None, flag:
 
 
 def open_objective(
-    name: str, calibration: str, num_samples: int | None, seq_len: int | None, seed: int, model: Model
+    name: str,
+    calibration: str,
+    num_samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    model: Model,
 ) -> Objective:
-    """The objective on its calibration file. Text gets the defaults of the field, 64 samples of 2048 tokens, and the
-    demo's own text its own."""
+    """The objective on its calibration file. Text gets the defaults of the field, 64 samples of
+    2048 tokens, and the demo's own text its own."""
     from .. import demo
     from ..data import load_tasks, load_text
 
@@ -417,17 +468,24 @@ def open_objective(
         tasks = load_tasks(calibration, model.tokenizer, limit=num_samples)
         if num_samples is not None and tasks.num_questions < num_samples:
             raise InputError(
-                f"{calibration}: holds {tasks.num_questions} questions, but {num_samples} samples were asked for; "
+                f"{calibration}: holds {tasks.num_questions} questions, but {num_samples} samples "
+                f"were asked for; "
                 f"what fits: num_samples={tasks.num_questions}"
             )
         objective = make(tasks)
-        objective.source = calibration if num_samples is None else f"{calibration}, the first questions"
+        objective.source = (
+            calibration if num_samples is None else f"{calibration}, the first questions"
+        )
         return objective
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
-        is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written
+        is_demo = (
+            Path(calibration).resolve().parent == demo.TEXT.parent
+        )  # however its path is written
         seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
     if seq_len is not None and model.max_positions and seq_len > model.max_positions:
-        raise InputError(f"seq-len {seq_len} is longer than the model's {model.max_positions} positions")
+        raise InputError(
+            f"seq-len {seq_len} is longer than the model's {model.max_positions} positions"
+        )
     objective = make(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
     objective.source = f"{calibration}, drawn by seed {seed}"
     return objective
@@ -456,6 +514,8 @@ def split_options(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, value = _split_option(text)
         if name in found:
-            raise InputError(f"--option: {name} is given twice, as {found[name]!r} and as {value!r}")
+            raise InputError(
+                f"--option: {name} is given twice, as {found[name]!r} and as {value!r}"
+            )
         found[name] = value
     return found

@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # what stands in for characters that a terminal's encoding has not
-STAND_INS = {"■": "#", "·": ".", "…": "~", "–": "-", "—": "-", "’": "'", "×": "x", "ρ": "rho"}  # fmt: skip
+STAND_INS = {"■": "#", "·": ".", "…": "~", "–": "-", "—": "-", "’": "'", "×": "x", "ρ": "rho"}
 WIDE = 240  # columns of a table that goes to a file or a program: enough for all of ours
 
 
@@ -36,12 +36,17 @@ err = Terminal(stderr=True)
 
 
 def say(what: RenderableType, style: str | None = None) -> None:
-    """Print a table, or a line of text, which is wrapped for a terminal only, so that a program reads it whole."""
-    out = Terminal()  # a new one each time: one whose stream has failed would print what it holds again
+    """Print a table, or a line of text, which is wrapped for a terminal only, so that a program
+    reads it whole."""
+    out = (
+        Terminal()
+    )  # a new one each time: one whose stream has failed would print what it holds again
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = WIDE
     text = isinstance(what, str) or hasattr(what, "plain")
-    out.print(what, style=style, highlight=False if text else None, soft_wrap=text and not out.is_terminal)
+    out.print(
+        what, style=style, highlight=False if text else None, soft_wrap=text and not out.is_terminal
+    )
 
 
 def note(message: str) -> None:
@@ -52,10 +57,11 @@ def note(message: str) -> None:
 
 @contextmanager
 def printing(written: object = None) -> Iterator[None]:
-    """Where all that is left to do is to print; `written` is the file or folder that has the result, if one has.
+    """Where all that is left to do is to print; `written` is the file or folder that has the
+    result, if one has.
 
-    A reader that went away has seen enough. When stdout fails otherwise, the result that is written stands, with a
-    line on stderr; without one, click.ClickException is raised.
+    A reader that went away has seen enough. When stdout fails otherwise, the result that is written
+    stands, with a line on stderr; without one, click.ClickException is raised.
     """
     try:
         yield
@@ -74,7 +80,8 @@ def cannot_print(error: Exception) -> str:
 
 
 def is_of_printing(error: Exception) -> bool:
-    """Whether stdout failed under click's own texts (--help, --version); if so, it is silent from now on."""
+    """Whether stdout failed under click's own texts (--help, --version); if so, it is silent from
+    now on."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     found = isinstance(error, OSError) and frame.f_code is click.echo.__code__
     if found:
@@ -89,14 +96,18 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
     codecs.register_error("fastprune", _stand_in)
     stdout: Any = sys.stdout
-    with suppress(AttributeError):  # a stream that a caller has put there need not be one of text over bytes
+    with suppress(
+        AttributeError
+    ):  # a stream that a caller has put there need not be one of text over bytes
         stdout.reconfigure(errors="fastprune")
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    return "".join(STAND_INS.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+    return "".join(
+        STAND_INS.get(letter, "?") for letter in error.object[error.start : error.end]
+    ), error.end
 
 
 def _silence() -> None:
@@ -109,11 +120,17 @@ def _silence() -> None:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (done, total) that moves a bar on stderr, from the first call of a run to its last."""
+    """A callback (done, total) that moves a bar on stderr, from the first call of a run to its
+    last."""
     if quiet or not err.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("unit runs", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

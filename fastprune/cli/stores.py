@@ -25,12 +25,26 @@ def store() -> None:
 @store.command(cls=Command)
 @click.argument("file", type=FileName())
 def info(file: str) -> None:
-    """Show the contexts of a store (model, measure, machine), what each holds, and whether rows are damaged."""
+    """Show the contexts of a store (model, measure, machine), what each holds, and whether rows are
+    damaged."""
     opened = _open(file)
-    table = Table("context", "sums", "weights", "measure", "dtype", "granularity", "path", "fastprune", "device")
+    table = Table(
+        "context",
+        "sums",
+        "weights",
+        "measure",
+        "dtype",
+        "granularity",
+        "path",
+        "fastprune",
+        "device",
+    )
     for number, (by, count) in opened.contexts().items():
         machine = by.get("machine", {})
-        of_model = [by.get("weights", "")[:12], *(by.get(name) for name in ("measure", "dtype", "granularity", "path"))]
+        of_model = [
+            by.get("weights", "")[:12],
+            *(by.get(name) for name in ("measure", "dtype", "granularity", "path")),
+        ]
         of_machine = [machine.get(name) for name in ("fastprune", "device")]
         table.add_row(*map(str, (number, count, *of_model, *of_machine)))
     damaged = sum(values is None for *_, values in opened.rows())
@@ -41,15 +55,23 @@ def info(file: str) -> None:
 
 @store.command(cls=Command)
 @click.argument("file", type=FileName())
-@click.option("--out", required=True, type=FileName(), help="A new .jsonl file: context, chunk, units, sums.")
+@click.option(
+    "--out", required=True, type=FileName(), help="A new .jsonl file: context, chunk, units, sums."
+)
 def export(file: str, out: str) -> None:
-    """Write all sums of a store as JSON lines: the context by what determines it, the units that ran, the sums."""
+    """Write all sums of a store as JSON lines: the context by what determines it, the units that
+    ran, the sums."""
     opened = _open(file)
     with naming("--out"):
         refuse_existing(Path(out))
     contexts = opened.contexts()
     rows = [
-        {"context": contexts[context][0], "chunk": chunk.hex(), "units": list(units), "sums": values.tolist()}
+        {
+            "context": contexts[context][0],
+            "chunk": chunk.hex(),
+            "units": list(units),
+            "sums": values.tolist(),
+        }
         for context, chunk, units, values in opened.rows()
         if values is not None and context in contexts
     ]
@@ -60,16 +82,26 @@ def export(file: str, out: str) -> None:
 
 @store.command(cls=Command)
 @click.argument("file", type=FileName())
-@click.option("--context", "contexts", multiple=True, type=click.IntRange(0, 2**31), help="Remove this context's sums.")
+@click.option(
+    "--context",
+    "contexts",
+    multiple=True,
+    type=click.IntRange(0, 2**31),
+    help="Remove this context's sums.",
+)
 @click.option("--damaged", is_flag=True, help="Remove rows whose checksum does not fit.")
 def prune(file: str, contexts: tuple[int, ...], damaged: bool) -> None:
     """Remove contexts that nobody needs any more, or damaged rows, and give back the space."""
     if not contexts and not damaged:
-        raise InputError("say what to remove: --context NUMBER, as store info shows them, or --damaged")
+        raise InputError(
+            "say what to remove: --context NUMBER, as store info shows them, or --damaged"
+        )
     opened = _open(file)
     unknown = sorted({*contexts} - {*opened.contexts()})
     if unknown:
-        raise InputError(f"--context: {file} has no context {unknown[0]}; store info shows those it has")
+        raise InputError(
+            f"--context: {file} has no context {unknown[0]}; store info shows those it has"
+        )
     gone = opened.prune(contexts, damaged)
     with printing(None):
         say(f"removed: {gone} rows; {Path(file).stat().st_size / 2**20:.1f} MiB are left")

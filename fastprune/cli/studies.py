@@ -52,18 +52,23 @@ if TYPE_CHECKING:
     from ..models import Model
 
 STUDIED = tuple(name for name, known in ALGORITHMS.items() if known.studied)
-COMPARED = tuple({known.data: name for name, known in reversed(OBJECTIVES.items())}.values())[::-1]  # one of each kind
+COMPARED = tuple({known.data: name for name, known in reversed(OBJECTIVES.items())}.values())[
+    ::-1
+]  # one of each kind
 
 
 class _Size(NamedTuple):
-    """What the demo runs, and how much of text and of questions it searches and reads held out (None: all)."""
+    """What the demo runs, and how much of text and of questions it searches and reads held out
+    (None: all)."""
 
     algorithms: tuple[str, ...]
     searched: Mapping[str, int | None]
     held_out: Mapping[str, int | None]
 
 
-DEMO = _Size(STUDIED, {"text": 16, "tasks": None}, {"text": None, "tasks": None})  # not all, so that it stays short
+DEMO = _Size(
+    STUDIED, {"text": 16, "tasks": None}, {"text": None, "tasks": None}
+)  # not all, so that it stays short
 QUICK = _Size(STUDIED[:3], {"text": 8, "tasks": 24}, {"text": 8, "tasks": 48})
 DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subsets that there are
 
@@ -82,41 +87,80 @@ DEMO_OPTIONS = {"bayesian": {"trials": 100}}  # its 200 would be nearly all subs
     "--calibration",
     "calibrations",
     multiple=True,
-    help="A calibration set that searches are compared on, as NAME=text:FILE or NAME=tasks:FILE, and behind it "
-    ",samples=16,seq-len=256,seed=1 where it differs from --num-samples, --seq-len and --sample-seed.",
+    help="A calibration set that searches are compared on, as NAME=text:FILE or NAME=tasks:FILE, "
+    "and behind it "
+    ",samples=16,seq-len=256,seed=1 where it differs from --num-samples, --seq-len and "
+    "--sample-seed.",
 )
 @click.option(
     "--held-out",
     multiple=True,
-    help="An objective that no search sees and every chosen mask is judged by, as NAME=FILE or LABEL:NAME=FILE; sizes "
+    help="An objective that no search sees and every chosen mask is judged by, as NAME=FILE or "
+    "LABEL:NAME=FILE; sizes "
     "behind it as for --calibration.",
 )
 @click.option("--num-remove", required=True, help="Budgets, such as 7,9.")
-@click.option("--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5.")
+@click.option(
+    "--option", "options", multiple=True, help="An algorithm's option, such as beam.beam_width=5."
+)
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @racing_option
 @click.option(
-    "--out", "out_dir", required=True, type=Folder(), help="The study's folder; the same study continues there."
+    "--out",
+    "out_dir",
+    required=True,
+    type=Folder(),
+    help="The study's folder; the same study continues there.",
 )
-@click.option("--evaluate", "tasks", help="Tasks of lm-evaluation-harness to run every chosen mask on, by their names.")
+@click.option(
+    "--evaluate",
+    "tasks",
+    help="Tasks of lm-evaluation-harness to run every chosen mask on, by their names.",
+)
 @task_settings
 @model_settings
 @evaluator_settings
 def study(
-    models: tuple[str, ...], algorithms: str, objectives: tuple[str, ...], calibrations: tuple[str, ...],
-    held_out: tuple[str, ...], num_remove: str, options: tuple[str, ...], seed: int, racing: float | None,
-    out_dir: Path, device: str | None, dtype: str | None, trust_remote_code: bool,
-    num_samples: int | None, seq_len: int | None, sample_seed: int,
-    granularity: str, backend: str, memory_bytes: int | None, weights_bytes: int | None,
-    cache_bytes: int | None, cache_dir: Path | None, workers: int | None, ray: str | None, quiet: bool,
-    tasks: str | None, include_path: str | None, limit: float | None, num_fewshot: int | None,
-) -> None:  # fmt: skip
+    models: tuple[str, ...],
+    algorithms: str,
+    objectives: tuple[str, ...],
+    calibrations: tuple[str, ...],
+    held_out: tuple[str, ...],
+    num_remove: str,
+    options: tuple[str, ...],
+    seed: int,
+    racing: float | None,
+    out_dir: Path,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    num_samples: int | None,
+    seq_len: int | None,
+    sample_seed: int,
+    granularity: str,
+    backend: str,
+    memory_bytes: int | None,
+    weights_bytes: int | None,
+    cache_bytes: int | None,
+    cache_dir: Path | None,
+    workers: int | None,
+    ray: str | None,
+    quiet: bool,
+    tasks: str | None,
+    include_path: str | None,
+    limit: float | None,
+    num_fewshot: int | None,
+) -> None:
     """Compare search algorithms on MODELs.
 
-    Runs every algorithm for every objective and budget, over one store of scores, and writes study.json and
-    report.html. Interrupted, it continues where it stopped.
+    Runs every algorithm for every objective and budget, over one store of scores, and writes
+    study.json and report.html. Interrupted, it continues where it stopped.
     """
-    names = list(ALGORITHMS) if algorithms == "all" else [name.strip() for name in algorithms.split(",")]
+    names = (
+        list(ALGORITHMS)
+        if algorithms == "all"
+        else [name.strip() for name in algorithms.split(",")]
+    )
     given = _options_by_algorithm(options)
     _refuse_twice("--algorithms", names)
     _refuse_twice("MODEL", models)
@@ -133,9 +177,18 @@ def study(
     makers = _objective_makers(models, searched, size, names, sets)
     judges = _held_out_makers(models, held_out, size)
     if both := makers.keys() & judges.keys():
-        raise InputError(f"--held-out: {min(both)!r} is searched with; give it a label of its own, as LABEL:NAME=FILE")
+        raise InputError(
+            f"--held-out: {min(both)!r} is searched with; give it a label of its own, as "
+            f"LABEL:NAME=FILE"
+        )
     settings = {name: check_algorithm(name, given.get(name, {}))[1] for name in names}
-    known = {"algorithms": settings, "budgets": budgets, "seed": seed, "racing": racing, "granularity": granularity}
+    known = {
+        "algorithms": settings,
+        "budgets": budgets,
+        "seed": seed,
+        "racing": racing,
+        "granularity": granularity,
+    }
     with naming("--out"):
         check_study_folder(Path(out_dir), known)
     check_study(names, given, out_dir)
@@ -143,8 +196,12 @@ def study(
     if tasks is not None:
         task_names, manager = open_tasks("--evaluate", tasks, include_path, weights_bytes)
     elif (include_path, limit, num_fewshot) != (None,) * 3:
-        raise InputError("--include-path, --limit and --num-fewshot belong to --evaluate; name its tasks")
-    opened = [open_model(model, device, dtype, trust_remote_code, weights_bytes) for model in models]
+        raise InputError(
+            "--include-path, --limit and --num-fewshot belong to --evaluate; name its tasks"
+        )
+    opened = [
+        open_model(model, device, dtype, trust_remote_code, weights_bytes) for model in models
+    ]
     shared = open_workers(workers, ray, opened[0])
     with progress_bar(quiet) as progress:
         found = run_study(
@@ -194,7 +251,11 @@ def study(
 
 @click.command(cls=Command)
 @click.option(
-    "--num-remove", type=click.IntRange(0, MOST), default=3, show_default=True, help="How many blocks to remove."
+    "--num-remove",
+    type=click.IntRange(0, MOST),
+    default=3,
+    show_default=True,
+    help="How many blocks to remove.",
 )
 @click.option(
     "--out",
@@ -202,16 +263,23 @@ def study(
     type=Folder(),
     help="Folder for report and figure.  [default: fastprune-demo, or fastprune-demo-quick]",
 )
-@click.option("--quick", is_flag=True, help="Three algorithms on a part of the data: seconds instead of minutes.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Three algorithms on a part of the data: seconds instead of minutes.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def demo(num_remove: int, out_dir: Path | None, quick: bool, quiet: bool) -> None:
     """Search a small model that is built in; no downloads.
 
-    Seven algorithms look for the blocks to remove, under two objectives, and a report shows what they found.
+    Seven algorithms look for the blocks to remove, under two objectives, and a report shows what
+    they found.
     """
     size = QUICK if quick else DEMO
     with naming("--out"):
-        out_dir = out_dir or check_folder(Path("fastprune-demo-quick" if quick else "fastprune-demo"))
+        out_dir = out_dir or check_folder(
+            Path("fastprune-demo-quick" if quick else "fastprune-demo")
+        )
     names = size.algorithms
     options = {name: given for name, given in DEMO_OPTIONS.items() if name in names}
     check_study(names, options, out_dir)
@@ -221,19 +289,40 @@ def demo(num_remove: int, out_dir: Path | None, quick: bool, quiet: bool) -> Non
     figures.check_installed()
     model = open_model("demo")
     if num_remove >= model.num_blocks:
-        raise InputError(f"num_remove must be from 0 to {model.num_blocks - 1} (the model has {model.num_blocks})")
+        raise InputError(
+            f"num_remove must be from 0 to {model.num_blocks - 1} (the model has "
+            f"{model.num_blocks})"
+        )
     with printing(out_dir):
-        say(f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for {num_remove} to remove.\n")
+        say(
+            f"The demo model: a {model.family} of {model.num_blocks} blocks, searched for "
+            f"{num_remove} to remove.\n"
+        )
     makers: dict[str, Callable] = {}
     for name in COMPARED:
-        makers |= _objective_makers(["demo"], (name,), _Data(None, size.searched[OBJECTIVES[name].data]))
+        makers |= _objective_makers(
+            ["demo"], (name,), _Data(None, size.searched[OBJECTIVES[name].data])
+        )
     with progress_bar(quiet) as progress:
         found = run_study(
-            [model], makers, names, [num_remove], out_dir, options=options, notify=_notify(quiet), progress=progress
+            [model],
+            makers,
+            names,
+            [num_remove],
+            out_dir,
+            options=options,
+            notify=_notify(quiet),
+            progress=progress,
         )
-    rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in found["cells"] if not cell["error"]]
+    rows = [
+        (cell["objective"], cell["algorithm"], cell["removed"])
+        for cell in found["cells"]
+        if not cell["error"]
+    ]
     title = f"Demo model: {num_remove} of {model.num_blocks} blocks removed"
-    figures.save(figures.pattern_figure(rows, model.num_blocks, title), Path(out_dir) / "pattern.png")
+    figures.save(
+        figures.pattern_figure(rows, model.num_blocks, title), Path(out_dir) / "pattern.png"
+    )
     write_report(found, Path(out_dir) / "report.html")
     with printing(out_dir):
         _print_cells(found)
@@ -250,7 +339,9 @@ def _print_cells(found: Mapping) -> None:
     for cell in found["cells"]:
         groups.setdefault((cell["model"], cell["objective"], cell["num_remove"]), []).append(cell)
     for (model, objective, num_remove), cells in groups.items():
-        dense = format_dense(OBJECTIVES[found["objectives"][objective]["name"]], found["dense"][model][objective])
+        dense = format_dense(
+            OBJECTIVES[found["objectives"][objective]["name"]], found["dense"][model][objective]
+        )
         rows = []
         for cell in cells:
             cost = (cell["masks"], cell["asked_layer_runs"], cell["naive_layer_runs"])
@@ -262,14 +353,19 @@ def _print_cells(found: Mapping) -> None:
         say(format_races(sum(cell["decided_early"] for cell in found["cells"])))
     if found["calibration"]:
         say(calibration_table(found["calibration"]))
-    made, asked = (sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs"))
+    made, asked = (
+        sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs")
+    )
     if 0 < made < asked:
         how = "share their scores, and race" if found["inputs"]["racing"] else "share their scores"
         say(f"Searches {how}: {made:.0f} layer runs were made where they take {asked:.0f} alone.")
 
 
-def _held_out_table(model: Model, rows: Sequence[tuple], samples: Mapping[str, int | None], quiet: bool) -> Table:
-    """What the removals cost on data that no search has seen: on so much text and so many questions (None: all)."""
+def _held_out_table(
+    model: Model, rows: Sequence[tuple], samples: Mapping[str, int | None], quiet: bool
+) -> Table:
+    """What the removals cost on data that no search has seen: on so much text and so many questions
+    (None: all)."""
     from .. import demo as data
     from ..evaluator import Evaluator
     from ..masks import from_removed
@@ -282,7 +378,9 @@ def _held_out_table(model: Model, rows: Sequence[tuple], samples: Mapping[str, i
         name, file = known.name, files[known.data]
         objective = open_objective(name, str(file), samples[known.data], None, 0, model)
         with progress_bar(quiet) as progress:
-            losses = Evaluator(model, objective, progress=progress).score(from_removed(distinct, model.num_blocks))
+            losses = Evaluator(model, objective, progress=progress).score(
+                from_removed(distinct, model.num_blocks)
+            )
         columns.append([known.read(loss) for loss in losses.tolist()])
     table = Table(title="\nOn held-out text and questions", title_justify="left")
     table.add_column("removed")
@@ -294,7 +392,9 @@ def _held_out_table(model: Model, rows: Sequence[tuple], samples: Mapping[str, i
         for objective, algorithm, units in rows:
             if tuple(units) == removed:
                 by.setdefault(objective, []).append(algorithm)
-        who = "; ".join(f"{objective}: {', '.join(algorithms)}" for objective, algorithms in by.items())
+        who = "; ".join(
+            f"{objective}: {', '.join(algorithms)}" for objective, algorithms in by.items()
+        )
         table.add_row(format_removed(removed), who or "(dense)", *losses)
     return table
 
@@ -311,7 +411,9 @@ class _Data:
 
     def maker(self, name: str, file: str) -> Callable:
         """What makes the objective of a model on this much of a file."""
-        return lambda model: open_objective(name, file, self.num_samples, self.seq_len, self.seed, model)
+        return lambda model: open_objective(
+            name, file, self.num_samples, self.seq_len, self.seed, model
+        )
 
 
 def _objective_makers(
@@ -323,7 +425,8 @@ def _objective_makers(
 ) -> dict[str, Callable]:
     """By label, functions from a model to its objective; every name and file is checked now.
 
-    sets: calibration sets by name. An objective without a file of its own is made on each of them that is of its kind.
+    sets: calibration sets by name. An objective without a file of its own is made on each of them
+    that is of its kind.
     """
     makers: dict[str, Callable] = {}
     used: set[str] = set()
@@ -334,12 +437,17 @@ def _objective_makers(
             kind = OBJECTIVES[name].data
             fitting = {of: data for of, data in sets.items() if data.kind == kind}
             if not fitting:
-                raise InputError(f"--objective {text}: takes {kind}, of which no --calibration is; NAME={kind}:FILE")
+                raise InputError(
+                    f"--objective {text}: takes {kind}, of which no --calibration is; "
+                    f"NAME={kind}:FILE"
+                )
             on = {f"{label}-{of}": data for of, data in fitting.items()}
             used.update(fitting)
         for own, data in on.items():
             if own in makers:
-                raise InputError(f"--objective: the label {own!r} is given twice; name each, as LABEL:NAME=FILE")
+                raise InputError(
+                    f"--objective: the label {own!r} is given twice; name each, as LABEL:NAME=FILE"
+                )
             with naming("--objective"):
                 check_label(own)
             files = {check_calibration(model, name, data.file) for model in models}
@@ -349,7 +457,10 @@ def _objective_makers(
             makers[own] = data.maker(name, files.pop())
     for of, data in (sets or {}).items():
         if of not in used:
-            raise InputError(f"--calibration: no objective is calibrated on {of!r}; give one of {data.kind}, as NAME")
+            raise InputError(
+                f"--calibration: no objective is calibrated on {of!r}; give one of {data.kind}, "
+                f"as NAME"
+            )
     return makers
 
 
@@ -369,7 +480,9 @@ def _calibration_sets(texts: Sequence[str], size: _Data) -> dict[str, _Data]:
     return found
 
 
-def _held_out_makers(models: Sequence[str], texts: Sequence[str], size: _Data) -> dict[str, Callable]:
+def _held_out_makers(
+    models: Sequence[str], texts: Sequence[str], size: _Data
+) -> dict[str, Callable]:
     """By label, functions from a model to an objective that is judged by."""
     makers: dict[str, Callable] = {}
     for text in texts:
@@ -380,16 +493,21 @@ def _held_out_makers(models: Sequence[str], texts: Sequence[str], size: _Data) -
             raise InputError(f"--held-out {text}: name a file, as NAME=FILE")
         label = label if ":" in text.partition("=")[0] else f"held-out-{name}"
         if label in makers:
-            raise InputError(f"--held-out: the label {label!r} is given twice; name each, as LABEL:NAME=FILE")
+            raise InputError(
+                f"--held-out: the label {label!r} is given twice; name each, as LABEL:NAME=FILE"
+            )
         with naming("--held-out"):
             check_label(label)
         data = _parse_data("--held-out", rest, size, OBJECTIVES[name].data)
-        makers[label] = data.maker(name, check_calibration(models[0], name, data.file, "--held-out"))
+        makers[label] = data.maker(
+            name, check_calibration(models[0], name, data.file, "--held-out")
+        )
     return makers
 
 
 def _searched(objectives: Sequence[str], sets: Mapping[str, _Data]) -> Sequence[str]:
-    """The objectives that are given; else one for each kind of data, of which there are sets where any is given."""
+    """The objectives that are given; else one for each kind of data, of which there are sets where
+    any is given."""
     kinds = {data.kind for data in sets.values()}
     return objectives or [name for name in COMPARED if not sets or OBJECTIVES[name].data in kinds]
 
@@ -420,8 +538,12 @@ def _parse_data(flag: str, text: str, size: _Data, kind: str) -> _Data:
         given[name] = int(number)
     if not text:
         raise InputError(f"{flag}: names no file")
-    if (match := re.fullmatch(r".*,([\w-]+)=([^,/]*)", text, re.DOTALL)) and not Path(text).exists():
-        takes = "samples=NUMBER" if kind == "tasks" else "samples=, seq-len= and seed=, each a number"
+    if (match := re.fullmatch(r".*,([\w-]+)=([^,/]*)", text, re.DOTALL)) and not Path(
+        text
+    ).exists():
+        takes = (
+            "samples=NUMBER" if kind == "tasks" else "samples=, seq-len= and seed=, each a number"
+        )
         raise InputError(f"{flag}: behind the file stand {takes}, not {match[1]}={match[2]}")
     return replace(
         size,
@@ -438,9 +560,13 @@ def _options_by_algorithm(options: Sequence[str]) -> dict[str, dict[str, str]]:
         algorithm, dot, option = name.partition(".")
         if not dot:
             text = f"{name}={value}"
-            raise InputError(f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {text!r}")
+            raise InputError(
+                f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {text!r}"
+            )
         if algorithm not in ALGORITHMS:
-            raise InputError(f"--option: unknown algorithm {algorithm!r}; {nearest(algorithm, ALGORITHMS)}")
+            raise InputError(
+                f"--option: unknown algorithm {algorithm!r}; {nearest(algorithm, ALGORITHMS)}"
+            )
         found.setdefault(algorithm, {})[option] = value
     return found
 
@@ -449,9 +575,13 @@ def _parse_budgets(text: str) -> list[int]:
     try:
         budgets = [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--num-remove takes integers separated by commas, such as 7,9, not {text!r}") from None
+        raise InputError(
+            f"--num-remove takes integers separated by commas, such as 7,9, not {text!r}"
+        ) from None
     if len(set(budgets)) < len(budgets) or not 0 <= min(budgets) <= max(budgets) <= MOST:
-        raise InputError(f"--num-remove: budgets must be distinct and from 0 to {MOST}, not {text!r}")
+        raise InputError(
+            f"--num-remove: budgets must be distinct and from 0 to {MOST}, not {text!r}"
+        )
     return budgets
 
 

@@ -1,4 +1,5 @@
-"""Calibration data: trees of tokens (`tokens`), and the files that they are read from (`loaders`)."""
+"""Calibration data: trees of tokens (`tokens`), and the files that they are read from
+(`loaders`)."""
 
 from .loaders import load_tasks, load_text
 from .tokens import Tasks, TokenBatch, common_prefix

@@ -20,15 +20,17 @@ def load_text(
     seq_len: int | None = None,
     seed: int = 0,
 ) -> TokenBatch:
-    """Calibration text as `num_samples` sequences of `seq_len` tokens (64 of 2048, or all that a text has).
+    """Calibration text as `num_samples` sequences of `seq_len` tokens (64 of 2048, or all that a
+    text has).
 
-    path: .txt, or .jsonl of rows {"text": ...}: documents are encoded (special tokens as the tokenizer adds them),
-        joined in order, cut into windows of seq_len, and num_samples windows are drawn without replacement by
-        `seed`, kept in file order.
-    path: .npy or .safetensors (one tensor) of token ids [S, T]: used as they are; num_samples then draws rows and
-        seq_len keeps the first tokens of each, by default all.
-    tokenizer: a tokenizer of transformers, such as a model's own; not needed for token ids.
-    Raises InputError for a missing or empty file, and when there are fewer windows or tokens than asked for.
+    path: .txt, or .jsonl of rows {"text": ...}: documents are encoded (special tokens as the
+        tokenizer adds them), joined in order, cut into windows of seq_len, and num_samples windows
+        are drawn without replacement by `seed`, kept in file order.
+    path: .npy or .safetensors (one tensor) of token ids [S, T]: used as they are; num_samples then
+        draws rows and seq_len keeps the first tokens of each, by default all.
+    tokenizer: a tokenizer of transformers, such as a model's own; not needed for token ids. Raises
+    InputError for a missing or empty file, and when there are fewer windows or tokens than asked
+    for.
 
     >>> import fastprune as fp
     >>> from fastprune import demo
@@ -44,14 +46,17 @@ def load_text(
     if path.suffix in (".npy", ".safetensors"):
         ids = _read_ids(path)
         if seq_len is not None and seq_len > ids.shape[1]:
-            raise InputError(f"{path}: its sequences have {ids.shape[1]} tokens, but seq_len is {seq_len}")
+            raise InputError(
+                f"{path}: its sequences have {ids.shape[1]} tokens, but seq_len is {seq_len}"
+            )
         windows, unit = ids[:, :seq_len], "sequences"
         num_samples = len(windows) if num_samples is None else num_samples
         fits = [f"num_samples={len(windows)}"]
     elif path.suffix in (".txt", ".jsonl"):
         if tokenizer is None:
             raise InputError(
-                f"{path}: text needs a tokenizer, such as a model's own; without one, give token ids (.npy)"
+                f"{path}: text needs a tokenizer, such as a model's own; without one, give token "
+                f"ids (.npy)"
             )
         _check_tokenizer(tokenizer)
         seq_len = seq_len or 2048
@@ -65,7 +70,9 @@ def load_text(
         fits += [f"seq_len={len(stream) // num_samples}"] * (len(stream) >= 2 * num_samples)
         fits = fits or [f"a longer text (this one has {len(stream)} tokens)"]
     else:
-        raise InputError(f"{path}: calibration text is read from .txt, .jsonl, .npy or .safetensors files")
+        raise InputError(
+            f"{path}: calibration text is read from .txt, .jsonl, .npy or .safetensors files"
+        )
     if len(windows) < num_samples:
         raise InputError(
             f"{path}: holds {len(windows)} {unit}, but {num_samples} samples were asked for; "
@@ -78,10 +85,11 @@ def load_text(
 def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None) -> Tasks:
     """Questions from a .jsonl file of rows {"prompt": str, "choices": [str, ...], "answer": index}.
 
-    Prompt and choice are encoded together and split at the prompt's token count; trailing spaces of the prompt
-    count to the choice (as lm-evaluation-harness does). `limit` keeps the first questions at most.
-    tokenizer: a tokenizer of transformers, such as a model's own.
-    Raises InputError naming file and line for a row without choices, an answer out of range, and the like.
+    Prompt and choice are encoded together and split at the prompt's token count; trailing spaces of
+    the prompt count to the choice (as lm-evaluation-harness does). `limit` keeps the first
+    questions at most.
+    tokenizer: a tokenizer of transformers, such as a model's own. Raises InputError naming file and
+    line for a row without choices, an answer out of range, and the like.
 
     >>> import fastprune as fp
     >>> from fastprune import demo
@@ -107,7 +115,9 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
             break
         prompt, choices, correct = _check_task(row, f"{path}:{number}")
         answer.append(len(question) + correct)
-        rows.append([_encode_choice(tokenizer, prompt, choice, f"{path}:{number}") for choice in choices])
+        rows.append(
+            [_encode_choice(tokenizer, prompt, choice, f"{path}:{number}") for choice in choices]
+        )
         question += [len(rows) - 1] * len(choices)
         characters += [len(choice) for choice in choices]
         in_bytes += [len(choice.encode()) for choice in choices]
@@ -119,15 +129,23 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
 
 def _check_task(row: Any, place: str) -> tuple[str, list[str], int]:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise InputError(f'{place}: expected a row like {{"prompt": "...", "choices": ["...", "..."], "answer": 0}}')
+        raise InputError(
+            f'{place}: expected a row like {{"prompt": "...", "choices": ["...", "..."], '
+            f'"answer": 0}}'
+        )
     choices, correct = row.get("choices"), row.get("answer")
-    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or not all(isinstance(c, str) and c.strip() for c in choices)
+    ):
         raise InputError(f"{place}: choices must be a list of strings that are not empty")
     if len(choices) < 2:
         raise InputError(f"{place}: a question needs at least 2 choices, not {len(choices)}")
     if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < len(choices):
         raise InputError(
-            f"{place}: answer must be the index of a choice, 0 to {len(choices) - 1}, not {shown(correct)}"
+            f"{place}: answer must be the index of a choice, 0 to {len(choices) - 1}, not "
+            f"{shown(correct)}"
         )
     return row["prompt"], choices, correct
 
@@ -139,9 +157,13 @@ def _encode_choice(tokenizer: Any, prompt: str, choice: str, place: str) -> tupl
     whole = np.asarray(tokenizer(stripped + choice, verbose=False)["input_ids"], dtype=np.int64)
     start = len(tokenizer(stripped, verbose=False)["input_ids"])
     if start == 0:
-        raise InputError(f"{place}: the prompt is empty and the tokenizer adds no token before the choice")
+        raise InputError(
+            f"{place}: the prompt is empty and the tokenizer adds no token before the choice"
+        )
     if start >= len(whole):
-        raise InputError(f"{place}: the choice {shown(choice)} adds no token of its own after the prompt")
+        raise InputError(
+            f"{place}: the choice {shown(choice)} adds no token of its own after the prompt"
+        )
     return whole, start
 
 
@@ -156,7 +178,9 @@ def _read_documents(path: Path) -> list[str]:
         for number, row in read_jsonl(path):
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 questions = isinstance(row, dict) and {"prompt", "choices"} <= set(row)
-                hint = "; these are questions, for objectives such as margin and accuracy" * questions
+                hint = (
+                    "; these are questions, for objectives such as margin and accuracy" * questions
+                )
                 raise InputError(f'{path}:{number}: expected a row like {{"text": "..."}}{hint}')
             documents.append(row["text"])
     if not any(document.strip() for document in documents):
@@ -179,7 +203,9 @@ def _read_ids(path: Path) -> np.ndarray:
             raise InputError(f"{path}: expected one tensor of token ids, found {len(tensors)}")
         (ids,) = tensors.values()
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise InputError(f"{path}: token ids must be an integer array [S, T], not {ids.dtype} {list(ids.shape)}")
+        raise InputError(
+            f"{path}: token ids must be an integer array [S, T], not {ids.dtype} {list(ids.shape)}"
+        )
     if ids.size == 0:
         raise InputError(f"{path}: holds no token ids")
     return ids.astype(np.int64)
@@ -193,11 +219,16 @@ def _check_path(path: object) -> Path:
 
 def _check_tokenizer(tokenizer: object) -> None:
     if not callable(tokenizer):
-        raise InputError(f"tokenizer must be one of transformers, such as model.tokenizer, not {shown(tokenizer)}")
+        raise InputError(
+            f"tokenizer must be one of transformers, such as model.tokenizer, not "
+            f"{shown(tokenizer)}"
+        )
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least):
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least
+    ):
         raise InputError(f"{name} must be an integer of at least {least}, not {shown(value)}")
     if value is not None and value >= 2**63:
         raise InputError(f"{name} must be less than 2**63, not {shown(value)}")

@@ -18,18 +18,21 @@ Ids = Sequence[int] | np.ndarray  # of tokens
 
 @dataclass(frozen=True, repr=False)
 class TokenBatch:
-    """Rows of tokens, each a tree: a trunk, then branches that see the trunk and themselves but not each other.
+    """Rows of tokens, each a tree: a trunk, then branches that see the trunk and themselves but not
+    each other.
 
-    Plain text is a trunk without branches. The answers to one question share the question as their trunk, so it
-    is run once. All arrays are int64; rows stand one after the other, whatever their lengths (R rows, C
-    continuations, M targets, T tokens in all).
+    Plain text is a trunk without branches. The answers to one question share the question as their
+    trunk, so it is run once. All arrays are int64; rows stand one after the other, whatever their
+    lengths (R rows, C continuations, M targets, T tokens in all).
 
-    ids, positions, branch [T]: token id, position in its own sequence, branch in its row (0 = trunk).
-    row_starts [R + 1]: where each row begins in them.
-    target_source, target_token, target_continuation [M]: a target is a token whose probability counts: the state
+    ids, positions, branch [T]: token id, position in its own sequence, branch in its row (0 =
+    trunk). row_starts [R + 1]: where each row begins in them. target_source, target_token,
+    target_continuation [M]: a target is a token whose probability counts: the state
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
-    continuation_row [C]: the row of each continuation (a text row has one, a question one per choice).
-    raced: whether a race may look at some rows before the others; chunks are then cut along its looks.
+    continuation_row [C]: the row of each continuation (a text row has one, a question one per
+    choice).
+    raced: whether a race may look at some rows before the others; chunks are then cut along its
+    looks.
 
     >>> import fastprune as fp
     >>> fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
@@ -48,10 +51,11 @@ class TokenBatch:
 
     @classmethod
     def from_ids(cls, ids: object) -> TokenBatch:
-        """Plain text from token ids: an int array [S, T], or S sequences of ints whose lengths may differ.
+        """Plain text from token ids: an int array [S, T], or S sequences of ints whose lengths may
+        differ.
 
-        Every token but the first of its sequence is a target. Raises InputError when there are no sequences, or
-        one has fewer than 2 tokens.
+        Every token but the first of its sequence is a target. Raises InputError when there are no
+        sequences, or one has fewer than 2 tokens.
 
         >>> import fastprune as fp
         >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
@@ -61,15 +65,19 @@ class TokenBatch:
         rows = [_as_ids(row, f"sequence {i}") for i, row in enumerate(_to_numpy(ids))]
         for i, row in enumerate(rows):
             if len(row) < 2:
-                raise InputError(f"sequence {i} has {len(row)} tokens; at least 2 are needed to predict one")
+                raise InputError(
+                    f"sequence {i} has {len(row)} tokens; at least 2 are needed to predict one"
+                )
         return cls.from_continuations([[(row, 1)] for row in rows])
 
     @classmethod
     def from_continuations(cls, rows: Sequence[Sequence[tuple[Ids, int]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, start), where the tokens from `start` on are targets.
+        """One tree per row from its sequences: (token ids, start), where the tokens from `start` on
+        are targets.
 
-        The trunk is the longest common prefix of a row's sequences; each sequence's remainder is a branch.
-        Raises InputError when there are no rows, or a sequence has no token before or none after its start.
+        The trunk is the longest common prefix of a row's sequences; each sequence's remainder is a
+        branch. Raises InputError when there are no rows, or a sequence has no token before or none
+        after its start.
 
         >>> import fastprune as fp
         >>> question = [([1, 2, 3, 7], 3), ([1, 2, 3, 8, 9], 3)]
@@ -80,26 +88,36 @@ class TokenBatch:
         for r, sequences in enumerate(rows):
             for sequence, start in sequences:
                 if not 1 <= start < len(sequence):
-                    raise InputError(f"row {r}: a continuation needs a token before it and one of its own")
-        return cls._from_trees([[(ids, start - 1, ids[start:]) for ids, start in sequences] for sequences in rows])
+                    raise InputError(
+                        f"row {r}: a continuation needs a token before it and one of its own"
+                    )
+        return cls._from_trees(
+            [[(ids, start - 1, ids[start:]) for ids, start in sequences] for sequences in rows]
+        )
 
     @classmethod
     def from_predictions(cls, rows: Sequence[Sequence[tuple[Ids, Ids]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, targets), where the last ids predict the targets.
+        """One tree per row from its sequences: (token ids, targets), where the last ids predict the
+        targets.
 
-        What `from_continuations` makes of ids + targets[-1:], without running the last target, whose state predicts
-        nothing: choices of one token each are one row without branches. Raises InputError when there are no rows, or
-        more targets than tokens that could predict them.
+        What `from_continuations` makes of ids + targets[-1:], without running the last target,
+        whose state predicts nothing: choices of one token each are one row without branches. Raises
+        InputError when there are no rows, or more targets than tokens that could predict them.
         """
         for r, sequences in enumerate(rows):
             for ids, targets in sequences:
                 if not 1 <= len(targets) <= len(ids):
-                    raise InputError(f"row {r}: {len(targets)} targets cannot be predicted by {len(ids)} tokens")
-        return cls._from_trees([[(ids, len(ids) - len(t), t) for ids, t in sequences] for sequences in rows])
+                    raise InputError(
+                        f"row {r}: {len(targets)} targets cannot be predicted by {len(ids)} tokens"
+                    )
+        return cls._from_trees(
+            [[(ids, len(ids) - len(t), t) for ids, t in sequences] for sequences in rows]
+        )
 
     @classmethod
     def _from_trees(cls, rows: Sequence[Sequence[tuple[Ids, int, Ids]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, first, targets), targets predicted at `first` and on."""
+        """One tree per row from its sequences: (token ids, first, targets), targets predicted at
+        `first` and on."""
         if not rows:
             raise InputError("the calibration set is empty")
         ids: list[Ids] = []
@@ -142,7 +160,10 @@ class TokenBatch:
         )
 
     def __repr__(self) -> str:
-        return f"TokenBatch({self.num_rows} rows, {self.num_continuations} continuations, {self.num_tokens} tokens)"
+        return (
+            f"TokenBatch({self.num_rows} rows, {self.num_continuations} continuations, "
+            f"{self.num_tokens} tokens)"
+        )
 
     @property
     def num_rows(self) -> int:
@@ -173,7 +194,8 @@ class TokenBatch:
 
     @cached_property
     def targets_by_row(self) -> list[np.ndarray]:
-        """The targets of each row, in the order of their sources: R arrays of indices into the target arrays."""
+        """The targets of each row, in the order of their sources: R arrays of indices into the
+        target arrays."""
         order = np.argsort(self.target_source, kind="stable")
         return np.split(order, np.searchsorted(self.target_source[order], self.row_starts[1:-1]))
 
@@ -190,27 +212,35 @@ class TokenBatch:
         return digest.hexdigest()
 
     def check_fits(self, vocab_size: int, max_positions: int | None) -> None:
-        """Raise InputError for a token id outside the vocabulary or a sequence longer than the model's positions."""
+        """Raise InputError for a token id outside the vocabulary or a sequence longer than the
+        model's positions."""
         for name, ids in (("token", self.ids), ("target", self.target_token)):
             wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
             if len(wrong):
-                raise InputError(f"{name} id {ids[wrong[0]]} is outside the model's vocabulary (0 to {vocab_size - 1})")
+                raise InputError(
+                    f"{name} id {ids[wrong[0]]} is outside the model's vocabulary (0 to "
+                    f"{vocab_size - 1})"
+                )
         longest = int(self.positions.max()) + 1
         if max_positions is not None and longest > max_positions:
-            raise InputError(f"a sequence of {longest} tokens is longer than the model's {max_positions} positions")
+            raise InputError(
+                f"a sequence of {longest} tokens is longer than the model's {max_positions} "
+                f"positions"
+            )
 
 
 @dataclass(frozen=True, repr=False)
 class Tasks:
     """Multiple-choice questions as token trees: one row per question, one continuation per choice.
 
-    question [C]: the question of each choice, ascending. answer [Q]: the continuation of each correct choice.
-    choice_characters, choice_bytes [C]: length of each choice's text as given, leading spaces included, in
+    question [C]: the question of each choice, ascending. answer [Q]: the continuation of each
+    correct choice. choice_characters, choice_bytes [C]: length of each choice's text as given,
+    leading spaces included, in
         characters and in UTF-8 bytes, for length-normalised accuracy.
 
     >>> import numpy as np
     >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # two choices, of one token and of two; the second is right
+    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
     >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
     >>> fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
     Tasks(1 questions, 2 choices, 5 tokens)
@@ -223,7 +253,10 @@ class Tasks:
     choice_bytes: np.ndarray
 
     def __repr__(self) -> str:
-        return f"Tasks({self.num_questions} questions, {len(self.question)} choices, {self.batch.num_tokens} tokens)"
+        return (
+            f"Tasks({self.num_questions} questions, {len(self.question)} choices, "
+            f"{self.batch.num_tokens} tokens)"
+        )
 
     @property
     def num_questions(self) -> int:
@@ -254,10 +287,14 @@ def _to_numpy(ids: Any) -> Iterable:
     if isinstance(ids, np.ndarray) and ids.ndim != 2:
         raise InputError(f"token ids must have shape [S, T], not {list(ids.shape)}")
     if not isinstance(ids, Iterable):
-        raise InputError(f"token ids must be an array [S, T] or a list of sequences, not {shown(ids)}")
+        raise InputError(
+            f"token ids must be an array [S, T] or a list of sequences, not {shown(ids)}"
+        )
     ids = list(ids)
     if ids and all(isinstance(row, (int, np.integer)) for row in ids):
-        raise InputError("token ids must be an array [S, T] or a list of sequences; for one sequence, pass [ids]")
+        raise InputError(
+            "token ids must be an array [S, T] or a list of sequences; for one sequence, pass [ids]"
+        )
     return ids
 
 

@@ -1,6 +1,7 @@
 """A small language model that was really trained, with its calibration and held-out data.
 
-Only paths live here, so importing this costs nothing; `fastprune.demo.train` makes what they point to.
+Only paths live here, so importing this costs nothing; `fastprune.demo.train` makes what they point
+to.
 """
 
 from pathlib import Path

@@ -1,14 +1,29 @@
-"""Stories for the demo model, made up by a small seeded grammar, and the words it shares with the questions.
+"""Stories for the demo model, made up by a small seeded grammar, and the words it shares with the
+questions.
 
-Stories here and questions in `questions.py` are drawn for one of three splits, "train", "calibration" and
-"heldout".  Which split an item may appear in is decided by a hash of what the item is about (see `split_of`),
-so nothing that is held out can turn up in training, however much text is drawn.
+Stories here and questions in `questions.py` are drawn for one of three splits, "train",
+"calibration" and "heldout".  Which split an item may appear in is decided by a hash of what the
+item is about (see `split_of`), so nothing that is held out can turn up in training, however much
+text is drawn.
 """
 
 import hashlib
 from random import Random
 
-WOMEN = ["Anna", "Clara", "Eva", "Ida", "Julia", "Laura", "Maria", "Nora", "Rosa", "Sara", "Tina", "Vera"]
+WOMEN = [
+    "Anna",
+    "Clara",
+    "Eva",
+    "Ida",
+    "Julia",
+    "Laura",
+    "Maria",
+    "Nora",
+    "Rosa",
+    "Sara",
+    "Tina",
+    "Vera",
+]
 MEN = ["Adam", "Ben", "Carl", "David", "Felix", "Hugo", "Jack", "Leo", "Max", "Otto", "Paul", "Tom"]
 NAMES = WOMEN + MEN
 JOBS = [
@@ -88,41 +103,57 @@ def split_of(key: object) -> str:
 
 
 class Story:
-    """A few people, a few things, and where everything is; each event reads and changes that state."""
+    """A few people, a few things, and where everything is; each event reads and changes that
+    state."""
 
     def __init__(self, rng: Random):
         self.rng = rng
         self.people = rng.sample(NAMES, rng.choice((2, 2, 3)))
         self.places = rng.sample(sorted(WHERE), rng.choice((2, 3, 3)))
         self.things = rng.sample(OBJECTS, rng.choice((2, 3)))
-        # The cast decides the split: the people and things of a held-out story never met in training.
+        # The cast decides the split: the people and things of a held-out story never met in
+        # training.
         self.key = (*sorted(self.people), *sorted(self.things))
         self.colour = {thing: rng.choice(COLOURS) for thing in self.things}
         self.job = dict(zip(self.people, rng.sample(JOBS, len(self.people))))
         self.at = dict.fromkeys(self.people, self.places[0])
-        self.lies = {thing: rng.choice(self.places) for thing in self.things}  # a place, or the holder's name
+        self.lies = {
+            thing: rng.choice(self.places) for thing in self.things
+        }  # a place, or the holder's name
         self.weather = rng.choice(sorted(WEATHER))
         self.time = 0
-        self.last: str | None = None  # who the last sentence was about, and so may be called "she" or "he"
+        self.last: str | None = (
+            None  # who the last sentence was about, and so may be called "she" or "he"
+        )
 
     def tell(self, sentences: int) -> str:
         """The story as one paragraph of about this many sentences."""
         first, other = self.people[:2]
         lines = [
-            f"{first} the {self.job[first]} was {self.where(self.at[first])} with {other} the {self.job[other]}.",
+            f"{first} the {self.job[first]} was {self.where(self.at[first])} with {other} the "
+            f"{self.job[other]}.",
             f"{WEATHER[self.weather][0]}.",
         ]
         if len(self.people) > 2:
-            lines.append(f"Their friend {self.people[2]} the {self.job[self.people[2]]} was there too.")
+            lines.append(
+                f"Their friend {self.people[2]} the {self.job[self.people[2]]} was there too."
+            )
         for thing in self.things:
             lines.append(f"There was a {self.named(thing)} {self.where(self.lies[thing])}.")
         events = (
-            [self.walk] * 4 + [self.take] * 4 + [self.drop] * 3 + [self.give] * 2 + [self.seek] * 3 + [self.ask] * 3
+            [self.walk] * 4
+            + [self.take] * 4
+            + [self.drop] * 3
+            + [self.give] * 2
+            + [self.seek] * 3
+            + [self.ask] * 3
         )
         events += [self.sky, self.feel, self.recall, self.recall, self.clock, self.work, self.work]
         while len(lines) < sentences:
             line = self.rng.choice(events)()
-            if line and line not in lines[-6:]:  # an event that is impossible right now tells nothing
+            if (
+                line and line not in lines[-6:]
+            ):  # an event that is impossible right now tells nothing
                 lines.append(line)
         return " ".join(lines)
 
@@ -150,7 +181,9 @@ class Story:
         return f"{self.who(person)} {verb} the {place}."
 
     def take(self) -> str | None:
-        person, thing = self.pick([(p, t) for p in self.people for t in self.things if self.lies[t] == self.at[p]])
+        person, thing = self.pick(
+            [(p, t) for p in self.people for t in self.things if self.lies[t] == self.at[p]]
+        )
         if person:
             self.lies[thing] = person
             verb = self.rng.choice(("picked up", "took", "found"))
@@ -158,31 +191,45 @@ class Story:
         return None
 
     def drop(self) -> str | None:
-        person, thing = self.pick([(self.lies[t], t) for t in self.things if self.lies[t] in self.people])
+        person, thing = self.pick(
+            [(self.lies[t], t) for t in self.things if self.lies[t] in self.people]
+        )
         if person:
             self.lies[thing] = self.at[person]
             verb = self.rng.choice(("left", "put down", "dropped"))
-            return f"{self.who(person)} {verb} the {self.named(thing)} {self.where(self.at[person])}."
+            return (
+                f"{self.who(person)} {verb} the {self.named(thing)} {self.where(self.at[person])}."
+            )
         return None
 
     def give(self) -> str | None:
-        person, thing = self.pick([(self.lies[t], t) for t in self.things if self.lies[t] in self.people])
+        person, thing = self.pick(
+            [(self.lies[t], t) for t in self.things if self.lies[t] in self.people]
+        )
         near = [p for p in self.people if person and p != person and self.at[p] == self.at[person]]
         if near:
             self.lies[thing] = taker = self.rng.choice(near)
-            line = f"{self.who(person)} gave the {self.named(thing)} to {taker}, and {taker} said thank you."
+            line = (
+                f"{self.who(person)} gave the {self.named(thing)} to {taker}, and {taker} said "
+                f"thank you."
+            )
             self.last = taker
             return line
         return None
 
     def seek(self) -> str | None:
         """Someone goes and fetches a thing from where it was last put."""
-        person, thing = self.pick([(p, t) for p in self.people for t in self.things if self.lies[t] in WHERE])
+        person, thing = self.pick(
+            [(p, t) for p in self.people for t in self.things if self.lies[t] in WHERE]
+        )
         if person and self.at[person] != self.lies[thing]:
             place = self.at[person] = self.lies[thing]
             self.lies[thing] = person
             they = "she" if person in WOMEN else "he"
-            return f"{self.who(person)} wanted the {thing}, so {they} went to the {place} and found it there."
+            return (
+                f"{self.who(person)} wanted the {thing}, so {they} went to the {place} and "
+                f"found it there."
+            )
         return None
 
     def ask(self) -> str:
@@ -226,7 +273,9 @@ class Story:
         name = self.who(person)
         if self.rng.random() < 0.5:
             return f"{name} was a good {self.job[person]} and everyone knew it."
-        verb = self.rng.choice(("sang a song", "told a story", "sat down and rested", "thought about home"))
+        verb = self.rng.choice(
+            ("sang a song", "told a story", "sat down and rested", "thought about home")
+        )
         return f"{name} {verb} {self.where(self.at[person])}."
 
 

@@ -1,6 +1,8 @@
-"""Multiple-choice questions for the demo model: seven kinds, each with its facts, answer and likely mistakes.
+"""Multiple-choice questions for the demo model: seven kinds, each with its facts, answer and likely
+mistakes.
 
-`question` draws one as it is asked of a model, `lesson` as it is trained on; both keep to one split.
+`question` draws one as it is asked of a model, `lesson` as it is trained on; both keep to one
+split.
 """
 
 from collections.abc import Sequence
@@ -9,8 +11,8 @@ from random import Random
 
 from .corpus import NAMES, OBJECTS, split_of
 
-# Each maker below returns (what the item is about, the facts as text, what can be asked about them); what
-# can be asked is a list of (question, right answer, wrong answers).
+# Each maker below returns (what the item is about, the facts as text, what can be asked about
+# them); what can be asked is a list of (question, right answer, wrong answers).
 Asks = list[tuple[str, str | int, Sequence[str | int]]]
 Item = tuple[tuple, str, Asks]
 
@@ -26,7 +28,9 @@ def compare(rng: Random) -> Item:
         facts = " ".join(f"{names[age]} is {age} years old." for age in (first, second))
         more, less, large, small = "older", "younger", names[high], names[low]
         asks = [(f"Who is {word}?", word) for word in (more, less)]
-    answered: Asks = [(text, large, [small]) if word == more else (text, small, [large]) for text, word in asks]
+    answered: Asks = [
+        (text, large, [small]) if word == more else (text, small, [large]) for text, word in asks
+    ]
     return ("compare", low, high), facts, answered
 
 
@@ -79,16 +83,24 @@ def order(rng: Random) -> Item:
     """Three people ordered by two comparisons that share the one in the middle."""
     names = rng.sample(NAMES, 3)
     word, question = rng.choice(
-        [("taller", "Who is there, from tall to short?"), ("shorter", "Who is there, from short to tall?")]
+        [
+            ("taller", "Who is there, from tall to short?"),
+            ("shorter", "Who is there, from short to tall?"),
+        ]
     )
     facts = [f"{one} is {word} than {other}." for one, other in pairwise(names)]
     right = ", ".join(names)
     wrong = [", ".join(other) for other in permutations(names) if other != tuple(names)]
-    return ("order", *names), " ".join(rng.sample(facts, 2)), [(question, right, rng.sample(wrong, 3))]
+    return (
+        ("order", *names),
+        " ".join(rng.sample(facts, 2)),
+        [(question, right, rng.sample(wrong, 3))],
+    )
 
 
 def copy(rng: Random) -> Item:
-    """Say a list again; dull, but what makes a small model learn to look back, which the others need."""
+    """Say a list again; dull, but what makes a small model learn to look back, which the others
+    need."""
     items = rng.sample(OBJECTS + NAMES + [str(n) for n in range(10, 100)], rng.randint(3, 6))
     wrong: set[str] = set()
     while len(wrong) < 3:
@@ -100,7 +112,17 @@ def copy(rng: Random) -> Item:
 
 KINDS = {f.__name__: f for f in (compare, most, missing, arithmetic, sequence, order, copy)}
 # Kinds whose lessons are short come more often, to get their share of the tokens.
-LESSONS = [*KINDS, "compare", "compare", "most", "missing", "missing", "arithmetic", "arithmetic", "sequence"]
+LESSONS = [
+    *KINDS,
+    "compare",
+    "compare",
+    "most",
+    "missing",
+    "missing",
+    "arithmetic",
+    "arithmetic",
+    "sequence",
+]
 
 
 def draw(rng: Random, split: str, kind: str) -> tuple[str, Asks]:
@@ -112,16 +134,23 @@ def draw(rng: Random, split: str, kind: str) -> tuple[str, Asks]:
 
 
 def question(rng: Random, split: str, kind: str) -> dict:
-    """One question of the split: prompt, choices (each begins with a space), index of the answer, kind."""
+    """One question of the split: prompt, choices (each begins with a space), index of the answer,
+    kind."""
     facts, asks = draw(rng, split, kind)
     text, right, wrong = asks[0]
     choices = [f" {choice}" for choice in rng.sample([right, *wrong], 1 + len(wrong))]
     prompt = f"{facts} {text} Answer:".lstrip()
-    return {"prompt": prompt, "choices": choices, "answer": choices.index(f" {right}"), "kind": kind}
+    return {
+        "prompt": prompt,
+        "choices": choices,
+        "answer": choices.index(f" {right}"),
+        "kind": kind,
+    }
 
 
 def lesson(rng: Random, split: str) -> list[tuple[str, str]]:
-    """The same facts with everything asked in turn: (prompt, right answer) pairs that follow each other."""
+    """The same facts with everything asked in turn: (prompt, right answer) pairs that follow each
+    other."""
     facts, asks = draw(rng, split, rng.choice(LESSONS))
     prompts = [f" {text} Answer:" for text, _, _ in asks]
     prompts[0] = (facts + prompts[0]).lstrip()

@@ -4,7 +4,8 @@
     python -m fastprune.demo.train --evaluate DIR
 
 DIR gets `model/` (a transformers folder) and `data/` (calibration and held-out text and questions).
-Training runs for the minutes it is given, on one thread, and draws new stories and questions all the way.
+Training runs for the minutes it is given, on one thread, and draws new stories and questions all
+the way.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from .questions import lesson, questions
 
 WINDOW = 256  # tokens in a training or evaluation window
 STORIES, LESSONS = 3, 24  # in a step: windows of story text, and half windows filled with questions
-# Of prompt and answer tokens in the loss: a prompt is mostly random facts, its answer is what must be learned.
+# Of prompt and answer tokens in the loss: a prompt is mostly random facts, its answer is what must
+# be learned.
 WEIGHTS = (0.2, 5.0)
 MUON_RATE, ADAM_RATE = 0.01, 2e-3
 FILES = {  # the data files: split, number of stories, number of questions
@@ -45,8 +47,8 @@ FILES = {  # the data files: split, number of stories, number of questions
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE over the training split, in which a digit is always a token by itself.
 
-    Words and digits carry the space before them, so that a choice (" 47", " Anna") splits from its prompt
-    at the same place whether the two are encoded together or apart.
+    Words and digits carry the space before them, so that a choice (" 47", " Anna") splits from its
+    prompt at the same place whether the two are encoded together or apart.
     """
     rng = Random(f"tokenizer {seed}")
     lines = [story(rng, "train") for _ in range(3000)]
@@ -74,7 +76,11 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=512
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=512,
     )
 
 
@@ -93,7 +99,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config._attn_implementation = "eager"  # on a CPU half again as fast as "sdpa" for windows this short
+    config._attn_implementation = (
+        "eager"  # on a CPU half again as fast as "sdpa" for windows this short
+    )
     return LlamaForCausalLM(config)
 
 
@@ -102,7 +110,9 @@ class Batches:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
         self.rng = Random(f"train {seed}")
-        self.encode = lambda text: tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        self.encode = lambda text: (
+            tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        )
         self.begin, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.rest: list[int] = []  # what is left of the last story; a window may begin in mid-story
 
@@ -121,7 +131,9 @@ class Batches:
         for _ in range(LESSONS):
             ids, weights = [self.begin], [0.0]
             while len(ids) < length:
-                for text, weight in itertools.chain(*(zip(pair, WEIGHTS) for pair in lesson(self.rng, "train"))):
+                for text, weight in itertools.chain(
+                    *(zip(pair, WEIGHTS) for pair in lesson(self.rng, "train"))
+                ):
                     part = self.encode(text)
                     ids += part
                     weights += [weight] * len(part)
@@ -148,7 +160,8 @@ def train(out: Path, seed: int, minutes: float) -> None:
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     step, start, reported = 0, time.monotonic(), 0.0
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        # The clock is the schedule: warm up over the first 100 steps, hold, then fall to zero by the end.
+        # The clock is the schedule: warm up over the first 100 steps, hold, then fall to zero by
+        # the end.
         scale = min(1.0, (step + 1) / 100, (1 - done) / 0.6)
         for optimizer, rate in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = rate * scale
@@ -163,10 +176,13 @@ def train(out: Path, seed: int, minutes: float) -> None:
         step += 1
         if step % 50 == 0:
             print(
-                f"step {step}  done {done:.0%}  loss on stories {losses[0]:.3f}, on questions {losses[1]:.3f}",
+                f"step {step}  done {done:.0%}  loss on stories {losses[0]:.3f}, on questions "
+                f"{losses[1]:.3f}",
                 flush=True,
             )
-        if done - reported > 0.06:  # a part of the time has gone by: keep what there is, look how it does
+        if (
+            done - reported > 0.06
+        ):  # a part of the time has gone by: keep what there is, look how it does
             reported = done
             save(model, tokenizer, out / "model")
             evaluate(out, "")
@@ -190,7 +206,8 @@ def add_gradient(
     mask: torch.Tensor | None,
     total: torch.Tensor | float,
 ) -> float:
-    """Add the gradient of the weighted loss, as a share of the step's total weight; return the weighted mean."""
+    """Add the gradient of the weighted loss, as a share of the step's total weight; return the
+    weighted mean."""
     weights = weights[:, 1:].flatten()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
@@ -201,7 +218,8 @@ def add_gradient(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the folder with the weights in bfloat16; the model that goes on training keeps float32."""
+    """Write the folder with the weights in bfloat16; the model that goes on training keeps
+    float32."""
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     shipped = LlamaForCausalLM(model.config)
     # transformers' wrapper of it is typed as a plain function
@@ -209,7 +227,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     shipped.load_state_dict(state)
     shipped.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = "float32"  # what it is loaded as: scores of masks differ by less than bfloat16 resolves
+    config["dtype"] = (
+        "float32"  # what it is loaded as: scores of masks differ by less than bfloat16 resolves
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
 
@@ -238,23 +258,33 @@ def evaluate(out: Path, suffix: str = "-heldout") -> None:
     for row in read_rows(out / "data" / f"text{suffix}.jsonl"):
         stream += tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
     windows = torch.tensor(stream[: len(stream) // WINDOW * WINDOW]).view(-1, WINDOW)
-    losses = [F.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum").item() for w in windows]
+    losses = [
+        F.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum").item()
+        for w in windows
+    ]
     targets = windows[:, 1:].flatten().tolist()
     # The unigram model is fitted to this very text: no other unigram model can do better on it.
     counts = Counter(targets)
     unigram = -sum(n * math.log(n / len(targets)) for n in counts.values()) / len(targets)
     print(f"text: {len(windows)} windows of {WINDOW} tokens", end="")
-    print(f"  perplexity {math.exp(sum(losses) / len(targets)):.2f}  unigram {math.exp(unigram):.1f}")
+    print(
+        f"  perplexity {math.exp(sum(losses) / len(targets)):.2f}  unigram {math.exp(unigram):.1f}"
+    )
 
     tally: dict[str, list] = {}
     for row in read_rows(out / "data" / f"questions{suffix}.jsonl"):
-        scores = [choice_score(model, tokenizer, row["prompt"], choice) for choice in row["choices"]]
+        scores = [
+            choice_score(model, tokenizer, row["prompt"], choice) for choice in row["choices"]
+        ]
         right = scores.index(max(scores)) == row["answer"]
         for kind in (row["kind"], "all"):
             tally.setdefault(kind, []).append((right, 1 / len(row["choices"])))
     for kind, results in sorted(tally.items(), key=lambda item: item[0] == "all"):
         right, chance = (sum(column) / len(results) for column in zip(*results))
-        print(f"{kind:12} {len(results):4} questions  accuracy {right:6.1%}  chance {chance:.1%}", flush=True)
+        print(
+            f"{kind:12} {len(results):4} questions  accuracy {right:6.1%}  chance {chance:.1%}",
+            flush=True,
+        )
 
 
 def choice_score(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:
@@ -266,10 +296,16 @@ def choice_score(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--out", type=Path, help="train, and write model/ and data/ into this folder")
-    action.add_argument("--evaluate", type=Path, metavar="DIR", help="measure the model in this folder")
+    action.add_argument(
+        "--out", type=Path, help="train, and write model/ and data/ into this folder"
+    )
+    action.add_argument(
+        "--evaluate", type=Path, metavar="DIR", help="measure the model in this folder"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=50, help="how long to train (default 50)")
     arguments = parser.parse_args()

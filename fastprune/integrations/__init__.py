@@ -1,4 +1,5 @@
-"""Masked models in other tools. Each module needs its tool, which an extra of the package brings along."""
+"""Masked models in other tools. Each module needs its tool, which an extra of the package brings
+along."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ from ..errors import InputError
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raise InputError when a module that an extra brings along is not installed. Imports none of them."""
+    """Raise InputError when a module that an extra brings along is not installed. Imports none of
+    them."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise InputError(f"{module} is needed for this and not installed: pip install 'fastprune[{extra}]'")
+            raise InputError(
+                f"{module} is needed for this and not installed: pip install 'fastprune[{extra}]'"
+            )
 
 
 def require_harness() -> None:
-    """Raise InputError unless lm-evaluation-harness and what its model of transformers needs are installed."""
+    """Raise InputError unless lm-evaluation-harness and what its model of transformers needs are
+    installed."""
     require("lm-eval", "lm_eval", "accelerate")

@@ -1,7 +1,9 @@
-"""Workers on Ray (extra `ray`): one actor with a model of its own for every GPU of a cluster, or for so many cores.
+"""Workers on Ray (extra `ray`): one actor with a model of its own for every GPU of a cluster, or
+for so many cores.
 
-Ray places the actors, carries what is large (calibration sets, models in memory, sums) in its object store, and says
-when one dies. Who runs what is decided by `split`, as for processes of one machine.
+Ray places the actors, carries what is large (calibration sets, models in memory, sums) in its
+object store, and says when one dies. Who runs what is decided by `split`, as for processes of one
+machine.
 """
 
 from __future__ import annotations
@@ -35,18 +37,24 @@ LISTEN = 5  # seconds that one call waits for a word
 
 
 def check_address(address: str) -> None:
-    """Raise InputError, within seconds, unless Ray is installed and somebody answers at the address.
+    """Raise InputError, within seconds, unless Ray is installed and somebody answers at the
+    address.
 
-    address: "local", "auto" (the cluster that this machine belongs to) or HOST:PORT of a cluster's head.
+    address: "local", "auto" (the cluster that this machine belongs to) or HOST:PORT of a cluster's
+    head.
     """
     require("ray", "ray")
     if address in ("local", "auto"):
         return
     found = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})", address)
     if not found or not 0 < int(found[2]) < 1 << 16:
-        raise InputError(f"a Ray address is local, auto or HOST:PORT, not {brief(repr(address), 80)}")
+        raise InputError(
+            f"a Ray address is local, auto or HOST:PORT, not {brief(repr(address), 80)}"
+        )
     try:
-        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=ANSWER_WITHIN).close()
+        socket.create_connection(
+            (found[1].strip("[]"), int(found[2])), timeout=ANSWER_WITHIN
+        ).close()
     except OSError as error:
         raise InputError(f"nobody answers at {address}: {error.strerror or error}") from None
 
@@ -54,16 +62,19 @@ def check_address(address: str) -> None:
 class RayWorkers(Workers):
     """Actors on a Ray cluster, started at once; `Evaluator(..., workers=RayWorkers("local"))`.
 
-    address: see `check_address`; a Ray that this process is connected to already is taken as it is. device: of the
-    model; on a GPU every worker has one to itself, elsewhere as many cores as this process has threads. count: how
-    many workers; default: as many as there is room for in what is free, with a warning where others use a part of the
-    cluster. Ray is asked to spread them over its machines, which need fastprune, and a model's files in the same place.
+    address: see `check_address`; a Ray that this process is connected to already is taken as it is.
+    device: of the model; on a GPU every worker has one to itself, elsewhere as many cores as this
+    process has threads. count: how many workers; default: as many as there is room for in what is
+    free, with a warning where others use a part of the cluster. Ray is asked to spread them over
+    its machines, which need fastprune, and a model's files in the same place.
 
-    Raises InputError for an address that nobody answers, and where fewer workers can be had than asked for;
-    RuntimeError when Ray, or an actor, cannot start.
+    Raises InputError for an address that nobody answers, and where fewer workers can be had than
+    asked for; RuntimeError when Ray, or an actor, cannot start.
     """
 
-    def __init__(self, address: str = "local", device: torch.device | None = None, count: int | None = None):
+    def __init__(
+        self, address: str = "local", device: torch.device | None = None, count: int | None = None
+    ):
         import torch
 
         check_address(address)
@@ -104,7 +115,9 @@ class RayWorkers(Workers):
         self._end()
 
     def keep(self, value: Any) -> Any:
-        return "object", [self._ray.put(value)]  # in a list Ray hands on the reference, not the value
+        return "object", [
+            self._ray.put(value)
+        ]  # in a list Ray hands on the reference, not the value
 
     def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
         from ..models import handover
@@ -129,9 +142,13 @@ class RayWorkers(Workers):
             found = self._ray.get(self._actors[worker].place.remote(), timeout=START_WITHIN)
             self.pids[worker], self._machines[worker] = found
         except self._ray.exceptions.GetTimeoutError:
-            raise RuntimeError(f"worker {worker} could not be placed within {START_WITHIN} s") from None
+            raise RuntimeError(
+                f"worker {worker} could not be placed within {START_WITHIN} s"
+            ) from None
         except self._ray.exceptions.RayError as error:
-            raise RuntimeError(f"worker {worker} could not start: {brief(str(error), 200)}") from None
+            raise RuntimeError(
+                f"worker {worker} could not start: {brief(str(error), 200)}"
+            ) from None
 
     def _send(self, worker: int, request: tuple) -> None:
         if request == ("stop",):
@@ -161,7 +178,8 @@ class RayWorkers(Workers):
 
 
 class Actor:
-    """A `Worker` on Ray: one call does what is asked, another hands on its words, a third gives it up."""
+    """A `Worker` on Ray: one call does what is asked, another hands on its words, a third gives it
+    up."""
 
     def __init__(self) -> None:
         from ..models.imports import import_transformers
@@ -207,7 +225,9 @@ def _fetch(token: Any) -> Any:
     value = ray.get(reference)
     if kind == "object":
         return value
-    with warnings.catch_warnings():  # memory of the object store cannot be written to, and nobody does
+    with (
+        warnings.catch_warnings()
+    ):  # memory of the object store cannot be written to, and nobody does
         warnings.simplefilter("ignore")
         return torch.from_numpy(value).untyped_storage()
 
@@ -216,9 +236,15 @@ def _connect(ray: Any, address: str) -> bool:
     """Connect to Ray, where this process is not yet; whether it was started here."""
     if ray.is_initialized():
         return False
-    own = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False} if address == "local" else {}
+    own = (
+        {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+        if address == "local"
+        else {}
+    )
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # actors here inherit it
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        entry or os.getcwd() for entry in sys.path
+    )  # actors here inherit it
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # of whatever kind: Ray raises many, a bare Exception among them
@@ -231,11 +257,17 @@ def _connect(ray: Any, address: str) -> bool:
 
 
 def choose_count(
-    count: int | None, free: Iterable[Mapping[str, float]], total: Iterable[Mapping[str, float]], gpus: int, cores: int
+    count: int | None,
+    free: Iterable[Mapping[str, float]],
+    total: Iterable[Mapping[str, float]],
+    gpus: int,
+    cores: int,
 ) -> int:
-    """How many workers to start on machines with these resources, by Ray's names of them, free and in all.
+    """How many workers to start on machines with these resources, by Ray's names of them, free and
+    in all.
 
-    count: as many as were asked for; None: as many as there is room for, with a warning where it is not all there is.
+    count: as many as were asked for; None: as many as there is room for, with a warning where it is
+    not all there is.
     gpus, cores: of each worker. Raises InputError where fewer can be had than asked for, or none.
     """
     now, whole = _room(free, gpus, cores), _room(total, gpus, cores)
@@ -252,16 +284,28 @@ def choose_count(
 def _room(machines: Iterable[Mapping[str, float]], gpus: int, cores: int) -> int:
     """How many workers of so many GPUs and cores fit, each on one machine."""
     needs = {"GPU": gpus, "CPU": cores}
-    return sum(min(int(machine.get(kind, 0) // n) for kind, n in needs.items() if n) for machine in machines)
+    return sum(
+        min(int(machine.get(kind, 0) // n) for kind, n in needs.items() if n)
+        for machine in machines
+    )
 
 
-def _nodes(count: int | None, gpus: int, cores: int) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """What the cluster's machines have free, and in all; waits a little for what was just given back."""
-    from ray._private.state import available_resources_per_node, total_resources_per_node  # its public ones add it up
+def _nodes(
+    count: int | None, gpus: int, cores: int
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """What the cluster's machines have free, and in all; waits a little for what was just given
+    back."""
+    from ray._private.state import (
+        available_resources_per_node,
+        total_resources_per_node,
+    )  # its public ones add it up
 
     until = time.monotonic() + GIVEN_BACK_WITHIN
     while True:
-        free, total = [*available_resources_per_node().values()], [*total_resources_per_node().values()]
+        free, total = (
+            [*available_resources_per_node().values()],
+            [*total_resources_per_node().values()],
+        )
         room = _room(total, gpus, cores)
         wanted = room if count is None else min(room, count)
         if (wanted and _room(free, gpus, cores) >= wanted) or time.monotonic() > until:

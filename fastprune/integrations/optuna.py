@@ -1,7 +1,9 @@
-"""Optuna studies over depth masks, by ask and tell in batches: the trials of a batch share their prefixes.
+"""Optuna studies over depth masks, by ask and tell in batches: the trials of a batch share their
+prefixes.
 
-A study asks for one trial after the other and scores each before it asks for the next, so that nothing is shared.
-Here a batch of trials is asked for, scored in one call, and told; a race may prune what is beaten beyond doubt.
+A study asks for one trial after the other and scores each before it asks for the next, so that
+nothing is shared. Here a batch of trials is asked for, scored in one call, and told; a race may
+prune what is beaten beyond doubt.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 def suggest_removed(
     trial: optuna.Trial, num_units: int, num_remove: int, protect: Iterable[int] = ()
 ) -> tuple[int, ...]:
-    """num_remove units, by optuna's parameters `unit 0`, `unit 1`, ... in [0, 1]: those with the highest go.
+    """num_remove units, by optuna's parameters `unit 0`, `unit 1`, ... in [0, 1]: those with the
+    highest go.
 
-    Every point of the parameters' cube is a subset of the right size, and samplers that model parameters one by one
-    (TPE) see what each unit is worth. Units in protect have no parameter. (Random keys: Bean, 1994.)
+    Every point of the parameters' cube is a subset of the right size, and samplers that model
+    parameters one by one (TPE) see what each unit is worth. Units in protect have no parameter.
+    (Random keys: Bean, 1994.)
     """
     free = [unit for unit in range(num_units) if unit not in set(protect)]
     keys = [trial.suggest_float(f"unit {unit}", 0.0, 1.0) for unit in free]
@@ -49,23 +53,29 @@ def optimize(
 ) -> None:
     """Run n_trials of an optuna study that minimizes the evaluator's loss, batch by batch.
 
-    What a trial removes stands in its user attribute `removed`, a list. num_remove units go, by `suggest_removed`;
-    or give suggest(trial) -> removed units, with any parameters. A subset that an earlier batch has scored is told
-    without being run again; a loss that is not finite makes its trial FAIL.
-    racing: a confidence such as 0.99 makes each batch a race (`Evaluator.select`): the `keep` best of it are told
-    their exact losses, the others are told as PRUNED, which takes the place of optuna's pruners.
-    protect: units that stay, or the name of a preset, as in `run_search`; with suggest they must be left empty.
+    What a trial removes stands in its user attribute `removed`, a list. num_remove units go, by
+    `suggest_removed`; or give suggest(trial) -> removed units, with any parameters. A subset that
+    an earlier batch has scored is told without being run again; a loss that is not finite makes its
+    trial FAIL.
+    racing: a confidence such as 0.99 makes each batch a race (`Evaluator.select`): the `keep` best
+    of it are told their exact losses, the others are told as PRUNED, which takes the place of
+    optuna's pruners.
+    protect: units that stay, or the name of a preset, as in `run_search`; with suggest they must be
+    left empty.
 
-    Samplers choose the trials of a batch without knowing one another's losses: TPESampler(constant_liar=True) keeps
-    them apart, and a batch_size of 1 is optuna's own loop. A batch that is interrupted is told as FAIL.
-    Raises InputError for a study that does not minimize one value, and for what run_search refuses.
+    Samplers choose the trials of a batch without knowing one another's losses:
+    TPESampler(constant_liar=True) keeps them apart, and a batch_size of 1 is optuna's own loop. A
+    batch that is interrupted is told as FAIL. Raises InputError for a study that does not minimize
+    one value, and for what run_search refuses.
 
     >>> study = optuna.create_study()  # doctest: +SKIP
     >>> optimize(study, ev, num_remove=7, n_trials=256, racing=0.99)  # doctest: +SKIP
     >>> study.best_trial.user_attrs["removed"]  # doctest: +SKIP
     """
     require("optuna", "optuna")
-    suggest = _check(study, evaluator, num_remove, n_trials, batch_size, racing, keep, protect, suggest)
+    suggest = _check(
+        study, evaluator, num_remove, n_trials, batch_size, racing, keep, protect, suggest
+    )
     known: dict[tuple[int, ...], float] = {}
     for start in range(0, n_trials, batch_size):
         open_trials = []
@@ -133,13 +143,17 @@ def _check(
     if not isinstance(study, optuna.Study):
         raise InputError(f"study must be an optuna study, not {type(study).__name__}")
     if list(study.directions) != [optuna.study.StudyDirection.MINIMIZE]:
-        raise InputError("the study must minimize one value, the loss: optuna.create_study(direction='minimize')")
+        raise InputError(
+            "the study must minimize one value, the loss: optuna.create_study(direction='minimize')"
+        )
     if not isinstance(evaluator, Evaluator):
         raise InputError(f"evaluator must be an Evaluator, not {type(evaluator).__name__}")
     for name, count in (("n_trials", n_trials), ("batch_size", batch_size), ("keep", keep)):
         if type(count) is not int or count < 1:
             raise InputError(f"{name} must be an integer of at least 1, not {count!r}")
-    if racing is not None and (isinstance(racing, bool) or not isinstance(racing, float) or not 0 < racing < 1):
+    if racing is not None and (
+        isinstance(racing, bool) or not isinstance(racing, float) or not 0 < racing < 1
+    ):
         raise InputError(f"racing must be between 0 and 1, such as 0.99, not {racing!r}")
     if suggest is not None:
         if num_remove is not None or tuple(protect):

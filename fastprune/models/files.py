@@ -1,4 +1,5 @@
-"""The files of a checkpoint: what they must be before anything of them is used, and where each tensor lies."""
+"""The files of a checkpoint: what they must be before anything of them is used, and where each
+tensor lies."""
 
 from __future__ import annotations
 
@@ -17,13 +18,31 @@ from ..records import brief, parse_json, shown
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
-# bits of one number of each dtype of the safetensors format, and those of them that weights are scored in
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8, "C64": 64}
+# bits of one number of each dtype of the safetensors format, and those of them that weights are
+# scored in
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "BOOL": 8,
+    "C64": 64,
+}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES |= {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 DTYPES |= {"BOOL": torch.bool}
 # what a config may call its sizes: each is found again in the weights
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -35,14 +54,16 @@ WIDTHS += ("d_model", "n_embd", "n_inner", "n_head", "n_positions")
 def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every tensor that a model folder holds.
 
-    Raises InputError unless there are a readable config.json, whole safetensors files that can hold what it promises,
-    and nothing else that would be opened for its weights.
+    Raises InputError unless there are a readable config.json, whole safetensors files that can hold
+    what it promises, and nothing else that would be opened for its weights.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, so it is not a model folder")
     config = _read_config(folder / "config.json")
     if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder}: holds an adapter (adapter_config.json); merge it into the weights first")
+        raise InputError(
+            f"{folder}: holds an adapter (adapter_config.json); merge it into the weights first"
+        )
     index = folder / "model.safetensors.index.json"
     tensors = {}
     if (folder / "model.safetensors").is_file():  # transformers, too, looks for it first
@@ -50,14 +71,22 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     elif index.is_file():
         for shard, expected in _read_index(index).items():
             if not (folder / shard).is_file():
-                raise InputError(f"{folder / shard}: this shard is missing, though {index.name} lists it")
+                raise InputError(
+                    f"{folder / shard}: this shard is missing, though {index.name} lists it"
+                )
             found = check_shard(folder / shard)
             absent = sorted(expected - set(found))
             if absent:
-                raise InputError(f"{folder / shard}: the tensor {absent[0]} is missing, though {index.name} lists it")
+                raise InputError(
+                    f"{folder / shard}: the tensor {absent[0]} is missing, though {index.name} "
+                    f"lists it"
+                )
             tensors |= found
     elif any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
-        raise InputError(f"{folder}: holds pickled weights only; convert them to safetensors, pickles are never opened")
+        raise InputError(
+            f"{folder}: holds pickled weights only; convert them to safetensors, pickles are "
+            f"never opened"
+        )
     else:
         raise InputError(f"{folder}: holds no model.safetensors and no shard index")
     for name, (dtype, _) in tensors.items():
@@ -68,9 +97,11 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
-    """Refuse a config that promises more than the weights hold, before a model of that size is made.
+    """Refuse a config that promises more than the weights hold, before a model of that size is
+    made.
 
-    A layer has a tensor of its own, a token its row of one, and no width is beyond all numbers there are.
+    A layer has a tensor of its own, a token its row of one, and no width is beyond all numbers
+    there are.
     """
     longest = max((max(shape, default=0) for _, shape in tensors.values()), default=0)
     total = sum(math.prod(shape) for _, shape in tensors.values())
@@ -87,50 +118,78 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
             by_layer = value if isinstance(value, list) and key in WIDTHS else [value]
             wrong = [entry for entry in by_layer if type(entry) is not int or entry < least]
             if wrong:
-                raise InputError(f"{path}: {key} must be an integer of at least {least}, not {shown(wrong[0])}")
+                raise InputError(
+                    f"{path}: {key} must be an integer of at least {least}, not {shown(wrong[0])}"
+                )
             if max(by_layer, default=0) > limit:
-                raise InputError(f"{path}: {key} is {shown(value)}, but the weights hold only {limit} {of_what}")
+                raise InputError(
+                    f"{path}: {key} is {shown(value)}, but the weights hold only {limit} {of_what}"
+                )
 
 
 def wrong_dtype(place: str | Path, tensor: str, dtype: str) -> InputError:
-    return InputError(f"{place}: the tensor {brief(tensor, 80)} is {dtype}; weights are scored in {', '.join(FLOATS)}")
+    return InputError(
+        f"{place}: the tensor {brief(tensor, 80)} is {dtype}; weights are scored in "
+        f"{', '.join(FLOATS)}"
+    )
 
 
 def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
-    """The dtype that transformers takes for a checkpoint's own: what its config says, else that of its first weight."""
+    """The dtype that transformers takes for a checkpoint's own: what its config says, else that of
+    its first weight."""
     config = _read_config(folder / "config.json")
     parts = [config, config["text_config"] if isinstance(config.get("text_config"), dict) else {}]
     for said in (part.get(key) for part in parts for key in ("dtype", "torch_dtype")):
-        if isinstance(said, str) and isinstance(getattr(torch, said.removeprefix("torch."), None), torch.dtype):
+        if isinstance(said, str) and isinstance(
+            getattr(torch, said.removeprefix("torch."), None), torch.dtype
+        ):
             return getattr(torch, said.removeprefix("torch."))
     stored = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return next((stored.get(kind, torch.float32) for kind, _ in tensors.values() if kind in FLOATS), torch.float32)
+    return next(
+        (stored.get(kind, torch.float32) for kind, _ in tensors.values() if kind in FLOATS),
+        torch.float32,
+    )
 
 
 def _read_config(path: Path) -> dict:
-    config = parse_json(path.read_bytes(), str(path), finite=False)  # some families write an infinite limit
+    config = parse_json(
+        path.read_bytes(), str(path), finite=False
+    )  # some families write an infinite limit
     if not isinstance(config, dict):
         raise InputError(f"{path}: a model's config is a JSON object, not {type(config).__name__}")
     if config.get("quantization_config") is not None:
-        raise InputError(f"{path}: the weights are quantized (quantization_config), and only floating ones are scored")
+        raise InputError(
+            f"{path}: the weights are quantized (quantization_config), and only floating ones are "
+            f"scored"
+        )
     if config.get("transformers_weights") is not None:
-        raise InputError(f"{path}: transformers_weights names a file of weights; they are read from model.safetensors")
+        raise InputError(
+            f"{path}: transformers_weights names a file of weights; they are read from "
+            f"model.safetensors"
+        )
     return config
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:
-    """The tensors that each shard of an index is to hold. Shards are safetensors files below the index's folder."""
+    """The tensors that each shard of an index is to hold. Shards are safetensors files below the
+    index's folder."""
     index = parse_json(path.read_bytes(), f"{path}: not a readable shard index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: not a readable shard index (it has no weight_map)")
     shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
-        # a link in the place of a plain name may lead elsewhere, as it does in the hub's cache; a name may not
-        plain = isinstance(shard, str) and shard.isprintable() and not re.search(r"^[/~]|\\|:|(^|/)\.\.(/|$)", shard)
+        # a link in the place of a plain name may lead elsewhere, as it does in the hub's cache; a
+        # name may not
+        plain = (
+            isinstance(shard, str)
+            and shard.isprintable()
+            and not re.search(r"^[/~]|\\|:|(^|/)\.\.(/|$)", shard)
+        )
         if not plain or not shard.endswith(".safetensors"):
             raise InputError(
-                f"{path}: the tensor {brief(tensor, 80)} is said to lie in {brief(repr(shard), 80)}; "
+                f"{path}: the tensor {brief(tensor, 80)} is said to lie in "
+                f"{brief(repr(shard), 80)}; "
                 "only .safetensors files in the model's folder are opened"
             )
         shards.setdefault(shard, set()).add(tensor)
@@ -140,8 +199,9 @@ def _read_index(path: Path) -> dict[str, set[str]]:
 def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every tensor in a safetensors file, read from its header.
 
-    The header is a JSON object; the tensors fill the rest of the file without gap or overlap, each as many bytes as
-    its dtype and shape ask for. Raises InputError when anything else is found, or the file is cut short.
+    The header is a JSON object; the tensors fill the rest of the file without gap or overlap, each
+    as many bytes as its dtype and shape ask for. Raises InputError when anything else is found, or
+    the file is cut short.
     """
     start, header = _read_header(path)
     spans = []
@@ -151,8 +211,14 @@ def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise InputError(f"{place}: it needs dtype, shape and data_offsets")
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in BITS:
             raise InputError(f"{place}: no such dtype as {brief(repr(entry['dtype']), 40)}")
-        if not _are_counts(entry["shape"]) or not _are_counts(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
-            raise InputError(f"{place}: its shape and its two data_offsets must be integers of at least 0")
+        if (
+            not _are_counts(entry["shape"])
+            or not _are_counts(entry["data_offsets"])
+            or len(entry["data_offsets"]) != 2
+        ):
+            raise InputError(
+                f"{place}: its shape and its two data_offsets must be integers of at least 0"
+            )
         begin, end = entry["data_offsets"]
         if 8 * (end - begin) != math.prod(entry["shape"]) * BITS[entry["dtype"]]:
             raise InputError(f"{place}: its data_offsets do not fit its dtype and shape")
@@ -160,16 +226,22 @@ def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     reached = 0
     for begin, end, name in sorted(spans):
         if begin != reached:
-            raise InputError(f"{path}: not a safetensors file (tensor {brief(name, 80)} overlaps, or leaves a gap)")
+            raise InputError(
+                f"{path}: not a safetensors file (tensor {brief(name, 80)} overlaps, or leaves a "
+                f"gap)"
+            )
         reached = end
     size, expected = path.stat().st_size, start + reached
     if size != expected:
-        raise InputError(f"{path}: truncated or damaged, {size} bytes where its header promises {expected}")
+        raise InputError(
+            f"{path}: truncated or damaged, {size} bytes where its header promises {expected}"
+        )
     return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
 def _read_header(path: Path) -> tuple[int, dict]:
-    """Where a safetensors file's tensors begin, and its header's entries, of which nothing is checked yet."""
+    """Where a safetensors file's tensors begin, and its header's entries, of which nothing is
+    checked yet."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_length = int.from_bytes(file.read(8), "little")
@@ -185,7 +257,9 @@ def _read_header(path: Path) -> tuple[int, dict]:
 
 
 def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    )
 
 
 @dataclass(frozen=True)
@@ -210,7 +284,9 @@ def locate(folder: Path) -> dict[str, Stored]:
     for path in paths:
         start, header = _read_header(path)
         for key, entry in header.items():
-            found[key] = Stored(path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+            found[key] = Stored(
+                path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
+            )
     return found
 
 
@@ -219,7 +295,9 @@ class Files:
 
     def __init__(self, paths: Iterable[Path]):
         self._open = {path: path.open("rb", buffering=0) for path in sorted(set(paths))}
-        self._states = {path: self._state(os.fstat(file.fileno())) for path, file in self._open.items()}
+        self._states = {
+            path: self._state(os.fstat(file.fileno())) for path, file in self._open.items()
+        }
 
     @staticmethod
     def _state(stat: os.stat_result) -> tuple[int, int, int]:
@@ -227,7 +305,8 @@ class Files:
 
     @property
     def identity(self) -> list[list]:
-        """Name, number on this machine's disk, size and time of change of every file: nobody elsewhere can know it."""
+        """Name, number on this machine's disk, size and time of change of every file: nobody
+        elsewhere can know it."""
         return [[path.name, *state] for path, state in self._states.items()]
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
@@ -237,10 +316,13 @@ class Files:
                 found = self._state(path.stat())
             except OSError as error:
                 raise InputError(
-                    f"{path}: {error.strerror}, while its weights are streamed; open the model again"
+                    f"{path}: {error.strerror}, while its weights are streamed; open the model "
+                    f"again"
                 ) from None
             if found != self._states[path]:
-                raise InputError(f"{path}: has changed while its weights are streamed; open the model again")
+                raise InputError(
+                    f"{path}: has changed while its weights are streamed; open the model again"
+                )
 
     def read(self, stored: Stored, start: int, into: torch.Tensor) -> None:
         """Fill a uint8 tensor with the bytes of a stored tensor from `start` on."""
@@ -249,7 +331,8 @@ class Files:
             count = os.preadv(number, [view[done:]], stored.offset + start + done)
             if not count:
                 raise InputError(
-                    f"{stored.path}: has become shorter while its weights are streamed; open the model again"
+                    f"{stored.path}: has become shorter while its weights are streamed; open the "
+                    f"model again"
                 )
             done += count
 

@@ -1,7 +1,8 @@
 """The fused path: the units of Llama-like models on fused operators, with the model's own weights.
 
-It reads the same parameters as the generic path, which embeds the tokens and works out rotary angles for it. What it
-computes is checked against the generic path, block by block, before it is used.
+It reads the same parameters as the generic path, which embeds the tokens and works out rotary
+angles for it. What it computes is checked against the generic path, block by block, before it is
+used.
 """
 
 from __future__ import annotations
@@ -23,14 +24,21 @@ from .precision import WideningLinear
 from .runner import Targets
 from .tree import layer_windows
 
-FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # pre-norm RMSNorm, rotary, gated MLP with SiLU
+FAMILIES = (
+    "llama",
+    "mistral",
+    "phi3",
+    "qwen2",
+    "qwen3",
+)  # pre-norm RMSNorm, rotary, gated MLP with SiLU
 LINEAR = (nn.Linear, WideningLinear)
 MAX_HIDDEN, MAX_HEAD = 16384, 256  # what the kernels hold of a row
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The parts of one decoder layer. qkv, gate_up: linear maps whose outputs stand side by side."""
+    """The parts of one decoder layer. qkv, gate_up: linear maps whose outputs stand side by
+    side."""
 
     attention_norm: nn.Module
     qkv: tuple[nn.Linear, ...]
@@ -47,7 +55,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class ChunkArguments:
-    """What every layer needs of a chunk: rotary tables [N, R], each token's row in them, attention by layer."""
+    """What every layer needs of a chunk: rotary tables [N, R], each token's row in them, attention
+    by layer."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -56,10 +65,12 @@ class ChunkArguments:
 
 
 class FusedModel:
-    """Runs the units of a Llama-like model on fused operators; its methods are those of `Model` (see `Runner`).
+    """Runs the units of a Llama-like model on fused operators; its methods are those of `Model`
+    (see `Runner`).
 
-    operators: "triton", "native" or "torch"; by default the set made for the model's device, else torch's.
-    Raises InputError where the model is not of that shape, or the result is not that of the generic path.
+    operators: "triton", "native" or "torch"; by default the set made for the model's device, else
+    torch's. Raises InputError where the model is not of that shape, or the result is not that of
+    the generic path.
     """
 
     def __init__(self, model: Model, operators: str | None = None):
@@ -76,20 +87,28 @@ class FusedModel:
         model.once(self.path_name, self._check)
 
     def open(
-        self, ids: torch.Tensor, positions: torch.Tensor | None = None, branch: torch.Tensor | None = None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        branch: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ChunkArguments]:
         """As `Model.open`: the embedded tokens [B, T, D], and what the layers need."""
         state, arguments = self._model.embed(ids, positions)
         cos, sin = arguments[0]["position_embeddings"]  # [1 or B, T, 2R], each angle twice
         half = cos.shape[-1] // 2
-        cos, sin = (table[..., :half].reshape(-1, half).float().contiguous() for table in (cos, sin))
+        cos, sin = (
+            table[..., :half].reshape(-1, half).float().contiguous() for table in (cos, sin)
+        )
         position = torch.arange(ids.numel(), device=ids.device) % len(cos)
         num_rows, length = ids.shape
         rows = Rows(num_rows, length, positions, branch, ids.device)
         layer = self._layers[0]
         head_dim = layer.output.in_features // layer.num_heads
         grouped = any(layer.num_heads != layer.num_kv_heads for layer in self._layers)
-        plans = {w: self._operators.plan_attention(rows, head_dim, grouped, w) for w in set(self._windows)}
+        plans = {
+            w: self._operators.plan_attention(rows, head_dim, grouped, w)
+            for w in set(self._windows)
+        }
         return state, ChunkArguments(cos, sin, position, [plans[w] for w in self._windows])
 
     @property
@@ -160,9 +179,15 @@ class FusedModel:
         qkv = _side_by_side(self._norm(layer.attention_norm, x), layer.qkv)
         q_weight, k_weight, eps = None, None, 0.0
         if layer.q_norm is not None:
-            q_weight, k_weight, eps = layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.variance_epsilon
+            q_weight, k_weight, eps = (
+                layer.q_norm.weight,
+                layer.k_norm.weight,
+                layer.q_norm.variance_epsilon,
+            )
         heads = layer.num_heads, layer.num_kv_heads
-        qkv = ops.rotary(qkv, arguments.cos, arguments.sin, arguments.position, *heads, q_weight, k_weight, eps)
+        qkv = ops.rotary(
+            qkv, arguments.cos, arguments.sin, arguments.position, *heads, q_weight, k_weight, eps
+        )
         return layer.output(ops.attention(qkv, arguments.attention[block], *heads, layer.scale))
 
     def _add_mlp(self, layer: Layer, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -172,7 +197,11 @@ class FusedModel:
         return residual if layer.down.bias is None else residual.add_(layer.down.bias)
 
     def _norm(
-        self, norm: Any, x: torch.Tensor, branch: torch.Tensor | None = None, residual: torch.Tensor | None = None
+        self,
+        norm: Any,
+        x: torch.Tensor,
+        branch: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self._operators.add_rms_norm(x, norm.weight, norm.variance_epsilon, branch, residual)
 
@@ -184,13 +213,15 @@ class FusedModel:
             for probe, (state, generic_arguments, arguments) in enumerate(opened):
                 expected = self._model.run(block, state, generic_arguments)
                 if not self._model.agree(self.run(block, state, arguments), expected):
-                    raise InputError(f"{self._model.name}: block {block} gives something else on the fused path")
+                    raise InputError(
+                        f"{self._model.name}: block {block} gives something else on the fused path"
+                    )
                 opened[probe] = expected, generic_arguments, arguments
 
 
 def make_runner(model: Model, backend: str) -> Model | FusedModel:
-    """What runs a model's units: "generic", "fused", or with "auto" the fused path where operators are made for the
-    device and the model has the shape."""
+    """What runs a model's units: "generic", "fused", or with "auto" the fused path where operators
+    are made for the device and the model has the shape."""
     if backend == "generic":
         return model
     if backend == "fused":
@@ -207,7 +238,8 @@ def make_runner(model: Model, backend: str) -> Model | FusedModel:
 @functools.cache
 def _say_once_that_the_extension_is_missing() -> None:
     warnings.warn(
-        "fastprune was installed without its compiled operators; models run on transformers' own code, which is slower",
+        "fastprune was installed without its compiled operators; models run on transformers' own "
+        "code, which is slower",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -246,7 +278,9 @@ def why_not_fused(model: Model) -> str | None:
 def _layer(module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     packed = hasattr(attention, "qkv_proj")
-    qkv = (attention.qkv_proj,) if packed else (attention.q_proj, attention.k_proj, attention.v_proj)
+    qkv = (
+        (attention.qkv_proj,) if packed else (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     gate_up = (mlp.gate_up_proj,) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj)
     num_heads = attention.o_proj.in_features // attention.head_dim
     all_heads = sum(linear.out_features for linear in qkv) // attention.head_dim
@@ -266,7 +300,8 @@ def _layer(module: Any) -> Layer:
 
 
 def _side_by_side(x: torch.Tensor, linears: tuple[nn.Linear, ...]) -> torch.Tensor:
-    """The outputs of several linear maps of x [T, D] as columns of one tensor; no weight is copied for it."""
+    """The outputs of several linear maps of x [T, D] as columns of one tensor; no weight is copied
+    for it."""
     if len(linears) == 1:
         return linears[0](x)
     out = x.new_empty(len(x), sum(linear.out_features for linear in linears))

@@ -1,7 +1,8 @@
-"""A model in memory, for another process: its modules without their tensors, and the tensors beside them.
+"""A model in memory, for another process: its modules without their tensors, and the tensors beside
+them.
 
-The modules go by Python's own serialisation, which runs code when it is read. It is read only from the process that
-started the reader, over a pipe or a cluster's own channel, and never from a file.
+The modules go by Python's own serialisation, which runs code when it is read. It is read only from
+the process that started the reader, over a pipe or a cluster's own channel, and never from a file.
 """
 
 from __future__ import annotations
@@ -53,13 +54,16 @@ class _Unpacker(pickle.Unpickler):
 def pack(hf: nn.Module) -> tuple[bytes, list[torch.Tensor]]:
     """The modules of a transformers model, and its tensors, which they name by number.
 
-    Raises InputError for what no other process can have: code that was made in this one, open files.
+    Raises InputError for what no other process can have: code that was made in this one, open
+    files.
     """
     file = io.BytesIO()
     packer = _Packer(file)
     try:
         packer.dump(hf)
-    except Exception as error:  # of whatever kind: each class has its own way of not being serialised
+    except (
+        Exception
+    ) as error:  # of whatever kind: each class has its own way of not being serialised
         raise InputError(f"this model cannot be handed to other processes: {error}") from error
     return file.getvalue(), packer.tensors
 
@@ -75,13 +79,18 @@ Place = tuple[int, tuple[int, ...], torch.dtype]  # where a tensor begins, in by
 def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
     """Where each tensor stands in one buffer, and the bytes of all.
 
-    Each is as far from a multiple of 64 bytes as it is in memory: a matrix product may round otherwise elsewhere.
+    Each is as far from a multiple of 64 bytes as it is in memory: a matrix product may round
+    otherwise elsewhere.
     """
     found: list[Place] = []
     end = 0
     for tensor in tensors:
-        if not tensor.is_contiguous():  # as one that is, it may go another way through a matrix product
-            raise InputError("this model cannot be handed to other processes: a tensor of it is not contiguous")
+        if (
+            not tensor.is_contiguous()
+        ):  # as one that is, it may go another way through a matrix product
+            raise InputError(
+                "this model cannot be handed to other processes: a tensor of it is not contiguous"
+            )
         start = end + (tensor.data_ptr() - end) % ALIGNED
         found.append((start, tuple(tensor.shape), tensor.dtype))
         end = start + tensor.numel() * tensor.dtype.itemsize

@@ -1,4 +1,5 @@
-"""What of a model decides its results: a state that is cheap to compare, and a hash of all of it."""
+"""What of a model decides its results: a state that is cheap to compare, and a hash of all of
+it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Identity:
         model = self._model
         known = list(self._resident_tensors())
         tensors = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in known)
-        # what is written through `.data` counts no version: a few values of each tensor show it, where many changed
+        # what is written through `.data` counts no version: a few values of each tensor show it,
+        # where many changed
         samples = [
             flat[:: max(1, len(flat) // SAMPLED)].double()
             for flat in (tensor.detach().reshape(-1) for _, tensor in known)
@@ -52,9 +54,12 @@ class Identity:
         weights = self._model.weights
         if weights is None:
             return self._digest(self._tensors())
-        # with the same files and the same of all else, the whole hash is the same, and need not be read for again
+        # with the same files and the same of all else, the whole hash is the same, and need not be
+        # read for again
         files = json.dumps([str(self._model.dtype), weights.identity])
-        key = hashlib.sha256(f"{self._digest(self._resident_tensors())}{files}".encode()).hexdigest()
+        key = hashlib.sha256(
+            f"{self._digest(self._resident_tensors())}{files}".encode()
+        ).hexdigest()
         return weights.remembered(key, lambda: self._digest(self._tensors()))
 
     def _digest(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -63,11 +68,14 @@ class Identity:
             digest.update(f"{name}{plain_attributes(module)}".encode())
         for name, tensor in tensors:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(
+                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
         return digest.hexdigest()
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor by name; one that stays in a file has storage while it is the current one."""
+        """Every tensor by name; one that stays in a file has storage while it is the current
+        one."""
         hf, weights = self._model.hf, self._model.weights
         blocks, current = self._model.visited_blocks(), None
         for name, tensor in list(hf.named_parameters(remove_duplicate=False)):
@@ -94,12 +102,21 @@ class Identity:
 
 
 def plain_attributes(module: nn.Module) -> tuple:
-    """A module's type, its numbers, texts and flags (whether it trains is none), its hooks, and its own `forward`.
+    """A module's type, its numbers, texts and flags (whether it trains is none), its hooks, and its
+    own `forward`.
 
     Of a hook or a forward only the object is known: none of another process is taken for it.
     """
     attributes = vars(module).items()
-    plain = [(n, v) for n, v in attributes if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))]
-    hooks = [mark(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
+    plain = [
+        (n, v)
+        for n, v in attributes
+        if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))
+    ]
+    hooks = [
+        mark(hook)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    ]
     own = [mark(vars(module)["forward"])] if "forward" in vars(module) else []
     return (type(module).__qualname__, *sorted(plain), *hooks, *own)

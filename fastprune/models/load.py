@@ -1,4 +1,5 @@
-"""Folder, hub id, "demo" or a model in memory -> Model. safetensors only; every file is checked before it is read."""
+"""Folder, hub id, "demo" or a model in memory -> Model. safetensors only; every file is checked
+before it is read."""
 
 from __future__ import annotations
 
@@ -21,11 +22,21 @@ from .placement import blocks_left_out, resident_bytes, to_device
 from .precision import has_instructions, widen
 
 LONGEST_MESSAGE = 400
-MOST_OF_MEMORY = 0.8  # that is available: what weights in float32 may take, so that something is left for activations
-# buffers of earlier releases that carry no weights: causal masks, position tables, rotary frequencies
+# that is available: what weights in float32 may take, so that something is left for activations
+MOST_OF_MEMORY = 0.8
+# buffers of earlier releases that carry no weights: causal masks, position tables, rotary
+# frequencies
 BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|rotary_emb\.inv_freq$")
 # the files of a hub repository that a model and its tokenizer are made of
-HUB_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "model.safetensors", "model-*.safetensors"]
+HUB_FILES = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "model.safetensors",
+    "model-*.safetensors",
+]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -40,18 +51,22 @@ def load_model(
 ) -> Model:
     """Open a language model for scoring.
 
-    source: "demo", a folder of safetensors, a hub id, or a transformers causal language model in memory (its
-        weights are shared, and it is left as it was found; device and dtype must then stay None). A Model, which is
-        open already, is returned as it is.
+    source: "demo", a folder of safetensors, a hub id, or a transformers causal language model in
+        memory (its weights are shared, and it is left as it was found; device and dtype must then
+        stay None). A Model, which is open already, is returned as it is.
     device: by default "cuda" where there is a GPU, else "cpu".
-    dtype: by default the checkpoint's own; but on a CPU without instructions for a 16-bit one it is float32, to which
-        the weights are widened as they are loaded, or, where that would not fit into memory, as they are used (a
-        UserWarning says so). "auto" is the checkpoint's own in any case.
+    dtype: by default the checkpoint's own; but on a CPU without instructions for a 16-bit one it is
+        float32, to which the weights are widened as they are loaded, or, where that would not fit
+        into memory, as they are used (a UserWarning says so). "auto" is the checkpoint's own in any
+        case.
     tokenizer: a tokenizer of transformers; by default the folder's own, None for a model in memory.
-    trust_remote_code: run code that comes with the checkpoint, for a family that transformers does not know.
-    weights_bytes: for a checkpoint larger than memory, or than this: its blocks stay in their files, and are read a
-        band at a time into so many bytes, embeddings and head included. Scores have the same bits.
-    Raises InputError for a missing or truncated shard, a folder of pickles, or a family that cannot be run.
+    trust_remote_code: run code that comes with the checkpoint, for a family that transformers does
+    not know.
+    weights_bytes: for a checkpoint larger than memory, or than this: its blocks stay in their
+        files, and are read a band at a time into so many bytes, embeddings and head included.
+        Scores have the same bits.
+    Raises InputError for a missing or truncated shard, a folder of pickles, or a family that cannot
+    be run.
 
     >>> import fastprune as fp
     >>> fp.load_model("demo").num_blocks
@@ -59,17 +74,30 @@ def load_model(
     """
     if not isinstance(source, (str, os.PathLike)):
         if device is not None or dtype is not None:
-            raise InputError("device and dtype belong to a model that is loaded; move a model in memory yourself")
+            raise InputError(
+                "device and dtype belong to a model that is loaded; move a model in memory yourself"
+            )
         if weights_bytes is not None:
-            raise InputError("weights_bytes belongs to a model that is read from a folder; this one is in memory")
+            raise InputError(
+                "weights_bytes belongs to a model that is read from a folder; this one is in memory"
+            )
         if trust_remote_code:
-            raise InputError("trust_remote_code belongs to a model that is loaded; this one is in memory")
+            raise InputError(
+                "trust_remote_code belongs to a model that is loaded; this one is in memory"
+            )
         if isinstance(source, Model) and tokenizer is not None:
-            raise InputError("tokenizer belongs to a model that is opened; this one is open, with its own")
+            raise InputError(
+                "tokenizer belongs to a model that is opened; this one is open, with its own"
+            )
         return source if isinstance(source, Model) else Model(source, tokenizer)
     try:
         return _load(
-            source, device, dtype, tokenizer, trust_remote_code, check_bytes("weights_bytes", weights_bytes, 1)
+            source,
+            device,
+            dtype,
+            tokenizer,
+            trust_remote_code,
+            check_bytes("weights_bytes", weights_bytes, 1),
         )
     except InputError as error:
         raise InputError(brief(str(error), LONGEST_MESSAGE)) from error.__cause__
@@ -107,7 +135,11 @@ def _load(
         widens = slow and dtype is None
         with blocks_left_out(folder, locate(folder), _only_layers) as made:
             hf = _from_pretrained(
-                folder, name, torch.float32 if widens else dtype or "auto", trust_remote_code, tensors
+                folder,
+                name,
+                torch.float32 if widens else dtype or "auto",
+                trust_remote_code,
+                tensors,
             )
         (weights,) = made
         how = "its weights are widened to float32 as they are read" if widens else _MANY_TIMES
@@ -119,7 +151,9 @@ def _load(
         hf = _from_pretrained(folder, name, dtype or "auto", trust_remote_code, tensors)
         how = _MANY_TIMES
     if slow:
-        lacks = f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
+        lacks = (
+            f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
+        )
         warnings.warn(f"{lacks}: {how}", stacklevel=3)
     tokenizer = tokenizer or _load_tokenizer(folder, trust_remote_code)
     if weights is None or weights_bytes is None:
@@ -139,17 +173,24 @@ _MANY_TIMES = "a run takes many times as long as in float32"
 def _only_layers(hf: nn.Module) -> tuple[str, ...]:
     found = layer_paths(hf)
     if len(found) != 1:
-        raise ValueError("its list of decoder layers was not found, so that its weights cannot be streamed")
+        raise ValueError(
+            "its list of decoder layers was not found, so that its weights cannot be streamed"
+        )
     return found[0]
 
 
-def _load_widened(folder: Path, name: str, trust_remote_code: bool, tensors: dict) -> tuple[nn.Module, str]:
+def _load_widened(
+    folder: Path, name: str, trust_remote_code: bool, tensors: dict
+) -> tuple[nn.Module, str]:
     """A checkpoint in 16 bits as a model that runs in float32, and how that was done."""
     needed = 4 * sum(math.prod(shape) for _, shape in tensors.values())
     if needed > MOST_OF_MEMORY * available_bytes(torch.device("cpu")):
         hf = _from_pretrained(folder, name, "auto", trust_remote_code, tensors)
         if widen(hf):
-            return hf, "its weights are widened to float32 as they are used, since all would not fit"
+            return (
+                hf,
+                "its weights are widened to float32 as they are used, since all would not fit",
+            )
         del hf
     hf = _from_pretrained(folder, name, torch.float32, trust_remote_code, tensors)
     return hf, "its weights were widened to float32, which loses nothing"
@@ -163,10 +204,14 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:
-        raise InputError(f"{name}: no such model folder, and the hub did not give it: {_first_line(error)}") from error
+        raise InputError(
+            f"{name}: no such model folder, and the hub did not give it: {_first_line(error)}"
+        ) from error
 
 
-def _from_pretrained(folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict) -> Any:
+def _from_pretrained(
+    folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -181,20 +226,31 @@ def _from_pretrained(folder: Path, name: str, dtype: str | torch.dtype, trust_re
     except Exception as error:  # of whatever kind: what is in the folder brought it about
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise InputError(
-                f"{name}: brings code of its own, which runs only with --trust-remote-code (trust_remote_code=True)"
+                f"{name}: brings code of its own, which runs only with --trust-remote-code "
+                f"(trust_remote_code=True)"
             ) from error
         raise InputError(f"{name}: cannot be loaded: {_first_line(error)}") from error
     hf, report = found
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):
             tensor = sorted(report[problem], key=str)[0]
-            raise InputError(f"{name}: the checkpoint does not fit its config ({problem.replace('_', ' ')}: {tensor})")
+            raise InputError(
+                f"{name}: the checkpoint does not fit its config ({problem.replace('_', ' ')}: "
+                f"{tensor})"
+            )
     for tensor in sorted(report.get("unexpected_keys", ()), key=str):
-        if not BUFFERS.search(tensor) and not (tensor == "lm_head.weight" and hf.config.tie_word_embeddings):
-            raise InputError(f"{name}: the config has no place for the tensor {brief(tensor, 80)} of the checkpoint")
+        if not BUFFERS.search(tensor) and not (
+            tensor == "lm_head.weight" and hf.config.tie_word_embeddings
+        ):
+            raise InputError(
+                f"{name}: the config has no place for the tensor {brief(tensor, 80)} of the "
+                f"checkpoint"
+            )
     own = [buffer for buffer, values in hf.named_buffers() if not values.is_floating_point()]
     for tensor, (kind, _) in tensors.items():
-        is_buffer = BUFFERS.search(tensor) or any(f".{buffer}".endswith(f".{tensor}") for buffer in own)
+        is_buffer = BUFFERS.search(tensor) or any(
+            f".{buffer}".endswith(f".{tensor}") for buffer in own
+        )
         if kind not in FLOATS and not is_buffer:
             raise wrong_dtype(name, tensor, kind)
     return hf
@@ -210,15 +266,22 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:  # the tokenizers library raises no narrower class
         if (folder / "tokenizer.json").is_file():
             why = _first_line(error)
-            raise InputError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {why}") from error
+            raise InputError(
+                f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {why}"
+            ) from error
         return None
     longest = getattr(tokenizer, "model_max_length", 0)
     if not isinstance(longest, (int, float)):
-        raise InputError(f"{folder / 'tokenizer_config.json'}: model_max_length must be a number, not {shown(longest)}")
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'}: model_max_length must be a number, not "
+            f"{shown(longest)}"
+        )
     return tokenizer
 
 
@@ -229,14 +292,21 @@ def _check_device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from None
     return device
 
 
 def _check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str | None:
     if dtype is None or dtype == "auto":
         return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    known = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }
     if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
     if dtype not in known:

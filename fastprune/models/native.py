@@ -1,8 +1,9 @@
 """The compiled operators of the fused path on a CPU: argument checks, then the call.
 
-Tensors are float32 or bfloat16, on the CPU, contiguous; sums are float32 and results are rounded once. A row's result
-(in attention that of a row of tokens) depends on nothing but the row: not on the other rows, nor on the number of
-threads, which is torch's own. No gradient is recorded. What each computes is defined in fastprune_kernels.reference.
+Tensors are float32 or bfloat16, on the CPU, contiguous; sums are float32 and results are rounded
+once. A row's result (in attention that of a row of tokens) depends on nothing but the row: not on
+the other rows, nor on the number of threads, which is torch's own. No gradient is recorded. What
+each computes is defined in fastprune_kernels.reference.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def add_rms_norm(
     residual: torch.Tensor | None = None,
     normed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """normed = x / sqrt(mean(x^2) + eps) * weight, x = states + branch, rounded; residual = x. Returns normed.
+    """normed = x / sqrt(mean(x^2) + eps) * weight, x = states + branch, rounded; residual = x.
+    Returns normed.
 
-    states, branch [M, D]; weight [D]; outputs residual, normed [M, D]. residual may be states: added in place.
+    states, branch [M, D]; weight [D]; outputs residual, normed [M, D]. residual may be states:
+    added in place.
     """
     _check_matrix("states", states)
     rows, columns = shape = states.shape
@@ -56,8 +59,12 @@ def add_rms_norm(
         _address("weight", weight, (columns,), dtype),
         0 if residual is None else _address("residual", residual, shape, dtype),
         _address("normed", normed, shape, dtype),
-        rows, columns, eps, dtype is torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+        rows,
+        columns,
+        eps,
+        dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return normed
 
 
@@ -74,8 +81,9 @@ def rotary(
 ) -> torch.Tensor:
     """Rotates q and k in place, each head's first 2 * R columns as pairs (i, R + i); returns qkv.
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int64[T]: each token's row of the tables cos
-    and sin, float32 [N, R], R <= Dh / 2. q_weight, k_weight [Dh]: RMSNorm of each head before the rotation.
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int64[T]: each token's
+    row of the tables cos and sin, float32 [N, R], R <= Dh / 2. q_weight, k_weight [Dh]: RMSNorm of
+    each head before the rotation.
     """
     _check_matrix("qkv", qkv)
     rows, dtype = len(qkv), qkv.dtype
@@ -93,9 +101,16 @@ def rotary(
         _address("position", position, (rows,), torch.int64),
         0 if q_weight is None else _address("q_weight", q_weight, (head_dim,), dtype),
         0 if k_weight is None else _address("k_weight", k_weight, (head_dim,), dtype),
-        rows, positions, num_heads, num_kv_heads, head_dim, half, eps,
-        dtype is torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+        rows,
+        positions,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        half,
+        eps,
+        dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return qkv
 
 
@@ -109,15 +124,18 @@ def attention(
 ) -> torch.Tensor:
     """out = softmax(scale * q k^T) v over the keys of its row that each query sees. Returns out.
 
-    out [B * L, num_heads * Dh], qkv [B * L, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v; num_heads /
-    num_kv_heads query heads share a key head. seen int32[B or 1, L, 4]: begin and end of two runs of places in the row,
-    the first before the second; 1: all rows alike. A query that sees no key gets NaN.
+    out [B * L, num_heads * Dh], qkv [B * L, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v;
+    num_heads / num_kv_heads query heads share a key head. seen int32[B or 1, L, 4]: begin and end
+    of two runs of places in the row, the first before the second; 1: all rows alike. A query that
+    sees no key gets NaN.
     """
     _check_matrix("qkv", qkv)
     dtype = qkv.dtype
     head_dim = _head_dim(qkv, num_heads, num_kv_heads)
     if num_heads % num_kv_heads:
-        raise ValueError(f"num_heads must be a multiple of num_kv_heads, not {num_heads} of {num_kv_heads}")
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, not {num_heads} of {num_kv_heads}"
+        )
     if seen.dim() != 3 or seen.shape[2] != 4:
         raise ValueError(f"seen must have shape [B or 1, L, 4], not {list(seen.shape)}")
     given, length, _ = seen.shape
@@ -131,9 +149,16 @@ def attention(
         qkv.data_ptr(),
         _address("seen", seen, (given, length, 4), torch.int32),
         _address("out", out, shape, dtype),
-        rows, given != 1, length, num_heads, num_kv_heads, head_dim, scale,
-        dtype is torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+        rows,
+        given != 1,
+        length,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale,
+        dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -148,9 +173,13 @@ def gated_mlp(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.T
     if out is None:
         out = torch.empty(shape, dtype=dtype)
     _native.gated_mlp(
-        gate_up.data_ptr(), _address("out", out, shape, dtype), rows, width // 2,
-        dtype is torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+        gate_up.data_ptr(),
+        _address("out", out, shape, dtype),
+        rows,
+        width // 2,
+        dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -166,15 +195,22 @@ def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.
     if out is None:
         out = torch.empty(rows, dtype=torch.float32)
     _native.log_sum_exp(
-        logits.data_ptr(), _address("out", out, (rows,), torch.float32), rows, columns, logits.stride(0),
-        logits.dtype is torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
+        logits.data_ptr(),
+        _address("out", out, (rows,), torch.float32),
+        rows,
+        columns,
+        logits.stride(0),
+        logits.dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return out
 
 
 def _head_dim(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> int:
     if num_heads < 1 or num_kv_heads < 1:
-        raise ValueError(f"num_heads and num_kv_heads must be at least 1, not {num_heads} and {num_kv_heads}")
+        raise ValueError(
+            f"num_heads and num_kv_heads must be at least 1, not {num_heads} and {num_kv_heads}"
+        )
     total = num_heads + 2 * num_kv_heads
     head_dim, rest = divmod(qkv.shape[1], total)
     if head_dim == 0 or rest:

@@ -1,7 +1,8 @@
-"""The operators of the fused path: Triton's on a GPU, csrc's on a CPU, and plain torch's, which define them.
+"""The operators of the fused path: Triton's on a GPU, csrc's on a CPU, and plain torch's, which
+define them.
 
-Every set has the same methods. States are [T, D], the rows of a chunk one after the other; `qkv` is packed as
-[T, (heads + 2 kv_heads) * Dh], `gate_up` as [T, 2F].
+Every set has the same methods. States are [T, D], the rows of a chunk one after the other; `qkv` is
+packed as [T, (heads + 2 kv_heads) * Dh], `gate_up` as [T, 2F].
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from .runner import Targets
 from .tree import seen_by, seen_runs, segments, tree_mask
 
 VOCABULARY = 4096  # tokens whose logits csrc's head holds at once
-DENSE = 512  # tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
+# tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
+DENSE = 512
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a chunk, B of T tokens. positions and branch int64[B, T]; None for plain causal rows."""
+    """The rows of a chunk, B of T tokens. positions and branch int64[B, T]; None for plain causal
+    rows."""
 
     num_rows: int
     length: int
@@ -40,7 +43,8 @@ class Rows:
 
     @cached_property
     def trees(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Branch and position of every token, int64[B, T]; of plain rows, which are all alike, int64[1, T]."""
+        """Branch and position of every token, int64[B, T]; of plain rows, which are all alike,
+        int64[1, T]."""
         if self.branch is not None:
             assert self.positions is not None
             return self.branch, self.positions
@@ -50,9 +54,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Segments:
-    """A long row, positions and branch int64[1, T], cut into segments: (queries, keys, which of these they see).
+    """A long row, positions and branch int64[1, T], cut into segments: (queries, keys, which of
+    these they see).
 
-    What is seen is worked out anew each time it is gone through, so that one segment's mask at a time is held.
+    What is seen is worked out anew each time it is gone through, so that one segment's mask at a
+    time is held.
     """
 
     positions: torch.Tensor
@@ -65,7 +71,11 @@ class Segments:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for queries, keys in self._pieces:
-            yield queries, keys, seen_by(queries, keys, self.positions, self.branch, self.window)[:, None]
+            yield (
+                queries,
+                keys,
+                seen_by(queries, keys, self.positions, self.branch, self.window)[:, None],
+            )
 
 
 class TorchOperators:
@@ -102,12 +112,16 @@ class TorchOperators:
         k_weight: torch.Tensor | None,
         eps: float,
     ) -> torch.Tensor:
-        return reference.rotary(qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps)
+        return reference.rotary(
+            qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps
+        )
 
     def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
         return reference.gated_mlp(gate_up)
 
-    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None) -> object:
+    def plan_attention(
+        self, rows: Rows, head_dim: int, grouped: bool, window: int | None
+    ) -> object:
         """What `attention` needs to know of a chunk's rows, once for all layers with this window.
 
         grouped: whether several heads share a key head.
@@ -120,12 +134,19 @@ class TorchOperators:
             return rows, tree_mask(position, branch, window)
         return rows, [Segments(pos[None], br[None], window) for pos, br in zip(position, branch)]
 
-    def attention(self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float) -> torch.Tensor:
-        """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused kernels."""
+    def attention(
+        self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float
+    ) -> torch.Tensor:
+        """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused
+        kernels."""
         rows, seen = plan
-        heads = qkv.view(rows.num_rows, rows.length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)
+        heads = qkv.view(rows.num_rows, rows.length, num_heads + 2 * num_kv_heads, -1).transpose(
+            1, 2
+        )
         q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=num_heads != num_kv_heads)
+        attend = partial(
+            F.scaled_dot_product_attention, scale=scale, enable_gqa=num_heads != num_kv_heads
+        )
         if not isinstance(seen, list):
             out = attend(q, k, v, attn_mask=seen, is_causal=seen is None).transpose(1, 2)
             return out.reshape(len(qkv), -1)
@@ -133,7 +154,9 @@ class TorchOperators:
         for row, pieces in enumerate(seen):
             of = slice(row, row + 1) if rows.branch is not None else slice(None)
             for queries, keys, mask in pieces:
-                part = attend(q[of][:, :, queries], k[of][:, :, keys], v[of][:, :, keys], attn_mask=mask)
+                part = attend(
+                    q[of][:, :, queries], k[of][:, :, keys], v[of][:, :, keys], attn_mask=mask
+                )
                 out[of, queries] = part.transpose(1, 2)
         return out.view(len(qkv), -1)
 
@@ -142,12 +165,15 @@ class TorchOperators:
         return reference.token_nll(F.linear(normed, weight), tile.rows, tile.tokens)
 
     def kl_reference(self, dense: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What `kl` compares with, of the dense model's normed states [P, D]: log-probabilities, float32[P, V]."""
+        """What `kl` compares with, of the dense model's normed states [P, D]: log-probabilities,
+        float32[P, V]."""
         return reference.log_probabilities(F.linear(dense, weight))
 
-    def kl(self, kept: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """KL(dense || masked) at the positions of the tile's targets, [M], from what `kl_reference` gave of the dense
-        model and the masked one's normed states [P, D]."""
+    def kl(
+        self, kept: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets
+    ) -> torch.Tensor:
+        """KL(dense || masked) at the positions of the tile's targets, [M], from what `kl_reference`
+        gave of the dense model and the masked one's normed states [P, D]."""
         return reference.kl_from(kept, F.linear(masked, weight))[tile.rows]
 
     def head_bytes(self, model: Model, measure: str) -> int:
@@ -192,28 +218,38 @@ class NativeOperators(TorchOperators):
         k_weight: torch.Tensor | None,
         eps: float,
     ) -> torch.Tensor:
-        return self._ops.rotary(qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps)
+        return self._ops.rotary(
+            qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps
+        )
 
     def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._ops.gated_mlp(gate_up)
 
-    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None) -> object:
-        """Two runs of places for each token; rows whose branches do not each stand in one piece go to torch."""
+    def plan_attention(
+        self, rows: Rows, head_dim: int, grouped: bool, window: int | None
+    ) -> object:
+        """Two runs of places for each token; rows whose branches do not each stand in one piece go
+        to torch."""
         branch, position = rows.trees
         seen = seen_runs(position, branch, rows.windowed(window))
         return super().plan_attention(rows, head_dim, grouped, window) if seen is None else seen
 
-    def attention(self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float) -> torch.Tensor:
+    def attention(
+        self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float
+    ) -> torch.Tensor:
         if isinstance(plan, torch.Tensor):
             return self._ops.attention(qkv, plan, num_heads, num_kv_heads, scale)
         return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
 
     def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """A part of the vocabulary at a time: many positions then share one reading of the head's weights."""
+        """A part of the vocabulary at a time: many positions then share one reading of the head's
+        weights."""
         logits = normed.new_empty(len(normed), min(VOCABULARY, len(weight)))
         targets = torch.empty(len(tile.tokens), dtype=torch.float32)
         sums = []
-        for start, part in zip(range(0, len(weight), VOCABULARY), weight.split(VOCABULARY), strict=True):
+        for start, part in zip(
+            range(0, len(weight), VOCABULARY), weight.split(VOCABULARY), strict=True
+        ):
             of_part = torch.mm(normed, part.T, out=logits[:, : len(part)])
             sums.append(self._ops.log_sum_exp(of_part))
             here = (tile.tokens // VOCABULARY == start // VOCABULARY).nonzero()[:, 0]
@@ -230,7 +266,8 @@ class NativeOperators(TorchOperators):
 
 
 class TritonOperators(TorchOperators):
-    """Triton's, on a GPU; matrix products are torch's, and attention over plain rows, see `plan_attention`."""
+    """Triton's, on a GPU; matrix products are torch's, and attention over plain rows, see
+    `plan_attention`."""
 
     name = "triton"
 
@@ -239,7 +276,11 @@ class TritonOperators(TorchOperators):
 
         super().__init__(dtype)
         self._attention, self._loss = attention, linear_loss
-        self._norm, self._rope, self._gated_mlp = norm.add_rms_norm, rope.rotary, gated_mlp.gated_mlp
+        self._norm, self._rope, self._gated_mlp = (
+            norm.add_rms_norm,
+            rope.rotary,
+            gated_mlp.gated_mlp,
+        )
 
     def add_rms_norm(
         self,
@@ -264,26 +305,44 @@ class TritonOperators(TorchOperators):
         eps: float,
     ) -> torch.Tensor:
         return self._rope(
-            qkv, cos, sin, position, num_heads, num_kv_heads, q_weight=q_weight, k_weight=k_weight, eps=eps
+            qkv,
+            cos,
+            sin,
+            position,
+            num_heads,
+            num_kv_heads,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            eps=eps,
         )
 
     def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._gated_mlp(gate_up)
 
-    def plan_attention(self, rows: Rows, head_dim: int, grouped: bool, window: int | None) -> object:
-        """Plain rows go to torch's flash attention where that serves them, and in float32 to its memory-efficient
-        kernel. This one takes no grouped heads: torch would hold all scores of a row, so they go to tree_attention, as
-        trees and windows do."""
+    def plan_attention(
+        self, rows: Rows, head_dim: int, grouped: bool, window: int | None
+    ) -> object:
+        """Plain rows go to torch's flash attention where that serves them, and in float32 to its
+        memory-efficient kernel. This one takes no grouped heads: torch would hold all scores of a
+        row, so they go to tree_attention, as trees and windows do."""
         window = rows.windowed(window)
         if rows.branch is None and window is None and not (grouped and self.dtype is torch.float32):
             return super().plan_attention(rows, head_dim, grouped, window)
         branch, position = (x.expand(rows.num_rows, -1).flatten() for x in rows.trees)
         starts = torch.arange(0, len(branch) + 1, rows.length)
         return self._attention.plan_tree(
-            starts, branch, position, head_dim=head_dim, dtype=self.dtype, device=rows.device, window=window
+            starts,
+            branch,
+            position,
+            head_dim=head_dim,
+            dtype=self.dtype,
+            device=rows.device,
+            window=window,
         )
 
-    def attention(self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float) -> torch.Tensor:
+    def attention(
+        self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float
+    ) -> torch.Tensor:
         if isinstance(plan, self._attention.TreePlan):
             return self._attention.tree_attention(qkv, plan, num_heads, num_kv_heads, scale=scale)
         return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
@@ -295,13 +354,16 @@ class TritonOperators(TorchOperators):
         """Logits, float32[P, V]."""
         return self._loss.linear_logits(dense, weight)
 
-    def kl(self, kept: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
+    def kl(
+        self, kept: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets
+    ) -> torch.Tensor:
         return self._loss.linear_kl(kept, masked, weight)[tile.rows]
 
     def head_bytes(self, model: Model, measure: str) -> int:
         if measure not in ("nll", "kl"):
             return super().head_bytes(model, measure)
-        # normed states, a few float32 partial results for each split of the vocabulary (of 1,024 tokens), dense logits
+        # normed states, a few float32 partial results for each split of the vocabulary (of 1,024
+        # tokens), dense logits
         normed = model.hidden_size * model.dtype.itemsize
         if measure == "nll":
             return normed + 8 * (model.vocab_size // 1024 + 1)
@@ -313,7 +375,9 @@ class TritonOperators(TorchOperators):
         return f"{self.name} {triton.__version__}"
 
 
-OPERATORS = {operators.name: operators for operators in (TorchOperators, NativeOperators, TritonOperators)}
+OPERATORS = {
+    operators.name: operators for operators in (TorchOperators, NativeOperators, TritonOperators)
+}
 
 
 def fast_operators(device: torch.device, dtype: torch.dtype) -> str | None:

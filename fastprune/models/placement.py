@@ -1,6 +1,7 @@
 """Opening a model without the weights of its blocks: where each of them goes, once it is read.
 
-transformers' own code opens the model, and its own rules say which stored tensors a parameter is made of.
+transformers' own code opens the model, and its own rules say which stored tensors a parameter is
+made of.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _PATCHING = threading.RLock()  # one thread at a time opens a model whose weight
 def blocks_left_out(
     folder: Path, stored: dict[str, Stored], find_layers: Callable[[nn.Module], Sequence[str]]
 ) -> Iterator[list[Weights]]:
-    """Inside, transformers' from_pretrained leaves the parameters of the blocks on the meta device; what it makes is
-    as it always is otherwise. The list then holds the `Weights` of the model that was opened.
+    """Inside, transformers' from_pretrained leaves the parameters of the blocks on the meta device;
+    what it makes is as it always is otherwise. The list then holds the `Weights` of the model that
+    was opened.
 
     stored: the checkpoint's tensors. find_layers: the attribute path to a model's list of layers.
     """
@@ -40,12 +42,23 @@ def blocks_left_out(
     _PATCHING.acquire()
     original = base._load_pretrained_model
 
-    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: Any,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if threading.get_ident() != thread:  # another thread opens a model of its own
             return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         files = Files(tensor.path for tensor in stored.values())
         prefix = ".".join(find_layers(model)) + "."
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(prefix)}
+        parameters = {
+            name
+            for name, _ in model.named_parameters(remove_duplicate=False)
+            if name.startswith(prefix)
+        }
         sources, others = _sort(model, load_config, stored, parameters)
         residents = {key: _Later(files, tensor) for key, tensor in others.items()}
         found = original(model, residents, None, load_config, *args, **kwargs)
@@ -63,7 +76,8 @@ def blocks_left_out(
 
 
 class _Later:
-    """A stored tensor that is read when transformers asks for it, as it does of a safetensors slice."""
+    """A stored tensor that is read when transformers asks for it, as it does of a safetensors
+    slice."""
 
     def __init__(self, files: Files, stored: Stored):
         self._files, self._stored = files, stored
@@ -81,9 +95,14 @@ class _Later:
 def _sort(
     model: Any, load_config: Any, stored: dict[str, Stored], parameters: set[str]
 ) -> tuple[dict, dict[str, Stored]]:
-    """The checkpoint's tensors that parameters of blocks are made of, as {parameter: [(pattern or None, key, tensor)]},
-    by transformers' own rules of renaming; and all others."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    """The checkpoint's tensors that parameters of blocks are made of, as {parameter: [(pattern or
+    None, key, tensor)]}, by transformers' own rules of renaming; and all others."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     rules = load_config.weight_mapping or []
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -94,7 +113,9 @@ def _sort(
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+            name, pattern = rename_source_key(
+                key, [], [], base_model_prefix=prefix, meta_state_dict=state
+            )
         if name in parameters:
             sources.setdefault(name, []).append((pattern, key, stored[key]))
         else:
@@ -134,7 +155,8 @@ def _lay_out(
 
 
 def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What transformers loads a parameter as: as it was made, but where a family keeps some in float32."""
+    """What transformers loads a parameter as: as it was made, but where a family keeps some in
+    float32."""
     from transformers.core_model_loading import build_glob_alternation
 
     plan = load_config.dtype_plan or {}
@@ -147,11 +169,15 @@ def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dty
 
 
 def _pieces(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[Piece]:
-    """Where the tensors that a parameter is made of go. Raises ValueError for what is not just put side by side."""
+    """Where the tensors that a parameter is made of go. Raises ValueError for what is not just put
+    side by side."""
     if len(sources) == 1 and sources[0][0] is None:
         (_, key, stored), offsets = sources[0], [0]
         if stored.shape != tuple(place.shape):
-            raise ValueError(f"{key} has the shape {list(stored.shape)}, but the config asks for {list(place.shape)}")
+            raise ValueError(
+                f"{key} has the shape {list(stored.shape)}, but the config asks for "
+                f"{list(place.shape)}"
+            )
     else:
         offsets = _side_by_side(model, load_config, name, place, sources)
     return [
@@ -160,7 +186,9 @@ def _pieces(model: Any, load_config: Any, name: str, place: Place, sources: list
     ]
 
 
-def _side_by_side(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[int]:
+def _side_by_side(
+    model: Any, load_config: Any, name: str, place: Place, sources: list
+) -> list[int]:
     """The first number of each source within a parameter that transformers merges from several.
 
     Its own rule is run on one number in the place of each source, which shows where each goes.
@@ -170,9 +198,14 @@ def _side_by_side(model: Any, load_config: Any, name: str, place: Place, sources
     rules = [rule for rule in load_config.weight_mapping or [] if isinstance(rule, WeightConverter)]
     rule: Any = next((rule for rule in rules if sources[0][0] in rule.source_patterns), None)
     shape = sources[0][2].shape
-    plain = rule is not None and all(type(op) in (MergeModulelist, Concatenate) for op in rule.operations)
+    plain = rule is not None and all(
+        type(op) in (MergeModulelist, Concatenate) for op in rule.operations
+    )
     if not plain or any(stored.shape != shape for _, _, stored in sources):
-        raise ValueError(f"{name} is converted from the checkpoint in a way that cannot be streamed; open it whole")
+        raise ValueError(
+            f"{name} is converted from the checkpoint in a way that cannot be streamed; open it "
+            f"whole"
+        )
     rule = deepcopy(rule)
     for number, (pattern, key, _) in enumerate(sources):
         one = torch.full((1,) * len(shape), number)
@@ -186,7 +219,9 @@ def _side_by_side(model: Any, load_config: Any, name: str, place: Place, sources
     for cell in np.ndindex(*grid.shape):
         part = whole[tuple(slice(i * n, (i + 1) * n) for i, n in zip(cell, cells, strict=True))]
         if not part.squeeze().is_contiguous():
-            raise ValueError(f"{name} is put together from columns, which cannot be streamed; open it whole")
+            raise ValueError(
+                f"{name} is put together from columns, which cannot be streamed; open it whole"
+            )
         offsets[int(grid[cell])] = int(part.storage_offset())
     return offsets
 
@@ -196,9 +231,15 @@ def to_device(hf: nn.Module, device: torch.device) -> nn.Module:
     moved: dict[int, nn.Parameter] = {}
     for module in hf.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type != "meta" and parameter.device != device:
+            if (
+                parameter is not None
+                and parameter.device.type != "meta"
+                and parameter.device != device
+            ):
                 if id(parameter) not in moved:
-                    moved[id(parameter)] = nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
+                    moved[id(parameter)] = nn.Parameter(
+                        parameter.to(device), requires_grad=parameter.requires_grad
+                    )
                 module._parameters[name] = moved[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -208,5 +249,7 @@ def to_device(hf: nn.Module, device: torch.device) -> nn.Module:
 
 def resident_bytes(hf: nn.Module) -> int:
     """Bytes of a model's parameters and buffers that have storage, each once."""
-    tensors = [tensor for tensor in (*hf.parameters(), *hf.buffers()) if tensor.device.type != "meta"]
+    tensors = [
+        tensor for tensor in (*hf.parameters(), *hf.buffers()) if tensor.device.type != "meta"
+    ]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

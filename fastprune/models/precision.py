@@ -1,7 +1,8 @@
-"""In which dtype a CPU computes, and weights that are kept in 16 bits and widened one at a time as they are used.
+"""In which dtype a CPU computes, and weights that are kept in 16 bits and widened one at a time as
+they are used.
 
-Without instructions for bfloat16, torch's matrix products in it are many times slower than in float32, while a 16-bit
-number is a float32 number as well: widened weights lose nothing.
+Without instructions for bfloat16, torch's matrix products in it are many times slower than in
+float32, while a 16-bit number is a float32 number as well: widened weights lose nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# instructions for products of 16-bit numbers, as torch.cpu.get_capabilities names them, on x86 and on ARM
+# instructions for products of 16-bit numbers, as torch.cpu.get_capabilities names them, on x86 and
+# on ARM
 INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
@@ -23,12 +25,17 @@ def capabilities() -> Mapping[str, object]:
     """Which instruction sets this processor has, by name."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
-    return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_fp16": torch.cpu._is_amx_fp16_supported()}
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_fp16": torch.cpu._is_amx_fp16_supported(),
+    }
 
 
 def has_instructions(dtype: torch.dtype) -> bool:
     """Whether a CPU computes products in this dtype itself."""
-    return dtype not in INSTRUCTIONS or any(capabilities().get(name) for name in INSTRUCTIONS[dtype])
+    return dtype not in INSTRUCTIONS or any(
+        capabilities().get(name) for name in INSTRUCTIONS[dtype]
+    )
 
 
 def _widened(module: Any) -> torch.Tensor:
@@ -36,7 +43,8 @@ def _widened(module: Any) -> torch.Tensor:
 
 
 class Widening:
-    """Of a module whose weight is kept in 16 bits: whoever reads the weight gets a float32 copy, and lets go of it."""
+    """Of a module whose weight is kept in 16 bits: whoever reads the weight gets a float32 copy,
+    and lets go of it."""
 
     weight: Any = property(_widened)
 
@@ -53,10 +61,12 @@ class WideningEmbedding(nn.Embedding):
 
 
 def widen(hf: nn.Module) -> bool:
-    """Let a model whose weights are in 16 bits run in float32, to the same bits as if it had been loaded in float32.
+    """Let a model whose weights are in 16 bits run in float32, to the same bits as if it had been
+    loaded in float32.
 
-    Linear maps and embeddings, which nearly all weights belong to, keep theirs; everything else is widened for good.
-    False, and nothing is changed, for a family that has rounded a number of its own to its weights' dtype (Gemma).
+    Linear maps and embeddings, which nearly all weights belong to, keep theirs; everything else is
+    widened for good. False, and nothing is changed, for a family that has rounded a number of its
+    own to its weights' dtype (Gemma).
     """
     low = tuple(INSTRUCTIONS)
     if any(buffer.dtype in low for buffer in hf.buffers()):

@@ -1,4 +1,5 @@
-"""Rotary frequencies: unrounded whatever dtype a model was brought to, and where they change with the row length."""
+"""Rotary frequencies: unrounded whatever dtype a model was brought to, and where they change with
+the row length."""
 
 from __future__ import annotations
 
@@ -14,9 +15,12 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def switch_length(config: Any) -> int | None:
-    """The row length beyond which frequencies change for all that runs together; None where they do not."""
+    """The row length beyond which frequencies change for all that runs together; None where they do
+    not."""
     parameters = getattr(config, "rope_parameters", None) or {}  # one set, or one per layer type
-    kinds = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p] or [parameters]
+    kinds = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p] or [
+        parameters
+    ]
     changing = [kind for kind in kinds if kind.get("rope_type") in LENGTH_DEPENDENT]
     longest = getattr(config, "max_position_embeddings", None)
     lengths = [kind.get("original_max_position_embeddings") or longest for kind in changing]
@@ -24,13 +28,18 @@ def switch_length(config: Any) -> int | None:
 
 
 def with_unrounded_frequencies(hf: nn.Module) -> nn.Module:
-    """The model; where `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a shallow copy that has
-    them as its own code makes them. Those that are not just rounded were changed on purpose, and stay.
+    """The model; where `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a
+    shallow copy that has them as its own code makes them. Those that are not just rounded were
+    changed on purpose, and stay.
     """
     if not isinstance(hf, nn.Module):
         return hf
     for name, module in list(hf.named_modules()):
-        held = [buffer for key, buffer in module.named_buffers(recurse=False) if key.endswith("inv_freq")]
+        held = [
+            buffer
+            for key, buffer in module.named_buffers(recurse=False)
+            if key.endswith("inv_freq")
+        ]
         if all(buffer.dtype == torch.float32 for buffer in held):
             continue
         try:
@@ -39,8 +48,15 @@ def with_unrounded_frequencies(hf: nn.Module) -> nn.Module:
             continue
         fresh.training = module.training
         alike = dict(fresh.named_buffers()).keys() == dict(module.named_buffers()).keys()
-        if not alike or any(True for _ in fresh.parameters()) or plain_attributes(fresh) != plain_attributes(module):
+        if (
+            not alike
+            or any(True for _ in fresh.parameters())
+            or plain_attributes(fresh) != plain_attributes(module)
+        ):
             continue
-        if all(torch.equal(buffer.to(held[0].dtype), getattr(module, key)) for key, buffer in fresh.named_buffers()):
+        if all(
+            torch.equal(buffer.to(held[0].dtype), getattr(module, key))
+            for key, buffer in fresh.named_buffers()
+        ):
             hf = with_replaced(hf, tuple(name.split(".")), fresh)
     return hf

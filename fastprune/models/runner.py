@@ -1,4 +1,5 @@
-"""The protocol of what executes units: the model's own layers (`Model`), or fused operators (`FusedModel`)."""
+"""The protocol of what executes units: the model's own layers (`Model`), or fused operators
+(`FusedModel`)."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ class Targets(Protocol):
 class Runner(Protocol):
     """Runs units on states, and the head on final states. The engine knows nothing else of a model.
 
-    A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these (`pack`, `unpack`). A
-    unit leaves its input as it is, since other masks still need it. States and arguments go back to the runner that
-    made them. path_name: what runs, as users read it.
+    A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these
+    (`pack`, `unpack`). A unit leaves its input as it is, since other masks still need it. States
+    and arguments go back to the runner that made them. path_name: what runs, as users read it.
     """
 
     path_name: str
@@ -42,9 +43,12 @@ class Runner(Protocol):
         """The blocks whose weights are loaded together: all of them, where all stay loaded."""
 
     def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
-        """Groups of blocks, each loaded while it is the current one; by default all bands. Units run inside only."""
+        """Groups of blocks, each loaded while it is the current one; by default all bands. Units
+        run inside only."""
 
-    def open(self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None) -> tuple:
+    def open(
+        self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None
+    ) -> tuple:
         """The embedded tokens, and what every unit needs of a chunk besides them."""
 
     def run(self, unit: int, state: Any, arguments: Any, granularity: str) -> State:
@@ -66,7 +70,8 @@ class Runner(Protocol):
         """1 where a tile's target is not the most likely token, else 0, [M]."""
 
     def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
-        """What `kl` compares with at each position, [P, ...], of the dense model's final states [P, D]."""
+        """What `kl` compares with at each position, [P, ...], of the dense model's final states [P,
+        D]."""
 
     def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
         """KL(dense || masked) where a tile's targets are predicted, [M]."""

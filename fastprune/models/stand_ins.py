@@ -1,7 +1,9 @@
-"""Stand-ins for parts of a transformers model, put in place on shallow copies that share every weight.
+"""Stand-ins for parts of a transformers model, put in place on shallow copies that share every
+weight.
 
-The model itself is never changed. `Recorder` learns what a model's forward passes to its layers, `Head` runs the
-causal-LM wrapper's own code on given states, `Sublayers` runs one half of a layer without the other.
+The model itself is never changed. `Recorder` learns what a model's forward passes to its layers,
+`Head` runs the causal-LM wrapper's own code on given states, `Sublayers` runs one half of a layer
+without the other.
 """
 
 from __future__ import annotations
@@ -34,12 +36,15 @@ def hidden_of(state: State) -> torch.Tensor:
 
 
 def state_bytes(state: State) -> int:
-    tensors = (state.hidden, state.entry, state.attention) if isinstance(state, HalfBlock) else (state,)
+    tensors = (
+        (state.hidden, state.entry, state.attention) if isinstance(state, HalfBlock) else (state,)
+    )
     return sum(tensor.nbytes for tensor in tensors)
 
 
 class Recorder:
-    """Runs a model's forward with the layers replaced, and returns the embeddings and each layer's arguments."""
+    """Runs a model's forward with the layers replaced, and returns the embeddings and each layer's
+    arguments."""
 
     def __init__(self, path: tuple[str, ...], hf: nn.Module):
         self.as_tuple = False  # whether the model takes a tuple from each layer
@@ -57,7 +62,9 @@ class Recorder:
         finally:
             self._calls, self._state = [], None
 
-    def record(self, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor | tuple[torch.Tensor, None]:
+    def record(
+        self, hidden: torch.Tensor, args: tuple, kwargs: dict
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
         if self._state is None:
             self._state = hidden
         self._calls.append((args, kwargs))
@@ -65,7 +72,8 @@ class Recorder:
 
 
 class StandInLayer(nn.Module):
-    """Stands in for a layer: called in its place is a function of (hidden states, other arguments, those by name)."""
+    """Stands in for a layer: called in its place is a function of (hidden states, other arguments,
+    those by name)."""
 
     def __init__(self, layer: nn.Module, call: Callable):
         super().__init__()
@@ -73,14 +81,17 @@ class StandInLayer(nn.Module):
         self.__dict__["_layer"], self.__dict__["_call"] = layer, call
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)  # models read attributes such as attention_type
+        return getattr(
+            self.__dict__["_layer"], name
+        )  # models read attributes such as attention_type
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._call(hidden_states, args, kwargs)
 
 
 class Head:
-    """The causal-LM wrapper's own code from normed hidden states to logits: head, scaling, soft cap."""
+    """The causal-LM wrapper's own code from normed hidden states to logits: head, scaling, soft
+    cap."""
 
     def __init__(self, path: tuple[str, ...], hf: nn.Module):
         self._stub = _BaseStub()
@@ -89,7 +100,9 @@ class Head:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         self._stub.hidden = hidden[None]
         try:
-            ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)  # only its shape is read
+            ids = torch.zeros(
+                1, len(hidden), dtype=torch.int64, device=hidden.device
+            )  # only its shape is read
             return self._lm(input_ids=ids, use_cache=False).logits[0]
         finally:
             self._stub.hidden = None
@@ -106,7 +119,8 @@ class _BaseStub(nn.Module):
 
 
 class _BaseOutput(BaseModelOutput):
-    """A base model's output; whatever else a family's wrapper reads from its own output type is None."""
+    """A base model's output; whatever else a family's wrapper reads from its own output type is
+    None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -117,11 +131,19 @@ class _BaseOutput(BaseModelOutput):
 class Sublayers:
     """The two halves of a decoder layer: the layer itself with the other half's module replaced.
 
-    A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel block both read the
-    block's input, so the mlp half runs the layer with attention replaced by what attention gave before.
+    A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel block both
+    read the block's input, so the mlp half runs the layer with attention replaced by what attention
+    gave before.
     """
 
-    def __init__(self, layer: nn.Module, attention_name: str, mlp_name: str, parallel: bool, mlp_as_tuple: bool):
+    def __init__(
+        self,
+        layer: nn.Module,
+        attention_name: str,
+        mlp_name: str,
+        parallel: bool,
+        mlp_as_tuple: bool,
+    ):
         self._parallel = parallel
         self._given, self._kept = _GivenAttention(), _KeepAttention(getattr(layer, attention_name))
         without_mlp = with_replaced(layer, (mlp_name,), _NoMlp(mlp_as_tuple))
@@ -140,7 +162,8 @@ class Sublayers:
     def mlp(self, state: State, arguments: dict) -> torch.Tensor:
         if isinstance(state, HalfBlock) and state.owner is self:
             entry, self._given.output = state.entry, state.attention
-        else:  # attention was skipped; the state may have been left by an earlier block whose mlp was
+        # attention was skipped; the state may have been left by an earlier block whose mlp was
+        else:
             entry = hidden_of(state)
         try:
             return first(self._mlp_only(entry, **arguments))
@@ -148,7 +171,8 @@ class Sublayers:
             self._given.output = None
 
     def neither(self, state: torch.Tensor, arguments: dict) -> torch.Tensor:
-        """The layer with both halves replaced: what its residual branches add when they are skipped."""
+        """The layer with both halves replaced: what its residual branches add when they are
+        skipped."""
         return first(self._neither(state, **arguments))
 
 
@@ -171,7 +195,9 @@ class _GivenAttention(nn.Module):
 
     output: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
         if self.output is not None:
             return self.output, None
         return torch.zeros_like(hidden_states), None
@@ -206,5 +232,7 @@ def with_replaced(module: nn.Module, path: Sequence[str], replacement: nn.Module
     clone: Any = copy.copy(module)
     clone._modules = dict(module._modules)
     name, *rest = path
-    clone._modules[name] = with_replaced(clone._modules[name], rest, replacement) if rest else replacement
+    clone._modules[name] = (
+        with_replaced(clone._modules[name], rest, replacement) if rest else replacement
+    )
     return clone

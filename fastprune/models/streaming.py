@@ -1,8 +1,11 @@
-"""Weights that stay in their safetensors files: read a band of blocks at a time, while the band before computes.
+"""Weights that stay in their safetensors files: read a band of blocks at a time, while the band
+before computes.
 
-`placement` opens a model without the parameters of its blocks, which stay on the meta device, and says where each
-of them is read from and to; `Weights.visit` gives them storage for as long as their band is at hand.
-Files are read by plain reads into buffers that are used again, not mapped: pages of a mapped file count as resident.
+`placement` opens a model without the parameters of its blocks, which stay on the meta device, and
+says where each of them is read from and to; `Weights.visit` gives them storage for as long as their
+band is at hand.
+Files are read by plain reads into buffers that are used again, not mapped: pages of a mapped file
+count as resident.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from ..bands import Room, make_room
 from ..records import write_json
 from .files import DTYPES, Files, Stored
 
-STAGING = 8 << 20  # bytes read at once where they cannot go to their place directly: another dtype, or a GPU
+STAGING = (
+    8 << 20
+)  # bytes read at once where they cannot go to their place directly: another dtype, or a GPU
 HASHES = ".fastprune-hashes.json"
 
 
@@ -48,7 +53,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Block:
-    """A block's parameters, and what is read for them, in the order of the files. size: bytes of its buffer."""
+    """A block's parameters, and what is read for them, in the order of the files. size: bytes of
+    its buffer."""
 
     places: tuple[Place, ...]
     pieces: tuple[Piece, ...]
@@ -58,7 +64,8 @@ class Block:
 class Weights:
     """The blocks of a model whose weights stay in files; `visit` brings them in, band by band.
 
-    loads: blocks that were read so far; bytes: of files; waited: seconds that computing stood still for them.
+    loads: blocks that were read so far; bytes: of files; waited: seconds that computing stood still
+    for them.
     """
 
     def __init__(self, folder: Path, files: Files, blocks: Sequence[Block], names: dict[str, int]):
@@ -70,15 +77,20 @@ class Weights:
         self._made = 0
         self._reading: _Reading | None = None
         self._staging: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
-        self.room = Room(len(blocks), max((block.size for block in blocks), default=0), 0, len(blocks))
+        self.room = Room(
+            len(blocks), max((block.size for block in blocks), default=0), 0, len(blocks)
+        )
         self.loads = self.bytes = 0
         self.waited = 0.0
 
     def start(self, limit: int, resident: int, device: torch.device, name: str) -> None:
-        """Take a limit in bytes, of which `resident` are for what stays loaded. Raises InputError for one too small."""
+        """Take a limit in bytes, of which `resident` are for what stays loaded. Raises InputError
+        for one too small."""
         self._device = device
         direct = device.type == "cpu" and all(
-            piece.dtype == DTYPES[piece.stored.dtype] for block in self._blocks for piece in block.pieces
+            piece.dtype == DTYPES[piece.stored.dtype]
+            for block in self._blocks
+            for piece in block.pieces
         )
         always = resident + (0 if direct else 2 * STAGING)
         self.room = make_room(limit, len(self._blocks), self.room.block_bytes, always, name)
@@ -98,10 +110,11 @@ class Weights:
         return self._block_of.get(name)
 
     def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """Bands, one after the other, each with its blocks' weights in place while it is the current one.
+        """Bands, one after the other, each with its blocks' weights in place while it is the
+        current one.
 
-        The next one is read meanwhile, as far as there is room. A block that is still there is not read again. Raises
-        InputError where a file has changed.
+        The next one is read meanwhile, as far as there is room. A block that is still there is not
+        read again. Raises InputError where a file has changed.
         """
         bands = list(bands)
         for band, following in zip(bands, [*bands[1:], ()]):
@@ -112,7 +125,9 @@ class Weights:
                 self._read(missing, band)
                 self._settle()
             self.waited += time.perf_counter() - started
-            self._read([block for block in following if block not in self._loaded], [*band, *following])
+            self._read(
+                [block for block in following if block not in self._loaded], [*band, *following]
+            )
             yield band
 
     def release(self) -> None:
@@ -124,7 +139,8 @@ class Weights:
         self._made = 0
 
     def remembered(self, key: str, work: Callable[[], str]) -> str:
-        """The hash that is kept beside the files under a key, or else what `work` gives, which is kept then."""
+        """The hash that is kept beside the files under a key, or else what `work` gives, which is
+        kept then."""
         path = self.folder / HASHES
         known: dict = {}
         with suppress(OSError, ValueError):
@@ -135,12 +151,15 @@ class Weights:
             return found
         found = work()
         self._files.check()
-        with suppress(OSError):  # a folder that cannot be written to: it is worked out again each time
+        with suppress(
+            OSError
+        ):  # a folder that cannot be written to: it is worked out again each time
             write_json(path, {**dict(list(known.items())[-7:]), key: found}, replace=True)
         return found
 
     def _read(self, wanted: Sequence[int], keep: Sequence[int]) -> None:
-        """Begin to read blocks, in the background, as many as there is room for without those in `keep`."""
+        """Begin to read blocks, in the background, as many as there is room for without those in
+        `keep`."""
         places = []
         try:
             for block in wanted:
@@ -152,12 +171,16 @@ class Weights:
             self._free += [buffer for _, buffer in places]
             raise
         if places:
-            ready = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+            ready = (
+                torch.cuda.current_stream(self._device).record_event()
+                if self._device.type == "cuda"
+                else None
+            )
             self._reading = _Reading(lambda: self._fill(places, ready), places)
 
     def _buffer(self, block: int, keep: Sequence[int]) -> torch.Tensor | None:
-        """Room for a block; where all is taken, that of the one not in `keep` that is needed last, when blocks ascend
-        and begin again: the one just before."""
+        """Room for a block; where all is taken, that of the one not in `keep` that is needed last,
+        when blocks ascend and begin again: the one just before."""
         if self._free:
             return self._free.pop()
         if self._made < self.room.places:
@@ -184,10 +207,14 @@ class Weights:
         for number, buffer in reading.places:
             block = self._blocks[number]
             for place in block.places:
-                place.module._parameters[place.name] = nn.Parameter(_part(buffer, place), requires_grad=False)
+                place.module._parameters[place.name] = nn.Parameter(
+                    _part(buffer, place), requires_grad=False
+                )
             self._loaded[number] = buffer
             self.loads += 1
-            self.bytes += sum(DTYPES[p.stored.dtype].itemsize * p.stored.numel for p in block.pieces)
+            self.bytes += sum(
+                DTYPES[p.stored.dtype].itemsize * p.stored.numel for p in block.pieces
+            )
 
     def _release(self, number: int) -> torch.Tensor:
         """Take a block's weights away; the buffer that they were in."""
@@ -195,10 +222,13 @@ class Weights:
             place.module._parameters[place.name] = nothing(place.shape, place.dtype)
         return self._loaded.pop(number)
 
-    # -- in the background ---------------------------------------------------------------------------------------
+    # -- in the background -------------------------------------------------------------------------
 
-    def _fill(self, places: Sequence[tuple[int, torch.Tensor]], ready: torch.cuda.Event | None) -> None:
-        """Read blocks into their buffers; on a GPU, on a stream of its own, once what runs now is done with these."""
+    def _fill(
+        self, places: Sequence[tuple[int, torch.Tensor]], ready: torch.cuda.Event | None
+    ) -> None:
+        """Read blocks into their buffers; on a GPU, on a stream of its own, once what runs now is
+        done with these."""
         if ready is not None:
             self._stream.wait_event(ready)
         for number, buffer in places:
@@ -230,11 +260,14 @@ class Weights:
                 part.copy_(raw.view(dtype))
 
     def _stage(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """A staging buffer whose last copy is done, and on a GPU the event to record after the next."""
+        """A staging buffer whose last copy is done, and on a GPU the event to record after the
+        next."""
         is_gpu = self._device.type == "cuda"
         if len(self._staging) < (2 if is_gpu else 1):
             event = torch.cuda.Event() if is_gpu else None
-            self._staging.append((torch.empty(STAGING, dtype=torch.uint8, pin_memory=is_gpu), event))
+            self._staging.append(
+                (torch.empty(STAGING, dtype=torch.uint8, pin_memory=is_gpu), event)
+            )
         else:
             self._staging.append(self._staging.pop(0))
         staged, event = self._staging[-1]
@@ -250,7 +283,8 @@ class Weights:
 
 
 class _Reading(threading.Thread):
-    """A thread of its own for what is read meanwhile. A daemon: nobody waits for it at the end of a process."""
+    """A thread of its own for what is read meanwhile. A daemon: nobody waits for it at the end of a
+    process."""
 
     def __init__(self, work: Callable[[], None], places: Sequence[tuple[int, torch.Tensor]]):
         super().__init__(name="fastprune-reading", daemon=True)

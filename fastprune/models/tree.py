@@ -12,7 +12,8 @@ SEGMENT = 256  # queries that look at their keys together
 
 
 def tree_mask(positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor:
-    """bool[B, 1, T, T], True = seen, for rows with positions and branch int64[B, T] (branch 0 is the trunk).
+    """bool[B, 1, T, T], True = seen, for rows with positions and branch int64[B, T] (branch 0 is
+    the trunk).
 
     window: only keys less than that many positions away.
     """
@@ -21,9 +22,14 @@ def tree_mask(positions: torch.Tensor, branch: torch.Tensor, window: int | None)
 
 
 def seen_by(
-    queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, branch: torch.Tensor, window: int | None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    branch: torch.Tensor,
+    window: int | None,
 ) -> torch.Tensor:
-    """bool[B, Q, K], True = seen: the part of `tree_mask` at these places, int64[Q] and int64[K], of every row."""
+    """bool[B, Q, K], True = seen: the part of `tree_mask` at these places, int64[Q] and int64[K],
+    of every row."""
     query, key = branch[:, queries, None], branch[:, None, keys]
     seen = ((key == 0) | (key == query)) & (queries[:, None] >= keys)
     if window is not None:
@@ -31,20 +37,27 @@ def seen_by(
     return seen
 
 
-def seen_runs(positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor | None:
+def seen_runs(
+    positions: torch.Tensor, branch: torch.Tensor, window: int | None
+) -> torch.Tensor | None:
     """`tree_mask` as two runs of places, int32[B, T, 4], begin and end of each.
 
-    The first is of the trunk, where a token is on a branch, the second of its own branch up to itself. Padding (branch
-    -1) sees at least itself, and nothing behind it.
+    The first is of the trunk, where a token is on a branch, the second of its own branch up to
+    itself. Padding (branch -1) sees at least itself, and nothing behind it.
 
-    None where the trunk and then each branch do not stand in one piece or, with a window, their positions skip some.
+    None where the trunk and then each branch do not stand in one piece or, with a window, their
+    positions skip some.
     """
     place = torch.arange(branch.shape[1], device=branch.device)
     on_trunk = branch == 0
     trunk = on_trunk.sum(dim=1, keepdim=True)
     goes_on = branch[:, 1:] == branch[:, :-1]
-    steps = branch.sort(dim=1).values.diff(dim=1) != 0  # one between two branches, in whatever order they stand
-    if bool((on_trunk != (place < trunk)).any()) or bool((steps.sum(dim=1) != (~goes_on).sum(dim=1)).any()):
+    steps = (
+        branch.sort(dim=1).values.diff(dim=1) != 0
+    )  # one between two branches, in whatever order they stand
+    if bool((on_trunk != (place < trunk)).any()) or bool(
+        (steps.sum(dim=1) != (~goes_on).sum(dim=1)).any()
+    ):
         return None
     own = torch.where(F.pad(goes_on, (1, 0)), 0, place).cummax(dim=1).values
     shared = torch.zeros_like(own)
@@ -60,9 +73,11 @@ def seen_runs(positions: torch.Tensor, branch: torch.Tensor, window: int | None)
 def segments(
     positions: torch.Tensor, branch: torch.Tensor, window: int | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One row, int64[T] each, cut into runs of queries, int64[Q], each with the places int64[K] that any of it sees.
+    """One row, int64[T] each, cut into runs of queries, int64[Q], each with the places int64[K]
+    that any of it sees.
 
-    A few queries see the trunk and a few branches: so no mask of [T, T] is ever made, nor a product of that size.
+    A few queries see the trunk and a few branches: so no mask of [T, T] is ever made, nor a product
+    of that size.
     """
     pieces = []
     for queries in torch.arange(len(branch), device=branch.device).split(SEGMENT):
@@ -76,16 +91,20 @@ def segments(
 
 
 def few_branches(branch: torch.Tensor, most_tokens: int | None = None) -> torch.Tensor:
-    """Some of a row's branches, int64[N]: a few (the longest, the last), or as many as give a row of so many tokens.
+    """Some of a row's branches, int64[N]: a few (the longest, the last), or as many as give a row
+    of so many tokens.
 
-    The longest comes first, and is one of them in any case; the trunk alone is a branch where there is no other.
+    The longest comes first, and is one of them in any case; the trunk alone is a branch where there
+    is no other.
     """
     numbers, lengths = branch.unique(return_counts=True)
     trunk = int(lengths[numbers == 0].sum())
     numbers, lengths = numbers[numbers != 0], lengths[numbers != 0]
     if not len(numbers):
         return branch.new_zeros(1)
-    order = torch.cat([lengths.argmax()[None], torch.arange(len(numbers), device=branch.device).flip(0)])
+    order = torch.cat(
+        [lengths.argmax()[None], torch.arange(len(numbers), device=branch.device).flip(0)]
+    )
     if most_tokens is None:
         return numbers[order[:FEW]].unique()
     fits = trunk + lengths[order].cumsum(0) <= most_tokens

@@ -1,4 +1,5 @@
-"""Search algorithms: one file per family, one registry. They know only the evaluator's public methods."""
+"""Search algorithms: one file per family, one registry. They know only the evaluator's public
+methods."""
 
 # Importing a family registers its algorithms, in the order in which they are listed.
 # isort: off

@@ -16,13 +16,16 @@ TWO_SWAPS = 100  # 2-swaps of each, drawn at random: there are too many for all
 
 
 @algorithm(needs_sklearn=True, studied=True)
-def bayesian(search: Search, trials: Count = 200, initial: Count = 10, batch_size: Count = 1) -> None:
-    """Score the subset of highest expected improvement under a Gaussian process on masks, again and again.
+def bayesian(
+    search: Search, trials: Count = 200, initial: Count = 10, batch_size: Count = 1
+) -> None:
+    """Repeatedly score the subset of highest expected improvement under a Gaussian process.
 
-    Kernel s^2 exp(-hamming / l) + noise, hyperparameters by marginal likelihood; prior mean a + b sum d_i, d_i =
-    loss({i}), by least squares. The first subsets are drawn by the prior of `genetic`. Expected improvement over the
-    best loss is maximised over a pool: 256 prior draws, and all 1-swaps and 100 2-swaps of each of the 3 best
-    subsets. A loss that is not finite counts as the worst finite one. Ends early when the pool has nothing new.
+    Kernel s^2 exp(-hamming / l) + noise, hyperparameters by marginal likelihood; prior mean a + b
+    sum d_i, d_i = loss({i}), by least squares. The first subsets are drawn by the prior of
+    `genetic`. Expected improvement over the best loss is maximised over a pool: 256 prior draws,
+    and all 1-swaps and 100 2-swaps of each of the 3 best subsets. A loss that is not finite counts
+    as the worst finite one. Ends early when the pool has nothing new.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most trials.
@@ -44,7 +47,9 @@ def bayesian(search: Search, trials: Count = 200, initial: Count = 10, batch_siz
         losses = penalised(search.score(scored))
         mean = LinearMean(prior, scored, losses)
         process.fit(_features(search, scored), losses - mean(scored))
-        improvement = process.expected_improvement(_features(search, pool), losses.min() - mean(pool))
+        improvement = process.expected_improvement(
+            _features(search, pool), losses.min() - mean(pool)
+        )
         order = np.argsort(-improvement, kind="stable")[: min(batch_size, trials - len(scored))]
         chosen = [pool[i] for i in order]
         search.score(chosen)

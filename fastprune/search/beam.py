@@ -20,9 +20,9 @@ def greedy(search: Search) -> None:
 
 @algorithm(races=True, studied=True)
 def beam(search: Search, beam_width: Count = 5) -> None:
-    """k rounds; each extends every kept subset by every unit, merges equal subsets, keeps the beam_width lowest.
+    """k rounds; each extends every kept subset by every unit and keeps the beam_width lowest.
 
-    A race of the last round keeps the best one alone, since nothing is made of the others.
+    Equal subsets are merged. A race of the last round keeps the best one alone, since nothing is made of the others.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most beam_width ((U - 1) + ... + (U - k + 1)).
@@ -34,6 +34,9 @@ def beam(search: Search, beam_width: Count = 5) -> None:
         search.score(kept)
     for size in range(1, search.num_remove + 1):
         extended = {
-            tuple(sorted((*subset, unit))) for subset in kept for unit in search.candidates if unit not in subset
+            tuple(sorted((*subset, unit)))
+            for subset in kept
+            for unit in search.candidates
+            if unit not in subset
         }
         kept = search.select(extended, beam_width if size < search.num_remove else 1)

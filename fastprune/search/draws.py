@@ -13,8 +13,11 @@ from .run import Removed, Search
 PATIENCE = 100  # draws in a row without a new subset after which there is taken to be none
 
 
-def distinct(draw: Callable[[], Removed], count: int, known: Collection[Removed] = ()) -> list[Removed]:
-    """`count` different subsets that are not known, in the order drawn; fewer when drawing finds nothing new."""
+def distinct(
+    draw: Callable[[], Removed], count: int, known: Collection[Removed] = ()
+) -> list[Removed]:
+    """`count` different subsets that are not known, in the order drawn; fewer when drawing finds
+    nothing new."""
     found: dict[Removed, None] = {}
     misses = 0
     while len(found) < count and misses < PATIENCE:
@@ -26,7 +29,8 @@ def distinct(draw: Callable[[], Removed], count: int, known: Collection[Removed]
 
 
 def uniform(search: Search, count: int) -> list[Removed]:
-    """`count` different subsets of the full budget, uniform; all of them where there are not more."""
+    """`count` different subsets of the full budget, uniform; all of them where there are not
+    more."""
     candidates, k = search.candidates, search.num_remove
     total = math.comb(len(candidates), k)
     if total <= 10 * count:  # few enough to list, and drawing would often repeat itself
@@ -36,7 +40,8 @@ def uniform(search: Search, count: int) -> list[Removed]:
 
 
 def swapped(search: Search, subset: Removed, swaps: int) -> Removed:
-    """The subset with `swaps` of its units exchanged for as many that it keeps, uniform; at most all that there are."""
+    """The subset with `swaps` of its units exchanged for as many that it keeps, uniform; at most
+    all that there are."""
     kept = [unit for unit in search.candidates if unit not in subset]
     swaps = min(swaps, len(subset), len(kept))
     out = search.rng.choice(len(subset), swaps, replace=False)

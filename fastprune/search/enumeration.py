@@ -10,15 +10,18 @@ from . import draws
 from .registry import Count, algorithm
 from .run import Removed, Search
 
-AT_ONCE = 1 << 16  # masks of one call: prefixes are shared within it, and its bookkeeping stays small
+AT_ONCE = (
+    1 << 16
+)  # masks of one call: prefixes are shared within it, and its bookkeeping stays small
 
 
 @algorithm(races=True)
 def contiguous(search: Search) -> None:
     """Score every window of k adjacent units.
 
-    A window that touches a protected unit is not a candidate. Where protection leaves no window at all, neighbours
-    among the units that may go count as adjacent, so that a window steps over what is protected.
+    A window that touches a protected unit is not a candidate. Where protection leaves no window at
+    all, neighbours among the units that may go count as adjacent, so that a window steps over what
+    is protected.
 
     Source: the shape of subset of Gromov et al. (arXiv 2403.17887), chosen by the loss itself.
     Cost: U - k + 1.
@@ -44,14 +47,18 @@ def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     Options:
         max_masks: refuse to score more subsets than this.
     """
-    subsets = itertools.combinations(search.candidates, search.num_remove)  # in order: prefixes lie together
+    subsets = itertools.combinations(
+        search.candidates, search.num_remove
+    )  # in order: prefixes lie together
     while part := list(itertools.islice(subsets, AT_ONCE)):
         search.select(part, 1)
 
 
 @algorithm(name="random", races=True)
 def random_subsets(search: Search, num_masks: Count = 100) -> None:
-    """Score num_masks different subsets of k units, drawn uniformly; all of them where there are not more.
+    """Score num_masks different subsets of k units, drawn uniformly.
+
+    All subsets are scored where there are fewer.
 
     Source: the baseline of every comparison.
     Cost: num_masks.
@@ -62,7 +69,8 @@ def random_subsets(search: Search, num_masks: Count = 100) -> None:
 
 
 def windows(candidates: list[int], k: int) -> list[Removed]:
-    """All windows of k adjacent units among the candidates, by start; of k neighbours in `candidates` if none is."""
+    """All windows of k adjacent units among the candidates, by start; of k neighbours in
+    `candidates` if none is."""
     neighbours = [tuple(candidates[i : i + k]) for i in range(len(candidates) - k + 1)]
     if k == 0:
         return [()]

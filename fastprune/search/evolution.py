@@ -24,13 +24,14 @@ def genetic(
     generations: Count = 10,
     tournament: Count = 3,
 ) -> None:
-    """Breed a population of subsets; new units come by the prior w_i = softmax(-z_i), z_i the standardised loss({i}).
+    """Breed a population of subsets, drawing units by the losses of single removals.
 
-    First generation: one_shot's subset, and k draws without replacement by w for each of the rest. Then, each
-    generation: the elites pass unchanged. Of two parents, each the best of a tournament, a child keeps the
-    intersection and fills up from the rest of the union by w; a mutated child swaps one removed unit for one drawn
-    by w. Duplicates within a generation are redrawn; where breeding finds nothing new, the prior fills up. With
-    racing, the better half of a generation is found by a race, and the others stand behind it in no order.
+    The prior is w_i = softmax(-z_i), z_i the standardised loss({i}). First generation: one_shot's subset, and k draws without replacement by w for each of the rest.
+    Then, each generation: the elites pass unchanged. Of two parents, each the best of a tournament,
+    a child keeps the intersection and fills up from the rest of the union by w; a mutated child
+    swaps one removed unit for one drawn by w. Duplicates within a generation are redrawn; where
+    breeding finds nothing new, the prior fills up. With racing, the better half of a generation is
+    found by a race, and the others stand behind it in no order.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most population + (generations - 1) (population - elites).
@@ -62,10 +63,14 @@ def _ranked(search: Search, members: list[Removed]) -> list[Removed]:
     return kept + sorted({*members} - {*kept})
 
 
-def _child(search: Search, prior: Prior, members: list[Removed], tournament: int, mutation: float) -> Removed:
+def _child(
+    search: Search, prior: Prior, members: list[Removed], tournament: int, mutation: float
+) -> Removed:
     """A child of two of the members, which are ranked best first."""
     size = min(tournament, len(members))
-    one, other = ({*members[search.rng.choice(len(members), size, replace=False).min()]} for _ in range(2))
+    one, other = (
+        {*members[search.rng.choice(len(members), size, replace=False).min()]} for _ in range(2)
+    )
     child = one & other
     child |= {*prior.draw(sorted(one ^ other), search.num_remove - len(child))}
     kept = [unit for unit in search.candidates if unit not in child]
@@ -75,10 +80,13 @@ def _child(search: Search, prior: Prior, members: list[Removed], tournament: int
     return draws.as_removed(child)
 
 
-def _halves_to_remove(candidates: int, num_remove: int, granularity: str, flips: str, **options: object) -> None:
+def _halves_to_remove(
+    candidates: int, num_remove: int, granularity: str, flips: str, **options: object
+) -> None:
     if granularity == "sublayer" and flips == "published" and num_remove % 2:
         raise InputError(
-            f"evopress removes as many attentions as MLPs: num_remove must be even, not {num_remove}, "
+            f"evopress removes as many attentions as MLPs: num_remove must be even, not "
+            f"{num_remove}, "
             "or set its option flips=free"
         )
 
@@ -96,26 +104,30 @@ def evopress(
     generations: CountOrAuto = 0,
     flips: Annotated[str, Allowed(choices=("published", "free"))] = "published",
 ) -> None:
-    """Mutate one parent; select among its children in two steps, on few and then on many fresh tokens.
+    """Mutate one parent; select among its children on few, then on many fresh tokens.
 
-    The best of `initial` uniform subsets is the first parent. Each generation makes `offspring` distinct children,
-    each by n = min(U{1..max_swaps}, U{1..max_swaps}) flips. The best first_survivors on first_tokens meet their
-    parent on final_tokens, and the best is the next parent. The original fitness is KL.
+    The best of `initial` uniform subsets is the first parent. Each generation makes `offspring`
+    distinct children, each by n = min(U{1..max_swaps}, U{1..max_swaps}) flips. The best
+    first_survivors on first_tokens meet their parent on final_tokens, and the best is the next
+    parent. The original fitness is KL.
 
-    A flip draws a type, attention or MLP, with equal odds, and swaps a removed and a kept unit of that type; a later
-    flip may undo an earlier one. Of sublayers, half of what is removed are attentions, from the first subset on.
-    Of blocks, flips that draw the MLP are discarded: Binomial(n, 1/2) remain. A child that equals its parent is drawn
-    again, and a type with nothing left to swap is not flipped. With flips=free a child swaps n pairs of different
-    units, of whatever type, and sublayers are removed in any mix.
+    A flip draws a type, attention or MLP, with equal odds, and swaps a removed and a kept unit of
+    that type; a later flip may undo an earlier one. Of sublayers, half of what is removed are
+    attentions, from the first subset on. Of blocks, flips that draw the MLP are discarded:
+    Binomial(n, 1/2) remain. A child that equals its parent is drawn again, and a type with nothing
+    left to swap is not flipped. With flips=free a child swaps n pairs of different units, of
+    whatever type, and sublayers are removed in any mix.
 
-    Every step draws whole samples afresh, without repetition, until they hold its tokens; those that run together are
-    drawn together (Evaluator.sample_groups). Where the calibration set holds fewer, it takes all: the fitness is then
-    the loss itself, a later step of the same kind costs nothing, and the scores enter the history. Scores on a share
-    of the samples do not. The last parent is scored on all. With racing, one race over the whole calibration set takes
-    the place of both steps.
+    Every step draws whole samples afresh, without repetition, until they hold its tokens; those
+    that run together are drawn together (Evaluator.sample_groups). Where the calibration set holds
+    fewer, it takes all: the fitness is then the loss itself, a later step of the same kind costs
+    nothing, and the scores enter the history. Scores on a share of the samples do not. The last
+    parent is scored on all. With racing, one race over the whole calibration set takes the place of
+    both steps.
 
     Source: EvoPress (arXiv 2410.14649).
-    Cost: initial + generations (offspring + first_survivors + 1) on shares of the calibration set, + 1 on all of it.
+    Cost: initial + generations (offspring + first_survivors + 1) on shares of the calibration set,
+        + 1 on all of it.
     Options:
         initial: random subsets of which the best is the first parent.
         initial_tokens: tokens on which they are compared.
@@ -124,22 +136,32 @@ def evopress(
         first_survivors: children that pass the first step.
         first_tokens: tokens of the first step.
         final_tokens: tokens of the second step.
-        generations: generations; 0 for int(k (U - k) / 1.5), U units that may go (of sublayers: k/2 and U/2).
+        generations: generations; 0 for int(k (U - k) / 1.5), U units that may go (of sublayers: k/2
+            and U/2).
         flips: published, or free: of any type, and always of different units.
     """
     k, size = search.num_remove, float(len(search.candidates))
     if flips == "published" and search.evaluator.granularity == "sublayer":
-        types = [[unit for unit in search.candidates if unit % 2 == half] for half in (0, 1)]  # attentions, MLPs
+        types = [
+            [unit for unit in search.candidates if unit % 2 == half] for half in (0, 1)
+        ]  # attentions, MLPs
         first = draws.distinct(lambda: _balanced(search, types), initial)
         k, size = k // 2, size / 2
     else:
-        types = [search.candidates, []]  # a flip of a block's MLP changes nothing: attention and MLP are tied
+        types = [
+            search.candidates,
+            [],
+        ]  # a flip of a block's MLP changes nothing: attention and MLP are tied
         first = draws.uniform(search, initial)
     (parent,) = _select(search, first, initial_tokens, 1)
 
     def child() -> Removed:
         count = search.rng.integers(1, max_swaps + 1, 2).min()
-        return draws.swapped(search, parent, count) if flips == "free" else _flipped(search, parent, count, types)
+        return (
+            draws.swapped(search, parent, count)
+            if flips == "free"
+            else _flipped(search, parent, count, types)
+        )
 
     for _ in range(generations or int(k * (size - k) / 1.5)):
         children = draws.distinct(child, offspring, known=[parent])
@@ -150,23 +172,31 @@ def evopress(
 
 
 def _balanced(search: Search, types: Sequence[Sequence[int]]) -> Removed:
-    """As many units of each type, uniform. Raises InputError where protection leaves too few of one."""
+    """As many units of each type, uniform. Raises InputError where protection leaves too few of
+    one."""
     share = search.num_remove // len(types)
     for units, name in zip(types, ("attentions", "MLPs")):
         if len(units) < share:
             raise InputError(
-                f"evopress removes as many attentions as MLPs, but only {len(units)} {name} are not protected, "
+                f"evopress removes as many attentions as MLPs, but only {len(units)} {name} are "
+                f"not protected, "
                 f"below {share}: lower num_remove, protect fewer, or set its option flips=free"
             )
-    return draws.as_removed(unit for units in types for unit in search.rng.choice(units, share, replace=False))
+    return draws.as_removed(
+        unit for units in types for unit in search.rng.choice(units, share, replace=False)
+    )
 
 
 def _flipped(search: Search, subset: Removed, count: int, types: list[list[int]]) -> Removed:
-    """The subset after `count` flips, one after the other, each within one of the two types; an empty one flips not."""
+    """The subset after `count` flips, one after the other, each within one of the two types; an
+    empty one flips not."""
     removed = {*subset}
     for _ in range(count):
         units = types[search.rng.integers(2)]
-        out, into = [unit for unit in units if unit in removed], [unit for unit in units if unit not in removed]
+        out, into = (
+            [unit for unit in units if unit in removed],
+            [unit for unit in units if unit not in removed],
+        )
         if out and into:
             removed.remove(search.rng.choice(out))
             removed.add(search.rng.choice(into))
@@ -174,11 +204,14 @@ def _flipped(search: Search, subset: Removed, count: int, types: list[list[int]]
 
 
 def _select(search: Search, subsets: list[Removed], tokens: int, survivors: int) -> list[Removed]:
-    """The subsets of lowest mean loss on fresh samples of at least `tokens` tokens; ties go to the first."""
+    """The subsets of lowest mean loss on fresh samples of at least `tokens` tokens; ties go to the
+    first."""
     if search.racing is not None:
         return search.select(subsets, survivors)
     groups = search.evaluator.sample_groups
-    order = np.concatenate([search.rng.permutation(groups[i]) for i in search.rng.permutation(len(groups))])
+    order = np.concatenate(
+        [search.rng.permutation(groups[i]) for i in search.rng.permutation(len(groups))]
+    )
     held = np.cumsum(search.evaluator.sample_tokens[order])
     samples = np.sort(order[: np.searchsorted(held, tokens) + 1])
     fitness = search.score_samples(subsets, samples)

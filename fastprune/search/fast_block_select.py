@@ -14,14 +14,16 @@ from .run import Removed, Search
 
 
 @algorithm(studied=True)
-def fast_block_select(search: Search, max_run: Count = 4, pool: Count = 5, rounds: Count = 20) -> None:
-    """From one_shot's subset, exchange runs of adjacent units between the removed and the kept while that helps.
+def fast_block_select(
+    search: Search, max_run: Count = 4, pool: Count = 5, rounds: Count = 20
+) -> None:
+    """Exchange runs of adjacent units between the removed and the kept while that helps.
 
-    With d_i = loss({i}), P the removed and A the kept units: for each run length r = 1..max_run, the runs of r
-    adjacent units inside P are ranked by highest sum of d_i, those inside A by lowest. All exchanges between the
-    best `pool` of each are scored, of all lengths in one batch. Those that lower the loss of P are applied, best
-    first, except where one touches a unit that has moved in this round. This repeats until P does not change, or
-    for `rounds` rounds.
+    The search begins with one_shot's subset. With d_i = loss({i}), P the removed and A the kept units: for each run length r = 1..max_run,
+    the runs of r adjacent units inside P are ranked by highest sum of d_i, those inside A by
+    lowest. All exchanges between the best `pool` of each are scored, of all lengths in one batch.
+    Those that lower the loss of P are applied, best first, except where one touches a unit that has
+    moved in this round. This repeats until P does not change, or for `rounds` rounds.
 
     Source: MI-PRUN (arXiv 2601.07212), with the loss in place of its mutual information.
     Cost: U + 1 + at most rounds (max_run pool^2 + 1).
@@ -35,7 +37,9 @@ def fast_block_select(search: Search, max_run: Count = 4, pool: Count = 5, round
     removed = lowest(search, singles)
     for _ in range(rounds):
         exchanges = _exchanges(search, removed, loss_of, max_run, pool)
-        current, *losses = search.score([removed, *(_exchange(removed, *runs) for runs in exchanges)])
+        current, *losses = search.score(
+            [removed, *(_exchange(removed, *runs) for runs in exchanges)]
+        )
         changed = removed
         moved: set[int] = set()
         for i in np.argsort(losses, kind="stable"):
@@ -56,8 +60,12 @@ def _exchanges(
     kept = [unit for unit in search.candidates if unit not in removed]
     found: list[tuple[Removed, Removed]] = []
     for length in range(1, max_run + 1):
-        costly = sorted(_runs(removed, length), key=lambda run: (-sum(loss_of[unit] for unit in run), run))
-        cheap = sorted(_runs(kept, length), key=lambda run: (sum(loss_of[unit] for unit in run), run))
+        costly = sorted(
+            _runs(removed, length), key=lambda run: (-sum(loss_of[unit] for unit in run), run)
+        )
+        cheap = sorted(
+            _runs(kept, length), key=lambda run: (sum(loss_of[unit] for unit in run), run)
+        )
         found += itertools.product(costly[:pool], cheap[:pool])
     return found
 

@@ -22,7 +22,9 @@ from sklearn.gaussian_process.kernels import (
 class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
     """exp(-hamming(x, y) / l) for binary vectors x, y."""
 
-    def __init__(self, length_scale: float = 1.0, length_scale_bounds: tuple[float, float] = (0.1, 1000.0)):
+    def __init__(
+        self, length_scale: float = 1.0, length_scale_bounds: tuple[float, float] = (0.1, 1000.0)
+    ):
         self.length_scale = length_scale
         self.length_scale_bounds = length_scale_bounds
 
@@ -30,7 +32,9 @@ class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
     def hyperparameter_length_scale(self) -> Hyperparameter:
         return Hyperparameter("length_scale", "numeric", self.length_scale_bounds)
 
-    def __call__(self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False) -> Any:
+    def __call__(
+        self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False
+    ) -> Any:
         Y = X if Y is None else Y
         hamming = X @ (1 - Y).T + (1 - X) @ Y.T
         kernel = np.exp(-hamming / self.length_scale)
@@ -40,23 +44,29 @@ class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
 
 
 class MaskProcess:
-    """The posterior of a loss over masks: kernel s^2 exp(-hamming / l) + noise, s, l and the noise by marginal
-    likelihood, found from where the fit before left them."""
+    """The posterior of a loss over masks: kernel s^2 exp(-hamming / l) + noise, s, l and the noise
+    by marginal likelihood, found from where the fit before left them."""
 
     def __init__(self) -> None:
-        self._kernel: Any = ConstantKernel(1.0, (1e-3, 1e3)) * HammingKernel(4.0) + WhiteKernel(1e-2, (1e-6, 1.0))
+        self._kernel: Any = ConstantKernel(1.0, (1e-3, 1e3)) * HammingKernel(4.0) + WhiteKernel(
+            1e-2, (1e-6, 1.0)
+        )
 
     def fit(self, masks: np.ndarray, residuals: np.ndarray) -> None:
-        """masks float64[N, U] of 0 and 1; residuals float64[N], the losses less their prior mean."""
+        """masks float64[N, U] of 0 and 1; residuals float64[N], the losses less their prior
+        mean."""
         self._scale = residuals.std() or 1.0
         self._process = GaussianProcessRegressor(self._kernel, alpha=0.0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a bound is a fair answer, as for losses without noise
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # a bound is a fair answer, as for losses without noise
             self._process.fit(masks, residuals / self._scale)
         self._kernel = self._process.kernel_
 
     def expected_improvement(self, masks: np.ndarray, margins: np.ndarray) -> np.ndarray:
-        """E[max(0, margin - f)], float64[N], f the posterior residual; margins: the best loss less the prior mean."""
+        """E[max(0, margin - f)], float64[N], f the posterior residual; margins: the best loss less
+        the prior mean."""
         mean, deviation = self._process.predict(masks, return_std=True)
         # predict adds the noise of an observation, which is none of the function's own uncertainty
         deviation = np.sqrt(np.maximum(deviation**2 - self._kernel.k2.noise_level, 1e-18))

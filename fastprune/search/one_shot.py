@@ -1,4 +1,5 @@
-"""One-shot: every unit is judged alone, by the loss without it or by the gradients of its weights."""
+"""One-shot: every unit is judged alone, by the loss without it or by the gradients of its
+weights."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ def one_shot(search: Search) -> None:
 def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) -> None:
     """Remove the k units of lowest Taylor importance: the sum over a unit's weights of |w dL/dw|.
 
-    L is the loss of the whole model over the calibration set, so that gradients are summed over it before the absolute
-    value is taken. Biases do not count. A unit whose importance is not finite comes last. Needs an objective with a
-    gradient.
+    L is the loss of the whole model over the calibration set, so that gradients are summed over it
+    before the absolute value is taken. Biases do not count. A unit whose importance is not finite
+    comes last. Needs an objective with a gradient.
 
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: 1 (and one forward and backward pass of the dense model, with a gradient of every weight).
@@ -40,5 +41,8 @@ def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) 
 
 
 def lowest(search: Search, values: np.ndarray) -> Removed:
-    """The full budget of the candidates whose values [candidates] are lowest; ties go to the lowest index."""
-    return as_removed(search.candidates[i] for i in values.argsort(kind="stable")[: search.num_remove])
+    """The full budget of the candidates whose values [candidates] are lowest; ties go to the lowest
+    index."""
+    return as_removed(
+        search.candidates[i] for i in values.argsort(kind="stable")[: search.num_remove]
+    )

@@ -1,4 +1,5 @@
-"""What the loss of removing each unit alone says about subsets: the prior of genetic, bayesian and surrogate."""
+"""What the loss of removing each unit alone says about subsets: the prior of genetic, bayesian and
+surrogate."""
 
 from __future__ import annotations
 
@@ -10,19 +11,23 @@ from .draws import as_removed
 from .one_shot import lowest
 from .run import Removed, Search
 
-UNLIKELY = 50.0  # in log weight, below the least likely of the rest: drawn when nothing else is left
+UNLIKELY = (
+    50.0  # in log weight, below the least likely of the rest: drawn when nothing else is left
+)
 
 
 class Prior:
     """Weights w_i = softmax(-z_i), z the standardised d_i = loss({i}) of the candidates.
 
-    A unit whose loss is not finite is drawn last, and counts in sums as the worst of the others. Asks for the
-    candidates' losses, one batch.
+    A unit whose loss is not finite is drawn last, and counts in sums as the worst of the others.
+    Asks for the candidates' losses, one batch.
     """
 
     def __init__(self, search: Search):
         self.search = search
-        self.singles = search.score([(unit,) for unit in search.candidates])  # [candidates], +inf where not finite
+        self.singles = search.score(
+            [(unit,) for unit in search.candidates]
+        )  # [candidates], +inf where not finite
         finite = np.isfinite(self.singles)
         single = penalised(self.singles)
         spread = single[finite].std() if finite.any() else 0.0
@@ -35,7 +40,9 @@ class Prior:
         """`count` of the units by w, one after the other without replacement."""
         units = list(units)
         # the largest of log w + Gumbel noise are draws without replacement
-        keys = np.array([self._log_weight[unit] for unit in units]) + self.search.rng.gumbel(size=len(units))
+        keys = np.array([self._log_weight[unit] for unit in units]) + self.search.rng.gumbel(
+            size=len(units)
+        )
         return [units[i] for i in np.argsort(-keys, kind="stable")[:count]]
 
     def subset(self) -> Removed:
@@ -52,7 +59,8 @@ class Prior:
 
 
 class LinearMean:
-    """A prior mean of the loss, linear in sum d_i: fitted by least squares to subsets whose losses are known.
+    """A prior mean of the loss, linear in sum d_i: fitted by least squares to subsets whose losses
+    are known.
 
     slope: of the loss in that sum.
     """
@@ -69,7 +77,7 @@ class LinearMean:
 
 
 def penalised(losses: np.ndarray) -> np.ndarray:
-    """Losses with those that are not finite set to the worst of the others (0 where there are none): models of the
-    loss stay away from them, and their arithmetic stays finite."""
+    """Losses with those that are not finite set to the worst of the others (0 where there are
+    none): models of the loss stay away from them, and their arithmetic stays finite."""
     finite = np.isfinite(losses)
     return np.where(finite, losses, losses[finite].max() if finite.any() else 0.0)

@@ -1,4 +1,5 @@
-"""Searches that minimise a quadratic model of the loss over all subsets, exactly: CBO, and a fitted surrogate."""
+"""Searches that minimise a quadratic model of the loss over all subsets, exactly: CBO, and a fitted
+surrogate."""
 
 from __future__ import annotations
 
@@ -20,18 +21,23 @@ from .run import Removed, Search
 def _solvable(candidates: int, num_remove: int, granularity: str, **options: object) -> None:
     if candidates > MAX_VARIABLES:
         raise InputError(
-            f"cbo and surrogate solve for at most {MAX_VARIABLES} units exactly, but {candidates} may be removed: "
-            f"protect {candidates - MAX_VARIABLES}, prune blocks where these are sublayers, or use another algorithm"
+            f"cbo and surrogate solve for at most {MAX_VARIABLES} units exactly, but {candidates} "
+            f"may be removed: "
+            f"protect {candidates - MAX_VARIABLES}, prune blocks where these are sublayers, or "
+            f"use another algorithm"
         )
 
 
 @algorithm(check_size=_solvable, needs_gradients=True, studied=True)
-def cbo(search: Search, num_states: Count = 10, rescore: bool = True, first_order: bool = False) -> None:
-    """Remove the k units of lowest energy z^T H z, z_i = 1 where removed, H the Fisher matrix of branch scales.
+def cbo(
+    search: Search, num_states: Count = 10, rescore: bool = True, first_order: bool = False
+) -> None:
+    """Remove the k units of lowest energy z^T H z, H the Fisher matrix of branch scales.
 
-    a_i scales unit i's residual branches, at 1. A[s, i] = dL_s/da_i per calibration sample; H = A^T A / n over the n
-    samples. The num_states subsets |z| = k of lowest energy are found exactly, and with rescore=True the objective
-    decides among them. Samples whose gradient is not finite are left out. Needs an objective with a gradient.
+    z_i = 1 where unit i is removed. a_i scales unit i's residual branches, at 1. A[s, i] = dL_s/da_i per calibration sample; H = A^T
+    A / n over the n samples. The num_states subsets |z| = k of lowest energy are found exactly, and
+    with rescore=True the objective decides among them. Samples whose gradient is not finite are
+    left out. Needs an objective with a gradient.
 
     Source: CBO (arXiv 2602.00161).
     Cost: num_states with rescore, else 1 (and one forward and backward pass of the dense model).
@@ -53,18 +59,22 @@ def cbo(search: Search, num_states: Count = 10, rescore: bool = True, first_orde
 @algorithm(check_size=_solvable, needs_sklearn=True, races=True)
 def surrogate(
     search: Search,
-    initial: Annotated[int, Allowed(least=2)] = 128,  # a single subset says nothing about leaving one out
+    initial: Annotated[
+        int, Allowed(least=2)
+    ] = 128,  # a single subset says nothing about leaving one out
     proposals: Count = 32,
     patience: Count = 3,
 ) -> None:
-    """Fit a ridge quadratic model to the losses so far, score its best unseen subsets, until nothing better is found.
+    """Fit a ridge quadratic model to the losses so far and score its best unseen subsets.
 
-    The model of a subset's loss is a + b sum d_i + sum_i u_i z_i + sum_(i<j) v_ij z_i z_j, z_i = 1 where removed and
-    d_i = loss({i}): a and b by least squares, then u and v by ridge regression, its strength by leave-one-out error.
-    It is fitted to the subsets of the full budget scored so far: first one_shot's, and equal shares of subsets
-    drawn by the prior of `genetic` and uniformly. Its best unseen subsets are found exactly, by the solver of cbo;
-    the exact scores decide, the model only proposes. A loss that is not finite counts as the worst finite one. With
-    racing, the best quarter of each round's proposals is found by a race, and only it is fitted to.
+    This repeats until nothing better is found. The model of a subset's loss is a + b sum d_i + sum_i u_i z_i + sum_(i<j) v_ij z_i z_j, z_i = 1
+    where removed and d_i = loss({i}): a and b by least squares, then u and v by ridge regression,
+    its strength by leave-one-out error.
+    It is fitted to the subsets of the full budget scored so far: first one_shot's, and equal shares
+    of subsets drawn by the prior of `genetic` and uniformly. Its best unseen subsets are found
+    exactly, by the solver of cbo; the exact scores decide, the model only proposes. A loss that is
+    not finite counts as the worst finite one. With racing, the best quarter of each round's
+    proposals is found by a race, and only it is fitted to.
 
     Source: this project.
     Cost: U + initial + proposals for each round, at least `patience` rounds.
@@ -78,7 +88,9 @@ def surrogate(
     initial = min(initial, max(4, total // 4))
     subsets = [prior.one_shot()]
     subsets += draws.distinct(prior.subset, initial // 2, known=subsets)
-    subsets += [subset for subset in draws.uniform(search, initial) if subset not in subsets][: initial - len(subsets)]
+    subsets += [subset for subset in draws.uniform(search, initial) if subset not in subsets][
+        : initial - len(subsets)
+    ]
     best, stale, proposed = search.score(subsets).min(), 0, {*subsets}
     while stale < patience:
         found = _propose(search, prior, subsets, proposals, proposed)
@@ -93,7 +105,9 @@ def surrogate(
         best = min(best, lowest)
 
 
-def _propose(search: Search, prior: Prior, subsets: list[Removed], count: int, known: set[Removed]) -> list[Removed]:
+def _propose(
+    search: Search, prior: Prior, subsets: list[Removed], count: int, known: set[Removed]
+) -> list[Removed]:
     """The `count` subsets that are best under the model fitted to `subsets` and are not known."""
     total = math.comb(len(search.candidates), search.num_remove)
     if total == len(known):
@@ -110,7 +124,8 @@ def _propose(search: Search, prior: Prior, subsets: list[Removed], count: int, k
 
 
 def _fit(search: Search, prior: Prior, subsets: list[Removed]) -> tuple[np.ndarray, np.ndarray]:
-    """The quadratic model, without its constant: energies [n, n] and linear terms [n] of the n candidates."""
+    """The quadratic model, without its constant: energies [n, n] and linear terms [n] of the n
+    candidates."""
     from sklearn.linear_model import RidgeCV
 
     size = len(search.candidates)
@@ -123,4 +138,6 @@ def _fit(search: Search, prior: Prior, subsets: list[Removed]) -> tuple[np.ndarr
     ridge.fit(features, losses - mean(subsets))
     energy = np.zeros((size, size))
     energy[pairs[:, 0], pairs[:, 1]] = energy[pairs[:, 1], pairs[:, 0]] = ridge.coef_[size:] / 2
-    return energy, ridge.coef_[:size] + mean.slope * prior.sums([(unit,) for unit in search.candidates])
+    return energy, ridge.coef_[:size] + mean.slope * prior.sums(
+        [(unit,) for unit in search.candidates]
+    )

@@ -1,7 +1,8 @@
 """The registry of search algorithms, the checking of their options, and their description.
 
-An algorithm is a function whose keyword parameters are its options. Its docstring is its description: a first line,
-then `Source:`, `Cost:` (in masks, for U units of which k are removed) and `Options:` with a line per option.
+An algorithm is a function whose keyword parameters are its options. Its docstring is its
+description: a first line, then `Source:`, `Cost:` (in masks, for U units of which k are removed)
+and `Options:` with a line per option.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class Allowed:
     def __str__(self) -> str:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        return f"from {self.least} to {self.most}" if self.most < math.inf else f"at least {self.least}"
+        return (
+            f"from {self.least} to {self.most}"
+            if self.most < math.inf
+            else f"at least {self.least}"
+        )
 
 
 Count = Annotated[int, Allowed(least=1)]
@@ -46,7 +51,8 @@ Share = Annotated[float, Allowed(least=0, most=1)]
 
 @dataclass(frozen=True)
 class Option:
-    """An option of an algorithm: its type, its default, and what it may be (None: all of its type)."""
+    """An option of an algorithm: its type, its default, and what it may be (None: all of its
+    type)."""
 
     kind: type
     default: object
@@ -60,10 +66,11 @@ class Option:
 class Algorithm:
     """A registered search: its function, and its options.
 
-    check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that it cannot take.
-    needs_gradients: of the objective at the dense model (Objective.differentiable). needs_weights: all at once, so that
-    none can stay in files. races: whether its selections may
-    be races. studied: whether a study runs it unless others are named.
+    check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that
+    it cannot take.
+    needs_gradients: of the objective at the dense model (Objective.differentiable). needs_weights:
+    all at once, so that none can stay in files. races: whether its selections may be races.
+    studied: whether a study runs it unless others are named.
     """
 
     name: str
@@ -77,7 +84,8 @@ class Algorithm:
     studied: bool
 
     def describe(self) -> dict:
-        """Plain values: name, summary, source, cost, and for each option its name, type, default and meaning."""
+        """Plain values: name, summary, source, cost, and for each option its name, type, default
+        and meaning."""
         sections = _sections(inspect.getdoc(self.function) or "")
         meanings = dict(re.findall(r"^(\w+): (.*?)\.?$", sections["Options"], re.MULTILINE))
         return {
@@ -99,13 +107,19 @@ class Algorithm:
         }
 
     def describe_options(self) -> str:
-        return ", ".join(f"{name}={option.default!r}" for name, option in self.options.items()) or "none"
+        return (
+            ", ".join(f"{name}={option.default!r}" for name, option in self.options.items())
+            or "none"
+        )
 
     def check_options(self, given: Mapping[str, object]) -> dict[str, object]:
-        """Every option with its value. Strings, as from a command line, are converted to the option's type."""
+        """Every option with its value. Strings, as from a command line, are converted to the
+        option's type."""
         for name in given:
             if name not in self.options:
-                raise InputError(f"{self.name} has no option {name!r}; its options: {self.describe_options()}")
+                raise InputError(
+                    f"{self.name} has no option {name!r}; its options: {self.describe_options()}"
+                )
         return {
             name: self._convert(name, option, given[name]) if name in given else option.default
             for name, option in self.options.items()
@@ -126,7 +140,9 @@ class Algorithm:
                 f"its options: {self.describe_options()}"
             )
         if option.allowed and value not in option.allowed:
-            raise InputError(f"option {name} of {self.name} must be {option.allowed}, not {value!r}")
+            raise InputError(
+                f"option {name} of {self.name} must be {option.allowed}, not {value!r}"
+            )
         return value
 
 
@@ -145,11 +161,12 @@ def algorithm(
     races: bool = False,
     studied: bool = False,
 ) -> Callable:
-    """Register a search under its function's name, or another; its keyword parameters are its options.
+    """Register a search under its function's name, or another; its keyword parameters are its
+    options.
 
-    What an option may be stands in its annotation: `trials: Count`, `variant: Annotated[str, Allowed(...)]`.
-    check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that it cannot take.
-    Raises InputError for a name that another algorithm has.
+    What an option may be stands in its annotation: `trials: Count`, `variant: Annotated[str,
+    Allowed(...)]`. check_size(candidates, num_remove, granularity, **options) raises InputError for
+    a problem that it cannot take. Raises InputError for a name that another algorithm has.
     """
     if function is None:
         given: dict[str, Any] = {
@@ -168,17 +185,28 @@ def algorithm(
     for parameter in parameters:
         annotation = types[parameter.name]
         (allowed,) = getattr(annotation, "__metadata__", (None,))
-        options[parameter.name] = Option(getattr(annotation, "__origin__", annotation), parameter.default, allowed)
+        options[parameter.name] = Option(
+            getattr(annotation, "__origin__", annotation), parameter.default, allowed
+        )
     known = ALGORITHMS[name].function if name in ALGORITHMS else function
     if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
-        raise InputError(f"an algorithm {name!r} is there already, from {known.__module__}; choose another name")
-    needs = {"needs_sklearn": needs_sklearn, "needs_gradients": needs_gradients, "needs_weights": needs_weights}
-    ALGORITHMS[name] = Algorithm(name, function, options, check_size, **needs, races=races, studied=studied)
+        raise InputError(
+            f"an algorithm {name!r} is there already, from {known.__module__}; choose another name"
+        )
+    needs = {
+        "needs_sklearn": needs_sklearn,
+        "needs_gradients": needs_gradients,
+        "needs_weights": needs_weights,
+    }
+    ALGORITHMS[name] = Algorithm(
+        name, function, options, check_size, **needs, races=races, studied=studied
+    )
     return function
 
 
 def load_plugins() -> None:
-    """Import what installed packages name in the entry point group `fastprune.algorithms`; that registers theirs.
+    """Import what installed packages name in the entry point group `fastprune.algorithms`; that
+    registers theirs.
 
     One that cannot be imported is named in a warning and left out.
     """
@@ -186,7 +214,11 @@ def load_plugins() -> None:
         try:
             point.load()
         except Exception as error:
-            warnings.warn(f"the algorithms of {point.value!r} are left out: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"the algorithms of {point.value!r} are left out: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -196,11 +228,14 @@ def find_algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-def check_algorithm(name: str, options: Mapping[str, object]) -> tuple[Algorithm, dict[str, object]]:
-    """The algorithm of this name, and all its options: everything that can be checked without a model.
+def check_algorithm(
+    name: str, options: Mapping[str, object]
+) -> tuple[Algorithm, dict[str, object]]:
+    """The algorithm of this name, and all its options: everything that can be checked without a
+    model.
 
-    Raises InputError for a name it does not know, an option that is unknown or out of its range, and when the
-    algorithm needs a library that is not installed.
+    Raises InputError for a name it does not know, an option that is unknown or out of its range,
+    and when the algorithm needs a library that is not installed.
     """
     chosen = find_algorithm(name)
     options = chosen.check_options(options)
@@ -214,17 +249,25 @@ def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
     if racing is None:
         return
     if isinstance(racing, bool) or not isinstance(racing, (int, float)) or not 0 < racing < 1:
-        raise InputError(f"racing must be a confidence between 0 and 1, such as 0.99, not {racing!r}")
+        raise InputError(
+            f"racing must be a confidence between 0 and 1, such as 0.99, not {racing!r}"
+        )
     racers = [known.name for known in ALGORITHMS.values() if known.races]
     if not set(racers) & set(algorithms):
-        what = "needs every loss it asks for and does not race" if len(algorithms) == 1 else "do not race"
+        what = (
+            "needs every loss it asks for and does not race"
+            if len(algorithms) == 1
+            else "do not race"
+        )
         raise InputError(f"{', '.join(algorithms)} {what}; these do: {', '.join(racers)}")
 
 
 def require_sklearn(what: str) -> None:
     """Raise InputError, before any work, when scikit-learn is not installed."""
     if importlib.util.find_spec("sklearn") is None:
-        raise InputError(f"{what} needs scikit-learn, which is not installed: pip install 'fastprune[search]'")
+        raise InputError(
+            f"{what} needs scikit-learn, which is not installed: pip install 'fastprune[search]'"
+        )
 
 
 def describe_algorithms() -> list[dict]:
@@ -233,10 +276,19 @@ def describe_algorithms() -> list[dict]:
 
 
 def _sections(doc: str) -> dict[str, str]:
-    """Of a docstring: its first line as Summary, what follows as Method, and the texts of Source:, Cost:, Options:."""
+    """Of a docstring: its first line as Summary, what follows as Method, and the texts of Source:,
+    Cost:, Options:."""
     parts = re.split(r"^(Source|Cost|Options):", doc, flags=re.MULTILINE)
     method = parts[0].strip().partition("\n")[2].strip()
-    sections = {"Summary": doc.partition("\n")[0], "Method": method, "Source": "", "Cost": "", "Options": ""}
+    sections = {
+        "Summary": doc.partition("\n")[0],
+        "Method": method,
+        "Source": "",
+        "Cost": "",
+        "Options": "",
+    }
     for field, text in zip(parts[1::2], parts[2::2]):
-        sections[field] = re.sub(r"\n +", " ", inspect.cleandoc(text))  # an indented line continues the one before
+        sections[field] = re.sub(
+            r"\n +", " ", inspect.cleandoc(text)
+        )  # an indented line continues the one before
     return sections

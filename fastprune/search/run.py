@@ -22,11 +22,13 @@ Removed = tuple[int, ...]
 
 
 class Search:
-    """What an algorithm sees: the budget, the units that may go, `score` and `select`. Every exact loss is remembered.
+    """What an algorithm sees: the budget, the units that may go, `score` and `select`. Every exact
+    loss is remembered.
 
-    num_remove: units to remove. candidates: units that are not protected, ascending. rng: the only source of
-    randomness. evaluator: for the probes (similarity, unit gradients). losses: by subset, all that are known. racing:
-    the confidence of races, or None, as on sets that are too small for one.
+    num_remove: units to remove. candidates: units that are not protected, ascending. rng: the only
+    source of randomness. evaluator: for the probes (similarity, unit gradients). losses: by subset,
+    all that are known. racing: the confidence of races, or None, as on sets that are too small for
+    one.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class Search:
         self.losses: dict[Removed, float] = {}  # of every subset scored, in order
 
     def score(self, subsets: Sequence[Removed]) -> np.ndarray:
-        """The loss of removing each subset, float64[N], +inf where it is not finite, so that it never wins.
+        """The loss of removing each subset, float64[N], +inf where it is not finite, so that it
+        never wins.
 
-        All subsets that are not known yet are scored in one call, so that they share their prefixes.
+        All subsets that are not known yet are scored in one call, so that they share their
+        prefixes.
         """
         subsets = [tuple(sorted(subset)) for subset in subsets]
         new = [subset for subset in dict.fromkeys(subsets) if subset not in self.losses]
@@ -62,11 +66,15 @@ class Search:
     def select(self, subsets: Iterable[Removed], keep: int) -> list[Removed]:
         """The `keep` subsets of lowest loss, best first; ties go to the lowest indices.
 
-        With racing, subsets that are beaten beyond doubt leave early, and only those that are kept have a loss that is
-        remembered; it is exact all the same.
+        With racing, subsets that are beaten beyond doubt leave early, and only those that are kept
+        have a loss that is remembered; it is exact all the same.
         """
         subsets = sorted({tuple(sorted(subset)) for subset in subsets})
-        if self.racing is None or keep >= len(subsets) or all(subset in self.losses for subset in subsets):
+        if (
+            self.racing is None
+            or keep >= len(subsets)
+            or all(subset in self.losses for subset in subsets)
+        ):
             order = self.score(subsets).argsort(kind="stable")[:keep]
             return [subsets[i] for i in order]
         found = self.evaluator.select(from_removed(subsets, self.num_units), keep, self.racing)
@@ -78,15 +86,19 @@ class Search:
     def score_samples(self, subsets: Sequence[Removed], samples: np.ndarray) -> np.ndarray:
         """The mean loss of each subset over some samples, float64[N], +inf where it is not finite.
 
-        It is no loss of the objective and is not remembered; over all samples it is the loss, as `score` gives it.
+        It is no loss of the objective and is not remembered; over all samples it is the loss, as
+        `score` gives it.
         """
         if len(samples) == self.evaluator.num_samples:
             return self.score(subsets)
-        losses = self.evaluator.score_samples(from_removed(subsets, self.num_units), samples=samples)
+        losses = self.evaluator.score_samples(
+            from_removed(subsets, self.num_units), samples=samples
+        )
         return np.array([_rank(loss) for loss in losses.mean(axis=1)])
 
     def best(self) -> Removed:
-        """The subset of the full budget with the lowest loss so far; ties go to the lowest indices."""
+        """The subset of the full budget with the lowest loss so far; ties go to the lowest
+        indices."""
         complete = [subset for subset in self.losses if len(subset) == self.num_remove]
         best = min(complete, key=lambda subset: (_rank(self.losses[subset]), subset))
         if not math.isfinite(self.losses[best]):
@@ -98,7 +110,8 @@ class Search:
             raise InputError(f"num_remove must be an integer, not {num_remove!r}")
         if not 0 <= num_remove < self.num_units:
             raise InputError(
-                f"num_remove must be from 0 to {self.num_units - 1} (the model has {self.num_units} units)"
+                f"num_remove must be from 0 to {self.num_units - 1} (the model has "
+                f"{self.num_units} units)"
             )
         if num_remove > len(self.candidates):
             free = "1 unit is" if len(self.candidates) == 1 else f"{len(self.candidates)} units are"
@@ -110,14 +123,17 @@ class Search:
 class SearchResult:
     """The outcome of a search.
 
-    removed, mask (bool[U]), loss: the best subset. history: every (removed, loss) whose exact loss is known, in order
-    (not of what left a race, or was scored on a share of the samples). evaluations: how many. layer_runs,
-    naive_layer_runs: as in Stats, for this search alone. seconds: of the whole search.
-    racing: the confidence of its races, None without. decided_early: subsets that left one before the last samples.
+    removed, mask (bool[U]), loss: the best subset. history: every (removed, loss) whose exact loss
+    is known, in order (not of what left a race, or was scored on a share of the samples).
+    evaluations: how many. layer_runs, naive_layer_runs: as in Stats, for this search alone.
+    seconds: of the whole search.
+    racing: the confidence of its races, None without. decided_early: subsets that left one before
+    the last samples.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator
-    >>> fp.run_search(SyntheticEvaluator(num_units=8), "one_shot", num_remove=2).to_dict()["evaluations"]
+    >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "one_shot", num_remove=2)
+    >>> result.to_dict()["evaluations"]
     9
     """
 
@@ -139,9 +155,16 @@ class SearchResult:
 
     def to_dict(self) -> dict:
         """Plain values, as written to result.json."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("mask", "history")}
+        plain = {
+            name: value for name, value in vars(self).items() if name not in ("mask", "history")
+        }
         history = [{"removed": list(removed), "loss": loss} for removed, loss in self.history]
-        return {**plain, "removed": list(self.removed), "num_units": len(self.mask), "history": history}
+        return {
+            **plain,
+            "removed": list(self.removed),
+            "num_units": len(self.mask),
+            "history": history,
+        }
 
 
 def run_search(
@@ -155,12 +178,13 @@ def run_search(
 ) -> SearchResult:
     """Search for the num_remove units whose removal gives the lowest loss.
 
-    algorithm: a name of ALGORITHMS; options are its own. protect: units that must stay, or the name of a preset,
-    "sleb" or "shortened-llama": what those methods never remove. racing: a confidence such as 0.99 lets subsets that
-    are beaten beyond doubt leave early (Evaluator.select), in each selection of an algorithm that races; the result's
-    loss is exact all the same. Deterministic for a seed.
-    Raises InputError for an unknown algorithm, option or preset, for a budget outside 0..U-1, and for racing outside
-    (0, 1) or with an algorithm that does not race; ArithmeticError when no subset has a finite loss.
+    algorithm: a name of ALGORITHMS; options are its own. protect: units that must stay, or the name
+    of a preset, "sleb" or "shortened-llama": what those methods never remove. racing: a confidence
+    such as 0.99 lets subsets that are beaten beyond doubt leave early (Evaluator.select), in each
+    selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
+    a seed. Raises InputError for an unknown algorithm, option or preset, for a budget outside
+    0..U-1, and for racing outside (0, 1) or with an algorithm that does not race; ArithmeticError
+    when no subset has a finite loss.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator
@@ -176,7 +200,9 @@ def run_search(
         raise InputError(f"seed must be an integer of at least 0, not {seed!r}")
     search = Search(evaluator, num_remove, seed, protect, racing)
     if chosen.check_size:
-        chosen.check_size(len(search.candidates), search.num_remove, evaluator.granularity, **options)
+        chosen.check_size(
+            len(search.candidates), search.num_remove, evaluator.granularity, **options
+        )
     before, started = vars(evaluator.stats).copy(), time.perf_counter()
     chosen.function(search, **options)
     best = search.best()

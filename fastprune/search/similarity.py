@@ -1,7 +1,8 @@
-"""Similarity methods: chosen from the states of one dense forward pass; no mask is scored but the result.
+"""Similarity methods: chosen from the states of one dense forward pass; no mask is scored but the
+result.
 
-S_ij is the mean over calibration tokens of cosine(h_i, h_j), h_i the state before unit i, h_U the state after the
-last unit, before the final norm.
+S_ij is the mean over calibration tokens of cosine(h_i, h_j), h_i the state before unit i, h_U the
+state after the last unit, before the final norm.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ Variant = Annotated[str, Allowed(choices=("paper", "lorp"))]
 
 @algorithm(needs_sklearn=True)
 def lorp(search: Search, clusters: CountOrAuto = 0) -> None:
-    """Cluster the units by the similarity of their inputs, and remove the most redundant of each cluster.
+    """Cluster the units by the similarity of their inputs; remove the most redundant ones.
 
-    Over h_0 .. h_(U-1): RLS = -log2(mean_(i<j) S_ij); the number of clusters is given, or 2 if RLS >= 1.0, 3 if
-    >= 0.7, else 4 (at most U). Spectral clustering on (S + 1) / 2, clusters in order of their first unit. The first
-    and the last unit are protected. r(l) = mean of S_lm over the other members of l's cluster, -inf for a single
-    member. Each cluster's queue holds its members that are not protected by r descending.
-    Stage 1 takes the front of each queue, in order of depth, until k are removed. Stage 2, until k: the front of
-    the queue of the cluster with the highest mean pairwise S over its members not removed (-inf below two).
-    Where k leaves no other choice, the last unit goes too, and then the first.
+    Over h_0 .. h_(U-1): RLS = -log2(mean_(i<j) S_ij); the number of clusters is given, or 2 if RLS
+    >= 1.0, 3 if >= 0.7, else 4 (at most U). Spectral clustering on (S + 1) / 2, clusters in order
+    of their first unit. The first and the last unit are protected. r(l) = mean of S_lm over the
+    other members of l's cluster, -inf for a single member. Each cluster's queue holds its members
+    that are not protected by r descending. Stage 1 takes the front of each queue, in order of
+    depth, until k are removed. Stage 2, until k: the front of the queue of the cluster with the
+    highest mean pairwise S over its members not removed (-inf below two). Where k leaves no other
+    choice, the last unit goes too, and then the first.
 
     Source: LoRP (arXiv 2605.27786).
     Cost: 1 (and one forward pass with all states).
@@ -51,8 +53,9 @@ def lorp(search: Search, clusters: CountOrAuto = 0) -> None:
 def shortgpt(search: Search, variant: Variant = "paper") -> None:
     """Remove the k units of lowest Block Influence, BI_i = 1 - S_(i, i+1).
 
-    The variant "lorp" spares the first and the last unit, as the baseline of that paper does: it protects block 0
-    and never scores the last. Where k leaves no other choice, the last goes too, and then the first.
+    The variant "lorp" spares the first and the last unit, as the baseline of that paper does: it
+    protects block 0 and never scores the last. Where k leaves no other choice, the last goes too,
+    and then the first.
 
     Source: ShortGPT (arXiv 2403.03853).
     Cost: 1 (and one forward pass with all states).
@@ -61,30 +64,41 @@ def shortgpt(search: Search, variant: Variant = "paper") -> None:
     """
     influence = 1 - np.diagonal(_similarity(search), offset=1)
     last_resort = {search.num_units - 1: 1, 0: 2} if variant == "lorp" else {}
-    order = sorted(search.candidates, key=lambda unit: (last_resort.get(unit, 0), influence[unit], unit))
+    order = sorted(
+        search.candidates, key=lambda unit: (last_resort.get(unit, 0), influence[unit], unit)
+    )
     search.score([as_removed(order[: search.num_remove])])
 
 
 @algorithm
-def streamline(search: Search, variant: Annotated[str, Allowed(choices=("paper", "lorp", "gromov"))] = "paper") -> None:
+def streamline(
+    search: Search, variant: Annotated[str, Allowed(choices=("paper", "lorp", "gromov"))] = "paper"
+) -> None:
     """Remove the window of k units, i .. i+k-1, whose ends are most alike: highest S_(i, i+k).
 
-    No replacement layer is trained. The variant "lorp" takes the windows i = 1 .. U-k-1 only, as the baseline of
-    that paper does; where there is none of them, all. The variant "gromov" takes the window with the lowest angular
-    distance arccos(cosine) / pi, the mean over the last token of each sequence (arXiv 2403.17887).
-    A window that touches a protected unit is not a candidate; where protection leaves none at all, a window steps
-    over what is protected.
+    No replacement layer is trained. The variant "lorp" takes the windows i = 1 .. U-k-1 only, as
+    the baseline of that paper does; where there is none of them, all. The variant "gromov" takes
+    the window with the lowest angular distance arccos(cosine) / pi, the mean over the last token of
+    each sequence (arXiv 2403.17887). A window that touches a protected unit is not a candidate;
+    where protection leaves none at all, a window steps over what is protected.
 
     Source: LLM-Streamline (arXiv 2403.19135).
     Cost: 1 (and one forward pass with all states).
     Options:
-        variant: paper; lorp: leave out windows that hold the first or the last unit; gromov: angular distance.
+        variant: paper; lorp: leave out windows that hold the first or the last unit; gromov:
+            angular distance.
     """
     found = windows(search.candidates, search.num_remove)
     if variant == "lorp":
         found = [window for window in found if not {0, search.num_units - 1} & {*window}] or found
-    similarity = -_finite(search.evaluator.angular_distance()) if variant == "gromov" else _similarity(search)
-    search.score([max(found, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)])
+    similarity = (
+        -_finite(search.evaluator.angular_distance())
+        if variant == "gromov"
+        else _similarity(search)
+    )
+    search.score(
+        [max(found, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)]
+    )
 
 
 def redundancy_score(similarity: np.ndarray) -> float:
@@ -104,9 +118,13 @@ def cluster_units(similarity: np.ndarray, count: int) -> np.ndarray:
     np.fill_diagonal(affinity, 1.0)
     from sklearn.cluster import SpectralClustering
 
-    clustering = SpectralClustering(n_clusters=count, affinity="precomputed", assign_labels="kmeans", random_state=0)
+    clustering = SpectralClustering(
+        n_clusters=count, affinity="precomputed", assign_labels="kmeans", random_state=0
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer distinct points than clusters, as with equal states, is no fault here
+        warnings.simplefilter(
+            "ignore"
+        )  # fewer distinct points than clusters, as with equal states, is no fault here
         labels = clustering.fit_predict(affinity)
     first = {label: unit for unit, label in reversed(list(enumerate(labels)))}
     rank = {label: position for position, label in enumerate(sorted(first, key=first.__getitem__))}
@@ -120,8 +138,16 @@ def lorp_order(similarity: np.ndarray, labels: np.ndarray, candidates: Iterable[
     queues = []
     for cluster in members:
         others = np.where(np.eye(len(cluster)), 0.0, similarity[np.ix_(cluster, cluster)])
-        likeness = others.sum(axis=1) / (len(cluster) - 1) if len(cluster) > 1 else np.array([-np.inf])
-        queues.append([unit for unit in cluster[np.argsort(-likeness, kind="stable")].tolist() if unit in candidates])
+        likeness = (
+            others.sum(axis=1) / (len(cluster) - 1) if len(cluster) > 1 else np.array([-np.inf])
+        )
+        queues.append(
+            [
+                unit
+                for unit in cluster[np.argsort(-likeness, kind="stable")].tolist()
+                if unit in candidates
+            ]
+        )
     order = [queue.pop(0) for queue in queues if queue]
     while any(queues):
         left = [[unit for unit in cluster.tolist() if unit not in order] for cluster in members]

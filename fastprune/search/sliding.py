@@ -12,18 +12,21 @@ from .run import Removed, Search
 
 
 @algorithm
-def sliding_window_merge(search: Search, keep: Annotated[str, Allowed(choices=("low", "high"))] = "low") -> None:
-    """Walk down from the last unit but one; remove all but one unit of each longest window whose loss is low enough.
+def sliding_window_merge(
+    search: Search, keep: Annotated[str, Allowed(choices=("low", "high"))] = "low"
+) -> None:
+    """Remove all but one unit of each longest window whose loss is low enough, from the top.
 
-    A window begins as two units and grows downwards by one as long as the loss, without all but one of its units and
-    without what earlier windows have removed, is at most a threshold. Then the next one begins: from the unit below,
-    or, where not even two units could go together, one further down. The walk ends when k units are removed. The
-    threshold is the lowest for which a walk removes k. Nothing is merged into the unit that stays. The last unit is
-    in no window. A window steps over protected units. Where k leaves no other choice, every unit goes that can, the
+    The walk begins at the last unit but one. A window begins as two units and grows downwards by one as long as the loss, without all but one
+    of its units and without what earlier windows have removed, is at most a threshold. Then the
+    next one begins: from the unit below, or, where not even two units could go together, one
+    further down. The walk ends when k units are removed. The threshold is the lowest for which a
+    walk removes k. Nothing is merged into the unit that stays. The last unit is in no window. A
+    window steps over protected units. Where k leaves no other choice, every unit goes that can, the
     last one last.
 
-    Source: the selection of Sliding-Window Merging (arXiv 2502.19159), with the loss in the place of the likeness of
-    final states (the objective cosine) and the budget in that of the threshold.
+    Source: the selection of Sliding-Window Merging (arXiv 2502.19159), with the loss in the place
+    of the likeness of final states (the objective cosine) and the budget in that of the threshold.
     Cost: U - 1 for each threshold that is tried, of which many are known before.
     Options:
         keep: the unit of a window that stays, its lowest or its highest.
@@ -48,7 +51,9 @@ def sliding_window_merge(search: Search, keep: Annotated[str, Allowed(choices=("
         threshold = min(refused)  # up to here, the walk would be the same once more
 
 
-def _walk(search: Search, order: list[int], keep: str, threshold: float) -> Iterator[tuple[Removed, float]]:
+def _walk(
+    search: Search, order: list[int], keep: str, threshold: float
+) -> Iterator[tuple[Removed, float]]:
     """The subsets that a walk tries, with their losses; those up to the threshold are taken."""
     removed: Removed = ()
     high = len(order) - 1

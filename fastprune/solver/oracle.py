@@ -1,4 +1,5 @@
-"""The search of csrc/solver in simple form, in NumPy: what runs without the compiled solver, and what tests it.
+"""The search of csrc/solver in simple form, in NumPy: what runs without the compiled solver, and
+what tests it.
 
 It works on batches of nodes, so that NumPy's calls pay off.
 """
@@ -45,7 +46,8 @@ class _Best:
 def solve(
     h: np.ndarray, g: np.ndarray, k: int, num_states: int, time_limit: float | None
 ) -> tuple[list[tuple[int, ...]], np.ndarray, bool, float]:
-    """Subsets, energies, whether they are proven, and the gap, as `SubsetSolution` has them, of checked arguments."""
+    """Subsets, energies, whether they are proven, and the gap, as `SubsetSolution` has them, of
+    checked arguments."""
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     best = _Best(h, g, num_states)
     if math.comb(len(g), k) <= ENUMERATE_UP_TO:
@@ -106,7 +108,8 @@ def _local_search(best: _Best, k: int) -> None:
 
 
 def best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Maximises weight.d with h - Diag(d) positive semidefinite on the directions that sum to zero."""
+    """Maximises weight.d with h - Diag(d) positive semidefinite on the directions that sum to
+    zero."""
     size = len(weight)
     largest_row = np.abs(h).sum(axis=1).max()
     if largest_row == 0:
@@ -136,7 +139,10 @@ def best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
             continue
         merit = weight @ d / barrier + log_det(d)
         length = 1.0
-        while length > 1e-6 and not weight @ (d + length * step) / barrier + log_det(d + length * step) > merit:
+        while (
+            length > 1e-6
+            and not weight @ (d + length * step) / barrier + log_det(d + length * step) > merit
+        ):
             length /= 2
         if length <= 1e-6:
             break
@@ -145,7 +151,8 @@ def best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
-    """Depth first, a batch of nodes at a time. Returns the least bound of what is left, inf when complete."""
+    """Depth first, a batch of nodes at a time. Returns the least bound of what is left, inf when
+    complete."""
     h, g = best.h, best.g
     size = len(g)
     diagonal = best_diagonal(h, np.ones(size))
@@ -153,7 +160,8 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
     lin = g + diagonal
     curvature = twice.diagonal()
 
-    # Nodes, one a row: which variables are still open, the point y of the relaxation, and a proven bound.
+    # Nodes, one a row: which variables are still open, the point y of the relaxation, and a proven
+    # bound.
     opened = np.ones((1, size), dtype=bool)
     points = np.full((1, size), k / size)
     lowers = np.full(1, -np.inf)
@@ -227,8 +235,11 @@ def descend(
     return lower, reduced
 
 
-def _child(is_open: np.ndarray, y: np.ndarray, branch: np.ndarray, value: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decides one variable a row and spreads what that adds or frees over the room of the open ones."""
+def _child(
+    is_open: np.ndarray, y: np.ndarray, branch: np.ndarray, value: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decides one variable a row and spreads what that adds or frees over the room of the open
+    ones."""
     every = np.arange(len(y))
     is_open, y = is_open.copy(), y.copy()
     rest = y[every, branch] - value

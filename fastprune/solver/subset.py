@@ -1,9 +1,10 @@
 """Which k of N blocks to remove, as a constrained binary optimisation solved to proven optimality.
 
-Removing the blocks S of a model changes its loss to second order by E(z) = z^T H z + g^T z, where z marks the
-members of S, H is the Fisher matrix A^T A / n of per-sample gradients A [n, N] and g the mean gradient (CBO,
-arXiv 2602.00161). `solve_subset` returns the subsets of lowest energy in order. The work is done by the
-compiled solver (csrc/solver); without it the same search runs in NumPy (`oracle`), slower.
+Removing the blocks S of a model changes its loss to second order by E(z) = z^T H z + g^T z, where z
+marks the members of S, H is the Fisher matrix A^T A / n of per-sample gradients A [n, N] and g the
+mean gradient (CBO, arXiv 2602.00161). `solve_subset` returns the subsets of lowest energy in order.
+The work is done by the compiled solver (csrc/solver); without it the same search runs in NumPy
+(`oracle`), slower.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class SubsetSolution:
     """The subsets of lowest energy.
 
     Attributes:
-        subsets: sorted tuples of k indices, by energy and, where energies are equal, lexicographically.
+        subsets: sorted tuples of k indices, by energy and, where energies are equal,
+        lexicographically.
         energies: float64 [len(subsets)], in the units of H, each correctly rounded (read-only).
         proven: no other subset ranks before or between these.
-        gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned; 0 when
-            proven.
+        gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned;
+            0 when proven.
 
     >>> import fastprune as fp
     >>> found = fp.solve_subset([[1.0, 0.5], [0.5, 2.0]], k=1)
@@ -51,38 +53,47 @@ class SubsetSolution:
 
 
 def solve_subset(
-    H: ArrayLike, k: int, num_states: int = 1, linear: ArrayLike | None = None, time_limit: float | None = None
+    H: ArrayLike,
+    k: int,
+    num_states: int = 1,
+    linear: ArrayLike | None = None,
+    time_limit: float | None = None,
 ) -> SubsetSolution:
-    """The `num_states` subsets S of size k with the lowest E = sum_{i,j in S} H_ij + sum_{i in S} linear_i.
+    """The `num_states` subsets S of size k with the lowest E = sum_{i,j in S} H_ij + sum_{i in S}
+    linear_i.
 
     Args:
-        H: real [N, N], N in 1..128, symmetric up to rounding (the mean with its transpose is used). Positive
-            semidefinite where it comes from gradients; an indefinite matrix is solved too, with weaker bounds.
+        H: real [N, N], N in 1..128, symmetric up to rounding (the mean with its transpose is used).
+            Positive semidefinite where it comes from gradients; an indefinite matrix is solved too,
+            with weaker bounds.
         k: size of the subsets, 0..N.
         num_states: how many subsets, at least 1; all C(N, k) are returned where there are not more.
         linear: real [N], in the units of H; None for zero.
-        time_limit: seconds of wall time after which the best found is returned with its proven gap; None to
-            search until the result is proven.
+        time_limit: seconds of wall time after which the best found is returned with its proven gap;
+            None to search until the result is proven.
 
     Returns:
         SubsetSolution. A proven result does not depend on timing or the number of threads.
 
     Raises:
-        InputError: an argument has the wrong type or shape, or lies outside its range; H or linear is not of a real
-            dtype, or holds NaN or infinity; H is not symmetric.
+        InputError: an argument has the wrong type or shape, or lies outside its range; H or linear
+            is not of a real dtype, or holds NaN or infinity; H is not symmetric.
         KeyboardInterrupt: passed on, within some milliseconds.
 
     Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
 
     >>> import fastprune as fp
-    >>> found = fp.solve_subset([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]], k=2, num_states=2)
+    >>> energy = [[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]]
+    >>> found = fp.solve_subset(energy, k=2, num_states=2)
     >>> found.subsets, found.energies.tolist(), found.proven
     ([(0, 2), (1, 2)], [4.0, 4.0], True)
     """
     h = _real_array("H", H, 2)
     size = h.shape[0]
     if h.shape[1] != size or not 1 <= size <= MAX_VARIABLES:
-        raise InputError(f"H: expected shape [N, N] with N in 1..{MAX_VARIABLES}, got {list(h.shape)}")
+        raise InputError(
+            f"H: expected shape [N, N] with N in 1..{MAX_VARIABLES}, got {list(h.shape)}"
+        )
     g = np.zeros(size) if linear is None else _real_array("linear", linear, 1)
     if g.shape != (size,):
         raise InputError(f"linear: expected shape [{size}] to match H, got {list(g.shape)}")
@@ -107,7 +118,9 @@ def solve_subset(
     num_states = min(num_states, math.comb(size, k))
     if time_limit is not None:
         if isinstance(time_limit, bool) or not isinstance(time_limit, numbers.Real):
-            raise InputError(f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}")
+            raise InputError(
+                f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}"
+            )
         time_limit = float(time_limit)
         if not time_limit > 0:
             raise InputError(f"time_limit: expected a positive number of seconds, got {time_limit}")
@@ -121,7 +134,8 @@ def solve_subset(
     if not _warned:
         _warned = True
         warnings.warn(
-            "fastprune was installed without its compiled solver; solve_subset falls back to NumPy, which is slower",
+            "fastprune was installed without its compiled solver; solve_subset falls back to "
+            "NumPy, which is slower",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -129,7 +143,8 @@ def solve_subset(
 
 
 def _extension() -> Any:
-    """The compiled solver, or None; imported only now, since it brings OpenMP, which then reads how threads wait."""
+    """The compiled solver, or None; imported only now, since it brings OpenMP, which then reads how
+    threads wait."""
     try:
         from fastprune import _native
     except ImportError:
@@ -141,7 +156,9 @@ def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as e:
-        raise InputError(f"{name}: expected an array of real numbers, got {type(value).__name__}") from e
+        raise InputError(
+            f"{name}: expected an array of real numbers, got {type(value).__name__}"
+        ) from e
     if array.dtype.kind not in "fiu":
         raise InputError(f"{name}: expected a real dtype, got {array.dtype}")
     if array.ndim != ndim:

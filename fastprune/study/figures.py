@@ -20,13 +20,19 @@ KEPT, EDGE, RULE = "#f1f3f5", "#d5d9dd", "#868e96"
 def check_installed() -> None:
     """Raise InputError, before any work, when matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("figures need matplotlib, which is not installed: pip install 'fastprune[plots]'")
+        raise InputError(
+            "figures need matplotlib, which is not installed: pip install 'fastprune[plots]'"
+        )
 
 
-def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int, title: str) -> Any:
-    """Which units each search removes: a row per search, a column per unit, a cell filled where removed.
+def pattern_figure(
+    rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int, title: str
+) -> Any:
+    """Which units each search removes: a row per search, a column per unit, a cell filled where
+    removed.
 
-    rows: (objective, algorithm, removed units); those of one objective stand together and share a colour.
+    rows: (objective, algorithm, removed units); those of one objective stand together and share a
+    colour.
     """
     plt = _pyplot()
     from matplotlib.patches import Rectangle
@@ -39,11 +45,17 @@ def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: in
     for y, (objective, _, removed) in enumerate(rows):
         for x in range(num_units):
             colour = f"C{objectives.index(objective)}" if x in removed else KEPT
-            cell = Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, facecolor=colour, edgecolor=EDGE, linewidth=0.5)
+            cell = Rectangle(
+                (x - 0.46, y - 0.42), 0.92, 0.84, facecolor=colour, edgecolor=EDGE, linewidth=0.5
+            )
             axes.add_patch(cell)
         if y and objective != rows[y - 1][0]:
             axes.axhline(y - 0.5, color=RULE, linewidth=0.8)
-    axes.set(xlim=(-0.6, num_units - 0.4), ylim=(len(rows) - 0.4, -0.6), xlabel="unit, in the order of depth")
+    axes.set(
+        xlim=(-0.6, num_units - 0.4),
+        ylim=(len(rows) - 0.4, -0.6),
+        xlabel="unit, in the order of depth",
+    )
     axes.set_title(title, loc="left")
     axes.set_xticks(range(0, num_units, 1 if num_units <= 40 else 4))
     axes.set_yticks(range(len(rows)), names)
@@ -54,10 +66,12 @@ def pattern_figure(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: in
 def rank_figure(
     title: str, chosen_by: str, others: Mapping[str, float | None], losses: Mapping[tuple, Sequence]
 ) -> Any:
-    """How the masks chosen under one objective rank under it and under others: a line per mask, the best on top.
+    """How the masks chosen under one objective rank under it and under others: a line per mask, the
+    best on top.
 
-    others: Spearman's rho, or None, by the name of each other objective. losses: for the algorithms that chose a mask
-    (a tuple of names), its loss under `chosen_by` and under each of the others. Masks of equal loss have equal ranks.
+    others: Spearman's rho, or None, by the name of each other objective. losses: for the algorithms
+    that chose a mask (a tuple of names), its loss under `chosen_by` and under each of the others.
+    Masks of equal loss have equal ranks.
     """
     from scipy.stats import rankdata
 
@@ -65,22 +79,35 @@ def rank_figure(
     labels = ["\n".join(textwrap.wrap(", ".join(names), 46)) for names in losses]
     table = np.array([*losses.values()], dtype=float)  # [masks, objectives]
     ranks = rankdata(np.where(np.isfinite(table), table, np.inf), method="min", axis=0)
-    places = np.argsort(np.lexsort((np.arange(len(table)), ranks[:, 0])))  # of each label, from the top
+    places = np.argsort(
+        np.lexsort((np.arange(len(table)), ranks[:, 0]))
+    )  # of each label, from the top
     lines = np.array([label.count("\n") + 1 for label in labels])
-    heights = np.array([0.12 + 0.15 * lines[i] for i in np.argsort(places)])  # inches, top to bottom
+    heights = np.array(
+        [0.12 + 0.15 * lines[i] for i in np.argsort(places)]
+    )  # inches, top to bottom
     left = (np.cumsum(heights) - heights / 2)[places]
     columns = [left]
     for rank in ranks.T[1:]:  # evenly; equal ranks side by side, in the order of the labels
         columns.append((np.argsort(np.lexsort((places, rank))) + 0.5) * heights.sum() / len(rank))
-    figure, axes = plt.subplots(figsize=(4.2 + 2.0 * len(others), 0.75 + heights.sum()), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(4.2 + 2.0 * len(others), 0.75 + heights.sum()), layout="constrained"
+    )
     for i, label in enumerate(labels):
         colour, ys = f"C{places[i] % 10}", [column[i] for column in columns]
         axes.plot(range(len(ys)), ys, color=colour, marker="o", markersize=13, linewidth=1.6)
         for x, y in enumerate(ys):
-            axes.annotate(f"{ranks[i, x]:.0f}", (x, y), ha="center", va="center", fontsize=7.5, color="white")
-        axes.annotate(label, (0, ys[0]), xytext=(-11, 0), textcoords="offset points", ha="right", va="center")
+            axes.annotate(
+                f"{ranks[i, x]:.0f}", (x, y), ha="center", va="center", fontsize=7.5, color="white"
+            )
+        axes.annotate(
+            label, (0, ys[0]), xytext=(-11, 0), textcoords="offset points", ha="right", va="center"
+        )
     axes.set(xlim=(-0.2, len(others) + 0.2), ylim=(heights.sum(), 0), yticks=[])
-    rho = [f"by {name}\nρ = " + ("n/a" if value is None else f"{value:+.2f}") for name, value in others.items()]
+    rho = [
+        f"by {name}\nρ = " + ("n/a" if value is None else f"{value:+.2f}")
+        for name, value in others.items()
+    ]
     axes.set_xticks(range(len(columns)), [f"rank by {chosen_by}\n", *rho])
     axes.xaxis.tick_top()
     figure.suptitle(f"{title}, chosen by {chosen_by}", x=0.01, ha="left", fontsize=10)
@@ -91,9 +118,11 @@ def rank_figure(
 def spread_figure(
     groups: Mapping[str, Mapping[str, Sequence[float]]], dense: Mapping[str, float], judged_by: str
 ) -> Any:
-    """How much the algorithms differ: a strip of losses per group and objective that chose the masks.
+    """How much the algorithms differ: a strip of losses per group and objective that chose the
+    masks.
 
-    groups: {group: {chosen by: losses under `judged_by`}}; dense: by group, the loss of the whole model, a grey mark.
+    groups: {group: {chosen by: losses under `judged_by`}}; dense: by group, the loss of the whole
+    model, a grey mark.
     """
     plt = _pyplot()
     choosers = list(dict.fromkeys(chooser for group in groups.values() for chooser in group))
@@ -104,26 +133,33 @@ def spread_figure(
         jitter = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
         axes.axhline(y, color=KEPT, linewidth=7, zorder=0)
         axes.scatter([dense[group]], [y], s=90, marker="|", color=RULE, zorder=1)
-        axes.scatter(losses, y + jitter, s=24, alpha=0.8, color=f"C{choosers.index(chooser)}", zorder=2)
+        axes.scatter(
+            losses, y + jitter, s=24, alpha=0.8, color=f"C{choosers.index(chooser)}", zorder=2
+        )
         if y and group != rows[y - 1][0]:
             axes.axhline(y - 0.5, color=RULE, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{group}, chosen by {chooser}" for group, chooser in rows])
-    axes.set(xlabel=f"loss under {judged_by} (grey mark: nothing removed)", ylim=(len(rows) - 0.4, -0.6))
+    axes.set(
+        xlabel=f"loss under {judged_by} (grey mark: nothing removed)", ylim=(len(rows) - 0.4, -0.6)
+    )
     axes.set_title(f"Judged by {judged_by}", loc="left")
     _plain(axes)
     return figure
 
 
 def calibration_figure(entries: Sequence[Mapping], title: str) -> Any:
-    """What another calibration set changes, beside what another algorithm changes: a row for each algorithm.
+    """What another calibration set changes, beside what another algorithm changes: a row for each
+    algorithm.
 
-    entries: of `compare_calibrations`, of one model, budget and objective. The first panel has overlaps of removals,
-    each further one the differences of losses under one judge.
+    entries: of `compare_calibrations`, of one model, budget and objective. The first panel has
+    overlaps of removals, each further one the differences of losses under one judge.
     """
     plt = _pyplot()
     judges = list(entries[0]["losses"])
     size = (2.4 + 2.6 * (1 + len(judges)), 1.3 + 0.25 * len(entries))
-    figure, panels = plt.subplots(1, 1 + len(judges), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        1, 1 + len(judges), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     rows = [[entry["overlap"], *entry["losses"].values()] for entry in entries]
     names = ["overlap of removed units", *(f"difference in loss: {judge}" for judge in judges)]
     for column, (axes, name) in enumerate(zip(panels[0], names)):
@@ -133,21 +169,33 @@ def calibration_figure(entries: Sequence[Mapping], title: str) -> Any:
                 if row[column][by] is not None:
                     colour = "C0" if filled else "none"
                     axes.scatter(
-                        [row[column][by]], [y], s=30, marker=marker, facecolor=colour, edgecolor="C0", zorder=2
+                        [row[column][by]],
+                        [y],
+                        s=30,
+                        marker=marker,
+                        facecolor=colour,
+                        edgecolor="C0",
+                        zorder=2,
                     )
-        axes.set(xlabel=name, ylim=(len(rows) - 0.4, -0.6), xlim=(-0.04, 1.04) if column == 0 else None)
+        axes.set(
+            xlabel=name, ylim=(len(rows) - 0.4, -0.6), xlim=(-0.04, 1.04) if column == 0 else None
+        )
         if column and (most := axes.get_xlim()[1]) > 0:
             axes.set_xlim(-0.04 * most, most)
         _plain(axes)
     panels[0][0].set_yticks(range(len(rows)), [entry["algorithm"] for entry in entries])
     figure.suptitle(
-        f"{title}\nfilled: another calibration set; open: another algorithm", x=0.01, ha="left", fontsize=10
+        f"{title}\nfilled: another calibration set; open: another algorithm",
+        x=0.01,
+        ha="left",
+        fontsize=10,
     )
     return figure
 
 
 def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str) -> Any:
-    """Heat map of the similarity of states before each unit and after the last, with the clusters of units below."""
+    """Heat map of the similarity of states before each unit and after the last, with the clusters
+    of units below."""
     plt = _pyplot()
     from matplotlib.patches import Rectangle
 
@@ -158,10 +206,14 @@ def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str) -
     figure.colorbar(image, ax=axes, label="mean token cosine", shrink=0.85)
     below, height = len(matrix), 0.04 * len(matrix)
     for unit, cluster in enumerate(clusters):
-        axes.add_patch(Rectangle((unit - 0.5, below - 0.2), 1, height, facecolor=f"C{cluster % 10}"))
+        axes.add_patch(
+            Rectangle((unit - 0.5, below - 0.2), 1, height, facecolor=f"C{cluster % 10}")
+        )
     axes.set_ylim(below + height, -0.5)
     axes.set_title(title, loc="left")
-    axes.set(ylabel="state before unit (last: after all)", xlabel="unit; the strip shows its cluster")
+    axes.set(
+        ylabel="state before unit (last: after all)", xlabel="unit; the strip shows its cluster"
+    )
     ticks = range(0, len(matrix), 1 if len(matrix) <= 20 else 4)
     axes.set_xticks(ticks)
     axes.set_yticks(ticks)

@@ -13,7 +13,8 @@ from .tables import format_loss, format_removed
 
 
 def write_report(study: Mapping, path: Path) -> None:
-    """One self-contained page of a study: figures and sortable tables, readable without this repository."""
+    """One self-contained page of a study: figures and sortable tables, readable without this
+    repository."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True)
@@ -25,8 +26,13 @@ def write_report(study: Mapping, path: Path) -> None:
         found=found,
         failed=[cell for cell in study["cells"] if cell["error"]],
         best=_best(found),
-        figures={kind: [figures.as_svg(figure) for figure in made] for kind, made in study_figures(study).items()},
-        algorithms=[row for row in describe_algorithms() if row["name"] in study["inputs"]["algorithms"]],
+        figures={
+            kind: [figures.as_svg(figure) for figure in made]
+            for kind, made in study_figures(study).items()
+        },
+        algorithms=[
+            row for row in describe_algorithms() if row["name"] in study["inputs"]["algorithms"]
+        ],
     )
     write_file(path, page, replace=True)
 
@@ -38,10 +44,13 @@ def _data(objective: Mapping) -> str:
 
 
 def _best(cells: Sequence[Mapping]) -> list[dict]:
-    """For each model, budget and objective, the mask of lowest loss, and the algorithms that found it."""
+    """For each model, budget and objective, the mask of lowest loss, and the algorithms that found
+    it."""
     best: dict[tuple, dict] = {}
     for cell in cells:
-        entry = best.setdefault((cell["model"], cell["num_remove"], cell["objective"]), {**cell, "algorithms": []})
+        entry = best.setdefault(
+            (cell["model"], cell["num_remove"], cell["objective"]), {**cell, "algorithms": []}
+        )
         if cell["loss"] < entry["loss"]:
             entry.update(cell, algorithms=[])
         if tuple(cell["removed"]) == tuple(entry["removed"]):
@@ -54,13 +63,22 @@ def study_figures(study: Mapping) -> dict[str, list]:
     labels = list(study["objectives"])
     cells = [cell for cell in study["cells"] if not cell["error"]]
     names = {
-        (model, num_remove): f"{model}, " * (len(study["num_units"]) > 1) + f"{num_remove} of {units} removed"
+        (model, num_remove): f"{model}, " * (len(study["num_units"]) > 1)
+        + f"{num_remove} of {units} removed"
         for model, units in study["num_units"].items()
         for num_remove in study["inputs"]["budgets"]
     }
-    found: dict[str, list] = {"patterns": [], "ranks": [], "spreads": [], "calibration": [], "similarity": []}
+    found: dict[str, list] = {
+        "patterns": [],
+        "ranks": [],
+        "spreads": [],
+        "calibration": [],
+        "similarity": [],
+    }
     for (model, num_remove), name in names.items():
-        group = [cell for cell in cells if (cell["model"], cell["num_remove"]) == (model, num_remove)]
+        group = [
+            cell for cell in cells if (cell["model"], cell["num_remove"]) == (model, num_remove)
+        ]
         rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in group]
         if rows:
             found["patterns"].append(figures.pattern_figure(rows, study["num_units"][model], name))
@@ -68,14 +86,17 @@ def study_figures(study: Mapping) -> dict[str, list]:
             others = {
                 entry["judged_by"]: entry["rho"]
                 for entry in study["spearman"]
-                if (entry["model"], entry["num_remove"], entry["chosen_by"]) == (model, num_remove, chosen_by)
+                if (entry["model"], entry["num_remove"], entry["chosen_by"])
+                == (model, num_remove, chosen_by)
             }
             by_mask: dict[tuple, list[Mapping]] = {}
             for cell in group:
                 if cell["objective"] == chosen_by:
                     by_mask.setdefault(tuple(cell["removed"]), []).append(cell)
             losses = {
-                tuple(cell["algorithm"] for cell in same): [same[0]["losses"][label] for label in (chosen_by, *others)]
+                tuple(cell["algorithm"] for cell in same): [
+                    same[0]["losses"][label] for label in (chosen_by, *others)
+                ]
                 for same in by_mask.values()
             }
             if others:
@@ -97,5 +118,7 @@ def study_figures(study: Mapping) -> dict[str, list]:
     for model, entry in study["similarity"].items():
         if entry:
             title = f"{model}: RLS {entry['rls']:.3f}, {len(set(entry['clusters']))} clusters"
-            found["similarity"].append(figures.similarity_figure(entry["matrix"], entry["clusters"], title))
+            found["similarity"].append(
+                figures.similarity_figure(entry["matrix"], entry["clusters"], title)
+            )
     return found

@@ -1,7 +1,9 @@
-"""The study: models x objectives x algorithms x budgets over one store of scores (design of arXiv 2604.24938).
+"""The study: models x objectives x algorithms x budgets over one store of scores (design of arXiv
+2604.24938).
 
-Every search is a cell. Its result is written as soon as it is finished, and every score is in the store, so a study
-that was interrupted continues where it stopped. Every chosen mask is then scored under every objective.
+Every search is a cell. Its result is written as soon as it is finished, and every score is in the
+store, so a study that was interrupted continues where it stopped. Every chosen mask is then scored
+under every objective.
 """
 
 from __future__ import annotations
@@ -48,17 +50,19 @@ def run_study(
     held_out: Makers | None = None,
     **evaluator_options: Any,
 ) -> dict:
-    """Run every search, cross-evaluate every chosen mask, and write `study.json`; returns its content.
+    """Run every search, cross-evaluate every chosen mask, and write `study.json`; returns its
+    content.
 
-    objectives: by label, functions from a model to an objective on its calibration set (so one objective can stand
-    several times, on several sets, which are then compared). options: of algorithms, by name. racing: a confidence,
-    as of `run_search`, for those of the algorithms that race. held_out: further objectives that no search sees; every
-    chosen mask is scored under them, too. evaluator_options: of `Evaluator`; its workers are started once, for all.
-    The directory keeps `inputs.json`, the score store and one file per finished cell; a cell that is damaged, or was
-    made with other settings, is named in a RuntimeWarning and made again. A search that finds no finite loss is a cell
-    with an error, and no reason to end.
-    Raises InputError, before the directory is touched, for one that belongs to other inputs or another kind of machine,
-    or in which another process is at work, and for algorithms, options, budgets or data that cannot be.
+    objectives: by label, functions from a model to an objective on its calibration set (so one
+    objective can stand several times, on several sets, which are then compared). options: of
+    algorithms, by name. racing: a confidence, as of `run_search`, for those of the algorithms that
+    race. held_out: further objectives that no search sees; every chosen mask is scored under them,
+    too. evaluator_options: of `Evaluator`; its workers are started once, for all. The directory
+    keeps `inputs.json`, the score store and one file per finished cell; a cell that is damaged, or
+    was made with other settings, is named in a RuntimeWarning and made again. A search that finds
+    no finite loss is a cell with an error, and no reason to end. Raises InputError, before the
+    directory is touched, for one that belongs to other inputs or another kind of machine, or in
+    which another process is at work, and for algorithms, options, budgets or data that cannot be.
     """
     options, held_out = options or {}, held_out or {}
     out = Path(out_dir)
@@ -96,9 +100,16 @@ def _run(
         made_with = _made_with(identity, model.name, label, num_remove, algorithm)
         cell = None
         if path.exists() and not (cell := read_cell(path, made_with)):
-            warnings.warn(f"{path}: damaged, or of another study; searched again", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"{path}: damaged, or of another study; searched again",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         if not cell:
-            notify(f"{number}/{len(searches)}  {model.name}: {label}, {num_remove} removed, {algorithm}")
+            notify(
+                f"{number}/{len(searches)}  {model.name}: {label}, {num_remove} removed, "
+                f"{algorithm}"
+            )
             given = {**options.get(algorithm, {}), "seed": identity["seed"]}
             given["racing"] = identity["racing"] if find_algorithm(algorithm).races else None
             # not under a name, which would keep it while the next one is made
@@ -111,32 +122,45 @@ def _run(
     judges = [*objectives, *held_out]
     cells = [cell for model in models for cell in _cross_evaluate(evaluators, model, judges, cells)]
     described = evaluators.describe_objectives()
-    kinds = {label: (described[label]["name"], described[label]["settings"]) for label in objectives}
-    matrices = {model.name: evaluators.get(model, next(iter(objectives))).similarity() for model in models}
+    kinds = {
+        label: (described[label]["name"], described[label]["settings"]) for label in objectives
+    }
+    matrices = {
+        model.name: evaluators.get(model, next(iter(objectives))).similarity() for model in models
+    }
     study = {
         "fastprune": __version__,
         "inputs": identity,
         "objectives": {label: described[label] for label in objectives},
         "held_out": {label: described[label] for label in held_out},
-        "dense": {model.name: {label: evaluators.get(model, label).dense_loss for label in judges} for model in models},
+        "dense": {
+            model.name: {label: evaluators.get(model, label).dense_loss for label in judges}
+            for model in models
+        },
         "num_units": {model.name: evaluators.num_units(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
         "cells": [vars(cell) for cell in cells],
         **summarise(cells),
         "calibration": compare_calibrations(cells, kinds, held_out or objectives),
     }
-    write_json(out / "study.json", study, replace=True)  # a summary of the cells, made anew by every run
+    write_json(
+        out / "study.json", study, replace=True
+    )  # a summary of the cells, made anew by every run
     return study
 
 
-def check_study(algorithms: Sequence[str], options: Mapping[str, Mapping[str, object]], out_dir: str | Path) -> None:
+def check_study(
+    algorithms: Sequence[str], options: Mapping[str, Mapping[str, object]], out_dir: str | Path
+) -> None:
     """Everything about a study that can be checked without its models. Raises InputError."""
     if not algorithms:
         raise InputError("a study needs at least one model, objective, algorithm and budget")
     for algorithm in dict.fromkeys([*algorithms, *options]):
         check_algorithm(algorithm, options.get(algorithm, {}))
         if algorithm not in algorithms:
-            raise InputError(f"options are given for {algorithm}, which is not among the algorithms")
+            raise InputError(
+                f"options are given for {algorithm}, which is not among the algorithms"
+            )
     require_sklearn("a study")  # for the clusters of its summary
     check_folder(Path(out_dir))
 
@@ -157,10 +181,16 @@ def _made_with(identity: dict, model: str, label: str, num_remove: int, algorith
 
 
 class _Evaluators:
-    """The evaluators of a study, all on one store; one at a time, since the prefix cache of each may take a good part
-    of the memory that is free."""
+    """The evaluators of a study, all on one store; one at a time, since the prefix cache of each
+    may take a good part of the memory that is free."""
 
-    def __init__(self, models: Sequence[Model], objectives: Makers, held_out: Makers, options: Mapping[str, Any]):
+    def __init__(
+        self,
+        models: Sequence[Model],
+        objectives: Makers,
+        held_out: Makers,
+        options: Mapping[str, Any],
+    ):
         names = [model.name for model in models]
         if len(set(names)) < len(names):
             raise InputError(f"a model is given twice: {', '.join(names)}")
@@ -168,10 +198,14 @@ class _Evaluators:
             check_label(label)
         for label in held_out:
             if label in objectives:
-                raise InputError(f"{label!r} is searched with; what is held out has a label of its own")
+                raise InputError(
+                    f"{label!r} is searched with; what is held out has a label of its own"
+                )
         self._models, self._options, self._searched = list(models), {**options}, list(objectives)
         makers = {**objectives, **held_out}
-        self._objectives = {(m.name, label): make(m) for m in models for label, make in makers.items()}
+        self._objectives = {
+            (m.name, label): make(m) for m in models for label, make in makers.items()
+        }
         self._current: tuple[tuple[str, str], Evaluator] | None = None
         self._store: SumStore | None = None
 
@@ -196,20 +230,29 @@ class _Evaluators:
                 for (name, label), objective in self._objectives.items()
                 if label in self._searched
             },
-            "algorithms": {name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms},
+            "algorithms": {
+                name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms
+            },
             "budgets": list(budgets),
             "seed": seed,
             "racing": racing,
             "granularity": self._options.get("granularity", "block"),
-            "backend": {model.name: make_runner(model, backend).numerics() for model in self._models},
-            "machine": {model.device.type: machine_fingerprint(model.device) for model in self._models},
+            "backend": {
+                model.name: make_runner(model, backend).numerics() for model in self._models
+            },
+            "machine": {
+                model.device.type: machine_fingerprint(model.device) for model in self._models
+            },
         }
 
     def check(
-        self, algorithms: Sequence[str], budgets: Sequence[int], options: Mapping[str, Mapping[str, object]]
+        self,
+        algorithms: Sequence[str],
+        budgets: Sequence[int],
+        options: Mapping[str, Mapping[str, object]],
     ) -> None:
-        """Raise InputError for a granularity that a model has not, a budget it cannot have or that is too large for
-        an algorithm, or an objective without gradients where they are needed."""
+        """Raise InputError for a granularity that a model has not, a budget it cannot have or that
+        is too large for an algorithm, or an objective without gradients where they are needed."""
         for what, given in (("an algorithm", algorithms), ("a budget", budgets)):
             if len(set(given)) < len(given):
                 raise InputError(f"{what} is given twice: {', '.join(map(str, given))}")
@@ -219,22 +262,31 @@ class _Evaluators:
             for num_remove in budgets:
                 if not 0 <= num_remove < units:
                     raise InputError(
-                        f"num_remove {num_remove} must be from 0 to {units - 1} ({model.name} has {units} units)"
+                        f"num_remove {num_remove} must be from 0 to {units - 1} ({model.name} has "
+                        f"{units} units)"
                     )
                 for algorithm in algorithms:
                     chosen, values = check_algorithm(algorithm, options.get(algorithm, {}))
                     if chosen.needs_weights and model.weights is not None:
-                        raise InputError(f"{algorithm} needs all weights at once, and {model.name} reads them in bands")
+                        raise InputError(
+                            f"{algorithm} needs all weights at once, and {model.name} reads them "
+                            f"in bands"
+                        )
                     if chosen.check_size:
-                        chosen.check_size(units, num_remove, self._options.get("granularity", "block"), **values)
+                        chosen.check_size(
+                            units, num_remove, self._options.get("granularity", "block"), **values
+                        )
         for (_, label), objective in self._objectives.items():
             for algorithm in algorithms if label in self._searched else ():
                 if find_algorithm(algorithm).needs_gradients and not objective.differentiable:
                     name = f"{label!r} ({objective.name})"
-                    raise InputError(f"{algorithm} needs gradients, which the objective {name} has not")
+                    raise InputError(
+                        f"{algorithm} needs gradients, which the objective {name} has not"
+                    )
 
     def try_all(self) -> None:
-        """Make every evaluator once, and keep none: data or options that do not fit a model are found now."""
+        """Make every evaluator once, and keep none: data or options that do not fit a model are
+        found now."""
         for (name, _), objective in self._objectives.items():
             (model,) = (model for model in self._models if model.name == name)
             self._evaluator(model, objective)
@@ -305,6 +357,7 @@ def _cross_evaluate(
     masks = from_removed(chosen, evaluators.num_units(model))
     columns = {label: evaluators.get(model, label).score(masks).tolist() for label in objectives}
     losses: dict[tuple[int, ...] | None, dict[str, float]] = {
-        removed: {label: columns[label][i] for label in objectives} for i, removed in enumerate(chosen)
+        removed: {label: columns[label][i] for label in objectives}
+        for i, removed in enumerate(chosen)
     }
     return [replace(cell, losses=losses.get(cell.removed)) for cell in own]

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 
 def summarise(cells: Sequence[Cell]) -> dict:
-    """What the study asks of its cells: overlap of removals, agreement of ranks, spread within an objective.
+    """What the study asks of its cells: overlap of removals, agreement of ranks, spread within an
+    objective.
 
-    jaccard: mean overlap |A n B| / |A u B| of the removed sets of two searches of one model and budget, within an
-    objective (two algorithms) and across objectives. spearman: for masks chosen under one objective, the rank
-    correlation of their losses under it and under another, over algorithms, and how many distinct masks these chose.
-    spread: for each group, the range of each objective's finite losses over its masks. Searches that found nothing
-    are left out.
+    jaccard: mean overlap |A n B| / |A u B| of the removed sets of two searches of one model and
+    budget, within an objective (two algorithms) and across objectives. spearman: for masks chosen
+    under one objective, the rank correlation of their losses under it and under another, over
+    algorithms, and how many distinct masks these chose.
+    spread: for each group, the range of each objective's finite losses over its masks. Searches
+    that found nothing are left out.
     """
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
@@ -43,22 +45,31 @@ def summarise(cells: Sequence[Cell]) -> dict:
                 entry = {**where, "chosen_by": chosen_by, "judged_by": judged_by}
                 losses = [_losses(cell)[judged_by] for cell in chosen]
                 finite = [loss for loss in losses if math.isfinite(loss)]
-                spread.append({**entry, "least": min(finite, default=None), "most": max(finite, default=None)})
+                spread.append(
+                    {**entry, "least": min(finite, default=None), "most": max(finite, default=None)}
+                )
                 if judged_by != chosen_by:
                     distinct = len({cell.removed for cell in chosen})
-                    rho = _spearman([_losses(cell)[chosen_by] for cell in chosen], losses) if distinct > 2 else None
+                    rho = (
+                        _spearman([_losses(cell)[chosen_by] for cell in chosen], losses)
+                        if distinct > 2
+                        else None
+                    )
                     spearman.append({**entry, "masks": distinct, "rho": rho})
     return {"jaccard": jaccard, "spearman": spearman, "spread": spread}
 
 
-def compare_calibrations(cells: Sequence[Cell], objectives: Mapping[str, object], judges: Iterable[str]) -> list[dict]:
+def compare_calibrations(
+    cells: Sequence[Cell], objectives: Mapping[str, object], judges: Iterable[str]
+) -> list[dict]:
     """What the choice of calibration set is worth, beside that of algorithm.
 
-    objectives: by label, what is searched for: labels with the same differ in their calibration sets alone. judges:
-    labels of the losses that are compared. For each model, budget, objective with several sets and algorithm: the mean
-    Jaccard overlap of its removals on two sets ("sets"), and with those of another algorithm on the same set
-    ("algorithms"); and of the same pairs, under each judge, the mean difference of their losses, as an absolute value.
-    None where there is no such pair. Searches that found nothing, and losses that are not finite, are left out.
+    objectives: by label, what is searched for: labels with the same differ in their calibration
+    sets alone. judges: labels of the losses that are compared. For each model, budget, objective
+    with several sets and algorithm: the mean Jaccard overlap of its removals on two sets ("sets"),
+    and with those of another algorithm on the same set ("algorithms"); and of the same pairs, under
+    each judge, the mean difference of their losses, as an absolute value. None where there is no
+    such pair. Searches that found nothing, and losses that are not finite, are left out.
     """
     judges, found = list(judges), []
     groups: dict[tuple, list[Cell]] = {}
@@ -69,22 +80,35 @@ def compare_calibrations(cells: Sequence[Cell], objectives: Mapping[str, object]
         for kind in _distinct(objectives.values()):
             sets = [label for label in objectives if objectives[label] == kind]
             alike = [cell for cell in group if cell.objective in sets]
-            for algorithm in dict.fromkeys(cell.algorithm for cell in alike) if len(sets) > 1 else ():
+            for algorithm in (
+                dict.fromkeys(cell.algorithm for cell in alike) if len(sets) > 1 else ()
+            ):
                 own = [cell for cell in alike if cell.algorithm == algorithm]
                 others = [cell for cell in alike if cell.algorithm != algorithm]
                 pairs = {
                     "sets": list(combinations(own, 2)),
-                    "algorithms": [(a, b) for a in own for b in others if a.objective == b.objective],
+                    "algorithms": [
+                        (a, b) for a in own for b in others if a.objective == b.objective
+                    ],
                 }
-                entry = {"model": model, "num_remove": num_remove, "sets": sets, "algorithm": algorithm}
+                entry = {
+                    "model": model,
+                    "num_remove": num_remove,
+                    "sets": sets,
+                    "algorithm": algorithm,
+                }
                 overlap = {by: _mean([_jaccard(a, b) for a, b in of]) for by, of in pairs.items()}
-                losses = {judge: {by: _mean(_differences(of, judge)) for by, of in pairs.items()} for judge in judges}
+                losses = {
+                    judge: {by: _mean(_differences(of, judge)) for by, of in pairs.items()}
+                    for judge in judges
+                }
                 found.append({**entry, "overlap": overlap, "losses": losses})
     return found
 
 
 def summarise_similarity(matrix: np.ndarray) -> dict | None:
-    """The similarity of states on a calibration set, its redundancy score (RLS) and clusters (arXiv 2605.27786).
+    """The similarity of states on a calibration set, its redundancy score (RLS) and clusters (arXiv
+    2605.27786).
 
     matrix: as Evaluator.similarity gives it. None where the states are not finite.
     """

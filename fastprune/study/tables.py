@@ -29,7 +29,8 @@ def format_loss(loss: float) -> str:
 
 
 def format_saved(naive: float, runs: float) -> str:
-    """How many times fewer runs were made than one pass per mask takes; '' where they are not fewer."""
+    """How many times fewer runs were made than one pass per mask takes; '' where they are not
+    fewer."""
     return f"{naive / runs:.1f}x fewer" if 0 < runs < naive else ""
 
 
@@ -41,11 +42,15 @@ def format_dense(objective: Objective | type[Objective], loss: float) -> str:
 
 def format_races(decided_early: int) -> str:
     """What races have left out of a table."""
-    return f"{decided_early} subsets left a race early; masks counts those whose loss is remembered, exact"
+    return (
+        f"{decided_early} subsets left a race early; masks counts those whose loss is "
+        f"remembered, exact"
+    )
 
 
 TABLE_NOTE = (
-    "runs: unit runs, each prefix that masks share counted once; naive: those of one forward pass per mask; "
+    "runs: unit runs, each prefix that masks share counted once; naive: those of one forward pass "
+    "per mask; "
     "saved: naive / runs."
 )
 
@@ -68,7 +73,8 @@ def results_table(title: str, rows: Iterable[tuple]) -> Table:
 
 
 def calibration_table(entries: Sequence[Mapping]) -> Table:
-    """What another calibration set changes, and in brackets what another algorithm changes (`compare_calibrations`)."""
+    """What another calibration set changes, and in brackets what another algorithm changes
+    (`compare_calibrations`)."""
     table = Table(title="Another calibration set (another algorithm)", title_justify="left")
     table.add_column("sets")
     table.add_column("removed", justify="right")
@@ -84,15 +90,19 @@ def calibration_table(entries: Sequence[Mapping]) -> Table:
 
 
 def _both(values: Mapping, digits: int) -> str:
-    first, second = ("n/a" if values[by] is None else f"{values[by]:.{digits}f}" for by in ("sets", "algorithms"))
+    first, second = (
+        "n/a" if values[by] is None else f"{values[by]:.{digits}f}" for by in ("sets", "algorithms")
+    )
     return f"{first} ({second})"
 
 
 def pattern_text(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int) -> str:
-    """The pattern figure in characters: a line per (objective, algorithm, removed), a full cell where removed."""
+    """The pattern figure in characters: a line per (objective, algorithm, removed), a full cell
+    where removed."""
     names = [f"{objective}  {algorithm}" for objective, algorithm, _ in rows]
     width = max(map(len, names), default=0)
     return "\n".join(
-        f"{name:>{width}}  " + " ".join(FULL if unit in removed else EMPTY for unit in range(num_units))
+        f"{name:>{width}}  "
+        + " ".join(FULL if unit in removed else EMPTY for unit in range(num_units))
         for name, (_, _, removed) in zip(names, rows)
     )

@@ -1,9 +1,9 @@
 """An engine that shares out its calls over workers. Read `engine` first, then `split`, then this.
 
-Every worker has an engine of its own on the same chunks. A call becomes, for each worker, which sequences it is to run
-on which chunks (`split`); sums come back as they are finished, a chunk and up to 64 masks at a time, and are put into
-their places. What a worker had not finished when it died is given to its successor: a sum is the same whoever computes
-it.
+Every worker has an engine of its own on the same chunks. A call becomes, for each worker, which
+sequences it is to run on which chunks (`split`); sums come back as they are finished, a chunk and
+up to 64 masks at a time, and are put into their places. What a worker had not finished when it died
+is given to its successor: a sum is the same whoever computes it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class _Caches:
     @property
     def hits(self) -> dict[str, int]:
         tiers = sorted({tier for by_tier in self.served.values() for tier in by_tier})
-        return {tier: sum(by_tier.get(tier, 0) for by_tier in self.served.values()) for tier in tiers}
+        return {
+            tier: sum(by_tier.get(tier, 0) for by_tier in self.served.values()) for tier in tiers
+        }
 
     def start(self, state_bytes: int) -> None:
         self.held.clear()
@@ -54,9 +56,11 @@ class _Caches:
 
 @dataclass
 class _Call:
-    """The sequences of a call, their sums as far as they are known, and by chunk those that are left, bool[M].
+    """The sequences of a call, their sums as far as they are known, and by chunk those that are
+    left, bool[M].
 
-    kept: what stands for sequences in requests, by their places in the trie: many workers are given the same.
+    kept: what stands for sequences in requests, by their places in the trie: many workers are given
+    the same.
     """
 
     trie: Trie
@@ -68,14 +72,16 @@ class _Call:
 
 
 class Coordinator(Engine):
-    """An Engine whose units run on workers; its own model only says what there is, and is compared with theirs.
+    """An Engine whose units run on workers; its own model only says what there is, and is compared
+    with theirs.
 
-    memory_bytes bounds the activations of each worker, since chunks are cut by it; cache_bytes what the prefix caches
-    of all workers of a machine hold together. peak_activation_bytes is that of the worker with the most. The store is
-    opened here alone.
+    memory_bytes bounds the activations of each worker, since chunks are cut by it; cache_bytes what
+    the prefix caches of all workers of a machine hold together. peak_activation_bytes is that of
+    the worker with the most. The store is opened here alone.
 
-    Raises InputError where a worker would compute other bits: another kind of device, other software or switches, or a
-    model that cannot be handed over. Its workers run with as many threads as this process does.
+    Raises InputError where a worker would compute other bits: another kind of device, other
+    software or switches, or a model that cannot be handed over. Its workers run with as many
+    threads as this process does.
     """
 
     def __init__(
@@ -93,7 +99,9 @@ class Coordinator(Engine):
         **given: Any,
     ):
         self.workers = workers
-        super().__init__(model, batch, measure, granularity, store=store, cache_bytes=0, layout=layout, **given)
+        super().__init__(
+            model, batch, measure, granularity, store=store, cache_bytes=0, layout=layout, **given
+        )
         self._given = {
             "batch": replace(batch),  # without what it has worked out so far
             "measure": measure,
@@ -104,7 +112,9 @@ class Coordinator(Engine):
         }
         self.cache: Any = _Caches()
         self._opened: tuple[tuple, str] = (), ""  # the model's state, and its hash
-        self._model_given: tuple[str, tuple, object] | None = None  # hash, how a worker comes by it, what must be held
+        self._model_given: tuple[str, tuple, object] | None = (
+            None  # hash, how a worker comes by it, what must be held
+        )
         self._head_share = self._cost_of_head()
         with self.model.evaluation(), workers.turn:  # in this order, as in a call
             self._number = next(workers.numbers)
@@ -113,7 +123,7 @@ class Coordinator(Engine):
         if model.weights is not None:
             model.weights.release()  # no unit is run here
 
-    # -- what the workers hold -----------------------------------------------------------------------------------
+    # -- what the workers hold ---------------------------------------------------------------------
 
     def _open(self) -> None:
         """Let every worker be ready, with this model and an engine as this one."""
@@ -122,7 +132,11 @@ class Coordinator(Engine):
         if self._opened[0] != state:
             self._opened = state, self.model.weights_hash
         weights, engines = self._opened[1], self.workers.engines
-        late = [worker for worker in range(self.workers.count) if engines[worker].get(self._number) != weights]
+        late = [
+            worker
+            for worker in range(self.workers.count)
+            if engines[worker].get(self._number) != weights
+        ]
         if not late:
             return
         description = self.workers.keep(self._description())
@@ -133,7 +147,9 @@ class Coordinator(Engine):
             worker, kind, value, _, _ = self.workers.hear()
             if kind == "opened":
                 self._note_opened(worker, value)
-            elif kind == "lost" and deaths < MOST_DEATHS:  # perhaps long ago, while it had nothing to do
+            elif (
+                kind == "lost" and deaths < MOST_DEATHS
+            ):  # perhaps long ago, while it had nothing to do
                 deaths += 1
                 self.workers.revive(worker)
                 self._tell_open(worker, description)
@@ -150,35 +166,58 @@ class Coordinator(Engine):
 
     def _agreed(self) -> dict[str, object]:
         """What every engine must have in common: chunks, tiles, and all that bits depend on."""
-        return {"layout": self.layout, "numerics": self.numerics(), "threads": torch.get_num_threads()}
+        return {
+            "layout": self.layout,
+            "numerics": self.numerics(),
+            "threads": torch.get_num_threads(),
+        }
 
     def _tell_open(self, worker: int, description: Any) -> None:
         state, weights = self._opened
-        how = None if weights in self.workers.models[worker] else self._model_for_workers(weights, state)
+        how = (
+            None
+            if weights in self.workers.models[worker]
+            else self._model_for_workers(weights, state)
+        )
         device = self.workers.device(worker, self.model.device)
         self.workers.engines[worker].pop(self._number, None)  # until it says that it has it
-        self.workers.tell(worker, "open", self._number, weights, how, device, description, list(self.workers.alive))
+        self.workers.tell(
+            worker,
+            "open",
+            self._number,
+            weights,
+            how,
+            device,
+            description,
+            list(self.workers.alive),
+        )
 
     def _note_opened(self, worker: int, models: list[str]) -> None:
         self.workers.models[worker] = set(models)
         self.workers.engines[worker][self._number] = self._opened[1]
 
     def _model_for_workers(self, weights: str, state: tuple) -> tuple:
-        """How a worker comes by the model: as `load_model` did, or by its modules and its tensors."""
+        """How a worker comes by the model: as `load_model` did, or by its modules and its
+        tensors."""
         if self._model_given is None or self._model_given[0] != weights:
             if self.model.opened is not None and self.model.opened[1] == state:
                 self._model_given = weights, ("load", *self.model.opened[0]), None
             elif self.model.weights is not None:
-                raise InputError(f"{self.model.name}: has changed since it was opened, and its weights are in files")
+                raise InputError(
+                    f"{self.model.name}: has changed since it was opened, and its weights are in "
+                    f"files"
+                )
             else:
                 modules, tensors = pack(self.model.given)
                 at, token, held = self.workers.keep_tensors(tensors)
                 self._model_given = weights, ("modules", modules, at, token), held
         return self._model_given[1]
 
-    # -- a call --------------------------------------------------------------------------------------------------
+    # -- a call ------------------------------------------------------------------------------------
 
-    def _run(self, trie: Trie, progress: Progress, wanted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _run(
+        self, trie: Trie, progress: Progress, wanted: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         sums, keys, context, missing, known = self._begin(trie, wanted)
         left = {number: rows.copy() for number, rows in missing.items() if rows.any()}
         call, tries = _Call(trie, keys, context, sums, left), self._tries(trie, left)
@@ -197,7 +236,9 @@ class Coordinator(Engine):
         made: dict[bytes, Trie] = {}
         for rows in left.values():
             if (key := rows.tobytes()) not in made:
-                made[key] = trie if rows.all() else make_trie(itertools.compress(trie.sequences, rows))
+                made[key] = (
+                    trie if rows.all() else make_trie(itertools.compress(trie.sequences, rows))
+                )
         return {number: made[rows.tobytes()] for number, rows in left.items()}
 
     def _note_asked(self, tries: Mapping[int, Trie]) -> None:
@@ -205,11 +246,16 @@ class Coordinator(Engine):
         dense = [make_trie([tuple(range(self.num_units))])] * self.measure.needs_dense
         for number, asked in tries.items():
             for part in (*dense, asked):
-                self.counts.row_unbounded += self._seen.add(number, part) * len(self.chunks[number].rows)
+                self.counts.row_unbounded += self._seen.add(number, part) * len(
+                    self.chunks[number].rows
+                )
 
     def _parts(self, trie: Trie, tries: Mapping[int, Trie]) -> dict[int, dict[int, np.ndarray]]:
         """By worker and chunk, which of the trie's sequences it runs there, int64[n]."""
-        loads, owner = [self.chunks[number].num_tokens for number in tries], [self._owner[number] for number in tries]
+        loads, owner = (
+            [self.chunks[number].num_tokens for number in tries],
+            [self._owner[number] for number in tries],
+        )
         places = {sequence: place for place, sequence in enumerate(trie.sequences)}
         parts: dict[int, dict[int, np.ndarray]] = {}
         for (number, asked), team in zip(tries.items(), teams(loads, owner, self.workers.count)):
@@ -218,10 +264,14 @@ class Coordinator(Engine):
                 parts.setdefault(worker, {})[number] = rows[part.start : part.stop]
         return parts
 
-    def _share_out(self, call: _Call, parts: Mapping[int, Mapping[int, np.ndarray]], progress: Progress) -> None:
+    def _share_out(
+        self, call: _Call, parts: Mapping[int, Mapping[int, np.ndarray]], progress: Progress
+    ) -> None:
         """Have the workers run their parts, and put what they find into its place."""
         deaths = dict.fromkeys(parts, 0)
-        done: dict[int, tuple[int, int]] = {}  # by worker, its unit runs so far and in all, as it has said last
+        done: dict[
+            int, tuple[int, int]
+        ] = {}  # by worker, its unit runs so far and in all, as it has said last
         asked: dict[int, np.ndarray] = {}  # by worker, the places of its sequences
         for worker in parts:
             asked[worker] = self._tell(worker, call, parts[worker])
@@ -254,13 +304,21 @@ class Coordinator(Engine):
             elif kind == "lost":
                 deaths[worker] += 1
                 if deaths[worker] == MOST_DEATHS:
-                    raise RuntimeError(f"worker {worker} died {MOST_DEATHS} times in one call: {value}")
-                warnings.warn(f"worker {worker} died, its share is run again: {value}", RuntimeWarning, stacklevel=5)
+                    raise RuntimeError(
+                        f"worker {worker} died {MOST_DEATHS} times in one call: {value}"
+                    )
+                warnings.warn(
+                    f"worker {worker} died, its share is run again: {value}",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
                 self.workers.revive(worker)
                 self._tell_open(worker, self.workers.keep(self._description()))
             elif kind == "opened":
                 self._note_opened(worker, value)
-                rest = {number: rows[call.left[number][rows]] for number, rows in parts[worker].items()}
+                rest = {
+                    number: rows[call.left[number][rows]] for number, rows in parts[worker].items()
+                }
                 rest = {number: rows for number, rows in rest.items() if len(rows)}
                 if rest:
                     asked[worker] = self._tell(worker, call, rest)
@@ -278,28 +336,37 @@ class Coordinator(Engine):
         return places
 
     def _put(self, call: _Call, number: int, places: np.ndarray, found: np.ndarray) -> None:
-        """Put the sums of some sequences on a chunk, [n, V, C], into their place, and into the store."""
+        """Put the sums of some sequences on a chunk, [n, V, C], into their place, and into the
+        store."""
         continuations = self.chunks[number].continuations
         call.sums[np.ix_(places, np.arange(found.shape[1]), continuations)] = found
         call.left[number][places] = False
         if self.store is not None and call.context is not None:
-            finished = {call.keys[place]: call.sums[place, :, continuations] for place in places.tolist()}
+            finished = {
+                call.keys[place]: call.sums[place, :, continuations] for place in places.tolist()
+            }
             self.store.put(call.context, self.chunks[number].key, finished)
 
     def _cost_of_head(self) -> float:
-        """What the head of one mask costs, in unit runs, by the numbers of weights and the positions that count."""
-        units = sum(p.numel() for layer in self.model.layers for p in layer.parameters()) / self.num_units
+        """What the head of one mask costs, in unit runs, by the numbers of weights and the
+        positions that count."""
+        units = (
+            sum(p.numel() for layer in self.model.layers for p in layer.parameters())
+            / self.num_units
+        )
         embeddings: Any = self.model.hf.get_output_embeddings
         head = sum(p.numel() for p in embeddings().parameters())
         positions = len(np.unique(self.batch.target_source))  # that predict something
         return head / max(1, units) * positions / self.batch.num_tokens
 
-    # -- chunks and memory ---------------------------------------------------------------------------------------
+    # -- chunks and memory -------------------------------------------------------------------------
 
     def _cut(self, layout: Layout) -> None:
         super()._cut(layout)
         looks = look_of(self.batch)[[rows[0] for rows in layout.chunks]]
-        self._owner = owners([chunk.num_tokens for chunk in self.chunks], looks.tolist(), self.workers.count)
+        self._owner = owners(
+            [chunk.num_tokens for chunk in self.chunks], looks.tolist(), self.workers.count
+        )
 
     def _shrink_cache(self) -> bool:
         return False  # a worker that says it has no memory has given its cache up before

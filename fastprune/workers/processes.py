@@ -27,19 +27,31 @@ if TYPE_CHECKING:  # what checks a command line does without torch
     import torch
 
 MOST_WORKERS = 1024
-LAST = ("ready", "opened", "done", "memory", "wrong", "failed", "stopped", "lost")  # of `worker`: it then waits
+LAST = (
+    "ready",
+    "opened",
+    "done",
+    "memory",
+    "wrong",
+    "failed",
+    "stopped",
+    "lost",
+)  # of `worker`: it then waits
 END_WITHIN = 2  # seconds that processes have, all together, to end by themselves
 START = "import sys; from fastprune.workers.worker import serve; serve(int(sys.argv[1]))"
 
 
 class Workers:
-    """What runs the parts of a call, several at once. Evaluators may share one; their calls take turns.
+    """What runs the parts of a call, several at once. Evaluators may share one; their calls take
+    turns.
 
-    count: how many there are. per_machine: how many share the memory of one machine. models, engines: what each holds,
-    by hash and by number; who opens something there notes it. alive: who shares out work here, by number.
+    count: how many there are. per_machine: how many share the memory of one machine. models,
+    engines: what each holds, by hash and by number; who opens something there notes it. alive: who
+    shares out work here, by number.
 
-    A subclass starts them, and gives `_start(worker)`, `_send(worker, request)` and `_receive()`, which waits for the
-    next word of any busy worker, as `hear` returns it: "lost" where one died, whose value says why.
+    A subclass starts them, and gives `_start(worker)`, `_send(worker, request)` and `_receive()`,
+    which waits for the next word of any busy worker, as `hear` returns it: "lost" where one died,
+    whose value says why.
     """
 
     def __init__(self, count: int, per_machine: int):
@@ -58,7 +70,8 @@ class Workers:
         self.busy.add(worker)
 
     def hear(self) -> tuple[int, str, Any, int, int]:
-        """The next word of any busy worker: (worker, kind, value, unit runs on rows, heads on rows)."""
+        """The next word of any busy worker: (worker, kind, value, unit runs on rows, heads on
+        rows)."""
         worker, kind, *more = self._receive()
         if kind in LAST:
             self.busy.discard(worker)
@@ -76,7 +89,8 @@ class Workers:
             self.hear()
 
     def settle(self) -> None:
-        """Let every worker be ready for a request: nothing is left of an earlier one, and dead ones begin anew."""
+        """Let every worker be ready for a request: nothing is left of an earlier one, and dead ones
+        begin anew."""
         self.quiet()
         for worker in sorted(self._dead):
             self.revive(worker)
@@ -91,8 +105,8 @@ class Workers:
         return value
 
     def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
-        """Where each tensor stands in a buffer, see `models.handover`; what stands for the buffer in a request; and
-        what must be held as long as a request may have it."""
+        """Where each tensor stands in a buffer, see `models.handover`; what stands for the buffer
+        in a request; and what must be held as long as a request may have it."""
         raise NotImplementedError
 
     def device(self, worker: int, device: torch.device) -> str:
@@ -125,8 +139,9 @@ class _Member:
 class Processes(Workers):
     """`count` processes of this machine, each with a model of its own, started at once.
 
-    On GPUs the workers take the devices of the machine in turn. They end with this object, and with this process,
-    however that ends. Raises InputError for a count below 1, RuntimeError when one cannot start.
+    On GPUs the workers take the devices of the machine in turn. They end with this object, and with
+    this process, however that ends. Raises InputError for a count below 1, RuntimeError when one
+    cannot start.
     """
 
     def __init__(self, count: int):
@@ -156,7 +171,9 @@ class Processes(Workers):
         at, size = handover.places(tensors)
         file = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as a worker may read it)
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full says so now, not by a signal later
+            os.posix_fallocate(
+                file.fileno(), 0, size
+            )  # a disk that is full says so now, not by a signal later
         except OSError as error:
             place = tempfile.gettempdir()
             raise InputError(
@@ -168,7 +185,9 @@ class Processes(Workers):
     def device(self, worker: int, device: torch.device) -> str:
         import torch
 
-        return f"cuda:{worker % torch.cuda.device_count()}" if device.type == "cuda" else str(device)
+        return (
+            f"cuda:{worker % torch.cuda.device_count()}" if device.type == "cuda" else str(device)
+        )
 
     def per_device(self, device: torch.device) -> int:
         import torch
@@ -218,27 +237,34 @@ class Processes(Workers):
 
 
 def check_workers(count: Any) -> int:
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= MOST_WORKERS:
+    if (
+        isinstance(count, bool)
+        or not isinstance(count, (int, np.integer))
+        or not 1 <= count <= MOST_WORKERS
+    ):
         raise InputError(f"workers must be a number from 1 to {MOST_WORKERS}, not {count!r}")
     return int(count)
 
 
 def _why(member: _Member) -> str:
-    """How a process ended whose pipe is closed: its signal, or its status and the last line that it printed."""
+    """How a process ended whose pipe is closed: its signal, or its status and the last line that it
+    printed."""
     with suppress(subprocess.TimeoutExpired):
         member.process.wait(timeout=5)
     status = member.process.returncode
     if status is not None and status < 0:
         return f"process {member.process.pid} was killed ({signal.Signals(-status).name})"
     member.printed.seek(0)
-    lines = [line for line in member.printed.read().decode(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line for line in member.printed.read().decode(errors="replace").splitlines() if line.strip()
+    ]
     said = brief(lines[-1], 200) if lines else "it printed nothing"
     return f"process {member.process.pid} ended with status {status}: {said}"
 
 
 def _end(members: dict[int, _Member], owner: int) -> None:
-    """Close every pipe, upon which the processes end by themselves, or are ended: all together, since busy ones do not
-    look at it."""
+    """Close every pipe, upon which the processes end by themselves, or are ended: all together,
+    since busy ones do not look at it."""
     if os.getpid() != owner:  # a fork of the process that has started them
         return
     for member in members.values():

@@ -1,8 +1,9 @@
-"""Which worker runs what: chunks first, and parts of the trie where workers outnumber chunks. Pure integers and NumPy.
+"""Which worker runs what: chunks first, and parts of the trie where workers outnumber chunks. Pure
+integers and NumPy.
 
-A continuation lies in one chunk, so that a worker's sums need nothing from another's, and as long as there is a chunk
-for every worker no prefix is run twice. A trie is cut between neighbours of its sorted sequences: each part is a range
-of them, and runs again only the path to its first node.
+A continuation lies in one chunk, so that a worker's sums need nothing from another's, and as long
+as there is a chunk for every worker no prefix is run twice. A trie is cut between neighbours of its
+sorted sequences: each part is a range of them, and runs again only the path to its first node.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import numpy as np
 
 from ..trie import Trie
 
-SLACK = 1 / 8  # how far a cut may move from where the parts would weigh the same, to where less is shared
+SLACK = (
+    1 / 8
+)  # how far a cut may move from where the parts would weigh the same, to where less is shared
 
 
 def owners(loads: Sequence[int], looks: Sequence[int], workers: int) -> np.ndarray:
-    """The worker of each chunk, int64[C], the same whatever is asked, so that its prefix cache stays of use.
+    """The worker of each chunk, int64[C], the same whatever is asked, so that its prefix cache
+    stays of use.
 
-    loads: tokens of each chunk. looks: of a race, which one each chunk belongs to. Heavy chunks first, each to the
-    worker that has least, of its look and of all together: every look of a race is shared out as well as the whole.
+    loads: tokens of each chunk. looks: of a race, which one each chunk belongs to. Heavy chunks
+    first, each to the worker that has least, of its look and of all together: every look of a race
+    is shared out as well as the whole.
     """
     weights, of = np.asarray(loads, dtype=np.int64), np.asarray(looks, dtype=np.int64)
     found, total = np.zeros(len(weights), dtype=np.int64), np.zeros(workers, dtype=np.int64)
@@ -36,9 +41,11 @@ def owners(loads: Sequence[int], looks: Sequence[int], workers: int) -> np.ndarr
 
 
 def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list[int]]:
-    """The workers of each chunk of a call: its owner alone, or, of fewer chunks than workers, a team by its weight.
+    """The workers of each chunk of a call: its owner alone, or, of fewer chunks than workers, a
+    team by its weight.
 
-    loads, owner: of the chunks that are asked for. The same chunks have the same teams in every call.
+    loads, owner: of the chunks that are asked for. The same chunks have the same teams in every
+    call.
     """
     weights = np.asarray(loads, dtype=np.float64)
     if not 0 < len(weights) < workers:
@@ -59,10 +66,12 @@ def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list
 
 
 def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
-    """At most `parts` ranges of the trie's sequences, of about the same work, in order; none of them empty.
+    """At most `parts` ranges of the trie's sequences, of about the same work, in order; none of
+    them empty.
 
-    head: what a sequence costs besides its nodes, in unit runs. A range runs the nodes on the way to its sequences,
-    those that it shares with the range before once more; so a cut is made where little is shared, near where it is due.
+    head: what a sequence costs besides its nodes, in unit runs. A range runs the nodes on the way
+    to its sequences, those that it shares with the range before once more; so a cut is made where
+    little is shared, near where it is due.
     """
     shared, own = _shared(trie)
     work = np.concatenate([[0.0], np.cumsum(own + head)])
@@ -77,14 +86,17 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
         places = places[places < len(own)]
         if not len(places):
             break
-        stop = int(places[np.lexsort((np.abs(work[places] - work[start] - due), shared[places]))[0]])
+        stop = int(
+            places[np.lexsort((np.abs(work[places] - work[start] - due), shared[places]))[0]]
+        )
         found.append(range(start, stop))
         start = stop
     return [*found, range(start, len(own))] if start < len(own) else found
 
 
 def _shared(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sequence, how many units it shares with the one before, and how many it has beyond these: int64[M]."""
+    """Of each sequence, how many units it shares with the one before, and how many it has beyond
+    these: int64[M]."""
     count = len(trie.sequences)
     lengths = np.array([len(sequence) for sequence in trie.sequences], dtype=np.int64)
     table = np.full((count, int(lengths.max(initial=0)) + 1), -1, dtype=np.int64)

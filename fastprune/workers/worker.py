@@ -1,7 +1,8 @@
-"""One worker of several: it holds models of its own and an engine for each evaluator, and runs its part of a call.
+"""One worker of several: it holds models of its own and an engine for each evaluator, and runs its
+part of a call.
 
-It knows nothing of other workers. What it is asked comes as plain values, and so does what it answers, whatever carries
-them: a pipe (`serve`), or Ray (`integrations.distributed`).
+It knows nothing of other workers. What it is asked comes as plain values, and so does what it
+answers, whatever carries them: a pipe (`serve`), or Ray (`integrations.distributed`).
 """
 
 from __future__ import annotations
@@ -35,25 +36,35 @@ class Stopped(Exception):
 
 
 class PartEngine(Engine):
-    """An engine that runs some sequences on some chunks, and gives their sums away as they are finished."""
+    """An engine that runs some sequences on some chunks, and gives their sums away as they are
+    finished."""
 
     emit: Callable[[str, object], None] = lambda kind, value: None
     places: Mapping[bytes, int]  # of the sequences of a call, by the keys of their units
     part: Mapping[int, np.ndarray]  # by chunk, bool[M]: which of them are to be run there
 
-    def start(self, sequences: Sequence[Units], part: Mapping[int, np.ndarray], progress: Progress) -> None:
+    def start(
+        self, sequences: Sequence[Units], part: Mapping[int, np.ndarray], progress: Progress
+    ) -> None:
         """Run sequences, sorted and distinct, on chunks."""
-        self.places, self.part = {units_key(sequence): place for place, sequence in enumerate(sequences)}, part
+        self.places, self.part = (
+            {units_key(sequence): place for place, sequence in enumerate(sequences)},
+            part,
+        )
         self.counts.peak_activation_bytes = 0
         self.run(make_trie(sequences), progress)
 
     def _numbers(self, wanted: np.ndarray | None) -> list[int]:
         return list(self.part)
 
-    def _look_up(self, context: int | None, keys: list[bytes], number: int, sums: np.ndarray) -> np.ndarray:
+    def _look_up(
+        self, context: int | None, keys: list[bytes], number: int, sums: np.ndarray
+    ) -> np.ndarray:
         return self.part[number][[self.places[key] for key in keys]]
 
-    def _finish(self, pending: list, chunk: Chunk, sums: np.ndarray, context: int | None, keys: list[bytes]) -> None:
+    def _finish(
+        self, pending: list, chunk: Chunk, sums: np.ndarray, context: int | None, keys: list[bytes]
+    ) -> None:
         rows = [row for row, _ in pending]
         super()._finish(pending, chunk, sums, context, keys)
         if rows:
@@ -62,7 +73,8 @@ class PartEngine(Engine):
             self.emit("sums", (number, places, sums[rows][:, :, chunk.continuations]))
 
     def share_memory(self, per_machine: int, per_device: int) -> None:
-        """Take only one part in so many of what is free, of the host and its disk, and of the device."""
+        """Take only one part in so many of what is free, of the host and its disk, and of the
+        device."""
         self.cache.per_machine = self.frontier.per_machine = per_machine
         self.cache.per_device = per_device
 
@@ -70,7 +82,8 @@ class PartEngine(Engine):
         return False  # chunks are common to all workers: who shares out the work cuts them
 
     def agree(self, given: Mapping[str, Any]) -> None:
-        """Cut chunks and tiles as all do. Raises InputError where numbers would have other bits all the same."""
+        """Cut chunks and tiles as all do. Raises InputError where numbers would have other bits all
+        the same."""
         if self.layout != given["layout"]:
             self.executor.keeps_references = False
             self._cut(given["layout"])
@@ -78,9 +91,11 @@ class PartEngine(Engine):
 
 
 class Worker:
-    """Answers requests, by words: emit((kind, value, unit runs on rows, heads on rows)), counted since the last word.
+    """Answers requests, by words: emit((kind, value, unit runs on rows, heads on rows)), counted
+    since the last word.
 
-    stopping() says whether the request at hand is given up. fetch: what stands for a large value -> the value.
+    stopping() says whether the request at hand is given up. fetch: what stands for a large value ->
+    the value.
     """
 
     def __init__(
@@ -95,14 +110,19 @@ class Worker:
         self._counted: tuple[Engine | None, int, int] = (None, 0, 0)
 
     def answer(self, kind: str, *request: Any) -> None:
-        """Do what is asked, and say so; the last word is one of `processes.LAST`. A "stop" that comes late has none."""
+        """Do what is asked, and say so; the last word is one of `processes.LAST`. A "stop" that
+        comes late has none."""
         if kind == "stop":
             return
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore" if kind == "open" else "always")  # the caller has opened the same
+                warnings.simplefilter(
+                    "ignore" if kind == "open" else "always"
+                )  # the caller has opened the same
                 warnings.showwarning = self._warn
-                last: tuple[str, object] = self._open(*request) if kind == "open" else self._run(*request)
+                last: tuple[str, object] = (
+                    self._open(*request) if kind == "open" else self._run(*request)
+                )
         except InputError as error:
             last = "wrong", str(error)
         except Stopped:
@@ -113,19 +133,31 @@ class Worker:
         self._say(*last)
 
     def _open(
-        self, number: int, weights: str, model: tuple | None, device: str, token: Any, alive: list[int]
+        self,
+        number: int,
+        weights: str,
+        model: tuple | None,
+        device: str,
+        token: Any,
+        alive: list[int],
     ) -> tuple[str, object]:
-        """Make an engine. weights: the hash of the model's; model: how to come by it, None where it is here already.
+        """Make an engine. weights: the hash of the model's; model: how to come by it, None where it
+        is here already.
         alive: the numbers of engines that are still of use."""
         given = self._fetch(token)
         _use_threads(given["threads"])
-        self._engines = {n: engine for n, engine in self._engines.items() if n in alive and n != number}
+        self._engines = {
+            n: engine for n, engine in self._engines.items() if n in alive and n != number
+        }
         if model is not None:
             self._models[weights] = self._make_model(model, device)
             found = self._models[weights].weights_hash
             if found != weights:
                 del self._models[weights]
-                raise InputError("the model that it opened is not the same as here: weights, config, hooks or switches")
+                raise InputError(
+                    "the model that it opened is not the same as here: weights, config, hooks or "
+                    "switches"
+                )
         engine = PartEngine(self._models[weights], **given["engine"])
         engine.share_memory(*given["sharing"])
         engine.emit = self._say
@@ -164,7 +196,12 @@ class Worker:
 
         engine.start(given["sequences"], part, progress)
         read = engine.counts.weight_loads - loads, engine.counts.weight_bytes - bytes_read
-        return "done", (engine.counts.peak_activation_bytes, engine.cache.bytes, dict(engine.cache.hits), *read)
+        return "done", (
+            engine.counts.peak_activation_bytes,
+            engine.cache.bytes,
+            dict(engine.cache.hits),
+            *read,
+        )
 
     def _say(self, kind: str, value: object) -> None:
         engine, runs, heads = self._counted
@@ -179,14 +216,17 @@ class Worker:
 
 
 def _check_alike(found: Mapping, expected: Mapping) -> None:
-    """Raise InputError, naming what it is, where something that bits depend on is not the same as at the caller's."""
+    """Raise InputError, naming what it is, where something that bits depend on is not the same as
+    at the caller's."""
     for name in sorted({*found, *expected}):
         here, there = found.get(name), expected.get(name)
         if here == there:
             continue
         if isinstance(here, Mapping) and isinstance(there, Mapping):
             _check_alike(here, there)
-        raise InputError(f"its {name} is {here}, not {there}, so that its numbers would have other bits")
+        raise InputError(
+            f"its {name} is {here}, not {there}, so that its numbers would have other bits"
+        )
 
 
 def _use_threads(count: int) -> None:
@@ -201,7 +241,9 @@ def serve(number: int) -> None:
     import_transformers()
 
     def stopping() -> bool:
-        return pipe.poll() and bool(pipe.recv())  # while a request is at hand, nothing comes but "stop"
+        return pipe.poll() and bool(
+            pipe.recv()
+        )  # while a request is at hand, nothing comes but "stop"
 
     def fetch(token: tuple) -> Any:
         kind, *where = token

@@ -1,9 +1,10 @@
-"""Tree attention: causal over packed rows, where a token sees the trunk of its row and its own branch.
+"""Tree attention: causal over packed rows, where a token sees the trunk of its row and its own
+branch.
 
-Tiles of queries and blocks of keys are cut from the beginning of each row, so that a row's bits do not depend on what
-it is packed with. Which blocks a tile sees is settled once for a batch of tokens (`TreePlan`), and serves every layer
-and every mask: a block that nothing in the tile sees is not in its list, and one that everything in it sees is
-visited without a mask.
+Tiles of queries and blocks of keys are cut from the beginning of each row, so that a row's bits do
+not depend on what it is packed with. Which blocks a tile sees is settled once for a batch of tokens
+(`TreePlan`), and serves every layer and every mask: a block that nothing in the tile sees is not in
+its list, and one that everything in it sees is visited without a mask.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def tree_attention_kernel(
     i_whole = tl.load(p_lists + 2 * i_tile)
     i_part = tl.load(p_lists + 2 * i_tile + 1)
     i_last = tl.load(p_lists + 2 * i_tile + 2)
-    # the next block's index is carried, not read where it is used: only so are the copies of a block issued while the
-    # blocks before it are worked on
+    # the next block's index is carried, not read where it is used: only so are the copies of a
+    # block issued while the blocks before it are worked on
     i_key = tl.load(p_blocks + i_whole)
     for i_block in range(i_whole, i_part):
         i_next = tl.load(p_blocks + i_block + 1)
@@ -116,7 +117,8 @@ def _attend(
     o_block = i_key.to(tl.int64) * STRIDE
     b_k = tl.load(p_k + o_block + o_kv, mask=m_kv, other=0.0)  # [N, Dh]
     b_scores = dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], BLOCK_N], tl.float32))  # [M, N]
-    # a power of 2 of scaled score minus scaled maximum is one operation a score, but its rounding would show in float32
+    # a power of 2 of scaled score minus scaled maximum is one operation a score, but its rounding
+    # would show in float32
     POWERS: tl.constexpr = b_q.dtype != tl.float32
     if SOFT_CAP is not None or not POWERS:
         b_scores = soft_cap(b_scores * scale, SOFT_CAP)
@@ -124,7 +126,9 @@ def _attend(
         # keys after the row's end come after every query of it
         m_seen = o_m[:, None] >= o_n[None, :]
         b_key_branch = tl.load(p_branch + o_n, mask=o_n < i_end, other=0)
-        m_seen = m_seen & ((b_key_branch[None, :] == 0) | (b_branch[:, None] == b_key_branch[None, :]))
+        m_seen = m_seen & (
+            (b_key_branch[None, :] == 0) | (b_branch[:, None] == b_key_branch[None, :])
+        )
         if WINDOW is not None:
             b_key_position = tl.load(p_position + o_n, mask=o_n < i_end, other=0)
             m_seen = m_seen & (b_position[:, None] - b_key_position[None, :] < WINDOW)
@@ -132,7 +136,9 @@ def _attend(
     b_high = tl.max(b_scores, axis=1)
     if POWERS:
         factor = LOG2_E if SOFT_CAP is not None else scale * LOG2_E
-        b_new_max = tl.maximum(b_max, b_high * factor)  # at least LEAST: no difference of infinities
+        b_new_max = tl.maximum(
+            b_max, b_high * factor
+        )  # at least LEAST: no difference of infinities
         b_p = tl.exp2(b_scores * factor - b_new_max[:, None])
         b_scale = tl.exp2(b_max - b_new_max)
     else:
@@ -147,11 +153,12 @@ def _attend(
 
 @dataclass(frozen=True)
 class TreePlan:
-    """Which blocks of keys each tile of queries visits. Made by `plan_tree`, for one batch of tokens and one window.
+    """Which blocks of keys each tile of queries visits. Made by `plan_tree`, for one batch of
+    tokens and one window.
 
-    tile_start, tile_end int32[tiles]: a tile's first token and the end of its row. lists int32[2 tiles + 1]: bounds in
-    `blocks` of the blocks that a tile sees whole, then of those it sees in part. blocks: each one's first token,
-    and a last entry that stands for none.
+    tile_start, tile_end int32[tiles]: a tile's first token and the end of its row. lists int32[2
+    tiles + 1]: bounds in `blocks` of the blocks that a tile sees whole, then of those it sees in
+    part. blocks: each one's first token, and a last entry that stands for none.
     """
 
     num_tokens: int
@@ -182,23 +189,30 @@ def plan_tree(
 ) -> TreePlan:
     """The blocks that tiles visit, for rows of packed tokens. Made on the CPU, once for a batch.
 
-    row_starts int64[R + 1]: where each row begins, ascending from 0 to T. branch, position int64[T]: each token's
-    branch in its row (0 = trunk) and position in its own sequence. window: keys less than that many positions away are
-    seen. head_dim, dtype, device: of the attention it is for.
+    row_starts int64[R + 1]: where each row begins, ascending from 0 to T. branch, position
+    int64[T]: each token's branch in its row (0 = trunk) and position in its own sequence. window:
+    keys less than that many positions away are seen. head_dim, dtype, device: of the attention it
+    is for.
     """
     row_starts, branch, position = (x.cpu().long() for x in (row_starts, branch, position))
     fits = row_starts.dim() == 1 and len(row_starts) > 0
     check(fits, lambda: f"row_starts must have shape [R + 1], not {list(row_starts.shape)}")
     count = len(branch)
     check(branch.dim() == 1, lambda: f"branch must have shape [T], not {list(branch.shape)}")
-    check(position.shape == branch.shape, lambda: f"position must have shape [{count}], not {list(position.shape)}")
+    check(
+        position.shape == branch.shape,
+        lambda: f"position must have shape [{count}], not {list(position.shape)}",
+    )
     lengths = row_starts.diff()
     covers = row_starts[0] == 0 and row_starts[-1] == count and bool((lengths > 0).all())
     check(covers, lambda: f"row_starts must ascend from 0 to the {count} tokens")
     check(count < 2**31 - 2**10, lambda: f"{count} tokens are too many; split them")
     check(window is None or window > 0, lambda: f"window must be above 0, not {window}")
     check(dtype in FLOATS, lambda: f"dtype must be one of {FLOATS}, not {dtype}")
-    check(0 < head_dim <= MAX_HEAD, lambda: f"a head must have 1 to {MAX_HEAD} columns, not {head_dim}")
+    check(
+        0 < head_dim <= MAX_HEAD,
+        lambda: f"a head must have 1 to {MAX_HEAD} columns, not {head_dim}",
+    )
     device = torch.empty(0, device=device).device  # "cuda" gets its index
     config = config or tree_attention_config(architecture(device), dtype.itemsize, head_dim)
 
@@ -219,7 +233,9 @@ def plan_tree(
     order = key.argsort(stable=True)
     lists = torch.zeros(2 * len(heavy) + 1, dtype=torch.int64)
     lists[1:] = torch.bincount(key, minlength=2 * len(heavy)).cumsum(0)
-    listed = torch.cat([blocks.start[block][order], lists.new_zeros(1)])  # a tile reads the entry after its last one
+    listed = torch.cat(
+        [blocks.start[block][order], lists.new_zeros(1)]
+    )  # a tile reads the entry after its last one
     tensors = (branch, position, tiles.start[heavy], tiles.row_end[heavy], lists, listed)
     return TreePlan(count, window, config, *(x.to(device, torch.int32) for x in tensors))
 
@@ -244,18 +260,25 @@ class _Pieces:
         self.low_branch, self.high_branch = self._bounds(piece, branch)
         self.low_position, self.high_position = self._bounds(piece, position)
         # of the branches, the trunk left out
-        self.low_leaf = self._bounds(piece, torch.where(branch == 0, torch.iinfo(torch.int64).max, branch))[0]
+        self.low_leaf = self._bounds(
+            piece, torch.where(branch == 0, torch.iinfo(torch.int64).max, branch)
+        )[0]
 
     def _bounds(self, piece, values):
         shape = (len(self.row),)
-        low = torch.zeros(shape, dtype=torch.int64).scatter_reduce(0, piece, values, "amin", include_self=False)
-        high = torch.zeros(shape, dtype=torch.int64).scatter_reduce(0, piece, values, "amax", include_self=False)
+        low = torch.zeros(shape, dtype=torch.int64).scatter_reduce(
+            0, piece, values, "amin", include_self=False
+        )
+        high = torch.zeros(shape, dtype=torch.int64).scatter_reduce(
+            0, piece, values, "amax", include_self=False
+        )
         return low, high
 
 
 def _visibility(q: _Pieces, i, k: _Pieces, j, window: int | None, size: int):
-    """Whether tile i may see some of block j, and whether all of it sees all of the block. By bounds, so on the safe
-    side: a block seen by nothing may stay, and one seen whole may be masked."""
+    """Whether tile i may see some of block j, and whether all of it sees all of the block. By
+    bounds, so on the safe side: a block seen by nothing may stay, and one seen whole may be
+    masked."""
     shares_branch = (k.low_leaf[j] <= q.high_branch[i]) & (q.low_branch[i] <= k.high_branch[j])
     seen = (k.start[j] < q.end[i]) & ((k.low_branch[j] == 0) | shares_branch)
     one_branch = (k.low_branch[j] == k.high_branch[j]) & (q.low_branch[i] == q.high_branch[i])
@@ -277,10 +300,12 @@ def tree_attention(
     soft_cap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the keys that the plan's tree lets a query see. Returns [T, num_heads * Dh].
+    """softmax(scale * q k^T) v over the keys that the plan's tree lets a query see. Returns [T,
+    num_heads * Dh].
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v; num_heads / num_kv_heads query heads share a key
-    head. scale: 1 / sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores / cap) before the mask (Gemma 2).
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v; num_heads / num_kv_heads query
+    heads share a key head. scale: 1 / sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores
+    / cap) before the mask (Gemma 2).
     """
     check(num_kv_heads > 0, lambda: f"there must be key heads, not {num_kv_heads}")
     check(
@@ -294,14 +319,23 @@ def tree_attention(
     )
     head_dim = qkv.shape[1] // total
     check_tensor("qkv", qkv, (plan.num_tokens, total * head_dim), FLOATS, qkv.device)
-    check(head_dim <= MAX_HEAD, lambda: f"a head must have at most {MAX_HEAD} columns, not {head_dim}")
-    check(plan.branch.device == qkv.device, lambda: f"the plan must be on {qkv.device}, not on {plan.branch.device}")
+    check(
+        head_dim <= MAX_HEAD, lambda: f"a head must have at most {MAX_HEAD} columns, not {head_dim}"
+    )
+    check(
+        plan.branch.device == qkv.device,
+        lambda: f"the plan must be on {qkv.device}, not on {plan.branch.device}",
+    )
     check(scale is None or scale > 0, lambda: f"scale must be above 0, not {scale}")
     check(soft_cap is None or soft_cap > 0, lambda: f"soft_cap must be above 0, not {soft_cap}")
     check(
-        qkv.shape[1] < 2**22, lambda: f"qkv must have fewer than {2**22} columns, not {qkv.shape[1]}"
+        qkv.shape[1] < 2**22,
+        lambda: f"qkv must have fewer than {2**22} columns, not {qkv.shape[1]}",
     )  # 32-bit tile offsets
-    check(plan.num_tiles * num_heads < 2**31, lambda: f"{plan.num_tiles} tiles of {num_heads} heads are too many")
+    check(
+        plan.num_tiles * num_heads < 2**31,
+        lambda: f"{plan.num_tiles} tiles of {num_heads} heads are too many",
+    )
     out = check_output("out", out, (len(qkv), num_heads * head_dim), qkv.dtype, qkv.device)
     if plan.num_tiles:
         with on_device(qkv):

@@ -6,14 +6,25 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FLOATS, Config, cdiv, check, check_output, check_tensor, gated_mlp_config, on_device
+from .launch import (
+    FLOATS,
+    Config,
+    cdiv,
+    check,
+    check_output,
+    check_tensor,
+    gated_mlp_config,
+    on_device,
+)
 from .numeric import cast
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 @triton.jit
-def gated_mlp_kernel(p_gate_up, p_out, F: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr):
+def gated_mlp_kernel(
+    p_gate_up, p_out, F: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr
+):
     i_row = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     m_f = o_f < F
@@ -31,13 +42,21 @@ def gated_mlp_kernel(p_gate_up, p_out, F: tl.constexpr, ACTIVATION: tl.constexpr
 
 
 def gated_mlp(
-    gate_up: torch.Tensor, activation: str = "silu", *, out: torch.Tensor | None = None, config: Config | None = None
+    gate_up: torch.Tensor,
+    activation: str = "silu",
+    *,
+    out: torch.Tensor | None = None,
+    config: Config | None = None,
 ) -> torch.Tensor:
     """act(gate) * up, from gate_up [T, 2F] whose first F columns are the gate. Returns [T, F].
 
-    activation: "silu" (SwiGLU), "gelu" (GeGLU, by the error function) or "gelu_tanh" (GeGLU, by its approximation).
+    activation: "silu" (SwiGLU), "gelu" (GeGLU, by the error function) or "gelu_tanh" (GeGLU, by its
+    approximation).
     """
-    check(activation in ACTIVATIONS, lambda: f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    check(
+        activation in ACTIVATIONS,
+        lambda: f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}",
+    )
     check(
         gate_up.dim() == 2 and gate_up.shape[1] > 0 and gate_up.shape[1] % 2 == 0,
         lambda: f"gate_up must have shape [T, 2F], not {list(gate_up.shape)}",

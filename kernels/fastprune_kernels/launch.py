@@ -1,8 +1,9 @@
-"""What every launcher shares: argument checks, and block sizes, one default configuration per architecture.
+"""What every launcher shares: argument checks, and block sizes, one default configuration per
+architecture.
 
-A configuration is picked by kernel, variant (element size, head size, row size) and architecture. To tune, pass
-`config=Config(...)` to a launcher: the defaults are never searched for at run time, so that a result does not depend
-on what a timing gave.
+A configuration is picked by kernel, variant (element size, head size, row size) and architecture.
+To tune, pass `config=Config(...)` to a launcher: the defaults are never searched for at run time,
+so that a result does not depend on what a timing gave.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from functools import cache, cached_property
 import torch
 from triton import knobs, next_power_of_2
 
-INTERPRETED = bool(knobs.runtime.interpret)  # read once: kernels become interpreted functions as they are defined
+INTERPRETED = bool(
+    knobs.runtime.interpret
+)  # read once: kernels become interpreted functions as they are defined
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TMA = ("sm_90", "sm_100")  # have a tensor memory accelerator
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,11 +51,15 @@ class Config:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations serve a device. Raises ValueError where there is none."""
+    """The architecture whose configurations serve a device. Raises ValueError where there is
+    none."""
     if INTERPRETED:
         return "interpreter"
     if device.type != "cuda":
-        raise ValueError(f"kernels run on CUDA or ROCm tensors, not on {device.type} (or with TRITON_INTERPRET=1)")
+        raise ValueError(
+            f"kernels run on CUDA or ROCm tensors, not on {device.type} (or with "
+            f"TRITON_INTERPRET=1)"
+        )
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
         if name != "gfx942":
@@ -60,13 +67,16 @@ def architecture(device: torch.device) -> str:
         return name
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        raise ValueError(f"no kernel configuration for compute capability {major}.{minor}; 8.0 is the least")
+        raise ValueError(
+            f"no kernel configuration for compute capability {major}.{minor}; 8.0 is the least"
+        )
     # sm_80's fit the 99 KB of shared memory of 8.6, 8.9 and 12.x too
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def has_tma(x: torch.Tensor) -> bool:
-    """Whether tiles of x come by the tensor memory accelerator: those of 16-bit elements, where there is one."""
+    """Whether tiles of x come by the tensor memory accelerator: those of 16-bit elements, where
+    there is one."""
     return x.element_size() == 2 and (INTERPRETED or architecture(x.device) in TMA)
 
 
@@ -76,29 +86,41 @@ def on_device(x: torch.Tensor) -> AbstractContextManager:
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:
-    """message: made only where it is needed, since a launch checks a dozen conditions and the host may be the limit."""
+    """message: made only where it is needed, since a launch checks a dozen conditions and the host
+    may be the limit."""
     if not condition:
         raise ValueError(message())
 
 
-def check_tensor(name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes, device: torch.device) -> None:
-    """shape: None stands for any size. Raises ValueError for a wrong shape, dtype, device or layout."""
+def check_tensor(
+    name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes, device: torch.device
+) -> None:
+    """shape: None stands for any size. Raises ValueError for a wrong shape, dtype, device or
+    layout."""
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     fits = x.shape == shape or (
-        x.dim() == len(shape) and all(want is None or have == want for have, want in zip(x.shape, shape))
+        x.dim() == len(shape)
+        and all(want is None or have == want for have, want in zip(x.shape, shape))
     )
     if fits and x.dtype in dtypes and x.device == device and x.is_contiguous():
         return
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
     check(fits, lambda: f"{name} must have shape [{wanted}], not {list(x.shape)}")
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    check(x.dtype in dtypes, lambda: f"{name} must be {names}, not {str(x.dtype).removeprefix('torch.')}")
+    check(
+        x.dtype in dtypes,
+        lambda: f"{name} must be {names}, not {str(x.dtype).removeprefix('torch.')}",
+    )
     check(x.device == device, lambda: f"{name} must be on {device}, not on {x.device}")
     check(x.is_contiguous(), lambda: f"{name} must be contiguous")
 
 
 def check_output(
-    name: str, out: torch.Tensor | None, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
+    name: str,
+    out: torch.Tensor | None,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
     """The given output, checked, or a new one."""
     if out is None:
@@ -124,8 +146,11 @@ def norm_config(size: int) -> Config:
 
 @cache
 def rotary_config(head_dim: int) -> Config:
-    """Of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same on every architecture."""
-    return Config.of(4, 1, BLOCK_R=32 if INTERPRETED else 2048 // max(16, next_power_of_2(head_dim)))
+    """Of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same on every
+    architecture."""
+    return Config.of(
+        4, 1, BLOCK_R=32 if INTERPRETED else 2048 // max(16, next_power_of_2(head_dim))
+    )
 
 
 @cache
@@ -186,13 +211,33 @@ def _attention(m: int, n: int, warps: int, stages: int) -> Config:
 
 
 # by element size in bytes, then the greatest head size that they serve
-_FLOAT32_ATTENTION = {64: _attention(64, 32, 8, 1), 128: _attention(32, 16, 8, 1), 256: _attention(32, 16, 8, 1)}
+_FLOAT32_ATTENTION = {
+    64: _attention(64, 32, 8, 1),
+    128: _attention(32, 16, 8, 1),
+    256: _attention(32, 16, 8, 1),
+}
 TREE_ATTENTION = {
     2: {
-        "sm_80": {64: _attention(128, 64, 8, 3), 128: _attention(128, 32, 8, 3), 256: _attention(64, 16, 8, 3)},
-        "sm_90": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 3)},
-        "sm_100": {64: _attention(128, 64, 8, 3), 128: _attention(128, 64, 8, 3), 256: _attention(128, 32, 8, 3)},
-        "gfx942": {64: _attention(128, 64, 8, 1), 128: _attention(128, 32, 8, 1), 256: _attention(64, 32, 8, 1)},
+        "sm_80": {
+            64: _attention(128, 64, 8, 3),
+            128: _attention(128, 32, 8, 3),
+            256: _attention(64, 16, 8, 3),
+        },
+        "sm_90": {
+            64: _attention(128, 64, 8, 3),
+            128: _attention(128, 64, 8, 3),
+            256: _attention(128, 32, 8, 3),
+        },
+        "sm_100": {
+            64: _attention(128, 64, 8, 3),
+            128: _attention(128, 64, 8, 3),
+            256: _attention(128, 32, 8, 3),
+        },
+        "gfx942": {
+            64: _attention(128, 64, 8, 1),
+            128: _attention(128, 32, 8, 1),
+            256: _attention(64, 32, 8, 1),
+        },
     },
     4: dict.fromkeys(ARCHITECTURES, _FLOAT32_ATTENTION),
 }

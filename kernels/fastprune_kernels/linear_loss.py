@@ -1,10 +1,12 @@
-"""Head and loss, tile by tile over the vocabulary: cross-entropy, and KL divergence from the dense model.
+"""Head and loss, tile by tile over the vocabulary: cross-entropy, and KL divergence from the dense
+model.
 
-No mask needs a [P, V] tensor; the dense model's logits, with which each divergence compares, are made once.
-The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on nothing but the configuration. One program
-runs the head for BLOCK_P positions and one split, and leaves a partial result; a second, small kernel combines the
-splits in order. So a few positions fill a GPU too, and a position's bits depend on its own numbers only: nor is the
-code compiled anew for a number of positions that is 1, or a multiple of 16.
+No mask needs a [P, V] tensor; the dense model's logits, with which each divergence compares, are
+made once. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on nothing but
+the configuration. One program runs the head for BLOCK_P positions and one split, and leaves a
+partial result; a second, small kernel combines the splits in order. So a few positions fill a GPU
+too, and a position's bits depend on its own numbers only: nor is the code compiled anew for a
+number of positions that is 1, or a multiple of 16.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from .launch import (
 )
 from .numeric import LEAST, LOG2_E, dot, soft_cap
 
-# Kept logits: a row takes a multiple of so many numbers, so that it begins aligned and holds whole tiles.
+# Kept logits: a row takes a multiple of so many numbers, so that it begins aligned and holds whole
+# tiles.
 ROW_UNIT = 256
 
 
 @triton.jit
 def _grouped(num_rows, num_splits, BLOCK_P: tl.constexpr, GROUP_P: tl.constexpr):
-    """This program's block of positions and split: groups of GROUP_P blocks share their weight tiles in the cache."""
+    """This program's block of positions and split: groups of GROUP_P blocks share their weight
+    tiles in the cache."""
     i_program = tl.program_id(0)
     num_blocks = tl.cdiv(num_rows, BLOCK_P)
     in_group = GROUP_P * num_splits
@@ -83,8 +87,9 @@ def _power(x, OF_TWO: tl.constexpr):
     return tl.exp2(x) if OF_TWO else tl.exp(x)
 
 
-# Maxima and exponents of linear_nll are in units of log(2) where operands have 16 bits: a power of 2 of scaled logit
-# minus scaled maximum is one fused operation a logit. Its rounding would show in float32.
+# Maxima and exponents of linear_nll are in units of log(2) where operands have 16 bits: a power of
+# 2 of scaled logit minus scaled maximum is one fused operation a logit. Its rounding would show in
+# float32.
 
 
 @triton.jit(do_not_specialize=["num_rows", "vocab"])
@@ -110,10 +115,23 @@ def linear_nll_kernel(
     b_sum = tl.zeros([BLOCK_P], tl.float32)
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
         b_logits = _logits(
-            hidden, weight, i_p * BLOCK_P, i_v, num_rows, vocab, D, SOFT_CAP, TMA, BLOCK_P, BLOCK_V, BLOCK_D
+            hidden,
+            weight,
+            i_p * BLOCK_P,
+            i_v,
+            num_rows,
+            vocab,
+            D,
+            SOFT_CAP,
+            TMA,
+            BLOCK_P,
+            BLOCK_V,
+            BLOCK_D,
         )
         if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
-            b_logits = tl.where((i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf"))
+            b_logits = tl.where(
+                (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf")
+            )
         b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1) * FACTOR)
         b_powers = _power(tl.fma(b_logits, FACTOR, -b_new_max[:, None]), POWERS)
         b_sum = b_sum * _power(b_max - b_new_max, POWERS) + tl.sum(b_powers, axis=1)
@@ -142,7 +160,8 @@ def finish_nll_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The targets' logits, and the splits combined. One program takes one target of each of BLOCK_P positions."""
+    """The targets' logits, and the splits combined. One program takes one target of each of BLOCK_P
+    positions."""
     FACTOR: tl.constexpr = LOG2_E if POWERS else 1.0
     i_p = tl.program_id(0) * BLOCK_P
     o_p = i_p + tl.arange(0, BLOCK_P)
@@ -150,9 +169,14 @@ def finish_nll_kernel(
     o_target = o_p.to(tl.int64) * num_targets + tl.program_id(1)
     b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
     m_in = (b_target >= 0) & (b_target < vocab)
-    # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a thousandth of the head.
-    # It sums a logit as linear_nll_kernel does, so that what is taken off is what was added up.
-    p_w = p_weight + tl.where(m_in, b_target, 0).to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a
+    # thousandth of the head. It sums a logit as linear_nll_kernel does, so that what is taken off
+    # is what was added up.
+    p_w = (
+        p_weight
+        + tl.where(m_in, b_target, 0).to(tl.int64)[:, None] * D
+        + tl.arange(0, BLOCK_D)[None, :]
+    )
     b_products = tl.zeros([BLOCK_P, BLOCK_P], tl.float32)
     for i_d in range(0, D, BLOCK_D):
         b_h = _tile(p_hidden, i_p, i_d, num_rows, D, BLOCK_P, BLOCK_D, False)
@@ -176,7 +200,8 @@ def finish_nll_kernel(
         b_part_sum *= _power(b_part_max - b_new_max[None, :], POWERS)
         b_sum = b_sum * _power(b_max - b_new_max, POWERS) + tl.sum(b_part_sum, axis=0)
         b_max = b_new_max
-    # as linear_nll_kernel has it: with a product rounded by itself, the target's own term in the sum would be another
+    # as linear_nll_kernel has it: with a product rounded by itself, the target's own term in the
+    # sum would be another
     b_below = -tl.fma(b_logit, FACTOR, -b_max)
     b_nll = (b_below + tl.log2(b_sum)) * (1.0 / LOG2_E) if POWERS else b_below + tl.log(b_sum)
     b_nll = tl.where(b_target < 0, 0.0, tl.where(m_in, b_nll, float("nan")))
@@ -203,14 +228,33 @@ def linear_logits_kernel(
     i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
         b_logits = _logits(
-            hidden, weight, i_p * BLOCK_P, i_v, num_rows, vocab, D, SOFT_CAP, TMA, BLOCK_P, BLOCK_V, BLOCK_D
+            hidden,
+            weight,
+            i_p * BLOCK_P,
+            i_v,
+            num_rows,
+            vocab,
+            D,
+            SOFT_CAP,
+            TMA,
+            BLOCK_P,
+            BLOCK_V,
+            BLOCK_D,
         )
         p_tile, m_tile = _kept(p_logits, i_p * BLOCK_P, i_v, num_rows, STRIDE, BLOCK_P, BLOCK_V)
         tl.store(p_tile, b_logits, mask=m_tile & (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :])
 
 
 @triton.jit
-def _kept(p_logits, i_row, i_v, num_rows, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr):
+def _kept(
+    p_logits,
+    i_row,
+    i_v,
+    num_rows,
+    STRIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """Where a tile of kept logits is, and which of its rows there are."""
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None] * STRIDE + tl.arange(0, BLOCK_V)[None, :]
@@ -244,13 +288,30 @@ def linear_kl_kernel(
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
         p_tile, m_tile = _kept(p_dense, i_p * BLOCK_P, i_v, num_rows, STRIDE, BLOCK_P, BLOCK_V)
         b_a = tl.load(p_tile, mask=m_tile, other=0.0)
-        b_b = _logits(masked, weight, i_p * BLOCK_P, i_v, num_rows, vocab, D, SOFT_CAP, TMA, BLOCK_P, BLOCK_V, BLOCK_D)
+        b_b = _logits(
+            masked,
+            weight,
+            i_p * BLOCK_P,
+            i_v,
+            num_rows,
+            vocab,
+            D,
+            SOFT_CAP,
+            TMA,
+            BLOCK_P,
+            BLOCK_V,
+            BLOCK_D,
+        )
         if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
             b_b = tl.where((i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_b, LEAST)
-        b_a = tl.where(b_b == LEAST, LEAST, b_a)  # also brings b_a at once to the registers that b_b has
+        b_a = tl.where(
+            b_b == LEAST, LEAST, b_a
+        )  # also brings b_a at once to the registers that b_b has
         b_new_a = tl.maximum(b_max_a, tl.max(b_a, axis=1))
         b_new_b = tl.maximum(b_max_b, tl.max(b_b, axis=1))
-        b_sum, b_excess, b_cross = _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b)
+        b_sum, b_excess, b_cross = _rescale(
+            b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b
+        )
         b_a -= b_new_a[:, None]
         b_b -= b_new_b[:, None]
         b_p = tl.exp(b_a)
@@ -270,18 +331,18 @@ def linear_kl_kernel(
     tl.store(p_part + num_rows * 4, b_cross, mask=m_p)
 
 
-# With logits a of the dense model and b of the masked one, each taken relative to its own maximum, and d = a - b:
-#   sum    = sum_v exp(a)
-#   excess = sum_v exp(b) - exp(a)
-#   cross  = sum_v exp(a) (d + exp(-d) - 1)
-#   KL     = cross / sum - (x - log(1 + x)),  x = excess / sum
-# Every term of cross and the bracket are of second order where the models agree, as the divergence itself is. The
-# textbook form, sum_v p (a - b) - logsumexp(a) + logsumexp(b), is a difference of numbers as great as the logits.
+# With logits a of the dense model and b of the masked one, each taken relative to its own maximum,
+# and d = a - b: sum    = sum_v exp(a) excess = sum_v exp(b) - exp(a) cross  = sum_v exp(a) (d +
+# exp(-d) - 1) KL     = cross / sum - (x - log(1 + x)),  x = excess / sum Every term of cross and
+# the bracket are of second order where the models agree, as the divergence itself is. The textbook
+# form, sum_v p (a - b) - logsumexp(a) + logsumexp(b), is a difference of numbers as great as the
+# logits.
 
 
 @triton.jit
 def _differences(b_p, b_q, b_d):
-    """exp(b) - exp(a) and exp(a) (d + exp(-d) - 1), given exp(a), exp(b) and d = a - b; by series where d is small."""
+    """exp(b) - exp(a) and exp(a) (d + exp(-d) - 1), given exp(a), exp(b) and d = a - b; by series
+    where d is small."""
     b_series = 1.0 / 5040.0 - b_d * (1.0 / 40320.0)
     b_series = 1.0 / 720.0 - b_d * b_series
     b_series = 1.0 / 120.0 - b_d * b_series
@@ -307,7 +368,9 @@ def _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b):
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def combine_kl_kernel(p_partial, p_kl, num_rows, num_splits, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr):
+def combine_kl_kernel(
+    p_partial, p_kl, num_rows, num_splits, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr
+):
     o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_row = tl.minimum(o_p, num_rows - 1)  # what stands beyond them is computed and not kept
     b_max_a = tl.full([BLOCK_P], LEAST, tl.float32)
@@ -326,9 +389,17 @@ def combine_kl_kernel(p_partial, p_kl, num_rows, num_splits, BLOCK_S: tl.constex
         b_part_cross = tl.load(p_part + num_rows * 4, mask=m_part, other=0.0)
         b_new_a = tl.maximum(b_max_a, tl.max(b_part_a, axis=0))
         b_new_b = tl.maximum(b_max_b, tl.max(b_part_b, axis=0))
-        b_sum, b_excess, b_cross = _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b)
+        b_sum, b_excess, b_cross = _rescale(
+            b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b
+        )
         b_part_sum, b_part_excess, b_part_cross = _rescale(
-            b_part_a, b_part_b, b_part_sum, b_part_excess, b_part_cross, b_new_a[None, :], b_new_b[None, :]
+            b_part_a,
+            b_part_b,
+            b_part_sum,
+            b_part_excess,
+            b_part_cross,
+            b_new_a[None, :],
+            b_new_b[None, :],
         )
         b_sum += tl.sum(b_part_sum, axis=0)
         b_excess += tl.sum(b_part_excess, axis=0)
@@ -352,17 +423,22 @@ def linear_nll(
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """Negative log-likelihood, in nats, of target tokens under softmax(hidden @ weight.T). Returns float32 like target.
+    """Negative log-likelihood, in nats, of target tokens under softmax(hidden @ weight.T). Returns
+    float32 like target.
 
-    hidden [P, D]: normed states of the positions that count; weight [V, D]: the head. target int[P], or [P, K] where
-    a position predicts up to K tokens (the first ones of a tree's branches): -1 stands for none and gives 0, a token
-    outside the vocabulary gives NaN. soft_cap: logits become cap * tanh(logits / cap) (Gemma 2).
+    hidden [P, D]: normed states of the positions that count; weight [V, D]: the head. target
+    int[P], or [P, K] where a position predicts up to K tokens (the first ones of a tree's
+    branches): -1 stands for none and gives 0, a token outside the vocabulary gives NaN. soft_cap:
+    logits become cap * tanh(logits / cap) (Gemma 2).
     """
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     shape = tuple(target.shape)
     check(len(shape) in (1, 2), lambda: f"target must have shape [P] or [P, K], not {list(shape)}")
     num_targets = shape[1] if len(shape) == 2 else 1
-    check(0 < num_targets < 2**16, lambda: f"a position must have 1 to {2**16 - 1} targets, not {num_targets}")
+    check(
+        0 < num_targets < 2**16,
+        lambda: f"a position must have 1 to {2**16 - 1} targets, not {num_targets}",
+    )
     check_tensor("target", target, (count, *shape[1:]), (torch.int32, torch.int64), device)
     out = check_output("out", out, shape, torch.float32, device)
     config = config or linear_nll_config(architecture(device), hidden.element_size())
@@ -374,7 +450,15 @@ def linear_nll(
         with on_device(hidden):
             tma, sources = _sources(config, hidden, weight)
             linear_nll_kernel[(cdiv(count, config["BLOCK_P"]) * num_splits,)](
-                *sources, partial, count, vocab, D=size, SOFT_CAP=soft_cap, POWERS=powers, TMA=tma, **config.launch
+                *sources,
+                partial,
+                count,
+                vocab,
+                D=size,
+                SOFT_CAP=soft_cap,
+                POWERS=powers,
+                TMA=tma,
+                **config.launch,
             )
             finish_nll_kernel[(cdiv(count, FINISH["BLOCK_P"]), num_targets)](
                 hidden,
@@ -396,12 +480,18 @@ def linear_nll(
 
 
 def linear_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, *, soft_cap: float | None = None, config: Config | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    soft_cap: float | None = None,
+    config: Config | None = None,
 ) -> torch.Tensor:
-    """Logits hidden @ weight.T as linear_kl compares with them, not rounded to hidden's dtype. Returns float32[P, V].
+    """Logits hidden @ weight.T as linear_kl compares with them, not rounded to hidden's dtype.
+    Returns float32[P, V].
 
-    hidden [P, D]: normed states; weight [V, D]: the head. soft_cap as in linear_nll. config: linear_kl's, whose tiles
-    give the same logits to the bit. Rows lie a multiple of ROW_UNIT numbers apart.
+    hidden [P, D]: normed states; weight [V, D]: the head. soft_cap as in linear_nll. config:
+    linear_kl's, whose tiles give the same logits to the bit. Rows lie a multiple of ROW_UNIT
+    numbers apart.
     """
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     config = config or linear_kl_config(architecture(device), hidden.element_size())
@@ -436,8 +526,9 @@ def linear_kl(
 ) -> torch.Tensor:
     """KL(p || q) in nats, p = softmax(dense), q = softmax(masked @ weight.T). Returns float32[P].
 
-    dense [P, V]: the dense model's logits, from linear_logits, once for any number of masks; masked [P, D]: normed
-    states; weight [V, D]: the head. soft_cap as in linear_nll, of the masked model's logits.
+    dense [P, V]: the dense model's logits, from linear_logits, once for any number of masks; masked
+    [P, D]: normed states; weight [V, D]: the head. soft_cap as in linear_nll, of the masked model's
+    logits.
     """
     count, size, vocab, device = _check_head(masked, weight, soft_cap)
     check(
@@ -468,7 +559,9 @@ def linear_kl(
                 TMA=tma,
                 **config.launch,
             )
-            combine_kl_kernel[(cdiv(count, FINISH["BLOCK_P"]),)](partial, out, count, num_splits, **FINISH.launch)
+            combine_kl_kernel[(cdiv(count, FINISH["BLOCK_P"]),)](
+                partial, out, count, num_splits, **FINISH.launch
+            )
     return out
 
 
@@ -496,14 +589,18 @@ def _check_head(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | No
 
 
 def _sources(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, list]:
-    """Whether tiles come by TMA, and what they come from: its descriptors, else the tensors. Bits are the same."""
+    """Whether tiles come by TMA, and what they come from: its descriptors, else the tensors. Bits
+    are the same."""
     tensors = {"BLOCK_P": hidden, "BLOCK_V": weight}
     aligned = hidden.shape[1] * hidden.element_size() % 16 == 0 and all(
         x.data_ptr() % 16 == 0 for x in tensors.values()
     )
     if not (aligned and has_tma(hidden)):
         return False, [hidden, weight]
-    return True, [TensorDescriptor.from_tensor(x, [config[rows], config["BLOCK_D"]]) for rows, x in tensors.items()]
+    return True, [
+        TensorDescriptor.from_tensor(x, [config[rows], config["BLOCK_D"]])
+        for rows, x in tensors.items()
+    ]
 
 
 def _said(tensor: torch.Tensor) -> str:
@@ -518,4 +615,6 @@ def _row(vocab: int) -> int:
 def _check_splits(config: Config) -> None:
     split, block = config["SPLIT_V"], config["BLOCK_V"]
     check(ROW_UNIT % block == 0, lambda: f"BLOCK_V must divide {ROW_UNIT}, not {block}")
-    check(split % block == 0, lambda: f"SPLIT_V must be a multiple of BLOCK_V, not {split} of {block}")
+    check(
+        split % block == 0, lambda: f"SPLIT_V must be a multiple of BLOCK_V, not {split} of {block}"
+    )

@@ -6,7 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FLOATS, MAX_ROW, Config, check, check_output, check_tensor, norm_config, on_device
+from .launch import (
+    FLOATS,
+    MAX_ROW,
+    Config,
+    check,
+    check_output,
+    check_tensor,
+    norm_config,
+    on_device,
+)
 from .numeric import cast
 
 
@@ -54,9 +63,9 @@ def add_rms_norm(
 ) -> torch.Tensor:
     """x = states + branch; residual = x; returns normed = x / rms(x) * weight.
 
-    states [M, D]; branch [M, D], what a unit adds; None adds nothing. The sum is rounded to the dtype of the states
-    before the norm. residual [M, D], where the sums go, may be `states` itself; None keeps none. normed [M, D]: made
-    when None. unit_offset: the scale is 1 + weight (Gemma).
+    states [M, D]; branch [M, D], what a unit adds; None adds nothing. The sum is rounded to the
+    dtype of the states before the norm. residual [M, D], where the sums go, may be `states` itself;
+    None keeps none. normed [M, D]: made when None. unit_offset: the scale is 1 + weight (Gemma).
     """
     check(states.dim() == 2, lambda: f"states must have shape [M, D], not {list(states.shape)}")
     (count, size), device = states.shape, states.device
@@ -69,10 +78,21 @@ def add_rms_norm(
         check_tensor("residual", residual, (count, size), states.dtype, device)
     normed = check_output("normed", normed, (count, size), states.dtype, device)
     config = config or norm_config(size)
-    check(config["BLOCK_D"] >= size, lambda: f"BLOCK_D must be at least {size}, not {config['BLOCK_D']}")
+    check(
+        config["BLOCK_D"] >= size,
+        lambda: f"BLOCK_D must be at least {size}, not {config['BLOCK_D']}",
+    )
     if count:
         with on_device(states):
             add_rms_norm_kernel[(count,)](
-                states, branch, weight, residual, normed, eps, D=size, UNIT_OFFSET=unit_offset, **config.launch
+                states,
+                branch,
+                weight,
+                residual,
+                normed,
+                eps,
+                D=size,
+                UNIT_OFFSET=unit_offset,
+                **config.launch,
             )
     return normed

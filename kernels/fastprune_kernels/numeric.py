@@ -24,7 +24,8 @@ def dot(a, b, acc):
 
 @triton.jit
 def tanh(x):
-    """Within a few float32 roundings everywhere; libdevice's is not there on every backend, nor interpreted."""
+    """Within a few float32 roundings everywhere; libdevice's is not there on every backend, nor
+    interpreted."""
     b_square = x * x
     b_tail = 62.0 / 2835.0 * b_square - 17.0 / 315.0
     b_tail = b_tail * b_square + 2.0 / 15.0

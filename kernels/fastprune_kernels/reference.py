@@ -1,4 +1,5 @@
-"""The definition of each operator, in plain torch. Slow is fine; every faster version is tested against this.
+"""The definition of each operator, in plain torch. Slow is fine; every faster version is tested
+against this.
 
 Each computes in the dtype it is given, so that float64 gives the truth.
 """
@@ -9,16 +10,18 @@ import torch
 
 
 def token_nll(logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of tokens, in nats: logsumexp(logits[row_m]) - logits[row_m, token_m].
+    """Negative log-likelihood of tokens, in nats: logsumexp(logits[row_m]) - logits[row_m,
+    token_m].
 
-    logits [P, V] (float, any precision; computed in float32, or float64 if given), row int64[M] into them,
-    token int64[M]. Returns [M].
+    logits [P, V] (float, any precision; computed in float32, or float64 if given), row int64[M]
+    into them, token int64[M]. Returns [M].
     """
     return -log_probabilities(logits)[row, token]
 
 
 def token_kl(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats, p from the dense logits and q from the masked ones.
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats, p from the dense logits and q from the
+    masked ones.
 
     dense, masked: logits [P, V]. Returns [P].
     """
@@ -50,8 +53,11 @@ def add_rms_norm(
     return x, rms_norm(x, weight, eps, unit_offset)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False) -> torch.Tensor:
-    """Over the last dimension, in at least float32; but weight multiplies in x's dtype (Gemma's does not)."""
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False
+) -> torch.Tensor:
+    """Over the last dimension, in at least float32; but weight multiplies in x's dtype (Gemma's
+    does not)."""
     wide = _at_least_float32(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if unit_offset:
@@ -71,10 +77,12 @@ def rotary(
     eps: float = 1e-6,
     unit_offset: bool = False,
 ) -> torch.Tensor:
-    """qkv with its q and k heads rotated: columns i and R + i of a head, i < R, by the angle of cos and sin [N, R].
+    """qkv with its q and k heads rotated: columns i and R + i of a head, i < R, by the angle of cos
+    and sin [N, R].
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: each token's row of the tables.
-    q_weight, k_weight [Dh]: RMSNorm of each head before the rotation. Columns from 2R on are not rotated.
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: each token's row
+    of the tables. q_weight, k_weight [Dh]: RMSNorm of each head before the rotation. Columns from
+    2R on are not rotated.
     """
     heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -91,7 +99,8 @@ def rotary(
 
 
 def gated_mlp(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """act(gate) * up from [T, 2F], gate first. activation: "silu", "gelu" (by erf) or "gelu_tanh"."""
+    """act(gate) * up from [T, 2F], gate first. activation: "silu", "gelu" (by erf) or
+    "gelu_tanh"."""
     gate, up = gate_up.chunk(2, dim=-1)
     functional = torch.nn.functional
     if activation == "silu":
@@ -100,16 +109,24 @@ def gated_mlp(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
 
 def tree_mask(
-    row_starts: torch.Tensor, branch: torch.Tensor, position: torch.Tensor, window: int | None = None
+    row_starts: torch.Tensor,
+    branch: torch.Tensor,
+    position: torch.Tensor,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """bool[T, T], True where query t sees key s: s is in t's row, not after it, in the trunk (branch 0) or t's branch.
+    """bool[T, T], True where query t sees key s: s is in t's row, not after it, in the trunk
+    (branch 0) or t's branch.
 
-    row_starts int[R + 1]: where each row of packed tokens begins; branch, position int[T]: branch in the row, position
-    in its own sequence. window: only keys less than that many positions away.
+    row_starts int[R + 1]: where each row of packed tokens begins; branch, position int[T]: branch
+    in the row, position in its own sequence. window: only keys less than that many positions away.
     """
     steps = torch.arange(len(branch), device=branch.device)
     row = torch.searchsorted(row_starts.to(steps)[1:], steps, right=True)
-    seen = (row[:, None] == row) & (steps[:, None] >= steps) & ((branch == 0) | (branch[:, None] == branch))
+    seen = (
+        (row[:, None] == row)
+        & (steps[:, None] >= steps)
+        & ((branch == 0) | (branch[:, None] == branch))
+    )
     if window is not None:
         seen &= position[:, None] - position < window
     return seen
@@ -123,10 +140,12 @@ def tree_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the keys that are seen, bool[T, T]. Returns [T, num_heads * Dh].
+    """softmax(scale * q k^T) v over the keys that are seen, bool[T, T]. Returns [T, num_heads *
+    Dh].
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]; num_heads / num_kv_heads query heads share a key head. scale: 1 /
-    sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores / cap) before the mask.
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]; num_heads / num_kv_heads query heads share a key
+    head. scale: 1 / sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores / cap) before the
+    mask.
     """
     heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1)).transpose(0, 1)  # [H, T, Dh]
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads])
@@ -139,7 +158,9 @@ def tree_attention(
     return (weights @ v).transpose(0, 1).flatten(1)
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None) -> torch.Tensor:
+def head_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
+) -> torch.Tensor:
     """hidden [P, D] @ weight [V, D]^T, then cap * tanh(logits / cap) where there is a cap."""
     logits = hidden @ weight.T
     return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
@@ -148,9 +169,14 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | No
 def linear_nll(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """Negative log-likelihood of target int[P] or [P, K] under the head's logits; 0 where the target is -1."""
+    """Negative log-likelihood of target int[P] or [P, K] under the head's logits; 0 where the
+    target is -1."""
     logits = head_logits(hidden, weight, soft_cap)
-    row = torch.arange(len(target), device=target.device).reshape(-1, *[1] * (target.dim() - 1)).expand_as(target)
+    row = (
+        torch.arange(len(target), device=target.device)
+        .reshape(-1, *[1] * (target.dim() - 1))
+        .expand_as(target)
+    )
     nll = token_nll(logits, row.flatten(), target.clamp(min=0).flatten().long()).view_as(target)
     return nll.masked_fill(target < 0, 0)
 
@@ -158,7 +184,8 @@ def linear_nll(
 def linear_kl(
     dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """KL(p || q) [P], p from the dense model's logits [P, V], q from the head's logits of the masked states [P, D]."""
+    """KL(p || q) [P], p from the dense model's logits [P, V], q from the head's logits of the
+    masked states [P, D]."""
     return token_kl(dense, head_logits(masked, weight, soft_cap))
 
 

@@ -1,6 +1,8 @@
-"""Every kernel in every shipped configuration, compiled ahead of time: what it takes of registers and shared memory.
+"""Every kernel in every shipped configuration, compiled ahead of time: what it takes of registers
+and shared memory.
 
-Needs no GPU: Triton compiles for a named target. Not under the interpreter, where kernels are Python functions.
+Needs no GPU: Triton compiles for a named target. Not under the interpreter, where kernels are
+Python functions.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# bytes a program may take. sm_80's configurations serve 8.6, 8.9 and 12.x too, which have 99 KB rather than 163 KB
+# bytes a program may take. sm_80's configurations serve 8.6, 8.9 and 12.x too, which have 99 KB
+# rather than 163 KB
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 ELEMENTS = {2: "bf16", 4: "fp32"}
 
@@ -52,12 +55,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """registers: vector registers of a thread (for gfx942 with the accumulation registers). spills: bytes of a
-    thread's registers kept in memory. matrix_unit: the instruction by which products are made, "" where there are none.
+    """registers: vector registers of a thread (for gfx942 with the accumulation registers). spills:
+    bytes of a thread's registers kept in memory. matrix_unit: the instruction by which products are
+    made, "" where there are none.
 
-    Of NVIDIA's targets also: shapes of Hopper's products. instructions of the whole kernel, a warp's. stalls: innermost
-    loops in which nothing is on its way while products are made. serialised: whether the
-    assembler says that it runs products one by one.
+    Of NVIDIA's targets also: shapes of Hopper's products. instructions of the whole kernel, a
+    warp's. stalls: innermost loops in which nothing is on its way while products are made.
+    serialised: whether the assembler says that it runs products one by one.
     """
 
     registers: int
@@ -71,7 +75,8 @@ class Resources:
 
 
 def cases(arch: str, only: str | None = None) -> Iterator[Case]:
-    """At the shapes of LLaMA-3 8B and Qwen3 8B, and the greatest and smallest that a configuration serves."""
+    """At the shapes of LLaMA-3 8B and Qwen3 8B, and the greatest and smallest that a configuration
+    serves."""
     for itemsize, element in ELEMENTS.items():
         for case in _cases(arch, itemsize, f"*{element}"):
             if only is None or case.kernel == only:
@@ -82,21 +87,57 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
     name = element[1:]
 
     def case(kernel, variant, config, function, types, **constants) -> Case:
-        meta = {key: value for key, value in config.launch.items() if key not in ("num_warps", "num_stages")}
-        return Case(kernel, f"{name} {variant}".strip(), arch, config, function, types, {**constants, **meta})
+        meta = {
+            key: value
+            for key, value in config.launch.items()
+            if key not in ("num_warps", "num_stages")
+        }
+        return Case(
+            kernel,
+            f"{name} {variant}".strip(),
+            arch,
+            config,
+            function,
+            types,
+            {**constants, **meta},
+        )
 
-    pointers = dict.fromkeys(("p_states", "p_branch", "p_weight", "p_residual", "p_normed"), element)
+    pointers = dict.fromkeys(
+        ("p_states", "p_branch", "p_weight", "p_residual", "p_normed"), element
+    )
     types = {**pointers, "eps": "fp32"}
     for size in (128, 4096, launch.MAX_ROW):
         config = launch.norm_config(size)
-        yield case("add_rms_norm", f"D={size}", config, norm.add_rms_norm_kernel, types, D=size, UNIT_OFFSET=False)
+        yield case(
+            "add_rms_norm",
+            f"D={size}",
+            config,
+            norm.add_rms_norm_kernel,
+            types,
+            D=size,
+            UNIT_OFFSET=False,
+        )
 
     config = launch.gated_mlp_config()
     for activation in gated_mlp.ACTIVATIONS:
         types = {"p_gate_up": element, "p_out": element}
-        yield case("gated_mlp", activation, config, gated_mlp.gated_mlp_kernel, types, F=14336, ACTIVATION=activation)
+        yield case(
+            "gated_mlp",
+            activation,
+            config,
+            gated_mlp.gated_mlp_kernel,
+            types,
+            F=14336,
+            ACTIVATION=activation,
+        )
 
-    types = {"p_qkv": element, "p_cos": "*fp32", "p_sin": "*fp32", "p_position": "*i64", "eps": "fp32"}
+    types = {
+        "p_qkv": element,
+        "p_cos": "*fp32",
+        "p_sin": "*fp32",
+        "p_position": "*i64",
+        "eps": "fp32",
+    }
     types |= {"num_pairs": "i32"}
     for variant, size, half, weight in (
         ("Dh=128", 128, 64, None),
@@ -104,11 +145,20 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
         ("Dh=256 partial norm", 256, 32, element),
         ("Dh=256 norm", 256, 128, element),
     ):
-        shape = {"STRIDE": 48 * size, "HEADS": 32, "KV_HEADS": 8, "DH": size, "HALF": half, "UNIT_OFFSET": False}
+        shape = {
+            "STRIDE": 48 * size,
+            "HEADS": 32,
+            "KV_HEADS": 8,
+            "DH": size,
+            "HALF": half,
+            "UNIT_OFFSET": False,
+        }
         blocks = {"BLOCK_HALF": half, "BLOCK_REST": triton.next_power_of_2(max(size - 2 * half, 1))}
         weights = {"p_q_weight": weight, "p_k_weight": weight}
         config = launch.rotary_config(size)
-        yield case("rotary", variant, config, rope.rotary_kernel, {**types, **weights}, **shape, **blocks)
+        yield case(
+            "rotary", variant, config, rope.rotary_kernel, {**types, **weights}, **shape, **blocks
+        )
 
     counts = {"num_rows": "i32", "vocab": "i32"}
     splits = {**counts, "num_splits": "i32", "num_targets": "i32"}
@@ -124,14 +174,24 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
                 name = "tensordesc<{}[{}, {}]>"
                 if not described:
                     return dict.fromkeys(block, element)
-                return {x: name.format(element[1:], config[rows], config["BLOCK_D"]) for x, rows in block.items()}
+                return {
+                    x: name.format(element[1:], config[rows], config["BLOCK_D"])
+                    for x, rows in block.items()
+                }
 
             config = launch.linear_nll_config(arch, itemsize)
-            types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_partial": "*fp32"} | counts
+            types = (
+                tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_partial": "*fp32"} | counts
+            )
             powers = {"TMA": described, "POWERS": itemsize == 2}
-            yield case("linear_nll", said, config, linear_loss.linear_nll_kernel, types, **shape, **powers)
+            yield case(
+                "linear_nll", said, config, linear_loss.linear_nll_kernel, types, **shape, **powers
+            )
             config = launch.linear_kl_config(arch, itemsize)
-            types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_logits": "*fp32", **counts}
+            types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {
+                "p_logits": "*fp32",
+                **counts,
+            }
             yield case(
                 "linear_logits",
                 said,
@@ -143,14 +203,39 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
                 STRIDE=128256,
             )
             types = (
-                tiles(config, masked="BLOCK_P", weight="BLOCK_V") | {"p_dense": "*fp32", "p_partial": "*fp32"} | counts
+                tiles(config, masked="BLOCK_P", weight="BLOCK_V")
+                | {"p_dense": "*fp32", "p_partial": "*fp32"}
+                | counts
             )
             yield case(
-                "linear_kl", said, config, linear_loss.linear_kl_kernel, types, **shape, TMA=described, STRIDE=128256
+                "linear_kl",
+                said,
+                config,
+                linear_loss.linear_kl_kernel,
+                types,
+                **shape,
+                TMA=described,
+                STRIDE=128256,
             )
-        types = {"p_hidden": element, "p_weight": element, "p_target": "*i64", "p_partial": "*fp32", "p_nll": "*fp32"}
-        shape |= {"POWERS": itemsize == 2, "BLOCK_D": launch.linear_nll_config(arch, itemsize)["BLOCK_D"]}
-        yield case("finish_nll", variant, linear_loss.FINISH, linear_loss.finish_nll_kernel, types | splits, **shape)
+        types = {
+            "p_hidden": element,
+            "p_weight": element,
+            "p_target": "*i64",
+            "p_partial": "*fp32",
+            "p_nll": "*fp32",
+        }
+        shape |= {
+            "POWERS": itemsize == 2,
+            "BLOCK_D": launch.linear_nll_config(arch, itemsize)["BLOCK_D"],
+        }
+        yield case(
+            "finish_nll",
+            variant,
+            linear_loss.FINISH,
+            linear_loss.finish_nll_kernel,
+            types | splits,
+            **shape,
+        )
     if itemsize == 4:
         types = {"p_partial": "*fp32", "p_kl": "*fp32", "num_rows": "i32", "num_splits": "i32"}
         yield case("combine_kl", "", linear_loss.FINISH, linear_loss.combine_kl_kernel, types)
@@ -163,7 +248,9 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             shape = {"HEADS": 32, "KV_HEADS": 8, "DH": size, "WINDOW": window, "SOFT_CAP": cap}
             shape["BLOCK_DH"] = triton.next_power_of_2(size)
             function = attention.tree_attention_kernel
-            yield case("tree_attention", f"Dh={size} {variant}".strip(), config, function, types, **shape)
+            yield case(
+                "tree_attention", f"Dh={size} {variant}".strip(), config, function, types, **shape
+            )
 
 
 def compile_case(case: Case) -> CompiledKernel:
@@ -171,7 +258,11 @@ def compile_case(case: Case) -> CompiledKernel:
     names = case.function.arg_names
     constants = {name: None for name in names if case.types.get(name) is None} | case.constants
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
     source = ASTSource(case.function, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
     return triton.compile(source, target=TARGETS[case.arch], options=options)
@@ -189,16 +280,27 @@ def measure(case: Case) -> Resources:
         scratch = _number(assembly, r"\.private_segment_fixed_size:\s+(\d+)")
         spills = max(scratch, 4 * _number(assembly, r"\.vgpr_spill_count:\s+(\d+)"))
         unit = re.search(r"v_mfma_f32_\w+", assembly)
-        return Resources(_number(assembly, r"\.vgpr_count:\s+(\d+)"), spills, shared, unit.group() if unit else "")
+        return Resources(
+            _number(assembly, r"\.vgpr_count:\s+(\d+)"),
+            spills,
+            shared,
+            unit.group() if unit else "",
+        )
     ptx = compiled.asm["ptx"]
     unit = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)
     return Resources(
         registers=_number(said, r"Used (\d+) registers"),
-        spills=max(_number(said, r"(\d+) bytes stack frame"), _number(said, r"(\d+) bytes spill stores")),
+        spills=max(
+            _number(said, r"(\d+) bytes stack frame"), _number(said, r"(\d+) bytes spill stores")
+        ),
         shared=shared,
         matrix_unit=unit.group() if unit else "",
         shapes=tuple(sorted(set(re.findall(r"wgmma\.mma_async[\w.]*?\.(m64n\d+k\d+)", ptx)))),
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", _disassembled(compiled.asm["cubin"]), re.MULTILINE)),
+        instructions=len(
+            re.findall(
+                r"^\s+/\*[0-9a-f]{4,}\*/", _disassembled(compiled.asm["cubin"]), re.MULTILINE
+            )
+        ),
         stalls=sum(_stalls(body) for body in _innermost_loops(compiled.asm["ttgir"])),
         serialised="wgmma.mma_async instructions are serialized" in said,
     )
@@ -216,8 +318,8 @@ def _innermost_loops(ttgir: str) -> Iterator[list[str]]:
 
 
 def _stalls(body: list[str]) -> bool:
-    """Copies stand at the end of a step and the wait at the beginning of the next: one that leaves none of them on
-    their way stands right behind them."""
+    """Copies stand at the end of a step and the wait at the beginning of the next: one that leaves
+    none of them on their way stands right behind them."""
     copied = False
     for line in body:
         copied = copied or "async_tma_copy" in line
@@ -233,7 +335,9 @@ def _disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tool, "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def _number(text: str, pattern: str) -> int:
@@ -246,13 +350,23 @@ def _number(text: str, pattern: str) -> int:
 def table(architectures: tuple[str, ...] = ARCHITECTURES) -> str:
     """Resources of every kernel in every shipped configuration, as Markdown."""
     lines = [
-        "| kernel | variant | target | configuration | registers | shared bytes | instructions | matrix unit |",
+        "| kernel | variant | target | configuration | registers | shared bytes | instructions | "
+        "matrix unit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arch in architectures:
         for case in cases(arch):
             r = measure(case)
             unit = ", ".join(r.shapes) or r.matrix_unit
-            cells = (case.kernel, case.variant, arch, case.config, r.registers, r.shared, r.instructions or "", unit)
+            cells = (
+                case.kernel,
+                case.variant,
+                arch,
+                case.config,
+                r.registers,
+                r.shared,
+                r.instructions or "",
+                unit,
+            )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

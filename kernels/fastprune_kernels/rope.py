@@ -1,4 +1,5 @@
-"""Rotary embedding of q and k, with optional RMSNorm of each head, in place on the packed projection."""
+"""Rotary embedding of q and k, with optional RMSNorm of each head, in place on the packed
+projection."""
 
 from __future__ import annotations
 
@@ -58,12 +59,22 @@ def rotary_kernel(
             b_square += tl.sum(b_rest * b_rest, axis=1)
         b_scale = tl.rsqrt(b_square / DH + eps)[:, None]
         m_q = (o_head < HEADS)[:, None]
-        b_first = b_first * b_scale * _head_weight(p_q_weight, p_k_weight, o_half, o_half < HALF, m_q, UNIT_OFFSET)
+        b_first = (
+            b_first
+            * b_scale
+            * _head_weight(p_q_weight, p_k_weight, o_half, o_half < HALF, m_q, UNIT_OFFSET)
+        )
         b_second = (
-            b_second * b_scale * _head_weight(p_q_weight, p_k_weight, HALF + o_half, o_half < HALF, m_q, UNIT_OFFSET)
+            b_second
+            * b_scale
+            * _head_weight(p_q_weight, p_k_weight, HALF + o_half, o_half < HALF, m_q, UNIT_OFFSET)
         )
         if DH > 2 * HALF:
-            b_rest = b_rest * b_scale * _head_weight(p_q_weight, p_k_weight, o_rest, o_rest < DH, m_q, UNIT_OFFSET)
+            b_rest = (
+                b_rest
+                * b_scale
+                * _head_weight(p_q_weight, p_k_weight, o_rest, o_rest < DH, m_q, UNIT_OFFSET)
+            )
             tl.store(p_rest, cast(b_rest, p_qkv.dtype.element_ty), mask=m_rest)
 
     b_new_first = b_first * b_cos - b_second * b_sin
@@ -99,11 +110,15 @@ def rotary(
 ) -> torch.Tensor:
     """Rotates q and k in place, each head's first 2 * R columns as pairs (i, R + i); returns qkv.
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: the row of each token in the
-    tables cos and sin [N, R], R <= Dh / 2 (fewer: partial rotary; the other columns stay). Positions must be in range.
-    q_weight, k_weight [Dh]: RMSNorm of each head before the rotation (Qwen3). unit_offset: the scale is 1 + weight.
+    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: the row of each
+    token in the tables cos and sin [N, R], R <= Dh / 2 (fewer: partial rotary; the other columns
+    stay). Positions must be in range. q_weight, k_weight [Dh]: RMSNorm of each head before the
+    rotation (Qwen3). unit_offset: the scale is 1 + weight.
     """
-    check(num_heads > 0 and num_kv_heads > 0, lambda: f"there must be heads, not {num_heads} and {num_kv_heads}")
+    check(
+        num_heads > 0 and num_kv_heads > 0,
+        lambda: f"there must be heads, not {num_heads} and {num_kv_heads}",
+    )
     total = num_heads + 2 * num_kv_heads
     check(
         qkv.dim() == 2 and qkv.shape[1] > 0 and qkv.shape[1] % total == 0,
@@ -111,15 +126,21 @@ def rotary(
     )
     count, head_dim, device = qkv.shape[0], qkv.shape[1] // total, qkv.device
     check_tensor("qkv", qkv, (None, total * head_dim), FLOATS, device)
-    check(head_dim <= MAX_HEAD, lambda: f"a head must have at most {MAX_HEAD} columns, not {head_dim}")
     check(
-        cos.dim() == 2 and 0 < cos.shape[1] <= head_dim // 2, lambda: f"cos must have shape [N, 1 to {head_dim // 2}]"
+        head_dim <= MAX_HEAD, lambda: f"a head must have at most {MAX_HEAD} columns, not {head_dim}"
+    )
+    check(
+        cos.dim() == 2 and 0 < cos.shape[1] <= head_dim // 2,
+        lambda: f"cos must have shape [N, 1 to {head_dim // 2}]",
     )
     half = cos.shape[1]
     check_tensor("cos", cos, (None, half), FLOATS, device)
     check_tensor("sin", sin, tuple(cos.shape), cos.dtype, device)
     check_tensor("position", position, (count,), (torch.int32, torch.int64), device)
-    check((q_weight is None) == (k_weight is None), lambda: "q_weight and k_weight must be given together")
+    check(
+        (q_weight is None) == (k_weight is None),
+        lambda: "q_weight and k_weight must be given together",
+    )
     if q_weight is not None:
         check_tensor("q_weight", q_weight, (head_dim,), FLOATS, device)
         check_tensor("k_weight", k_weight, (head_dim,), FLOATS, device)

@@ -1,4 +1,5 @@
-"""Stores, study folders and pairs of algorithm and objective that cannot be are refused before a model is opened."""
+"""Stores, study folders and pairs of algorithm and objective that cannot be are refused before a
+model is opened."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def refused(run, monkeypatch, text_file):
             "study": {"--num-remove": "1,2", "--objective": f"perplexity={text_file}"},
             "eval": {"--removed": "1", "--tasks": "arc_easy"},
         }[command]
-        arguments = [part for flag, value in needed.items() if flag not in more for part in (flag, value)]
+        arguments = [
+            part for flag, value in needed.items() if flag not in more for part in (flag, value)
+        ]
         status, _, err = run(command, "nowhere/model", *arguments, *more)
         assert status == 2, err
         assert err.count("\n") == 1
@@ -73,7 +76,16 @@ def test_sizes_of_text_are_refused_for_questions(refused, tmp_path):
 def test_sizes_of_text_stand_beside_held_out_questions(run, tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"prompt": "w1", "choices": [" w2", " w3"], "answer": 0}\n')
-    study = ("study", "nowhere/model", "--num-remove", "1", "--out", tmp_path / "study", "--seq-len", 32)
+    study = (
+        "study",
+        "nowhere/model",
+        "--num-remove",
+        "1",
+        "--out",
+        tmp_path / "study",
+        "--seq-len",
+        32,
+    )
     text = tmp_path / "text.txt"
     text.write_text("w1 w2 w3")
     for more in (("--objective", f"perplexity={text}"), ("--calibration", f"a=text:{text}")):
@@ -99,7 +111,13 @@ def test_gradients(refused, text_file, questions, tmp_path, objective):
     found = refused("search", "--algorithm", "cbo", "--objective", objective, "--calibration", file)
     assert f"cbo needs gradients, which the objective '{objective}' has not" in found
     found = refused(
-        "study", "--algorithms", "beam,cbo", "--objective", f"x:{objective}={file}", "--out", tmp_path / "s"
+        "study",
+        "--algorithms",
+        "beam,cbo",
+        "--objective",
+        f"x:{objective}={file}",
+        "--out",
+        tmp_path / "s",
     )
     assert "which the objective 'x' has not" in found
     assert not (tmp_path / "s").exists()
@@ -193,7 +211,12 @@ def test_workers(refused, tmp_path):
 
 def test_races_of_a_study(refused, tmp_path):
     study = ("--out", tmp_path / "study")
-    assert "--racing: racing must be a confidence between 0 and 1" in refused("study", *study, "--racing", 99)
+    assert "--racing: racing must be a confidence between 0 and 1" in refused(
+        "study", *study, "--racing", 99
+    )
     alone = refused("study", *study, "--racing", 0.9, "--algorithms", "shortgpt")
-    assert "--racing: shortgpt needs every loss it asks for and does not race; these do: one_shot" in alone
+    assert (
+        "--racing: shortgpt needs every loss it asks for and does not race; these do: one_shot"
+        in alone
+    )
     assert not (tmp_path / "study").exists()

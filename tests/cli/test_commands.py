@@ -27,7 +27,9 @@ def evaluator(checkpoint, text_file):
 def test_info(run, checkpoint):
     status, out, _ = run("info", checkpoint)
     assert status == 0
-    backend = fp.Evaluator(fp.load_model(checkpoint), fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))).backend
+    backend = fp.Evaluator(
+        fp.load_model(checkpoint), fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))
+    ).backend
     for word in ("llama", "blocks", "5", backend, "sublayers", "token trees"):
         assert word in out
 
@@ -56,7 +58,9 @@ def test_score_writes_what_the_library_computes(run, checkpoint, text_file, tmp_
     assert status == 0
     rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [row["removed"] for row in rows] == [[1, 2], [], [4]]
-    assert [row["loss"] for row in rows] == evaluator.score(fp.from_removed([(1, 2), (), (4,)], 5)).tolist()
+    assert [row["loss"] for row in rows] == evaluator.score(
+        fp.from_removed([(1, 2), (), (4,)], 5)
+    ).tolist()
     assert "layer runs" in out
 
 
@@ -69,8 +73,20 @@ def test_score_reads_mask_files(run, checkpoint, text_file, tmp_path, evaluator,
     else:
         masks.write_text("".join(json.dumps({"removed": s}) + "\n" for s in subsets))
     out_file = tmp_path / "scores.jsonl"
-    status, *_ = run("score", checkpoint, "--calibration", text_file, "--num-samples", 4, "--seq-len", 16,
-                     "--masks", masks, "--out", out_file)  # fmt: skip
+    status, *_ = run(
+        "score",
+        checkpoint,
+        "--calibration",
+        text_file,
+        "--num-samples",
+        4,
+        "--seq-len",
+        16,
+        "--masks",
+        masks,
+        "--out",
+        out_file,
+    )
     assert status == 0
     losses = [json.loads(line)["loss"] for line in out_file.read_text().splitlines()]
     assert losses == evaluator.score(fp.from_removed(subsets, 5)).tolist()
@@ -81,15 +97,34 @@ def test_score_under_every_objective(run, checkpoint, text_file, questions, obje
     calibration = text_file if objective == "kl" else questions
     extra = ("--num-samples", 4, "--seq-len", 16) if objective == "kl" else ()
     status, out, _ = run(
-        "score", checkpoint, "--objective", objective, "--calibration", calibration, *extra, "--removed", "1"
+        "score",
+        checkpoint,
+        "--objective",
+        objective,
+        "--calibration",
+        calibration,
+        *extra,
+        "--removed",
+        "1",
     )
     assert status == 0
     assert objective in out
 
 
 def test_search_writes_its_result(run, checkpoint, text_file, tmp_path, evaluator):
-    arguments = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16, "--out", tmp_path / "r")
-    status, out, _ = run("search", checkpoint, "--option", "beam_width=2", "--num-remove", 2, *arguments)
+    arguments = (
+        "--calibration",
+        text_file,
+        "--num-samples",
+        4,
+        "--seq-len",
+        16,
+        "--out",
+        tmp_path / "r",
+    )
+    status, out, _ = run(
+        "search", checkpoint, "--option", "beam_width=2", "--num-remove", 2, *arguments
+    )
     assert status == 0
     written = json.loads((tmp_path / "r" / "result.json").read_text())
     expected = fp.run_search(evaluator, "beam", 2, beam_width=2)
@@ -103,9 +138,26 @@ def test_search_writes_its_result(run, checkpoint, text_file, tmp_path, evaluato
 
 
 def test_sublayer_search_and_protection(run, checkpoint, text_file):
-    arguments = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16, "--granularity", "sublayer")
+    arguments = (
+        "--calibration",
+        text_file,
+        "--num-samples",
+        4,
+        "--seq-len",
+        16,
+        "--granularity",
+        "sublayer",
+    )
     status, out, _ = run(
-        "search", checkpoint, "--num-remove", 3, "--protect", "0,9", "--algorithm", "greedy", *arguments
+        "search",
+        checkpoint,
+        "--num-remove",
+        3,
+        "--protect",
+        "0,9",
+        "--algorithm",
+        "greedy",
+        *arguments,
     )
     assert status == 0
     removed = parse_removed(out.split("removed: ")[1].splitlines()[0])
@@ -124,7 +176,11 @@ def test_sublayer_search_and_protection(run, checkpoint, text_file):
 def test_the_demo_text_is_scored_alike_however_its_path_is_written(run, monkeypatch):
     monkeypatch.chdir(demo.HERE)
     found = []
-    for calibration in ((), ("--calibration", demo.TEXT), ("--calibration", demo.TEXT.relative_to(demo.HERE))):
+    for calibration in (
+        (),
+        ("--calibration", demo.TEXT),
+        ("--calibration", demo.TEXT.relative_to(demo.HERE)),
+    ):
         status, out, _ = run("score", "demo", "--removed", "3", "--num-samples", 2, *calibration)
         assert status == 0
         found.append(out.splitlines()[:5])  # the table, not the seconds
@@ -142,9 +198,21 @@ def test_algorithms_can_be_asked_for_by_name(run):
 
 
 def test_savings_are_claimed_only_where_there_are_any(run, checkpoint, text_file):
-    arguments = ("score", checkpoint, "--calibration", text_file, "--num-samples", 4, "--seq-len", 16)
+    arguments = (
+        "score",
+        checkpoint,
+        "--calibration",
+        text_file,
+        "--num-samples",
+        4,
+        "--seq-len",
+        16,
+    )
     _, out, _ = run(*arguments, "--removed", "4", "--removed", "3-4", "--removed", "2-4")
-    assert "3 masks that remove 1 to 3 of 5 units: 4 layer runs where one pass per mask takes 9 (2.2x fewer)" in out
+    assert (
+        "3 masks that remove 1 to 3 of 5 units: 4 layer runs where one pass per mask takes 9 "
+        "(2.2x fewer)" in out
+    )
     _, out, _ = run(*arguments, "--removed", "4", "--objective", "kl")
     assert "5 layer runs where one pass per mask takes 4; kl runs the whole model once" in out
 
@@ -159,29 +227,55 @@ def test_exported_checkpoint_has_the_same_loss(run, checkpoint, text_file, tmp_p
 
 
 def test_an_exported_sequence_has_its_score(run, checkpoint, text_file, tmp_path, evaluator):
-    status, out, _ = run("export", checkpoint, "--sequence", "0,1,1-2,4", "--out", tmp_path / "grown")
+    status, out, _ = run(
+        "export", checkpoint, "--sequence", "0,1,1-2,4", "--out", tmp_path / "grown"
+    )
     assert status == 0
     assert "5 blocks, made of 5: 0,1,1,2,4" in out
     model = fp.load_model(tmp_path / "grown")
     again = fp.Evaluator(model, fp.Perplexity(fp.load_text(text_file, model.tokenizer, 4, 16)))
-    np.testing.assert_allclose(again.dense_loss, evaluator.score_sequences([(0, 1, 1, 2, 4)])[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        again.dense_loss, evaluator.score_sequences([(0, 1, 1, 2, 4)])[0], rtol=1e-6
+    )
 
 
 def test_the_result_of_a_search_is_exported_with_its_losses(run, checkpoint, text_file, tmp_path):
     data = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16)
-    run("search", checkpoint, *data, "--algorithm", "greedy", "--num-remove", 2, "--out", tmp_path / "run")
+    run(
+        "search",
+        checkpoint,
+        *data,
+        "--algorithm",
+        "greedy",
+        "--num-remove",
+        2,
+        "--out",
+        tmp_path / "run",
+    )
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     of = {"file": str(text_file), "num_samples": 4, "seq_len": 16, "sample_seed": 0}
     assert result["calibration"] == of
     status, out, _ = run(
-        "export", checkpoint, "--result", tmp_path / "run" / "result.json", "--base-model", "org/base",
-        "--out", tmp_path / "pruned",
-    )  # fmt: skip
+        "export",
+        checkpoint,
+        "--result",
+        tmp_path / "run" / "result.json",
+        "--base-model",
+        "org/base",
+        "--out",
+        tmp_path / "pruned",
+    )
     assert status == 0
-    assert "recipes/evopress.txt, recipes/llama.cpp.txt, recipes/llm-drop.json, recipes/mergekit.yaml" in out
+    assert (
+        "recipes/evopress.txt, recipes/llama.cpp.txt, recipes/llm-drop.json, recipes/mergekit.yaml"
+        in out
+    )
     card = (tmp_path / "pruned" / "README.md").read_text()
     assert "base_model: org/base" in card
-    assert f"| perplexity, 4 samples of {text_file.name} | {result['dense_loss']:.4f} (perplexity " in card
+    assert (
+        f"| perplexity, 4 samples of {text_file.name} | {result['dense_loss']:.4f} (perplexity "
+        in card
+    )
     assert "its card has the losses" not in out
     assert f"| {result['loss']:.4f} " in card
     assert f"without the blocks {', '.join(map(str, result['removed']))}" in card
@@ -194,7 +288,9 @@ def test_an_exported_checkpoint_has_the_modes_that_the_umask_leaves(checkpoint, 
     finally:
         os.umask(before)
     assert (tmp_path / "pruned").stat().st_mode & 0o777 == 0o750
-    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "pruned").rglob("*") if file.is_file()} == {0o640}
+    assert {
+        file.stat().st_mode & 0o777 for file in (tmp_path / "pruned").rglob("*") if file.is_file()
+    } == {0o640}
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
@@ -208,9 +304,21 @@ def test_non_finite_losses_are_written_as_such(run, checkpoint, text_file, tmp_p
     weights["model.layers.2.mlp.down_proj.weight"][:] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     arguments = ("--calibration", text_file, "--num-samples", 2, "--seq-len", 16)
-    status, *_ = run("score", broken, *arguments, "--removed", "2", "--removed", "1", "--out", tmp_path / "s.jsonl")
+    status, *_ = run(
+        "score",
+        broken,
+        *arguments,
+        "--removed",
+        "2",
+        "--removed",
+        "1",
+        "--out",
+        tmp_path / "s.jsonl",
+    )
     assert status == 0
-    finite, broken_loss = [json.loads(line)["loss"] for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    finite, broken_loss = [
+        json.loads(line)["loss"] for line in (tmp_path / "s.jsonl").read_text().splitlines()
+    ]
     assert isinstance(finite, float)
     assert broken_loss == "nan"
     status, out, _ = run("search", broken, *arguments, "--num-remove", 1, "--algorithm", "greedy")
@@ -233,12 +341,25 @@ def test_runs_as_a_program(checkpoint):
 def test_weights_that_are_read_by_turns(run, checkpoint, text_file):
     status, _, error = run("info", checkpoint, "--weights-gb", 2**-30)
     assert status == 2
-    least = re.search(r"the smallest that works is \d+, not 1 \(--weights-gb ([\d.]+)\)$", error.strip())[1]
+    least = re.search(
+        r"the smallest that works is \d+, not 1 \(--weights-gb ([\d.]+)\)$", error.strip()
+    )[1]
     status, output, _ = run("info", checkpoint, "--weights-gb", least)
     assert status == 0
     assert "5 of up to 1 blocks" in output
     assert "200 masks read" in output
-    score = ("score", checkpoint, "--calibration", text_file, "--seq-len", 16, "--num-samples", 4, "--removed", "1")
+    score = (
+        "score",
+        checkpoint,
+        "--calibration",
+        text_file,
+        "--seq-len",
+        16,
+        "--num-samples",
+        4,
+        "--removed",
+        "1",
+    )
     whole, streamed = run(*score), run(*score, "--weights-gb", least)
     assert whole[0] == streamed[0] == 0
     assert [line for line in streamed[1].splitlines() if "│" in line] == [
@@ -247,7 +368,18 @@ def test_weights_that_are_read_by_turns(run, checkpoint, text_file):
 
 
 def test_the_memory_that_is_named_is_enough(run, checkpoint, text_file):
-    score = ("score", checkpoint, "--calibration", text_file, "--seq-len", 16, "--num-samples", 4, "--removed", "1")
+    score = (
+        "score",
+        checkpoint,
+        "--calibration",
+        text_file,
+        "--seq-len",
+        16,
+        "--num-samples",
+        4,
+        "--removed",
+        "1",
+    )
     status, _, error = run(*score, "--memory-gb", 1e-7)
     assert status == 2
     least = re.search(r"\(--memory-gb ([\d.]+)\)$", error.strip())[1]

@@ -1,4 +1,5 @@
-"""Numbers, names and paths that no run could use are refused at the door: status 2, one short line, no model opened."""
+"""Numbers, names and paths that no run could use are refused at the door: status 2, one short line,
+no model opened."""
 
 from __future__ import annotations
 
@@ -52,7 +53,10 @@ SCORE = [
     *(("--store", path) for path in PATHS),
     *(("--calibration", path) for path in [*PATHS, "nowhere.txt", "."]),
     *(("--out", path) for path in PATHS),
-    *(("--removed", units) for units in (DIGITS, "0-99999999999", "0-9999999", LONG, NUL, SURROGATE, "1-")),
+    *(
+        ("--removed", units)
+        for units in (DIGITS, "0-99999999999", "0-9999999", LONG, NUL, SURROGATE, "1-")
+    ),
     *(("--objective", name) for name in ("", LONG, NUL, SURROGATE)),
 ]
 SEARCH = [
@@ -61,7 +65,10 @@ SEARCH = [
     *(("--algorithm", name) for name in ("", LONG, NUL, SURROGATE)),
     *(("--protect", units) for units in (DIGITS, "0-99999999999", LONG)),
     *(("--out", path) for path in PATHS),
-    *(("--option", option) for option in (f"x={LONG}", f"beam_width={LONG}", LONG, f"{LONG}=1", f"x={NUL}", "=", "")),
+    *(
+        ("--option", option)
+        for option in (f"x={LONG}", f"beam_width={LONG}", LONG, f"{LONG}=1", f"x={NUL}", "=", "")
+    ),
     *(("--option", f"beam_width={value}") for value in (DIGITS, "nan", "", SURROGATE)),
     ("--option", "beam_width=5", "--option", "beam_width=6"),
     ("--option", "beam_width=5", "--option", "beam-width=5"),
@@ -69,7 +76,10 @@ SEARCH = [
 STUDY = [
     *(("--num-remove", value) for value in (DIGITS, HUGE, "1,1", "-1", "1,", "", LONG, NUL)),
     *(("--seed", value) for value in (BEYOND, DIGITS)),
-    *(("--algorithms", names) for names in ("beam,beam", "beam,greedy,beam", "beam,", "", "all,beam", LONG, NUL)),
+    *(
+        ("--algorithms", names)
+        for names in ("beam,beam", "beam,greedy,beam", "beam,", "", "all,beam", LONG, NUL)
+    ),
     *(("--out", path) for path in PATHS),
     *(("--objective", f"kl={path}") for path in PATHS),
     *(
@@ -102,7 +112,14 @@ def test_search(refused, text_file, wrong):
 @pytest.mark.parametrize("wrong", [*SHARED, *STUDY], ids=shown)
 def test_study(refused, text_file, tmp_path, wrong):
     wrong = [argument.replace("{text}", str(text_file)) for argument in wrong]
-    arguments = ("--objective", f"perplexity={text_file}", "--num-remove", "1", "--out", tmp_path / "s")
+    arguments = (
+        "--objective",
+        f"perplexity={text_file}",
+        "--num-remove",
+        "1",
+        "--out",
+        tmp_path / "s",
+    )
     refused("study", "nowhere/model", *arguments, *wrong)
     assert not (tmp_path / "s").exists()
 
@@ -141,4 +158,7 @@ def test_other_names(refused, name):
 
 
 def test_no_command(refused):
-    assert "name a command: demo, info, algorithms, score, search, study, eval, export, store; --help" in refused()
+    assert (
+        "name a command: demo, info, algorithms, score, search, study, eval, export, store; --help"
+        in refused()
+    )

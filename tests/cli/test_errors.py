@@ -24,7 +24,17 @@ def fails(run):
 @pytest.fixture
 def score(fails, checkpoint, text_file):
     def score(*arguments) -> str:
-        return fails("score", checkpoint, "--calibration", text_file, "--num-samples", 2, "--seq-len", 16, *arguments)
+        return fails(
+            "score",
+            checkpoint,
+            "--calibration",
+            text_file,
+            "--num-samples",
+            2,
+            "--seq-len",
+            16,
+            *arguments,
+        )
 
     return score
 
@@ -47,7 +57,18 @@ def test_removed_units(score, fails, checkpoint, text_file, tmp_path):
     assert "2 is given twice" in score("--removed", "2,2")
     assert "commas" in score("--removed", "one")
     assert "--removed: units must be integers" in score("--removed", "one")
-    search = ("search", checkpoint, "--calibration", text_file, "--num-samples", 2, "--seq-len", 16, "--num-remove", 1)
+    search = (
+        "search",
+        checkpoint,
+        "--calibration",
+        text_file,
+        "--num-samples",
+        2,
+        "--seq-len",
+        16,
+        "--num-remove",
+        1,
+    )
     assert "--protect: protected unit 5 is out of range" in fails(*search, "--protect", "5")
     assert "--protect: units must be integers" in fails(*search, "--protect", "one")
     assert "or one of the presets sleb, shortened-llama" in fails(*search, "--protect", "one")
@@ -55,8 +76,12 @@ def test_removed_units(score, fails, checkpoint, text_file, tmp_path):
     assert "--sequence: sequence 0: 7 is no unit" in fails(
         "export", checkpoint, "--sequence", "0,7", "--out", tmp_path / "x"
     )
-    assert "one of --removed BLOCKS, --sequence" in fails("export", checkpoint, "--out", tmp_path / "x")
-    assert "nothing to export" in fails("export", checkpoint, "--removed", "0,1,2,3,4", "--out", tmp_path / "x")
+    assert "one of --removed BLOCKS, --sequence" in fails(
+        "export", checkpoint, "--out", tmp_path / "x"
+    )
+    assert "nothing to export" in fails(
+        "export", checkpoint, "--removed", "0,1,2,3,4", "--out", tmp_path / "x"
+    )
 
 
 @pytest.mark.parametrize("budget", [-1, 5, 9])
@@ -73,11 +98,15 @@ def test_names_are_suggested(fails, checkpoint, text_file):
     assert "its options: beam_width=5" in fails(*search, "--option", "width=5")
     assert "takes int" in fails(*search, "--option", "beam_width=wide")
     assert "NAME=VALUE" in fails(*search, "--option", "beam_width")
-    assert "granularity" in fails(*search, "--granularity", "head", "--num-samples", 2, "--seq-len", 16)
+    assert "granularity" in fails(
+        *search, "--granularity", "head", "--num-samples", 2, "--seq-len", 16
+    )
     assert "backend" in fails(*search, "--backend", "fast", "--num-samples", 2, "--seq-len", 16)
     assert "dtype" in fails(*search, "--dtype", "float12")
     assert "did you mean 'bfloat16'" in fails(*search, "--dtype", "bf16")
-    assert "--device: 'abacus' is no kind of device; such as cpu" in fails(*search, "--device", "abacus")
+    assert "--device: 'abacus' is no kind of device; such as cpu" in fails(
+        *search, "--device", "abacus"
+    )
     assert "beam_width of beam must be at least 1" in fails(*search, "--option", "beam_width=0")
     assert "did you mean 'beam'" in fails("algorithms", "beem")
 
@@ -132,7 +161,14 @@ def test_fewer_questions_than_asked_for(fails, checkpoint, questions):
 )
 def test_task_rows(fails, checkpoint, tmp_path, row, message):
     (tmp_path / "tasks.jsonl").write_text(row + "\n")
-    arguments = ("--objective", "margin", "--calibration", tmp_path / "tasks.jsonl", "--removed", "1")
+    arguments = (
+        "--objective",
+        "margin",
+        "--calibration",
+        tmp_path / "tasks.jsonl",
+        "--removed",
+        "1",
+    )
     err = fails("score", checkpoint, *arguments)
     assert message in err
     assert "tasks.jsonl" in err
@@ -153,7 +189,9 @@ def test_model_folders(fails, checkpoint, text_file, tmp_path):
     (cut / "model.safetensors").unlink()
     (cut / "pytorch_model.bin").write_bytes(b"pickle")
     assert "pickle" in score(cut)
-    (cut / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-1.safetensors"}}')
+    (cut / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"lm_head.weight": "model-1.safetensors"}}'
+    )
     assert "model-1.safetensors: this shard is missing" in score(cut)
 
 
@@ -173,7 +211,9 @@ def test_an_output_below_a_file_is_refused_before_the_model_is_opened(fails, tex
         "study": ("nowhere/model", "--num-remove", "1", "--objective", f"perplexity={text_file}"),
         "demo": (),
     }[command]
-    assert "is a file, not a folder" in fails(command, *arguments, "--out", text_file / "below" / "x")
+    assert "is a file, not a folder" in fails(
+        command, *arguments, "--out", text_file / "below" / "x"
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,23 +222,28 @@ def test_an_output_below_a_file_is_refused_before_the_model_is_opened(fails, tex
         ("{", "not valid JSON"),
         ("[]", "not the result.json of a search"),
         (
-            '{"removed": 3, "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2, "num_units": 5}',
+            '{"removed": 3, "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": '
+            '2, "num_units": 5}',
             "not the result.json",
         ),
         (
-            '{"removed": [], "objective": "kl", "granularity": "sublayer", "dense_loss": 1, "loss": 2, "num_units": 5}',
+            '{"removed": [], "objective": "kl", "granularity": "sublayer", "dense_loss": 1, '
+            '"loss": 2, "num_units": 5}',
             "sublayers",
         ),
         (
-            '{"removed": [], "objective": "kl", "granularity": "block", "dense_loss": [], "loss": 2, "num_units": 5}',
+            '{"removed": [], "objective": "kl", "granularity": "block", "dense_loss": [], "loss": '
+            '2, "num_units": 5}',
             "must be numbers",
         ),
         (
-            '{"removed": [9], "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2, "num_units": 5}',
+            '{"removed": [9], "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": '
+            '2, "num_units": 5}',
             "9 is out of range",
         ),
         (
-            '{"removed": [1], "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": 2, "num_units": 12}',
+            '{"removed": [1], "objective": "kl", "granularity": "block", "dense_loss": 1, "loss": '
+            '2, "num_units": 12}',
             "of a model of 12 blocks; ",
         ),
     ],
@@ -217,7 +262,15 @@ def test_a_missing_library_is_named_before_the_model_is_opened(
     fails, text_file, tmp_path, monkeypatch, command, library
 ):
     monkeypatch.setitem(sys.modules, library, None)
-    study = ("nowhere/model", "--num-remove", "1", "--objective", f"perplexity={text_file}", "--algorithms", "greedy")
+    study = (
+        "nowhere/model",
+        "--num-remove",
+        "1",
+        "--objective",
+        f"perplexity={text_file}",
+        "--algorithms",
+        "greedy",
+    )
     err = fails(command, *(study if command == "study" else ()), "--out", tmp_path / "s")
     assert "pip install 'fastprune[" in err
     assert not (tmp_path / "s").exists()
@@ -227,4 +280,6 @@ def test_usage(fails, checkpoint):
     assert "No such command" in fails("serach")
     assert "No such option" in fails("info", checkpoint, "--fast")
     assert "num-remove" in fails("search", checkpoint)
-    assert "--memory-gb" in fails("score", checkpoint, "--calibration", __file__, "--removed", "1", "--memory-gb", 0)
+    assert "--memory-gb" in fails(
+        "score", checkpoint, "--calibration", __file__, "--removed", "1", "--memory-gb", 0
+    )

@@ -55,11 +55,17 @@ def scored(text_file):
 
 
 @pytest.mark.parametrize("stdout", [closed_pipe, full_disk, ascii_terminal])
-def test_results_are_written_whatever_stdout_is(run_on, checkpoint, text_file, scored, tmp_path, stdout):
-    status, _ = run_on(stdout(), "search", checkpoint, "--num-remove", 1, *scored, "--out", tmp_path / "r")
+def test_results_are_written_whatever_stdout_is(
+    run_on, checkpoint, text_file, scored, tmp_path, stdout
+):
+    status, _ = run_on(
+        stdout(), "search", checkpoint, "--num-remove", 1, *scored, "--out", tmp_path / "r"
+    )
     assert status == 0
     assert len(json.loads((tmp_path / "r" / "result.json").read_text())["removed"]) == 1
-    status, _ = run_on(stdout(), "score", checkpoint, "--removed", "1", *scored, "--out", tmp_path / "s.jsonl")
+    status, _ = run_on(
+        stdout(), "score", checkpoint, "--removed", "1", *scored, "--out", tmp_path / "s.jsonl"
+    )
     assert status == 0
     assert json.loads((tmp_path / "s.jsonl").read_text())["removed"] == [1]
     status, _ = run_on(stdout(), "export", checkpoint, "--removed", "1", "--out", tmp_path / "e")
@@ -73,12 +79,18 @@ def test_results_are_written_whatever_stdout_is(run_on, checkpoint, text_file, s
 
 
 def test_a_full_stdout_is_said_in_one_line(run_on, checkpoint, scored, tmp_path):
-    status, err = run_on(full_disk(), "search", checkpoint, "--num-remove", 1, *scored, "--out", tmp_path / "r")
+    status, err = run_on(
+        full_disk(), "search", checkpoint, "--num-remove", 1, *scored, "--out", tmp_path / "r"
+    )
     assert status == 0
     assert "stdout cannot be written to" in err
     assert err.endswith(f"the result goes to {tmp_path / 'r' / 'result.json'}\n")
     assert err.count("\n") == 1
-    for arguments in (("algorithms",), ("--help",), ("search", checkpoint, "--num-remove", 1, *scored)):
+    for arguments in (
+        ("algorithms",),
+        ("--help",),
+        ("search", checkpoint, "--num-remove", 1, *scored),
+    ):
         status, err = run_on(full_disk(), *arguments)
         assert status == 1
         assert err.count("\n") == 1
@@ -107,13 +119,20 @@ def test_an_ascii_terminal_gets_tables_and_patterns_in_ascii(run_on, checkpoint,
     status, _ = run_on(stdout, "search", named, "--num-remove", 2, *scored)
     assert status == 0
     printed = stdout.buffer.getvalue().decode("ascii")
-    (pattern,) = [line.split() for line in printed.splitlines() if line.startswith("perplexity  beam")]
+    (pattern,) = [
+        line.split() for line in printed.splitlines() if line.startswith("perplexity  beam")
+    ]
     assert sorted(pattern[2:]) == ["#", "#", ".", ".", "."]
     assert "|" in printed
 
 
 def test_the_program_prints_in_ascii_where_that_is_asked_for():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONIOENCODING": "ascii",
+        "LC_ALL": "C",
+    }
     command = [sys.executable, "-m", "fastprune.cli", "algorithms", "cbo", "bayesian"]
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -122,8 +141,12 @@ def test_the_program_prints_in_ascii_where_that_is_asked_for():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["m[/x]", "[red]m[", ":smile:", r"m$\frac$", "m--><script>alert(1)</script>"])
-def test_any_folder_name_is_printed_and_drawn_as_it_is(run, checkpoint, text_file, scored, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name", ["m[/x]", "[red]m[", ":smile:", r"m$\frac$", "m--><script>alert(1)</script>"]
+)
+def test_any_folder_name_is_printed_and_drawn_as_it_is(
+    run, checkpoint, text_file, scored, tmp_path, monkeypatch, name
+):
     monkeypatch.setenv("COLUMNS", "400")
     folder = tmp_path / name
     folder.parent.mkdir(exist_ok=True, parents=True)
@@ -136,7 +159,15 @@ def test_any_folder_name_is_printed_and_drawn_as_it_is(run, checkpoint, text_fil
     assert status == 0, err
     assert folder.name in "".join(out.split())  # a title is wrapped at its table's width
     objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
-    studied = ("--algorithms", "one_shot,beam", "--num-remove", "1", *objective, "--out", tmp_path / "s")
+    studied = (
+        "--algorithms",
+        "one_shot,beam",
+        "--num-remove",
+        "1",
+        *objective,
+        "--out",
+        tmp_path / "s",
+    )
     status, out, err = run("study", folder, *studied)
     assert status == 0, err
     assert folder.name in "".join(out.split())  # a title is wrapped at its table's width

@@ -1,4 +1,5 @@
-"""Models whose folder brings code along: refused unless that is asked for, and exported with their code."""
+"""Models whose folder brings code along: refused unless that is asked for, and exported with their
+code."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def odd(checkpoint, tmp_path_factory):
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
     config["model_type"], config["architectures"] = "odd_llama", ["OddForCausalLM"]
-    config["auto_map"] = {"AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    config["auto_map"] = {
+        "AutoConfig": "modeling_odd.OddConfig",
+        "AutoModelForCausalLM": "modeling_odd.OddForCausalLM",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "modeling_odd.py").write_text(MODELING)
     return folder
@@ -38,7 +42,9 @@ def odd(checkpoint, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def modules_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
 
 
 def test_code_runs_only_when_it_is_asked_for(run, odd):

@@ -29,7 +29,10 @@ def store(tmp_path):
 
 def damage(path) -> None:
     with sqlite3.connect(path) as db:
-        db.execute("UPDATE sums SET sums = zeroblob(length(sums)) WHERE units = (SELECT min(units) FROM sums)")
+        db.execute(
+            "UPDATE sums SET sums = zeroblob(length(sums)) WHERE units = (SELECT min(units) FROM "
+            "sums)"
+        )
     db.close()
 
 
@@ -51,7 +54,11 @@ def test_export_writes_every_row_with_its_bits(run, store, tmp_path):
     targets = 5 * 12
     for mask, loss in zip(MASKS, losses):
         kept = np.flatnonzero(mask).tolist()
-        found = [row["sums"] for row in rows if row["units"] == kept and row["context"]["measure"] == "nll"]
+        found = [
+            row["sums"]
+            for row in rows
+            if row["units"] == kept and row["context"]["measure"] == "nll"
+        ]
         assert sum(map(sum, found)) / targets == pytest.approx(loss, rel=1e-12)
     assert run("store", "export", store, "--out", target)[0] == 2
 
@@ -79,7 +86,9 @@ def test_prune_removes_a_context_or_what_is_damaged(run, store):
     ],
 )
 def test_wrong_arguments(run, store, arguments, message):
-    status, _, err = run("store", *(store if argument == "STORE" else argument for argument in arguments))
+    status, _, err = run(
+        "store", *(store if argument == "STORE" else argument for argument in arguments)
+    )
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1

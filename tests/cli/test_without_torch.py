@@ -16,10 +16,20 @@ from fastprune.cli import main
 try:
     main()
 finally:
-    print(*[name for name in ("torch", "transformers", "sklearn", "matplotlib") if name in sys.modules])
+    libraries = ("torch", "transformers", "sklearn", "matplotlib")
+    print(*[name for name in libraries if name in sys.modules])
 """
 SEARCH = ("search", "nowhere/model", "--num-remove", "1", "--calibration", __file__)
-STUDY = ("study", "nowhere/model", "--num-remove", "1", "--objective", f"kl={__file__}", "--out", "nowhere/study")
+STUDY = (
+    "study",
+    "nowhere/model",
+    "--num-remove",
+    "1",
+    "--objective",
+    f"kl={__file__}",
+    "--out",
+    "nowhere/study",
+)
 
 
 COMMANDS = [
@@ -53,18 +63,22 @@ for arguments, _ in {COMMANDS!r}:
             main()
         except SystemExit as end:
             status = end.code or 0
-    libraries = [name for name in ("torch", "transformers", "sklearn", "matplotlib") if name in sys.modules]
+    heavy = ("torch", "transformers", "sklearn", "matplotlib")
+    libraries = [name for name in heavy if name in sys.modules]
     print(json.dumps([status, libraries]))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert list(zip(COMMANDS, found, strict=True)) == [(case, [case[1], []]) for case in COMMANDS]
 
 
 def test_opening_a_model_imports_nothing_that_takes_long_and_is_not_needed():
     program = PROGRAM.replace(
-        '("torch", "transformers", "sklearn", "matplotlib")', '("sklearn", "scipy", "pandas", "datasets", "accelerate")'
+        '("torch", "transformers", "sklearn", "matplotlib")',
+        '("sklearn", "scipy", "pandas", "datasets", "accelerate")',
     )
     command = [sys.executable, "-c", program, "info", "demo"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -84,17 +98,42 @@ def test_threads_sleep_at_barriers_unless_the_environment_says_how_they_wait(giv
         "try: main()\n"
         "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
     )
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMP_", "GOMP_", "KMP_"))
+    }
     environment = {**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **given}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == f"{waits} False"
 
 
 def test_openmp_reads_how_threads_wait():
-    """It does when it is loaded, by whatever is linked to it. libgomp, which is asked here, then spins 0 times."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    environment = {**inherited, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_DISPLAY_ENV": "verbose"}
-    command = [sys.executable, "-m", "fastprune.cli", "score", "demo", "--removed", "3", "--num-samples", "1"]
+    """It does when it is loaded, by whatever is linked to it. libgomp, which is asked here, then
+    spins 0 times."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMP_", "GOMP_", "KMP_"))
+    }
+    environment = {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_DISPLAY_ENV": "verbose",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "fastprune.cli",
+        "score",
+        "demo",
+        "--removed",
+        "3",
+        "--num-samples",
+        "1",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     spins = re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
     if spins is None:

@@ -1,4 +1,5 @@
-"""What several engine tests need: evaluators in small budgets, questions, refusals, environments of subprocesses."""
+"""What several engine tests need: evaluators in small budgets, questions, refusals, environments of
+subprocesses."""
 
 from __future__ import annotations
 
@@ -12,16 +13,28 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from families import build, num_blocks, random_rows, reference_model, reference_token_nll, some_masks
+from families import (
+    build,
+    num_blocks,
+    random_rows,
+    reference_model,
+    reference_token_nll,
+    some_masks,
+)
 
 import fastprune as fp
 
 
 def smallest_budget(make) -> int:
-    """The smallest byte budget with which make(memory_bytes) is accepted, as the first refusal names it."""
+    """The smallest byte budget with which make(memory_bytes) is accepted, as the first refusal
+    names it."""
     with pytest.raises(fp.InputError) as error:
         make(1)
-    return int(re.search(r"memory_bytes is too small: one row of the batch takes (\d+) bytes", str(error.value))[1])
+    return int(
+        re.search(
+            r"memory_bytes is too small: one row of the batch takes (\d+) bytes", str(error.value)
+        )[1]
+    )
 
 
 def make_tasks(vocab_size: int, shapes, seed: int = 0) -> fp.Tasks:
@@ -30,7 +43,12 @@ def make_tasks(vocab_size: int, shapes, seed: int = 0) -> fp.Tasks:
     rows = []
     for prompt_length, choice_lengths in shapes:
         prompt = rng.integers(0, vocab_size, prompt_length)
-        rows.append([(np.concatenate([prompt, rng.integers(0, vocab_size, n)]), prompt_length) for n in choice_lengths])
+        rows.append(
+            [
+                (np.concatenate([prompt, rng.integers(0, vocab_size, n)]), prompt_length)
+                for n in choice_lengths
+            ]
+        )
     counts = [len(row) for row in rows]
     return fp.Tasks(
         batch=fp.TokenBatch.from_continuations(rows),
@@ -42,15 +60,25 @@ def make_tasks(vocab_size: int, shapes, seed: int = 0) -> fp.Tasks:
 
 
 def bfloat16_errors(family: str, lengths, make_evaluator) -> tuple[float, float]:
-    """Root mean square distance from the float32 loss, of fastprune's and of transformers' own bfloat16 losses.
+    """Root mean square distance from the float32 loss, of fastprune's and of transformers' own
+    bfloat16 losses.
 
-    The same (bfloat16) weights on all sides; over 6 sets of rows times the distinct ones of 40 masks, since the losses
-    of one set are a few roundings each, whose ratio depends on the processor.
+    The same (bfloat16) weights on all sides; over 6 sets of rows times the distinct ones of 40
+    masks, since the losses of one set are a few roundings each, whose ratio depends on the
+    processor.
     """
-    low, masks, rows = build(family, torch.bfloat16), *_bfloat16_masks_and_rows(family, tuple(lengths))
+    low, masks, rows = (
+        build(family, torch.bfloat16),
+        *_bfloat16_masks_and_rows(family, tuple(lengths)),
+    )
     truth, own = _bfloat16_references(family, tuple(lengths))
-    found = _by_set(make_evaluator(low, fp.TokenBatch.from_ids(rows)).score_samples(masks), rows) - truth
-    return float(np.sqrt(np.mean(np.square(found)))), float(np.sqrt(np.mean(np.square(own - truth))))
+    found = (
+        _by_set(make_evaluator(low, fp.TokenBatch.from_ids(rows)).score_samples(masks), rows)
+        - truth
+    )
+    return float(np.sqrt(np.mean(np.square(found)))), float(
+        np.sqrt(np.mean(np.square(own - truth)))
+    )
 
 
 def _bfloat16_masks_and_rows(family: str, lengths: tuple[int, ...]):
@@ -66,7 +94,9 @@ def _bfloat16_references(family: str, lengths: tuple[int, ...]) -> tuple[np.ndar
 
     def reference(hf) -> np.ndarray:
         models = (reference_model(hf, mask) for mask in masks)
-        return _by_set([[nll.mean() for nll in reference_token_nll(model, rows)] for model in models], rows)
+        return _by_set(
+            [[nll.mean() for nll in reference_token_nll(model, rows)] for model in models], rows
+        )
 
     low = build(family, torch.bfloat16)
     own = reference(low)
@@ -76,11 +106,14 @@ def _bfloat16_references(family: str, lengths: tuple[int, ...]) -> tuple[np.ndar
 def _by_set(row_losses, rows) -> np.ndarray:
     """The loss of each mask on each of 6 sets of rows, [N, 6], from its mean on each row."""
     targets = np.array([len(row) - 1 for row in rows]).reshape(6, -1)  # [set, row]
-    return (np.reshape(row_losses, (-1, *targets.shape)) * targets).sum(axis=2) / targets.sum(axis=1)
+    return (np.reshape(row_losses, (-1, *targets.shape)) * targets).sum(axis=2) / targets.sum(
+        axis=1
+    )
 
 
 def run_python(code: str, **environment: str) -> str:
-    """Standard output of a fresh interpreter that can import what this one can, for code that opens models."""
+    """Standard output of a fresh interpreter that can import what this one can, for code that opens
+    models."""
     begin = "from fastprune.models.imports import import_transformers; import_transformers()\n"
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""The kernels of scaled_dot_product_attention are pinned while units run: the caller's switches change no bit."""
+"""The kernels of scaled_dot_product_attention are pinned while units run: the caller's switches
+change no bit."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def test_the_callers_switches_change_no_bit_and_are_put_back(backend, kind):
     hf = build("llama")
     vocab = hf.config.vocab_size
     text = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(vocab, [21, 17])))
-    objective = text if kind == "text" else fp.TaskMargin(make_tasks(vocab, [(7, [3, 2]), (5, [2, 4])]))
+    objective = (
+        text if kind == "text" else fp.TaskMargin(make_tasks(vocab, [(7, [3, 2]), (5, [2, 4])]))
+    )
     masks = some_masks(num_blocks(hf), 12, seed=1)
     expected = fp.Evaluator(hf, objective, backend=backend).score(masks)
     with only_math():
@@ -95,7 +98,9 @@ def test_the_switches_are_put_back_after_an_error():
 def test_the_key_of_the_store_names_the_backends_in_their_order(tmp_path):
     hf = build("llama")
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [5]))
-    fp.Evaluator(hf, fp.Perplexity(batch), store=tmp_path / "s.db").score(np.ones((1, 5), dtype=bool))
+    fp.Evaluator(hf, fp.Perplexity(batch), store=tmp_path / "s.db").score(
+        np.ones((1, 5), dtype=bool)
+    )
     ((by, _),) = SumStore(tmp_path / "s.db").contexts().values()
     found = by["sdpa"]
     assert found == ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "OVERRIDEABLE"]

@@ -1,4 +1,5 @@
-"""Folders that are damaged, incomplete, foreign or not safe to open are refused by one line that names the culprit."""
+"""Folders that are damaged, incomplete, foreign or not safe to open are refused by one line that
+names the culprit."""
 
 import json
 import shutil
@@ -42,14 +43,21 @@ def test_load_model_arguments(hf, tmp_path):
     (tmp_path / "file.safetensors").write_bytes(b"")
     refuses("file.safetensors: a model is a folder", fp.load_model, tmp_path / "file.safetensors")
     save(hf, tmp_path / "model")
-    refuses("dtype must be auto or one of .* not 'int8'", fp.load_model, tmp_path / "model", dtype="int8")
+    refuses(
+        "dtype must be auto or one of .* not 'int8'",
+        fp.load_model,
+        tmp_path / "model",
+        dtype="int8",
+    )
     refuses("device 'abacus' cannot be used", fp.load_model, tmp_path / "model", device="abacus")
 
 
 def test_whole_folders_are_loaded(hf, ev, batch, folder, sharded):
     masks = some_masks(5, 20, seed=0)
     for path in (folder, sharded):
-        found = fp.Evaluator(fp.load_model(str(path), device="cpu"), fp.Perplexity(batch)).score(masks)
+        found = fp.Evaluator(fp.load_model(str(path), device="cpu"), fp.Perplexity(batch)).score(
+            masks
+        )
         assert found.tobytes() == ev.score(masks).tobytes()
 
 
@@ -86,7 +94,8 @@ def test_missing_shards_and_tensors(sharded):
 
 
 def test_a_folder_without_all_tensors(hf, tmp_path):
-    """Whole files that do not hold what the config describes: transformers would fill in random numbers."""
+    """Whole files that do not hold what the config describes: transformers would fill in random
+    numbers."""
     folder = save(hf, tmp_path / "deeper")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6}))
@@ -134,7 +143,11 @@ def build_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "culprit"),
     [
-        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, but the weights hold only [0-9]+ tensors"),
+        (
+            "num_hidden_layers",
+            10**9,
+            "num_hidden_layers is 1000000000, but the weights hold only [0-9]+ tensors",
+        ),
         ("num_hidden_layers", -1, "num_hidden_layers must be an integer of at least 1, not -1"),
         ("num_hidden_layers", 0, "num_hidden_layers must be .* not 0"),
         ("num_hidden_layers", "five", "num_hidden_layers must be .* not 'five'"),
@@ -143,7 +156,11 @@ def build_nothing(monkeypatch):
         ("num_hidden_layers", True, "num_hidden_layers must be .* not True"),
         ("vocab_size", 10**12, "vocab_size is 1000000000000, but the weights hold only 97 rows"),
         ("vocab_size", -5, "vocab_size must be"),
-        ("hidden_size", 10**9, "hidden_size is 1000000000, but the weights hold only [0-9]+ numbers"),
+        (
+            "hidden_size",
+            10**9,
+            "hidden_size is 1000000000, but the weights hold only [0-9]+ numbers",
+        ),
         ("num_attention_heads", 0, "num_attention_heads must be"),
         ("intermediate_size", [44, "44"], "intermediate_size must be .* not '44'"),
         ("intermediate_size", [44, 10**9], "intermediate_size is .* but the weights hold only"),
@@ -169,7 +186,9 @@ def test_sizes_that_some_families_write(folder):
 
 def test_quantized_weights(folder, build_nothing):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "fp8"}})
+    )
     refuses("config.json: the weights are quantized", fp.load_model, folder)
 
 
@@ -240,7 +259,9 @@ def test_a_tokenizer_without_a_longest_input(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": ""}))
-    refuses("tokenizer_config.json: model_max_length must be a number, not ''", fp.load_model, folder)
+    refuses(
+        "tokenizer_config.json: model_max_length must be a number, not ''", fp.load_model, folder
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "mixtral"])
@@ -260,10 +281,23 @@ def add_tensors(folder, **tensors) -> None:
 
 
 def test_buffers_of_earlier_releases_are_no_surplus(folder, hf, ev, batch, tmp_path):
-    add_tensors(folder, **{f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(5) for i in range(5)})
-    assert fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    add_tensors(
+        folder,
+        **{f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(5) for i in range(5)},
+    )
+    assert (
+        fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss
+        == ev.dense_loss
+    )
     tied = save(build("llama-tied"), tmp_path / "tied")
-    add_tensors(tied, **{"lm_head.weight": load_file(tied / "model.safetensors")["model.embed_tokens.weight"].clone()})
+    add_tensors(
+        tied,
+        **{
+            "lm_head.weight": load_file(tied / "model.safetensors")[
+                "model.embed_tokens.weight"
+            ].clone()
+        },
+    )
     assert fp.load_model(tied, device="cpu").num_blocks == 5
     gpt2 = save(build("gpt2"), tmp_path / "gpt2")
     causal = torch.ones(1, 1, 128, 128).tril()
@@ -272,7 +306,9 @@ def test_buffers_of_earlier_releases_are_no_surplus(folder, hf, ev, batch, tmp_p
         add_tensors(gpt2, **{"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})
         assert fp.load_model(gpt2, device="cpu").num_blocks == 6
     add_tensors(folder, **{"model.layers.1.self_attn.q_proj.bias": torch.ones(30)})
-    refuses(r"no place for the tensor model\.layers\.1\.self_attn\.q_proj\.bias", fp.load_model, folder)
+    refuses(
+        r"no place for the tensor model\.layers\.1\.self_attn\.q_proj\.bias", fp.load_model, folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,7 +325,11 @@ def test_buffers_of_earlier_releases_are_no_surplus(folder, hf, ev, batch, tmp_p
 def test_weights_that_are_not_floating(folder, hf, build_nothing, dtype, said):
     name = "model.layers.1.mlp.up_proj.weight"
     add_tensors(folder, **{name: hf.state_dict()[name].to(dtype)})
-    refuses(f"the tensor {name} is {said}; weights are scored in F64, F32, F16, BF16", fp.load_model, folder)
+    refuses(
+        f"the tensor {name} is {said}; weights are scored in F64, F32, F16, BF16",
+        fp.load_model,
+        folder,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
@@ -313,7 +353,10 @@ def test_an_unsupported_family_on_disk(tmp_path):
 
 def test_pickles_beside_safetensors_are_not_opened(hf, ev, folder, batch):
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
-    assert fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    assert (
+        fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss
+        == ev.dense_loss
+    )
     shutil.rmtree(folder)
 
 
@@ -333,7 +376,9 @@ def rename_shard(folder, name: str) -> None:
     index_path = folder / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
     last = max(index["weight_map"].values())
-    renamed = {tensor: name if file == last else file for tensor, file in index["weight_map"].items()}
+    renamed = {
+        tensor: name if file == last else file for tensor, file in index["weight_map"].items()
+    }
     index_path.write_text(json.dumps({**index, "weight_map": renamed}))
 
 
@@ -344,10 +389,28 @@ def test_an_index_names_safetensors_files_of_its_folder_only(hf, sharded, no_pic
     shutil.copy(last, sharded / "renamed.bin")  # a whole safetensors file by another name
     torch.save(hf.state_dict(), sharded / "pytorch_model.bin")
     content = (sharded / "model.safetensors.index.json").read_bytes()
-    names = ["pytorch_model.bin", "renamed.bin", "../x.safetensors", str(elsewhere), "a/../../x.safetensors", 3, None]
-    for name in [*names, "..\\x.safetensors", "x\0.safetensors", "x.safetensors\n", "C:x.safetensors"]:
+    names = [
+        "pytorch_model.bin",
+        "renamed.bin",
+        "../x.safetensors",
+        str(elsewhere),
+        "a/../../x.safetensors",
+        3,
+        None,
+    ]
+    for name in [
+        *names,
+        "..\\x.safetensors",
+        "x\0.safetensors",
+        "x.safetensors\n",
+        "C:x.safetensors",
+    ]:
         rename_shard(sharded, name)
-        refuses("index.json: the tensor .* only .safetensors files in the model's folder", fp.load_model, sharded)
+        refuses(
+            "index.json: the tensor .* only .safetensors files in the model's folder",
+            fp.load_model,
+            sharded,
+        )
         (sharded / "model.safetensors.index.json").write_bytes(content)
 
 
@@ -356,7 +419,11 @@ def test_files_that_are_pickles_too(hf, sharded, no_pickles):
     shard = max(sharded.glob("*.safetensors"))
     torch.save(hf.state_dict(), sharded / "pickle")
     whole, pickle = shard.read_bytes(), (sharded / "pickle").read_bytes()
-    for content, why in [(whole + pickle, "truncated or damaged"), (pickle + whole, shard.name), (pickle, shard.name)]:
+    for content, why in [
+        (whole + pickle, "truncated or damaged"),
+        (pickle + whole, shard.name),
+        (pickle, shard.name),
+    ]:
         shard.write_bytes(content)
         refuses(why, fp.load_model, sharded)
     shard.write_bytes(whole + pickle)
@@ -368,7 +435,10 @@ def test_files_that_are_pickles_too(hf, sharded, no_pickles):
 def test_adapters_are_refused_and_pickles_left_alone(hf, ev, folder, batch, no_pickles):
     for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin"):
         torch.save(hf.state_dict(), folder / name)
-    assert fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    assert (
+        fp.Evaluator(fp.load_model(folder, device="cpu"), fp.Perplexity(batch)).dense_loss
+        == ev.dense_loss
+    )
     (folder / "adapter_config.json").write_text("{}")
     refuses("merge it into the weights first", fp.load_model, folder)
 
@@ -381,11 +451,15 @@ def test_a_config_that_names_its_own_weights(folder, no_pickles):
 
 
 def test_the_folder_that_transformers_reads_is_the_one_that_was_checked(hf, ev, sharded, batch):
-    """model.safetensors goes before an index; a damaged one is not passed over for the index beside it."""
+    """model.safetensors goes before an index; a damaged one is not passed over for the index beside
+    it."""
     save(hf, sharded / "whole")
     (sharded / "whole" / "model.safetensors").rename(sharded / "model.safetensors")
     rename_shard(sharded, "gone.safetensors")
-    assert fp.Evaluator(fp.load_model(sharded, device="cpu"), fp.Perplexity(batch)).dense_loss == ev.dense_loss
+    assert (
+        fp.Evaluator(fp.load_model(sharded, device="cpu"), fp.Perplexity(batch)).dense_loss
+        == ev.dense_loss
+    )
     (sharded / "model.safetensors").write_bytes(b"")
     refuses("model.safetensors: truncated", fp.load_model, sharded)
 
@@ -426,6 +500,9 @@ def write_shard(path, header: dict, size: int) -> None:
     ],
 )
 def test_headers_that_do_not_describe_their_file(folder, tensors, why):
-    header = {n: {"dtype": d, "shape": s, "data_offsets": [begin, end]} for n, (d, s, begin, end) in tensors.items()}
+    header = {
+        n: {"dtype": d, "shape": s, "data_offsets": [begin, end]}
+        for n, (d, s, begin, end) in tensors.items()
+    }
     write_shard(folder / "model.safetensors", header, max(max(o[2:]) for o in tensors.values()))
     refuses(f"model.safetensors: not a safetensors file .*{why}", fp.load_model, folder)

@@ -1,4 +1,5 @@
-"""Wrong input is refused at the door by one line that names the culprit; losses that are not finite are returned."""
+"""Wrong input is refused at the door by one line that names the culprit; losses that are not finite
+are returned."""
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from helpers import make_tasks, refuses, t5
 
 import fastprune as fp
 
-# -- masks and arguments -------------------------------------------------------------------------------------------
+# -- masks and arguments ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["score", "score_samples"])
@@ -45,7 +46,9 @@ def test_evaluator_arguments(hf, batch, tmp_path):
     objective = fp.Perplexity(batch)
     refuses("objective must be.* not TokenBatch", fp.Evaluator, hf, batch)
     refuses("objective must be.* not str", fp.Evaluator, hf, "perplexity")
-    refuses("not str; load_model opens folders, hub ids and 'demo'", fp.Evaluator, "demo", objective)
+    refuses(
+        "not str; load_model opens folders, hub ids and 'demo'", fp.Evaluator, "demo", objective
+    )
     refuses("progress must be a function .* not True", fp.Evaluator, hf, objective, progress=True)
     refuses("backend must be.* not 'cuda'", fp.Evaluator, hf, objective, backend="cuda")
     refuses("granularity must be.* not 'head'", fp.Evaluator, hf, objective, granularity="head")
@@ -57,18 +60,32 @@ def test_evaluator_arguments(hf, batch, tmp_path):
             objective,
             memory_bytes=value,
         )
-    refuses("memory_bytes is too small: one row .* takes [0-9]+ bytes", fp.Evaluator, hf, objective, memory_bytes=1000)
+    refuses(
+        "memory_bytes is too small: one row .* takes [0-9]+ bytes",
+        fp.Evaluator,
+        hf,
+        objective,
+        memory_bytes=1000,
+    )
     for value in ("4e9", float("nan"), float("inf")):
         refuses("memory_bytes must be", fp.Evaluator, hf, objective, memory_bytes=value)
         refuses("cache_bytes must be", fp.Evaluator, hf, objective, cache_bytes=value)
-    refuses("cache_bytes must be a number of bytes, at least 0, not -1", fp.Evaluator, hf, objective, cache_bytes=-1)
+    refuses(
+        "cache_bytes must be a number of bytes, at least 0, not -1",
+        fp.Evaluator,
+        hf,
+        objective,
+        cache_bytes=-1,
+    )
     file = tmp_path / "file"
     file.touch()
     refuses(f"{file} is a file, not a folder", fp.Evaluator, hf, objective, cache_dir=file)
-    refuses(f"{file} is a file, not a folder", fp.Evaluator, hf, objective, cache_dir=file / "below")
+    refuses(
+        f"{file} is a file, not a folder", fp.Evaluator, hf, objective, cache_dir=file / "below"
+    )
 
 
-# -- calibration against the model ---------------------------------------------------------------------------------
+# -- calibration against the model -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
@@ -76,7 +93,13 @@ def test_token_ids_outside_the_vocabulary(hf, granularity):
     for wrong in (-1, 97, 2**40):
         for ids in ([[1, 2, wrong], [1, 2, 3]], [[wrong, 2, 3]], [[1, wrong, 3]]):
             objective = fp.Perplexity(fp.TokenBatch.from_ids(ids))
-            refuses(f"id {wrong} is outside.*0 to 96", fp.Evaluator, hf, objective, granularity=granularity)
+            refuses(
+                f"id {wrong} is outside.*0 to 96",
+                fp.Evaluator,
+                hf,
+                objective,
+                granularity=granularity,
+            )
     edge = fp.Perplexity(fp.TokenBatch.from_ids([[0, 96, 96]]))
     assert np.isfinite(fp.Evaluator(hf, edge).dense_loss)
 
@@ -86,26 +109,39 @@ def test_sequences_longer_than_the_positions(family):
     hf = build(family)
     rows = random_rows(hf.config.vocab_size, [128, 129])
     assert np.isfinite(fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(rows[:1]))).dense_loss)
-    refuses("129 tokens.* 128 positions", fp.Evaluator, hf, fp.Perplexity(fp.TokenBatch.from_ids(rows)))
+    refuses(
+        "129 tokens.* 128 positions", fp.Evaluator, hf, fp.Perplexity(fp.TokenBatch.from_ids(rows))
+    )
     # a tree may be longer than that as a whole: what counts are its sequences
     tasks = make_tasks(hf.config.vocab_size, [(101, [27, 27, 20])])
     assert tasks.batch.num_tokens > 150
     assert np.isfinite(fp.Evaluator(hf, fp.TaskMargin(tasks)).dense_loss)
 
 
-# -- models in memory ----------------------------------------------------------------------------------------------
+# -- models in memory ------------------------------------------------------------------------------
 
-TINY = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+TINY = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 
 
 UNSUPPORTED = {
     "t5": (t5, "'t5' .*encoder-decoder"),
     "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**TINY)), "'bert' .*decoder layers"),
     "rwkv": (
-        lambda: tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2)),
+        lambda: tf.RwkvForCausalLM(
+            tf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2)
+        ),
         "'rwkv' cannot be run",
     ),
-    "llama without a head": (lambda: tf.LlamaModel(tf.LlamaConfig(**TINY)), "'llama' .*language-model head"),
+    "llama without a head": (
+        lambda: tf.LlamaModel(tf.LlamaConfig(**TINY)),
+        "'llama' .*language-model head",
+    ),
     "llama without blocks": (
         lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**TINY | {"num_hidden_layers": 0})),
         "'llama' .*no blocks",
@@ -130,7 +166,8 @@ def test_unsupported_models(name, batch):
 
 
 def test_state_space_models_take_no_questions():
-    """Their blocks can be run one by one on text; branches of a tree cannot be kept apart in a recurrent state."""
+    """Their blocks can be run one by one on text; branches of a tree cannot be kept apart in a
+    recurrent state."""
     config = tf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=3, state_size=4)
     hf = tf.MambaForCausalLM(config).eval()
     refuses("'mamba'.* plain text", fp.Evaluator, hf, fp.TaskMargin(make_tasks(60, [(5, [2, 3])])))
@@ -152,7 +189,7 @@ def test_a_model_that_carries_a_hook_attribute(batch):
     refuses("one device, without device_map", fp.Evaluator, hf, fp.Perplexity(batch))
 
 
-# -- losses that are not finite ------------------------------------------------------------------------------------
+# -- losses that are not finite --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["text", "tasks", "accuracy", "kl"])

@@ -1,4 +1,5 @@
-"""The prefix cache: states that outlive a call never change a bit, stay within their budget, and save what they can."""
+"""The prefix cache: states that outlive a call never change a bit, stay within their budget, and
+save what they can."""
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ LENGTHS = [93, 9, 47, 93, 46, 9, 91]
 
 def objective(kind: str, vocab_size: int):
     if kind == "tasks":
-        return fp.TaskMargin(make_tasks(vocab_size, [(11, [1, 4, 7]), (5, [2, 2]), (13, [3, 1, 1, 6])]))
+        return fp.TaskMargin(
+            make_tasks(vocab_size, [(11, [1, 4, 7]), (5, [2, 2]), (13, [3, 1, 1, 6])])
+        )
     batch = fp.TokenBatch.from_ids(random_rows(vocab_size, LENGTHS))
     return fp.Perplexity(batch) if kind == "text" else fp.KLDivergence(batch)
 
@@ -33,12 +36,19 @@ def state_bytes(hf, batch) -> int:
         ("llama", "block", "text", "fused"),
         ("llama", "sublayer", "tasks", "fused"),
         ("gemma2-eager", "block", "tasks", "generic"),
-        ("gpt-neox", "sublayer", "kl", "generic"),  # the state between halves of a parallel block is three tensors
+        (
+            "gpt-neox",
+            "sublayer",
+            "kl",
+            "generic",
+        ),  # the state between halves of a parallel block is three tensors
         ("qwen3-moe", "block", "text", "generic"),
     ],
 )
 @pytest.mark.parametrize("states", [None, 2, 9])
-def test_warm_cold_half_evicted_and_on_disk_give_the_same_bits(tmp_path, family, granularity, kind, backend, states):
+def test_warm_cold_half_evicted_and_on_disk_give_the_same_bits(
+    tmp_path, family, granularity, kind, backend, states
+):
     hf = build(family)
     target = objective(kind, hf.config.vocab_size)
     halves = 3 if family == "gpt-neox" else 1
@@ -75,8 +85,14 @@ def test_a_search_runs_each_prefix_once():
     ev, none = fp.Evaluator(hf, target), fp.Evaluator(hf, target, cache_bytes=0)
     found, without = (fp.run_search(each, "greedy", 3) for each in (ev, none))
     assert found.history == without.history
-    sequences = [tuple(np.flatnonzero(fp.from_removed([removed], 5)[0])) for removed, _ in found.history]
-    assert found.layer_runs == len({s[:i] for s in sequences for i in range(1, len(s) + 1)}) < without.layer_runs
+    sequences = [
+        tuple(np.flatnonzero(fp.from_removed([removed], 5)[0])) for removed, _ in found.history
+    ]
+    assert (
+        found.layer_runs
+        == len({s[:i] for s in sequences for i in range(1, len(s) + 1)})
+        < without.layer_runs
+    )
     assert ev.stats.unbounded_layer_runs == none.stats.unbounded_layer_runs == found.layer_runs
 
 
@@ -88,9 +104,13 @@ def test_changed_weights_and_switches_empty_it():
     ev.score(masks)
     with torch.no_grad():
         hf.model.layers[0].mlp.down_proj.weight *= 1.5
-    assert ev.score(masks).tobytes() == fp.Evaluator(hf, target, cache_bytes=0).score(masks).tobytes()
+    assert (
+        ev.score(masks).tobytes() == fp.Evaluator(hf, target, cache_bytes=0).score(masks).tobytes()
+    )
     hf.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)  # counts no version
-    assert ev.score(masks).tobytes() == fp.Evaluator(hf, target, cache_bytes=0).score(masks).tobytes()
+    assert (
+        ev.score(masks).tobytes() == fp.Evaluator(hf, target, cache_bytes=0).score(masks).tobytes()
+    )
     runs = ev.stats.layer_runs
     torch.set_float32_matmul_precision("high")
     try:
@@ -157,9 +177,13 @@ def test_a_disk_that_fills_up_is_given_up_with_one_warning(tmp_path, monkeypatch
         put(self, key, state)
 
     monkeypatch.setattr(DiskTier, "put", fills_up)
-    ev = fp.Evaluator(hf, target, cache_bytes=2 * state_bytes(hf, target.batch), cache_dir=tmp_path / "made")
+    ev = fp.Evaluator(
+        hf, target, cache_bytes=2 * state_bytes(hf, target.batch), cache_dir=tmp_path / "made"
+    )
     groups = np.array_split(np.arange(len(masks)), 4)
-    with pytest.warns(RuntimeWarning, match="no more states are kept there: .*No space left") as warned:
+    with pytest.warns(
+        RuntimeWarning, match="no more states are kept there: .*No space left"
+    ) as warned:
         found = [ev.score(masks[group]) for group in groups]
     assert len(warned) == 1
     assert np.concatenate(found).tobytes() == expected.tobytes()
@@ -183,7 +207,8 @@ def test_tiers_return_the_bits_they_were_given(tmp_path):
 
 
 def test_processes_with_a_gpu_each_share_the_host_only(monkeypatch):
-    """With 800 states of room free on a GPU and 8,000 on the host, of which the cache may take a quarter."""
+    """With 800 states of room free on a GPU and 8,000 on the host, of which the cache may take a
+    quarter."""
     room = {"cuda": 800, "cpu": 8000}
     monkeypatch.setattr("fastprune.states.available_bytes", lambda device: room[device.type])
     cache = PrefixCache(None, None, torch.device("cuda"))
@@ -200,7 +225,10 @@ def test_gpus_are_shared_by_turns(monkeypatch):
     for count in (1, 4, 5, 8, 9):
         workers = object.__new__(Processes)  # none is started
         workers.count = workers.per_machine = count
-        shared[count] = workers.per_device(torch.device("cuda")), workers.per_device(torch.device("cpu"))
+        shared[count] = (
+            workers.per_device(torch.device("cuda")),
+            workers.per_device(torch.device("cpu")),
+        )
     assert shared == {1: (1, 1), 4: (1, 4), 5: (2, 5), 8: (2, 8), 9: (3, 9)}
 
 
@@ -240,11 +268,16 @@ def test_the_measure_greedy_counts_tokens_that_are_not_the_most_likely():
         ev = fp.Evaluator(hf, Greedy(batch), backend)
         sums = ev.sums(masks)
         assert sums.shape == (len(masks), 2, batch.num_rows)
-        assert ev.score(masks).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch), backend).score(masks).tobytes()
+        assert (
+            ev.score(masks).tobytes()
+            == fp.Evaluator(hf, fp.Perplexity(batch), backend).score(masks).tobytes()
+        )
         for mask, of_mask in zip(masks, sums[:, 1]):
             model = fp.Model(hf).pruned(np.flatnonzero(~mask).tolist())
             for row, misses in enumerate(of_mask):
-                ids = torch.tensor(batch.ids[batch.row_starts[row] : batch.row_starts[row + 1]])[None]
+                ids = torch.tensor(batch.ids[batch.row_starts[row] : batch.row_starts[row + 1]])[
+                    None
+                ]
                 with torch.no_grad():
                     likely = model(input_ids=ids, use_cache=False).logits[0, :-1].argmax(dim=-1)
                 assert misses == (likely != ids[0, 1:]).sum()

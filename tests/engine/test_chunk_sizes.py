@@ -20,12 +20,13 @@ from families import build
 BUDGETS = (400_000, 700_000, 2_000_000, None)
 
 def cuts(hf, backend, objective):
-    '''Of each budget: unit runs over all chunks, and the most bytes that are held, of which a chunk's size decides.'''
+    '''By budget: unit runs over all chunks, and peak bytes, which follow the chunk size.'''
     found = []
     for budget in BUDGETS:
         totals = []
         ev = fp.Evaluator(
-            hf, objective, backend=backend, memory_bytes=budget, progress=lambda done, total: totals.append(total)
+            hf, objective, backend=backend, memory_bytes=budget,
+            progress=lambda done, total: totals.append(total)
         )
         ev.score(np.ones((1, ev.num_units), dtype=bool))
         found.append([totals[-1], ev.stats.peak_activation_bytes])
@@ -53,7 +54,8 @@ first = all_cuts(hf)
 kept = [torch.ones(n, n) for n in (3, 50, 700)]  # and much that was freed
 for family in ('gpt2', 'llama', 'gemma3'):
     other = build(family)
-    ev = fp.Evaluator(other, fp.Perplexity(fp.TokenBatch.from_ids(np.arange(60).reshape(2, 30) % 40)))
+    rows = np.arange(60).reshape(2, 30) % 40
+    ev = fp.Evaluator(other, fp.Perplexity(fp.TokenBatch.from_ids(rows)))
     ev.score(np.random.default_rng(0).random((20, ev.num_units)) < 0.6)
 for _ in range(300):
     loop = [torch.ones(1000)]

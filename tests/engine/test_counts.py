@@ -1,4 +1,5 @@
-"""What a call costs: unit runs against an independent count, the head's tiles, and running out of memory."""
+"""What a call costs: unit runs against an independent count, the head's tiles, and running out of
+memory."""
 
 import itertools
 from fractions import Fraction
@@ -48,7 +49,10 @@ def fields(num_units: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     singles = ~np.eye(num_units, dtype=bool)
     pairs = np.array(
-        [[i not in pair for i in range(num_units)] for pair in itertools.combinations(range(num_units), 2)]
+        [
+            [i not in pair for i in range(num_units)]
+            for pair in itertools.combinations(range(num_units), 2)
+        ]
     )
     scattered = rng.random((40, num_units)) < 0.6
     scattered[:, 0] |= ~scattered.any(axis=1)
@@ -70,7 +74,8 @@ def runner_of(ev) -> type:
 
 
 def spy_on_the_head(monkeypatch, ev, most: int | None = None) -> list[int]:
-    """Notes how many positions go through the head together; more than `most` are too many for the memory."""
+    """Notes how many positions go through the head together; more than `most` are too many for the
+    memory."""
     seen, runner = [], runner_of(ev)
     for name, own, at in (("nll", runner.nll, 0), ("kl", runner.kl, 1)):
 
@@ -106,10 +111,17 @@ def spy_on_runs(monkeypatch, ev, batch) -> list[Fraction]:
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_bytes", [None, 1])
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
-def test_layer_runs_are_distinct_prefixes(monkeypatch, model, batch, backend, granularity, memory_bytes):
+def test_layer_runs_are_distinct_prefixes(
+    monkeypatch, model, batch, backend, granularity, memory_bytes
+):
     def make(memory_bytes):
         return fp.Evaluator(
-            model, fp.Perplexity(batch), backend, granularity=granularity, memory_bytes=memory_bytes, cache_bytes=0
+            model,
+            fp.Perplexity(batch),
+            backend,
+            granularity=granularity,
+            memory_bytes=memory_bytes,
+            cache_bytes=0,
         )
 
     memory_bytes = memory_bytes and smallest_budget(make)
@@ -130,7 +142,9 @@ def test_layer_runs_are_distinct_prefixes(monkeypatch, model, batch, backend, gr
 
 def test_some_samples_cost_the_chunks_that_hold_them(monkeypatch, model, batch, backend):
     def make(memory_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), backend, memory_bytes=memory_bytes, cache_bytes=0)
+        return fp.Evaluator(
+            model, fp.Perplexity(batch), backend, memory_bytes=memory_bytes, cache_bytes=0
+        )
 
     ev = make(smallest_budget(make))
     masks = some_masks(ev.num_units, 20, seed=3)
@@ -142,15 +156,19 @@ def test_some_samples_cost_the_chunks_that_hold_them(monkeypatch, model, batch, 
 
 def test_a_sixteenth_of_the_samples_costs_about_a_sixteenth_of_the_rows(hf):
     """EvoPress draws samples that run together, so that its first steps cost what they look at."""
-    ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [32] * 512))))
+    ev = fp.Evaluator(
+        hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [32] * 512)))
+    )
     assert max(map(len, ev.sample_groups)) == 32
     share = dict.fromkeys(("initial_tokens", "first_tokens", "final_tokens"), 512 * 32 // 16)
     result = fp.run_search(ev, "evopress", 2, initial=6, offspring=5, generations=2, **share)
     steps = 6 + 2 * (5 + 3)
-    assert result.naive_layer_runs <= 3 * (steps * 1.5 / 16 + 1)  # a step that begins within a chunk runs two
+    assert result.naive_layer_runs <= 3 * (
+        steps * 1.5 / 16 + 1
+    )  # a step that begins within a chunk runs two
 
 
-# -- memory --------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -174,7 +192,11 @@ def memory_cases():
     rows = random_rows(hf.config.vocab_size, [61, 57, 63, 40, 61, 33])
     tasks = make_tasks(hf.config.vocab_size, [(31, [5, 9]), (27, [3, 3, 17])] * 2)
     batch = fp.TokenBatch.from_ids(rows)
-    return hf, {"nll": fp.Perplexity(batch), "kl": fp.KLDivergence(batch), "tasks": fp.TaskMargin(tasks)}
+    return hf, {
+        "nll": fp.Perplexity(batch),
+        "kl": fp.KLDivergence(batch),
+        "tasks": fp.TaskMargin(tasks),
+    }
 
 
 @pytest.mark.parametrize("kind", ["nll", "kl", "tasks"])
@@ -193,7 +215,9 @@ def test_the_head_sees_a_tile_and_nothing_exceeds_the_budget(monkeypatch, kind, 
     with Largest() as largest:
         scores = ev.score(masks)
     sources = len(np.unique(target.batch.target_source))
-    in_chunks = [len(np.unique(target.batch.target_source[targets])) for targets in targets_of_chunks(ev)]
+    in_chunks = [
+        len(np.unique(target.batch.target_source[targets])) for targets in targets_of_chunks(ev)
+    ]
     assert max(positions) < max(in_chunks) <= sources
     masks_run = len({mask.tobytes() for mask in masks})
     assert sum(positions) == sources * masks_run  # only positions that count
@@ -205,7 +229,9 @@ def test_the_head_sees_a_tile_and_nothing_exceeds_the_budget(monkeypatch, kind, 
 
 def test_a_larger_budget_runs_larger_chunks(model, batch, backend):
     def make(memory_bytes):
-        return fp.Evaluator(model, fp.Perplexity(batch), backend, memory_bytes=memory_bytes, cache_bytes=0)
+        return fp.Evaluator(
+            model, fp.Perplexity(batch), backend, memory_bytes=memory_bytes, cache_bytes=0
+        )
 
     least = smallest_budget(make)
     counts = [len(make(least * factor).layout.chunks) for factor in (1, 3, 100)]
@@ -214,7 +240,8 @@ def test_a_larger_budget_runs_larger_chunks(model, batch, backend):
 
 
 def fail_above(ev, monkeypatch, rows: int, error: Exception) -> list[int]:
-    """Makes every unit run on more than `rows` rows raise an error; the list fills with the rows of each run."""
+    """Makes every unit run on more than `rows` rows raise an error; the list fills with the rows of
+    each run."""
     seen, run = [], runner_of(ev).run
 
     def limited(self, unit, state, *args, **kwargs):
@@ -230,7 +257,10 @@ def fail_above(ev, monkeypatch, rows: int, error: Exception) -> list[int]:
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory: you tried to allocate"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory: you tried to "
+        "allocate"
+    ),
 ]
 
 
@@ -254,7 +284,9 @@ def test_out_of_memory_makes_smaller_chunks(hf, model, monkeypatch, kind, error,
     assert once > count_prefixes(masks) + dense  # what had to be repeated was run, too
     assert ev.stats.masks == len(masks)
     seen.clear()
-    assert ev.score(masks).tobytes() == found.tobytes()  # the smaller chunks stay, so that the bits do
+    assert (
+        ev.score(masks).tobytes() == found.tobytes()
+    )  # the smaller chunks stay, so that the bits do
     assert ev.stats.layer_runs - once == count_prefixes(masks)
     assert max(seen) <= 2
 
@@ -287,7 +319,9 @@ def test_other_errors_are_not_taken_for_memory(model, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("roomy", [False, True])
-def test_the_dense_head_runs_once_where_the_budget_has_room(model, batch, monkeypatch, backend, roomy):
+def test_the_dense_head_runs_once_where_the_budget_has_room(
+    model, batch, monkeypatch, backend, roomy
+):
     objective = fp.KLDivergence(batch)
 
     def make(memory_bytes):

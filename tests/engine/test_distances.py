@@ -1,4 +1,5 @@
-"""CosineDistance and NormalizedMSE against transformers' own last hidden states, and to the bit in any company."""
+"""CosineDistance and NormalizedMSE against transformers' own last hidden states, and to the bit in
+any company."""
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ def reference(hf, mask, rows) -> dict[str, float]:
         for row in rows:
             ids = torch.tensor([row])
             dense = hf.base_model(ids, use_cache=False).last_hidden_state[0, :-1].double().numpy()
-            found = removed.base_model(ids, use_cache=False).last_hidden_state[0, :-1].double().numpy()
+            found = (
+                removed.base_model(ids, use_cache=False).last_hidden_state[0, :-1].double().numpy()
+            )
             for a, b in zip(found, dense):
                 cosine.append(1 - a @ b / np.sqrt((a @ a) * (b @ b)))
                 nmse.append(((a - b) ** 2).sum() / (b**2).sum())
@@ -26,7 +29,8 @@ def reference(hf, mask, rows) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("llama", "float64"), ("gpt-neox", "float64"), ("llama", "float32"), ("gpt2", "float32")]
+    ("family", "dtype"),
+    [("llama", "float64"), ("gpt-neox", "float64"), ("llama", "float32"), ("gpt2", "float32")],
 )
 def test_distances_are_those_of_last_hidden_states(family, dtype):
     hf = build(family, getattr(torch, dtype))
@@ -38,7 +42,9 @@ def test_distances_are_those_of_last_hidden_states(family, dtype):
     for ev in evaluators:
         found = ev.score(masks)
         # norms of transformers compute in float32 whatever the dtype
-        np.testing.assert_allclose(found, [e[ev.objective.name] for e in expected], rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(
+            found, [e[ev.objective.name] for e in expected], rtol=1e-5, atol=1e-12
+        )
         assert np.ptp(found) > 0.01
         assert ev.dense_loss == 0
 
@@ -52,14 +58,18 @@ def test_distances_keep_their_bits_in_any_company(made, family, granularity):
     masks = some_masks(ev.num_units, 24, seed=5)
     together = ev.score(masks)
     for number in (0, 5, 11):
-        alone = fp.Evaluator(model, objective, granularity=granularity, cache_bytes=0).score(masks[number])
+        alone = fp.Evaluator(model, objective, granularity=granularity, cache_bytes=0).score(
+            masks[number]
+        )
         assert alone.tobytes() == together[number : number + 1].tobytes()
     assert ev.score(masks[::-1]).tobytes() == together[::-1].tobytes()
 
 
 def test_distances_have_no_gradient_at_the_dense_model():
     hf = build("llama")
-    ev = fp.Evaluator(hf, fp.CosineDistance(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [5]))))
+    ev = fp.Evaluator(
+        hf, fp.CosineDistance(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [5])))
+    )
     for probe in (ev.unit_gradients, ev.unit_salience):
         with pytest.raises(fp.InputError, match="CosineDistance has not"):
             probe()

@@ -1,4 +1,5 @@
-"""Scores, tree-packed choices, objectives and probes equal what transformers gives without any sharing."""
+"""Scores, tree-packed choices, objectives and probes equal what transformers gives without any
+sharing."""
 
 import functools
 import itertools
@@ -54,18 +55,25 @@ def test_scores_equal_physical_removal(hf, rows, granularity):
     assert ev.num_units == num_blocks(hf) * (1 if granularity == "block" else 2)
     masks = some_masks(ev.num_units, 40 if granularity == "block" else 22, seed=1)
     expected = reference_losses(hf, masks, rows, granularity)
-    assert len(np.unique(expected.round(4))) > 0.5 * len(np.unique(masks, axis=0))  # removing blocks matters here
+    assert len(np.unique(expected.round(4))) > 0.5 * len(
+        np.unique(masks, axis=0)
+    )  # removing blocks matters here
     np.testing.assert_allclose(ev.score(masks), expected, rtol=RELATIVE)
 
 
 @pytest.mark.parametrize("family", ["gpt-neox", "gpt-neox-sequential", "gemma2-eager"])
 def test_every_choice_of_sublayers_of_two_neighbours(family):
-    """A parallel block's half state must not be taken up by the next block's mlp, whichever halves are kept."""
+    """A parallel block's half state must not be taken up by the next block's mlp, whichever halves
+    are kept."""
     hf = build(family)
     rows = random_rows(hf.config.vocab_size, [13])
-    masks = np.array([[1, 1, *halves, 1, 1, 1, 1] for halves in itertools.product([0, 1], repeat=4)], dtype=bool)
+    masks = np.array(
+        [[1, 1, *halves, 1, 1, 1, 1] for halves in itertools.product([0, 1], repeat=4)], dtype=bool
+    )
     expected = reference_losses(hf, masks, rows, "sublayer")
-    np.testing.assert_allclose(evaluator(hf, rows, granularity="sublayer").score(masks), expected, rtol=RELATIVE)
+    np.testing.assert_allclose(
+        evaluator(hf, rows, granularity="sublayer").score(masks), expected, rtol=RELATIVE
+    )
 
 
 def test_a_mask_that_keeps_nothing(hf, rows):
@@ -90,27 +98,42 @@ def test_sample_losses_are_means_over_rows(hf, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_as_near_as_transformers_own(family):
-    found, own = bfloat16_errors(family, LENGTHS, lambda low, rows: fp.Evaluator(low, fp.Perplexity(rows)))
+    found, own = bfloat16_errors(
+        family, LENGTHS, lambda low, rows: fp.Evaluator(low, fp.Perplexity(rows))
+    )
     assert own > 1e-5  # bfloat16 has 8 bits: the float32 loss is really another number
     assert found <= 1.5 * own
 
 
-# -- token trees ---------------------------------------------------------------------------------------------------
+# -- token trees -----------------------------------------------------------------------------------
 
 
-def make_tasks(vocab_size: int, seed: int = 0) -> tuple[fp.Tasks, list[list[tuple[list[int], int]]]]:
-    """Questions longer than the sliding window, choices of several lengths; one that another begins with."""
+def make_tasks(
+    vocab_size: int, seed: int = 0
+) -> tuple[fp.Tasks, list[list[tuple[list[int], int]]]]:
+    """Questions longer than the sliding window, choices of several lengths; one that another begins
+    with."""
     rng = np.random.default_rng(seed)
 
     def tokens(count):
         return rng.integers(0, vocab_size, count).tolist()
 
     questions = []
-    for prompt_length, choice_lengths in [(WINDOW + 7, [1, 4, 9]), (WINDOW + 11, [3, 3]), (5, [2, 8, 5, 1])]:
+    for prompt_length, choice_lengths in [
+        (WINDOW + 7, [1, 4, 9]),
+        (WINDOW + 11, [3, 3]),
+        (5, [2, 8, 5, 1]),
+    ]:
         prompt = tokens(prompt_length)
         questions.append([(prompt + tokens(n), prompt_length) for n in choice_lengths])
     prompt, choice = tokens(11), tokens(3)
-    questions.append([(prompt + choice, 11), (prompt + choice + tokens(2), 11), (prompt + choice[:1] + tokens(5), 11)])
+    questions.append(
+        [
+            (prompt + choice, 11),
+            (prompt + choice + tokens(2), 11),
+            (prompt + choice[:1] + tokens(5), 11),
+        ]
+    )
     arrays = [[(np.asarray(ids), start) for ids, start in question] for question in questions]
     counts = [len(question) for question in questions]
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -118,7 +141,9 @@ def make_tasks(vocab_size: int, seed: int = 0) -> tuple[fp.Tasks, list[list[tupl
         batch=fp.TokenBatch.from_continuations(arrays),
         question=np.repeat(np.arange(len(counts)), counts),
         answer=first + [rng.integers(n) for n in counts],
-        choice_characters=np.array([n - s for q in questions for ids, s in q for n in [len(ids) + 1]]),
+        choice_characters=np.array(
+            [n - s for q in questions for ids, s in q for n in [len(ids) + 1]]
+        ),
         choice_bytes=np.array([n - s for q in questions for ids, s in q for n in [len(ids) + 2]]),
     )
     return tasks, questions
@@ -151,13 +176,17 @@ def test_choices_in_a_tree_equal_choices_run_alone(hf, granularity):
     ev = fp.Evaluator(hf, PerChoice(tasks), granularity=granularity)
     masks = some_masks(ev.num_units, 20, seed=3)[:6]
     for mask, found in zip(masks, ev.score_samples(masks), strict=True):
-        expected = [nll.sum() for nll in reference_choice_nll(reference_model(hf, mask, granularity), questions)]
+        expected = [
+            nll.sum()
+            for nll in reference_choice_nll(reference_model(hf, mask, granularity), questions)
+        ]
         np.testing.assert_allclose(found, expected, rtol=RELATIVE)
 
 
 @pytest.mark.parametrize("family", WINDOWED)
 def test_the_window_matters_in_the_tree_test(family):
-    """The windowed families' choices would score differently without their window, so that the test above can fail."""
+    """The windowed families' choices would score differently without their window, so that the test
+    above can fail."""
     hf = build(family)
     _, questions = make_tasks(hf.config.vocab_size)
     wide = build(family)
@@ -170,7 +199,7 @@ def test_the_window_matters_in_the_tree_test(family):
     assert np.abs(narrow_nll - wide_nll).max() > 0.01
 
 
-# -- objectives ----------------------------------------------------------------------------------------------------
+# -- objectives ------------------------------------------------------------------------------------
 
 OBJECTIVE_FAMILIES = ["llama", "gemma2-eager", "gpt-neox", "qwen3-moe"]
 
@@ -206,7 +235,8 @@ def test_kl_divergence(family, memory_bytes):
     rows = random_rows(hf.config.vocab_size, LENGTHS)
     ev = fp.Evaluator(hf, fp.KLDivergence(fp.TokenBatch.from_ids(rows)), memory_bytes=memory_bytes)
     masks, expected = masks_and_divergences(family)
-    # the terms of a KL divergence are of size log p and cancel: an absolute error of float32 roundings remains
+    # the terms of a KL divergence are of size log p and cancel: an absolute error of float32
+    # roundings remains
     np.testing.assert_allclose(ev.score(masks), expected, rtol=RELATIVE, atol=1e-6)
     assert max(expected) > 0.1
 
@@ -221,11 +251,16 @@ def test_kl_divergence_of_questions_counts_each_predicting_position_once():
     for question in questions:
         seen = set()
         choices = [ids for ids, _ in question]
-        trunk = next(t for t in itertools.count() if len({tuple(ids[: t + 1]) for ids in choices}) > 1)
+        trunk = next(
+            t for t in itertools.count() if len({tuple(ids[: t + 1]) for ids in choices}) > 1
+        )
         for number, (ids, start) in enumerate(question):
             (p,), (q,) = full_log_probs(hf, [ids]), full_log_probs(removed, [ids])
             for position in range(start - 1, len(ids) - 1):
-                place = (position, number if position >= trunk else None)  # what all choices share counts once
+                place = (
+                    position,
+                    number if position >= trunk else None,
+                )  # what all choices share counts once
                 if place not in seen:
                     seen.add(place)
                     expected.append(float((p[position].exp() * (p[position] - q[position])).sum()))
@@ -279,7 +314,11 @@ def test_task_accuracy(family, normalization):
     for of_mask, found, loss in zip(choices, samples, losses, strict=True):
         ll = np.array([-nll.sum() for nll in of_mask])
         counts = [len(ids) - start for question in questions for ids, start in question]
-        lengths = {"characters": tasks.choice_characters, "bytes": tasks.choice_bytes, "mean": np.array(counts)}
+        lengths = {
+            "characters": tasks.choice_characters,
+            "bytes": tasks.choice_bytes,
+            "mean": np.array(counts),
+        }
         ll = ll / lengths.get(normalization, 1)
         expected = []
         for q, right in enumerate(tasks.answer):
@@ -305,17 +344,21 @@ def test_ties_go_to_the_lower_index():
     )
     ev = fp.Evaluator(hf, fp.TaskAccuracy(tasks, normalization="mean"))
     right_first, right_second = ev.score_samples(np.ones(ev.num_units, dtype=bool))[0]
-    ll = [-nll.mean() for nll in reference_choice_nll(hf, [[(prompt + c, 4) for c in (choice, other)]])]
+    ll = [
+        -nll.mean()
+        for nll in reference_choice_nll(hf, [[(prompt + c, 4) for c in (choice, other)]])
+    ]
     assert right_first == (0.0 if ll[0] > ll[1] else 1.0)
     assert right_second == 1.0
 
 
-# -- probes --------------------------------------------------------------------------------------------------------
+# -- probes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2-eager", "gpt-neox", "gpt2"])
 def test_similarity(family):
-    """Against the states that hooks see going into the first layer and out of every layer (before the final norm)."""
+    """Against the states that hooks see going into the first layer and out of every layer (before
+    the final norm)."""
     hf = build(family)
     rows = random_rows(hf.config.vocab_size, [19, 7, 300, 19][: 2 if family == "gpt2" else 4])
     rows = [row[:128] for row in rows]
@@ -336,7 +379,9 @@ def test_similarity(family):
         hook.remove()
     total = 0
     for of_row in states:
-        unit = torch.nn.functional.normalize(torch.stack([s[0].double() for s in of_row], dim=1), dim=-1)
+        unit = torch.nn.functional.normalize(
+            torch.stack([s[0].double() for s in of_row], dim=1), dim=-1
+        )
         total = total + (unit @ unit.mT).sum(0)
     expected = (total / sum(map(len, rows))).numpy()
 
@@ -357,9 +402,9 @@ def test_similarity_of_sublayers_contains_that_of_blocks():
 
 GRADIENT_FAMILIES = ["llama", "gemma2-eager", "olmo2", "gpt-neox", "gpt-neox-sequential", "gpt2"]
 STEP = 0.02
-# Five-point differences in float64: the truncation is of order STEP^4 = 2e-7. Norms and eager attention compute in
-# float32 inside transformers, so that a loss near 5 carries about 3e-7, over STEP about 2e-5. The gradients that
-# are compared reach 0.1 and more.
+# Five-point differences in float64: the truncation is of order STEP^4 = 2e-7. Norms and eager
+# attention compute in float32 inside transformers, so that a loss near 5 carries about 3e-7, over
+# STEP about 2e-5. The gradients that are compared reach 0.1 and more.
 GRADIENT_ERROR = 2e-4
 
 
@@ -390,19 +435,26 @@ def test_unit_gradients_equal_finite_differences(family, objective):
     for unit in range(2 * blocks):
         for weight, steps in ((8, 1), (-1, 2)):
             direction = steps * STEP * (np.arange(2 * blocks) == unit)
-            up, down = (sample_losses(with_scaled_branches(hf, 1 + sign * direction)) for sign in (1, -1))
+            up, down = (
+                sample_losses(with_scaled_branches(hf, 1 + sign * direction)) for sign in (1, -1)
+            )
             sublayers[:, unit] += weight * (up - down) / (12 * STEP)
     assert np.abs(sublayers).max() > 0.05
 
     for granularity in ("sublayer", "block"):
         found = fp.Evaluator(hf, target, granularity=granularity).unit_gradients()
-        expected = sublayers if granularity == "sublayer" else sublayers[:, 0::2] + sublayers[:, 1::2]
-        np.testing.assert_allclose(found, expected, rtol=0, atol=GRADIENT_ERROR * max(1, np.abs(expected).max()))
+        expected = (
+            sublayers if granularity == "sublayer" else sublayers[:, 0::2] + sublayers[:, 1::2]
+        )
+        np.testing.assert_allclose(
+            found, expected, rtol=0, atol=GRADIENT_ERROR * max(1, np.abs(expected).max())
+        )
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gemma3"])
 def test_unit_gradients_equal_autograd(family):
-    """Experts are chosen by rank, so that differences over a step jump: here the reference is one whole graph."""
+    """Experts are chosen by rank, so that differences over a step jump: here the reference is one
+    whole graph."""
     hf = build(family)
     rows = random_rows(hf.config.vocab_size, [9, 13])
     expected = []
@@ -425,7 +477,7 @@ def test_unit_gradients_need_a_differentiable_objective():
             fp.Evaluator(hf, objective).unit_gradients()
 
 
-# -- attention and positions that depend on the length of a row ----------------------------------------------------
+# -- attention and positions that depend on the length of a row ------------------------------------
 
 
 def with_random_weights(config):
@@ -438,7 +490,8 @@ def with_random_weights(config):
 
 
 def test_local_attention_without_a_sliding_window_is_right_or_refused():
-    """GPT-Neo's window is a mask inside its layers, over places in the row, which a packed tree does not keep."""
+    """GPT-Neo's window is a mask inside its layers, over places in the row, which a packed tree
+    does not keep."""
     config = tf.GPTNeoConfig(
         vocab_size=60,
         hidden_size=16,
@@ -454,7 +507,9 @@ def test_local_attention_without_a_sliding_window_is_right_or_refused():
         found = fp.Evaluator(hf, PerChoice(tasks)).score_samples(np.ones(4, dtype=bool))[0]
     except fp.InputError:
         return
-    np.testing.assert_allclose(found, [nll.sum() for nll in reference_choice_nll(hf, questions)], rtol=RELATIVE)
+    np.testing.assert_allclose(
+        found, [nll.sum() for nll in reference_choice_nll(hf, questions)], rtol=RELATIVE
+    )
 
 
 def test_positions_that_depend_on_the_length():

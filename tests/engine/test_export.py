@@ -1,4 +1,5 @@
-"""Exported checkpoints: stock transformers loads them, and they give what was scored; other tools' formats."""
+"""Exported checkpoints: stock transformers loads them, and they give what was scored; other tools'
+formats."""
 
 import json
 from pathlib import Path
@@ -20,7 +21,9 @@ def evaluator(hf, **options) -> tuple[fp.Evaluator, list[list[int]]]:
 
 
 def loaded(folder: Path, hf):
-    return tf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=hf.config._attn_implementation).eval()
+    return tf.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation=hf.config._attn_implementation
+    ).eval()
 
 
 @pytest.mark.slow
@@ -37,13 +40,18 @@ def test_a_sequence_gives_its_score_and_generates(family, tmp_path):
     np.testing.assert_allclose(evaluator(written)[0].dense_loss, expected, rtol=1e-5)
     ids = torch.tensor([rows[0]])
     tokens = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    assert torch.equal(written.generate(ids, **tokens), written.generate(ids, **tokens, use_cache=False))
+    assert torch.equal(
+        written.generate(ids, **tokens), written.generate(ids, **tokens, use_cache=False)
+    )
 
 
 def test_repeated_blocks_have_weights_of_their_own(tmp_path):
     hf = build("llama-tied")
     written = loaded(fp.export_sequence(hf, (0, 1, 1), tmp_path / "grown"), hf)
-    first, second = written.model.layers[1].mlp.up_proj.weight, written.model.layers[2].mlp.up_proj.weight
+    first, second = (
+        written.model.layers[1].mlp.up_proj.weight,
+        written.model.layers[2].mlp.up_proj.weight,
+    )
     assert torch.equal(first, second)
     assert first.data_ptr() != second.data_ptr()
     assert torch.equal(hf.model.layers[1].mlp.up_proj.weight, first)
@@ -51,7 +59,10 @@ def test_repeated_blocks_have_weights_of_their_own(tmp_path):
 
 def test_an_ascending_sequence_is_the_export_of_a_mask(tmp_path):
     hf = build("gemma3")
-    one, other = fp.export(hf, (1, 3), tmp_path / "a"), fp.export_sequence(hf, (0, 2, 4), tmp_path / "b")
+    one, other = (
+        fp.export(hf, (1, 3), tmp_path / "a"),
+        fp.export_sequence(hf, (0, 2, 4), tmp_path / "b"),
+    )
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
     assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
@@ -74,7 +85,11 @@ def test_wrong_sequences(sequence, message, tmp_path):
 
 def test_wrong_card(tmp_path):
     hf = build("llama")
-    for options in ({"base_model": "no hub id"}, {"base_model": "a/b\nc"}, {"losses": {"perplexity": 3}}):
+    for options in (
+        {"base_model": "no hub id"},
+        {"base_model": "a/b\nc"},
+        {"losses": {"perplexity": 3}},
+    ):
         with pytest.raises(fp.InputError, match=next(iter(options))):
             fp.export(hf, (1,), tmp_path / "x", **options)
     with pytest.raises(fp.InputError, match="half a block"):
@@ -82,10 +97,12 @@ def test_wrong_card(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# -- the same for other tools, each read as the tool reads it ------------------------------------------------------
+# -- the same for other tools, each read as the tool reads it --------------------------------------
 
 
-@pytest.mark.parametrize("sequence", [(0, 1, 3, 4), (0, 2, 4), (0, 1, 1, 2), (1, 0, 0, 0, 4, 3), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize(
+    "sequence", [(0, 1, 3, 4), (0, 2, 4), (0, 1, 1, 2), (1, 0, 0, 0, 4, 3), (0, 1, 2, 3, 4)]
+)
 def test_mergekit_makes_the_same_model(sequence, tmp_path):
     yaml = pytest.importorskip("yaml")
     hf = build("qwen3")
@@ -100,20 +117,37 @@ def test_mergekit_makes_the_same_model(sequence, tmp_path):
         blocks += range(*source["layer_range"])
     assert tuple(blocks) == sequence
     row = [list(range(9))]
-    assert reference_loss(physically_ordered(hf, blocks), row) == reference_loss(loaded(folder, hf), row)
+    assert reference_loss(physically_ordered(hf, blocks), row) == reference_loss(
+        loaded(folder, hf), row
+    )
 
 
 def test_drop_lists(tmp_path):
     folder = fp.export(build("llama"), (3, 1), tmp_path / "x") / "recipes"
     assert (folder / "llama.cpp.txt").read_text() == "--prune-layers 1,3\n"
-    assert (folder / "evopress.txt").read_text().splitlines() == ["none", "attn+mlp", "none", "attn+mlp", "none"]
-    assert json.loads((folder / "llm-drop.json").read_text()) == {"drop_attn_list": [1, 3], "drop_mlp_list": [1, 3]}
-    for name, sequence in (("grown", (0, 1, 1, 2, 3, 4)), ("reordered", (1, 0, 2, 3, 4)), ("whole", range(5))):
+    assert (folder / "evopress.txt").read_text().splitlines() == [
+        "none",
+        "attn+mlp",
+        "none",
+        "attn+mlp",
+        "none",
+    ]
+    assert json.loads((folder / "llm-drop.json").read_text()) == {
+        "drop_attn_list": [1, 3],
+        "drop_mlp_list": [1, 3],
+    }
+    for name, sequence in (
+        ("grown", (0, 1, 1, 2, 3, 4)),
+        ("reordered", (1, 0, 2, 3, 4)),
+        ("whole", range(5)),
+    ):
         folder = fp.export_sequence(build("llama"), sequence, tmp_path / name) / "recipes"
         assert [path.name for path in folder.iterdir()] == ["mergekit.yaml"]
 
 
-@pytest.mark.parametrize(("family", "names"), [("gemma3", "layer_types"), ("qwen2", None), ("llama", None)])
+@pytest.mark.parametrize(
+    ("family", "names"), [("gemma3", "layer_types"), ("qwen2", None), ("llama", None)]
+)
 def test_llama_cpp_is_warned_of_layers_that_differ(family, names, tmp_path):
     folder = fp.export(build(family), (1,), tmp_path / "x")
     *comments, option = (folder / "recipes" / "llama.cpp.txt").read_text().splitlines()
@@ -122,7 +156,7 @@ def test_llama_cpp_is_warned_of_layers_that_differ(family, names, tmp_path):
     assert ("llama.cpp:" in (folder / "README.md").read_text()) == bool(names)
 
 
-# -- the hub -------------------------------------------------------------------------------------------------------
+# -- the hub ---------------------------------------------------------------------------------------
 
 
 def test_model_card(tmp_path):
@@ -130,13 +164,18 @@ def test_model_card(tmp_path):
 
     hf = build("llama")
     ev, _ = evaluator(hf)
-    card = ModelCard.load(fp.export(ev, (1, 3), tmp_path / "a", base_model="org/base") / "README.md")
+    card = ModelCard.load(
+        fp.export(ev, (1, 3), tmp_path / "a", base_model="org/base") / "README.md"
+    )
     metadata = card.data.to_dict()
     assert metadata["base_model"] == "org/base"
     assert metadata["library_name"] == "transformers"
     assert "without the blocks 1, 3" in card.text
     tokens = int(ev.sample_tokens.sum())
-    assert f"| perplexity, {ev.num_samples} samples, {tokens} tokens | {ev.dense_loss:.4f} (perplexity " in card.text
+    assert (
+        f"| perplexity, {ev.num_samples} samples, {tokens} tokens | {ev.dense_loss:.4f} "
+        f"(perplexity " in card.text
+    )
     assert f"| {ev.score(fp.from_removed([(1, 3)], 5))[0]:.4f} (perplexity " in card.text
     assert "peft" in card.text
     named = fp.Model(hf, name=str(tmp_path / "secret" / "local"))
@@ -158,9 +197,13 @@ def test_the_folder_goes_to_a_hub_as_it_is(checkpoint, tmp_path, monkeypatch):
     folder = fp.export(fp.load_model(checkpoint), (1,), tmp_path / "pruned")
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     address = huggingface_hub.RepoUrl("https://huggingface.co/me/pruned")
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **kwargs: address)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **kwargs: address
+    )
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
+    monkeypatch.setattr(
+        "transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card
+    )
     tf.AutoModelForCausalLM.from_pretrained(folder).push_to_hub("me/pruned", token="none")
     tf.AutoTokenizer.from_pretrained(folder).push_to_hub("me/pruned", token="none")
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

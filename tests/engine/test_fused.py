@@ -1,4 +1,5 @@
-"""The fused path, with each set of operators that runs on a CPU: what the generic path promises holds there too."""
+"""The fused path, with each set of operators that runs on a CPU: what the generic path promises
+holds there too."""
 
 import functools
 
@@ -25,7 +26,10 @@ LENGTHS = [49, 13, 49, 12, 13]
 RELATIVE = 1e-5
 SETS = [
     "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="the extension is not built")),
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(not native.available(), reason="the extension is not built"),
+    ),
 ]
 
 
@@ -69,13 +73,16 @@ def test_scores_equal_physical_removal(operators, family, granularity):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_bfloat16_is_as_near_as_transformers_own(operators, family):
-    found, own = bfloat16_errors(family, LENGTHS, lambda low, rows: evaluator(low, fp.Perplexity(rows)))
+    found, own = bfloat16_errors(
+        family, LENGTHS, lambda low, rows: evaluator(low, fp.Perplexity(rows))
+    )
     assert found <= 1.5 * own
 
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_choices_in_a_tree_equal_choices_run_alone(operators, family):
-    """Questions longer than the sliding window; many choices, so that a position predicts several tokens."""
+    """Questions longer than the sliding window; many choices, so that a position predicts several
+    tokens."""
     hf = build(family)
     tasks = make_tasks(hf.config.vocab_size, [(13, [1, 4, 9]), (17, [3] * 6), (5, [2, 8, 5, 1])])
     ev = evaluator(hf, fp.TaskMargin(tasks))
@@ -92,7 +99,10 @@ def test_choices_in_a_tree_equal_choices_run_alone(operators, family):
         path = path[path <= batch.target_source[of[-1]]]
         rows.append([*batch.ids[path].tolist(), int(batch.target_token[of[-1]])])
         lengths.append(len(of))
-    nll = [float(of[-length:].mean()) for of, length in zip(reference_token_nll(removed, rows), lengths)]
+    nll = [
+        float(of[-length:].mean())
+        for of, length in zip(reference_token_nll(removed, rows), lengths)
+    ]
     found = ev.score_samples(mask)[0]
     for question, margin in enumerate(found):
         choices = np.flatnonzero(tasks.question == question)
@@ -107,7 +117,9 @@ def test_kl_divergence_is_that_of_the_generic_path(operators, family):
     objective = fp.KLDivergence(perplexity(hf)[0].batch)
     masks = some_masks(num_blocks(hf), 20, seed=4)
     expected = fp.Evaluator(hf, objective, backend="generic").score(masks)
-    np.testing.assert_allclose(evaluator(hf, objective).score(masks), expected, rtol=RELATIVE, atol=1e-6)
+    np.testing.assert_allclose(
+        evaluator(hf, objective).score(masks), expected, rtol=RELATIVE, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -118,11 +130,15 @@ def test_scores_keep_their_bits(operators, dtype, granularity):
     ev = evaluator(hf, perplexity(hf)[0], granularity=granularity)
     masks = some_masks(ev.num_units, 20, seed=5)
     together = ev.score(masks)
-    assert ev.stats.layer_runs == len({tuple(np.flatnonzero(m)[: i + 1]) for m in masks for i in range(m.sum())})
+    assert ev.stats.layer_runs == len(
+        {tuple(np.flatnonzero(m)[: i + 1]) for m in masks for i in range(m.sum())}
+    )
     order = np.random.default_rng(0).permutation(len(masks))
     assert np.array_equal(ev.score(masks[order]), together[order])
     assert np.array_equal(np.concatenate([ev.score(mask) for mask in masks]), together)
-    assert np.array_equal(evaluator(hf, perplexity(hf)[0], granularity=granularity).score(masks), together)
+    assert np.array_equal(
+        evaluator(hf, perplexity(hf)[0], granularity=granularity).score(masks), together
+    )
 
 
 def test_the_input_of_a_unit_is_left_as_it_is(operators):
@@ -147,16 +163,22 @@ def test_weights_are_shared_and_changes_are_seen(operators):
         layers_of(hf)[2].mlp.down_proj.weight *= 0.5
     after = ev.score(np.ones(5, dtype=bool))[0]
     assert after != before
-    assert after == pytest.approx(reference_losses(hf, np.ones((1, 5)), perplexity(hf)[1])[0], rel=RELATIVE)
+    assert after == pytest.approx(
+        reference_losses(hf, np.ones((1, 5)), perplexity(hf)[1])[0], rel=RELATIVE
+    )
     assert pointers == {name: tensor.data_ptr() for name, tensor in hf.state_dict().items()}
 
 
-# -- which path is taken -------------------------------------------------------------------------------------------
+# -- which path is taken ---------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not native.available(), reason="the extension is not built")
 def test_auto_takes_the_fused_path_where_it_can():
-    for family, path in [("llama", "fused (native)"), ("gpt2", "generic"), ("gemma2-sdpa", "generic")]:
+    for family, path in [
+        ("llama", "fused (native)"),
+        ("gpt2", "generic"),
+        ("gemma2-sdpa", "generic"),
+    ]:
         hf = build(family)
         assert fp.Evaluator(hf, perplexity(hf)[0]).backend == path
         assert fp.Evaluator(hf, perplexity(hf)[0], backend="generic").backend == "generic"
@@ -168,7 +190,9 @@ def test_without_the_extension_the_generic_path_runs_and_it_is_said_once(monkeyp
     hf = build("llama")
     for _ in range(2):
         assert fp.Evaluator(hf, perplexity(hf)[0]).backend == "generic"
-    assert [str(w.message)[:44] for w in recwarn] == ["fastprune was installed without its compiled"]
+    assert [str(w.message)[:44] for w in recwarn] == [
+        "fastprune was installed without its compiled"
+    ]
 
 
 def with_hook(hf):

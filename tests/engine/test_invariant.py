@@ -1,4 +1,5 @@
-"""A score is the same to the bit whatever else is scored, and the caller's model is left as it was found."""
+"""A score is the same to the bit whatever else is scored, and the caller's model is left as it was
+found."""
 
 import hashlib
 from dataclasses import replace
@@ -46,7 +47,9 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
     model, target = fp.Model(hf), objective(kind, hf.config.vocab_size)
 
     def make(memory_bytes, layout=None):
-        return fp.Evaluator(model, target, granularity=granularity, memory_bytes=memory_bytes, layout=layout)
+        return fp.Evaluator(
+            model, target, granularity=granularity, memory_bytes=memory_bytes, layout=layout
+        )
 
     num_chunks = 0
     for memory_bytes in (None, smallest_budget(make)):
@@ -55,7 +58,9 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
         together = ev.score(masks)
         assert np.isfinite(together).all()
         assert len(np.unique(together)) > 5
-        for number in range(0, len(masks), 10):  # alone, on an evaluator that has never scored anything else
+        for number in range(
+            0, len(masks), 10
+        ):  # alone, on an evaluator that has never scored anything else
             assert_same_bits(make(memory_bytes).score(masks[number]), together[number : number + 1])
         groups = np.array_split(np.arange(len(masks)), 4)
         assert_same_bits(np.concatenate([ev.score(masks[group]) for group in groups]), together)
@@ -77,7 +82,8 @@ def test_company_and_order_do_not_matter(family, granularity, kind, dtype):
 
 
 def test_a_failed_call_leaves_no_trace():
-    """An exception in the middle of a call (here from the progress callback) does not change what is scored next."""
+    """An exception in the middle of a call (here from the progress callback) does not change what
+    is scored next."""
     hf = build("gpt2")
     hf.train()
     target = objective("text", hf.config.vocab_size)
@@ -101,7 +107,9 @@ def test_progress_ends_at_the_total():
     hf = build("llama")
     seen = []
     ev = fp.Evaluator(
-        hf, objective("text", hf.config.vocab_size), progress=lambda done, total: seen.append((done, total))
+        hf,
+        objective("text", hf.config.vocab_size),
+        progress=lambda done, total: seen.append((done, total)),
     )
     ev.score(some_masks(ev.num_units, 20, seed=11))
     done, totals = zip(*seen, strict=True)
@@ -128,7 +136,7 @@ def test_another_process_gives_the_same_bits():
     assert there == losses_of_thirty_masks(False)
 
 
-# -- the caller's model --------------------------------------------------------------------------------------------
+# -- the caller's model ----------------------------------------------------------------------------
 
 
 def snapshot(hf) -> dict:
@@ -137,9 +145,12 @@ def snapshot(hf) -> dict:
     return {
         "modules": {name: id(module) for name, module in modules.items()},
         "attributes": {name: set(vars(module)) for name, module in modules.items()},
-        "children": {name: {n: id(m) for n, m in module._modules.items()} for name, module in modules.items()},
+        "children": {
+            name: {n: id(m) for n, m in module._modules.items()} for name, module in modules.items()
+        },
         "hooks": {
-            name: (list(module._forward_hooks), list(module._forward_pre_hooks)) for name, module in modules.items()
+            name: (list(module._forward_hooks), list(module._forward_pre_hooks))
+            for name, module in modules.items()
         },
         "training": {name: module.training for name, module in modules.items()},
         "tensors": {
@@ -151,13 +162,22 @@ def snapshot(hf) -> dict:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "training"),
-    [("gpt2", True), ("gpt2", False), ("gemma2-sdpa", True), ("gpt-neox", False), ("qwen3-moe", True), ("phi3", True)],
+    [
+        ("gpt2", True),
+        ("gpt2", False),
+        ("gemma2-sdpa", True),
+        ("gpt-neox", False),
+        ("qwen3-moe", True),
+        ("phi3", True),
+    ],
 )
 def test_the_model_is_left_as_it_was_found(family, training):
     hf = build(family)
@@ -165,7 +185,9 @@ def test_the_model_is_left_as_it_was_found(family, training):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     calls = []
-    layers_of(hf)[1].register_forward_hook(lambda module, inputs, output: calls.append(1))  # the caller's own hook
+    layers_of(hf)[1].register_forward_hook(
+        lambda module, inputs, output: calls.append(1)
+    )  # the caller's own hook
     ids = torch.tensor(random_rows(hf.config.vocab_size, [15, 15]))
     with torch.no_grad():
         logits = hf(input_ids=ids).logits
@@ -192,14 +214,18 @@ def test_weights_are_shared():
     hf = build("llama")
     model = fp.Model(hf)
     for layer, own in zip(model.layers, layers_of(hf), strict=True):
-        assert [p.data_ptr() for p in layer.parameters()] == [p.data_ptr() for p in own.parameters()]
+        assert [p.data_ptr() for p in layer.parameters()] == [
+            p.data_ptr() for p in own.parameters()
+        ]
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [11]))
     ev = fp.Evaluator(model, fp.Perplexity(batch))
     before = ev.score(np.ones(5, dtype=bool))
     with torch.no_grad():
         for parameter in hf.parameters():
             parameter *= 0.9
-    assert ev.score(np.ones(5, dtype=bool)) != before  # a change of the caller's weights is seen: nothing was copied
+    assert (
+        ev.score(np.ones(5, dtype=bool)) != before
+    )  # a change of the caller's weights is seen: nothing was copied
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,10 +233,19 @@ def test_a_layout_keeps_the_bits_under_another_budget(kind):
     hf = build("llama")
     model, target = fp.Model(hf), objective(kind, hf.config.vocab_size)
     masks = some_masks(len(layers_of(hf)), 12, seed=0)
-    least = smallest_budget(lambda memory_bytes: fp.Evaluator(model, target, memory_bytes=memory_bytes))
+    least = smallest_budget(
+        lambda memory_bytes: fp.Evaluator(model, target, memory_bytes=memory_bytes)
+    )
     small = fp.Evaluator(model, target, memory_bytes=2 * least)
-    again = fp.Evaluator(model, target, memory_bytes=10**9, layout=type(small.layout).from_json(small.layout.to_json()))
-    assert len(again.layout.chunks) > len(fp.Evaluator(model, target, memory_bytes=10**9).layout.chunks)
+    again = fp.Evaluator(
+        model,
+        target,
+        memory_bytes=10**9,
+        layout=type(small.layout).from_json(small.layout.to_json()),
+    )
+    assert len(again.layout.chunks) > len(
+        fp.Evaluator(model, target, memory_bytes=10**9).layout.chunks
+    )
     assert_same_bits(again.score(masks), small.score(masks))
     with pytest.raises(fp.InputError, match="the largest chunk of the layout takes"):
         fp.Evaluator(model, target, memory_bytes=least // 8, layout=small.layout)

@@ -1,7 +1,7 @@
 """The key of a store: whatever is changed that bits depend on, nothing of before is served.
 
-The property, for every change there is: with a store that holds the scores of the unchanged model, the changed one's
-are to the bit those that it has without a store.
+The property, for every change there is: with a store that holds the scores of the unchanged model,
+the changed one's are to the bit those that it has without a store.
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ BATCH = fp.TokenBatch.from_ids(np.random.default_rng(0).integers(0, 61, (3, 9)))
 def hf():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -38,7 +44,9 @@ def scores(request, hf, tmp_path_factory):
 
     def scores(model, with_store: bool) -> bytes:
         model = model if isinstance(model, fp.Model) else fp.Model(model)
-        ev = fp.Evaluator(model, fp.Perplexity(BATCH), request.param, store=store if with_store else None)
+        ev = fp.Evaluator(
+            model, fp.Perplexity(BATCH), request.param, store=store if with_store else None
+        )
         return ev.score(MASKS).tobytes()
 
     scores(hf, True)
@@ -46,7 +54,8 @@ def scores(request, hf, tmp_path_factory):
 
 
 def holds(scores, model) -> bool:
-    """Whether the property does; a change, being arbitrary, may make a model that cannot be run: nothing is served."""
+    """Whether the property does; a change, being arbitrary, may make a model that cannot be run:
+    nothing is served."""
     try:
         expected = scores(model, False)
     except Exception:
@@ -75,7 +84,9 @@ def test_every_tensor(hf, scores):
 
 def hooks_of(module):
     yield lambda: module.register_forward_hook(lambda module, inputs, output: scaled(output))
-    yield lambda: module.register_forward_pre_hook(lambda module, inputs: tuple(map(scaled, inputs)))
+    yield lambda: module.register_forward_pre_hook(
+        lambda module, inputs: tuple(map(scaled, inputs))
+    )
 
 
 def scaled(value):
@@ -96,7 +107,9 @@ def test_every_hook(hf, scores):
 
 def test_a_hook_is_not_taken_for_one_that_is_gone(hf, scores):
     for factor in np.linspace(0.5, 1.5, 12):  # each, as a rule, where the one before has been
-        hook = hf.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output, by=factor: output * by)
+        hook = hf.model.layers[0].mlp.register_forward_hook(
+            lambda module, inputs, output, by=factor: output * by
+        )
         try:
             assert holds(scores, hf)
         finally:
@@ -121,8 +134,15 @@ def test_a_forward_of_its_own(hf, scores):
 
 def test_global_hooks(hf, scores):
     of_modules = torch.nn.modules.module
-    for register in (of_modules.register_module_forward_hook, of_modules.register_module_forward_pre_hook):
-        hook = register(lambda module, *values: scaled(values[-1]) if isinstance(module, torch.nn.Linear) else None)
+    for register in (
+        of_modules.register_module_forward_hook,
+        of_modules.register_module_forward_pre_hook,
+    ):
+        hook = register(
+            lambda module, *values: (
+                scaled(values[-1]) if isinstance(module, torch.nn.Linear) else None
+            )
+        )
         try:
             assert holds(scores, hf)
         finally:
@@ -181,9 +201,21 @@ def attribute(owner, name):
 
 CUDA, MKLDNN = torch.backends.cuda, torch.backends.mkldnn
 SWITCHES = {
-    "float32 precision, medium": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
-    "float32 precision, high": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
-    "deterministic": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+    "float32 precision, medium": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+        "medium",
+    ),
+    "float32 precision, high": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+        "high",
+    ),
+    "deterministic": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+        True,
+    ),
     "threads": (torch.get_num_threads, torch.set_num_threads, 3),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "denormals": (lambda: False, torch.set_flush_denormal, True),
@@ -211,9 +243,12 @@ def test_a_default_that_is_said_aloud_changes_nothing(hf, tmp_path):
             assert (ev.stats.layer_runs > 0) == runs
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox", "phi3", "qwen3-moe"])  # each rotates otherwise
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "gpt-neox", "phi3", "qwen3-moe"]
+)  # each rotates otherwise
 def test_a_model_in_memory_and_the_same_one_from_its_folder_have_the_same_scores(family, tmp_path):
-    """`.to(dtype)` rounds the rotary frequencies of a model in memory, which no checkpoint holds."""
+    """`.to(dtype)` rounds the rotary frequencies of a model in memory, which no checkpoint
+    holds."""
     hf = build(family).to(torch.bfloat16)
     held = {name: buffer.clone() for name, buffer in hf.named_buffers()}
     hf.save_pretrained(tmp_path / "m")
@@ -222,9 +257,13 @@ def test_a_model_in_memory_and_the_same_one_from_its_folder_have_the_same_scores
     batch = fp.TokenBatch.from_ids(np.random.default_rng(1).integers(0, vocab, (3, 24)))
     masks = np.ones((2, depth), dtype=bool)
     masks[1, depth // 2] = False
-    found = [fp.Evaluator(model, fp.Perplexity(batch)).score(masks).tobytes() for model in (hf, loaded)]
+    found = [
+        fp.Evaluator(model, fp.Perplexity(batch)).score(masks).tobytes() for model in (hf, loaded)
+    ]
     assert found[0] == found[1]
-    assert all(torch.equal(buffer, held[name]) for name, buffer in hf.named_buffers())  # left as it was found
+    assert all(
+        torch.equal(buffer, held[name]) for name, buffer in hf.named_buffers()
+    )  # left as it was found
 
 
 def test_frequencies_that_were_changed_on_purpose_stay(hf):

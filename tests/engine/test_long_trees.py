@@ -1,4 +1,5 @@
-"""Questions with very many choices, and long rows with a window: the same losses, and no mask of all by all."""
+"""Questions with very many choices, and long rows with a window: the same losses, and no mask of
+all by all."""
 
 from __future__ import annotations
 
@@ -14,9 +15,15 @@ from fastprune.models.operators import OPERATORS, Rows
 from fastprune.models.tree import seen_by, seen_runs, segments, tree_mask
 
 SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+}
 MASKS = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0]], dtype=bool)
 
 
@@ -30,7 +37,10 @@ def mistral(window: int) -> fp.Model:
     return fp.Model(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval())
 
 
-SETS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="not built"))]
+SETS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="not built")),
+]
 
 
 @pytest.fixture(params=SETS)
@@ -43,7 +53,9 @@ def losses(model: fp.Model, objective: fp.TaskMargin | fp.Perplexity, backend: s
     return fp.Evaluator(model, objective, backend).score_samples(MASKS)
 
 
-@pytest.mark.parametrize("shape", [(9, [3] * 400), (700, [5, 40, 1]), (3, [600, 2, 300]), (1, [1] * 1100)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(9, [3] * 400), (700, [5, 40, 1]), (3, [600, 2, 300]), (1, [1] * 1100)], ids=str
+)
 @pytest.mark.parametrize("window", [None, 50, 300])
 def test_long_trees_equal_the_models_own_attention(operators, shape, window):
     model = llama() if window is None else mistral(window)
@@ -58,13 +70,20 @@ def test_long_rows_with_a_window_equal_the_models_own_attention(operators, windo
     ids = np.random.default_rng(0).integers(0, 97, (3, 1100))
     objective = fp.Perplexity(fp.TokenBatch.from_ids(ids))
     np.testing.assert_allclose(
-        losses(mistral(window), objective, "fused"), losses(mistral(window), objective, "generic"), rtol=1e-4
+        losses(mistral(window), objective, "fused"),
+        losses(mistral(window), objective, "generic"),
+        rtol=1e-4,
     )
 
 
 def tree_of(lengths: list[int], padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and branch, int64[T] each, of a row of a trunk and branches of these lengths, padded as chunks are."""
-    positions = [*range(lengths[0]), *(lengths[0] + i for n in lengths[1:] for i in range(n)), *[0] * padding]
+    """Positions and branch, int64[T] each, of a row of a trunk and branches of these lengths,
+    padded as chunks are."""
+    positions = [
+        *range(lengths[0]),
+        *(lengths[0] + i for n in lengths[1:] for i in range(n)),
+        *[0] * padding,
+    ]
     branch = np.repeat([*range(len(lengths)), -1], [*lengths, padding])
     return torch.tensor(positions), torch.from_numpy(branch)
 
@@ -75,12 +94,15 @@ def random_lengths() -> list[int]:
 
 @pytest.mark.parametrize("window", [None, 7, 300])
 def test_segments_are_the_mask(window):
-    """Every query stands in one segment, and its keys there are all that the mask lets it see; padding has a branch."""
+    """Every query stands in one segment, and its keys there are all that the mask lets it see;
+    padding has a branch."""
     positions, branch = tree_of(random_lengths(), padding=9)
     found = torch.zeros(len(branch), len(branch), dtype=torch.bool)
     queries_seen = []
     for queries, keys in segments(positions, branch, window):
-        found[queries[:, None], keys] = seen_by(queries, keys, positions[None], branch[None], window)[0]
+        found[queries[:, None], keys] = seen_by(
+            queries, keys, positions[None], branch[None], window
+        )[0]
         queries_seen += queries.tolist()
     assert queries_seen == list(range(len(branch)))
     assert torch.equal(found, tree_mask(positions[None], branch[None], window)[0, 0])
@@ -88,7 +110,8 @@ def test_segments_are_the_mask(window):
 
 @pytest.mark.parametrize("window", [None, 1, 7, 300])
 def test_runs_are_the_mask(window):
-    """For all tokens but padding, of which none looks at what padding sees: at least itself, and nothing behind it."""
+    """For all tokens but padding, of which none looks at what padding sees: at least itself, and
+    nothing behind it."""
     trees = [random_lengths(), [3], [0, 5, 1, 9], [40, 1, 1, 1], [1]]
     longest = max(map(sum, trees)) + 2
     rows = [tree_of(lengths, longest - sum(lengths)) for lengths in trees]
@@ -132,13 +155,19 @@ def test_a_tree_of_thousands_of_choices_holds_no_mask_of_all_by_all(operators):
     budgets = []
     for choices in (1000, 4000):
         with pytest.raises(fp.InputError, match="memory_bytes is too small") as caught:
-            fp.Evaluator(model, fp.TaskMargin(make_tasks(97, [(9, [3] * choices)])), "fused", memory_bytes=1000)
+            fp.Evaluator(
+                model,
+                fp.TaskMargin(make_tasks(97, [(9, [3] * choices)])),
+                "fused",
+                memory_bytes=1000,
+            )
         budgets.append(int(str(caught.value).split(" bytes, not")[0].split()[-1]))
     assert budgets[1] < 6 * budgets[0]
 
 
 def test_what_the_models_own_code_needs_a_mask_for_is_in_the_budget():
-    """On the generic path a row's mask is made for every layer's attention: [T, T] is in the least budget."""
+    """On the generic path a row's mask is made for every layer's attention: [T, T] is in the least
+    budget."""
     model = llama()
     tasks = make_tasks(97, [(9, [3] * 1000)])
     tokens = tasks.batch.num_tokens
@@ -156,7 +185,9 @@ def test_a_fused_model_embeds_without_masks():
 
 
 @pytest.mark.parametrize("backend", ["generic", "fused"])
-@pytest.mark.parametrize("case", ["text", "kl", "tasks", "many choices", "large vocabulary", "sublayer"])
+@pytest.mark.parametrize(
+    "case", ["text", "kl", "tasks", "many choices", "large vocabulary", "sublayer"]
+)
 def test_the_least_budget_is_named_at_once(backend, case):
     """The number in the first refusal works, and one byte less does not."""
     torch.manual_seed(0)

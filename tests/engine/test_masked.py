@@ -1,4 +1,5 @@
-"""fp.masked: any code runs on the model without some blocks, as on the exported checkpoint, and all is put back."""
+"""fp.masked: any code runs on the model without some blocks, as on the exported checkpoint, and all
+is put back."""
 
 import copy
 import threading
@@ -15,10 +16,15 @@ import fastprune as fp
 def snapshot(hf) -> tuple:
     """What must be the same objects, and the same values, afterwards."""
     modules = [
-        (name, id(module), module.training, vars(module).get("layer_idx")) for name, module in hf.named_modules()
+        (name, id(module), module.training, vars(module).get("layer_idx"))
+        for name, module in hf.named_modules()
     ]
-    tensors = [(name, tensor.data_ptr(), tensor._version) for name, tensor in hf.state_dict().items()]
-    configs = [id(module.config) for module in hf.modules() if getattr(module, "config", None) is not None]
+    tensors = [
+        (name, tensor.data_ptr(), tensor._version) for name, tensor in hf.state_dict().items()
+    ]
+    configs = [
+        id(module.config) for module in hf.modules() if getattr(module, "config", None) is not None
+    ]
     return modules, tensors, configs, hf.config.to_dict()
 
 
@@ -33,7 +39,9 @@ def test_logits_and_generation_are_the_exported_checkpoints(family, tmp_path):
     removed = (1, num_blocks(hf) - 1)
     fp.export(hf, removed, tmp_path / "pruned")
     implementation = hf.config._attn_implementation
-    written = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", attn_implementation=implementation).eval()
+    written = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "pruned", attn_implementation=implementation
+    ).eval()
     ids, before = ids_of(hf), snapshot(hf)
     tokens = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     with fp.masked(hf, removed) as inside:
@@ -86,9 +94,13 @@ def test_evaluators_serve_where_they_were_opened():
 
 def test_other_threads_wait_for_their_turn():
     hf = build("llama")
-    ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9]))))
+    ev = fp.Evaluator(
+        hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9])))
+    )
     expected, found = ev.score(np.ones(5)), []
-    threads = [threading.Thread(target=lambda: found.append(ev.score(np.ones(5)))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: found.append(ev.score(np.ones(5)))) for _ in range(2)
+    ]
     threads.append(threading.Thread(target=lambda: found.append([fp.Model(hf).num_blocks])))
     with fp.masked(hf, (0, 1)):
         for thread in threads:
@@ -126,5 +138,8 @@ def test_wrong_blocks(removed, message):
 
 
 def test_not_a_model():
-    with pytest.raises(fp.InputError, match="expected a transformers causal language model"), fp.masked("demo", (1,)):
+    with (
+        pytest.raises(fp.InputError, match="expected a transformers causal language model"),
+        fp.masked("demo", (1,)),
+    ):
         pass

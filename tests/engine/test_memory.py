@@ -14,7 +14,9 @@ import transformers as tf
 
 import fastprune as fp
 
-CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak that /proc/self/status reports
+CLEAR_REFS = Path(
+    "/proc/self/clear_refs"
+)  # writing 5 resets the peak that /proc/self/status reports
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
@@ -42,10 +44,13 @@ def random_masks(count: int, blocks: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def measure():
-    """measured(), in a process of its own: the heap of this one has holes, which other tests have left."""
+    """measured(), in a process of its own: the heap of this one has holes, which other tests have
+    left."""
     if not CLEAR_REFS.exists():
         pytest.skip("the kernel keeps no peak that can be reset")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=give_back) as pool:
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=give_back
+    ) as pool:
         yield lambda budgets, **shape: pool.submit(measured, budgets, **shape).result()
 
 
@@ -57,19 +62,31 @@ def give_back() -> None:
     torch.set_num_threads(1)
 
 
-def measured(budgets: dict[str, tuple[int | None, int]], *, blocks: int, inner: int, rows: int, masks: int) -> dict:
-    """The peak that is told and the growth of memory, by name, when random masks are scored under (memory_bytes,
-    cache_bytes)."""
+def measured(
+    budgets: dict[str, tuple[int | None, int]], *, blocks: int, inner: int, rows: int, masks: int
+) -> dict:
+    """The peak that is told and the growth of memory, by name, when random masks are scored under
+    (memory_bytes, cache_bytes)."""
     torch.manual_seed(0)
     config = tf.LlamaConfig(
-        vocab_size=503, hidden_size=64, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=503,
+        hidden_size=64,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     model = fp.Model(tf.AutoModelForCausalLM.from_config(config).eval())
     ids = np.random.default_rng(0).integers(0, 503, (rows, 67))
 
     def score(batch, some, memory_bytes, cache_bytes):
-        ev = fp.Evaluator(model, fp.Perplexity(batch), memory_bytes=memory_bytes, cache_bytes=cache_bytes)
+        ev = fp.Evaluator(
+            model, fp.Perplexity(batch), memory_bytes=memory_bytes, cache_bytes=cache_bytes
+        )
         losses = ev.score(some)
         assert np.isfinite(losses).all()
         assert len(np.unique(losses)) > len(some) // 2
@@ -82,14 +99,16 @@ def measured(budgets: dict[str, tuple[int | None, int]], *, blocks: int, inner: 
         peaks = []
         growth = grown(lambda: peaks.append(score(batch, some, *budget)))  # noqa: B023  (called at once)
         found[name] = {"peak": peaks[0], "growth": growth}
-    assert 0.95 <= grown(lambda: torch.ones(4 << 20)) / (16 << 20) <= 1.05  # the meter sees what is allocated
+    assert (
+        0.95 <= grown(lambda: torch.ones(4 << 20)) / (16 << 20) <= 1.05
+    )  # the meter sees what is allocated
     return found
 
 
 @pytest.mark.slow
 def test_a_thousand_random_masks_in_64_mib(measure):
-    """A state weighs 0.13 MiB here: keeping that of every mask, or of every node of the trie, would take 2 or 9 times
-    the budget."""
+    """A state weighs 0.13 MiB here: keeping that of every mask, or of every node of the trie, would
+    take 2 or 9 times the budget."""
     budget = 64 << 20
     found = measure({"small": (budget, 0)}, blocks=16, inner=64, rows=8, masks=1000)["small"]
     assert 1 << 20 < found["growth"] <= budget
@@ -100,7 +119,9 @@ def test_a_thousand_random_masks_in_64_mib(measure):
 def test_a_small_budget_makes_small_chunks(measure):
     """The same work without the budget takes more than it: the budget is what keeps memory down."""
     budget = 8 << 20
-    found = measure({"free": (None, 0), "small": (budget, 0)}, blocks=4, inner=1024, rows=32, masks=4)
+    found = measure(
+        {"free": (None, 0), "small": (budget, 0)}, blocks=4, inner=1024, rows=32, masks=4
+    )
     assert found["free"]["growth"] > budget
     assert found["free"]["peak"] > budget
     assert found["small"]["growth"] <= budget

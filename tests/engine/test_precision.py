@@ -1,4 +1,5 @@
-"""Checkpoints in 16 bits on a CPU without instructions for them; which CPU it is, the tests say themselves."""
+"""Checkpoints in 16 bits on a CPU without instructions for them; which CPU it is, the tests say
+themselves."""
 
 from __future__ import annotations
 
@@ -39,9 +40,13 @@ def scores(model, granularity="block", **options):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_processor_without_the_instructions_runs_float32_and_says_so_once(tmp_path, dtype, old_processor):
+def test_a_processor_without_the_instructions_runs_float32_and_says_so_once(
+    tmp_path, dtype, old_processor
+):
     folder = saved(tmp_path, dtype=getattr(torch, dtype))
-    with pytest.warns(UserWarning, match=f"no instructions for {dtype}: its weights were widened to float32") as said:
+    with pytest.warns(
+        UserWarning, match=f"no instructions for {dtype}: its weights were widened to float32"
+    ) as said:
         model = fp.load_model(folder)
     assert len(said) == 1
     assert "\n" not in str(said[0].message)
@@ -51,7 +56,9 @@ def test_a_processor_without_the_instructions_runs_float32_and_says_so_once(tmp_
     np.testing.assert_array_equal(scores(model)[0], expected)
 
 
-@pytest.mark.parametrize(("processor", "dtype"), [(NEW, None), (NEW, "bfloat16"), (OLD, "float32"), (OLD, "auto")])
+@pytest.mark.parametrize(
+    ("processor", "dtype"), [(NEW, None), (NEW, "bfloat16"), (OLD, "float32"), (OLD, "auto")]
+)
 def test_nothing_is_said_where_nothing_is_amiss(tmp_path, monkeypatch, processor, dtype):
     monkeypatch.setattr(precision, "capabilities", lambda: processor)
     folder = saved(tmp_path)
@@ -62,14 +69,17 @@ def test_nothing_is_said_where_nothing_is_amiss(tmp_path, monkeypatch, processor
 
 
 def test_a_dtype_that_is_asked_for_by_name_is_had_with_a_warning(tmp_path, old_processor):
-    with pytest.warns(UserWarning, match="no instructions for bfloat16: a run takes many times as long"):
+    with pytest.warns(
+        UserWarning, match="no instructions for bfloat16: a run takes many times as long"
+    ):
         model = fp.load_model(saved(tmp_path), dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     assert np.isfinite(scores(model)[0]).all()
 
 
 def test_what_the_config_says_is_the_checkpoints_own(tmp_path, old_processor):
-    """float32 weights that are to be run in bfloat16, and the other way round, as transformers takes them."""
+    """float32 weights that are to be run in bfloat16, and the other way round, as transformers
+    takes them."""
     for config, weights in [("float32", torch.bfloat16), ("bfloat16", torch.float32)]:
         folder = tmp_path / config
         hf = build("llama", weights)
@@ -77,7 +87,9 @@ def test_what_the_config_says_is_the_checkpoints_own(tmp_path, old_processor):
         path = folder / "config.json"
         stored = str(weights).removeprefix("torch.")
         path.write_text(path.read_text().replace(f'"dtype": "{stored}"', f'"dtype": "{config}"'))
-        assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == getattr(torch, config)
+        assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == getattr(
+            torch, config
+        )
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
             assert fp.load_model(folder).dtype == torch.float32
@@ -87,17 +99,25 @@ def test_what_the_config_says_is_the_checkpoints_own(tmp_path, old_processor):
 @pytest.mark.parametrize(
     ("family", "backend", "granularity"),
     [
-        ("llama", "generic", "block"), ("llama", "fused", "block"), ("llama-tied", "fused", "sublayer"),
-        ("qwen3", "fused", "block"), ("phi3", "fused", "block"), ("gpt2", "generic", "sublayer"),
-        ("mistral", "fused", "block"), ("gpt-neox", "generic", "sublayer"), ("qwen3-moe", "generic", "block"),
+        ("llama", "generic", "block"),
+        ("llama", "fused", "block"),
+        ("llama-tied", "fused", "sublayer"),
+        ("qwen3", "fused", "block"),
+        ("phi3", "fused", "block"),
+        ("gpt2", "generic", "sublayer"),
+        ("mistral", "fused", "block"),
+        ("gpt-neox", "generic", "sublayer"),
+        ("qwen3-moe", "generic", "block"),
     ],
-)  # fmt: skip
+)
 def test_weights_that_would_not_fit_are_widened_as_they_are_used_to_the_same_bits(
     tmp_path, family, backend, granularity, old_processor, little_memory
 ):
     folder = saved(tmp_path, family)
     wide = fp.load_model(folder, dtype="float32")
-    with pytest.warns(UserWarning, match="widened to float32 as they are used, since all would not fit"):
+    with pytest.warns(
+        UserWarning, match="widened to float32 as they are used, since all would not fit"
+    ):
         narrow = fp.load_model(folder)
     assert narrow.dtype == torch.float32
     if family != "qwen3-moe":  # whose experts are no linear maps of their own
@@ -107,7 +127,9 @@ def test_weights_that_would_not_fit_are_widened_as_they_are_used_to_the_same_bit
         found, ev = scores(narrow, granularity, backend=backend, memory_bytes=budget)
         np.testing.assert_array_equal(found, expected)
         assert ev.backend == by.backend
-        assert ev.stats.peak_activation_bytes == by.stats.peak_activation_bytes  # chunks are the same
+        assert (
+            ev.stats.peak_activation_bytes == by.stats.peak_activation_bytes
+        )  # chunks are the same
 
 
 def weight_bytes(model) -> int:
@@ -115,13 +137,18 @@ def weight_bytes(model) -> int:
 
 
 @pytest.mark.parametrize("family", ["gemma2-eager", "gemma3"])
-def test_a_family_that_rounds_its_own_numbers_is_widened_whole(tmp_path, family, old_processor, little_memory):
-    """Gemma scales its embeddings by a number that is rounded to the weights' dtype as it is made."""
+def test_a_family_that_rounds_its_own_numbers_is_widened_whole(
+    tmp_path, family, old_processor, little_memory
+):
+    """Gemma scales its embeddings by a number that is rounded to the weights' dtype as it is
+    made."""
     folder = saved(tmp_path, family)
     with pytest.warns(UserWarning, match="were widened"):
         model = fp.load_model(folder)
     assert {parameter.dtype for parameter in model.hf.parameters()} == {torch.float32}
-    np.testing.assert_array_equal(scores(model)[0], scores(fp.load_model(folder, dtype="float32"))[0])
+    np.testing.assert_array_equal(
+        scores(model)[0], scores(fp.load_model(folder, dtype="float32"))[0]
+    )
 
 
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])

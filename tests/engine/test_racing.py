@@ -19,9 +19,15 @@ def uneven_model() -> LlamaForCausalLM:
     """A model whose blocks matter unequally, so that some masks are beaten early."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
     hf = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for scale, layer in zip((0.02, 1, 0.05, 1.5, 0.1, 2), hf.model.layers):
@@ -106,12 +112,17 @@ def test_a_loss_that_is_not_finite_leaves_first():
 @pytest.mark.parametrize("keep", [1, 5])
 @pytest.mark.parametrize("spread", [0, 0.05, 0.2, 0.8])
 def test_wrong_decisions_are_rarer_than_promised(keep, spread):
-    """Simulated: normal losses whose means lie close together; over many races, the best ones are kept."""
+    """Simulated: normal losses whose means lie close together; over many races, the best ones are
+    kept."""
     rng = np.random.default_rng(keep)
     seen, races, confidence, wrong = (8, 11, 15, 21, 29, 40, 56, 78, 128), 200, 0.9, 0
     losses = np.zeros((20, 128))
     for _ in range(races):
-        losses[:] = rng.normal(size=128) + rng.normal(0, 0.3, (20, 128)) + spread * np.linspace(0, 1, 20)[:, None]
+        losses[:] = (
+            rng.normal(size=128)
+            + rng.normal(0, 0.3, (20, 128))
+            + spread * np.linspace(0, 1, 20)[:, None]
+        )
         alive = race(20, len(seen), lambda n, left: losses[left, : seen[n]], 128, keep, confidence)
         wrong += not set(losses.mean(axis=1).argsort()[:keep]) <= set(alive)
     assert wrong <= races * (1 - confidence)
@@ -148,12 +159,16 @@ def test_wrong_races(options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["one_shot", "greedy", "beam", "contiguous", "exhaustive", "random"])
+@pytest.mark.parametrize(
+    "algorithm", ["one_shot", "greedy", "beam", "contiguous", "exhaustive", "random"]
+)
 def test_searches_race_to_the_same_result(algorithm):
     hf = uneven_model()
     for num_remove in (1, 3):
         ev = evaluator(hf)
-        plain, raced = (fp.run_search(ev, algorithm, num_remove, racing=racing) for racing in (None, 0.99))
+        plain, raced = (
+            fp.run_search(ev, algorithm, num_remove, racing=racing) for racing in (None, 0.99)
+        )
         assert raced.removed == plain.removed
         assert raced.loss == plain.loss
         assert raced.layer_runs <= plain.layer_runs
@@ -173,7 +188,9 @@ def test_the_last_round_of_a_beam_keeps_the_best_alone():
 
 
 @pytest.mark.parametrize("cache_bytes", [0, None])
-def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(monkeypatch, cache_bytes):
+def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(
+    monkeypatch, cache_bytes
+):
     masks = fp.from_removed(PAIRS, 6)
     full = evaluator(uneven_model()).score(masks)
     nll, calls = fp.Model.nll, []
@@ -195,7 +212,9 @@ def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(
 
 def test_what_does_not_race_says_so():
     ev = evaluator(uneven_model(), rows=4)
-    with pytest.raises(fp.InputError, match=r"bayesian needs every loss .* these do: one_shot, greedy, beam"):
+    with pytest.raises(
+        fp.InputError, match=r"bayesian needs every loss .* these do: one_shot, greedy, beam"
+    ):
         fp.run_search(ev, "bayesian", 2, racing=0.99)
     for racing in (0, 1, True, "0.9"):
         with pytest.raises(fp.InputError, match="racing must be a confidence between 0 and 1"):

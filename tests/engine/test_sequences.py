@@ -1,4 +1,5 @@
-"""Sequences of units that repeat and reorder: exact, shared with masks, the same bits in any company."""
+"""Sequences of units that repeat and reorder: exact, shared with masks, the same bits in any
+company."""
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ def some_sequences(num_units: int, count: int, seed: int = 0) -> list[tuple[int,
     whole = list(range(num_units))
     found = [(*whole[:i], *whole[i - 1 :]) for i in range(1, num_units)]
     found += [(*whole[:i], i + 1, i, *whole[i + 2 :]) for i in range(num_units - 1)]
-    found += [tuple(rng.integers(0, num_units, rng.integers(1, 2 * num_units)).tolist()) for _ in range(count)]
+    found += [
+        tuple(rng.integers(0, num_units, rng.integers(1, 2 * num_units)).tolist())
+        for _ in range(count)
+    ]
     return found
 
 
@@ -60,7 +64,8 @@ def test_an_ascending_sequence_is_a_mask_in_the_store_too(tmp_path):
 
 
 def test_very_long_sequences_stay_within_the_budget():
-    """Many more units than the model has: the calls are cut so that no more states are held than were budgeted."""
+    """Many more units than the model has: the calls are cut so that no more states are held than
+    were budgeted."""
     hf = build("llama")
     ev, _ = evaluator(hf, memory_bytes=2_000_000)
     rng = np.random.default_rng(0)

@@ -21,9 +21,15 @@ from fastprune.store import SumStore
 def make_model(seed: int = 0):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -56,7 +62,9 @@ def test_only_what_is_missing_is_computed(tmp_path):
     assert ev.stats.head_runs - before == len({mask.tobytes() for mask in MASKS} - known)
 
 
-@pytest.mark.parametrize("change", ["weights", "data", "objective", "dtype", "granularity", "chunks"])
+@pytest.mark.parametrize(
+    "change", ["weights", "data", "objective", "dtype", "granularity", "chunks"]
+)
 def test_nothing_is_mixed_up(tmp_path, change):
     """An evaluator that differs in anything that determines a score finds nothing of another's."""
     path = tmp_path / "s.db"
@@ -97,7 +105,9 @@ def test_a_killed_run_keeps_what_it_had_finished(tmp_path):
 
 def in_chunks(**options) -> fp.Evaluator:
     """An evaluator whose budget cuts its rows into several chunks."""
-    return fp.Evaluator(make_model(), fp.Perplexity(make_batch(rows=60)), memory_bytes=400_000, **options)
+    return fp.Evaluator(
+        make_model(), fp.Perplexity(make_batch(rows=60)), memory_bytes=400_000, **options
+    )
 
 
 def test_a_run_that_is_killed_within_a_call_repeats_no_finished_chunk(tmp_path):
@@ -111,7 +121,9 @@ def test_a_run_that_is_killed_within_a_call_repeats_no_finished_chunk(tmp_path):
 
     store = tmp_path / "s.db"
     assert forked(lambda: ask(store=store, progress=die)).status == -9
-    (expected, whole), (found, again) = (forked(lambda o=o: ask(**o)).out.split() for o in ({}, {"store": store}))
+    (expected, whole), (found, again) = (
+        forked(lambda o=o: ask(**o)).out.split() for o in ({}, {"store": store})
+    )
     assert found == expected
     assert 0 < float(again) < 0.7 * float(whole)
 
@@ -146,7 +158,8 @@ def test_some_samples_then_all_runs_each_chunk_once(tmp_path):
 
 
 def test_no_damaged_sum_is_served(tmp_path):
-    """Single bits of the file flipped, all over it: the scores are right, or the file is named as damaged."""
+    """Single bits of the file flipped, all over it: the scores are right, or the file is named as
+    damaged."""
     path, damaged = tmp_path / "s.db", tmp_path / "damaged.db"
     expected = fp.Evaluator(make_model(), fp.Perplexity(make_batch())).score(MASKS)
     fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=path).score(MASKS)
@@ -192,7 +205,11 @@ def test_threads_take_turns(tmp_path, shared):
     one = fp.Evaluator(model, fp.Perplexity(make_batch()), store=tmp_path / "s.db")
 
     def work(number: int) -> bool:
-        ev = one if shared == "evaluator" else fp.Evaluator(model if shared == "model" else hf, one.objective)
+        ev = (
+            one
+            if shared == "evaluator"
+            else fp.Evaluator(model if shared == "model" else hf, one.objective)
+        )
         rows = np.random.default_rng(number).permutation(len(MASKS))[:7]
         return all(ev.score(MASKS[rows]).tobytes() == expected[rows].tobytes() for _ in range(5))
 
@@ -246,7 +263,9 @@ def test_threads_share_a_store(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         for number, known in enumerate(threads.map(work, range(8))):
             assert len(known) == 50
-            assert all(sums.tobytes() == np.array([number, -0.0]).tobytes() for sums in known.values())
+            assert all(
+                sums.tobytes() == np.array([number, -0.0]).tobytes() for sums in known.values()
+            )
 
 
 def test_wrong_files_are_refused(tmp_path):

@@ -1,4 +1,5 @@
-"""Weights that stay in their files: the bits of the in-memory run, counted loads, limits, changes, overlap."""
+"""Weights that stay in their files: the bits of the in-memory run, counted loads, limits, changes,
+overlap."""
 
 import os
 import re
@@ -21,10 +22,13 @@ def save(hf, folder, **options):
 
 
 def limits(folder, **options) -> tuple[int, int]:
-    """The smallest limit that works, and the bytes of a block, as the refusal of one byte names them."""
+    """The smallest limit that works, and the bytes of a block, as the refusal of one byte names
+    them."""
     with pytest.raises(fp.InputError, match="the smallest that works") as error:
         fp.load_model(folder, weights_bytes=1, **options)
-    block, least = re.search(r"a block (\d+); the smallest that works is (\d+), not 1 ", str(error.value)).groups()
+    block, least = re.search(
+        r"a block (\d+); the smallest that works is (\d+), not 1 ", str(error.value)
+    ).groups()
     return int(least), int(block)
 
 
@@ -76,14 +80,19 @@ def test_bits_counts_and_loads(folder, backend, blocks):
     before = ev.stats.weight_loads
     ev.score(masks)
     assert ev.stats.weight_loads - before == {1: 5, 4: 2, 5: 0}[blocks]
-    assert ev.stats.weight_bytes == ev.stats.weight_loads * sum(p.nbytes for p in whole.layers[0].parameters())
+    assert ev.stats.weight_bytes == ev.stats.weight_loads * sum(
+        p.nbytes for p in whole.layers[0].parameters()
+    )
 
 
 @pytest.mark.parametrize(("family", "granularity"), [("llama", "block"), ("gpt-neox", "sublayer")])
 def test_caches_stores_races_and_sequences(family, granularity, tmp_path):
     make_folder(family, tmp_path)
     whole, model = fp.load_model(tmp_path), streamed(tmp_path, 2)
-    tasks = [make_tasks(m.vocab_size, [(6, (2, 3)), (9, (1, 4, 2)), (5, (2, 2))] * 14) for m in (whole, model)]
+    tasks = [
+        make_tasks(m.vocab_size, [(6, (2, 3)), (9, (1, 4, 2)), (5, (2, 2))] * 14)
+        for m in (whole, model)
+    ]
     options = {"granularity": granularity, "cache_bytes": 8 << 20, "backend": "generic"}
     resident = fp.Evaluator(whole, fp.TaskMargin(tasks[0]), **options)
     ev = fp.Evaluator(model, fp.TaskMargin(tasks[1]), store=tmp_path / "sums", **options)
@@ -93,20 +102,26 @@ def test_caches_stores_races_and_sequences(family, granularity, tmp_path):
     assert ev.stats.store_hits
     assert sum(ev.stats.cache_hits.values())
     another = some_masks(ev.num_units, 20, seed=4)
-    assert np.array_equal(ev.select(another, keep=2).losses, resident.select(another, keep=2).losses)
+    assert np.array_equal(
+        ev.select(another, keep=2).losses, resident.select(another, keep=2).losses
+    )
     last = ev.num_units - 1
     sequences = [(0, 1, 1, 2), (last, 0, last), (2, 1, 0, 2), (0, 1, 2), (last,), (0, 0, 0, 0)]
     assert np.array_equal(ev.score_sequences(sequences), resident.score_sequences(sequences))
     with_store = fp.Evaluator(whole, fp.TaskMargin(tasks[0]), store=tmp_path / "sums", **options)
     with_store.score(masks)
-    assert with_store.stats.layer_runs == 0  # what a streamed run has kept serves the model in memory
+    assert (
+        with_store.stats.layer_runs == 0
+    )  # what a streamed run has kept serves the model in memory
 
 
 def test_divergence_from_the_dense_model(folder):
     whole, model = fp.load_model(folder), streamed(folder, 2)
     masks = some_masks(5, 12, seed=5)
     found, expected = (
-        fp.Evaluator(m, fp.KLDivergence(fp.TokenBatch.from_ids(random_rows(m.vocab_size, LENGTHS)))).score(masks)
+        fp.Evaluator(
+            m, fp.KLDivergence(fp.TokenBatch.from_ids(random_rows(m.vocab_size, LENGTHS)))
+        ).score(masks)
         for m in (model, whole)
     )
     assert np.array_equal(found, expected)
@@ -114,7 +129,8 @@ def test_divergence_from_the_dense_model(folder):
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_small_budget_makes_groups(folder, disk, tmp_path):
-    """Where the states between bands do not fit, chunks go in groups, then masks in parts; or they go to a disk."""
+    """Where the states between bands do not fit, chunks go in groups, then masks in parts; or they
+    go to a disk."""
     whole, model = fp.load_model(folder), streamed(folder, 2)
     masks = some_masks(5, 40, seed=6)
 
@@ -147,8 +163,9 @@ def test_probes(folder):
 
 
 def test_reading_goes_on_while_a_band_computes(folder, monkeypatch):
-    """A file so slow that it gives the next band's bytes only after a unit of this one has run, and a run so slow that
-    it goes on only after reading of the next band has begun: either alone would wait for the other for ever."""
+    """A file so slow that it gives the next band's bytes only after a unit of this one has run, and
+    a run so slow that it goes on only after reading of the next band has begun: either alone would
+    wait for the other for ever."""
     model = streamed(folder, 2)
     ev = fp.Evaluator(model, perplexity(model), cache_bytes=0)  # leaves the first block loaded
     ran, began, preadv = threading.Event(), threading.Event(), os.preadv
@@ -196,12 +213,15 @@ def test_a_checkpoint_that_changes(change, tmp_path):
     else:
         (tmp_path / "other").write_bytes(data)
         (tmp_path / "other").rename(path)
-    with pytest.raises(fp.InputError, match=r"model\.safetensors: .*while its weights are streamed"):
+    with pytest.raises(
+        fp.InputError, match=r"model\.safetensors: .*while its weights are streamed"
+    ):
         ev.score(some_masks(5, 12, seed=9))
 
 
 def test_how_often_a_model_is_read_before_the_first_mask(folder):
-    """As docs/scale.md counts it: to prove it, then trees, then the fused path, and a block to measure; each once."""
+    """As docs/scale.md counts it: to prove it, then trees, then the fused path, and a block to
+    measure; each once."""
     model = streamed(folder, 1)
     assert model.weights.loads == 5
     model.check_trees()

@@ -1,7 +1,8 @@
-"""Several workers give one process's bits, run nothing twice, and lose nothing when one of them dies.
+"""Several workers give one process's bits, run nothing twice, and lose nothing when one of them
+dies.
 
-Most tests run workers in this process, one after the other, so that they can be watched and broken; a few run them as
-processes.
+Most tests run workers in this process, one after the other, so that they can be watched and broken;
+a few run them as processes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def hf():
 
 @pytest.fixture(scope="module")
 def batch(hf):
-    return fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [93, 9, 47, 93, 46, 9, 91, 12] * 5))
+    return fp.TokenBatch.from_ids(
+        random_rows(hf.config.vocab_size, [93, 9, 47, 93, 46, 9, 91, 12] * 5)
+    )
 
 
 def objective(kind: str, hf):
@@ -52,7 +55,9 @@ def test_every_number_has_the_bits_of_one_process(hf, kind, count):
     masks = some_masks(one.num_units, 20, seed=1)
     assert many.score(masks).tobytes() == one.score(masks).tobytes()
     samples = [1, 5, 3]
-    assert many.score_samples(masks, samples).tobytes() == one.score_samples(masks, samples).tobytes()
+    assert (
+        many.score_samples(masks, samples).tobytes() == one.score_samples(masks, samples).tobytes()
+    )
     assert many.sums(masks[:3]).tobytes() == one.sums(masks[:3]).tobytes()
     sequences = [(0, 1, 1, 2), (2, 0), (0, 1, 2)]
     assert many.score_sequences(sequences).tobytes() == one.score_sequences(sequences).tobytes()
@@ -65,14 +70,24 @@ def test_every_number_has_the_bits_of_one_process(hf, kind, count):
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_no_prefix_is_run_twice_where_there_is_a_chunk_for_every_worker(hf, batch, granularity):
     options = {"granularity": granularity, "store": None}
-    one, many = (fp.Evaluator(hf, fp.Perplexity(batch), workers=w, **options) for w in (None, InThisProcess(3)))
+    one, many = (
+        fp.Evaluator(hf, fp.Perplexity(batch), workers=w, **options)
+        for w in (None, InThisProcess(3))
+    )
     assert len(one.sample_groups) >= 3
     rng = np.random.default_rng(0)
     for _ in range(2):
         masks = rng.random((20, one.num_units)) < 0.7
         masks[:, 0] |= ~masks.any(axis=1)
         assert many.score(masks).tobytes() == one.score(masks).tobytes()
-    for name in ("masks", "layer_runs", "unbounded_layer_runs", "asked_layer_runs", "naive_layer_runs", "head_runs"):
+    for name in (
+        "masks",
+        "layer_runs",
+        "unbounded_layer_runs",
+        "asked_layer_runs",
+        "naive_layer_runs",
+        "head_runs",
+    ):
         assert getattr(many.stats, name) == getattr(one.stats, name), name
     assert sum(many.stats.cache_hits.values()) == sum(one.stats.cache_hits.values()) > 0
     assert many.stats.cache_bytes == one.stats.cache_bytes > 0
@@ -84,7 +99,10 @@ def test_a_trie_that_is_cut_runs_little_more(hf):
     many = fp.Evaluator(hf, target, workers=InThisProcess(4), granularity="sublayer", cache_bytes=0)
     masks = np.random.default_rng(0).random((200, many.num_units)) < 0.6
     masks[:, 0] |= ~masks.any(axis=1)
-    assert many.score(masks).tobytes() == fp.Evaluator(hf, target, granularity="sublayer").score(masks).tobytes()
+    assert (
+        many.score(masks).tobytes()
+        == fp.Evaluator(hf, target, granularity="sublayer").score(masks).tobytes()
+    )
     trie = make_trie(kept_units(masks))
     assert trie.layer_runs < many.stats.layer_runs < 1.1 * trie.layer_runs
     assert many.stats.head_runs == len(trie.sequences)
@@ -107,7 +125,9 @@ def test_a_share_is_done_again_by_a_new_worker(hf, batch, lose):
     masks = some_masks(many.num_units, 40, seed=3)
     expected = fp.Evaluator(hf, fp.Perplexity(batch)).score(masks)
     workers.heard, workers.lose = 0, set(lose)
-    with pytest.warns(RuntimeWarning, match="died, its share is run again: it was asked to") as said:
+    with pytest.warns(
+        RuntimeWarning, match="died, its share is run again: it was asked to"
+    ) as said:
         found = many.score(masks)
     assert found.tobytes() == expected.tobytes()
     assert len(said) == len(lose)
@@ -150,7 +170,9 @@ def test_a_worker_that_dies_again_and_again(hf, batch):
     with pytest.raises(RuntimeError, match=r"died 3 times in one call|could not open"):
         many.score(masks)
     workers.lose = set()
-    assert many.score(masks).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch)).score(masks).tobytes()
+    assert (
+        many.score(masks).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch)).score(masks).tobytes()
+    )
 
 
 def test_the_store_is_filled_as_sums_come_back(hf, batch, tmp_path):
@@ -162,13 +184,18 @@ def test_the_store_is_filled_as_sums_come_back(hf, batch, tmp_path):
         assert again.score(masks).tobytes() == expected.tobytes()
         assert (again.stats.layer_runs, again.stats.store_hits) == (0, len(masks))
     more = some_masks(num_blocks(hf), 30, seed=6)
-    assert again.score(more).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch)).score(more).tobytes()
+    assert (
+        again.score(more).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch)).score(more).tobytes()
+    )
 
 
 def test_progress_ends_where_all_is_done(hf, batch):
     told = []
     many = fp.Evaluator(
-        hf, fp.Perplexity(batch), workers=InThisProcess(3), progress=lambda done, total: told.append((done, total))
+        hf,
+        fp.Perplexity(batch),
+        workers=InThisProcess(3),
+        progress=lambda done, total: told.append((done, total)),
     )
     many.score(some_masks(many.num_units, 20, seed=7))
     assert told[-1][0] == told[-1][1] > 0
@@ -176,7 +203,9 @@ def test_progress_ends_where_all_is_done(hf, batch):
 
 
 def test_memory_that_runs_out_makes_chunks_smaller_everywhere(hf, monkeypatch):
-    target = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [19] * 9 + [8] * 3)))
+    target = fp.Perplexity(
+        fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [19] * 9 + [8] * 3))
+    )
     masks = some_masks(num_blocks(hf), 20, seed=8)
     expected = fp.Evaluator(hf, target).score(masks)
     workers = InThisProcess(2)
@@ -193,13 +222,18 @@ def test_memory_that_runs_out_makes_chunks_smaller_everywhere(hf, monkeypatch):
         found = many.score(masks)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert max(map(len, many.sample_groups)) <= 2
-    assert many.score(masks).tobytes() == found.tobytes()  # the smaller chunks stay, so that the bits do
+    assert (
+        many.score(masks).tobytes() == found.tobytes()
+    )  # the smaller chunks stay, so that the bits do
 
 
 def test_weights_that_change_are_handed_over_anew(batch):
     hf = build("llama", seed=3)
     workers = InThisProcess(2)
-    many, one = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers), fp.Evaluator(hf, fp.Perplexity(batch))
+    many, one = (
+        fp.Evaluator(hf, fp.Perplexity(batch), workers=workers),
+        fp.Evaluator(hf, fp.Perplexity(batch)),
+    )
     masks = some_masks(many.num_units, 20, seed=9)
     before = many.score(masks)
     with torch.no_grad():
@@ -215,7 +249,10 @@ def test_weights_that_stay_in_files(checkpoint):
     least = int(str(error.value).split("the smallest that works is ")[1].split(",")[0])
     ids = fp.TokenBatch.from_ids(random_rows(61, [23, 9] * 20))
     many = fp.Evaluator(
-        fp.load_model(checkpoint, weights_bytes=least), fp.KLDivergence(ids), workers=InThisProcess(2), cache_bytes=0
+        fp.load_model(checkpoint, weights_bytes=least),
+        fp.KLDivergence(ids),
+        workers=InThisProcess(2),
+        cache_bytes=0,
     )
     masks = some_masks(many.num_units, 20, seed=12)
     one = fp.Evaluator(fp.load_model(checkpoint), fp.KLDivergence(ids))
@@ -241,7 +278,9 @@ def test_a_study_on_workers(hf, tmp_path):
     for workers in (None, InThisProcess(2)):
         objectives = {kind: lambda model, kind=kind: objective(kind, hf) for kind in ("nll", "kl")}
         out = tmp_path / f"{len(found)}"
-        study = run_study([fp.Model(hf)], objectives, ["one_shot", "greedy"], [2], out, workers=workers)
+        study = run_study(
+            [fp.Model(hf)], objectives, ["one_shot", "greedy"], [2], out, workers=workers
+        )
         found.append([{k: v for k, v in cell.items() if k != "seconds"} for cell in study["cells"]])
     assert found[0] == found[1]
 
@@ -251,7 +290,9 @@ def test_bits_that_would_differ_are_refused(hf, batch):
     many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
     numerics = many._engine.numerics
     many._engine.numerics = lambda: {**numerics(), "dtype": "torch.float8"}
-    with pytest.raises(fp.InputError, match=r"worker 0: its dtype is torch.float32, not torch.float8"):
+    with pytest.raises(
+        fp.InputError, match=r"worker 0: its dtype is torch.float32, not torch.float8"
+    ):
         many.score(some_masks(many.num_units, 20, seed=11))
 
 
@@ -274,18 +315,21 @@ def test_counts_that_cannot_be(hf, batch, count):
 def test_the_arithmetic_of_scale(hf):
     """What docs/scale.md reckons with: runs per mask, and bytes per state."""
     units, tokens = num_blocks(hf), 30 * 16
-    ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [16] * 30))))
+    ev = fp.Evaluator(
+        hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [16] * 30)))
+    )
     ev.score(~np.eye(units, dtype=bool))
     assert ev.stats.layer_runs == (units - 1) * (units + 2) / 2
     assert ev.stats.naive_layer_runs == units * (units - 1)
     assert ev.stats.cache_bytes == ev.stats.layer_runs * tokens * hf.config.hidden_size * 4
 
 
-# -- processes -----------------------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 
 class Killed(Processes):
-    """Kills the second worker, as a power cut would, when it says its first word on a call; once."""
+    """Kills the second worker, as a power cut would, when it says its first word on a call;
+    once."""
 
     told = False
 
@@ -303,9 +347,14 @@ def test_a_process_that_is_killed(checkpoint, hf):
     workers = Killed(2)
     ids = fp.TokenBatch.from_ids(random_rows(61, [64] * 150))
     model = fp.load_model(checkpoint)
-    many, one = fp.Evaluator(model, fp.Perplexity(ids), workers=workers), fp.Evaluator(model, fp.Perplexity(ids))
+    many, one = (
+        fp.Evaluator(model, fp.Perplexity(ids), workers=workers),
+        fp.Evaluator(model, fp.Perplexity(ids)),
+    )
     masks = some_masks(many.num_units, 30, seed=1)
-    with pytest.warns(RuntimeWarning, match=r"worker 1 died, its share is run again: process \d+ was killed") as said:
+    with pytest.warns(
+        RuntimeWarning, match=r"worker 1 died, its share is run again: process \d+ was killed"
+    ) as said:
         found = many.score(masks)
     assert found.tobytes() == one.score(masks).tobytes()
     assert len(said) == 1
@@ -323,7 +372,9 @@ def test_a_process_that_is_killed(checkpoint, hf):
 def test_a_process_that_cannot_start(monkeypatch):
     monkeypatch.setattr(processes, "START", "raise SystemExit('no such library')")
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"worker 0 could not start: .* ended with status 1: no such library"):
+    with pytest.raises(
+        RuntimeError, match=r"worker 0 could not start: .* ended with status 1: no such library"
+    ):
         Processes(2)
     assert time.monotonic() - started < 60
 
@@ -331,13 +382,18 @@ def test_a_process_that_cannot_start(monkeypatch):
 def test_processes_that_do_not_end_are_ended_together(monkeypatch):
     """One after the other, each of many busy ones would be waited for."""
     start = (
-        "import sys, time; from multiprocessing.connection import Connection as C; C(int(sys.argv[1])).send('ready')"
+        "import sys, time; from multiprocessing.connection import Connection as C; "
+        "C(int(sys.argv[1])).send('ready')"
     )
     monkeypatch.setattr(processes, "START", f"{start}; time.sleep(600)")
     monkeypatch.setattr(processes, "END_WITHIN", 0.05)
     workers = Processes(3)
     pids, waits, wait = workers.pids, [], subprocess.Popen.wait
-    monkeypatch.setattr(subprocess.Popen, "wait", lambda of, timeout=None: waits.append(timeout) or wait(of, timeout))
+    monkeypatch.setattr(
+        subprocess.Popen,
+        "wait",
+        lambda of, timeout=None: waits.append(timeout) or wait(of, timeout),
+    )
     workers.close()
     first, *others = waits
     assert 0 < first <= 0.05

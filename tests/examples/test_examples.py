@@ -31,7 +31,9 @@ def test_the_loop_and_fastprune_choose_the_same(name, setting):
     example = importlib.import_module(name)
     (chosen, losses), (also, same) = example.loop(*setting), example.fast(*setting)
     assert list(chosen) == list(also)
-    np.testing.assert_allclose(same, losses, rtol=2e-4, atol=2e-5)  # KL near 0 is a difference of large numbers
+    np.testing.assert_allclose(
+        same, losses, rtol=2e-4, atol=2e-5
+    )  # KL near 0 is a difference of large numbers
 
 
 def test_the_list_of_examples_is_whole(found):

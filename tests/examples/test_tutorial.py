@@ -14,7 +14,9 @@ import pytest
 import fastprune as fp
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(
+    r"```(sh|python)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL
+)
 
 
 @pytest.mark.slow
@@ -22,8 +24,14 @@ def test_the_tutorial(tmp_path, monkeypatch, run, capsys):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # for Python in the shell's commands
-    shell = {**os.environ, "PYTHONPATH": path, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = os.pathsep.join(
+        os.path.abspath(entry) for entry in sys.path
+    )  # for Python in the shell's commands
+    shell = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     outputs = []
     for language, text in BLOCKS:
         for command in [text] if language == "python" else text.splitlines():
@@ -40,7 +48,10 @@ def test_the_tutorial(tmp_path, monkeypatch, run, capsys):
                 monkeypatch.setattr(sys, "argv", words[1:])
                 capsys.readouterr()
                 heal.main()
-                losses = [float(loss) for loss in re.findall(r"held-out loss.*: (.*)", capsys.readouterr().out)]
+                losses = [
+                    float(loss)
+                    for loss in re.findall(r"held-out loss.*: (.*)", capsys.readouterr().out)
+                ]
             else:
                 subprocess.run(command, shell=True, check=True, env=shell)
     whole, pruned, healed = losses

@@ -20,7 +20,8 @@ has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ra
 
 @pytest.fixture(scope="module")
 def workers():
-    """Two, on a Ray of this machine that takes it for one with the cores they need: to Ray cores are numbers only."""
+    """Two, on a Ray of this machine that takes it for one with the cores they need: to Ray cores
+    are numbers only."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -35,7 +36,10 @@ def workers():
 def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoint, monkeypatch):
     hf = build("llama")
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [23, 9, 17, 23] * 20))
-    one, many = fp.Evaluator(hf, fp.Perplexity(batch)), fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
+    one, many = (
+        fp.Evaluator(hf, fp.Perplexity(batch)),
+        fp.Evaluator(hf, fp.Perplexity(batch), workers=workers),
+    )
     masks = some_masks(one.num_units, 20, seed=1)
     assert many.score(masks).tobytes() == one.score(masks).tobytes()
     assert many.stats.layer_runs == one.stats.layer_runs
@@ -63,10 +67,15 @@ def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoin
     ids = np.random.default_rng(0).integers(0, 61, (30, 9))
     questions = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids)), workers=workers)
     alone = fp.Evaluator(model, questions.objective)
-    assert questions.select(masks, keep=2).losses.tobytes() == alone.select(masks, keep=2).losses.tobytes()
+    assert (
+        questions.select(masks, keep=2).losses.tobytes()
+        == alone.select(masks, keep=2).losses.tobytes()
+    )
 
     monkeypatch.setattr(distributed, "GIVEN_BACK_WITHIN", 0)
-    with pytest.raises(fp.InputError, match=r"room for 0 workers .* \(2 when nobody else uses it\), not for 1"):
+    with pytest.raises(
+        fp.InputError, match=r"room for 0 workers .* \(2 when nobody else uses it\), not for 1"
+    ):
         RayWorkers("local")
 
 
@@ -75,9 +84,14 @@ def test_workers_fit_into_what_is_free_each_on_one_machine():
     assert choose_count(None, total, total, gpus=0, cores=2) == 3  # not 8 // 2
     assert choose_count(2, total, total, gpus=1, cores=1) == 2
     free = [{"CPU": 1.0, "GPU": 2.0}, {"CPU": 3.0}]
-    with pytest.warns(RuntimeWarning, match=r"room for 1 worker of 2 cores each \(3 when nobody else uses it\): going"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"room for 1 worker of 2 cores each \(3 when nobody else uses it\): going",
+    ):
         assert choose_count(None, free, total, gpus=0, cores=2) == 1
-    with pytest.raises(fp.InputError, match=r"room for 1 worker of 2 cores each \(3 when .*\), not for 2"):
+    with pytest.raises(
+        fp.InputError, match=r"room for 1 worker of 2 cores each \(3 when .*\), not for 2"
+    ):
         choose_count(2, free, total, gpus=0, cores=2)
     with pytest.raises(fp.InputError, match="room for 2 workers of a GPU each, not for 3"):
         choose_count(3, total, total, gpus=1, cores=1)
@@ -96,7 +110,14 @@ def test_an_address_that_nobody_answers(run, checkpoint, text_file):
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         status, _, err = run(
-            "score", checkpoint, "--removed", "1", "--calibration", text_file, "--ray", f"127.0.0.1:{port}"
+            "score",
+            checkpoint,
+            "--removed",
+            "1",
+            "--calibration",
+            text_file,
+            "--ray",
+            f"127.0.0.1:{port}",
         )
     assert status == 2
     assert f"--ray: nobody answers at 127.0.0.1:{port}: Connection refused" in err
@@ -105,5 +126,7 @@ def test_an_address_that_nobody_answers(run, checkpoint, text_file):
 
 def test_a_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(fp.InputError, match=r"ray is needed for this.*: pip install 'fastprune\[ray\]'"):
+    with pytest.raises(
+        fp.InputError, match=r"ray is needed for this.*: pip install 'fastprune\[ray\]'"
+    ):
         check_address("local")

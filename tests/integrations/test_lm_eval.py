@@ -33,7 +33,8 @@ SETTINGS = {"limit": 6, "bootstrap_iters": 0}
 
 @pytest.fixture(autouse=True)
 def unasked(monkeypatch):
-    """The harness asks the machine about itself after every run, which takes seconds and says nothing here."""
+    """The harness asks the machine about itself after every run, which takes seconds and says
+    nothing here."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
@@ -44,7 +45,8 @@ def manager():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """folder(family): a checkpoint of a random model of 5 or 6 blocks with the demo model's tokenizer."""
+    """folder(family): a checkpoint of a random model of 5 or 6 blocks with the demo model's
+    tokenizer."""
     made: dict[str, Path] = {}
 
     def make(family: str, **config) -> Path:
@@ -59,7 +61,8 @@ def folder(tmp_path_factory):
 
 
 def close(found: dict, expected: dict) -> None:
-    """Equal answers, but for the last bits of likelihoods; equal metrics, but for those of perplexities."""
+    """Equal answers, but for the last bits of likelihoods; equal metrics, but for those of
+    perplexities."""
     assert found["results"].keys() == expected["results"].keys()
     for task, rows in expected["samples"].items():
         for mine, theirs in zip(found["samples"][task], rows, strict=True):
@@ -72,11 +75,16 @@ def close(found: dict, expected: dict) -> None:
         for name, value in expected["results"][task].items():
             if isinstance(value, float):
                 tolerance = 1e-3 if "perplexity" in name or "bits" in name else 0
-                assert found["results"][task][name] == pytest.approx(value, rel=tolerance), (task, name)
+                assert found["results"][task][name] == pytest.approx(value, rel=tolerance), (
+                    task,
+                    name,
+                )
 
 
 def by_hf(folder, manager, tasks=NAMES, **settings) -> dict:
-    lm_settings = {name: settings.pop(name) for name in ("max_length", "add_bos_token") if name in settings}
+    lm_settings = {
+        name: settings.pop(name) for name in ("max_length", "add_bos_token") if name in settings
+    }
     arguments = {"pretrained": str(folder), "device": "cpu", **lm_settings}
     return simple_evaluate("hf", arguments, tasks, task_manager=manager, **SETTINGS, **settings)
 
@@ -96,23 +104,35 @@ def test_metrics_are_those_of_hf_on_the_exported_checkpoint(family, folder, mana
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{"max_length": 24}, {"add_bos_token": False}, {"num_fewshot": 2}, {"max_length": 9, "num_fewshot": 1}]
+    "settings",
+    [
+        {"max_length": 24},
+        {"add_bos_token": False},
+        {"num_fewshot": 2},
+        {"max_length": 9, "num_fewshot": 1},
+    ],
 )
 def test_settings_mean_what_they_mean_to_hf(settings, folder, manager, tmp_path):
     model = fp.load_model(folder("llama"))
     exported = fp.export(model, (2,), tmp_path / "without")
     tasks = ["demo_choices", "demo_next", "demo_text"]
-    (found,) = evaluate_masks(model, fp.from_removed([(2,)], 5), tasks, task_manager=manager, **SETTINGS, **settings)
+    (found,) = evaluate_masks(
+        model, fp.from_removed([(2,)], 5), tasks, task_manager=manager, **SETTINGS, **settings
+    )
     close(found, by_hf(exported, manager, tasks, **settings))
 
 
 @pytest.mark.slow
 def test_the_demo_model_answers_as_under_hf(manager, tmp_path):
-    """A trained model without its second block: its flags are not all alike, and it generates words."""
+    """A trained model without its second block: its flags are not all alike, and it generates
+    words."""
     exported = fp.export(fp.load_model("demo"), (1,), tmp_path / "without")
     settings = {"task_manager": manager, **SETTINGS, "limit": 30}
     (found,) = evaluate_masks("demo", fp.from_removed([(1,)], 12), NAMES, batch_size=4, **settings)
-    close(found, simple_evaluate("hf", {"pretrained": str(exported), "device": "cpu"}, NAMES, **settings))
+    close(
+        found,
+        simple_evaluate("hf", {"pretrained": str(exported), "device": "cpu"}, NAMES, **settings),
+    )
     flags = [sample["resps"][0][0][1] for sample in found["samples"]["demo_next"]]
     assert 0 < sum(flags) < len(flags)
 
@@ -135,7 +155,11 @@ def test_what_a_mask_gets_does_not_depend_on_the_others(family, folder, manager)
 @pytest.mark.slow
 def test_a_family_that_runs_no_trees_is_run_row_by_row(folder, manager, tmp_path):
     """Beyond 8 tokens this one's rotary frequencies change, so that trees are refused."""
-    factors = {"short_factor": [1.0] * 5, "long_factor": [2.0] * 5, "original_max_position_embeddings": 8}
+    factors = {
+        "short_factor": [1.0] * 5,
+        "long_factor": [2.0] * 5,
+        "original_max_position_embeddings": 8,
+    }
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     model = fp.load_model(folder("llama", rope_parameters=rope))
     exported = fp.export(model, (2,), tmp_path / "without")
@@ -198,17 +222,25 @@ def test_contexts_that_are_shared_run_once(folder):
 def test_requests_are_answered_as_they_were_asked(folder):
     hf = get_model("hf")(str(folder("llama")), device="cpu")
     lm = MaskedLM(str(folder("llama")))
-    pairs = [("Tom is ", "old"), ("", "The hat"), ("Tom is", " old"), ("The hat is at", " the harbour. The"), ("", "x")]
+    pairs = [
+        ("Tom is ", "old"),
+        ("", "The hat"),
+        ("Tom is", " old"),
+        ("The hat is at", " the harbour. The"),
+        ("", "x"),
+    ]
     pairs = [pairs[0], *pairs, *reversed(pairs)]
     found, expected = lm.loglikelihood(requests(*pairs)), hf.loglikelihood(requests(*pairs))
     np.testing.assert_allclose([n for n, _ in found], [n for n, _ in expected], rtol=1e-5)
     assert [flag for _, flag in found] == [flag for _, flag in expected]
     assert all(isinstance(n, float) and isinstance(flag, bool) for n, flag in found)
     texts = requests(("",), ("The hat is at the harbour. " * 40,), ("Tom",))
-    np.testing.assert_allclose(lm.loglikelihood_rolling(texts), hf.loglikelihood_rolling(texts), rtol=1e-5)
+    np.testing.assert_allclose(
+        lm.loglikelihood_rolling(texts), hf.loglikelihood_rolling(texts), rtol=1e-5
+    )
 
 
-# -- wrong input ---------------------------------------------------------------------------------------------------
+# -- wrong input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -219,7 +251,10 @@ def test_requests_are_answered_as_they_were_asked(folder):
         ({"removed": [1, 1]}, "given twice"),
         ({"removed": "x"}, "units must be integers"),
         ({"removed": 9}, "unit 9 is out of range"),
-        ({"removed": 1, "10": ""}, r"'10' has no value; write units as removed=9-11 or removed=\[9,10\]"),
+        (
+            {"removed": 1, "10": ""},
+            r"'10' has no value; write units as removed=9-11 or removed=\[9,10\]",
+        ),
         ({"peft": "x"}, "unknown name 'peft'"),
         ({"max_lenght": 5}, "did you mean 'max_length'"),
         ({"tokenizer": "/nowhere/at/all"}, "cannot be read as a tokenizer"),
@@ -260,10 +295,15 @@ def test_wrong_arguments_of_an_evaluation(folder, manager, tasks, settings, mess
 
 @pytest.mark.slow
 def test_a_mask_that_cannot_generate_is_refused_before_anything_runs(folder, manager):
-    """GPT-2 knows from its cache of keys and values how far it is, and without blocks there is none."""
+    """GPT-2 knows from its cache of keys and values how far it is, and without blocks there is
+    none."""
     model = fp.load_model(folder("gpt2"))
     masks, ran = fp.from_removed([(5,), range(6)], 6), []
-    settings = {"task_manager": manager, "progress": lambda done, total: ran.append(done), **SETTINGS}
+    settings = {
+        "task_manager": manager,
+        "progress": lambda done, total: ran.append(done),
+        **SETTINGS,
+    }
     with pytest.raises(fp.InputError, match=r"cannot generate without blocks \(0, 1, 2, 3, 4, 5\)"):
         evaluate_masks(model, masks, NAMES, **settings)
     assert not ran
@@ -284,28 +324,56 @@ def test_an_entry_point_names_the_model():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((TASKS.parents[2] / "pyproject.toml").read_text())["project"]
     ((name, value),) = project["entry-points"]["lm_eval.models"].items()
-    assert importlib.metadata.EntryPoint(name, value, "lm_eval.models").load() is get_model(name) is MaskedLM
+    assert (
+        importlib.metadata.EntryPoint(name, value, "lm_eval.models").load()
+        is get_model(name)
+        is MaskedLM
+    )
 
 
-# -- command lines ---------------------------------------------------------------------------------------------------
+# -- command lines ---------------------------------------------------------------------------------
 
 
 @pytest.mark.nightly  # the harness indexes 14,000 tasks, for 20 s each time
 def test_the_harness_own_command_line(folder, tmp_path, manager):
     """`lm_eval --model fastprune`, through the module for releases that read no entry points."""
-    command = [sys.executable, "-m", "fastprune.integrations.lm_eval", "--model", "fastprune", "--limit", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastprune.integrations.lm_eval",
+        "--model",
+        "fastprune",
+        "--limit",
+        "5",
+    ]
     command += ["--device", "cpu"]
-    command += ["--include_path", str(TASKS), "--tasks", "demo_choices", "--output_path", str(tmp_path / "out.json")]
+    command += [
+        "--include_path",
+        str(TASKS),
+        "--tasks",
+        "demo_choices",
+        "--output_path",
+        str(tmp_path / "out.json"),
+    ]
     arguments = f"pretrained={folder('llama')},removed="
-    done = subprocess.run([*command, "--model_args", f"{arguments}1-2"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--model_args", f"{arguments}1-2"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     (written,) = tmp_path.glob("out*.json")
     found = json.loads(written.read_text())
     settings = {"task_manager": manager, **SETTINGS, "limit": 5}
-    (expected,) = evaluate_masks(str(folder("llama")), fp.from_removed([(1, 2)], 5), ["demo_choices"], **settings)
+    (expected,) = evaluate_masks(
+        str(folder("llama")), fp.from_removed([(1, 2)], 5), ["demo_choices"], **settings
+    )
     assert found["config"]["removed"] == [1, 2]
-    assert found["results"]["demo_choices"]["acc,none"] == expected["results"]["demo_choices"]["acc,none"]
-    done = subprocess.run([*command, "--model_args", f"{arguments}[7,8]"], capture_output=True, text=True, check=False)
+    assert (
+        found["results"]["demo_choices"]["acc,none"]
+        == expected["results"]["demo_choices"]["acc,none"]
+    )
+    done = subprocess.run(
+        [*command, "--model_args", f"{arguments}[7,8]"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("fastprune: removed unit 7 is out of range")
 
@@ -314,9 +382,23 @@ def test_the_harness_own_command_line(folder, tmp_path, manager):
 def test_eval_writes_what_the_library_computes(run, folder, manager, tmp_path):
     out_file = tmp_path / "out.jsonl"
     status, out, err = run(
-        "eval", folder("llama"), "--removed", "1,2", "--removed", "", "--tasks", "demo_choices, demo_text",
-        "--include-path", TASKS, "--limit", 6, "--bootstrap-iters", 0, "--out", out_file,
-    )  # fmt: skip
+        "eval",
+        folder("llama"),
+        "--removed",
+        "1,2",
+        "--removed",
+        "",
+        "--tasks",
+        "demo_choices, demo_text",
+        "--include-path",
+        TASKS,
+        "--limit",
+        6,
+        "--bootstrap-iters",
+        0,
+        "--out",
+        out_file,
+    )
     assert status == 0, err
     rows = [json.loads(line) for line in out_file.read_text().splitlines()]
     masks = fp.from_removed([(1, 2), ()], 5)
@@ -346,9 +428,25 @@ def test_workers_and_streamed_weights_give_the_same_answers(run, folder, tmp_pat
     for number, more in enumerate([(), ("--workers", 2), streamed]):
         out_file = tmp_path / f"{number}.jsonl"
         status, _, err = run(
-            "eval", folder("llama"), "--removed", "1,2", "--removed", "", "--tasks", ",".join(LIKELIHOODS),
-            "--limit", 3, "--include-path", TASKS, "--bootstrap-iters", 0, "--log-samples", "--out", out_file, *more,
-        )  # fmt: skip
+            "eval",
+            folder("llama"),
+            "--removed",
+            "1,2",
+            "--removed",
+            "",
+            "--tasks",
+            ",".join(LIKELIHOODS),
+            "--limit",
+            3,
+            "--include-path",
+            TASKS,
+            "--bootstrap-iters",
+            0,
+            "--log-samples",
+            "--out",
+            out_file,
+            *more,
+        )
         assert status == 0, err
         rows = map(json.loads, out_file.read_text().splitlines())
         found.append([(row["removed"], row["results"], row["samples"]) for row in rows])
@@ -360,20 +458,36 @@ def test_a_store_keeps_what_was_evaluated(folder, manager, tmp_path):
     ran = []
     settings = {"task_manager": manager, "store": tmp_path / "s.db", **SETTINGS}
     settings["progress"] = lambda done, total: ran.append(done)
-    first = evaluate_masks(str(folder("llama")), fp.from_removed([(1, 2), ()], 5), LIKELIHOODS, **settings)
+    first = evaluate_masks(
+        str(folder("llama")), fp.from_removed([(1, 2), ()], 5), LIKELIHOODS, **settings
+    )
     assert ran
     ran.clear()
-    again = evaluate_masks(str(folder("llama")), fp.from_removed([(), (1, 2)], 5), LIKELIHOODS, **settings)
+    again = evaluate_masks(
+        str(folder("llama")), fp.from_removed([(), (1, 2)], 5), LIKELIHOODS, **settings
+    )
     assert not ran
-    assert [result["results"] for result in again] == [result["results"] for result in reversed(first)]
+    assert [result["results"] for result in again] == [
+        result["results"] for result in reversed(first)
+    ]
 
 
 def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_path, monkeypatch):
     out, again = tmp_path / "study", tmp_path / "again"
     arguments = (
-        "study", folder("llama"), "--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16,
-        "--algorithms", "one_shot,greedy", "--num-remove", "1,2",
-    )  # fmt: skip
+        "study",
+        folder("llama"),
+        "--objective",
+        f"perplexity={text_file}",
+        "--num-samples",
+        2,
+        "--seq-len",
+        16,
+        "--algorithms",
+        "one_shot,greedy",
+        "--num-remove",
+        "1,2",
+    )
     tasks = ("--evaluate", "demo_choices,demo_text", "--include-path", TASKS, "--limit", 6)
     status, printed, err = run(*arguments, *tasks, "--out", out)
     assert status == 0, err
@@ -396,7 +510,9 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
     assert (again / "tasks.json").read_text() == (out / "tasks.json").read_text()
     status, _, err = run(*arguments, "--limit", 6, "--out", out)
     assert status == 2
-    message = "fastprune: --include-path, --limit and --num-fewshot belong to --evaluate; name its tasks"
+    message = (
+        "fastprune: --include-path, --limit and --num-fewshot belong to --evaluate; name its tasks"
+    )
     assert err.splitlines()[-1] == message
 
 
@@ -413,13 +529,17 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
             id="unknown",
         ),
         (("--tasks", ",", "--removed", "1"), "--tasks: tasks are given as"),
-        (("--tasks", "demo_choices", "--removed", "5"), "--removed: removed unit 5 is out of range"),
+        (
+            ("--tasks", "demo_choices", "--removed", "5"),
+            "--removed: removed unit 5 is out of range",
+        ),
         (("--tasks", "demo_choices", "--removed", "1", "--limit", "0"), "--limit"),
         (("--tasks", "demo_choices", "--masks", "/nowhere.npy"), "no such masks file"),
         (("--tasks", "demo_answer", "--removed", "0", "--granularity", "sublayer"), "half a block"),
         (
             ("--tasks", "demo_text,demo_answer", "--removed", "0", "--weights-gb", "1"),
-            "--tasks: demo_answer: text is generated by the whole model, and its weights are streamed; leave out",
+            "--tasks: demo_answer: text is generated by the whole model, and its weights are "
+            "streamed; leave out",
         ),
     ],
 )
@@ -442,14 +562,18 @@ def test_a_task_that_nobody_knows(run, folder, monkeypatch):
     arguments = ("--include-path", TASKS, "--tasks", "demo_choics", "--removed", "1")
     status, _, err = run("eval", folder("llama"), *arguments)
     assert status == 2
-    assert "--tasks: unknown task 'demo_choics'; did you mean 'demo_choices'?" in err.splitlines()[-1]
+    assert (
+        "--tasks: unknown task 'demo_choics'; did you mean 'demo_choices'?" in err.splitlines()[-1]
+    )
     assert asked == [False, True]
 
 
 @pytest.mark.slow
 def test_without_the_harness(run, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name)
+    )
     status, _, err = run("eval", "demo", "--tasks", "arc_easy", "--removed", "1")
     assert (status, err.count("\n")) == (2, 1)
     assert "lm_eval is needed for this and not installed: pip install 'fastprune[lm-eval]'" in err
@@ -461,11 +585,16 @@ def test_the_page_runs_as_it_stands(tmp_path):
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert [kind for kind, _ in blocks] == ["sh", "sh", "python", "sh"]
     (tmp_path / "tests").symlink_to(TASKS.parents[1])
-    names = f'python() {{ "{sys.executable}" "$@"; }}\nfastprune() {{ python -m fastprune.cli "$@"; }}\n'
+    names = (
+        f'python() {{ "{sys.executable}" "$@"; }}\nfastprune() {{ python -m fastprune.cli '
+        f'"$@"; }}\n'
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for kind, block in blocks:
         command = ["bash", "-ec", names + block] if kind == "sh" else [sys.executable, "-c", block]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
     assert "demo_choices" in done.stdout
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())

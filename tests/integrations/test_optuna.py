@@ -21,7 +21,9 @@ def hf():
 
 def evaluator(hf, **options) -> fp.Evaluator:
     return fp.Evaluator(
-        hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9] * 6))), **options
+        hf,
+        fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9] * 6))),
+        **options,
     )
 
 
@@ -46,7 +48,9 @@ def test_random_trials_are_those_of_optunas_loop_whatever_the_batch(hf, batch_si
     ev, other = evaluator(hf), evaluator(hf)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     optimize(study, ev, num_remove=2, n_trials=12, batch_size=batch_size)
-    assert outcomes(study) == outcomes(own_loop(other, optuna.samplers.RandomSampler(seed=1), 2, 12))
+    assert outcomes(study) == outcomes(
+        own_loop(other, optuna.samplers.RandomSampler(seed=1), 2, 12)
+    )
     assert ev.stats.layer_runs <= other.stats.layer_runs
     best = study.best_trial
     assert best.value == ev.score(fp.from_removed([best.user_attrs["removed"]], ev.num_units))[0]
@@ -64,7 +68,9 @@ def test_a_batch_shares_its_prefixes_and_runs_nothing_twice(hf):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     optimize(study, ev, num_remove=3, n_trials=60, batch_size=20)
     assert len(study.trials) == 60
-    assert ev.stats.masks == len({tuple(trial.user_attrs["removed"]) for trial in study.trials}) <= 10
+    assert (
+        ev.stats.masks == len({tuple(trial.user_attrs["removed"]) for trial in study.trials}) <= 10
+    )
     assert ev.stats.layer_runs < ev.stats.naive_layer_runs
 
 
@@ -88,7 +94,9 @@ def test_protected_units_stay_and_other_parameters_serve(hf):
     assert all(set(trial.user_attrs["removed"]) <= set(range(2, 8)) for trial in study.trials)
     study = optuna.create_study()
     optimize(study, ev, n_trials=5, suggest=lambda trial: [trial.suggest_int("first", 0, 7), 8])
-    assert [trial.user_attrs["removed"] for trial in study.trials] == [[t.params["first"], 8] for t in study.trials]
+    assert [trial.user_attrs["removed"] for trial in study.trials] == [
+        [t.params["first"], 8] for t in study.trials
+    ]
 
 
 def test_losses_that_are_not_finite_fail(hf):
@@ -99,7 +107,9 @@ def test_losses_that_are_not_finite_fail(hf):
         broken.model.layers[4].mlp.down_proj.weight.fill_(float("nan"))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     optimize(study, evaluator(broken), num_remove=1, n_trials=20)
-    assert [t.state == COMPLETE for t in study.trials] == [t.user_attrs["removed"] == [4] for t in study.trials]
+    assert [t.state == COMPLETE for t in study.trials] == [
+        t.user_attrs["removed"] == [4] for t in study.trials
+    ]
 
 
 def test_an_interrupted_batch_leaves_no_trial_running(hf):
@@ -134,7 +144,10 @@ def test_wrong_arguments(hf, wrong, message):
 
 def test_wrong_studies(hf):
     ev = evaluator(hf)
-    for study in (optuna.create_study(direction="maximize"), optuna.create_study(directions=["minimize"] * 2)):
+    for study in (
+        optuna.create_study(direction="maximize"),
+        optuna.create_study(directions=["minimize"] * 2),
+    ):
         with pytest.raises(fp.InputError, match="must minimize one value"):
             optimize(study, ev, 2)
     with pytest.raises(fp.InputError, match="must be an optuna study"):
@@ -149,4 +162,6 @@ def test_a_subset_has_the_highest_keys():
     assert suggest_removed(trial, 4, 2) == (1, 3)
     assert suggest_removed(trial, 4, 2, protect=(1,)) == (0, 3)
     assert suggest_removed(trial, 4, 0) == ()
-    np.testing.assert_array_equal(fp.from_removed([suggest_removed(trial, 4, 1)], 4), [[1, 0, 1, 1]])
+    np.testing.assert_array_equal(
+        fp.from_removed([suggest_removed(trial, 4, 1)], 4), [[1, 0, 1, 1]]
+    )

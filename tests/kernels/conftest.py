@@ -1,10 +1,12 @@
 """Kernels run on a GPU where there is one, else under Triton's interpreter.
 
-Whether a kernel is interpreted is settled when it is defined. So the variable that asks for it is set only while
-triton and the kernels are imported, and no other test, nor a process that one starts, sees it.
+Whether a kernel is interpreted is settled when it is defined. So the variable that asks for it is
+set only while triton and the kernels are imported, and no other test, nor a process that one
+starts, sees it.
 
-triton may have been imported before, by transformers; its own library of kernels is then compiled, and interpreted ones
-cannot call it. So its Python modules are imported once more; the extension module stays.
+triton may have been imported before, by transformers; its own library of kernels is then compiled,
+and interpreted ones cannot call it. So its Python modules are imported once more; the extension
+module stays.
 
 What the interpreter itself would get wrong is mended, see triton_interpreter.py.
 """
@@ -28,11 +30,18 @@ def _import_kernels() -> None:
     before = os.environ.get("TRITON_INTERPRET")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-        for name in [name for name in sys.modules if name.split(".")[0] in ("triton", "fastprune_kernels")]:
-            if not name.startswith("triton._C") and name not in ("fastprune_kernels", "fastprune_kernels.reference"):
+        for name in [
+            name for name in sys.modules if name.split(".")[0] in ("triton", "fastprune_kernels")
+        ]:
+            if not name.startswith("triton._C") and name not in (
+                "fastprune_kernels",
+                "fastprune_kernels.reference",
+            ):
                 del sys.modules[name]
     try:
-        importlib.import_module("triton.experimental.gluon")  # a first launch imports it, and it reads the variable too
+        importlib.import_module(
+            "triton.experimental.gluon"
+        )  # a first launch imports it, and it reads the variable too
         for name in ("norm", "gated_mlp", "rope", "linear_loss", "attention"):
             importlib.import_module(f"fastprune_kernels.{name}")
         if not torch.cuda.is_available():
@@ -49,7 +58,8 @@ if HAS_TRITON:
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that ask for `arithmetic` run twice under the interpreter: exact, and as inexact as compiled code may be.
+    """Tests that ask for `arithmetic` run twice under the interpreter: exact, and as inexact as
+    compiled code may be.
 
     The second time in float32: of 16-bit outputs a unit in float32's last place says nothing.
     """
@@ -64,7 +74,11 @@ def pytest_collection_modifyitems(items):
 
 def _says_nothing(call) -> bool:
     halves = (torch.float16, torch.bfloat16)
-    return call is not None and call.params.get("arithmetic") == "approximate" and call.params.get("dtype") in halves
+    return (
+        call is not None
+        and call.params.get("arithmetic") == "approximate"
+        and call.params.get("dtype") in halves
+    )
 
 
 @pytest.fixture

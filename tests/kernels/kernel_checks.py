@@ -1,4 +1,5 @@
-"""What the tests of kernels share: the device, outputs full of NaN, and the error that a kernel is allowed."""
+"""What the tests of kernels share: the device, outputs full of NaN, and the error that a kernel is
+allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+def random(
+    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(DEVICE, dtype)
 
@@ -35,18 +38,22 @@ def double(*tensors: torch.Tensor | None):
 
 
 def approximate_units() -> int:
-    """By how many units in the last place an exponential, logarithm, root or division may be off: 1 under
-    `triton_interpreter.approximate`, which moves each by one, and 2 in compiled code."""
+    """By how many units in the last place an exponential, logarithm, root or division may be off: 1
+    under `triton_interpreter.approximate`, which moves each by one, and 2 in compiled code."""
     return 2 if not INTERPRETED else 1 if triton_interpreter.is_approximate() else 0
 
 
-def assert_as_exact(result: torch.Tensor, same: torch.Tensor, truth: torch.Tensor, approximations: float = 0.0) -> None:
-    """The greatest error of `result` is at most that of `same`, torch's own in the same dtype, plus one rounding.
+def assert_as_exact(
+    result: torch.Tensor, same: torch.Tensor, truth: torch.Tensor, approximations: float = 0.0
+) -> None:
+    """The greatest error of `result` is at most that of `same`, torch's own in the same dtype, plus
+    one rounding.
 
-    One rounding: half a unit in the last place of the output's dtype at the greatest magnitude of the truth.
-    approximations: how far off a result may be besides, in units of float32's eps, where each exponential, logarithm,
-    root and division is off by a relative eps: derived from the kernel's formula. It counts as often as
-    `approximate_units` says.
+    One rounding: half a unit in the last place of the output's dtype at the greatest magnitude of
+    the truth.
+    approximations: how far off a result may be besides, in units of float32's eps, where each
+    exponential, logarithm, root and division is off by a relative eps: derived from the kernel's
+    formula. It counts as often as `approximate_units` says.
     """
     assert result.shape == truth.shape
     assert torch.isfinite(result).all()
@@ -54,7 +61,8 @@ def assert_as_exact(result: torch.Tensor, same: torch.Tensor, truth: torch.Tenso
     budget = approximate_units() * approximations * torch.finfo(torch.float32).eps
     error, allowed = (_error(x, truth) for x in (result, same))
     assert error <= allowed + rounding + budget, (
-        f"error {error:.3g}, torch's {allowed:.3g}, one rounding {rounding:.3g}, approximations {budget:.3g}"
+        f"error {error:.3g}, torch's {allowed:.3g}, one rounding {rounding:.3g}, approximations "
+        f"{budget:.3g}"
     )
 
 

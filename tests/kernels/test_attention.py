@@ -45,8 +45,8 @@ def check(rows, heads, kv_heads, head_dim, dtype, window=None, **options):
     assert run(qkv, tree, heads, kv_heads, window, out, **options) is out
     seen = reference.tree_mask(*tree, window)
     truth = reference.tree_attention(double(qkv), seen, heads, kv_heads, **options)
-    # The scores are products over a head's columns, and their last bits follow the order of the sum: torch's error is
-    # the greatest over a few orders.
+    # The scores are products over a head's columns, and their last bits follow the order of the
+    # sum: torch's error is the greatest over a few orders.
     worst = torch.zeros_like(truth)
     for seed in range(4):
         order = torch.randperm(head_dim, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
@@ -54,8 +54,8 @@ def check(rows, heads, kv_heads, head_dim, dtype, window=None, **options):
         same = reference.tree_attention(permuted, seen, heads, kv_heads, **options).double()
         error = same.unflatten(1, (-1, head_dim))[..., order.argsort()].flatten(1) - truth
         worst = torch.where(error.abs() > worst.abs(), error, worst)
-    # a weight is off by its exponential, and with a cap by that and the division of the cap, in the sum of products and
-    # in the sum of weights; their quotient by the division
+    # a weight is off by its exponential, and with a cap by that and the division of the cap, in the
+    # sum of products and in the sum of weights; their quotient by the division
     greatest = qkv[:, (heads + kv_heads) * head_dim :].abs().max().item()
     assert_as_exact(out, truth + worst, truth, (3 + 4 * options.get("soft_cap", 0)) * greatest)
 
@@ -68,7 +68,8 @@ def test_rows_and_trees(rows, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(4, 2, 64), (3, 3, 80), (2, 1, 128), (2, 1, 20), (1, 1, 8), (6, 2, 16)]
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 2, 64), (3, 3, 80), (2, 1, 128), (2, 1, 20), (1, 1, 8), (6, 2, 16)],
 )
 def test_heads(heads, kv_heads, head_dim, dtype):
     check([(30, [15, 19]), (3, [])], heads, kv_heads, head_dim, dtype)
@@ -95,7 +96,9 @@ def test_rows_have_the_same_bits_alone_and_packed():
     pieces = [qkv[a:b] for a, b in pairwise(bounds)]
     alone = [run(x.contiguous(), tokens([row]), 2, 1) for x, row in zip(pieces, MIXED)]
     assert torch.equal(packed, torch.cat(alone))
-    assert torch.equal(torch.cat(alone[::-1]), run(torch.cat(pieces[::-1]), tokens(MIXED[::-1]), 2, 1))
+    assert torch.equal(
+        torch.cat(alone[::-1]), run(torch.cat(pieces[::-1]), tokens(MIXED[::-1]), 2, 1)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
@@ -124,7 +127,10 @@ def test_blocks_that_nothing_sees_are_not_visited():
     # nor do branches: each one visits the trunk and itself
     size = max(m, n)
     tree = plan([(4 * size, [size] * 5)])
-    trunk, leaf = visited(plan([(4 * size, [])])), (size // m) * (4 * size // n) + visited(plan([(size, [])]))
+    trunk, leaf = (
+        visited(plan([(4 * size, [])])),
+        (size // m) * (4 * size // n) + visited(plan([(size, [])])),
+    )
     assert visited(tree) == trunk + 5 * leaf
     # a window leaves a diagonal
     assert visited(plan([(16 * size, [])], window=size)) <= 3 * (16 * size // m) * (size // n)

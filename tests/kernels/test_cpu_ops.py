@@ -1,4 +1,5 @@
-"""The compiled operators on a CPU, on every instruction set that this processor has, against the float64 reference."""
+"""The compiled operators on a CPU, on every instruction set that this processor has, against the
+float64 reference."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def threads():
     torch.set_num_threads(before)
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+def random(
+    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
@@ -57,12 +60,15 @@ def nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def assert_as_exact(result: torch.Tensor, same: torch.Tensor, truth: torch.Tensor) -> None:
-    """The greatest error of `result` is at most that of `same`, torch's own in the same dtype, plus one rounding."""
+    """The greatest error of `result` is at most that of `same`, torch's own in the same dtype, plus
+    one rounding."""
     assert result.shape == truth.shape
     assert torch.isfinite(result).all()
     rounding = torch.finfo(result.dtype).eps / 2 * truth.abs().max().item()
     error, allowed = ((x.double() - truth).abs().max().item() for x in (result, same))
-    assert error <= allowed + rounding, f"error {error:.3g}, torch's {allowed:.3g}, one rounding {rounding:.3g}"
+    assert error <= allowed + rounding, (
+        f"error {error:.3g}, torch's {allowed:.3g}, one rounding {rounding:.3g}"
+    )
 
 
 def rotary_tables(half: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,13 +83,18 @@ def positions(tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
 def test_adds_and_norms(rows, size, dtype):
-    states, branch = random(rows, size, dtype=dtype, seed=1), random(rows, size, dtype=dtype, seed=2)
+    states, branch = (
+        random(rows, size, dtype=dtype, seed=1),
+        random(rows, size, dtype=dtype, seed=2),
+    )
     weight = random(size, dtype=dtype, seed=3)
     residual, normed = nans(rows, size, dtype=dtype), nans(rows, size, dtype=dtype)
     assert native.add_rms_norm(states, weight, EPS, branch, residual, normed) is normed
     same_sum, same = reference.add_rms_norm(states, weight, EPS, branch)
     assert torch.equal(residual, same_sum)
-    truth = reference.rms_norm(same_sum.double(), weight.double(), EPS)  # the norm is taken of the rounded sum
+    truth = reference.rms_norm(
+        same_sum.double(), weight.double(), EPS
+    )  # the norm is taken of the rounded sum
     assert_as_exact(normed, same, truth)
     assert torch.equal(native.add_rms_norm(states, weight, EPS, branch), normed)
     assert torch.equal(native.add_rms_norm(same_sum, weight, EPS), normed)
@@ -91,7 +102,9 @@ def test_adds_and_norms(rows, size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residual_in_place_and_without_a_branch(dtype):
-    states, branch, weight = (random(*shape, dtype=dtype, seed=1) for shape in ((9, 60), (9, 60), (60,)))
+    states, branch, weight = (
+        random(*shape, dtype=dtype, seed=1) for shape in ((9, 60), (9, 60), (60,))
+    )
     expected = states + branch
     normed = native.add_rms_norm(states, weight, EPS, branch, residual=states)
     assert torch.equal(states, expected)
@@ -104,7 +117,14 @@ def test_residual_in_place_and_without_a_branch(dtype):
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim", "half"),
-    [(63, 4, 2, 16, 8), (1, 3, 1, 64, 32), (5, 2, 1, 80, 40), (3, 3, 3, 128, 64), (7, 2, 1, 20, 5), (3, 1, 1, 80, 12)],
+    [
+        (63, 4, 2, 16, 8),
+        (1, 3, 1, 64, 32),
+        (5, 2, 1, 80, 40),
+        (3, 3, 3, 128, 64),
+        (7, 2, 1, 20, 5),
+        (3, 1, 1, 80, 12),
+    ],
 )
 def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, with_norm, dtype):
     qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
@@ -126,7 +146,11 @@ def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, with_norm, dty
 
 def random_runs(rows: int, length: int, seed: int = 5) -> torch.Tensor:
     """Two runs of places for each query, int32[B, L, 4], of any length but both empty."""
-    ends = torch.randint(length + 1, (rows, length, 4), generator=torch.Generator().manual_seed(seed)).sort().values
+    ends = (
+        torch.randint(length + 1, (rows, length, 4), generator=torch.Generator().manual_seed(seed))
+        .sort()
+        .values
+    )
     ends[..., 3] = ends[..., 3].maximum(ends[..., 2] + 1).clamp(max=length)
     ends[..., 2] = ends[..., 2].clamp(max=length - 1)
     ends[..., 1] = ends[..., 1].minimum(ends[..., 2])
@@ -139,14 +163,19 @@ def causal_runs(length: int) -> torch.Tensor:
     return torch.stack([ends * 0, ends, ends, ends], dim=-1)[None].int()
 
 
-def attention_by_rows(qkv: torch.Tensor, seen: torch.Tensor, heads: int, kv_heads: int, scale: float) -> torch.Tensor:
+def attention_by_rows(
+    qkv: torch.Tensor, seen: torch.Tensor, heads: int, kv_heads: int, scale: float
+) -> torch.Tensor:
     """The reference, row by row, under the mask that `seen` stands for."""
     key = torch.arange(seen.shape[1])
     begin, end, next_begin, next_end = seen[..., None].unbind(dim=2)
     mask = (begin <= key) & (key < end) | (next_begin <= key) & (key < next_end)
     rows = qkv.split(seen.shape[1])
     masks = mask.expand(len(rows), -1, -1)
-    parts = [reference.tree_attention(row, mask, heads, kv_heads, scale) for row, mask in zip(rows, masks, strict=True)]
+    parts = [
+        reference.tree_attention(row, mask, heads, kv_heads, scale)
+        for row, mask in zip(rows, masks, strict=True)
+    ]
     return torch.cat(parts)
 
 
@@ -171,19 +200,24 @@ def test_attends_to_the_keys_that_are_seen(rows, length, heads, kv_heads, head_d
     out = nans(rows * length, heads * head_dim, dtype=dtype)
     assert native.attention(qkv, *arguments, out) is out
     truth = attention_by_rows(qkv.double(), *arguments)
-    # float32 roundings of the greatest score that there may be count twice in a weight; then the result is rounded once
+    # float32 roundings of the greatest score that there may be count twice in a weight; then the
+    # result is rounded once
     q, k, v = qkv.double().unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     score = head_dim**-0.5 * q.norm(dim=-1).max() * k.norm(dim=-1).max()
-    allowed = 2 * (score + 2) * 2.0**-24 * v.abs().max() + torch.finfo(dtype).eps / 2 * truth.abs().max()
+    allowed = (
+        2 * (score + 2) * 2.0**-24 * v.abs().max() + torch.finfo(dtype).eps / 2 * truth.abs().max()
+    )
     assert (out.double() - truth).abs().max() <= allowed
     assert torch.equal(native.attention(qkv, *arguments), out)
-    assert torch.equal(native.attention(qkv, seen.expand(rows, -1, -1).contiguous(), *arguments[1:]), out)
+    assert torch.equal(
+        native.attention(qkv, seen.expand(rows, -1, -1).contiguous(), *arguments[1:]), out
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_depends_on_what_is_seen_alone(dtype, threads):
-    """A row alone and among others, on any number of threads; a query without what it does not see, and beside queries
-    that see something else."""
+    """A row alone and among others, on any number of threads; a query without what it does not see,
+    and beside queries that see something else."""
     rows, length, heads, kv_heads, head_dim = 5, 150, 4, 2, 24
     qkv = random(rows * length, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
     for seen in (causal_runs(length).expand(rows, -1, -1).contiguous(), random_runs(rows, length)):
@@ -197,20 +231,25 @@ def test_attention_depends_on_what_is_seen_alone(dtype, threads):
             alone = native.attention(qkv[part], seen[row : row + 1], heads, kv_heads, 0.2)
             assert torch.equal(alone, together[part])
     short = native.attention(qkv[:101], causal_runs(101), heads, kv_heads, 0.2)
-    assert torch.equal(short, native.attention(qkv[:length], causal_runs(length), heads, kv_heads, 0.2)[:101])
+    assert torch.equal(
+        short, native.attention(qkv[:length], causal_runs(length), heads, kv_heads, 0.2)[:101]
+    )
     long = random(600, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=2)
     seen, others = random_runs(1, 600), random_runs(1, 600, seed=6)
     found = native.attention(long, seen, heads, kv_heads, 0.2)
     for query in (0, 255, 256, 301, 599):
         beside = others.clone()
         beside[:, query] = seen[:, query]
-        assert torch.equal(native.attention(long, beside, heads, kv_heads, 0.2)[query], found[query])
+        assert torch.equal(
+            native.attention(long, beside, heads, kv_heads, 0.2)[query], found[query]
+        )
     for seen in (causal_runs(length), causal_runs(length)[:0]):
         assert native.attention(qkv[:0], seen, heads, kv_heads, 0.2).shape == (0, heads * head_dim)
 
 
 def test_attention_to_what_is_not_finite():
-    """A key that is not finite shows where it is seen, a query in its own result; one that sees nothing gets NaN.
+    """A key that is not finite shows where it is seen, a query in its own result; one that sees
+    nothing gets NaN.
 
     A value that is not finite may show in queries beside those that see it.
     """
@@ -222,7 +261,9 @@ def test_attention_to_what_is_not_finite():
         broken[40, 16:32] = value
         found = native.attention(broken, seen, 1, 1, 0.25)
         assert torch.equal(found[:40], before[:40])
-        torch.testing.assert_close(found, attention_by_rows(broken, seen, 1, 1, 0.25), equal_nan=True)
+        torch.testing.assert_close(
+            found, attention_by_rows(broken, seen, 1, 1, 0.25), equal_nan=True
+        )
         broken = qkv.clone()
         broken[40, :16] = value
         found = native.attention(broken, seen, 1, 1, 0.25)
@@ -233,7 +274,9 @@ def test_attention_to_what_is_not_finite():
         broken[40, 32:] = value
         found = native.attention(broken, seen, 1, 1, 0.25)
         assert torch.equal(found[:24], before[:24])
-        torch.testing.assert_close(found[40:], attention_by_rows(broken, seen, 1, 1, 0.25)[40:], equal_nan=True)
+        torch.testing.assert_close(
+            found[40:], attention_by_rows(broken, seen, 1, 1, 0.25)[40:], equal_nan=True
+        )
     seen[0, 3] = 0
     found = native.attention(qkv, seen, 1, 1, 0.25)
     assert found[3].isnan().all()
@@ -242,9 +285,14 @@ def test_attention_to_what_is_not_finite():
 
 
 def test_attention_with_scores_far_apart():
-    """Weights of exactly 1 and 0, and scores that would overflow without their maximum taken off."""
+    """Weights of exactly 1 and 0, and scores that would overflow without their maximum taken
+    off."""
     qkv = torch.zeros(80, 3 * 8)
-    qkv[:, :8], qkv[:, 8:16], qkv[:, 16:] = 1e3, torch.arange(80)[:, None] * 10.0, torch.arange(80)[:, None]
+    qkv[:, :8], qkv[:, 8:16], qkv[:, 16:] = (
+        1e3,
+        torch.arange(80)[:, None] * 10.0,
+        torch.arange(80)[:, None],
+    )
     out = native.attention(qkv, causal_runs(80), 1, 1, 1.0)
     assert torch.equal(out, qkv[:, 16:])
 
@@ -261,10 +309,14 @@ def test_activates_and_multiplies(rows, size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activation_far_from_zero(dtype):
-    gate = torch.tensor([[-INF, -1e30, -200.0, -89.0, -88.0, -20.0, -0.0, 20.0, 88.0, 1e30, INF, NAN]]).to(dtype)
+    gate = torch.tensor(
+        [[-INF, -1e30, -200.0, -89.0, -88.0, -20.0, -0.0, 20.0, 88.0, 1e30, INF, NAN]]
+    ).to(dtype)
     out = native.gated_mlp(torch.cat([gate, torch.ones_like(gate)], dim=1))
     truth = gate.double() * torch.sigmoid(gate.double())
-    torch.testing.assert_close(out.double(), truth, rtol=torch.finfo(dtype).eps * 2, atol=1e-36, equal_nan=True)
+    torch.testing.assert_close(
+        out.double(), truth, rtol=torch.finfo(dtype).eps * 2, atol=1e-36, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -281,29 +333,48 @@ def test_sums_exponentials(rows, size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 100, 1025])
-@pytest.mark.parametrize(("everywhere", "there"), [
-    (0.0, NAN), (-INF, NAN), (INF, NAN), (NAN, 0.0), (0.0, INF), (-INF, INF), (INF, -INF), (-INF, -INF),
-    (-INF, 1e38), (-1e38, 1e38), (-1e38, -1e30), (1e38, 1e38),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("everywhere", "there"),
+    [
+        (0.0, NAN),
+        (-INF, NAN),
+        (INF, NAN),
+        (NAN, 0.0),
+        (0.0, INF),
+        (-INF, INF),
+        (INF, -INF),
+        (-INF, -INF),
+        (-INF, 1e38),
+        (-1e38, 1e38),
+        (-1e38, -1e30),
+        (1e38, 1e38),
+    ],
+)
 def test_logits_that_are_not_finite_or_huge(everywhere, there, size, dtype):
     logits = torch.full((3, size), everywhere, dtype=dtype)
     for row, column in enumerate((0, size // 2, size - 1)):
         logits[row, column] = there
-    torch.testing.assert_close(native.log_sum_exp(logits), torch.logsumexp(logits.float(), dim=-1), equal_nan=True)
+    torch.testing.assert_close(
+        native.log_sum_exp(logits), torch.logsumexp(logits.float(), dim=-1), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 61, VOCABULARY, VOCABULARY + 1, 2 * VOCABULARY + 37])
 def test_a_vocabulary_goes_through_the_head_in_parts(size, dtype):
-    """Targets on both sides of every cut; several, or none, at a position; one position is not finite."""
+    """Targets on both sides of every cut; several, or none, at a position; one position is not
+    finite."""
     edges = [0, VOCABULARY - 1, VOCABULARY, 2 * VOCABULARY - 1, 2 * VOCABULARY, size - 1]
     tokens = torch.tensor([token for token in edges if token < size])
     targets = Targets(torch.arange(len(tokens)) // 2 * 2, tokens)
     hidden, weight = random(7, 24, dtype=dtype, seed=1), random(size, 24, dtype=dtype, seed=2)
-    found, same = (OPERATORS[name](dtype).nll(hidden, weight, targets).double() for name in ("native", "torch"))
+    found, same = (
+        OPERATORS[name](dtype).nll(hidden, weight, targets).double() for name in ("native", "torch")
+    )
     logits = hidden.double() @ weight.double().T
     truth = reference.token_nll(logits, targets.rows, targets.tokens)
-    # another shape of product may round a logit otherwise, and parts are summed before they are added up
+    # another shape of product may round a logit otherwise, and parts are summed before they are
+    # added up
     rounding = (torch.finfo(dtype).eps + 2.0**-22) * logits.abs().max()
     assert found.shape == truth.shape
     assert (found - truth).abs().max() <= (same - truth).abs().max() + rounding
@@ -322,7 +393,9 @@ def operators(dtype: torch.dtype):
         ),
         "rotary": (
             (random(2000, 80, dtype=dtype, seed=1), positions(2000)),
-            lambda qkv, position: native.rotary(qkv.clone(), cos, sin, position, 2, 1, weight[:20], weight[:20]),
+            lambda qkv, position: native.rotary(
+                qkv.clone(), cos, sin, position, 2, 1, weight[:20], weight[:20]
+            ),
         ),
         "gated_mlp": ((random(2000, 120, dtype=dtype, seed=1),), native.gated_mlp),
         "log_sum_exp": ((random(2000, 61, dtype=dtype, seed=1),), native.log_sum_exp),
@@ -356,50 +429,122 @@ def rotary_with(**change):
 
 
 def attention_with(**change):
-    arguments = {"qkv": random(10, 64), "seen": causal_runs(5), "num_heads": 4, "num_kv_heads": 2, "scale": 1.0}
+    arguments = {
+        "qkv": random(10, 64),
+        "seen": causal_runs(5),
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "scale": 1.0,
+    }
     native.attention(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: norm_with(states=random(5, 60, 1)), r"states must be a matrix, not of shape \[5, 60, 1\]"),
+        (
+            lambda: norm_with(states=random(5, 60, 1)),
+            r"states must be a matrix, not of shape \[5, 60, 1\]",
+        ),
         (
             lambda: norm_with(states=random(5, 60, dtype=torch.float16)),
             "states must be float32 or bfloat16, not float16",
         ),
         (lambda: norm_with(states=random(60, 5).T), "states must be contiguous"),
-        (lambda: norm_with(states=random(5, 60).to("meta")), "states must be on the CPU, not on meta"),
+        (
+            lambda: norm_with(states=random(5, 60).to("meta")),
+            "states must be on the CPU, not on meta",
+        ),
         (lambda: norm_with(weight=random(61)), r"weight must have shape \[60\], not \[61\]"),
-        (lambda: norm_with(branch=random(5, 60, dtype=torch.bfloat16)), "branch must be float32, not bfloat16"),
+        (
+            lambda: norm_with(branch=random(5, 60, dtype=torch.bfloat16)),
+            "branch must be float32, not bfloat16",
+        ),
         (lambda: norm_with(branch=random(60, 5).T), "branch must be contiguous"),
-        (lambda: norm_with(branch=random(5, 60).to("meta")), "branch must be on the CPU, not on meta"),
-        (lambda: norm_with(residual=random(4, 60)), r"residual must have shape \[5, 60\], not \[4, 60\]"),
-        (lambda: norm_with(**dict.fromkeys(("residual", "normed"), random(5, 60))), "must be two tensors, not one"),
+        (
+            lambda: norm_with(branch=random(5, 60).to("meta")),
+            "branch must be on the CPU, not on meta",
+        ),
+        (
+            lambda: norm_with(residual=random(4, 60)),
+            r"residual must have shape \[5, 60\], not \[4, 60\]",
+        ),
+        (
+            lambda: norm_with(**dict.fromkeys(("residual", "normed"), random(5, 60))),
+            "must be two tensors, not one",
+        ),
         (lambda: rotary_with(num_heads=5), r"qkv must have shape \[T, 9 \* Dh\], not \[5, 128\]"),
-        (lambda: rotary_with(num_kv_heads=0), "num_heads and num_kv_heads must be at least 1, not 4 and 0"),
-        (lambda: rotary_with(cos=random(50, 9)), r"cos must have shape \[N, 1 to 8\], not \[50, 9\]"),
-        (lambda: rotary_with(cos=random(50, 8, dtype=torch.bfloat16)), "cos must be float32, not bfloat16"),
+        (
+            lambda: rotary_with(num_kv_heads=0),
+            "num_heads and num_kv_heads must be at least 1, not 4 and 0",
+        ),
+        (
+            lambda: rotary_with(cos=random(50, 9)),
+            r"cos must have shape \[N, 1 to 8\], not \[50, 9\]",
+        ),
+        (
+            lambda: rotary_with(cos=random(50, 8, dtype=torch.bfloat16)),
+            "cos must be float32, not bfloat16",
+        ),
         (lambda: rotary_with(sin=random(49, 8)), r"sin must have shape \[50, 8\], not \[49, 8\]"),
         (lambda: rotary_with(position=positions(5).int()), "position must be int64, not int32"),
-        (lambda: rotary_with(position=positions(5) + 50), r"position must lie in 0\.\.49, the rows of cos, not"),
-        (lambda: rotary_with(position=positions(5) - 51), r"position must lie in 0\.\.49, the rows of cos, not -"),
+        (
+            lambda: rotary_with(position=positions(5) + 50),
+            r"position must lie in 0\.\.49, the rows of cos, not",
+        ),
+        (
+            lambda: rotary_with(position=positions(5) - 51),
+            r"position must lie in 0\.\.49, the rows of cos, not -",
+        ),
         (lambda: rotary_with(q_weight=random(16)), "q_weight and k_weight must be given together"),
-        (lambda: attention_with(qkv=random(10, 63)), r"qkv must have shape \[T, 8 \* Dh\], not \[10, 63\]"),
-        (lambda: attention_with(num_heads=2, num_kv_heads=3), "num_heads must be a multiple of num_kv_heads, not 2 of"),
-        (lambda: attention_with(num_kv_heads=0), "num_heads and num_kv_heads must be at least 1, not 4 and 0"),
-        (lambda: attention_with(seen=causal_runs(5)[0]), r"seen must have shape \[B or 1, L, 4\], not \[5, 4\]"),
-        (lambda: attention_with(seen=causal_runs(4)), r"seen \[1, 4, 4\] does not fit qkv of 10 tokens"),
-        (lambda: attention_with(seen=random_runs(3, 5)), r"seen \[3, 5, 4\] does not fit qkv of 10 tokens"),
+        (
+            lambda: attention_with(qkv=random(10, 63)),
+            r"qkv must have shape \[T, 8 \* Dh\], not \[10, 63\]",
+        ),
+        (
+            lambda: attention_with(num_heads=2, num_kv_heads=3),
+            "num_heads must be a multiple of num_kv_heads, not 2 of",
+        ),
+        (
+            lambda: attention_with(num_kv_heads=0),
+            "num_heads and num_kv_heads must be at least 1, not 4 and 0",
+        ),
+        (
+            lambda: attention_with(seen=causal_runs(5)[0]),
+            r"seen must have shape \[B or 1, L, 4\], not \[5, 4\]",
+        ),
+        (
+            lambda: attention_with(seen=causal_runs(4)),
+            r"seen \[1, 4, 4\] does not fit qkv of 10 tokens",
+        ),
+        (
+            lambda: attention_with(seen=random_runs(3, 5)),
+            r"seen \[3, 5, 4\] does not fit qkv of 10 tokens",
+        ),
         (lambda: attention_with(seen=causal_runs(5).long()), "seen must be int32, not int64"),
-        (lambda: attention_with(seen=causal_runs(5) + 1), r"seen must hold two runs of places in 0\.\.5, the"),
+        (
+            lambda: attention_with(seen=causal_runs(5) + 1),
+            r"seen must hold two runs of places in 0\.\.5, the",
+        ),
         (lambda: attention_with(seen=causal_runs(5) - 1), "seen must hold two runs"),
         (lambda: attention_with(seen=causal_runs(5).flip(2)), "seen must hold two runs"),
-        (lambda: attention_with(out=random(10, 64)), r"out must have shape \[10, 32\], not \[10, 64\]"),
-        (lambda: native.gated_mlp(random(3, 5)), r"gate_up must have shape \[T, 2F\], not \[3, 5\]"),
-        (lambda: native.gated_mlp(random(3, 4), random(3, 4)), r"out must have shape \[3, 2\], not \[3, 4\]"),
+        (
+            lambda: attention_with(out=random(10, 64)),
+            r"out must have shape \[10, 32\], not \[10, 64\]",
+        ),
+        (
+            lambda: native.gated_mlp(random(3, 5)),
+            r"gate_up must have shape \[T, 2F\], not \[3, 5\]",
+        ),
+        (
+            lambda: native.gated_mlp(random(3, 4), random(3, 4)),
+            r"out must have shape \[3, 2\], not \[3, 4\]",
+        ),
         (lambda: native.log_sum_exp(random(4, 6).T), "logits must be contiguous within a row"),
-        (lambda: native.log_sum_exp(random(4, 6), random(4).double()), "out must be float32, not float64"),
+        (
+            lambda: native.log_sum_exp(random(4, 6), random(4).double()),
+            "out must be float32, not float64",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, message):
@@ -420,7 +565,8 @@ def test_instruction_set_is_named(instruction_set, monkeypatch):
 @pytest.mark.parametrize("instruction_set", SETS[-1:], indirect=True)
 @pytest.mark.parametrize("order", [("torch", "fastprune._native"), ("fastprune._native", "torch")])
 def test_one_openmp_runtime(order):
-    """Two would keep two pools of threads, whichever of torch and the extension is imported first."""
+    """Two would keep two pools of threads, whichever of torch and the extension is imported
+    first."""
     code = f"import {', '.join(order)}; print(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len({line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line}) <= 1

@@ -1,7 +1,7 @@
 """The whole fused model on Triton's operators, on the device that the kernels' tests run on.
 
-The interpreter takes milliseconds for each program, so rows are short and masks few; the same properties are tested
-broadly, on the other operators, in tests/engine/test_fused.py.
+The interpreter takes milliseconds for each program, so rows are short and masks few; the same
+properties are tested broadly, on the other operators, in tests/engine/test_fused.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ FAMILIES = ["qwen3", "mistral"]  # with a norm of each head; with a window short
 LENGTHS = [9, 8]
 MASKS = np.array([[1, 1, 0], [1, 0, 1]], dtype=bool)
 RELATIVE = 1e-5
-KERNELS = [norm.add_rms_norm_kernel, rope.rotary_kernel, gated_mlp.gated_mlp_kernel, attention.tree_attention_kernel]
+KERNELS = [
+    norm.add_rms_norm_kernel,
+    rope.rotary_kernel,
+    gated_mlp.gated_mlp_kernel,
+    attention.tree_attention_kernel,
+]
 KERNELS += [linear_loss.linear_nll_kernel, linear_loss.finish_nll_kernel]
 BUDGET = 300_000 if INTERPRETED else None  # small tiles, one of which is run as a measurement
 
@@ -64,13 +69,16 @@ def test_choices_in_a_tree_equal_the_generic_path(family):
     tasks = make_tasks(hf.config.vocab_size, [(7, [1, 3]), (2, [1] * 18)])
     expected = fp.Evaluator(hf, fp.TaskMargin(tasks), backend="generic").score_samples(MASKS[:1])
     found = evaluator(hf, fp.TaskMargin(tasks)).score_samples(MASKS[:1])
-    np.testing.assert_allclose(found, expected, atol=5 * RELATIVE)  # differences of numbers of about 5
+    np.testing.assert_allclose(
+        found, expected, atol=5 * RELATIVE
+    )  # differences of numbers of about 5
 
 
 @pytest.mark.slow
 def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
-    """Triton compiles a kernel for every set of constants, and for integers that are 1 or multiples of 16, and pointers
-    that are aligned. Sizes here are of every kind, and one variant serves them all."""
+    """Triton compiles a kernel for every set of constants, and for integers that are 1 or multiples
+    of 16, and pointers that are aligned. Sizes here are of every kind, and one variant serves them
+    all."""
     seen = collections.defaultdict(set)
     for kernel in KERNELS:
         kept = {p.name for p in getattr(kernel, "params", ()) if p.do_not_specialize}
@@ -78,7 +86,11 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
 
         def note(*arguments, kernel=kernel, kept=kept, **constants):
             key = [
-                (x.dtype, x.data_ptr() % 16) if torch.is_tensor(x) else type(x) if name in kept else (x == 1, x)
+                (x.dtype, x.data_ptr() % 16)
+                if torch.is_tensor(x)
+                else type(x)
+                if name in kept
+                else (x == 1, x)
                 for name, x in zip(kernel.arg_names, arguments)
                 if x is not None
             ]
@@ -90,8 +102,17 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
     for questions in ([(7, [1, 3]), (2, [1] * 18)], [(1, [1, 1])], [(10, [3, 3]), (3, [1] * 3)]):
         evaluator(hf, fp.TaskMargin(make_tasks(hf.config.vocab_size, questions))).score(MASKS[:1])
     # a norm that keeps the sum is one more; the head's are two kernels
-    expected = ["gated_mlp_kernel", "linear_nll_kernel", "finish_nll_kernel", "rotary_kernel", "tree_attention_kernel"]
-    assert {name: len(keys) for name, keys in seen.items()} == {"add_rms_norm_kernel": 2, **dict.fromkeys(expected, 1)}
+    expected = [
+        "gated_mlp_kernel",
+        "linear_nll_kernel",
+        "finish_nll_kernel",
+        "rotary_kernel",
+        "tree_attention_kernel",
+    ]
+    assert {name: len(keys) for name, keys in seen.items()} == {
+        "add_rms_norm_kernel": 2,
+        **dict.fromkeys(expected, 1),
+    }
 
 
 @pytest.mark.slow
@@ -99,7 +120,9 @@ def test_divergence_equals_the_generic_path():
     hf = three_blocks("qwen3").to(DEVICE)
     objective = fp.KLDivergence(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [7])))
     expected = fp.Evaluator(hf, objective, backend="generic").score(MASKS[:1])
-    np.testing.assert_allclose(evaluator(hf, objective).score(MASKS[:1]), expected, rtol=RELATIVE, atol=1e-6)
+    np.testing.assert_allclose(
+        evaluator(hf, objective).score(MASKS[:1]), expected, rtol=RELATIVE, atol=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -107,7 +130,9 @@ def test_divergence_equals_the_generic_path():
     ("dtype", "grouped", "tree"),
     [(torch.float32, True, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
 )
-def test_plain_rows_that_no_memory_efficient_kernel_takes_go_to_tree_attention(dtype, grouped, tree):
+def test_plain_rows_that_no_memory_efficient_kernel_takes_go_to_tree_attention(
+    dtype, grouped, tree
+):
     """Torch's takes no grouped heads in float32, and would hold all scores of a row."""
     rows = operators.Rows(3, 9, None, None, DEVICE)
     plan = operators.TritonOperators(dtype).plan_attention(rows, 16, grouped, None)
@@ -116,7 +141,11 @@ def test_plain_rows_that_no_memory_efficient_kernel_takes_go_to_tree_attention(d
     qkv = random(27, (heads + 2 * kv_heads) * 16, dtype=dtype)
     found = operators.TritonOperators(dtype).attention(qkv, plan, heads, kv_heads, 0.25)
     truth = reference.tree_attention(
-        qkv.double(), reference.tree_mask(torch.tensor([0, 9, 18, 27]), *plain(27, 9)).to(DEVICE), heads, kv_heads, 0.25
+        qkv.double(),
+        reference.tree_mask(torch.tensor([0, 9, 18, 27]), *plain(27, 9)).to(DEVICE),
+        heads,
+        kv_heads,
+        0.25,
     )
     assert (found.double() - truth).abs().max() <= 8 * torch.finfo(dtype).eps * truth.abs().max()
 

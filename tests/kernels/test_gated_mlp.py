@@ -14,7 +14,8 @@ pytestmark = pytest.mark.usefixtures("arithmetic")
 
 
 def approximations(activation: str, truth: torch.Tensor) -> float:
-    """x / (1 + exp(-x)): the exponential, which is at most all of the sum, and the division; erf is exact."""
+    """x / (1 + exp(-x)): the exponential, which is at most all of the sum, and the division; erf is
+    exact."""
     return (0 if activation == "gelu" else 2) * truth.abs().max().item()
 
 
@@ -27,7 +28,9 @@ def test_activates_and_multiplies(rows, size, activation, dtype):
     out = nans(rows, size, dtype=dtype)
     assert gated_mlp(gate_up, activation, out=out) is out
     truth = reference.gated_mlp(double(gate_up), activation)
-    assert_as_exact(out, reference.gated_mlp(gate_up, activation), truth, approximations(activation, truth))
+    assert_as_exact(
+        out, reference.gated_mlp(gate_up, activation), truth, approximations(activation, truth)
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -64,13 +67,17 @@ def test_rows_have_the_same_bits_alone_and_together():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="activation must be one of silu, gelu, gelu_tanh, not 'relu'"):
+    with pytest.raises(
+        ValueError, match="activation must be one of silu, gelu, gelu_tanh, not 'relu'"
+    ):
         gated_mlp(random(3, 4), "relu")
     with pytest.raises(ValueError, match=r"gate_up must have shape \[T, 2F\], not \[3, 5\]"):
         gated_mlp(random(3, 5))
     with pytest.raises(ValueError, match="gate_up must be contiguous"):
         gated_mlp(random(4, 6).T)
-    with pytest.raises(ValueError, match="gate_up must be float32 or float16 or bfloat16, not float64"):
+    with pytest.raises(
+        ValueError, match="gate_up must be float32 or float16 or bfloat16, not float64"
+    ):
         gated_mlp(random(3, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"out must have shape \[3, 2\], not \[3, 4\]"):
         gated_mlp(random(3, 4), out=random(3, 4))

@@ -1,4 +1,5 @@
-"""The GPU benchmark, every section of it at tiny shapes: kernels interpreted, times without meaning."""
+"""The GPU benchmark, every section of it at tiny shapes: kernels interpreted, times without
+meaning."""
 
 from __future__ import annotations
 
@@ -19,15 +20,35 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 @pytest.mark.nightly
 def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
     out = tmp_path / "gpu.json"
-    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", "--minutes", "4", "--out", str(out)]
+    command = [
+        sys.executable,
+        "bench/gpu.py",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--minutes",
+        "4",
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command,
+        cwd=pytestconfig.rootpath,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
-    assert [name for name in found if name in SECTIONS] == list(SECTIONS)  # what matters most comes first
-    assert {name: found[name] for name in SECTIONS if {"failed", "skipped"} & set(found[name])} == {}
+    assert [name for name in found if name in SECTIONS] == list(
+        SECTIONS
+    )  # what matters most comes first
+    assert {
+        name: found[name] for name in SECTIONS if {"failed", "skipped"} & set(found[name])
+    } == {}
     assert found["bits"]["equal"]
     for case in found["bits"]["cases"].values():
         assert len(case["chunks"]) > 1
@@ -35,7 +56,9 @@ def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
     for name, kernel in (found["loss"] | found["kernels"]).items():
         if isinstance(kernel, dict):
             assert kernel.get("ms", 0) > 0, f"{name}: {kernel}"
-            assert all("ms" in variant for variant in kernel["variants"].values()), f"{name}: {kernel['variants']}"
+            assert all("ms" in variant for variant in kernel["variants"].values()), (
+                f"{name}: {kernel['variants']}"
+            )
     assert found["block"]["error"] < 0.02
     assert all(found[name]["agrees"] for name in SECTIONS if name.startswith(("pairs", "margin")))
     assert found["goals"]["rows"]
@@ -54,7 +77,8 @@ for section in sys.argv[2:]:
     with open({log!r}, "a") as file:
         file.write(f"{{section}} {{os.getpid()}}\\n")
     if section == "hangs":
-        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {{signal.SIGKILL, signal.SIGSTOP}})
+        others = set(signal.Signals) - {{signal.SIGKILL, signal.SIGSTOP}}
+        signal.pthread_sigmask(signal.SIG_BLOCK, others)
         while True:
             time.sleep(1)
     if section == "dies":
@@ -63,7 +87,8 @@ for section in sys.argv[2:]:
 
 
 def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path, monkeypatch):
-    """A worker that no signal but the last one reaches is killed at its limit; the rest runs in another process."""
+    """A worker that no signal but the last one reaches is killed at its limit; the rest runs in
+    another process."""
     monkeypatch.syspath_prepend(str(BENCH))
     from gpu_watch import watch
 
@@ -73,14 +98,28 @@ def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path, monkeypatch):
     def command(sections, descriptor):
         return [sys.executable, "-c", script, str(descriptor), *sections]
 
-    assert watch(command, ["first", "hangs", "second", "dies", "third", "fourth"], failed.__setitem__, grace=0.2)
+    assert watch(
+        command,
+        ["first", "hangs", "second", "dies", "third", "fourth"],
+        failed.__setitem__,
+        grace=0.2,
+    )
     assert set(failed) == {"hangs", "dies"}
     assert "hung" in failed["hangs"]
     assert "-11" in failed["dies"]
     ran = [line.split() for line in log.read_text().splitlines()]
-    assert [section for section, _ in ran] == ["first", "hangs", "second", "dies", "third", "fourth"]
+    assert [section for section, _ in ran] == [
+        "first",
+        "hangs",
+        "second",
+        "dies",
+        "third",
+        "fourth",
+    ]
     processes = [process for _, process in ran]
-    assert processes[0] == processes[1] != processes[2] == processes[3] != processes[4] == processes[5]
+    assert (
+        processes[0] == processes[1] != processes[2] == processes[3] != processes[4] == processes[5]
+    )
 
 
 def test_a_worker_that_begins_nothing_is_not_started_again(tmp_path, monkeypatch):

@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, approximate_units, assert_as_exact, double, integers, nans, random
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    approximate_units,
+    assert_as_exact,
+    double,
+    integers,
+    nans,
+    random,
+)
 
 from fastprune_kernels import reference
 from fastprune_kernels.linear_loss import linear_kl, linear_logits, linear_nll
@@ -17,25 +26,31 @@ SHAPES = [(63, 60, 131), (1, 60, 131), (5, 33, 7), (40, 16, 1), (33, 96, 200)]  
 
 
 def make(rows: int, size: int, vocab: int, dtype: torch.dtype):
-    return random(rows, size, dtype=dtype, seed=1), random(vocab, size, dtype=dtype, seed=2, scale=2 * size**-0.5)
+    return random(rows, size, dtype=dtype, seed=1), random(
+        vocab, size, dtype=dtype, seed=2, scale=2 * size**-0.5
+    )
 
 
 def rescalings(vocab: int) -> int:
-    """Exponentials that a sum is multiplied by at the most, as its maximum grows: by tiles, then by splits."""
+    """Exponentials that a sum is multiplied by at the most, as its maximum grows: by tiles, then by
+    splits."""
     return -(-vocab // 32) + -(-vocab // 64)
 
 
 def nll_approximations(vocab: int, soft_cap: float | None = None) -> float:
-    """log(sum) + max - logit: the sum's terms are off by their exponential and the rescalings, and so is their sum,
-    relatively; its logarithm is off by that, and by a unit of its own. A capped logit, cap * (1 - 2 / (1 + exp)), is
-    off by an exponential and a division of the cap; two of them count."""
+    """log(sum) + max - logit: the sum's terms are off by their exponential and the rescalings, and
+    so is their sum, relatively; its logarithm is off by that, and by a unit of its own. A capped
+    logit, cap * (1 - 2 / (1 + exp)), is off by an exponential and a division of the cap; two of
+    them count."""
     return 1 + rescalings(vocab) + math.log(max(vocab, 2)) + 4 * (soft_cap or 0)
 
 
-def kl_approximations(dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, soft_cap: float | None) -> float:
-    """cross / sum - (x - log(1 + x)), x = excess / sum: the sums hold p |d|, p and q (by their exponentials; d the
-    difference of two logits), are rescaled, and divided; the logarithm, at most x, has a unit of its own. Capped logits
-    as above."""
+def kl_approximations(
+    dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, soft_cap: float | None
+) -> float:
+    """cross / sum - (x - log(1 + x)), x = excess / sum: the sums hold p |d|, p and q (by their
+    exponentials; d the difference of two logits), are rescaled, and divided; the logarithm, at most
+    x, has a unit of its own. Capped logits as above."""
     a, b = (x.double() @ weight.double().T for x in (dense, masked))
     if soft_cap is not None:
         a, b = (soft_cap * torch.tanh(x / soft_cap) for x in (a, b))
@@ -90,7 +105,9 @@ def test_rows_that_are_not_aligned_have_the_same_bits(loss):
     """Tiles come through descriptors where rows are aligned, by pointers where they are not."""
     hidden, weight = make(33, 96, 200, torch.float16)
     other = random(33, 96, dtype=torch.float16, seed=4)
-    shifted = torch.empty(33 * 96 + 1, dtype=torch.float16, device=DEVICE)[1:].view(33, 96).copy_(hidden)
+    shifted = (
+        torch.empty(33 * 96 + 1, dtype=torch.float16, device=DEVICE)[1:].view(33, 96).copy_(hidden)
+    )
     if loss == "nll":
         target = integers(33, high=200, seed=3)
         assert torch.equal(linear_nll(hidden, weight, target), linear_nll(shifted, weight, target))
@@ -109,8 +126,8 @@ def test_a_target_outside_the_vocabulary_gives_nan():
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize(("rows", "size", "vocab"), SHAPES)
 def test_logits(rows, size, vocab, soft_cap, dtype):
-    """Sums in float32, whatever the dtype of what is multiplied. A capped logit, cap * (1 - 2 / (1 + exp)), is rounded
-    six times on its way, each time by half a unit of the cap at most."""
+    """Sums in float32, whatever the dtype of what is multiplied. A capped logit, cap * (1 - 2 / (1
+    + exp)), is rounded six times on its way, each time by half a unit of the cap at most."""
     hidden, weight = make(rows, size, vocab, dtype)
     out = linear_logits(hidden, weight, soft_cap=soft_cap)
     assert out.shape == (rows, vocab)
@@ -120,12 +137,16 @@ def test_logits(rows, size, vocab, soft_cap, dtype):
     if soft_cap is None:
         assert_as_exact(out, same, truth)
     else:
-        allowed = (same.double() - truth).abs().max() + (3 + approximate_units() * 4) * soft_cap * 2**-23
+        allowed = (same.double() - truth).abs().max() + (
+            3 + approximate_units() * 4
+        ) * soft_cap * 2**-23
         assert (out.double() - truth).abs().max() <= allowed
 
 
 def divergence(dense, masked, weight, soft_cap=None) -> torch.Tensor:
-    return reference.linear_kl(reference.head_logits(dense, weight, soft_cap), masked, weight, soft_cap)
+    return reference.linear_kl(
+        reference.head_logits(dense, weight, soft_cap), masked, weight, soft_cap
+    )
 
 
 @pytest.mark.slow
@@ -194,7 +215,9 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="soft_cap must be above 0, not 0"):
         linear_nll(hidden, weight, target, soft_cap=0)
     dense = linear_logits(hidden, weight)
-    with pytest.raises(ValueError, match=r"dense must be float32\[5, 131\] on \S+, not torch.float32\[4, 131\]"):
+    with pytest.raises(
+        ValueError, match=r"dense must be float32\[5, 131\] on \S+, not torch.float32\[4, 131\]"
+    ):
         linear_kl(dense[1:], hidden, weight)
     with pytest.raises(ValueError, match="dense must lie in memory as linear_logits returns it"):
         linear_kl(dense.contiguous(), hidden, weight)

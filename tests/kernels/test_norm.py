@@ -15,7 +15,8 @@ EPS = 1e-5
 
 
 def approximations(truth: torch.Tensor) -> float:
-    """x / root(sum / D): the root halves the error of the division, and adds a unit; all relative to the result."""
+    """x / root(sum / D): the root halves the error of the division, and adds a unit; all relative
+    to the result."""
     return 1.5 * truth.abs().max().item()
 
 
@@ -23,11 +24,16 @@ def approximations(truth: torch.Tensor) -> float:
 @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
 @pytest.mark.parametrize("unit_offset", [False, True])
 def test_adds_and_norms(rows, size, dtype, unit_offset):
-    states, branch = random(rows, size, dtype=dtype, seed=1), random(rows, size, dtype=dtype, seed=2)
+    states, branch = (
+        random(rows, size, dtype=dtype, seed=1),
+        random(rows, size, dtype=dtype, seed=2),
+    )
     weight = random(size, dtype=dtype, seed=3)
     residual, normed = nans(rows, size, dtype=dtype), nans(rows, size, dtype=dtype)
     out = {"residual": residual, "normed": normed}
-    assert add_rms_norm(states, weight, EPS, branch=branch, **out, unit_offset=unit_offset) is normed
+    assert (
+        add_rms_norm(states, weight, EPS, branch=branch, **out, unit_offset=unit_offset) is normed
+    )
     same_sum, same = reference.add_rms_norm(states, weight, EPS, branch, unit_offset)
     assert torch.equal(residual, same_sum)  # one addition in float32, rounded once
     # the norm is taken of the rounded sum
@@ -41,7 +47,9 @@ def test_without_branch_or_residual(dtype):
     normed = nans(63, 60, dtype=dtype)
     add_rms_norm(states, weight, EPS, normed=normed)
     _, truth = reference.add_rms_norm(*double(states, weight), EPS)
-    assert_as_exact(normed, reference.add_rms_norm(states, weight, EPS)[1], truth, approximations(truth))
+    assert_as_exact(
+        normed, reference.add_rms_norm(states, weight, EPS)[1], truth, approximations(truth)
+    )
 
 
 def test_adds_in_place():
@@ -57,7 +65,9 @@ def test_rows_have_the_same_bits_alone_and_together():
     together = add_rms_norm(states, weight, EPS, branch=branch)
     assert torch.equal(together, add_rms_norm(states, weight, EPS, branch=branch))
     order = torch.randperm(63, generator=torch.Generator().manual_seed(6)).to(DEVICE)[:17]
-    assert torch.equal(together[order], add_rms_norm(states[order], weight, EPS, branch=branch[order]))
+    assert torch.equal(
+        together[order], add_rms_norm(states[order], weight, EPS, branch=branch[order])
+    )
 
 
 def test_no_rows():

@@ -14,7 +14,9 @@ pytestmark = pytest.mark.usefixtures("arithmetic")
 
 def make(tokens: int, heads: int, kv_heads: int, head_dim: int, half: int, dtype: torch.dtype):
     qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
-    angles = torch.arange(50, device=DEVICE)[:, None] * 100.0 ** -(torch.arange(half, device=DEVICE) / half)
+    angles = torch.arange(50, device=DEVICE)[:, None] * 100.0 ** -(
+        torch.arange(half, device=DEVICE) / half
+    )
     return qkv, angles.cos(), angles.sin(), integers(tokens, high=50, seed=2), heads, kv_heads
 
 
@@ -22,20 +24,31 @@ def make(tokens: int, heads: int, kv_heads: int, head_dim: int, half: int, dtype
 @pytest.mark.parametrize("norm", [None, "weight", "unit_offset"])
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim", "half"),
-    [(63, 4, 2, 16, 8), (1, 3, 1, 64, 32), (5, 2, 1, 80, 40), (3, 3, 3, 128, 64), (7, 2, 1, 20, 5), (3, 1, 1, 80, 12)],
+    [
+        (63, 4, 2, 16, 8),
+        (1, 3, 1, 64, 32),
+        (5, 2, 1, 80, 40),
+        (3, 3, 3, 128, 64),
+        (7, 2, 1, 20, 5),
+        (3, 1, 1, 80, 12),
+    ],
 )
 def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, norm, dtype):
     arguments = make(tokens, heads, kv_heads, head_dim, half, dtype)
     extra = {}
     if norm is not None:
-        weights = {"q_weight": random(head_dim, dtype=dtype, seed=3), "k_weight": random(head_dim, dtype=dtype, seed=4)}
+        weights = {
+            "q_weight": random(head_dim, dtype=dtype, seed=3),
+            "k_weight": random(head_dim, dtype=dtype, seed=4),
+        }
         extra = {**weights, "eps": 1e-6, "unit_offset": norm == "unit_offset"}
     same = reference.rotary(*arguments, **extra)
     wide = {name: double(x) if torch.is_tensor(x) else x for name, x in extra.items()}
     truth = reference.rotary(*double(*arguments[:4]), heads, kv_heads, **wide)
     qkv = arguments[0].clone()
     assert rotary(qkv, *arguments[1:], **extra) is qkv
-    # one factor for all of a head, x / root(sum / Dh): the division is halved by the root, which has a unit of its own
+    # one factor for all of a head, x / root(sum / Dh): the division is halved by the root, which
+    # has a unit of its own
     assert_as_exact(qkv, same, truth, 0 if norm is None else 1.5 * truth.abs().max().item())
     values = (heads + kv_heads) * head_dim
     assert torch.equal(qkv[:, values:], arguments[0][:, values:])
@@ -48,7 +61,9 @@ def test_rows_have_the_same_bits_alone_and_together():
     qkv, cos, sin, position, heads, kv_heads = make(63, 4, 2, 16, 8, torch.float32)
     weights = {"q_weight": random(16, seed=3), "k_weight": random(16, seed=4)}
     together = rotary(qkv.clone(), cos, sin, position, heads, kv_heads, **weights)
-    assert torch.equal(together, rotary(qkv.clone(), cos, sin, position, heads, kv_heads, **weights))
+    assert torch.equal(
+        together, rotary(qkv.clone(), cos, sin, position, heads, kv_heads, **weights)
+    )
     order = torch.randperm(63, generator=torch.Generator().manual_seed(6)).to(DEVICE)[:10]
     apart = rotary(qkv[order], cos, sin, position[order], heads, kv_heads, **weights)
     assert torch.equal(together[order], apart)

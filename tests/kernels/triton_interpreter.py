@@ -1,6 +1,7 @@
 """Triton's interpreter, mended where it would test something else than the kernels.
 
-`mend` is called once, where TRITON_INTERPRET was set as Triton was imported, before the first kernel is run.
+`mend` is called once, where TRITON_INTERPRET was set as Triton was imported, before the first
+kernel is run.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ _approximate = False
 
 @contextmanager
 def approximate():
-    """Makes exp, exp2, log, log2, rsqrt and division of float32 numbers miss by one unit in the last place, as compiled
-    code may; up or down by the bits of the result, so that the same operands always give the same.
+    """Makes exp, exp2, log, log2, rsqrt and division of float32 numbers miss by one unit in the
+    last place, as compiled code may; up or down by the bits of the result, so that the same
+    operands always give the same.
 
-    What the hardware gives exactly stays exact: zeros, what is not finite, and the exponential of zero.
+    What the hardware gives exactly stays exact: zeros, what is not finite, and the exponential of
+    zero.
     """
     global _approximate
     _approximate = True
@@ -41,11 +44,13 @@ def mend() -> bool:
 
 
 def _order_products(interpreter) -> None:
-    """Gives the interpreter a dot that sums every element from the first k to the last, wherever its row stands.
+    """Gives the interpreter a dot that sums every element from the first k to the last, wherever
+    its row stands.
 
-    Its own is NumPy's, hence a BLAS's, which on some processors sums a row in an order that follows the row's place:
-    tests of bits would test that. In float64, rounded once at the end: what float32 loses within a block is the
-    hardware's to say, not a kernel's. 8-bit floats, which no kernel takes, stay with the interpreter's own.
+    Its own is NumPy's, hence a BLAS's, which on some processors sums a row in an order that follows
+    the row's place: tests of bits would test that. In float64, rounded once at the end: what
+    float32 loses within a block is the hardware's to say, not a kernel's. 8-bit floats, which no
+    kernel takes, stay with the interpreter's own.
     """
     own = interpreter.InterpreterBuilder.create_dot
 
@@ -69,7 +74,11 @@ def _perturb(interpreter) -> None:
             result = own(self, *operands)
             if _approximate and result.data.dtype == np.float32:
                 missed = _miss(result.data)
-                result.data = np.where(operands[0].data == 0, result.data, missed) if is_exponential else missed
+                result.data = (
+                    np.where(operands[0].data == 0, result.data, missed)
+                    if is_exponential
+                    else missed
+                )
             return result
 
         return call
@@ -87,11 +96,15 @@ def _miss(exact: np.ndarray) -> np.ndarray:
 
 
 def _mend_index(interpreter) -> bool:
-    """Lets Triton 3.6 run with NumPy 2.4 and later, which no longer makes an index of an array of one element.
+    """Lets Triton 3.6 run with NumPy 2.4 and later, which no longer makes an index of an array of
+    one element.
 
-    The bound of a `range` in a kernel is such an array; Triton 3.7 does this by itself. Returns whether it was needed.
+    The bound of a `range` in a kernel is such an array; Triton 3.7 does this by itself. Returns
+    whether it was needed.
     """
-    release = tuple(int(part) for part in importlib.import_module("triton").__version__.split(".")[:2])
+    release = tuple(
+        int(part) for part in importlib.import_module("triton").__version__.split(".")[:2]
+    )
     try:
         int(np.zeros(1, dtype=np.int32))
         return False

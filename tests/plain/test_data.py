@@ -17,7 +17,8 @@ def row_of(batch: fp.TokenBatch, row: int) -> slice:
 
 
 def unpack(batch: fp.TokenBatch) -> list[list[tuple[list[int], int]]]:
-    """The (sequence, first target) pairs that a batch holds, read off its arrays: the inverse of from_continuations."""
+    """The (sequence, first target) pairs that a batch holds, read off its arrays: the inverse of
+    from_continuations."""
     rows = [[] for _ in range(batch.num_rows)]
     for continuation, row in enumerate(batch.continuation_row):
         targets = batch.target_continuation == continuation
@@ -65,7 +66,9 @@ def test_trees_hold_their_sequences(seed):
             shared += 1
         branch = batch.branch[row_of(batch, r)]
         assert (branch == 0).sum() == shared
-        assert len(branch) == shared + sum(len(s) - shared for s in sequences)  # the trunk stands once
+        assert len(branch) == shared + sum(
+            len(s) - shared for s in sequences
+        )  # the trunk stands once
         assert batch.row_is_tree[r] == (len(branch) > shared)
 
 
@@ -73,7 +76,9 @@ def test_trees_hold_their_sequences(seed):
 def test_predictions_are_continuations_whose_last_token_is_not_run(seed):
     rng = np.random.default_rng(seed)
     rows = [random_tree(rng) for _ in range(rng.integers(1, 7))]
-    batch = fp.TokenBatch.from_predictions([[(ids[:-1], ids[start:]) for ids, start in row] for row in rows])
+    batch = fp.TokenBatch.from_predictions(
+        [[(ids[:-1], ids[start:]) for ids, start in row] for row in rows]
+    )
     assert unpack(batch) == [[(ids.tolist(), start) for ids, start in row] for row in rows]
     whole = fp.TokenBatch.from_continuations(rows)
     assert (batch.row_lengths < whole.row_lengths).all()
@@ -89,14 +94,19 @@ def test_choices_of_one_token_are_no_tree():
 
 @pytest.mark.parametrize(("ids", "targets"), [([1], []), ([], [1]), ([1], [2, 3])])
 def test_predictions_that_cannot_be(ids, targets):
-    with pytest.raises(fp.InputError, match=rf"row 1: {len(targets)} targets cannot be predicted by {len(ids)} tokens"):
+    with pytest.raises(
+        fp.InputError,
+        match=rf"row 1: {len(targets)} targets cannot be predicted by {len(ids)} tokens",
+    ):
         fp.TokenBatch.from_predictions([[([1], [2])], [(ids, targets)]])
 
 
 def test_all_arrays_are_int64():
     batch = fp.TokenBatch.from_continuations([[([1, 2, 3], 1), ([1, 5], 1)]])
     arrays = {name: getattr(batch, name) for name in batch.__dataclass_fields__ if name != "raced"}
-    assert {name: array.dtype.name for name, array in arrays.items()} == dict.fromkeys(arrays, "int64")
+    assert {name: array.dtype.name for name, array in arrays.items()} == dict.fromkeys(
+        arrays, "int64"
+    )
     assert replace(batch, raced=False).content_hash == batch.content_hash
     for name, array in arrays.items():
         assert replace(batch, **{name: array + 1}).content_hash != batch.content_hash, name
@@ -166,7 +176,7 @@ def test_content_hash_tells_contents_apart():
     assert len(set(hashes)) == 1 + len(others)
 
 
-# -- text ----------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 TEXT = " ".join(f"the sum of {i} and 4 is {i + 4}." for i in range(120))
 
@@ -183,7 +193,9 @@ def test_text_windows(tmp_path):
     assert len(set(every)) == len(every) > 20
     draws = set()
     for seed in range(4):
-        windows = windows_of(fp.load_text(path, make_tokenizer(), num_samples=7, seq_len=17, seed=seed))
+        windows = windows_of(
+            fp.load_text(path, make_tokenizer(), num_samples=7, seq_len=17, seed=seed)
+        )
         places = [every.index(window) for window in windows]
         assert places == sorted(set(places))  # without replacement, in file order
         assert len(places) == 7
@@ -191,7 +203,9 @@ def test_text_windows(tmp_path):
     assert len(draws) > 1
     whole = fp.load_text(path, make_tokenizer(), num_samples=len(every), seq_len=17, seed=3)
     assert windows_of(whole) == every
-    assert fp.load_text(path, make_tokenizer(), seq_len=17, seed=3).num_rows == 64  # where nothing is said
+    assert (
+        fp.load_text(path, make_tokenizer(), seq_len=17, seed=3).num_rows == 64
+    )  # where nothing is said
     longer = fp.load_text(path, make_tokenizer(), seq_len=40)
     assert longer.num_rows == len(stream) // 40 < 64  # all of a text that has fewer
 
@@ -205,7 +219,9 @@ def test_the_same_seed_gives_the_same_hash_from_any_file_form(tmp_path):
     )
     assert first.content_hash == second.content_hash
     np.save(tmp_path / "ids.npy", np.array(windows_of(first), dtype=np.uint16))
-    save_file({"input_ids": np.array(windows_of(first), dtype=np.int32)}, tmp_path / "ids.safetensors")
+    save_file(
+        {"input_ids": np.array(windows_of(first), dtype=np.int32)}, tmp_path / "ids.safetensors"
+    )
     for name in ("ids.npy", "ids.safetensors"):
         assert fp.load_text(str(tmp_path / name)).content_hash == first.content_hash
     assert fp.TokenBatch.from_ids(windows_of(first)).content_hash == first.content_hash
@@ -246,9 +262,24 @@ def test_token_id_files(tmp_path, suffix):
         ("rows.jsonl", b'{"text": "a"}\n{"txt": "a"}\n', {}, "rows.jsonl:2: expected a row"),
         ("rows.jsonl", b'["a"]\n', {}, "rows.jsonl:1: expected a row"),
         ("rows.jsonl", b'{"text": \n', {}, "rows.jsonl:1: not valid JSON"),
-        ("short.txt", b"the sum of 4", {"num_samples": 2, "seq_len": 50}, "holds 0 windows of 50 tokens, but 2"),
-        ("short.txt", b"1" * 30, {"num_samples": 4, "seq_len": 9}, "what fits: num_samples=3 or seq_len=7"),
-        ("short.txt", b"12", {"num_samples": 4, "seq_len": 9}, "a longer text .this one has 3 tokens"),
+        (
+            "short.txt",
+            b"the sum of 4",
+            {"num_samples": 2, "seq_len": 50},
+            "holds 0 windows of 50 tokens, but 2",
+        ),
+        (
+            "short.txt",
+            b"1" * 30,
+            {"num_samples": 4, "seq_len": 9},
+            "what fits: num_samples=3 or seq_len=7",
+        ),
+        (
+            "short.txt",
+            b"12",
+            {"num_samples": 4, "seq_len": 9},
+            "a longer text .this one has 3 tokens",
+        ),
         ("latin.txt", b"caf\xe9 " * 50, {"num_samples": 2, "seq_len": 5}, "latin.txt"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', {"num_samples": 2, "seq_len": 5}, "latin.jsonl"),
         ("text.csv", b"a,b", {}, "read from .txt, .jsonl, .npy or .safetensors"),
@@ -291,15 +322,22 @@ def test_refused_text_arguments(tmp_path):
         fp.load_text(tmp_path, make_tokenizer())
     with pytest.raises(fp.InputError, match="needs a tokenizer"):
         fp.load_text(tmp_path / "a.txt")
-    for name, value in [("num_samples", 0), ("num_samples", 1.5), ("seq_len", 1), ("seq_len", True)]:
+    for name, value in [
+        ("num_samples", 0),
+        ("num_samples", 1.5),
+        ("seq_len", 1),
+        ("seq_len", True),
+    ]:
         with pytest.raises(fp.InputError, match=f"{name} must be an integer"):
             fp.load_text(tmp_path / "a.txt", make_tokenizer(), **{name: value})
-    save_file({"a": np.zeros((2, 2), int), "b": np.zeros((2, 2), int)}, tmp_path / "two.safetensors")
+    save_file(
+        {"a": np.zeros((2, 2), int), "b": np.zeros((2, 2), int)}, tmp_path / "two.safetensors"
+    )
     with pytest.raises(fp.InputError, match="one tensor"):
         fp.load_text(tmp_path / "two.safetensors")
 
 
-# -- questions -----------------------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------
 
 QUESTIONS = [
     {"prompt": "the sum of 4 and 4 is", "choices": [" 8", " 4", " 42", " blue sea"], "answer": 0},
@@ -322,7 +360,9 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
 
 
 def write_tasks(path, rows) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -338,7 +378,9 @@ def test_questions_are_split_as_the_harness_does(tmp_path, adds_bos):
         for choice, (sequence, start) in zip(question["choices"], sequences, strict=True):
             _, continuation = encode_pair(tokenizer, question["prompt"], choice)
             assert sequence[start:] == continuation, (question, choice)
-            assert tokenizer.decode(sequence, skip_special_tokens=True) == question["prompt"] + choice
+            assert (
+                tokenizer.decode(sequence, skip_special_tokens=True) == question["prompt"] + choice
+            )
             assert tasks.question[number] == q
             assert tasks.choice_characters[number] == len(choice)
             assert tasks.choice_bytes[number] == len(choice.encode())
@@ -348,10 +390,14 @@ def test_questions_are_split_as_the_harness_does(tmp_path, adds_bos):
 
 def test_the_choices_4_and_42_share_their_first_token(tmp_path):
     tokenizer = make_tokenizer()
-    four, forty_two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" 4", " 42"))
+    four, forty_two = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" 4", " 42")
+    )
     assert (len(four), len(forty_two)) == (1, 2)
     assert forty_two[:1] == four
-    write_tasks(tmp_path / "tasks.jsonl", [{"prompt": "the sum is", "choices": [" 42", " 4"], "answer": 0}])
+    write_tasks(
+        tmp_path / "tasks.jsonl", [{"prompt": "the sum is", "choices": [" 42", " 4"], "answer": 0}]
+    )
     tasks = fp.load_tasks(tmp_path / "tasks.jsonl", tokenizer)
     assert tasks.batch.target_counts.tolist() == [2, 1]
     assert tasks.batch.num_tokens == len(tokenizer("the sum is 42")["input_ids"])
@@ -366,7 +412,11 @@ def test_limit_and_hash(tmp_path):
     some = fp.load_tasks(path, make_tokenizer(), limit=2)
     assert some.num_questions == 2
     assert unpack(some.batch) == unpack(whole.batch)[:2]
-    assert fp.load_tasks(path, make_tokenizer(), limit=99).content_hash == whole.content_hash != some.content_hash
+    assert (
+        fp.load_tasks(path, make_tokenizer(), limit=99).content_hash
+        == whole.content_hash
+        != some.content_hash
+    )
     with pytest.raises(fp.InputError, match="tokenizer must be one of transformers"):
         fp.load_tasks(path, "demo")
     with pytest.raises(fp.InputError, match="path must be that of a file"):
@@ -390,7 +440,10 @@ GOOD = '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'
         ('{"prompt": "a", "choices": ["b", 3], "answer": 0}\n', ":1: choices must be"),
         ('{"prompt": "a", "choices": ["b", " "], "answer": 0}\n', ":1: choices must be"),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}\n', ":1: a question needs at least 2"),
-        (GOOD + '{"prompt": "a", "choices": ["b", "c"], "answer": 2}\n', ":2: answer must be .* 0 to 1, not 2"),
+        (
+            GOOD + '{"prompt": "a", "choices": ["b", "c"], "answer": 2}\n',
+            ":2: answer must be .* 0 to 1, not 2",
+        ),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": -1}\n', ":1: answer must be .* not -1"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": "b"}\n', ":1: answer must be"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": true}\n', ":1: answer must be"),

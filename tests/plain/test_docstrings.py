@@ -1,4 +1,5 @@
-"""Examples in docstrings run; public names are documented, with examples; links in pages lead somewhere."""
+"""Examples in docstrings run; public names are documented, with examples; links in pages lead
+somewhere."""
 
 import ast
 import doctest
@@ -12,13 +13,30 @@ import fastprune
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
-MODULES = ("data.tokens", "errors", "layout", "masks", "objectives", "racing", "search.run", "solver.subset")
-MODULES += ("data.loaders", "models.load", "models.generic", "evaluator", "checkpoint")  # these run the demo model
+MODULES = (
+    "data.tokens",
+    "errors",
+    "layout",
+    "masks",
+    "objectives",
+    "racing",
+    "search.run",
+    "solver.subset",
+)
+MODULES += (
+    "data.loaders",
+    "models.load",
+    "models.generic",
+    "evaluator",
+    "checkpoint",
+)  # these run the demo model
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
-    found = doctest.testmod(importlib.import_module(f"fastprune.{name}"), globs={})  # as copied, with its imports
+    found = doctest.testmod(
+        importlib.import_module(f"fastprune.{name}"), globs={}
+    )  # as copied, with its imports
     assert found.attempted > 0
     assert found.failed == 0
 
@@ -50,7 +68,9 @@ def test_the_reference_has_every_public_name():
 
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,4 +1,5 @@
-"""Imports run one way, and a bare import stays light. Read from the import statements, nothing is executed."""
+"""Imports run one way, and a bare import stays light. Read from the import statements, nothing is
+executed."""
 
 import ast
 import subprocess
@@ -13,7 +14,8 @@ import fastprune_kernels
 PACKAGE = Path(fastprune.__file__).parent
 KERNELS = Path(fastprune_kernels.__file__).parent
 
-# layer 0 imports nothing of the package; a module may import from its own layer and from those before it
+# layer 0 imports nothing of the package; a module may import from its own layer and from those
+# before it
 LAYERS = [
     {"errors"},
     {"records", "solver"},
@@ -30,7 +32,10 @@ LAYERS = [
     {"cli", "__main__"},
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
-FREE = {"__init__", "demo"}  # the package's face imports everything, the demo's data and training script nothing
+FREE = {
+    "__init__",
+    "demo",
+}  # the package's face imports everything, the demo's data and training script nothing
 
 
 def modules(package: Path) -> list[Path]:
@@ -38,7 +43,8 @@ def modules(package: Path) -> list[Path]:
 
 
 def imports(path: Path, package: Path) -> list[tuple[str, str]]:
-    """(dotted module, imported name or '') of every import statement in a file, relative ones resolved."""
+    """(dotted module, imported name or '') of every import statement in a file, relative ones
+    resolved."""
     inside = (package.name, *path.relative_to(package).with_suffix("").parts)
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -78,7 +84,9 @@ def test_arrows_run_one_way(path):
             assert part in ("models", "cli"), f"{path} imports the demo"
         elif other not in ("__version__", ""):
             assert other in LAYER_OF, f"{path} imports {other!r}, which has no place in the layers"
-            assert LAYER_OF[other] <= LAYER_OF[part], f"{path} imports {other!r}: the arrow runs back"
+            assert LAYER_OF[other] <= LAYER_OF[part], (
+                f"{path} imports {other!r}: the arrow runs back"
+            )
 
 
 def test_layers_have_no_cycles():
@@ -86,7 +94,9 @@ def test_layers_have_no_cycles():
     graph: dict[str, set[str]] = {}
     for path in modules(PACKAGE):
         if part_of(path) not in FREE:
-            graph.setdefault(part_of(path), set()).update(own_parts(path) & set(LAYER_OF) - {part_of(path)})
+            graph.setdefault(part_of(path), set()).update(
+                own_parts(path) & set(LAYER_OF) - {part_of(path)}
+            )
 
     def reachable(part: str) -> set[str]:
         found, pending = set(), list(graph.get(part, ()))
@@ -109,19 +119,29 @@ def test_search_knows_the_evaluator_only():
                 assert name in {"Evaluator", "Stats"}, path
             assert module.split(".")[0] not in {"torch", "transformers", "fastprune_kernels"}, path
         source = ast.parse(path.read_text(encoding="utf-8"))
-        private = [node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute) and is_private(node)]
+        private = [
+            node.attr
+            for node in ast.walk(source)
+            if isinstance(node, ast.Attribute) and is_private(node)
+        ]
         assert not private, f"{path} reaches into {private}"
 
 
 def is_private(node: ast.Attribute) -> bool:
     """Whether an attribute such as evaluator._engine is another object's own."""
     owner = node.value.id if isinstance(node.value, ast.Name) else ""
-    return node.attr.startswith("_") and not node.attr.startswith("__") and owner not in ("self", "cls")
+    return (
+        node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and owner not in ("self", "cls")
+    )
 
 
 @pytest.mark.parametrize("path", modules(KERNELS), ids=lambda path: str(path.relative_to(KERNELS)))
 def test_kernels_never_import_fastprune(path):
-    assert not [module for module, _ in imports(path, KERNELS) if module.split(".")[0] == "fastprune"]
+    assert not [
+        module for module, _ in imports(path, KERNELS) if module.split(".")[0] == "fastprune"
+    ]
 
 
 def test_plans_and_masks_are_free_of_torch():
@@ -140,13 +160,20 @@ def test_plans_and_masks_are_free_of_torch():
     }
     for path in modules(PACKAGE):
         if part_of(path) in names:
-            assert not {module.split(".")[0] for module, _ in imports(path, PACKAGE)} & {"torch", "transformers"}, path
+            assert not {module.split(".")[0] for module, _ in imports(path, PACKAGE)} & {
+                "torch",
+                "transformers",
+            }, path
 
 
 def run(code: str) -> str:
     path = ":".join([str(PACKAGE.parent), str(KERNELS.parent)])
     done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -154,11 +181,18 @@ def run(code: str) -> str:
 
 def test_a_bare_import_is_light():
     heavy = ("torch", "transformers", "numpy", "safetensors", "triton", "matplotlib", "rich")
-    assert run(f"import sys, fastprune; print([name for name in {heavy} if name in sys.modules])").strip() == "[]"
+    assert (
+        run(
+            f"import sys, fastprune; print([name for name in {heavy} if name in sys.modules])"
+        ).strip()
+        == "[]"
+    )
 
 
 def test_public_names():
-    names = run("import fastprune; print(*[n for n in fastprune.__all__ if getattr(fastprune, n) is None])")
+    names = run(
+        "import fastprune; print(*[n for n in fastprune.__all__ if getattr(fastprune, n) is None])"
+    )
     assert names.strip() == ""
     assert set(dir(fastprune)) == {*fastprune.__all__, "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

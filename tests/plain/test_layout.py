@@ -1,4 +1,5 @@
-"""Layouts: every row once, no chunk beyond a look, written down and read again, and wrong ones refused."""
+"""Layouts: every row once, no chunk beyond a look, written down and read again, and wrong ones
+refused."""
 
 import itertools
 from dataclasses import replace
@@ -16,7 +17,9 @@ def batch():
     rng = np.random.default_rng(0)
     plain = [[(rng.integers(0, 50, rng.integers(2, 22)), 1)] for _ in range(25)]
     trunk = np.arange(3)
-    questions = [[(np.append(trunk, [7] * n), 3), (np.append(trunk, [8] * n), 3)] for n in range(1, 16)]
+    questions = [
+        [(np.append(trunk, [7] * n), 3), (np.append(trunk, [8] * n), 3)] for n in range(1, 16)
+    ]
     return TokenBatch.from_continuations(plain + questions)
 
 
@@ -33,17 +36,24 @@ def test_a_layout_holds_every_row_once_and_can_be_written_down(batch, max_tokens
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 150, 10_000])
 def test_chunks_cost_the_least(max_tokens):
-    """Of all ways to cut 10 rows, longest first: tokens with padding, and for each chunk what a run costs besides."""
+    """Of all ways to cut 10 rows, longest first: tokens with padding, and for each chunk what a run
+    costs besides."""
     lengths = np.sort(np.random.default_rng(1).integers(2, 60, 10))[::-1]
     batch = TokenBatch.from_ids([[1] * n for n in lengths])
 
     def cost(sizes):
         starts = np.cumsum([0, *sizes[:-1]])
-        if any(n > 1 and n * lengths[start] > max_tokens for start, n in zip(starts, sizes, strict=True)):
+        if any(
+            n > 1 and n * lengths[start] > max_tokens
+            for start, n in zip(starts, sizes, strict=True)
+        ):
             return np.inf
         return sum(n * lengths[start] + RUN_TOKENS for start, n in zip(starts, sizes, strict=True))
 
-    cuts = [[i for i, cut in enumerate(flags, 1) if cut] for flags in itertools.product((False, True), repeat=9)]
+    cuts = [
+        [i for i, cut in enumerate(flags, 1) if cut]
+        for flags in itertools.product((False, True), repeat=9)
+    ]
     least = min(cost(np.diff([0, *places, 10]).tolist()) for places in cuts)
     chunks = make_layout(batch, max_tokens, 8).chunks
     assert list(itertools.chain(*chunks)) == list(range(10))
@@ -97,6 +107,13 @@ def test_wrong_layouts_are_refused(batch):
             replace(layout, tile=tile).check(batch)
     with pytest.raises(InputError, match="other calibration data"):
         layout.check(TokenBatch.from_ids([[1, 2, 3]]))
-    for text in ("", "{", "[]", "{}", '{"chunks": 3, "tile": 8, "content_hash": ""}', "[" * 100_000):
+    for text in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"chunks": 3, "tile": 8, "content_hash": ""}',
+        "[" * 100_000,
+    ):
         with pytest.raises(InputError, match="not a layout"):
             Layout.from_json(text)

@@ -113,11 +113,21 @@ def test_parse_removed():
 
 @pytest.mark.parametrize(
     "text",
-    ["0-30000000000", "0-99999,0-99999", "0-100000", "9" * 5000, "1-" + "9" * 5000, "-" * 9999, "3,\0"],
+    [
+        "0-30000000000",
+        "0-99999,0-99999",
+        "0-100000",
+        "9" * 5000,
+        "1-" + "9" * 5000,
+        "-" * 9999,
+        "3,\0",
+    ],
     ids=lambda text: repr(text[:12]),
 )
 def test_units_beyond_all_models(text):
-    with pytest.raises(fp.InputError, match=r"names more than 100000 units|separated by commas") as caught:
+    with pytest.raises(
+        fp.InputError, match=r"names more than 100000 units|separated by commas"
+    ) as caught:
         parse_removed(text)
     assert len(str(caught.value)) < 200
     assert "\n" not in str(caught.value)
@@ -152,7 +162,10 @@ def test_load_masks(tmp_path):
 
 def npy_header(shape) -> bytes:
     """The start of a .npy file of bytes, whatever array its header promises."""
-    header = f"{{'descr': '|b1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    header = (
+        f"{{'descr': '|b1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117)
+        + b"\n"
+    )
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
 
 
@@ -165,13 +178,25 @@ def npy_header(shape) -> bytes:
         ("masks.jsonl", b'{"removed": 1}\n', "masks.jsonl:1: expected a row"),
         ("masks.jsonl", b'{"removed": [1]}\n{"removed"\n', "masks.jsonl:2: not valid JSON"),
         ("masks.jsonl", b"\xff\xfe\n", "masks.jsonl"),
-        ("masks.jsonl", b'{"removed": [1], "removed": [2]}\n', "masks.jsonl:1: the key 'removed' is given twice"),
+        (
+            "masks.jsonl",
+            b'{"removed": [1], "removed": [2]}\n',
+            "masks.jsonl:1: the key 'removed' is given twice",
+        ),
         ("masks.jsonl", b'{"removed": [NaN]}\n', "masks.jsonl:1: not valid JSON .NaN"),
         ("masks.jsonl", b'{"removed": [-Infinity]}\n', "masks.jsonl:1: not valid JSON .-Infinity"),
         ("masks.jsonl", b'{"removed": [1]}\n\0\n', "masks.jsonl:2: not valid JSON"),
-        ("masks.jsonl", b'{"removed": ["\\udc00"]}\n', "masks.jsonl:1: holds half a surrogate pair"),
+        (
+            "masks.jsonl",
+            b'{"removed": ["\\udc00"]}\n',
+            "masks.jsonl:1: holds half a surrogate pair",
+        ),
         ("masks.jsonl", b"[" * 10**6, "masks.jsonl:1: not valid JSON .nested too deeply"),
-        ("masks.jsonl", b'{"removed": [' + b"9" * 5000 + b"]}", "masks.jsonl:1: not valid JSON .* too many digits"),
+        (
+            "masks.jsonl",
+            b'{"removed": [' + b"9" * 5000 + b"]}",
+            "masks.jsonl:1: not valid JSON .* too many digits",
+        ),
         ("masks.jsonl", b'{"removed": [' + b"9" * 4000 + b"]}", "99 is out of range"),
         ("masks.jsonl", b'{"removed": ["' + b"9" * 9000 + b'"]}', "is not an integer"),
         ("masks.npy", b"not an array", "not a readable .npy"),

@@ -20,7 +20,9 @@ def make_tasks(answers=(1, 0, 3)) -> fp.Tasks:
     rows = []
     for prompt_length, choices in SHAPES:
         prompt = rng.integers(0, 50, prompt_length)
-        rows.append([(np.concatenate([prompt, rng.integers(0, 50, n)]), prompt_length) for n in choices])
+        rows.append(
+            [(np.concatenate([prompt, rng.integers(0, 50, n)]), prompt_length) for n in choices]
+        )
     counts = [len(choices) for _, choices in SHAPES]
     return fp.Tasks(
         batch=fp.TokenBatch.from_continuations(rows),
@@ -66,7 +68,8 @@ def test_margin(normalization):
 
 
 def test_margin_weighted_by_choices():
-    """The sum of (C - 1) ll(correct) - sum ll(wrong) over questions, divided by the sum of C - 1."""
+    """The sum of (C - 1) ll(correct) - sum ll(wrong) over questions, divided by the sum of C -
+    1."""
     tasks, sums = make_tasks(), nll(9)
     objective = fp.TaskMargin(tasks, weighting="choices")
     expected = np.zeros(40)
@@ -86,7 +89,9 @@ def test_likelihood_runs_right_choices_alone(normalization):
     objective = fp.TaskLikelihood(tasks, normalization=normalization)
     right = [choices[answer] for (_, choices), answer in zip(SHAPES, (1, 0, 3))]
     assert objective.batch.target_counts.tolist() == right
-    assert objective.batch.row_lengths.tolist() == [prompt + n for (prompt, _), n in zip(SHAPES, right)]
+    assert objective.batch.row_lengths.tolist() == [
+        prompt + n for (prompt, _), n in zip(SHAPES, right)
+    ]
     whole = tasks.batch
     for continuation, answer in enumerate(tasks.answer):
         expected = whole.target_token[whole.target_continuation == answer]
@@ -120,7 +125,10 @@ def test_accuracy(normalization):
         "bytes": tasks.choice_bytes,
     }[normalization]
     expected = np.array(
-        [[float(values.argmin() != right) for values, right in by_question(tasks, row / lengths)] for row in sums]
+        [
+            [float(values.argmin() != right) for values, right in by_question(tasks, row / lengths)]
+            for row in sums
+        ]
     )
     assert 0 < expected.mean() < 1
     assert np.array_equal(objective.sample_losses(sums), expected)
@@ -188,7 +196,9 @@ def test_the_loss_is_the_weighted_sum_of_the_samples():
     for objective in objectives:
         sums = nll(len(objective.sample))
         np.testing.assert_allclose(
-            objective.loss(sums), objective.sample_losses(sums) @ objective.sample_weight, rtol=1e-12
+            objective.loss(sums),
+            objective.sample_losses(sums) @ objective.sample_weight,
+            rtol=1e-12,
         )
         assert objective.sample_weight.sum() == pytest.approx(1)
         assert len(objective.sample_weight) == objective.num_samples
@@ -235,10 +245,17 @@ def test_names_and_hashes_tell_objectives_apart():
 
 def test_what_is_printed_is_a_line_of_counts_and_settings():
     batch, tasks = make_batch(), make_tasks()
-    assert repr(batch) == f"TokenBatch({len(LENGTHS)} rows, {len(LENGTHS)} continuations, {sum(LENGTHS)} tokens)"
+    assert (
+        repr(batch)
+        == f"TokenBatch({len(LENGTHS)} rows, {len(LENGTHS)} continuations, {sum(LENGTHS)} tokens)"
+    )
     assert repr(tasks) == f"Tasks(3 questions, 9 choices, {tasks.batch.num_tokens} tokens)"
-    assert repr(fp.Perplexity(batch)) == f"Perplexity({len(LENGTHS)} samples, {sum(LENGTHS)} tokens)"
-    assert repr(fp.TaskAccuracy(tasks, normalization="bytes")).endswith("tokens, normalization='bytes')")
+    assert (
+        repr(fp.Perplexity(batch)) == f"Perplexity({len(LENGTHS)} samples, {sum(LENGTHS)} tokens)"
+    )
+    assert repr(fp.TaskAccuracy(tasks, normalization="bytes")).endswith(
+        "tokens, normalization='bytes')"
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +268,10 @@ def test_what_is_printed_is_a_line_of_counts_and_settings():
         (lambda: fp.TaskMargin(make_batch()), "TaskMargin takes Tasks.* not TokenBatch"),
         (lambda: fp.TaskAccuracy("tasks.jsonl"), "TaskAccuracy takes Tasks.* not str"),
         (lambda: fp.TaskMargin(make_tasks(), normalization="bytes"), "'bytes'"),
-        (lambda: fp.TaskMargin(make_tasks(), weighting=None), "weighting must be one of question, choices, not None"),
+        (
+            lambda: fp.TaskMargin(make_tasks(), weighting=None),
+            "weighting must be one of question, choices, not None",
+        ),
         (lambda: fp.TaskLikelihood(make_batch()), "TaskLikelihood takes Tasks.* not TokenBatch"),
         (lambda: fp.TaskLikelihood(make_tasks(), normalization="bytes"), "'bytes'"),
         (lambda: fp.TaskAccuracy(make_tasks(), normalization="acc"), "'acc'"),

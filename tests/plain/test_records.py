@@ -1,4 +1,5 @@
-"""Files in and out: small wrong files are refused at once, and what is written is whole or not there."""
+"""Files in and out: small wrong files are refused at once, and what is written is whole or not
+there."""
 
 import errno
 import json
@@ -24,13 +25,21 @@ def refused(call, *args, **options) -> str:
 def words(documents, **options):
     """A tokenizer of single letters."""
     one = isinstance(documents, str)
-    ids = [[ord(letter) % 97 for letter in document] for document in ([documents] if one else documents)]
+    ids = [
+        [ord(letter) % 97 for letter in document]
+        for document in ([documents] if one else documents)
+    ]
     return {"input_ids": ids[0] if one else ids}
 
 
-@pytest.mark.parametrize("shape", ["(1000000000000000000,)", "(4, 1000000000000)", "(3, 3)", "((((((", "'x'"])
+@pytest.mark.parametrize(
+    "shape", ["(1000000000000000000,)", "(4, 1000000000000)", "(3, 3)", "((((((", "'x'"]
+)
 def test_token_ids_that_are_not_there(tmp_path, shape):
-    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    header = (
+        f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117)
+        + b"\n"
+    )
     content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
     (tmp_path / "ids.npy").write_bytes(content)
     assert "ids.npy: not a readable .npy array" in refused(fp.load_text, tmp_path / "ids.npy")
@@ -83,7 +92,10 @@ def test_lines_that_are_not_taken(tmp_path, line, why):
 
 def test_whole_surrogate_pairs_and_byte_order_marks(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a\\ud83d\\ude00b"}\n')
-    assert fp.load_text(tmp_path / "rows.jsonl", words, 1, 3).ids.tolist() == words("a\U0001f600b")["input_ids"]
+    assert (
+        fp.load_text(tmp_path / "rows.jsonl", words, 1, 3).ids.tolist()
+        == words("a\U0001f600b")["input_ids"]
+    )
 
 
 def test_long_answers_are_quoted_in_brief(tmp_path):
@@ -92,7 +104,7 @@ def test_long_answers_are_quoted_in_brief(tmp_path):
     assert "answer must be the index" in refused(fp.load_tasks, tmp_path / "rows.jsonl", words)
 
 
-# -- what is written -----------------------------------------------------------------------------------------------
+# -- what is written -------------------------------------------------------------------------------
 
 
 def refuse_links(number: int) -> None:
@@ -145,7 +157,8 @@ def test_leftovers_of_a_killed_run_do_not_block(tmp_path, links):
 
 
 def test_a_leftover_that_is_a_finished_file_is_not_written_to(tmp_path):
-    """What a run leaves that was killed after its file had appeared: the same file by another name."""
+    """What a run leaves that was killed after its file had appeared: the same file by another
+    name."""
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
     os.link(path, tmp_path / f".value.json.{os.getpid()}")

@@ -1,4 +1,5 @@
-"""Schedules: as many unit runs as there are new prefixes, steps that really produce every mask, states retained."""
+"""Schedules: as many unit runs as there are new prefixes, steps that really produce every mask,
+states retained."""
 
 import itertools
 
@@ -20,8 +21,11 @@ def count_prefixes(masks) -> int:
     return len(prefixes)
 
 
-def execute(schedule, trie, cache: set | None = None, capacity: int = 0) -> dict[int, tuple[int, ...]]:
-    """Run the steps on tuples of units in place of states; the sequence that each end was reached by.
+def execute(
+    schedule, trie, cache: set | None = None, capacity: int = 0
+) -> dict[int, tuple[int, ...]]:
+    """Run the steps on tuples of units in place of states; the sequence that each end was reached
+    by.
 
     cache: the prefixes that earlier schedules retained, which this one changes.
     """
@@ -82,7 +86,9 @@ def random_fields():
     yield np.zeros((2, 0), dtype=bool)
 
 
-@pytest.mark.parametrize("masks", list(random_fields()), ids=lambda masks: "x".join(map(str, masks.shape)))
+@pytest.mark.parametrize(
+    "masks", list(random_fields()), ids=lambda masks: "x".join(map(str, masks.shape))
+)
 def test_steps_produce_every_mask_with_the_least_work(masks):
     original = masks.copy()
     trie = make_trie(kept_units(masks))
@@ -91,7 +97,9 @@ def test_steps_produce_every_mask_with_the_least_work(masks):
     assert trie.layer_runs == count_prefixes(masks) == schedule.unit_runs
     assert trie.naive_layer_runs == masks.sum()
     assert len(set(trie.sequences)) == len(trie.sequences) == len({m.tobytes() for m in masks})
-    assert [trie.sequences[i] for i in trie.index] == [tuple(np.flatnonzero(mask)) for mask in masks]
+    assert [trie.sequences[i] for i in trie.index] == [
+        tuple(np.flatnonzero(mask)) for mask in masks
+    ]
 
     assert execute(schedule, trie) == dict(enumerate(trie.sequences))
     assert schedule.num_slots <= max_slots(masks.shape[1], len(trie.sequences))
@@ -146,21 +154,32 @@ def test_nodes_are_the_prefixes_and_wanted_ones_lie_below_what_is_known():
     rng = np.random.default_rng(0)
     for _ in range(300):
         units = rng.integers(1, 7)
-        asked = [tuple(rng.integers(0, units, rng.integers(0, 6)).tolist()) for _ in range(rng.integers(0, 8))]
+        asked = [
+            tuple(rng.integers(0, units, rng.integers(0, 6)).tolist())
+            for _ in range(rng.integers(0, 8))
+        ]
         pool = [prefix for sequence in [*asked, (0, 0, 1)] for prefix in prefixes_of(sequence)]
-        known = list(dict.fromkeys(pool[i] for i in rng.permutation(len(pool))[: rng.integers(0, 5)]))
+        known = list(
+            dict.fromkeys(pool[i] for i in rng.permutation(len(pool))[: rng.integers(0, 5)])
+        )
         trie = make_trie(asked, known)
         found = [trie.prefix(node) for node in range(len(trie.unit))]
-        assert sorted(found) == sorted({prefix for s in [*asked, *known] for prefix in prefixes_of(s)} | {()})
+        assert sorted(found) == sorted(
+            {prefix for s in [*asked, *known] for prefix in prefixes_of(s)} | {()}
+        )
         assert all(trie.parent[node] < node for node in range(1, len(found)))
         assert [trie.prefix(node) for node in trie.known_nodes] == known
         assert [trie.prefix(node) for node in trie.ends] == list(trie.sequences)
         wanted = set()
         for sequence in asked:
-            deepest = max([0, *(len(prefix) for prefix in known if sequence[: len(prefix)] == prefix)])
+            deepest = max(
+                [0, *(len(prefix) for prefix in known if sequence[: len(prefix)] == prefix)]
+            )
             wanted.update(prefixes_of(sequence)[deepest:])
         assert {found[node] for node in np.flatnonzero(trie.wanted)} == wanted
-        assert {found[node] for node in np.flatnonzero(trie.asked)} == {p for s in asked for p in prefixes_of(s)}
+        assert {found[node] for node in np.flatnonzero(trie.asked)} == {
+            p for s in asked for p in prefixes_of(s)
+        }
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 3, 8, 1000])
@@ -169,7 +188,10 @@ def test_calls_one_after_the_other_reach_every_end_within_the_capacity(capacity)
     for _ in range(60):
         known, likelihood, cache, ever, seen = (), None, set(), set(), Seen()
         for _ in range(6):
-            asked = [tuple(rng.integers(0, 5, rng.integers(0, 6)).tolist()) for _ in range(rng.integers(0, 12))]
+            asked = [
+                tuple(rng.integers(0, 5, rng.integers(0, 6)).tolist())
+                for _ in range(rng.integers(0, 12))
+            ]
             trie = make_trie(asked, known)
             schedule = make_schedule(trie, likelihood, capacity)
             assert execute(schedule, trie, cache, capacity) == dict(enumerate(trie.sequences))
@@ -214,8 +236,11 @@ def runs_over_a_search(trace, capacity: int) -> int:
         ("evopress", {"offspring": 32, "generations": 40}, 0.8, 0.3),
     ],
 )
-def test_a_search_of_32_blocks_costs_its_distinct_prefixes(algorithm, options, thousand, hundred, record_property):
-    """What a cache of so many states saves, as a share of what one without bounds saves over sharing within calls."""
+def test_a_search_of_32_blocks_costs_its_distinct_prefixes(
+    algorithm, options, thousand, hundred, record_property
+):
+    """What a cache of so many states saves, as a share of what one without bounds saves over
+    sharing within calls."""
     ev = Recorder(32, num_samples=64)
     fp.run_search(ev, algorithm, 7, **options)
     every = {prefix for asked in ev.trace for sequence in asked for prefix in prefixes_of(sequence)}
@@ -228,10 +253,13 @@ def test_a_search_of_32_blocks_costs_its_distinct_prefixes(algorithm, options, t
 
 
 def execute_by_bands(schedule, trie, band_of) -> dict[int, tuple[int, ...]]:
-    """Run the steps on tuples of units, visit by visit: only units of the visit's band, no slot held between visits."""
+    """Run the steps on tuples of units, visit by visit: only units of the visit's band, no slot
+    held between visits."""
     frontier: set = set()
     peak, finished, runs, num_bands = 0, {}, 0, max(band_of, default=0) + 1
-    assert [visit.number for visit in schedule.visits] == sorted({visit.number for visit in schedule.visits})
+    assert [visit.number for visit in schedule.visits] == sorted(
+        {visit.number for visit in schedule.visits}
+    )
     assert [v.start for v in schedule.visits] == [0, *(v.stop for v in schedule.visits)][:-1]
     for visit in schedule.visits:
         slots: list[tuple[int, ...] | None] = [None] * schedule.num_slots
@@ -275,7 +303,9 @@ def test_bands_run_every_node_once_and_ascending_sequences_in_one_round():
         band_of = np.sort(rng.integers(0, rng.integers(1, 5), num_units))
         band_of = np.unique(band_of, return_inverse=True)[1].tolist()
         sequences = kept_units(masks)
-        known = sorted({s[: rng.integers(1, len(s) + 1)] for s in sequences if s and rng.random() < 0.2})
+        known = sorted(
+            {s[: rng.integers(1, len(s) + 1)] for s in sequences if s and rng.random() < 0.2}
+        )
         for prefixes in ([], known):
             trie = make_trie(sequences, prefixes)
             schedule = make_schedule(trie, band_of=band_of)
@@ -297,7 +327,10 @@ def test_bands_come_round_again_for_units_that_go_back():
 def test_one_band_is_the_schedule_without_bands():
     for masks in random_fields():
         trie = make_trie(kept_units(masks))
-        plain, banded = make_schedule(trie, None, 3), make_schedule(trie, None, 3, [0] * masks.shape[1])
+        plain, banded = (
+            make_schedule(trie, None, 3),
+            make_schedule(trie, None, 3, [0] * masks.shape[1]),
+        )
         assert plain.steps == banded.steps
         assert plain.frontier == banded.frontier == ()
         assert len(plain.visits) <= 1

@@ -48,9 +48,11 @@ FAMILIES = [fisher, gaussian, indefinite, integer]
 
 
 def brute_force(h, g):
-    """For every k: all subsets by energy, then lexicographically, as (energies, membership [C(n, k), n])."""
+    """For every k: all subsets by energy, then lexicographically, as (energies, membership [C(n,
+    k), n])."""
     n = len(h)
-    # Variable 0 in the highest bit, bits inverted: row order is then the order of the sorted tuples.
+    # Variable 0 in the highest bit, bits inverted: row order is then the order of the sorted
+    # tuples.
     z = 1 - (np.arange(2**n)[:, None] >> np.arange(n - 1, -1, -1)) % 2
     zf = z.astype(float)
     energy = ((zf @ h + g) * zf).sum(axis=1)
@@ -94,7 +96,9 @@ def test_search_equals_brute_force_where_enumeration_would_do(family):
     g = rng.integers(-4, 5, n) / 4
     for k, energies, members in brute_force(h, g):
         for num_states in {1, min(50, math.comb(n, k)), math.comb(n, k)}:
-            subsets, found, proven, gap, _ = _native.solve_subset(h, g, k, num_states, enumerate_up_to=0.0)
+            subsets, found, proven, gap, _ = _native.solve_subset(
+                h, g, k, num_states, enumerate_up_to=0.0
+            )
             r = SubsetSolution([tuple(s) for s in subsets], found, proven, gap)
             assert_best(r, energies, members, num_states)
 
@@ -160,7 +164,9 @@ def test_ties_come_in_lexicographic_order():
 
 
 @native_only
-@pytest.mark.parametrize("h", [np.zeros((128, 128)), np.eye(128), np.ones((128, 128))], ids=["zeros", "eye", "ones"])
+@pytest.mark.parametrize(
+    "h", [np.zeros((128, 128)), np.eye(128), np.ones((128, 128))], ids=["zeros", "eye", "ones"]
+)
 def test_ties_of_interchangeable_variables_are_proven(h):
     r = solve_subset(h, 60, 3, time_limit=60)
     assert r.proven
@@ -225,7 +231,9 @@ def test_gap_covers_the_optimum():
 @native_only
 def test_keyboard_interrupt_gets_through():
     h = indefinite(120, np.random.default_rng(2))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # shells start background jobs without it
     try:
         timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()

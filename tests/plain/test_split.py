@@ -1,4 +1,5 @@
-"""What is split over workers: every sum once, even shares, and little sharing lost where the trie is cut."""
+"""What is split over workers: every sum once, even shares, and little sharing lost where the trie
+is cut."""
 
 from itertools import takewhile
 
@@ -15,7 +16,9 @@ def random_masks(kind: str) -> np.ndarray:
     """500 masks of 32 units."""
     rng = np.random.default_rng(0)
     if kind == "7 removed":
-        return np.array([~np.isin(np.arange(32), rng.choice(32, 7, replace=False)) for _ in range(500)])
+        return np.array(
+            [~np.isin(np.arange(32), rng.choice(32, 7, replace=False)) for _ in range(500)]
+        )
     return rng.random((500, 32)) < float(kind)
 
 
@@ -35,7 +38,9 @@ sequences = st.lists(st.lists(st.integers(0, 4), max_size=6).map(tuple), min_siz
 
 
 @given(sequences, st.integers(1, 12), st.integers(0, 3))
-def test_ranges_hold_every_sequence_once_and_repeat_only_the_path_to_their_first(asked, parts, head):
+def test_ranges_hold_every_sequence_once_and_repeat_only_the_path_to_their_first(
+    asked, parts, head
+):
     trie = make_trie(asked)
     ranges = cut(trie, parts, head)
     assert [i for part in ranges for i in part] == list(range(len(trie.sequences)))
@@ -47,7 +52,10 @@ def test_ranges_hold_every_sequence_once_and_repeat_only_the_path_to_their_first
     assert runs == trie.layer_runs + repeated
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 100)), min_size=1, max_size=40), st.integers(1, 9))
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 100)), min_size=1, max_size=40),
+    st.integers(1, 9),
+)
 def test_looks_and_the_whole_are_shared_out(chunks, workers):
     looks, loads = map(np.array, zip(*sorted(chunks)))
     owner = owners(loads, looks, workers)

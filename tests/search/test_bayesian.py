@@ -60,13 +60,17 @@ def test_expected_improvement_is_that_of_the_posterior(fitted):
     K = variance * np.exp(-hamming(masks, masks) / length) + noise * np.eye(len(masks))
     cross = variance * np.exp(-hamming(new, masks) / length)
     mean = scale * cross @ np.linalg.solve(K, residuals / scale)
-    deviation = scale * np.sqrt(variance - np.einsum("ij,ji->i", cross, np.linalg.solve(K, cross.T)))
+    deviation = scale * np.sqrt(
+        variance - np.einsum("ij,ji->i", cross, np.linalg.solve(K, cross.T))
+    )
     margins = np.full(6, residuals.min())
     expected = [
         integrate.quad(lambda f, m=m, d=d, t=t: (t - f) * stats.norm.pdf(f, m, d), m - 12 * d, t)[0]
         for m, d, t in zip(mean, deviation, margins)
     ]
-    np.testing.assert_allclose(process.expected_improvement(new, margins), expected, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(
+        process.expected_improvement(new, margins), expected, rtol=1e-4, atol=1e-9
+    )
 
 
 def test_budget_and_batches():
@@ -83,7 +87,9 @@ def test_budget_and_batches():
 
 
 def test_default_budget_is_200_trials():
-    assert fp.run_search(SyntheticEvaluator(16), "bayesian", 5, batch_size=64).evaluations == 16 + 200
+    assert (
+        fp.run_search(SyntheticEvaluator(16), "bayesian", 5, batch_size=64).evaluations == 16 + 200
+    )
 
 
 def test_ends_early_when_all_is_known():

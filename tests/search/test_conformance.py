@@ -1,4 +1,5 @@
-"""What every registered search algorithm must do: the public checks, and any objective on a real evaluator."""
+"""What every registered search algorithm must do: the public checks, and any objective on a real
+evaluator."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from fastprune import testing
 from fastprune.search import ALGORITHMS
 
 OPTIONS = {"bayesian": {"trials": 30}}  # a Gaussian process is fitted for each trial
-BLIND = ("lorp", "shortgpt", "streamline", "taylor")  # score nothing but the subset that they choose
+BLIND = (
+    "lorp",
+    "shortgpt",
+    "streamline",
+    "taylor",
+)  # score nothing but the subset that they choose
 ALL_AT_ONCE = """
 import json
 from fastprune.search import ALGORITHMS
@@ -74,7 +80,9 @@ def _questions(count: int) -> fp.Tasks:
     rows = []
     for _ in range(count):
         prompt = rng.integers(0, 97, 5)
-        rows.append([(np.concatenate([prompt, rng.integers(0, 97, length)]), 5) for length in (2, 3, 2)])
+        rows.append(
+            [(np.concatenate([prompt, rng.integers(0, 97, length)]), 5) for length in (2, 3, 2)]
+        )
     return fp.Tasks(
         batch=fp.TokenBatch.from_continuations(rows),
         question=np.repeat(np.arange(count), 3),
@@ -84,7 +92,9 @@ def _questions(count: int) -> fp.Tasks:
     )
 
 
-@pytest.fixture(scope="module", params=["perplexity-block", "margin-sublayer", "accuracy-block", "kl-sublayer"])
+@pytest.fixture(
+    scope="module", params=["perplexity-block", "margin-sublayer", "accuracy-block", "kl-sublayer"]
+)
 def evaluator(request) -> fp.Evaluator:
     objective, granularity = request.param.split("-")
     text, tasks = fp.TokenBatch.from_ids(families.random_rows(97, [9] * 4)), _questions(6)
@@ -106,4 +116,7 @@ def test_any_objective_and_granularity(name, evaluator):
     result = run(evaluator, name, 2, protect=(1,))
     assert len(result.removed) == 2
     assert result.loss == evaluator.score(result.mask[None])[0]
-    assert (result.objective, result.granularity) == (evaluator.objective.name, evaluator.granularity)
+    assert (result.objective, result.granularity) == (
+        evaluator.objective.name,
+        evaluator.granularity,
+    )

@@ -17,12 +17,22 @@ def scored(evaluator, name, k, **arguments) -> list[tuple[int, ...]]:
 
 def test_contiguous_scores_every_window_in_one_call():
     evaluator = SyntheticEvaluator(7)
-    assert scored(evaluator, "contiguous", 3) == [(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (4, 5, 6)]
+    assert scored(evaluator, "contiguous", 3) == [
+        (0, 1, 2),
+        (1, 2, 3),
+        (2, 3, 4),
+        (3, 4, 5),
+        (4, 5, 6),
+    ]
     assert evaluator.calls == [5]
 
 
 def test_windows_do_not_touch_protected_units_and_step_over_them_only_when_none_is_left():
-    assert scored(SyntheticEvaluator(8), "contiguous", 3, protect=(3,)) == [(0, 1, 2), (4, 5, 6), (5, 6, 7)]
+    assert scored(SyntheticEvaluator(8), "contiguous", 3, protect=(3,)) == [
+        (0, 1, 2),
+        (4, 5, 6),
+        (5, 6, 7),
+    ]
     assert scored(SyntheticEvaluator(6), "contiguous", 3, protect=(2,)) == [(3, 4, 5)]
     assert scored(SyntheticEvaluator(6), "contiguous", 3, protect=(1, 4)) == [(0, 2, 3), (2, 3, 5)]
 
@@ -50,7 +60,9 @@ def test_random_draws_different_subsets_uniformly():
     subsets = scored(evaluator, "random", 8, num_masks=500)
     assert len(set(subsets)) == 500
     assert evaluator.calls == [500]
-    counts = Counter(unit for subset in subsets for unit in subset)  # of each unit: 125 on average, deviation 9.7
+    counts = Counter(
+        unit for subset in subsets for unit in subset
+    )  # of each unit: 125 on average, deviation 9.7
     assert min(counts.values()) > 125 - 45
     assert max(counts.values()) < 125 + 45
     assert subsets != scored(evaluator, "random", 8, num_masks=500, seed=1)

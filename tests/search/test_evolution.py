@@ -40,7 +40,9 @@ def test_prior_draws_units_without_a_finite_loss_last():
     drawn = Counter(unit for _ in range(300) for unit in prior.subset())
     assert set(drawn) == {1, 2, 4, 5}
     assert set(prior.draw([0, 1, 3], 2)) & {0, 3}
-    assert prior.one_shot() == tuple(sorted(sorted((1, 2, 4, 5), key=lambda i: prior.singles[i])[:3]))
+    assert prior.one_shot() == tuple(
+        sorted(sorted((1, 2, 4, 5), key=lambda i: prior.singles[i])[:3])
+    )
 
 
 def test_linear_mean_is_least_squares():
@@ -92,7 +94,9 @@ def test_draws_are_distinct_and_swaps_exchange_what_they_say():
             swapped = draws.swapped(search, (0, 2, 4, 6), swaps)
             assert len({*swapped} - {0, 2, 4, 6}) == swaps
             assert 8 not in swapped
-    assert len({*draws.swapped(search, (0, 1, 2, 3, 4, 5), 3)} - {0, 1, 2, 3, 4, 5}) == 2  # only 6 and 7 are kept
+    assert (
+        len({*draws.swapped(search, (0, 1, 2, 3, 4, 5), 3)} - {0, 1, 2, 3, 4, 5}) == 2
+    )  # only 6 and 7 are kept
 
 
 def test_evopress_counts_of_masks_and_tokens():
@@ -115,7 +119,9 @@ def test_evopress_draws_fresh_samples_of_enough_tokens(monkeypatch):
     drawn = []
     score_samples = evaluator.score_samples
     monkeypatch.setattr(
-        evaluator, "score_samples", lambda masks, samples: drawn.append(samples) or score_samples(masks, samples)
+        evaluator,
+        "score_samples",
+        lambda masks, samples: drawn.append(samples) or score_samples(masks, samples),
     )
     fp.run_search(evaluator, "evopress", 4, final_tokens=7000)
     assert {len(samples) for samples in drawn} == {3, 10}  # 2,100 and 7,000 tokens
@@ -145,7 +151,9 @@ def parents_of(monkeypatch, evaluator, k, **arguments) -> list[tuple[tuple[int, 
     monkeypatch.setattr(
         evaluator,
         "score_samples",
-        lambda masks, samples: asked.append([fp.to_removed(mask) for mask in masks]) or score_samples(masks, samples),
+        lambda masks, samples: (
+            asked.append([fp.to_removed(mask) for mask in masks]) or score_samples(masks, samples)
+        ),
     )
     fp.run_search(evaluator, "evopress", k, **arguments)
     children, finals = asked[1::2], asked[2::2]
@@ -153,10 +161,12 @@ def parents_of(monkeypatch, evaluator, k, **arguments) -> list[tuple[tuple[int, 
 
 
 def swaps_law(k: int, kept: int, most: int = 3) -> np.ndarray:
-    """The share of children that differ from their parent in 1..most blocks, under the published flips.
+    """The share of children that differ from their parent in 1..most blocks, under the published
+    flips.
 
-    n = min of two draws from 1..most; each flip is discarded with probability 1/2. With s swaps made, one more swaps
-    another pair with probability (k-s)(kept-s)/(k kept), undoes one with s^2/(k kept), and else replaces one.
+    n = min of two draws from 1..most; each flip is discarded with probability 1/2. With s swaps
+    made, one more swaps another pair with probability (k-s)(kept-s)/(k kept), undoes one with
+    s^2/(k kept), and else replaces one.
     """
     step = np.zeros((most + 1, most + 1))
     for s in range(most + 1):
@@ -182,7 +192,9 @@ def test_published_flips_swap_as_many_blocks_as_the_law_says(k, kept):
     expected = law * counts[1:].sum()
     seen = expected > 0
     assert not counts[1:][~seen].any()
-    assert ((counts[1:] - expected)[seen] ** 2 / expected[seen]).sum() < 20  # chi-square with 2 degrees: p < 5e-5
+    assert (
+        (counts[1:] - expected)[seen] ** 2 / expected[seen]
+    ).sum() < 20  # chi-square with 2 degrees: p < 5e-5
     if k == 200:  # undoing is rare: the law of the flips alone, Binomial(n, 1/2) given at least one
         np.testing.assert_allclose(law, np.array([35, 9, 1]) / 45, atol=0.01)
 
@@ -200,14 +212,18 @@ def test_published_flips_keep_the_balance_of_attentions_and_mlps(monkeypatch):
             assert len(child) == 6
             assert not {0, 5} & {*child}
             assert sum(unit % 2 for unit in child) == 3
-        swapped.update(tuple(sorted(unit % 2 for unit in {*child} - {*parent})) for child in children)
+        swapped.update(
+            tuple(sorted(unit % 2 for unit in {*child} - {*parent})) for child in children
+        )
     assert {(0,), (1,), (0, 1)} <= {*swapped}
 
 
 def test_a_type_with_nothing_left_to_swap_is_not_flipped(monkeypatch):
     evaluator = SyntheticEvaluator(8, num_samples=64)
     evaluator.granularity = "sublayer"
-    for parent, children in parents_of(monkeypatch, evaluator, 4, protect=(0, 2)):  # attentions 4 and 6 must go
+    for parent, children in parents_of(
+        monkeypatch, evaluator, 4, protect=(0, 2)
+    ):  # attentions 4 and 6 must go
         assert children
         assert all({4, 6} <= {*child} for child in (parent, *children))
 
@@ -217,7 +233,9 @@ def test_sublayers_that_cannot_be_balanced_are_refused_before_anything_is_scored
     evaluator.granularity = "sublayer"
     with pytest.raises(fp.InputError, match=r"num_remove must be even, not 3, .*flips=free"):
         fp.run_search(evaluator, "evopress", 3)
-    with pytest.raises(fp.InputError, match=r"only 1 attentions are not protected, below 2.*flips=free"):
+    with pytest.raises(
+        fp.InputError, match=r"only 1 attentions are not protected, below 2.*flips=free"
+    ):
         fp.run_search(evaluator, "evopress", 4, protect=(0, 2, 4))
     assert not evaluator.calls + evaluator.sample_calls
     assert len(fp.run_search(evaluator, "evopress", 3, flips="free").removed) == 3
@@ -227,7 +245,9 @@ def test_free_flips_swap_pairs_of_different_units_of_any_type(monkeypatch):
     evaluator = SyntheticEvaluator(40, num_samples=64)
     evaluator.granularity = "sublayer"
     families = parents_of(monkeypatch, evaluator, 20, flips="free")
-    sizes = Counter(len({*child} - {*parent}) for parent, children in families for child in children)
+    sizes = Counter(
+        len({*child} - {*parent}) for parent, children in families for child in children
+    )
     shares = np.array([sizes[n] for n in (1, 2, 3)]) / sizes.total()
     np.testing.assert_allclose(shares, np.array([5, 3, 1]) / 9, atol=0.03)
     assert any(sum(unit % 2 for unit in parent) != 10 for parent, _ in families)

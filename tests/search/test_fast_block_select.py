@@ -61,7 +61,11 @@ def test_the_pool_holds_the_costliest_removed_and_the_cheapest_kept():
     evaluator = Table(10, {(0, 1, 2): 10.0, (0, 2, 3): 9.0})
     assert search(evaluator, 3, max_run=1, pool=1).removed == (0, 1, 2)  # only 2 for 3 is tried
     assert evaluator.calls == [10, 2]
-    assert search(Table(10, evaluator.losses), 3, max_run=1, pool=2).removed == (0, 2, 3)  # 1 for 3 is tried too
+    assert search(Table(10, evaluator.losses), 3, max_run=1, pool=2).removed == (
+        0,
+        2,
+        3,
+    )  # 1 for 3 is tried too
 
 
 def test_a_cycle_ends_with_the_rounds():

@@ -1,4 +1,5 @@
-"""cbo and surrogate: gradients against finite differences, states against enumeration, optima of quadratic losses."""
+"""cbo and surrogate: gradients against finite differences, states against enumeration, optima of
+quadratic losses."""
 
 from __future__ import annotations
 
@@ -29,13 +30,15 @@ def evaluator(model, rows) -> fp.Evaluator:
 
 
 def sample_losses(model, rows, scales) -> np.ndarray:
-    """Mean negative log-likelihood of each row, with the branches of block i scaled by scales[i]."""
+    """Mean negative log-likelihood of each row, with the branches of block i scaled by
+    scales[i]."""
     scaled = families.with_scaled_branches(model, np.repeat(scales, 2))
     return np.array([nll.mean() for nll in families.reference_token_nll(scaled, rows)])
 
 
 def test_gradients_are_finite_differences_of_each_samples_loss(evaluator, model, rows):
-    # transformers' norms compute in float32 whatever the dtype: steps are wide, and the stencil is of fourth order
+    # transformers' norms compute in float32 whatever the dtype: steps are wide, and the stencil is
+    # of fourth order
     stencil = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
     step, size = 0.03, evaluator.num_units
     differences = np.zeros((len(rows), size))
@@ -45,7 +48,9 @@ def test_gradients_are_finite_differences_of_each_samples_loss(evaluator, model,
     np.testing.assert_allclose(evaluator.unit_gradients(), differences, atol=5e-5, rtol=0)
 
 
-def lowest(energy: np.ndarray, linear: np.ndarray, units, k: int, count: int) -> list[tuple[int, ...]]:
+def lowest(
+    energy: np.ndarray, linear: np.ndarray, units, k: int, count: int
+) -> list[tuple[int, ...]]:
     """The subsets of the units with the lowest z^T H z + linear^T z, by enumeration."""
 
     def value(subset):
@@ -72,7 +77,9 @@ def test_cbo_states_match_enumeration_with_protected_units(seed):
     A = evaluator.unit_gradients()
     units = [unit for unit in range(12) if unit not in (2, 7)]
     result = fp.run_search(evaluator, "cbo", 5, num_states=20, protect=(2, 7))
-    assert [removed for removed, _ in result.history] == lowest(A.T @ A / len(A), np.zeros(12), units, 5, 20)
+    assert [removed for removed, _ in result.history] == lowest(
+        A.T @ A / len(A), np.zeros(12), units, 5, 20
+    )
     assert evaluator.calls == [20]
 
 

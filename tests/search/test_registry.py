@@ -85,18 +85,26 @@ def test_more_units_than_can_be_solved_for_are_refused_before_anything_is_scored
 
 def test_a_field_too_large_to_enumerate_is_refused_before_anything_is_scored():
     evaluator = SyntheticEvaluator(9)
-    with pytest.raises(fp.InputError, match=r"C\(9, 4\) = 126 subsets, above its option max_masks=125"):
+    with pytest.raises(
+        fp.InputError, match=r"C\(9, 4\) = 126 subsets, above its option max_masks=125"
+    ):
         fp.run_search(evaluator, "exhaustive", 4, max_masks=125)
     assert not evaluator.calls
 
 
 def test_algorithms_that_need_gradients_say_so():
-    assert [name for name, known in ALGORITHMS.items() if known.needs_gradients] == ["taylor", "cbo"]
+    assert [name for name, known in ALGORITHMS.items() if known.needs_gradients] == [
+        "taylor",
+        "cbo",
+    ]
 
 
 def test_protected_units_are_named_in_errors():
     wrong = {3: "protected units are given as a collection", (9,): "protected unit 9 is out of"}
-    for protect, message in {**wrong, "0,1": r"unknown preset '0,1' .* or indices, such as \(0, 1\)"}.items():
+    for protect, message in {
+        **wrong,
+        "0,1": r"unknown preset '0,1' .* or indices, such as \(0, 1\)",
+    }.items():
         with pytest.raises(fp.InputError, match=message):
             fp.run_search(SyntheticEvaluator(5), "greedy", 1, protect=protect)
 
@@ -111,7 +119,9 @@ def test_what_is_no_evaluator_and_no_seed():
 
 @pytest.mark.parametrize("name", ["bayesian", "lorp", "surrogate"])
 def test_a_missing_library_is_named_before_anything_is_scored(name, monkeypatch):
-    for module in [m for m in sys.modules if m.startswith(("sklearn.", "fastprune.search.gaussian"))]:
+    for module in [
+        m for m in sys.modules if m.startswith(("sklearn.", "fastprune.search.gaussian"))
+    ]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     evaluator = SyntheticEvaluator(8)

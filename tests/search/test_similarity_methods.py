@@ -1,4 +1,5 @@
-"""lorp, shortgpt and streamline against NumPy written from their equations, and against a model's own states."""
+"""lorp, shortgpt and streamline against NumPy written from their equations, and against a model's
+own states."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from fastprune.testing import SyntheticEvaluator
 BLOCKS = 8
 
 
-# -- the equations, one by one, without the library ------------------------------------------------------------------
+# -- the equations, one by one, without the library ------------------------------------------------
 
 
 def mean_cosines(states: list[np.ndarray]) -> np.ndarray:
@@ -38,7 +39,9 @@ def reference_rls(S: np.ndarray) -> float:
 def reference_labels(S: np.ndarray, K: int) -> list[int]:
     affinity = (S + 1) / 2
     np.fill_diagonal(affinity, 1.0)
-    raw = SpectralClustering(K, affinity="precomputed", assign_labels="kmeans", random_state=0).fit_predict(affinity)
+    raw = SpectralClustering(
+        K, affinity="precomputed", assign_labels="kmeans", random_state=0
+    ).fit_predict(affinity)
     names: dict[int, int] = {}
     return [names.setdefault(label, len(names)) for label in raw.tolist()]
 
@@ -54,7 +57,9 @@ def reference_lorp(S: np.ndarray, labels: list[int], k: int, protect=()) -> set[
             others = [S[i, j] for j in members if j != i]
             redundancy[i] = np.mean(others) if others else -np.inf
         free = [i for i in members if i not in protected]
-        queues.append(sorted(free, key=redundancy.get, reverse=True))  # stable: equal ones keep their order
+        queues.append(
+            sorted(free, key=redundancy.get, reverse=True)
+        )  # stable: equal ones keep their order
     pruned: list[int] = []
     for queue in queues:  # stage 1
         if queue and len(pruned) < k:
@@ -73,13 +78,15 @@ def reference_lorp(S: np.ndarray, labels: list[int], k: int, protect=()) -> set[
     return set(pruned)
 
 
-# -- a model ---------------------------------------------------------------------------------------------------------
+# -- a model ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(3)
-    config = tf.LlamaConfig(**(families.LLAMA_LIKE | {"num_hidden_layers": BLOCKS}), tie_word_embeddings=False)
+    config = tf.LlamaConfig(
+        **(families.LLAMA_LIKE | {"num_hidden_layers": BLOCKS}), tie_word_embeddings=False
+    )
     return tf.LlamaForCausalLM(config).eval()
 
 
@@ -90,7 +97,8 @@ def rows() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def states(llama, rows) -> list[np.ndarray]:
-    """The input of every block and the output of the last, before the final norm: [tokens, D] each."""
+    """The input of every block and the output of the last, before the final norm: [tokens, D]
+    each."""
     seen: list[list[np.ndarray]] = [[] for _ in range(BLOCKS + 1)]
 
     def keep(depth):
@@ -127,7 +135,9 @@ def test_lorp_on_a_model(evaluator, states, clusters):
     labels = reference_labels(S, K) if K > 1 else [0] * BLOCKS
     assert cluster_units(evaluator.similarity()[:-1, :-1], K).tolist() == labels
     for k in range(1, BLOCKS - 1):
-        assert {*fp.run_search(evaluator, "lorp", k, clusters=clusters).removed} == reference_lorp(S, labels, k)
+        assert {*fp.run_search(evaluator, "lorp", k, clusters=clusters).removed} == reference_lorp(
+            S, labels, k
+        )
 
 
 def test_shortgpt_and_streamline_on_a_model(evaluator, states):
@@ -140,13 +150,18 @@ def test_shortgpt_and_streamline_on_a_model(evaluator, states):
         assert fp.run_search(evaluator, "streamline", k).removed == tuple(range(start, start + k))
     for k in range(1, BLOCKS - 1):
         expected = sorted(range(1, BLOCKS - 1), key=lambda i: influence[i])[:k]
-        assert fp.run_search(evaluator, "shortgpt", k, variant="lorp").removed == tuple(sorted(expected))
+        assert fp.run_search(evaluator, "shortgpt", k, variant="lorp").removed == tuple(
+            sorted(expected)
+        )
         start = max(range(1, BLOCKS - k), key=lambda i: cosine[i, i + k])
-        assert fp.run_search(evaluator, "streamline", k, variant="lorp").removed == tuple(range(start, start + k))
+        assert fp.run_search(evaluator, "streamline", k, variant="lorp").removed == tuple(
+            range(start, start + k)
+        )
 
 
 def test_angular_distance_of_the_last_tokens(evaluator, states, rows):
-    """Gromov's variant: the mean of the angles, which is not the angle of the mean cosine, at the last tokens only."""
+    """Gromov's variant: the mean of the angles, which is not the angle of the mean cosine, at the
+    last tokens only."""
     last = np.cumsum([len(row) for row in rows]) - 1
     unit = np.stack([h[last] / np.linalg.norm(h[last], axis=1, keepdims=True) for h in states])
     angles = np.arccos(np.einsum("itd,jtd->tij", unit, unit).clip(-1, 1)).mean(axis=0) / np.pi
@@ -163,7 +178,9 @@ def test_angular_distance_of_questions_is_that_of_their_choices(llama):
     prompt = families.random_rows(97, [6], seed=2)[0]
     choices = families.random_rows(97, [1, 4, 2], seed=3)
     tasks = fp.Tasks(
-        batch=fp.TokenBatch.from_continuations([[(np.array([*prompt, *choice]), 6) for choice in choices]]),
+        batch=fp.TokenBatch.from_continuations(
+            [[(np.array([*prompt, *choice]), 6) for choice in choices]]
+        ),
         question=np.zeros(3, dtype=int),
         answer=np.array([1]),
         choice_characters=np.ones(3, dtype=int),
@@ -171,7 +188,9 @@ def test_angular_distance_of_questions_is_that_of_their_choices(llama):
     )
     text = fp.TokenBatch.from_ids([[*prompt, *choice] for choice in choices])
     found = fp.Evaluator(llama, fp.TaskMargin(tasks)).angular_distance()
-    np.testing.assert_allclose(found, fp.Evaluator(llama, fp.Perplexity(text)).angular_distance(), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        found, fp.Evaluator(llama, fp.Perplexity(text)).angular_distance(), atol=1e-5, rtol=0
+    )
 
 
 def test_one_mask_is_scored(evaluator):
@@ -179,7 +198,7 @@ def test_one_mask_is_scored(evaluator):
         assert fp.run_search(evaluator, name, 3).evaluations == 1
 
 
-# -- many matrices ---------------------------------------------------------------------------------------------------
+# -- many matrices ---------------------------------------------------------------------------------
 
 
 class Given(SyntheticEvaluator):
@@ -203,17 +222,23 @@ def test_lorp_on_random_states(seed, clusters):
         found = fp.run_search(Given(similarity), "lorp", k, clusters=clusters).removed
         assert {*found} == reference_lorp(S, labels, k)
     for k in (1, 3, 7, 11):
-        found = fp.run_search(Given(similarity), "lorp", k, clusters=clusters, protect=(3, 4, 9)).removed
+        found = fp.run_search(
+            Given(similarity), "lorp", k, clusters=clusters, protect=(3, 4, 9)
+        ).removed
         assert {*found} == reference_lorp(S, labels, k, (3, 4, 9))
 
 
-@pytest.mark.parametrize(("rls", "clusters"), [(1.2, 2), (1.0, 2), (0.99, 3), (0.7, 3), (0.69, 4), (0.1, 4)])
+@pytest.mark.parametrize(
+    ("rls", "clusters"), [(1.2, 2), (1.0, 2), (0.99, 3), (0.7, 3), (0.69, 4), (0.1, 4)]
+)
 def test_rls_decides_the_number_of_clusters(rls, clusters):
     size = 12
     S = SyntheticEvaluator(size - 1, 5).similarity()
     upper = np.triu_indices(size, 1)
     mean = S[upper].mean()
-    S = np.where(np.eye(size), 1.0, S * (2.0**-rls / mean) * (1 - 1e-12))  # as asked, rounded to above
+    S = np.where(
+        np.eye(size), 1.0, S * (2.0**-rls / mean) * (1 - 1e-12)
+    )  # as asked, rounded to above
     similarity = np.eye(size + 1)
     similarity[:size, :size] = S
     assert redundancy_score(S) == pytest.approx(rls)
@@ -244,7 +269,13 @@ def test_without_room_the_last_unit_goes_and_then_the_first():
         assert fp.run_search(evaluator, name, 5, protect=(5,), **options).removed == (0, 1, 2, 3, 4)
     similarity = np.where(np.eye(7), 1.0, 0.5)
     similarity[1, 6] = 0.9  # over units 1 to 5
-    assert fp.run_search(Given(similarity), "streamline", 5, variant="lorp").removed == (1, 2, 3, 4, 5)
+    assert fp.run_search(Given(similarity), "streamline", 5, variant="lorp").removed == (
+        1,
+        2,
+        3,
+        4,
+        5,
+    )
 
 
 def test_states_that_are_not_finite_are_an_error():

@@ -10,7 +10,8 @@ from fastprune.testing import SyntheticEvaluator
 
 
 def walk(loss, layers: list[int], threshold: float, k: int, keep: str) -> list[int]:
-    """What is gone after a walk from the last of the layers down to the first, of at most k; loss: of what is gone."""
+    """What is gone after a walk from the last of the layers down to the first, of at most k; loss:
+    of what is gone."""
     gone: list[int] = []
     high = len(layers) - 1
     low = high - 1
@@ -52,16 +53,22 @@ def test_the_lowest_threshold_whose_walk_removes_enough(seed, keep):
         layers = [unit for unit in range(size - 1) if unit not in protect]
         for k in range(2, len(layers)):
             arguments = {"keep": keep, "protect": protect}
-            result = fp.run_search(SyntheticEvaluator(size, seed), "sliding_window_merge", k, **arguments)
+            result = fp.run_search(
+                SyntheticEvaluator(size, seed), "sliding_window_merge", k, **arguments
+            )
             # a walk depends on nothing of a threshold but which losses are above it
             tried: list[list[int]] = [[unit] for unit in layers]
             for threshold in sorted({value for _, value in result.history}):
                 gone = walk(noting(tried), layers, threshold, k, keep)
                 if len(gone) == k:
                     break
-            assert {removed for removed, _ in result.history} == {tuple(sorted(units)) for units in tried}
+            assert {removed for removed, _ in result.history} == {
+                tuple(sorted(units)) for units in tried
+            }
             assert tuple(sorted(gone)) in dict(result.history)
-            assert result.loss == min(value for removed, value in result.history if len(removed) == k)
+            assert result.loss == min(
+                value for removed, value in result.history if len(removed) == k
+            )
 
 
 def test_windows_of_what_changes_little():
@@ -78,4 +85,6 @@ def test_windows_of_what_changes_little():
 
 def test_without_room_everything_goes_that_can():
     assert fp.run_search(SyntheticEvaluator(5), "sliding_window_merge", 4).removed == (0, 1, 2, 3)
-    assert fp.run_search(SyntheticEvaluator(5), "sliding_window_merge", 4, protect=(1,)).removed == (0, 2, 3, 4)
+    assert fp.run_search(
+        SyntheticEvaluator(5), "sliding_window_merge", 4, protect=(1,)
+    ).removed == (0, 2, 3, 4)

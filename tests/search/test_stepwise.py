@@ -39,7 +39,9 @@ def test_greedy_takes_the_best_next_unit_and_equals_beam_of_width_1(seed):
 
 def test_beam_wide_enough_is_exhaustive():
     evaluator = SyntheticEvaluator(8, seed=5)
-    best = min(itertools.combinations(range(8), 3), key=lambda subset: (loss_of(evaluator, subset), subset))
+    best = min(
+        itertools.combinations(range(8), 3), key=lambda subset: (loss_of(evaluator, subset), subset)
+    )
     assert fp.run_search(evaluator, "beam", 3, beam_width=56).removed == best
 
 
@@ -89,7 +91,9 @@ def test_presets_protect_the_blocks_that_a_method_never_removes(preset, first, l
 
 
 def test_presets_that_are_unknown_or_leave_too_little_are_refused():
-    with pytest.raises(fp.InputError, match="unknown preset 'slep' of protected units; did you mean 'sleb'"):
+    with pytest.raises(
+        fp.InputError, match="unknown preset 'slep' of protected units; did you mean 'sleb'"
+    ):
         fp.run_search(SyntheticEvaluator(5), "one_shot", 1, protect="slep")
     with pytest.raises(fp.InputError, match="num_remove is 1, but only 0 units are not protected"):
         fp.run_search(SyntheticEvaluator(5), "one_shot", 1, protect="shortened-llama")

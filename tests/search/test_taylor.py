@@ -12,7 +12,8 @@ from fastprune.testing import SyntheticEvaluator
 
 
 def importances(hf, rows, power: int) -> tuple[list[float], list[float], list[float]]:
-    """Of each block, its attention and its mlp with the norms before them: sum of |w dL/dw|^power, L over all rows."""
+    """Of each block, its attention and its mlp with the norms before them: sum of |w dL/dw|^power,
+    L over all rows."""
     loss = sum(
         torch.nn.functional.cross_entropy(
             hf(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum"
@@ -28,7 +29,9 @@ def importances(hf, rows, power: int) -> tuple[list[float], list[float], list[fl
             if not name.endswith("bias")
         }
         whole.append(sum(found.values()))
-        attention.append(sum(v for n, v in found.items() if n.startswith(("self_attn", "input_", "attention"))))
+        attention.append(
+            sum(v for n, v in found.items() if n.startswith(("self_attn", "input_", "attention")))
+        )
         mlp.append(sum(v for n, v in found.items() if n.startswith(("mlp", "post_attention"))))
     hf.zero_grad()
     return whole, attention, mlp
@@ -65,6 +68,8 @@ def test_parameters_that_were_frozen_stay_frozen():
 
 def test_what_is_not_finite_comes_last(monkeypatch):
     evaluator = SyntheticEvaluator(6)
-    monkeypatch.setattr(evaluator, "unit_salience", lambda power: np.array([np.nan, 3.0, 1.0, np.inf, 2.0, 0.5]))
+    monkeypatch.setattr(
+        evaluator, "unit_salience", lambda power: np.array([np.nan, 3.0, 1.0, np.inf, 2.0, 0.5])
+    )
     assert fp.run_search(evaluator, "taylor", 3).removed == (2, 4, 5)
     assert fp.run_search(evaluator, "taylor", 5).removed == (0, 1, 2, 4, 5)

@@ -1,4 +1,5 @@
-"""The public checks: an algorithm of somebody's own, from the documentation, passes them; one that cheats does not."""
+"""The public checks: an algorithm of somebody's own, from the documentation, passes them; one that
+cheats does not."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def installed(tmp_path, monkeypatch):
 
 
 def documented() -> str:
-    (source,) = re.findall(r"```python\n(# my_package.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (source,) = re.findall(
+        r"```python\n(# my_package.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL
+    )
     return source
 
 
@@ -65,7 +68,9 @@ def test_one_that_cannot_be_imported_is_named_and_left_out(registry, installed):
 
 
 def test_a_name_is_taken_once(registry):
-    with pytest.raises(fp.InputError, match=r"'beam' is there already, from fastprune\.search\.beam"):
+    with pytest.raises(
+        fp.InputError, match=r"'beam' is there already, from fastprune\.search\.beam"
+    ):
 
         @algorithm
         def beam(search: Search) -> None:

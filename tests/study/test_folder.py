@@ -1,4 +1,5 @@
-"""A study's folder: what was left there is checked, a kill leaves nothing that blocks, and one process writes."""
+"""A study's folder: what was left there is checked, a kill leaves nothing that blocks, and one
+process writes."""
 
 from __future__ import annotations
 
@@ -24,9 +25,15 @@ COSTS = ("layer_runs", "seconds")
 def make_model() -> fp.Model:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     return fp.Model(LlamaForCausalLM(config).eval(), name="tiny")
 
 
@@ -35,7 +42,9 @@ IDS = fp.TokenBatch.from_ids(np.random.default_rng(1).integers(0, 97, (4, 13)))
 
 def study(out, model: fp.Model | None = None, **more) -> dict:
     objectives = {"one": lambda model: fp.Perplexity(IDS)}
-    return run_study([model or make_model()], objectives, ["one_shot", "greedy"], [1, 2], out, **more)
+    return run_study(
+        [model or make_model()], objectives, ["one_shot", "greedy"], [1, 2], out, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,9 @@ def found(cells: list[dict]) -> list[dict]:
 
 
 def altered(**changes):
-    return lambda path, other: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return lambda path, other: path.write_text(
+        json.dumps({**json.loads(path.read_text()), **changes})
+    )
 
 
 DAMAGE = {
@@ -78,7 +89,9 @@ def test_a_cell_that_cannot_be_believed_is_named_and_made_again(finished, model,
     with pytest.warns(RuntimeWarning, match=path.name):
         again = study(out, model)
     assert found(again["cells"]) == found(finished[1]["cells"])
-    assert found(study(out, model)["cells"]) == found(finished[1]["cells"])  # and nothing is said any more
+    assert found(study(out, model)["cells"]) == found(
+        finished[1]["cells"]
+    )  # and nothing is said any more
 
 
 def test_a_cell_of_a_study_with_other_settings_is_made_again(finished, model, tmp_path):
@@ -92,7 +105,9 @@ def test_a_cell_of_a_study_with_other_settings_is_made_again(finished, model, tm
     assert found(again["cells"]) == found(expected["cells"])
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"seed": 0, "seed": 0}', b"[" * 99999])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"seed": 0, "seed": 0}', b"[" * 99999]
+)
 def test_inputs_that_no_study_has_written(model, tmp_path, content):
     (tmp_path / "inputs.json").write_bytes(content)
     with pytest.raises(fp.InputError, match=r"inputs\.json: is not what a study has written"):
@@ -119,7 +134,9 @@ def test_the_second_process_in_a_folder_is_refused(finished, model, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program, str(out)]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout.readline() == b"held\n"
         for call in (lambda: study(out, model), lambda: check_study_folder(out, {})):
             with pytest.raises(fp.InputError, match="another process is running a study there"):
@@ -139,7 +156,10 @@ def test_a_study_of_another_kind_of_machine_is_named(finished, model, tmp_path, 
     out = shutil.copytree(finished[0], tmp_path / "s")
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        with pytest.raises(fp.InputError, match=r"another kind of machine \(CUBLAS_WORKSPACE_CONFIG\); name another"):
+        with pytest.raises(
+            fp.InputError,
+            match=r"another kind of machine \(CUBLAS_WORKSPACE_CONFIG\); name another",
+        ):
             study(out, model)
     other = "generic" if fp.Evaluator(model, fp.Perplexity(IDS)).backend != "generic" else "fused"
     with pytest.raises(fp.InputError, match="other backend; name another folder"):

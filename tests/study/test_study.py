@@ -1,4 +1,5 @@
-"""The study: complete, continued after an interruption, refused for other inputs, and its figures and page."""
+"""The study: complete, continued after an interruption, refused for other inputs, and its figures
+and page."""
 
 from __future__ import annotations
 
@@ -27,9 +28,15 @@ BUDGETS = [1, 2]
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     return fp.Model(LlamaForCausalLM(config).eval(), name="tiny")
 
 
@@ -77,7 +84,9 @@ def test_overlap_and_ranks(finished):
         overlaps = {True: [], False: []}
         for a, b in itertools.combinations(cells, 2):
             a_set, b_set = set(a["removed"]), set(b["removed"])
-            overlaps[a["objective"] == b["objective"]].append(len(a_set & b_set) / len(a_set | b_set))
+            overlaps[a["objective"] == b["objective"]].append(
+                len(a_set & b_set) / len(a_set | b_set)
+            )
         assert entry["within"] == pytest.approx(np.mean(overlaps[True]))
         assert entry["across"] == pytest.approx(np.mean(overlaps[False]))
     for entry in study["spearman"]:
@@ -85,13 +94,22 @@ def test_overlap_and_ranks(finished):
         assert entry["rho"] is None or -1 <= entry["rho"] <= 1
 
 
-def cells_with(losses: dict[tuple[int, ...], tuple[float, float]], chosen: list[tuple[int, ...]]) -> list[Cell]:
+def cells_with(
+    losses: dict[tuple[int, ...], tuple[float, float]], chosen: list[tuple[int, ...]]
+) -> list[Cell]:
     """Cells that chose these masks under "one"; losses: of each mask under "one" and "other"."""
     return [
-        Cell("m", "one", 2, f"algorithm {i}", removed, losses[removed][0],
-             losses=dict(zip(("one", "other"), losses[removed])))
+        Cell(
+            "m",
+            "one",
+            2,
+            f"algorithm {i}",
+            removed,
+            losses[removed][0],
+            losses=dict(zip(("one", "other"), losses[removed])),
+        )
         for i, removed in enumerate(chosen)
-    ]  # fmt: skip
+    ]
 
 
 def test_ranks_of_fewer_than_three_masks_say_nothing():
@@ -103,16 +121,32 @@ def test_ranks_of_fewer_than_three_masks_say_nothing():
 
 
 def test_a_search_that_finds_nothing_is_a_cell_with_an_error(model, tmp_path):
-    """A block that breaks every mask that keeps it: searches that do not look for it find no finite loss."""
+    """A block that breaks every mask that keeps it: searches that do not look for it find no finite
+    loss."""
     broken = copy.deepcopy(model.hf)
     broken.model.layers[2].mlp.down_proj.weight.data[:] = torch.nan
     broken = fp.Model(broken, name="broken")
     said: list[str] = []
-    study = run_study([broken], OBJECTIVES, ["greedy", "shortgpt"], [1, 2], tmp_path / "s", notify=said.append)
-    by_name = {name: [cell for cell in study["cells"] if cell["algorithm"] == name] for name in ("greedy", "shortgpt")}
-    assert all(2 in cell["removed"] and cell["losses"] and cell["error"] is None for cell in by_name["greedy"])
-    assert all(cell["removed"] is None and "not finite" in cell["error"] for cell in by_name["shortgpt"])
-    assert [line.split()[0] for line in said if "found nothing" in line] == ["2/8", "4/8", "6/8", "8/8"]
+    study = run_study(
+        [broken], OBJECTIVES, ["greedy", "shortgpt"], [1, 2], tmp_path / "s", notify=said.append
+    )
+    by_name = {
+        name: [cell for cell in study["cells"] if cell["algorithm"] == name]
+        for name in ("greedy", "shortgpt")
+    }
+    assert all(
+        2 in cell["removed"] and cell["losses"] and cell["error"] is None
+        for cell in by_name["greedy"]
+    )
+    assert all(
+        cell["removed"] is None and "not finite" in cell["error"] for cell in by_name["shortgpt"]
+    )
+    assert [line.split()[0] for line in said if "found nothing" in line] == [
+        "2/8",
+        "4/8",
+        "6/8",
+        "8/8",
+    ]
     assert study["similarity"] == {"broken": None}
     again = run_study([broken], OBJECTIVES, ["greedy", "shortgpt"], [1, 2], tmp_path / "s")
     assert again["cells"] == study["cells"]
@@ -123,14 +157,17 @@ def test_a_search_that_finds_nothing_is_a_cell_with_an_error(model, tmp_path):
 def test_a_study_in_which_nothing_is_found_is_finished_all_the_same(model, tmp_path):
     broken = copy.deepcopy(model.hf)
     broken.lm_head.weight.data[:] = torch.nan
-    study = run_study([fp.Model(broken, name="broken")], OBJECTIVES, ALGORITHMS, [1], tmp_path / "s")
+    study = run_study(
+        [fp.Model(broken, name="broken")], OBJECTIVES, ALGORITHMS, [1], tmp_path / "s"
+    )
     assert all(cell["error"] for cell in study["cells"])
     assert study["jaccard"] == study["spearman"] == study["spread"] == []
     write_report(study, tmp_path / "report.html")
 
 
 def test_one_prefix_cache_at_a_time(model, tmp_path, monkeypatch):
-    """Each may take a quarter of what is free: those of many calibration sets would take nearly all of it."""
+    """Each may take a quarter of what is free: those of many calibration sets would take nearly all
+    of it."""
     alive, most = weakref.WeakSet(), []
     score = fp.Evaluator.score
 
@@ -197,14 +234,18 @@ def test_other_inputs_are_refused(finished, model, tmp_path):
     with pytest.raises(fp.InputError, match="other algorithms, seed;"):
         run_study([model], OBJECTIVES, ALGORITHMS[:1], BUDGETS, out, seed=1)
     with pytest.raises(fp.InputError, match="other algorithms"):
-        run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, out, options={"beam": {"beam_width": 2}})
+        run_study(
+            [model], OBJECTIVES, ALGORITHMS, BUDGETS, out, options={"beam": {"beam_width": 2}}
+        )
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(fp.InputError, match="holds no study"):
         run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, tmp_path)
 
 
 def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path, monkeypatch):
-    def refused(message: str, algorithms=ALGORITHMS, budgets=BUDGETS, objectives=OBJECTIVES, **arguments) -> None:
+    def refused(
+        message: str, algorithms=ALGORITHMS, budgets=BUDGETS, objectives=OBJECTIVES, **arguments
+    ) -> None:
         with pytest.raises(fp.InputError, match=message):
             run_study([model], objectives, algorithms, budgets, tmp_path / "new", **arguments)
         assert not (tmp_path / "new").exists()
@@ -214,13 +255,26 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
     refused("above its option max_masks", ["exhaustive"], options={"exhaustive": {"max_masks": 5}})
     refused("num_remove 6 must be from 0 to 5", budgets=[1, 6])
     refused("backend", backend="nonsense")
-    refused("options are given for beam, which is not among the algorithms", ["greedy"], options={"beam": {}})
+    refused(
+        "options are given for beam, which is not among the algorithms",
+        ["greedy"],
+        options={"beam": {}},
+    )
     refused("racing must be a confidence between 0 and 1", racing=1.0)
-    refused("shortgpt, shapley do not race; these do: one_shot", ["shortgpt", "shapley"], racing=0.9)
+    refused(
+        "shortgpt, shapley do not race; these do: one_shot", ["shortgpt", "shapley"], racing=0.9
+    )
     refused("num_remove must be even", ["evopress"], [1], granularity="sublayer")
     kl = {"divergence": lambda model: fp.KLDivergence(fp.TokenBatch.from_ids([[1, 2]]))}
-    refused(r"cbo needs gradients, which the objective 'divergence' \(kl\) has not", ["cbo"], objectives=kl)
-    refused("vocabulary", objectives={"one": lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 97]]))})
+    refused(
+        r"cbo needs gradients, which the objective 'divergence' \(kl\) has not",
+        ["cbo"],
+        objectives=kl,
+    )
+    refused(
+        "vocabulary",
+        objectives={"one": lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 97]]))},
+    )
     monkeypatch.setitem(sys.modules, "sklearn", None)
     refused("pip install 'fastprune")
 
@@ -245,20 +299,31 @@ def test_the_page_stands_alone(finished, tmp_path):
 
 def test_a_rank_figure_names_every_algorithm():
     names = tuple(ALGORITHMS_KNOWN)
-    losses = {names[:11]: [1.0, 0.5, float("nan")], names[11:13]: [2.0, 0.5, 1.0], names[13:]: [2.0, 0.1, 2.0]}
-    figure = figures.rank_figure("7 of 32 removed", "perplexity", {"accuracy": None, "kl": -1.0}, losses)
+    losses = {
+        names[:11]: [1.0, 0.5, float("nan")],
+        names[11:13]: [2.0, 0.5, 1.0],
+        names[13:]: [2.0, 0.1, 2.0],
+    }
+    figure = figures.rank_figure(
+        "7 of 32 removed", "perplexity", {"accuracy": None, "kl": -1.0}, losses
+    )
     (axes,) = figure.axes
     said = " ".join(text.get_text() for text in axes.texts)
     assert all(name in said for name in names)
     columns = list(zip(*(line.get_ydata() for line in axes.lines)))
-    assert all(len(set(column)) == len(losses) for column in columns)  # equal ranks do not lie on each other
+    assert all(
+        len(set(column)) == len(losses) for column in columns
+    )  # equal ranks do not lie on each other
     figures.as_svg(figure)
 
 
 def test_calibration_sets_are_compared_with_algorithms(model, tmp_path):
-    """Labels of one objective differ in their data alone: overlaps and held-out losses by set, and by algorithm."""
+    """Labels of one objective differ in their data alone: overlaps and held-out losses by set, and
+    by algorithm."""
     kl = {"kl": lambda model: fp.KLDivergence(fp.TokenBatch.from_ids([[1, 2, 3]]))}
-    study = run_study([model], {**OBJECTIVES, **kl}, ALGORITHMS, [2], tmp_path / "s", held_out={"new": text(3)})
+    study = run_study(
+        [model], {**OBJECTIVES, **kl}, ALGORITHMS, [2], tmp_path / "s", held_out={"new": text(3)}
+    )
     cells = {(cell["objective"], cell["algorithm"]): cell for cell in study["cells"]}
     evaluator = fp.Evaluator(model, text(3)(model))
     for cell in cells.values():
@@ -276,12 +341,17 @@ def test_calibration_sets_are_compared_with_algorithms(model, tmp_path):
 
     assert [entry["algorithm"] for entry in study["calibration"]] == ALGORITHMS
     for entry in study["calibration"]:
-        name, others = entry["algorithm"], [other for other in ALGORITHMS if other != entry["algorithm"]]
+        name, others = (
+            entry["algorithm"],
+            [other for other in ALGORITHMS if other != entry["algorithm"]],
+        )
         assert entry["sets"] == ["one", "other"]
         assert entry["losses"].keys() == {"new"}
         expected = {
             "sets": changes([(cells["one", name], cells["other", name])]),
-            "algorithms": changes([(cells[of, name], cells[of, other]) for of in entry["sets"] for other in others]),
+            "algorithms": changes(
+                [(cells[of, name], cells[of, other]) for of in entry["sets"] for other in others]
+            ),
         }
         for by, (overlap, difference) in expected.items():
             assert entry["overlap"][by] == pytest.approx(overlap)
@@ -296,9 +366,13 @@ def test_calibration_sets_are_compared_with_algorithms(model, tmp_path):
 def test_calibration_sets_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
     size = ("--algorithms", "one_shot", "--num-remove", 1, "--num-samples", 4, "--seq-len", 16)
     sets = (
-        "--calibration", f"a=text:{text_file}", "--calibration", f"b=text:{text_file},samples=2,seq-len=8,seed=3",
-        "--calibration", f"q=tasks:{questions},samples=3",
-    )  # fmt: skip
+        "--calibration",
+        f"a=text:{text_file}",
+        "--calibration",
+        f"b=text:{text_file},samples=2,seq-len=8,seed=3",
+        "--calibration",
+        f"q=tasks:{questions},samples=3",
+    )
     held_out = ("--held-out", f"perplexity={text_file},samples=6", "--out", tmp_path / "s")
     status, out, _ = run("study", checkpoint, *size, *sets, *held_out)
     assert status == 0
@@ -309,7 +383,10 @@ def test_calibration_sets_from_the_command_line(run, checkpoint, text_file, ques
     model = fp.load_model(checkpoint)
     batch = fp.load_text(text_file, model.tokenizer, 2, 8, 3)
     of_b = next(cell for cell in study["cells"] if cell["objective"] == "perplexity-b")
-    assert of_b["loss"] == fp.Evaluator(model, fp.Perplexity(batch)).score(fp.from_removed([of_b["removed"]], 5))[0]
+    assert (
+        of_b["loss"]
+        == fp.Evaluator(model, fp.Perplexity(batch)).score(fp.from_removed([of_b["removed"]], 5))[0]
+    )
     for wrong, message in (
         (("--calibration", f"a=text:{text_file}"), "'a' is given twice"),
         (("--calibration", f"c={text_file}"), "NAME=text:FILE or NAME=tasks:FILE"),

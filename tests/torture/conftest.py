@@ -24,8 +24,18 @@ def long_text(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def everything_is_loaded(checkpoint, text_file, tmp_path_factory):
     """What commands import when they get there is imported once, and not in every child."""
-    folder, size = tmp_path_factory.mktemp("loaded"), ("--num-samples", 2, "--seq-len", 8, "--quiet")
-    wanted = ("--num-remove", "1", "--algorithms", "one_shot", "--objective", f"perplexity={text_file}")
+    folder, size = (
+        tmp_path_factory.mktemp("loaded"),
+        ("--num-samples", 2, "--seq-len", 8, "--quiet"),
+    )
+    wanted = (
+        "--num-remove",
+        "1",
+        "--algorithms",
+        "one_shot",
+        "--objective",
+        f"perplexity={text_file}",
+    )
     for arguments in (
         ("study", checkpoint, *wanted, *size, "--out", folder / "study"),
         ("export", checkpoint, "--removed", "1", "--out", folder / "pruned"),
@@ -39,14 +49,25 @@ def everything_is_loaded(checkpoint, text_file, tmp_path_factory):
 
 @pytest.fixture
 def commands(checkpoint, long_text, questions):
-    """commands(name, folder) -> (its arguments, a function that reads what it has left in the folder)."""
+    """commands(name, folder) -> (its arguments, a function that reads what it has left in the
+    folder)."""
 
     def commands(name: str, folder: Path):
         data = ("--calibration", long_text, "--num-samples", 60, "--seq-len", 64, "--quiet")
         store = ("--store", folder / "s.db")
-        removed = [part for units in ("", "1", "2", "1,2", "0,4", "3") for part in ("--removed", units)]
+        removed = [
+            part for units in ("", "1", "2", "1,2", "0,4", "3") for part in ("--removed", units)
+        ]
         if name == "score":
-            arguments = ("score", checkpoint, *removed, *data, *store, "--out", folder / "scores.jsonl")
+            arguments = (
+                "score",
+                checkpoint,
+                *removed,
+                *data,
+                *store,
+                "--out",
+                folder / "scores.jsonl",
+            )
             return arguments, lambda: (folder / "scores.jsonl").read_text()
         if name == "search":
             wanted = ("--algorithm", "greedy", "--num-remove", 2)
@@ -57,11 +78,21 @@ def commands(checkpoint, long_text, questions):
             objectives += ("--calibration", f"all=tasks:{questions},samples=7")
             wanted = ("--algorithms", "one_shot,greedy", "--num-remove", "1,2")
             size = ("--seq-len", 64, "--num-samples", 60, "--quiet")
-            arguments = ("study", checkpoint, *wanted, *objectives, *size, "--out", folder / "study")
+            arguments = (
+                "study",
+                checkpoint,
+                *wanted,
+                *objectives,
+                *size,
+                "--out",
+                folder / "study",
+            )
             return arguments, lambda: _studied(folder / "study")
         arguments = ("export", checkpoint, "--removed", "1,3", "--out", folder / "pruned")
         return arguments, lambda: {
-            path.name: path.read_bytes() for path in sorted((folder / "pruned").iterdir()) if path.is_file()
+            path.name: path.read_bytes()
+            for path in sorted((folder / "pruned").iterdir())
+            if path.is_file()
         }
 
     return commands
@@ -75,5 +106,8 @@ def _found(path: Path) -> dict:
 def _studied(folder: Path) -> list:
     assert (folder / "report.html").read_text().rstrip().endswith("</html>")
     study = json.loads((folder / "study.json").read_text())
-    cells = [{k: v for k, v in cell.items() if k not in ("layer_runs", "seconds")} for cell in study["cells"]]
+    cells = [
+        {k: v for k, v in cell.items() if k not in ("layer_runs", "seconds")}
+        for cell in study["cells"]
+    ]
     return [cells, study["dense"], study["similarity"]]

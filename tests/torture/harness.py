@@ -1,6 +1,7 @@
 """Commands run in forked children: killed, short of disk, lied to; and what may come of it.
 
-A child costs a few milliseconds, since everything is loaded already; what it patches, limits or breaks is its own.
+A child costs a few milliseconds, since everything is loaded already; what it patches, limits or
+breaks is its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from fastprune.models import FusedModel, Model
 from fastprune.store import SumStore
 
 EFFORT = float(os.environ.get("FASTPRUNE_TORTURE", "1"))  # 1 in the suite; make torture takes more
-MOST_SECONDS, MOST_BYTES = 60, 3 << 30  # of one command on tiny inputs: processor time, and memory beyond what is held
+MOST_SECONDS, MOST_BYTES = (
+    60,
+    3 << 30,
+)  # of one command on tiny inputs: processor time, and memory beyond what is held
 LONGEST_LINE = 400
 OPENED_A_PICKLE = 99
 
@@ -42,7 +46,11 @@ class Outcome:
 
     @property
     def is_one_line(self) -> bool:
-        return self.err.count("\n") == 1 and self.err.endswith("\n") and len(self.err) <= LONGEST_LINE + 1
+        return (
+            self.err.count("\n") == 1
+            and self.err.endswith("\n")
+            and len(self.err) <= LONGEST_LINE + 1
+        )
 
 
 def forked(work: Callable[[], int | None]) -> Outcome:
@@ -123,15 +131,17 @@ def unit_runs(tell: Callable[[int], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Work:
-    """A command's unit runs: how many; those before the store was first told of finished ones, which begin every run
-    anew; and the most between two times that it was told, or after the last, which is what a kill can lose."""
+    """A command's unit runs: how many; those before the store was first told of finished ones,
+    which begin every run anew; and the most between two times that it was told, or after the last,
+    which is what a kill can lose."""
 
     runs: int
     first: int
     longest_gap: int
 
     def most_again(self, number: int) -> int:
-        """The most unit runs of a command that is given again after it was killed before its n-th."""
+        """The most unit runs of a command that is given again after it was killed before its
+        n-th."""
         return self.runs - (number - 1) + self.first + self.longest_gap
 
 
@@ -182,7 +192,8 @@ def killed_at(number: int, *arguments: object) -> Outcome:
 
 
 def killed_after(seconds: float, *arguments: object) -> Outcome:
-    """A command that is killed after so many seconds, wherever it then is, by a signal that nobody handles."""
+    """A command that is killed after so many seconds, wherever it then is, by a signal that nobody
+    handles."""
 
     def work() -> int:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -193,7 +204,9 @@ def killed_after(seconds: float, *arguments: object) -> Outcome:
 
 
 @contextmanager
-def failing(owner: object, name: str, number: int, error: Callable[[], BaseException]) -> Iterator[None]:
+def failing(
+    owner: object, name: str, number: int, error: Callable[[], BaseException]
+) -> Iterator[None]:
     """Inside, the n-th call of owner.name raises an error instead."""
     numbers, own = itertools.count(1), getattr(owner, name)
 
@@ -238,7 +251,8 @@ def small_files(most_bytes: int) -> None:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers 1 .. count, evenly spread, the first and the last among them."""
+    """At most `most` of the numbers 1 .. count, evenly spread, the first and the last among
+    them."""
     if count <= most:
         return list(range(1, count + 1))
     return sorted({1 + round(i * (count - 1) / (most - 1)) for i in range(most)})

@@ -1,5 +1,5 @@
-"""Whatever call to the system fails, once, at whatever point: one line, nothing half written, and the same result when
-the command is given again."""
+"""Whatever call to the system fails, once, at whatever point: one line, nothing half written, and
+the same result when the command is given again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ COMMANDS = ("score", "search", "export", "study")
 CALLS = ("fsync", "link", "rename", "replace", "mkdir", "open", "unlink", "rmdir", "scandir")
 SHORT = EFFORT <= 1
 PAIRS = [
-    (name, call) for i, name in enumerate(COMMANDS) for j, call in enumerate(CALLS) if not SHORT or (i + j) % 4 == 0
+    (name, call)
+    for i, name in enumerate(COMMANDS)
+    for j, call in enumerate(CALLS)
+    if not SHORT or (i + j) % 4 == 0
 ]
 
 
@@ -31,7 +34,8 @@ def expected():
 
 
 def check(commands, tmp_path, expected, name, tag, broken) -> bool:
-    """Run a command under `broken`, then again without; whether the fault was reached, as far as can be seen."""
+    """Run a command under `broken`, then again without; whether the fault was reached, as far as
+    can be seen."""
     if name not in expected:
         whole = tmp_path / "whole"
         whole.mkdir()
@@ -78,8 +82,13 @@ def test_a_call_to_the_system_fails(commands, tmp_path, expected, name, call):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_disk_is_full(commands, tmp_path, expected, name):
-    """No file grows beyond so many bytes, the store's neither: the result is right, or said to be missing."""
-    sizes = (5000,) if SHORT else (0, 1, 100, 1000, 4096, 5000, 8192, 20_000, 40_000, 100_000, 1_000_000)
+    """No file grows beyond so many bytes, the store's neither: the result is right, or said to be
+    missing."""
+    sizes = (
+        (5000,)
+        if SHORT
+        else (0, 1, 100, 1000, 4096, 5000, 8192, 20_000, 40_000, 100_000, 1_000_000)
+    )
 
     def broken(size):
         def run(arguments):
@@ -110,9 +119,12 @@ def test_printing_fails(commands, tmp_path, name):
         assert read()
 
 
-@pytest.mark.parametrize("error", [MemoryError, lambda: RuntimeError("DefaultCPUAllocator: not enough memory")])
+@pytest.mark.parametrize(
+    "error", [MemoryError, lambda: RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
 def test_an_allocation_fails_once(commands, tmp_path, error):
-    """At any unit run, once: smaller steps are taken, and the result is the same up to the last bits."""
+    """At any unit run, once: smaller steps are taken, and the result is the same up to the last
+    bits."""
     arguments, read = commands("score", tmp_path)
     runs = 0
 

@@ -1,4 +1,5 @@
-"""Files that somebody, or something, has altered: one line, status 2, little time and memory, and no pickle opened.
+"""Files that somebody, or something, has altered: one line, status 2, little time and memory, and
+no pickle opened.
 
 A file whose alteration matters to nobody is taken: then the status is 0. It is never 1.
 """
@@ -29,16 +30,58 @@ fuzzed = settings(
 )
 
 ODD = [
-    None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, -1e308, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd",
-    "model.bin", "\\u0000", "\\ud800", "x" * 5000, [], {}, [[]], [0] * 500, {"a": {"a": {}}},
-]  # fmt: skip
-TOKENS = [b"", b"\0", b"{", b"}", b"[" * 3000, b'"', b",", b"\xff\xfe", b"\xef\xbb\xbf", b"9" * 5000, b"NaN", b"\n"]
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    -1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "model.bin",
+    "\\u0000",
+    "\\ud800",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [0] * 500,
+    {"a": {"a": {}}},
+]
+TOKENS = [
+    b"",
+    b"\0",
+    b"{",
+    b"}",
+    b"[" * 3000,
+    b'"',
+    b",",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"9" * 5000,
+    b"NaN",
+    b"\n",
+]
 
 
 def places(value, path=()):
     """The path of every value within a JSON value."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         yield from places(item, (*path, key))
 
@@ -58,9 +101,13 @@ def altered_json(draw, value):
         if action == "remove":
             del owner[path[-1]]
         elif action == "replace":
-            owner[path[-1]] = copy.deepcopy(draw(st.sampled_from(ODD)))  # whose parts may be altered next
+            owner[path[-1]] = copy.deepcopy(
+                draw(st.sampled_from(ODD))
+            )  # whose parts may be altered next
         elif isinstance(owner, dict):
-            owner[draw(st.sampled_from(["x", "__metadata__", "", "quantization_config", "auto_map"]))] = owner[path[-1]]
+            owner[
+                draw(st.sampled_from(["x", "__metadata__", "", "quantization_config", "auto_map"]))
+            ] = owner[path[-1]]
         else:
             owner.append(owner[path[-1]])
     return json.dumps(value).encode()
@@ -108,12 +155,25 @@ def altering(model, name, content, text_file):
     before = path.read_bytes() if path.exists() else None
     path.write_bytes(content)
     try:
-        check("score", model, "--removed", "1", "--calibration", text_file, "--num-samples", 2, "--seq-len", 16)
+        check(
+            "score",
+            model,
+            "--removed",
+            "1",
+            "--calibration",
+            text_file,
+            "--num-samples",
+            2,
+            "--seq-len",
+            16,
+        )
     finally:
         path.unlink() if before is None else path.write_bytes(before)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
 def test_configs(model, text_file, name):
     path = model / name
     if not path.exists():
@@ -133,7 +193,9 @@ def test_safetensors(model, text_file):
     length = int.from_bytes(content[:8], "little")
     header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]
 
-    altered_header = altered_json(header).map(lambda text: len(text).to_bytes(8, "little") + text + rest)
+    altered_header = altered_json(header).map(
+        lambda text: len(text).to_bytes(8, "little") + text + rest
+    )
 
     @fuzzed
     @given(st.one_of(altered_header, altered_bytes(content)))
@@ -150,7 +212,9 @@ def test_index(model, text_file, tmp_path):
     (folder / "other.bin").write_bytes(b"\x80\x04K\x01.")
     content = (folder / "model-00001-of-00001.safetensors").read_bytes()
     names = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    weight_map = {name: "model-00001-of-00001.safetensors" for name in names if name != "__metadata__"}
+    weight_map = {
+        name: "model-00001-of-00001.safetensors" for name in names if name != "__metadata__"
+    }
     index = {"metadata": {"total_size": 1000}, "weight_map": weight_map}
 
     @fuzzed
@@ -169,10 +233,13 @@ def npy(array) -> bytes:
 
 DATA = {
     "ids.npy": npy(np.arange(48).reshape(4, 12)),
-    "text.jsonl": b"".join(json.dumps({"text": f"w1 w2 w{i} " * 9}).encode() + b"\n" for i in range(5)),
+    "text.jsonl": b"".join(
+        json.dumps({"text": f"w1 w2 w{i} " * 9}).encode() + b"\n" for i in range(5)
+    ),
     "text.txt": b"w1 w2 w3 w4 " * 20,
     "tasks.jsonl": b"".join(
-        json.dumps({"prompt": f"w{i} w3", "choices": [" w1", " w2 w5"], "answer": i % 2}).encode() + b"\n"
+        json.dumps({"prompt": f"w{i} w3", "choices": [" w1", " w2 w5"], "answer": i % 2}).encode()
+        + b"\n"
         for i in range(5)
     ),
 }
@@ -188,12 +255,16 @@ def altered_file(name, content):
     if not name.endswith(".jsonl"):
         return raw
     first, *rest = content.splitlines(keepends=True)
-    return st.one_of(raw, altered_json(json.loads(first)).map(lambda line: line + b"\n" + b"".join(rest)))
+    return st.one_of(
+        raw, altered_json(json.loads(first)).map(lambda line: line + b"\n" + b"".join(rest))
+    )
 
 
 @pytest.mark.parametrize("name", DATA)
 def test_calibration(checkpoint, tmp_path, name):
-    objective = ("--objective", "margin") if name == "tasks.jsonl" else ("--num-samples", 2, "--seq-len", 6)
+    objective = (
+        ("--objective", "margin") if name == "tasks.jsonl" else ("--num-samples", 2, "--seq-len", 6)
+    )
 
     @fuzzed
     @given(altered_file(name, DATA[name]))
@@ -236,7 +307,8 @@ def store_arguments(checkpoint, text_file, path, out) -> tuple:
 
 
 def test_stores(checkpoint, text_file, tmp_path, store):
-    """An altered store is named, or what it holds is right: no loss comes out of it that is not the model's."""
+    """An altered store is named, or what it holds is right: no loss comes out of it that is not the
+    model's."""
     content, expected = store
 
     @fuzzed
@@ -256,7 +328,15 @@ def test_stores(checkpoint, text_file, tmp_path, store):
 def test_study_folders(checkpoint, text_file, tmp_path, name):
     """A study continues from what it can believe, and gives what it has given before."""
     size = ("--algorithms", "one_shot", "--num-remove", "1", "--num-samples", 2, "--seq-len", 16)
-    arguments = ("study", checkpoint, "--objective", f"perplexity={text_file}", *size, "--quiet", "--out")
+    arguments = (
+        "study",
+        checkpoint,
+        "--objective",
+        f"perplexity={text_file}",
+        *size,
+        "--quiet",
+        "--out",
+    )
     whole = tmp_path / "whole"
     assert forked(lambda: command(*arguments, whole)).status == 0
     expected = _cells(whole)

@@ -1,4 +1,5 @@
-"""Killed at any unit run, a command that is given again ends with the same result, and repeats one chunk at most."""
+"""Killed at any unit run, a command that is given again ends with the same result, and repeats one
+chunk at most."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def test_killed_and_given_again(commands, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["score"] if EFFORT <= 1 else ["score", "search", "study"])
 def test_killed_again_and_again(commands, tmp_path, name):
-    """A run that is killed after so many unit runs, each time it is given, comes to its end all the same."""
+    """A run that is killed after so many unit runs, each time it is given, comes to its end all the
+    same."""
     (tmp_path / "whole").mkdir()
     arguments, read = commands(name, tmp_path / "whole")
     _, whole = watched(tmp_path, *arguments)

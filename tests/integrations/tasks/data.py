@@ -15,12 +15,22 @@ def rows(path: Path) -> list[dict]:
 
 
 def questions(**_) -> dict[str, datasets.Dataset]:
-    found = [{name: row[name] for name in ("prompt", "choices", "answer")} for row in rows(demo.QUESTIONS_HELDOUT)]
-    return {"test": datasets.Dataset.from_list(found), "train": datasets.Dataset.from_list(found[-20:])}
+    found = [
+        {name: row[name] for name in ("prompt", "choices", "answer")}
+        for row in rows(demo.QUESTIONS_HELDOUT)
+    ]
+    return {
+        "test": datasets.Dataset.from_list(found),
+        "train": datasets.Dataset.from_list(found[-20:]),
+    }
 
 
 def texts(**_) -> dict[str, datasets.Dataset]:
-    return {"test": datasets.Dataset.from_list([{"text": row["text"]} for row in rows(demo.TEXT_HELDOUT)])}
+    return {
+        "test": datasets.Dataset.from_list(
+            [{"text": row["text"]} for row in rows(demo.TEXT_HELDOUT)]
+        )
+    }
 
 
 def perplexity(doc: dict, results: list) -> dict:
