@@ -22,7 +22,8 @@ def greedy(search: Search) -> None:
 def beam(search: Search, beam_width: Count = 5) -> None:
     """k rounds; each extends every kept subset by every unit and keeps the beam_width lowest.
 
-    Equal subsets are merged. A race of the last round keeps the best one alone, since nothing is made of the others.
+    Equal subsets are merged. A race of the last round keeps the best one alone, since nothing is
+    made of the others.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most beam_width ((U - 1) + ... + (U - k + 1)).

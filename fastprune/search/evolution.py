@@ -26,7 +26,8 @@ def genetic(
 ) -> None:
     """Breed a population of subsets, drawing units by the losses of single removals.
 
-    The prior is w_i = softmax(-z_i), z_i the standardised loss({i}). First generation: one_shot's subset, and k draws without replacement by w for each of the rest.
+    The prior is w_i = softmax(-z_i), z_i the standardised loss({i}). First generation: one_shot's
+    subset, and k draws without replacement by w for each of the rest.
     Then, each generation: the elites pass unchanged. Of two parents, each the best of a tournament,
     a child keeps the intersection and fills up from the rest of the union by w; a mutated child
     swaps one removed unit for one drawn by w. Duplicates within a generation are redrawn; where

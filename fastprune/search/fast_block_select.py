@@ -19,11 +19,12 @@ def fast_block_select(
 ) -> None:
     """Exchange runs of adjacent units between the removed and the kept while that helps.
 
-    The search begins with one_shot's subset. With d_i = loss({i}), P the removed and A the kept units: for each run length r = 1..max_run,
-    the runs of r adjacent units inside P are ranked by highest sum of d_i, those inside A by
-    lowest. All exchanges between the best `pool` of each are scored, of all lengths in one batch.
-    Those that lower the loss of P are applied, best first, except where one touches a unit that has
-    moved in this round. This repeats until P does not change, or for `rounds` rounds.
+    The search begins with one_shot's subset. With d_i = loss({i}), P the removed and A the kept
+    units: for each run length r = 1..max_run, the runs of r adjacent units inside P are ranked by
+    highest sum of d_i, those inside A by lowest. All exchanges between the best `pool` of each are
+    scored, of all lengths in one batch. Those that lower the loss of P are applied, best first,
+    except where one touches a unit that has moved in this round. This repeats until P does not
+    change, or for `rounds` rounds.
 
     Source: MI-PRUN (arXiv 2601.07212), with the loss in place of its mutual information.
     Cost: U + 1 + at most rounds (max_run pool^2 + 1).

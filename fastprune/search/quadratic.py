@@ -34,10 +34,10 @@ def cbo(
 ) -> None:
     """Remove the k units of lowest energy z^T H z, H the Fisher matrix of branch scales.
 
-    z_i = 1 where unit i is removed. a_i scales unit i's residual branches, at 1. A[s, i] = dL_s/da_i per calibration sample; H = A^T
-    A / n over the n samples. The num_states subsets |z| = k of lowest energy are found exactly, and
-    with rescore=True the objective decides among them. Samples whose gradient is not finite are
-    left out. Needs an objective with a gradient.
+    z_i = 1 where unit i is removed. a_i scales unit i's residual branches, at 1. A[s, i] =
+    dL_s/da_i per calibration sample; H = A^T A / n over the n samples. The num_states subsets |z| =
+    k of lowest energy are found exactly, and with rescore=True the objective decides among them.
+    Samples whose gradient is not finite are left out. Needs an objective with a gradient.
 
     Source: CBO (arXiv 2602.00161).
     Cost: num_states with rescore, else 1 (and one forward and backward pass of the dense model).
@@ -67,9 +67,9 @@ def surrogate(
 ) -> None:
     """Fit a ridge quadratic model to the losses so far and score its best unseen subsets.
 
-    This repeats until nothing better is found. The model of a subset's loss is a + b sum d_i + sum_i u_i z_i + sum_(i<j) v_ij z_i z_j, z_i = 1
-    where removed and d_i = loss({i}): a and b by least squares, then u and v by ridge regression,
-    its strength by leave-one-out error.
+    This repeats until nothing better is found. The model of a subset's loss is a + b sum d_i +
+    sum_i u_i z_i + sum_(i<j) v_ij z_i z_j, z_i = 1 where removed and d_i = loss({i}): a and b by
+    least squares, then u and v by ridge regression, its strength by leave-one-out error.
     It is fitted to the subsets of the full budget scored so far: first one_shot's, and equal shares
     of subsets drawn by the prior of `genetic` and uniformly. Its best unseen subsets are found
     exactly, by the solver of cbo; the exact scores decide, the model only proposes. A loss that is

@@ -17,13 +17,13 @@ def sliding_window_merge(
 ) -> None:
     """Remove all but one unit of each longest window whose loss is low enough, from the top.
 
-    The walk begins at the last unit but one. A window begins as two units and grows downwards by one as long as the loss, without all but one
-    of its units and without what earlier windows have removed, is at most a threshold. Then the
-    next one begins: from the unit below, or, where not even two units could go together, one
-    further down. The walk ends when k units are removed. The threshold is the lowest for which a
-    walk removes k. Nothing is merged into the unit that stays. The last unit is in no window. A
-    window steps over protected units. Where k leaves no other choice, every unit goes that can, the
-    last one last.
+    The walk begins at the last unit but one. A window begins as two units and grows downwards by
+    one as long as the loss, without all but one of its units and without what earlier windows have
+    removed, is at most a threshold. Then the next one begins: from the unit below, or, where not
+    even two units could go together, one further down. The walk ends when k units are removed. The
+    threshold is the lowest for which a walk removes k. Nothing is merged into the unit that stays.
+    The last unit is in no window. A window steps over protected units. Where k leaves no other
+    choice, every unit goes that can, the last one last.
 
     Source: the selection of Sliding-Window Merging (arXiv 2502.19159), with the loss in the place
     of the likeness of final states (the objective cosine) and the budget in that of the threshold.
