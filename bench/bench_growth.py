@@ -20,8 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.schedule import make_schedule
-from fastprune.trie import kept_units, make_trie
+from fastprune.plan.schedule import make_schedule
+from fastprune.plan.trie import kept_units, make_trie
 
 FULL = os.environ.get("BENCH") == "full"
 BASE = {"masks": 50, "units": 16, "tokens": 512, "vocabulary": 2048}
@@ -71,12 +71,12 @@ def test_growth(benchmark, report, axis, value):
         started = time.perf_counter()
         ev.score(masks)
         cold.append(time.perf_counter() - started)
-        runs, peak = ev.stats.layer_runs, ev.stats.peak_activation_bytes
+        runs, peak = ev.stats.unit_runs, ev.stats.peak_activation_bytes
         started = time.perf_counter()
         ev.score(masks)
         warm.append(time.perf_counter() - started)
     benchmark.pedantic(fp.Evaluator(model, objective, cache_bytes=0).score, args=(masks,), rounds=1)
-    made = ev.stats.layer_runs - runs
+    made = ev.stats.unit_runs - runs
     row = statistics.median(cold), statistics.median(warm), peak / 2**20
     FOUND[axis].append((value, *row))
     report(
@@ -84,8 +84,8 @@ def test_growth(benchmark, report, axis, value):
         value=value,
         cold_s=row[0],
         warm_s=row[1],
-        layer_runs=runs,
-        warm_layer_runs=made,
+        unit_runs=runs,
+        warm_unit_runs=made,
         peak_MiB=row[2],
     )
     if FULL and (axis, value) == POINTS[-1]:
@@ -102,7 +102,7 @@ def test_planning(benchmark, report, count):
         axis="masks planned, 32 units",
         value=count,
         cold_s=benchmark.stats.stats.median,
-        layer_runs=schedule.unit_runs,
+        unit_runs=schedule.unit_runs,
     )
 
 

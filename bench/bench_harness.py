@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import fastprune as fp
-from fastprune.trie import kept_units, make_trie
+from fastprune.plan.trie import kept_units, make_trie
 
 pytest.importorskip("lm_eval")
 
@@ -89,7 +89,7 @@ def test_20_masks(report, tmp_path, monkeypatch, field, names):
         hf_answers_s=sum(spent[HFLM]),
         fastprune_answers_s=sum(spent[MaskedLM]),
         answers_ratio=sum(spent[HFLM]) / sum(spent[MaskedLM]),
-        blocks_ratio=trie.naive_layer_runs / trie.layer_runs,
+        blocks_ratio=trie.naive_unit_runs / trie.unit_runs,
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastprune.schedule import make_schedule, max_slots
-from fastprune.trie import kept_units, make_trie
+from fastprune.plan.schedule import make_schedule, max_slots
+from fastprune.plan.trie import kept_units, make_trie
 
 
 @pytest.mark.parametrize("capacity", [0, 100, 10_000])
@@ -15,4 +15,4 @@ def test_plan_10000_masks_of_80_units(benchmark, capacity):
     masks = np.random.default_rng(0).random((10_000, 80)) < 0.8
     schedule = benchmark(lambda: make_schedule(make_trie(kept_units(masks)), capacity=capacity))
     assert schedule.num_slots <= max_slots(80, 10_000)
-    benchmark.extra_info["layer_runs"] = schedule.unit_runs
+    benchmark.extra_info["unit_runs"] = schedule.unit_runs

@@ -15,7 +15,8 @@ import warnings
 import numpy as np
 
 import fastprune as fp
-from fastprune.models import load, precision
+from fastprune.models import open as load
+from fastprune.models import precision
 
 
 def main() -> None:

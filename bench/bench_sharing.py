@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.trie import kept_units, make_trie
+from fastprune.plan.trie import kept_units, make_trie
 
 FULL = os.environ.get("BENCH") == "full"
 BLOCKS, WIDTH, FFN, HEADS, VOCABULARY = 16, 512, 1408, 8, 8192
@@ -103,8 +103,8 @@ def flop_ratio(masks: np.ndarray) -> float:
     block = projections + attention + 2 * 3 * WIDTH * FFN
     head = 2 * WIDTH * VOCABULARY
     plan = make_trie(kept_units(masks))
-    naive = plan.naive_layer_runs * block + len(masks) * head
-    return naive / (plan.layer_runs * block + len(plan.sequences) * head)
+    naive = plan.naive_unit_runs * block + len(masks) * head
+    return naive / (plan.unit_runs * block + len(plan.sequences) * head)
 
 
 def _timed(work) -> float:

@@ -16,7 +16,7 @@ from gpu_baselines import losses
 from gpu_measure import Bench, relative_error, time_limit
 from torch.nn import functional as F
 
-from fastprune.memory import peak_bytes
+from fastprune.engine.memory import peak_bytes
 from fastprune_kernels import attention, gated_mlp, linear_loss, norm, reference, rope
 from fastprune_kernels.launch import Config, gated_mlp_config, norm_config, rotary_config
 

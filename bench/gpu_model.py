@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastprune.trie import kept_units, make_trie
+from fastprune.plan.trie import kept_units, make_trie
 from fastprune_kernels import attention, resources
 from fastprune_kernels.launch import cdiv
 
@@ -309,7 +309,7 @@ def unit_runs(rounds: list[np.ndarray], kept: bool) -> tuple[int, int]:
     """Masks, and runs of units. kept: states of earlier rounds are still there."""
     masks = sum(map(len, rounds))
     if not kept:
-        return masks, sum(make_trie(kept_units(asked)).layer_runs for asked in rounds)
+        return masks, sum(make_trie(kept_units(asked)).unit_runs for asked in rounds)
     prefixes = {
         tuple(units[: i + 1])
         for asked in rounds

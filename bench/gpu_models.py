@@ -18,7 +18,7 @@ from gpu_measure import Bench, relative_error
 import fastprune as fp
 from fastprune.evaluator import Stats
 from fastprune.models.fused import FusedModel
-from fastprune.trie import Seen, kept_units, make_trie
+from fastprune.plan.trie import Seen, kept_units, make_trie
 
 SHAPES = {
     "LLaMA-3 8B": {
@@ -215,7 +215,7 @@ def pairs(bench: Bench, name: str) -> dict:
     head_cost = head_flops(config, rows * (length - 1))
 
     def cost(plan) -> float:
-        return plan.layer_runs * block_cost + len(plan.sequences) * head_cost
+        return plan.unit_runs * block_cost + len(plan.sequences) * head_cost
 
     dense = np.ones((1, units), dtype=bool)
     ev.score(dense)
@@ -233,7 +233,7 @@ def pairs(bench: Bench, name: str) -> dict:
     field = field[::every]
     masks = fp.from_removed(field, units)
     plan = make_trie(kept_units(masks))
-    flop_ratio = (plan.naive_layer_runs * block_cost + len(masks) * head_cost) / cost(plan)
+    flop_ratio = (plan.naive_unit_runs * block_cost + len(masks) * head_cost) / cost(plan)
 
     sampled = [field[i] for i in np.linspace(0, len(field) - 1, SAMPLED).astype(int)]
     pruned = [ev.model.pruned(removed) for removed in sampled]
@@ -257,7 +257,7 @@ def pairs(bench: Bench, name: str) -> dict:
         "chunks": chunk_shapes(ev),
         "masks": len(masks),
         "masks_of_the_field": f"1 of {every}" if every > 1 else "all",
-        "layer_runs": plan.layer_runs,
+        "unit_runs": plan.unit_runs,
         "loop_sample": [list(removed) for removed in sampled],
         "loop_passes_s": passes,
         "loop_s": loop,
@@ -380,7 +380,7 @@ class _Rounds:
         self._weight = np.random.default_rng(0).random(like.num_units)
 
     def score(self, masks) -> np.ndarray:
-        self.stats.layer_runs += self._seen.add(0, make_trie(kept_units(masks)))
+        self.stats.unit_runs += self._seen.add(0, make_trie(kept_units(masks)))
         return ~masks @ self._weight
 
 
@@ -405,13 +405,13 @@ def beam(bench: Bench, name: str) -> dict:
     ev.score(np.ones((1, ev.num_units), dtype=bool))  # kernels for these shapes are compiled
     runs |= {"done": 0, "of_this_call": 0}
     chunks = chunk_shapes(ev)
-    expected = fp.run_search(_Rounds(ev), "beam", **options).layer_runs
+    expected = fp.run_search(_Rounds(ev), "beam", **options).unit_runs
     found = {
         "items": f"{items} x {choices} choices, questions of {trunk} tokens, choices of {length}",
         **options,
         "chunks": chunks,
         "blocks": ev.num_units,
-        "expected_layer_runs": expected,
+        "expected_unit_runs": expected,
     }
     started = time.perf_counter()
     try:
@@ -419,9 +419,9 @@ def beam(bench: Bench, name: str) -> dict:
         found |= {
             "seconds": result.seconds,
             "masks": result.evaluations,
-            "layer_runs": result.layer_runs,
-            "unbounded_layer_runs": ev.stats.unbounded_layer_runs,
-            "naive_layer_runs": result.naive_layer_runs,
+            "unit_runs": result.unit_runs,
+            "unbounded_unit_runs": ev.stats.unbounded_unit_runs,
+            "naive_unit_runs": result.naive_unit_runs,
             "cache_hits": ev.stats.cache_hits,
             "cache_bytes": ev.stats.cache_bytes,
         }
@@ -432,7 +432,7 @@ def beam(bench: Bench, name: str) -> dict:
         raced = fp.run_search(racer, "beam", racing=0.99, **options)
         found["raced"] = {
             "seconds": raced.seconds,
-            "layer_runs": raced.layer_runs,
+            "unit_runs": raced.unit_runs,
             "decided_early": raced.decided_early,
             "same_removed": raced.removed == result.removed,
         }
@@ -447,6 +447,6 @@ def beam(bench: Bench, name: str) -> dict:
         found["seconds"] = elapsed * expected * len(chunks) / max(done, 1)
     tree_pairs = causal_pairs(trunk) + choices * (length * trunk + causal_pairs(length))
     tokens = items * (trunk + choices * length)
-    flops = found.get("layer_runs", expected) * block_flops(hf.config, tokens, items * tree_pairs)
+    flops = found.get("unit_runs", expected) * block_flops(hf.config, tokens, items * tree_pairs)
     floor_ms = bench.floor_ms(0, flops)  # of the blocks alone
     return found if floor_ms is None else {**found, "floor_s": floor_ms / 1e3}

@@ -19,8 +19,8 @@ import numpy as np
 
 import fastprune as fp
 from fastprune import demo
-from fastprune.layout import look_rows
-from fastprune.racing import race
+from fastprune.plan.layout import look_rows
+from fastprune.plan.racing import race
 
 RANDOM = 2000
 

@@ -143,7 +143,7 @@ def print_costs(found: dict, model: fp.Model, sets: dict) -> None:
         cells = [cell for cell in found["cells"] if cell["objective"] == label]
         naive, made, seconds = (
             sum(cell[name] for cell in cells)
-            for name in ("naive_layer_runs", "layer_runs", "seconds")
+            for name in ("naive_unit_runs", "unit_runs", "seconds")
         )
         removed = [cell["removed"] for cell in cells[:3]]
         timed = zip(passes(model, make(model).batch, removed), removed)

@@ -86,8 +86,8 @@ def main() -> None:
     losses = fp.Evaluator(model, fp.Perplexity(batch)).score(fp.from_removed(masks, units))
     block, head = flops_of(model, given.seq_len)
     loop = statistics.median(second for second, _ in passes) * stats.masks
-    naive = stats.naive_layer_runs * block + stats.masks * head
-    made = stats.layer_runs * block + stats.head_runs * head
+    naive = stats.naive_unit_runs * block + stats.masks * head
+    made = stats.unit_runs * block + stats.head_runs * head
     found = {
         "model": f"{units} blocks, hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
         "text": f"{given.samples} x {given.seq_len} tokens",
@@ -105,11 +105,11 @@ def main() -> None:
         "removed": list(result.removed),
         "loss": result.loss,
         "masks": stats.masks,
-        "layer_runs": {
-            "loop": stats.naive_layer_runs,
-            "within calls": stats.asked_layer_runs,
-            "unbounded": stats.unbounded_layer_runs,
-            "made": stats.layer_runs,
+        "unit_runs": {
+            "loop": stats.naive_unit_runs,
+            "within calls": stats.asked_unit_runs,
+            "unbounded": stats.unbounded_unit_runs,
+            "made": stats.unit_runs,
         },
         "head_runs": stats.head_runs,
         "decided_early": result.decided_early,

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 import fastprune as fp
-from fastprune.layout import look_rows, make_layout
-from fastprune.schedule import make_schedule
+from fastprune.plan.layout import look_rows, make_layout
+from fastprune.plan.schedule import make_schedule
+from fastprune.plan.split import cut, owners, teams
+from fastprune.plan.trie import kept_units, make_trie
 from fastprune.testing import SyntheticEvaluator
-from fastprune.trie import kept_units, make_trie
-from fastprune.workers.split import cut, owners, teams
 
 UNITS, REMOVED, ROWS, LENGTH, CHUNK_TOKENS = 80, 16, 64, 2048, 16384
 HEAD = 1.2  # of a 70B model, in unit runs: 8,192 x 128,256 weights against 856 million of a block

@@ -72,7 +72,7 @@ def measure(folder: str, limit: int, rows: int, length: int, masks: int) -> dict
     asked = np.array([rng.permutation(BLOCKS) >= 7 for _ in range(masks)])
     opened = 0 if model.weights is None else model.weights.loads
     ev.score(asked[:1])  # what a process pays once
-    runs, loads, read = ev.stats.layer_runs, ev.stats.weight_loads, ev.stats.weight_bytes
+    runs, loads, read = ev.stats.unit_runs, ev.stats.weight_loads, ev.stats.weight_bytes
     waited = 0.0 if model.weights is None else model.weights.waited
     wall, cpu = time.perf_counter(), time.process_time()
     losses = ev.score(asked)
@@ -84,7 +84,7 @@ def measure(folder: str, limit: int, rows: int, length: int, masks: int) -> dict
         "activations": ev.stats.peak_activation_bytes,
         "wall_seconds": wall,
         "cpu_seconds": cpu,
-        "layer_runs": ev.stats.layer_runs - runs,
+        "unit_runs": ev.stats.unit_runs - runs,
         "loads_to_open": opened,
         "loads": ev.stats.weight_loads - loads,
         "read_bytes": ev.stats.weight_bytes - read,

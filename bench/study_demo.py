@@ -63,7 +63,7 @@ def main(out_dir: str) -> None:
         if c["algorithm"] == "exhaustive"
     }
     print(
-        "| objective | removed | algorithm | blocks | loss | gap to optimum | masks | layer runs "
+        "| objective | removed | algorithm | blocks | loss | gap to optimum | masks | unit runs "
         "| naive | seconds |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -71,7 +71,7 @@ def main(out_dir: str) -> None:
         gap = c["loss"] - optimum[c["objective"], c["num_remove"]]
         blocks = format_removed(c["removed"])
         counts = (
-            f"{c['masks']} | {c['asked_layer_runs']:.0f} | {c['naive_layer_runs']:.0f} | "
+            f"{c['masks']} | {c['asked_unit_runs']:.0f} | {c['naive_unit_runs']:.0f} | "
             f"{c['seconds']:.1f}"
         )
         found = f"{c['algorithm']} | {blocks} | {c['loss']:.5f} | {gap:.5f}"
@@ -90,9 +90,9 @@ def main(out_dir: str) -> None:
         )
     made, asked, naive = (
         sum(c[name] for c in study["cells"])
-        for name in ("layer_runs", "asked_layer_runs", "naive_layer_runs")
+        for name in ("unit_runs", "asked_unit_runs", "naive_unit_runs")
     )
-    print(f"\nlayer runs: {made:.0f} made, {asked:.0f} alone, {naive:.0f} naive")
+    print(f"\nunit runs: {made:.0f} made, {asked:.0f} alone, {naive:.0f} naive")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from shared import evaluator, open_model
 from transformers.utils import logging
 
-from fastprune.checkpoint import check_target
+from fastprune.exports.checkpoint import check_target
 
 
 def read_text(path: str) -> str:

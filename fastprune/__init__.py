@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 _HOMES = {
     "data": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
     "errors": ["InputError"],
     "evaluator": ["Evaluator", "Stats"],
-    "checkpoint": ["export", "export_sequence"],
+    "exports": ["export", "export_sequence"],
     "masks": ["from_removed", "load_masks", "to_removed"],
     "models": ["Model", "load_model", "masked"],
     "objectives": [
@@ -27,7 +27,7 @@ _HOMES = {
         "TaskMargin",
     ],
     "solver": ["SubsetSolution", "solve_subset"],
-    "racing": ["Selection"],
+    "plan.racing": ["Selection"],
     "search": ["SearchResult", "run_search"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -35,8 +35,6 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:  # the same once more, for editors and type checkers, which run nothing
-    from .checkpoint import export as export
-    from .checkpoint import export_sequence as export_sequence
     from .data import Tasks as Tasks
     from .data import TokenBatch as TokenBatch
     from .data import load_tasks as load_tasks
@@ -44,6 +42,8 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .errors import InputError as InputError
     from .evaluator import Evaluator as Evaluator
     from .evaluator import Stats as Stats
+    from .exports import export as export
+    from .exports import export_sequence as export_sequence
     from .masks import from_removed as from_removed
     from .masks import load_masks as load_masks
     from .masks import to_removed as to_removed
@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .objectives import TaskAccuracy as TaskAccuracy
     from .objectives import TaskLikelihood as TaskLikelihood
     from .objectives import TaskMargin as TaskMargin
-    from .racing import Selection as Selection
+    from .plan.racing import Selection as Selection
     from .search import SearchResult as SearchResult
     from .search import run_search as run_search
     from .solver import SubsetSolution as SubsetSolution

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import probes
-from .engine import Engine, Progress
+from .engine import probes
+from .engine.engine import Engine, Progress
+from .engine.store import SumStore
 from .errors import InputError
-from .layout import Layout, look_rows
 from .masks import as_masks, check_sequences
 from .models import Model
 from .objectives import Objective
-from .racing import Selection, race
-from .records import check_bytes, check_folder
-from .store import SumStore
-from .trie import Trie, Units, kept_units, make_trie
-from .workers.coordinator import Coordinator
+from .plan.layout import Layout, look_rows
+from .plan.racing import Selection, race
+from .plan.trie import Trie, Units, kept_units, make_trie
+from .validate import check_bytes, check_folder
 from .workers.processes import Processes, Workers, check_workers
+from .workers.remote import Coordinator
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -44,21 +44,21 @@ class Stats:
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
     >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
     >>> _ = ev.score(fp.from_removed([(3,), (3, 7)], ev.num_units))
-    >>> ev.stats.layer_runs, ev.stats.naive_layer_runs  # shared: 0, 1, 2, 4, 5, 6
+    >>> ev.stats.unit_runs, ev.stats.naive_unit_runs  # shared: 0, 1, 2, 4, 5, 6
     (15, 21)
     """
 
     masks: int = 0  # scores that were asked for
-    layer_runs: float = (
+    unit_runs: float = (
         0  # unit runs that were made, the dense model's to compare with too, counted as they happen
     )
-    unbounded_layer_runs: float = (
+    unbounded_unit_runs: float = (
         0  # what these would have been, had the prefix cache room for every state
     )
-    asked_layer_runs: float = (
+    asked_unit_runs: float = (
         0  # distinct prefixes of each call: its unit runs, had nothing been known before
     )
-    naive_layer_runs: float = 0  # unit runs of one forward pass per mask that was asked for
+    naive_unit_runs: float = 0  # unit runs of one forward pass per mask that was asked for
     head_runs: float = 0  # masks whose loss was computed
     store_hits: int = 0  # scores that were asked for and came from the store
     peak_activation_bytes: int = 0  # the most that was held at once, besides the prefix cache
@@ -316,7 +316,7 @@ class Evaluator:
         check_race(keep, len(distinct), confidence, tolerance)
         looks = look_rows(self.objective.batch)
         with self.model.turn:
-            runs, whole = self.stats.layer_runs, self._ask(sequences)
+            runs, whole = self.stats.unit_runs, self._ask(sequences)
             chunks = None
             while (
                 chunks is not self._engine.chunks
@@ -325,13 +325,13 @@ class Evaluator:
                 alive, losses = self._race(distinct, looks, keep, confidence, tolerance)
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
             first = {sequence: i for i, sequence in reversed(list(enumerate(sequences)))}
-            made = self.stats.layer_runs - runs
+            made = self.stats.unit_runs - runs
             return Selection(
                 indices=np.array([first[distinct[i]] for i in alive[order]], dtype=np.int64),
                 losses=losses[order],
                 decided_early=len(distinct) - len(alive),
-                layer_runs=made,
-                share=made / max(1, whole.layer_runs),
+                unit_runs=made,
+                share=made / max(1, whole.unit_runs),
             )
 
     def similarity(self) -> np.ndarray:
@@ -383,8 +383,8 @@ class Evaluator:
         """The trie of sequences; notes what was asked for, of a share of the calibration set."""
         trie = make_trie(sequences)
         self.stats.masks += len(sequences)
-        self.stats.asked_layer_runs += _whole(trie.layer_runs * share)
-        self.stats.naive_layer_runs += _whole(trie.naive_layer_runs * share)
+        self.stats.asked_unit_runs += _whole(trie.unit_runs * share)
+        self.stats.naive_unit_runs += _whole(trie.naive_unit_runs * share)
         return trie
 
     def _losses(self, sequences: list[Units]) -> np.ndarray:
@@ -409,9 +409,9 @@ class Evaluator:
         try:
             sums, known = engine.run(trie, self.progress, wanted)
         finally:  # work that was interrupted was work, too
-            self.stats.layer_runs = _whole(counts.row_runs / rows)
+            self.stats.unit_runs = _whole(counts.row_runs / rows)
             self.stats.head_runs = _whole(counts.row_heads / rows)
-            self.stats.unbounded_layer_runs = _whole(counts.row_unbounded / rows)
+            self.stats.unbounded_unit_runs = _whole(counts.row_unbounded / rows)
             self.stats.peak_activation_bytes = counts.peak_activation_bytes
             self.stats.weight_loads, self.stats.weight_bytes = (
                 counts.weight_loads,

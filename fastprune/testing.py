@@ -30,7 +30,7 @@ import numpy as np
 from .errors import InputError
 from .evaluator import Evaluator, Stats, check_race
 from .masks import from_removed, to_removed
-from .racing import Selection
+from .plan.racing import Selection
 from .search import find_algorithm, run_search
 
 __all__ = ["CHECKS", "SyntheticEvaluator", "check_algorithm", "outcome"]
@@ -114,7 +114,7 @@ class SyntheticEvaluator(Evaluator):
         best = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
         early = len(distinct) - keep if self.num_looks > 1 else 0
         return Selection(
-            distinct[best], losses[best], decided_early=early, layer_runs=0.0, share=1.0
+            distinct[best], losses[best], decided_early=early, unit_runs=0.0, share=1.0
         )
 
     def similarity(self) -> np.ndarray:

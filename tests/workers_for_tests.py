@@ -6,8 +6,8 @@ from collections import deque
 
 import torch
 
-from fastprune.models.handover import fill, places
 from fastprune.workers.processes import Workers
+from fastprune.workers.transfer import fill, places
 from fastprune.workers.worker import Worker
 
 

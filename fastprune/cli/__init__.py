@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import click
 
-from .. import __version__
+from .._version import __version__
 from ..errors import InputError
 from . import commands, evaluation, stores, studies
 from .output import cannot_print, is_of_printing, prepare_streams

@@ -10,10 +10,10 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from .. import __version__
+from .._version import __version__
 from ..errors import InputError
+from ..io import parse_json, write_json, write_jsonl
 from ..masks import check_removed, check_sequences, from_removed, load_masks, to_removed
-from ..records import parse_json, refuse_existing, write_json, write_jsonl
 from ..study.tables import (
     TABLE_NOTE,
     format_dense,
@@ -24,6 +24,7 @@ from ..study.tables import (
     pattern_text,
     results_table,
 )
+from ..validate import refuse_existing
 from .options import (
     MOST,
     MOST_SEED,
@@ -43,9 +44,9 @@ from .options import (
 from .output import printing, say
 
 if TYPE_CHECKING:
-    from ..bands import Room
     from ..evaluator import Evaluator
     from ..models import Model
+    from ..plan.bands import Room
 
 
 @click.command(cls=Command)
@@ -98,7 +99,7 @@ def info(
 def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
     """How a model's blocks are read, and what scoring reads in all, by the model of cost in
     `bands`."""
-    from ..budget import expect_groups
+    from ..engine.budget import expect_groups
 
     bands = opened.bands
     rows = {
@@ -281,8 +282,8 @@ def search(
         result.removed,
         result.loss,
         result.evaluations,
-        result.layer_runs,
-        result.naive_layer_runs,
+        result.unit_runs,
+        result.naive_unit_runs,
     )
     dense_pass = f" Under {result.objective}, runs include one pass of the whole model."
     dense_pass *= evaluator.objective.compares_with_dense
@@ -340,7 +341,7 @@ def export(
     the same for mergekit, llama.cpp, EvoPress and LLM-Drop. Only blocks can be left out, not
     sublayers.
     """
-    from .. import checkpoint
+    from ..exports import checkpoint
 
     if sum(given is not None for given in (removed, sequence, result)) != 1:
         raise InputError(
@@ -441,16 +442,16 @@ def _print_cost(evaluator: Evaluator, sizes: list[int]) -> None:
     stats = evaluator.stats
     least, most = min(sizes), max(sizes)
     removed = f"{least}" if least == most else f"{least} to {most}"
-    saved = format_saved(stats.naive_layer_runs, stats.layer_runs)
-    compares = evaluator.objective.compares_with_dense and stats.layer_runs
+    saved = format_saved(stats.naive_unit_runs, stats.unit_runs)
+    compares = evaluator.objective.compares_with_dense and stats.unit_runs
     dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
     known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
     say(
         f"{stats.masks} mask{'s' * (stats.masks != 1)} that remove{'s' * (stats.masks == 1)} "
         f"{removed} of "
-        f"{evaluator.num_units} units: {stats.layer_runs:.0f} layer runs where one pass per mask "
+        f"{evaluator.num_units} units: {stats.unit_runs:.0f} unit runs where one pass per mask "
         f"takes "
-        f"{stats.naive_layer_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
+        f"{stats.naive_unit_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
         f"{stats.seconds:.1f} s; "
         f"{stats.cache_bytes / 2**20:.0f} MiB of states were kept"
     )

@@ -14,8 +14,9 @@ import click
 from rich.table import Table
 
 from ..errors import InputError
+from ..io import write_json, write_jsonl
 from ..masks import from_removed, load_masks, to_removed
-from ..records import refuse_existing, write_json, write_jsonl
+from ..validate import refuse_existing
 from .options import (
     MOST,
     Command,

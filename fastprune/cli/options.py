@@ -14,12 +14,12 @@ import click
 from ..errors import InputError, nearest
 from ..masks import parse_removed
 from ..objectives import OBJECTIVES, Objective
-from ..records import check_folder
+from ..validate import check_folder
 from ..workers.processes import MOST_WORKERS, Processes, Workers
 from .output import progress_bar
 
 if TYPE_CHECKING:
-    from ..engine import Progress
+    from ..engine.engine import Progress
     from ..evaluator import Evaluator
     from ..models import Model
 
@@ -306,7 +306,7 @@ def check_store(path: Path) -> None:
         if place.exists() and not os.access(place, access):
             raise InputError(f"{path}: {place} cannot be written to")
     if path.exists() and path.stat().st_size:
-        from ..store import SumStore
+        from ..engine.store import SumStore
 
         SumStore(path).close()
 
@@ -407,7 +407,7 @@ def check_workers(workers: int | None, ray: str | None) -> None:
         raise InputError(
             "--workers are processes of this machine, --ray those of a cluster; give one of them"
         )
-    from ..integrations.distributed import check_address
+    from ..workers.ray import check_address
 
     with naming("--ray"):
         check_address(ray)
@@ -417,7 +417,7 @@ def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers 
     """Workers of evaluators, started. The cores of this machine are shared out as threads over its
     processes."""
     if ray is not None:
-        from ..integrations.distributed import RayWorkers
+        from ..workers.ray import RayWorkers
 
         return RayWorkers(ray, model.device)
     if workers is None:

@@ -9,12 +9,13 @@ import click
 from rich.table import Table
 
 from ..errors import InputError
-from ..records import refuse_existing, write_jsonl
+from ..io import write_jsonl
+from ..validate import refuse_existing
 from .options import Command, FileName, check_store, naming
 from .output import printing, say
 
 if TYPE_CHECKING:
-    from ..store import SumStore
+    from ..engine.store import SumStore
 
 
 @click.group()
@@ -108,7 +109,7 @@ def prune(file: str, contexts: tuple[int, ...], damaged: bool) -> None:
 
 
 def _open(file: str) -> SumStore:
-    from ..store import SumStore
+    from ..engine.store import SumStore
 
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file")

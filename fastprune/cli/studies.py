@@ -13,7 +13,6 @@ from rich.table import Table
 
 from ..errors import InputError, nearest
 from ..objectives import OBJECTIVES
-from ..records import check_folder
 from ..search import ALGORITHMS, check_algorithm, check_racing
 from ..study import check_study, check_study_folder, figures, run_study, write_report
 from ..study.folder import check_label
@@ -26,6 +25,7 @@ from ..study.tables import (
     pattern_text,
     results_table,
 )
+from ..validate import check_folder
 from .evaluation import evaluate_study, harness_on_stderr, open_tasks, task_settings, task_table
 from .options import (
     MOST,
@@ -344,7 +344,7 @@ def _print_cells(found: Mapping) -> None:
         )
         rows = []
         for cell in cells:
-            cost = (cell["masks"], cell["asked_layer_runs"], cell["naive_layer_runs"])
+            cost = (cell["masks"], cell["asked_unit_runs"], cell["naive_unit_runs"])
             rows.append((cell["algorithm"], cell["removed"], cell["error"] or cell["loss"], *cost))
         units = f"{num_remove} of {found['num_units'][model]} removed"
         say(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
@@ -354,11 +354,11 @@ def _print_cells(found: Mapping) -> None:
     if found["calibration"]:
         say(calibration_table(found["calibration"]))
     made, asked = (
-        sum(cell[name] for cell in found["cells"]) for name in ("layer_runs", "asked_layer_runs")
+        sum(cell[name] for cell in found["cells"]) for name in ("unit_runs", "asked_unit_runs")
     )
     if 0 < made < asked:
         how = "share their scores, and race" if found["inputs"]["racing"] else "share their scores"
-        say(f"Searches {how}: {made:.0f} layer runs were made where they take {asked:.0f} alone.")
+        say(f"Searches {how}: {made:.0f} unit runs were made where they take {asked:.0f} alone.")
 
 
 def _held_out_table(

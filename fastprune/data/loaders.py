@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..records import read_jsonl, read_npy, shown
+from ..errors import InputError, shown
+from ..io import read_jsonl, read_npy
 from .tokens import Tasks, TokenBatch
 
 

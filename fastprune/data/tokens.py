@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..records import shown
+from ..errors import InputError, shown
 
 Ids = Sequence[int] | np.ndarray  # of tokens
 

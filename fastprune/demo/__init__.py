@@ -1,7 +1,6 @@
-"""A small language model that was really trained, with its calibration and held-out data.
+"""Paths of a small trained language model, and of its calibration and held-out data.
 
-Only paths live here, so importing this costs nothing; `fastprune.demo.train` makes what they point
-to.
+`tools/demo_model` in the repository trains the model and draws the data.
 """
 
 from pathlib import Path

@@ -3,19 +3,7 @@ along."""
 
 from __future__ import annotations
 
-import importlib.util
-
-from ..errors import InputError
-
-
-def require(extra: str, *modules: str) -> None:
-    """Raise InputError when a module that an extra brings along is not installed. Imports none of
-    them."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise InputError(
-                f"{module} is needed for this and not installed: pip install 'fastprune[{extra}]'"
-            )
+from ..validate import require
 
 
 def require_harness() -> None:

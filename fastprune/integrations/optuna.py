@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..evaluator import Evaluator
 from ..masks import check_removed, from_removed
 from ..search import protected_units
-from . import require
+from ..validate import require
 
 if TYPE_CHECKING:
     import optuna

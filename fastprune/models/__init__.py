@@ -2,7 +2,7 @@
 
 from .fused import FusedModel, make_runner
 from .generic import Model, masked
-from .load import load_model
+from .open import load_model
 from .runner import Runner
 
 __all__ = ["FusedModel", "Model", "Runner", "load_model", "make_runner", "masked"]

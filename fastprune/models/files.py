@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import InputError
-from ..records import brief, parse_json, shown
+from ..errors import InputError, brief, shown
+from ..io import parse_json
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit

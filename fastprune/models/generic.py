@@ -27,11 +27,12 @@ from ..errors import InputError
 from ..masks import check_removed
 from .attention import pinned_attention
 from .identity import Identity
+from .offload.weights import Weights
 from .precision import working_dtype
 from .proof import find_sublayers, prove_blocks, prove_tree
 from .rotary import switch_length, with_unrounded_frequencies
 from .runner import Targets
-from .stand_ins import (
+from .swap import (
     Arguments,
     HalfBlock,
     Head,
@@ -42,7 +43,6 @@ from .stand_ins import (
     get_module,
     with_replaced,
 )
-from .streaming import Weights
 from .tree import few_branches, layer_windows, tree_mask
 
 LAYERS_NAMES = ("layers", "h", "blocks")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..fingerprint import mark
+from .fingerprint import mark
 
 if TYPE_CHECKING:  # a model has one of these
     from .generic import Model

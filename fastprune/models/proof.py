@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from .stand_ins import Arguments, HalfBlock, StandInLayer, Sublayers, with_replaced
+from .swap import Arguments, HalfBlock, StandInLayer, Sublayers, with_replaced
 from .tree import few_branches
 
 if TYPE_CHECKING:  # a model proves itself

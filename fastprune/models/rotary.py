@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .identity import plain_attributes
-from .stand_ins import with_replaced
+from .swap import with_replaced
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .stand_ins import State
+from .swap import State
 
 
 class Targets(Protocol):

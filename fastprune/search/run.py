@@ -125,7 +125,7 @@ class SearchResult:
 
     removed, mask (bool[U]), loss: the best subset. history: every (removed, loss) whose exact loss
     is known, in order (not of what left a race, or was scored on a share of the samples).
-    evaluations: how many. layer_runs, naive_layer_runs: as in Stats, for this search alone.
+    evaluations: how many. unit_runs, naive_unit_runs: as in Stats, for this search alone.
     seconds: of the whole search.
     racing: the confidence of its races, None without. decided_early: subsets that left one before
     the last samples.
@@ -147,8 +147,8 @@ class SearchResult:
     loss: float
     history: list[tuple[Removed, float]] = field(repr=False)
     evaluations: int
-    layer_runs: float
-    naive_layer_runs: float
+    unit_runs: float
+    naive_unit_runs: float
     seconds: float
     racing: float | None = None
     decided_early: int = 0
@@ -218,8 +218,8 @@ def run_search(
         loss=search.losses[best],
         history=list(search.losses.items()),
         evaluations=len(search.losses),
-        layer_runs=after.layer_runs - before["layer_runs"],
-        naive_layer_runs=after.naive_layer_runs - before["naive_layer_runs"],
+        unit_runs=after.unit_runs - before["unit_runs"],
+        naive_unit_runs=after.naive_unit_runs - before["naive_unit_runs"],
         seconds=time.perf_counter() - started,
         racing=racing,
         decided_early=search.decided_early,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..records import write_file
+from ..io import write_file
 
 KEPT, EDGE, RULE = "#f1f3f5", "#d5d9dd", "#868e96"
 

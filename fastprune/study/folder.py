@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError
-from ..records import parse_json, shown, write_json
-from ..store import SumStore
+from ..engine.store import SumStore
+from ..errors import InputError, shown
+from ..io import parse_json, write_json
 
 LOCK = ".lock"
 _LEFT_BEHIND = re.compile(
@@ -30,8 +30,8 @@ class Cell:
     """One search of a study, what it found and what it cost.
 
     error: why the search found nothing; `removed` and `loss` are then None. losses: of the chosen
-    mask under every objective of the study, by label. layer_runs: unit runs that were made;
-    asked_layer_runs: those it would have made alone, without scores that other searches had left in
+    mask under every objective of the study, by label. unit_runs: unit runs that were made;
+    asked_unit_runs: those it would have made alone, without scores that other searches had left in
     the store. decided_early: subsets that left a race early.
     """
 
@@ -44,9 +44,9 @@ class Cell:
     error: str | None = None
     masks: int = 0
     decided_early: int = 0
-    layer_runs: float = 0
-    asked_layer_runs: float = 0
-    naive_layer_runs: float = 0
+    unit_runs: float = 0
+    asked_unit_runs: float = 0
+    naive_unit_runs: float = 0
     seconds: float = 0
     losses: Mapping[str, float] | None = None
 

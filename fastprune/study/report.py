@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..io import write_file
 from ..objectives import format_size
-from ..records import write_file
 from ..search import describe_algorithms
 from . import figures
 from .tables import format_loss, format_removed

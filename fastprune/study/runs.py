@@ -16,13 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .._version import __version__
+from ..engine.store import SumStore
 from ..errors import InputError
+from ..io import write_json
 from ..masks import from_removed
 from ..objectives import Objective
-from ..records import check_folder, write_json
 from ..search import check_algorithm, check_racing, find_algorithm, require_sklearn, run_search
-from ..store import SumStore
+from ..validate import check_folder
 from ..workers.processes import Processes, Workers
 from .folder import Cell, check_label, check_study_folder, hold, read_cell, write_cell
 from .statistics import compare_calibrations, summarise, summarise_similarity
@@ -218,8 +219,8 @@ class _Evaluators:
         racing: float | None,
     ) -> dict:
         """What makes a study this study."""
-        from ..fingerprint import machine_fingerprint  # only now: they bring torch
         from ..models import make_runner
+        from ..models.fingerprint import machine_fingerprint  # only now: they bring torch
 
         backend = self._options.get("backend", "auto")
         return {
@@ -343,7 +344,7 @@ def _search(
         )
     except ArithmeticError as error:  # no finite loss, or a probe that is not finite
         cell = replace(cell, error=str(error), masks=evaluator.stats.masks - before["masks"])
-    names = ("layer_runs", "asked_layer_runs", "naive_layer_runs")
+    names = ("unit_runs", "asked_unit_runs", "naive_unit_runs")
     cost = {name: getattr(evaluator.stats, name) - before[name] for name in names}
     return replace(cell, **cost, seconds=time.perf_counter() - started)
 

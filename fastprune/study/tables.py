@@ -56,7 +56,7 @@ TABLE_NOTE = (
 
 
 def results_table(title: str, rows: Iterable[tuple]) -> Table:
-    """A table of searches; rows (algorithm, removed, loss, masks, layer runs, naive layer runs).
+    """A table of searches; rows (algorithm, removed, loss, masks, unit runs, naive unit runs).
 
     One that found nothing has None removed and the reason in the place of its loss.
     """
@@ -65,10 +65,10 @@ def results_table(title: str, rows: Iterable[tuple]) -> Table:
         table.add_column(name, no_wrap=True)
     for name in ("loss", "masks", "runs", "naive", "saved"):
         table.add_column(name, justify="right", no_wrap=name != "loss")
-    for algorithm, removed, loss, masks, layer_runs, naive in rows:
+    for algorithm, removed, loss, masks, unit_runs, naive in rows:
         found = ("none", loss) if removed is None else (format_removed(removed), format_loss(loss))
-        saved = f"{naive / layer_runs:.1f}x" if layer_runs else "-"
-        table.add_row(algorithm, *found, str(masks), f"{layer_runs:.0f}", f"{naive:.0f}", saved)
+        saved = f"{naive / unit_runs:.1f}x" if unit_runs else "-"
+        table.add_row(algorithm, *found, str(masks), f"{unit_runs:.0f}", f"{naive:.0f}", saved)
     return table
 
 

@@ -20,8 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..records import brief
+from ..errors import InputError, brief
 
 if TYPE_CHECKING:  # what checks a command line does without torch
     import torch
@@ -166,7 +165,7 @@ class Processes(Workers):
         return "pickled", pickle.dumps(value)  # once for all
 
     def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
-        from ..models import handover
+        from . import transfer as handover
 
         at, size = handover.places(tensors)
         file = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as a worker may read it)

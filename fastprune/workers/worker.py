@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..chunks import Chunk
-from ..engine import Engine, Progress
+from ..engine.chunks import Chunk
+from ..engine.engine import Engine, Progress
+from ..engine.store import units_key
 from ..errors import InputError
-from ..memory import is_out_of_memory
 from ..models import Model, load_model
-from ..models.handover import unpack, views
+from ..models.device import is_out_of_memory
 from ..models.imports import import_transformers
-from ..store import units_key
-from ..trie import Units, make_trie
+from ..plan.trie import Units, make_trie
+from .transfer import unpack, views
 
 EVERY = 0.1  # seconds between two words on progress
 

@@ -9,7 +9,7 @@ import sqlite3
 
 import pytest
 
-from fastprune.store import SumStore
+from fastprune.engine.store import SumStore
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_score_writes_what_the_library_computes(run, checkpoint, text_file, tmp_
     assert [row["loss"] for row in rows] == evaluator.score(
         fp.from_removed([(1, 2), (), (4,)], 5)
     ).tolist()
-    assert "layer runs" in out
+    assert "unit runs" in out
 
 
 @pytest.mark.parametrize("kind", ["npy", "jsonl"])
@@ -134,7 +134,7 @@ def test_search_writes_its_result(run, checkpoint, text_file, tmp_path, evaluato
     assert len(written["history"]) == written["evaluations"] == expected.evaluations
     assert "removed: " in out
     assert written["removed_names"] == [f"block {unit}" for unit in expected.removed]
-    assert written["layer_runs"] == expected.layer_runs < written["naive_layer_runs"]
+    assert written["unit_runs"] == expected.unit_runs < written["naive_unit_runs"]
 
 
 def test_sublayer_search_and_protection(run, checkpoint, text_file):
@@ -210,11 +210,11 @@ def test_savings_are_claimed_only_where_there_are_any(run, checkpoint, text_file
     )
     _, out, _ = run(*arguments, "--removed", "4", "--removed", "3-4", "--removed", "2-4")
     assert (
-        "3 masks that remove 1 to 3 of 5 units: 4 layer runs where one pass per mask takes 9 "
+        "3 masks that remove 1 to 3 of 5 units: 4 unit runs where one pass per mask takes 9 "
         "(2.2x fewer)" in out
     )
     _, out, _ = run(*arguments, "--removed", "4", "--objective", "kl")
-    assert "5 layer runs where one pass per mask takes 4; kl runs the whole model once" in out
+    assert "5 unit runs where one pass per mask takes 4; kl runs the whole model once" in out
 
 
 def test_exported_checkpoint_has_the_same_loss(run, checkpoint, text_file, tmp_path, evaluator):

@@ -8,7 +8,7 @@ import pytest
 from families import build, random_rows, some_masks
 
 import fastprune as fp
-from fastprune.store import SumStore
+from fastprune.engine.store import SumStore
 
 MASKS = some_masks(5, 20, seed=2)
 

@@ -13,8 +13,8 @@ from families import build, num_blocks, random_rows, some_masks
 from helpers import make_tasks
 
 import fastprune as fp
+from fastprune.engine.store import SumStore
 from fastprune.models.attention import pinned_attention
-from fastprune.store import SumStore
 
 cuda = torch.backends.cuda
 

@@ -16,14 +16,14 @@ import fastprune as fp
 @pytest.mark.parametrize("method", ["score", "score_samples"])
 def test_masks(ev, method):
     call = getattr(ev, method)
-    before = ev.stats.layer_runs
+    before = ev.stats.unit_runs
     refuses("4 entries.* 5 units", call, np.ones((2, 4)))
     refuses("value 2 at unit 1", call, [[1, 2, 1, 1, 1]])
     refuses("value nan at unit 0", call, [[np.nan, 1, 1, 1, 1]])
     refuses("rows differ", call, [[1, 1, 1, 1, 1], [1]])
     refuses("shape", call, np.ones((1, 1, 5)))
     refuses("bool or 0/1", call, [["a"] * 5])
-    assert ev.stats.layer_runs == before  # nothing was run
+    assert ev.stats.unit_runs == before  # nothing was run
 
 
 def test_a_mask_that_keeps_nothing(hf, batch, monkeypatch):

@@ -8,7 +8,7 @@ from families import build, random_rows, some_masks
 from helpers import make_tasks
 
 import fastprune as fp
-from fastprune.states import DiskTier, Frontier, HostTier, PrefixCache
+from fastprune.engine.cache import DiskTier, Frontier, HostTier, PrefixCache
 from fastprune.workers.processes import Processes
 
 LENGTHS = [93, 9, 47, 93, 46, 9, 91]
@@ -68,14 +68,14 @@ def test_warm_cold_half_evicted_and_on_disk_give_the_same_bits(
         assert ev.score(masks[order]).tobytes() == expected[order].tobytes()
         assert ev.score_samples(masks, [1]).tobytes() == cold.score_samples(masks, [1]).tobytes()
         assert ev.stats.cache_hits["device"] > 0
-        assert ev.stats.layer_runs < ev.stats.asked_layer_runs
+        assert ev.stats.unit_runs < ev.stats.asked_unit_runs
     if states is None:
-        assert warm.stats.layer_runs == warm.stats.unbounded_layer_runs
+        assert warm.stats.unit_runs == warm.stats.unbounded_unit_runs
     else:
         assert 0 < warm.stats.cache_bytes <= budget
-        assert warm.stats.unbounded_layer_runs < warm.stats.layer_runs
+        assert warm.stats.unbounded_unit_runs < warm.stats.unit_runs
         assert disk.stats.cache_hits["disk"] > 0
-        assert disk.stats.layer_runs == disk.stats.unbounded_layer_runs
+        assert disk.stats.unit_runs == disk.stats.unbounded_unit_runs
     assert list(tmp_path.iterdir()) == []  # nothing is left there, whatever becomes of the process
 
 
@@ -89,11 +89,11 @@ def test_a_search_runs_each_prefix_once():
         tuple(np.flatnonzero(fp.from_removed([removed], 5)[0])) for removed, _ in found.history
     ]
     assert (
-        found.layer_runs
+        found.unit_runs
         == len({s[:i] for s in sequences for i in range(1, len(s) + 1)})
-        < without.layer_runs
+        < without.unit_runs
     )
-    assert ev.stats.unbounded_layer_runs == none.stats.unbounded_layer_runs == found.layer_runs
+    assert ev.stats.unbounded_unit_runs == none.stats.unbounded_unit_runs == found.unit_runs
 
 
 def test_changed_weights_and_switches_empty_it():
@@ -111,11 +111,11 @@ def test_changed_weights_and_switches_empty_it():
     assert (
         ev.score(masks).tobytes() == fp.Evaluator(hf, target, cache_bytes=0).score(masks).tobytes()
     )
-    runs = ev.stats.layer_runs
+    runs = ev.stats.unit_runs
     torch.set_float32_matmul_precision("high")
     try:
         ev.score(masks)
-        assert ev.stats.layer_runs - runs == ev.stats.asked_layer_runs / 4
+        assert ev.stats.unit_runs - runs == ev.stats.asked_unit_runs / 4
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -210,7 +210,7 @@ def test_processes_with_a_gpu_each_share_the_host_only(monkeypatch):
     """With 800 states of room free on a GPU and 8,000 on the host, of which the cache may take a
     quarter."""
     room = {"cuda": 800, "cpu": 8000}
-    monkeypatch.setattr("fastprune.states.available_bytes", lambda device: room[device.type])
+    monkeypatch.setattr("fastprune.engine.cache.available_bytes", lambda device: room[device.type])
     cache = PrefixCache(None, None, torch.device("cuda"))
     cache.start(1)
     found = []

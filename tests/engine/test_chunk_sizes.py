@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import run_python
 
-from fastprune.memory import peak_bytes
+from fastprune.engine.memory import peak_bytes
 
 MEASURE = """
 import json

@@ -111,7 +111,7 @@ def spy_on_runs(monkeypatch, ev, batch) -> list[Fraction]:
 @pytest.mark.slow
 @pytest.mark.parametrize("memory_bytes", [None, 1])
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
-def test_layer_runs_are_distinct_prefixes(
+def test_unit_runs_are_distinct_prefixes(
     monkeypatch, model, batch, backend, granularity, memory_bytes
 ):
     def make(memory_bytes):
@@ -127,13 +127,13 @@ def test_layer_runs_are_distinct_prefixes(
     memory_bytes = memory_bytes and smallest_budget(make)
     ev = make(memory_bytes)
     shares = spy_on_runs(monkeypatch, ev, batch)
-    expected = dict.fromkeys(("masks", "layer_runs", "naive_layer_runs", "head_runs"), 0)
+    expected = dict.fromkeys(("masks", "unit_runs", "naive_unit_runs", "head_runs"), 0)
     for name, masks in fields(ev.num_units).items():
         shares.clear()
         assert ev.score(masks).shape == (len(masks),)
         expected["masks"] += len(masks)
-        expected["layer_runs"] += count_prefixes(masks)
-        expected["naive_layer_runs"] += int(masks.sum())
+        expected["unit_runs"] += count_prefixes(masks)
+        expected["naive_unit_runs"] += int(masks.sum())
         expected["head_runs"] += len({mask.tobytes() for mask in masks})
         assert {key: getattr(ev.stats, key) for key in expected} == expected, name
         assert sum(shares) == count_prefixes(masks), name  # what was really run
@@ -151,7 +151,7 @@ def test_some_samples_cost_the_chunks_that_hold_them(monkeypatch, model, batch, 
     shares = spy_on_runs(monkeypatch, ev, batch)
     ev.score_samples(masks, samples=[1])
     assert 0 < sum(shares) < count_prefixes(masks)
-    assert ev.stats.layer_runs == pytest.approx(float(sum(shares)))
+    assert ev.stats.unit_runs == pytest.approx(float(sum(shares)))
 
 
 def test_a_sixteenth_of_the_samples_costs_about_a_sixteenth_of_the_rows(hf):
@@ -163,7 +163,7 @@ def test_a_sixteenth_of_the_samples_costs_about_a_sixteenth_of_the_rows(hf):
     share = dict.fromkeys(("initial_tokens", "first_tokens", "final_tokens"), 512 * 32 // 16)
     result = fp.run_search(ev, "evopress", 2, initial=6, offspring=5, generations=2, **share)
     steps = 6 + 2 * (5 + 3)
-    assert result.naive_layer_runs <= 3 * (
+    assert result.naive_unit_runs <= 3 * (
         steps * 1.5 / 16 + 1
     )  # a step that begins within a chunk runs two
 
@@ -280,14 +280,14 @@ def test_out_of_memory_makes_smaller_chunks(hf, model, monkeypatch, kind, error,
     assert max(seen) > 2
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     dense = ev.num_units if kind == "kl" else 0  # the dense model's states, made once
-    once = ev.stats.layer_runs
+    once = ev.stats.unit_runs
     assert once > count_prefixes(masks) + dense  # what had to be repeated was run, too
     assert ev.stats.masks == len(masks)
     seen.clear()
     assert (
         ev.score(masks).tobytes() == found.tobytes()
     )  # the smaller chunks stay, so that the bits do
-    assert ev.stats.layer_runs - once == count_prefixes(masks)
+    assert ev.stats.unit_runs - once == count_prefixes(masks)
     assert max(seen) <= 2
 
 

@@ -130,7 +130,7 @@ def test_scores_keep_their_bits(operators, dtype, granularity):
     ev = evaluator(hf, perplexity(hf)[0], granularity=granularity)
     masks = some_masks(ev.num_units, 20, seed=5)
     together = ev.score(masks)
-    assert ev.stats.layer_runs == len(
+    assert ev.stats.unit_runs == len(
         {tuple(np.flatnonzero(m)[: i + 1]) for m in masks for i in range(m.sum())}
     )
     order = np.random.default_rng(0).permutation(len(masks))

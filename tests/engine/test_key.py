@@ -240,7 +240,7 @@ def test_a_default_that_is_said_aloud_changes_nothing(hf, tmp_path):
         with switched(*precision, value):
             ev = fp.Evaluator(fp.Model(hf), fp.Perplexity(BATCH), store=tmp_path / "s.db")
             ev.score(MASKS)
-            assert (ev.stats.layer_runs > 0) == runs
+            assert (ev.stats.unit_runs > 0) == runs
 
 
 @pytest.mark.parametrize(

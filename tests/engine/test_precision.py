@@ -12,7 +12,8 @@ from families import build, random_rows, some_masks
 from transformers import AutoModelForCausalLM
 
 import fastprune as fp
-from fastprune.models import load, precision
+from fastprune.models import open as load
+from fastprune.models import precision
 
 OLD, NEW = {"avx2": True}, {"avx2": True, "avx512_bf16": True, "avx512_fp16": True}
 

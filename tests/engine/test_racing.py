@@ -11,8 +11,8 @@ from families import random_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.layout import look_rows
-from fastprune.racing import race
+from fastprune.plan.layout import look_rows
+from fastprune.plan.racing import race
 
 
 def uneven_model() -> LlamaForCausalLM:
@@ -68,7 +68,7 @@ def test_keeps_what_a_full_evaluation_keeps_with_its_bits_for_less():
             found = ev.select(masks, keep=keep)
             assert found.indices.tolist() == np.argsort(full, kind="stable")[:keep].tolist()
             assert found.losses.tobytes() == full[found.indices].tobytes()
-            assert found.layer_runs == ev.stats.layer_runs
+            assert found.unit_runs == ev.stats.unit_runs
             assert 0 < found.decided_early <= len(masks) - keep
             shares.append(found.share)
     assert all(np.mean(shares) < 0.8 for shares in work.values())
@@ -80,11 +80,11 @@ def test_a_store_serves_a_race_and_what_comes_after(tmp_path):
     ev = evaluator(hf, store=tmp_path / "s.db")
     first = ev.select(masks, keep=2)
     again = ev.select(masks, keep=2)
-    assert again.layer_runs == 0
+    assert again.unit_runs == 0
     assert again.losses.tobytes() == first.losses.tobytes()
-    before = ev.stats.layer_runs
+    before = ev.stats.unit_runs
     assert ev.score(masks[first.indices]).tobytes() == first.losses.tobytes()
-    assert ev.stats.layer_runs == before
+    assert ev.stats.unit_runs == before
 
 
 def test_few_samples_are_scored_whole_and_equal_masks_count_once():
@@ -171,8 +171,8 @@ def test_searches_race_to_the_same_result(algorithm):
         )
         assert raced.removed == plain.removed
         assert raced.loss == plain.loss
-        assert raced.layer_runs <= plain.layer_runs
-        assert raced.naive_layer_runs == plain.naive_layer_runs
+        assert raced.unit_runs <= plain.unit_runs
+        assert raced.naive_unit_runs == plain.naive_unit_runs
         assert (raced.racing, plain.racing, plain.decided_early) == (0.99, None, 0)
 
 

@@ -45,8 +45,8 @@ def test_shared_once_and_the_same_bits():
     sequences = some_sequences(ev.num_units, 30)
     together = ev.score_sequences(sequences)
     prefixes = {sequence[: i + 1] for sequence in sequences for i in range(len(sequence))}
-    assert ev.stats.layer_runs == len(prefixes)
-    assert ev.stats.naive_layer_runs == sum(map(len, sequences))
+    assert ev.stats.unit_runs == len(prefixes)
+    assert ev.stats.naive_unit_runs == sum(map(len, sequences))
     assert ev.score_sequences(sequences[::-1]).tobytes() == together[::-1].tobytes()
     for number in range(0, len(sequences), 7):
         assert ev.score_sequences([sequences[number]])[0] == together[number]
@@ -60,7 +60,7 @@ def test_an_ascending_sequence_is_a_mask_in_the_store_too(tmp_path):
     second, _ = evaluator(hf, store=tmp_path / "s.db")
     found = second.score_sequences([np.flatnonzero(mask) for mask in masks])
     assert found.tobytes() == losses.tobytes()
-    assert second.stats.layer_runs == 0
+    assert second.stats.unit_runs == 0
 
 
 def test_very_long_sequences_stay_within_the_budget():

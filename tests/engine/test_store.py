@@ -15,7 +15,7 @@ from torture.harness import forked
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.store import SumStore
+from fastprune.engine.store import SumStore
 
 
 def make_model(seed: int = 0):
@@ -47,9 +47,9 @@ def test_second_run_computes_nothing_and_gives_the_same_bits(tmp_path):
     second = fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=path)
     assert (first.score(MASKS) == plain).all()
     assert (second.score(MASKS[::-1]) == plain[::-1]).all()
-    assert second.stats.layer_runs == second.stats.head_runs == 0
+    assert second.stats.unit_runs == second.stats.head_runs == 0
     assert second.stats.store_hits == second.stats.masks == len(MASKS)
-    assert second.stats.naive_layer_runs == first.stats.naive_layer_runs == MASKS.sum()
+    assert second.stats.naive_unit_runs == first.stats.naive_unit_runs == MASKS.sum()
 
 
 def test_only_what_is_missing_is_computed(tmp_path):
@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_within_a_call_repeats_no_finished_chunk(tmp_path):
 
     def ask(**options) -> None:
         ev = in_chunks(**options)
-        print(ev.score(MASKS).tobytes().hex(), ev.stats.layer_runs)
+        print(ev.score(MASKS).tobytes().hex(), ev.stats.unit_runs)
 
     store = tmp_path / "s.db"
     assert forked(lambda: ask(store=store, progress=die)).status == -9
@@ -142,7 +142,7 @@ def test_one_run_serves_every_objective_on_the_same_tokens(tmp_path):
         alone = fp.Evaluator(make_model(), objective)
         assert ev.score(MASKS).tobytes() == alone.score(MASKS).tobytes()
         assert ev.score_samples(MASKS).tobytes() == alone.score_samples(MASKS).tobytes()
-        runs.append(ev.stats.layer_runs)
+        runs.append(ev.stats.unit_runs)
     assert runs[0] > 0
     assert runs[1:] == [0] * 3
 
@@ -152,9 +152,9 @@ def test_some_samples_then_all_runs_each_chunk_once(tmp_path):
     expected = plain.score(MASKS)
     ev = in_chunks(store=tmp_path / "s.db")
     ev.score_samples(MASKS, samples=[0, 1])
-    assert 0 < ev.stats.layer_runs < plain.stats.layer_runs
+    assert 0 < ev.stats.unit_runs < plain.stats.unit_runs
     assert ev.score(MASKS).tobytes() == expected.tobytes()
-    assert ev.stats.layer_runs == plain.stats.layer_runs
+    assert ev.stats.unit_runs == plain.stats.unit_runs
 
 
 def test_no_damaged_sum_is_served(tmp_path):

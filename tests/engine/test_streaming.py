@@ -75,7 +75,7 @@ def test_bits_counts_and_loads(folder, backend, blocks):
     ev = fp.Evaluator(model, perplexity(model), backend, cache_bytes=0)
     assert len(model.bands) == {1: 5, 4: 3, 5: 1}[blocks]
     assert np.array_equal(ev.score(masks), expected.score(masks))
-    assert ev.stats.layer_runs == expected.stats.layer_runs
+    assert ev.stats.unit_runs == expected.stats.unit_runs
     assert ev.stats.weight_loads <= 5  # each block once, but for those that were still there
     before = ev.stats.weight_loads
     ev.score(masks)
@@ -111,7 +111,7 @@ def test_caches_stores_races_and_sequences(family, granularity, tmp_path):
     with_store = fp.Evaluator(whole, fp.TaskMargin(tasks[0]), store=tmp_path / "sums", **options)
     with_store.score(masks)
     assert (
-        with_store.stats.layer_runs == 0
+        with_store.stats.unit_runs == 0
     )  # what a streamed run has kept serves the model in memory
 
 

@@ -21,8 +21,8 @@ from helpers import make_tasks
 from workers_for_tests import InThisProcess
 
 import fastprune as fp
+from fastprune.plan.trie import kept_units, make_trie
 from fastprune.study import run_study
-from fastprune.trie import kept_units, make_trie
 from fastprune.workers import processes
 from fastprune.workers.processes import Processes
 
@@ -82,10 +82,10 @@ def test_no_prefix_is_run_twice_where_there_is_a_chunk_for_every_worker(hf, batc
         assert many.score(masks).tobytes() == one.score(masks).tobytes()
     for name in (
         "masks",
-        "layer_runs",
-        "unbounded_layer_runs",
-        "asked_layer_runs",
-        "naive_layer_runs",
+        "unit_runs",
+        "unbounded_unit_runs",
+        "asked_unit_runs",
+        "naive_unit_runs",
         "head_runs",
     ):
         assert getattr(many.stats, name) == getattr(one.stats, name), name
@@ -104,7 +104,7 @@ def test_a_trie_that_is_cut_runs_little_more(hf):
         == fp.Evaluator(hf, target, granularity="sublayer").score(masks).tobytes()
     )
     trie = make_trie(kept_units(masks))
-    assert trie.layer_runs < many.stats.layer_runs < 1.1 * trie.layer_runs
+    assert trie.unit_runs < many.stats.unit_runs < 1.1 * trie.unit_runs
     assert many.stats.head_runs == len(trie.sequences)
 
 
@@ -113,9 +113,9 @@ def test_a_worker_has_its_chunks_in_every_call(hf, batch):
     many = fp.Evaluator(hf, fp.Perplexity(batch), workers=InThisProcess(3))
     masks = some_masks(many.num_units, 20, seed=2)
     many.score(masks)
-    made = many.stats.layer_runs
+    made = many.stats.unit_runs
     many.score(masks)
-    assert many.stats.layer_runs == made
+    assert many.stats.unit_runs == made
 
 
 @pytest.mark.parametrize("lose", [(4,), (5, 9), (6, 15)])
@@ -140,7 +140,7 @@ def test_what_had_come_back_is_not_run_again(hf, batch):
     many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers, cache_bytes=0)
     masks = some_masks(many.num_units, 40, seed=3)
     many.score(masks[:1])
-    before = many.stats.layer_runs
+    before = many.stats.unit_runs
     workers.heard, chunks = 0, len(many.sample_groups)
     sums = 0
     receive = workers._receive
@@ -157,8 +157,8 @@ def test_what_had_come_back_is_not_run_again(hf, batch):
     workers._receive = counted
     with pytest.warns(RuntimeWarning, match="died"):
         many.score(masks)
-    all_of_it = make_trie(kept_units(masks)).layer_runs
-    assert all_of_it <= many.stats.layer_runs - before < 1.5 * all_of_it
+    all_of_it = make_trie(kept_units(masks)).unit_runs
+    assert all_of_it <= many.stats.unit_runs - before < 1.5 * all_of_it
 
 
 def test_a_worker_that_dies_again_and_again(hf, batch):
@@ -182,7 +182,7 @@ def test_the_store_is_filled_as_sums_come_back(hf, batch, tmp_path):
     for workers in (None, InThisProcess(3)):
         again = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers, store=tmp_path / "s.db")
         assert again.score(masks).tobytes() == expected.tobytes()
-        assert (again.stats.layer_runs, again.stats.store_hits) == (0, len(masks))
+        assert (again.stats.unit_runs, again.stats.store_hits) == (0, len(masks))
     more = some_masks(num_blocks(hf), 30, seed=6)
     assert (
         again.score(more).tobytes() == fp.Evaluator(hf, fp.Perplexity(batch)).score(more).tobytes()
@@ -319,9 +319,9 @@ def test_the_arithmetic_of_scale(hf):
         hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [16] * 30)))
     )
     ev.score(~np.eye(units, dtype=bool))
-    assert ev.stats.layer_runs == (units - 1) * (units + 2) / 2
-    assert ev.stats.naive_layer_runs == units * (units - 1)
-    assert ev.stats.cache_bytes == ev.stats.layer_runs * tokens * hf.config.hidden_size * 4
+    assert ev.stats.unit_runs == (units - 1) * (units + 2) / 2
+    assert ev.stats.naive_unit_runs == units * (units - 1)
+    assert ev.stats.cache_bytes == ev.stats.unit_runs * tokens * hf.config.hidden_size * 4
 
 
 # -- processes -------------------------------------------------------------------------------------

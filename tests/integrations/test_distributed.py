@@ -12,8 +12,8 @@ import pytest
 from families import build, random_rows, some_masks
 
 import fastprune as fp
-from fastprune.integrations import distributed
-from fastprune.integrations.distributed import RayWorkers, check_address, choose_count
+from fastprune.workers import ray as distributed
+from fastprune.workers.ray import RayWorkers, check_address, choose_count
 
 has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
@@ -42,7 +42,7 @@ def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoin
     )
     masks = some_masks(one.num_units, 20, seed=1)
     assert many.score(masks).tobytes() == one.score(masks).tobytes()
-    assert many.stats.layer_runs == one.stats.layer_runs
+    assert many.stats.unit_runs == one.stats.unit_runs
 
     batch = fp.TokenBatch.from_ids(random_rows(61, [64] * 300))
     model = fp.load_model(checkpoint)

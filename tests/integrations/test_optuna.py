@@ -51,7 +51,7 @@ def test_random_trials_are_those_of_optunas_loop_whatever_the_batch(hf, batch_si
     assert outcomes(study) == outcomes(
         own_loop(other, optuna.samplers.RandomSampler(seed=1), 2, 12)
     )
-    assert ev.stats.layer_runs <= other.stats.layer_runs
+    assert ev.stats.unit_runs <= other.stats.unit_runs
     best = study.best_trial
     assert best.value == ev.score(fp.from_removed([best.user_attrs["removed"]], ev.num_units))[0]
 
@@ -71,7 +71,7 @@ def test_a_batch_shares_its_prefixes_and_runs_nothing_twice(hf):
     assert (
         ev.stats.masks == len({tuple(trial.user_attrs["removed"]) for trial in study.trials}) <= 10
     )
-    assert ev.stats.layer_runs < ev.stats.naive_layer_runs
+    assert ev.stats.unit_runs < ev.stats.naive_unit_runs
 
 
 def test_a_race_prunes_and_what_it_keeps_is_exact(hf):

@@ -3,7 +3,7 @@
 import pytest
 
 import fastprune as fp
-from fastprune.bands import make_groups, make_room
+from fastprune.plan.bands import make_groups, make_room
 
 
 def test_half_of_the_room_is_for_the_band_that_computes():

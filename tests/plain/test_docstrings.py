@@ -16,19 +16,19 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("example
 MODULES = (
     "data.tokens",
     "errors",
-    "layout",
+    "plan.layout",
     "masks",
     "objectives",
-    "racing",
+    "plan.racing",
     "search.run",
     "solver.subset",
 )
 MODULES += (
     "data.loaders",
-    "models.load",
+    "models.open",
     "models.generic",
     "evaluator",
-    "checkpoint",
+    "exports.checkpoint",
 )  # these run the demo model
 
 

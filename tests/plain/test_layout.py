@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastprune import InputError, KLDivergence, TokenBatch
-from fastprune.layout import RUN_TOKENS, Layout, look_of, look_rows, make_layout
+from fastprune.plan.layout import RUN_TOKENS, Layout, look_of, look_rows, make_layout
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastprune as fp
-from fastprune.records import write_json, write_jsonl
+from fastprune.io import write_json, write_jsonl
 
 
 def refused(call, *args, **options) -> str:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import fastprune as fp
-from fastprune.schedule import ROOT, make_schedule, max_slots
+from fastprune.plan.schedule import ROOT, make_schedule, max_slots
+from fastprune.plan.trie import Seen, kept_units, make_trie
 from fastprune.testing import SyntheticEvaluator
-from fastprune.trie import Seen, kept_units, make_trie
 
 
 def count_prefixes(masks) -> int:
@@ -94,8 +94,8 @@ def test_steps_produce_every_mask_with_the_least_work(masks):
     trie = make_trie(kept_units(masks))
     schedule = make_schedule(trie)
     assert np.array_equal(masks, original)
-    assert trie.layer_runs == count_prefixes(masks) == schedule.unit_runs
-    assert trie.naive_layer_runs == masks.sum()
+    assert trie.unit_runs == count_prefixes(masks) == schedule.unit_runs
+    assert trie.naive_unit_runs == masks.sum()
     assert len(set(trie.sequences)) == len(trie.sequences) == len({m.tobytes() for m in masks})
     assert [trie.sequences[i] for i in trie.index] == [
         tuple(np.flatnonzero(mask)) for mask in masks
@@ -126,7 +126,7 @@ def test_order_of_the_masks_does_not_change_the_schedule(seed):
 def test_ten_thousand_masks_of_eighty_units():
     masks = np.random.default_rng(1).random((10_000, 80)) < 0.9
     trie = make_trie(kept_units(masks))
-    assert trie.layer_runs == count_prefixes(masks)
+    assert trie.unit_runs == count_prefixes(masks)
     schedule = make_schedule(trie, capacity=50)
     assert schedule.num_slots <= max_slots(80, len(trie.sequences)) <= 14
     assert len(schedule.retained) == 50
@@ -138,8 +138,8 @@ def test_sequences_that_repeat_and_reorder(seed):
     sequences = [tuple(rng.integers(0, 4, rng.integers(0, 9)).tolist()) for _ in range(120)]
     trie = make_trie(sequences)
     prefixes = {sequence[: i + 1] for sequence in sequences for i in range(len(sequence))}
-    assert trie.layer_runs == len(prefixes)
-    assert trie.naive_layer_runs == sum(map(len, sequences))
+    assert trie.unit_runs == len(prefixes)
+    assert trie.naive_unit_runs == sum(map(len, sequences))
     assert [trie.sequences[i] for i in trie.index] == sequences
     schedule = make_schedule(trie)
     assert execute(schedule, trie) == dict(enumerate(trie.sequences))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.trie import kept_units, make_trie
-from fastprune.workers.split import cut, owners, teams
+from fastprune.plan.split import cut, owners, teams
+from fastprune.plan.trie import kept_units, make_trie
 
 
 def random_masks(kind: str) -> np.ndarray:
@@ -27,9 +27,9 @@ def random_masks(kind: str) -> np.ndarray:
 def test_500_masks_on_64_workers_lose_less_than_a_tenth_of_their_sharing(kind, head):
     trie = make_trie(kept_units(random_masks(kind)))
     parts = cut(trie, 64, head)
-    runs = [make_trie(trie.sequences[part.start : part.stop]).layer_runs for part in parts]
+    runs = [make_trie(trie.sequences[part.start : part.stop]).unit_runs for part in parts]
     assert len(parts) == 64
-    assert sum(runs) < 1.1 * trie.layer_runs
+    assert sum(runs) < 1.1 * trie.unit_runs
     work = [made + head * len(part) for made, part in zip(runs, parts)]
     assert max(work) < 1.25 * np.mean(work)
 
@@ -46,10 +46,10 @@ def test_ranges_hold_every_sequence_once_and_repeat_only_the_path_to_their_first
     assert [i for part in ranges for i in part] == list(range(len(trie.sequences)))
     assert all(ranges)
     assert len(ranges) <= parts
-    runs = sum(make_trie(trie.sequences[part.start : part.stop]).layer_runs for part in ranges)
+    runs = sum(make_trie(trie.sequences[part.start : part.stop]).unit_runs for part in ranges)
     pairs = [zip(*trie.sequences[part.start - 1 : part.start + 1]) for part in ranges[1:]]
     repeated = sum(len(list(takewhile(lambda units: units[0] == units[1], pair))) for pair in pairs)
-    assert runs == trie.layer_runs + repeated
+    assert runs == trie.unit_runs + repeated
 
 
 @given(

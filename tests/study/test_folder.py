@@ -19,7 +19,7 @@ import fastprune as fp
 from fastprune.study import check_study_folder, run_study
 from fastprune.study.folder import hold
 
-COSTS = ("layer_runs", "seconds")
+COSTS = ("unit_runs", "seconds")
 
 
 def make_model() -> fp.Model:

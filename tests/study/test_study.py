@@ -63,9 +63,9 @@ def test_every_cell_is_the_search_itself(finished, model):
         assert tuple(cell["removed"]) == result.removed
         assert cell["loss"] == result.loss
         assert cell["masks"] == result.evaluations
-        assert cell["asked_layer_runs"] == evaluator.stats.asked_layer_runs
-        assert cell["naive_layer_runs"] == result.naive_layer_runs
-        assert cell["layer_runs"] <= cell["asked_layer_runs"]
+        assert cell["asked_unit_runs"] == evaluator.stats.asked_unit_runs
+        assert cell["naive_unit_runs"] == result.naive_unit_runs
+        assert cell["unit_runs"] <= cell["asked_unit_runs"]
 
 
 def test_every_mask_is_scored_under_every_objective(finished, model):
@@ -185,8 +185,8 @@ def test_one_prefix_cache_at_a_time(model, tmp_path, monkeypatch):
 def test_shared_scores_save_runs(finished):
     """Greedy and beam begin with the singles that one_shot has scored already."""
     _, study = finished
-    made = sum(cell["layer_runs"] for cell in study["cells"])
-    asked = sum(cell["asked_layer_runs"] for cell in study["cells"])
+    made = sum(cell["unit_runs"] for cell in study["cells"])
+    asked = sum(cell["asked_unit_runs"] for cell in study["cells"])
     assert made < asked
 
 
@@ -218,8 +218,8 @@ def test_continues_where_it_stopped(finished, model):
     redone = json.loads(lost.read_text())
     assert redone["removed"] == before["removed"]
     assert redone["loss"] == before["loss"]
-    assert redone["layer_runs"] == 0  # every score was in the store
-    strip = ("layer_runs", "seconds")
+    assert redone["unit_runs"] == 0  # every score was in the store
+    strip = ("unit_runs", "seconds")
     assert [{k: v for k, v in cell.items() if k not in strip} for cell in again["cells"]] == [
         {k: v for k, v in cell.items() if k not in strip} for cell in study["cells"]
     ]

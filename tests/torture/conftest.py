@@ -107,7 +107,7 @@ def _studied(folder: Path) -> list:
     assert (folder / "report.html").read_text().rstrip().endswith("</html>")
     study = json.loads((folder / "study.json").read_text())
     cells = [
-        {k: v for k, v in cell.items() if k not in ("layer_runs", "seconds")}
+        {k: v for k, v in cell.items() if k not in ("unit_runs", "seconds")}
         for cell in study["cells"]
     ]
     return [cells, study["dense"], study["similarity"]]

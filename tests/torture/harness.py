@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 import fastprune.cli
+from fastprune.engine.store import SumStore
 from fastprune.models import FusedModel, Model
-from fastprune.store import SumStore
 
 EFFORT = float(os.environ.get("FASTPRUNE_TORTURE", "1"))  # 1 in the suite; make torture takes more
 MOST_SECONDS, MOST_BYTES = (

@@ -358,4 +358,4 @@ def test_study_folders(checkpoint, text_file, tmp_path, name):
 
 def _cells(folder) -> list:
     cells = json.loads((folder / "study.json").read_text())["cells"]
-    return [{k: v for k, v in cell.items() if k not in ("layer_runs", "seconds")} for cell in cells]
+    return [{k: v for k, v in cell.items() if k not in ("unit_runs", "seconds")} for cell in cells]

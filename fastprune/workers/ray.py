@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..records import brief
-from ..workers.processes import LAST, MOST_WORKERS, Workers, check_workers
-from . import require
+from ..errors import InputError, brief
+from ..validate import require
+from .processes import LAST, MOST_WORKERS, Workers, check_workers
 
 if TYPE_CHECKING:  # what checks an address does without torch
     import torch
@@ -120,7 +119,7 @@ class RayWorkers(Workers):
         ]  # in a list Ray hands on the reference, not the value
 
     def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
-        from ..models import handover
+        from . import transfer as handover
 
         at, size = handover.places(tensors)
         buffer = np.zeros(size, dtype=np.uint8)
@@ -183,7 +182,7 @@ class Actor:
 
     def __init__(self) -> None:
         from ..models.imports import import_transformers
-        from ..workers.worker import Worker
+        from .worker import Worker
 
         import_transformers()
         self._words: list[tuple] = []

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .memory import available_bytes
-from .trie import Units
+from ..models.device import available_bytes
+from ..plan.trie import Units
 
 SHARE = 4  # by default the cache may take one part in so many of what is free
 

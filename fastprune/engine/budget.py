@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .bands import FLOPS_PER_BYTE, Groups, make_groups
+from ..data import TokenBatch
+from ..errors import InputError, gb_flag
+from ..models import Model, Runner
+from ..models.device import available_bytes
+from ..plan.bands import FLOPS_PER_BYTE, Groups, make_groups
+from ..plan.layout import Layout, make_layout
+from ..plan.schedule import make_schedule, max_slots
+from ..plan.trie import make_trie
+from .cache import SHARE
 from .chunks import Chunk, Tile
-from .data import TokenBatch
-from .errors import InputError, gb_flag
 from .footprint import measure_footprint
-from .layout import Layout, make_layout
 from .measures import Measure
-from .memory import available_bytes
-from .models import Model, Runner
-from .schedule import make_schedule, max_slots
-from .states import SHARE
-from .trie import make_trie
 
 MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
 CHUNK_TOKENS = 16384  # on a GPU: enough rows to keep its matrix units busy, no more

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .data import TokenBatch
-from .errors import InputError
-from .records import shown
+from ..data import TokenBatch
+from ..errors import InputError, shown
 
 FIRST_LOOK = (
     8,
@@ -36,7 +35,7 @@ class Layout:
     positions.
     content_hash: of the calibration set that it was made for, `TokenBatch.content_hash`.
 
-    >>> from fastprune.layout import Layout
+    >>> from fastprune.plan.layout import Layout
     >>> layout = Layout(((0, 2), (1,)), tile=64, content_hash="")
     >>> Layout.from_json(layout.to_json()) == layout
     True

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..bands import Room, make_room
-from ..records import write_json
-from .files import DTYPES, Files, Stored
+from ...io import write_json
+from ...plan.bands import Room, make_room
+from ..files import DTYPES, Files, Stored
 
 STAGING = (
     8 << 20

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise, permutations
 from random import Random
 
-from .corpus import NAMES, OBJECTS, split_of
+from corpus import NAMES, OBJECTS, split_of
 
 # Each maker below returns (what the item is about, the facts as text, what can be asked about
 # them); what can be asked is a list of (question, right answer, wrong answers).

@@ -16,7 +16,7 @@ class Selection:
 
     indices int64[K]: rows of what was asked for (of equal masks the first). losses float64[K]:
     exact, over all samples.
-    decided_early: masks that left before the last samples. layer_runs: unit runs that were made.
+    decided_early: masks that left before the last samples. unit_runs: unit runs that were made.
     share: these, as a share of what scoring every mask on every sample takes.
 
     >>> import fastprune as fp
@@ -30,7 +30,7 @@ class Selection:
     indices: np.ndarray
     losses: np.ndarray = field(repr=False)
     decided_early: int
-    layer_runs: float
+    unit_runs: float
     share: float
 
 

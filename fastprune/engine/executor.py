@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..models import Model, Runner
+from ..models.swap import State, hidden_of, state_bytes
+from ..plan.schedule import ROOT, Schedule, Visit
+from .cache import Frontier, PrefixCache
 from .chunks import Chunk
 from .footprint import Footprint
 from .measures import Measure
-from .models import Model, Runner
-from .models.stand_ins import State, hidden_of, state_bytes
-from .schedule import ROOT, Schedule, Visit
-from .states import Frontier, PrefixCache
 
 Walk = Generator[
     tuple[int, torch.Tensor, int], None, None

@@ -30,8 +30,8 @@ class Trie:
     each sequence.
     known: the K prefixes whose states are known; known_nodes int64[K].
     asked: bool[n], nodes on the way to some sequence. wanted: bool[n], those that must be run:
-    below the deepest known prefix of one. layer_runs: how many are on the way, the unit runs were
-    nothing known. naive_layer_runs: those of one forward pass for each asked.
+    below the deepest known prefix of one. unit_runs: how many are on the way, the unit runs were
+    nothing known. naive_unit_runs: those of one forward pass for each asked.
     """
 
     sequences: tuple[Units, ...]
@@ -45,8 +45,8 @@ class Trie:
     known_nodes: np.ndarray
     asked: np.ndarray
     wanted: np.ndarray
-    layer_runs: int
-    naive_layer_runs: int
+    unit_runs: int
+    naive_unit_runs: int
 
     @property
     def wanted_runs(self) -> int:
@@ -110,8 +110,8 @@ def make_trie(asked: Iterable[Units], known: Sequence[Units] = ()) -> Trie:
         known_nodes=known_nodes,
         asked=on_the_way,
         wanted=wanted,
-        layer_runs=int(np.count_nonzero(on_the_way)),
-        naive_layer_runs=sum(map(len, asked)),
+        unit_runs=int(np.count_nonzero(on_the_way)),
+        naive_unit_runs=sum(map(len, asked)),
     )
 
 

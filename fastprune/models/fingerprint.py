@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import __version__
+from .._version import __version__
 
 _ENVIRONMENT = (
     "MKL_CBWR",

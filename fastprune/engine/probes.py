@@ -11,12 +11,12 @@ import torch
 
 from fastprune_kernels.reference import token_nll
 
+from ..data import TokenBatch
+from ..errors import InputError
+from ..models import Model
+from ..models.swap import Arguments, HalfBlock, State, hidden_of
+from ..objectives import Objective
 from .chunks import Chunk, make_chunk
-from .data import TokenBatch
-from .errors import InputError
-from .models import Model
-from .models.stand_ins import Arguments, HalfBlock, State, hidden_of
-from .objectives import Objective
 
 # positions whose states of all depths are compared, or whose logits are differentiated, together
 TOKENS_AT_ONCE = 256

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..trie import Trie
+from .trie import Trie
 
 SLACK = (
     1 / 8

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .models import Runner
+from ..models import Runner
 
 if TYPE_CHECKING:
     from .chunks import Tile

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..data import TokenBatch
+from ..models import Runner
+from ..models.swap import State, hidden_of, state_bytes
 from .chunks import Chunk, make_chunk
-from .data import TokenBatch
 from .memory import peak_bytes
-from .models import Runner
-from .models.stand_ins import State, hidden_of, state_bytes
 
 
 @dataclass(frozen=True)

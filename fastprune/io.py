@@ -11,11 +11,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import InputError
+from .errors import InputError, shown
+from .validate import refuse_existing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,23 +95,6 @@ def read_npy(path: Path) -> np.ndarray:
     raise InputError(f"{path}: not a readable .npy array")
 
 
-def shown(value: object, limit: int = 40) -> str:
-    """A wrong value as a message quotes it: its repr, shortened."""
-    try:
-        return brief(repr(value), limit)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        return "an integer of thousands of digits"
-
-
-def brief(text: str, limit: int) -> str:
-    """The text in one line of at most `limit` characters; what is too long loses its middle."""
-    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    if len(text) <= limit:
-        return text
-    head = (limit - 5) * 2 // 3
-    return f"{text[:head]} ... {text[len(text) - (limit - 5 - head) :]}"
-
-
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Write rows to a new file, which appears only when it is complete; an existing one is
     refused."""
@@ -151,26 +134,6 @@ def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_folder(folder: Path) -> Path:
-    """The folder, if it is one that can be written to, or can be made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise InputError(f"{folder}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: {there} cannot be written to")
-    return folder
-
-
-def refuse_existing(path: Path) -> Path:
-    """The path, if nothing is there yet and a folder can hold it."""
-    check_folder(path.parent)
-    if os.path.lexists(path):  # a link that leads nowhere, too
-        raise InputError(
-            f"{path}: exists already and is not overwritten; name another file or remove it"
-        )
-    return path
-
-
 def _give_new_name(partial: Path, path: Path) -> None:
     """Let a finished file appear as `path`, at once. Raises FileExistsError where something is
     there already."""
@@ -202,14 +165,3 @@ def _plain(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def check_bytes(name: str, value: Any, least: int) -> int | None:
-    """The number of bytes, if it is a whole one of at least `least`; None stays None. Raises
-    InputError."""
-    if value is None:
-        return None
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not least <= value < float("inf") or int(value) != value:
-        raise InputError(f"{name} must be a number of bytes, at least {least}, not {value!r}")
-    return int(value)

@@ -24,22 +24,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .bands import FLOPS_PER_BYTE, make_groups
+from ..data import TokenBatch
+from ..errors import InputError
+from ..models import Model, make_runner
+from ..models.attention import SDPA_BACKENDS
+from ..models.device import is_out_of_memory
+from ..models.fingerprint import machine_fingerprint
+from ..plan.bands import FLOPS_PER_BYTE, make_groups
+from ..plan.layout import Layout
+from ..plan.schedule import Schedule, make_schedule
+from ..plan.trie import Seen, Trie, make_trie
 from .budget import MAX_SEQUENCES, Budget
+from .cache import Frontier, PrefixCache
 from .chunks import Chunk, make_chunk
-from .data import TokenBatch
-from .errors import InputError
 from .executor import Counts, Executor, Walk
-from .fingerprint import machine_fingerprint
-from .layout import Layout
 from .measures import MEASURES
-from .memory import is_out_of_memory
-from .models import Model, make_runner
-from .models.attention import SDPA_BACKENDS
-from .schedule import Schedule, make_schedule
-from .states import Frontier, PrefixCache
 from .store import SumStore, units_key
-from .trie import Seen, Trie, make_trie
 
 Progress = Callable[[int, int], None]
 

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 
 from ..data import TokenBatch
-from ..engine import Engine, Progress
+from ..engine.engine import Engine, Progress
+from ..engine.store import SumStore
 from ..errors import InputError
-from ..layout import Layout, look_of
 from ..models import Model
-from ..models.handover import pack
-from ..store import SumStore
-from ..trie import Trie, make_trie
+from ..plan.layout import Layout, look_of
+from ..plan.split import cut, owners, teams
+from ..plan.trie import Trie, make_trie
 from .processes import Workers
-from .split import cut, owners, teams
+from .transfer import pack
 
 MOST_DEATHS = 3  # of one worker in one call
 

@@ -1,7 +1,7 @@
 """Train the demo model from nothing, or measure one that is there.
 
-    python -m fastprune.demo.train --out DIR [--seed 0] [--minutes 50]
-    python -m fastprune.demo.train --evaluate DIR
+    python tools/demo_model/train.py --out DIR [--seed 0] [--minutes 50]
+    python tools/demo_model/train.py --evaluate DIR
 
 DIR gets `model/` (a transformers folder) and `data/` (calibration and held-out text and questions).
 Training runs for the minutes it is given, on one thread, and draws new stories and questions all
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from corpus import story
+from questions import lesson, questions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,9 +30,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-
-from .corpus import story
-from .questions import lesson, questions
 
 WINDOW = 256  # tokens in a training or evaluation window
 STORIES, LESSONS = 3, 24  # in a step: windows of story text, and half windows filled with questions

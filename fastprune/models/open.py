@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError
-from ..memory import available_bytes
-from ..records import brief, check_bytes, shown
+from ..errors import InputError, brief, shown
+from ..validate import check_bytes
+from .device import available_bytes
 from .files import FLOATS, check_checkpoint, locate, stored_dtype, wrong_dtype
 from .generic import Model, layer_paths
-from .placement import blocks_left_out, resident_bytes, to_device
+from .offload.placement import blocks_left_out, resident_bytes, to_device
 from .precision import has_instructions, widen
 
 LONGEST_MESSAGE = 400

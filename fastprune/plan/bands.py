@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import InputError, gb_flag
+from ..errors import InputError, gb_flag
 
 # operations in the time that a byte takes to be read: about 50 GFLOP/s over 1 GB/s, and 400 TFLOP/s
 # over 8 GB/s

@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InputError, shown
+from ..masks import check_removed, check_sequences
+from ..objectives import format_size
+from ..validate import check_folder
 from . import recipes
-from .errors import InputError
-from .masks import check_removed, check_sequences
-from .objectives import format_size
-from .records import check_folder, shown
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .evaluator import Evaluator
-    from .models import Model
+    from ..evaluator import Evaluator
+    from ..models import Model
 
 
 def export(
@@ -38,7 +38,7 @@ def export(
     per-layer lists of the config are cut, the tokenizer goes along. The folder appears only when it
     is complete and what it holds, loaded again, gives the logits of the masked model. It can go to
     a hub as it is: README.md is its model card, and `recipes/` says the same for mergekit,
-    llama.cpp, EvoPress and LLM-Drop (see `fastprune.recipes`).
+    llama.cpp, EvoPress and LLM-Drop (see `fastprune.exports.recipes`).
 
     model: a Model, a transformers model, or an Evaluator of blocks, whose losses then stand in the
     card.
@@ -125,8 +125,8 @@ def llama_cpp_warning(model: Model) -> str | None:
 
 def _opened(model: Model | Evaluator | nn.Module) -> tuple[Model, Evaluator | None]:
     """The Model, and the Evaluator where one was given."""
-    from .evaluator import Evaluator
-    from .models import Model
+    from ..evaluator import Evaluator
+    from ..models import Model
 
     if not isinstance(model, Evaluator):
         return model if isinstance(model, Model) else Model(model), None

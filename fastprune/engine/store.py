@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
 
 APPLICATION, VERSION = 0x46505255, 2  # PRAGMA application_id and user_version of a store
 _SCHEMA = """

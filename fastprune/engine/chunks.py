@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .data import TokenBatch
+from ..data import TokenBatch
 
 
 @dataclass(frozen=True)

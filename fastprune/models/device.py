@@ -1,0 +1,50 @@
+"""How much memory a device has free, and whether an error says that it ran out."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+def available_bytes(device: torch.device) -> int:
+    """What may still be allocated on a device: of a GPU, what is free or only cached; of a host,
+    what its kernel says is available, and no more than the limits of its control group leave."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    )  # where nobody says more
+    with suppress(OSError):
+        if said := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            available = int(said[1]) << 10
+    group = Path("/sys/fs/cgroup")
+    for most, used, counts, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        with suppress(OSError, ValueError):
+            left = int((group / most).read_text()) - int((group / used).read_text())
+            if said := re.search(rf"^{cached} (\d+)$", (group / counts).read_text(), re.MULTILINE):
+                left += int(
+                    said[1]
+                )  # pages of files, which the kernel takes back when they are wanted
+            available = min(available, max(0, left))
+    return available
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = ("not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

@@ -1,0 +1,1 @@
+"""Plans in integers: which units run, on which rows, in which order. Nothing here imports torch."""
