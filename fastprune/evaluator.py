@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .engine import probes
-from .engine.engine import Engine, Progress
+from .engine.ledger import Ledger
+from .engine.local import LocalRuns, open_for
+from .engine.memory import MAX_SEQUENCES, OutOfMemory
+from .engine.problem import Problem, numerics_of
+from .engine.runs import Cost, Progress, whole
 from .engine.store import SumStore
 from .errors import InputError
 from .masks import as_masks, check_sequences
@@ -25,7 +30,7 @@ from .plan.racing import Selection, race
 from .plan.trie import Trie, Units, kept_units, make_trie
 from .validate import check_bytes, check_folder
 from .workers.processes import Processes, Workers, check_workers
-from .workers.remote import Coordinator
+from .workers.remote import RemoteRuns
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -51,9 +56,6 @@ class Stats:
     masks: int = 0  # scores that were asked for
     unit_runs: float = (
         0  # unit runs that were made, the dense model's to compare with too, counted as they happen
-    )
-    unbounded_unit_runs: float = (
-        0  # what these would have been, had the prefix cache room for every state
     )
     asked_unit_runs: float = (
         0  # distinct prefixes of each call: its unit runs, had nothing been known before
@@ -149,24 +151,43 @@ class Evaluator:
         self.granularity = granularity
         self.progress = progress
         self.stats = Stats()
-        self._dense: tuple[tuple, float] | None = None
-        store = store if isinstance(store, SumStore) or store is None else SumStore(store)
-        make: Callable[..., Engine] = Engine
+        self._row_cost = Cost()  # of all calls; runs count single rows
+        self._dense: tuple[tuple, float] | None = None  # version of the model, and its loss
+        self._store = store if isinstance(store, SumStore) or store is None else SumStore(store)
+        self._workers: Workers | None = None
         if workers is not None:
-            workers = workers if isinstance(workers, Workers) else Processes(workers)
-            make = functools.partial(Coordinator, workers)
-        self._engine = make(
-            self.model,
-            objective.batch,
-            objective.measure,
-            granularity,
-            memory_bytes=memory_bytes,
-            backend=backend,
-            store=store,
-            cache_bytes=cache_bytes,
-            cache_dir=None if cache_dir is None else _make_folder(Path(cache_dir)),
-            layout=layout,
+            self._workers = workers if isinstance(workers, Workers) else Processes(workers)
+        self._options = backend, memory_bytes
+        self._caches = cache_bytes, None if cache_dir is None else _make_folder(Path(cache_dir))
+        with self.model.turn:
+            self._open(layout)
+            if isinstance(self._runs, RemoteRuns):  # a worker that cannot help says so now
+                with self.model.evaluation():
+                    self._runs.open(self._problem)
+
+    def _open(self, layout: Layout | None) -> None:
+        """Open the model as it is now: what runs its units, and under which problem."""
+        backend, memory_bytes = self._options
+        batch, measure = self.objective.batch, self.objective.measure
+        self._version = self.model.state
+        opened = open_for(
+            self.model, backend, batch, measure, self.granularity, memory_bytes, layout
         )
+        self._runner, self._limit = opened.runner, opened.limit
+        keyed = self._store is not None or self._workers is not None
+        self._problem = Problem(
+            batch,
+            measure,
+            self.granularity,
+            opened.layout,
+            numerics_of(self.model, opened.runner),
+            self.model.weights_hash if keyed else None,
+        )
+        self._runs: LocalRuns | RemoteRuns
+        if self._workers is None:
+            self._runs = LocalRuns(self.model, opened.runner, opened.limit, *self._caches)
+        else:
+            self._runs = RemoteRuns(self._workers, self.model, backend, memory_bytes, *self._caches)
 
     def __repr__(self) -> str:
         units = f"{self.num_units} {'blocks' if self.granularity == 'block' else 'sublayers'}"
@@ -176,11 +197,11 @@ class Evaluator:
     @property
     def backend(self) -> str:
         """The path that runs the units: "generic", or "fused" with its operators."""
-        return self._engine.runner.path_name
+        return self._runner.path_name
 
     @property
     def num_units(self) -> int:
-        return self._engine.num_units
+        return self._limit.num_units
 
     @property
     def layout(self) -> Layout:
@@ -189,7 +210,7 @@ class Evaluator:
 
         Another one after memory ran out.
         """
-        return self._engine.layout
+        return self._problem.layout
 
     @property
     def num_samples(self) -> int:
@@ -213,7 +234,7 @@ class Evaluator:
         Groups hold random samples, sorted by length.
         """
         return [
-            np.unique(self.objective.sample[chunk.continuations]) for chunk in self._engine.chunks
+            np.unique(self.objective.sample[chunk.continuations]) for chunk in self._problem.chunks
         ]
 
     @cached_property
@@ -257,7 +278,7 @@ class Evaluator:
         """
         checked = check_sequences(sequences, self.num_units)
         self._check_not_empty(checked)
-        together = self._engine.budget.most_together(max(map(len, checked), default=0))
+        together = self._limit.most_together(max(map(len, checked), default=0))
         with self.model.turn:
             parts = [
                 self._losses(checked[i : i + together]) for i in range(0, len(checked), together)
@@ -283,7 +304,7 @@ class Evaluator:
         samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
         wanted = np.isin(self.objective.sample, samples)
         with self.model.turn:
-            trie = self._ask(self._check_masks(masks), self._engine.share(wanted))
+            trie = self._ask(self._check_masks(masks), self._share(wanted))
             sums = self._run(trie, wanted)[:, 0]
             return self.objective.sample_losses(sums)[:, samples][trie.index]
 
@@ -317,11 +338,11 @@ class Evaluator:
         looks = look_rows(self.objective.batch)
         with self.model.turn:
             runs, whole = self.stats.unit_runs, self._ask(sequences)
-            chunks = None
+            problem = None
             while (
-                chunks is not self._engine.chunks
+                problem is not self._problem
             ):  # where memory ran out, sums before and after differ in their bits
-                chunks = self._engine.chunks
+                problem = self._problem
                 alive, losses = self._race(distinct, looks, keep, confidence, tolerance)
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
             first = {sequence: i for i, sequence in reversed(list(enumerate(sequences)))}
@@ -383,14 +404,14 @@ class Evaluator:
         """The trie of sequences; notes what was asked for, of a share of the calibration set."""
         trie = make_trie(sequences)
         self.stats.masks += len(sequences)
-        self.stats.asked_unit_runs += _whole(trie.unit_runs * share)
-        self.stats.naive_unit_runs += _whole(trie.naive_unit_runs * share)
+        self.stats.asked_unit_runs += whole(trie.unit_runs * share)
+        self.stats.naive_unit_runs += whole(trie.naive_unit_runs * share)
         return trie
 
     def _losses(self, sequences: list[Units]) -> np.ndarray:
         """The loss of each sequence, float64[N]; of so many at once that their sums stay within the
         budget."""
-        trie, together = self._ask(sequences), self._engine.budget.most_sums
+        trie, together = self._ask(sequences), self._limit.most_sums
         if len(trie.sequences) <= together:
             return self.objective.loss(self._run(trie)[:, 0])[trie.index]
         parts = (
@@ -402,28 +423,93 @@ class Evaluator:
         ]
 
     def _run(self, trie: Trie, wanted: np.ndarray | None = None) -> np.ndarray:
-        """Sums over continuations of the trie's distinct sequences, [M, V, C]; notes what it
-        cost."""
-        started, engine, rows = time.perf_counter(), self._engine, self.objective.batch.num_rows
-        counts = engine.counts
+        """Sums of the trie's distinct sequences over each continuation, [M, V, C].
+
+        wanted: bool[C]; only chunks that hold such a continuation run, and whole, so that their
+        sums keep their bits. Sums of the others are 0.
+        """
+        if len(trie.sequences) > MAX_SEQUENCES:
+            raise InputError(
+                f"{len(trie.sequences)} distinct masks in one call; at most {MAX_SEQUENCES} are "
+                "planned together"
+            )
+        started = time.perf_counter()
         try:
-            sums, known = engine.run(trie, self.progress, wanted)
-        finally:  # work that was interrupted was work, too
-            self.stats.unit_runs = _whole(counts.row_runs / rows)
-            self.stats.head_runs = _whole(counts.row_heads / rows)
-            self.stats.unbounded_unit_runs = _whole(counts.row_unbounded / rows)
-            self.stats.peak_activation_bytes = counts.peak_activation_bytes
-            self.stats.weight_loads, self.stats.weight_bytes = (
-                counts.weight_loads,
-                counts.weight_bytes,
-            )
-            self.stats.cache_bytes, self.stats.cache_hits = (
-                engine.cache.bytes,
-                dict(engine.cache.hits),
-            )
+            with self.model.evaluation():
+                self._refresh()
+                ledger = self._complete(trie.sequences, wanted)
+        finally:
             self.stats.seconds += time.perf_counter() - started
-        self.stats.store_hits += int(known[trie.index].sum())
-        return sums
+        self.stats.store_hits += int(ledger.from_store[trie.index].sum())
+        return ledger.sums
+
+    def _refresh(self) -> None:
+        """Open the model again where it has changed since the last call."""
+        if self.model.state != self._version:
+            self._runs.close()
+            self._open(self._problem.layout)
+        numerics = numerics_of(self.model, self._runner)
+        if numerics != self._problem.numerics:
+            self._problem = replace(self._problem, numerics=numerics)
+
+    def _complete(self, sequences: tuple[Units, ...], wanted: np.ndarray | None) -> Ledger:
+        """The ledger of a call, with every sum. Out of memory, the call begins again in smaller
+        steps."""
+        while True:
+            problem, progress = self._problem, self.progress or _tell_nobody
+            ledger = Ledger(problem, sequences, self._store)
+            missing = ledger.missing(self._chunks_with(wanted))
+            if not missing:
+                return ledger
+            before = self._runs.cost
+            try:
+                with closing(self._runs.run(problem, sequences, missing, progress)) as parts:
+                    for part in parts:
+                        ledger.put(part)
+                return ledger
+            except OutOfMemory as error:
+                if not self._take_smaller_steps():
+                    raise (error.__cause__ or error) from None
+            finally:  # interrupted work is work, too
+                self._note(self._runs.cost - before)
+
+    def _take_smaller_steps(self) -> bool:
+        """Cut smaller chunks, or tiles; False when both are as small as can be."""
+        layout = self._limit.smaller(self._problem.layout)
+        if layout is None:
+            return False
+        self._problem = self._problem.with_layout(layout)
+        tokens = max(chunk.num_tokens for chunk in self._problem.chunks)
+        warnings.warn(
+            f"out of memory: going on with chunks of {tokens} tokens and tiles of {layout.tile} "
+            "positions; scores may differ in the last bits from those before",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        return True
+
+    def _chunks_with(self, wanted: np.ndarray | None) -> list[int]:
+        """The chunks that hold a wanted continuation; all where none is given."""
+        return [
+            number
+            for number, chunk in enumerate(self._problem.chunks)
+            if wanted is None or wanted[chunk.continuations].any()
+        ]
+
+    def _share(self, wanted: np.ndarray) -> float:
+        """The share of the rows that run for these continuations."""
+        rows = (len(self._problem.chunks[number].rows) for number in self._chunks_with(wanted))
+        return sum(rows) / self.objective.batch.num_rows
+
+    def _note(self, cost: Cost) -> None:
+        """Add the cost of a call to the stats."""
+        stats, held = self.stats, self._runs.held
+        self._row_cost += cost
+        total = self._row_cost.of_rows(self.objective.batch.num_rows)
+        stats.unit_runs, stats.head_runs = total.unit_runs, total.heads
+        stats.weight_loads, stats.weight_bytes = total.weight_loads, total.weight_bytes
+        stats.peak_activation_bytes = max(stats.peak_activation_bytes, held.peak_bytes)
+        stats.cache_bytes, stats.cache_hits = held.cache_bytes, dict(held.cache_hits)
 
     def _race(
         self,
@@ -491,5 +577,5 @@ def check_race(keep: int, count: int, confidence: float, tolerance: float) -> No
         raise InputError(f"tolerance must be a number of at least 0, not {tolerance!r}")
 
 
-def _whole(count: float) -> float:
-    return int(count) if count == int(count) else count
+def _tell_nobody(done: int, total: int) -> None:
+    pass

@@ -6,6 +6,7 @@ from collections import deque
 
 import torch
 
+from fastprune.workers.messages import Word
 from fastprune.workers.processes import Workers
 from fastprune.workers.transfer import fill, places
 from fastprune.workers.worker import Worker
@@ -23,24 +24,24 @@ class InThisProcess(Workers):
         self.workers = [self._make(worker) for worker in range(count)]
 
     def _make(self, worker: int) -> Worker:
-        return Worker(lambda word: self.words.append((worker, *word)), lambda: False)
+        return Worker(lambda word: self.words.append((worker, word)), lambda: False)
 
     def _start(self, worker: int) -> None:
         self.workers[worker] = self._make(worker)
 
     def _send(self, worker: int, request: tuple) -> None:
-        self.requests.append((worker, request[0]))
-        self.workers[worker].answer(*request)
+        self.requests.append((worker, type(request).__name__))
+        self.workers[worker].answer(request)
 
     def _receive(self):
         self.heard += 1
         if self.heard in self.lose:
             worker = self.words[0][0]
             self.words = deque(word for word in self.words if word[0] != worker)
-            return worker, "lost", "it was asked to", 0, 0
+            return worker, Word("lost", "it was asked to")
         return self.words.popleft()
 
-    def keep_tensors(self, tensors):
+    def share_tensors(self, tensors):
         at, size = places(tensors)
         storage = torch.UntypedStorage(size)
         fill(torch.tensor([], dtype=torch.uint8).set_(storage).numpy(), tensors, at)

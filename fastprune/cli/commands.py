@@ -97,10 +97,7 @@ def info(
 
 
 def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
-    """How a model's blocks are read, and what scoring reads in all, by the model of cost in
-    `bands`."""
-    from ..engine.budget import expect_groups
-
+    """How a model's blocks are read."""
     bands = opened.bands
     rows = {
         "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
@@ -108,14 +105,6 @@ def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
         f"{room.places}",
         "bands": f"{len(bands)} of up to {max(map(len, bands))} blocks",
     }
-    for num_masks in (1, 200):
-        expected = expect_groups(opened, num_masks)
-        how = f"{len(expected.groups)} x all blocks, {_gib(expected.load_bytes)}"
-        if len(bands) == 1:
-            how = "nothing more than once"
-        rows[f"{num_masks} mask{'s' * (num_masks > 1)} read"] = (
-            f"{how} (about; 64 x 2,048 tokens, a quarter removed)"
-        )
     return rows
 
 

@@ -19,7 +19,7 @@ from ..workers.processes import MOST_WORKERS, Processes, Workers
 from .output import progress_bar
 
 if TYPE_CHECKING:
-    from ..engine.engine import Progress
+    from ..engine.runs import Progress
     from ..evaluator import Evaluator
     from ..models import Model
 

@@ -1,5 +1,7 @@
-"""Rows of a calibration set as a rectangular batch on the model's device, and its targets in
-tiles."""
+"""Rows of a calibration set as a rectangle of tokens, and their targets, cut into tiles.
+
+B rows, T tokens of the longest, P positions that predict, M targets, C continuations.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,72 @@ from ..data import TokenBatch
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """B rows of about T tokens, padded at the end to T, with their targets.
+class ChunkRows:
+    """B rows of at most T tokens, padded at the end to T, with their targets. NumPy arrays.
 
-    ids int64[B, T]; positions and branch int64[B, T], or None for plain causal rows. sources
-    int64[P]: the flat indices in [B * T] whose states predict a target, ascending and distinct.
-    target_source int64[M] (index into sources, ascending), target_token int64[M]. continuation
-    int64[M] (NumPy): which continuation of the batch each target belongs to.
+    rows int64[B]: which rows of the batch. ids int64[B, T]; positions and branch int64[B, T], None
+    for plain causal rows. sources int64[P]: the flat indices in [B * T] whose states predict a
+    target, ascending and distinct. target_source int64[M] (index into sources, ascending),
+    target_token int64[M], continuation int64[M]: the batch's continuation of each target.
     """
+
+    rows: np.ndarray
+    ids: np.ndarray
+    positions: np.ndarray | None
+    branch: np.ndarray | None
+    sources: np.ndarray
+    target_source: np.ndarray
+    target_token: np.ndarray
+    continuation: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids.size
+
+    @cached_property
+    def continuations(self) -> np.ndarray:
+        """The continuations of the batch whose targets are here, ascending, int64[C]."""
+        return np.unique(self.continuation)
+
+    @cached_property
+    def key(self) -> bytes:
+        """SHA-256 of the shape, the tokens, and the targets by continuation."""
+        digest = hashlib.sha256()
+        for array in (
+            self.ids,
+            self.positions,
+            self.branch,
+            self.sources,
+            self.target_source,
+            self.target_token,
+            np.searchsorted(self.continuations, self.continuation),
+        ):
+            digest.update(
+                b"none"
+                if array is None
+                else f"{array.shape}".encode() + array.astype("<i8").tobytes()
+            )
+        return digest.digest()
+
+    def to(self, device: torch.device) -> Chunk:
+        """The same rows as tensors on a device."""
+        numbers = (self.ids, self.positions, self.branch)
+        targets = (self.sources, self.target_source, self.target_token)
+        ids, positions, branch = (
+            None if array is None else torch.from_numpy(array).to(device) for array in numbers
+        )
+        assert ids is not None
+        sources, target_source, target_token = (
+            torch.from_numpy(array).to(device) for array in targets
+        )
+        return Chunk(
+            ids, positions, branch, sources, target_source, target_token, self.continuation
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The rows of a chunk and their targets as tensors on the model's device; see `ChunkRows`."""
 
     ids: torch.Tensor
     positions: torch.Tensor | None
@@ -31,38 +91,14 @@ class Chunk:
     target_source: torch.Tensor
     target_token: torch.Tensor
     continuation: np.ndarray
-    rows: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.ids)
 
     @property
     def num_tokens(self) -> int:
         return self.ids.numel()
-
-    @cached_property
-    def continuations(self) -> np.ndarray:
-        """The continuations of the batch that have their targets here, all of them, ascending."""
-        return np.unique(self.continuation)
-
-    @cached_property
-    def key(self) -> bytes:
-        """SHA-256 of the shape, the tokens, and the targets by continuation: what a sum over this
-        chunk is a sum of."""
-        parts = (
-            self.ids,
-            self.positions,
-            self.branch,
-            self.sources,
-            self.target_source,
-            self.target_token,
-        )
-        arrays = [None if part is None else part.cpu().numpy() for part in parts]
-        digest = hashlib.sha256()
-        for array in (*arrays, np.searchsorted(self.continuations, self.continuation)):
-            digest.update(
-                b"none"
-                if array is None
-                else f"{array.shape}".encode() + array.astype("<i8").tobytes()
-            )
-        return digest.digest()
 
     def tiles(self, size: int) -> list[Tile]:
         """The targets, cut into tiles of at most `size` positions."""
@@ -117,12 +153,12 @@ class Tile:
         return column, max(1, int(per_row.max()))
 
 
-def make_chunk(batch: TokenBatch, rows: Sequence[int] | np.ndarray, device: torch.device) -> Chunk:
-    """One chunk of these rows, which must be all trees or all plain."""
+def chunk_rows(batch: TokenBatch, rows: Sequence[int] | np.ndarray) -> ChunkRows:
+    """One chunk of these rows of a batch, which must be all trees or all plain."""
     rows = np.asarray(rows)
     width = int(batch.row_lengths[rows].max())
     is_tree = bool(batch.row_is_tree[rows[0]])
-    # padding sees itself and the trunk, and nothing sees it: it comes last, in a branch of its own
+    # padding comes last, in a branch of its own: it sees itself and the trunk, nothing sees it
     ids, positions, branch = np.zeros((3, len(rows), width), dtype=np.int64)
     branch -= 1
     sources: list[np.ndarray] = []
@@ -138,17 +174,18 @@ def make_chunk(batch: TokenBatch, rows: Sequence[int] | np.ndarray, device: torc
         sources.append(distinct - start + i * width)
         tokens.append(batch.target_token[targets])
         continuations.append(batch.target_continuation[targets])
-
-    def on_device(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device)
-
-    return Chunk(
-        ids=torch.from_numpy(ids).to(device),
-        positions=torch.from_numpy(positions).to(device) if is_tree else None,
-        branch=torch.from_numpy(branch).to(device) if is_tree else None,
-        sources=on_device(sources),
-        target_source=on_device(target_sources),
-        target_token=on_device(tokens),
-        continuation=np.concatenate(continuations),
+    return ChunkRows(
         rows=rows,
+        ids=ids,
+        positions=positions if is_tree else None,
+        branch=branch if is_tree else None,
+        sources=np.concatenate(sources),
+        target_source=np.concatenate(target_sources),
+        target_token=np.concatenate(tokens),
+        continuation=np.concatenate(continuations),
     )
+
+
+def make_chunk(batch: TokenBatch, rows: Sequence[int] | np.ndarray, device: torch.device) -> Chunk:
+    """One chunk of these rows as tensors on a device."""
+    return chunk_rows(batch, rows).to(device)

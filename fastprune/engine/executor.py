@@ -1,14 +1,16 @@
 """The executor: takes a chunk through the steps of a schedule, and turns final states into values
 of the measure.
 
-It decides nothing. The engine says which chunks, in which order, by which steps; here units and
-heads run, and what was run is counted where it happens.
+It decides nothing. `LocalRuns` says which chunks run, in which order, by which steps. Here units
+and heads run, and are counted where they run.
+
+B rows, T tokens of a row, D columns of a state, V values of the measure, M targets.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -19,38 +21,35 @@ from ..models.swap import State, hidden_of, state_bytes
 from ..plan.schedule import ROOT, Schedule, Visit
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk
-from .footprint import Footprint
 from .measures import Measure
+from .memory import Footprint
+from .reference import DenseReference
 
-Walk = Generator[
-    tuple[int, torch.Tensor, int], None, None
-]  # after each step: its end or -1, hidden, units run
+# after each step: the place of the sequence that ends there or -1, hidden [B, T, D], units run
+Walk = Generator[tuple[int, torch.Tensor, int], None, None]
 
 
 @dataclass
 class Counts:
-    """What was done so far.
+    """Work done so far.
 
-    row_runs, row_heads: units, and heads, that were run, once for each row of the batch.
-    row_unbounded: unit runs, had every state been kept. weight_loads: blocks whose weights were
-    read; weight_bytes: of files, for these.
-    peak_activation_bytes: the most that were held, workspaces as measured on this model.
+    row_runs, row_heads: units, and heads, counted once for each row of the batch. weight_loads:
+    blocks whose weights were read; weight_bytes: of files, for these. peak_bytes: the most
+    activations that were held, with workspaces as measured on this model.
     """
 
     row_runs: int = 0
     row_heads: int = 0
-    row_unbounded: int = 0
     weight_loads: int = 0
     weight_bytes: int = 0
-    peak_activation_bytes: int = 0
+    peak_bytes: int = 0
 
 
 class Executor:
-    """Runs schedules on chunks. cache, frontier: where states come from and go to; counts: where it
-    says what it did.
+    """Runs schedules on the chunks of one problem.
 
-    keeps_references: whether what masks are compared with (`Measure.reference`) stays while the
-    masks of a chunk run.
+    cache, frontier: states that outlive a walk, and states that wait for a later band. reference:
+    the dense model's side of the measure. counts: of the work done.
     """
 
     def __init__(
@@ -59,29 +58,20 @@ class Executor:
         runner: Runner,
         measure: Measure,
         granularity: str,
+        chunks: Sequence[Chunk],
+        tile: int,
+        footprint: Footprint,
         cache: PrefixCache,
         frontier: Frontier,
+        reference: DenseReference,
         counts: Counts,
     ):
-        self.model, self.runner, self.measure, self.granularity = (
-            model,
-            runner,
-            measure,
-            granularity,
-        )
-        self.cache, self.frontier, self.counts = cache, frontier, counts
-        self.keeps_references = False
+        self._model, self._runner, self._measure = model, runner, measure
+        self._granularity, self._footprint = granularity, footprint
+        self._cache, self._frontier, self._reference = cache, frontier, reference
+        self._counts = counts
+        self._chunks, self._tiles = chunks, [chunk.tiles(tile) for chunk in chunks]
         self._per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
-        self._dense_of: tuple = ()
-
-    def start(self, chunks: Sequence[Chunk], tile: int, footprint: Footprint) -> None:
-        """Run these chunks from now on, so many positions at a time through the head."""
-        self.chunks, self._footprint = chunks, footprint
-        self._tiles = [chunk.tiles(tile) for chunk in chunks]
-        self._dense: dict[int, torch.Tensor] = {}  # by chunk, see keep_dense
-        self._references: dict[
-            int, torch.Tensor
-        ] = {}  # by tile of the chunk that runs, see _reference
 
     # -- walks -------------------------------------------------------------------------------------
 
@@ -89,7 +79,7 @@ class Executor:
         """A group of chunks, band by band: (chunk, its walk while that band is loaded). Each is
         walked before the next is asked for; broken off, the cache forgets what it has of these
         chunks."""
-        cache, weights, finished = self.cache, self.model.weights, False
+        cache, weights, finished = self._cache, self._model.weights, False
         read = (0, 0) if weights is None else (weights.loads, weights.bytes)
         try:
             for number, schedule in schedules.items():
@@ -100,28 +90,28 @@ class Executor:
                     visits.setdefault(visit.number, {})[number] = visit
             order = sorted(visits)
             bands = [self._needed(schedules, visits[now]) for now in order]
-            for now, _ in zip(order, self.runner.visit(bands)):
+            for now, _ in zip(order, self._runner.visit(bands)):
                 for number, part in visits[now].items():
-                    self._references.clear()
+                    self._reference.leave_chunk()
                     with closing(self._walk(schedules[number], part, number)) as walk:
                         yield number, walk
             for number, schedule in schedules.items():
                 cache.settle(number, schedule.retained, schedule.likelihood)
             finished = True
         finally:
-            self.frontier.clear()
-            self._references.clear()
+            self._frontier.clear()
+            self._reference.leave_chunk()
             if not finished:
                 for number in schedules:
                     cache.forget(number)
             if weights is not None:
-                self.counts.weight_loads += weights.loads - read[0]
-                self.counts.weight_bytes += weights.bytes - read[1]
+                self._counts.weight_loads += weights.loads - read[0]
+                self._counts.weight_bytes += weights.bytes - read[1]
 
     def _needed(self, schedules: dict[int, Schedule], visits: dict[int, Visit]) -> Sequence[int]:
         """The blocks that a visit runs."""
-        if len(self.runner.bands) == 1:
-            return self.runner.bands[0]
+        if len(self._runner.bands) == 1:
+            return self._runner.bands[0]
         steps = (
             schedules[number].steps[visit.start : visit.stop] for number, visit in visits.items()
         )
@@ -135,8 +125,8 @@ class Executor:
 
     def _walk(self, schedule: Schedule, visit: Visit, number: int) -> Walk:
         """Run a visit's steps on one chunk."""
-        chunk = self.chunks[number]
-        embedded, arguments = self.runner.open(chunk.ids, chunk.positions, chunk.branch)
+        chunk = self._chunks[number]
+        embedded, arguments = self._runner.open(chunk.ids, chunk.positions, chunk.branch)
         slots: list[State | None] = [None] * schedule.num_slots
         for step in schedule.steps[visit.start : visit.stop]:
             if step.source == ROOT:  # the first step, if any
@@ -150,12 +140,14 @@ class Executor:
             retained = dict(step.retained)
             for count, unit in enumerate(step.units, start=1):
                 self._note_peak(slots, state, chunk)
-                state = self.runner.run(unit, state, arguments, self.granularity)
-                self.counts.row_runs += len(chunk.rows)
+                state = self._runner.run(unit, state, arguments, self._granularity)
+                self._counts.row_runs += chunk.num_rows
                 if count in retained:
-                    self.cache.put(number, retained[count], self.runner.pack(state))
+                    self._cache.put(number, retained[count], self._runner.pack(state))
             if step.frontier >= 0:
-                self.frontier.put(number, schedule.frontier[step.frontier], self.runner.pack(state))
+                self._frontier.put(
+                    number, schedule.frontier[step.frontier], self._runner.pack(state)
+                )
             if step.target >= 0:
                 slots[step.target] = state
             yield step.end, hidden_of(state), len(step.units)
@@ -164,56 +156,39 @@ class Executor:
         """A state of the prefix cache, or of the frontier."""
         if place >= len(schedule.known):
             prefix = schedule.frontier[place - len(schedule.known)]
-            state = self.runner.unpack(self.frontier.get(number, prefix), prefix[-1])
+            state = self._runner.unpack(self._frontier.get(number, prefix), prefix[-1])
             if last_use:
-                self.frontier.drop(number, prefix)
+                self._frontier.drop(number, prefix)
             return state
         prefix = schedule.known[place]
-        state = self.runner.unpack(self.cache.get(number, prefix), prefix[-1])
+        state = self._runner.unpack(self._cache.get(number, prefix), prefix[-1])
         if last_use:
-            self.cache.drop(number, [prefix])
+            self._cache.drop(number, [prefix])
         return state
 
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
         alive = {id(s): s for s in (*slots, state) if s is not None}
-        held = sum(map(state_bytes, alive.values())) + self.frontier.bytes
-        held += sum(kept.nbytes for kept in (*self._dense.values(), *self._references.values()))
+        held = sum(map(state_bytes, alive.values())) + self._frontier.bytes
+        held += self._reference.bytes
         peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
-        self.counts.peak_activation_bytes = max(self.counts.peak_activation_bytes, peak)
+        self._counts.peak_bytes = max(self._counts.peak_bytes, peak)
 
     # -- final states ------------------------------------------------------------------------------
 
     def values(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        """The measure's values at every target of a chunk, [V, M], from one mask's final states [B,
-        T, D]."""
+        """The measure's values at every target of a chunk, [V, M].
+
+        hidden: one mask's final states, [B, T, D].
+        """
         hidden = hidden.flatten(0, 1)
         values = []
         for index, tile in enumerate(self._tiles[number]):
-            reference = self._reference(number, index) if self.measure.reference else None
-            values.append(self.measure.compute(self.runner, hidden[tile.sources], tile, reference))
-        self.counts.row_heads += len(self.chunks[number].rows)
+            reference = self._reference.at(number, index, tile)
+            states = hidden[tile.sources]
+            values.append(self._measure.compute(self._runner, states, tile, reference))
+        self._counts.row_heads += self._chunks[number].num_rows
         return torch.cat(values, dim=1)
 
-    def _reference(self, number: int, index: int) -> torch.Tensor:
-        """What the masks are compared with at a tile of a chunk; kept for the next mask where the
-        budget has room."""
-        found = self._references.get(index)
-        if found is None:
-            assert self.measure.reference is not None
-            dense = self._dense[number][self._tiles[number][index].positions]
-            found = self.measure.reference(self.runner, dense)
-            if self.keeps_references:
-                self._references[index] = found
-        return found
-
-    def without_dense(self, numbers: Iterable[int]) -> list[int]:
-        """Those of the chunks on which the dense model, as it is now, has not been run."""
-        if self._dense_of != self.model.state:
-            self._dense.clear()
-            self._dense_of = self.model.state
-        return [number for number in numbers if number not in self._dense]
-
     def keep_dense(self, hidden: torch.Tensor, number: int) -> None:
-        """Keep the dense model's final states of a chunk, [B, T, D], where a target is
-        predicted."""
-        self._dense[number] = hidden.flatten(0, 1)[self.chunks[number].sources]
+        """Hold the dense model's final states of a chunk, [B, T, D], as the reference."""
+        self._reference.put(number, hidden.flatten(0, 1)[self._chunks[number].sources])

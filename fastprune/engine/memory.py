@@ -1,17 +1,280 @@
-"""How many bytes of tensors a piece of work holds at its peak, measured; and how many are free."""
+"""Memory of a call: how many bytes it may take, how many it takes, and what happens without more.
+
+`MemoryLimit` turns a byte budget into a `Layout`: chunks and tiles for which all that a call holds
+at once stays within the budget. It knows the weights of states from a `Footprint`, measured on one
+row of the model by `peak_bytes`.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..data import TokenBatch
+from ..errors import InputError, gb_flag
+from ..models import Model, Runner
+from ..models.swap import State, hidden_of, state_bytes
+from ..plan.layout import Layout, make_layout
+from ..plan.schedule import max_slots
+from .chunks import Chunk, Tile, make_chunk
+from .measures import Measure
+
+MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
+CHUNK_TOKENS = 16384  # on a GPU: enough rows to keep its matrix units busy
+# on a CPU: states that leave a unit's workspace room in the caches
+CHUNK_BYTES, LEAST_CHUNK_TOKENS = 2 << 20, 1024
+TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
+LEAST_TILE = 8  # positions
+LIMIT_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
+SUMS_SHARE = 8  # one eighth of the limit is for sums over continuations
+
 Result = TypeVar("Result")
+
+
+class OutOfMemory(RuntimeError):
+    """Memory ran out, and every cache was given back. The cause is the allocator's own error."""
+
+
+class MemoryLimit:
+    """The bytes that a call's activations may take, and the layouts that stay within them.
+
+    The activations are states, the workspace of a unit, a tile of logits, sums, and the dense
+    model's final states where the measure compares with them.
+
+    limit: bytes; None for a default by the kind of device. most_sums: of how many masks the sums
+    fit at once. footprint: measured on the model, for the last tile.
+    """
+
+    def __init__(
+        self,
+        limit: int | None,
+        model: Model,
+        runner: Runner,
+        batch: TokenBatch,
+        measure: Measure,
+        granularity: str,
+    ):
+        self._model, self._runner, self._batch = model, runner, batch
+        self._measure, self._granularity = measure, granularity
+        self._kind = "cuda" if model.device.type == "cuda" else "cpu"
+        self.limit = LIMIT_BYTES[self._kind] if limit is None else limit
+        self.num_units = len(model.unit_names(granularity))
+        self._slots = max_slots(self.num_units, MAX_SEQUENCES)
+        self._positions = len(np.unique(batch.target_source))  # that predict something
+        self._reference_bytes = 0  # of one position, see `_run_head`
+        per_mask = 24 * len(measure.values) * batch.num_continuations  # sums, twice more to reduce
+        self.most_sums = max(1, self.limit // SUMS_SHARE // per_mask)
+
+    def most_together(self, longest: int) -> int:
+        """The most sequences of at most `longest` units that one call can schedule within the
+        limit."""
+        return MAX_SEQUENCES if longest <= self.num_units else (1 << self._slots) - 1
+
+    def layout(self) -> Layout:
+        """The largest chunks and tiles that stay within the limit.
+
+        Raises InputError where one row does not fit, even with the smallest tiles.
+        """
+        per_position = self._runner.head_bytes(self._measure.name)
+        room = min(TILE_BYTES[self._kind], self.limit // 4)
+        tile = max(LEAST_TILE, room // per_position // 8 * 8)
+        for size in dict.fromkeys((tile, LEAST_TILE)):
+            self.weigh(size)
+            room = self.limit - self.limit // SUMS_SHARE - self._dense_bytes()
+            tokens = self.footprint.tokens_within(room, self._slots)
+            if tokens:
+                return make_layout(self._batch, min(_chunk_tokens(self._model), tokens), size)
+        raise InputError(self._too_small("one row of the batch", self.footprint.longest_row))
+
+    def check(self, layout: Layout) -> Layout:
+        """The layout, if it is one of the batch and fits the limit; else InputError."""
+        layout.check(self._batch)
+        self.weigh(layout.tile)
+        widest = max(
+            len(rows) * int(self._batch.row_lengths[list(rows)].max()) for rows in layout.chunks
+        )
+        if self._least_bytes(widest) > self.limit:
+            raise InputError(self._too_small("the largest chunk of the layout", widest))
+        return layout
+
+    def smaller(self, layout: Layout) -> Layout | None:
+        """Chunks of half the size, or where chunks are single rows, smaller tiles; None where both
+        are as small as can be."""
+        lengths = self._batch.row_lengths
+        divisible = [
+            len(rows) * int(lengths[list(rows)].max()) for rows in layout.chunks if len(rows) > 1
+        ]
+        if divisible:
+            return make_layout(self._batch, max(divisible) // 2, layout.tile)
+        if layout.tile > LEAST_TILE:
+            return make_layout(self._batch, 1, max(LEAST_TILE, layout.tile // 16 * 8))
+        return None
+
+    def has_room_for_references(self, tokens: int, positions: int) -> bool:
+        """Whether the dense reference of one chunk fits beside a walk over it.
+
+        tokens, positions: of the largest chunk, and the most positions that predict in one.
+        """
+        return positions * self._reference_bytes <= self.limit - self._least_bytes(tokens)
+
+    def beside(self, tokens: int, num_slots: int, references: int) -> int:
+        """Bytes left for states between bands.
+
+        tokens, num_slots: of the walk beside which they wait. references: positions whose dense
+        references are held.
+        """
+        walk = self.footprint.needed(tokens, num_slots) + self._dense_bytes()
+        limit = self.limit - references * self._reference_bytes
+        return max(0, limit - limit // SUMS_SHARE - walk)
+
+    def state_bytes(self, tokens: int) -> int:
+        """The weight of one state of this many tokens."""
+        return int(self.footprint.state * tokens)
+
+    def weigh(self, tile: int) -> None:
+        """Measure the footprint of the longest rows and of one tile of the head."""
+        tile = min(tile, self._positions)
+        with self._model.evaluation():
+            self.footprint = measure_footprint(
+                self._runner, self._batch, self._granularity, self._run_head, tile
+            )
+
+    def _too_small(self, part: str, tokens: int) -> str:
+        least = self._least_bytes(tokens)
+        return (
+            f"memory_bytes is too small: {part} takes {least} bytes, not {self.limit} "
+            f"({gb_flag('memory', least)})"
+        )
+
+    def _least_bytes(self, tokens: int) -> int:
+        """The least limit for chunks of this many tokens."""
+        needed = self.footprint.needed(tokens, self._slots) + self._dense_bytes()
+        return needed + (needed - 1) // (SUMS_SHARE - 1)  # plus the share of sums
+
+    def _dense_bytes(self) -> int:
+        """The weight of the dense model's final states, where the measure compares with them."""
+        if not self._measure.needs_dense:
+            return 0
+        return self._positions * self._model.hidden_size * self._model.dtype.itemsize
+
+    def _run_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """One tile of the head, for its footprint. hidden [P, D]."""
+        none = torch.zeros(0, dtype=torch.int64, device=hidden.device)
+        sources = torch.arange(len(hidden), device=hidden.device)
+        tile, reference = Tile(slice(None), sources, none, none), None
+        if self._measure.reference:
+            reference = self._measure.reference(self._runner, hidden)
+            self._reference_bytes = reference.nbytes // len(hidden)
+        return self._measure.compute(self._runner, hidden, tile, reference)
+
+
+def _chunk_tokens(model: Model) -> int:
+    """Tokens of a chunk, where they fit."""
+    if model.device.type == "cuda":
+        return CHUNK_TOKENS
+    return max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes held while a plan is walked.
+
+    state, workspace: per token, of one state and of one unit while it runs (its result included).
+    head: of one tile of positions on its way from hidden states to numbers. longest_row: tokens.
+    """
+
+    state: float
+    workspace: float
+    head: int
+    longest_row: int
+
+    def needed(self, tokens: int, num_slots: int) -> int:
+        """Bytes of a walk with chunks of so many tokens: the slots, a unit's input, its workspace,
+        and the head."""
+        return math.ceil(((num_slots + 1) * self.state + self.workspace) * tokens) + self.head
+
+    def tokens_within(self, budget_bytes: int, num_slots: int) -> int:
+        """The most tokens of a chunk that `needed` allows within the budget; 0 where not even the
+        longest row fits."""
+        if self.needed(self.longest_row, num_slots) > budget_bytes:
+            return 0
+        per_token = (num_slots + 1) * self.state + self.workspace
+        return max(self.longest_row, int((budget_bytes - self.head) / per_token))
+
+
+def measure_footprint(
+    runner: Runner,
+    batch: TokenBatch,
+    granularity: str,
+    head: Callable[[torch.Tensor], object],
+    tile: int,
+) -> Footprint:
+    """Run the first units and one tile of the head on the longest rows of a batch, and note what
+    they hold."""
+    if not runner.bands[0]:
+        return _measure(runner, batch, granularity, head, tile)
+    (found,) = (
+        _measure(runner, batch, granularity, head, tile)
+        for _ in runner.visit([runner.bands[0][:1]])
+    )
+    return found
+
+
+def _measure(
+    runner: Runner, batch: TokenBatch, granularity: str, head: Callable, tile: int
+) -> Footprint:
+    state_size = workspace = 0.0
+    longest = 0
+    for row in _longest_rows(batch):
+        chunk = make_chunk(batch, [row], runner.device)
+        state, largest, peak = _run_first_units(runner, chunk, granularity)
+        state_size = max(state_size, largest / chunk.num_tokens)
+        workspace = max(workspace, peak / chunk.num_tokens)
+        longest = max(longest, chunk.num_tokens)
+    return Footprint(state_size, workspace, measure_head(hidden_of(state), head, tile), longest)
+
+
+def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], tile: int) -> int:
+    """Bytes that are held while a tile of positions goes from hidden states, like these [..., D],
+    to numbers."""
+    hidden = hidden.flatten(0, -2)
+    hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
+    _, held = peak_bytes(lambda: head(hidden))
+    return held + hidden.nbytes
+
+
+def _longest_rows(batch: TokenBatch) -> list[int]:
+    """The longest plain row and the longest tree, as far as there are any."""
+    kinds = [np.flatnonzero(batch.row_is_tree == is_tree) for is_tree in (False, True)]
+    return [int(rows[batch.row_lengths[rows].argmax()]) for rows in kinds if len(rows)]
+
+
+def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[State, int, int]:
+    """Open a chunk and run its first unit (with sublayers, one of each kind). The last state, the
+    bytes of the largest, and those held at the peak besides a unit's input: its workspace, and what
+    the layers are given (masks, angles)."""
+    largest = 0
+
+    def run() -> State:
+        nonlocal largest
+        state, arguments = runner.open(chunk.ids, chunk.positions, chunk.branch)
+        largest = state_bytes(state)
+        for unit in range(2 if granularity == "sublayer" else 1):
+            state = runner.run(unit, state, arguments, granularity)
+            largest = max(largest, state_bytes(state))
+        return state
+
+    state, peak = peak_bytes(run)
+    return state, largest, max(largest, peak - largest)
 
 
 def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:

@@ -44,7 +44,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402 (after the check)
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from ..engine.engine import Progress
+    from ..engine.runs import Progress
     from ..engine.store import SumStore
 
 WHOLE = (

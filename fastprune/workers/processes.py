@@ -21,91 +21,83 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, brief
+from .messages import LAST, Stop, Word
 
 if TYPE_CHECKING:  # what checks a command line does without torch
     import torch
 
 MOST_WORKERS = 1024
-LAST = (
-    "ready",
-    "opened",
-    "done",
-    "memory",
-    "wrong",
-    "failed",
-    "stopped",
-    "lost",
-)  # of `worker`: it then waits
 END_WITHIN = 2  # seconds that processes have, all together, to end by themselves
 START = "import sys; from fastprune.workers.worker import serve; serve(int(sys.argv[1]))"
 
 
 class Workers:
-    """What runs the parts of a call, several at once. Evaluators may share one; their calls take
-    turns.
+    """Carries requests to workers and their words back. Evaluators may share one; calls take turns.
 
-    count: how many there are. per_machine: how many share the memory of one machine. models,
-    engines: what each holds, by hash and by number; who opens something there notes it. alive: who
-    shares out work here, by number.
+    count: of workers. per_machine: how many share the memory of one machine. lock: held by the call
+    that uses the workers. models, problems: digests and numbers that each worker holds. alive: the
+    problems in use here, by number.
 
-    A subclass starts them, and gives `_start(worker)`, `_send(worker, request)` and `_receive()`,
-    which waits for the next word of any busy worker, as `hear` returns it: "lost" where one died,
-    whose value says why.
+    A subclass starts workers, and gives `_start(worker)`, `_send(worker, request)` and
+    `_receive()`, which waits for the next word of any busy worker. A worker that died says "lost",
+    with the reason as its value.
     """
 
     def __init__(self, count: int, per_machine: int):
         self.count, self.per_machine = count, per_machine
-        self.turn = threading.RLock()
+        self.lock = threading.RLock()
         self.numbers = itertools.count()
         self.alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.models: list[set[str]] = [set() for _ in range(count)]
-        self.engines: list[dict[int, str]] = [{} for _ in range(count)]
+        self.problems: list[set[int]] = [set() for _ in range(count)]
         self.busy: set[int] = set()
         self._dead: set[int] = set()
 
-    def tell(self, worker: int, *request: Any) -> None:
-        """Ask a worker that is not busy for something."""
+    def send(self, worker: int, request: tuple) -> None:
+        """Send a request to a worker that is not busy."""
         self._send(worker, request)
         self.busy.add(worker)
 
-    def hear(self) -> tuple[int, str, Any, int, int]:
-        """The next word of any busy worker: (worker, kind, value, unit runs on rows, heads on
-        rows)."""
-        worker, kind, *more = self._receive()
-        if kind in LAST:
+    def receive(self) -> tuple[int, Word]:
+        """The next word of any busy worker."""
+        worker, word = self._receive()
+        if word.kind in LAST:
             self.busy.discard(worker)
-        if kind == "lost":
+        if word.kind == "lost":
             self._dead.add(worker)
             self.models[worker].clear()
-            self.engines[worker].clear()
-        return (worker, kind, *more)
+            self.problems[worker].clear()
+        return worker, word
 
-    def quiet(self) -> None:
-        """Have every worker that is busy give up what it does."""
+    def cancel(self) -> None:
+        """Cancel the requests of all busy workers, and wait until they have stopped."""
         for worker in self.busy:
-            self._send(worker, ("stop",))
+            self._send(worker, Stop())
         while self.busy:
-            self.hear()
+            self.receive()
 
-    def settle(self) -> None:
-        """Let every worker be ready for a request: nothing is left of an earlier one, and dead ones
-        begin anew."""
-        self.quiet()
+    def get_ready(self) -> None:
+        """Cancel what an earlier call left, and restart workers that died."""
+        self.cancel()
         for worker in sorted(self._dead):
-            self.revive(worker)
+            self.restart(worker)
 
-    def revive(self, worker: int) -> None:
-        """Start anew a worker that has died. Raises RuntimeError when it cannot start."""
+    def restart(self, worker: int) -> None:
+        """Restart a worker that died. Raises RuntimeError when it cannot start."""
         self._start(worker)
         self._dead.discard(worker)
 
-    def keep(self, value: Any) -> Any:
-        """What stands for a value in a request that goes to several workers."""
+    def share(self, value: Any) -> Any:
+        """A token for a value in requests to several workers, sent or stored once."""
         return value
 
-    def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
-        """Where each tensor stands in a buffer, see `models.handover`; what stands for the buffer
-        in a request; and what must be held as long as a request may have it."""
+    def share_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
+        """Tensors in one buffer, see `transfer`.
+
+        Returns:
+            The place of each tensor in the buffer; a token for the buffer in requests; an object to
+            hold as long as a request may refer to it.
+        """
         raise NotImplementedError
 
     def device(self, worker: int, device: torch.device) -> str:
@@ -122,7 +114,7 @@ class Workers:
     def _send(self, worker: int, request: tuple) -> None:
         raise NotImplementedError
 
-    def _receive(self) -> tuple[int, str, Any, int, int]:
+    def _receive(self) -> tuple[int, Word]:
         raise NotImplementedError
 
 
@@ -161,13 +153,13 @@ class Processes(Workers):
         """End the processes; the last use of this object."""
         self._end()
 
-    def keep(self, value: Any) -> Any:
+    def share(self, value: Any) -> Any:
         return "pickled", pickle.dumps(value)  # once for all
 
-    def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
-        from . import transfer as handover
+    def share_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
+        from . import transfer
 
-        at, size = handover.places(tensors)
+        at, size = transfer.places(tensors)
         file = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as a worker may read it)
         try:
             os.posix_fallocate(
@@ -178,7 +170,7 @@ class Processes(Workers):
             raise InputError(
                 f"{place}: no room for a model of {size} bytes that workers share: {error.strerror}"
             ) from None
-        handover.fill(np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)), tensors, at)
+        transfer.fill(np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)), tensors, at)
         return at, ("file", f"/proc/{os.getpid()}/fd/{file.fileno()}", size), file
 
     def device(self, worker: int, device: torch.device) -> str:
@@ -225,14 +217,14 @@ class Processes(Workers):
         with suppress(OSError):  # one that died is heard of by `_receive`
             self._members[worker].pipe.send(request)
 
-    def _receive(self) -> tuple[int, str, Any, int, int]:
+    def _receive(self) -> tuple[int, Word]:
         worker_of: dict[Any, int] = {self._members[worker].pipe: worker for worker in self.busy}
         pipe: Any = connection.wait(worker_of)[0]
         worker = worker_of[pipe]
         try:
-            return (worker, *pipe.recv())
+            return worker, pipe.recv()
         except (EOFError, OSError):
-            return worker, "lost", _why(self._members[worker]), 0, 0
+            return worker, Word("lost", _why(self._members[worker]))
 
 
 def check_workers(count: Any) -> int:

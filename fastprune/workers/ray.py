@@ -25,7 +25,8 @@ import numpy as np
 
 from ..errors import InputError, brief
 from ..validate import require
-from .processes import LAST, MOST_WORKERS, Workers, check_workers
+from .messages import LAST, Stop, Word
+from .processes import MOST_WORKERS, Workers, check_workers
 
 if TYPE_CHECKING:  # what checks an address does without torch
     import torch
@@ -98,7 +99,7 @@ class RayWorkers(Workers):
         self._actors: list[Any] = [None] * count
         self._request = [0] * count
         self._listening: dict[Any, int] = {}  # by the reference of a call, its worker
-        self._words: deque[tuple] = deque()
+        self._words: deque[tuple[int, Word]] = deque()
         self.pids, self._machines = [0] * count, [""] * count
         for worker in range(count):
             self._actors[worker] = self._actor_class.remote()
@@ -113,17 +114,17 @@ class RayWorkers(Workers):
                 self._ray.kill(actor)
         self._end()
 
-    def keep(self, value: Any) -> Any:
+    def share(self, value: Any) -> Any:
         return "object", [
             self._ray.put(value)
         ]  # in a list Ray hands on the reference, not the value
 
-    def keep_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
-        from . import transfer as handover
+    def share_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
+        from . import transfer
 
-        at, size = handover.places(tensors)
+        at, size = transfer.places(tensors)
         buffer = np.zeros(size, dtype=np.uint8)
-        handover.fill(buffer, tensors, at)
+        transfer.fill(buffer, tensors, at)
         return at, ("buffer", [self._ray.put(buffer)]), None
 
     def device(self, worker: int, device: torch.device) -> str:
@@ -150,17 +151,17 @@ class RayWorkers(Workers):
             ) from None
 
     def _send(self, worker: int, request: tuple) -> None:
-        if request == ("stop",):
+        if isinstance(request, Stop):
             self._actors[worker].stop.remote(self._request[worker])
             return
         self._request[worker] += 1
-        self._actors[worker].ask.remote(self._request[worker], *request)
+        self._actors[worker].ask.remote(self._request[worker], request)
         self._listen(worker)
 
     def _listen(self, worker: int) -> None:
         self._listening[self._actors[worker].listen.remote()] = worker
 
-    def _receive(self) -> tuple[int, str, Any, int, int]:
+    def _receive(self) -> tuple[int, Word]:
         while not self._words:
             (reference,), _ = self._ray.wait(list(self._listening), num_returns=1)
             worker = self._listening.pop(reference)
@@ -168,10 +169,10 @@ class RayWorkers(Workers):
                 words = self._ray.get(reference)
             except self._ray.exceptions.RayActorError as error:
                 why = brief(str(error).strip().partition("\n")[0], 120)  # Ray's advice follows
-                self._words.append((worker, "lost", f"process {self.pids[worker]}: {why}", 0, 0))
+                self._words.append((worker, Word("lost", f"process {self.pids[worker]}: {why}")))
                 break
-            self._words.extend((worker, *word) for word in words)
-            if not (words and words[-1][0] in LAST):
+            self._words.extend((worker, word) for word in words)
+            if not (words and words[-1].kind in LAST):
                 self._listen(worker)
         return self._words.popleft()
 
@@ -185,7 +186,7 @@ class Actor:
         from .worker import Worker
 
         import_transformers()
-        self._words: list[tuple] = []
+        self._words: list[Word] = []
         self._news = threading.Condition()
         self._asked = self._stopped = 0
         self._worker = Worker(self._note, lambda: self._stopped >= self._asked, _fetch)
@@ -196,11 +197,11 @@ class Actor:
 
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
-    def ask(self, number: int, *request: Any) -> None:
+    def ask(self, number: int, request: Any) -> None:
         self._asked = number
-        self._worker.answer(*request)
+        self._worker.answer(request)
 
-    def listen(self) -> list[tuple]:
+    def listen(self) -> list[Word]:
         """What was said since the last time; waits for a word."""
         with self._news:
             self._news.wait_for(lambda: self._words, timeout=LISTEN)
@@ -210,7 +211,7 @@ class Actor:
     def stop(self, number: int) -> None:
         self._stopped = number
 
-    def _note(self, word: tuple) -> None:
+    def _note(self, word: Word) -> None:
         with self._news:
             self._words.append(word)
             self._news.notify_all()

@@ -1,16 +1,15 @@
-"""An engine that shares out its calls over workers. Read `engine` first, then `split`, then this.
+"""Runs on workers: a call is split, sent, and sent again where a worker died. Read `plan.split`
+first, then this.
 
-Every worker has an engine of its own on the same chunks. A call becomes, for each worker, which
-sequences it is to run on which chunks (`split`); sums come back as they are finished, a chunk and
-up to 64 masks at a time, and are put into their places. What a worker had not finished when it died
-is given to its successor: a sum is the same whoever computes it.
+Every worker has a `LocalRuns` of its own for the same problem. A call becomes, for each worker,
+which sequences run on which chunks. Sums come back as they are finished, and each is the same
+whoever computes it.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,355 +17,298 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import TokenBatch
-from ..engine.engine import Engine, Progress
-from ..engine.store import SumStore
+from ..engine.memory import OutOfMemory
+from ..engine.problem import Problem
+from ..engine.runs import Cost, Held, PartialSums, Progress
 from ..errors import InputError
 from ..models import Model
-from ..plan.layout import Layout, look_of
+from ..plan.layout import look_of
 from ..plan.split import cut, owners, teams
-from ..plan.trie import Trie, make_trie
+from ..plan.trie import Trie, Units, make_trie
+from .messages import Open, Run, Setup, Word
 from .processes import Workers
 from .transfer import pack
 
-MOST_DEATHS = 3  # of one worker in one call
-
-
-@dataclass
-class _Caches:
-    """What the prefix caches of all workers hold, and have served, as far as they have said."""
-
-    held: dict[int, int] = field(default_factory=dict)
-    served: dict[int, dict[str, int]] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.held.values())
-
-    @property
-    def hits(self) -> dict[str, int]:
-        tiers = sorted({tier for by_tier in self.served.values() for tier in by_tier})
-        return {
-            tier: sum(by_tier.get(tier, 0) for by_tier in self.served.values()) for tier in tiers
-        }
-
-    def start(self, state_bytes: int) -> None:
-        self.held.clear()
+MAX_DEATHS = 3  # of one worker in one call
 
 
 @dataclass
 class _Call:
-    """The sequences of a call, their sums as far as they are known, and by chunk those that are
-    left, bool[M].
+    """A call on workers.
 
-    kept: what stands for sequences in requests, by their places in the trie: many workers are given
-    the same.
+    parts: by worker and chunk, the places of the sequences to run there, int64[n]. left: by chunk,
+    the places whose sums have not come back. sent: by worker, the places of the sequences in its
+    last request. tokens: of sequences in requests, by their places; many workers get the same.
     """
 
-    trie: Trie
-    keys: list[bytes]
-    context: int | None
-    sums: np.ndarray
+    sequences: Sequence[Units]
+    parts: Mapping[int, Mapping[int, np.ndarray]]
     left: dict[int, np.ndarray]
-    kept: dict[bytes, Any] = field(default_factory=dict)
+    sent: dict[int, np.ndarray] = field(default_factory=dict)
+    tokens: dict[bytes, Any] = field(default_factory=dict)
 
 
-class Coordinator(Engine):
-    """An Engine whose units run on workers; its own model only says what there is, and is compared
-    with theirs.
+class RemoteRuns:
+    """Shares calls out over workers; see `Runs`. The model here is only compared with theirs.
 
-    memory_bytes bounds the activations of each worker, since chunks are cut by it; cache_bytes what
-    the prefix caches of all workers of a machine hold together. peak_activation_bytes is that of
-    the worker with the most. The store is opened here alone.
+    memory_bytes bounds the activations of each worker, cache_bytes the prefix caches of all workers
+    of a machine together. Workers run with as many threads as this process.
 
     Raises InputError where a worker would compute other bits: another kind of device, other
-    software or switches, or a model that cannot be handed over. Its workers run with as many
-    threads as this process does.
+    software or switches, or a model that cannot be sent.
     """
 
     def __init__(
         self,
         workers: Workers,
         model: Model,
-        batch: TokenBatch,
-        measure: str,
-        granularity: str,
-        *,
-        store: SumStore | None = None,
+        backend: str,
+        memory_bytes: int | None = None,
         cache_bytes: int | None = None,
         cache_dir: Path | None = None,
-        layout: Layout | None = None,
-        **given: Any,
     ):
-        self.workers = workers
-        super().__init__(
-            model, batch, measure, granularity, store=store, cache_bytes=0, layout=layout, **given
-        )
-        self._given = {
-            "batch": replace(batch),  # without what it has worked out so far
-            "measure": measure,
-            "granularity": granularity,
-            **given,
-            "cache_bytes": None if cache_bytes is None else cache_bytes // workers.per_machine,
-            "cache_dir": cache_dir,
-        }
-        self.cache: Any = _Caches()
-        self._opened: tuple[tuple, str] = (), ""  # the model's state, and its hash
-        self._model_given: tuple[str, tuple, object] | None = (
-            None  # hash, how a worker comes by it, what must be held
-        )
-        self._head_share = self._cost_of_head()
-        with self.model.evaluation(), workers.turn:  # in this order, as in a call
-            self._number = next(workers.numbers)
-            workers.alive[self._number] = self
-            self._open()
+        self._workers, self._model = workers, model
+        self._backend, self._memory_bytes = backend, memory_bytes
+        self._cache_bytes = None if cache_bytes is None else cache_bytes // workers.per_machine
+        self._cache_dir = cache_dir
+        self._problem: Problem | None = None
+        self._number = -1
+        self._model_sent: tuple[tuple, object] | None = None  # for workers; held as long as sent
+        self._cost, self._peak = Cost(), 0
+        self._held: dict[int, Held] = {}  # by worker
         if model.weights is not None:
-            model.weights.release()  # no unit is run here
+            model.weights.release()  # no unit runs here
+
+    @property
+    def cost(self) -> Cost:
+        return self._cost
+
+    @property
+    def held(self) -> Held:
+        tiers = sorted({tier for held in self._held.values() for tier in held.cache_hits})
+        return Held(
+            max((held.peak_bytes for held in self._held.values()), default=0),
+            sum(held.cache_bytes for held in self._held.values()),
+            {t: sum(held.cache_hits.get(t, 0) for held in self._held.values()) for t in tiers},
+        )
+
+    def open(self, problem: Problem) -> None:
+        """Have every worker open the model for this problem. Enter `model.evaluation()` before."""
+        with self._workers.lock:
+            self._use(problem)
+
+    def run(
+        self,
+        problem: Problem,
+        sequences: Sequence[Units],
+        missing: Mapping[int, np.ndarray],
+        progress: Progress,
+    ) -> Generator[PartialSums, None, None]:
+        """The missing sums; see `Runs.run`."""
+        with self._workers.lock:
+            finished = False
+            try:
+                self._use(problem)
+                parts = self._split(problem, sequences, missing)
+                yield from self._share_out(_Call(sequences, parts, dict(missing)), progress)
+                finished = True
+            finally:
+                if not finished:
+                    self._workers.cancel()
+
+    def close(self) -> None:
+        """Let the workers drop what they hold for this evaluator, when they open the next."""
+        self._problem = None
 
     # -- what the workers hold ---------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Let every worker be ready, with this model and an engine as this one."""
-        self.workers.settle()
-        state = self.model.state
-        if self._opened[0] != state:
-            self._opened = state, self.model.weights_hash
-        weights, engines = self._opened[1], self.workers.engines
+    def _use(self, problem: Problem) -> None:
+        """Have every worker hold this problem."""
+        if problem is not self._problem:
+            self._number = next(self._workers.numbers)
+            self._workers.alive[self._number] = self._problem = problem
+            self._held.clear()
+            looks = look_of(problem.batch)[[rows[0] for rows in problem.layout.chunks]]
+            loads = [chunk.num_tokens for chunk in problem.chunks]
+            self._owner = owners(loads, looks.tolist(), self._workers.count)
+        self._workers.get_ready()
         late = [
             worker
-            for worker in range(self.workers.count)
-            if engines[worker].get(self._number) != weights
+            for worker in range(self._workers.count)
+            if self._number not in self._workers.problems[worker]
         ]
-        if not late:
-            return
-        description = self.workers.keep(self._description())
+        if late:
+            self._open(late, problem)
+
+    def _open(self, late: Sequence[int], problem: Problem) -> None:
+        setup = self._workers.share(self._setup(problem))
         for worker in late:
-            self._tell_open(worker, description)
+            self._send_open(worker, problem, setup)
         deaths = 0
-        while self.workers.busy:
-            worker, kind, value, _, _ = self.workers.hear()
-            if kind == "opened":
-                self._note_opened(worker, value)
-            elif (
-                kind == "lost" and deaths < MOST_DEATHS
-            ):  # perhaps long ago, while it had nothing to do
+        while self._workers.busy:
+            worker, word = self._workers.receive()
+            if word.kind == "opened":
+                self._note_opened(worker, word.value)
+            elif word.kind == "lost" and deaths < MAX_DEATHS:  # perhaps long ago, while idle
                 deaths += 1
-                self.workers.revive(worker)
-                self._tell_open(worker, description)
-            elif kind == "wrong":
-                raise InputError(f"worker {worker}: {value}")
-            elif kind in ("failed", "memory", "lost"):
-                raise RuntimeError(f"worker {worker} could not open the model: {value}")
+                self._workers.restart(worker)
+                self._send_open(worker, problem, setup)
+            elif word.kind == "wrong":
+                raise InputError(f"worker {worker}: {word.value}")
+            elif word.kind in ("failed", "memory", "lost"):
+                raise RuntimeError(f"worker {worker} could not open the model: {word.value}")
 
-    def _description(self) -> dict[str, object]:
-        """What an engine as this one is made of, and what must come of it."""
-        engine = {**self._given, "layout": self.layout}
-        sharing = self.workers.per_machine, self.workers.per_device(self.model.device)
-        return {"engine": engine, "sharing": sharing, **self._agreed()}
-
-    def _agreed(self) -> dict[str, object]:
-        """What every engine must have in common: chunks, tiles, and all that bits depend on."""
-        return {
-            "layout": self.layout,
-            "numerics": self.numerics(),
-            "threads": torch.get_num_threads(),
-        }
-
-    def _tell_open(self, worker: int, description: Any) -> None:
-        state, weights = self._opened
-        how = (
-            None
-            if weights in self.workers.models[worker]
-            else self._model_for_workers(weights, state)
-        )
-        device = self.workers.device(worker, self.model.device)
-        self.workers.engines[worker].pop(self._number, None)  # until it says that it has it
-        self.workers.tell(
-            worker,
-            "open",
-            self._number,
-            weights,
-            how,
-            device,
-            description,
-            list(self.workers.alive),
+    def _setup(self, problem: Problem) -> Setup:
+        return Setup(
+            # without what the problem and the batch have derived so far
+            replace(problem, batch=replace(problem.batch)),
+            self._backend,
+            self._memory_bytes,
+            self._cache_bytes,
+            self._cache_dir,
+            self._workers.per_machine,
+            self._workers.per_device(self._model.device),
+            torch.get_num_threads(),
         )
 
-    def _note_opened(self, worker: int, models: list[str]) -> None:
-        self.workers.models[worker] = set(models)
-        self.workers.engines[worker][self._number] = self._opened[1]
+    def _send_open(self, worker: int, problem: Problem, setup: Any) -> None:
+        digest = problem.digest
+        assert digest is not None
+        has_model = digest in self._workers.models[worker]
+        model = None if has_model else self._model_for_workers()
+        device = self._workers.device(worker, self._model.device)
+        self._workers.problems[worker].discard(self._number)  # until it has opened it
+        alive = list(self._workers.alive)
+        self._workers.send(worker, Open(self._number, digest, model, device, setup, alive))
 
-    def _model_for_workers(self, weights: str, state: tuple) -> tuple:
-        """How a worker comes by the model: as `load_model` did, or by its modules and its
-        tensors."""
-        if self._model_given is None or self._model_given[0] != weights:
-            if self.model.opened is not None and self.model.opened[1] == state:
-                self._model_given = weights, ("load", *self.model.opened[0]), None
-            elif self.model.weights is not None:
+    def _note_opened(self, worker: int, models: Sequence[str]) -> None:
+        self._workers.models[worker] = set(models)
+        self._workers.problems[worker].add(self._number)
+
+    def _model_for_workers(self) -> tuple:
+        """How a worker gets the model: as `load_model` did, or from its modules and tensors."""
+        if self._model_sent is None:
+            model = self._model
+            if model.opened is not None and model.opened[1] == model.state:
+                self._model_sent = ("load", *model.opened[0]), None
+            elif model.weights is not None:
                 raise InputError(
-                    f"{self.model.name}: has changed since it was opened, and its weights are in "
-                    f"files"
+                    f"{model.name}: has changed since it was opened, and its weights are in files"
                 )
             else:
-                modules, tensors = pack(self.model.given)
-                at, token, held = self.workers.keep_tensors(tensors)
-                self._model_given = weights, ("modules", modules, at, token), held
-        return self._model_given[1]
+                modules, tensors = pack(model.given)
+                places, buffer, held = self._workers.share_tensors(tensors)
+                self._model_sent = ("modules", modules, places, buffer), held
+        return self._model_sent[0]
 
     # -- a call ------------------------------------------------------------------------------------
 
-    def _run(
-        self, trie: Trie, progress: Progress, wanted: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        sums, keys, context, missing, known = self._begin(trie, wanted)
-        left = {number: rows.copy() for number, rows in missing.items() if rows.any()}
-        call, tries = _Call(trie, keys, context, sums, left), self._tries(trie, left)
-        self._note_asked(tries)
-        with self.workers.turn:
-            try:
-                self._open()
-                self._share_out(call, self._parts(trie, tries), progress)
-            except BaseException:
-                self.workers.quiet()
-                raise
-        return sums, known
-
-    def _tries(self, trie: Trie, left: Mapping[int, np.ndarray]) -> dict[int, Trie]:
-        """The trie of what is left to run, by chunk."""
-        made: dict[bytes, Trie] = {}
-        for rows in left.values():
-            if (key := rows.tobytes()) not in made:
-                made[key] = (
-                    trie if rows.all() else make_trie(itertools.compress(trie.sequences, rows))
-                )
-        return {number: made[rows.tobytes()] for number, rows in left.items()}
-
-    def _note_asked(self, tries: Mapping[int, Trie]) -> None:
-        """Count what a cache without bounds would leave to do, as one process counts it."""
-        dense = [make_trie([tuple(range(self.num_units))])] * self.measure.needs_dense
-        for number, asked in tries.items():
-            for part in (*dense, asked):
-                self.counts.row_unbounded += self._seen.add(number, part) * len(
-                    self.chunks[number].rows
-                )
-
-    def _parts(self, trie: Trie, tries: Mapping[int, Trie]) -> dict[int, dict[int, np.ndarray]]:
-        """By worker and chunk, which of the trie's sequences it runs there, int64[n]."""
-        loads, owner = (
-            [self.chunks[number].num_tokens for number in tries],
-            [self._owner[number] for number in tries],
-        )
-        places = {sequence: place for place, sequence in enumerate(trie.sequences)}
+    def _split(
+        self, problem: Problem, sequences: Sequence[Units], missing: Mapping[int, np.ndarray]
+    ) -> dict[int, dict[int, np.ndarray]]:
+        """By worker and chunk, the places of the sequences that it runs there, int64[n]."""
+        tries: dict[bytes, Trie] = {}
+        for rows in missing.values():
+            if (key := rows.tobytes()) not in tries:
+                tries[key] = make_trie([sequences[row] for row in rows.tolist()])
+        head = _head_cost(self._model, problem)
+        loads = [problem.chunks[number].num_tokens for number in missing]
+        chosen = teams(loads, [self._owner[number] for number in missing], self._workers.count)
         parts: dict[int, dict[int, np.ndarray]] = {}
-        for (number, asked), team in zip(tries.items(), teams(loads, owner, self.workers.count)):
-            rows = np.array([places[sequence] for sequence in asked.sequences], dtype=np.int64)
-            for worker, part in zip(team, cut(asked, len(team), self._head_share)):
+        for (number, rows), team in zip(missing.items(), chosen):
+            for worker, part in zip(team, cut(tries[rows.tobytes()], len(team), head)):
                 parts.setdefault(worker, {})[number] = rows[part.start : part.stop]
         return parts
 
-    def _share_out(
-        self, call: _Call, parts: Mapping[int, Mapping[int, np.ndarray]], progress: Progress
-    ) -> None:
-        """Have the workers run their parts, and put what they find into its place."""
-        deaths = dict.fromkeys(parts, 0)
-        done: dict[
-            int, tuple[int, int]
-        ] = {}  # by worker, its unit runs so far and in all, as it has said last
-        asked: dict[int, np.ndarray] = {}  # by worker, the places of its sequences
-        for worker in parts:
-            asked[worker] = self._tell(worker, call, parts[worker])
-        while self.workers.busy:
-            worker, kind, value, runs, heads = self.workers.hear()
-            self.counts.row_runs += runs
-            self.counts.row_heads += heads
-            if kind == "sums":
-                number, rows, found = value
-                self._put(call, number, asked[worker][rows], found)
-            elif kind == "progress":
-                done[worker] = value
-                if len(done) == len(parts):
+    def _share_out(self, call: _Call, progress: Progress) -> Iterator[PartialSums]:
+        """Send every worker its part, and yield the sums that come back."""
+        deaths = dict.fromkeys(call.parts, 0)
+        done: dict[int, tuple[int, int]] = {}  # by worker, its unit runs so far and in all
+        for worker, part in call.parts.items():
+            self._send_part(worker, call, part)
+        while self._workers.busy:
+            worker, word = self._workers.receive()
+            self._cost += word.cost
+            if word.kind == "sums":
+                yield self._enter(worker, call, word.value)
+            elif word.kind == "progress":
+                done[worker] = word.value
+                if len(done) == len(call.parts):
                     progress(*map(sum, zip(*done.values())))
-            elif kind == "done":
-                peak, self.cache.held[worker], self.cache.served[worker], loads, read = value
-                self.counts.peak_activation_bytes = max(self.counts.peak_activation_bytes, peak)
-                self.counts.weight_loads += loads
-                self.counts.weight_bytes += read
+            elif word.kind == "done":
+                self._held[worker] = word.value
                 if worker in done:
                     done[worker] = (done[worker][1],) * 2
-            elif kind == "memory":
-                raise MemoryError(f"worker {worker}: {value}")
-            elif kind == "wrong":
-                raise InputError(f"worker {worker}: {value}")
-            elif kind == "failed":
-                raise RuntimeError(f"worker {worker}: {value}")
-            elif kind == "warning":
-                warnings.warn(value, RuntimeWarning, stacklevel=5)
-            elif kind == "lost":
+            elif word.kind == "lost":
                 deaths[worker] += 1
-                if deaths[worker] == MOST_DEATHS:
-                    raise RuntimeError(
-                        f"worker {worker} died {MOST_DEATHS} times in one call: {value}"
-                    )
-                warnings.warn(
-                    f"worker {worker} died, its share is run again: {value}",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
-                self.workers.revive(worker)
-                self._tell_open(worker, self.workers.keep(self._description()))
-            elif kind == "opened":
-                self._note_opened(worker, value)
-                rest = {
-                    number: rows[call.left[number][rows]] for number, rows in parts[worker].items()
-                }
-                rest = {number: rows for number, rows in rest.items() if len(rows)}
-                if rest:
-                    asked[worker] = self._tell(worker, call, rest)
+                self._restart(worker, deaths[worker], word)
+            elif word.kind == "opened":
+                self._note_opened(worker, word.value)
+                self._send_rest(worker, call)
+            else:
+                _raise(worker, word)
         if done:
             progress(*map(sum, zip(*done.values())))
 
-    def _tell(self, worker: int, call: _Call, part: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Have a worker run its part; the places in the trie of the sequences that it is given."""
+    def _enter(self, worker: int, call: _Call, part: PartialSums) -> PartialSums:
+        """A worker's sums, at their places in the call."""
+        rows = call.sent[worker][part.rows]
+        left = call.left[part.chunk]
+        call.left[part.chunk] = left[~np.isin(left, rows)]
+        return part._replace(rows=rows)
+
+    def _restart(self, worker: int, deaths: int, word: Word) -> None:
+        if deaths == MAX_DEATHS:
+            raise RuntimeError(f"worker {worker} died {deaths} times in one call: {word.value}")
+        warnings.warn(
+            f"worker {worker} died, its share is run again: {word.value}",
+            RuntimeWarning,
+            stacklevel=6,
+        )
+        self._workers.restart(worker)
+        assert self._problem is not None
+        setup = self._workers.share(self._setup(self._problem))
+        self._send_open(worker, self._problem, setup)
+
+    def _send_rest(self, worker: int, call: _Call) -> None:
+        """Send a restarted worker what its part lacks."""
+        rest = {
+            number: rows[np.isin(rows, call.left[number])]
+            for number, rows in call.parts[worker].items()
+        }
+        rest = {number: rows for number, rows in rest.items() if len(rows)}
+        if rest:
+            self._send_part(worker, call, rest)
+
+    def _send_part(self, worker: int, call: _Call, part: Mapping[int, np.ndarray]) -> None:
+        """Send a worker its part: the sequences, and by chunk their places among these."""
         places = np.unique(np.concatenate([*part.values()]))
-        if (key := places.tobytes()) not in call.kept:
-            sequences = [call.trie.sequences[place] for place in places.tolist()]
-            call.kept[key] = self.workers.keep({"sequences": sequences, **self._agreed()})
-        wanted = {number: np.isin(places, rows) for number, rows in part.items()}
-        self.workers.tell(worker, "run", self._number, call.kept[key], wanted)
-        return places
+        if (key := places.tobytes()) not in call.tokens:
+            sequences = [call.sequences[place] for place in places.tolist()]
+            call.tokens[key] = self._workers.share(sequences)
+        inside = {number: np.searchsorted(places, rows) for number, rows in part.items()}
+        call.sent[worker] = places
+        self._workers.send(worker, Run(self._number, call.tokens[key], inside))
 
-    def _put(self, call: _Call, number: int, places: np.ndarray, found: np.ndarray) -> None:
-        """Put the sums of some sequences on a chunk, [n, V, C], into their place, and into the
-        store."""
-        continuations = self.chunks[number].continuations
-        call.sums[np.ix_(places, np.arange(found.shape[1]), continuations)] = found
-        call.left[number][places] = False
-        if self.store is not None and call.context is not None:
-            finished = {
-                call.keys[place]: call.sums[place, :, continuations] for place in places.tolist()
-            }
-            self.store.put(call.context, self.chunks[number].key, finished)
 
-    def _cost_of_head(self) -> float:
-        """What the head of one mask costs, in unit runs, by the numbers of weights and the
-        positions that count."""
-        units = (
-            sum(p.numel() for layer in self.model.layers for p in layer.parameters())
-            / self.num_units
-        )
-        embeddings: Any = self.model.hf.get_output_embeddings
-        head = sum(p.numel() for p in embeddings().parameters())
-        positions = len(np.unique(self.batch.target_source))  # that predict something
-        return head / max(1, units) * positions / self.batch.num_tokens
+def _raise(worker: int, word: Word) -> None:
+    """Raise the error that a worker reports, or show its warning."""
+    said = f"worker {worker}: {word.value}"
+    if word.kind == "memory":
+        raise OutOfMemory(said)
+    if word.kind == "wrong":
+        raise InputError(said)
+    if word.kind == "failed":
+        raise RuntimeError(said)
+    if word.kind == "warning":
+        warnings.warn(word.value, RuntimeWarning, stacklevel=6)
 
-    # -- chunks and memory -------------------------------------------------------------------------
 
-    def _cut(self, layout: Layout) -> None:
-        super()._cut(layout)
-        looks = look_of(self.batch)[[rows[0] for rows in layout.chunks]]
-        self._owner = owners(
-            [chunk.num_tokens for chunk in self.chunks], looks.tolist(), self.workers.count
-        )
-
-    def _shrink_cache(self) -> bool:
-        return False  # a worker that says it has no memory has given its cache up before
+def _head_cost(model: Model, problem: Problem) -> float:
+    """The cost of one mask's head in unit runs, from numbers of weights and of positions."""
+    blocks = sum(p.numel() for layer in model.layers for p in layer.parameters())
+    num_units = len(model.unit_names(problem.granularity))
+    embeddings: Any = model.hf.get_output_embeddings
+    head = sum(p.numel() for p in embeddings().parameters())
+    positions = len(np.unique(problem.batch.target_source))  # that predict
+    return head / max(1, blocks / num_units) * positions / problem.batch.num_tokens

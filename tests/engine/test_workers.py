@@ -21,6 +21,7 @@ from helpers import make_tasks
 from workers_for_tests import InThisProcess
 
 import fastprune as fp
+from fastprune import evaluator
 from fastprune.plan.trie import kept_units, make_trie
 from fastprune.study import run_study
 from fastprune.workers import processes
@@ -83,7 +84,6 @@ def test_no_prefix_is_run_twice_where_there_is_a_chunk_for_every_worker(hf, batc
     for name in (
         "masks",
         "unit_runs",
-        "unbounded_unit_runs",
         "asked_unit_runs",
         "naive_unit_runs",
         "head_runs",
@@ -148,7 +148,7 @@ def test_what_had_come_back_is_not_run_again(hf, batch):
     def counted():
         nonlocal sums
         word = receive()
-        sums += word[1] == "sums"
+        sums += word[1].kind == "sums"
         if sums == chunks - 1:
             workers.lose.add(workers.heard + 1)
             sums += 1
@@ -269,7 +269,7 @@ def test_evaluators_share_workers_and_their_models(hf, batch):
     for ev in (*evaluators, *evaluators):
         assert ev.score(masks).tobytes() == fp.Evaluator(hf, ev.objective).score(masks).tobytes()
     assert [len(models) for models in workers.models] == [1, 1]
-    assert [len(engines) for engines in workers.engines] == [2, 2]
+    assert [len(problems) for problems in workers.problems] == [2, 2]
 
 
 def test_a_study_on_workers(hf, tmp_path):
@@ -285,11 +285,12 @@ def test_a_study_on_workers(hf, tmp_path):
     assert found[0] == found[1]
 
 
-def test_bits_that_would_differ_are_refused(hf, batch):
+def test_bits_that_would_differ_are_refused(hf, batch, monkeypatch):
     workers = InThisProcess(1)
     many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
-    numerics = many._engine.numerics
-    many._engine.numerics = lambda: {**numerics(), "dtype": "torch.float8"}
+    numerics = evaluator.numerics_of
+    other = lambda *of: {**numerics(*of), "dtype": "torch.float8"}  # noqa: E731
+    monkeypatch.setattr(evaluator, "numerics_of", other)
     with pytest.raises(
         fp.InputError, match=r"worker 0: its dtype is torch.float32, not torch.float8"
     ):
@@ -333,12 +334,12 @@ class Killed(Processes):
 
     told = False
 
-    def hear(self):
-        worker, kind, *more = super().hear()
-        if worker == 1 and kind in ("progress", "sums") and not self.told:
+    def receive(self):
+        worker, word = super().receive()
+        if worker == 1 and word.kind in ("progress", "sums") and not self.told:
             self.told = True
             os.kill(self.pids[1], signal.SIGKILL)
-        return (worker, kind, *more)
+        return worker, word
 
 
 @pytest.mark.slow
@@ -407,7 +408,7 @@ def test_what_many_workers_are_given_is_pickled_once(hf, batch):
     class Counting(InThisProcess):
         kept = 0
 
-        def keep(self, value):
+        def share(self, value):
             self.kept += 1
             return value
 
@@ -415,7 +416,7 @@ def test_what_many_workers_are_given_is_pickled_once(hf, batch):
     many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
     assert len(many.sample_groups) >= 3
     many.score(some_masks(many.num_units, 20, seed=13))
-    assert [request for _, request in workers.requests] == ["open"] * 3 + ["run"] * 3
+    assert [request for _, request in workers.requests] == ["Open"] * 3 + ["Run"] * 3
     assert workers.kept == 2
 
 

@@ -50,15 +50,15 @@ def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoin
         fp.Evaluator(model, fp.KLDivergence(batch)),
         fp.Evaluator(model, fp.KLDivergence(batch), workers=workers),
     )
-    hear, told = workers.hear, []
+    receive, told = workers.receive, []
 
     def killing():
-        word = hear()
+        word = receive()
         if word[0] == 1 and not told:
             told.append(os.kill(workers.pids[1], signal.SIGKILL))
         return word
 
-    monkeypatch.setattr(workers, "hear", killing)
+    monkeypatch.setattr(workers, "receive", killing)
     masks = some_masks(one.num_units, 40, seed=2)
     with pytest.warns(RuntimeWarning, match="worker 1 died, its share is run again") as said:
         found = many.score(masks)

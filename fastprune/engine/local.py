@@ -1,0 +1,346 @@
+"""Runs on this process's model: schedules, the prefix cache, and sums. Then read `executor`.
+
+For the missing sums of every chunk a schedule is made, from the states that the prefix cache holds
+there. The executor walks it, depth first. At the end of a sequence the head turns the final state
+into values at every target. Values leave the device 64 sequences at a time and are summed over each
+continuation in a fixed order, in float64.
+
+M sequences of a call, V values of the measure, C continuations of a chunk.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..data import TokenBatch
+from ..errors import InputError
+from ..models import Model, Runner, make_runner
+from ..models.device import is_out_of_memory
+from ..plan.layout import Layout
+from ..plan.schedule import Schedule, make_schedule
+from ..plan.trie import Units, make_trie
+from . import banded
+from .cache import Frontier, PrefixCache
+from .chunks import ChunkRows, make_chunk
+from .executor import Counts, Executor, Walk
+from .measures import MEASURES
+from .memory import MemoryLimit, OutOfMemory
+from .problem import Problem
+from .reference import DenseReference
+from .runs import MAX_SUMS, Cost, Held, PartialSums, Progress
+
+Missing = Mapping[int, np.ndarray]  # by chunk, places of sequences, int64[n]
+
+
+class Opened(NamedTuple):
+    """A model opened for a calibration set: what runs its units, within which memory, and how the
+    set is cut."""
+
+    runner: Runner
+    limit: MemoryLimit
+    layout: Layout
+
+
+def open_for(
+    model: Model,
+    backend: str,
+    batch: TokenBatch,
+    measure_name: str,
+    granularity: str,
+    memory_bytes: int | None,
+    layout: Layout | None,
+) -> Opened:
+    """Open a model's runner for a calibration set, and cut the set where no layout is given.
+
+    Raises InputError for rows or units that the model cannot run, and for memory_bytes that a row
+    does not fit into.
+    """
+    model.require(granularity)
+    batch.check_fits(model.vocab_size, model.max_positions)
+    _check_rows(model, batch)
+    runner = make_runner(model, backend)
+    limit = MemoryLimit(memory_bytes, model, runner, batch, MEASURES[measure_name], granularity)
+    return Opened(runner, limit, limit.layout() if layout is None else limit.check(layout))
+
+
+class Sharing(NamedTuple):
+    """How many processes share the memory of this machine, and of the device."""
+
+    per_machine: int = 1
+    per_device: int = 1
+
+
+class LocalRuns:
+    """Runs units here; see `Runs`. Holds all that belongs to one version of one model.
+
+    cache_bytes, cache_dir: of the states that outlive a call, see `PrefixCache`. The caller enters
+    `model.evaluation()` around a call.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        runner: Runner,
+        limit: MemoryLimit,
+        cache_bytes: int | None = None,
+        cache_dir: Path | None = None,
+        sharing: Sharing = Sharing(),  # noqa: B008  (a tuple of two numbers)
+    ):
+        self._model, self._runner, self._limit = model, runner, limit
+        self._cache = PrefixCache(cache_bytes, cache_dir, model.device)
+        self._frontier = Frontier(cache_dir, model.device)
+        self._cache.per_machine = self._frontier.per_machine = sharing.per_machine
+        self._cache.per_device = sharing.per_device
+        self._counts = Counts()
+        self._may_keep_references = True
+        units_of_block = limit.num_units // max(1, model.num_blocks)
+        self._band_of = [
+            number
+            for number, band in enumerate(runner.bands)
+            for _ in range(len(band) * units_of_block)
+        ]
+        self._problem: Problem | None = None
+
+    @property
+    def cost(self) -> Cost:
+        counts = self._counts
+        return Cost(
+            unit_runs=counts.row_runs,
+            heads=counts.row_heads,
+            weight_loads=counts.weight_loads,
+            weight_bytes=counts.weight_bytes,
+        )
+
+    @property
+    def held(self) -> Held:
+        return Held(self._counts.peak_bytes, self._cache.bytes, dict(self._cache.hits))
+
+    def run(
+        self,
+        problem: Problem,
+        sequences: Sequence[Units],
+        missing: Missing,
+        progress: Progress,
+    ) -> Generator[PartialSums, None, None]:
+        """The missing sums; see `Runs.run`. Out of memory, the caches are given back first."""
+        self._use(problem)
+        left = dict(missing)
+        tell = _Told(progress)
+        while left:
+            try:
+                with closing(self._walk_all(problem, sequences, left, tell)) as parts:
+                    for part in parts:
+                        rows = left[part.chunk]
+                        rows = rows[~np.isin(rows, part.rows)]
+                        left = {**left, part.chunk: rows}
+                        yield part
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not self._give_back():
+                    raise OutOfMemory(str(error)) from error
+            left = {number: rows for number, rows in left.items() if len(rows)}
+
+    def close(self) -> None:
+        """Drop every state."""
+        self._cache.clear()
+        self._frontier.clear()
+        self._problem = None
+
+    # -- one problem -------------------------------------------------------------------------------
+
+    def _use(self, problem: Problem) -> None:
+        """Run under this problem from now on. States of another one are dropped."""
+        if problem is self._problem:
+            return
+        chunks = [rows.to(self._model.device) for rows in problem.chunks]
+        widest = max(chunk.num_tokens for chunk in chunks)
+        self._positions = max(len(chunk.sources) for chunk in chunks)
+        self._reference = DenseReference(
+            self._runner,
+            problem.measure,
+            self._may_keep_references
+            and self._limit.has_room_for_references(widest, self._positions),
+        )
+        self._executor = Executor(
+            self._model,
+            self._runner,
+            problem.measure,
+            problem.granularity,
+            chunks,
+            problem.layout.tile,
+            self._limit.footprint,
+            self._cache,
+            self._frontier,
+            self._reference,
+            self._counts,
+        )
+        self._cache.start(self._limit.state_bytes(sum(chunk.num_tokens for chunk in chunks)))
+        self._problem = problem
+
+    def _give_back(self) -> bool:
+        """Give back the prefix cache, then the kept references; False where nothing is held."""
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._cache.bytes:
+            self._cache.shrink()
+            warnings.warn(
+                "out of memory: going on with a smaller prefix cache", RuntimeWarning, stacklevel=4
+            )
+            return True
+        self._may_keep_references = False
+        return self._reference.give_back()
+
+    # -- walks -------------------------------------------------------------------------------------
+
+    def _walk_all(
+        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _Told
+    ) -> Generator[PartialSums, None, None]:
+        """The missing sums, group of chunks by group, in two halves where they do not fit."""
+        self._run_dense(problem, list(missing))
+        schedules = self._schedules(sequences, missing)
+        room = self._room(problem, schedules)
+        if len(sequences) > 1 and banded.is_too_large(schedules, problem.chunks, self._limit, room):
+            yield from self._halves(problem, sequences, missing, tell)
+            return
+        tell.expect(sum(schedule.unit_runs for schedule in schedules.values()))
+        with closing(self._walks(problem, schedules, room)) as walks:
+            for number, walk in walks:
+                chunk, rows = problem.chunks[number], missing[number]
+                yield from self._sums_of(chunk, number, rows, walk, tell)
+
+    def _halves(
+        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _Told
+    ) -> Generator[PartialSums, None, None]:
+        """One half of the sequences after the other."""
+        middle = len(sequences) // 2
+        for start, stop in ((0, middle), (middle, len(sequences))):
+            inside = {
+                number: rows[(rows >= start) & (rows < stop)] - start
+                for number, rows in missing.items()
+            }
+            inside = {number: rows for number, rows in inside.items() if len(rows)}
+            if not inside:
+                continue
+            with closing(self._walk_all(problem, sequences[start:stop], inside, tell)) as parts:
+                for part in parts:
+                    yield part._replace(rows=part.rows + start)
+
+    def _run_dense(self, problem: Problem, chunks: list[int]) -> None:
+        """Hold the dense model's final states of these chunks, where the measure needs them."""
+        whole = [tuple(range(self._limit.num_units))]
+        only = np.zeros(1, dtype=np.int64)
+        schedules = self._schedules(whole, dict.fromkeys(self._reference.missing(chunks), only))
+        if not schedules:
+            return
+        room = self._room(problem, schedules)
+        with closing(self._walks(problem, schedules, room)) as walks:
+            for number, walk in walks:
+                for end, hidden, _ in walk:
+                    if end >= 0:
+                        self._executor.keep_dense(hidden, number)
+
+    def _walks(
+        self, problem: Problem, schedules: Mapping[int, Schedule], room: banded.Room
+    ) -> Generator[tuple[int, Walk], None, None]:
+        """The walks of all chunks, group by group, see `Executor.walks`."""
+        groups = banded.groups_of(schedules, problem.chunks, self._limit, room, self._model)
+        for group in groups:
+            yield from self._executor.walks({number: schedules[number] for number in group})
+
+    def _room(self, problem: Problem, schedules: Mapping[int, Schedule]) -> banded.Room:
+        """Bytes for the states between bands of a call. Empties the frontier."""
+        if len(self._runner.bands) == 1:
+            return banded.Room(0, 0)  # no state waits for a band
+        tokens, slots = banded.peak_tokens(schedules, problem.chunks)
+        references = self._positions if self._reference.keeps_tiles else 0
+        memory = self._limit.beside(tokens, slots, references)
+        return banded.Room(memory, self._frontier.start(memory))
+
+    def _schedules(self, sequences: Sequence[Units], missing: Missing) -> dict[int, Schedule]:
+        """The steps on each chunk, given the sums that are missing and the states that are cached.
+
+        Chunks that lack the same and cache the same share a schedule, and so cache the same
+        afterwards.
+        """
+        capacity = self._cache.capacity()
+        shared: dict[tuple, Schedule] = {}
+        schedules = {}
+        for number, rows in missing.items():
+            cached, likelihood = self._cache.known(number)
+            key = rows.tobytes(), id(cached)
+            if key not in shared:
+                trie = make_trie([sequences[row] for row in rows.tolist()], cached)
+                shared[key] = make_schedule(trie, likelihood, capacity, self._band_of)
+            schedules[number] = shared[key]
+        return schedules
+
+    def _sums_of(
+        self, chunk: ChunkRows, number: int, rows: np.ndarray, walk: Walk, tell: _Told
+    ) -> Iterator[PartialSums]:
+        """Sums of the sequences that end in a walk, `MAX_SUMS` at a time."""
+        ended: list[int] = []
+        values: list[torch.Tensor] = []  # [V, targets] each
+        for end, hidden, units in walk:
+            if end >= 0:
+                ended.append(int(rows[end]))
+                values.append(self._executor.values(hidden, number))
+            if len(ended) == MAX_SUMS:
+                yield _sum(chunk, number, ended, values)
+                ended, values = [], []
+            tell.add(units)
+        if ended:
+            yield _sum(chunk, number, ended, values)
+
+
+class _Told:
+    """Tells `progress` of unit runs: done so far, and in all as far as is known."""
+
+    def __init__(self, progress: Callable[[int, int], None]):
+        self._progress = progress
+        self._done = self._total = 0
+
+    def expect(self, units: int) -> None:
+        self._total = self._done + units
+
+    def add(self, units: int) -> None:
+        self._done += units
+        self._progress(self._done, self._total)
+
+
+def _sum(chunk: ChunkRows, number: int, rows: list[int], values: list[torch.Tensor]) -> PartialSums:
+    """Sum values over continuations in target order: one fetch from the device."""
+    fetched = torch.stack(values).cpu().double().numpy()  # [n, V, targets]
+    place = np.searchsorted(chunk.continuations, chunk.continuation)
+    sums = np.empty((*fetched.shape[:2], len(chunk.continuations)))
+    for of_sequence, into in zip(fetched, sums):
+        for weights, total in zip(of_sequence, into):
+            total[:] = np.bincount(place, weights=weights, minlength=len(total))
+    return PartialSums(number, np.array(rows, dtype=np.int64), sums)
+
+
+def _check_rows(model: Model, batch: TokenBatch) -> None:
+    """Raise InputError for rows that the model cannot run together with others."""
+    switch, longest = model.rotary_switch, int(batch.positions.max()) + 1
+    if (
+        switch is not None
+        and longest > switch
+        and (batch.row_is_tree.any() or batch.row_lengths.min() <= switch)
+    ):
+        raise InputError(
+            f"{model.name}: rotary frequencies change for sequences of more than {switch} tokens, "
+            f"so that longer and shorter ones cannot run together; the longest here has {longest}"
+        )
+    trees = np.flatnonzero(batch.row_is_tree)
+    if len(trees):
+        row = trees[batch.row_lengths[trees].argmax()]
+        tree = make_chunk(batch, [row], model.device)
+        model.check_trees(tree.ids, tree.positions, tree.branch)

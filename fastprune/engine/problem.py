@@ -1,0 +1,70 @@
+"""A problem: all that a call is computed under and that decides its bits. Never changed, only
+replaced: another layout, model or switch of torch is another problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..data import TokenBatch
+from ..models import Model, Runner
+from ..models.attention import SDPA_BACKENDS
+from ..models.fingerprint import machine_fingerprint
+from ..plan.layout import Layout
+from .chunks import ChunkRows, chunk_rows
+from .measures import MEASURES, Measure
+
+ARITHMETIC = 1  # raised by every change of the order or precision of operations
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What the sums of one call are computed under.
+
+    numerics: plain values that decide bits besides data and weights (path, dtype, device,
+    software). digest: of the model; None where neither a store nor workers need it.
+    """
+
+    batch: TokenBatch
+    measure_name: str
+    granularity: str
+    layout: Layout
+    numerics: Mapping[str, object]
+    digest: str | None = None
+
+    @property
+    def measure(self) -> Measure:
+        return MEASURES[self.measure_name]
+
+    @cached_property
+    def chunks(self) -> list[ChunkRows]:
+        """The rows of the calibration set that run together."""
+        return [chunk_rows(self.batch, rows) for rows in self.layout.chunks]
+
+    @property
+    def context(self) -> dict[str, object]:
+        """All that decides the bits of a sum besides its chunk and its units, as plain values."""
+        return {
+            **self.numerics,
+            "arithmetic": ARITHMETIC,
+            "tile": self.layout.tile,
+            "granularity": self.granularity,
+            "measure": self.measure_name,
+            "weights": self.digest,
+        }
+
+    def with_layout(self, layout: Layout) -> Problem:
+        return replace(self, layout=layout)
+
+
+def numerics_of(model: Model, runner: Runner) -> dict[str, object]:
+    """What the bits of a sum depend on besides weights, chunk and units, by name."""
+    return {
+        "path": runner.numerics(),
+        "dtype": str(model.dtype),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "experts": getattr(model.config, "_experts_implementation", None),
+        "sdpa": [backend.name for backend in SDPA_BACKENDS],
+        "machine": machine_fingerprint(model.device),
+    }
