@@ -52,9 +52,6 @@ class Stats:
     unit_runs: float = (
         0  # unit runs that were made, the dense model's to compare with too, counted as they happen
     )
-    unbounded_unit_runs: float = (
-        0  # what these would have been, had the prefix cache room for every state
-    )
     asked_unit_runs: float = (
         0  # distinct prefixes of each call: its unit runs, had nothing been known before
     )
@@ -411,7 +408,6 @@ class Evaluator:
         finally:  # work that was interrupted was work, too
             self.stats.unit_runs = _whole(counts.row_runs / rows)
             self.stats.head_runs = _whole(counts.row_heads / rows)
-            self.stats.unbounded_unit_runs = _whole(counts.row_unbounded / rows)
             self.stats.peak_activation_bytes = counts.peak_activation_bytes
             self.stats.weight_loads, self.stats.weight_bytes = (
                 counts.weight_loads,

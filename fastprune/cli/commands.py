@@ -61,7 +61,7 @@ def info(
 ) -> None:
     """Show a model's units, and whether and how it can be run.
 
-    With --weights-gb: how its blocks would be read, and how much in all.
+    With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
     from ..models import make_runner
 
@@ -97,26 +97,14 @@ def info(
 
 
 def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
-    """How a model's blocks are read, and what scoring reads in all, by the model of cost in
-    `bands`."""
-    from ..engine.budget import expect_groups
-
+    """The weights that stay loaded, and the bands that the others are read in."""
     bands = opened.bands
-    rows = {
+    return {
         "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
         "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for "
         f"{room.places}",
         "bands": f"{len(bands)} of up to {max(map(len, bands))} blocks",
     }
-    for num_masks in (1, 200):
-        expected = expect_groups(opened, num_masks)
-        how = f"{len(expected.groups)} x all blocks, {_gib(expected.load_bytes)}"
-        if len(bands) == 1:
-            how = "nothing more than once"
-        rows[f"{num_masks} mask{'s' * (num_masks > 1)} read"] = (
-            f"{how} (about; 64 x 2,048 tokens, a quarter removed)"
-        )
-    return rows
 
 
 def _gib(size: int) -> str:

@@ -10,12 +10,8 @@ import torch
 from ..data import TokenBatch
 from ..errors import InputError, gb_flag
 from ..models import Model, Runner
-from ..models.device import available_bytes
-from ..plan.bands import FLOPS_PER_BYTE, Groups, make_groups
 from ..plan.layout import Layout, make_layout
-from ..plan.schedule import make_schedule, max_slots
-from ..plan.trie import make_trie
-from .cache import SHARE
+from ..plan.schedule import max_slots
 from .chunks import Chunk, Tile
 from .footprint import measure_footprint
 from .measures import Measure
@@ -171,34 +167,3 @@ def _chunk_tokens(model: Model) -> int:
     if model.device.type == "cuda":
         return CHUNK_TOKENS
     return max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
-
-
-def expect_groups(model: Model, num_masks: int, num_rows: int = 64, seq_len: int = 2048) -> Groups:
-    """About how often scoring would read the blocks of a model whose weights stay in files: random
-    masks without a quarter of the blocks, on rows of so many tokens, in the default budget."""
-    assert model.weights is not None
-    kind = "cuda" if model.device.type == "cuda" else "cpu"
-    rng = np.random.default_rng(0)
-    kept = max(1, model.num_blocks - model.num_blocks // 4)
-    sequences = [
-        tuple(sorted(rng.permutation(model.num_blocks)[:kept].tolist())) for _ in range(num_masks)
-    ]
-    band_of = [number for number, band in enumerate(model.bands) for _ in band]
-    schedule = make_schedule(make_trie(sequences), band_of=band_of)
-    rows = max(1, _chunk_tokens(model) // seq_len)
-    tokens = [min(rows, num_rows - start) * seq_len for start in range(0, num_rows, rows)]
-    state, room = model.hidden_size * model.dtype.itemsize, model.weights.room
-    walk = (
-        2 * (schedule.num_slots + 1) * state * tokens[0]
-    )  # with about as much for a unit's workspace
-    return make_groups(
-        [schedule.frontier_peak * state * count for count in tokens],
-        [
-            2 * schedule.unit_runs * count * (room.block_bytes // model.dtype.itemsize)
-            for count in tokens
-        ],
-        room.num_blocks * room.block_bytes,
-        max(0, BUDGET_BYTES[kind] - BUDGET_BYTES[kind] // SUMS_SHARE - walk),
-        available_bytes(torch.device("cpu")) // SHARE if kind == "cuda" else 0,
-        FLOPS_PER_BYTE[kind],
-    )

@@ -33,7 +33,7 @@ from ..models.fingerprint import machine_fingerprint
 from ..plan.bands import FLOPS_PER_BYTE, make_groups
 from ..plan.layout import Layout
 from ..plan.schedule import Schedule, make_schedule
-from ..plan.trie import Seen, Trie, make_trie
+from ..plan.trie import Trie, make_trie
 from .budget import MAX_SEQUENCES, Budget
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk, make_chunk
@@ -216,7 +216,8 @@ class Engine:
         memory = self.budget.beside(
             widest, max(schedule.num_slots for schedule in schedules.values())
         )
-        return memory, self.frontier.start(memory)
+        self.frontier.start(memory)
+        return memory, self.frontier.slower_bytes
 
     def _split(self, schedules: dict[int, Schedule]) -> bool:
         """Whether the states between visits of a single chunk do not fit, so that masks must be
@@ -259,30 +260,28 @@ class Engine:
 
     def _schedule(self, trie: Trie, missing: dict[int, np.ndarray]) -> dict[int, Schedule]:
         """What is run on each chunk, given the sums that are missing there and the states that are
-        known.
+        cached.
 
-        Chunks that lack the same and know the same share a schedule, and so know the same
-        afterwards.
+        Chunks that lack the same sums and hold the same states share a schedule, and so hold the
+        same states afterwards.
         """
         of = self.model.state, self.numerics()
         if self._cached_of != of:
             self.cache.clear()
             self._cached_of = of
-        capacity, made = self.cache.capacity(), {}
-        found = {}
+        self.cache.resize()
+        schedules: dict[tuple[bytes, int], Schedule] = {}
+        of_chunk = {}
         for number, rows in missing.items():
-            known, likelihood = self.cache.known(number)
-            key = rows.tobytes(), id(known)
-            if key not in made:
+            cached, likelihood = self.cache.match(number)
+            key = rows.tobytes(), id(cached)
+            if key not in schedules:
                 new = trie
-                if known or not rows.all():
-                    new = make_trie(itertools.compress(trie.sequences, rows), known)
-                made[key] = make_schedule(new, likelihood, capacity, self._band_of), new
-            found[number] = made[key][0]
-            self.counts.row_unbounded += self._seen.add(number, made[key][1]) * len(
-                self.chunks[number].rows
-            )
-        return found
+                if cached or not rows.all():
+                    new = make_trie(itertools.compress(trie.sequences, rows), cached)
+                schedules[key] = make_schedule(new, likelihood, self.cache.capacity, self._band_of)
+            of_chunk[number] = schedules[key]
+        return of_chunk
 
     def _context(self) -> int | None:
         """What decides the bits of sums besides chunk and units, as the store's number for it."""
@@ -359,7 +358,6 @@ class Engine:
         self.layout = layout
         self.chunks = [make_chunk(self.batch, rows, self.model.device) for rows in layout.chunks]
         self.executor.start(self.chunks, layout.tile, self.budget.footprint)
-        self._seen = Seen()
         self.cache.start(self.budget.state_bytes(sum(chunk.num_tokens for chunk in self.chunks)))
 
     def _shrink_cache(self) -> bool:

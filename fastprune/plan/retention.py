@@ -29,19 +29,19 @@ def worth_retaining(
     """The nodes whose states are best retained, int64[R], most worth first, R at most `capacity`;
     their likelihoods.
 
-    likelihood float64[K]: of trie.known, as the last call left them. Candidates are these and the
+    likelihood float64[K]: of trie.cached, as the last call left them. Candidates are these and the
     wanted nodes.
     """
     if capacity <= 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     weight = np.zeros(len(trie.unit))
-    weight[trie.known_nodes] = FADE * likelihood
+    weight[trie.cached_nodes] = FADE * likelihood
     touched = trie.wanted.copy()
-    touched[trie.known_nodes] |= trie.asked[trie.known_nodes]
+    touched[trie.cached_nodes] |= trie.asked[trie.cached_nodes]
     weight[touched] += 1
     by_depth = levels(trie)
     candidate = trie.wanted.copy()
-    candidate[trie.known_nodes] = True
+    candidate[trie.cached_nodes] = True
     candidate[0] = False
     most = max(capacity, min(2 * capacity + 4096, MOST_CANDIDATES))
     if np.count_nonzero(candidate) > most:

@@ -221,7 +221,6 @@ class Coordinator(Engine):
         sums, keys, context, missing, known = self._begin(trie, wanted)
         left = {number: rows.copy() for number, rows in missing.items() if rows.any()}
         call, tries = _Call(trie, keys, context, sums, left), self._tries(trie, left)
-        self._note_asked(tries)
         with self.workers.turn:
             try:
                 self._open()
@@ -240,15 +239,6 @@ class Coordinator(Engine):
                     trie if rows.all() else make_trie(itertools.compress(trie.sequences, rows))
                 )
         return {number: made[rows.tobytes()] for number, rows in left.items()}
-
-    def _note_asked(self, tries: Mapping[int, Trie]) -> None:
-        """Count what a cache without bounds would leave to do, as one process counts it."""
-        dense = [make_trie([tuple(range(self.num_units))])] * self.measure.needs_dense
-        for number, asked in tries.items():
-            for part in (*dense, asked):
-                self.counts.row_unbounded += self._seen.add(number, part) * len(
-                    self.chunks[number].rows
-                )
 
     def _parts(self, trie: Trie, tries: Mapping[int, Trie]) -> dict[int, dict[int, np.ndarray]]:
         """By worker and chunk, which of the trie's sequences it runs there, int64[n]."""

@@ -83,7 +83,6 @@ def test_no_prefix_is_run_twice_where_there_is_a_chunk_for_every_worker(hf, batc
     for name in (
         "masks",
         "unit_runs",
-        "unbounded_unit_runs",
         "asked_unit_runs",
         "naive_unit_runs",
         "head_runs",
