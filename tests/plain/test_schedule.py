@@ -190,7 +190,7 @@ def fields_of(trie) -> dict[str, list]:
     }
 
 
-def test_a_trie_is_as_it_is_defined():
+def test_nodes_are_the_prefixes_and_wanted_ones_are_below_the_cached():
     rng = np.random.default_rng(0)
     for _ in range(300):
         units = rng.integers(1, 7)
@@ -203,38 +203,6 @@ def test_a_trie_is_as_it_is_defined():
             dict.fromkeys(pool[i] for i in rng.permutation(len(pool))[: rng.integers(0, 5)])
         )
         assert fields_of(make_trie(requests, cached)) == reference_trie(requests, cached)
-
-
-def test_nodes_are_the_prefixes_and_wanted_ones_are_below_the_cached():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        units = rng.integers(1, 7)
-        asked = [
-            tuple(rng.integers(0, units, rng.integers(0, 6)).tolist())
-            for _ in range(rng.integers(0, 8))
-        ]
-        pool = [prefix for sequence in [*asked, (0, 0, 1)] for prefix in prefixes_of(sequence)]
-        known = list(
-            dict.fromkeys(pool[i] for i in rng.permutation(len(pool))[: rng.integers(0, 5)])
-        )
-        trie = make_trie(asked, known)
-        found = [trie.prefix(node) for node in range(len(trie.unit))]
-        assert sorted(found) == sorted(
-            {prefix for s in [*asked, *known] for prefix in prefixes_of(s)} | {()}
-        )
-        assert all(trie.parent[node] < node for node in range(1, len(found)))
-        assert [trie.prefix(node) for node in trie.cached_nodes] == known
-        assert [trie.prefix(node) for node in trie.ends] == list(trie.sequences)
-        wanted = set()
-        for sequence in asked:
-            deepest = max(
-                [0, *(len(prefix) for prefix in known if sequence[: len(prefix)] == prefix)]
-            )
-            wanted.update(prefixes_of(sequence)[deepest:])
-        assert {found[node] for node in np.flatnonzero(trie.wanted)} == wanted
-        assert {found[node] for node in np.flatnonzero(trie.asked)} == {
-            p for s in asked for p in prefixes_of(s)
-        }
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 3, 8, 1000])
