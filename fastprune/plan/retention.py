@@ -9,9 +9,9 @@ its likelihood passes on to the prefix above, until the states fit. The states t
 spread over the trie: a chain of which few states fit keeps them at even distances, where a list of
 the most recently used would keep its beginning.
 
-In a chain of nodes 1 to 4, all of likelihood 1, each state saves one unit run. Of equals the
-deepest is evicted: 4, whose likelihood passes to 3, then 2, whose likelihood passes to 1. Of two
-states that fit, 1 and 3 remain, worth 2 * (1 - 0) and 2 * (3 - 1) unit runs.
+In a chain of nodes 1 to 4, all of likelihood 1, each state saves one unit run. The
+deepest of equals is evicted: 4, whose likelihood passes to 3, then 2, whose likelihood passes to 1.
+If two states fit, 1 and 3 remain, worth 2 * (1 - 0) and 2 * (3 - 1) unit runs.
 """
 
 from __future__ import annotations

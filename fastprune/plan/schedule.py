@@ -6,7 +6,7 @@ first, at every branching the child that needs most slots last, when its parent'
 free (Sethi and Ullman's order for register allocation): M sequences of at most L units then never
 need more than min(L + 1, 1 + log2(M)) slots. Cached states need no slot; the cache holds them.
 
-Where units are loaded band by band, the walk is cut into visits: the steps that run while one band
+If units are loaded band by band, the walk is cut into visits: the steps that run while one band
 is loaded, depth first as above. States that a later visit reads are the frontier: kept beside the
 slots, and read as cached states are.
 
@@ -19,7 +19,7 @@ The trie drawn in `trie` needs one slot. Its chains are [1], [2, 3], [4] and [5,
     slot 0  (1, 2)   0    0     yes         (0, 1, 2) ends; slot 0 is free again, and used again
     slot 0  (3,)     1   -1     yes         (0, 1, 2, 3) ends
 
-Where (0, 1) is cached, [3] takes the place of [2, 3], and its source is cached state 0.
+If (0, 1) is cached, [3] takes the place of [2, 3], and its source is cached state 0.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ The masks that keep all of four units, all but the last, and all but unit 1 are 
     0 ──unit 0── 1 ──unit 1── 2 ──unit 2── 3 ──unit 3── 4    depth   0   1   2   3   4   2   3
                  └───unit 2── 5 ──unit 3── 6
 
-Six unit runs instead of ten. Where the state of (0, 1), node 2, is cached, five nodes are wanted:
+Six unit runs instead of ten. If the state of (0, 1), node 2, is cached, five nodes are wanted:
 3 and 4 start from that state, while (0, 2, 3) still needs 1, 5 and 6.
 """
 
