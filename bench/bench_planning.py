@@ -9,6 +9,12 @@ from fastprune.plan.schedule import make_schedule, max_slots
 from fastprune.plan.trie import kept_units, make_trie
 
 
+def test_trie_of_10000_masks_of_80_units(benchmark):
+    sequences = kept_units(np.random.default_rng(0).random((10_000, 80)) < 0.8)
+    trie = benchmark(lambda: make_trie(sequences))
+    benchmark.extra_info["unit_runs"] = trie.unit_runs
+
+
 @pytest.mark.parametrize("capacity", [0, 100, 10_000])
 def test_plan_10000_masks_of_80_units(benchmark, capacity):
     """capacity: states that the prefix cache has room for."""

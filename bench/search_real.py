@@ -108,7 +108,6 @@ def main() -> None:
         "unit_runs": {
             "loop": stats.naive_unit_runs,
             "within calls": stats.asked_unit_runs,
-            
             "made": stats.unit_runs,
         },
         "head_runs": stats.head_runs,

@@ -61,7 +61,7 @@ def info(
 ) -> None:
     """Show a model's units, and whether and how it can be run.
 
-    With --weights-gb: how its blocks would be read, and how much in all.
+    With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
     from ..models import make_runner
 
@@ -97,15 +97,14 @@ def info(
 
 
 def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
-    """How a model's blocks are read."""
+    """The weights that stay loaded, and the bands that the others are read in."""
     bands = opened.bands
-    rows = {
+    return {
         "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
         "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for "
         f"{room.places}",
         "bands": f"{len(bands)} of up to {max(map(len, bands))} blocks",
     }
-    return rows
 
 
 def _gib(size: int) -> str:

@@ -1,8 +1,8 @@
-"""The prefix cache: states that outlive a call, by chunk and prefix, in tiers from fast to slow.
-And the frontier: states that wait for a later band of weights, in the same tiers.
+"""The prefix cache: states that outlive a call, by chunk and prefix. And the frontier: states that
+wait for a later band of weights. Both keep them in tiers, from fast to slow.
 
-What is worth keeping is decided before a call, in integers (`retention`, `schedule`); here states
-only come and go. A state comes back with the bits that it went with.
+Which states are worth keeping is decided before a call, in integers (`retention`, `schedule`). A
+state comes back with the bits that it had.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ import torch
 from ..models.device import available_bytes
 from ..plan.trie import Units
 
-SHARE = 4  # by default the cache may take one part in so many of what is free
+SHARE = 4  # by default states may take one part in so many of the free bytes
 
 Key = tuple[int, Units]  # chunk, prefix
 
@@ -50,17 +52,17 @@ class HostTier(DeviceTier):
     def __init__(self, device: torch.device):
         super().__init__()
         self._device = device
-        self._free: dict[tuple, list[torch.Tensor]] = {}
+        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
 
     def put(self, key: Key, state: torch.Tensor) -> None:
-        kind = (state.shape, state.dtype)
+        kind = state.shape, state.dtype
         if self._free.get(kind):
             buffer = self._free[kind].pop()
         else:
             buffer = torch.empty(
                 state.shape, dtype=state.dtype, pin_memory=self._device.type == "cuda"
             )
-        # the copies of a stream keep their order, so that a later read finds what was written
+        # the copies of a stream keep their order, so that a later read finds this state
         self._states[key] = buffer.copy_(state, non_blocking=True)
 
     def get(self, key: Key) -> torch.Tensor:
@@ -71,16 +73,25 @@ class HostTier(DeviceTier):
         self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
 
 
+class _Extent(NamedTuple):
+    """A state in a file: `size` bytes from `start` on, and the tensor that they are."""
+
+    start: int
+    size: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class DiskTier:
-    """States in a file without a name, which goes when the process does, however it ends."""
+    """States in a file without a name, which ends with the process, however that ends."""
 
     name = "disk"
 
     def __init__(self, folder: Path, device: torch.device):
         self._device = device
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as this tier lives)
-        self._places: dict[Key, tuple[int, torch.Size, torch.dtype, int]] = {}
-        self._free: dict[int, list[int]] = {}
+        self._extents: dict[Key, _Extent] = {}
+        self._free: dict[int, list[int]] = {}  # by size, where a dropped state was
         self._end = 0
 
     def put(self, key: Key, state: torch.Tensor) -> None:
@@ -94,222 +105,279 @@ class DiskTier:
             free.pop()
         else:
             self._end += len(data)
-        self._places[key] = start, state.shape, state.dtype, len(data)
+        self._extents[key] = _Extent(start, len(data), state.shape, state.dtype)
 
     def get(self, key: Key) -> torch.Tensor:
-        start, shape, dtype, size = self._places[key]
-        data = np.empty(size, dtype=np.uint8)
-        self._file.seek(start)
-        if self._file.readinto(data.data) != size:
+        extent = self._extents[key]
+        data = np.empty(extent.size, dtype=np.uint8)
+        self._file.seek(extent.start)
+        if self._file.readinto(data.data) != extent.size:
             raise OSError("a state was cut short")
-        return torch.from_numpy(data).view(dtype).view(shape).to(self._device)
+        return torch.from_numpy(data).view(extent.dtype).view(extent.shape).to(self._device)
 
     def drop(self, key: Key) -> None:
-        start, _, _, size = self._places.pop(key)
-        self._free[size].append(start)
+        extent = self._extents.pop(key)
+        self._free[extent.size].append(extent.start)
 
 
-def _make_tiers(folder: Path | None, device: torch.device) -> list[DeviceTier | DiskTier]:
-    """The places for states, the fastest first: the device, the host beside a GPU, a folder's disk
-    if one is given."""
-    tiers: list[DeviceTier | DiskTier] = [DeviceTier()]
-    if device.type == "cuda":
-        tiers.append(HostTier(device))
-    if folder is not None:
-        tiers.append(DiskTier(folder, device))
-    return tiers
+class _Place(NamedTuple):
+    """The tier that holds a state, by its name, and the state's bytes."""
+
+    tier: str
+    size: int
+
+
+class TieredStates:
+    """States by chunk and prefix, each in the fastest tier that has room for it.
+
+    The tiers are the device, the host beside a GPU, and a folder's disk. A disk that fails is given
+    up with one warning; states that it holds can still be read.
+
+    Attributes:
+        bytes: Held now, by the name of the tier, the fastest first.
+    """
+
+    def __init__(self, folder: Path | None, device: torch.device):
+        self._folder, self._device = folder, device
+        self._tiers: dict[str, DeviceTier | DiskTier] = {"device": DeviceTier()}
+        if device.type == "cuda":
+            self._tiers["host"] = HostTier(device)
+        if folder is not None:
+            self._tiers["disk"] = DiskTier(folder, device)
+        self.bytes = dict.fromkeys(self._tiers, 0)
+        self._places: dict[Key, _Place] = {}
+
+    def share_of(self, tier: str, sharers: int) -> int:
+        """Bytes that a tier may hold: a share of those that are free or its own, for each of the
+        processes that share them. None on a disk that failed."""
+        if tier != "disk":
+            free = available_bytes(self._device if tier == "device" else torch.device("cpu"))
+        elif self._folder is not None:
+            free = shutil.disk_usage(self._folder).free
+        else:
+            return 0
+        return (free + self.bytes[tier]) // (SHARE * sharers)
+
+    def put(self, key: Key, state: torch.Tensor, has_room: Callable[[str], bool]) -> str | None:
+        """Hold a state in the first tier that has room and takes it.
+
+        Returns:
+            The tier's name; None if no tier took it.
+        """
+        for name, tier in self._tiers.items():
+            if not has_room(name) or (name == "disk" and self._folder is None):
+                continue
+            try:
+                tier.put(key, state)
+            except OSError as error:
+                message = f"{self._folder}: no more states are kept there: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
+                self._folder = None
+                continue
+            self._places[key] = _Place(name, state.nbytes)
+            self.bytes[name] += state.nbytes
+            return name
+        return None
+
+    def get(self, key: Key) -> torch.Tensor:
+        """A state that is held, on the device."""
+        return self._tiers[self._places[key].tier].get(key)
+
+    def drop(self, key: Key) -> None:
+        """Hold a state no longer."""
+        place = self._places.pop(key)
+        self._tiers[place.tier].drop(key)
+        self.bytes[place.tier] -= place.size
+
+    def tier_of(self, key: Key) -> str | None:
+        """The name of the tier that holds a state; None if none does."""
+        place = self._places.get(key)
+        return None if place is None else place.tier
+
+    def held(self) -> list[Key]:
+        """The states that are held."""
+        return list(self._places)
+
+
+class Match(NamedTuple):
+    """The states that the cache holds of a chunk.
+
+    Attributes:
+        prefixes: Of the K states.
+        likelihood: float64[K], how likely a later call needs each, see `retention`.
+    """
+
+    prefixes: tuple[Units, ...] = ()
+    likelihood: np.ndarray = np.zeros(0)
 
 
 class PrefixCache:
     """States of prefixes that earlier calls ran, for each chunk of a calibration set.
 
-    limit: bytes in memory; None for a quarter of what is free, asked anew before each call; 0 for
-    none. folder: where states go that do not fit, up to a quarter of what its disk has free; None
-    for nowhere. hits: states that were read, by tier. Every chunk has room for the same number of
-    prefixes. per_machine, per_device: how many processes share what is free of the host and its
-    disk, and of the device.
+    Every chunk may hold the same number of prefixes.
+
+    Args:
+        limit: Bytes in memory; None for a quarter of those that are free at each call; 0 for none.
+        folder: A folder for states beyond these, up to a quarter of its disk's free bytes; None
+            for none.
+        device: The device that the states are made on.
+
+    Attributes:
+        hits: States that were read, by the name of the tier.
+        per_machine: The number of processes that share the host and its disk.
+        per_device: The number of processes that share the device.
     """
 
     per_machine = per_device = 1
 
     def __init__(self, limit: int | None, folder: Path | None, device: torch.device):
-        self._limit, self._folder, self._device = limit, folder, device
-        self._tiers = _make_tiers(folder, device)
-        self.hits = {tier.name: 0 for tier in self._tiers}
-        self._rooms = [0] * len(self._tiers)  # prefixes that each chunk may have in each tier
+        self._limit = limit
+        self._states = TieredStates(folder, device)
+        self.hits = dict.fromkeys(self._states.bytes, 0)
+        self._rooms = dict.fromkeys(self._states.bytes, 0)  # prefixes of each chunk, by tier
+        self._counts: Counter[tuple[int, str]] = Counter()  # prefixes held, by chunk and tier
         self._share, self._state_bytes = 1.0, 1
-        self._known: dict[int, tuple[tuple[Units, ...], np.ndarray]] = {}
-        self._place: dict[Key, tuple[int, int]] = {}  # tier, bytes
-        self._counts: list[dict[int, int]] = [{} for _ in self._tiers]
-        self._held = [0] * len(self._tiers)
+        self._matches: dict[int, Match] = {}
 
     def start(self, state_bytes: int) -> None:
-        """Begin anew, empty, with chunks over all of which the states of one prefix weigh so
-        much."""
+        """Begin empty, with chunks over all of which one prefix's states take these bytes."""
         self.clear()
         self._state_bytes = max(1, state_bytes)
 
     @property
     def bytes(self) -> int:
-        """What is held now, in all tiers."""
-        return sum(self._held)
+        """Bytes that are held now, in all tiers."""
+        return sum(self._states.bytes.values())
 
+    @property
     def capacity(self) -> int:
-        """How many prefixes each chunk may hold, as of now."""
-        budgets = self._budgets()
-        self._rooms = [
-            int(self._share * budgets.get(tier.name, 0)) // self._state_bytes
-            for tier in self._tiers
-        ]
-        return sum(self._rooms)
+        """Prefixes that each chunk may hold, as the last `resize` has set it."""
+        return sum(self._rooms.values())
 
-    def known(self, chunk: int) -> tuple[tuple[Units, ...], np.ndarray]:
-        """The prefixes that are held of a chunk, and how likely each is wanted (see
-        `retention`)."""
-        return self._known.get(chunk, ((), np.zeros(0)))
+    def resize(self) -> None:
+        """Set the capacity from the bytes that are free now."""
+        self._rooms = {
+            tier: int(self._share * limit) // self._state_bytes
+            for tier, limit in self._limits().items()
+        }
 
-    def put(self, chunk: int, prefix: Units, state: torch.Tensor) -> None:
-        """Keep a state, in the fastest tier that has room."""
-        for number, room in enumerate(self._rooms):
-            if self._counts[number].get(chunk, 0) >= room:
-                continue
-            try:
-                self._tiers[number].put((chunk, prefix), state)
-            except OSError as error:
-                self._give_up_disk(error)
-                return
-            self._place[chunk, prefix] = number, state.nbytes
-            self._counts[number][chunk] = self._counts[number].get(chunk, 0) + 1
-            self._held[number] += state.nbytes
-            return
+    def _limits(self) -> dict[str, int]:
+        """Bytes that each tier may hold."""
+        limits = {
+            tier: self._states.share_of(
+                tier, self.per_device if tier == "device" else self.per_machine
+            )
+            for tier in self._states.bytes
+        }
+        if self._limit is not None and "host" in limits:
+            limits["device"] = min(limits["device"], self._limit)
+            limits["host"] = self._limit - limits["device"]
+        elif self._limit is not None:
+            limits["device"] = self._limit
+        return limits
+
+    def match(self, chunk: int) -> Match:
+        """The prefixes of a chunk whose states are held, and their likelihoods."""
+        return self._matches.get(chunk, Match())
+
+    def insert(self, chunk: int, prefix: Units, state: torch.Tensor) -> None:
+        """Hold a state, in the fastest tier that has room."""
+        tier = self._states.put(
+            (chunk, prefix), state, lambda tier: self._counts[chunk, tier] < self._rooms[tier]
+        )
+        if tier is not None:
+            self._counts[chunk, tier] += 1
 
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
         """A state that is held, on the device."""
-        tier = self._tiers[self._place[chunk, prefix][0]]
-        state = tier.get((chunk, prefix))
-        self.hits[tier.name] += 1
+        state, tier = self._states.get((chunk, prefix)), self._states.tier_of((chunk, prefix))
+        assert tier is not None
+        self.hits[tier] += 1
         return state
 
-    def drop(self, chunk: int, prefixes: Iterable[Units]) -> None:
+    def evict(self, chunk: int, prefixes: Iterable[Units]) -> None:
+        """Drop states, as far as they are held."""
         for prefix in prefixes:
-            if (chunk, prefix) in self._place:
-                number, size = self._place.pop((chunk, prefix))
-                self._tiers[number].drop((chunk, prefix))
-                self._counts[number][chunk] -= 1
-                self._held[number] -= size
+            tier = self._states.tier_of((chunk, prefix))
+            if tier is not None:
+                self._states.drop((chunk, prefix))
+                self._counts[chunk, tier] -= 1
 
-    def settle(self, chunk: int, prefixes: tuple[Units, ...], likelihood: np.ndarray) -> None:
-        """Note what a finished walk of a chunk has left here."""
-        left = [i for i, prefix in enumerate(prefixes) if (chunk, prefix) in self._place]
-        if len(left) < len(prefixes):  # no room on the disk after all
-            prefixes, likelihood = tuple(prefixes[i] for i in left), likelihood[left]
-        self._known[chunk] = prefixes, likelihood
+    def commit(self, chunk: int, prefixes: tuple[Units, ...], likelihood: np.ndarray) -> None:
+        """Let later calls match the states that a finished walk of a chunk retained."""
+        held = [i for i, prefix in enumerate(prefixes) if self._states.tier_of((chunk, prefix))]
+        if len(held) < len(prefixes):  # the disk has failed meanwhile
+            prefixes, likelihood = tuple(prefixes[i] for i in held), likelihood[held]
+        self._matches[chunk] = Match(prefixes, likelihood)
 
     def forget(self, chunk: int) -> None:
-        """Drop all that is held of a chunk: a walk was broken off."""
-        self.drop(chunk, [prefix for of, prefix in self._place if of == chunk])
-        self._known.pop(chunk, None)
+        """Evict all states of a chunk, whose walk was broken off."""
+        self.evict(chunk, [prefix for of, prefix in self._states.held() if of == chunk])
+        self._matches.pop(chunk, None)
 
     def clear(self) -> None:
-        """Drop everything."""
-        for chunk, prefix in list(self._place):
-            self.drop(chunk, [prefix])
-        self._known.clear()
+        """Evict all states."""
+        for chunk, prefix in self._states.held():
+            self.evict(chunk, [prefix])
+        self._matches.clear()
 
     def shrink(self) -> None:
-        """Drop everything and take a quarter of the room from now on; none at all the third
+        """Evict all states and take a quarter of the room from now on; none at all the third
         time."""
         self.clear()
         self._share = self._share / 4 if self._share > 1 / 16 else 0
 
-    def _budgets(self) -> dict[str, int]:
-        """Bytes that each tier may take."""
-        held = {tier.name: held for tier, held in zip(self._tiers, self._held)}
-        budgets, limit, is_gpu = {}, self._limit, self._device.type == "cuda"
-        if limit is None or is_gpu:
-            budgets["device"] = (available_bytes(self._device) + held["device"]) // (
-                SHARE * self.per_device
-            )
-        if limit is None and is_gpu:
-            budgets["host"] = (available_bytes(torch.device("cpu")) + held["host"]) // (
-                SHARE * self.per_machine
-            )
-        elif limit is not None:
-            budgets["device"] = min(budgets.get("device", limit), limit)
-            if is_gpu:
-                budgets["host"] = limit - budgets["device"]
-        if self._folder is not None:
-            budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // (
-                SHARE * self.per_machine
-            )
-        return budgets
-
-    def _give_up_disk(self, error: OSError) -> None:
-        warnings.warn(
-            f"{self._folder}: no more states are kept there: {error}", RuntimeWarning, stacklevel=2
-        )
-        self._folder = None
-        self._rooms[-1] = 0
-
 
 class Frontier:
-    """States that go from one visit of a band to later ones, by chunk and prefix.
+    """States that wait from one visit of a band for later ones, by chunk and prefix.
 
-    What does not fit into memory goes to the host's (from a GPU), then to a disk. Nothing is ever
-    lost: a disk that fails is given up with one warning, and memory takes what it should have had.
-    per_machine: how many processes share the slower tiers.
+    No state is ever lost: memory takes those that no other tier has room for.
+
+    Attributes:
+        per_machine: The number of processes that share the slower tiers.
     """
 
     per_machine = 1
 
     def __init__(self, folder: Path | None, device: torch.device):
-        self._folder, self._device = folder, device
-        self._tiers = _make_tiers(folder, device)
-        self._rooms = [0] * len(self._tiers)
-        self._held = [0] * len(self._tiers)
-        self._place: dict[Key, tuple[int, int]] = {}  # tier, bytes
+        self._states = TieredStates(folder, device)
+        self._limits = dict.fromkeys(self._states.bytes, 0)  # bytes, by tier
 
-    def start(self, memory: int) -> int:
-        """Begin anew, empty, with so many bytes in memory; how many there are beyond it."""
+    def start(self, memory: int) -> None:
+        """Begin empty, with these bytes on the device, and a share of the slower tiers."""
         self.clear()
-        self._rooms = [memory]
-        if self._device.type == "cuda":
-            self._rooms.append(available_bytes(torch.device("cpu")) // (SHARE * self.per_machine))
-        if self._folder is not None:
-            self._rooms.append(shutil.disk_usage(self._folder).free // (SHARE * self.per_machine))
-        return sum(self._rooms[1:])
+        for tier in self._limits:
+            self._limits[tier] = (
+                memory if tier == "device" else self._states.share_of(tier, self.per_machine)
+            )
 
     @property
     def bytes(self) -> int:
-        """What is held in memory, on the device."""
-        return self._held[0]
+        """Bytes that are held on the device."""
+        return self._states.bytes["device"]
+
+    @property
+    def slower_bytes(self) -> int:
+        """Bytes that the tiers beyond the device may hold."""
+        return sum(self._limits.values()) - self._limits["device"]
 
     def put(self, chunk: int, prefix: Units, state: torch.Tensor) -> None:
-        """Keep a state, in the fastest tier that has room."""
-        fits = (i for i, room in enumerate(self._rooms) if self._held[i] + state.nbytes <= room)
-        number = next(fits, 0)
-        try:
-            self._tiers[number].put((chunk, prefix), state)
-        except OSError as error:
-            warnings.warn(
-                f"{self._folder}: no more states go there: {error}", RuntimeWarning, stacklevel=2
-            )
-            self._folder = None  # for later calls, too
-            self._rooms[number], number = 0, 0
-            self._tiers[0].put((chunk, prefix), state)
-        self._place[chunk, prefix] = number, state.nbytes
-        self._held[number] += state.nbytes
+        """Hold a state, in the fastest tier that has room."""
+        held, limits = self._states.bytes, self._limits
+        if not self._states.put(
+            (chunk, prefix), state, lambda tier: held[tier] + state.nbytes <= limits[tier]
+        ):
+            self._states.put((chunk, prefix), state, lambda tier: tier == "device")
 
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
         """A state that is held, on the device."""
-        return self._tiers[self._place[chunk, prefix][0]].get((chunk, prefix))
+        return self._states.get((chunk, prefix))
 
     def drop(self, chunk: int, prefix: Units) -> None:
-        number, size = self._place.pop((chunk, prefix))
-        self._tiers[number].drop((chunk, prefix))
-        self._held[number] -= size
+        """Hold a state no longer."""
+        self._states.drop((chunk, prefix))
 
     def clear(self) -> None:
-        """Drop everything."""
-        for key in list(self._place):
-            self.drop(*key)
+        """Drop all states."""
+        for key in self._states.held():
+            self._states.drop(key)

@@ -13,20 +13,35 @@ import itertools
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..models import Model, Runner
 from ..models.swap import State, hidden_of, state_bytes
-from ..plan.schedule import ROOT, Schedule, Visit
+from ..plan.schedule import Schedule, Step, Visit
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk
 from .measures import Measure
 from .memory import Footprint
 from .reference import DenseReference
 
-# after each step: the place of the sequence that ends there or -1, hidden [B, T, D], units run
-Walk = Generator[tuple[int, torch.Tensor, int], None, None]
+
+class Reached(NamedTuple):
+    """The outcome of a step.
+
+    Attributes:
+        end: The number of the sequence that ends here, or -1.
+        hidden: The hidden states, [B, T, D].
+        units: The number of units that the step ran.
+    """
+
+    end: int
+    hidden: torch.Tensor
+    units: int
+
+
+Walk = Generator[Reached, None, None]
 
 
 @dataclass
@@ -83,7 +98,7 @@ class Executor:
         read = (0, 0) if weights is None else (weights.loads, weights.bytes)
         try:
             for number, schedule in schedules.items():
-                cache.drop(number, schedule.dropped)
+                cache.evict(number, schedule.evicted)
             visits: dict[int, dict[int, Visit]] = {}
             for number, schedule in schedules.items():
                 for visit in schedule.visits:
@@ -96,7 +111,7 @@ class Executor:
                     with closing(self._walk(schedules[number], part, number)) as walk:
                         yield number, walk
             for number, schedule in schedules.items():
-                cache.settle(number, schedule.retained, schedule.likelihood)
+                cache.commit(number, schedule.retained, schedule.likelihood)
             finished = True
         finally:
             self._frontier.clear()
@@ -129,41 +144,42 @@ class Executor:
         embedded, arguments = self._runner.open(chunk.ids, chunk.positions, chunk.branch)
         slots: list[State | None] = [None] * schedule.num_slots
         for step in schedule.steps[visit.start : visit.stop]:
-            if step.source == ROOT:  # the first step, if any
+            kind, index = step.source
+            if kind == "root":  # the first step, if any
                 state, embedded = embedded, None
-            elif step.source >= 0:
-                state = slots[step.source]
+            elif kind == "slot":
+                state = slots[index]
                 if step.last_use:
-                    slots[step.source] = None
+                    slots[index] = None
             else:
-                state = self._take(schedule, -2 - step.source, number, step.last_use)
+                state = self._take(schedule, step, number)
             retained = dict(step.retained)
             for count, unit in enumerate(step.units, start=1):
                 self._note_peak(slots, state, chunk)
                 state = self._runner.run(unit, state, arguments, self._granularity)
                 self._counts.row_runs += chunk.num_rows
                 if count in retained:
-                    self._cache.put(number, retained[count], self._runner.pack(state))
+                    self._cache.insert(number, retained[count], self._runner.pack(state))
             if step.frontier >= 0:
                 self._frontier.put(
                     number, schedule.frontier[step.frontier], self._runner.pack(state)
                 )
             if step.target >= 0:
                 slots[step.target] = state
-            yield step.end, hidden_of(state), len(step.units)
+            yield Reached(step.end, hidden_of(state), len(step.units))
 
-    def _take(self, schedule: Schedule, place: int, number: int, last_use: bool) -> State:
-        """A state of the prefix cache, or of the frontier."""
-        if place >= len(schedule.known):
-            prefix = schedule.frontier[place - len(schedule.known)]
+    def _take(self, schedule: Schedule, step: Step, number: int) -> State:
+        """The state that a step starts from, of the prefix cache or of the frontier."""
+        if step.source.kind == "frontier":
+            prefix = schedule.frontier[step.source.index]
             state = self._runner.unpack(self._frontier.get(number, prefix), prefix[-1])
-            if last_use:
+            if step.last_use:
                 self._frontier.drop(number, prefix)
             return state
-        prefix = schedule.known[place]
+        prefix = schedule.cached[step.source.index]
         state = self._runner.unpack(self._cache.get(number, prefix), prefix[-1])
-        if last_use:
-            self._cache.drop(number, [prefix])
+        if step.last_use:
+            self._cache.evict(number, [prefix])
         return state
 
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:

@@ -244,9 +244,9 @@ class LocalRuns:
         room = self._room(problem, schedules)
         with closing(self._walks(problem, schedules, room)) as walks:
             for number, walk in walks:
-                for end, hidden, _ in walk:
-                    if end >= 0:
-                        self._executor.keep_dense(hidden, number)
+                for step in walk:
+                    if step.end >= 0:
+                        self._executor.keep_dense(step.hidden, number)
 
     def _walks(
         self, problem: Problem, schedules: Mapping[int, Schedule], room: banded.Room
@@ -263,7 +263,8 @@ class LocalRuns:
         tokens, slots = banded.peak_tokens(schedules, problem.chunks)
         references = self._positions if self._reference.keeps_tiles else 0
         memory = self._limit.beside(tokens, slots, references)
-        return banded.Room(memory, self._frontier.start(memory))
+        self._frontier.start(memory)
+        return banded.Room(memory, self._frontier.slower_bytes)
 
     def _schedules(self, sequences: Sequence[Units], missing: Missing) -> dict[int, Schedule]:
         """The steps on each chunk, given the sums that are missing and the states that are cached.
@@ -271,15 +272,15 @@ class LocalRuns:
         Chunks that lack the same and cache the same share a schedule, and so cache the same
         afterwards.
         """
-        capacity = self._cache.capacity()
+        self._cache.resize()
         shared: dict[tuple, Schedule] = {}
         schedules = {}
         for number, rows in missing.items():
-            cached, likelihood = self._cache.known(number)
+            cached, likelihood = self._cache.match(number)
             key = rows.tobytes(), id(cached)
             if key not in shared:
                 trie = make_trie([sequences[row] for row in rows.tolist()], cached)
-                shared[key] = make_schedule(trie, likelihood, capacity, self._band_of)
+                shared[key] = make_schedule(trie, likelihood, self._cache.capacity, self._band_of)
             schedules[number] = shared[key]
         return schedules
 
@@ -289,14 +290,14 @@ class LocalRuns:
         """Sums of the sequences that end in a walk, `MAX_SUMS` at a time."""
         ended: list[int] = []
         values: list[torch.Tensor] = []  # [V, targets] each
-        for end, hidden, units in walk:
-            if end >= 0:
-                ended.append(int(rows[end]))
-                values.append(self._executor.values(hidden, number))
+        for step in walk:
+            if step.end >= 0:
+                ended.append(int(rows[step.end]))
+                values.append(self._executor.values(step.hidden, number))
             if len(ended) == MAX_SUMS:
                 yield _sum(chunk, number, ended, values)
                 ended, values = [], []
-            tell.add(units)
+            tell.add(step.units)
         if ended:
             yield _sum(chunk, number, ended, values)
 

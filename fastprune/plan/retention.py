@@ -1,13 +1,17 @@
 """Which states are worth keeping beyond a call, for calls that come after it. Pure integers and
 NumPy.
 
-A later call asks for sequences that leave the trie at some node; it then runs what lies below the
-deepest known prefix.
-So a state is worth what it saves: how likely sequences leave at its node, or below it with nothing
-known in between, times the units from the next known prefix above. Every state weighs the same, so
-the least of these worths goes first, its likelihood passing on to the prefix above, until the
-states fit. What is left is spread over the trie: a chain of which few states fit keeps them at even
-distances, where a list of the most recently used would keep its beginning.
+A later call asks for sequences that leave the trie at some node; it then runs the nodes below the
+deepest cached prefix. So a state is worth the unit runs that it saves: how likely sequences leave
+at its node, or below it with no cached prefix in between, times the units from the next cached
+prefix above. Every state takes the same bytes, so the state of least worth is evicted first, and
+its likelihood passes on to the prefix above, until the states fit. The states that remain are
+spread over the trie: a chain of which few states fit keeps them at even distances, where a list of
+the most recently used would keep its beginning.
+
+In a chain of nodes 1 to 4, all of likelihood 1, each state saves one unit run. The
+deepest of equals is evicted: 4, whose likelihood passes to 3, then 2, whose likelihood passes to 1.
+If two states fit, 1 and 3 remain, worth 2 * (1 - 0) and 2 * (3 - 1) unit runs.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import numpy as np
 
 from .trie import Trie, levels
 
-FADE = 0.9  # how much of a likelihood is left after each call that does not pass the node
+FADE = 0.9  # the factor of a likelihood for each call that does not pass the node
 MOST_CANDIDATES = 1 << 14  # states compared one by one; more only where more are retained
 
 
@@ -29,19 +33,19 @@ def worth_retaining(
     """The nodes whose states are best retained, int64[R], most worth first, R at most `capacity`;
     their likelihoods.
 
-    likelihood float64[K]: of trie.known, as the last call left them. Candidates are these and the
+    likelihood float64[K]: of trie.cached, as the last call left them. Candidates are these and the
     wanted nodes.
     """
     if capacity <= 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     weight = np.zeros(len(trie.unit))
-    weight[trie.known_nodes] = FADE * likelihood
+    weight[trie.cached_nodes] = FADE * likelihood
     touched = trie.wanted.copy()
-    touched[trie.known_nodes] |= trie.asked[trie.known_nodes]
+    touched[trie.cached_nodes] |= trie.asked[trie.cached_nodes]
     weight[touched] += 1
     by_depth = levels(trie)
     candidate = trie.wanted.copy()
-    candidate[trie.known_nodes] = True
+    candidate[trie.cached_nodes] = True
     candidate[0] = False
     most = max(capacity, min(2 * capacity + 4096, MOST_CANDIDATES))
     if np.count_nonzero(candidate) > most:

@@ -1,73 +1,120 @@
-"""Trie -> ordered steps on slots. Pure integers: what is run, from which state, and which states
-are retained.
+"""Trie -> ordered steps on slots. Pure integers: which units run, from which state, and which
+states are retained.
 
-Chains of nodes (a single child, no end) become one `Step`. Steps are walked depth first, at every
-branching the child that needs most slots last, when its parent's slot is already free (Sethi and
-Ullman's order for register allocation): M sequences of at most L units then never need more than
-min(L + 1, 1 + log2(M)) slots. Known states need no slot; they are read where they lie.
+Nodes in a row, without a branch or an end between them, become one `Step`. Steps are walked depth
+first, at every branching the child that needs most slots last, when its parent's slot is already
+free (Sethi and Ullman's order for register allocation): M sequences of at most L units then never
+need more than min(L + 1, 1 + log2(M)) slots. Cached states need no slot; the cache holds them.
 
-Where units are loaded band by band, the walk is cut into visits: all that is run while one band is
-loaded, depth first as above. States that a later visit reads are the frontier: kept beside the
-slots, and read as known states are.
+If units are loaded band by band, the walk is cut into visits: the steps that run while one band
+is loaded, depth first as above. States that a later visit reads are the frontier: kept beside the
+slots, and read as cached states are.
+
+The trie drawn in `trie` needs one slot. Its chains are [1], [2, 3], [4] and [5, 6]:
+
+    source  units  end  target  last_use
+    root    ()      -1    0     yes         the embeddings, in slot 0
+    slot 0  (0,)    -1    0     yes         node 1 branches: its state waits in slot 0
+    slot 0  (2, 3)   2   -1     no          (0, 2, 3) ends; the other child of node 1 comes last
+    slot 0  (1, 2)   0    0     yes         (0, 1, 2) ends; slot 0 is free again, and used again
+    slot 0  (3,)     1   -1     yes         (0, 1, 2, 3) ends
+
+If (0, 1) is cached, [3] takes the place of [2, 3], and its source is cached state 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .retention import worth_retaining
 from .trie import Trie, Units, levels
 
-ROOT = -1
+
+class Source(NamedTuple):
+    """The place of the state that a step starts from.
+
+    Attributes:
+        kind: "root" for the embeddings, "slot" for a state of the same walk, "cached" for one of
+            Schedule.cached, "frontier" for one of Schedule.frontier.
+        index: The number of the slot, cached prefix or frontier prefix; 0 for the root.
+    """
+
+    kind: Literal["root", "slot", "cached", "frontier"]
+    index: int = 0  # type: ignore[assignment]  # in place of tuple.index
+
+
+ROOT = Source("root")
+
+
+class Retained(NamedTuple):
+    """A state on a step's way that the cache holds: of `prefix`, after `runs` of the step's
+    units."""
+
+    runs: int
+    prefix: Units
 
 
 class Step(NamedTuple):
-    """Take a state, run `units` on it in order, score it, keep it for later steps."""
+    """Take a state, run `units` on it in order, score it, keep it for later steps.
 
-    # slot to read; ROOT for the embeddings; -2 - k for state k of Schedule.known and .frontier in a
-    # row
-    source: int
+    Attributes:
+        source: The state to start from.
+        units: The units to run, in order; none where the source itself is kept or scored.
+        end: The number of the sequence that ends here, or -1.
+        target: The slot to keep the result in, or -1 if no later step reads it.
+        last_use: Whether no later step reads `source`: its place is free once this step begins.
+        retained: States on the way that outlive the call.
+        frontier: The number in Schedule.frontier to keep the result as, or -1 if no later visit
+            reads it.
+    """
+
+    source: Source
     units: Units
-    end: int  # which of the trie's sequences ends here, or -1
-    target: int  # slot to keep the result in, or -1 if no later step reads it
-    last_use: bool  # nobody reads `source` any more: its place is free once this step has begun
-    retained: tuple[
-        tuple[int, Units], ...
-    ]  # (how many of `units` ran, prefix): states to retain beyond this call
-    frontier: int = (
-        -1
-    )  # which of Schedule.frontier to keep the result as, or -1 if no later visit reads it
+    end: int
+    target: int
+    last_use: bool
+    retained: tuple[Retained, ...] = ()
+    frontier: int = -1
 
 
 class Visit(NamedTuple):
-    """Steps that run while one band is loaded: a part of Schedule.steps."""
+    """Schedule.steps[start:stop], which run while one band is loaded.
 
-    number: int  # the band, plus the number of bands for each time that all have gone by
+    Attributes:
+        number: The band, plus the number of bands for each round that all have had before.
+        start: The first step.
+        stop: The step after the last one.
+    """
+
+    number: int
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the engine executes, for one batch of sequences.
+    """The steps that the engine runs on a chunk, for one batch of sequences.
 
-    known: the prefixes whose states were retained before; dropped: those of them that are not
-    needed and go first.
-    num_slots: states that must be held at once, besides those and the one being computed.
-    unit_runs: how many units all steps run. retained: the prefixes whose states are retained
-    afterwards, most worth first; likelihood float64[R]: see `worth_retaining`. visits: the steps by
-    visit, in ascending order; no slot is held from one to the next.
-    frontier: the prefixes whose states go from a visit to later ones; frontier_peak: the most of
-    these at once.
+    Attributes:
+        steps: In the order in which they run.
+        cached: The prefixes whose states the cache holds before.
+        evicted: Cached prefixes that this call does not use; evicted before it starts.
+        num_slots: States held at once, besides cached and frontier states and the one that runs.
+        unit_runs: Units that all steps run.
+        retained: The prefixes whose states the cache holds afterwards, most worth first.
+        likelihood: float64[R], of these: see `worth_retaining`.
+        visits: The steps by visit, ascending; no slot is held from one to the next.
+        frontier: The prefixes whose states wait for later visits.
+        frontier_peak: The most of these at once.
     """
 
     steps: tuple[Step, ...]
-    known: tuple[Units, ...]
-    dropped: tuple[Units, ...]
+    cached: tuple[Units, ...]
+    evicted: tuple[Units, ...]
     num_slots: int
     unit_runs: int
     retained: tuple[Units, ...]
@@ -80,44 +127,62 @@ class Schedule:
 def make_schedule(
     trie: Trie, likelihood: np.ndarray | None = None, capacity: int = 0, band_of: Sequence[int] = ()
 ) -> Schedule:
-    """The steps that reach every end of a trie, by running its wanted nodes once each.
+    """Plan the steps that reach every end of a trie, by running its wanted nodes once each.
 
-    capacity: states that may be retained beyond the call, never more at any time. likelihood
-    float64[K]: of trie.known, as the last schedule left them. band_of: the band of each unit, from
-    0 on; all one band by default.
+    Args:
+        trie: The sequences and the cached prefixes.
+        likelihood: float64[K], of trie.cached, as the last schedule left them.
+        capacity: The most states that the cache may hold at any time.
+        band_of: The band of each unit, from 0 on; all one band by default.
+
+    Returns:
+        The schedule, the same for equal tries.
+
+    Examples:
+        >>> from fastprune.plan.schedule import make_schedule
+        >>> from fastprune.plan.trie import make_trie
+        >>> schedule = make_schedule(make_trie([(0, 1, 2, 3), (0, 2, 3), (0, 1, 2)]))
+        >>> [(*step.source, step.units, step.end) for step in schedule.steps[1:3]]
+        [('slot', 0, (0,), -1), ('slot', 0, (2, 3), 2)]
+        >>> schedule.num_slots, schedule.unit_runs
+        (1, 6)
     """
-    likelihood = np.zeros(len(trie.known)) if likelihood is None else likelihood
+    likelihood = np.zeros(len(trie.cached)) if likelihood is None else likelihood
     nodes, likelihood = worth_retaining(trie, likelihood, capacity)
-    roots, frontier = _chains(trie, np.sort(nodes[trie.wanted[nodes]]), _visits(trie, band_of))
+    chains = _chains(trie, np.sort(nodes[trie.wanted[nodes]]), _visits(trie, band_of))
     steps: list[Step] = []
     visits, num_slots = [], 0
-    for number in sorted(roots):
-        found, slots = _order(roots[number])
-        visits.append(Visit(number, len(steps), len(steps) + len(found)))
-        steps += found
+    for number in sorted(chains.roots):
+        of_visit, slots = _order(chains.roots[number])
+        visits.append(Visit(number, len(steps), len(steps) + len(of_visit)))
+        steps += of_visit
         num_slots = max(num_slots, slots)
     steps = _last_uses(steps) if len(visits) > 1 else steps
     prefixes = [trie.prefix(node) for node in nodes.tolist()]
-    steps, held, dropped = _within(steps, trie.known, {*prefixes}, capacity)
-    left = [i for i, prefix in enumerate(prefixes) if prefix in held]
+    steps, held, evicted = _within(steps, trie.cached, {*prefixes}, capacity)
+    kept = [i for i, prefix in enumerate(prefixes) if prefix in held]
     return Schedule(
         steps=tuple(steps),
-        known=trie.known,
-        dropped=dropped,
+        cached=trie.cached,
+        evicted=evicted,
         num_slots=num_slots,
         unit_runs=trie.wanted_runs,
-        retained=tuple(prefixes[i] for i in left),
-        likelihood=likelihood[left],
+        retained=tuple(prefixes[i] for i in kept),
+        likelihood=likelihood[kept],
         visits=tuple(visits),
-        frontier=tuple(trie.prefix(node) for node in frontier),
-        frontier_peak=_frontier_peak(steps, len(trie.known)),
+        frontier=tuple(trie.prefix(node) for node in chains.frontier),
+        frontier_peak=_frontier_peak(steps),
     )
 
 
 def _visits(trie: Trie, band_of: Sequence[int]) -> np.ndarray:
     """The visit that each wanted node is run in, int64[n]: the first one of its unit's band that is
-    not before its parent's. An ascending sequence needs each band once; one that goes back has them
-    come round again."""
+    not before its parent's.
+
+    An ascending sequence needs each band once. One that turns back waits for the next round: with
+    three bands, a unit of band 0 after one of band 2, in visit 2, runs in visit
+    2 + (0 - 2) % 3 = 3.
+    """
     num_bands = max(band_of, default=0) + 1
     if num_bands == 1:
         return np.zeros(len(trie.unit), dtype=np.int64)
@@ -131,42 +196,43 @@ def _visits(trie: Trie, band_of: Sequence[int]) -> np.ndarray:
 
 
 def _last_uses(steps: list[Step]) -> list[Step]:
-    """The steps with the last use of what several visits read marked in the last of them only."""
-    seen: set[int] = set()
-    found = []
+    """The steps with the last use of states that several visits read marked in the last of them
+    only."""
+    read_later: set[Source] = set()
+    marked = []
     for step in reversed(steps):
-        if step.source < ROOT:
-            step = step._replace(last_use=step.last_use and step.source not in seen)
-            seen.add(step.source)
-        found.append(step)
-    return found[::-1]
+        if step.source.kind in ("cached", "frontier"):
+            step = step._replace(last_use=step.last_use and step.source not in read_later)
+            read_later.add(step.source)
+        marked.append(step)
+    return marked[::-1]
 
 
-def _frontier_peak(steps: list[Step], num_known: int) -> int:
+def _frontier_peak(steps: list[Step]) -> int:
     """The most frontier states that are held at once."""
     count = peak = 0
     for step in steps:
-        count -= step.last_use and step.source <= -2 - num_known
+        count -= step.last_use and step.source.kind == "frontier"
         count += step.frontier >= 0
         peak = max(peak, count)
     return peak
 
 
 def _within(
-    steps: list[Step], known: Sequence[Units], retained: set[Units], capacity: int
+    steps: list[Step], cached: Sequence[Units], retained: set[Units], capacity: int
 ) -> tuple[list[Step], set[Units], tuple[Units, ...]]:
-    """The steps with what is retained beyond the call kept within the capacity at all times; the
-    prefixes held afterwards; those known that go first.
+    """The steps with the cache held within the capacity at all times; the prefixes that it holds
+    afterwards; the cached ones that are evicted before.
 
-    A known state that is not retained goes after its last use, one that is retained has none.
+    A cached state that is not retained is evicted with its last use, one that is retained has none.
     """
-    used = {-2 - step.source for step in steps if step.source < ROOT}
-    held = {prefix for k, prefix in enumerate(known) if k in used or prefix in retained}
-    dropped = tuple(prefix for prefix in known if prefix not in held)
-    found = []
+    used = {step.source.index for step in steps if step.source.kind == "cached"}
+    held = {prefix for i, prefix in enumerate(cached) if i in used or prefix in retained}
+    evicted = tuple(prefix for prefix in cached if prefix not in held)
+    bounded = []
     for step in steps:
-        if -2 - len(known) < step.source < ROOT and step.last_use:
-            prefix = known[-2 - step.source]
+        if step.source.kind == "cached" and step.last_use:
+            prefix = cached[step.source.index]
             if prefix in retained:
                 step = step._replace(last_use=False)
             else:
@@ -174,14 +240,14 @@ def _within(
         room = max(0, capacity - len(held))
         if len(step.retained) > room:
             step = step._replace(retained=step.retained[:room])
-        held.update(prefix for _, prefix in step.retained)
-        found.append(step)
-    return found, held, dropped
+        held.update(state.prefix for state in step.retained)
+        bounded.append(step)
+    return bounded, held, evicted
 
 
 def _order(roots: list[_Chain]) -> tuple[list[Step], int]:
-    """Chains depth first with slots assigned, the neediest child of every one last; how many slots
-    there are."""
+    """Chains depth first with slots assigned, the neediest child of every one last; the number of
+    slots."""
     pending = list(roots)
     preorder = []
     while pending:
@@ -190,37 +256,38 @@ def _order(roots: list[_Chain]) -> tuple[list[Step], int]:
         pending.extend(chain.children)
     for chain in reversed(preorder):  # children before parents
         chain.children.sort(key=lambda child: child.need)
-        # all but the last child are walked while this chain's own state is held; a known state has
-        # its own place
-        held = chain.source >= ROOT
-        needs = [child.need + held for child in chain.children[:-1]] + [
+        # all but the last child are walked while a slot holds this chain's own state; children that
+        # need 1 and 2 slots make it need max(1 + 1, 2) = 2
+        needs_slot = not chain.is_held
+        needs = [child.need + needs_slot for child in chain.children[:-1]] + [
             child.need for child in chain.children[-1:]
         ]
-        chain.need = max([held if chain.children else 0, *needs])
+        chain.need = max([needs_slot if chain.children else 0, *needs])
     steps: list[Step] = []
     free: list[int] = []
     num_slots = 0
     work = [(root, root.source, True) for root in reversed(roots)]
     while work:
         chain, source, last_use = work.pop()
-        if source >= 0 and last_use:
-            free.append(source)
-        target, last = -1, len(chain.children) - 1
-        if not chain.units and source < ROOT:  # a known state: its children read it where it lies
+        if source.kind == "slot" and last_use:
+            free.append(source.index)
+        result, last = source, len(chain.children) - 1
+        if chain.is_held:  # its children read it from the cache or the frontier
             if chain.end >= 0:
-                steps.append(Step(source, (), chain.end, -1, not chain.children, ()))
-            target = source
+                steps.append(Step(source, (), chain.end, -1, not chain.children))
         else:
+            target = -1
             if chain.children:
                 target = free.pop() if free else num_slots
                 num_slots = max(num_slots, target + 1)
+                result = Source("slot", target)
             steps.append(
                 Step(
                     source, chain.units, chain.end, target, last_use, chain.retained, chain.frontier
                 )
             )
         work.extend(
-            (child, target, i == last) for i, child in reversed(list(enumerate(chain.children)))
+            (child, result, i == last) for i, child in reversed(list(enumerate(chain.children)))
         )
     return steps, num_slots
 
@@ -231,79 +298,89 @@ def max_slots(longest: int, count: int) -> int:
 
 
 class _Chain:
-    """Nodes that are run one after the other: their units, the sequence that ends after them, what
-    follows."""
+    """Nodes that run one after the other: their units, the sequence that ends after them, and the
+    chains that follow.
+
+    A root has no units; its source is the embeddings, or a cached or frontier state. The others
+    start where their parent ends, and have ROOT as a source until `_order` gives them a slot.
+    """
 
     __slots__ = ("children", "end", "frontier", "need", "retained", "source", "units")
 
-    def __init__(
-        self, source: int, units: Units, end: int, retained: tuple[tuple[int, Units], ...] = ()
-    ):
+    def __init__(self, source: Source, units: Units, end: int, retained: tuple[Retained, ...] = ()):
         self.source, self.units, self.end, self.retained = source, units, end, retained
         self.children: list[_Chain] = []
         self.need = 0
         self.frontier = -1
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the state is held outside the slots."""
+        return self.source != ROOT
 
-def _chains(
-    trie: Trie, retained: np.ndarray, visit: np.ndarray
-) -> tuple[dict[int, list[_Chain]], list[int]]:
-    """The wanted nodes as chains, below the roots of each visit: the embeddings, known or frontier
-    states; and the nodes of the frontier. retained: ascending nodes of them. visit: see
-    `_visits`."""
+
+class _Chains(NamedTuple):
+    """The wanted nodes as chains.
+
+    Attributes:
+        roots: By visit, the chains that the others are below.
+        frontier: The nodes whose states wait for later visits.
+    """
+
+    roots: dict[int, list[_Chain]]
+    frontier: list[int]
+
+
+def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
+    """Cut the wanted nodes into chains. retained: the ones of them that outlive the call,
+    ascending. visit: see `_visits`."""
     end_of = np.full(len(trie.unit), -1, dtype=np.int64)
     end_of[trie.ends] = np.arange(len(trie.ends))
-    nodes = np.flatnonzero(trie.wanted)
+    # a node continues the chain of the node before if that is its parent and ends nothing, has no
+    # other child and runs in the same visit; in the drawn trie 3 alone does, after 2, and 6 after 5
+    nodes = np.flatnonzero(trie.wanted)  # 1 2 3 4 5 6
     parents = trie.parent[nodes]
-    branches = np.bincount(parents, minlength=len(trie.unit)) > 1
-    goes_on = (
+    branches = np.bincount(parents, minlength=len(trie.unit)) > 1  # of node 1
+    continues = (
         trie.wanted[parents] & (parents == nodes - 1) & ~branches[parents] & (end_of[parents] < 0)
     )
-    goes_on &= visit[parents] == visit[nodes]
-    first = np.flatnonzero(~goes_on)
-    last = np.append(first[1:], len(nodes))[: len(first)] - 1
-    cuts = (
-        np.searchsorted(retained, nodes[first]),
-        np.searchsorted(retained, nodes[last], side="right"),
-    )
-    units, ends = trie.unit[nodes].tolist(), end_of[nodes[last]].tolist()
+    continues &= visit[parents] == visit[nodes]
+    first = np.flatnonzero(~continues)  # 0 1 3 4, places in nodes: chains [1] [2, 3] [4] [5, 6]
+    last = np.append(first[1:], len(nodes))[: len(first)] - 1  # 0 2 3 5
+    # retained[low:high] are a chain's; with 3 and 5 retained, 0:0, 0:1, 1:1 and 1:2
+    low = np.searchsorted(retained, nodes[first])
+    high = np.searchsorted(retained, nodes[last], side="right")
+    units = trie.unit[nodes].tolist()
 
-    place_of = {int(node): -2 - k for k, node in enumerate(trie.known_nodes)}
-    below: dict[int, _Chain] = {}  # by its last node
+    source_of = {int(node): Source("cached", i) for i, node in enumerate(trie.cached_nodes)}
+    chain_to: dict[int, _Chain] = {}  # by its last node
     tops: dict[tuple[int, int], _Chain] = {}  # by node and visit
     roots: dict[int, list[_Chain]] = {}
     frontier: list[int] = []
 
     def root(node: int, number: int, end: int = -1) -> _Chain:
         if (node, number) not in tops:
-            chain = tops[node, number] = _Chain(place_of.get(node, ROOT), (), end)
+            chain = tops[node, number] = _Chain(source_of.get(node, ROOT), (), end)
             roots.setdefault(number, []).append(chain)
         return tops[node, number]
 
-    for node in trie.ends[~trie.wanted[trie.ends]].tolist():  # nothing is run for these
+    for node in trie.ends[~trie.wanted[trie.ends]].tolist():  # no unit runs for these
         root(node, 0, int(end_of[node]))
-    rows = (
-        first.tolist(),
-        last.tolist(),
-        nodes[first].tolist(),
-        nodes[last].tolist(),
-        parents[first].tolist(),
-    )
-    for i, (start, stop, head, tail, parent) in enumerate(zip(*rows)):
-        kept = tuple(
-            (int(node) - head + 1, trie.prefix(node)) for node in retained[cuts[0][i] : cuts[1][i]]
+    columns = (first, last, nodes[first], nodes[last], parents[first], low, high)
+    for start, stop, head, tail, parent, begin, end in zip(*(c.tolist() for c in columns)):
+        states = tuple(
+            Retained(node - head + 1, trie.prefix(node)) for node in retained[begin:end].tolist()
         )
-        chain = below[tail] = _Chain(ROOT, tuple(units[start : stop + 1]), ends[i], kept)
-        above = below.get(parent)
+        chain = _Chain(ROOT, tuple(units[start : stop + 1]), int(end_of[tail]), states)
+        chain_to[tail] = chain
+        above = chain_to.get(parent)
         if above is None or visit[parent] != visit[head]:
             if above is not None and above.frontier < 0:
                 above.frontier = len(frontier)
-                place_of[parent] = -2 - len(trie.known) - len(frontier)
+                source_of[parent] = Source("frontier", len(frontier))
                 frontier.append(parent)
             above = root(parent, int(visit[head]))
         above.children.append(chain)
-    for found in roots.values():
-        found.sort(
-            key=lambda chain: chain.source != ROOT
-        )  # the embeddings first, while they are at hand
-    return roots, frontier
+    for chains in roots.values():
+        chains.sort(key=lambda chain: chain.source != ROOT)  # the embeddings are at hand first only
+    return _Chains(roots, frontier)

@@ -1,4 +1,4 @@
-"""Which worker runs what: chunks first, and parts of the trie where workers outnumber chunks. Pure
+"""Work for each worker: chunks first, and parts of the trie where workers outnumber chunks. Pure
 integers and NumPy.
 
 A continuation lies in one chunk, so that a worker's sums need nothing from another's, and as long
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .trie import Trie
+from .trie import Trie, shared_length
 
-SLACK = (
-    1 / 8
-)  # how far a cut may move from where the parts would weigh the same, to where less is shared
+# a cut may move by this share of a part's work, to where neighbours share less
+SLACK = 1 / 8
 
 
 def owners(loads: Sequence[int], looks: Sequence[int], workers: int) -> np.ndarray:
@@ -28,16 +27,16 @@ def owners(loads: Sequence[int], looks: Sequence[int], workers: int) -> np.ndarr
     is shared out as well as the whole.
     """
     weights, of = np.asarray(loads, dtype=np.int64), np.asarray(looks, dtype=np.int64)
-    found, total = np.zeros(len(weights), dtype=np.int64), np.zeros(workers, dtype=np.int64)
+    owner, total = np.zeros(len(weights), dtype=np.int64), np.zeros(workers, dtype=np.int64)
     for look in np.unique(of):
         of_look = np.zeros(workers, dtype=np.int64)
         chunks = np.flatnonzero(of == look)
         for chunk in chunks[np.argsort(-weights[chunks], kind="stable")].tolist():
             worker = int(np.argmin(of_look + total))
-            found[chunk] = worker
+            owner[chunk] = worker
             of_look[worker] += weights[chunk]
             total[worker] += weights[chunk]
-    return found
+    return owner
 
 
 def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list[int]]:
@@ -51,18 +50,20 @@ def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list
     if not 0 < len(weights) < workers:
         return [[int(worker)] for worker in owner]
     sizes = np.ones(len(weights), dtype=np.int64)
-    for _ in range(workers - len(weights)):  # the next worker goes where the most is left for each
+    for _ in range(
+        workers - len(weights)
+    ):  # the next worker joins the team with most tokens a worker
         sizes[np.argmax(weights / sizes)] += 1
-    found: list[list[int]] = [[] for _ in sizes]
+    team_of: list[list[int]] = [[] for _ in sizes]
     free = list(range(workers))
-    for team, worker in zip(found, owner):
+    for team, worker in zip(team_of, owner):
         if worker in free:
             free.remove(worker)
             team.append(int(worker))
-    for team, size in zip(found, sizes.tolist()):
+    for team, size in zip(team_of, sizes.tolist()):
         while len(team) < size:
             team.append(free.pop(0))
-    return found
+    return team_of
 
 
 def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
@@ -75,7 +76,7 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
     """
     shared, own = _shared(trie)
     work = np.concatenate([[0.0], np.cumsum(own + head)])
-    found, start = [], 0
+    ranges, start = [], 0
     for left in range(parts, 1, -1):
         if start == len(own):
             break
@@ -89,21 +90,14 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
         stop = int(
             places[np.lexsort((np.abs(work[places] - work[start] - due), shared[places]))[0]]
         )
-        found.append(range(start, stop))
+        ranges.append(range(start, stop))
         start = stop
-    return [*found, range(start, len(own))] if start < len(own) else found
+    return [*ranges, range(start, len(own))] if start < len(own) else ranges
 
 
 def _shared(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sequence, how many units it shares with the one before, and how many it has beyond
-    these: int64[M]."""
-    count = len(trie.sequences)
-    lengths = np.array([len(sequence) for sequence in trie.sequences], dtype=np.int64)
-    table = np.full((count, int(lengths.max(initial=0)) + 1), -1, dtype=np.int64)
-    for row, sequence in enumerate(trie.sequences):
-        table[row, : len(sequence)] = sequence
-    shared = np.zeros(count, dtype=np.int64)
-    if count > 1:
-        differs = table[1:] != table[:-1]
-        shared[1:] = differs.argmax(axis=1)  # sequences are distinct, and end with -1
-    return shared, lengths - shared
+    """The number of units that each sequence shares with the one before, and of those that it has
+    beyond these: int64[M]. In the drawn trie 0, 3, 1 and 3, 1, 2."""
+    pairs = zip(((), *trie.sequences), trie.sequences)
+    shared = np.array([shared_length(*pair) for pair in pairs], dtype=np.int64)
+    return shared, trie.depth[trie.ends] - shared

@@ -8,7 +8,7 @@ from families import build, random_rows, some_masks
 from helpers import make_tasks
 
 import fastprune as fp
-from fastprune.engine.cache import DiskTier, Frontier, HostTier, PrefixCache
+from fastprune.engine.cache import DiskTier, Frontier, HostTier, PrefixCache, TieredStates
 from fastprune.workers.processes import Processes
 
 LENGTHS = [93, 9, 47, 93, 46, 9, 91]
@@ -26,6 +26,12 @@ def objective(kind: str, vocab_size: int):
 def state_bytes(hf, batch) -> int:
     """Of one prefix over the whole batch, about: float32 states, padding included."""
     return batch.num_rows * int(batch.row_lengths.max()) * hf.config.hidden_size * 4
+
+
+def count_prefixes(masks: np.ndarray) -> int:
+    """Distinct non-empty prefixes of the sequences of kept units: the least unit runs."""
+    kept = [tuple(np.flatnonzero(mask)) for mask in masks]
+    return len({sequence[:i] for sequence in kept for i in range(1, len(sequence) + 1)})
 
 
 @pytest.mark.slow
@@ -69,13 +75,15 @@ def test_warm_cold_half_evicted_and_on_disk_give_the_same_bits(
         assert ev.score_samples(masks, [1]).tobytes() == cold.score_samples(masks, [1]).tobytes()
         assert ev.stats.cache_hits["device"] > 0
         assert ev.stats.unit_runs < ev.stats.asked_unit_runs
+    dense = np.ones((int(kind == "kl"), cold.num_units), dtype=bool)
+    least = count_prefixes(np.concatenate([masks, dense]))
+    assert disk.stats.unit_runs == least
     if states is None:
-        assert warm.stats.unit_runs == warm.stats.unbounded_unit_runs
+        assert warm.stats.unit_runs == least
     else:
         assert 0 < warm.stats.cache_bytes <= budget
-        assert warm.stats.unbounded_unit_runs < warm.stats.unit_runs
+        assert warm.stats.unit_runs > least
         assert disk.stats.cache_hits["disk"] > 0
-        assert disk.stats.unit_runs == disk.stats.unbounded_unit_runs
     assert list(tmp_path.iterdir()) == []  # nothing is left there, whatever becomes of the process
 
 
@@ -85,15 +93,8 @@ def test_a_search_runs_each_prefix_once():
     ev, none = fp.Evaluator(hf, target), fp.Evaluator(hf, target, cache_bytes=0)
     found, without = (fp.run_search(each, "greedy", 3) for each in (ev, none))
     assert found.history == without.history
-    sequences = [
-        tuple(np.flatnonzero(fp.from_removed([removed], 5)[0])) for removed, _ in found.history
-    ]
-    assert (
-        found.unit_runs
-        == len({s[:i] for s in sequences for i in range(1, len(s) + 1)})
-        < without.unit_runs
-    )
-    assert ev.stats.unbounded_unit_runs == none.stats.unbounded_unit_runs == found.unit_runs
+    masks = fp.from_removed([removed for removed, _ in found.history], 5)
+    assert found.unit_runs == count_prefixes(masks) < without.unit_runs
 
 
 def test_changed_weights_and_switches_empty_it():
@@ -215,7 +216,8 @@ def test_processes_with_a_gpu_each_share_the_host_only(monkeypatch):
     cache.start(1)
     found = []
     for cache.per_machine, cache.per_device in ((1, 1), (4, 1), (4, 2)):
-        found.append(cache.capacity())
+        cache.resize()
+        found.append(cache.capacity)
     assert found == [200 + 2000, 200 + 500, 100 + 500]
 
 
@@ -234,16 +236,18 @@ def test_gpus_are_shared_by_turns(monkeypatch):
 
 def test_a_disk_that_failed_is_not_offered_again(tmp_path, monkeypatch):
     frontier, state = Frontier(tmp_path, torch.device("cpu")), torch.randn(2, 3)
-    assert frontier.start(0) > 0
+    frontier.start(0)
+    assert frontier.slower_bytes > 0
 
     def fails(self, key, state):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(DiskTier, "put", fails)
-    with pytest.warns(RuntimeWarning, match="no more states go there: .*Input/output error"):
+    with pytest.warns(RuntimeWarning, match="no more states are kept there: .*Input/output error"):
         frontier.put(0, (1,), state)
     assert torch.equal(frontier.get(0, (1,)), state)
-    assert frontier.start(0) == 0
+    frontier.start(0)
+    assert frontier.slower_bytes == 0
     frontier.put(0, (1,), state)  # to memory, without a word
     assert frontier.bytes == state.nbytes
 
@@ -251,9 +255,67 @@ def test_a_disk_that_failed_is_not_offered_again(tmp_path, monkeypatch):
 def test_a_cache_without_room_holds_nothing():
     cache = PrefixCache(0, None, torch.device("cpu"))
     cache.start(100)
-    assert cache.capacity() == 0
-    cache.put(0, (1,), torch.zeros(25))
+    cache.resize()
+    assert cache.capacity == 0
+    cache.insert(0, (1,), torch.zeros(25))
     assert cache.bytes == 0
+
+
+def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_path):
+    """With three prefixes in memory for each of two chunks, and more on the disk."""
+    state = torch.randn(25)
+    cache = PrefixCache(3 * 2 * state.nbytes, tmp_path, torch.device("cpu"))
+    cache.start(2 * state.nbytes)
+    cache.insert(0, (9,), state)  # before there is room
+    assert cache.bytes == 0
+    cache.resize()
+    prefixes = [(i,) for i in range(5)]
+    for chunk in (0, 1):
+        for prefix in prefixes:
+            cache.insert(chunk, prefix, state + prefix[0] + chunk)
+        cache.commit(chunk, tuple(prefixes), np.arange(5.0))
+    assert cache.bytes == 10 * state.nbytes
+    for chunk in (0, 1):
+        for prefix in prefixes:
+            assert torch.equal(cache.get(chunk, prefix), state + prefix[0] + chunk)
+    assert cache.hits == {"device": 6, "disk": 4}
+    cache.evict(0, [(0,), (7,)])
+    cache.insert(0, (5,), state)
+    assert torch.equal(cache.get(0, (5,)), state)
+    assert cache.hits == {"device": 7, "disk": 4}
+    cache.commit(0, (*prefixes[1:], (5,), (8,)), np.arange(6.0))  # (8,) found no room
+    assert cache.match(0).prefixes == (*prefixes[1:], (5,))
+    assert cache.match(0).likelihood.tolist() == [0, 1, 2, 3, 4]
+    cache.forget(0)
+    assert cache.match(0).prefixes == ()
+    assert cache.match(1).prefixes == tuple(prefixes)
+    assert cache.bytes == 5 * state.nbytes
+    cache.clear()
+    assert cache.bytes == 0
+
+
+def test_a_tier_that_is_full_or_fails_leaves_the_state_to_the_next(tmp_path, monkeypatch):
+    states, state = TieredStates(tmp_path, torch.device("cpu")), torch.randn(2, 3)
+    room = {"device": 0, "disk": 1}
+    keys = [(0, (i,)) for i in range(3)]
+    assert states.put(keys[0], state, room.get) == "disk"
+    assert states.share_of("disk", 1) > 0
+
+    def fails(self, key, state):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(DiskTier, "put", fails)
+    with pytest.warns(RuntimeWarning, match="no more states are kept there"):
+        assert states.put(keys[1], state, room.get) is None
+    assert states.put(keys[1], state, room.get) is None  # without a word
+    assert states.share_of("disk", 1) == 0
+    room["device"] = 1
+    assert states.put(keys[2], state, room.get) == "device"
+    assert states.bytes == {"device": state.nbytes, "disk": state.nbytes}
+    assert torch.equal(states.get(keys[0]), states.get(keys[2]))
+    for key in states.held():
+        states.drop(key)
+    assert states.bytes == {"device": 0, "disk": 0}
 
 
 def test_the_measure_greedy_counts_tokens_that_are_not_the_most_likely():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fastprune as fp
-from fastprune.plan.schedule import ROOT, make_schedule, max_slots
-from fastprune.plan.trie import Seen, kept_units, make_trie
+from fastprune.plan.schedule import make_schedule, max_slots
+from fastprune.plan.trie import kept_units, make_trie
 from fastprune.testing import SyntheticEvaluator
 
 
@@ -30,21 +30,23 @@ def execute(
     cache: the prefixes that earlier schedules retained, which this one changes.
     """
     cache = set() if cache is None else cache
-    assert set(schedule.known) == cache
-    cache -= set(schedule.dropped)
+    assert set(schedule.cached) == cache
+    cache -= set(schedule.evicted)
     slots: list[tuple[int, ...] | None] = [None] * schedule.num_slots
     finished, runs = {}, 0
     for number, step in enumerate(schedule.steps):
-        if step.source == ROOT:
+        kind, index = step.source
+        if kind == "root":
             assert number == 0  # the embeddings are not kept: only the first step may read them
             state = ()
-        elif step.source >= 0:
-            state = slots[step.source]
+        elif kind == "slot":
+            state = slots[index]
             assert state is not None, "reads a slot that holds nothing"
             if step.last_use:
-                slots[step.source] = None
+                slots[index] = None
         else:
-            state = schedule.known[-2 - step.source]
+            assert kind == "cached"
+            state = schedule.cached[index]
             assert state in cache, "reads a state that is gone"
             if step.last_use:
                 cache.remove(state)
@@ -150,43 +152,64 @@ def prefixes_of(sequence) -> list[tuple[int, ...]]:
     return [tuple(sequence[:i]) for i in range(1, len(sequence) + 1)]
 
 
-def test_nodes_are_the_prefixes_and_wanted_ones_lie_below_what_is_known():
+def reference_trie(requests, cached) -> dict[str, list]:
+    """A trie's fields from their definitions, by sets of prefixes.
+
+    Nodes ascend as their prefixes do: a parent comes before its children, and a whole subtree
+    before the next sibling.
+    """
+    prefixes = sorted({p for s in [*requests, *cached] for p in prefixes_of(s)} | {()})
+    sequences = sorted(set(requests))
+    asked = {prefix for sequence in sequences for prefix in prefixes_of(sequence)}
+    wanted = set()
+    for sequence in sequences:
+        deepest = max([0, *(len(p) for p in prefixes_of(sequence) if p in cached)])
+        wanted.update(prefixes_of(sequence)[deepest:])
+    return {
+        "sequences": sequences,
+        "index": [sequences.index(sequence) for sequence in requests],
+        "prefixes": prefixes,
+        "unit": [prefix[-1] if prefix else -1 for prefix in prefixes],
+        "parent": [prefixes.index(prefix[:-1]) if prefix else -1 for prefix in prefixes],
+        "depth": list(map(len, prefixes)),
+        "ends": [prefixes.index(sequence) for sequence in sequences],
+        "cached_nodes": [prefixes.index(prefix) for prefix in cached],
+        "asked": [prefix in asked for prefix in prefixes],
+        "wanted": [prefix in wanted for prefix in prefixes],
+        "counts": [len(asked), len(wanted), sum(map(len, requests))],
+    }
+
+
+def fields_of(trie) -> dict[str, list]:
+    names = ("index", "unit", "parent", "depth", "ends", "cached_nodes", "asked", "wanted")
+    return {
+        "sequences": list(trie.sequences),
+        "prefixes": [trie.prefix(node) for node in range(len(trie.unit))],
+        "counts": [trie.unit_runs, trie.wanted_runs, trie.naive_unit_runs],
+        **{name: getattr(trie, name).tolist() for name in names},
+    }
+
+
+def test_nodes_are_the_prefixes_and_wanted_ones_are_below_the_cached():
     rng = np.random.default_rng(0)
     for _ in range(300):
         units = rng.integers(1, 7)
-        asked = [
+        requests = [
             tuple(rng.integers(0, units, rng.integers(0, 6)).tolist())
-            for _ in range(rng.integers(0, 8))
+            for _ in range(rng.integers(0, 12))
         ]
-        pool = [prefix for sequence in [*asked, (0, 0, 1)] for prefix in prefixes_of(sequence)]
-        known = list(
+        pool = [prefix for sequence in [*requests, (0, 0, 1)] for prefix in prefixes_of(sequence)]
+        cached = list(
             dict.fromkeys(pool[i] for i in rng.permutation(len(pool))[: rng.integers(0, 5)])
         )
-        trie = make_trie(asked, known)
-        found = [trie.prefix(node) for node in range(len(trie.unit))]
-        assert sorted(found) == sorted(
-            {prefix for s in [*asked, *known] for prefix in prefixes_of(s)} | {()}
-        )
-        assert all(trie.parent[node] < node for node in range(1, len(found)))
-        assert [trie.prefix(node) for node in trie.known_nodes] == known
-        assert [trie.prefix(node) for node in trie.ends] == list(trie.sequences)
-        wanted = set()
-        for sequence in asked:
-            deepest = max(
-                [0, *(len(prefix) for prefix in known if sequence[: len(prefix)] == prefix)]
-            )
-            wanted.update(prefixes_of(sequence)[deepest:])
-        assert {found[node] for node in np.flatnonzero(trie.wanted)} == wanted
-        assert {found[node] for node in np.flatnonzero(trie.asked)} == {
-            p for s in asked for p in prefixes_of(s)
-        }
+        assert fields_of(make_trie(requests, cached)) == reference_trie(requests, cached)
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 3, 8, 1000])
 def test_calls_one_after_the_other_reach_every_end_within_the_capacity(capacity):
     rng = np.random.default_rng(capacity)
     for _ in range(60):
-        known, likelihood, cache, ever, seen = (), None, set(), set(), Seen()
+        known, likelihood, cache, ever = (), None, set(), set()
         for _ in range(6):
             asked = [
                 tuple(rng.integers(0, 5, rng.integers(0, 6)).tolist())
@@ -198,7 +221,6 @@ def test_calls_one_after_the_other_reach_every_end_within_the_capacity(capacity)
             assert schedule.num_slots <= max_slots(5, len(trie.sequences))
             new = {prefix for sequence in asked for prefix in prefixes_of(sequence)} - ever
             ever |= new
-            assert seen.add(0, trie) == len(new)
             if capacity == 1000:
                 assert schedule.unit_runs == len(new)
             known, likelihood = schedule.retained, schedule.likelihood
@@ -264,19 +286,21 @@ def execute_by_bands(schedule, trie, band_of) -> dict[int, tuple[int, ...]]:
     for visit in schedule.visits:
         slots: list[tuple[int, ...] | None] = [None] * schedule.num_slots
         for step in schedule.steps[visit.start : visit.stop]:
-            if step.source == ROOT:
+            kind, index = step.source
+            if kind == "root":
                 state = ()
-            elif step.source >= 0:
-                state = slots[step.source]
+            elif kind == "slot":
+                state = slots[index]
                 if step.last_use:
-                    slots[step.source] = None
+                    slots[index] = None
+            elif kind == "cached":
+                state = schedule.cached[index]
             else:
-                place = -2 - step.source
-                state = (schedule.known + schedule.frontier)[place]
-                if place >= len(schedule.known):
-                    assert state in frontier, "reads a state that is not there"
-                    if step.last_use:
-                        frontier.remove(state)
+                assert kind == "frontier"
+                state = schedule.frontier[index]
+                assert state in frontier, "reads a state that is not there"
+                if step.last_use:
+                    frontier.remove(state)
             for unit in step.units:
                 assert band_of[unit] == visit.number % num_bands
                 state = (*state, unit)
