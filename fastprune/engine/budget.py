@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..data import TokenBatch
-from ..errors import InputError, gb_flag
+from ..errors import InputError
 from ..models import Model, Runner
 from ..models.device import available_bytes
 from ..plan.bands import FLOPS_PER_BYTE, Groups, make_groups
@@ -80,7 +80,7 @@ class Budget:
             tokens = self.footprint.tokens_within(room, self._slots)
             if tokens:
                 return make_layout(self._batch, min(_chunk_tokens(self._model), tokens), size)
-        raise InputError(self._too_small("one row of the batch", self.footprint.longest_row))
+        raise self._too_small("one row of the batch", self.footprint.longest_row)
 
     def check(self, layout: Layout) -> Layout:
         """A layout that was made before. Raises InputError where it is not the batch's, or does not
@@ -91,7 +91,7 @@ class Budget:
             len(rows) * int(self._batch.row_lengths[list(rows)].max()) for rows in layout.chunks
         )
         if self._least_bytes(widest) > self.limit:
-            raise InputError(self._too_small("the largest chunk of the layout", widest))
+            raise self._too_small("the largest chunk of the layout", widest)
         return layout
 
     def smaller(self, layout: Layout, chunks: Sequence[Chunk]) -> Layout | None:
@@ -126,11 +126,12 @@ class Budget:
         """What one state of so many tokens weighs."""
         return int(self.footprint.state * tokens)
 
-    def _too_small(self, what: str, tokens: int) -> str:
+    def _too_small(self, what: str, tokens: int) -> InputError:
         least = self._least_bytes(tokens)
-        return (
-            f"memory_bytes is too small: {what} takes {least} bytes, not {self.limit} "
-            f"({gb_flag('memory', least)})"
+        return InputError(
+            f"memory_bytes is too small: {what} takes {least} bytes, not {self.limit}",
+            argument="memory_bytes",
+            least=least,
         )
 
     def _least_bytes(self, tokens: int) -> int:
