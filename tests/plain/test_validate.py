@@ -102,6 +102,17 @@ def test_kinds_and_callables():
     assert str(error) == "name must be a function, not 3"
 
 
+def test_folders_are_made_below_folders_only(tmp_path):
+    assert validate.check_folder(tmp_path) == tmp_path
+    assert validate.check_folder(tmp_path / "new" / "below") == tmp_path / "new" / "below"
+    assert not (tmp_path / "new").exists()
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below", file / "below" / "x"):
+        with pytest.raises(fp.InputError, match=f"{file} is a file, not a folder"):
+            validate.check_folder(folder)
+
+
 def test_errors_say_what_fits():
     error = fp.InputError("the text is short", fits={"num_samples": 2, "seq_len": 3})
     assert error.message == "the text is short"
