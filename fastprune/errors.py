@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class InputError(ValueError):
     """A file, flag or argument is wrong. The message is one line: what is wrong, and what would be
     right.
+
+    Args:
+        message: Spells arguments as Python does; it begins with `argument` where that is known.
+        argument: The name of the wrong argument, such as "memory_bytes".
+        least: The smallest value that is right.
+        most: The largest value that is right.
+        fits: Values that would be right, any one of them, by the names of arguments. They end the
+            text of the error.
 
     >>> import fastprune as fp
     >>> try:
@@ -17,7 +24,36 @@ class InputError(ValueError):
     ... except fp.InputError as error:
     ...     print(type(error).__name__)
     InputError
+    >>> try:
+    ...     fp.load_text("t.txt", None, num_samples=0)
+    ... except fp.InputError as error:
+    ...     print(error.argument, error.least)
+    num_samples 1
     """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        argument: str | None = None,
+        least: float | None = None,
+        most: float | None = None,
+        fits: Mapping[str, object] | None = None,
+    ):
+        self.message, self.argument, self.least, self.most = message, argument, least, most
+        self.fits = dict(fits or {})
+        super().__init__(f"{message}{_what_fits(self.fits)}")
+
+    def restated(self, message: str) -> InputError:
+        """The same error in other words."""
+        return InputError(
+            message, argument=self.argument, least=self.least, most=self.most, fits=self.fits
+        )
+
+
+def _what_fits(fits: Mapping[str, object]) -> str:
+    values = " or ".join(f"{name}={value}" for name, value in fits.items())
+    return f"; what fits: {values}" if values else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -26,12 +62,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(known)}"
-
-
-def gb_flag(name: str, least: int) -> str:
-    """The flag of the command line that gives at least so many bytes, such as --weights-gb
-    0.001235."""
-    return f"--{name}-gb {math.ceil(least / 2**30 * 1e6) / 1e6:.6f}"
 
 
 def shown(value: object, limit: int = 40) -> str:

@@ -28,7 +28,16 @@ from .objectives import Objective
 from .plan.layout import Layout, look_rows
 from .plan.racing import Selection, race
 from .plan.trie import Trie, Units, kept_units, make_trie
-from .validate import check_bytes, check_folder
+from .validate import (
+    check_bytes,
+    check_callable,
+    check_folder,
+    check_integer,
+    check_kind,
+    check_number,
+    check_one_of,
+    check_probability,
+)
 from .workers.processes import Processes, Workers, check_workers
 from .workers.remote import RemoteRuns
 
@@ -128,22 +137,14 @@ class Evaluator:
         progress: Progress | None = None,
         layout: Layout | None = None,
     ):
-        if not isinstance(objective, Objective):
-            raise InputError(
-                f"objective must be one such as Perplexity(batch), not {type(objective).__name__}"
-            )
-        if backend not in BACKENDS:
-            raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        check_kind("objective", objective, Objective, "one such as Perplexity(batch)")
+        check_one_of("backend", backend, BACKENDS)
         memory_bytes = check_bytes("memory_bytes", memory_bytes, 1)
         cache_bytes = check_bytes("cache_bytes", cache_bytes, 0)
-        if progress is not None and not callable(progress):
-            raise InputError(
-                f"progress must be a function of (unit runs done, in all), not {progress!r}"
-            )
-        if layout is not None and not isinstance(layout, Layout):
-            raise InputError(
-                f"layout must be a Layout, such as another evaluator's, not {type(layout).__name__}"
-            )
+        if progress is not None:
+            check_callable("progress", progress, "a function of (unit runs done, in all)")
+        if layout is not None:
+            check_kind("layout", layout, Layout, "a Layout, such as another evaluator's")
         if workers is not None and not isinstance(workers, Workers):
             check_workers(workers)
         self.model = model if isinstance(model, Model) else Model(model)
@@ -559,22 +560,9 @@ def _make_folder(folder: Path) -> Path:
 
 def check_race(keep: int, count: int, confidence: float, tolerance: float) -> None:
     """Raise InputError for what is no race over so many different masks."""
-    if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)) or not 1 <= keep <= count:
-        raise InputError(
-            f"keep must be from 1 to {count}, the number of different masks, not {keep!r}"
-        )
-    if (
-        isinstance(confidence, bool)
-        or not isinstance(confidence, (int, float))
-        or not 0 < confidence < 1
-    ):
-        raise InputError(f"confidence must be between 0 and 1, such as 0.99, not {confidence!r}")
-    if (
-        isinstance(tolerance, bool)
-        or not isinstance(tolerance, (int, float))
-        or not 0 <= tolerance < float("inf")
-    ):
-        raise InputError(f"tolerance must be a number of at least 0, not {tolerance!r}")
+    check_integer("keep", keep, 1, count, of="the number of different masks")
+    check_probability("confidence", confidence)
+    check_number("tolerance", tolerance, least=0)
 
 
 def _tell_nobody(done: int, total: int) -> None:

@@ -5,7 +5,6 @@ Numbers that are not finite are written as strings ("nan", "inf"), never dropped
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -19,14 +18,6 @@ from .validate import refuse_existing
 
 if TYPE_CHECKING:
     import numpy as np
-
-NO_LINKS = (
-    errno.EPERM,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EMLINK,
-)  # no hard link to be had here
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
@@ -115,9 +106,7 @@ def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:50]}.{os.getpid()}")
-    partial.unlink(
-        missing_ok=True
-    )  # a killed run's, which may by now be another name of a finished file
+    partial.unlink(missing_ok=True)  # a killed run's
     try:
         with partial.open("xb") as file:
             file.write(data)
@@ -126,32 +115,23 @@ def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
         if replace:
             partial.replace(path)
         else:
-            _give_new_name(partial, path)
-    except FileExistsError:
-        refuse_existing(path)
-        raise
+            _rename_to_new(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _give_new_name(partial: Path, path: Path) -> None:
-    """Let a finished file appear as `path`, at once. Raises FileExistsError where something is
-    there already."""
-    try:
-        os.link(partial, path)
-        return
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
+def _rename_to_new(partial: Path, path: Path) -> None:
+    """Rename a finished file to a name that nothing has. Raises InputError where something has.
+
+    A rename replaces what has the name, so one writer at a time looks, then renames. The lock of a
+    killed writer is gone with it.
+    """
     import fcntl
 
-    # a rename does replace what is there: one writer at a time looks, then renames; a killed one's
-    # lock is gone
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        refuse_existing(path)
         partial.rename(path)
     finally:
         os.close(folder)

@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import InputError, shown
 from .io import read_jsonl, read_npy
+from .validate import is_integer
 
 MAX_UNITS = 100_000  # that one text may name; no model has as many
 
@@ -66,7 +67,7 @@ def check_removed(removed: Iterable[int], num_units: int, what: str = "removed")
             f"{what} units are given as a collection such as (9, 10), not {shown(removed)}"
         )
     for unit in removed:
-        if isinstance(unit, bool) or not isinstance(unit, (int, np.integer)):
+        if not is_integer(unit):
             raise InputError(f"{what} unit {shown(unit)} is not an integer")
         if not 0 <= unit < num_units:
             number = shown(int(unit))
@@ -100,11 +101,7 @@ def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[
         if len(units) > MAX_LENGTH:
             raise InputError(f"sequence {number} has more than {MAX_LENGTH} units")
         for unit in units:
-            if (
-                isinstance(unit, bool)
-                or not isinstance(unit, (int, np.integer))
-                or not 0 <= unit < num_units
-            ):
+            if not is_integer(unit) or not 0 <= unit < num_units:
                 raise InputError(
                     f"sequence {number}: {unit!r} is no unit; the model's units are 0 to "
                     f"{num_units - 1}"

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from .data import Tasks, TokenBatch
 from .errors import InputError
+from .validate import check_one_of
 
 
 class Objective:
@@ -243,8 +243,8 @@ class TaskMargin(Objective):
 
     def __init__(self, tasks: Tasks, normalization: str = "mean", weighting: str = "question"):
         tasks = _check_tasks(tasks, type(self))
-        _check_choice("normalization", normalization, ("mean", "sum"))
-        _check_choice("weighting", weighting, ("question", "choices"))
+        check_one_of("normalization", normalization, ("mean", "sum"))
+        check_one_of("weighting", weighting, ("question", "choices"))
         self.tasks, self.normalization, self.weighting = tasks, normalization, weighting
         self.batch, self.sample = tasks.batch, tasks.question
         wrong = np.bincount(tasks.question) - 1
@@ -283,7 +283,7 @@ class TaskLikelihood(Objective):
 
     def __init__(self, tasks: Tasks, normalization: str = "mean"):
         tasks = _check_tasks(tasks, type(self))
-        _check_choice("normalization", normalization, ("mean", "sum"))
+        check_one_of("normalization", normalization, ("mean", "sum"))
         self.tasks, self.normalization = tasks, normalization
         self.batch = TokenBatch.from_continuations(
             [[_sequence(tasks.batch, answer)] for answer in tasks.answer]
@@ -336,7 +336,7 @@ class TaskAccuracy(Objective):
             "bytes": tasks.choice_bytes,
             "mean": tasks.batch.target_counts,
         }
-        _check_choice("normalization", normalization, lengths)
+        check_one_of("normalization", normalization, lengths)
         self.tasks, self.normalization = tasks, normalization
         self.batch, self.sample = tasks.batch, tasks.question
         self.weight = np.ones(len(tasks.question)) / lengths[normalization]
@@ -408,11 +408,6 @@ def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
         target_continuation=np.searchsorted(batch.row_starts, source, side="right") - 1,
         continuation_row=rows,
     )
-
-
-def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    if value not in (*choices,):
-        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def _check_batch(batch: object, objective: type) -> TokenBatch:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .evaluator import Evaluator, Stats, check_race
+from .evaluator import Stats, check_race
 from .masks import from_removed, to_removed
 from .plan.racing import Selection
 from .search import find_algorithm, run_search
@@ -36,15 +36,17 @@ from .search import find_algorithm, run_search
 __all__ = ["CHECKS", "SyntheticEvaluator", "check_algorithm", "outcome"]
 
 
-class SyntheticEvaluator(Evaluator):
-    """An evaluator whose losses come from a formula, so that searches run in no time: pairs of
-    units interact.
+class SyntheticEvaluator:
+    """A `fastprune.search.Scorer` with losses from a formula, so that searches run in no time.
+
+    Pairs of units interact.
 
     Removing a broken unit makes the loss not finite. curvature: of a term cubic in the units
     removed, which no quadratic model can hold. flat: every unit costs 1, so that subsets of one
     size tie. There are `num_samples` samples of `tokens` tokens each; with 32 or more it races, and
     never errs: it keeps the best. calls: masks of each call of `score`; sample_calls: (masks,
-    samples) of each call of `score_samples`; races: (masks, kept) of each of `select`.
+    samples) of each call of `score_samples`; races: (masks, kept) of each of `select`. linear
+    float64[U], pairs float64[U, U]: the formula's terms, which may be changed.
     """
 
     def __init__(
@@ -58,25 +60,21 @@ class SyntheticEvaluator(Evaluator):
         flat: bool = False,
     ):
         rng = np.random.default_rng(seed)
-        self._linear = rng.random(num_units)
-        self._pairs = np.triu(rng.normal(size=(num_units, num_units)), 1)
+        self.linear = rng.random(num_units)
+        self.pairs = np.triu(rng.normal(size=(num_units, num_units)), 1)
         if flat:
-            self._linear[:], self._pairs[:] = 1.0, 0.0
+            self.linear[:], self.pairs[:] = 1.0, 0.0
         self._noise = rng.normal(size=(num_samples, num_units))
         self._noise -= self._noise.mean(axis=0)  # the mean over samples is the loss
         self._steps = rng.normal(size=(num_units + 1, 24))  # of the state, at each unit
-        self._steps[1:] *= self._linear[:, None]
-        self._broken, self._num_units, self._curvature = set(broken), num_units, curvature
+        self._steps[1:] *= self.linear[:, None]
+        self._broken, self.num_units, self._curvature = set(broken), num_units, curvature
         self.sample_tokens = np.full(num_samples, tokens)
         self.stats, self.granularity = Stats(), "block"
         self.calls: list[int] = []
         self.sample_calls: list[tuple[int, int]] = []
         self.races: list[tuple[int, int]] = []
         self.objective: Any = type("Named", (), {"name": "synthetic"})
-
-    @property
-    def num_units(self) -> int:
-        return self._num_units
 
     @property
     def num_samples(self) -> int:
@@ -89,13 +87,13 @@ class SyntheticEvaluator(Evaluator):
     def score(self, masks: Any) -> np.ndarray:
         removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
         self.calls.append(len(removed))
-        return np.array([self._loss(units) for units in removed])
+        return np.array([self.loss(units) for units in removed])
 
     def score_samples(self, masks: Any, samples: Any = None) -> np.ndarray:
         removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
         noise = self._noise if samples is None else self._noise[samples]
         self.sample_calls.append((len(removed), len(noise)))
-        return np.array([self._loss(units) + noise[:, units].sum(axis=1) for units in removed])
+        return np.array([self.loss(units) + noise[:, units].sum(axis=1) for units in removed])
 
     @property
     def num_looks(self) -> int:
@@ -110,7 +108,7 @@ class SyntheticEvaluator(Evaluator):
         )  # of equal masks the first
         check_race(keep, len(distinct), confidence, tolerance)
         self.races.append((len(distinct), keep))
-        losses = np.array([self._loss(np.flatnonzero(~mask)) for mask in rows[distinct]])
+        losses = np.array([self.loss(np.flatnonzero(~mask)) for mask in rows[distinct]])
         best = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
         early = len(distinct) - keep if self.num_looks > 1 else 0
         return Selection(
@@ -126,18 +124,19 @@ class SyntheticEvaluator(Evaluator):
         return np.arccos(np.clip(self.similarity(), -1.0, 1.0)) / np.pi
 
     def unit_gradients(self) -> np.ndarray:
-        gradients = self._noise - self._linear
+        gradients = self._noise - self.linear
         gradients[:, list(self._broken)] *= 1000.0
         return gradients
 
     def unit_salience(self, power: int = 1) -> np.ndarray:
         return np.abs(self.unit_gradients().mean(axis=0)) ** power
 
-    def _loss(self, units: np.ndarray) -> float:
+    def loss(self, units: np.ndarray) -> float:
+        """The loss of removing these units int64[N]."""
         if set(units.tolist()) & self._broken:
             return np.nan
-        quadratic = self._linear[units].sum() + self._pairs[np.ix_(units, units)].sum()
-        return quadratic + self._curvature * np.sin(3.0 * self._linear[units].sum() + len(units))
+        quadratic = self.linear[units].sum() + self.pairs[np.ix_(units, units)].sum()
+        return quadratic + self._curvature * np.sin(3.0 * self.linear[units].sum() + len(units))
 
 
 def check_algorithm(name: str, **options: Any) -> None:

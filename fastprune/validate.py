@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import math
 import os
-from numbers import Real
+from collections.abc import Iterable
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
-from .errors import InputError
+from .errors import InputError, shown
+
+Kind = TypeVar("Kind")
 
 
 def check_folder(folder: Path) -> Path:
@@ -31,15 +36,148 @@ def refuse_existing(path: Path) -> Path:
     return path
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer of Python or NumPy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number of Python or NumPy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_integer(
+    name: str, value: Any, least: int | None = None, most: int | None = None, of: str = ""
+) -> int:
+    """Check an integer of Python or NumPy.
+
+    Args:
+        name: The argument's, for the error.
+        value: The argument.
+        least: The smallest integer that is right.
+        most: The largest integer that is right.
+        of: Words that say where the limits come from, such as "the number of masks".
+
+    Returns:
+        The value, as Python's integer.
+
+    Raises:
+        InputError: The value is no integer, or outside the limits.
+
+    >>> check_integer("keep", 3, 1, 5)
+    3
+    """
+    low = -math.inf if least is None else least
+    high = math.inf if most is None else most
+    if not is_integer(value) or not low <= value <= high:
+        limits = _limits(least, most)
+        raise InputError(
+            f"{name} must be an integer{limits}{of and f', {of}'}, not {shown(value)}",
+            argument=name,
+            least=least,
+            most=most,
+        )
+    return int(value)
+
+
+def check_number(
+    name: str, value: Any, least: float | None = None, most: float | None = None
+) -> float:
+    """Check a finite real number of Python or NumPy, within its limits. Raises InputError.
+
+    >>> check_number("tolerance", 0, least=0)
+    0.0
+    """
+    low = -math.inf if least is None else least
+    high = math.inf if most is None else most
+    if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
+        raise InputError(
+            f"{name} must be a number{_limits(least, most)}, not {shown(value)}",
+            argument=name,
+            least=least,
+            most=most,
+        )
+    return float(value)
+
+
+def check_probability(name: str, value: Any) -> float:
+    """Check a number above 0 and below 1, such as a confidence. Raises InputError.
+
+    >>> check_probability("confidence", 0.99)
+    0.99
+    """
+    if not is_number(value) or not 0 < value < 1:
+        raise InputError(
+            f"{name} must be between 0 and 1, such as 0.99, not {shown(value)}",
+            argument=name,
+            least=0,
+            most=1,
+        )
+    return float(value)
+
+
 def check_bytes(name: str, value: Any, least: int) -> int | None:
-    """The number of bytes, if it is a whole one of at least `least`; None stays None. Raises
-    InputError."""
+    """Check a whole number of bytes, at least `least`; None stays None. Raises InputError.
+
+    >>> check_bytes("memory_bytes", 2.0**20, 1)
+    1048576
+    """
     if value is None:
         return None
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not least <= value < float("inf") or int(value) != value:
-        raise InputError(f"{name} must be a number of bytes, at least {least}, not {value!r}")
+    if not is_number(value) or not least <= value < math.inf or int(value) != value:
+        raise InputError(
+            f"{name} must be a number of bytes, at least {least}, not {shown(value)}",
+            argument=name,
+            least=least,
+        )
     return int(value)
+
+
+def check_one_of(name: str, value: Any, known: Iterable[str], also: str = "") -> str:
+    """Check that a value is one of those known. Raises InputError, which suggests the nearest;
+    `also` says there what else would be right.
+
+    >>> check_one_of("backend", "fused", ("auto", "fused"))
+    'fused'
+    """
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        close = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(
+            f"{name} must be {also and f'{also}, or '}one of {', '.join(known)}, not "
+            f"{shown(value)}{hint}",
+            argument=name,
+        )
+    return value
+
+
+def check_kind(name: str, value: object, kind: type[Kind], right: str) -> Kind:
+    """Check that a value is of a class; `right` says in the error what would be. Raises InputError.
+
+    >>> check_kind("path", "a.txt", str, "the path of a file")
+    'a.txt'
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name} must be {right}, not {type(value).__name__}", argument=name)
+    return value
+
+
+def check_callable(name: str, value: Any, right: str) -> Any:
+    """Check that a value can be called; `right` says in the error what would be. Raises InputError.
+
+    >>> check_callable("progress", print, "a function")
+    <built-in function print>
+    """
+    if not callable(value):
+        raise InputError(f"{name} must be {right}, not {shown(value)}", argument=name)
+    return value
+
+
+def _limits(least: float | None, most: float | None) -> str:
+    if most is None:
+        return "" if least is None else f" of at least {least}"
+    return f" of at most {most}" if least is None else f" from {least} to {most}"
 
 
 def require(extra: str, *modules: str) -> None:

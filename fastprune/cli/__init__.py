@@ -7,7 +7,6 @@ line.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from contextlib import suppress
 
@@ -17,9 +16,6 @@ from .._version import __version__
 from ..errors import InputError
 from . import commands, evaluation, stores, studies
 from .output import cannot_print, is_of_printing, prepare_streams
-
-# parameters of the library that its messages name, where the command line has a flag of that name
-FLAGS = re.compile(r"(?<![\w/.-])(num_samples|seq_len|num_remove)(?![\w/.-])")
 
 # How threads wait for each other at barriers. By default they spin: where another process takes a
 # core, one that spins keeps from running what it waits for, and all takes twenty times as long.
@@ -58,7 +54,6 @@ def main() -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    message = FLAGS.sub(lambda name: f"--{name[0].replace('_', '-')}", message)
     line = f"fastprune: {' '.join(message.split())}"
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     if (

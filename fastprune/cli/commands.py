@@ -119,9 +119,9 @@ def algorithms(names: tuple[str, ...]) -> None:
     With names: these, and how they work. k units of U are removed; a cost is the number of masks
     that are scored.
     """
-    from ..search import ALGORITHMS, find_algorithm
+    from ..search import find_algorithm, known_algorithms
 
-    chosen = [find_algorithm(name) for name in names] or ALGORITHMS.values()
+    chosen = [find_algorithm(name) for name in names] or known_algorithms().values()
     with printing():
         for known in chosen:
             row = known.describe()
@@ -233,8 +233,7 @@ def search(
 
     given = split_options(options)
     check_algorithm(algorithm, given)
-    with naming("--racing"):
-        check_racing([algorithm], racing)
+    check_racing([algorithm], racing)
     check_gradients([algorithm], click.get_current_context().params["objective"])
     target = Path(out_dir) / "result.json" if out_dir else None
     if target:

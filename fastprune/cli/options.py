@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError, nearest
+from ..errors import InputError
 from ..masks import parse_removed
-from ..objectives import OBJECTIVES, Objective
-from ..validate import check_folder
+from ..objectives import OBJECTIVES, Objective, Perplexity
+from ..validate import check_folder, check_one_of
 from ..workers.processes import MOST_WORKERS, Processes, Workers
 from .output import progress_bar
 
@@ -52,7 +53,28 @@ def _to_bytes(
 
 
 class Command(click.Command):
-    """A command that takes no option twice but those that are lists: the last would win unseen."""
+    """A command that spells the arguments of errors as its flags, and takes no option twice but
+    those that are lists: the last would win unseen."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except InputError as error:
+            raise InputError(self._spell(error)) from error
+
+    def _spell(self, error: InputError) -> str:
+        """The error's message with flags in the place of arguments, and limits in their units."""
+        options = {own.name: own for own in self.params if isinstance(own, click.Option)}
+        message = error.message
+        if error.argument in options:
+            option = options[error.argument]
+            flag, rest = option.opts[0], message.removeprefix(error.argument)
+            message = f"{flag}: {message}" if rest == message else f"{flag}{rest}"
+            if option.callback is _to_bytes and error.least is not None:
+                message += f" ({flag} {math.ceil(error.least / 2**30 * 1e6) / 1e6:.6f})"
+        flags = {name: options[name].opts[0] for name in error.fits if name in options}
+        fits = [f"{flags.get(name, name)} {value}" for name, value in error.fits.items()]
+        return f"{message}; what fits: {' or '.join(fits)}" if fits else message
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         *_, order = self.make_parser(context).parse_args(args=list(arguments))
@@ -67,11 +89,7 @@ class Known(click.Choice):
     """A choice whose error suggests the nearest name."""
 
     def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        if value not in self.choices:
-            raise InputError(
-                f"{parameter.opts[0]}: unknown value {value!r}; {nearest(value, self.choices)}"
-            )
-        return value
+        return check_one_of(parameter.opts[0], value, self.choices)
 
 
 class Units(click.ParamType):
@@ -273,7 +291,7 @@ store_option = click.option(
 _objective_options = group(
     click.option(
         "--objective",
-        default="perplexity",
+        default=Perplexity.name,
         show_default=True,
         help=f"One of {', '.join(OBJECTIVES)}.",
     ),
@@ -436,10 +454,7 @@ def check_calibration(
     given."""
     from .. import demo
 
-    if objective not in OBJECTIVES:
-        raise InputError(
-            f"--objective: unknown objective {objective!r}; {nearest(objective, OBJECTIVES)}"
-        )
+    check_one_of("--objective", objective, OBJECTIVES)
     if calibration is None and model == "demo":
         return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
     if calibration is None:
@@ -469,8 +484,8 @@ def open_objective(
         if num_samples is not None and tasks.num_questions < num_samples:
             raise InputError(
                 f"{calibration}: holds {tasks.num_questions} questions, but {num_samples} samples "
-                f"were asked for; "
-                f"what fits: num_samples={tasks.num_questions}"
+                f"were asked for",
+                fits={"num_samples": tasks.num_questions},
             )
         objective = make(tasks)
         objective.source = (
@@ -484,7 +499,9 @@ def open_objective(
         seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
     if seq_len is not None and model.max_positions and seq_len > model.max_positions:
         raise InputError(
-            f"seq-len {seq_len} is longer than the model's {model.max_positions} positions"
+            f"seq_len {seq_len} is longer than the model's {model.max_positions} positions",
+            argument="seq_len",
+            most=model.max_positions,
         )
     objective = make(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
     objective.source = f"{calibration}, drawn by seed {seed}"

@@ -5,7 +5,6 @@ Commands write their files first and print afterwards, inside `printing`.
 
 from __future__ import annotations
 
-import codecs
 import os
 import sys
 import traceback
@@ -17,8 +16,6 @@ import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# what stands in for characters that a terminal's encoding has not
-STAND_INS = {"■": "#", "·": ".", "…": "~", "–": "-", "—": "-", "’": "'", "×": "x", "ρ": "rho"}
 WIDE = 240  # columns of a table that goes to a file or a program: enough for all of ours
 
 
@@ -94,20 +91,11 @@ def prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
-    codecs.register_error("fastprune", _stand_in)
     stdout: Any = sys.stdout
     with suppress(
         AttributeError
     ):  # a stream that a caller has put there need not be one of text over bytes
-        stdout.reconfigure(errors="fastprune")
-
-
-def _stand_in(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return "".join(
-        STAND_INS.get(letter, "?") for letter in error.object[error.start : error.end]
-    ), error.end
+        stdout.reconfigure(errors="backslashreplace")
 
 
 def _silence() -> None:

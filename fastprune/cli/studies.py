@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..errors import InputError, nearest
 from ..objectives import OBJECTIVES
-from ..search import ALGORITHMS, check_algorithm, check_racing
+from ..search import ALGORITHMS, check_algorithm, check_racing, find_algorithm, known_algorithms
 from ..study import check_study, check_study_folder, figures, run_study, write_report
 from ..study.folder import check_label
 from ..study.tables import (
@@ -157,7 +157,7 @@ def study(
     study.json and report.html. Interrupted, it continues where it stopped.
     """
     names = (
-        list(ALGORITHMS)
+        list(known_algorithms())
         if algorithms == "all"
         else [name.strip() for name in algorithms.split(",")]
     )
@@ -563,10 +563,8 @@ def _options_by_algorithm(options: Sequence[str]) -> dict[str, dict[str, str]]:
             raise InputError(
                 f"--option takes ALGORITHM.NAME=VALUE, such as beam.beam_width=5, not {text!r}"
             )
-        if algorithm not in ALGORITHMS:
-            raise InputError(
-                f"--option: unknown algorithm {algorithm!r}; {nearest(algorithm, ALGORITHMS)}"
-            )
+        with naming("--option"):
+            find_algorithm(algorithm)
         found.setdefault(algorithm, {})[option] = value
     return found
 

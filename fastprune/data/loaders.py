@@ -10,7 +10,10 @@ import numpy as np
 
 from ..errors import InputError, shown
 from ..io import read_jsonl, read_npy
+from ..validate import check_callable, check_integer, check_kind, is_integer
 from .tokens import Tasks, TokenBatch
+
+MOST_COUNT = 2**63 - 1
 
 
 def load_text(
@@ -43,15 +46,18 @@ def load_text(
     _check_count("seed", seed, 0)
     if not path.is_file():
         raise InputError(f"{path}: no such calibration file")
+    longer = ""
     if path.suffix in (".npy", ".safetensors"):
         ids = _read_ids(path)
         if seq_len is not None and seq_len > ids.shape[1]:
             raise InputError(
-                f"{path}: its sequences have {ids.shape[1]} tokens, but seq_len is {seq_len}"
+                f"{path}: its sequences have {ids.shape[1]} tokens, fewer than the {seq_len} asked "
+                f"for",
+                fits={"seq_len": ids.shape[1]},
             )
         windows, unit = ids[:, :seq_len], "sequences"
         num_samples = len(windows) if num_samples is None else num_samples
-        fits = [f"num_samples={len(windows)}"]
+        fits = {"num_samples": len(windows)}
     elif path.suffix in (".txt", ".jsonl"):
         if tokenizer is None:
             raise InputError(
@@ -66,17 +72,20 @@ def load_text(
         windows = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
         unit = f"windows of {seq_len} tokens"
         num_samples = num_samples or max(1, min(64, len(windows)))
-        fits = [f"num_samples={len(windows)}"] * (len(windows) > 0)
-        fits += [f"seq_len={len(stream) // num_samples}"] * (len(stream) >= 2 * num_samples)
-        fits = fits or [f"a longer text (this one has {len(stream)} tokens)"]
+        fits = {"num_samples": len(windows)} if len(windows) else {}
+        if len(stream) >= 2 * num_samples:
+            fits["seq_len"] = len(stream) // num_samples
+        if not fits:
+            longer = f"; what fits: a longer text (this one has {len(stream)} tokens)"
     else:
         raise InputError(
             f"{path}: calibration text is read from .txt, .jsonl, .npy or .safetensors files"
         )
     if len(windows) < num_samples:
         raise InputError(
-            f"{path}: holds {len(windows)} {unit}, but {num_samples} samples were asked for; "
-            f"what fits: {' or '.join(fits)}"
+            f"{path}: holds {len(windows)} {unit}, but {num_samples} samples were asked "
+            f"for{longer}",
+            fits=fits,
         )
     drawn = np.sort(np.random.default_rng(seed).choice(len(windows), num_samples, replace=False))
     return TokenBatch.from_ids(windows[drawn])
@@ -142,7 +151,7 @@ def _check_task(row: Any, place: str) -> tuple[str, list[str], int]:
         raise InputError(f"{place}: choices must be a list of strings that are not empty")
     if len(choices) < 2:
         raise InputError(f"{place}: a question needs at least 2 choices, not {len(choices)}")
-    if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < len(choices):
+    if not is_integer(correct) or not 0 <= correct < len(choices):
         raise InputError(
             f"{place}: answer must be the index of a choice, 0 to {len(choices) - 1}, not "
             f"{shown(correct)}"
@@ -212,23 +221,14 @@ def _read_ids(path: Path) -> np.ndarray:
 
 
 def _check_path(path: object) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise InputError(f"path must be that of a file, not {shown(path)}")
-    return Path(path)
+    path = os.fspath(path) if isinstance(path, os.PathLike) else path
+    return Path(check_kind("path", path, str, "that of a file"))
 
 
 def _check_tokenizer(tokenizer: object) -> None:
-    if not callable(tokenizer):
-        raise InputError(
-            f"tokenizer must be one of transformers, such as model.tokenizer, not "
-            f"{shown(tokenizer)}"
-        )
+    check_callable("tokenizer", tokenizer, "one of transformers, such as model.tokenizer")
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least
-    ):
-        raise InputError(f"{name} must be an integer of at least {least}, not {shown(value)}")
-    if value is not None and value >= 2**63:
-        raise InputError(f"{name} must be less than 2**63, not {shown(value)}")
+    if value is not None:
+        check_integer(name, value, least, MOST_COUNT)

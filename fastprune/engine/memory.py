@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data import TokenBatch
-from ..errors import InputError, gb_flag
+from ..errors import InputError
 from ..models import Model, Runner
 from ..models.swap import State, hidden_of, state_bytes
 from ..plan.layout import Layout, make_layout
@@ -93,7 +93,7 @@ class MemoryLimit:
             tokens = self.footprint.tokens_within(room, self._slots)
             if tokens:
                 return make_layout(self._batch, min(_chunk_tokens(self._model), tokens), size)
-        raise InputError(self._too_small("one row of the batch", self.footprint.longest_row))
+        raise self._too_small("one row of the batch", self.footprint.longest_row)
 
     def check(self, layout: Layout) -> Layout:
         """The layout, if it is one of the batch and fits the limit; else InputError."""
@@ -103,7 +103,7 @@ class MemoryLimit:
             len(rows) * int(self._batch.row_lengths[list(rows)].max()) for rows in layout.chunks
         )
         if self._least_bytes(widest) > self.limit:
-            raise InputError(self._too_small("the largest chunk of the layout", widest))
+            raise self._too_small("the largest chunk of the layout", widest)
         return layout
 
     def smaller(self, layout: Layout) -> Layout | None:
@@ -148,11 +148,12 @@ class MemoryLimit:
                 self._runner, self._batch, self._granularity, self._run_head, tile
             )
 
-    def _too_small(self, part: str, tokens: int) -> str:
+    def _too_small(self, part: str, tokens: int) -> InputError:
         least = self._least_bytes(tokens)
-        return (
-            f"memory_bytes is too small: {part} takes {least} bytes, not {self.limit} "
-            f"({gb_flag('memory', least)})"
+        return InputError(
+            f"memory_bytes is too small: {part} takes {least} bytes, not {self.limit}",
+            argument="memory_bytes",
+            least=least,
         )
 
     def _least_bytes(self, tokens: int) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+
+from ..objectives import OBJECTIVES
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HEALING = """\
@@ -174,9 +175,7 @@ def all_recipes(
 
 
 def _shown(name: str, loss: float) -> str:
-    is_text = (
-        name.partition(",")[0] == "perplexity"
-    )  # behind the comma stands what it was measured on
-    return (
-        f"{loss:.4f} (perplexity {math.exp(loss):.3f})" if is_text and loss < 700 else f"{loss:.4f}"
-    )
+    objective = OBJECTIVES.get(name.partition(",")[0])  # after the comma: its calibration set
+    if objective is None or not objective.reading:
+        return f"{loss:.4f}"
+    return f"{loss:.4f} ({objective.reading} {objective.read(loss)})"

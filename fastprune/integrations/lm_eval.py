@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from ..data import TokenBatch, common_prefix
-from ..errors import InputError, nearest, shown
+from ..errors import InputError, shown
 from ..evaluator import Evaluator
 from ..masks import as_masks, from_removed, parse_removed, to_removed
 from ..models import Model, load_model
 from ..objectives import Objective
+from ..validate import check_one_of
 from ..workers.processes import Processes, Workers, check_workers
 from . import require_harness
 
@@ -539,8 +540,7 @@ def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise InputError(
                 f"{what}: {name!r} has no value; write units as removed=9-11 or removed=[9,10]"
             )
-        if name not in known:
-            raise InputError(f"{what}: unknown name {name!r}; {nearest(name, known)}")
+        check_one_of(what, name, known)
 
 
 def plain(result: Mapping) -> dict:

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..evaluator import Evaluator
 from ..masks import check_removed, from_removed
 from ..search import protected_units
-from ..validate import require
+from ..validate import check_integer, check_kind, check_probability, require
 
 if TYPE_CHECKING:
     import optuna
@@ -140,27 +140,21 @@ def _check(
     """The function that makes a subset of a trial. Raises InputError for what cannot be run."""
     import optuna
 
-    if not isinstance(study, optuna.Study):
-        raise InputError(f"study must be an optuna study, not {type(study).__name__}")
+    check_kind("study", study, optuna.Study, "an optuna study")
     if list(study.directions) != [optuna.study.StudyDirection.MINIMIZE]:
         raise InputError(
             "the study must minimize one value, the loss: optuna.create_study(direction='minimize')"
         )
-    if not isinstance(evaluator, Evaluator):
-        raise InputError(f"evaluator must be an Evaluator, not {type(evaluator).__name__}")
+    check_kind("evaluator", evaluator, Evaluator, "an Evaluator")
     for name, count in (("n_trials", n_trials), ("batch_size", batch_size), ("keep", keep)):
-        if type(count) is not int or count < 1:
-            raise InputError(f"{name} must be an integer of at least 1, not {count!r}")
-    if racing is not None and (
-        isinstance(racing, bool) or not isinstance(racing, float) or not 0 < racing < 1
-    ):
-        raise InputError(f"racing must be between 0 and 1, such as 0.99, not {racing!r}")
+        check_integer(name, count, least=1)
+    if racing is not None:
+        check_probability("racing", racing)
     if suggest is not None:
         if num_remove is not None or tuple(protect):
             raise InputError("give either suggest or num_remove and protect")
         return suggest
     stay = protected_units(protect, evaluator.num_units, evaluator.granularity)
     most = min(evaluator.num_units - 1, evaluator.num_units - len(stay))
-    if type(num_remove) is not int or not 0 <= num_remove <= most:
-        raise InputError(f"num_remove must be from 0 to {most}, not {num_remove!r}")
-    return lambda trial: suggest_removed(trial, evaluator.num_units, num_remove, stay)
+    count = check_integer("num_remove", num_remove, 0, most)
+    return lambda trial: suggest_removed(trial, evaluator.num_units, count, stay)

@@ -230,13 +230,13 @@ def make_runner(model: Model, backend: str) -> Model | FusedModel:
         return model
     if fast_operators(model.device, model.dtype) is None:
         if model.device.type == "cpu" and not native.available():
-            _say_once_that_the_extension_is_missing()
+            warn_of_missing_extension()
         return model
     return FusedModel(model)
 
 
 @functools.cache
-def _say_once_that_the_extension_is_missing() -> None:
+def warn_of_missing_extension() -> None:
     warnings.warn(
         "fastprune was installed without its compiled operators; models run on transformers' own "
         "code, which is slower",

@@ -13,23 +13,23 @@ from typing import Any
 import torch
 
 try:
-    from fastprune import _native as _found
+    from fastprune import _native
 except ImportError:
-    _found = None
+    _native = None
 
-_native: Any = _found
+extension: Any = _native  # None where it is not built
 
 FLOATS = (torch.float32, torch.bfloat16)
 
 
 def available() -> bool:
     """Whether the extension is there."""
-    return _native is not None
+    return extension is not None
 
 
 def instruction_set() -> str:
     """The one in use: avx512, avx2 or generic; "none" without the extension."""
-    return "none" if _native is None else _native.instruction_set()
+    return "none" if extension is None else extension.instruction_set()
 
 
 def add_rms_norm(
@@ -53,7 +53,7 @@ def add_rms_norm(
         normed = torch.empty_like(states)
     elif residual is not None and normed.data_ptr() == residual.data_ptr():
         raise ValueError("normed and residual must be two tensors, not one")
-    _native.add_rms_norm(
+    extension.add_rms_norm(
         states.data_ptr(),
         0 if branch is None else _address("branch", branch, shape, dtype),
         _address("weight", weight, (columns,), dtype),
@@ -94,7 +94,7 @@ def rotary(
         raise ValueError(f"cos must have shape [N, 1 to {head_dim // 2}], not {list(cos.shape)}")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must be given together")
-    _native.rotary(
+    extension.rotary(
         qkv.data_ptr(),
         cos.data_ptr(),
         _address("sin", sin, (positions, half), torch.float32),
@@ -145,7 +145,7 @@ def attention(
     shape = (len(qkv), num_heads * head_dim)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
-    _native.attention(
+    extension.attention(
         qkv.data_ptr(),
         _address("seen", seen, (given, length, 4), torch.int32),
         _address("out", out, shape, dtype),
@@ -172,7 +172,7 @@ def gated_mlp(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.T
     shape = (rows, width // 2)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
-    _native.gated_mlp(
+    extension.gated_mlp(
         gate_up.data_ptr(),
         _address("out", out, shape, dtype),
         rows,
@@ -194,7 +194,7 @@ def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.
         raise ValueError("logits must be contiguous within a row")
     if out is None:
         out = torch.empty(rows, dtype=torch.float32)
-    _native.log_sum_exp(
+    extension.log_sum_exp(
         logits.data_ptr(),
         _address("out", out, (rows,), torch.float32),
         rows,

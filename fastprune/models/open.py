@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, brief, shown
-from ..validate import check_bytes
+from ..validate import check_bytes, is_number
 from .device import available_bytes
 from .files import FLOATS, check_checkpoint, locate, stored_dtype, wrong_dtype
 from .generic import Model, layer_paths
@@ -100,7 +100,7 @@ def load_model(
             check_bytes("weights_bytes", weights_bytes, 1),
         )
     except InputError as error:
-        raise InputError(brief(str(error), LONGEST_MESSAGE)) from error.__cause__
+        raise error.restated(brief(error.message, LONGEST_MESSAGE)) from error.__cause__
 
 
 def _load(
@@ -277,7 +277,7 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             ) from error
         return None
     longest = getattr(tokenizer, "model_max_length", 0)
-    if not isinstance(longest, (int, float)):
+    if not is_number(longest):
         raise InputError(
             f"{folder / 'tokenizer_config.json'}: model_max_length must be a number, not "
             f"{shown(longest)}"

@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import InputError, gb_flag
+from ..errors import InputError
 
 # operations in the time that a byte takes to be read: about 50 GFLOP/s over 1 GB/s, and 400 TFLOP/s
 # over 8 GB/s
@@ -62,7 +62,9 @@ def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: 
         raise InputError(
             f"weights_bytes is too small for {name}: what stays loaded takes {always} bytes, a "
             f"block {block_bytes}; "
-            f"the smallest that works is {least}, not {limit} ({gb_flag('weights', least)})"
+            f"the smallest that works is {least}, not {limit}",
+            argument="weights_bytes",
+            least=least,
         )
     places = num_blocks if not block_bytes else min(num_blocks, (limit - always) // block_bytes)
     return Room(num_blocks, block_bytes, always, places)

@@ -19,10 +19,11 @@ from .registry import (
     check_racing,
     describe_algorithms,
     find_algorithm,
+    known_algorithms,
     load_plugins,
     require_sklearn,
 )
-from .run import Search, SearchResult, run_search
+from .run import Scorer, Search, SearchResult, run_search
 
 __all__ = [
     "ALGORITHMS",
@@ -30,6 +31,7 @@ __all__ = [
     "Allowed",
     "Count",
     "CountOrAuto",
+    "Scorer",
     "Search",
     "SearchResult",
     "Share",
@@ -38,9 +40,9 @@ __all__ = [
     "check_racing",
     "describe_algorithms",
     "find_algorithm",
+    "known_algorithms",
+    "load_plugins",
     "protected_units",
     "require_sklearn",
     "run_search",
 ]
-
-load_plugins()

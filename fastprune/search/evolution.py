@@ -86,9 +86,9 @@ def _halves_to_remove(
 ) -> None:
     if granularity == "sublayer" and flips == "published" and num_remove % 2:
         raise InputError(
-            f"evopress removes as many attentions as MLPs: num_remove must be even, not "
-            f"{num_remove}, "
-            "or set its option flips=free"
+            f"num_remove must be even, not {num_remove}, or set the option flips=free: evopress "
+            f"removes as many attentions as MLPs",
+            argument="num_remove",
         )
 
 

@@ -45,10 +45,13 @@ class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
 
 class MaskProcess:
     """The posterior of a loss over masks: kernel s^2 exp(-hamming / l) + noise, s, l and the noise
-    by marginal likelihood, found from where the fit before left them."""
+    by marginal likelihood, found from where the fit before left them.
+
+    kernel: fitted by the last fit. regressor: scikit-learn's, of the last fit.
+    """
 
     def __init__(self) -> None:
-        self._kernel: Any = ConstantKernel(1.0, (1e-3, 1e3)) * HammingKernel(4.0) + WhiteKernel(
+        self.kernel: Any = ConstantKernel(1.0, (1e-3, 1e3)) * HammingKernel(4.0) + WhiteKernel(
             1e-2, (1e-6, 1.0)
         )
 
@@ -56,20 +59,20 @@ class MaskProcess:
         """masks float64[N, U] of 0 and 1; residuals float64[N], the losses less their prior
         mean."""
         self._scale = residuals.std() or 1.0
-        self._process = GaussianProcessRegressor(self._kernel, alpha=0.0)
+        self.regressor = GaussianProcessRegressor(self.kernel, alpha=0.0)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", ConvergenceWarning
             )  # a bound is a fair answer, as for losses without noise
-            self._process.fit(masks, residuals / self._scale)
-        self._kernel = self._process.kernel_
+            self.regressor.fit(masks, residuals / self._scale)
+        self.kernel = self.regressor.kernel_
 
     def expected_improvement(self, masks: np.ndarray, margins: np.ndarray) -> np.ndarray:
         """E[max(0, margin - f)], float64[N], f the posterior residual; margins: the best loss less
         the prior mean."""
-        mean, deviation = self._process.predict(masks, return_std=True)
+        mean, deviation = self.regressor.predict(masks, return_std=True)
         # predict adds the noise of an observation, which is none of the function's own uncertainty
-        deviation = np.sqrt(np.maximum(deviation**2 - self._kernel.k2.noise_level, 1e-18))
+        deviation = np.sqrt(np.maximum(deviation**2 - self.kernel.k2.noise_level, 1e-18))
         gain = margins / self._scale - mean
         z = gain / deviation
         return self._scale * (gain * ndtr(z) + deviation * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi))

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..errors import InputError, nearest
 from ..masks import check_removed
+from ..validate import check_one_of
 
 PRESETS = {"sleb": (1, 1), "shortened-llama": (4, 2)}  # blocks at the start and at the end
 
@@ -21,11 +21,7 @@ def protected_units(
     """
     if not isinstance(protect, str):
         return check_removed(protect, num_units, "protected")
-    if protect not in PRESETS:
-        raise InputError(
-            f"unknown preset {protect!r} of protected units; {nearest(protect, PRESETS)}; or "
-            f"indices, such as (0, 1)"
-        )
+    check_one_of("protect", protect, PRESETS, also="indices such as (0, 1)")
     first, last = PRESETS[protect]
     halves = 2 if granularity == "sublayer" else 1
     return tuple(

@@ -17,10 +17,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any
 
-from ..errors import InputError, nearest
+from ..errors import InputError
+from ..validate import check_one_of, check_probability
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Algorithm:
         return value
 
 
-ALGORITHMS: dict[str, Algorithm] = {}
+ALGORITHMS: dict[str, Algorithm] = {}  # registered so far; known_algorithms() has all
 GROUP = "fastprune.algorithms"  # of entry points
 
 
@@ -221,11 +222,21 @@ def load_plugins() -> None:
             )
 
 
+_load_plugins_once = cache(load_plugins)
+
+
+def known_algorithms() -> Mapping[str, Algorithm]:
+    """All algorithms by name. The first call loads those of installed packages."""
+    _load_plugins_once()
+    return ALGORITHMS
+
+
 def find_algorithm(name: str) -> Algorithm:
     """The algorithm of this name. Raises InputError for one that is not known."""
-    if name not in ALGORITHMS:
-        raise InputError(f"unknown algorithm {name!r}; {nearest(str(name), ALGORITHMS)}")
-    return ALGORITHMS[name]
+    if name in ALGORITHMS:  # one of ours needs no plugins
+        return ALGORITHMS[name]
+    known = known_algorithms()
+    return known[check_one_of("algorithm", name, known)]
 
 
 def check_algorithm(
@@ -248,18 +259,17 @@ def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
     """Raise InputError for a confidence outside (0, 1), or algorithms none of which races."""
     if racing is None:
         return
-    if isinstance(racing, bool) or not isinstance(racing, (int, float)) or not 0 < racing < 1:
-        raise InputError(
-            f"racing must be a confidence between 0 and 1, such as 0.99, not {racing!r}"
-        )
-    racers = [known.name for known in ALGORITHMS.values() if known.races]
+    check_probability("racing", racing)
+    racers = [known.name for known in known_algorithms().values() if known.races]
     if not set(racers) & set(algorithms):
         what = (
             "needs every loss it asks for and does not race"
             if len(algorithms) == 1
             else "do not race"
         )
-        raise InputError(f"{', '.join(algorithms)} {what}; these do: {', '.join(racers)}")
+        raise InputError(
+            f"{', '.join(algorithms)} {what}; these do: {', '.join(racers)}", argument="racing"
+        )
 
 
 def require_sklearn(what: str) -> None:
@@ -271,8 +281,8 @@ def require_sklearn(what: str) -> None:
 
 
 def describe_algorithms() -> list[dict]:
-    """What Algorithm.describe says of every algorithm, in the order of ALGORITHMS."""
-    return [known.describe() for known in ALGORITHMS.values()]
+    """What Algorithm.describe says of every algorithm, in the order of known_algorithms()."""
+    return [known.describe() for known in known_algorithms().values()]
 
 
 def _sections(doc: str) -> dict[str, str]:

@@ -6,19 +6,67 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..errors import InputError
 from ..masks import from_removed
+from ..validate import check_integer
 from .protect import protected_units
 from .registry import check_algorithm, check_racing
 
-if TYPE_CHECKING:  # what lists algorithms or checks a name does without torch
-    from ..evaluator import Evaluator
+if TYPE_CHECKING:
+    from ..plan.racing import Selection
 
 Removed = tuple[int, ...]
+
+
+class Named(Protocol):
+    """An objective, as results name it."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class RunCounts(Protocol):
+    """Unit runs so far: those made, and those of one forward pass per mask."""
+
+    @property
+    def unit_runs(self) -> float: ...
+    @property
+    def naive_unit_runs(self) -> float: ...
+
+
+class Scorer(Protocol):
+    """All that a search asks of an evaluator. `Evaluator` documents each member; tests have another
+    one (`fastprune.testing.SyntheticEvaluator`)."""
+
+    @property
+    def num_units(self) -> int: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def num_looks(self) -> int: ...
+    @property
+    def granularity(self) -> str: ...
+    @property
+    def objective(self) -> Named: ...
+    @property
+    def stats(self) -> RunCounts: ...
+    @property
+    def sample_tokens(self) -> np.ndarray: ...
+    @property
+    def sample_groups(self) -> list[np.ndarray]: ...
+    def score(self, masks: np.ndarray) -> np.ndarray: ...
+    def score_samples(self, masks: np.ndarray, samples: Any = None) -> np.ndarray: ...
+    def select(
+        self, masks: np.ndarray, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
+    ) -> Selection: ...
+    def similarity(self) -> np.ndarray: ...
+    def angular_distance(self) -> np.ndarray: ...
+    def unit_gradients(self) -> np.ndarray: ...
+    def unit_salience(self, power: int = 1) -> np.ndarray: ...
 
 
 class Search:
@@ -33,7 +81,7 @@ class Search:
 
     def __init__(
         self,
-        evaluator: Evaluator,
+        evaluator: Scorer,
         num_remove: int,
         seed: int,
         protect: Iterable[int] | str,
@@ -106,17 +154,16 @@ class Search:
         return best
 
     def _check_budget(self, num_remove: object) -> int:
-        if isinstance(num_remove, bool) or not isinstance(num_remove, (int, np.integer)):
-            raise InputError(f"num_remove must be an integer, not {num_remove!r}")
-        if not 0 <= num_remove < self.num_units:
-            raise InputError(
-                f"num_remove must be from 0 to {self.num_units - 1} (the model has "
-                f"{self.num_units} units)"
-            )
+        of = f"since the model has {self.num_units} units"
+        num_remove = check_integer("num_remove", num_remove, 0, self.num_units - 1, of)
         if num_remove > len(self.candidates):
             free = "1 unit is" if len(self.candidates) == 1 else f"{len(self.candidates)} units are"
-            raise InputError(f"num_remove is {num_remove}, but only {free} not protected")
-        return int(num_remove)
+            raise InputError(
+                f"num_remove is {num_remove}, but only {free} not protected",
+                argument="num_remove",
+                most=len(self.candidates),
+            )
+        return num_remove
 
 
 @dataclass(frozen=True)
@@ -168,7 +215,7 @@ class SearchResult:
 
 
 def run_search(
-    evaluator: Evaluator,
+    evaluator: Scorer,
     algorithm: str,
     num_remove: int,
     seed: int = 0,
@@ -178,13 +225,13 @@ def run_search(
 ) -> SearchResult:
     """Search for the num_remove units whose removal gives the lowest loss.
 
-    algorithm: a name of ALGORITHMS; options are its own. protect: units that must stay, or the name
-    of a preset, "sleb" or "shortened-llama": what those methods never remove. racing: a confidence
-    such as 0.99 lets subsets that are beaten beyond doubt leave early (Evaluator.select), in each
-    selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
-    a seed. Raises InputError for an unknown algorithm, option or preset, for a budget outside
-    0..U-1, and for racing outside (0, 1) or with an algorithm that does not race; ArithmeticError
-    when no subset has a finite loss.
+    algorithm: a name of known_algorithms(); options are its own. protect: units that must stay, or
+    the name of a preset, "sleb" or "shortened-llama": what those methods never remove. racing: a
+    confidence such as 0.99 lets subsets that are beaten beyond doubt leave early
+    (Evaluator.select), in each selection of an algorithm that races; the result's loss is exact all
+    the same. Deterministic for a seed. Raises InputError for an unknown algorithm, option or
+    preset, for a budget outside 0..U-1, and for racing outside (0, 1) or with an algorithm that
+    does not race; ArithmeticError when no subset has a finite loss.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator
@@ -196,14 +243,14 @@ def run_search(
     check_racing([algorithm], racing)
     if not hasattr(evaluator, "num_units"):
         raise InputError(f"a search takes an Evaluator, not {type(evaluator).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise InputError(f"seed must be an integer of at least 0, not {seed!r}")
+    check_integer("seed", seed, least=0)
     search = Search(evaluator, num_remove, seed, protect, racing)
     if chosen.check_size:
         chosen.check_size(
             len(search.candidates), search.num_remove, evaluator.granularity, **options
         )
-    before, started = vars(evaluator.stats).copy(), time.perf_counter()
+    before = evaluator.stats.unit_runs, evaluator.stats.naive_unit_runs
+    started = time.perf_counter()
     chosen.function(search, **options)
     best = search.best()
     after = evaluator.stats
@@ -218,8 +265,8 @@ def run_search(
         loss=search.losses[best],
         history=list(search.losses.items()),
         evaluations=len(search.losses),
-        unit_runs=after.unit_runs - before["unit_runs"],
-        naive_unit_runs=after.naive_unit_runs - before["naive_unit_runs"],
+        unit_runs=after.unit_runs - before[0],
+        naive_unit_runs=after.naive_unit_runs - before[1],
         seconds=time.perf_counter() - started,
         racing=racing,
         decided_early=search.decided_early,

@@ -10,8 +10,6 @@ The work is done by the compiled solver (csrc/solver); without it the same searc
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastprune.errors import InputError
+from fastprune.errors import InputError, shown
+from fastprune.validate import check_integer, is_number
 
 from . import oracle
 
@@ -109,21 +108,16 @@ def solve_subset(
         raise InputError(f"H: expected a symmetric matrix, got entries {asymmetry:.3g} apart")
     h = 0.5 * (h + h.T)
 
-    k = _integer("k", k)
-    if not 0 <= k <= size:
-        raise InputError(f"k: expected 0..{size} (the number of variables), got {k}")
-    num_states = _integer("num_states", num_states)
-    if num_states < 1:
-        raise InputError(f"num_states: expected at least 1, got {num_states}")
-    num_states = min(num_states, math.comb(size, k))
+    k = check_integer("k", k, 0, size, of="the number of variables")
+    num_states = min(check_integer("num_states", num_states, least=1), math.comb(size, k))
     if time_limit is not None:
-        if isinstance(time_limit, bool) or not isinstance(time_limit, numbers.Real):
+        if not is_number(time_limit) or not time_limit > 0:
             raise InputError(
-                f"time_limit: expected seconds as a number or None, got {type(time_limit).__name__}"
+                f"time_limit must be a positive number of seconds, or None, not "
+                f"{shown(time_limit)}",
+                argument="time_limit",
             )
         time_limit = float(time_limit)
-        if not time_limit > 0:
-            raise InputError(f"time_limit: expected a positive number of seconds, got {time_limit}")
 
     native = _extension()
     if native is not None:
@@ -167,12 +161,3 @@ def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:
     if not np.isfinite(array).all():
         raise InputError(f"{name}: expected finite entries, got NaN or infinity")
     return array
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise InputError(f"{name}: expected an integer, got bool")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"{name}: expected an integer, got {type(value).__name__}") from None

@@ -264,7 +264,8 @@ class _Evaluators:
                 if not 0 <= num_remove < units:
                     raise InputError(
                         f"num_remove {num_remove} must be from 0 to {units - 1} ({model.name} has "
-                        f"{units} units)"
+                        f"{units} units)",
+                        argument="num_remove",
                     )
                 for algorithm in algorithms:
                     chosen, values = check_algorithm(algorithm, options.get(algorithm, {}))

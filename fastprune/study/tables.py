@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..objectives import Objective
 
-FULL, EMPTY = "■", "·"
+FULL, EMPTY = "#", "."
 
 
 def format_removed(removed: Sequence[int]) -> str:

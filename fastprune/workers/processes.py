@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError, brief
+from ..validate import check_integer
 from .messages import LAST, Stop, Word
 
 if TYPE_CHECKING:  # what checks a command line does without torch
@@ -228,13 +229,7 @@ class Processes(Workers):
 
 
 def check_workers(count: Any) -> int:
-    if (
-        isinstance(count, bool)
-        or not isinstance(count, (int, np.integer))
-        or not 1 <= count <= MOST_WORKERS
-    ):
-        raise InputError(f"workers must be a number from 1 to {MOST_WORKERS}, not {count!r}")
-    return int(count)
+    return check_integer("workers", count, 1, MOST_WORKERS)
 
 
 def _why(member: _Member) -> str:

@@ -154,7 +154,7 @@ class RemoteRuns:
                 self._workers.restart(worker)
                 self._send_open(worker, problem, setup)
             elif word.kind == "wrong":
-                raise InputError(f"worker {worker}: {word.value}")
+                _raise(worker, word)
             elif word.kind in ("failed", "memory", "lost"):
                 raise RuntimeError(f"worker {worker} could not open the model: {word.value}")
 
@@ -297,7 +297,8 @@ def _raise(worker: int, word: Word) -> None:
     if word.kind == "memory":
         raise OutOfMemory(said)
     if word.kind == "wrong":
-        raise InputError(said)
+        error: InputError = word.value
+        raise error.restated(f"worker {worker}: {error.message}")
     if word.kind == "failed":
         raise RuntimeError(said)
     if word.kind == "warning":

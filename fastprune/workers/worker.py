@@ -67,6 +67,7 @@ class Worker:
         if isinstance(request, Stop):
             return
         opens = isinstance(request, Open)
+        last: tuple[str, Any]
         try:
             with warnings.catch_warnings():
                 # the caller has seen the warnings of opening
@@ -74,7 +75,7 @@ class Worker:
                 warnings.showwarning = self._warn
                 last = self._open(request) if isinstance(request, Open) else self._run(request)
         except InputError as error:
-            last = "wrong", str(error)
+            last = "wrong", error
         except Cancelled:
             last = "stopped", None
         except Exception as error:

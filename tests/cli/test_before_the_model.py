@@ -211,9 +211,7 @@ def test_workers(refused, tmp_path):
 
 def test_races_of_a_study(refused, tmp_path):
     study = ("--out", tmp_path / "study")
-    assert "--racing: racing must be a confidence between 0 and 1" in refused(
-        "study", *study, "--racing", 99
-    )
+    assert "--racing: racing must be between 0 and 1" in refused("study", *study, "--racing", 99)
     alone = refused("study", *study, "--racing", 0.9, "--algorithms", "shortgpt")
     assert (
         "--racing: shortgpt needs every loss it asks for and does not race; these do: one_shot"

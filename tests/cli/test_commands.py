@@ -382,6 +382,7 @@ def test_the_memory_that_is_named_is_enough(run, checkpoint, text_file):
     )
     status, _, error = run(*score, "--memory-gb", 1e-7)
     assert status == 2
+    assert error.startswith("fastprune: --memory-gb is too small: one row of the batch takes ")
     least = re.search(r"\(--memory-gb ([\d.]+)\)$", error.strip())[1]
     assert run(*score, "--memory-gb", least)[0] == 0
     assert run(*score, "--memory-gb", float(least) / 2)[0] == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from fastprune.cli import cli
+
 
 @pytest.fixture
 def refused(run, monkeypatch):
@@ -34,7 +36,7 @@ DIGITS = "9" * 5000
 HUGE = "1" + "0" * 20
 BEYOND = str(2**63)
 
-SHARED = [  # of score, search and study
+SHARED = [  # options of score, search and study, which are the same objects: held for score
     *(("--seq-len", value) for value in (HUGE, DIGITS, "-1", "1", "0x10", "", LONG, "nan", "1e3")),
     *(("--num-samples", value) for value in (HUGE, DIGITS, "0", "-5", "2.5", NUL)),
     *(("--sample-seed", value) for value in (BEYOND, DIGITS, "-1")),
@@ -104,12 +106,25 @@ def test_score(refused, text_file, wrong):
     refused("score", "nowhere/model", "--calibration", text_file, "--removed", "1", *wrong)
 
 
-@pytest.mark.parametrize("wrong", [*SHARED, *SEARCH], ids=shown)
+@pytest.mark.parametrize("command", ["search", "study"])
+def test_commands_share_their_options(command):
+    """So that a value that score refuses is refused by all."""
+    score, other = (
+        {own.opts[0]: (own, own.to_info_dict()) for own in cli.commands[name].params}
+        for name in ("score", command)
+    )
+    for flag in {arguments[0].partition("=")[0] for arguments in SHARED} - {f"--{LONG}"}:
+        assert other[flag][1] == score[flag][1]
+        assert other[flag][0].callback == score[flag][0].callback
+    assert type(cli.commands[command]) is type(cli.commands["score"])
+
+
+@pytest.mark.parametrize("wrong", SEARCH, ids=shown)
 def test_search(refused, text_file, wrong):
     refused("search", "nowhere/model", "--calibration", text_file, "--num-remove", "1", *wrong)
 
 
-@pytest.mark.parametrize("wrong", [*SHARED, *STUDY], ids=shown)
+@pytest.mark.parametrize("wrong", STUDY, ids=shown)
 def test_study(refused, text_file, tmp_path, wrong):
     wrong = [argument.replace("{text}", str(text_file)) for argument in wrong]
     arguments = (

@@ -126,7 +126,7 @@ def test_calibration_files(fails, checkpoint, tmp_path):
     (tmp_path / "short.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9")
     short = score(tmp_path / "short.txt", "--seq-len", 4, "--num-samples", 3)
     assert "holds 2 windows of 4 tokens, but 3" in short
-    assert "what fits: --num-samples=2 or --seq-len=3" in short
+    assert "what fits: --num-samples 2 or --seq-len 3" in short
     (tmp_path / "rows.jsonl").write_text('{"txt": "a"}\n')
     assert "rows.jsonl:1" in score(tmp_path / "rows.jsonl")
     (tmp_path / "broken.jsonl").write_text('{"text": \n')

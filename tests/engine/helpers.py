@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import subprocess
 import sys
 
@@ -28,13 +27,11 @@ import fastprune as fp
 def smallest_budget(make) -> int:
     """The smallest byte budget with which make(memory_bytes) is accepted, as the first refusal
     names it."""
-    with pytest.raises(fp.InputError) as error:
+    with pytest.raises(fp.InputError, match="memory_bytes is too small: one row of") as error:
         make(1)
-    return int(
-        re.search(
-            r"memory_bytes is too small: one row of the batch takes (\d+) bytes", str(error.value)
-        )[1]
-    )
+    assert error.value.argument == "memory_bytes"
+    assert f"takes {error.value.least} bytes" in str(error.value)
+    return error.value.least
 
 
 def make_tasks(vocab_size: int, shapes, seed: int = 0) -> fp.Tasks:

@@ -80,9 +80,6 @@ def test_evaluator_arguments(hf, batch, tmp_path):
     file = tmp_path / "file"
     file.touch()
     refuses(f"{file} is a file, not a folder", fp.Evaluator, hf, objective, cache_dir=file)
-    refuses(
-        f"{file} is a file, not a folder", fp.Evaluator, hf, objective, cache_dir=file / "below"
-    )
 
 
 # -- calibration against the model -----------------------------------------------------------------

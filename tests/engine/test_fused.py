@@ -185,8 +185,8 @@ def test_auto_takes_the_fused_path_where_it_can():
 
 
 def test_without_the_extension_the_generic_path_runs_and_it_is_said_once(monkeypatch, recwarn):
-    monkeypatch.setattr(native, "_native", None)
-    fused._say_once_that_the_extension_is_missing.cache_clear()
+    monkeypatch.setattr(native, "extension", None)
+    fused.warn_of_missing_extension.cache_clear()
     hf = build("llama")
     for _ in range(2):
         assert fp.Evaluator(hf, perplexity(hf)[0]).backend == "generic"
@@ -231,13 +231,12 @@ def test_what_cannot_be_fused_says_why(family, change, why):
 
 def test_a_block_that_computes_something_else_is_refused(monkeypatch):
     """The check against the generic path is not idle: here attention has another scale."""
-    layer = fused._layer
+    layer = fused.Layer
 
-    def without_scale(module):
-        found = layer(module)
-        return fused.Layer(**{**vars(found), "scale": 2 * found.scale})
+    def with_another_scale(**parts):
+        return layer(**{**parts, "scale": 2 * parts["scale"]})
 
-    monkeypatch.setattr(fused, "_layer", without_scale)
+    monkeypatch.setattr(fused, "Layer", with_another_scale)
     hf = build("llama")
     with pytest.raises(fp.InputError, match="block 0 gives something else"):
         fp.Evaluator(hf, perplexity(hf)[0], backend="fused")

@@ -143,8 +143,8 @@ def test_looks_hold_every_row_once_and_grow(num_rows, length, first):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0}, "keep must be from 1 to 2"),
-        ({"keep": 3}, "keep must be from 1 to 2"),
+        ({"keep": 0}, "keep must be an integer from 1 to 2"),
+        ({"keep": 3}, "keep must be an integer from 1 to 2"),
         ({"keep": True}, "keep must be"),
         ({"confidence": 1}, "confidence must be between 0 and 1"),
         ({"confidence": 0.0}, "confidence must be between 0 and 1"),
@@ -217,5 +217,5 @@ def test_what_does_not_race_says_so():
     ):
         fp.run_search(ev, "bayesian", 2, racing=0.99)
     for racing in (0, 1, True, "0.9"):
-        with pytest.raises(fp.InputError, match="racing must be a confidence between 0 and 1"):
+        with pytest.raises(fp.InputError, match="racing must be between 0 and 1"):
             fp.run_search(ev, "greedy", 2, racing=racing)

@@ -309,7 +309,7 @@ def test_a_model_that_cannot_be_handed_over(batch):
 
 @pytest.mark.parametrize("count", [0, -1, True, 1.5, "2", 1 << 20])
 def test_counts_that_cannot_be(hf, batch, count):
-    with pytest.raises(fp.InputError, match=r"workers must be a number from 1 to 1024, not"):
+    with pytest.raises(fp.InputError, match=r"workers must be an integer from 1 to 1024, not"):
         fp.Evaluator(hf, fp.Perplexity(batch), workers=count)
 
 

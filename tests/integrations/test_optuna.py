@@ -127,9 +127,9 @@ def test_an_interrupted_batch_leaves_no_trial_running(hf):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_remove": 5}, "num_remove must be from 0 to 4"),
-        ({}, "num_remove must be from 0 to 4, not None"),
-        ({"num_remove": 4, "protect": (0, 1)}, "num_remove must be from 0 to 3"),
+        ({"num_remove": 5}, "num_remove must be an integer from 0 to 4"),
+        ({}, "num_remove must be an integer from 0 to 4, not None"),
+        ({"num_remove": 4, "protect": (0, 1)}, "num_remove must be an integer from 0 to 3"),
         ({"num_remove": 2, "n_trials": 0}, "n_trials must be"),
         ({"num_remove": 2, "batch_size": 2.0}, "batch_size must be"),
         ({"num_remove": 2, "racing": 1.0}, "racing must be between"),

@@ -19,16 +19,16 @@ from fastprune_kernels import reference
 pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 DTYPES = (torch.float32, torch.bfloat16)
-SETS = native._native.instruction_sets() if native.available() else ["none"]
+SETS = native.extension.instruction_sets() if native.available() else ["none"]
 EPS = 1e-5
 INF, NAN = math.inf, math.nan
 
 
 @pytest.fixture(params=SETS, autouse=True)
 def instruction_set(request):
-    native._native.use_instruction_set(request.param)
+    native.extension.use_instruction_set(request.param)
     yield request.param
-    native._native.use_instruction_set(SETS[-1])
+    native.extension.use_instruction_set(SETS[-1])
 
 
 @pytest.fixture
@@ -555,8 +555,8 @@ def test_wrong_arguments_are_named(call, message):
 def test_instruction_set_is_named(instruction_set, monkeypatch):
     assert native.instruction_set() == instruction_set
     with pytest.raises(ValueError, match="does not run the kernels 'mmx'"):
-        native._native.use_instruction_set("mmx")
-    monkeypatch.setattr(native, "_native", None)
+        native.extension.use_instruction_set("mmx")
+    monkeypatch.setattr(native, "extension", None)
     assert (native.available(), native.instruction_set()) == (False, "none")
 
 

@@ -303,7 +303,11 @@ def test_refused_text_files(tmp_path, name, content, options, culprit):
         (np.zeros(5, dtype=int), {}, r"\[S, T\]"),
         (np.zeros((0, 5), dtype=int), {}, "holds no token ids"),
         (np.zeros((3, 5), dtype=int), {"num_samples": 4}, "holds 3 sequences, but 4"),
-        (np.zeros((3, 5), dtype=int), {"seq_len": 6}, "have 5 tokens, but seq_len is 6"),
+        (
+            np.zeros((3, 5), dtype=int),
+            {"seq_len": 6},
+            "have 5 tokens, fewer than the 6 asked for; what fits: seq_len=5",
+        ),
         (np.zeros((3, 1), dtype=int), {}, "1 tokens"),
         (np.array([[{}]], dtype=object), {}, "not a readable .npy"),
     ],

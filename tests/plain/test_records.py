@@ -107,30 +107,13 @@ def test_long_answers_are_quoted_in_brief(tmp_path):
 # -- what is written -------------------------------------------------------------------------------
 
 
-def refuse_links(number: int) -> None:
-    """From now on this process finds that its file system has no hard links."""
-
-    def link(*args, **options):
-        raise OSError(number, os.strerror(number))
-
-    os.link = link
-
-
-@pytest.fixture(params=[None, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP], ids=str)
-def links(request, monkeypatch):
-    """With hard links, and on file systems that have none."""
-    monkeypatch.setattr(os, "link", os.link)
-    if request.param is not None:
-        refuse_links(request.param)
-
-
-def test_a_new_file_is_whole_and_alone(tmp_path, links):
+def test_a_new_file_is_whole_and_alone(tmp_path):
     write_jsonl(tmp_path / "new" / "rows.jsonl", [{"a": 1}, {"a": float("nan")}])
     assert (tmp_path / "new" / "rows.jsonl").read_text() == '{"a": 1}\n{"a": "nan"}\n'
     assert os.listdir(tmp_path / "new") == ["rows.jsonl"]
 
 
-def test_what_is_there_is_kept(tmp_path, links):
+def test_what_is_there_is_kept(tmp_path):
     path = tmp_path / "value.json"
     for make in (lambda: path.write_text("mine"), lambda: path.symlink_to("nowhere"), path.mkdir):
         make()
@@ -141,13 +124,13 @@ def test_what_is_there_is_kept(tmp_path, links):
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-def test_a_file_is_replaced_where_that_is_asked_for(tmp_path, links):
+def test_a_file_is_replaced_where_that_is_asked_for(tmp_path):
     for value in (1, 2):
         write_json(tmp_path / "value.json", {"a": value}, replace=True)
         assert json.loads((tmp_path / "value.json").read_text()) == {"a": value}
 
 
-def test_leftovers_of_a_killed_run_do_not_block(tmp_path, links):
+def test_leftovers_of_a_killed_run_do_not_block(tmp_path):
     write_json(tmp_path / "first.json", {"a": 1})
     (tmp_path / f".second.json.{os.getpid()}").write_text("half")
     (tmp_path / ".second.json.1").write_text("half")
@@ -166,7 +149,7 @@ def test_a_leftover_that_is_a_finished_file_is_not_written_to(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path, links, monkeypatch):
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -176,10 +159,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, links, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def write_own(path, number: int, no_links: bool) -> bool:
+def write_own(path, number: int) -> bool:
     """Whether this process was the one to write the file."""
-    if no_links:
-        refuse_links(errno.EPERM)
     try:
         write_json(path, {"writer": [number] * 1000})
     except fp.InputError:
@@ -187,11 +168,10 @@ def write_own(path, number: int, no_links: bool) -> bool:
     return True
 
 
-@pytest.mark.parametrize("no_links", [False, True])
-def test_one_of_several_writers_wins(tmp_path, no_links):
+def test_one_of_several_writers_wins(tmp_path):
     with ProcessPoolExecutor(3) as pool:
         for attempt in range(5):
             path = tmp_path / f"{attempt}.json"
-            won = list(pool.map(write_own, [path] * 3, range(3), [no_links] * 3))
+            won = list(pool.map(write_own, [path] * 3, range(3)))
             assert sum(won) == 1
             assert json.loads(path.read_text()) == {"writer": [won.index(True)] * 1000}

@@ -31,15 +31,15 @@ def fitted():
 
 def test_kernel_decays_with_the_hamming_distance(fitted):
     process, masks, _ = fitted
-    product, noise = process._kernel.k1, process._kernel.k2.noise_level
+    product, noise = process.kernel.k1, process.kernel.k2.noise_level
     variance, length = product.k1.constant_value, product.k2.length_scale
     expected = variance * np.exp(-hamming(masks, masks) / length) + noise * np.eye(len(masks))
-    np.testing.assert_allclose(process._kernel(masks), expected, rtol=1e-12)
+    np.testing.assert_allclose(process.kernel(masks), expected, rtol=1e-12)
 
 
 def test_hyperparameters_maximise_the_marginal_likelihood(fitted):
     process, *_ = fitted
-    gp = process._process
+    gp = process.regressor
     theta = gp.kernel_.theta
     value, gradient = gp.log_marginal_likelihood(theta, eval_gradient=True)
     for i, step in enumerate(1e-4 * np.eye(len(theta))):
@@ -48,12 +48,12 @@ def test_hyperparameters_maximise_the_marginal_likelihood(fitted):
         inside = gp.kernel_.bounds[i, 0] + 1e-3 < theta[i] < gp.kernel_.bounds[i, 1] - 1e-3
         if inside:
             assert abs(gradient[i]) < 1e-2
-    assert value >= gp.log_marginal_likelihood(MaskProcess()._kernel.theta)
+    assert value >= gp.log_marginal_likelihood(MaskProcess().kernel.theta)
 
 
 def test_expected_improvement_is_that_of_the_posterior(fitted):
     process, masks, residuals = fitted
-    product, noise = process._kernel.k1, process._kernel.k2.noise_level
+    product, noise = process.kernel.k1, process.kernel.k2.noise_level
     variance, length = product.k1.constant_value, product.k2.length_scale
     scale = residuals.std()
     new = random_masks(6, 3)

@@ -28,7 +28,7 @@ def weights(singles: np.ndarray) -> np.ndarray:
 def test_prior_draws_without_replacement_by_softmax_of_standardised_losses():
     evaluator = SyntheticEvaluator(4, seed=2)
     prior = prior_of(evaluator, 2)
-    w = weights(evaluator._linear)
+    w = weights(evaluator.linear)
     drawn = Counter(prior.subset() for _ in range(20_000))
     for i, j in itertools.combinations(range(4), 2):
         expected = w[i] * w[j] / (1 - w[i]) + w[j] * w[i] / (1 - w[j])
@@ -57,7 +57,7 @@ def test_linear_mean_is_least_squares():
 
 def test_a_child_keeps_what_its_parents_share_and_takes_the_rest_from_either():
     evaluator = SyntheticEvaluator(10)
-    evaluator._linear[:] = 1.0
+    evaluator.linear[:] = 1.0
     search = Search(evaluator, 4, 0, ())
     prior = Prior(search)
     members = [(0, 1, 2, 3), (0, 1, 4, 5)]
@@ -141,7 +141,7 @@ def test_evopress_remembers_no_score_of_some_samples():
     evaluator = SyntheticEvaluator(9, num_samples=40)
     result = fp.run_search(evaluator, "evopress", 3)
     assert evaluator.sample_calls
-    assert all(loss == evaluator._loss(np.array(removed)) for removed, loss in result.history)
+    assert all(loss == evaluator.loss(np.array(removed)) for removed, loss in result.history)
 
 
 def parents_of(monkeypatch, evaluator, k, **arguments) -> list[tuple[tuple[int, ...], list]]:

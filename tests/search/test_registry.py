@@ -103,7 +103,7 @@ def test_protected_units_are_named_in_errors():
     wrong = {3: "protected units are given as a collection", (9,): "protected unit 9 is out of"}
     for protect, message in {
         **wrong,
-        "0,1": r"unknown preset '0,1' .* or indices, such as \(0, 1\)",
+        "0,1": r"protect must be indices such as \(0, 1\), or one of .* not '0,1'",
     }.items():
         with pytest.raises(fp.InputError, match=message):
             fp.run_search(SyntheticEvaluator(5), "greedy", 1, protect=protect)

@@ -22,8 +22,8 @@ def test_pairs_are_shared_equally_between_their_units(seed):
     search = Search(
         evaluator, 3, 0, protect=(7,)
     )  # so that whole orders of the others can be walked
-    pairs = (evaluator._pairs + evaluator._pairs.T)[:7, :7]
-    linear = evaluator._linear[:7]
+    pairs = (evaluator.pairs + evaluator.pairs.T)[:7, :7]
+    linear = evaluator.linear[:7]
     exact = linear + pairs.sum(axis=1) / 2
     # an order charges a unit a random half of its pairs: a deviation of at most half of the sum of
     # their sizes

@@ -57,7 +57,7 @@ def test_beam_keeps_the_lowest_and_merges_equal_subsets():
 
 def test_ties_go_to_the_lowest_index():
     evaluator = SyntheticEvaluator(6)
-    evaluator._linear[:], evaluator._pairs[:] = 1.0, 0.0
+    evaluator.linear[:], evaluator.pairs[:] = 1.0, 0.0
     for name in ("one_shot", "greedy", "beam"):
         assert fp.run_search(evaluator, name, 2).removed == (0, 1)
 
@@ -92,7 +92,7 @@ def test_presets_protect_the_blocks_that_a_method_never_removes(preset, first, l
 
 def test_presets_that_are_unknown_or_leave_too_little_are_refused():
     with pytest.raises(
-        fp.InputError, match="unknown preset 'slep' of protected units; did you mean 'sleb'"
+        fp.InputError, match="one of sleb, shortened-llama, not 'slep'; did you mean 'sleb'"
     ):
         fp.run_search(SyntheticEvaluator(5), "one_shot", 1, protect="slep")
     with pytest.raises(fp.InputError, match="num_remove is 1, but only 0 units are not protected"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +61,27 @@ def test_an_installed_algorithm_is_known_and_passes(registry, installed, run):
     status, out, _ = run("algorithms", "swaps")
     assert status == 0
     assert "rounds=10 (int, at least 1): of swaps" in out
+
+
+def test_plugins_are_loaded_at_the_first_look_up_of_what_is_not_ours(installed, tmp_path):
+    """Once, and neither at import nor for an algorithm of fastprune's own."""
+    installed("noisy_one", f"open({str(tmp_path / 'loads')!r}, 'a').write('x')")
+    code = f"""
+import os, fastprune, fastprune.cli, fastprune.search as search
+search.find_algorithm("beam")
+assert not os.path.exists({str(tmp_path / "loads")!r})
+search.known_algorithms()
+search.describe_algorithms()
+try:
+    search.find_algorithm("noisy")
+except fastprune.InputError:
+    print(open({str(tmp_path / "loads")!r}).read())
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "x\n", done.stderr
 
 
 def test_one_that_cannot_be_imported_is_named_and_left_out(registry, installed):

@@ -260,7 +260,7 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
         ["greedy"],
         options={"beam": {}},
     )
-    refused("racing must be a confidence between 0 and 1", racing=1.0)
+    refused("racing must be between 0 and 1", racing=1.0)
     refused(
         "shortgpt, shapley do not race; these do: one_shot", ["shortgpt", "shapley"], racing=0.9
     )

@@ -14,7 +14,7 @@ from harness import EFFORT, command, failing, forked, how_often, small_files, sp
 pytestmark = pytest.mark.slow
 
 COMMANDS = ("score", "search", "export", "study")
-CALLS = ("fsync", "link", "rename", "replace", "mkdir", "open", "unlink", "rmdir", "scandir")
+CALLS = ("fsync", "rename", "replace", "mkdir", "open", "unlink", "rmdir", "scandir")
 SHORT = EFFORT <= 1
 PAIRS = [
     (name, call)
