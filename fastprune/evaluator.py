@@ -18,7 +18,7 @@ from .engine.engine import Engine, Progress
 from .engine.store import SumStore
 from .errors import InputError
 from .masks import as_masks, check_sequences
-from .models import Model
+from .models import Model, surgery
 from .objectives import Objective
 from .plan.layout import Layout, look_rows
 from .plan.racing import Selection, race
@@ -224,8 +224,8 @@ class Evaluator:
     def dense_loss(self) -> float:
         """The loss of the whole model, computed when it is first asked for, and again when the
         model has changed."""
-        with self.model.turn:
-            state = self.model.state
+        with self.model.lock:
+            state = self.model.version
             if self._dense is None or self._dense[0] != state:
                 self._dense = state, float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
             return self._dense[1]
@@ -237,7 +237,7 @@ class Evaluator:
         A loss that is not finite is returned as it is. Raises InputError for masks of another shape
         or value, and for one that keeps nothing where the family cannot run without blocks.
         """
-        with self.model.turn:
+        with self.model.lock:
             return self._losses(self._check_masks(masks))
 
     def score_sequences(self, sequences: Iterable[Iterable[int]]) -> np.ndarray:
@@ -258,7 +258,7 @@ class Evaluator:
         checked = check_sequences(sequences, self.num_units)
         self._check_not_empty(checked)
         together = self._engine.budget.most_together(max(map(len, checked), default=0))
-        with self.model.turn:
+        with self.model.lock:
             parts = [
                 self._losses(checked[i : i + together]) for i in range(0, len(checked), together)
             ]
@@ -268,7 +268,7 @@ class Evaluator:
         """What the objective's measure gives on each continuation of its batch, float64[N, V, C]:
         the sums over its targets of each of the measure's V values (`measures.MEASURES`), before
         the objective weighs them. Raises InputError as `score` does."""
-        with self.model.turn:
+        with self.model.lock:
             trie = self._ask(self._check_masks(masks))
             return self._run(trie)[trie.index]
 
@@ -282,7 +282,7 @@ class Evaluator:
         """
         samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
         wanted = np.isin(self.objective.sample, samples)
-        with self.model.turn:
+        with self.model.lock:
             trie = self._ask(self._check_masks(masks), self._engine.share(wanted))
             sums = self._run(trie, wanted)[:, 0]
             return self.objective.sample_losses(sums)[:, samples][trie.index]
@@ -315,7 +315,7 @@ class Evaluator:
         distinct = list(dict.fromkeys(sequences))
         check_race(keep, len(distinct), confidence, tolerance)
         looks = look_rows(self.objective.batch)
-        with self.model.turn:
+        with self.model.lock:
             runs, whole = self.stats.unit_runs, self._ask(sequences)
             chunks = None
             while (
@@ -373,7 +373,7 @@ class Evaluator:
         return sequences
 
     def _check_not_empty(self, sequences: list[Units]) -> None:
-        if not all(sequences) and not self.model.runs_without_blocks:
+        if not all(sequences) and not surgery.runs_without_blocks(self.model):
             raise InputError(
                 f"a mask keeps nothing, and the family {self.model.family!r} cannot run without "
                 f"blocks"

@@ -176,7 +176,6 @@ def _chunk_tokens(model: Model) -> int:
 def expect_groups(model: Model, num_masks: int, num_rows: int = 64, seq_len: int = 2048) -> Groups:
     """About how often scoring would read the blocks of a model whose weights stay in files: random
     masks without a quarter of the blocks, on rows of so many tokens, in the default budget."""
-    assert model.weights is not None
     kind = "cuda" if model.device.type == "cuda" else "cpu"
     rng = np.random.default_rng(0)
     kept = max(1, model.num_blocks - model.num_blocks // 4)

@@ -26,10 +26,12 @@ import torch
 
 from ..data import TokenBatch
 from ..errors import InputError
-from ..models import Model, make_runner
+from ..models import GenericRunner, Model, open_runner
 from ..models.attention import SDPA_BACKENDS
 from ..models.device import is_out_of_memory
 from ..models.fingerprint import machine_fingerprint
+from ..models.rotary import switch_length
+from ..models.verify import check_trees
 from ..plan.bands import FLOPS_PER_BYTE, make_groups
 from ..plan.layout import Layout
 from ..plan.schedule import Schedule, make_schedule
@@ -49,8 +51,8 @@ PENDING = 64  # masks whose numbers wait on the device, to be fetched together
 class Engine:
     """Runs sequences of units over one calibration set.
 
-    backend: "generic", "fused" or "auto"; `runner` is what runs the units, the model itself or its
-    fused path.
+    backend: "generic", "fused" or "auto"; `runner` runs the units, by the model's own layers or on
+    the fused path.
     measure: the name of what is computed at each target, see `measures`. memory_bytes: see
     `Budget`. cache_bytes, cache_dir: of the states that outlive a call, see `PrefixCache`. layout:
     how the batch is cut; None: as fits the budget, see `Layout`. store: sums that are known, and
@@ -70,13 +72,12 @@ class Engine:
         cache_dir: Path | None = None,
         layout: Layout | None = None,
     ):
-        model.require(granularity)
         batch.check_fits(model.vocab_size, model.max_positions)
-        _check_rows(model, batch)
+        _check_rows(open_runner(model, "generic", granularity), batch)
         self.model, self.batch, self.granularity = model, batch, granularity
         self.measure, self.store = MEASURES[measure], store
         self.num_units = len(model.unit_names(granularity))
-        self.runner = make_runner(model, backend)
+        self.runner = open_runner(model, backend, granularity)
         self.counts = Counts()
         self.cache = PrefixCache(cache_bytes, cache_dir, model.device)
         self._cached_of: tuple | None = None
@@ -234,11 +235,11 @@ class Engine:
 
     def _groups(self, schedules: dict[int, Schedule]) -> list[list[int]]:
         """The chunks that go through the model together, see `bands`."""
-        numbers, weights = list(schedules), self.model.weights
-        if weights is None or len(self.runner.bands) == 1 or not numbers:
+        numbers = list(schedules)
+        if len(self.runner.bands) == 1 or not numbers:
             return [[number] for number in numbers]
         memory, slower = self._room(schedules)
-        room = weights.room
+        room = self.model.weights.room
         per_token = (
             2 * room.block_bytes // self.model.dtype.itemsize * room.num_blocks // self.num_units
         )
@@ -264,7 +265,7 @@ class Engine:
         Chunks that lack the same and know the same share a schedule, and so know the same
         afterwards.
         """
-        of = self.model.state, self.numerics()
+        of = self.model.version, self.numerics()
         if self._cached_of != of:
             self.cache.clear()
             self._cached_of = of
@@ -289,7 +290,7 @@ class Engine:
         if self.store is None:
             return None
         return self.store.context(
-            {**self.numerics(), "measure": self.measure.name, "weights": self.model.weights_hash}
+            {**self.numerics(), "measure": self.measure.name, "weights": self.model.digest}
         )
 
     def _look_up(
@@ -392,9 +393,10 @@ class Engine:
         return True
 
 
-def _check_rows(model: Model, batch: TokenBatch) -> None:
+def _check_rows(runner: GenericRunner, batch: TokenBatch) -> None:
     """Raise InputError for rows that the model cannot run as they stand in a chunk with others."""
-    switch, longest = model.rotary_switch, int(batch.positions.max()) + 1
+    model, longest = runner.model, int(batch.positions.max()) + 1
+    switch = switch_length(model.config)
     if (
         switch is not None
         and longest > switch
@@ -408,4 +410,4 @@ def _check_rows(model: Model, batch: TokenBatch) -> None:
     trees = np.flatnonzero(batch.row_is_tree)
     if len(trees):
         longest_tree = make_chunk(batch, [trees[batch.row_lengths[trees].argmax()]], model.device)
-        model.check_trees(longest_tree.ids, longest_tree.positions, longest_tree.branch)
+        check_trees(runner, longest_tree.ids, longest_tree.positions, longest_tree.branch)

@@ -90,7 +90,7 @@ class Executor:
         walked before the next is asked for; broken off, the cache forgets what it has of these
         chunks."""
         cache, weights, finished = self.cache, self.model.weights, False
-        read = (0, 0) if weights is None else (weights.loads, weights.bytes)
+        loads, read = weights.loads, weights.bytes
         try:
             for number, schedule in schedules.items():
                 cache.drop(number, schedule.dropped)
@@ -114,9 +114,8 @@ class Executor:
             if not finished:
                 for number in schedules:
                     cache.forget(number)
-            if weights is not None:
-                self.counts.weight_loads += weights.loads - read[0]
-                self.counts.weight_bytes += weights.bytes - read[1]
+            self.counts.weight_loads += weights.loads - loads
+            self.counts.weight_bytes += weights.bytes - read
 
     def _needed(self, schedules: dict[int, Schedule], visits: dict[int, Visit]) -> Sequence[int]:
         """The blocks that a visit runs."""
@@ -208,9 +207,9 @@ class Executor:
 
     def without_dense(self, numbers: Iterable[int]) -> list[int]:
         """Those of the chunks on which the dense model, as it is now, has not been run."""
-        if self._dense_of != self.model.state:
+        if self._dense_of != self.model.version:
             self._dense.clear()
-            self._dense_of = self.model.state
+            self._dense_of = self.model.version
         return [number for number in numbers if number not in self._dense]
 
     def keep_dense(self, hidden: torch.Tensor, number: int) -> None:

@@ -111,7 +111,7 @@ class Coordinator(Engine):
             "cache_dir": cache_dir,
         }
         self.cache: Any = _Caches()
-        self._opened: tuple[tuple, str] = (), ""  # the model's state, and its hash
+        self._opened: tuple[tuple, str] = (), ""  # the model's version and digest
         self._model_given: tuple[str, tuple, object] | None = (
             None  # hash, how a worker comes by it, what must be held
         )
@@ -120,17 +120,16 @@ class Coordinator(Engine):
             self._number = next(workers.numbers)
             workers.alive[self._number] = self
             self._open()
-        if model.weights is not None:
-            model.weights.release()  # no unit is run here
+        model.weights.release()  # no unit is run here
 
     # -- what the workers hold ---------------------------------------------------------------------
 
     def _open(self) -> None:
         """Let every worker be ready, with this model and an engine as this one."""
         self.workers.settle()
-        state = self.model.state
-        if self._opened[0] != state:
-            self._opened = state, self.model.weights_hash
+        version = self.model.version
+        if self._opened[0] != version:
+            self._opened = version, self.model.digest
         weights, engines = self._opened[1], self.workers.engines
         late = [
             worker
@@ -173,11 +172,11 @@ class Coordinator(Engine):
         }
 
     def _tell_open(self, worker: int, description: Any) -> None:
-        state, weights = self._opened
+        version, weights = self._opened
         how = (
             None
             if weights in self.workers.models[worker]
-            else self._model_for_workers(weights, state)
+            else self._model_for_workers(weights, version)
         )
         device = self.workers.device(worker, self.model.device)
         self.workers.engines[worker].pop(self._number, None)  # until it says that it has it
@@ -196,18 +195,16 @@ class Coordinator(Engine):
         self.workers.models[worker] = set(models)
         self.workers.engines[worker][self._number] = self._opened[1]
 
-    def _model_for_workers(self, weights: str, state: tuple) -> tuple:
+    def _model_for_workers(self, weights: str, version: tuple) -> tuple:
         """How a worker comes by the model: as `load_model` did, or by its modules and its
         tensors."""
         if self._model_given is None or self._model_given[0] != weights:
-            if self.model.opened is not None and self.model.opened[1] == state:
+            if self.model.opened is not None and self.model.opened[1] == version:
                 self._model_given = weights, ("load", *self.model.opened[0]), None
-            elif self.model.weights is not None:
-                raise InputError(
-                    f"{self.model.name}: has changed since it was opened, and its weights are in "
-                    f"files"
-                )
             else:
+                self.model.require_resident(
+                    "has changed since it was opened, and its weights are in files"
+                )
                 modules, tensors = pack(self.model.given)
                 at, token, held = self.workers.keep_tensors(tensors)
                 self._model_given = weights, ("modules", modules, at, token), held

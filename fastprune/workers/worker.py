@@ -151,7 +151,7 @@ class Worker:
         }
         if model is not None:
             self._models[weights] = self._make_model(model, device)
-            found = self._models[weights].weights_hash
+            found = self._models[weights].digest
             if found != weights:
                 del self._models[weights]
                 raise InputError(
