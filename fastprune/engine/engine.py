@@ -26,7 +26,7 @@ import torch
 
 from ..data import TokenBatch
 from ..errors import InputError
-from ..models import GenericRunner, Model, open_runner
+from ..models import Model, open_runner
 from ..models.attention import SDPA_BACKENDS
 from ..models.device import is_out_of_memory
 from ..models.fingerprint import machine_fingerprint
@@ -73,11 +73,11 @@ class Engine:
         layout: Layout | None = None,
     ):
         batch.check_fits(model.vocab_size, model.max_positions)
-        _check_rows(open_runner(model, "generic", granularity), batch)
+        self.runner = open_runner(model, backend, granularity)
+        _check_rows(model, batch)
         self.model, self.batch, self.granularity = model, batch, granularity
         self.measure, self.store = MEASURES[measure], store
         self.num_units = len(model.unit_names(granularity))
-        self.runner = open_runner(model, backend, granularity)
         self.counts = Counts()
         self.cache = PrefixCache(cache_bytes, cache_dir, model.device)
         self._cached_of: tuple | None = None
@@ -393,10 +393,9 @@ class Engine:
         return True
 
 
-def _check_rows(runner: GenericRunner, batch: TokenBatch) -> None:
+def _check_rows(model: Model, batch: TokenBatch) -> None:
     """Raise InputError for rows that the model cannot run as they stand in a chunk with others."""
-    model, longest = runner.model, int(batch.positions.max()) + 1
-    switch = switch_length(model.config)
+    switch, longest = switch_length(model.config), int(batch.positions.max()) + 1
     if (
         switch is not None
         and longest > switch
@@ -410,4 +409,5 @@ def _check_rows(runner: GenericRunner, batch: TokenBatch) -> None:
     trees = np.flatnonzero(batch.row_is_tree)
     if len(trees):
         longest_tree = make_chunk(batch, [trees[batch.row_lengths[trees].argmax()]], model.device)
-        check_trees(runner, longest_tree.ids, longest_tree.positions, longest_tree.branch)
+        tree = longest_tree.ids, longest_tree.positions, longest_tree.branch
+        check_trees(open_runner(model, "generic"), *tree)
