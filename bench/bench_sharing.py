@@ -21,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
+from fastprune.models.surgery import without
 from fastprune.plan.trie import kept_units, make_trie
 
 FULL = os.environ.get("BENCH") == "full"
@@ -66,7 +67,7 @@ def test_score(benchmark, report, setup, field):
     dtype, _, ids, evaluator = setup
     masks = fp.from_removed(FIELDS[field], BLOCKS)
     sampled = [FIELDS[field][i] for i in np.linspace(0, len(masks) - 1, SAMPLED).astype(int)]
-    pruned = [evaluator.model.pruned(removed) for removed in sampled]
+    pruned = [without(evaluator.model, removed) for removed in sampled]
     expected = [transformers_pass(p, ids) for p in pruned]
     found = evaluator.score(fp.from_removed(sampled, BLOCKS))
     np.testing.assert_allclose(found, expected, rtol=1e-5 if dtype == "float32" else 1e-3)

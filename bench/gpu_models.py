@@ -17,7 +17,8 @@ from gpu_measure import Bench, relative_error
 
 import fastprune as fp
 from fastprune.evaluator import Stats
-from fastprune.models.fused import FusedModel
+from fastprune.models import FusedRunner, open_runner
+from fastprune.models.surgery import without
 from fastprune.plan.trie import Units, kept_units, make_trie
 
 SHAPES = {
@@ -112,12 +113,12 @@ def block(bench: Bench, name: str) -> dict:
     rows, length, chained = bench.pick((4, 2048, 10), (1, 9, 1))  # blocks in a row
     hf = bench.model(f"{name}, 2 blocks", lambda: random_model(bench, name, 2))
     model = fp.Model(hf)
-    runner = FusedModel(model, "triton")
+    runner, own = FusedRunner(model, "triton"), open_runner(model, "generic")
     ids = bench.integers(hf.config.vocab_size, rows, length)
     flops = block_flops(hf.config, rows * length, rows * causal_pairs(length))
     with model.evaluation():
         state, arguments = runner.open(ids)
-        _, own_arguments = model.open(ids)
+        _, own_arguments = own.open(ids)
 
         def chain(run, arguments, granularity="block", units=(0, 1)):
             def work():
@@ -128,7 +129,7 @@ def block(bench: Bench, name: str) -> dict:
 
             return work
 
-        error = relative_error(runner.run(0, state, arguments), model.run(0, state, own_arguments))
+        error = relative_error(runner.run(0, state, arguments), own.run(0, state, own_arguments))
         ours = chain(runner.run, arguments)
         found = {
             "tokens": rows * length,
@@ -143,7 +144,7 @@ def block(bench: Bench, name: str) -> dict:
                 bench.time(chain(runner.run, arguments, "sublayer", (1, 3)), cold=False), chained
             ),
             "transformers": _per_block(
-                bench.time(chain(model.run, own_arguments), cold=False), chained
+                bench.time(chain(own.run, own_arguments), cold=False), chained
             ),
             "kernels": _profile(bench, ours, chained),
         }
@@ -236,7 +237,7 @@ def pairs(bench: Bench, name: str) -> dict:
     flop_ratio = (plan.naive_unit_runs * block_cost + len(masks) * head_cost) / cost(plan)
 
     sampled = [field[i] for i in np.linspace(0, len(field) - 1, SAMPLED).astype(int)]
-    pruned = [ev.model.pruned(removed) for removed in sampled]
+    pruned = [without(ev.model, removed) for removed in sampled]
 
     @torch.inference_mode()
     def one_pass(model) -> float:
@@ -307,7 +308,7 @@ def margin(bench: Bench, name: str) -> dict:
         for _ in range(SAMPLED)
     ]
     masks = fp.from_removed(sampled, ev.num_units)
-    pruned = [ev.model.pruned(removed) for removed in sampled]
+    pruned = [without(ev.model, removed) for removed in sampled]
     # the same questions, one sequence per choice
     batch, width = tasks.batch, trunk + length
     tree = torch.from_numpy(batch.ids.reshape(items, trunk + choices * length))

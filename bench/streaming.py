@@ -70,10 +70,10 @@ def measure(folder: str, limit: int, rows: int, length: int, masks: int) -> dict
     batch = fp.TokenBatch.from_ids(rng.integers(3, 1009, (rows, length)))
     ev = fp.Evaluator(model, fp.Perplexity(batch), memory_bytes=512 << 20, cache_bytes=0)
     asked = np.array([rng.permutation(BLOCKS) >= 7 for _ in range(masks)])
-    opened = 0 if model.weights is None else model.weights.loads
+    opened = model.weights.loads
     ev.score(asked[:1])  # what a process pays once
     runs, loads, read = ev.stats.unit_runs, ev.stats.weight_loads, ev.stats.weight_bytes
-    waited = 0.0 if model.weights is None else model.weights.waited
+    waited = model.weights.waited
     wall, cpu = time.perf_counter(), time.process_time()
     losses = ev.score(asked)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -88,7 +88,7 @@ def measure(folder: str, limit: int, rows: int, length: int, masks: int) -> dict
         "loads_to_open": opened,
         "loads": ev.stats.weight_loads - loads,
         "read_bytes": ev.stats.weight_bytes - read,
-        "waited_seconds": 0.0 if model.weights is None else model.weights.waited - waited,
+        "waited_seconds": model.weights.waited - waited,
         "bands": list(map(len, model.bands)),
         "backend": ev.backend,
         "chunks": len(ev.sample_groups),

@@ -23,7 +23,7 @@ from .engine.runs import Cost, Progress, whole
 from .engine.store import SumStore
 from .errors import InputError
 from .masks import as_masks, check_sequences
-from .models import Model
+from .models import Model, surgery
 from .objectives import Objective
 from .plan.layout import Layout, look_rows
 from .plan.racing import Selection, race
@@ -160,7 +160,7 @@ class Evaluator:
             self._workers = workers if isinstance(workers, Workers) else Processes(workers)
         self._options = backend, memory_bytes
         self._caches = cache_bytes, None if cache_dir is None else _make_folder(Path(cache_dir))
-        with self.model.turn:
+        with self.model.lock:
             self._open(layout)
             if isinstance(self._runs, RemoteRuns):  # a worker that cannot help says so now
                 with self.model.evaluation():
@@ -170,7 +170,7 @@ class Evaluator:
         """Open the model as it is now: what runs its units, and under which problem."""
         backend, memory_bytes = self._options
         batch, measure = self.objective.batch, self.objective.measure
-        self._version = self.model.state
+        self._version = self.model.version
         opened = open_for(
             self.model, backend, batch, measure, self.granularity, memory_bytes, layout
         )
@@ -182,7 +182,7 @@ class Evaluator:
             self.granularity,
             opened.layout,
             numerics_of(self.model, opened.runner),
-            self.model.weights_hash if keyed else None,
+            self.model.digest if keyed else None,
         )
         self._runs: LocalRuns | RemoteRuns
         if self._workers is None:
@@ -246,8 +246,8 @@ class Evaluator:
     def dense_loss(self) -> float:
         """The loss of the whole model, computed when it is first asked for, and again when the
         model has changed."""
-        with self.model.turn:
-            state = self.model.state
+        with self.model.lock:
+            state = self.model.version
             if self._dense is None or self._dense[0] != state:
                 self._dense = state, float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
             return self._dense[1]
@@ -259,7 +259,7 @@ class Evaluator:
         A loss that is not finite is returned as it is. Raises InputError for masks of another shape
         or value, and for one that keeps nothing where the family cannot run without blocks.
         """
-        with self.model.turn:
+        with self.model.lock:
             return self._losses(self._check_masks(masks))
 
     def score_sequences(self, sequences: Iterable[Iterable[int]]) -> np.ndarray:
@@ -280,7 +280,7 @@ class Evaluator:
         checked = check_sequences(sequences, self.num_units)
         self._check_not_empty(checked)
         together = self._limit.most_together(max(map(len, checked), default=0))
-        with self.model.turn:
+        with self.model.lock:
             parts = [
                 self._losses(checked[i : i + together]) for i in range(0, len(checked), together)
             ]
@@ -290,7 +290,7 @@ class Evaluator:
         """What the objective's measure gives on each continuation of its batch, float64[N, V, C]:
         the sums over its targets of each of the measure's V values (`measures.MEASURES`), before
         the objective weighs them. Raises InputError as `score` does."""
-        with self.model.turn:
+        with self.model.lock:
             trie = self._ask(self._check_masks(masks))
             return self._run(trie)[trie.index]
 
@@ -304,7 +304,7 @@ class Evaluator:
         """
         samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
         wanted = np.isin(self.objective.sample, samples)
-        with self.model.turn:
+        with self.model.lock:
             trie = self._ask(self._check_masks(masks), self._share(wanted))
             sums = self._run(trie, wanted)[:, 0]
             return self.objective.sample_losses(sums)[:, samples][trie.index]
@@ -337,7 +337,7 @@ class Evaluator:
         distinct = list(dict.fromkeys(sequences))
         check_race(keep, len(distinct), confidence, tolerance)
         looks = look_rows(self.objective.batch)
-        with self.model.turn:
+        with self.model.lock:
             runs, whole = self.stats.unit_runs, self._ask(sequences)
             problem = None
             while (
@@ -395,7 +395,7 @@ class Evaluator:
         return sequences
 
     def _check_not_empty(self, sequences: list[Units]) -> None:
-        if not all(sequences) and not self.model.runs_without_blocks:
+        if not all(sequences) and not surgery.runs_without_blocks(self.model):
             raise InputError(
                 f"a mask keeps nothing, and the family {self.model.family!r} cannot run without "
                 f"blocks"
@@ -446,7 +446,7 @@ class Evaluator:
 
     def _refresh(self) -> None:
         """Open the model again where it has changed since the last call."""
-        if self.model.state != self._version:
+        if self.model.version != self._version:
             self._runs.close()
             self._open(self._problem.layout)
         numerics = numerics_of(self.model, self._runner)

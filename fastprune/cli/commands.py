@@ -63,7 +63,9 @@ def info(
 
     With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
-    from ..models import make_runner
+    from ..models import open_runner
+    from ..models.surgery import runs_without_blocks
+    from ..models.verify import check_trees
 
     opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
     table = Table(show_header=False, box=None)
@@ -79,16 +81,16 @@ def info(
         "dtype": str(opened.dtype).removeprefix("torch."),
         "device": opened.device,
         "tokenizer": "yes" if opened.tokenizer is not None else "none: give token ids",
-        "backend": make_runner(opened, "auto").path_name,
+        "backend": open_runner(opened).path_name,
         "units": f"0 to {len(blocks) - 1}: {blocks[0]} to {blocks[-1]}",
         "sublayers": _can(
-            lambda: opened.require("sublayer"),
+            lambda: open_runner(opened, "generic", "sublayer"),
             f"0 to {len(halves) - 1}: {halves[0]}, {halves[1]} to {halves[-2]}, {halves[-1]}",
         ),
-        "token trees": _can(opened.check_trees),
-        "without blocks": "yes" if opened.runs_without_blocks else "no",
+        "token trees": _can(lambda: check_trees(open_runner(opened, "generic"))),
+        "without blocks": "yes" if runs_without_blocks(opened) else "no",
     }
-    if opened.weights is not None:
+    if opened.weights.streamed:
         rows |= _streaming_rows(opened, opened.weights.room)
     for name, value in rows.items():
         table.add_row(name, str(value))

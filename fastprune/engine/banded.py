@@ -46,10 +46,10 @@ def groups_of(
     model: Model,
 ) -> list[list[int]]:
     """The chunks that share the loading of every band, see `plan.bands`."""
-    numbers, weights = list(schedules), model.weights
-    if weights is None or len(weights.bands) == 1 or not numbers:
+    numbers = list(schedules)
+    if len(model.bands) == 1 or not numbers:
         return [[number] for number in numbers]
-    blocks = weights.room
+    blocks = model.weights.room
     weights_of_block = blocks.block_bytes // model.dtype.itemsize
     flops_per_token = 2 * weights_of_block * blocks.num_blocks // limit.num_units
     groups = make_groups(

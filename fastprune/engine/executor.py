@@ -95,7 +95,7 @@ class Executor:
         walked before the next is asked for; broken off, the cache forgets what it has of these
         chunks."""
         cache, weights, finished = self._cache, self._model.weights, False
-        read = (0, 0) if weights is None else (weights.loads, weights.bytes)
+        loads, read = weights.loads, weights.bytes
         try:
             for number, schedule in schedules.items():
                 cache.evict(number, schedule.evicted)
@@ -119,9 +119,8 @@ class Executor:
             if not finished:
                 for number in schedules:
                     cache.forget(number)
-            if weights is not None:
-                self._counts.weight_loads += weights.loads - read[0]
-                self._counts.weight_bytes += weights.bytes - read[1]
+            self._counts.weight_loads += weights.loads - loads
+            self._counts.weight_bytes += weights.bytes - read
 
     def _needed(self, schedules: dict[int, Schedule], visits: dict[int, Visit]) -> Sequence[int]:
         """The blocks that a visit runs."""

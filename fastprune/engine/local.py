@@ -21,8 +21,10 @@ import torch
 
 from ..data import TokenBatch
 from ..errors import InputError
-from ..models import Model, Runner, make_runner
+from ..models import Model, Runner, open_runner
 from ..models.device import is_out_of_memory
+from ..models.rotary import switch_length
+from ..models.verify import check_trees
 from ..plan.layout import Layout
 from ..plan.schedule import Schedule, make_schedule
 from ..plan.trie import Units, make_trie
@@ -62,10 +64,9 @@ def open_for(
     Raises InputError for rows or units that the model cannot run, and for memory_bytes that a row
     does not fit into.
     """
-    model.require(granularity)
     batch.check_fits(model.vocab_size, model.max_positions)
+    runner = open_runner(model, backend, granularity)
     _check_rows(model, batch)
-    runner = make_runner(model, backend)
     limit = MemoryLimit(memory_bytes, model, runner, batch, MEASURES[measure_name], granularity)
     return Opened(runner, limit, limit.layout() if layout is None else limit.check(layout))
 
@@ -330,7 +331,7 @@ def _sum(chunk: ChunkRows, number: int, rows: list[int], values: list[torch.Tens
 
 def _check_rows(model: Model, batch: TokenBatch) -> None:
     """Raise InputError for rows that the model cannot run together with others."""
-    switch, longest = model.rotary_switch, int(batch.positions.max()) + 1
+    switch, longest = switch_length(model.config), int(batch.positions.max()) + 1
     if (
         switch is not None
         and longest > switch
@@ -344,4 +345,4 @@ def _check_rows(model: Model, batch: TokenBatch) -> None:
     if len(trees):
         row = trees[batch.row_lengths[trees].argmax()]
         tree = make_chunk(batch, [row], model.device)
-        model.check_trees(tree.ids, tree.positions, tree.branch)
+        check_trees(open_runner(model, "generic"), tree.ids, tree.positions, tree.branch)

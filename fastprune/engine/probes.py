@@ -13,7 +13,7 @@ from fastprune_kernels.reference import token_nll
 
 from ..data import TokenBatch
 from ..errors import InputError
-from ..models import Model
+from ..models import GenericRunner, Model, open_runner
 from ..models.swap import Arguments, HalfBlock, State, hidden_of
 from ..objectives import Objective
 from .chunks import Chunk, make_chunk
@@ -32,10 +32,13 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     One row at a time: the states of every depth are held for that row (where weights are read band
     by band, for as many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
     """
-    num_units = len(model.unit_names(granularity))
+    runner, num_units = (
+        open_runner(model, "generic", granularity),
+        len(model.unit_names(granularity)),
+    )
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
-        for _, flat in _states(model, batch, granularity):
+        for _, flat in _states(runner, batch, granularity):
             for start in range(0, len(flat[0]), TOKENS_AT_ONCE):
                 part = torch.stack(
                     [h[start : start + TOKENS_AT_ONCE].float() for h in flat], dim=1
@@ -52,10 +55,14 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
     1, U + 1], over the last token of each sequence: of a row of text, or of each branch (Gromov et
     al., arXiv 2403.17887).
     """
-    num_units, count = len(model.unit_names(granularity)), 0
+    runner, num_units = (
+        open_runner(model, "generic", granularity),
+        len(model.unit_names(granularity)),
+    )
+    count = 0
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
-        for row, states in _states(model, batch, granularity):
+        for row, states in _states(runner, batch, granularity):
             branch = batch.branch[batch.row_starts[row] : batch.row_starts[row + 1]]
             ends = np.flatnonzero(np.diff(branch, append=-1))
             ends = ends[branch[ends] > 0] if batch.row_is_tree[row] else ends
@@ -70,20 +77,21 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
 
 
 def _states(
-    model: Model, batch: TokenBatch, granularity: str
+    runner: GenericRunner, batch: TokenBatch, granularity: str
 ) -> Iterator[tuple[int, list[torch.Tensor]]]:
     """Of each row, the dense model's states before each unit and after the last: U + 1 of [T,
     D]."""
+    model = runner.model
     per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
     for rows in _row_groups(model, batch, per_block * model.num_blocks + 1):
-        walks = [_open(model, batch, row) for row in rows]
+        walks = [_open(runner, batch, row) for row in rows]
         states: list[list] = [[state] for _, state, _ in walks]
-        for band in model.visit():
+        for band in runner.visit():
             for (_, _, arguments), of in zip(walks, states, strict=True):
                 for unit in (
                     per_block * block + half for block in band for half in range(per_block)
                 ):
-                    of.append(model.run(unit, of[-1], arguments, granularity))
+                    of.append(runner.run(unit, of[-1], arguments, granularity))
         for row, of in zip(rows, states, strict=True):
             yield row, [hidden_of(state)[0] for state in of]
 
@@ -105,9 +113,11 @@ def _row_groups(model: Model, batch: TokenBatch, states_of_row: int) -> list[lis
     return groups
 
 
-def _open(model: Model, batch: TokenBatch, row: int) -> tuple[Chunk, torch.Tensor, Arguments]:
-    chunk = make_chunk(batch, [row], model.device)
-    return chunk, *model.open(chunk.ids, chunk.positions, chunk.branch)
+def _open(
+    runner: GenericRunner, batch: TokenBatch, row: int
+) -> tuple[Chunk, torch.Tensor, Arguments]:
+    chunk = make_chunk(batch, [row], runner.device)
+    return chunk, *runner.open(chunk.ids, chunk.positions, chunk.branch)
 
 
 def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.ndarray:
@@ -120,13 +130,13 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
     anew.
     """
     _check_differentiable("unit gradients need", objective)
-    model.require("sublayer")
+    runner = open_runner(model, "generic", "sublayer")
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)
     gradients = np.zeros((objective.num_samples, 2 * model.num_blocks))
     with model.evaluation():
         for rows in _row_groups(model, batch, len(model.bands)):
-            samples = [_Sample(model, objective, row) for row in rows]
+            samples = [_Sample(runner, objective, row) for row in rows]
             *before, last = model.bands
             for number, band in enumerate(model.visit([*before, last, *reversed(before)])):
                 for sample in samples:
@@ -149,12 +159,11 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
     throughout, in float32 at least.
     """
     _check_differentiable("unit salience needs", objective)
-    if model.weights is not None:
-        raise InputError(
-            f"{model.name}: unit salience holds a gradient of every weight, more than where "
-            f"weights are streamed "
-            "(weights_bytes) may fit; open it without"
-        )
+    model.require_resident(
+        "unit salience holds a gradient of every weight, more than where weights are streamed "
+        "(weights_bytes) may fit; open it without"
+    )
+    runner = open_runner(model, "generic", granularity)
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)
     per_block = 2 if granularity == "sublayer" else 1
@@ -171,7 +180,7 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
             chunk = make_chunk(batch, [row], model.device)
             share = objective.weight * objective.sample_weight[objective.sample]
             _add_weight_gradients(
-                model, chunk, share[chunk.continuation], granularity, weights, totals
+                runner, chunk, share[chunk.continuation], granularity, weights, totals
             )
         found = [
             [
@@ -184,7 +193,7 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
 
 
 def _add_weight_gradients(
-    model: Model,
+    runner: GenericRunner,
     chunk: Chunk,
     weight: np.ndarray,
     granularity: str,
@@ -194,19 +203,19 @@ def _add_weight_gradients(
     """Add to totals, unit by unit, the gradient of the sum of weight_m * nll_m over one row's
     targets."""
     state: State
-    state, arguments = model.open(chunk.ids, chunk.positions, chunk.branch)
+    state, arguments = runner.open(chunk.ids, chunk.positions, chunk.branch)
     entries = []
     for unit in range(len(weights)):
-        entries.append(model.pack(state))
-        state = model.run(unit, state, arguments, granularity)
+        entries.append(runner.pack(state))
+        state = runner.run(unit, state, arguments, granularity)
     grad = _head_gradient(
-        model, chunk, hidden_of(state), torch.as_tensor(weight, device=model.device)
+        runner, chunk, hidden_of(state), torch.as_tensor(weight, device=runner.device)
     )
     for unit in reversed(range(len(weights))):
         entry = entries.pop().requires_grad_()
         with torch.enable_grad():
-            after = model.pack(
-                model.run(unit, model.unpack(entry, unit - 1), arguments, granularity)
+            after = runner.pack(
+                runner.run(unit, runner.unpack(entry, unit - 1), arguments, granularity)
             )
         grad, *found = torch.autograd.grad(after, (entry, *weights[unit]), grad, allow_unused=True)
         for total, gradient in zip(totals[unit], found, strict=True):
@@ -246,34 +255,34 @@ class _Sample:
     """dL/da of one row for every sublayer, [2 * blocks], L = sum of weight_m * nll_m over its
     targets."""
 
-    def __init__(self, model: Model, objective: Objective, row: int):
-        self._model = model
-        self._chunk, state, self._arguments = _open(model, objective.batch, row)
+    def __init__(self, runner: GenericRunner, objective: Objective, row: int):
+        self._runner = runner
+        self._chunk, state, self._arguments = _open(runner, objective.batch, row)
         (self.number,) = set(objective.sample[self._chunk.continuation].tolist())
         self._weight = torch.as_tensor(
-            objective.weight[self._chunk.continuation], device=model.device
+            objective.weight[self._chunk.continuation], device=runner.device
         )
         self._starts = [state]  # before each band
         self._grad: torch.Tensor | None = None
-        self.gradient = np.zeros(2 * model.num_blocks)
+        self.gradient = np.zeros(2 * runner.model.num_blocks)
 
     def forward(self, band: Sequence[int]) -> None:
         self._starts.append(self._through(band)[-1])
 
     def backward(self, band: Sequence[int]) -> None:
-        model, entries = self._model, self._through(band)
+        runner, entries = self._runner, self._through(band)
         self._starts.pop()
         after_band = entries.pop()
         grad = (
-            _head_gradient(model, self._chunk, after_band, self._weight)
+            _head_gradient(runner, self._chunk, after_band, self._weight)
             if self._grad is None
             else self._grad
         )
         for block in reversed(band):
             entry = entries.pop().requires_grad_()
             with torch.enable_grad():
-                middle = model.run(2 * block, entry, self._arguments, "sublayer")
-                after = hidden_of(model.run(2 * block + 1, middle, self._arguments, "sublayer"))
+                middle = runner.run(2 * block, entry, self._arguments, "sublayer")
+                after = hidden_of(runner.run(2 * block + 1, middle, self._arguments, "sublayer"))
             between = hidden_of(middle)
             if isinstance(
                 middle, HalfBlock
@@ -290,12 +299,12 @@ class _Sample:
         """The states before each block of the band that comes next, and after its last."""
         states = [self._starts[-1]]
         for block in band:
-            states.append(self._model.run(block, states[-1], self._arguments))
+            states.append(self._runner.run(block, states[-1], self._arguments))
         return states
 
 
 def _head_gradient(
-    model: Model, chunk: Chunk, hidden: torch.Tensor, weight: torch.Tensor
+    runner: GenericRunner, chunk: Chunk, hidden: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """dL/d hidden, [1, T, D], tile by tile over the positions that count."""
     gradient = torch.zeros_like(hidden)
@@ -305,7 +314,7 @@ def _head_gradient(
         tile = hidden[0, sources].requires_grad_()
         with torch.enable_grad():
             nll = token_nll(
-                model.logits(tile), chunk.target_source[inside] - start, chunk.target_token[inside]
+                runner.logits(tile), chunk.target_source[inside] - start, chunk.target_token[inside]
             )
             (gradient[0, sources],) = torch.autograd.grad(
                 (nll.double() * weight[inside]).sum(), tile

@@ -120,16 +120,20 @@ def check_base_model(base_model: str | None) -> str | None:
 def llama_cpp_warning(model: Model) -> str | None:
     """What must be known before blocks of this Model are left out with llama.cpp's own option; None
     where nothing."""
-    return recipes.llama_cpp_warning(model.per_layer())
+    from ..models.surgery import per_layer
+
+    return recipes.llama_cpp_warning(per_layer(model))
 
 
 def _opened(model: Model | Evaluator | nn.Module) -> tuple[Model, Evaluator | None]:
     """The Model, and the Evaluator where one was given."""
     from ..evaluator import Evaluator
-    from ..models import Model
+    from ..models import Model, open_runner
 
     if not isinstance(model, Evaluator):
-        return model if isinstance(model, Model) else Model(model), None
+        opened = model if isinstance(model, Model) else Model(model)
+        open_runner(opened, "generic")  # verified before anything is written
+        return opened, None
     if model.granularity != "block":
         raise InputError(
             "half a block cannot be left out of a checkpoint; give an evaluator of blocks"
@@ -146,6 +150,8 @@ def _export(
     base_model: str | None,
     given: Mapping[str, tuple[float, float]] | None,
 ) -> Path:
+    from ..models.surgery import ordered
+
     out, base = check_target(out_dir), _base_name(check_base_model(base_model) or model.name)
     losses = _check_losses(given)
     if evaluator is not None:
@@ -156,7 +162,7 @@ def _export(
     partial.mkdir(parents=True)
     try:
         with model.evaluation(), _no_progress_bars():
-            model.ordered(sequence, copies=True).save_pretrained(partial)
+            ordered(model, sequence, copies=True).save_pretrained(partial)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(partial)
             _check_written(model, sequence, what, partial)
@@ -230,11 +236,14 @@ def _no_progress_bars() -> Iterator[None]:
 def _check_written(model: Model, sequence: Sequence[int], what: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    ids = model.probe_ids()
-    state, arguments = model.open(ids)
+    from ..models import open_runner
+    from ..models.verify import agree, probe_ids
+
+    runner, ids = open_runner(model, "generic"), probe_ids(model)
+    state, arguments = runner.open(ids)
     for block in sequence:
-        state = model.run(block, state, arguments)
-    expected = model.logits(state.flatten(0, 1))
+        state = runner.run(block, state, arguments)
+    expected = runner.logits(state.flatten(0, 1))
     implementation = getattr(model.config, "_attn_implementation", None)
     # what such a model's own code has written along is that code
     own_code = type(model.hf).__module__.startswith("transformers_modules.")
@@ -250,7 +259,7 @@ def _check_written(model: Model, sequence: Sequence[int], what: str, folder: Pat
         raise InputError(
             f"the family {model.family!r} cannot be exported {what}: {error}"
         ) from error
-    if not model.agree(found, expected):
+    if not agree(found, expected, model.dtype):
         raise InputError(
             f"the family {model.family!r} cannot be exported {what}: "
             "its blocks depend on their index, and the written checkpoint gives other logits"

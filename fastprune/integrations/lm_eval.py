@@ -29,7 +29,8 @@ from ..data import TokenBatch, common_prefix
 from ..errors import InputError, shown
 from ..evaluator import Evaluator
 from ..masks import as_masks, from_removed, parse_removed, to_removed
-from ..models import Model, load_model
+from ..models import Model, load_model, masked, open_runner
+from ..models.verify import agree, probe_ids
 from ..objectives import Objective
 from ..validate import check_one_of
 from ..workers.processes import Processes, Workers, check_workers
@@ -118,7 +119,7 @@ class MaskedLM(HFLM):
             trust_remote_code=trust_remote_code,
             weights_bytes=weights_bytes,
         )
-        self.opened.require(granularity)
+        open_runner(self.opened, "generic", granularity)
         self._granularity = granularity
         self._running: dict[str, Any] = {
             "granularity": granularity,
@@ -181,8 +182,7 @@ class MaskedLM(HFLM):
         a family that needs its blocks as they are.
         """
         kept, model = np.flatnonzero(self.masks[number]).tolist(), self.opened
-        if model.weights is not None:
-            raise InputError(f"{model.name}: {WHOLE}")
+        model.require_resident(WHOLE)
         if self._granularity != "block":
             raise InputError(
                 "text is generated without whole blocks only; half a block can be scored, not "
@@ -193,12 +193,12 @@ class MaskedLM(HFLM):
             f"{model.name}: the family {model.family!r} cannot generate without blocks {removed}"
         )
         with model.evaluation():
-            ids = model.probe_ids()
-            state, arguments = model.open(ids)
+            runner, ids = open_runner(model, "generic"), probe_ids(model)
+            state, arguments = runner.open(ids)
             for block in kept:
-                state = model.run(block, state, arguments)
-            expected = model.logits(state.flatten(0, 1))
-            with model.masked(removed) as hf:
+                state = runner.run(block, state, arguments)
+            expected = runner.logits(state.flatten(0, 1))
+            with masked(model, removed) as hf:
                 try:
                     before = hf(input_ids=ids[:, :-1], use_cache=True)
                     after = hf(
@@ -208,9 +208,8 @@ class MaskedLM(HFLM):
                     )
                 except Exception as error:  # whatever it is, the family's own code cannot do it
                     raise InputError(f"{refusal}: {type(error).__name__}: {error}") from error
-                if not model.agree(
-                    torch.cat([before.logits, after.logits], dim=1).flatten(0, 1), expected
-                ):
+                logits = torch.cat([before.logits, after.logits], dim=1).flatten(0, 1)
+                if not agree(logits, expected, model.dtype):
                     raise InputError(f"{refusal}: its own code gives other logits")
                 yield hf
 

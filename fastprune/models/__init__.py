@@ -1,8 +1,18 @@
 """Checkpoints and transformers models -> units that the engine can run one by one."""
 
-from .fused import FusedModel, make_runner
-from .generic import Model, masked
-from .open import load_model
+from .fused import FusedRunner
+from .generic import GenericRunner
+from .model import Model
+from .open import load_model, open_runner
 from .runner import Runner
+from .surgery import masked
 
-__all__ = ["FusedModel", "Model", "Runner", "load_model", "make_runner", "masked"]
+__all__ = [
+    "FusedRunner",
+    "GenericRunner",
+    "Model",
+    "Runner",
+    "load_model",
+    "masked",
+    "open_runner",
+]

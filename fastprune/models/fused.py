@@ -1,8 +1,7 @@
 """The fused path: the units of Llama-like models on fused operators, with the model's own weights.
 
 It reads the same parameters as the generic path, which embeds the tokens and works out rotary
-angles for it. What it computes is checked against the generic path, block by block, before it is
-used.
+angles for it. `open_runner` compares it with the generic path, block by block, before it is used.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from torch import nn
 
 from ..errors import InputError
 from . import native
-from .generic import Model
+from .generic import GenericRunner
+from .model import Model
 from .operators import OPERATORS, Rows, fast_operators
 from .precision import WideningLinear
 from .runner import Targets
@@ -64,17 +64,20 @@ class ChunkArguments:
     attention: list[object]
 
 
-class FusedModel:
-    """Runs the units of a Llama-like model on fused operators; its methods are those of `Model`
-    (see `Runner`).
+class FusedRunner:
+    """Runs the units of a Llama-like model on fused operators (see `Runner`).
 
-    operators: "triton", "native" or "torch"; by default the set made for the model's device, else
-    torch's. Raises InputError where the model is not of that shape, or the result is not that of
-    the generic path.
+    Args:
+        model: The model.
+        operators: "triton", "native" or "torch"; by default the set made for the model's device,
+            else torch's.
+
+    Raises:
+        InputError: The model does not have that shape.
     """
 
     def __init__(self, model: Model, operators: str | None = None):
-        self._model, self.device = model, model.device
+        self.model, self.device = model, model.device
         reason = why_not_fused(model)
         if reason:
             raise InputError(f"{model.name}: the fused path cannot run this model: {reason}")
@@ -82,9 +85,9 @@ class FusedModel:
         self._operators = OPERATORS[chosen](model.dtype)
         self._windows = layer_windows(model.config, model.num_blocks)
         self._layers = [_layer(layer) for layer in model.layers]
+        self._generic = GenericRunner(model)  # for embeddings and angles
         self._head = model.hf.get_output_embeddings()
         self.path_name = f"fused ({self._operators.name})"
-        model.once(self.path_name, self._check)
 
     def open(
         self,
@@ -92,8 +95,8 @@ class FusedModel:
         positions: torch.Tensor | None = None,
         branch: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ChunkArguments]:
-        """As `Model.open`: the embedded tokens [B, T, D], and what the layers need."""
-        state, arguments = self._model.embed(ids, positions)
+        """Like `GenericRunner.open`: the embedded tokens [B, T, D], and what the layers need."""
+        state, arguments = self._generic.embed(ids, positions)
         cos, sin = arguments[0]["position_embeddings"]  # [1 or B, T, 2R], each angle twice
         half = cos.shape[-1] // 2
         cos, sin = (
@@ -113,17 +116,17 @@ class FusedModel:
 
     @property
     def bands(self) -> tuple[range, ...]:
-        """As `Model.bands`."""
-        return self._model.bands
+        """Like `Model.bands`."""
+        return self.model.bands
 
     def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
-        """As `Model.visit`."""
-        return self._model.visit(bands)
+        """Like `Model.visit`."""
+        return self.model.visit(bands)
 
     def run(
         self, unit: int, state: torch.Tensor, arguments: ChunkArguments, granularity: str = "block"
     ) -> torch.Tensor:
-        """As `Model.run`, on states [B, T, D]. The input is left as it is."""
+        """Like `GenericRunner.run`, on states [B, T, D]. The input is left as it is."""
         x = state.flatten(0, 1)
         if granularity == "block":
             layer, residual = self._layers[unit], torch.empty_like(x)
@@ -138,37 +141,37 @@ class FusedModel:
         return (x + self._attention(block, x, arguments)).view_as(state)
 
     def pack(self, state: torch.Tensor) -> torch.Tensor:
-        """As `Model.pack`: states of these families are plain tensors."""
+        """Like `GenericRunner.pack`: states of these families are plain tensors."""
         return state
 
     def unpack(self, packed: torch.Tensor, unit: int) -> torch.Tensor:
-        """As `Model.unpack`."""
+        """Like `GenericRunner.unpack`."""
         return packed
 
     def normed(self, states: torch.Tensor) -> torch.Tensor:
-        """As `Model.normed`."""
-        return self._norm(self._model.final_norm, states)
+        """Like `GenericRunner.normed`."""
+        return self._norm(self.model.final_norm, states)
 
     def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """As `Model.nll`."""
+        """Like `GenericRunner.nll`."""
         return self._operators.nll(self.normed(states), self._head.weight, tile)
 
     def misses(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """As `Model.misses`."""
+        """Like `GenericRunner.misses`."""
         logits = nn.functional.linear(self.normed(states), self._head.weight)
         return (logits.argmax(dim=-1)[tile.rows] != tile.tokens).float()
 
     def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
-        """As `Model.kl_reference`; on a GPU logits."""
+        """Like `GenericRunner.kl_reference`; on a GPU logits."""
         return self._operators.kl_reference(self.normed(dense), self._head.weight)
 
     def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """As `Model.kl`."""
+        """Like `GenericRunner.kl`."""
         return self._operators.kl(reference, self.normed(states), self._head.weight, tile)
 
     def head_bytes(self, measure: str) -> int:
-        """As `Model.head_bytes`."""
-        return self._operators.head_bytes(self._model, measure)
+        """Like `GenericRunner.head_bytes`."""
+        return self._operators.head_bytes(self.model, measure)
 
     def numerics(self) -> str:
         return f"fused {self._operators.numerics()}"
@@ -205,34 +208,17 @@ class FusedModel:
     ) -> torch.Tensor:
         return self._operators.add_rms_norm(x, norm.weight, norm.variance_epsilon, branch, residual)
 
-    def _check(self) -> None:
-        """Every block's output against the generic path's, on a short row and a short tree."""
-        probes = (self._model.probe_ids(),), self._model.probe_tree()
-        opened = [(*self._model.open(*inputs), self.open(*inputs)[1]) for inputs in probes]
-        for block in self._model.visited_blocks():
-            for probe, (state, generic_arguments, arguments) in enumerate(opened):
-                expected = self._model.run(block, state, generic_arguments)
-                if not self._model.agree(self.run(block, state, arguments), expected):
-                    raise InputError(
-                        f"{self._model.name}: block {block} gives something else on the fused path"
-                    )
-                opened[probe] = expected, generic_arguments, arguments
 
-
-def make_runner(model: Model, backend: str) -> Model | FusedModel:
-    """What runs a model's units: "generic", "fused", or with "auto" the fused path where operators
-    are made for the device and the model has the shape."""
-    if backend == "generic":
-        return model
-    if backend == "fused":
-        return FusedModel(model)
+def prefers_fused(model: Model) -> bool:
+    """Whether "auto" takes the fused path: the model has the shape, and operators are made for its
+    device."""
     if why_not_fused(model):
-        return model
-    if fast_operators(model.device, model.dtype) is None:
-        if model.device.type == "cpu" and not native.available():
-            warn_of_missing_extension()
-        return model
-    return FusedModel(model)
+        return False
+    if fast_operators(model.device, model.dtype) is not None:
+        return True
+    if model.device.type == "cpu" and not native.available():
+        warn_of_missing_extension()
+    return False
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-"""Folder, hub id, "demo" or a model in memory -> Model. safetensors only; every file is checked
-before it is read."""
+"""Folder, hub id, "demo" or a model in memory -> Model -> Runner. safetensors only; every file is
+checked before it is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -17,9 +17,12 @@ from ..errors import InputError, brief, shown
 from ..validate import check_bytes, is_number
 from .device import available_bytes
 from .files import FLOATS, check_checkpoint, locate, stored_dtype, wrong_dtype
-from .generic import Model, layer_paths
+from .fused import FusedRunner, prefers_fused
+from .generic import GenericRunner
+from .model import Model, layer_paths
 from .offload.placement import blocks_left_out, resident_bytes, to_device
 from .precision import has_instructions, widen
+from .verify import prove_fused, verified
 
 LONGEST_MESSAGE = 400
 # that is available: what weights in float32 may take, so that something is left for activations
@@ -89,7 +92,9 @@ def load_model(
             raise InputError(
                 "tokenizer belongs to a model that is opened; this one is open, with its own"
             )
-        return source if isinstance(source, Model) else Model(source, tokenizer)
+        model = source if isinstance(source, Model) else Model(source, tokenizer)
+        verified(model)
+        return model
     try:
         return _load(
             source,
@@ -162,9 +167,48 @@ def _load(
         hf = to_device(hf, device).eval()
         weights.start(weights_bytes, resident_bytes(hf), device, name)
         model = Model(hf, tokenizer, name, weights)
+    verified(model)
     place = str(Path(source).absolute()) if exists and name != "demo" else name
-    model.opened = (place, dtype, trust_remote_code, weights_bytes), model.state
+    model.opened = (place, dtype, trust_remote_code, weights_bytes), model.version
     return model
+
+
+@overload
+def open_runner(
+    model: Model, backend: Literal["generic"], granularity: str = "block"
+) -> GenericRunner: ...
+
+
+@overload
+def open_runner(
+    model: Model, backend: str = "auto", granularity: str = "block"
+) -> GenericRunner | FusedRunner: ...
+
+
+def open_runner(
+    model: Model, backend: str = "auto", granularity: str = "block"
+) -> GenericRunner | FusedRunner:
+    """Open a runner of a model's units; it is verified once for each version of the model.
+
+    Args:
+        model: The model.
+        backend: "generic", "fused", or "auto": the fused path where the model has the shape and
+            operators are made for its device.
+        granularity: "block", or "sublayer", whose halves are verified too.
+
+    Returns:
+        The generic runner, or the fused one.
+
+    Raises:
+        InputError: The model cannot be run by units of this granularity, or on the fused path that
+            was asked for.
+    """
+    generic = verified(model, granularity)
+    if backend == "generic" or (backend == "auto" and not prefers_fused(model)):
+        return generic
+    fused = FusedRunner(model)
+    model.once(fused.path_name, lambda: prove_fused(fused, generic))
+    return fused
 
 
 _MANY_TIMES = "a run takes many times as long as in float32"

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from fastprune_kernels import reference
 
-from .generic import Model
+from .head import head_bytes
+from .model import Model
 from .runner import Targets
 from .tree import seen_by, seen_runs, segments, tree_mask
 
@@ -178,7 +179,7 @@ class TorchOperators:
 
     def head_bytes(self, model: Model, measure: str) -> int:
         """About what a measure holds for each position."""
-        return model.head_bytes(measure)
+        return head_bytes(model, measure)
 
     def numerics(self) -> str:
         """What the bits of a result depend on besides what torch's depend on."""

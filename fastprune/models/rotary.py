@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .identity import plain_attributes
 from .swap import with_replaced
+from .version import plain_attributes
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 

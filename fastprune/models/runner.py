@@ -1,5 +1,5 @@
-"""The protocol of what executes units: the model's own layers (`Model`), or fused operators
-(`FusedModel`)."""
+"""The protocol that runs units: through the model's own layers (`GenericRunner`), or on fused
+operators (`FusedRunner`)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 weight.
 
 The model itself is never changed. `Recorder` learns what a model's forward passes to its layers,
-`Head` runs the causal-LM wrapper's own code on given states, `Sublayers` runs one half of a layer
-without the other.
+`Sublayers` runs one half of a layer without the other. (`head.FamilyHead` is a third.)
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 
 class HalfBlock(NamedTuple):
@@ -47,28 +45,41 @@ class Recorder:
     arguments."""
 
     def __init__(self, path: tuple[str, ...], hf: nn.Module):
-        self.as_tuple = False  # whether the model takes a tuple from each layer
+        # whether the model takes a tuple from each layer; None until a forward pass has worked
+        self._as_tuple: bool | None = None
         self._calls: list[tuple[tuple, dict]] = []
         self._state: Any = None  # the first layer's input, once it is known
-        layers = nn.ModuleList(StandInLayer(layer, self.record) for layer in get_module(hf, path))
+        layers = nn.ModuleList(StandInLayer(layer, self._record) for layer in get_module(hf, path))
         # the causal-LM wrapper is left out: only the base model below it is run
         self._base = get_module(with_replaced(hf, path, layers), path[:1])
 
     def __call__(self, **inputs: Any) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        self._calls, self._state = [], None
+        if self._as_tuple is not None:
+            return self._run(inputs, self._as_tuple)
+        try:
+            recorded, self._as_tuple = self._run(inputs, False), False
+        except Exception as error:
+            try:
+                recorded, self._as_tuple = self._run(inputs, True), True
+            except Exception:
+                raise error from None
+        return recorded
+
+    def _run(self, inputs: dict, as_tuple: bool) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+        self._calls, self._state, self._gives_tuples = [], None, as_tuple
         try:
             self._base(**inputs, use_cache=False)
             return self._state, self._calls
         finally:
             self._calls, self._state = [], None
 
-    def record(
+    def _record(
         self, hidden: torch.Tensor, args: tuple, kwargs: dict
     ) -> torch.Tensor | tuple[torch.Tensor, None]:
         if self._state is None:
             self._state = hidden
         self._calls.append((args, kwargs))
-        return (hidden, None) if self.as_tuple else hidden
+        return (hidden, None) if self._gives_tuples else hidden
 
 
 class StandInLayer(nn.Module):
@@ -87,45 +98,6 @@ class StandInLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._call(hidden_states, args, kwargs)
-
-
-class Head:
-    """The causal-LM wrapper's own code from normed hidden states to logits: head, scaling, soft
-    cap."""
-
-    def __init__(self, path: tuple[str, ...], hf: nn.Module):
-        self._stub = _BaseStub()
-        self._lm = with_replaced(hf, path[:-1], self._stub)
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        self._stub.hidden = hidden[None]
-        try:
-            ids = torch.zeros(
-                1, len(hidden), dtype=torch.int64, device=hidden.device
-            )  # only its shape is read
-            return self._lm(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            self._stub.hidden = None
-
-
-class _BaseStub(nn.Module):
-    """Stands in for the base model below a causal-LM wrapper and returns given hidden states."""
-
-    hidden: torch.Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
-        # transformers calls any tensor a FloatTensor
-        return _BaseOutput(last_hidden_state=self.hidden)  # type: ignore[arg-type]
-
-
-class _BaseOutput(BaseModelOutput):
-    """A base model's output; whatever else a family's wrapper reads from its own output type is
-    None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return None
 
 
 class Sublayers:

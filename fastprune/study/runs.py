@@ -219,12 +219,12 @@ class _Evaluators:
         racing: float | None,
     ) -> dict:
         """What makes a study this study."""
-        from ..models import make_runner
+        from ..models import open_runner
         from ..models.fingerprint import machine_fingerprint  # only now: they bring torch
 
         backend = self._options.get("backend", "auto")
         return {
-            "models": {model.name: model.weights_hash for model in self._models},
+            "models": {model.name: model.digest for model in self._models},
             "dtype": {model.name: str(model.dtype) for model in self._models},
             "objectives": {
                 f"{name} {label}": [objective.name, objective.content_hash]
@@ -239,7 +239,7 @@ class _Evaluators:
             "racing": racing,
             "granularity": self._options.get("granularity", "block"),
             "backend": {
-                model.name: make_runner(model, backend).numerics() for model in self._models
+                model.name: open_runner(model, backend).numerics() for model in self._models
             },
             "machine": {
                 model.device.type: machine_fingerprint(model.device) for model in self._models
@@ -254,11 +254,13 @@ class _Evaluators:
     ) -> None:
         """Raise InputError for a granularity that a model has not, a budget it cannot have or that
         is too large for an algorithm, or an objective without gradients where they are needed."""
+        from ..models import open_runner  # only now: it brings torch
+
         for what, given in (("an algorithm", algorithms), ("a budget", budgets)):
             if len(set(given)) < len(given):
                 raise InputError(f"{what} is given twice: {', '.join(map(str, given))}")
         for model in self._models:
-            model.require(self._options.get("granularity", "block"))
+            open_runner(model, "generic", self._options.get("granularity", "block"))
             units = self.num_units(model)
             for num_remove in budgets:
                 if not 0 <= num_remove < units:
@@ -269,7 +271,7 @@ class _Evaluators:
                     )
                 for algorithm in algorithms:
                     chosen, values = check_algorithm(algorithm, options.get(algorithm, {}))
-                    if chosen.needs_weights and model.weights is not None:
+                    if chosen.needs_weights and model.weights.streamed:
                         raise InputError(
                             f"{algorithm} needs all weights at once, and {model.name} reads them "
                             f"in bands"

@@ -76,8 +76,7 @@ class RemoteRuns:
         self._model_sent: tuple[tuple, object] | None = None  # for workers; held as long as sent
         self._cost, self._peak = Cost(), 0
         self._held: dict[int, Held] = {}  # by worker
-        if model.weights is not None:
-            model.weights.release()  # no unit runs here
+        model.weights.release()  # no unit runs here
 
     @property
     def cost(self) -> Cost:
@@ -189,13 +188,12 @@ class RemoteRuns:
         """How a worker gets the model: as `load_model` did, or from its modules and tensors."""
         if self._model_sent is None:
             model = self._model
-            if model.opened is not None and model.opened[1] == model.state:
+            if model.opened is not None and model.opened[1] == model.version:
                 self._model_sent = ("load", *model.opened[0]), None
-            elif model.weights is not None:
-                raise InputError(
-                    f"{model.name}: has changed since it was opened, and its weights are in files"
-                )
             else:
+                model.require_resident(
+                    "has changed since it was opened, and its weights are in files"
+                )
                 modules, tensors = pack(model.given)
                 places, buffer, held = self._workers.share_tensors(tensors)
                 self._model_sent = ("modules", modules, places, buffer), held

@@ -98,7 +98,7 @@ class Worker:
         self._runs, self._counted = None, Cost()
         if request.model is not None:
             self._models[request.digest] = self._make_model(request.model, request.device)
-            if self._models[request.digest].weights_hash != request.digest:
+            if self._models[request.digest].digest != request.digest:
                 del self._models[request.digest]
                 raise InputError(
                     "the model that it opened is not the same as here: weights, config, hooks or "

@@ -9,6 +9,8 @@ from helpers import make_tasks
 
 import fastprune as fp
 from fastprune.engine.cache import DiskTier, Frontier, HostTier, PrefixCache, TieredStates
+from fastprune.models import GenericRunner
+from fastprune.models.surgery import without
 from fastprune.workers.processes import Processes
 
 LENGTHS = [93, 9, 47, 93, 46, 9, 91]
@@ -150,7 +152,7 @@ def test_out_of_memory_gives_up_states_before_bits(monkeypatch):
     expected = fp.Evaluator(hf, target, backend="generic", cache_bytes=0).score(masks)
     ev = fp.Evaluator(hf, target, backend="generic")
     ev.score(masks[:10])
-    nll, failures = fp.Model.nll, [1]
+    nll, failures = GenericRunner.nll, [1]
 
     def fails_once(self, states, tile):
         if failures:
@@ -158,7 +160,7 @@ def test_out_of_memory_gives_up_states_before_bits(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return nll(self, states, tile)
 
-    monkeypatch.setattr(fp.Model, "nll", fails_once)
+    monkeypatch.setattr(GenericRunner, "nll", fails_once)
     with pytest.warns(RuntimeWarning, match="out of memory: going on with a smaller prefix cache"):
         assert ev.score(masks).tobytes() == expected.tobytes()
     assert ev.stats.masks == 10 + len(masks)
@@ -335,7 +337,7 @@ def test_the_measure_greedy_counts_tokens_that_are_not_the_most_likely():
             == fp.Evaluator(hf, fp.Perplexity(batch), backend).score(masks).tobytes()
         )
         for mask, of_mask in zip(masks, sums[:, 1]):
-            model = fp.Model(hf).pruned(np.flatnonzero(~mask).tolist())
+            model = without(fp.Model(hf), np.flatnonzero(~mask).tolist())
             for row, misses in enumerate(of_mask):
                 ids = torch.tensor(batch.ids[batch.row_starts[row] : batch.row_starts[row + 1]])[
                     None

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastprune as fp
-from fastprune.models import FusedModel, Model
+from fastprune.models import FusedRunner, GenericRunner
 
 LENGTHS = [93, 9, 47, 93, 46, 9, 91]
 
@@ -70,7 +70,7 @@ def fields(num_units: int) -> dict[str, np.ndarray]:
 
 
 def runner_of(ev) -> type:
-    return Model if ev.backend == "generic" else FusedModel
+    return GenericRunner if ev.backend == "generic" else FusedRunner
 
 
 def spy_on_the_head(monkeypatch, ev, most: int | None = None) -> list[int]:

@@ -19,7 +19,8 @@ from families import (
 from helpers import bfloat16_errors, make_tasks
 
 import fastprune as fp
-from fastprune.models import fused, native
+from fastprune.models import FusedRunner, fused, native
+from fastprune.models.verify import probe_tree
 
 LLAMA_LIKE = ["llama", "llama-tied", "mistral", "phi3", "qwen2", "qwen2-window", "qwen3"]
 LENGTHS = [49, 13, 49, 12, 13]
@@ -144,9 +145,9 @@ def test_scores_keep_their_bits(operators, dtype, granularity):
 def test_the_input_of_a_unit_is_left_as_it_is(operators):
     hf = build("llama")
     model = fp.Model(hf)
-    runner = fused.FusedModel(model)
+    runner = FusedRunner(model)
     with model.evaluation():
-        state, arguments = runner.open(*model.probe_tree())
+        state, arguments = runner.open(*probe_tree(model))
         before = state.clone()
         for granularity, units in (("block", 1), ("sublayer", 2)):
             for unit in range(units):

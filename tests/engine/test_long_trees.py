@@ -10,7 +10,7 @@ from helpers import make_tasks, smallest_budget
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import fastprune as fp
-from fastprune.models import FusedModel, fused, native
+from fastprune.models import FusedRunner, fused, native, open_runner
 from fastprune.models.operators import OPERATORS, Rows
 from fastprune.models.tree import seen_by, seen_runs, segments, tree_mask
 
@@ -178,10 +178,10 @@ def test_what_the_models_own_code_needs_a_mask_for_is_in_the_budget():
 
 def test_a_fused_model_embeds_without_masks():
     model = llama()
-    fused = FusedModel(model, "torch")
+    fused = FusedRunner(model, "torch")
     ids = torch.arange(600)[None] % 97
     state, _ = fused.open(ids, torch.arange(600)[None], torch.zeros(1, 600, dtype=torch.int64))
-    assert torch.equal(state, model.open(ids)[0])
+    assert torch.equal(state, open_runner(model, "generic").open(ids)[0])
 
 
 @pytest.mark.parametrize("backend", ["generic", "fused"])

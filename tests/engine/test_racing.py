@@ -11,6 +11,7 @@ from families import random_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
+from fastprune.models import GenericRunner
 from fastprune.plan.layout import look_rows
 from fastprune.plan.racing import race
 
@@ -193,7 +194,7 @@ def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(
 ):
     masks = fp.from_removed(PAIRS, 6)
     full = evaluator(uneven_model()).score(masks)
-    nll, calls = fp.Model.nll, []
+    nll, calls = GenericRunner.nll, []
 
     def fails_once(self, states, tile):
         calls.append(1)
@@ -202,7 +203,7 @@ def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(
         return nll(self, states, tile)
 
     ev = evaluator(uneven_model(), backend="generic", cache_bytes=cache_bytes)
-    monkeypatch.setattr(fp.Model, "nll", fails_once)
+    monkeypatch.setattr(GenericRunner, "nll", fails_once)
     with pytest.warns(RuntimeWarning, match="out of memory"):
         found = ev.select(masks, keep=3)
     assert ev.stats.masks == len(masks)

@@ -12,6 +12,8 @@ from families import build, num_blocks, random_rows, some_masks
 from helpers import make_tasks, smallest_budget
 
 import fastprune as fp
+from fastprune.models import open_runner
+from fastprune.models.verify import check_trees
 
 LENGTHS = [23, 9, 17, 23, 16, 9, 21, 12]
 
@@ -63,7 +65,7 @@ def test_families_have_the_bits_of_the_model_in_memory(family, tmp_path):
     masks = some_masks(model.num_blocks, 30, seed=1)
     ev = fp.Evaluator(model, perplexity(model), cache_bytes=0)
     assert np.array_equal(ev.score(masks), fp.Evaluator(whole, perplexity(whole)).score(masks))
-    assert model.weights_hash == whole.weights_hash
+    assert model.digest == whole.digest
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 5])
@@ -224,11 +226,11 @@ def test_how_often_a_model_is_read_before_the_first_mask(folder):
     measure; each once."""
     model = streamed(folder, 1)
     assert model.weights.loads == 5
-    model.check_trees()
+    check_trees(open_runner(model, "generic"))
     assert model.weights.loads == 10
     fp.Evaluator(model, perplexity(model), "fused", cache_bytes=0)
     assert model.weights.loads == 16
-    model.check_trees()
+    check_trees(open_runner(model, "generic"))
     fp.Evaluator(model, perplexity(model), "fused", cache_bytes=0)
     assert model.weights.loads <= 17
 
@@ -236,14 +238,14 @@ def test_how_often_a_model_is_read_before_the_first_mask(folder):
 def test_the_hash_is_kept_beside_the_files(tmp_path):
     make_folder("llama", tmp_path)
     first = streamed(tmp_path, 2)
-    known = first.weights_hash
+    known = first.digest
     second = streamed(tmp_path, 2)
     before = second.weights.loads
-    assert second.weights_hash == known
+    assert second.digest == known
     assert second.weights.loads == before  # not read again
     hf = build("llama", seed=5)
     save(hf, tmp_path)
-    assert streamed(tmp_path, 2).weights_hash == fp.load_model(tmp_path).weights_hash != known
+    assert streamed(tmp_path, 2).digest == fp.load_model(tmp_path).digest != known
 
 
 def test_what_needs_the_whole_model_says_so(folder, tmp_path):

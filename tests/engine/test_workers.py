@@ -22,6 +22,7 @@ from workers_for_tests import InThisProcess
 
 import fastprune as fp
 from fastprune import evaluator
+from fastprune.models import GenericRunner
 from fastprune.plan.trie import kept_units, make_trie
 from fastprune.study import run_study
 from fastprune.workers import processes
@@ -210,14 +211,14 @@ def test_memory_that_runs_out_makes_chunks_smaller_everywhere(hf, monkeypatch):
     expected = fp.Evaluator(hf, target).score(masks)
     workers = InThisProcess(2)
     many = fp.Evaluator(hf, target, "generic", workers=workers)
-    run = fp.Model.run
+    run = GenericRunner.run
 
     def limited(self, unit, state, *more):
-        if len(state) > 2 and self is not many.model:
+        if len(state) > 2 and self.model is not many.model:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(self, unit, state, *more)
 
-    monkeypatch.setattr(fp.Model, "run", limited)
+    monkeypatch.setattr(GenericRunner, "run", limited)
     with pytest.warns(RuntimeWarning, match="going on with chunks of"):
         found = many.score(masks)
     np.testing.assert_allclose(found, expected, rtol=1e-5)

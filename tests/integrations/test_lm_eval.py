@@ -23,6 +23,7 @@ from workers_for_tests import InThisProcess
 
 import fastprune as fp
 from fastprune.integrations.lm_eval import MaskedLM, evaluate_masks
+from fastprune.models import FusedRunner, GenericRunner
 
 TASKS = Path(__file__).parent / "tasks"
 NAMES = ["demo_choices", "demo_next", "demo_text", "demo_answer"]
@@ -200,22 +201,21 @@ def requests(*pairs) -> list[Instance]:
 
 
 @pytest.mark.slow
-def test_contexts_that_are_shared_run_once(folder):
+def test_contexts_that_are_shared_run_once(folder, monkeypatch):
     """Four choices of a token each cost what the question alone costs."""
     question, runs = "Tom is 27 years old. Paul is 30 years old. Who is older? Answer:", []
+    harnesses = [MaskedLM(str(folder("llama")), "1-2") for _ in range(2)]
+    for kind in (GenericRunner, FusedRunner):
 
-    def count(pairs) -> int:
-        seen = []
-        lm = MaskedLM(str(folder("llama")), "1-2", progress=lambda done, total: seen.append(done))
-        model, made = lm.opened, []
-        run = model.run
-        model.run = lambda unit, state, *rest: made.append(state.shape) or run(unit, state, *rest)
-        lm.loglikelihood(requests(*pairs))
-        return made
+        def spy(self, unit, state, *rest, run=kind.run):
+            runs[-1].append(state.shape)
+            return run(self, unit, state, *rest)
 
-    for choices in ([" Paul"], [" Paul", " Tom", " Max", " Anna"]):
-        runs.append(count([(question, choice) for choice in choices]))
-    assert runs[0] == runs[1]
+        monkeypatch.setattr(kind, "run", spy)
+    for lm, choices in zip(harnesses, ([" Paul"], [" Paul", " Tom", " Max", " Anna"])):
+        runs.append([])
+        lm.loglikelihood(requests(*((question, choice) for choice in choices)))
+    assert len(runs[0]) == len(runs[1]) > 0
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ MODULES = (
 MODULES += (
     "data.loaders",
     "models.open",
-    "models.generic",
+    "models.model",
+    "models.surgery",
     "evaluator",
     "exports.checkpoint",
 )  # these run the demo model

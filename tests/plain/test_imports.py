@@ -110,6 +110,43 @@ def test_layers_have_no_cycles():
     assert not [part for part in graph if part in reachable(part)]
 
 
+def own_files(path: Path) -> set[Path]:
+    """The other files of fastprune that a file imports, for type checkers or inside of functions
+    too."""
+    files = set()
+    for module, name in imports(path, PACKAGE):
+        names = module.split(".")
+        if names[0] == "fastprune":
+            place = PACKAGE.joinpath(*names[1:])
+            for target in (place / f"{name}.py", place.with_suffix(".py"), place / "__init__.py"):
+                if target.exists():
+                    files.add(target)
+                    break
+    return files - {path}
+
+
+FOLDERS = sorted({path.parent for path in modules(PACKAGE)} - {PACKAGE})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_of_a_folder_have_no_cycles(folder):
+    """Imports that only type checkers read, and those inside of functions, count too."""
+    graph = {path: own_files(path) for path in folder.rglob("*.py")}
+
+    def reachable(start: Path) -> set[Path]:
+        reached: set[Path] = set()
+        pending = list(graph[start])
+        while pending:
+            following = pending.pop()
+            if following in graph and following not in reached:
+                reached.add(following)
+                pending += graph[following]
+        return reached
+
+    circles = [path for path in graph if path in reachable(path)]
+    assert not circles, ", ".join(str(path.relative_to(PACKAGE)) for path in circles)
+
+
 def test_search_knows_its_scorer_only():
     known = {"plan", "masks", "errors", "validate", "search", "solver"}
     for path in modules(PACKAGE / "search"):

@@ -24,7 +24,7 @@ import torch
 
 import fastprune.cli
 from fastprune.engine.store import SumStore
-from fastprune.models import FusedModel, Model
+from fastprune.models import FusedRunner, GenericRunner
 
 EFFORT = float(os.environ.get("FASTPRUNE_TORTURE", "1"))  # 1 in the suite; make torture takes more
 MOST_SECONDS, MOST_BYTES = (
@@ -111,7 +111,7 @@ def command(*arguments: object) -> int:
 def unit_runs(tell: Callable[[int], None]) -> Iterator[None]:
     """Inside, tell(n) is called before the n-th unit run, from 1."""
     numbers = itertools.count(1)
-    own = {kind: kind.run for kind in (Model, FusedModel)}
+    own = {kind: kind.run for kind in (GenericRunner, FusedRunner)}
 
     def told(run):
         def counted(self, *arguments, **options):

@@ -61,12 +61,47 @@ class Block:
     size: int
 
 
+class ResidentWeights:
+    """The blocks of a model whose weights all stay loaded: one band, and nothing is ever read. It
+    answers as `Weights` does, so that no caller needs to ask which of the two a model has."""
+
+    streamed = False
+    loads = bytes = 0
+    waited = 0.0
+    identity: Sequence[list] = ()
+
+    def __init__(self, num_blocks: int):
+        self.room = Room(num_blocks, 0, 0, num_blocks)
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """One band of all blocks."""
+        return self.room.bands
+
+    def block_of(self, name: str) -> None:
+        """Like `Weights.block_of`: every parameter stays loaded."""
+        return None
+
+    def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """The bands, one after the other."""
+        return iter(bands)
+
+    def release(self) -> None:
+        """Nothing can be given back."""
+
+    def remembered(self, key: Callable[[], str], work: Callable[[], str]) -> str:
+        """The hash that `work` gives; nothing is kept in a file."""
+        return work()
+
+
 class Weights:
     """The blocks of a model whose weights stay in files; `visit` brings them in, band by band.
 
     loads: blocks that were read so far; bytes: of files; waited: seconds that computing stood still
     for them.
     """
+
+    streamed = True
 
     def __init__(self, folder: Path, files: Files, blocks: Sequence[Block], names: dict[str, int]):
         self.folder, self._files, self._blocks = folder, files, blocks
@@ -138,15 +173,16 @@ class Weights:
         self._free.clear()
         self._made = 0
 
-    def remembered(self, key: str, work: Callable[[], str]) -> str:
-        """The hash that is kept beside the files under a key, or else what `work` gives, which is
-        kept then."""
+    def remembered(self, key: Callable[[], str], work: Callable[[], str]) -> str:
+        """The hash that is kept beside the files under a key; without one, the hash that `work`
+        gives, which is kept from then on."""
+        name = key()
         path = self.folder / HASHES
         known: dict = {}
         with suppress(OSError, ValueError):
             said = json.loads(path.read_text())
             known = said if isinstance(said, dict) else {}
-        found = known.get(key)
+        found = known.get(name)
         if isinstance(found, str) and len(found) == 64 and not set(found) - set("0123456789abcdef"):
             return found
         found = work()
@@ -154,7 +190,7 @@ class Weights:
         with suppress(
             OSError
         ):  # a folder that cannot be written to: it is worked out again each time
-            write_json(path, {**dict(list(known.items())[-7:]), key: found}, replace=True)
+            write_json(path, {**dict(list(known.items())[-7:]), name: found}, replace=True)
         return found
 
     def _read(self, wanted: Sequence[int], keep: Sequence[int]) -> None:

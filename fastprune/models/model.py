@@ -1,0 +1,277 @@
+"""A transformers model as parts: its layers, final norm and sizes, with a lock, a version and a
+digest. `runner` says how its units run, `surgery` how it loses blocks."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .attention import pinned_attention
+from .offload.weights import ResidentWeights, Weights
+from .precision import working_dtype
+from .rotary import with_unrounded_frequencies
+from .swap import get_module
+from .version import digest_of, version_of
+
+LAYERS_NAMES = ("layers", "h", "blocks")
+FINAL_NORM_NAMES = (
+    "norm",
+    "final_layer_norm",
+    "ln_f",
+    "final_layernorm",
+    "final_norm",
+    "norm_f",
+    "embedding_norm",
+)
+GRANULARITIES = ("block", "sublayer")
+
+T = TypeVar("T")
+
+# one for each transformers model, whatever wraps it: its training flags and recorders serve one
+# call at a time
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def lock_of(hf: Any) -> threading.RLock:
+    """The lock of a transformers model, shared by everything that wraps it."""
+    if not isinstance(hf, nn.Module):
+        return threading.RLock()
+    return _LOCKS.setdefault(hf, threading.RLock())
+
+
+class Model:
+    """The parts of a decoder-only transformers model.
+
+    `load_model` opens one and verifies that it can be run block by block. This constructor finds
+    the parts and leaves verification to the first evaluator. The transformers model is shared and
+    left as it was found. Rotary frequencies that `.to(dtype)` has rounded are taken unrounded, as a
+    folder's are.
+
+    Args:
+        hf: A causal language model of transformers, in memory.
+        tokenizer: Its tokenizer, or None.
+        name: A name for messages; by default the model's own.
+        weights: The blocks' weights where these are streamed from files; run a block inside of
+            `visit` only.
+
+    Raises:
+        InputError: The parts were not found, or the family cannot be run block by block.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> fp.load_model("demo").unit_names("sublayer")[:3]
+        ['attn 0', 'mlp 0', 'attn 1']
+    """
+
+    # of a model that load_model opened: its arguments, and the version that the model then had
+    opened: tuple[tuple, tuple] | None = None
+
+    def __init__(
+        self,
+        hf: nn.Module,
+        tokenizer: Any = None,
+        name: str | None = None,
+        weights: Weights | None = None,
+    ):
+        self.lock = lock_of(hf)
+        with self.lock:  # nobody masks it meanwhile
+            self._take_apart(hf, name)
+        self.tokenizer = tokenizer
+        self.weights: Weights | ResidentWeights = weights or ResidentWeights(self.num_blocks)
+        self._results: tuple[tuple | None, dict[Hashable, Any]] = (None, {})  # see `once`
+
+    def _take_apart(self, given: nn.Module, name: str | None) -> None:
+        self.given: Any = given  # the caller's own model
+        hf = with_unrounded_frequencies(given)
+        self.hf: Any = hf  # with the attributes that a transformers model has and a module has not
+        if hf is not given:
+            _LOCKS[hf] = self.lock
+        self.config: Any = getattr(hf, "config", None)
+        self.family = getattr(self.config, "model_type", type(hf).__name__)
+        self.name = name or getattr(self.config, "_name_or_path", "") or self.family
+        self.path = self._find_layers()
+        assert self.config is not None  # or it was refused
+        self._list: nn.ModuleList = get_module(given, self.path)
+        self.layers: list[nn.Module] = list(self._list)
+        self.num_blocks = len(self.layers)
+        if not self.num_blocks:
+            raise self.refusal("it has no blocks")
+        self.device, self.dtype = next(hf.parameters()).device, working_dtype(hf)
+        self.vocab_size = int(self.config.vocab_size)
+        self.hidden_size = int(self.config.hidden_size)
+        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.final_norm = self._find_final_norm()
+
+    def __repr__(self) -> str:
+        size = f"{self.num_blocks} blocks of width {self.hidden_size}"
+        return (
+            f"Model({self.name!r}, {self.family}, {size}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    def unit_names(self, granularity: str) -> list[str]:
+        """Names of the prunable units, in the order in which they run."""
+        if granularity not in GRANULARITIES:
+            raise InputError(
+                f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}"
+            )
+        if granularity == "block":
+            return [f"block {i}" for i in range(self.num_blocks)]
+        return [f"{part} {i}" for i in range(self.num_blocks) for part in ("attn", "mlp")]
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """The blocks whose weights are loaded together: one band of all blocks, unless weights are
+        streamed."""
+        return self.weights.bands
+
+    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
+        """Groups of blocks, by default all `bands`, each with its weights loaded while it is the
+        current one."""
+        return self.weights.visit(self.bands if bands is None else bands)
+
+    def visited_blocks(self) -> Iterator[int]:
+        """All blocks, each with its weights loaded while it is the current one."""
+        return (block for band in self.visit() for block in band)
+
+    def require_resident(self, why: str) -> None:
+        """Raise InputError, with this reason, where weights are streamed."""
+        if self.weights.streamed:
+            raise InputError(f"{self.name}: {why}")
+
+    # -- lock, version, digest ---------------------------------------------------------------------
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """No gradients, no dropout, no autocast of the caller, and attention by the pinned
+        backends; every training flag and switch is put back afterwards.
+
+        Threads wait for each other: one at a time is inside, whatever wraps the same transformers
+        model.
+        """
+        with self.lock:
+            self.check_whole()
+            training = [module for module in self.hf.modules() if module.training]
+            for module in training:
+                module.training = False
+            try:
+                without_autocast = torch.autocast(self.device.type, enabled=False)
+                with (
+                    torch.inference_mode(False),
+                    torch.no_grad(),
+                    without_autocast,
+                    pinned_attention(),
+                ):
+                    yield
+            finally:
+                for module in training:
+                    module.training = True
+
+    @property
+    def version(self) -> tuple:
+        """A value that changes whenever the model's outputs could change; reads few weights.
+
+        It covers module attributes, hooks, pointers, tensor versions and sampled values; of
+        streamed weights, the size and time of their files. Raises InputError where such a file has
+        changed.
+        """
+        return version_of(self.hf, self.config, self.weights)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the config, every tensor (buffers that are not saved, too), the plain
+        attributes of every module, and its hooks. Computed once for each `version`."""
+        return self.once(
+            "digest", lambda: digest_of(self.hf, self.config, self.dtype, self.weights)
+        )
+
+    def once(self, name: Hashable, work: Callable[[], T]) -> T:
+        """The result of `work`, computed under `evaluation` once for each `version`. An exception
+        is raised and not remembered."""
+        with self.lock:
+            self.check_whole()
+            version = self.version
+            if self._results[0] != version:
+                self._results = (version, {})
+            results = self._results[1]
+            if name not in results:
+                with self.evaluation():
+                    results[name] = work()
+            return results[name]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the transformers model has the blocks that it had when it was opened."""
+        return get_module(self.given, self.path) is self._list
+
+    def check_whole(self) -> None:
+        """Raise InputError unless the model `is_whole`."""
+        if not self.is_whole:
+            raise InputError(
+                f"{self.name}: its blocks are not those that it was opened with; what was opened "
+                f"outside of fp.masked "
+                "serves outside, what was opened inside serves there"
+            )
+
+    # -- finding the parts -------------------------------------------------------------------------
+
+    def refusal(self, why: str) -> InputError:
+        """The error for a family that cannot be run block by block, for this reason."""
+        return InputError(
+            f"{self.name}: the family {self.family!r} cannot be run block by block: {why}"
+        )
+
+    def _find_layers(self) -> tuple[str, ...]:
+        """Attribute path from the model to its list of decoder layers."""
+        if not isinstance(self.given, nn.Module) or self.config is None:
+            what = type(self.hf).__name__
+            hint = "; load_model opens folders, hub ids and 'demo'" * isinstance(self.hf, str)
+            raise InputError(f"expected a transformers causal language model, not {what}{hint}")
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise self.refusal("it is an encoder-decoder")
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            raise self.refusal("its layers share keys and values across depth")
+        if any(hasattr(module, "_hf_hook") for module in self.hf.modules()):
+            raise InputError(
+                f"{self.name}: load the model on one device, without device_map offloading"
+            )
+        if (
+            not callable(getattr(self.hf, "get_output_embeddings", None))
+            or self.hf.get_output_embeddings() is None
+        ):
+            raise self.refusal("it has no language-model head")
+        paths = layer_paths(self.hf)
+        if len(paths) != 1:
+            depth = getattr(self.config, "num_hidden_layers", None)
+            raise self.refusal(
+                f"{'no' if not paths else 'more than one'} list of {depth} decoder layers was found"
+            )
+        return paths[0]
+
+    def _find_final_norm(self) -> nn.Module:
+        parent = get_module(self.hf, self.path[:-1])
+        for name in FINAL_NORM_NAMES:
+            if isinstance(getattr(parent, name, None), nn.Module):
+                return getattr(parent, name)
+        raise self.refusal("its final norm was not found")
+
+
+def layer_paths(hf: nn.Module) -> list[tuple[str, ...]]:
+    """Attribute paths from a transformers model to what may be its list of decoder layers."""
+    depth = getattr(hf.config, "num_hidden_layers", None)
+    return [
+        tuple(name.split("."))
+        for name, module in hf.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and name.split(".")[-1] in LAYERS_NAMES
+    ]

@@ -1,0 +1,281 @@
+"""Verification, on the model itself, that it can be run unit by unit before it is used: its layers
+one by one against its own forward pass, token trees against their sequences, the halves of a block
+against the block, and the fused path against the generic one.
+
+Each raises InputError, with the reason, where a comparison fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .generic import GenericRunner
+from .model import Model
+from .runner import Runner
+from .swap import Arguments, HalfBlock, StandInLayer, Sublayers, hidden_of, with_replaced
+from .tree import few_branches
+
+ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+LONGEST_CHECKED = 2048  # tokens of a tree that is compared with its sequences
+
+
+def verified(model: Model, granularity: str = "block") -> GenericRunner:
+    """The generic runner of a model, verified once for each version of the model.
+
+    Raises InputError where units of this granularity cannot be run.
+    """
+    model.unit_names(granularity)  # a known one
+
+    def make() -> GenericRunner:
+        runner = GenericRunner(model)
+        prove_blocks(runner)
+        return runner
+
+    runner = model.once("generic", make)
+    if granularity == "sublayer":
+        runner.sublayers = model.once("sublayers", lambda: find_sublayers(runner))
+    return runner
+
+
+# -- probes ----------------------------------------------------------------------------------------
+
+
+def probe_ids(model: Model) -> torch.Tensor:
+    """A short row of token ids spread over the vocabulary, int64[1, T]."""
+    length = min(8, model.max_positions or 8)
+    return (torch.arange(1, length + 1, device=model.device) * 7919 % model.vocab_size)[None]
+
+
+def probe_tree(model: Model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The short row as a trunk with two branches: ids, positions, branch, each int64[1, T]."""
+    ids = probe_ids(model)
+    tree = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5], [0, 0, 0, 1, 1, 2, 2, 2]], device=model.device)
+    tree = tree[:, : ids.shape[1]]
+    return ids, tree[:1], tree[1:]
+
+
+def agree(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are equal up to a few roundings of a dtype, by relative norm, and not
+    finite at the same places."""
+    finite = expected.isfinite()
+    if not torch.equal(result.isfinite(), finite):
+        return False
+    result, expected = result[finite].double(), expected[finite].double()
+    tolerance = max(8 * torch.finfo(dtype).eps, 1e-5)
+    return bool((result - expected).norm() <= tolerance * expected.norm())
+
+
+# -- blocks ----------------------------------------------------------------------------------------
+
+
+def prove_blocks(runner: GenericRunner) -> None:
+    """The layers, run one by one, give the logits of the model's own forward pass."""
+    model = runner.model
+    try:
+        one_by_one, expected = _both_ways(runner, probe_ids(model))
+    except InputError:
+        raise
+    except Exception as error:
+        why = f"running its layers one by one failed ({type(error).__name__}: {error})"
+        raise model.refusal(why) from error
+    if not agree(one_by_one, expected, model.dtype):
+        raise model.refusal(
+            "its layers, run one by one, do not give the logits of its own forward pass"
+        )
+
+
+def _both_ways(runner: GenericRunner, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B * T, V] of the model's layers, run one by one, and of its own forward pass.
+
+    Streamed weights are read as the forward pass calls their layer, once for both.
+    """
+    model = runner.model
+    state, arguments = runner.open(ids)
+    if not model.weights.streamed:
+        for block in range(model.num_blocks):
+            state = _after(runner, block, state, arguments)
+        return runner.logits(state.flatten(0, 1)), _logits(model.hf, ids)
+    blocks = model.visited_blocks()
+
+    def calling(layer: nn.Module) -> Callable:
+        def call(hidden: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+            nonlocal state
+            state = _after(runner, next(blocks), state, arguments)
+            return layer(hidden, *args, **kwargs)
+
+        return call
+
+    own = with_replaced(
+        model.hf, model.path, nn.ModuleList(StandInLayer(la, calling(la)) for la in model.layers)
+    )
+    expected = _logits(own, ids)
+    return runner.logits(state.flatten(0, 1)), expected
+
+
+def _logits(hf: Any, ids: torch.Tensor) -> torch.Tensor:
+    return hf(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+
+
+def _after(
+    runner: GenericRunner, block: int, state: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
+    """The state after a block. Raises InputError where that has changed the one before it."""
+    version = state._version
+    following = runner.run(block, state, arguments)
+    if state._version != version:
+        raise runner.model.refusal("its layers overwrite their input, which other masks still need")
+    return following
+
+
+# -- token trees -----------------------------------------------------------------------------------
+
+
+def check_trees(
+    runner: GenericRunner,
+    ids: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    branch: torch.Tensor | None = None,
+) -> None:
+    """Raise InputError unless a token tree (as `GenericRunner.open` takes it, [1, T]) gives the
+    states that its sequences give one by one.
+
+    The default is a short tree. Behaviour that depends on length (local attention of some kind)
+    shows in the longest tree of a calibration set. Of very many branches, as many are compared as a
+    mask of [T, T] can be held for.
+    """
+    model = runner.model
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation not in ("eager", "sdpa"):
+        raise InputError(
+            f"{model.name}: token trees need attn_implementation 'sdpa' or 'eager', not "
+            f"{implementation!r}"
+        )
+    if ids is None:
+        ids, positions, branch = probe_tree(model)
+    assert positions is not None
+    assert branch is not None
+    inside = (branch[0] == 0) | torch.isin(branch[0], few_branches(branch[0], LONGEST_CHECKED))
+    tree = ids[:, inside], positions[:, inside], branch[:, inside]
+    content = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in tree))
+    model.once(("trees", content.digest()), lambda: prove_tree(runner, *tree))
+
+
+def prove_tree(
+    runner: GenericRunner, ids: torch.Tensor, positions: torch.Tensor, branch: torch.Tensor
+) -> None:
+    """A token tree, as `GenericRunner.open` takes it, gives the states that its sequences give one
+    by one."""
+    model = runner.model
+    sequences = [
+        (branch[0] == 0) | (branch[0] == number) for number in few_branches(branch[0]).tolist()
+    ]
+    alone = [runner.open(ids[:, inside]) for inside in sequences]
+    try:
+        tree, *expected = _final_states(runner, [runner.open(ids, positions, branch), *alone])
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise model.refusal(f"token trees failed ({error}); use plain text") from error
+    if not all(
+        agree(tree[inside], by_itself, model.dtype)
+        for inside, by_itself in zip(sequences, expected)
+    ):
+        raise model.refusal("token trees do not give what their sequences give; use plain text")
+
+
+def _final_states(
+    runner: GenericRunner, opened: Sequence[tuple[torch.Tensor, Arguments]]
+) -> list[torch.Tensor]:
+    """Normed final states [B * T, D] of the dense model for each chunk that `open` gave, layer by
+    layer."""
+    states = [state for state, _ in opened]
+    for block in runner.model.visited_blocks():  # once for all chunks: a file may be read for it
+        states = [
+            _after(runner, block, state, arguments)
+            for state, (_, arguments) in zip(states, opened, strict=True)
+        ]
+    return [runner.normed(state.flatten(0, 1)) for state in states]
+
+
+# -- sublayers -------------------------------------------------------------------------------------
+
+
+def find_sublayers(runner: GenericRunner) -> list[Sublayers]:
+    """The two halves of every block, of a kind that adds up to it."""
+    model, pairs = runner.model, []
+    for layer in model.layers:
+        names = [
+            [n for n, _ in layer.named_children() if n in known]
+            for known in (ATTENTION_NAMES, MLP_NAMES)
+        ]
+        if any(len(matches) != 1 for matches in names):
+            raise model.refusal(
+                "its attention and mlp sublayers were not found; use granularity='block'"
+            )
+        pairs.append((layer, names[0][0], names[1][0]))
+    state, arguments = runner.open(probe_ids(model))
+    for parallel, mlp_as_tuple in itertools.product((False, True), repeat=2):
+        sublayers = [Sublayers(*pair, parallel, mlp_as_tuple) for pair in pairs]
+        if _add_up(runner, sublayers, state, arguments):
+            return sublayers
+    raise model.refusal(
+        "its attention and mlp sublayers do not add up to its blocks; use granularity='block'"
+    )
+
+
+def _add_up(
+    runner: GenericRunner, sublayers: list[Sublayers], state: torch.Tensor, arguments: Arguments
+) -> bool:
+    """Whether the halves of every block, run one after the other, give the block's own output to
+    the bit, leave their inputs alone, and a block without either half adds nothing."""
+    for block in runner.model.visited_blocks():
+        halves = sublayers[block]
+        whole = runner.run(block, state, arguments)
+        try:
+            middle = halves.attention(state, arguments[block])
+            inputs = (
+                [t for t in middle if isinstance(t, torch.Tensor)]
+                if isinstance(middle, HalfBlock)
+                else [middle]
+            )
+            versions = [tensor._version for tensor in inputs]
+            after = halves.mlp(middle, arguments[block])
+            nothing = halves.neither(state, arguments[block])
+            pairs = ((after, whole), (nothing, state))
+            same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+        ):  # this family's modules return something else
+            return False
+        if not same or versions != [tensor._version for tensor in inputs]:
+            return False
+        state = after
+    return True
+
+
+# -- the fused path --------------------------------------------------------------------------------
+
+
+def prove_fused(fused: Runner, generic: GenericRunner) -> None:
+    """Every block's output on the fused path is the generic path's, on a short row and a short
+    tree."""
+    model = generic.model
+    probes = [(probe_ids(model), None, None), probe_tree(model)]
+    opened = [(*generic.open(*inputs), fused.open(*inputs)[1]) for inputs in probes]
+    for block in model.visited_blocks():
+        for probe, (state, generic_arguments, arguments) in enumerate(opened):
+            expected = generic.run(block, state, generic_arguments)
+            result = hidden_of(fused.run(block, state, arguments, "block"))
+            if not agree(result, expected, model.dtype):
+                raise InputError(
+                    f"{model.name}: block {block} gives something else on the fused path"
+                )
+            opened[probe] = expected, generic_arguments, arguments

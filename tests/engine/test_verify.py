@@ -1,0 +1,76 @@
+"""A model is verified before anything runs on it: once for each version, whoever opens it."""
+
+import pytest
+import torch
+from families import build, layers_of, random_rows
+
+import fastprune as fp
+from fastprune.models import GenericRunner, open_runner
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The units that the generic path runs, as they run."""
+    units, run = [], GenericRunner.run
+
+    def spy(self, unit, *rest, **named):
+        units.append(unit)
+        return run(self, unit, *rest, **named)
+
+    monkeypatch.setattr(GenericRunner, "run", spy)
+    return units
+
+
+def test_blocks_are_verified_once_for_each_version(runs):
+    hf = build("llama")
+    model = fp.load_model(hf)
+    once = list(range(model.num_blocks))
+    assert runs == once
+    runner = open_runner(model, "generic")
+    assert open_runner(model, "generic") is runner
+    fp.load_model(model)
+    with fp.masked(model, (1,)):
+        pass
+    assert runs == once
+    with torch.no_grad():
+        layers_of(hf)[0].mlp.down_proj.weight *= 0.5
+    open_runner(model, "generic")
+    assert runs == 2 * once
+
+
+def test_sublayers_are_verified_only_where_they_are_asked_for(runs):
+    model = fp.load_model(build("llama"))
+    opened = len(runs)
+    runner = open_runner(model, "generic", "sublayer")
+    assert len(runs) > opened
+    state, arguments = runner.open(torch.tensor([[1, 2, 3]]))
+    with model.evaluation():
+        half = runner.run(0, state, arguments, "sublayer")
+        whole = runner.run(1, half, arguments, "sublayer")
+        assert torch.equal(whole, runner.run(0, state, arguments))
+
+
+def test_a_model_that_stops_running_block_by_block_is_refused(tmp_path):
+    """However it is opened: its last layer begins to overwrite its input."""
+    hf = build("llama")
+    model = fp.load_model(hf)
+    text = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9])))
+    layer = layers_of(hf)[-1]
+    forward = layer.forward
+    layer.forward = lambda states, *rest, **named: forward(states.mul_(1.0), *rest, **named)
+
+    def refused():
+        return pytest.raises(fp.InputError, match=r"'llama'.* overwrite their input")
+
+    for known in (model, hf):
+        with refused():
+            fp.load_model(known)
+        with refused():
+            fp.Evaluator(known, text)
+        with refused(), fp.masked(known, (1,)):
+            pass
+        with refused():
+            fp.export(known, (1,), tmp_path / "pruned")
+    assert not list(tmp_path.iterdir())
+    del layer.forward
+    assert fp.Evaluator(model, text).dense_loss == fp.Evaluator(hf, text).dense_loss
