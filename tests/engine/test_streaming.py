@@ -29,7 +29,7 @@ def limits(folder, **options) -> tuple[int, int]:
     with pytest.raises(fp.InputError, match="the smallest that works") as error:
         fp.load_model(folder, weights_bytes=1, **options)
     block, least = re.search(
-        r"a block (\d+); the smallest that works is (\d+), not 1 ", str(error.value)
+        r"a block (\d+); the smallest that works is (\d+), not 1", str(error.value)
     ).groups()
     return int(least), int(block)
 
