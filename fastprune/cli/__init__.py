@@ -20,6 +20,7 @@ from .output import cannot_print, is_of_printing, prepare_streams
 
 # parameters of the library that its messages name, where the command line has a flag of that name
 FLAGS = re.compile(r"(?<![\w/.-])(num_samples|seq_len|num_remove)(?![\w/.-])")
+DOCUMENTED = (["study"], ["demo"])  # commands whose parameters are keys of a document
 
 # How threads wait for each other at barriers. By default they spin: where another process takes a
 # core, one that spins keeps from running what it waits for, and all takes twenty times as long.
@@ -44,7 +45,7 @@ def main() -> None:
         sys.exit(done.exit_code)
     except (InputError, click.UsageError) as error:
         message = error.format_message() if isinstance(error, click.UsageError) else str(error)
-        _fail(message, 2)
+        _fail(message if sys.argv[1:2] in DOCUMENTED else with_flags(message), 2)
     except click.ClickException as error:
         _fail(error.format_message(), 1)
     except (KeyboardInterrupt, click.Abort):
@@ -57,8 +58,12 @@ def main() -> None:
         _fail(f"{type(error).__name__}: {error} (FASTPRUNE_TRACEBACK=1 shows where)", 1)
 
 
+def with_flags(message: str) -> str:
+    """The message with the flags of its parameters."""
+    return FLAGS.sub(lambda name: f"--{name[0].replace('_', '-')}", message)
+
+
 def _fail(message: str, status: int) -> None:
-    message = FLAGS.sub(lambda name: f"--{name[0].replace('_', '-')}", message)
     line = f"fastprune: {' '.join(message.split())}"
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     if (

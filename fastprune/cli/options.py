@@ -14,7 +14,7 @@ import click
 from ..errors import InputError, nearest
 from ..masks import parse_removed
 from ..objectives import OBJECTIVES, Objective
-from ..validate import check_folder
+from ..validate import check_folder, check_path
 from ..workers.processes import MOST_WORKERS, Processes, Workers
 from .output import progress_bar
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 MOST = 2**31 - 1  # of what is counted
 MOST_SEED = 2**63 - 1
-LONGEST_NAME = 240  # bytes: what file systems take, less what the names of partial files add
 
 
 def group(*options: Callable) -> Callable:
@@ -108,7 +107,8 @@ class FileName(click.ParamType):
     name = "text"
 
     def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        with naming(parameter.opts[0] if isinstance(parameter, click.Option) else "MODEL"):
+        argument = str(parameter.metavar or parameter.name).upper()
+        with naming(parameter.opts[0] if isinstance(parameter, click.Option) else argument):
             return check_path(value)
 
 
@@ -131,21 +131,6 @@ def naming(flag: str) -> Iterator[None]:
         raise InputError(f"{flag}: {error}") from None
     except OSError as error:  # a place that must not be looked at, for one
         raise InputError(f"{flag}: {error.filename}: {error.strerror}") from None
-
-
-def check_path(text: str) -> str:
-    """The path, if it is one that a file system can take. Raises InputError."""
-    if not text:
-        raise InputError("the path is empty; name a file or folder")
-    if "\0" in text:
-        raise InputError(f"{text!r} holds a NUL character, which no path can")
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{text!r} is not valid UTF-8; rename it, or reach it by a link") from None
-    if max(map(len, encoded.split(b"/"))) > LONGEST_NAME or len(encoded) > 4000:
-        raise InputError(f"{text!r} is too long; a name may have {LONGEST_NAME} bytes, a path 4000")
-    return text
 
 
 model_settings = group(
