@@ -414,9 +414,7 @@ def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers 
     return Processes(workers)
 
 
-def check_calibration(
-    model: str, objective: str, calibration: str | None, flag: str = "--calibration"
-) -> str:
+def check_calibration(model: str, objective: str, calibration: str | None) -> str:
     """The calibration file, before the model is loaded; the demo model's own where none is
     given."""
     from .. import demo
@@ -429,7 +427,7 @@ def check_calibration(
         return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
     if calibration is None:
         raise InputError("--calibration: name a file of text or questions to score on")
-    with naming(flag):
+    with naming("--calibration"):
         if not Path(check_path(calibration)).is_file():
             raise InputError(f"{calibration}: no such file")
     return calibration

@@ -212,7 +212,8 @@ class Document:
     def text_for(self, folder: Path) -> str:
         """The text to keep in a study's folder, with `base` so that its paths lead to the same
         files."""
-        if self.config.base is not None or folder.absolute() == self.folder:
+        is_own = folder.exists() and folder.samefile(self.folder)
+        if self.config.base is not None or is_own:
             return self.text
         base = json.dumps(str(self.folder), ensure_ascii=False).replace("\x7f", "\\u007f")
         return f"base = {base}  # relative paths start here\n\n{self.text}"

@@ -124,11 +124,12 @@ def run_study(
     evaluators.check(identity)
     identity |= evaluators.identity()
     kept = check_study_folder(out, identity, document)
-    if kept is None:
+    identity["machines"] = {**(kept or {}).get("machines", {}), **identity["machines"]}
+    is_new = kept != json.loads(json.dumps(identity))  # a new study, or a longer one
+    if is_new:
         evaluators.try_all()
     with hold(out):
-        identity["machines"] = {**(kept or {}).get("machines", {}), **identity["machines"]}
-        if kept != json.loads(json.dumps(identity)):
+        if is_new:
             write_json(out / INPUTS, identity, replace=True)
         if document is not None:
             write_file(out / DOCUMENT, document, replace=True)

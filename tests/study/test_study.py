@@ -275,6 +275,10 @@ def test_settings_that_only_add_cells_extend_a_study(model, tmp_path):
     assert results(grown) == results(whole)
     assert grown["cells"][-1]["seconds"] == first["cells"][0]["seconds"]
     after = json.loads((out / "inputs.json").read_text())
+    wrong = {**more[0], "wrong": lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 97]]))}
+    with pytest.raises(fp.InputError, match="vocabulary"):
+        run_study([model], wrong, *more[1:], out)
+    assert json.loads((out / "inputs.json").read_text()) == after
     assert after["budgets"] == [2, 1]
     assert after.keys() == inputs.keys()
     with pytest.raises(fp.InputError, match=r"search\.num_remove no longer has 2"):
