@@ -15,6 +15,23 @@ from .errors import InputError, shown
 
 Kind = TypeVar("Kind")
 
+LONGEST_NAME = 240  # bytes: what file systems take, less what the names of partial files add
+
+
+def check_path(text: str) -> str:
+    """The path, if it is one that a file system can take. Raises InputError."""
+    if not text:
+        raise InputError("the path is empty; name a file or folder")
+    if "\0" in text:
+        raise InputError(f"{text!r} holds a NUL character, which no path can")
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{text!r} is not valid UTF-8; rename it, or reach it by a link") from None
+    if max(map(len, encoded.split(b"/"))) > LONGEST_NAME or len(encoded) > 4000:
+        raise InputError(f"{text!r} is too long; a name may have {LONGEST_NAME} bytes, a path 4000")
+    return text
+
 
 def check_folder(folder: Path) -> Path:
     """The folder, if it is one that can be written to, or can be made."""

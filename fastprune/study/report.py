@@ -9,6 +9,7 @@ from ..io import write_file
 from ..objectives import format_size
 from ..search import describe_algorithms
 from . import figures
+from .machines import machines_note
 from .tables import format_loss, format_removed
 
 
@@ -26,6 +27,7 @@ def write_report(study: Mapping, path: Path) -> None:
         found=found,
         failed=[cell for cell in study["cells"] if cell["error"]],
         best=_best(found),
+        machines=machines_note(study),
         figures={
             kind: [figures.as_svg(figure) for figure in made]
             for kind, made in study_figures(study).items()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import text_study, write_document
 
 from fastprune.cli import main
 
@@ -71,9 +72,8 @@ def test_results_are_written_whatever_stdout_is(
     status, _ = run_on(stdout(), "export", checkpoint, "--removed", "1", "--out", tmp_path / "e")
     assert status == 0
     assert (tmp_path / "e" / "model.safetensors").exists()
-    objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
-    studied = ("--algorithms", "one_shot", "--num-remove", 1, *objective, "--quiet")
-    status, _ = run_on(stdout(), "study", checkpoint, *studied, "--out", tmp_path / "study")
+    document = write_document(tmp_path / "study.toml", **text_study(checkpoint, text_file))
+    status, _ = run_on(stdout(), "study", document, "--quiet", "--out", tmp_path / "study")
     assert status == 0
     assert "</html>" in (tmp_path / "study" / "report.html").read_text()
 
@@ -158,17 +158,9 @@ def test_any_folder_name_is_printed_and_drawn_as_it_is(
     status, out, err = run("info", folder)
     assert status == 0, err
     assert folder.name in "".join(out.split())  # a title is wrapped at its table's width
-    objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
-    studied = (
-        "--algorithms",
-        "one_shot,beam",
-        "--num-remove",
-        "1",
-        *objective,
-        "--out",
-        tmp_path / "s",
-    )
-    status, out, err = run("study", folder, *studied)
+    tables = text_study(folder, text_file, search_algorithms=["one_shot", "beam"])
+    document = write_document(tmp_path / "study.toml", **tables)
+    status, out, err = run("study", document, "--out", tmp_path / "s")
     assert status == 0, err
     assert folder.name in "".join(out.split())  # a title is wrapped at its table's width
     page = (tmp_path / "s" / "report.html").read_text()
