@@ -37,7 +37,7 @@ class Budget:
     logits, sums, and the dense model's final states where the measure compares with them.
 
     limit: those bytes; None for a default by the kind of device. num_units: of a sequence as it is
-    mostly asked for.
+    mostly asked for. races: whether chunks are cut along the looks of a race.
     most_sums: of how many masks the sums fit at once. footprint: what was measured on the model,
     for the last tile.
     """
@@ -50,7 +50,9 @@ class Budget:
         batch: TokenBatch,
         measure: Measure,
         granularity: str,
+        races: bool,
     ):
+        self._races = races
         self._model, self._runner, self._batch = model, runner, batch
         self._measure, self._granularity = measure, granularity
         self._kind = "cuda" if model.device.type == "cuda" else "cpu"
@@ -79,7 +81,8 @@ class Budget:
             room = self.limit - self.limit // SUMS_SHARE - self._dense_bytes()
             tokens = self.footprint.tokens_within(room, self._slots)
             if tokens:
-                return make_layout(self._batch, min(_chunk_tokens(self._model), tokens), size)
+                tokens = min(_chunk_tokens(self._model), tokens)
+                return make_layout(self._batch, tokens, size, self._races)
         raise InputError(self._too_small("one row of the batch", self.footprint.longest_row))
 
     def check(self, layout: Layout) -> Layout:
@@ -99,7 +102,7 @@ class Budget:
         small as can be."""
         divisible = [chunk.num_tokens for chunk in chunks if len(chunk.rows) > 1]
         if divisible:
-            return make_layout(self._batch, max(divisible) // 2, layout.tile)
+            return make_layout(self._batch, max(divisible) // 2, layout.tile, self._races)
         if layout.tile > LEAST_TILE:
             return make_layout(self._batch, 1, max(LEAST_TILE, layout.tile // 16 * 8))
         return None

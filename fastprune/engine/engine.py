@@ -53,7 +53,8 @@ class Engine:
     fused path.
     measure: the name of what is computed at each target, see `measures`. memory_bytes: see
     `Budget`. cache_bytes, cache_dir: of the states that outlive a call, see `PrefixCache`. layout:
-    how the batch is cut; None: as fits the budget, see `Layout`. store: sums that are known, and
+    how the batch is cut; None: as fits the budget, see `Layout`. races: whether it is cut along the
+    looks of a race. store: sums that are known, and
     are kept as they are finished. counts: what was done so far.
     """
 
@@ -69,6 +70,7 @@ class Engine:
         cache_bytes: int | None = None,
         cache_dir: Path | None = None,
         layout: Layout | None = None,
+        races: bool = True,
     ):
         model.require(granularity)
         batch.check_fits(model.vocab_size, model.max_positions)
@@ -90,7 +92,9 @@ class Engine:
         self.executor = Executor(
             model, self.runner, self.measure, granularity, self.cache, self.frontier, self.counts
         )
-        self.budget = Budget(memory_bytes, model, self.runner, batch, self.measure, granularity)
+        self.budget = Budget(
+            memory_bytes, model, self.runner, batch, self.measure, granularity, races
+        )
         self._cut(self.budget.cut() if layout is None else self.budget.check(layout))
         self.executor.keeps_references = self.budget.take_references(self.chunks)
 

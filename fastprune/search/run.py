@@ -66,8 +66,8 @@ class Search:
     def select(self, subsets: Iterable[Removed], keep: int) -> list[Removed]:
         """The `keep` subsets of lowest loss, best first; ties go to the lowest indices.
 
-        With racing, subsets that are beaten beyond doubt leave early, and only those that are kept
-        have a loss that is remembered; it is exact all the same.
+        With racing, clearly worse subsets leave early, and only those kept have a loss that is
+        remembered, which is exact (`Evaluator.race`).
         """
         subsets = sorted({tuple(sorted(subset)) for subset in subsets})
         if (
@@ -77,10 +77,10 @@ class Search:
         ):
             order = self.score(subsets).argsort(kind="stable")[:keep]
             return [subsets[i] for i in order]
-        found = self.evaluator.select(from_removed(subsets, self.num_units), keep, self.racing)
-        kept = [subsets[i] for i in found.indices]
-        self.losses.update(zip(kept, found.losses.tolist()))
-        self.decided_early += found.decided_early
+        result = self.evaluator.race(from_removed(subsets, self.num_units), keep, self.racing)
+        kept = [subsets[i] for i in result.indices]
+        self.losses.update(zip(kept, result.losses.tolist()))
+        self.decided_early += result.decided_early
         return kept
 
     def score_samples(self, subsets: Sequence[Removed], samples: np.ndarray) -> np.ndarray:
@@ -180,8 +180,8 @@ def run_search(
 
     algorithm: a name of ALGORITHMS; options are its own. protect: units that must stay, or the name
     of a preset, "sleb" or "shortened-llama": what those methods never remove. racing: a confidence
-    such as 0.99 lets subsets that are beaten beyond doubt leave early (Evaluator.select), in each
-    selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
+    such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each selection of an
+    algorithm that races; the result's loss is exact all the same. Deterministic for
     a seed. Raises InputError for an unknown algorithm, option or preset, for a budget outside
     0..U-1, and for racing outside (0, 1) or with an algorithm that does not race; ArithmeticError
     when no subset has a finite loss.

@@ -23,7 +23,7 @@ from ..engine.engine import Engine, Progress
 from ..engine.store import SumStore
 from ..errors import InputError
 from ..models import Model
-from ..plan.layout import Layout, look_of
+from ..plan.layout import Layout
 from ..plan.split import cut, owners, teams
 from ..plan.trie import Trie, make_trie
 from .processes import Workers
@@ -363,7 +363,7 @@ class Coordinator(Engine):
 
     def _cut(self, layout: Layout) -> None:
         super()._cut(layout)
-        looks = look_of(self.batch)[[rows[0] for rows in layout.chunks]]
+        looks = layout.looks(self.batch)[[rows[0] for rows in layout.chunks]]
         self._owner = owners(
             [chunk.num_tokens for chunk in self.chunks], looks.tolist(), self.workers.count
         )

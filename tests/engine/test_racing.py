@@ -65,7 +65,7 @@ def test_keeps_what_a_full_evaluation_keeps_with_its_bits_for_less():
         full = evaluator(hf, seed=seed).score(masks)
         for keep, shares in work.items():
             ev = evaluator(hf, seed=seed)
-            found = ev.select(masks, keep=keep)
+            found = ev.race(masks, keep=keep)
             assert found.indices.tolist() == np.argsort(full, kind="stable")[:keep].tolist()
             assert found.losses.tobytes() == full[found.indices].tobytes()
             assert found.unit_runs == ev.stats.unit_runs
@@ -78,8 +78,8 @@ def test_a_store_serves_a_race_and_what_comes_after(tmp_path):
     hf = uneven_model()
     masks = fp.from_removed(PAIRS, 6)
     ev = evaluator(hf, store=tmp_path / "s.db")
-    first = ev.select(masks, keep=2)
-    again = ev.select(masks, keep=2)
+    first = ev.race(masks, keep=2)
+    again = ev.race(masks, keep=2)
     assert again.unit_runs == 0
     assert again.losses.tobytes() == first.losses.tobytes()
     before = ev.stats.unit_runs
@@ -91,7 +91,7 @@ def test_few_samples_are_scored_whole_and_equal_masks_count_once():
     hf = uneven_model()
     ev = evaluator(hf, rows=31)
     masks = np.repeat(fp.from_removed([(5,), (0,), (2,)], 6), 2, axis=0)
-    found = ev.select(masks, keep=3)
+    found = ev.race(masks, keep=3)
     assert sorted(found.indices.tolist()) == [0, 2, 4]
     assert found.decided_early == 0
     assert found.share == 1
@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_leaves_first():
     with torch.no_grad():
         hf.model.layers[3].mlp.down_proj.weight[:] = torch.nan
     masks = fp.from_removed([(3,), (3, 0), (0,), ()], 6)
-    found = ev.select(masks, keep=2)
+    found = ev.race(masks, keep=2)
     assert set(found.indices.tolist()) == {0, 1}
     assert np.isfinite(found.losses).all()
     assert found.decided_early == 2
@@ -155,7 +155,7 @@ def test_looks_hold_every_row_once_and_grow(num_rows, length, first):
 def test_wrong_races(options, message):
     ev = evaluator(uneven_model(), rows=4)
     with pytest.raises(fp.InputError, match=message):
-        ev.select(fp.from_removed([(0,), (1,), (0,)], 6), **options)
+        ev.race(fp.from_removed([(0,), (1,), (0,)], 6), **options)
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(
     ev = evaluator(uneven_model(), backend="generic", cache_bytes=cache_bytes)
     monkeypatch.setattr(fp.Model, "nll", fails_once)
     with pytest.warns(RuntimeWarning, match="out of memory"):
-        found = ev.select(masks, keep=3)
+        found = ev.race(masks, keep=3)
     assert ev.stats.masks == len(masks)
     assert found.indices.tolist() == np.argsort(full, kind="stable")[:3].tolist()
     assert found.losses.tobytes() == ev.score(masks[found.indices]).tobytes()
