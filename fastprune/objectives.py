@@ -30,8 +30,9 @@ class Objective:
     data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense
     model is run once, to compare with. differentiable: whether it has a gradient at the dense model
     that says something. meaning: of its loss, in words. reading: what else a loss is read as, if
-    anything, which `read` gives as text. settings: the names of its own options. source: where its
-    data is from, in words, for those who read a study.
+    anything, which `read` gives as text. races: whether masks may race
+    on its loss; chunks are then cut along the looks. settings: the names of its own options.
+    source: where its data is from, in words, for those who read a study.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Objective:
     differentiable = True
     meaning = ""
     reading = ""
+    races = True
     settings: tuple[str, ...] = ()
     source = ""
     batch: TokenBatch

@@ -220,7 +220,12 @@ workers_options = group(
 )
 
 racing_option = click.option(
-    "--racing", type=float, help="Let what is beaten leave early, at this confidence, such as 0.99."
+    "--racing",
+    type=float,
+    help="Drop clearly worse candidates early, at this confidence (e.g. 0.99). It assumes that a "
+    "paired mean difference, corrected for skewness to first order, is t distributed, and that of "
+    "the samples not seen at most one in 200 (at least one) is an outlier, none larger than the "
+    "range of the losses seen.",
 )
 
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")

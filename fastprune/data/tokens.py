@@ -30,8 +30,6 @@ class TokenBatch:
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per
     choice).
-    raced: whether a race may look at some rows before the others; chunks are then cut along its
-    looks.
 
     >>> import fastprune as fp
     >>> fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
@@ -46,7 +44,6 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
-    raced: bool = True
 
     @classmethod
     def from_ids(cls, ids: object) -> TokenBatch:
@@ -203,8 +200,6 @@ class TokenBatch:
         """SHA-256 of every array: equal for equal calibration data, whatever file it came from."""
         digest = hashlib.sha256()
         for item in fields(self):
-            if item.name == "raced":
-                continue
             array = np.ascontiguousarray(getattr(self, item.name), dtype="<i8")
             digest.update(f"{item.name}{array.shape}".encode())
             digest.update(array.tobytes())

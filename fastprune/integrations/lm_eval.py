@@ -8,7 +8,6 @@ with shared prefixes.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 import inspect
 import json
@@ -284,9 +283,7 @@ class MaskedLM(HFLM):
         """Log-likelihoods float64[N, C] and greedy flags bool[N, C], continuations in the order of
         the rows."""
         batch = TokenBatch.from_predictions([[pairs[number] for number in row] for row in rows])
-        evaluator = Evaluator(
-            self.opened, _Sums(dataclasses.replace(batch, raced=False)), **self._running
-        )
+        evaluator = Evaluator(self.opened, _Sums(batch), **self._running)
         nll, misses = np.moveaxis(evaluator.sums(self.masks), 1, 0)
         return -nll, misses == 0
 
@@ -358,6 +355,7 @@ class _Sums(Objective):
 
     name = "requests"
     measure = "greedy"
+    races = False
 
     def __init__(self, batch: TokenBatch):
         self.batch, self.sample = batch, np.arange(batch.num_continuations)

@@ -17,7 +17,7 @@ from .protect import protected_units
 from .registry import check_algorithm, check_racing
 
 if TYPE_CHECKING:
-    from ..plan.racing import Selection
+    from ..plan.racing import Race
 
 Removed = tuple[int, ...]
 
@@ -60,9 +60,9 @@ class Scorer(Protocol):
     def sample_groups(self) -> list[np.ndarray]: ...
     def score(self, masks: np.ndarray) -> np.ndarray: ...
     def score_samples(self, masks: np.ndarray, samples: Any = None) -> np.ndarray: ...
-    def select(
+    def race(
         self, masks: np.ndarray, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
-    ) -> Selection: ...
+    ) -> Race: ...
     def similarity(self) -> np.ndarray: ...
     def angular_distance(self) -> np.ndarray: ...
     def unit_gradients(self) -> np.ndarray: ...
@@ -114,8 +114,8 @@ class Search:
     def select(self, subsets: Iterable[Removed], keep: int) -> list[Removed]:
         """The `keep` subsets of lowest loss, best first; ties go to the lowest indices.
 
-        With racing, subsets that are beaten beyond doubt leave early, and only those that are kept
-        have a loss that is remembered; it is exact all the same.
+        With racing, clearly worse subsets leave early, and only those kept have a loss that is
+        remembered, which is exact (`Evaluator.race`).
         """
         subsets = sorted({tuple(sorted(subset)) for subset in subsets})
         if (
@@ -125,10 +125,10 @@ class Search:
         ):
             order = self.score(subsets).argsort(kind="stable")[:keep]
             return [subsets[i] for i in order]
-        found = self.evaluator.select(from_removed(subsets, self.num_units), keep, self.racing)
-        kept = [subsets[i] for i in found.indices]
-        self.losses.update(zip(kept, found.losses.tolist()))
-        self.decided_early += found.decided_early
+        result = self.evaluator.race(from_removed(subsets, self.num_units), keep, self.racing)
+        kept = [subsets[i] for i in result.indices]
+        self.losses.update(zip(kept, result.losses.tolist()))
+        self.decided_early += result.decided_early
         return kept
 
     def score_samples(self, subsets: Sequence[Removed], samples: np.ndarray) -> np.ndarray:
@@ -227,11 +227,11 @@ def run_search(
 
     algorithm: a name of known_algorithms(); options are its own. protect: units that must stay, or
     the name of a preset, "sleb" or "shortened-llama": what those methods never remove. racing: a
-    confidence such as 0.99 lets subsets that are beaten beyond doubt leave early
-    (Evaluator.select), in each selection of an algorithm that races; the result's loss is exact all
-    the same. Deterministic for a seed. Raises InputError for an unknown algorithm, option or
-    preset, for a budget outside 0..U-1, and for racing outside (0, 1) or with an algorithm that
-    does not race; ArithmeticError when no subset has a finite loss.
+    confidence such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each
+    selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
+    a seed. Raises InputError for an unknown algorithm, option or preset, for a budget outside
+    0..U-1, and for racing outside (0, 1) or with an algorithm that does not race; ArithmeticError
+    when no subset has a finite loss.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator

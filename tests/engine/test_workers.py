@@ -64,7 +64,7 @@ def test_every_number_has_the_bits_of_one_process(hf, kind, count):
     sequences = [(0, 1, 1, 2), (2, 0), (0, 1, 2)]
     assert many.score_sequences(sequences).tobytes() == one.score_sequences(sequences).tobytes()
     assert many.dense_loss == one.dense_loss
-    found, expected = many.select(masks, keep=2), one.select(masks, keep=2)
+    found, expected = many.race(masks, keep=2), one.race(masks, keep=2)
     assert found.indices.tolist() == expected.indices.tolist()
     assert found.losses.tobytes() == expected.losses.tobytes()
 
