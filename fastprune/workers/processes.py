@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe, connection
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,7 @@ LAST = (
     "lost",
 )  # of `worker`: it then waits
 END_WITHIN = 2  # seconds that processes have, all together, to end by themselves
-START = "import sys; from fastprune.workers.worker import serve; serve(int(sys.argv[1]))"
+START = Path(__file__).with_name("start.py")
 
 
 class Workers:
@@ -201,15 +202,14 @@ class Processes(Workers):
 
     def _begin(self, worker: int) -> None:
         own, other = Pipe()
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         printed = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process may print)
         process = subprocess.Popen(
-            [sys.executable, "-c", START, str(other.fileno())],
+            [sys.executable, str(START), str(other.fileno()), *import_path()],
             pass_fds=[other.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=printed,
-            env={**os.environ, "PYTHONPATH": path},
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         )
         other.close()
         self._members[worker] = _Member(process, own, printed)
@@ -243,6 +243,15 @@ def check_workers(count: Any) -> int:
     ):
         raise InputError(f"workers must be a number from 1 to {MOST_WORKERS}, not {count!r}")
     return int(count)
+
+
+def import_path() -> list[str]:
+    """The folders that this process imports from, for a worker to import from them and no others.
+
+    PYTHONPATH cannot hold them: it splits names at colons, and makes Python run a sitecustomize.py
+    of any of them.
+    """
+    return [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
 
 
 def _why(member: _Member) -> str:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import socket
-import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -25,7 +25,7 @@ import numpy as np
 
 from ..errors import InputError, brief
 from ..validate import require
-from .processes import LAST, MOST_WORKERS, Workers, check_workers
+from .processes import LAST, MOST_WORKERS, Workers, check_workers, import_path
 
 if TYPE_CHECKING:  # what checks an address does without torch
     import torch
@@ -241,17 +241,20 @@ def _connect(ray: Any, address: str) -> bool:
         else {}
     )
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        entry or os.getcwd() for entry in sys.path
-    )  # actors here inherit it
+    os.environ["PYTHONPATH"] = os.pathsep.join(import_path())  # actors here inherit it
+    empty = tempfile.TemporaryDirectory(prefix="fastprune-")
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        # an empty working folder for the actors: without one, Ray puts this process's first on
+        # their sys.path, and a torch.py there would run as torch
+        job = {"runtime_env": {"working_dir": empty.name}}
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **job, **own)
     except Exception as error:  # of whatever kind: Ray raises many, a bare Exception among them
         kind = RuntimeError if own else InputError
         raise kind(f"no Ray at {address}: {brief(str(error), 200)}") from None
     finally:
         os.environ.pop("PYTHONPATH")
         os.environ |= {} if before is None else {"PYTHONPATH": before}
+        empty.cleanup()
     return True
 
 

@@ -108,7 +108,7 @@ class Coordinator(Engine):
             "granularity": granularity,
             **given,
             "cache_bytes": None if cache_bytes is None else cache_bytes // workers.per_machine,
-            "cache_dir": cache_dir,
+            "cache_dir": cache_dir and cache_dir.absolute(),  # a worker may run elsewhere
         }
         self.cache: Any = _Caches()
         self._opened: tuple[tuple, str] = (), ""  # the model's state, and its hash

@@ -10,6 +10,7 @@ import socket
 import numpy as np
 import pytest
 from families import build, random_rows, some_masks
+from workers_for_tests import set_trap
 
 import fastprune as fp
 from fastprune.workers import ray as distributed
@@ -19,12 +20,18 @@ has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ra
 
 
 @pytest.fixture(scope="module")
-def workers():
+def sprung(tmp_path_factory):
+    return set_trap(tmp_path_factory.mktemp("trap"))
+
+
+@pytest.fixture(scope="module")
+def workers(sprung):
     """Two, on a Ray of this machine that takes it for one with the cores they need: to Ray cores
-    are numbers only."""
+    are numbers only. They start in a folder whose files must not run."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(sprung.parent)
         patch.setattr(os, "sched_getaffinity", lambda pid: set(range(2 * torch.get_num_threads())))
         found = RayWorkers("local", count=2)
     yield found
@@ -33,7 +40,9 @@ def workers():
 
 @has_ray
 @pytest.mark.nightly
-def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoint, monkeypatch):
+def test_the_bits_of_one_process_also_when_an_actor_is_killed(
+    workers, sprung, checkpoint, monkeypatch
+):
     hf = build("llama")
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [23, 9, 17, 23] * 20))
     one, many = (
@@ -64,6 +73,7 @@ def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoin
         found = many.score(masks)
     assert found.tobytes() == one.score(masks).tobytes()
     assert len(said) == 1
+    assert not sprung.exists()
     ids = np.random.default_rng(0).integers(0, 61, (30, 9))
     questions = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids)), workers=workers)
     alone = fp.Evaluator(model, questions.objective)
