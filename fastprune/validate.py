@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, brief
 
 
 def check_folder(folder: Path) -> Path:
@@ -29,6 +32,32 @@ def refuse_existing(path: Path) -> Path:
             f"{path}: exists already and is not overwritten; name another file or remove it"
         )
     return path
+
+
+def refuse_special(paths: Iterable[Path]) -> None:
+    """Raise InputError for a FIFO, a socket or a device: who reads one may wait for ever. A path
+    where nothing is passes."""
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # nothing is there, or a link that leads nowhere
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: is a FIFO, a socket or a device, not a file; remove it")
+
+
+@contextmanager
+def tokenizing(place: object) -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no Exception, into InputError."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        why = brief(str(error), 120)
+        raise InputError(f"{place}: the tokenizers library cannot use it: {why}") from None
 
 
 def check_bytes(name: str, value: Any, least: int) -> int | None:

@@ -239,9 +239,12 @@ class PrefixCache:
             if is_gpu:
                 budgets["host"] = limit - budgets["device"]
         if self._folder is not None:
-            budgets["disk"] = (shutil.disk_usage(self._folder).free + held["disk"]) // (
-                SHARE * self.per_machine
-            )
+            try:
+                free = shutil.disk_usage(self._folder).free
+            except OSError as error:  # the folder has gone
+                self._give_up_disk(error)
+            else:
+                budgets["disk"] = (free + held["disk"]) // (SHARE * self.per_machine)
         return budgets
 
     def _give_up_disk(self, error: OSError) -> None:
@@ -276,7 +279,11 @@ class Frontier:
         if self._device.type == "cuda":
             self._rooms.append(available_bytes(torch.device("cpu")) // (SHARE * self.per_machine))
         if self._folder is not None:
-            self._rooms.append(shutil.disk_usage(self._folder).free // (SHARE * self.per_machine))
+            try:
+                free = shutil.disk_usage(self._folder).free
+                self._rooms.append(free // (SHARE * self.per_machine))
+            except OSError as error:  # the folder has gone
+                self._give_up_disk(error)
         return sum(self._rooms[1:])
 
     @property
@@ -291,10 +298,7 @@ class Frontier:
         try:
             self._tiers[number].put((chunk, prefix), state)
         except OSError as error:
-            warnings.warn(
-                f"{self._folder}: no more states go there: {error}", RuntimeWarning, stacklevel=2
-            )
-            self._folder = None  # for later calls, too
+            self._give_up_disk(error)
             self._rooms[number], number = 0, 0
             self._tiers[0].put((chunk, prefix), state)
         self._place[chunk, prefix] = number, state.nbytes
@@ -313,3 +317,9 @@ class Frontier:
         """Drop everything."""
         for key in list(self._place):
             self.drop(*key)
+
+    def _give_up_disk(self, error: OSError) -> None:
+        warnings.warn(
+            f"{self._folder}: no more states go there: {error}", RuntimeWarning, stacklevel=3
+        )
+        self._folder = None  # for later calls, too
