@@ -37,6 +37,7 @@ LAST = (
     "stopped",
     "lost",
 )  # of `worker`: it then waits
+MOST_STARTS = 3  # of a worker that is killed before it is ready
 END_WITHIN = 2  # seconds that processes have, all together, to end by themselves
 START = Path(__file__).with_name("start.py")
 
@@ -215,11 +216,19 @@ class Processes(Workers):
         self._members[worker] = _Member(process, own, printed)
 
     def _expect_ready(self, worker: int) -> None:
-        member = self._members[worker]
-        try:
-            member.pipe.recv()
-        except (EOFError, OSError):
-            raise RuntimeError(f"worker {worker} could not start: {_why(member)}") from None
+        for tries_left in reversed(range(MOST_STARTS)):
+            member = self._members[worker]
+            try:
+                member.pipe.recv()
+                return
+            except (EOFError, OSError):
+                why = _why(member)
+            killed = (member.process.returncode or 0) < 0  # for want of memory, say
+            if not killed or not tries_left:
+                raise RuntimeError(f"worker {worker} could not start: {why}")
+            member.pipe.close()
+            member.printed.close()
+            self._begin(worker)
 
     def _send(self, worker: int, request: tuple) -> None:
         with suppress(OSError):  # one that died is heard of by `_receive`

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..errors import InputError, brief
 from ..validate import require
-from .processes import LAST, MOST_WORKERS, Workers, check_workers, import_path
+from .processes import LAST, MOST_STARTS, MOST_WORKERS, Workers, check_workers, import_path
 
 if TYPE_CHECKING:  # what checks an address does without torch
     import torch
@@ -137,17 +137,24 @@ class RayWorkers(Workers):
         self._expect_ready(worker)
 
     def _expect_ready(self, worker: int) -> None:
-        try:
-            found = self._ray.get(self._actors[worker].place.remote(), timeout=START_WITHIN)
-            self.pids[worker], self._machines[worker] = found
-        except self._ray.exceptions.GetTimeoutError:
-            raise RuntimeError(
-                f"worker {worker} could not be placed within {START_WITHIN} s"
-            ) from None
-        except self._ray.exceptions.RayError as error:
-            raise RuntimeError(
-                f"worker {worker} could not start: {brief(str(error), 200)}"
-            ) from None
+        exceptions = self._ray.exceptions
+        for tries_left in reversed(range(MOST_STARTS)):
+            try:
+                found = self._ray.get(self._actors[worker].place.remote(), timeout=START_WITHIN)
+                self.pids[worker], self._machines[worker] = found
+                return
+            except exceptions.GetTimeoutError:
+                raise RuntimeError(
+                    f"worker {worker} could not be placed within {START_WITHIN} s"
+                ) from None
+            except exceptions.RayError as error:
+                lost = isinstance(error, (exceptions.RayActorError, exceptions.OutOfMemoryError))
+                # one whose own code fails would fail again
+                if not lost or not tries_left or "creation task" in str(error):
+                    raise RuntimeError(
+                        f"worker {worker} could not start: {brief(str(error), 200)}"
+                    ) from None
+            self._actors[worker] = self._actor_class.remote()
 
     def _send(self, worker: int, request: tuple) -> None:
         if request == ("stop",):
@@ -166,7 +173,10 @@ class RayWorkers(Workers):
             worker = self._listening.pop(reference)
             try:
                 words = self._ray.get(reference)
-            except self._ray.exceptions.RayActorError as error:
+            except (
+                self._ray.exceptions.RayActorError,
+                self._ray.exceptions.OutOfMemoryError,
+            ) as error:
                 why = brief(str(error).strip().partition("\n")[0], 120)  # Ray's advice follows
                 self._words.append((worker, "lost", f"process {self.pids[worker]}: {why}", 0, 0))
                 break

@@ -435,6 +435,20 @@ def test_what_many_workers_are_given_is_pickled_once(hf, batch):
     assert workers.kept == 2
 
 
+def test_a_process_that_is_killed_while_it_starts(program, tmp_path):
+    """Another one is started in its place, up to twice."""
+    starts = tmp_path / "starts"
+    kill = "import os; os.kill(os.getpid(), 9)"
+    note = f"n = open({str(starts)!r}, 'a'); n.write('.'); n.flush()"
+    program(f"{note}\nif n.tell() < 3: {kill}\n{READY} pipe.send('ready'); pipe.recv()")
+    Processes(1).close()
+    assert starts.read_text() == "..."
+    program(f"{note}\n{kill}")
+    with pytest.raises(RuntimeError, match=r"worker 0 could not start: .* killed \(SIGKILL\)"):
+        Processes(1)
+    assert starts.read_text() == "......"
+
+
 def test_a_worker_does_not_run_files_of_the_working_folder(
     run, tmp_path, checkpoint, text_file, monkeypatch
 ):

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import signal
 import socket
+from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,3 +142,49 @@ def test_a_ray_that_is_not_installed(monkeypatch):
         fp.InputError, match=r"ray is needed for this.*: pip install 'fastprune\[ray\]'"
     ):
         check_address("local")
+
+
+def test_an_actor_that_is_killed_for_want_of_memory():
+    """While it starts, and in a call; with a Ray of which only the answers are there."""
+
+    class RayError(Exception):
+        pass
+
+    class OutOfMemoryError(RayError):
+        pass
+
+    class RayActorError(RayError):
+        pass
+
+    class GetTimeoutError(RayError):
+        pass
+
+    errors = (RayError, OutOfMemoryError, RayActorError, GetTimeoutError)
+    answers = [OutOfMemoryError("killed"), RayActorError("died"), (7, "here")]
+
+    def get(*_, **__):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    ray = SimpleNamespace(
+        exceptions=SimpleNamespace(**{error.__name__: error for error in errors}),
+        get=get,
+        wait=lambda references, num_returns: (references, []),
+    )
+    actor = SimpleNamespace(place=SimpleNamespace(remote=lambda: None))
+    workers = object.__new__(RayWorkers)
+    workers._ray, workers._actor_class = ray, SimpleNamespace(remote=lambda: actor)
+    workers._actors, workers.pids, workers._machines = [actor], [0], [""]
+    workers._expect_ready(0)
+    assert (workers.pids, answers) == ([7], [])
+    answers += [OutOfMemoryError("killed")] * 3
+    with pytest.raises(RuntimeError, match="worker 0 could not start: killed"):
+        workers._expect_ready(0)
+    answers += [RayActorError("error raised in its creation task"), None]
+    with pytest.raises(RuntimeError, match="worker 0 could not start: error raised"):
+        workers._expect_ready(0)
+    answers[:] = [OutOfMemoryError("killed\nadvice")]
+    workers._words, workers._listening = deque(), {"reference": 0}
+    assert workers._receive() == (0, "lost", "process 7: killed", 0, 0)
