@@ -210,6 +210,16 @@ def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
     )
 
 
+def names_other_attention(folder: Path) -> bool:
+    """Whether a config asks for attention that is neither sdpa nor eager: such kernels take no
+    masks of ours, and some are fetched from the hub."""
+    names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+    said = (
+        part.get(name) for part in _parts(_read_config(folder / "config.json")) for name in names
+    )
+    return any(name not in (None, "sdpa", "eager") for name in said)
+
+
 def _read_config(path: Path) -> dict:
     config = parse_json(
         read_bytes(path, LONGEST_HEADER), str(path), finite=False

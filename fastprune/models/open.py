@@ -20,10 +20,19 @@ from torch import nn
 from ..errors import InputError, brief, shown
 from ..validate import check_bytes, tokenizing
 from .device import available_bytes
-from .files import FLOATS, check_checkpoint, listed_shards, locate, stored_dtype, wrong_dtype
+from .files import (
+    FLOATS,
+    check_checkpoint,
+    listed_shards,
+    locate,
+    names_other_attention,
+    stored_dtype,
+    wrong_dtype,
+)
 from .generic import Model, layer_paths
 from .offload.placement import blocks_left_out, resident_bytes, to_device
 from .precision import has_instructions, widen
+from .unwrap import unwrap
 
 LONGEST_MESSAGE = 400
 # that is available: what weights in float32 may take, so that something is left for activations
@@ -92,7 +101,7 @@ def load_model(
             raise InputError(
                 "tokenizer belongs to a model that is opened; this one is open, with its own"
             )
-        return source if isinstance(source, Model) else Model(source, tokenizer)
+        return source if isinstance(source, Model) else Model(unwrap(source), tokenizer)
     try:
         return _load(
             source,
@@ -220,17 +229,32 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
 def _from_pretrained(
     folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict
 ) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+    def load(**attention: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **attention,
         )
+
+    try:
+        if names_other_attention(folder):
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            try:
+                found = load(config=config, attn_implementation="sdpa")
+            except ValueError as error:
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                found = load(config=config, attn_implementation="eager")  # it has no sdpa
+        else:
+            found = load()
     except Exception as error:  # of whatever kind: what is in the folder brought it about
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise InputError(
