@@ -24,6 +24,7 @@ from .engine.store import SumStore
 from .errors import InputError
 from .masks import as_masks, check_sequences
 from .models import Model, surgery
+from .models.unwrap import unwrap
 from .objectives import Objective
 from .plan.layout import Layout
 from .plan.racing import Race, check_race, race
@@ -144,7 +145,7 @@ class Evaluator:
             check_kind("layout", layout, Layout, "a Layout, such as another evaluator's")
         if workers is not None and not isinstance(workers, Workers):
             check_workers(workers)
-        self.model = model if isinstance(model, Model) else Model(model)
+        self.model = model if isinstance(model, Model) else Model(unwrap(model))
         self.objective = objective
         self.granularity = granularity
         self.progress = progress

@@ -41,7 +41,7 @@ from .options import (
     split_options,
     weights_option,
 )
-from .output import printing, say
+from .output import printing, say, written_somewhere
 
 if TYPE_CHECKING:
     from ..evaluator import Evaluator
@@ -187,13 +187,15 @@ def score(
             masks = from_removed(removed, evaluator.num_units)
     losses = evaluator.score(masks).tolist()
     rows = [(to_removed(mask), loss) for mask, loss in zip(masks, losses)]
+    written, trouble = None, ""
     if out_file:
-        write_jsonl(
-            Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows)
-        )
-    with printing(out_file):
-        say(f"written: {out_file}" if out_file else _score_table(evaluator, rows))
+        lines = [{"removed": list(units), "loss": loss} for units, loss in rows]
+        written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, lines))
+    with printing(written):
+        say(_score_table(evaluator, rows) if trouble or not written else f"written: {written}")
         _print_cost(evaluator, [len(units) for units, _ in rows])
+    if trouble:
+        raise click.ClickException(trouble)
 
 
 @click.command(cls=Command)
@@ -241,6 +243,7 @@ def search(
     if target:
         with naming("--out"):
             refuse_existing(target)
+    trouble = ""
     evaluator = make_evaluator()
     with naming("--protect"):
         protected_units(protect, evaluator.num_units, evaluator.granularity)
@@ -260,7 +263,8 @@ def search(
             **settings,
         }
         of["fastprune"] = __version__
-        write_json(target, {**result.to_dict(), **of})
+        record = {**result.to_dict(), **of}
+        target, trouble = written_somewhere(target, lambda path: write_json(path, record))
     dense = format_dense(evaluator.objective, evaluator.dense_loss)
     title = (
         f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} "
@@ -285,8 +289,10 @@ def search(
             say(format_races(result.decided_early))
         if result.granularity == "sublayer":
             say(f"sublayers: {_names(evaluator, result.removed)}")
-        if target:
+        if target and not trouble:
             say(f"written: {target}")
+    if trouble:
+        raise click.ClickException(trouble)
 
 
 @click.command(cls=Command)

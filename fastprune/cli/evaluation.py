@@ -34,7 +34,7 @@ from .options import (
     weights_option,
     workers_options,
 )
-from .output import err, printing, progress_bar, say
+from .output import err, printing, progress_bar, say, written_somewhere
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -151,13 +151,16 @@ def evaluate(
     rows = [
         {"removed": list(to_removed(mask)), **plain(result)} for mask, result in zip(masks, results)
     ]
+    written, trouble = None, ""
     if out_file:
-        write_jsonl(Path(out_file), rows)
-    with printing(out_file):
+        written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
+    with printing(written):
         for task in rows[0]["results"]:
             say(task_table(task, task, rows))
-        if out_file:
-            say(f"written: {out_file}")
+        if written and not trouble:
+            say(f"written: {written}")
+    if trouble:
+        raise click.ClickException(trouble)
 
 
 def open_tasks(

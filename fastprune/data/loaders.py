@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InputError, shown
 from ..io import read_jsonl, read_npy
-from ..validate import check_callable, check_integer, check_kind, is_integer
+from ..validate import check_callable, check_integer, check_kind, is_integer, tokenizing
 from .tokens import Tasks, TokenBatch
 
 MOST_COUNT = 2**63 - 1
@@ -67,7 +67,8 @@ def load_text(
         _check_tokenizer(tokenizer)
         seq_len = seq_len or 2048
         documents = _read_documents(path)
-        encoded = tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]
+        with tokenizing(path):
+            encoded = tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]
         stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
         windows = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
         unit = f"windows of {seq_len} tokens"
@@ -124,9 +125,9 @@ def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None
             break
         prompt, choices, correct = _check_task(row, f"{path}:{number}")
         answer.append(len(question) + correct)
-        rows.append(
-            [_encode_choice(tokenizer, prompt, choice, f"{path}:{number}") for choice in choices]
-        )
+        place = f"{path}:{number}"
+        with tokenizing(place):
+            rows.append([_encode_choice(tokenizer, prompt, choice, place) for choice in choices])
         question += [len(rows) - 1] * len(choices)
         characters += [len(choice) for choice in choices]
         in_bytes += [len(choice.encode()) for choice in choices]

@@ -31,7 +31,7 @@ from ..masks import as_masks, from_removed, parse_removed, to_removed
 from ..models import Model, load_model, masked, open_runner
 from ..models.verify import agree, probe_ids
 from ..objectives import Objective
-from ..validate import check_one_of
+from ..validate import check_one_of, refuse_special
 from ..workers.processes import Processes, Workers, check_workers
 from . import require_harness
 
@@ -435,6 +435,8 @@ def find_tasks(
         )
     if include_path is not None and not Path(include_path).is_dir():
         raise InputError(f"{include_path}: no such folder of tasks")
+    if include_path is not None:  # the harness opens every one of them
+        refuse_special(Path(include_path).rglob("*.y*ml"))
     if (
         manager is None and include_path is not None
     ):  # the harness's own many are looked through only if need be

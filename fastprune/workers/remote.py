@@ -69,7 +69,8 @@ class RemoteRuns:
         self._workers, self._model = workers, model
         self._backend, self._memory_bytes = backend, memory_bytes
         self._cache_bytes = None if cache_bytes is None else cache_bytes // workers.per_machine
-        self._cache_dir = cache_dir
+        # a worker may run in another folder
+        self._cache_dir = cache_dir and cache_dir.absolute()
         self._problem: Problem | None = None
         self._number = -1
         self._model_sent: tuple[tuple, object] | None = None  # for workers; held as long as sent
