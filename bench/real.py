@@ -7,9 +7,9 @@ saw.
 
 Calibration sets: windows of the text, of each length and amount; of another text, such as code, of
 the first length and amount; and questions, under the margin. Judges: other windows of the text, and
-the accuracy on the questions of --judge. Prints Markdown tables, of the losses and of what each
-set's searches cost against one transformers pass for each mask, reckoned by unit runs from passes
-timed here. Interrupted, it continues in its folder.
+the share of wrong answers to the questions of --judge. Prints Markdown tables, of the losses and of
+what each set's searches cost against one transformers pass for each mask, reckoned by unit runs
+from passes timed here. Interrupted, it continues in its folder.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     sets = {label: make for label, make in sets.items() if label.startswith(given.only)}
     judges = {
         "text-unseen": text(given.text, given.amounts[-1], length, seed=1),
-        "accuracy-unseen": questions(given.judge, fp.TaskAccuracy),
+        "error_rate-unseen": questions(given.judge, fp.TaskAccuracy),
     }
     note = functools.partial(print, file=sys.stderr, flush=True)
     found = run_study(
