@@ -30,6 +30,7 @@ import numpy as np
 from .errors import InputError
 from .evaluator import Evaluator, Stats, check_race
 from .masks import from_removed, to_removed
+from .objectives import Objective
 from .plan.racing import Selection
 from .search import find_algorithm, run_search
 
@@ -72,7 +73,7 @@ class SyntheticEvaluator(Evaluator):
         self.calls: list[int] = []
         self.sample_calls: list[tuple[int, int]] = []
         self.races: list[tuple[int, int]] = []
-        self.objective: Any = type("Named", (), {"name": "synthetic"})
+        self.objective: Any = type("Named", (Objective,), {"name": "synthetic"})()
 
     @property
     def num_units(self) -> int:

@@ -18,7 +18,17 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # what stands in for characters that a terminal's encoding has not
-STAND_INS = {"■": "#", "·": ".", "…": "~", "–": "-", "—": "-", "’": "'", "×": "x", "ρ": "rho"}
+STAND_INS = {
+    "■": "#",
+    "·": ".",
+    "…": "~",
+    "–": "-",
+    "—": "-",
+    "’": "'",
+    "×": "x",
+    "ρ": "rho",
+    "±": "+-",
+}
 WIDE = 240  # columns of a table that goes to a file or a program: enough for all of ours
 
 

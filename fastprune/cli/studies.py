@@ -22,6 +22,7 @@ from ..study.tables import (
     format_dense,
     format_races,
     format_removed,
+    judge_notes,
     pattern_text,
     results_table,
 )
@@ -339,20 +340,23 @@ def _print_cells(found: Mapping) -> None:
     for cell in found["cells"]:
         groups.setdefault((cell["model"], cell["objective"], cell["num_remove"]), []).append(cell)
     for (model, objective, num_remove), cells in groups.items():
-        dense = format_dense(
-            OBJECTIVES[found["objectives"][objective]["name"]], found["dense"][model][objective]
-        )
+        measured = OBJECTIVES[found["objectives"][objective]["name"]]
+        dense = format_dense(measured, found["dense"][model][objective]["loss"])
         rows = []
         for cell in cells:
             cost = (cell["masks"], cell["asked_unit_runs"], cell["naive_unit_runs"])
-            rows.append((cell["algorithm"], cell["removed"], cell["error"] or cell["loss"], *cost))
+            result = cell["error"] or measured.format(cell["loss"], named=False)
+            rows.append((cell["algorithm"], cell["removed"], result, *cost))
         units = f"{num_remove} of {found['num_units'][model]} removed"
-        say(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
+        title = f"{Path(model).name}, {objective}, {units} ({dense})"
+        say(results_table(title, measured.header(), rows))
     say(TABLE_NOTE, style="dim")
     if found["inputs"]["racing"]:
         say(format_races(sum(cell["decided_early"] for cell in found["cells"])))
     if found["calibration"]:
-        say(calibration_table(found["calibration"]))
+        say(calibration_table(found["calibration"], found["objectives"] | found["held_out"]))
+    for note_line in judge_notes(found):
+        say(note_line)
     made, asked = (
         sum(cell[name] for cell in found["cells"]) for name in ("unit_runs", "asked_unit_runs")
     )
@@ -372,21 +376,23 @@ def _held_out_table(
 
     distinct = list(dict.fromkeys([(), *(tuple(removed) for _, _, removed in rows)]))
     files = {"text": data.TEXT_HELDOUT, "tasks": data.QUESTIONS_HELDOUT}
-    read = [known for known in OBJECTIVES.values() if known.reading]
+    read = (OBJECTIVES["perplexity"], OBJECTIVES["accuracy"])
     columns = []
     for known in read:
         name, file = known.name, files[known.data]
         objective = open_objective(name, str(file), samples[known.data], None, 0, model)
         with progress_bar(quiet) as progress:
-            losses = Evaluator(model, objective, progress=progress).score(
+            sample_losses = Evaluator(model, objective, progress=progress).score_samples(
                 from_removed(distinct, model.num_blocks)
             )
-        columns.append([known.read(loss) for loss in losses.tolist()])
+        losses = objective.mean(sample_losses).tolist()
+        errors = objective.standard_error(sample_losses).tolist()
+        columns.append([known.format(*pair, named=False) for pair in zip(losses, errors)])
     table = Table(title="\nOn held-out text and questions", title_justify="left")
     table.add_column("removed")
     table.add_column("chosen by")
     for known in read:
-        table.add_column(known.reading, justify="right")
+        table.add_column(known.header(), justify="right")
     for removed, *losses in zip(distinct, *columns):
         by: dict[str, list[str]] = {}
         for objective, algorithm, units in rows:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -102,11 +101,14 @@ def model_card(
     base: str,
     sequence: Sequence[int],
     num_blocks: int,
-    losses: Mapping[str, tuple[float, float]],
+    results: Sequence[tuple[str, str, str]],
+    notes: Sequence[str],
     warning: str | None,
 ) -> str:
-    """README.md of a hub repository: base model, what was done, losses (before, after) by
-    objective, how to heal.
+    """README.md of a hub repository: base model, what was done, results, how to heal.
+
+    results: of each objective its metric with direction and data, and its value before and after.
+    notes: sentences on these.
 
     Format: the model cards of the Hugging Face hub, YAML metadata between `---` lines, then
     Markdown.
@@ -133,11 +135,12 @@ def model_card(
             f"The blocks of {base}, counted from 0, in this order: {', '.join(map(str, sequence))}."
         ]
     lines += ["Nothing was trained: every weight is the base model's.", ""]
-    if losses:
-        lines += ["| objective | before | after |", "|---|---|---|"]
-        for name, pair in losses.items():
-            lines.append(f"| {name} | {_shown(name, pair[0])} | {_shown(name, pair[1])} |")
+    if results:
+        lines += ["| metric | before | after |", "|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in results]
         lines.append("")
+    for note in notes:
+        lines += [f"{note}.", ""]
     lines += [
         "## Healing",
         "",
@@ -171,12 +174,3 @@ def all_recipes(
         recipes["evopress.txt"] = evopress(removed, num_blocks)
         recipes["llm-drop.json"] = llm_drop(removed)
     return recipes
-
-
-def _shown(name: str, loss: float) -> str:
-    is_text = (
-        name.partition(",")[0] == "perplexity"
-    )  # behind the comma stands what it was measured on
-    return (
-        f"{loss:.4f} (perplexity {math.exp(loss):.3f})" if is_text and loss < 700 else f"{loss:.4f}"
-    )

@@ -21,12 +21,12 @@ from ..engine.store import SumStore
 from ..errors import InputError
 from ..io import write_json
 from ..masks import from_removed
-from ..objectives import Objective
+from ..objectives import Objective, objective_class
 from ..search import check_algorithm, check_racing, find_algorithm, require_sklearn, run_search
 from ..validate import check_folder
 from ..workers.processes import Processes, Workers
 from .folder import Cell, check_label, check_study_folder, hold, read_cell, write_cell
-from .statistics import compare_calibrations, summarise, summarise_similarity
+from .statistics import cell_record, compare_calibrations, summarise, summarise_similarity
 
 if TYPE_CHECKING:  # what checks a study does without torch
     from ..evaluator import Evaluator
@@ -126,6 +126,7 @@ def _run(
     kinds = {
         label: (described[label]["name"], described[label]["settings"]) for label in objectives
     }
+    names = {label: described[label]["name"] for label in judges}
     matrices = {
         model.name: evaluators.get(model, next(iter(objectives))).similarity() for model in models
     }
@@ -135,14 +136,19 @@ def _run(
         "objectives": {label: described[label] for label in objectives},
         "held_out": {label: described[label] for label in held_out},
         "dense": {
-            model.name: {label: evaluators.get(model, label).dense_loss for label in judges}
+            model.name: {
+                label: objective_class(names[label]).record(evaluators.get(model, label).dense_loss)
+                for label in judges
+            }
             for model in models
         },
         "num_units": {model.name: evaluators.num_units(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
-        "cells": [vars(cell) for cell in cells],
+        "cells": [cell_record(cell, names) for cell in cells],
         **summarise(cells),
-        "calibration": compare_calibrations(cells, kinds, held_out or objectives),
+        "calibration": compare_calibrations(
+            cells, kinds, {label: names[label] for label in held_out or objectives}
+        ),
     }
     write_json(
         out / "study.json", study, replace=True

@@ -74,7 +74,7 @@ def test_every_mask_is_scored_under_every_objective(finished, model):
         evaluator = fp.Evaluator(model, make(model))
         masks = fp.from_removed([cell["removed"] for cell in study["cells"]], 6)
         assert [cell["losses"][label] for cell in study["cells"]] == evaluator.score(masks).tolist()
-        assert study["dense"]["tiny"][label] == evaluator.dense_loss
+        assert study["dense"]["tiny"][label]["loss"] == evaluator.dense_loss
 
 
 def test_overlap_and_ranks(finished):
@@ -328,7 +328,7 @@ def test_calibration_sets_are_compared_with_algorithms(model, tmp_path):
     evaluator = fp.Evaluator(model, text(3)(model))
     for cell in cells.values():
         assert cell["losses"]["new"] == evaluator.score(fp.from_removed([cell["removed"]], 6))[0]
-    assert study["dense"]["tiny"]["new"] == evaluator.dense_loss
+    assert study["dense"]["tiny"]["new"]["loss"] == evaluator.dense_loss
     assert [*study["objectives"], *study["held_out"]] == ["one", "other", "kl", "new"]
 
     def changes(pairs) -> tuple[float, float]:
@@ -411,7 +411,8 @@ def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
     assert status == 0
     assert "greedy" in out
     (dense,) = json.loads((tmp_path / "s" / "study.json").read_text())["dense"].values()
-    assert f"perplexity {math.exp(dense['perplexity']):.3f}" in out
+    assert dense["perplexity"]["perplexity"] == math.exp(dense["perplexity"]["loss"])
+    assert f"perplexity {dense['perplexity']['perplexity']:.3f}" in out
     assert {"study.json", "report.html", "inputs.json", "scores.db"} <= {
         path.name for path in (tmp_path / "s").iterdir()
     }
