@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import fastprune as fp
+from fastprune.objectives import objective_class
 from fastprune.study import run_study, write_report
 from fastprune.study.tables import format_removed
 
@@ -98,26 +99,32 @@ def main() -> None:
 
 
 def print_losses(found: dict, judges: list[str]) -> None:
-    """Every search: what it chose, its own loss, and the judges'."""
+    """Every search: what it chose, its own metric, and the judges'."""
     (dense,) = found["dense"].values()
-    print(f"| removed | calibration | algorithm | blocks | own loss | {' | '.join(judges)} |")
+    described = {**found["objectives"], **found["held_out"]}
+    of = {label: objective_class(entry["name"]) for label, entry in described.items()}
+    heads = " | ".join(f"{judge}: {of[judge].header()}" for judge in judges)
+    print(f"| removed | calibration | algorithm | blocks | own metric | {heads} |")
     print("|---|---|---|---|---|" + "---|" * len(judges))
-    print(f"| 0 | | dense | - | | {' | '.join(f'{dense[judge]:.3f}' for judge in judges)} |")
+    whole = " | ".join(of[judge].format(dense[judge]["loss"], named=False) for judge in judges)
+    print(f"| 0 | | whole model | - | | {whole} |")
     for cell in sorted(found["cells"], key=lambda cell: cell["num_remove"]):
         chosen = (
             f"{cell['objective']} | {cell['algorithm']} | {format_removed(cell['removed'])} "
-            f"| {cell['loss']:.3f}"
+            f"| {of[cell['objective']].format(cell['loss'])}"
         )
-        judged = " | ".join(f"{cell['losses'][judge]:.3f}" for judge in judges)
+        judged = " | ".join(
+            of[judge].format(cell["losses"][judge], named=False) for judge in judges
+        )
         print(f"| {cell['num_remove']} | {chosen} | {judged} |")
     print()
 
 
 def print_calibration(found: dict) -> None:
-    """How far the judges' losses spread over calibration sets, for one algorithm, and over
-    algorithms, for one set."""
+    """How far the judges' losses (nats, error rates) spread over calibration sets, for one
+    algorithm, and over algorithms, for one set."""
     print(
-        "| removed | judge | spread over calibration sets, mean of algorithms | over algorithms, "
+        "| removed | loss of | spread over calibration sets, mean of algorithms | over algorithms, "
         "mean of sets |"
     )
     print("|---|---|---|---|")
