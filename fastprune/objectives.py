@@ -75,12 +75,12 @@ class Objective:
             >>> fp.TaskAccuracy.metric(0.25), fp.Perplexity.metric(0.0)
             (75.0, 1.0)
         """
-        return loss
+        return 0.0 - loss if cls.higher_is_better else loss
 
     @classmethod
     def slope(cls, loss: float) -> float:
         """The derivative of `metric` at a loss."""
-        return 1.0
+        return -1.0 if cls.higher_is_better else 1.0
 
     @classmethod
     def format(cls, loss: float, error: float | None = None, named: bool = True) -> str:
@@ -457,14 +457,6 @@ class TaskMargin(Objective):
     def content_hash(self) -> str:
         return f"{self.tasks.content_hash}-{self.normalization}-{self.weighting}"
 
-    @classmethod
-    def metric(cls, loss: float) -> float:
-        return 0.0 - loss
-
-    @classmethod
-    def slope(cls, loss: float) -> float:
-        return -1.0
-
 
 class TaskLikelihood(Objective):
     """Minus the mean over questions of ll(correct), ll as in TaskMargin (PuDDing's other loss,
@@ -509,14 +501,6 @@ class TaskLikelihood(Objective):
     @property
     def content_hash(self) -> str:
         return f"{self.batch.content_hash}-{self.normalization}"
-
-    @classmethod
-    def metric(cls, loss: float) -> float:
-        return 0.0 - loss
-
-    @classmethod
-    def slope(cls, loss: float) -> float:
-        return -1.0
 
 
 class TaskAccuracy(Objective):
