@@ -153,12 +153,12 @@ def spread_figure(
     )
     axes.set_title(f"Judged by {judged_by}", loc="left")
     if shown and 0 < 10 * min(shown) < max(shown) < np.inf:
-        from matplotlib.ticker import LogLocator, NullFormatter
+        from matplotlib.ticker import LogLocator, NullLocator
 
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
     _plain(axes)
     return figure
 
