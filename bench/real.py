@@ -7,9 +7,9 @@ saw.
 
 Calibration sets: windows of the text, of each length and amount; of another text, such as code, of
 the first length and amount; and questions, under the margin. Judges: other windows of the text, and
-the accuracy on the questions of --judge. Prints Markdown tables, of the losses and of what each
-set's searches cost against one transformers pass for each mask, reckoned by unit runs from passes
-timed here. Interrupted, it continues in its folder.
+the share of wrong answers to the questions of --judge. Prints Markdown tables, of the losses and of
+what each set's searches cost against one transformers pass for each mask, reckoned by unit runs
+from passes timed here. Interrupted, it continues in its folder.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 
 import fastprune as fp
 from fastprune.models.surgery import without
+from fastprune.objectives import objective_class
 from fastprune.study.tables import format_removed
 
 ALGORITHMS = "one_shot,greedy,shortgpt,streamline,contiguous,lorp,taylor"
@@ -75,7 +76,7 @@ def main() -> None:
     kinds = {data["kind"] for data in sets.values()}
     judges = {
         "text-unseen": text(given.text, given.amounts[-1], length, seed=1),
-        "accuracy-unseen": questions(given.judge),
+        "error_rate-unseen": questions(given.judge),
     }
     local = Path(given.model).exists() and given.model != "demo"
     model_path = str(Path(given.model).absolute()) if local else given.model
@@ -129,26 +130,32 @@ def table(header: str, **values: object) -> list[str]:
 
 
 def print_losses(found: dict, judges: list[str]) -> None:
-    """Every search: what it chose, its own loss, and the judges'."""
+    """Every search: what it chose, its own metric, and the judges'."""
     (dense,) = found["dense"].values()
-    print(f"| removed | calibration | algorithm | blocks | own loss | {' | '.join(judges)} |")
+    described = {**found["objectives"], **found["held_out"]}
+    of = {label: objective_class(entry["name"]) for label, entry in described.items()}
+    heads = " | ".join(f"{judge}: {of[judge].header()}" for judge in judges)
+    print(f"| removed | calibration | algorithm | blocks | own metric | {heads} |")
     print("|---|---|---|---|---|" + "---|" * len(judges))
-    print(f"| 0 | | dense | - | | {' | '.join(f'{dense[judge]:.3f}' for judge in judges)} |")
+    whole = " | ".join(of[judge].format(dense[judge]["loss"], named=False) for judge in judges)
+    print(f"| 0 | | whole model | - | | {whole} |")
     for cell in sorted(found["cells"], key=lambda cell: cell["num_remove"]):
         chosen = (
             f"{cell['objective']} | {cell['algorithm']} | {format_removed(cell['removed'])} "
-            f"| {cell['loss']:.3f}"
+            f"| {of[cell['objective']].format(cell['loss'])}"
         )
-        judged = " | ".join(f"{cell['losses'][judge]:.3f}" for judge in judges)
+        judged = " | ".join(
+            of[judge].format(cell["losses"][judge], named=False) for judge in judges
+        )
         print(f"| {cell['num_remove']} | {chosen} | {judged} |")
     print()
 
 
 def print_calibration(found: dict) -> None:
-    """How far the judges' losses spread over calibration sets, for one algorithm, and over
-    algorithms, for one set."""
+    """How far the judges' losses (nats, error rates) spread over calibration sets, for one
+    algorithm, and over algorithms, for one set."""
     print(
-        "| removed | judge | spread over calibration sets, mean of algorithms | over algorithms, "
+        "| removed | loss of | spread over calibration sets, mean of algorithms | over algorithms, "
         "mean of sets |"
     )
     print("|---|---|---|---|")

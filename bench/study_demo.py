@@ -68,8 +68,8 @@ def main(out_dir: str) -> None:
         key = (entry["num_remove"], entry["chosen_by"], entry["judged_by"])
         rho = "n/a" if entry["rho"] is None else f"{entry['rho']:+.2f}"
         print(
-            f"| {' | '.join(map(str, key))} | {rho} | {spread[key]['least']:.4f} to "
-            f"{spread[key]['most']:.4f} |"
+            f"| {' | '.join(map(str, key))} | {rho} | {spread[key]['least_loss']:.4f} to "
+            f"{spread[key]['most_loss']:.4f} |"
         )
     made, asked, naive = (
         sum(c[name] for c in study["cells"])

@@ -30,6 +30,7 @@ import numpy as np
 from .errors import InputError
 from .evaluator import Stats
 from .masks import from_removed, to_removed
+from .objectives import Objective
 from .plan.racing import Race, check_race
 from .search import find_algorithm, run_search
 
@@ -74,7 +75,7 @@ class SyntheticEvaluator:
         self.calls: list[int] = []
         self.sample_calls: list[tuple[int, int]] = []
         self.races: list[tuple[int, int]] = []
-        self.objective: Any = type("Named", (), {"name": "synthetic"})
+        self.objective: Any = type("Named", (Objective,), {"name": "synthetic"})()
 
     @property
     def num_samples(self) -> int:

@@ -8,15 +8,15 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ..objectives import OBJECTIVES
+from ..objectives import objective_class
 from ..study.machines import machines_note
 from ..study.tables import (
     TABLE_NOTE,
     calibration_table,
     format_dense,
-    format_loss,
     format_races,
     format_removed,
+    judge_notes,
     pattern_text,
     results_table,
 )
@@ -29,22 +29,25 @@ def print_cells(study: Mapping) -> None:
     for cell in study["cells"]:
         groups.setdefault((cell["model"], cell["objective"], cell["num_remove"]), []).append(cell)
     for (model, objective, num_remove), cells in groups.items():
-        dense = format_dense(
-            OBJECTIVES[study["objectives"][objective]["name"]], study["dense"][model][objective]
-        )
+        measured = objective_class(study["objectives"][objective]["name"])
+        dense = format_dense(measured, study["dense"][model][objective]["loss"])
         rows = []
         for cell in cells:
             cost = (cell["masks"], cell["asked_unit_runs"], cell["naive_unit_runs"])
-            rows.append((cell["algorithm"], cell["removed"], cell["error"] or cell["loss"], *cost))
+            result = cell["error"] or measured.format(cell["loss"], named=False)
+            rows.append((cell["algorithm"], cell["removed"], result, *cost))
         units = f"{num_remove} of {study['num_units'][model]} removed"
-        say(results_table(f"{Path(model).name}, {objective}, {units} ({dense})", rows))
+        title = f"{Path(model).name}, {objective}, {units} ({dense})"
+        say(results_table(title, measured.header(), rows))
     say(TABLE_NOTE, style="dim")
     if machines := machines_note(study):
         say(machines)
     if study["inputs"]["racing"]:
         say(format_races(sum(cell["decided_early"] for cell in study["cells"])))
     if study["calibration"]:
-        say(calibration_table(study["calibration"]))
+        say(calibration_table(study["calibration"], study["objectives"] | study["held_out"]))
+    for line in judge_notes(study):
+        say(line)
     made, asked = (
         sum(cell[name] for cell in study["cells"]) for name in ("unit_runs", "asked_unit_runs")
     )
@@ -66,18 +69,19 @@ def print_pattern(study: Mapping) -> None:
 
 
 def held_out_table(study: Mapping) -> Table:
-    """The chosen masks on the held-out data, each loss as its objective is read."""
+    """The chosen masks on the held-out data, each loss through its metric."""
     table = Table(title="\nOn held-out data, which no search has seen", title_justify="left")
     table.add_column("removed")
     table.add_column("chosen by")
     read = []
     for label, described in study["held_out"].items():
-        known = OBJECTIVES[described["name"]]
-        read.append((label, known.read if known.reading else format_loss))
-        table.add_column(Text(f"{label}: {known.reading or known.name}"), justify="right")
+        known = objective_class(described["name"])
+        read.append((label, known))
+        table.add_column(Text(f"{label}: {known.header()}"), justify="right")
     for model, dense in study["dense"].items():
         prefix = f"{Path(model).name}: " * (len(study["dense"]) > 1)
-        chosen: dict[tuple[int, ...], tuple[dict, dict]] = {(): ({}, dense)}
+        whole = {label: record["loss"] for label, record in dense.items()}
+        chosen: dict[tuple[int, ...], tuple[dict, dict]] = {(): ({}, whole)}
         for cell in study["cells"]:
             if cell["model"] == model and not cell["error"]:
                 searches, _ = chosen.setdefault(tuple(cell["removed"]), ({}, cell["losses"]))
@@ -85,6 +89,6 @@ def held_out_table(study: Mapping) -> Table:
                 names += [cell["algorithm"]] * (cell["algorithm"] not in names)
         for removed, (searches, losses) in chosen.items():
             by = "; ".join(f"{label}: {', '.join(names)}" for label, names in searches.items())
-            values = [how(losses[label]) for label, how in read]
+            values = [known.format(losses[label], named=False) for label, known in read]
             table.add_row(Text(prefix + format_removed(removed)), Text(by or "(dense)"), *values)
     return table

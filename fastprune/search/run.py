@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 Removed = tuple[int, ...]
 
 
-class Named(Protocol):
-    """An objective, as results name it."""
+class Metric(Protocol):
+    """How the losses of an objective are read: a class of `fastprune.objectives`."""
 
     @property
     def name(self) -> str: ...
+
+    def format(self, loss: float, error: float | None = None, named: bool = True) -> str: ...
+
+    def record(self, loss: float, prefix: str = "") -> dict[str, float]: ...
 
 
 class RunCounts(Protocol):
@@ -51,7 +55,7 @@ class Scorer(Protocol):
     @property
     def granularity(self) -> str: ...
     @property
-    def objective(self) -> Named: ...
+    def objective(self) -> Metric: ...
     @property
     def stats(self) -> RunCounts: ...
     @property
@@ -166,12 +170,13 @@ class Search:
         return num_remove
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult:
     """The outcome of a search.
 
-    removed, mask (bool[U]), loss: the best subset. history: every (removed, loss) whose exact loss
-    is known, in order (not of what left a race, or was scored on a share of the samples).
+    removed, mask (bool[U]), loss: the best subset. metric: the objective's class, which reads
+    losses. history: every (removed, loss) whose exact loss is known, in order (not of what left a
+    race, or was scored on a share of the samples).
     evaluations: how many. unit_runs, naive_unit_runs: as in Stats, for this search alone.
     seconds: of the whole search.
     racing: the confidence of its races, None without. decided_early: subsets that left one before
@@ -190,9 +195,10 @@ class SearchResult:
     objective: str
     granularity: str
     removed: Removed
-    mask: np.ndarray = field(repr=False)
+    mask: np.ndarray
     loss: float
-    history: list[tuple[Removed, float]] = field(repr=False)
+    metric: Metric
+    history: list[tuple[Removed, float]]
     evaluations: int
     unit_runs: float
     naive_unit_runs: float
@@ -200,14 +206,22 @@ class SearchResult:
     racing: float | None = None
     decided_early: int = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"SearchResult({self.algorithm}: removed {self.removed}, "
+            f"{self.metric.format(self.loss)}, {self.evaluations} masks)"
+        )
+
     def to_dict(self) -> dict:
         """Plain values, as written to result.json."""
-        plain = {
-            name: value for name, value in vars(self).items() if name not in ("mask", "history")
-        }
-        history = [{"removed": list(removed), "loss": loss} for removed, loss in self.history]
+        hidden = ("mask", "history", "metric")
+        plain = {name: value for name, value in vars(self).items() if name not in hidden}
+        history = [
+            {"removed": list(removed), **self.metric.record(loss)} for removed, loss in self.history
+        ]
         return {
             **plain,
+            **self.metric.record(self.loss),
             "removed": list(self.removed),
             "num_units": len(self.mask),
             "history": history,
@@ -254,6 +268,7 @@ def run_search(
     chosen.function(search, **options)
     best = search.best()
     after = evaluator.stats
+    reader: Any = type(evaluator.objective)  # the class, without the data
     return SearchResult(
         algorithm=algorithm,
         options=options,
@@ -263,6 +278,7 @@ def run_search(
         removed=best,
         mask=from_removed([best], search.num_units)[0],
         loss=search.losses[best],
+        metric=reader,
         history=list(search.losses.items()),
         evaluations=len(search.losses),
         unit_runs=after.unit_runs - before[0],

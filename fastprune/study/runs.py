@@ -25,7 +25,7 @@ from ..engine.store import SumStore
 from ..errors import InputError
 from ..io import write_file, write_json
 from ..masks import from_removed
-from ..objectives import Objective
+from ..objectives import Objective, objective_class
 from ..search import (
     check_algorithm,
     check_racing,
@@ -47,7 +47,7 @@ from .folder import (
     write_cell,
 )
 from .machines import fingerprint
-from .statistics import compare_calibrations, summarise, summarise_similarity
+from .statistics import cell_record, compare_calibrations, summarise, summarise_similarity
 
 if TYPE_CHECKING:  # what checks a study does without torch
     from ..evaluator import Evaluator
@@ -186,6 +186,7 @@ def _run(
     kinds = {
         label: (described[label]["name"], described[label]["settings"]) for label in objectives
     }
+    names = {label: described[label]["name"] for label in judges}
     matrices = {
         model.name: evaluators.get(model, next(iter(objectives))).similarity() for model in models
     }
@@ -196,14 +197,19 @@ def _run(
         "objectives": {label: described[label] for label in objectives},
         "held_out": {label: described[label] for label in held_out},
         "dense": {
-            model.name: {label: evaluators.get(model, label).dense_loss for label in judges}
+            model.name: {
+                label: objective_class(names[label]).record(evaluators.get(model, label).dense_loss)
+                for label in judges
+            }
             for model in models
         },
         "num_units": {model.name: evaluators.num_units(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
-        "cells": [vars(cell) for cell in cells],
+        "cells": [cell_record(cell, names) for cell in cells],
         **summarise(cells),
-        "calibration": compare_calibrations(cells, kinds, held_out or objectives),
+        "calibration": compare_calibrations(
+            cells, kinds, {label: names[label] for label in held_out or objectives}
+        ),
     }
     write_json(out / "study.json", study, replace=True)  # a summary that every run writes again
     return study

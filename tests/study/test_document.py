@@ -256,7 +256,9 @@ def test_a_study_from_the_command_line(run, checkpoint, text_file, questions, tm
     assert study["objectives"].keys() == {"perplexity-a", "perplexity-b", "margin-q"}
     assert study["held_out"].keys() == {"new"}
     (dense,) = study["dense"].values()
-    assert f"perplexity {math.exp(dense['perplexity-a']):.3f}" in out
+    whole = dense["perplexity-a"]
+    assert whole["perplexity"] == math.exp(whole["loss"])
+    assert f"perplexity {whole['perplexity']:.3f}" in out
     model = fp.load_model(checkpoint)
     batch = fp.load_text(text_file, model.tokenizer, 2, 8, 3)
     of_b = next(cell for cell in study["cells"] if cell["objective"] == "perplexity-b")

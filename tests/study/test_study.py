@@ -73,7 +73,7 @@ def test_every_mask_is_scored_under_every_objective(finished, model):
         evaluator = fp.Evaluator(model, make(model))
         masks = fp.from_removed([cell["removed"] for cell in study["cells"]], 6)
         assert [cell["losses"][label] for cell in study["cells"]] == evaluator.score(masks).tolist()
-        assert study["dense"]["tiny"][label] == evaluator.dense_loss
+        assert study["dense"]["tiny"][label]["loss"] == evaluator.dense_loss
 
 
 def test_overlap_and_ranks(finished):
@@ -382,7 +382,7 @@ def test_calibration_sets_are_compared_with_algorithms(model, tmp_path):
     evaluator = fp.Evaluator(model, text(3)(model))
     for cell in cells.values():
         assert cell["losses"]["new"] == evaluator.score(fp.from_removed([cell["removed"]], 6))[0]
-    assert study["dense"]["tiny"]["new"] == evaluator.dense_loss
+    assert study["dense"]["tiny"]["new"]["loss"] == evaluator.dense_loss
     assert [*study["objectives"], *study["held_out"]] == ["one", "other", "kl", "new"]
 
     def changes(pairs) -> tuple[float, float]:
