@@ -63,6 +63,7 @@ def info(
 
     With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
+    from ..exports import can_export
     from ..models import open_runner
     from ..models.surgery import runs_without_blocks
     from ..models.verify import check_trees
@@ -80,7 +81,8 @@ def info(
         "parameters": f"{sum(p.numel() for p in opened.hf.parameters()):,}",
         "dtype": str(opened.dtype).removeprefix("torch."),
         "device": opened.device,
-        "tokenizer": "yes" if opened.tokenizer is not None else "none: give token ids",
+        "tokenizer": opened.tokenizer_problem
+        or ("yes" if opened.tokenizer is not None else "none: give token ids"),
         "backend": open_runner(opened).path_name,
         "units": f"0 to {len(blocks) - 1}: {blocks[0]} to {blocks[-1]}",
         "sublayers": _can(
@@ -89,6 +91,7 @@ def info(
         ),
         "token trees": _can(lambda: check_trees(open_runner(opened, "generic"))),
         "without blocks": "yes" if runs_without_blocks(opened) else "no",
+        "export": "yes" if (reason := can_export(opened)) is None else f"no: {reason}",
     }
     if opened.weights.streamed:
         rows |= _streaming_rows(opened, opened.weights.room)
@@ -348,7 +351,7 @@ def export(
     if sequence is not None:
         with naming("--sequence"):
             check_sequences([sequence], opened.num_blocks)
-        folder = checkpoint.export_sequence(opened, sequence, out_dir, base_model=base_model)
+        folder = checkpoint.export(opened, out_dir, sequence=sequence, base_model=base_model)
         what = (
             f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
         )
@@ -360,7 +363,9 @@ def export(
                     f"{opened.num_blocks}"
                 )
             check_removed(removed, opened.num_blocks)
-        folder = checkpoint.export(opened, removed, out_dir, base_model=base_model, losses=losses)
+        folder = checkpoint.export(
+            opened, out_dir, removed=removed, base_model=base_model, losses=losses
+        )
         left = opened.num_blocks - len(removed)
         what = f"{left} blocks of {opened.num_blocks}, without {format_removed(removed)}"
     warning = (

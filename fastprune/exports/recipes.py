@@ -105,6 +105,7 @@ def model_card(
     num_blocks: int,
     losses: Mapping[str, tuple[float, float]],
     warning: str | None,
+    notes: Sequence[str] = (),
 ) -> str:
     """README.md of a hub repository: base model, what was done, losses (before, after) by
     objective, how to heal.
@@ -134,6 +135,7 @@ def model_card(
             f"The blocks of {base}, counted from 0, in this order: {', '.join(map(str, sequence))}."
         ]
     lines += ["Nothing was trained: every weight is the base model's.", ""]
+    lines += [line for note in notes for line in (note, "")]
     if losses:
         lines += ["| objective | before | after |", "|---|---|---|"]
         for name, pair in losses.items():

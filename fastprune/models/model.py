@@ -92,6 +92,7 @@ class Model:
 
     # of a model that load_model opened: its arguments, and the version that the model then had
     opened: tuple[tuple, tuple] | None = None
+    tokenizer_problem = ""  # why the folder's tokenizer could not be read
 
     def __init__(
         self,

@@ -205,7 +205,8 @@ class SkippedAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         for cache in (*args, *kwargs.values()):
             if isinstance(cache, Cache):
-                index = next(i for i in map(vars(self._attention).get, INDEX_NAMES) if i is not None)
+                own = vars(self._attention)
+                index = next(own[name] for name in INDEX_NAMES if name in own)
                 rows, tokens, _ = hidden_states.shape
                 nothing = hidden_states.new_zeros(rows, 1, tokens, 1)
                 cache.update(nothing, nothing, index)

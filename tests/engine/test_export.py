@@ -32,7 +32,7 @@ def test_a_sequence_gives_its_score_and_generates(family, tmp_path):
     hf = build(family)
     sequence = (0, 2, 1, 1, 2, num_blocks(hf) - 1, 1)
     ev, rows = evaluator(hf)
-    folder = fp.export_sequence(hf, sequence, tmp_path / "grown")
+    folder = fp.export(hf, tmp_path / "grown", sequence=sequence)
     written = loaded(folder, hf)
     assert num_blocks(written) == written.config.num_hidden_layers == len(sequence)
     expected = ev.score_sequences([sequence])[0]
@@ -47,7 +47,7 @@ def test_a_sequence_gives_its_score_and_generates(family, tmp_path):
 
 def test_repeated_blocks_have_weights_of_their_own(tmp_path):
     hf = build("llama-tied")
-    written = loaded(fp.export_sequence(hf, (0, 1, 1), tmp_path / "grown"), hf)
+    written = loaded(fp.export(hf, tmp_path / "grown", sequence=(0, 1, 1)), hf)
     first, second = (
         written.model.layers[1].mlp.up_proj.weight,
         written.model.layers[2].mlp.up_proj.weight,
@@ -60,8 +60,8 @@ def test_repeated_blocks_have_weights_of_their_own(tmp_path):
 def test_an_ascending_sequence_is_the_export_of_a_mask(tmp_path):
     hf = build("gemma3")
     one, other = (
-        fp.export(hf, (1, 3), tmp_path / "a"),
-        fp.export_sequence(hf, (0, 2, 4), tmp_path / "b"),
+        fp.export(hf, tmp_path / "a", removed=(1, 3)),
+        fp.export(hf, tmp_path / "b", sequence=(0, 2, 4)),
     )
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
@@ -79,7 +79,7 @@ def test_an_ascending_sequence_is_the_export_of_a_mask(tmp_path):
 )
 def test_wrong_sequences(sequence, message, tmp_path):
     with pytest.raises(fp.InputError, match=message):
-        fp.export_sequence(build("llama"), sequence, tmp_path / "x")
+        fp.export(build("llama"), tmp_path / "x", sequence=sequence)
     assert not list(tmp_path.iterdir())
 
 
@@ -91,9 +91,9 @@ def test_wrong_card(tmp_path):
         {"losses": {"perplexity": 3}},
     ):
         with pytest.raises(fp.InputError, match=next(iter(options))):
-            fp.export(hf, (1,), tmp_path / "x", **options)
+            fp.export(hf, tmp_path / "x", removed=(1,), **options)
     with pytest.raises(fp.InputError, match="half a block"):
-        fp.export(evaluator(hf, granularity="sublayer")[0], (1,), tmp_path / "x")
+        fp.export(evaluator(hf, granularity="sublayer")[0], tmp_path / "x", removed=(1,))
     assert not list(tmp_path.iterdir())
 
 
@@ -106,7 +106,7 @@ def test_wrong_card(tmp_path):
 def test_mergekit_makes_the_same_model(sequence, tmp_path):
     yaml = pytest.importorskip("yaml")
     hf = build("qwen3")
-    folder = fp.export_sequence(hf, sequence, tmp_path / "x", base_model="org/base")
+    folder = fp.export(hf, tmp_path / "x", sequence=sequence, base_model="org/base")
     config = yaml.safe_load((folder / "recipes" / "mergekit.yaml").read_text())
     assert config["merge_method"] == "passthrough"
     assert config["dtype"] == "float32"
@@ -123,7 +123,7 @@ def test_mergekit_makes_the_same_model(sequence, tmp_path):
 
 
 def test_drop_lists(tmp_path):
-    folder = fp.export(build("llama"), (3, 1), tmp_path / "x") / "recipes"
+    folder = fp.export(build("llama"), tmp_path / "x", removed=(3, 1)) / "recipes"
     assert (folder / "llama.cpp.txt").read_text() == "--prune-layers 1,3\n"
     assert (folder / "evopress.txt").read_text().splitlines() == [
         "none",
@@ -141,7 +141,7 @@ def test_drop_lists(tmp_path):
         ("reordered", (1, 0, 2, 3, 4)),
         ("whole", range(5)),
     ):
-        folder = fp.export_sequence(build("llama"), sequence, tmp_path / name) / "recipes"
+        folder = fp.export(build("llama"), tmp_path / name, sequence=sequence) / "recipes"
         assert [path.name for path in folder.iterdir()] == ["mergekit.yaml"]
 
 
@@ -149,7 +149,7 @@ def test_drop_lists(tmp_path):
     ("family", "names"), [("gemma3", "layer_types"), ("qwen2", None), ("llama", None)]
 )
 def test_llama_cpp_is_warned_of_layers_that_differ(family, names, tmp_path):
-    folder = fp.export(build(family), (1,), tmp_path / "x")
+    folder = fp.export(build(family), tmp_path / "x", removed=(1,))
     *comments, option = (folder / "recipes" / "llama.cpp.txt").read_text().splitlines()
     assert option == "--prune-layers 1"
     assert [names in line and line.startswith("# ") for line in comments] == [True] * bool(names)
@@ -165,7 +165,7 @@ def test_model_card(tmp_path):
     hf = build("llama")
     ev, _ = evaluator(hf)
     card = ModelCard.load(
-        fp.export(ev, (1, 3), tmp_path / "a", base_model="org/base") / "README.md"
+        fp.export(ev, tmp_path / "a", removed=(1, 3), base_model="org/base") / "README.md"
     )
     metadata = card.data.to_dict()
     assert metadata["base_model"] == "org/base"
@@ -179,7 +179,7 @@ def test_model_card(tmp_path):
     assert f"| {ev.score(fp.from_removed([(1, 3)], 5))[0]:.4f} (perplexity " in card.text
     assert "peft" in card.text
     named = fp.Model(hf, name=str(tmp_path / "secret" / "local"))
-    card = ModelCard.load(fp.export_sequence(named, (0, 1, 1), tmp_path / "b") / "README.md")
+    card = ModelCard.load(fp.export(named, tmp_path / "b", sequence=(0, 1, 1)) / "README.md")
     assert "base_model" not in card.data.to_dict()  # no hub id is known
     assert "The blocks of local, counted from 0, in this order: 0, 1, 1." in card.text
     assert not [path for path in (tmp_path / "b").rglob("*.*") if b"secret" in path.read_bytes()]
@@ -194,7 +194,7 @@ def test_the_folder_goes_to_a_hub_as_it_is(checkpoint, tmp_path, monkeypatch):
     def create_commit(self, repo_id, operations, **kwargs):
         sent.append((repo_id, {operation.path_in_repo for operation in operations}))
 
-    folder = fp.export(fp.load_model(checkpoint), (1,), tmp_path / "pruned")
+    folder = fp.export(fp.load_model(checkpoint), tmp_path / "pruned", removed=(1,))
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     address = huggingface_hub.RepoUrl("https://huggingface.co/me/pruned")
     monkeypatch.setattr(

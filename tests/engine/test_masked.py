@@ -37,7 +37,7 @@ def ids_of(hf, rows: int = 2, length: int = 9) -> torch.Tensor:
 def test_logits_and_generation_are_the_exported_checkpoints(family, tmp_path):
     hf = build(family)
     removed = (1, num_blocks(hf) - 1)
-    fp.export(hf, removed, tmp_path / "pruned")
+    fp.export(hf, tmp_path / "pruned", removed=removed)
     implementation = hf.config._attn_implementation
     written = tf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "pruned", attn_implementation=implementation
