@@ -20,8 +20,7 @@ def shapley(
     share: Annotated[float, Allowed(least=0, most=1)] = 0.5,
     redraw: bool = False,
 ) -> Removed:
-    """Remove the k units of least value: the loss of networks without a unit, less that of those
-    with it.
+    """Remove the k units of least value: mean loss of random networks without, less with, a unit.
 
     For each calibration sample, `networks` random networks of a fixed size are drawn, which keep
     int(share U) of the units. Each is scored on that sample alone. The value of a unit is the mean
