@@ -16,7 +16,7 @@ from .run import Removed, Search
 @algorithm(studied=True)
 def fast_block_select(
     search: Search, max_run: Count = 4, pool: Count = 5, rounds: Count = 20
-) -> Removed:
+) -> None:
     """Exchange runs of adjacent units between the removed and the kept while that helps.
 
     The search begins with one_shot's subset. With d_i = loss({i}), P the removed and A the kept
@@ -24,7 +24,7 @@ def fast_block_select(
     highest sum of d_i, those inside A by lowest. All exchanges between the best `pool` of each are
     scored, of all lengths in one batch. Those that lower the loss of P are applied, best first,
     except where one touches a unit that has moved in this round. This repeats until P does not
-    change, or for `rounds` rounds; the result is P.
+    change, or for `rounds` rounds.
 
     Source: MI-PRUN (arXiv 2601.07212), with the loss in place of its mutual information.
     Cost: U + 1 + at most rounds (max_run pool^2 + 1).
@@ -49,10 +49,9 @@ def fast_block_select(
                 changed = _exchange(changed, *exchanges[i])
                 moved |= touched
         if changed == removed:
-            return removed
+            return
         removed = changed
     search.score([removed])  # several exchanges at once: not scored together so far
-    return removed
 
 
 def _exchanges(

@@ -212,3 +212,144 @@ def test_the_folder_goes_to_a_hub_as_it_is(checkpoint, tmp_path, monkeypatch):
         assert files <= here  # uploading the folder itself sends no less
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} <= sent[0][1]
     assert "tokenizer.json" in sent[1][1]
+
+
+# -- configs that describe layers by their index ---------------------------------------------------
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+}
+HYBRID = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+
+
+def indexed(kind: str):
+    """A tiny random model whose config has this field, and the field's value without blocks 1 and
+    3."""
+    if kind == "moe_layers":
+        config = tf.Llama4TextConfig(
+            **SIZES, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, moe_layers=[1, 2, 4]
+        )
+        value: object = [1, 2]
+    elif kind == "attn_layer_indices":
+        config = tf.BambaConfig(**SIZES, **HYBRID, attn_layer_indices=[1, 4])
+        value = [2]
+    elif kind == "first_k_dense_replace":
+        config = tf.Glm4MoeConfig(**SIZES, **EXPERTS, head_dim=8, first_k_dense_replace=2)
+        value = 1
+    elif kind == "attention_types":
+        config = tf.GPTNeoConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_layers=5,
+            num_heads=4,
+            window_size=6,
+            max_position_embeddings=64,
+            attention_types=[[["global"], 1], [["local", "global"], 2]],
+        )
+        value = [[["global", "global", "global"], 1]]
+    else:
+        config = tf.MiniCPM3Config(
+            **(SIZES | {"num_key_value_heads": 4}),
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=8,
+            scale_depth=1.4,
+        )
+        value = 1.4 * (3 / 5) ** 0.5
+    torch.manual_seed(0)
+    return tf.AutoModelForCausalLM.from_config(config).eval(), value
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "moe_layers",
+        "attn_layer_indices",
+        "first_k_dense_replace",
+        "attention_types",
+        "scale_depth",
+    ],
+)
+def test_fields_that_describe_layers_by_index(kind, tmp_path):
+    hf, value = indexed(kind)
+    ids = torch.tensor(random_rows(97, [12]))
+    folder = fp.export(hf, tmp_path / "out", removed=(1, 3))
+    config = json.loads((folder / "config.json").read_text())
+    assert config[kind] == (pytest.approx(value) if isinstance(value, float) else value)
+    written = loaded(folder, hf)
+    with torch.no_grad(), fp.masked(hf, (1, 3)) as inside:
+        expected = written(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(inside(input_ids=ids, use_cache=False).logits, expected)
+        torch.testing.assert_close(inside(input_ids=ids, use_cache=True).logits, expected)
+    ev, rows = evaluator(hf)
+    np.testing.assert_allclose(
+        reference_loss(written, rows), ev.score(fp.from_removed([(1, 3)], 5))[0], rtol=1e-5
+    )
+
+
+def test_a_block_that_is_listed_twice_is_written_twice(tmp_path):
+    hf = build("llama")
+    layers = hf.model.layers
+    hf.model.layers = torch.nn.ModuleList([layers[0], layers[1], layers[1], layers[2], layers[3]])
+    ev, rows = evaluator(hf)
+    folder = fp.export(hf, tmp_path / "out", removed=(4,))
+    expected = ev.score(fp.from_removed([(4,)], 5))[0]
+    np.testing.assert_allclose(reference_loss(loaded(folder, hf), rows), expected, rtol=1e-5)
+
+
+def test_an_invalid_generation_config_is_kept_with_a_warning(checkpoint, tmp_path):
+    model = fp.load_model(checkpoint)
+    model.hf.generation_config.temperature = 0.9  # without do_sample
+    with pytest.warns(UserWarning, match="the generation config is invalid"):
+        folder = fp.export(model, tmp_path / "out", removed=(1,))
+    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+def test_a_checkpoint_brings_the_files_and_the_dtype_of_its_source(tmp_path):
+    from safetensors.torch import load_file
+
+    demo = fp.load_model("demo")
+    folder = fp.export(demo, tmp_path / "out", removed=(9, 10))
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    again = fp.load_model(folder)
+    assert again.dtype == demo.dtype == torch.float32
+    source = Path(fp.__file__).parent / "demo" / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_why_a_checkpoint_cannot_be_written_is_known_before(tmp_path):
+    from fastprune.exports import can_export
+
+    assert can_export(fp.Model(build("llama"))) is None
+    hf, _ = indexed("first_k_dense_replace")
+    reason = can_export(fp.Model(hf), (2, 0, 1))  # a dense block behind one with experts
+    assert reason is not None
+    assert "its blocks depend on their index" in reason
+    with pytest.raises(fp.InputError, match="its blocks depend on their index"):
+        fp.export(hf, tmp_path / "out", sequence=(2, 0, 1))
+    assert not list(tmp_path.iterdir())
