@@ -3,9 +3,9 @@ tools."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,8 +124,9 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
     try:
         pruned = ordered(model, sequence)
         # as it is read again, with all that its class checks and works out
-        values = json.loads(pruned.config.to_json_string(use_diff=False))
-        config = type(pruned.config).from_dict(values)
+        with tempfile.TemporaryDirectory() as folder:
+            pruned.config.save_pretrained(folder)
+            config = type(pruned.config).from_pretrained(folder)
         config._attn_implementation = getattr(model.config, "_attn_implementation", None)
     except InputError as error:
         return str(error)

@@ -176,13 +176,3 @@ def test_a_sequence_repeats_blocks_and_shares_their_weights(tmp_path):
             assert torch.equal(inside(input_ids=ids).logits, written(input_ids=ids).logits)
         assert torch.equal(inside.generate(ids, **tokens), written.generate(ids, **tokens))
     assert snapshot(hf) == before
-
-
-def test_a_model_whose_own_code_differs_is_refused():
-    hf = build("gpt2", scale_attn_by_inverse_layer_idx=True)
-    with (
-        pytest.raises(fp.InputError, match="its own code gives other logits"),
-        fp.masked(hf, (1,)),
-    ):
-        pass
-    assert num_blocks(hf) == 6
