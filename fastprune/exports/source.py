@@ -126,7 +126,7 @@ def save_model(hf: Any, folder: Path, source: Path | None) -> None:
             problem = lines[1] if len(lines) > 1 else str(error)
             hf.generation_config = type(generation)()  # of the shallow copy
     hf.save_pretrained(folder, state_dict=weights)
-    if problem is not None:
+    if generation is not None and problem is not None:
         (folder / "generation_config.json").write_text(
             generation.to_json_string(use_diff=True), encoding="utf-8"
         )

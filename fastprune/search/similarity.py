@@ -96,10 +96,8 @@ def streamline(
         if variant == "gromov"
         else _similarity(search)
     )
-    return _scored(
-        search,
-        max(found, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0),
-    )
+    best = max(found, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)
+    return _scored(search, best)
 
 
 def _scored(search: Search, units: Iterable[int]) -> Removed:
