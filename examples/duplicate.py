@@ -1,5 +1,5 @@
 """Layer duplication, as in frankenmerges and SOLAR's depth up-scaling (arXiv 2312.15166): every
-window of blocks is run twice, and the one that hurts least (or helps) wins. fp.export_sequence
+window of blocks is run twice, and the one that hurts least (or helps) wins. fp.export
 writes it."""
 
 import numpy as np

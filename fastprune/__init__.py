@@ -14,7 +14,7 @@ _HOMES = {
     "data": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
     "errors": ["InputError"],
     "evaluator": ["Evaluator", "Stats"],
-    "exports": ["export", "export_sequence"],
+    "exports": ["export"],
     "masks": ["from_removed", "load_masks", "to_removed"],
     "models": ["Model", "load_model", "masked"],
     "objectives": [
@@ -43,7 +43,6 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .evaluator import Evaluator as Evaluator
     from .evaluator import Stats as Stats
     from .exports import export as export
-    from .exports import export_sequence as export_sequence
     from .masks import from_removed as from_removed
     from .masks import load_masks as load_masks
     from .masks import to_removed as to_removed

@@ -14,6 +14,7 @@ cells of tables leave out the name, and the column has it, with the direction, a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ import numpy as np
 from .data import Tasks, TokenBatch
 from .errors import InputError
 from .validate import check_one_of
+
+MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2 of final states, h the dense model's
 
 
 class Objective:
@@ -356,12 +359,42 @@ class KLDivergence(Objective):
         self._average(self.batch.target_counts)
 
 
-class CosineDistance(KLDivergence):
+class _StateDistance(KLDivergence):
+    """A distance of final states, position by position, or flattened: of a sample's states as one
+    vector."""
+
+    settings = ("flatten",)
+
+    def __init__(self, batch: TokenBatch | Tasks, flatten: bool = False):
+        super().__init__(batch)
+        self.flatten = flatten
+        if flatten:
+            self.measure = "moments"
+            self.batch = _moments_as_targets(self.batch)
+            self.sample = np.repeat(np.arange(self.batch.num_rows), MOMENTS)
+            self.weight = np.ones(len(self.sample))
+            self.sample_weight = np.full(self.batch.num_rows, 1 / self.batch.num_rows)
+
+    def sample_losses(self, sums: np.ndarray) -> np.ndarray:
+        if not self.flatten:
+            return super().sample_losses(sums)
+        moments = sums.reshape(len(sums), -1, MOMENTS)
+        with np.errstate(divide="ignore", invalid="ignore"):  # samples that were not asked for
+            return self._distance(*np.moveaxis(moments, -1, 0))
+
+    @staticmethod
+    def _distance(apart: np.ndarray, masked: np.ndarray, dense: np.ndarray) -> np.ndarray:
+        """The distance from |h - h'|^2, |h'|^2 and |h|^2, [N, S] each."""
+        raise NotImplementedError
+
+
+class CosineDistance(_StateDistance):
     """Mean over positions of 1 - cosine between the masked model's final state and the dense one's.
 
     Final states are those that the head reads, after the final norm. Positions and samples as in
-    KLDivergence. Among the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt). Raises
-    InputError as KLDivergence does.
+    KLDivergence. Among the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt); with
+    flatten=True, as its code has it, all states of a sample are one vector, the last position too,
+    and every sample counts alike. Raises InputError as KLDivergence does.
 
     >>> import numpy as np
     >>> import fastprune as fp
@@ -379,15 +412,22 @@ class CosineDistance(KLDivergence):
     unit = ""
     measure = "cosine"
 
+    @staticmethod
+    def _distance(apart: np.ndarray, masked: np.ndarray, dense: np.ndarray) -> np.ndarray:
+        # 1 - (|h|^2 + |h'|^2 - |h - h'|^2) / (2 |h| |h'|), exactly 0 where h' = h
+        lengths = np.sqrt(masked), np.sqrt(dense)
+        return (apart - (lengths[0] - lengths[1]) ** 2) / (2 * lengths[0] * lengths[1])
 
-class NormalizedMSE(KLDivergence):
+
+class NormalizedMSE(_StateDistance):
     """Mean over positions of |h - h'|^2 / |h|^2, h the dense model's final state and h' the masked
     one's.
 
-    Final states, positions and samples as in CosineDistance. Every position counts alike:
-    Puzzletron (NVIDIA ModelOpt) divides the sum over positions of the one by that of the other, and
-    Nemotron Elastic (arXiv 2511.16664) does so with the models' predictions in the place of states.
-    Raises InputError as KLDivergence does.
+    Final states, positions and samples as in CosineDistance. Every position counts alike. With
+    flatten=True a sample's loss is the sum over all its positions of the one by that of the other,
+    as in Puzzletron (NVIDIA ModelOpt), and every sample counts alike. Nemotron Elastic (arXiv
+    2511.16664) does so with the models' predictions in the place of states. Raises InputError as
+    KLDivergence does.
 
     >>> import numpy as np
     >>> import fastprune as fp
@@ -405,6 +445,10 @@ class NormalizedMSE(KLDivergence):
     metric_name = "normalized MSE"
     unit = ""
     measure = "nmse"
+
+    @staticmethod
+    def _distance(apart: np.ndarray, masked: np.ndarray, dense: np.ndarray) -> np.ndarray:
+        return apart / dense
 
 
 class TaskMargin(Objective):
@@ -656,6 +700,25 @@ def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
         target_token=batch.target_token[first],
         target_continuation=np.searchsorted(batch.row_starts, source, side="right") - 1,
         continuation_row=rows,
+    )
+
+
+def _moments_as_targets(batch: TokenBatch) -> TokenBatch:
+    """The same rows, where every position is a target of each moment of its row.
+
+    A row has a continuation for each moment, and the token of a target is the moment's number:
+
+        row of 2 tokens:   source 0 1 0 1 0 1   token 0 0 1 1 2 2   continuation 0 0 1 1 2 2
+    """
+    lengths = np.diff(batch.row_starts)
+    spans = [np.arange(*span) for span in itertools.pairwise(batch.row_starts)]
+    moments = np.tile(np.arange(MOMENTS), batch.num_rows)
+    return dataclasses.replace(
+        batch,
+        target_source=np.concatenate([np.tile(span, MOMENTS) for span in spans]),
+        target_token=np.repeat(moments, np.repeat(lengths, MOMENTS)),
+        target_continuation=np.repeat(np.arange(len(moments)), np.repeat(lengths, MOMENTS)),
+        continuation_row=np.repeat(np.arange(batch.num_rows), MOMENTS),
     )
 
 

@@ -66,6 +66,7 @@ def info(
 
     With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
+    from ..exports import can_export
     from ..models import open_runner
     from ..models.surgery import runs_without_blocks
     from ..models.verify import check_trees
@@ -83,7 +84,8 @@ def info(
         "parameters": f"{sum(p.numel() for p in opened.hf.parameters()):,}",
         "dtype": str(opened.dtype).removeprefix("torch."),
         "device": opened.device,
-        "tokenizer": "yes" if opened.tokenizer is not None else "none: give token ids",
+        "tokenizer": opened.tokenizer_problem
+        or ("yes" if opened.tokenizer is not None else "none: give token ids"),
         "backend": open_runner(opened).path_name,
         "units": f"0 to {len(blocks) - 1}: {blocks[0]} to {blocks[-1]}",
         "sublayers": _can(
@@ -92,6 +94,7 @@ def info(
         ),
         "token trees": _can(lambda: check_trees(open_runner(opened, "generic"))),
         "without blocks": "yes" if runs_without_blocks(opened) else "no",
+        "export": "yes" if (reason := can_export(opened)) is None else f"no: {reason}",
     }
     if opened.weights.streamed:
         rows |= _streaming_rows(opened, opened.weights.room)
@@ -364,7 +367,7 @@ def export(
     if sequence is not None:
         with naming("--sequence"):
             check_sequences([sequence], opened.num_blocks)
-        folder = checkpoint.export_sequence(opened, sequence, out_dir, base_model=base_model)
+        folder = checkpoint.export(opened, out_dir, sequence=sequence, base_model=base_model)
         what = (
             f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
         )
@@ -377,7 +380,12 @@ def export(
                 )
             check_removed(removed, opened.num_blocks)
         folder = checkpoint.export(
-            opened, removed, out_dir, base_model=base_model, losses=losses, notes=notes
+            opened,
+            out_dir,
+            removed=removed,
+            base_model=base_model,
+            losses=losses,
+            notes=notes,
         )
         left = opened.num_blocks - len(removed)
         what = f"{left} blocks of {opened.num_blocks}, without {format_removed(removed)}"

@@ -74,6 +74,15 @@ def _nmse(
     return (distance / reference.square().sum(dim=-1))[tile.rows][None]
 
 
+def _moments(
+    runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor
+) -> torch.Tensor:
+    normed = _normed(runner, states)
+    moments = [(normed - reference).square(), normed.square(), reference.square()]
+    of_positions = torch.stack([moment.sum(dim=-1) for moment in moments])  # [3, P]
+    return of_positions[tile.tokens, tile.rows][None]
+
+
 MEASURES = {
     measure.name: measure
     for measure in (
@@ -86,5 +95,11 @@ MEASURES = {
         Measure("kl", _kl, ("KL(dense || masked)",), _kl_reference),
         Measure("cosine", _cosine, ("1 - cosine of normed states, dense and masked",), _direction),
         Measure("nmse", _nmse, ("|dense - masked|^2 / |dense|^2 of normed states",), _normed),
+        Measure(
+            "moments",
+            _moments,
+            ("by the target's token, 0 to 2: |dense - masked|^2, |masked|^2, |dense|^2 (normed)",),
+            _normed,
+        ),
     )
 }

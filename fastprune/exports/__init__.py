@@ -1,5 +1,5 @@
 """Checkpoints of pruned models, and recipes that tell other tools to prune alike."""
 
-from .checkpoint import export, export_sequence
+from .checkpoint import can_export, export
 
-__all__ = ["export", "export_sequence"]
+__all__ = ["can_export", "export"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import InputError, shown
-from ..masks import check_removed, check_sequences
 from ..objectives import Objective, format_size, no_judge, objective_class
 from ..validate import check_folder
 from . import recipes
+from .source import reader_notes, save_code, save_model, save_tokenizer, source_folder
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..evaluator import Evaluator
@@ -28,78 +30,126 @@ if TYPE_CHECKING:
 
 def export(
     model: Model | Evaluator | nn.Module,
-    removed: Iterable[int],
     out_dir: str | os.PathLike,
     *,
+    removed: Iterable[int] | None = None,
+    sequence: Sequence[int] | None = None,
     base_model: str | None = None,
     losses: Mapping[str, tuple[float, float]] | None = None,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write the model without these blocks as a safetensors checkpoint and return its folder.
+    """Write the model with other blocks as a safetensors checkpoint, and return its folder.
 
-    `AutoModelForCausalLM.from_pretrained` loads it: blocks are renumbered, num_hidden_layers and
-    per-layer lists of the config are cut, the tokenizer goes along. The folder appears only when it
-    is complete and what it holds, loaded again, gives the logits of the masked model. It can go to
-    a hub as it is: README.md is its model card, and `recipes/` says the same for mergekit,
-    llama.cpp, EvoPress and LLM-Drop (see `fastprune.exports.recipes`).
+    `AutoModelForCausalLM.from_pretrained` loads it. Its config describes the blocks in their new
+    order. Its weights have the source's dtype where that loses nothing, and every file of the
+    source's tokenizer goes along. The folder appears only when it is complete, and when the written
+    checkpoint, loaded again, gives the logits of the same blocks run one by one. It can go to a hub
+    as it is: README.md is its model card, and `recipes/` says the same for mergekit, llama.cpp,
+    EvoPress and LLM-Drop (see `fastprune.exports.recipes`).
 
-    model: a Model, a transformers model, or an Evaluator of blocks, whose metric is then in the
-    card, with standard errors.
-    base_model: the hub id of the base model, for card and recipes; by default the name that it was
-    opened by, of a folder its last part. losses: (before, after) by objective, for the card, which
-    has them under the objective's metric; what they were measured on may follow the objective's
-    name behind a comma. notes: sentences for the card, below them. Raises InputError for an
-    index out of range or given twice, a folder that is not empty, a base_model that is no hub id,
-    and for a family whose blocks cannot be renumbered.
+    Args:
+        model: A Model, a transformers model, or an Evaluator of blocks, whose metric the card then
+            shows, with standard errors.
+        out_dir: The new folder.
+        removed: Indices of the blocks that are left out.
+        sequence: Instead of `removed`: blocks in the order in which they run, as
+            `Evaluator.score_sequences` scores them. A block that is named n times is written n
+            times, as separate weights.
+        base_model: The hub id of the base model, for card and recipes; by default the name that it
+            was opened by, of a folder its last part.
+        losses: (before, after) by objective, for the card, which shows them through the
+            objective's metric; the calibration set may follow the name behind a comma.
+        notes: Sentences for the card, below the metrics.
 
-    >>> import tempfile
-    >>> import fastprune as fp
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     pruned = fp.export(fp.load_model("demo"), (3, 7), f"{folder}/pruned")
-    ...     fp.load_model(pruned).num_blocks
-    10
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: Both or none of removed and sequence were given, an index is out of range or
+            given twice, no block is kept, the folder is not empty, base_model is no hub id, or the
+            family's blocks cannot be renumbered.
+
+    Examples:
+        >>> import tempfile
+        >>> import fastprune as fp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pruned = fp.export(fp.load_model("demo"), f"{folder}/pruned", removed=(3, 7))
+        ...     grown = fp.export(fp.load_model("demo"), f"{folder}/grown", sequence=(0, 1, 1, 2))
+        ...     fp.load_model(pruned).num_blocks, fp.load_model(grown).num_blocks
+        (10, 4)
     """
+    from ..models.surgery import kept_blocks
+
     check_target(out_dir)
     model, evaluator = _opened(model)
-    removed = check_removed(removed, model.num_blocks)
-    sequence = [block for block in range(model.num_blocks) if block not in removed]
-    if not sequence:
-        raise InputError("removing every block leaves nothing to export")
-    return _export(
-        model, evaluator, sequence, out_dir, f"without blocks {removed}", base_model, losses, notes
-    )
-
-
-def export_sequence(
-    model: Model | Evaluator | nn.Module,
-    sequence: Sequence[int],
-    out_dir: str | os.PathLike,
-    *,
-    base_model: str | None = None,
-    losses: Mapping[str, tuple[float, float]] | None = None,
-) -> Path:
-    """Write the model with these blocks in this order, as `export` does; a block may stand
-    repeatedly, or not at all.
-
-    What `Evaluator.score_sequences` scores. The weights of a block that stands n times are written
-    n times, as separate weights. Raises InputError as `export` does, and for a sequence that is
-    empty.
-
-    >>> import tempfile
-    >>> import fastprune as fp
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     grown = fp.export_sequence(fp.load_model("demo"), (0, 1, 2, 1, 2, 3), f"{folder}/grown")
-    ...     fp.load_model(grown).num_blocks
-    6
-    """
-    check_target(out_dir)
-    model, evaluator = _opened(model)
-    (checked,) = check_sequences([sequence], model.num_blocks)
-    if not checked:
+    blocks = kept_blocks(model.num_blocks, removed, sequence)
+    if not blocks and sequence is not None:
         raise InputError("a sequence without blocks leaves nothing to export")
-    return _export(
-        model, evaluator, checked, out_dir, f"with the blocks {checked}", base_model, losses
+    if not blocks:
+        raise InputError("removing every block leaves nothing to export")
+    gone = tuple(sorted(set(range(model.num_blocks)) - set(blocks)))
+    how = f"without blocks {gone}" if sequence is None else f"with the blocks {tuple(blocks)}"
+    return _export(model, evaluator, blocks, out_dir, how, base_model, losses, notes)
+
+
+def can_export(model: Model, sequence: Sequence[int] | None = None) -> str | None:
+    """Why a checkpoint with these blocks cannot be written, None where nothing is in the way.
+
+    Reads no weights: the family's own code is to make, from the config that an export would write,
+    the same tensors as the blocks have. What only the values tell, `export` checks.
+
+    Args:
+        model: The model.
+        sequence: Blocks in their order; by default all, all but the first, and all but the last.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.exports import can_export
+        >>> print(can_export(fp.load_model("demo")))
+        None
+    """
+    if sequence is not None:
+        return _misfit(model, sequence)
+    blocks = list(range(model.num_blocks))
+    ways = {"": blocks}
+    if model.num_blocks > 1:
+        ways |= {"without block 0: ": blocks[1:], f"without block {blocks[-1]}: ": blocks[:-1]}
+    for how, kept in ways.items():
+        if reason := _misfit(model, kept):
+            return how + reason
+    return None
+
+
+def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
+    import torch
+
+    from ..models.surgery import ordered
+
+    try:
+        pruned = ordered(model, sequence)
+        # as it is read again, with all that its class checks and works out
+        with tempfile.TemporaryDirectory() as folder:
+            pruned.config.save_pretrained(folder)
+            config = type(pruned.config).from_pretrained(folder)
+        config._attn_implementation = getattr(model.config, "_attn_implementation", None)
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # of whatever kind: the family's own code refuses
+        line = (str(error).splitlines() or [""])[0]
+        return f"its config cannot describe these blocks ({type(error).__name__}: {line})"
+    try:
+        with torch.device("meta"):
+            fresh = type(pruned)(config)
+    except Exception:  # its code makes no model without values; the written one is checked
+        return None
+    shapes = {name: tensor.shape for name, tensor in pruned.state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+    differing = sorted(
+        name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)
     )
+    if differing:
+        return f"its blocks depend on their index ({differing[0]} would differ)"
+    return None
 
 
 def check_target(out_dir: str | os.PathLike) -> Path:
@@ -150,16 +200,19 @@ def _export(
     evaluator: Evaluator | None,
     sequence: Sequence[int],
     out_dir: str | os.PathLike,
-    what: str,
+    how: str,
     base_model: str | None,
-    given: Mapping[str, tuple[float, float]] | None,
+    losses: Mapping[str, tuple[float, float]] | None,
     notes: Sequence[str] = (),
 ) -> Path:
-    from ..models.surgery import ordered
+    from ..models.surgery import logits_by_blocks, ordered
 
     out, base = check_target(out_dir), _base_name(check_base_model(base_model) or model.name)
-    results = [_result(name, pair) for name, pair in _check_losses(given).items()]
+    results = [_result(name, pair) for name, pair in _check_losses(losses).items()]
     notes = list(notes)
+    with model.lock:
+        if reason := _misfit(model, sequence):
+            raise _refusal(model, how, reason)
     if evaluator is not None:
         objective, (before, after) = evaluator.objective, _measure(evaluator, sequence)
         data = format_size(objective.num_samples, objective.batch.num_tokens)
@@ -177,10 +230,11 @@ def _export(
     partial.mkdir(parents=True)
     try:
         with model.evaluation(), _no_progress_bars():
-            ordered(model, sequence, copies=True).save_pretrained(partial)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(partial)
-            _check_written(model, sequence, what, partial)
+            source = source_folder(model)
+            save_model(ordered(model, sequence, copies=True), partial, source)
+            save_tokenizer(model, partial, source)
+            save_code(model, partial, source)
+            _check_written(model, logits_by_blocks(model, sequence), how, partial)
         _describe(model, sequence, base, results, notes, partial)
         for file in partial.rglob(
             "*"
@@ -205,6 +259,7 @@ def _describe(
 ) -> None:
     """Write the model card, and what other tools need to make the same of the base model."""
     warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
+    notes = [*notes, *reader_notes(folder)]
     card = recipes.model_card(base, sequence, model.num_blocks, results, notes, warning)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "recipes").mkdir()
@@ -276,34 +331,30 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_written(model: Model, sequence: Sequence[int], what: str, folder: Path) -> None:
+def _refusal(model: Model, how: str, reason: object) -> InputError:
+    return InputError(f"the family {model.family!r} cannot be exported {how}: {reason}")
+
+
+def _check_written(model: Model, expected: torch.Tensor, how: str, folder: Path) -> None:
+    """The written checkpoint, as transformers loads it, gives the expected logits [T, V]."""
     from transformers import AutoModelForCausalLM
 
-    from ..models import open_runner
     from ..models.verify import agree, probe_ids
 
-    runner, ids = open_runner(model, "generic"), probe_ids(model)
-    state, arguments = runner.open(ids)
-    for block in sequence:
-        state = runner.run(block, state, arguments)
-    expected = runner.logits(state.flatten(0, 1))
-    implementation = getattr(model.config, "_attn_implementation", None)
-    # what such a model's own code has written along is that code
+    # code that was written along is the model's own, which has run already
     own_code = type(model.hf).__module__.startswith("transformers_modules.")
     options = {
         "dtype": model.dtype,
-        "attn_implementation": implementation,
+        "attn_implementation": getattr(model.config, "_attn_implementation", None),
         "trust_remote_code": own_code,
     }
+    ids = probe_ids(model)
     try:
         written = AutoModelForCausalLM.from_pretrained(folder, **options)
-        found = written.eval().to(model.device)(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-    except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(
-            f"the family {model.family!r} cannot be exported {what}: {error}"
-        ) from error
-    if not agree(found, expected, model.dtype):
-        raise InputError(
-            f"the family {model.family!r} cannot be exported {what}: "
-            "its blocks depend on their index, and the written checkpoint gives other logits"
-        )
+        logits = written.eval().to(model.device)(input_ids=ids, use_cache=False).logits
+    except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
+        line = next(iter(str(error).splitlines()), "")
+        raise _refusal(model, how, f"{type(error).__name__}: {line}") from error
+    if not agree(logits.flatten(0, 1), expected, model.dtype):
+        reason = "its blocks depend on their index, and the written checkpoint gives other logits"
+        raise _refusal(model, how, reason)

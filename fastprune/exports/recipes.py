@@ -140,7 +140,7 @@ def model_card(
         lines += [f"| {' | '.join(row)} |" for row in results]
         lines.append("")
     for note in notes:
-        lines += [f"{note}.", ""]
+        lines += [f"{note.removesuffix('.')}.", ""]
     lines += [
         "## Healing",
         "",

@@ -18,7 +18,7 @@ def head_bytes(model: Model, measure: str) -> int:
     Logits, their float32 copy and its log-softmax; for "kl" the dense model's too; for measures
     that compare states, both models' states and float64 copies of them.
     """
-    if measure in ("cosine", "nmse"):
+    if measure in ("cosine", "nmse", "moments"):
         return model.hidden_size * (2 * model.dtype.itemsize + 5 * 8)
     return model.vocab_size * (model.dtype.itemsize + 8) * (3 if measure == "kl" else 1)
 

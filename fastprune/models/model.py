@@ -46,6 +46,26 @@ def lock_of(hf: Any) -> threading.RLock:
     return _LOCKS.setdefault(hf, threading.RLock())
 
 
+@contextmanager
+def evaluating(hf: Any, device: torch.device) -> Iterator[None]:
+    """See `Model.evaluation`, which also holds the lock and checks the model."""
+    training = [module for module in hf.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        without_autocast = torch.autocast(device.type, enabled=False)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            without_autocast,
+            pinned_attention(),
+        ):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Model:
     """The parts of a decoder-only transformers model.
 
@@ -72,6 +92,7 @@ class Model:
 
     # of a model that load_model opened: its arguments, and the version that the model then had
     opened: tuple[tuple, tuple] | None = None
+    tokenizer_problem = ""  # why the folder's tokenizer could not be read
 
     def __init__(
         self,
@@ -160,21 +181,8 @@ class Model:
         """
         with self.lock:
             self.check_whole()
-            training = [module for module in self.hf.modules() if module.training]
-            for module in training:
-                module.training = False
-            try:
-                without_autocast = torch.autocast(self.device.type, enabled=False)
-                with (
-                    torch.inference_mode(False),
-                    torch.no_grad(),
-                    without_autocast,
-                    pinned_attention(),
-                ):
-                    yield
-            finally:
-                for module in training:
-                    module.training = True
+            with evaluating(self.hf, self.device):
+                yield
 
     @property
     def version(self) -> tuple:

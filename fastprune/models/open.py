@@ -4,6 +4,7 @@ checked before it is read."""
 from __future__ import annotations
 
 import glob
+import importlib.util
 import math
 import os
 import re
@@ -52,6 +53,7 @@ HUB_FILES = [
     "*.jinja",
     "model.safetensors",
 ]
+TOKENIZER_MODELS = ("*.model", "*.tiktoken", "vocab.*", "tekken.json")  # beside tokenizer.json
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -172,13 +174,18 @@ def _load(
             f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
         )
         warnings.warn(f"{lacks}: {how}", stacklevel=3)
-    tokenizer = tokenizer or _load_tokenizer(folder, trust_remote_code)
+    problem = ""
+    if tokenizer is None:
+        tokenizer, problem = _load_tokenizer(folder, trust_remote_code)
+        if problem:
+            warnings.warn(f"{name}: {problem}; token ids can be scored", stacklevel=3)
     if weights is None or weights_bytes is None:
         model = Model(hf.to(device).eval(), tokenizer, name)
     else:
         hf = to_device(hf, device).eval()
         weights.start(weights_bytes, resident_bytes(hf), device, name)
         model = Model(hf, tokenizer, name, weights)
+    model.tokenizer_problem = problem
     verified(model)
     place = str(Path(source).absolute()) if exists and name != "demo" else name
     model.opened = (place, dtype, trust_remote_code, weights_bytes), model.version
@@ -337,8 +344,9 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The checkpoint's tokenizer, or None where it has none (token ids can still be scored)."""
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
+    """The checkpoint's tokenizer, or None where it has none (token ids can still be scored); and
+    why its files could not be read."""
     from transformers import AutoTokenizer
 
     file = folder / "tokenizer.json"
@@ -353,14 +361,20 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         if file.is_file():
             why = _first_line(error)
             raise InputError(f"{file}: cannot be read as a tokenizer: {why}") from error
-        return None
+        files = sorted(p.name for kind in TOKENIZER_MODELS for p in folder.glob(kind))
+        if not files:
+            return None, ""
+        needed = importlib.util.find_spec("sentencepiece") is None
+        hint = " (pip install sentencepiece protobuf)" * needed
+        why = _first_line(error)
+        return None, f"its tokenizer ({', '.join(files)}) cannot be read{hint}: {why}"
     longest = getattr(tokenizer, "model_max_length", 0)
     if not is_number(longest):
         raise InputError(
             f"{folder / 'tokenizer_config.json'}: model_max_length must be a number, not "
             f"{shown(longest)}"
         )
-    return tokenizer
+    return tokenizer, ""
 
 
 @contextmanager

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import Cache
+
+# attributes of a layer's modules that hold its index, by which a cache has its entries
+INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "block_idx")
 
 
 class HalfBlock(NamedTuple):
@@ -117,6 +121,7 @@ class Sublayers:
         mlp_as_tuple: bool,
     ):
         self._parallel = parallel
+        self._names, self._mlp_as_tuple = (attention_name, mlp_name), mlp_as_tuple
         self._given, self._kept = _GivenAttention(), _KeepAttention(getattr(layer, attention_name))
         without_mlp = with_replaced(layer, (mlp_name,), _NoMlp(mlp_as_tuple))
         self._attention_only = with_replaced(without_mlp, (attention_name,), self._kept)
@@ -147,6 +152,14 @@ class Sublayers:
         skipped."""
         return first(self._neither(state, **arguments))
 
+    def stand_ins(self, layer: nn.Module, kept: set[int]) -> list[tuple[str, nn.Module]]:
+        """What replaces the halves of this layer that are not kept (0 attention, 1 mlp), by
+        name."""
+        attention, mlp = self._names
+        attention_skipped = SkippedAttention(layer.get_submodule(attention))
+        both = [(attention, attention_skipped), (mlp, _NoMlp(self._mlp_as_tuple))]
+        return [pair for half, pair in enumerate(both) if half not in kept]
+
 
 class _NoMlp(nn.Module):
     """An mlp that adds nothing; some families' return a tuple."""
@@ -172,6 +185,31 @@ class _GivenAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         if self.output is not None:
             return self.output, None
+        return torch.zeros_like(hidden_states), None
+
+
+class SkippedAttention(nn.Module):
+    """Attention that adds nothing. A cache counts its tokens all the same, since models take the
+    length of what came before from their first layer."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        # read by models and caches, such as layer_idx; hidden from nn.Module, as in StandInLayer
+        self.__dict__["_attention"] = attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_attention"], name)
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, Cache):
+                own = vars(self._attention)
+                index = next(own[name] for name in INDEX_NAMES if name in own)
+                rows, tokens, _ = hidden_states.shape
+                nothing = hidden_states.new_zeros(rows, 1, tokens, 1)
+                cache.update(nothing, nothing, index)
         return torch.zeros_like(hidden_states), None
 
 
@@ -207,4 +245,14 @@ def with_replaced(module: nn.Module, path: Sequence[str], replacement: nn.Module
     clone._modules[name] = (
         with_replaced(clone._modules[name], rest, replacement) if rest else replacement
     )
+    return clone
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy of a module and of those inside it, which shares every tensor and has attributes of
+    its own."""
+    clone: Any = copy.copy(module)
+    clone._modules = {
+        name: None if inner is None else twin(inner) for name, inner in module._modules.items()
+    }
     return clone

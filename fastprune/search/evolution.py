@@ -104,7 +104,7 @@ def evopress(
     final_tokens: Count = 32768,
     generations: CountOrAuto = 0,
     flips: Annotated[str, Allowed(choices=("published", "free"))] = "published",
-) -> None:
+) -> Removed:
     """Mutate one parent; select among its children on few, then on many fresh tokens.
 
     The best of `initial` uniform subsets is the first parent. Each generation makes `offspring`
@@ -170,6 +170,7 @@ def evopress(
             children = _select(search, children, first_tokens, first_survivors)
         (parent,) = _select(search, [*children, parent], final_tokens, 1)
     search.score([parent])
+    return parent
 
 
 def _balanced(search: Search, types: Sequence[Sequence[int]]) -> Removed:

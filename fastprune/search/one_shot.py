@@ -13,23 +13,26 @@ from .run import Removed, Search
 
 
 @algorithm(races=True, studied=True)
-def one_shot(search: Search) -> None:
+def one_shot(search: Search) -> Removed:
     """Remove the k units whose removal alone hurts least: the k lowest d_i = loss({i}).
 
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: U + 1.
     """
     singles = search.select([(unit,) for unit in search.candidates], max(1, search.num_remove))
-    search.score([as_removed(unit for (unit,) in singles[: search.num_remove])])
+    subset = as_removed(unit for (unit,) in singles[: search.num_remove])
+    search.score([subset])
+    return subset
 
 
 @algorithm(needs_gradients=True, needs_weights=True)
-def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) -> None:
+def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) -> Removed:
     """Remove the k units of lowest Taylor importance: the sum over a unit's weights of |w dL/dw|.
 
     L is the loss of the whole model over the calibration set, so that gradients are summed over it
-    before the absolute value is taken. Biases do not count. A unit whose importance is not finite
-    comes last. Needs an objective with a gradient.
+    before the absolute value is taken. The authors' code averages over batches, which weighs a
+    smaller last batch too much; with one batch, their default, it is the same. Biases do not count.
+    A unit whose importance is not finite comes last. Needs an objective with a gradient.
 
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: 1 (and one forward and backward pass of the dense model, with a gradient of every weight).
@@ -37,7 +40,9 @@ def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) 
         power: 2 sums squares.
     """
     salience = search.evaluator.unit_salience(power)[search.candidates]
-    search.score([lowest(search, np.where(np.isfinite(salience), salience, np.inf))])
+    subset = lowest(search, np.where(np.isfinite(salience), salience, np.inf))
+    search.score([subset])
+    return subset
 
 
 def lowest(search: Search, values: np.ndarray) -> Removed:

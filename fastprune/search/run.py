@@ -157,6 +157,12 @@ class Search:
             raise ArithmeticError(f"none of the {len(complete)} subsets scored has a finite loss")
         return best
 
+    def chosen(self, subset: Removed) -> Removed:
+        """The subset that a method's own rule ends with, which it has scored."""
+        if not math.isfinite(self.losses[subset]):
+            raise ArithmeticError(f"the subset that was chosen, {subset}, has no finite loss")
+        return subset
+
     def _check_budget(self, num_remove: object) -> int:
         of = f"since the model has {self.num_units} units"
         num_remove = check_integer("num_remove", num_remove, 0, self.num_units - 1, of)
@@ -174,9 +180,11 @@ class Search:
 class SearchResult:
     """The outcome of a search.
 
-    removed, mask (bool[U]), loss: the best subset. metric: the objective's class, which reads
-    losses. history: every (removed, loss) whose exact loss is known, in order (not of what left a
-    race, or was scored on a share of the samples).
+    removed, mask (bool[U]), loss: the subset. choice: "best scored", of all subsets whose loss is
+    known exactly, or "method's", the one that the method's own rule ends with, even where a better
+    one was met on the way. metric: the objective's class, which reads losses. history: every
+    (removed, loss) whose exact loss is known, in order (not of what left a race, or was scored on
+    a share of the samples).
     evaluations: how many. unit_runs, naive_unit_runs: as in Stats, for this search alone.
     seconds: of the whole search.
     racing: the confidence of its races, None without. decided_early: subsets that left one before
@@ -203,6 +211,7 @@ class SearchResult:
     unit_runs: float
     naive_unit_runs: float
     seconds: float
+    choice: str = "best scored"
     racing: float | None = None
     decided_early: int = 0
 
@@ -265,8 +274,8 @@ def run_search(
         )
     before = evaluator.stats.unit_runs, evaluator.stats.naive_unit_runs
     started = time.perf_counter()
-    chosen.function(search, **options)
-    best = search.best()
+    choice = chosen.function(search, **options)
+    best = search.best() if choice is None else search.chosen(choice)
     after = evaluator.stats
     reader: Any = type(evaluator.objective)  # the class, without the data
     return SearchResult(
@@ -284,6 +293,7 @@ def run_search(
         unit_runs=after.unit_runs - before[0],
         naive_unit_runs=after.naive_unit_runs - before[1],
         seconds=time.perf_counter() - started,
+        choice="best scored" if choice is None else "method's",
         racing=racing,
         decided_early=search.decided_early,
     )

@@ -1,59 +1,87 @@
-"""Shapley values: what each unit adds to the loss, on the average over orders of removal."""
+"""Shapley values: what a unit's presence is worth, on the average over random networks."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 
 from .draws import as_removed
 from .one_shot import lowest
-from .registry import Count, CountOrAuto, algorithm
+from .registry import Allowed, Count, algorithm
 from .run import Removed, Search
 
 
 @algorithm
-def shapley(search: Search, permutations: Count = 16, depth: CountOrAuto = 0) -> None:
-    """Remove the k units of lowest Shapley value: their mean cost along random orders.
+def shapley(
+    search: Search,
+    networks: Count = 10,
+    share: Annotated[float, Allowed(least=0, most=1)] = 0.5,
+    redraw: bool = False,
+) -> Removed:
+    """Remove the k units of least value: mean loss of random networks without, less with, a unit.
 
-    Each random order of all units that may go is cut into pieces of `depth` units. Along a piece,
-    units are removed one after the other from the whole model, and each is charged the increase of
-    the loss: every unit is charged once for an order, with 0 to depth - 1 others removed before it.
-    All these subsets are scored in one call. A unit whose removal has made the loss no longer
-    finite comes last, and what follows it in its piece is not charged. The k units of lowest mean
-    charge are scored at the end.
+    For each calibration sample, `networks` random networks of a fixed size are drawn, which keep
+    int(share U) of the units. Each is scored on that sample alone. The value of a unit is the mean
+    loss of the networks that lack it, less the mean of those that have it. The k units of least
+    value go. With `redraw`, one unit goes at a time, and the values of the others are estimated
+    again without it.
 
-    Source: Siddiqui et al. (arXiv 2407.16286), with the loss as the value.
-    Cost: at most permutations U + 2.
+    A protected unit is in every network. Losses that are not finite do not count. A unit that
+    breaks the loss alone comes last. The result is the method's choice.
+
+    Source: Siddiqui et al. (arXiv 2407.16286), with the objective as the score.
+    Cost: networks (times k with redraw), each on one sample of its own, + 1.
     Options:
-        permutations: random orders of removal.
-        depth: most units removed together; 0 for k, as larger subsets are not asked for.
+        networks: networks drawn for each sample.
+        share: of the units, those that a network keeps; the paper has 0.5 and 0.9.
+        redraw: estimate the values again after each removal.
     """
-    if search.num_remove == 0:
-        search.score([()])
-    else:
-        search.score(
-            [lowest(search, shapley_values(search, permutations, depth or search.num_remove))]
-        )
+    removed: Removed = ()
+    while redraw and len(removed) < search.num_remove:
+        values = shapley_values(search, networks, share, removed)
+        removed = as_removed([*removed, search.candidates[int(values.argmin())]])
+    if len(removed) < search.num_remove:
+        removed = lowest(search, shapley_values(search, networks, share))
+    search.score([removed])
+    return removed
 
 
-def shapley_values(search: Search, permutations: int, depth: int) -> np.ndarray:
-    """The mean charge of each unit, float64[candidates], +inf where it broke the loss or was never
-    charged."""
-    depth = min(depth, search.num_units - 1)  # something is always kept
-    orders = [search.rng.permutation(search.candidates).tolist() for _ in range(permutations)]
-    pieces = [
-        order[start : start + depth] for order in orders for start in range(0, len(order), depth)
-    ]
-    search.score([(), *(subset for piece in pieces for subset in _prefixes(piece))])
-    charges: dict[int, list[float]] = {unit: [] for unit in search.candidates}
-    for piece in pieces:
-        losses = search.score([(), *_prefixes(piece)]).tolist()  # known by now
-        for unit, before, after in zip(piece, losses, losses[1:]):
-            if math.isfinite(before):
-                charges[unit].append(after - before)
-    return np.array([np.mean(charged or [math.inf]) for charged in charges.values()])
+def shapley_values(
+    search: Search, networks: int, share: float, removed: Sequence[int] = ()
+) -> np.ndarray:
+    """The value of each unit that may go, float64[candidates].
 
-
-def _prefixes(piece: list[int]) -> list[Removed]:
-    return [as_removed(piece[: i + 1]) for i in range(len(piece))]
+    It is +inf for units that are removed already, that break the loss alone, or that no drawn
+    network lacked.
+    """
+    units = [unit for unit in search.candidates if unit not in removed]
+    present_units = search.num_units - len(removed)
+    absent = present_units - max(1, int(share * present_units))
+    absent = min(max(1, absent), len(units), present_units - 1)
+    lacking = np.zeros((0, search.num_units), dtype=bool)
+    losses = np.zeros(0)
+    for sample in range(search.evaluator.num_samples if absent > 0 else 0):
+        subsets = [
+            as_removed([*removed, *search.rng.choice(units, absent, replace=False)])
+            for _ in range(networks)
+        ]
+        losses = np.append(losses, search.score_samples(subsets, np.array([sample])))
+        rows = np.zeros((networks, search.num_units), dtype=bool)
+        for row, subset in zip(rows, subsets, strict=True):
+            row[list(subset)] = True
+        lacking = np.concatenate([lacking, rows])
+    finite = np.isfinite(losses)
+    values = np.full(search.num_units, np.inf)
+    values[units] = 0.0
+    for unit in units:
+        without, present = losses[finite & lacking[:, unit]], losses[finite & ~lacking[:, unit]]
+        if len(without) and len(present):
+            values[unit] = without.mean() - present.mean()
+        elif finite.all() and not len(without):
+            values[unit] = np.inf
+    if not finite.all():
+        alone = search.score([as_removed([*removed, unit]) for unit in units])
+        values[[unit for unit, loss in zip(units, alone) if not np.isfinite(loss)]] = np.inf
+    return values[search.candidates]

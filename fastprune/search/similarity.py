@@ -17,13 +17,13 @@ import numpy as np
 from .draws import as_removed
 from .enumeration import windows
 from .registry import Allowed, CountOrAuto, algorithm
-from .run import Search
+from .run import Removed, Search
 
 Variant = Annotated[str, Allowed(choices=("paper", "lorp"))]
 
 
 @algorithm(needs_sklearn=True)
-def lorp(search: Search, clusters: CountOrAuto = 0) -> None:
+def lorp(search: Search, clusters: CountOrAuto = 0) -> Removed:
     """Cluster the units by the similarity of their inputs; remove the most redundant ones.
 
     Over h_0 .. h_(U-1): RLS = -log2(mean_(i<j) S_ij); the number of clusters is given, or 2 if RLS
@@ -46,11 +46,11 @@ def lorp(search: Search, clusters: CountOrAuto = 0) -> None:
     spared = {0, search.num_units - 1}
     order = lorp_order(states, labels, [unit for unit in search.candidates if unit not in spared])
     last_resort = [unit for unit in (search.num_units - 1, 0) if unit in search.candidates]
-    search.score([as_removed([*order, *last_resort][: search.num_remove])])
+    return _scored(search, [*order, *last_resort][: search.num_remove])
 
 
 @algorithm
-def shortgpt(search: Search, variant: Variant = "paper") -> None:
+def shortgpt(search: Search, variant: Variant = "paper") -> Removed:
     """Remove the k units of lowest Block Influence, BI_i = 1 - S_(i, i+1).
 
     The variant "lorp" spares the first and the last unit, as the baseline of that paper does: it
@@ -67,13 +67,13 @@ def shortgpt(search: Search, variant: Variant = "paper") -> None:
     order = sorted(
         search.candidates, key=lambda unit: (last_resort.get(unit, 0), influence[unit], unit)
     )
-    search.score([as_removed(order[: search.num_remove])])
+    return _scored(search, order[: search.num_remove])
 
 
 @algorithm
 def streamline(
     search: Search, variant: Annotated[str, Allowed(choices=("paper", "lorp", "gromov"))] = "paper"
-) -> None:
+) -> Removed:
     """Remove the window of k units, i .. i+k-1, whose ends are most alike: highest S_(i, i+k).
 
     No replacement layer is trained. The variant "lorp" takes the windows i = 1 .. U-k-1 only, as
@@ -96,9 +96,14 @@ def streamline(
         if variant == "gromov"
         else _similarity(search)
     )
-    search.score(
-        [max(found, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)]
-    )
+    best = max(found, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)
+    return _scored(search, best)
+
+
+def _scored(search: Search, units: Iterable[int]) -> Removed:
+    subset = as_removed(units)
+    search.score([subset])
+    return subset
 
 
 def redundancy_score(similarity: np.ndarray) -> float:

@@ -13,8 +13,8 @@ from .run import Removed, Search
 
 @algorithm
 def sliding_window_merge(
-    search: Search, keep: Annotated[str, Allowed(choices=("low", "high"))] = "low"
-) -> None:
+    search: Search, keep: Annotated[str, Allowed(choices=("low", "high"))] = "high"
+) -> Removed:
     """Remove all but one unit of each longest window whose loss is low enough, from the top.
 
     The walk begins at the last unit but one. A window begins as two units and grows downwards by
@@ -23,19 +23,21 @@ def sliding_window_merge(
     even two units could go together, one further down. The walk ends when k units are removed. The
     threshold is the lowest for which a walk removes k. Nothing is merged into the unit that stays.
     The last unit is in no window. A window steps over protected units. Where k leaves no other
-    choice, every unit goes that can, the last one last.
+    choice, every unit goes that can, the last one last. The result is what the last walk removes.
 
     Source: the selection of Sliding-Window Merging (arXiv 2502.19159), with the loss in the place
     of the likeness of final states (the objective cosine) and the budget in that of the threshold.
     Cost: U - 1 for each threshold that is tried, of which many are known before.
     Options:
-        keep: the unit of a window that stays, its lowest or its highest.
+        keep: the unit of a window that stays; the authors' merged layer has the projections of the
+            highest.
     """
     last = search.num_units - 1
     order = [unit for unit in search.candidates if unit != last]
     if search.num_remove == 0 or search.num_remove >= len(order):
-        search.score([as_removed([*order, last][: search.num_remove])])
-        return
+        subset = as_removed([*order, last][: search.num_remove])
+        search.score([subset])
+        return subset
     search.score([(unit,) for unit in order])  # what the first windows begin with, in one call
     threshold = -math.inf
     while True:
@@ -47,7 +49,7 @@ def sliding_window_merge(
             else:
                 refused.append(loss)
         if len(removed) == search.num_remove:
-            return
+            return removed
         threshold = min(refused)  # up to here, the walk would be the same once more
 
 

@@ -284,7 +284,7 @@ def test_the_result_of_a_search_is_exported_with_its_losses(run, checkpoint, tex
 def test_an_exported_checkpoint_has_the_modes_that_the_umask_leaves(checkpoint, tmp_path):
     before = os.umask(0o027)
     try:
-        fp.export(fp.load_model(checkpoint), (1,), tmp_path / "pruned")
+        fp.export(fp.load_model(checkpoint), tmp_path / "pruned", removed=(1,))
     finally:
         os.umask(before)
     assert (tmp_path / "pruned").stat().st_mode & 0o777 == 0o750

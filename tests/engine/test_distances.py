@@ -49,6 +49,40 @@ def test_distances_are_those_of_last_hidden_states(family, dtype):
         assert ev.dense_loss == 0
 
 
+def flattened(hf, mask, rows) -> dict[str, float]:
+    """The mean over rows of the distance of all states of a row as one vector, in float64."""
+    cosine, nmse = [], []
+    with torch.no_grad():
+        removed = reference_model(hf, mask)
+        for row in rows:
+            ids = torch.tensor([row])
+            a, b = (
+                m.base_model(ids, use_cache=False).last_hidden_state.double().numpy().ravel()
+                for m in (removed, hf)
+            )
+            cosine.append(1 - a @ b / np.sqrt((a @ a) * (b @ b)))
+            nmse.append(((a - b) ** 2).sum() / (b @ b))
+    return {"cosine": np.mean(cosine), "nmse": np.mean(nmse)}
+
+
+@pytest.mark.parametrize("make", [fp.CosineDistance, fp.NormalizedMSE])
+def test_flattened_distances_are_of_all_states_of_a_row(make):
+    hf = build("llama", torch.float64)
+    rows = random_rows(hf.config.vocab_size, LENGTHS)
+    ev = fp.Evaluator(hf, make(fp.TokenBatch.from_ids(rows), flatten=True))
+    masks = some_masks(ev.num_units, 20, seed=3)[::4]
+    losses = ev.score(masks)
+    expected = [flattened(hf, mask, rows)[ev.objective.name] for mask in masks]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-12)
+    assert np.ptp(losses) > 0.01
+    assert ev.dense_loss == 0
+    by_position = fp.Evaluator(hf, make(fp.TokenBatch.from_ids(rows))).score(masks)
+    assert not np.allclose(losses, by_position, rtol=1e-3)
+    some = ev.score_samples(masks, samples=[2, 0])
+    assert some.tobytes() == ev.score_samples(masks)[:, [2, 0]].tobytes()
+    assert ev.score(masks[1]).tobytes() == losses[1:2].tobytes()
+
+
 @pytest.mark.parametrize("made", [fp.CosineDistance, fp.NormalizedMSE])
 @pytest.mark.parametrize(("family", "granularity"), [("llama", "block"), ("gpt-neox", "sublayer")])
 def test_distances_keep_their_bits_in_any_company(made, family, granularity):

@@ -37,7 +37,7 @@ def ids_of(hf, rows: int = 2, length: int = 9) -> torch.Tensor:
 def test_logits_and_generation_are_the_exported_checkpoints(family, tmp_path):
     hf = build(family)
     removed = (1, num_blocks(hf) - 1)
-    fp.export(hf, removed, tmp_path / "pruned")
+    fp.export(hf, tmp_path / "pruned", removed=removed)
     implementation = hf.config._attn_implementation
     written = tf.AutoModelForCausalLM.from_pretrained(
         tmp_path / "pruned", attn_implementation=implementation
@@ -143,3 +143,36 @@ def test_not_a_model():
         fp.masked("demo", (1,)),
     ):
         pass
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-neox"])
+def test_halves_of_blocks_are_left_out(family):
+    hf = build(family)
+    rows, before = random_rows(hf.config.vocab_size, [9, 9]), snapshot(hf)
+    units = 2 * num_blocks(hf)
+    removed = (0, 3, 4, 5)  # an attention first, an mlp, both halves of a block
+    ev = fp.Evaluator(hf, fp.Perplexity(fp.TokenBatch.from_ids(rows)), granularity="sublayer")
+    expected = ev.score(fp.from_removed([removed], units))[0]
+    ids = ids_of(hf)
+    tokens = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with fp.masked(hf, removed, granularity="sublayer") as inside:
+        assert num_blocks(inside) == num_blocks(hf) == units // 2 - 1
+        np.testing.assert_allclose(reference_loss(inside, rows), expected, rtol=1e-5)
+        cached = inside.generate(ids, **tokens)
+        assert torch.equal(cached, inside.generate(ids, **tokens, use_cache=False))
+    assert snapshot(hf) == before
+
+
+def test_a_sequence_repeats_blocks_and_shares_their_weights(tmp_path):
+    hf = build("gemma3")
+    before, ids, sequence = snapshot(hf), ids_of(hf), (0, 1, 1, 3, 2)
+    folder = fp.export(hf, tmp_path / "out", sequence=sequence)
+    written = tf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with fp.masked(hf, sequence=sequence) as inside:
+        layers = layers_of(inside)
+        assert layers[1].mlp.up_proj.weight is layers[2].mlp.up_proj.weight
+        with torch.no_grad():
+            assert torch.equal(inside(input_ids=ids).logits, written(input_ids=ids).logits)
+        assert torch.equal(inside.generate(ids, **tokens), written.generate(ids, **tokens))
+    assert snapshot(hf) == before

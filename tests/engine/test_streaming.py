@@ -249,7 +249,7 @@ def test_the_hash_is_kept_beside_the_files(tmp_path):
 def test_what_needs_the_whole_model_says_so(folder, tmp_path):
     model = streamed(folder, 2)
     with pytest.raises(fp.InputError, match="weights are streamed"):
-        fp.export(model, [1], tmp_path / "out")
+        fp.export(model, tmp_path / "out", removed=[1])
     with pytest.raises(fp.InputError, match="weights are streamed"), fp.masked(model, [1]):
         pass
     assert not (tmp_path / "out").exists()

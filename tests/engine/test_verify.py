@@ -70,7 +70,7 @@ def test_a_model_that_stops_running_block_by_block_is_refused(tmp_path):
         with refused(), fp.masked(known, (1,)):
             pass
         with refused():
-            fp.export(known, (1,), tmp_path / "pruned")
+            fp.export(known, tmp_path / "pruned", removed=(1,))
     assert not list(tmp_path.iterdir())
     del layer.forward
     assert fp.Evaluator(model, text).dense_loss == fp.Evaluator(hf, text).dense_loss

@@ -100,7 +100,7 @@ def test_metrics_are_those_of_hf_on_the_exported_checkpoint(family, folder, mana
     found = evaluate_masks(model, masks, NAMES, task_manager=manager, **SETTINGS)
     assert [result["config"]["removed"] for result in found] == [list(units) for units in removed]
     for units, result in zip(removed, found, strict=True):
-        exported = fp.export(model, units, tmp_path / f"without-{len(units)}")
+        exported = fp.export(model, tmp_path / f"without-{len(units)}", removed=units)
         close(result, by_hf(exported, manager))
 
 
@@ -116,7 +116,7 @@ def test_metrics_are_those_of_hf_on_the_exported_checkpoint(family, folder, mana
 )
 def test_settings_mean_what_they_mean_to_hf(settings, folder, manager, tmp_path):
     model = fp.load_model(folder("llama"))
-    exported = fp.export(model, (2,), tmp_path / "without")
+    exported = fp.export(model, tmp_path / "without", removed=(2,))
     tasks = ["demo_choices", "demo_next", "demo_text"]
     (found,) = evaluate_masks(
         model, fp.from_removed([(2,)], 5), tasks, task_manager=manager, **SETTINGS, **settings
@@ -128,7 +128,7 @@ def test_settings_mean_what_they_mean_to_hf(settings, folder, manager, tmp_path)
 def test_the_demo_model_answers_as_under_hf(manager, tmp_path):
     """A trained model without its second block: its flags are not all alike, and it generates
     words."""
-    exported = fp.export(fp.load_model("demo"), (1,), tmp_path / "without")
+    exported = fp.export(fp.load_model("demo"), tmp_path / "without", removed=(1,))
     settings = {"task_manager": manager, **SETTINGS, "limit": 30}
     (found,) = evaluate_masks("demo", fp.from_removed([(1,)], 12), NAMES, batch_size=4, **settings)
     close(
@@ -164,7 +164,7 @@ def test_a_family_that_runs_no_trees_is_run_row_by_row(folder, manager, tmp_path
     }
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     model = fp.load_model(folder("llama", rope_parameters=rope))
-    exported = fp.export(model, (2,), tmp_path / "without")
+    exported = fp.export(model, tmp_path / "without", removed=(2,))
     settings = {"task_manager": manager, **SETTINGS}
     (found,) = evaluate_masks(model, fp.from_removed([(2,)], 5), ["demo_choices"], **settings)
     close(found, by_hf(exported, manager, ["demo_choices"]))

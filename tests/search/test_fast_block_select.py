@@ -15,7 +15,7 @@ class Table(SyntheticEvaluator):
         super().__init__(num_units)
         self.losses = losses
 
-    def _loss(self, units: np.ndarray) -> float:
+    def loss(self, units: np.ndarray) -> float:
         removed = tuple(units.tolist())
         return removed[0] + 1.0 if len(removed) == 1 else self.losses.get(removed, 11.0)
 

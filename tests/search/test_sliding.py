@@ -65,22 +65,22 @@ def test_the_lowest_threshold_whose_walk_removes_enough(seed, keep):
             assert {removed for removed, _ in result.history} == {
                 tuple(sorted(units)) for units in tried
             }
-            assert tuple(sorted(gone)) in dict(result.history)
-            assert result.loss == min(
-                value for removed, value in result.history if len(removed) == k
-            )
+            assert result.removed == tuple(sorted(gone))
+            assert result.choice == "method's"
 
 
 def test_windows_of_what_changes_little():
     """Neighbours that stand in for one another go, all but one; what matters alone stays."""
 
     class Patches(SyntheticEvaluator):
-        def _loss(self, units: np.ndarray) -> float:
+        def loss(self, units: np.ndarray) -> float:
             gone = {*units.tolist()}
             patches = ({1, 2, 3}, {5, 6, 7})
             return float(sum(patch <= gone for patch in patches) + len(gone & {0, 4, 8, 9}))
 
     assert fp.run_search(Patches(10), "sliding_window_merge", 4).removed == (2, 3, 6, 7)
+    low = fp.run_search(Patches(10), "sliding_window_merge", 4, keep="low")
+    assert low.removed == (2, 3, 6, 7)
 
 
 def test_without_room_everything_goes_that_can():
