@@ -44,6 +44,11 @@ class ChatEncoder:
             InputError: The row holds no conversation that ends with an answer, or the template does
                 not take it; the error names place and field.
         """
+        if not is_chat(value):
+            raise InputError(
+                f'{place}: expected a row like {{"messages": [...]}} or {{"prompt": "...", '
+                f'"completion": "..."}}, not {shown(value)}'
+            )
         prompt, answer = value.get("prompt"), value.get("completion")
         if self._template is None and isinstance(prompt, str) and isinstance(answer, str):
             ids, start = self._encoder.pair(prompt, answer, place)
@@ -131,7 +136,7 @@ def _as_turns(value: object, role: str, place: str) -> list[dict]:
     """Turns {"role", "content"}; a string is one turn of this role."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    turns = list(value) if isinstance(value, (list, tuple)) else []
+    turns = list(value) if isinstance(value, (list, tuple, np.ndarray)) else []
     for turn in turns:
         if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
             turns = []
