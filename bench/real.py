@@ -7,18 +7,20 @@ saw.
 
 Calibration sets: windows of the text, of each length and amount; of another text, such as code, of
 the first length and amount; and questions, under the margin. Judges: other windows of the text, and
-the accuracy on the questions of --judge. Prints Markdown tables, of the losses and of what each
-set's searches cost against one transformers pass for each mask, reckoned by unit runs from passes
-timed here. Interrupted, it continues in its folder.
+the share of wrong answers to the questions of --judge. Prints Markdown tables, of the losses and of
+what each set's searches cost against one transformers pass for each mask, reckoned by unit runs
+from passes timed here. Interrupted, it continues in its folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import torch
 
 import fastprune as fp
 from fastprune.models.surgery import without
-from fastprune.study import run_study, write_report
+from fastprune.objectives import objective_class
 from fastprune.study.tables import format_removed
 
 ALGORITHMS = "one_shot,greedy,shortgpt,streamline,contiguous,lorp,taylor"
@@ -53,15 +55,13 @@ def main() -> None:
     parser.add_argument("--racing", type=float)
     parser.add_argument("--only", default="", help="of the calibration sets")
     given = parser.parse_args()
-    model = fp.load_model(given.model)
 
-    def text(path: str, amount: int, length: int, seed: int = 0):
-        return lambda model: fp.Perplexity(
-            fp.load_text(path, model.tokenizer, amount, length, seed)
-        )
+    def text(path: str, amount: int, length: int, seed: int = 0) -> dict:
+        settings = {"num_samples": amount, "seq_len": length, "seed": seed}
+        return {"kind": "text", "file": str(Path(path).absolute()), **settings}
 
-    def questions(path: str, objective):
-        return lambda model: objective(fp.load_tasks(path, model.tokenizer, given.limit))
+    def questions(path: str) -> dict:
+        return {"kind": "tasks", "file": str(Path(path).absolute()), "num_samples": given.limit}
 
     length, amount = given.lengths[0], given.amounts[0]
     sets = {
@@ -71,54 +71,91 @@ def main() -> None:
     }
     if given.other:
         sets[f"other-{amount}x{length}"] = text(given.other, amount, length)
-    sets["questions-margin"] = questions(given.questions, fp.TaskMargin)
-    sets = {label: make for label, make in sets.items() if label.startswith(given.only)}
+    sets["questions"] = questions(given.questions)
+    sets = {label: data for label, data in sets.items() if label.startswith(given.only)}
+    kinds = {data["kind"] for data in sets.values()}
     judges = {
         "text-unseen": text(given.text, given.amounts[-1], length, seed=1),
-        "accuracy-unseen": questions(given.judge, fp.TaskAccuracy),
+        "error_rate-unseen": questions(given.judge),
     }
-    note = functools.partial(print, file=sys.stderr, flush=True)
-    found = run_study(
-        [model],
-        sets,
-        given.algorithms.split(","),
-        given.num_remove,
-        given.out,
-        racing=given.racing,
-        held_out=judges,
-        notify=note,
-    )
-    write_report(found, Path(given.out) / "report.html")
+    local = Path(given.model).exists() and given.model != "demo"
+    model_path = str(Path(given.model).absolute()) if local else given.model
+    search = {"num_remove": given.num_remove, "algorithms": given.algorithms.split(",")}
+    if given.racing is not None:
+        search["racing"] = given.racing
+    document = [
+        *table("[model]", path=model_path),
+        *(
+            line
+            for name, data in sets.items()
+            for line in table("[[calibration]]", name=name, **data)
+        ),
+        *(table("[[objective]]", name="perplexity") if "text" in kinds else []),
+        *(table("[[objective]]", name="margin") if "tasks" in kinds else []),
+        *table("[search]", **search),
+    ]
+    for (name, data), objective in zip(judges.items(), ("perplexity", "accuracy")):
+        data = {key: value for key, value in data.items() if key != "kind"}
+        document += table("[[held_out]]", name=name, objective=objective, **data)
+    out = Path(given.out)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.toml"
+        path.write_text("\n".join([f"base = {json.dumps(str(Path.cwd()))}", *document]) + "\n")
+        command = [sys.executable, "-m", "fastprune.cli", "study", str(path), "--out", str(out)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = json.loads((out / "study.json").read_text())
+    model = fp.load_model(given.model)
+    makers = {}
+    for label, described in found["objectives"].items():
+        data = sets[label.partition("-")[2]]
+        if described["name"] == "margin":
+            makers[label] = fp.TaskMargin(
+                fp.load_tasks(data["file"], model.tokenizer, data["num_samples"])
+            )
+        else:
+            size = (data["num_samples"], data["seq_len"], data["seed"])
+            makers[label] = fp.Perplexity(fp.load_text(data["file"], model.tokenizer, *size))
     print(
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
         f"{torch.__version__}\n"
     )
     print_losses(found, list(judges))
     print_calibration(found)
-    print_costs(found, model, sets)
+    print_costs(found, model, makers)
+
+
+def table(header: str, **values: object) -> list[str]:
+    """The lines of a TOML table."""
+    return ["", header, *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
 
 
 def print_losses(found: dict, judges: list[str]) -> None:
-    """Every search: what it chose, its own loss, and the judges'."""
+    """Every search: what it chose, its own metric, and the judges'."""
     (dense,) = found["dense"].values()
-    print(f"| removed | calibration | algorithm | blocks | own loss | {' | '.join(judges)} |")
+    described = {**found["objectives"], **found["held_out"]}
+    of = {label: objective_class(entry["name"]) for label, entry in described.items()}
+    heads = " | ".join(f"{judge}: {of[judge].header()}" for judge in judges)
+    print(f"| removed | calibration | algorithm | blocks | own metric | {heads} |")
     print("|---|---|---|---|---|" + "---|" * len(judges))
-    print(f"| 0 | | dense | - | | {' | '.join(f'{dense[judge]:.3f}' for judge in judges)} |")
+    whole = " | ".join(of[judge].format(dense[judge]["loss"], named=False) for judge in judges)
+    print(f"| 0 | | whole model | - | | {whole} |")
     for cell in sorted(found["cells"], key=lambda cell: cell["num_remove"]):
         chosen = (
             f"{cell['objective']} | {cell['algorithm']} | {format_removed(cell['removed'])} "
-            f"| {cell['loss']:.3f}"
+            f"| {of[cell['objective']].format(cell['loss'])}"
         )
-        judged = " | ".join(f"{cell['losses'][judge]:.3f}" for judge in judges)
+        judged = " | ".join(
+            of[judge].format(cell["losses"][judge], named=False) for judge in judges
+        )
         print(f"| {cell['num_remove']} | {chosen} | {judged} |")
     print()
 
 
 def print_calibration(found: dict) -> None:
-    """How far the judges' losses spread over calibration sets, for one algorithm, and over
-    algorithms, for one set."""
+    """How far the judges' losses (nats, error rates) spread over calibration sets, for one
+    algorithm, and over algorithms, for one set."""
     print(
-        "| removed | judge | spread over calibration sets, mean of algorithms | over algorithms, "
+        "| removed | loss of | spread over calibration sets, mean of algorithms | over algorithms, "
         "mean of sets |"
     )
     print("|---|---|---|---|")
@@ -135,19 +172,19 @@ def print_calibration(found: dict) -> None:
     print()
 
 
-def print_costs(found: dict, model: fp.Model, sets: dict) -> None:
+def print_costs(found: dict, model: fp.Model, objectives: dict) -> None:
     """Seconds of every set's searches, against transformers passes of as many unit runs as one a
     mask takes."""
     print("| calibration | unit runs of a loop | made | seconds | loop, seconds | ratio |")
     print("|---|---|---|---|---|---|")
-    for label, make in sets.items():
+    for label, objective in objectives.items():
         cells = [cell for cell in found["cells"] if cell["objective"] == label]
         naive, made, seconds = (
             sum(cell[name] for cell in cells)
             for name in ("naive_unit_runs", "unit_runs", "seconds")
         )
         removed = [cell["removed"] for cell in cells[:3]]
-        timed = zip(passes(model, make(model).batch, removed), removed)
+        timed = zip(passes(model, objective.batch, removed), removed)
         loop = naive * statistics.median(
             taken / (model.num_blocks - len(units)) for taken, units in timed
         )

@@ -278,13 +278,11 @@ def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Count
             part for units in ("", "1", "2", "1,2", "0,4", "3") for part in ("--removed", units)
         ]
         two = ("--algorithm", "greedy", "--num-remove", 2)
-        both = (
-            "--algorithms",
-            "one_shot,greedy",
-            "--num-remove",
-            "1,2",
-            "--objective",
-            f"perplexity={text}",
+        document = out.with_suffix(".toml")
+        document.write_text(
+            f'[model]\npath = "{model}"\n[[calibration]]\nname = "text"\nkind = "text"\n'
+            f'file = "{text}"\nnum_samples = 60\nseq_len = 64\n'
+            '[search]\nnum_remove = [1, 2]\nalgorithms = ["one_shot", "greedy"]\n'
         )
         return {
             "score": (
@@ -295,7 +293,10 @@ def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Count
                 ("search", model, *two, *store, "--out", out / "r"),
                 out / "r" / "result.json",
             ),
-            "study": (("study", model, *both, *data, "--out", out / "s"), out / "s" / "study.json"),
+            "study": (
+                ("study", document, "--quiet", "--out", out / "s"),
+                out / "s" / "study.json",
+            ),
             "export": (
                 ("export", model, "--removed", "1,3", "--out", out / "e"),
                 out / "e" / "model.safetensors",

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 import fastprune as fp
-from fastprune.plan.layout import look_rows, make_layout
+from fastprune.plan.layout import make_layout
+from fastprune.plan.racing import look_rows
 from fastprune.plan.schedule import make_schedule
 from fastprune.plan.split import cut, owners, teams
 from fastprune.plan.trie import kept_units, make_trie

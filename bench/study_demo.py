@@ -1,53 +1,36 @@
 """The study on the demo model: every algorithm, two objectives, two budgets, and each algorithm's
 gap to the optimum.
 
-    python bench/study_demo.py OUT_DIR        # writes the study there, prints Markdown tables
+    python bench/study_demo.py OUT_DIR        # runs bench/study_demo.toml there, prints tables
 
 `exhaustive` is one of the algorithms, so the optimum of every objective and budget is known.
 """
 
 from __future__ import annotations
 
+import json
 import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-import fastprune as fp
-from fastprune import demo
-from fastprune.search import ALGORITHMS
-from fastprune.study import figures, run_study, write_report
+from fastprune.study import figures
 from fastprune.study.report import study_figures
 from fastprune.study.tables import format_removed
 
-BUDGETS = (3, 4)
-OBJECTIVES = {
-    "perplexity": lambda model: fp.Perplexity(
-        fp.load_text(demo.TEXT, model.tokenizer, seq_len=demo.WINDOW)
-    ),
-    "margin": lambda model: fp.TaskMargin(fp.load_tasks(demo.QUESTIONS, model.tokenizer)),
-}
+DOCUMENT = Path(__file__).with_suffix(".toml")
 
 
 def main(out_dir: str) -> None:
     out = Path(out_dir)
-    model = fp.load_model("demo")
     started = time.perf_counter()
-    names = sorted(
-        ALGORITHMS, key=lambda name: name == "exhaustive"
-    )  # last, so that the others' runs are their own
-    study = run_study(
-        [model],
-        OBJECTIVES,
-        names,
-        BUDGETS,
-        out,
-        notify=lambda m: print(m, file=sys.stderr, flush=True),
-    )
+    command = [sys.executable, "-m", "fastprune.cli", "study", str(DOCUMENT), "--out", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
-    write_report(study, out / "report.html")
+    study = json.loads((out / "study.json").read_text())
     for kind, made in study_figures(study).items():
         for number, figure in enumerate(made, 1):
             figures.save(figure, out / f"{kind}-{number}.png")
@@ -85,8 +68,8 @@ def main(out_dir: str) -> None:
         key = (entry["num_remove"], entry["chosen_by"], entry["judged_by"])
         rho = "n/a" if entry["rho"] is None else f"{entry['rho']:+.2f}"
         print(
-            f"| {' | '.join(map(str, key))} | {rho} | {spread[key]['least']:.4f} to "
-            f"{spread[key]['most']:.4f} |"
+            f"| {' | '.join(map(str, key))} | {rho} | {spread[key]['least_loss']:.4f} to "
+            f"{spread[key]['most_loss']:.4f} |"
         )
     made, asked, naive = (
         sum(c[name] for c in study["cells"])

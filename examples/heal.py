@@ -72,6 +72,11 @@ def heal(
     return model.merge_and_unload().eval()
 
 
+def report(when: str, hf, rows: torch.Tensor) -> None:
+    ev = evaluator(hf, rows)
+    print(f"held-out text, {when}: {ev.objective.format(ev.dense_loss)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="heal.py")
     parser.add_argument("pruned", help="a folder that fastprune export has written")
@@ -92,16 +97,12 @@ def main() -> None:
     training, held_out = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
     rows = windows(held_out, 16, given.length, torch.Generator().manual_seed(1))
     if given.base:
-        print(
-            f"held-out loss of the whole model: "
-            f"{evaluator(open_model(given.base)[0], rows).dense_loss:.4f}",
-            flush=True,
-        )
-    print(f"held-out loss before: {evaluator(hf, rows).dense_loss:.4f}", flush=True)
+        report("whole model", open_model(given.base)[0], rows)
+    report("before", hf, rows)
     started = time.process_time()
     healed = heal(hf, training, given.steps, given.rows, given.length, rate=given.rate)
     print(f"trained for {time.process_time() - started:.0f} s of CPU")
-    print(f"held-out loss after: {evaluator(healed, rows).dense_loss:.4f}")
+    report("after", healed, rows)
     healed.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
 

@@ -27,7 +27,7 @@ _HOMES = {
         "TaskMargin",
     ],
     "solver": ["SubsetSolution", "solve_subset"],
-    "plan.racing": ["Selection"],
+    "plan.racing": ["Race"],
     "search": ["SearchResult", "run_search"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .objectives import TaskAccuracy as TaskAccuracy
     from .objectives import TaskLikelihood as TaskLikelihood
     from .objectives import TaskMargin as TaskMargin
-    from .plan.racing import Selection as Selection
+    from .plan.racing import Race as Race
     from .search import SearchResult as SearchResult
     from .search import run_search as run_search
     from .solver import SubsetSolution as SubsetSolution

@@ -24,19 +24,17 @@ from .engine.store import SumStore
 from .errors import InputError
 from .masks import as_masks, check_sequences
 from .models import Model, surgery
+from .models.unwrap import unwrap
 from .objectives import Objective
-from .plan.layout import Layout, look_rows
-from .plan.racing import Selection, race
+from .plan.layout import Layout
+from .plan.racing import Race, check_race, race
 from .plan.trie import Trie, Units, kept_units, make_trie
 from .validate import (
     check_bytes,
     check_callable,
     check_folder,
-    check_integer,
     check_kind,
-    check_number,
     check_one_of,
-    check_probability,
 )
 from .workers.processes import Processes, Workers, check_workers
 from .workers.remote import RemoteRuns
@@ -147,7 +145,7 @@ class Evaluator:
             check_kind("layout", layout, Layout, "a Layout, such as another evaluator's")
         if workers is not None and not isinstance(workers, Workers):
             check_workers(workers)
-        self.model = model if isinstance(model, Model) else Model(model)
+        self.model = model if isinstance(model, Model) else Model(unwrap(model))
         self.objective = objective
         self.granularity = granularity
         self.progress = progress
@@ -172,7 +170,14 @@ class Evaluator:
         batch, measure = self.objective.batch, self.objective.measure
         self._version = self.model.version
         opened = open_for(
-            self.model, backend, batch, measure, self.granularity, memory_bytes, layout
+            self.model,
+            backend,
+            batch,
+            measure,
+            self.granularity,
+            memory_bytes,
+            layout,
+            races=self.objective.races,
         )
         self._runner, self._limit = opened.runner, opened.limit
         keyed = self._store is not None or self._workers is not None
@@ -311,32 +316,46 @@ class Evaluator:
 
     @property
     def num_looks(self) -> int:
-        """How many looks a race over this calibration set takes; 1: it is too small for one, and is
-        scored whole."""
-        return len(look_rows(self.objective.batch))
+        """Looks of a race over this calibration set; 1: it is too small to race on, and is scored
+        whole."""
+        return int(self.layout.looks(self.objective.batch).max()) + 1
 
-    def select(
+    def race(
         self, masks: ArrayLike, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
-    ) -> Selection:
-        """The `keep` masks of lowest loss, found by a race: what is beaten beyond doubt is not run
-        to the end.
+    ) -> Race:
+        """Find the `keep` masks of lowest loss; clearly worse masks leave before the last samples.
 
-        All masks are scored on a sixteenth of the samples, but on 8 at least, or up to 16 where
-        they are short; those that are not beaten go on to the next look, which adds two fifths to
-        what was seen, and so on to the last, where losses are exact, the same bits as `score`
-        gives.
-        confidence: probability, in all, of keeping the best ones, under the assumption that
-        `racing.beaten` states, shared out evenly over looks and, at each, the masks that are left.
-        tolerance: a mask may also leave when what it could be better by is no more than this,
-        beyond doubt. Sets of fewer than 32 samples are scored whole.
+        All masks are scored on the first look: a sixteenth of the samples, but at least 8, and up
+        to 16 where they are short. Masks that `keep` others surely beat (`plan.racing.beaten`)
+        leave. The others go on to the next look, which adds two fifths to the samples seen, and so
+        on to the last, where losses are exact: the bits that `score` gives. Sets of fewer than 32
+        samples are scored whole.
 
-        Raises InputError for keep below 1 or above the number of different masks, a confidence
-        outside (0, 1), and a negative tolerance.
+        Args:
+            masks: bool or 0/1 [N, U], True = kept.
+            keep: Masks to keep, from 1 to the number of different masks.
+            confidence: Probability of keeping the `keep` best, in (0, 1). It assumes that a paired
+                mean difference, corrected for skewness to first order, is t distributed, and that
+                of the samples not seen at most one in 200 (at least one) is an outlier, none larger
+                than the range of the losses seen.
+            tolerance: A mask may also leave when it could be better by no more than this loss.
+
+        Returns:
+            The masks kept, best first, with their exact losses and the cost of the race.
+
+        Raises:
+            InputError: For masks as in `score`, and for keep, confidence or tolerance out of range.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> ev.race(fp.from_removed([(3,), (3, 7), (5,)], ev.num_units), keep=2).indices.shape
+            (2,)
         """
         sequences = self._check_masks(masks)
         distinct = list(dict.fromkeys(sequences))
         check_race(keep, len(distinct), confidence, tolerance)
-        looks = look_rows(self.objective.batch)
         with self.model.lock:
             runs, whole = self.stats.unit_runs, self._ask(sequences)
             problem = None
@@ -344,16 +363,16 @@ class Evaluator:
                 problem is not self._problem
             ):  # where memory ran out, sums before and after differ in their bits
                 problem = self._problem
-                alive, losses = self._race(distinct, looks, keep, confidence, tolerance)
+                alive, losses = self._race(distinct, keep, confidence, tolerance)
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
             first = {sequence: i for i, sequence in reversed(list(enumerate(sequences)))}
-            made = self.stats.unit_runs - runs
-            return Selection(
+            unit_runs = self.stats.unit_runs - runs
+            return Race(
                 indices=np.array([first[distinct[i]] for i in alive[order]], dtype=np.int64),
                 losses=losses[order],
                 decided_early=len(distinct) - len(alive),
-                unit_runs=made,
-                share=made / max(1, whole.unit_runs),
+                unit_runs=unit_runs,
+                share=unit_runs / max(1, whole.unit_runs),
             )
 
     def similarity(self) -> np.ndarray:
@@ -513,30 +532,22 @@ class Evaluator:
         stats.cache_bytes, stats.cache_hits = held.cache_bytes, dict(held.cache_hits)
 
     def _race(
-        self,
-        sequences: Sequence[Units],
-        looks: Sequence[np.ndarray],
-        keep: int,
-        confidence: float,
-        tolerance: float,
+        self, sequences: Sequence[Units], keep: int, confidence: float, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Which of the sequences reach the last look, int64[K], and their losses."""
         batch, objective = self.objective.batch, self.objective
-        seen = np.zeros(batch.num_continuations, dtype=bool)
+        looks = self.layout.looks(batch)[batch.continuation_row]  # of each continuation
+        num_looks = int(looks.max()) + 1
         sums = np.zeros((len(sequences), batch.num_continuations))
 
         def look(number: int, alive: np.ndarray) -> np.ndarray:
-            wanted = np.isin(batch.continuation_row, looks[number])
             trie = make_trie(sequences[i] for i in alive)
-            sums[alive] += self._run(trie, wanted)[trie.index, 0]
-            seen[wanted] = True
-            samples = np.unique(objective.sample[seen])
+            sums[alive] += self._run(trie, looks == number)[trie.index, 0]
+            samples = np.unique(objective.sample[looks <= number])
             losses = objective.sample_losses(sums[alive])[:, samples]
             return losses * objective.sample_weight[samples] * self.num_samples
 
-        alive = race(
-            len(sequences), len(looks), look, self.num_samples, keep, confidence, tolerance
-        )
+        alive = race(len(sequences), num_looks, look, self.num_samples, keep, confidence, tolerance)
         return alive, objective.loss(sums[alive])
 
     def _check_samples(self, samples: ArrayLike) -> np.ndarray:
@@ -556,13 +567,6 @@ def _make_folder(folder: Path) -> Path:
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def check_race(keep: int, count: int, confidence: float, tolerance: float) -> None:
-    """Raise InputError for what is no race over so many different masks."""
-    check_integer("keep", keep, 1, count, of="the number of different masks")
-    check_probability("confidence", confidence)
-    check_number("tolerance", tolerance, least=0)
 
 
 def _tell_nobody(done: int, total: int) -> None:

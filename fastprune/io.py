@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,6 +37,20 @@ def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]
                 yield number, parse_json(line, f"{name}:{number}")
     except UnicodeDecodeError:
         raise InputError(f"{name}: not a text file in UTF-8") from None
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a file of at most `limit` bytes. Never waits: a FIFO is refused, not opened.
+
+    Raises InputError for a FIFO, a socket, a device and a larger file; OSError as `open` does.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: is a FIFO or a device, not a file")
+        if status.st_size > limit:
+            raise InputError(f"{path}: has {status.st_size} bytes; at most {limit} are read")
+        return file.read(limit)
 
 
 def parse_json(text: str | bytes, place: str, finite: bool = True) -> Any:

@@ -5,12 +5,17 @@ An objective asks the engine for one number per target (`measure`): the negative
 the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl") or
 in state ("cosine", "nmse"). The engine sums these over each continuation, float64[N, C], and all
 that follows here is small and plain NumPy.
+
+Searches minimise a loss; people read its metric. `Objective.format` is the one function that prints
+a loss: under its metric, with the standard error and the unit. Text has "accuracy 54.0 ± 2.2 %";
+cells of tables leave out the name, and the column has it, with the direction, as `header`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,9 +34,13 @@ class Objective:
     sum of sample_weight_s * L_s.
     data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense
     model is run once, to compare with. differentiable: whether it has a gradient at the dense model
-    that says something. meaning: of its loss, in words. reading: what else a loss is read as, if
-    anything, which `read` gives as text. settings: the names of its own options. source: where its
-    data is from, in words, for those who read a study.
+    that says something. races: whether masks may race on its loss; chunks are then cut along the
+    looks. settings: the names of its own options. source: where its data is from, in words, for
+    those who read a study.
+    metric_name, unit, higher_is_better: the quantity that users know the loss by, with its unit
+    ("", "%" or "nats") and direction; `metric` computes it. meaning: of the metric, in words.
+    digits: printed behind its point. chance: the metric's value of a model that guesses, or None
+    where guessing has no value.
     """
 
     name: str
@@ -40,7 +49,12 @@ class Objective:
     compares_with_dense = False
     differentiable = True
     meaning = ""
-    reading = ""
+    races = True
+    metric_name = "loss"
+    unit = ""
+    higher_is_better = False
+    digits = 5
+    chance: float | None = None
     settings: tuple[str, ...] = ()
     source = ""
     batch: TokenBatch
@@ -52,10 +66,100 @@ class Objective:
     def num_samples(self) -> int:
         return len(self.sample_weight)
 
-    @staticmethod
-    def read(loss: float) -> str:
-        """The loss as text, as what `reading` names."""
-        return f"{loss:.5f}"
+    @classmethod
+    def metric(cls, loss: float) -> float:
+        """The value of the metric, in its unit.
+
+        Args:
+            loss: what `Evaluator.score` returns for one mask.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.TaskAccuracy.metric(0.25), fp.Perplexity.metric(0.0)
+            (75.0, 1.0)
+        """
+        return 0.0 - loss if cls.higher_is_better else loss
+
+    @classmethod
+    def slope(cls, loss: float) -> float:
+        """The derivative of `metric` at a loss."""
+        return -1.0 if cls.higher_is_better else 1.0
+
+    @classmethod
+    def format(cls, loss: float, error: float | None = None, named: bool = True) -> str:
+        """A loss as users read it: the metric's name, value, standard error and unit.
+
+        Args:
+            loss: what `Evaluator.score` returns for one mask.
+            error: the standard error of the loss. The metric's is |slope| times that (the delta
+                method). None, or one that is not finite, prints no error.
+            named: False leaves out the metric's name, for a table whose column has `header`.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.TaskAccuracy.format(0.46, 0.022)
+            'accuracy 54.0 ± 2.2 %'
+            >>> fp.Perplexity.format(0.9523, named=False)
+            '2.592'
+        """
+        name = f"{cls.metric_name} " * named
+        if not math.isfinite(loss):
+            return f"{name}{loss} (not finite)"
+        text = cls._number(cls.metric(loss))
+        if error is not None and math.isfinite(metric_error := abs(cls.slope(loss)) * error):
+            text += f" ± {cls._number(metric_error)}"
+        return f"{name}{text} {cls.unit}".rstrip()
+
+    @classmethod
+    def format_difference(cls, difference: Difference) -> str:
+        """A difference of two masks' metrics, with its standard error.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> from fastprune.objectives import Difference
+            >>> fp.TaskAccuracy.format_difference(Difference(-1.5, 1.0, num_samples=400))
+            '-1.5 ± 1.0 points (not told apart; about 712 samples would tell)'
+        """
+        if not math.isfinite(difference.value):
+            return "not finite"
+        sign = "-" if difference.value < 0 else "+"
+        text = f"{sign}{cls._number(abs(difference.value))}"
+        if not math.isfinite(difference.error):
+            return f"{text} {cls.difference_unit()}".rstrip()
+        text = f"{text} ± {cls._number(difference.error)} {cls.difference_unit()}".rstrip()
+        if difference.told_apart:
+            return text
+        needed = difference.samples_needed
+        hint = "" if needed is None else f"; about {needed:,} samples would tell"
+        return f"{text} (not told apart{hint})"
+
+    @classmethod
+    def header(cls) -> str:
+        """The metric and its direction, for a column of a table or an axis of a figure."""
+        unit = f", {cls.unit}" * bool(cls.unit)
+        direction = "higher" if cls.higher_is_better else "lower"
+        return f"{cls.metric_name}{unit} ({direction} is better)"
+
+    @classmethod
+    def record(cls, loss: float, prefix: str = "") -> dict[str, float]:
+        """The loss and the metric, each under its own name, for a machine-readable file.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.TaskAccuracy.record(0.25)
+            {'loss': 0.25, 'accuracy': 75.0}
+        """
+        key = cls.metric_name.lower().replace(" ", "_").replace("-", "_")
+        return {f"{prefix}loss": loss, f"{prefix}{key}": cls.metric(loss)}
+
+    @classmethod
+    def _number(cls, value: float) -> str:
+        return f"{value:.{cls.digits}f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+    @classmethod
+    def difference_unit(cls) -> str:
+        """The unit of a difference of two metrics."""
+        return "points" if cls.unit == "%" else cls.unit
 
     def __repr__(self) -> str:
         settings = "".join(f", {name}={getattr(self, name)!r}" for name in self.settings)
@@ -65,11 +169,15 @@ class Objective:
         )
 
     def describe(self) -> dict[str, object]:
-        """Plain values: name, settings, meaning, what it is calibrated on, whether it compares with
+        """Plain values: name, settings, metric, what it is calibrated on, whether it compares with
         the dense model."""
         return {
             "name": self.name,
             "settings": {name: getattr(self, name) for name in self.settings},
+            "metric": self.metric_name,
+            "unit": self.unit,
+            "higher_is_better": self.higher_is_better,
+            "chance": self.chance,
             "meaning": self.meaning,
             "source": self.source,
             "num_samples": self.num_samples,
@@ -88,8 +196,95 @@ class Objective:
 
     def loss(self, sums: np.ndarray) -> np.ndarray:
         """The loss of each mask, float64[N]."""
+        return self.mean(self.sample_losses(sums))
+
+    def mean(self, sample_losses: np.ndarray) -> np.ndarray:
+        """The loss of each mask, float64[N], from the losses of all samples, float64[N, S]."""
         # one mask at a time: the order of summation must not depend on how many masks there are
-        return np.array([np.sum(row * self.sample_weight) for row in self.sample_losses(sums)])
+        return np.array([np.sum(row * self.sample_weight) for row in sample_losses])
+
+    def standard_error(self, sample_losses: np.ndarray) -> np.ndarray:
+        """The standard error of each mask's loss over samples, float64[N].
+
+        Samples count as drawn independently. Their weights w sum to 1, so that the loss is the mean
+        L = sum of w_s L_s, and its error is sqrt(S / (S - 1) sum of w_s^2 (L_s - L)^2): the usual
+        one where weights are equal, and that of a ratio estimator where they are token counts.
+
+        Args:
+            sample_losses: of all samples, float64[N, S], as `Evaluator.score_samples` returns them.
+
+        Returns:
+            NaN for a single sample.
+
+        Examples:
+            >>> import numpy as np
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8, 9]])
+            >>> fp.Perplexity(batch).standard_error(np.array([[1.0, 3.0]]))
+            array([1.])
+        """
+        if self.num_samples < 2:
+            return np.full(len(sample_losses), np.nan)
+        with np.errstate(invalid="ignore"):  # inf - inf: a loss that is not finite has no error
+            rest = (sample_losses - self.mean(sample_losses)[:, None]) * self.sample_weight
+        return np.sqrt((rest**2).sum(axis=1) * (self.num_samples / (self.num_samples - 1)))
+
+    def _average(self, counts: np.ndarray) -> None:
+        """Every sample averages over its own `counts` [S]; the loss averages over all of them
+        together."""
+        self.sample = np.arange(len(counts))
+        self.weight = 1 / counts
+        self.sample_weight = counts / counts.sum()
+
+    def compare(self, sample_losses: np.ndarray, reference: np.ndarray) -> Difference:
+        """How much a mask's metric is above another mask's on the same samples.
+
+        The standard error is paired: of the differences by sample, after each loss is multiplied by
+        the metric's slope at its own mask (the delta method).
+
+        Args:
+            sample_losses: of the mask on all samples, float64[S].
+            reference: of the other mask, such as the whole model's, float64[S].
+        """
+        pair = np.stack([sample_losses, reference])
+        losses = self.mean(pair)
+        if not np.isfinite(losses).all():
+            return Difference(math.nan, math.nan, self.num_samples)
+        slopes = [self.slope(loss) for loss in losses.tolist()]
+        value, base = (self.metric(loss) for loss in losses.tolist())
+        errors = self.standard_error((pair[0] * slopes[0] - pair[1] * slopes[1])[None])
+        return Difference(value - base, float(errors[0]), self.num_samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much the metric of one mask is above that of another, on the same samples.
+
+    value, error: the difference and its paired standard error, in the metric's unit.
+    num_samples: that both were measured on.
+
+    >>> from fastprune.objectives import Difference
+    >>> Difference(-1.5, 1.0, num_samples=400).told_apart
+    False
+    """
+
+    value: float
+    error: float
+    num_samples: int
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the difference is above two standard errors."""
+        return abs(self.value) > 2 * self.error
+
+    @property
+    def samples_needed(self) -> int | None:
+        """About how many such samples would make the difference two standard errors; None where no
+        number would, or none can be said."""
+        if not self.value or not math.isfinite(self.value + self.error):
+            return None
+        needed = self.num_samples * (2 * self.error / abs(self.value)) ** 2
+        return math.ceil(needed) if needed < 1e9 else None
 
 
 class Perplexity(Objective):
@@ -106,8 +301,9 @@ class Perplexity(Objective):
     """
 
     name = "perplexity"
-    meaning = "mean negative log-likelihood per token, in nats; perplexity is its exponential"
-    reading = "perplexity"
+    meaning = "the exponential of the mean negative log-likelihood per token"
+    metric_name = "perplexity"
+    digits = 3
 
     def __init__(self, batch: TokenBatch):
         self.batch = _check_batch(batch, type(self))
@@ -118,19 +314,16 @@ class Perplexity(Objective):
             )
         self._average(self.batch.target_counts)
 
-    @staticmethod
-    def read(loss: float) -> str:
-        return f"{math.exp(loss) if loss < 700 else math.inf:.3f}"
+    @classmethod
+    def metric(cls, loss: float) -> float:
+        return math.exp(loss) if not loss >= 700 else math.inf
 
-    def _average(self, counts: np.ndarray) -> None:
-        """Every sample averages over its own `counts` [S]; the loss averages over all of them
-        together."""
-        self.sample = np.arange(len(counts))
-        self.weight = 1 / counts
-        self.sample_weight = counts / counts.sum()
+    @classmethod
+    def slope(cls, loss: float) -> float:
+        return cls.metric(loss)
 
 
-class KLDivergence(Perplexity):
+class KLDivergence(Objective):
     """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q
     the masked one.
 
@@ -146,10 +339,11 @@ class KLDivergence(Perplexity):
 
     name = "kl"
     meaning = (
-        "mean divergence of the next-token distribution from that of the whole model, in nats; "
+        "mean divergence of the next-token distribution from that of the whole model; "
         "0 where nothing is removed"
     )
-    reading = ""
+    metric_name = "KL divergence"
+    unit = "nats"
     measure = "kl"
     compares_with_dense = True
     differentiable = (
@@ -181,6 +375,8 @@ class CosineDistance(KLDivergence):
         "mean of 1 - cosine between the final states and those of the whole model; 0 where "
         "nothing is removed"
     )
+    metric_name = "cosine distance"
+    unit = ""
     measure = "cosine"
 
 
@@ -206,6 +402,8 @@ class NormalizedMSE(KLDivergence):
         "of their length; "
         "0 where nothing is removed"
     )
+    metric_name = "normalized MSE"
+    unit = ""
     measure = "nmse"
 
 
@@ -234,10 +432,13 @@ class TaskMargin(Objective):
 
     name = "margin"
     meaning = (
-        "minus the mean margin in log-likelihood, in nats, of the right choice of a question over "
-        "the wrong ones; "
-        "below 0 where the right ones are likelier"
+        "mean margin in log-likelihood of the right choice of a question over the wrong ones; "
+        "above 0 where the right ones are likelier"
     )
+    metric_name = "margin"
+    unit = "nats"
+    higher_is_better = True
+    digits = 4
     data = "tasks"
     settings = ("normalization", "weighting")
 
@@ -277,7 +478,11 @@ class TaskLikelihood(Objective):
     """
 
     name = "likelihood"
-    meaning = "minus the mean log-likelihood of the right choice of a question, in nats"
+    meaning = "mean log-likelihood of the right choice of a question"
+    metric_name = "log-likelihood"
+    unit = "nats"
+    higher_is_better = True
+    digits = 4
     data = "tasks"
     settings = ("normalization",)
 
@@ -322,8 +527,11 @@ class TaskAccuracy(Objective):
     """
 
     name = "accuracy"
-    meaning = "the share of questions whose likeliest choice is wrong"
-    reading = "accuracy"
+    meaning = "the share of questions whose likeliest choice is right"
+    metric_name = "accuracy"
+    unit = "%"
+    higher_is_better = True
+    digits = 1
     data = "tasks"
     settings = ("normalization",)
     differentiable = False
@@ -341,14 +549,19 @@ class TaskAccuracy(Objective):
         self.batch, self.sample = tasks.batch, tasks.question
         self.weight = np.ones(len(tasks.question)) / lengths[normalization]
         self.sample_weight = np.full(tasks.num_questions, 1 / tasks.num_questions)
+        self.chance = float(100 * np.mean(1 / np.bincount(tasks.question)))
 
     @property
     def content_hash(self) -> str:
         return f"{self.tasks.content_hash}-{self.normalization}"
 
-    @staticmethod
-    def read(loss: float) -> str:
-        return f"{1 - loss:.1%}"
+    @classmethod
+    def metric(cls, loss: float) -> float:
+        return 100 * (1 - loss)
+
+    @classmethod
+    def slope(cls, loss: float) -> float:
+        return -100.0
 
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:
         nll = sums * self.weight
@@ -374,6 +587,42 @@ OBJECTIVES = {
         NormalizedMSE,
     )
 }
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The objective of this name; for one that is not ours, `Objective`, whose metric is the
+    loss."""
+    return OBJECTIVES.get(name, Objective)
+
+
+def no_judge(described: Mapping[str, Any], dense_loss: float) -> str:
+    """Why an objective judges no mask on its data, as a sentence; '' where nothing speaks against.
+
+    A whole model that is not two standard errors above chance says nothing about masks.
+
+    Args:
+        described: `Objective.describe()`, or its entries name, chance and num_samples.
+        dense_loss: of the whole model. The error of a share of questions p is
+            sqrt(p (1 - p) / (S - 1)).
+
+    Examples:
+        >>> from fastprune.objectives import no_judge
+        >>> no_judge({"name": "accuracy", "chance": 25.0, "num_samples": 40}, 0.775)
+        'accuracy is no judge: whole model 22.5 ± 6.7 %, not two errors above chance (25.0 %)'
+    """
+    chance, samples = described["chance"], described["num_samples"]
+    if chance is None or not 0 <= dense_loss <= 1:
+        return ""
+    objective = objective_class(described["name"])
+    error = math.sqrt(dense_loss * (1 - dense_loss) / (samples - 1)) if samples > 1 else math.inf
+    above = objective.metric(dense_loss) - chance
+    if above > 0 and above >= 2 * abs(objective.slope(dense_loss)) * error:
+        return ""
+    whole = objective.format(dense_loss, error, named=False)
+    return (
+        f"{objective.metric_name} is no judge: whole model {whole}, not two errors above chance "
+        f"({chance:.1f} {objective.unit})"
+    )
 
 
 def format_size(num_samples: int, num_tokens: int) -> str:

@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .evaluator import Stats, check_race
+from .evaluator import Stats
 from .masks import from_removed, to_removed
-from .plan.racing import Selection
+from .objectives import Objective
+from .plan.racing import Race, check_race
 from .search import find_algorithm, run_search
 
 __all__ = ["CHECKS", "SyntheticEvaluator", "check_algorithm", "outcome"]
@@ -45,7 +46,7 @@ class SyntheticEvaluator:
     removed, which no quadratic model can hold. flat: every unit costs 1, so that subsets of one
     size tie. There are `num_samples` samples of `tokens` tokens each; with 32 or more it races, and
     never errs: it keeps the best. calls: masks of each call of `score`; sample_calls: (masks,
-    samples) of each call of `score_samples`; races: (masks, kept) of each of `select`. linear
+    samples) of each call of `score_samples`; races: (masks, kept) of each of `race`. linear
     float64[U], pairs float64[U, U]: the formula's terms, which may be changed.
     """
 
@@ -74,7 +75,7 @@ class SyntheticEvaluator:
         self.calls: list[int] = []
         self.sample_calls: list[tuple[int, int]] = []
         self.races: list[tuple[int, int]] = []
-        self.objective: Any = type("Named", (), {"name": "synthetic"})
+        self.objective: Any = type("Named", (Objective,), {"name": "synthetic"})()
 
     @property
     def num_samples(self) -> int:
@@ -99,9 +100,9 @@ class SyntheticEvaluator:
     def num_looks(self) -> int:
         return 1 if self.num_samples < 32 else 2
 
-    def select(
+    def race(
         self, masks: Any, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
-    ) -> Selection:
+    ) -> Race:
         rows = np.asarray(masks, dtype=bool)
         distinct = np.sort(
             np.unique(rows, axis=0, return_index=True)[1]
@@ -111,9 +112,7 @@ class SyntheticEvaluator:
         losses = np.array([self.loss(np.flatnonzero(~mask)) for mask in rows[distinct]])
         best = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
         early = len(distinct) - keep if self.num_looks > 1 else 0
-        return Selection(
-            distinct[best], losses[best], decided_early=early, unit_runs=0.0, share=1.0
-        )
+        return Race(distinct[best], losses[best], decided_early=early, unit_runs=0.0, share=1.0)
 
     def similarity(self) -> np.ndarray:
         states = self._steps.cumsum(axis=0)

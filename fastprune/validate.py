@@ -6,14 +6,33 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-from .errors import InputError, shown
+from .errors import InputError, brief, shown
 
 Kind = TypeVar("Kind")
+
+LONGEST_NAME = 240  # bytes: what file systems take, less what the names of partial files add
+
+
+def check_path(text: str) -> str:
+    """The path, if it is one that a file system can take. Raises InputError."""
+    if not text:
+        raise InputError("the path is empty; name a file or folder")
+    if "\0" in text:
+        raise InputError(f"{text!r} holds a NUL character, which no path can")
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{text!r} is not valid UTF-8; rename it, or reach it by a link") from None
+    if max(map(len, encoded.split(b"/"))) > LONGEST_NAME or len(encoded) > 4000:
+        raise InputError(f"{text!r} is too long; a name may have {LONGEST_NAME} bytes, a path 4000")
+    return text
 
 
 def check_folder(folder: Path) -> Path:
@@ -114,6 +133,32 @@ def check_probability(name: str, value: Any) -> float:
             most=1,
         )
     return float(value)
+
+
+def refuse_special(paths: Iterable[Path]) -> None:
+    """Raise InputError for a FIFO, a socket or a device: who reads one may wait for ever. A path
+    where nothing is passes."""
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # nothing is there, or a link that leads nowhere
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: is a FIFO, a socket or a device, not a file; remove it")
+
+
+@contextmanager
+def tokenizing(place: object) -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no Exception, into InputError."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        why = brief(str(error), 120)
+        raise InputError(f"{place}: the tokenizers library cannot use it: {why}") from None
 
 
 def check_bytes(name: str, value: Any, least: int) -> int | None:

@@ -7,6 +7,7 @@ line.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
 
@@ -44,13 +45,38 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message(), 1)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", 1)
+        with suppress(ValueError):  # not the main thread, which alone hears of it
+            signal.signal(signal.SIGINT, _end_at_once)  # to end workers may take seconds
+        _fail(f"interrupted; {_how_to_continue(sys.argv[1:])}", 1)
+    except PermissionError as error:
+        if is_of_printing(error):
+            _fail(cannot_print(error), 1)
+        _fail(f"{error.filename}: {error.strerror}", 2)
     except Exception as error:
         if is_of_printing(error):
             sys.exit(0) if isinstance(error, BrokenPipeError) else _fail(cannot_print(error), 1)
         if os.environ.get("FASTPRUNE_TRACEBACK"):
             raise
         _fail(f"{type(error).__name__}: {error} (FASTPRUNE_TRACEBACK=1 shows where)", 1)
+
+
+def _how_to_continue(arguments: list[str]) -> str:
+    """The end of the line upon Ctrl-C: where finished work is kept."""
+    command = arguments[0] if arguments else ""
+    if command == "study":
+        return "the same command continues from its folder"
+    if any(argument.partition("=")[0] == "--store" for argument in arguments):
+        return "the store keeps all finished sums, and the same command continues from there"
+    if command in ("score", "search", "eval"):
+        return "nothing is kept; with --store FILE the same command would continue"
+    return "nothing is kept"
+
+
+def _end_at_once(*_: object) -> None:
+    """The second Ctrl-C, while all is being ended after the first."""
+    with suppress(OSError):
+        os.write(2, b"fastprune: interrupted twice; ended at once\n")
+    os._exit(1)
 
 
 def _fail(message: str, status: int) -> None:

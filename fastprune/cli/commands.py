@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -14,10 +15,10 @@ from .._version import __version__
 from ..errors import InputError
 from ..io import parse_json, write_json, write_jsonl
 from ..masks import check_removed, check_sequences, from_removed, load_masks, to_removed
+from ..objectives import no_judge
 from ..study.tables import (
     TABLE_NOTE,
     format_dense,
-    format_loss,
     format_races,
     format_removed,
     format_saved,
@@ -41,12 +42,14 @@ from .options import (
     split_options,
     weights_option,
 )
-from .output import printing, say
+from .output import printing, say, written_somewhere
 
 if TYPE_CHECKING:
     from ..evaluator import Evaluator
     from ..models import Model
     from ..plan.bands import Room
+
+MOST_TOGETHER = 1_000  # masks whose losses of all samples are computed in one call
 
 
 @click.command(cls=Command)
@@ -158,7 +161,7 @@ def algorithms(names: tuple[str, ...]) -> None:
     "--out",
     "out_file",
     type=FileName(),
-    help='Write rows {"removed", "loss"} to this new .jsonl file.',
+    help='Write rows {"removed", "loss", METRIC}, such as "perplexity", to this new .jsonl file.',
 )
 @evaluates
 def score(
@@ -169,7 +172,9 @@ def score(
 ) -> None:
     """Score depth masks of MODEL.
 
-    A mask's score is the loss of the model without the units that it removes: lower is better.
+    A mask's score is how good the model is without the units that it removes. It is printed as the
+    objective's metric with its standard error over samples; of several masks also as the difference
+    to the whole model, with the paired standard error. A difference below two of them is marked.
     """
     if bool(masks_file) == bool(removed):
         raise InputError("give masks either as --masks FILE or as --removed, once per mask")
@@ -185,15 +190,11 @@ def score(
     else:
         with naming("--removed"):
             masks = from_removed(removed, evaluator.num_units)
-    losses = evaluator.score(masks).tolist()
-    rows = [(to_removed(mask), loss) for mask, loss in zip(masks, losses)]
+    removed_units = [to_removed(mask) for mask in masks]
     if out_file:
-        write_jsonl(
-            Path(out_file), ({"removed": list(units), "loss": loss} for units, loss in rows)
-        )
-    with printing(out_file):
-        say(f"written: {out_file}" if out_file else _score_table(evaluator, rows))
-        _print_cost(evaluator, [len(units) for units, _ in rows])
+        _write_scores(evaluator, masks, removed_units, Path(out_file))
+        return
+    _print_scores(evaluator, masks, removed_units)
 
 
 @click.command(cls=Command)
@@ -241,15 +242,21 @@ def search(
     if target:
         with naming("--out"):
             refuse_existing(target)
+    trouble = ""
     evaluator = make_evaluator()
     with naming("--protect"):
         protected_units(protect, evaluator.num_units, evaluator.granularity)
     result = run_search(evaluator, algorithm, num_remove, seed, protect, racing, **given)
+    objective = evaluator.objective
+    pair = np.stack([result.mask, np.ones(evaluator.num_units, dtype=bool)])
+    sample_losses = evaluator.score_samples(pair)
+    dense_loss = float(objective.mean(sample_losses)[1])
     if target:
         names = [evaluator.unit_names[unit] for unit in result.removed]
         of = {
             "model": evaluator.model.name,
-            "dense_loss": evaluator.dense_loss,
+            **objective.record(dense_loss, "dense_"),
+            "chance": objective.chance,
             "removed_names": names,
         }
         data = click.get_current_context().params
@@ -260,8 +267,10 @@ def search(
             **settings,
         }
         of["fastprune"] = __version__
-        write_json(target, {**result.to_dict(), **of})
-    dense = format_dense(evaluator.objective, evaluator.dense_loss)
+        record = {**result.to_dict(), **of}
+        target, trouble = written_somewhere(target, lambda path: write_json(path, record))
+    error, dense_error = objective.standard_error(sample_losses).tolist()
+    dense = format_dense(objective, dense_loss, dense_error)
     title = (
         f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} "
         f"removed ({dense})"
@@ -269,7 +278,7 @@ def search(
     row = (
         algorithm,
         result.removed,
-        result.loss,
+        objective.format(result.loss, error, named=False),
         result.evaluations,
         result.unit_runs,
         result.naive_unit_runs,
@@ -277,16 +286,22 @@ def search(
     dense_pass = f" Under {result.objective}, runs include one pass of the whole model."
     dense_pass *= evaluator.objective.compares_with_dense
     with printing(target):
-        say(results_table(title, [row]))
+        say(results_table(title, objective.header(), [row]))
         say(f"{TABLE_NOTE}{dense_pass} {result.seconds:.1f} s.", style="dim")
         say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
         say(f"removed: {format_removed(result.removed)}")
+        if result.removed and not objective.compares_with_dense:
+            difference = objective.format_difference(objective.compare(*sample_losses))
+            say(f"{objective.metric_name}, difference to the whole model: {difference}")
+        _print_no_judge(evaluator, dense_loss)
         if racing:
             say(format_races(result.decided_early))
         if result.granularity == "sublayer":
             say(f"sublayers: {_names(evaluator, result.removed)}")
-        if target:
+        if target and not trouble:
             say(f"written: {target}")
+    if trouble:
+        raise click.ClickException(trouble)
 
 
 @click.command(cls=Command)
@@ -341,9 +356,10 @@ def export(
     with naming("--base-model"):
         checkpoint.check_base_model(base_model)
     losses = None
+    notes: list[str] = []
     if result is not None:
         with naming("--result"):
-            removed, losses, num_units, searched = _read_result(Path(result))
+            removed, losses, notes, num_units, searched = _read_result(Path(result))
     opened = open_model(model, device, dtype or "auto", trust_remote_code)
     if sequence is not None:
         with naming("--sequence"):
@@ -360,7 +376,9 @@ def export(
                     f"{opened.num_blocks}"
                 )
             check_removed(removed, opened.num_blocks)
-        folder = checkpoint.export(opened, removed, out_dir, base_model=base_model, losses=losses)
+        folder = checkpoint.export(
+            opened, removed, out_dir, base_model=base_model, losses=losses, notes=notes
+        )
         left = opened.num_blocks - len(removed)
         what = f"{left} blocks of {opened.num_blocks}, without {format_removed(removed)}"
     warning = (
@@ -380,9 +398,11 @@ def export(
             say(f"its card has the losses of {result}, where the model is called {searched}")
 
 
-def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]], object, str]:
+def _read_result(
+    path: Path,
+) -> tuple[list[int], dict[str, tuple[float, float]], list[str], object, str]:
     """The removed blocks of a search's result.json, its losses (before, after) by objective and
-    what that was calibrated on, how many units the model had, and its name."""
+    what that was calibrated on, notes on these, how many units the model had, and its name."""
     if not path.is_file():
         raise InputError(
             f"{path}: {'a folder; name its result.json' if path.is_dir() else 'no such file'}"
@@ -404,31 +424,96 @@ def _read_result(path: Path) -> tuple[list[int], dict[str, tuple[float, float]],
     except (TypeError, ValueError):
         raise InputError(f"{path}: dense_loss and loss must be numbers") from None
     found, name = value.get("calibration"), str(value["objective"])
+    chance, samples = value.get("chance"), None
+    notes: list[str] = []
+    if isinstance(found, dict):
+        samples = found.get("num_samples")
+    if isinstance(chance, float) and isinstance(samples, int):
+        note = no_judge({"name": name, "chance": chance, "num_samples": samples}, losses[0])
+        notes += [note] * bool(note)
     if isinstance(found, dict) and {"file", "num_samples"} <= set(found):
         name += f", {found['num_samples']} samples" + (
             f" of {Path(str(found['file'])).name}" if found["file"] else ""
         )
-    return value["removed"], {name: losses}, value["num_units"], str(value.get("model", ""))
+    searched = str(value.get("model", ""))
+    return value["removed"], {name: losses}, notes, value["num_units"], searched
 
 
-def _score_table(evaluator: Evaluator, rows: Sequence[tuple[tuple[int, ...], float]]) -> Table:
+def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
+    """Whether the whole model is scored beside so many masks: several are compared with it, and an
+    accuracy judges nothing where the whole model only guesses."""
     objective = evaluator.objective
-    reading = [objective.reading] * bool(objective.reading)
-    halves = evaluator.granularity == "sublayer"
-    table = Table("removed", *["sublayers"] * halves, f"{objective.name} loss", *reading)
-    for units, loss in rows:
-        names = [_names(evaluator, units)] * halves
-        table.add_row(
-            format_removed(units),
-            *names,
-            format_loss(loss),
-            *[objective.read(loss) for _ in reading],
-        )
+    several = num_masks > 1 and not objective.compares_with_dense
+    return several or objective.chance is not None
+
+
+def _write_scores(
+    evaluator: Evaluator, masks: np.ndarray, removed_units: list[tuple[int, ...]], target: Path
+) -> None:
+    """Write the losses of masks with their metrics; print them where the file cannot be written."""
+    losses = evaluator.score(masks).tolist()
+    record = evaluator.objective.record
+    rows = [{"removed": list(units), **record(loss)} for units, loss in zip(removed_units, losses)]
+    written, trouble = written_somewhere(target, lambda path: write_jsonl(path, rows))
+    if trouble:
+        _print_scores(evaluator, masks, removed_units)
+        raise click.ClickException(trouble)
+    with printing(written):
+        say(f"written: {written}")
+        _print_cost(evaluator, removed_units)
+
+
+def _print_scores(
+    evaluator: Evaluator, masks: np.ndarray, removed_units: list[tuple[int, ...]]
+) -> None:
+    """Print the metrics of masks with their errors, beside the whole model where that helps."""
+    whole = _needs_whole_model(evaluator, len(masks))
+    if whole and () not in removed_units:
+        masks = np.concatenate([masks, np.ones((1, evaluator.num_units), dtype=bool)])
+    parts = np.array_split(masks, -(-len(masks) // MOST_TOGETHER))
+    sample_losses = np.concatenate([evaluator.score_samples(part) for part in parts])
+    dense = sample_losses[(*removed_units, ()).index(())] if whole else None
+    with printing():
+        say(_score_table(evaluator, removed_units, sample_losses, dense))
+        if dense is not None:
+            _print_no_judge(evaluator, float(evaluator.objective.mean(dense[None])[0]))
+        _print_cost(evaluator, removed_units, added=len(masks) > len(removed_units))
+
+
+def _score_table(
+    evaluator: Evaluator,
+    removed: Sequence[tuple[int, ...]],
+    sample_losses: np.ndarray,
+    dense: np.ndarray | None,
+) -> Table:
+    """A row for each mask, with the difference to the whole model where its losses are known."""
+    objective = evaluator.objective
+    halves, compares = evaluator.granularity == "sublayer", dense is not None and len(removed) > 1
+    table = Table("removed", *["sublayers"] * halves, objective.header())
+    if compares:
+        table.add_column("difference to the whole model")
+    losses, errors = objective.mean(sample_losses), objective.standard_error(sample_losses)
+    for i, units in enumerate(removed):
+        row = [format_removed(units), *[_names(evaluator, units)] * halves]
+        row.append(objective.format(float(losses[i]), float(errors[i]), named=False))
+        if compares and dense is not None:
+            difference = objective.compare(sample_losses[i], dense)
+            row.append(objective.format_difference(difference) if units else "-")
+        table.add_row(*row)
     return table
 
 
-def _print_cost(evaluator: Evaluator, sizes: list[int]) -> None:
+def _print_no_judge(evaluator: Evaluator, dense_loss: float) -> None:
+    if note := no_judge(evaluator.objective.describe(), dense_loss):
+        say(note)
+
+
+def _print_cost(
+    evaluator: Evaluator, removed_units: Sequence[tuple[int, ...]], added: bool = False
+) -> None:
+    """What scoring masks has cost. added: the whole model was scored besides."""
     stats = evaluator.stats
+    sizes, count = [len(units) for units in removed_units], len(removed_units)
     least, most = min(sizes), max(sizes)
     removed = f"{least}" if least == most else f"{least} to {most}"
     saved = format_saved(stats.naive_unit_runs, stats.unit_runs)
@@ -436,10 +521,9 @@ def _print_cost(evaluator: Evaluator, sizes: list[int]) -> None:
     dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
     known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
     say(
-        f"{stats.masks} mask{'s' * (stats.masks != 1)} that remove{'s' * (stats.masks == 1)} "
-        f"{removed} of "
-        f"{evaluator.num_units} units: {stats.unit_runs:.0f} unit runs where one pass per mask "
-        f"takes "
+        f"{count} mask{'s' * (count != 1)} that remove{'s' * (count == 1)} {removed} of "
+        f"{evaluator.num_units} units{', and the whole model' * added}: "
+        f"{stats.unit_runs:.0f} unit runs where one pass per mask takes "
         f"{stats.naive_unit_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
         f"{stats.seconds:.1f} s; "
         f"{stats.cache_bytes / 2**20:.0f} MiB of states were kept"

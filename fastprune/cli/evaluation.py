@@ -34,7 +34,7 @@ from .options import (
     weights_option,
     workers_options,
 )
-from .output import err, printing, progress_bar, say
+from .output import err, printing, progress_bar, say, written_somewhere
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -151,13 +151,16 @@ def evaluate(
     rows = [
         {"removed": list(to_removed(mask)), **plain(result)} for mask, result in zip(masks, results)
     ]
+    written, trouble = None, ""
     if out_file:
-        write_jsonl(Path(out_file), rows)
-    with printing(out_file):
+        written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
+    with printing(written):
         for task in rows[0]["results"]:
             say(task_table(task, task, rows))
-        if out_file:
-            say(f"written: {out_file}")
+        if written and not trouble:
+            say(f"written: {written}")
+    if trouble:
+        raise click.ClickException(trouble)
 
 
 def open_tasks(
@@ -209,7 +212,12 @@ def evaluate_study(
         settings |= {"granularity": granularity, "store": store, "log_samples": False}
         results = evaluate_masks(model, masks, names, **settings)
         rows[model.name] = [
-            {"removed": list(removed), "chosen": chosen, "results": plain(result["results"])}
+            {
+                "removed": list(removed),
+                "chosen": chosen,
+                "results": plain(result["results"]),
+                "higher_is_better": plain(result["higher_is_better"]),
+            }
             for (removed, chosen), result in zip(by.items(), results)
         ]
     write_json(out_dir / "tasks.json", rows, replace=True)
@@ -218,11 +226,16 @@ def evaluate_study(
 
 def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
     """One task's metrics: a row for each mask. Metrics are named as the harness names them, with
-    their filter."""
+    their filter and the direction that it knows."""
     from ..study.tables import format_removed
 
     metrics = [name for name in rows[0]["results"][task] if "," in name and "_stderr," not in name]
-    headers = [name.removesuffix(",none") for name in metrics]
+    higher = rows[0]["higher_is_better"].get(task, {})
+    directions = {True: " (higher is better)", False: " (lower is better)"}
+    headers = [
+        name.removesuffix(",none") + directions.get(higher.get(name.partition(",")[0]), "")
+        for name in metrics
+    ]
     table = Table("removed", title=title, title_justify="left")
     for header in headers:
         table.add_column(header, justify="right")

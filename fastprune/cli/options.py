@@ -15,7 +15,7 @@ import click
 from ..errors import InputError
 from ..masks import parse_removed
 from ..objectives import OBJECTIVES, Objective, Perplexity
-from ..validate import check_folder, check_one_of
+from ..validate import check_folder, check_one_of, check_path
 from ..workers.processes import MOST_WORKERS, Processes, Workers
 from .output import note, progress_bar
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 MOST = 2**31 - 1  # of what is counted
 MOST_SEED = 2**63 - 1
-LONGEST_NAME = 240  # bytes: what file systems take, less what the names of partial files add
 
 
 def group(*options: Callable) -> Callable:
@@ -126,7 +125,8 @@ class FileName(click.ParamType):
     name = "text"
 
     def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        with naming(parameter.opts[0] if isinstance(parameter, click.Option) else "MODEL"):
+        argument = str(parameter.metavar or parameter.name).upper()
+        with naming(parameter.opts[0] if isinstance(parameter, click.Option) else argument):
             return check_path(value)
 
 
@@ -149,21 +149,6 @@ def naming(flag: str) -> Iterator[None]:
         raise InputError(f"{flag}: {error}") from None
     except OSError as error:  # a place that must not be looked at, for one
         raise InputError(f"{flag}: {error.filename}: {error.strerror}") from None
-
-
-def check_path(text: str) -> str:
-    """The path, if it is one that a file system can take. Raises InputError."""
-    if not text:
-        raise InputError("the path is empty; name a file or folder")
-    if "\0" in text:
-        raise InputError(f"{text!r} holds a NUL character, which no path can")
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{text!r} is not valid UTF-8; rename it, or reach it by a link") from None
-    if max(map(len, encoded.split(b"/"))) > LONGEST_NAME or len(encoded) > 4000:
-        raise InputError(f"{text!r} is too long; a name may have {LONGEST_NAME} bytes, a path 4000")
-    return text
 
 
 model_settings = group(
@@ -235,7 +220,12 @@ workers_options = group(
 )
 
 racing_option = click.option(
-    "--racing", type=float, help="Let what is beaten leave early, at this confidence, such as 0.99."
+    "--racing",
+    type=float,
+    help="Drop clearly worse candidates early, at this confidence (e.g. 0.99). It assumes that a "
+    "paired mean difference, corrected for skewness to first order, is t distributed, and that of "
+    "the samples not seen at most one in 200 (at least one) is an outlier, none larger than the "
+    "range of the losses seen.",
 )
 
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -480,9 +470,7 @@ def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers 
     return Processes(workers)
 
 
-def check_calibration(
-    model: str, objective: str, calibration: str | None, flag: str = "--calibration"
-) -> str:
+def check_calibration(model: str, objective: str, calibration: str | None) -> str:
     """The calibration file, before the model is loaded; the demo model's own where none is
     given."""
     from .. import demo
@@ -494,7 +482,7 @@ def check_calibration(
         raise InputError("--calibration: name a file of text or questions to score on")
     from ..data import is_data
 
-    with naming(flag):
+    with naming("--calibration"):
         if not is_data(check_path(calibration)):
             raise InputError(f"{calibration}: no such file")
     return calibration

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import InputError
+
+NARROWEST = 80  # columns where the environment names none
 WIDE = 240  # columns of a table that goes to a file or a program: enough for all of ours
 
 
@@ -40,6 +45,8 @@ def say(what: RenderableType, style: str | None = None) -> None:
     )  # a new one each time: one whose stream has failed would print what it holds again
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = WIDE
+    elif out.width < 1:  # COLUMNS=0, upon which rich prints nothing
+        out.width = NARROWEST
     text = isinstance(what, str) or hasattr(what, "plain")
     out.print(
         what, style=style, highlight=False if text else None, soft_wrap=text and not out.is_terminal
@@ -70,6 +77,32 @@ def printing(written: object = None) -> Iterator[None]:
         if written is None:
             raise click.ClickException(cannot_print(error)) from None
         note(f"fastprune: {cannot_print(error)}; the result goes to {written}")
+
+
+def written_somewhere(path: Path, write: Callable[[Path], None]) -> tuple[Path | None, str]:
+    """Write a finished result, by write(path), or beside it where that fails.
+
+    Places are tried in turn: the path, its folder's parent, the working folder, the folder for
+    temporary files. Returns the file (None where none could be written), and a line for the user
+    where it is not the path, else "".
+    """
+    why = ""
+    for folder in (path.parent, path.parent.parent, Path.cwd(), Path(tempfile.gettempdir())):
+        place = (
+            folder / path.name if not why else folder / f"{path.stem}-{os.getpid()}{path.suffix}"
+        )
+        try:
+            write(place)
+        except (OSError, InputError) as error:
+            reason = getattr(error, "strerror", None) or error
+            why = why or (
+                str(error)
+                if isinstance(error, InputError)
+                else f"{path}: cannot be written ({reason})"
+            )
+        else:
+            return place, why and f"{why}; the result is in {place}"
+    return None, f"{why}; the result is printed only"
 
 
 def cannot_print(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, brief, shown
+from ..validate import tokenizing
 from .encode import Encoder
 from .ids import Row
 from .tokens import common_prefix
@@ -55,11 +56,12 @@ class ChatEncoder:
         else:
             messages, completion = _conversation(value, place)
             whole = self._render([*messages, *completion], place)
-            ids = self._encoder.raw(whole)
             start = 1
-            if self._loss_on == "completion":
-                before = self._prompt(messages, whole, place)
-                start = common_prefix([self._encoder.raw(before), ids]) if before else 0
+            with tokenizing(place):
+                ids = self._encoder.raw(whole)
+                if self._loss_on == "completion":
+                    before = self._prompt(messages, whole, place)
+                    start = common_prefix([self._encoder.raw(before), ids]) if before else 0
         start = 1 if self._loss_on == "all" else max(start, 1)
         if start >= len(ids):
             raise InputError(f"{place}: the completion adds no token of its own")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, shown
-from ..validate import check_callable
+from ..validate import check_callable, tokenizing
 
 NO_IDS = np.zeros(0, dtype=np.int64)
 
@@ -31,9 +31,11 @@ class Encoder:
             tokenizer, "eos_token", None
         )
 
-    def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, with the tokens that begin one and without those that end one."""
-        encoded = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)
+    def documents(self, texts: Sequence[str], name: str) -> list[np.ndarray]:
+        """The ids of each text, with the tokens that begin one and without those that end one;
+        `name`: of the data, for errors."""
+        with tokenizing(name):
+            encoded = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)
         return [self._without_end(ids) for ids in encoded["input_ids"]]
 
     def pair(self, prompt: str, choice: str, place: str) -> tuple[np.ndarray, int]:
@@ -56,7 +58,8 @@ class Encoder:
         """
         stripped = prompt.rstrip()
         choice = prompt[len(stripped) :] + choice
-        whole, start = self._text(stripped + choice), len(self._text(stripped))
+        with tokenizing(place):
+            whole, start = self._text(stripped + choice), len(self._text(stripped))
         if start == 0:
             raise InputError(
                 f"{place}: the prompt is empty and the tokenizer adds no token before the choice"
@@ -105,10 +108,11 @@ def _added(tokenizer: Any, example: str) -> tuple[np.ndarray, np.ndarray]:
     if not hasattr(tokenizer, "all_special_ids"):  # a function, which adds no such tokens
         return NO_IDS, NO_IDS
     example = example.strip()[:100]
-    plain, whole = (
-        np.asarray(tokenizer(example, add_special_tokens=special, verbose=False)["input_ids"])
-        for special in (False, True)
-    )
+    with tokenizing("tokenizer"):
+        plain, whole = (
+            np.asarray(tokenizer(example, add_special_tokens=special, verbose=False)["input_ids"])
+            for special in (False, True)
+        )
     for first in range(len(whole) - len(plain) + 1):
         last = first + len(plain)
         if np.array_equal(whole[first:last], plain):

@@ -21,7 +21,7 @@ from .encode import Encoder, check_tokenizer
 from .ids import IGNORED_LABEL, to_rows
 from .ids import Row as IdRow
 from .questions import read_question
-from .readers import Row, Source, open_rows, read_ids, suffix_of
+from .readers import Row, Source, open_rows, read_ids
 from .tokens import Tasks, TokenBatch
 
 MOST_COUNT = 2**63 - 1
@@ -87,7 +87,7 @@ def load_text(
     if bos is not None:
         check_kind("bos", bos, bool, "True, False or None")
     check_one_of("loss_on", loss_on, LOSS_ON)
-    if isinstance(data, (str, os.PathLike)) and suffix_of(Path(data)) in ID_FILES:
+    if isinstance(data, (str, os.PathLike)) and Path(data).suffix in ID_FILES:
         return _from_id_file(Path(data), num_samples, seq_len, seed)
     if _holds_ids(data):
         batch = _from_rows("token ids", to_rows(data), num_samples, seq_len, seed)
@@ -228,7 +228,7 @@ def _from_texts(
     seq_len = seq_len or SEQ_LEN
     encoder = Encoder(tokenizer, next(text for text in texts if text.strip()))
     begin = encoder.window_begin(bos)
-    documents = encoder.documents(texts)
+    documents = encoder.documents(texts, name)
     stream = np.concatenate(documents)
     if len(begin):
         begins = _places(documents, begin)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import InputError, brief, shown
 from ..io import parse_json, parse_jsonl, read_npy
-from ..validate import require
+from ..validate import check_path, require
 
 HUB_ROWS = 10_000  # documents that are read of a hub data set, from its beginning
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^/:]*){0,2}")
@@ -91,7 +91,7 @@ def is_data(name: str) -> bool:
     return path.is_file()
 
 
-def suffix_of(path: Path) -> str:
+def _suffix_of(path: Path) -> str:
     """The suffix that names a file's format: of a.jsonl.gz it is .jsonl."""
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
@@ -123,6 +123,10 @@ def _open_path(data: str | os.PathLike, what: str, formats: Sequence[str]) -> So
     name = os.fspath(data)
     if not isinstance(name, str):
         raise InputError(f"data must be the path of a file as text, not {shown(name)}")
+    try:
+        check_path(name)
+    except InputError as error:
+        raise InputError(f"{error}; texts are given as a list of strings") from None
     path, split = _split_of(name)
     if not is_data(name):
         hint = "; the folder was not written by datasets' save_to_disk" if path.is_dir() else ""
@@ -131,7 +135,7 @@ def _open_path(data: str | os.PathLike, what: str, formats: Sequence[str]) -> So
         return Source(name, _read_hub(name))
     if path.is_dir():
         return Source(name, _read_saved(path, split))
-    suffix = suffix_of(path)
+    suffix = _suffix_of(path)
     if suffix not in formats or suffix not in READERS:
         raise InputError(
             f"{path}: {what} data is read from {', '.join(formats[:-1])} and {formats[-1]} files, "

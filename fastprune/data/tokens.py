@@ -30,8 +30,6 @@ class TokenBatch:
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per
     choice).
-    raced: whether a race may look at some rows before the others; chunks are then cut along its
-    looks.
     source: the file or data set that the rows came from and the column that was read, for people.
 
     >>> import fastprune as fp
@@ -47,7 +45,6 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
-    raced: bool = True
     source = ""  # where the data came from, in words; no field, because equal data is equal
 
     @classmethod
@@ -232,8 +229,6 @@ class TokenBatch:
         """SHA-256 of every array: equal for equal calibration data, whatever file it came from."""
         digest = hashlib.sha256()
         for item in fields(self):
-            if item.name == "raced":
-                continue
             array = np.ascontiguousarray(getattr(self, item.name), dtype="<i8")
             digest.update(f"{item.name}{array.shape}".encode())
             digest.update(array.tobytes())

@@ -153,7 +153,11 @@ class TieredStates:
         if tier != "disk":
             free = available_bytes(self._device if tier == "device" else torch.device("cpu"))
         elif self._folder is not None:
-            free = shutil.disk_usage(self._folder).free
+            try:
+                free = shutil.disk_usage(self._folder).free
+            except OSError as error:  # the folder was removed
+                self._give_up_disk(error)
+                return 0
         else:
             return 0
         return (free + self.bytes[tier]) // (SHARE * sharers)
@@ -170,9 +174,7 @@ class TieredStates:
             try:
                 tier.put(key, state)
             except OSError as error:
-                message = f"{self._folder}: no more states are kept there: {error}"
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
-                self._folder = None
+                self._give_up_disk(error)
                 continue
             self._places[key] = _Place(name, state.nbytes)
             self.bytes[name] += state.nbytes
@@ -188,6 +190,11 @@ class TieredStates:
         place = self._places.pop(key)
         self._tiers[place.tier].drop(key)
         self.bytes[place.tier] -= place.size
+
+    def _give_up_disk(self, error: OSError) -> None:
+        message = f"{self._folder}: no more states are kept there: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        self._folder = None
 
     def tier_of(self, key: Key) -> str | None:
         """The name of the tier that holds a state; None if none does."""

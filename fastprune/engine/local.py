@@ -58,8 +58,11 @@ def open_for(
     granularity: str,
     memory_bytes: int | None,
     layout: Layout | None,
+    races: bool = True,
 ) -> Opened:
     """Open a model's runner for a calibration set, and cut the set where no layout is given.
+
+    races: whether chunks are cut along the looks of a race.
 
     Raises InputError for rows or units that the model cannot run, and for memory_bytes that a row
     does not fit into.
@@ -67,7 +70,8 @@ def open_for(
     batch.check_fits(model.vocab_size, model.max_positions)
     runner = open_runner(model, backend, granularity)
     _check_rows(model, batch)
-    limit = MemoryLimit(memory_bytes, model, runner, batch, MEASURES[measure_name], granularity)
+    measure = MEASURES[measure_name]
+    limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity, races)
     return Opened(runner, limit, limit.layout() if layout is None else limit.check(layout))
 
 

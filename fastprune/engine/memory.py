@@ -51,7 +51,8 @@ class MemoryLimit:
     model's final states where the measure compares with them.
 
     limit: bytes; None for a default by the kind of device. most_sums: of how many masks the sums
-    fit at once. footprint: measured on the model, for the last tile.
+    fit at once. footprint: measured on the model, for the last tile. races: whether chunks are cut
+    along the looks of a race.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class MemoryLimit:
         batch: TokenBatch,
         measure: Measure,
         granularity: str,
+        races: bool = True,
     ):
+        self._races = races
         self._model, self._runner, self._batch = model, runner, batch
         self._measure, self._granularity = measure, granularity
         self._kind = "cuda" if model.device.type == "cuda" else "cpu"
@@ -92,7 +95,8 @@ class MemoryLimit:
             room = self.limit - self.limit // SUMS_SHARE - self._dense_bytes()
             tokens = self.footprint.tokens_within(room, self._slots)
             if tokens:
-                return make_layout(self._batch, min(_chunk_tokens(self._model), tokens), size)
+                tokens = min(_chunk_tokens(self._model), tokens)
+                return make_layout(self._batch, tokens, size, self._races)
         raise self._too_small("one row of the batch", self.footprint.longest_row)
 
     def check(self, layout: Layout) -> Layout:
@@ -114,7 +118,7 @@ class MemoryLimit:
             len(rows) * int(lengths[list(rows)].max()) for rows in layout.chunks if len(rows) > 1
         ]
         if divisible:
-            return make_layout(self._batch, max(divisible) // 2, layout.tile)
+            return make_layout(self._batch, max(divisible) // 2, layout.tile, self._races)
         if layout.tile > LEAST_TILE:
             return make_layout(self._batch, 1, max(LEAST_TILE, layout.tile // 16 * 8))
         return None

@@ -3,6 +3,7 @@ their bits."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -12,12 +13,13 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError
+from ..validate import refuse_special
 
 APPLICATION, VERSION = 0x46505255, 2  # PRAGMA application_id and user_version of a store
 _SCHEMA = """
@@ -59,6 +61,10 @@ class SumStore:
             raise InputError("a store is a file, not ':memory:'; leave it out to keep nothing")
         if not self.path.parent.is_dir():
             raise InputError(f"{self.path}: the folder of the store does not exist")
+        if self.path.exists() and not self.path.is_file():
+            raise InputError(f"{self.path}: is not a file; name a file for the store")
+        # SQLite opens these beside its file, and would wait for a FIFO
+        refuse_special(Path(f"{path}{suffix}") for suffix in ("-wal", "-shm", "-journal"))
         self._turn = threading.RLock()
         self._failed = False
         self._keys: dict[int, bytes] = {}  # of contexts, by their number
@@ -76,7 +82,7 @@ class SumStore:
             names = {
                 name
                 for (name,) in self._db.execute(
-                    "SELECT name FROM sqlite_master WHERE type = 'table'"
+                    "SELECT name FROM sqlite_master WHERE type = 'table' LIMIT 10"
                 )
             }
             if application != APPLICATION and names != {"contexts", "scores"}:
@@ -87,10 +93,7 @@ class SumStore:
                 raise InputError(
                     f"{self.path}: a store of another version of fastprune; name another file"
                 )
-            columns = [
-                row[1] for row in self._db.execute("SELECT * FROM pragma_table_info('sums')")
-            ]
-            if columns != ["context", "chunk", "units", "sums", "checksum"]:
+            if _objects(self._db) != _expected_objects():
                 raise InputError(
                     f"{self.path}: a damaged store, its tables are not those of a store"
                 )
@@ -102,7 +105,10 @@ class SumStore:
         )  # another process sees all or nothing
 
     def context(self, determined_by: Mapping[str, object]) -> int:
-        """The number of a context in this file, noted readably when it is new."""
+        """The number of a context in this file, noted readably when it is new; -1 once the store
+        has been given up."""
+        if self._failed:
+            return -1
         text = json.dumps(determined_by, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         with self._turn:
@@ -235,6 +241,19 @@ class SumStore:
             warnings.warn(
                 f"{self.path}: going on without the store: {error}", RuntimeWarning, stacklevel=4
             )
+
+
+def _objects(database: sqlite3.Connection) -> set[tuple]:
+    """Tables, indexes, views and triggers, with their definitions; not all where there are many."""
+    return set(database.execute("SELECT type, name, sql FROM sqlite_master LIMIT 10").fetchall())
+
+
+@functools.cache
+def _expected_objects() -> set[tuple]:
+    """Those of a store: a view or a trigger would run its author's statements."""
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(_SCHEMA)
+        return _objects(database)
 
 
 def units_key(sequence: Iterable[int]) -> bytes:

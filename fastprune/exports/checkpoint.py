@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..errors import InputError, shown
 from ..masks import check_removed, check_sequences
-from ..objectives import format_size
+from ..objectives import Objective, format_size, no_judge, objective_class
 from ..validate import check_folder
 from . import recipes
 
@@ -31,6 +33,7 @@ def export(
     *,
     base_model: str | None = None,
     losses: Mapping[str, tuple[float, float]] | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the model without these blocks as a safetensors checkpoint and return its folder.
 
@@ -40,11 +43,12 @@ def export(
     a hub as it is: README.md is its model card, and `recipes/` says the same for mergekit,
     llama.cpp, EvoPress and LLM-Drop (see `fastprune.exports.recipes`).
 
-    model: a Model, a transformers model, or an Evaluator of blocks, whose losses then stand in the
-    card.
+    model: a Model, a transformers model, or an Evaluator of blocks, whose metric is then in the
+    card, with standard errors.
     base_model: the hub id of the base model, for card and recipes; by default the name that it was
-    opened by, of a folder its last part. losses: (before, after) by objective, for the card; what
-    they were measured on may follow the objective's name behind a comma. Raises InputError for an
+    opened by, of a folder its last part. losses: (before, after) by objective, for the card, which
+    has them under the objective's metric; what they were measured on may follow the objective's
+    name behind a comma. notes: sentences for the card, below them. Raises InputError for an
     index out of range or given twice, a folder that is not empty, a base_model that is no hub id,
     and for a family whose blocks cannot be renumbered.
 
@@ -62,7 +66,7 @@ def export(
     if not sequence:
         raise InputError("removing every block leaves nothing to export")
     return _export(
-        model, evaluator, sequence, out_dir, f"without blocks {removed}", base_model, losses
+        model, evaluator, sequence, out_dir, f"without blocks {removed}", base_model, losses, notes
     )
 
 
@@ -149,15 +153,26 @@ def _export(
     what: str,
     base_model: str | None,
     given: Mapping[str, tuple[float, float]] | None,
+    notes: Sequence[str] = (),
 ) -> Path:
     from ..models.surgery import ordered
 
     out, base = check_target(out_dir), _base_name(check_base_model(base_model) or model.name)
-    losses = _check_losses(given)
+    results = [_result(name, pair) for name, pair in _check_losses(given).items()]
+    notes = list(notes)
     if evaluator is not None:
-        objective = evaluator.objective
-        name = f"{objective.name}, {format_size(objective.num_samples, objective.batch.num_tokens)}"
-        losses[name] = (evaluator.dense_loss, float(evaluator.score_sequences([sequence])[0]))
+        objective, (before, after) = evaluator.objective, _measure(evaluator, sequence)
+        data = format_size(objective.num_samples, objective.batch.num_tokens)
+        dense_loss, error = before
+        results.append(
+            (
+                f"{objective.header()}, {data}",
+                objective.format(dense_loss, error, named=False),
+                objective.format(*after, named=False),
+            )
+        )
+        if note := no_judge(objective.describe(), dense_loss):
+            notes.append(note)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
@@ -166,7 +181,7 @@ def _export(
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(partial)
             _check_written(model, sequence, what, partial)
-        _describe(model, sequence, base, losses, partial)
+        _describe(model, sequence, base, results, notes, partial)
         for file in partial.rglob(
             "*"
         ):  # safetensors makes its files private; the folder has what the umask leaves
@@ -184,17 +199,45 @@ def _describe(
     model: Model,
     sequence: Sequence[int],
     base: str,
-    losses: Mapping[str, tuple[float, float]],
+    results: Sequence[tuple[str, str, str]],
+    notes: Sequence[str],
     folder: Path,
 ) -> None:
     """Write the model card, and what other tools need to make the same of the base model."""
     warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
-    card = recipes.model_card(base, sequence, model.num_blocks, losses, warning)
+    card = recipes.model_card(base, sequence, model.num_blocks, results, notes, warning)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "recipes").mkdir()
     dtype = str(model.dtype).removeprefix("torch.")
     for name, text in recipes.all_recipes(base, sequence, model.num_blocks, dtype, warning).items():
         (folder / "recipes" / name).write_text(text, encoding="utf-8")
+
+
+Measured = tuple[float, float | None]  # a loss, and its standard error where it is known
+
+
+def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, Measured]:
+    """The losses of the whole model and of these blocks; of blocks that ascend with errors."""
+    if not recipes.is_mask(sequence):
+        return (evaluator.dense_loss, None), (float(evaluator.score_sequences([sequence])[0]), None)
+    masks = np.ones((2, evaluator.num_units), dtype=bool)
+    masks[1] = np.isin(np.arange(evaluator.num_units), sequence)
+    sample_losses = evaluator.score_samples(masks)
+    losses = evaluator.objective.mean(sample_losses).tolist()
+    before, after = zip(losses, evaluator.objective.standard_error(sample_losses).tolist())
+    return before, after
+
+
+def _result(name: str, losses: tuple[float, float]) -> tuple[str, str, str]:
+    """A row of the card: metric, direction and data, before and after.
+
+    name: of the objective; what it was measured on may follow behind a comma.
+    """
+    name, comma, data = name.partition(",")
+    objective = objective_class(name)
+    what = objective.header() if objective is not Objective else f"{name} loss (lower is better)"
+    before, after = (objective.format(loss, named=False) for loss in losses)
+    return what + comma + data, before, after
 
 
 def _base_name(name: str) -> str:

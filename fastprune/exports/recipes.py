@@ -11,8 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..objectives import OBJECTIVES
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HEALING = """\
 from peft import LoraConfig, get_peft_model
@@ -103,11 +101,14 @@ def model_card(
     base: str,
     sequence: Sequence[int],
     num_blocks: int,
-    losses: Mapping[str, tuple[float, float]],
+    results: Sequence[tuple[str, str, str]],
+    notes: Sequence[str],
     warning: str | None,
 ) -> str:
-    """README.md of a hub repository: base model, what was done, losses (before, after) by
-    objective, how to heal.
+    """README.md of a hub repository: base model, what was done, results, how to heal.
+
+    results: of each objective its metric with direction and data, and its value before and after.
+    notes: sentences on these.
 
     Format: the model cards of the Hugging Face hub, YAML metadata between `---` lines, then
     Markdown.
@@ -134,11 +135,12 @@ def model_card(
             f"The blocks of {base}, counted from 0, in this order: {', '.join(map(str, sequence))}."
         ]
     lines += ["Nothing was trained: every weight is the base model's.", ""]
-    if losses:
-        lines += ["| objective | before | after |", "|---|---|---|"]
-        for name, pair in losses.items():
-            lines.append(f"| {name} | {_shown(name, pair[0])} | {_shown(name, pair[1])} |")
+    if results:
+        lines += ["| metric | before | after |", "|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in results]
         lines.append("")
+    for note in notes:
+        lines += [f"{note}.", ""]
     lines += [
         "## Healing",
         "",
@@ -172,10 +174,3 @@ def all_recipes(
         recipes["evopress.txt"] = evopress(removed, num_blocks)
         recipes["llm-drop.json"] = llm_drop(removed)
     return recipes
-
-
-def _shown(name: str, loss: float) -> str:
-    objective = OBJECTIVES.get(name.partition(",")[0])  # after the comma: its calibration set
-    if objective is None or not objective.reading:
-        return f"{loss:.4f}"
-    return f"{loss:.4f} ({objective.reading} {objective.read(loss)})"

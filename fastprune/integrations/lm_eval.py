@@ -8,7 +8,6 @@ with shared prefixes.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 import inspect
 import json
@@ -32,7 +31,7 @@ from ..masks import as_masks, from_removed, parse_removed, to_removed
 from ..models import Model, load_model, masked, open_runner
 from ..models.verify import agree, probe_ids
 from ..objectives import Objective
-from ..validate import check_one_of
+from ..validate import check_one_of, refuse_special
 from ..workers.processes import Processes, Workers, check_workers
 from . import require_harness
 
@@ -284,9 +283,7 @@ class MaskedLM(HFLM):
         """Log-likelihoods float64[N, C] and greedy flags bool[N, C], continuations in the order of
         the rows."""
         batch = TokenBatch.from_predictions([[pairs[number] for number in row] for row in rows])
-        evaluator = Evaluator(
-            self.opened, _Sums(dataclasses.replace(batch, raced=False)), **self._running
-        )
+        evaluator = Evaluator(self.opened, _Sums(batch), **self._running)
         nll, misses = np.moveaxis(evaluator.sums(self.masks), 1, 0)
         return -nll, misses == 0
 
@@ -358,6 +355,7 @@ class _Sums(Objective):
 
     name = "requests"
     measure = "greedy"
+    races = False
 
     def __init__(self, batch: TokenBatch):
         self.batch, self.sample = batch, np.arange(batch.num_continuations)
@@ -437,6 +435,8 @@ def find_tasks(
         )
     if include_path is not None and not Path(include_path).is_dir():
         raise InputError(f"{include_path}: no such folder of tasks")
+    if include_path is not None:  # the harness opens every one of them
+        refuse_special(Path(include_path).rglob("*.y*ml"))
     if (
         manager is None and include_path is not None
     ):  # the harness's own many are looked through only if need be

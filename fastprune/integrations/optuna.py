@@ -3,7 +3,7 @@ prefixes.
 
 A study asks for one trial after the other and scores each before it asks for the next, so that
 nothing is shared. Here a batch of trials is asked for, scored in one call, and told; a race may
-prune what is beaten beyond doubt.
+prune clearly worse trials.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def optimize(
     `suggest_removed`; or give suggest(trial) -> removed units, with any parameters. A subset that
     an earlier batch has scored is told without being run again; a loss that is not finite makes its
     trial FAIL.
-    racing: a confidence such as 0.99 makes each batch a race (`Evaluator.select`): the `keep` best
+    racing: a confidence such as 0.99 makes each batch a race (`Evaluator.race`): the `keep` best
     of it are told their exact losses, the others are told as PRUNED, which takes the place of
     optuna's pruners.
     protect: units that stay, or the name of a preset, as in `run_search`; with suggest they must be
@@ -108,8 +108,8 @@ def _run_batch(
         if racing is None:
             known.update(zip(new, evaluator.score(masks).tolist()))
         else:
-            race = evaluator.select(masks, min(keep, len(new)), racing)
-            known.update((new[i], loss) for i, loss in zip(race.indices, race.losses.tolist()))
+            result = evaluator.race(masks, min(keep, len(new)), racing)
+            known.update((new[i], loss) for i, loss in zip(result.indices, result.losses.tolist()))
     for subset in subsets:
         loss, trial = known.get(subset), open_trials.pop(0)
         if loss is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from ..errors import InputError, brief, shown
-from ..io import parse_json
+from ..io import parse_json, read_bytes
+from ..validate import refuse_special
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 # bits of one number of each dtype of the safetensors format, and those of them that weights are
 # scored in
@@ -48,7 +50,15 @@ DTYPES |= {"BOOL": torch.bool}
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 WIDTHS: tuple[str, ...] = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
 WIDTHS += ("num_key_value_heads", "num_experts", "num_local_experts", "moe_intermediate_size")
-WIDTHS += ("d_model", "n_embd", "n_inner", "n_head", "n_positions")
+WIDTHS += ("d_model", "n_embd", "n_inner", "n_head")
+MOST_POSITIONS = 1 << 15  # of families whose tables are computed, where the weights hold fewer rows
+MOST_CHUNK = 1 << 13  # of a state space model, which makes matrices of [chunk, chunk]
+MOST_LABELS = 1 << 14  # transformers makes a list of their names, for models without labels too
+MOST_DIMS = 64  # of a tensor; torch takes no more
+POSITION_TABLE = re.compile(r"wpe\.|embed_positions|position_embeddings")
+# integers that no size in memory follows, and the largest of all others that any weights may have
+FREE_KEYS = re.compile(r"token|_id$|_ids$|_index$|max_|seq_len|length|window|seed|version|scale")
+LARGEST = 1 << 20
 
 
 def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -59,12 +69,19 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, so it is not a model folder")
+    # transformers and the tokenizers library open any of them
+    refuse_special(
+        path
+        for place in (folder, folder / "additional_chat_templates")
+        if place.is_dir()
+        for path in sorted(place.iterdir())
+    )
     config = _read_config(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder}: holds an adapter (adapter_config.json); merge it into the weights first"
         )
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     tensors = {}
     if (folder / "model.safetensors").is_file():  # transformers, too, looks for it first
         tensors = check_shard(folder / "model.safetensors")
@@ -103,12 +120,19 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
     A layer has a tensor of its own, a token its row of one, and no width is beyond all numbers
     there are.
     """
-    longest = max((max(shape, default=0) for _, shape in tensors.values()), default=0)
-    total = sum(math.prod(shape) for _, shape in tensors.values())
-    limits: list[tuple[str, float, str]] = [(key, len(tensors), "tensors") for key in DEPTHS]
+    # a tensor without numbers may have any dimension at no price in bytes
+    filled = [shape for _, shape in tensors.values() if math.prod(shape)]
+    longest = max((max(shape, default=0) for shape in filled), default=0)
+    total = sum(math.prod(shape) for shape in filled)
+    limits: list[tuple[str, float, str]] = [(key, len(filled), "tensors") for key in DEPTHS]
     limits += [("vocab_size", longest, "rows in the largest of them")]
     limits += [(key, total, "numbers") for key in WIDTHS]
-    limits += [("max_position_embeddings", math.inf, "")]
+    limits += [("rotary_dim", longest, "rows in the largest of them")]
+    limits += [("n_positions", max(longest, MOST_POSITIONS), "positions")]
+    limits += [("chunk_size", MOST_CHUNK, "positions")]
+    learned = any(POSITION_TABLE.search(name) for name in tensors)
+    limits += [("max_position_embeddings", longest if learned else math.inf, "positions")]
+    _check_other_numbers(config, {key for key, _, _ in limits}, len(filled), total, path)
     for part in (config, config.get("text_config")):
         for key, limit, of_what in limits:
             value = part.get(key) if isinstance(part, dict) else None
@@ -125,6 +149,41 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
                 raise InputError(
                     f"{path}: {key} is {shown(value)}, but the weights hold only {limit} {of_what}"
                 )
+
+
+def _check_other_numbers(
+    config: dict, known: set[str], num_tensors: int, total: int, path: Path
+) -> None:
+    """Refuse integers, at any depth of a config, beyond what weights of `total` numbers can bear
+    out: transformers makes tables, lists and modules of such lengths."""
+    checked = [config, config.get("text_config")]
+    for part in _parts(config):
+        for key, value in part.items():
+            bounded = key == "num_labels" or (key in known and any(part is one for one in checked))
+            if type(value) is not int or bounded or FREE_KEYS.search(key):
+                continue
+            most = num_tensors if "layers" in key else max(LARGEST, total)
+            if value > most:
+                raise InputError(
+                    f"{path}: {brief(key, 40)} is {shown(value)}; for weights of {total} numbers "
+                    f"in {num_tensors} tensors it may be at most {most}"
+                )
+        labels = part.get("num_labels")
+        if labels is not None and (type(labels) is not int or not 0 <= labels <= MOST_LABELS):
+            raise InputError(
+                f"{path}: num_labels must be an integer from 0 to {MOST_LABELS}, not "
+                f"{shown(labels)}"
+            )
+
+
+def _parts(config: dict) -> Iterator[dict]:
+    """The config, and all configs in it: transformers makes an object of each."""
+    waiting: list[object] = [config]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting += part.values()
 
 
 def wrong_dtype(place: str | Path, tensor: str, dtype: str) -> InputError:
@@ -151,9 +210,19 @@ def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
     )
 
 
+def names_other_attention(folder: Path) -> bool:
+    """Whether a config asks for attention that is neither sdpa nor eager: such kernels take no
+    masks of ours, and some are fetched from the hub."""
+    names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+    said = (
+        part.get(name) for part in _parts(_read_config(folder / "config.json")) for name in names
+    )
+    return any(name not in (None, "sdpa", "eager") for name in said)
+
+
 def _read_config(path: Path) -> dict:
     config = parse_json(
-        path.read_bytes(), str(path), finite=False
+        read_bytes(path, LONGEST_HEADER), str(path), finite=False
     )  # some families write an infinite limit
     if not isinstance(config, dict):
         raise InputError(f"{path}: a model's config is a JSON object, not {type(config).__name__}")
@@ -173,7 +242,7 @@ def _read_config(path: Path) -> dict:
 def _read_index(path: Path) -> dict[str, set[str]]:
     """The tensors that each shard of an index is to hold. Shards are safetensors files below the
     index's folder."""
-    index = parse_json(path.read_bytes(), f"{path}: not a readable shard index")
+    index = parse_json(read_bytes(path, LONGEST_HEADER), f"{path}: not a readable shard index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: not a readable shard index (it has no weight_map)")
@@ -194,6 +263,13 @@ def _read_index(path: Path) -> dict[str, set[str]]:
             )
         shards.setdefault(shard, set()).add(tensor)
     return dict(sorted(shards.items()))
+
+
+def listed_shards(folder: Path) -> list[str]:
+    """The shards that a folder's index names; none where one file holds all weights."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
+        return []
+    return list(_read_index(folder / INDEX))
 
 
 def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -218,6 +294,10 @@ def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ):
             raise InputError(
                 f"{place}: its shape and its two data_offsets must be integers of at least 0"
+            )
+        if len(entry["shape"]) > MOST_DIMS:
+            raise InputError(
+                f"{place}: its shape has {len(entry['shape'])} dimensions, at most {MOST_DIMS} fit"
             )
         begin, end = entry["data_offsets"]
         if 8 * (end - begin) != math.prod(entry["shape"]) * BITS[entry["dtype"]]:
@@ -280,7 +360,7 @@ def locate(folder: Path) -> dict[str, Stored]:
     """Where every tensor of a model folder lies, which `check_checkpoint` has passed."""
     paths, found = [folder / "model.safetensors"], {}
     if not paths[0].is_file():
-        paths = [folder / shard for shard in _read_index(folder / "model.safetensors.index.json")]
+        paths = [folder / shard for shard in _read_index(folder / INDEX)]
     for path in paths:
         start, header = _read_header(path)
         for key, entry in header.items():

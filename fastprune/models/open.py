@@ -3,10 +3,14 @@ checked before it is read."""
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import re
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,14 +18,23 @@ import torch
 from torch import nn
 
 from ..errors import InputError, brief, shown
-from ..validate import check_bytes, is_number
+from ..validate import check_bytes, is_number, tokenizing
 from .device import available_bytes
-from .files import FLOATS, check_checkpoint, locate, stored_dtype, wrong_dtype
+from .files import (
+    FLOATS,
+    check_checkpoint,
+    listed_shards,
+    locate,
+    names_other_attention,
+    stored_dtype,
+    wrong_dtype,
+)
 from .fused import FusedRunner, prefers_fused
 from .generic import GenericRunner
 from .model import Model, layer_paths
 from .offload.placement import blocks_left_out, resident_bytes, to_device
 from .precision import has_instructions, widen
+from .unwrap import unwrap
 from .verify import prove_fused, verified
 
 LONGEST_MESSAGE = 400
@@ -38,7 +51,6 @@ HUB_FILES = [
     "*.tiktoken",
     "*.jinja",
     "model.safetensors",
-    "model-*.safetensors",
 ]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -92,7 +104,7 @@ def load_model(
             raise InputError(
                 "tokenizer belongs to a model that is opened; this one is open, with its own"
             )
-        model = source if isinstance(source, Model) else Model(source, tokenizer)
+        model = source if isinstance(source, Model) else Model(unwrap(source), tokenizer)
         verified(model)
         return model
     try:
@@ -244,9 +256,14 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
     """The folder that holds a hub repository's files, fetched where they are not there yet."""
     from huggingface_hub import snapshot_download
 
-    patterns = [*HUB_FILES, "model.safetensors.index.json", *["*.py"] * trust_remote_code]
+    patterns = [*HUB_FILES, *["*.py"] * trust_remote_code]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        if shards := listed_shards(folder):
+            snapshot_download(name, allow_patterns=[glob.escape(shard) for shard in shards])
+        return folder
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{name}: no such model folder, and the hub did not give it: {_first_line(error)}"
@@ -256,17 +273,32 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
 def _from_pretrained(
     folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict
 ) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+    def load(**attention: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **attention,
         )
+
+    try:
+        if names_other_attention(folder):
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            try:
+                found = load(config=config, attn_implementation="sdpa")
+            except ValueError as error:
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                found = load(config=config, attn_implementation="eager")  # it has no sdpa
+        else:
+            found = load()
     except Exception as error:  # of whatever kind: what is in the folder brought it about
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise InputError(
@@ -309,16 +341,18 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     """The checkpoint's tokenizer, or None where it has none (token ids can still be scored)."""
     from transformers import AutoTokenizer
 
+    file = folder / "tokenizer.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with tokenizing(file), _quiet_panics():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except InputError:
+        raise
     except Exception as error:  # the tokenizers library raises no narrower class
-        if (folder / "tokenizer.json").is_file():
+        if file.is_file():
             why = _first_line(error)
-            raise InputError(
-                f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer: {why}"
-            ) from error
+            raise InputError(f"{file}: cannot be read as a tokenizer: {why}") from error
         return None
     longest = getattr(tokenizer, "model_max_length", 0)
     if not is_number(longest):
@@ -327,6 +361,26 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             f"{shown(longest)}"
         )
     return tokenizer
+
+
+@contextmanager
+def _quiet_panics() -> Iterator[None]:
+    """Hold back what is written to this process's stderr, and drop it where an exception comes: a
+    panic of the tokenizers library prints lines of its own there, which its exception repeats."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+            held.seek(0)
+            os.write(stderr, held.read())
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:

@@ -8,7 +8,6 @@ Integers only.
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import asdict, dataclass
 
@@ -16,12 +15,8 @@ import numpy as np
 
 from ..data import TokenBatch
 from ..errors import InputError, shown
+from .racing import look_of, look_rows
 
-FIRST_LOOK = (
-    8,
-    16,
-)  # rows of the first look at least: as few from 8 to 16 as hold LOOK_TOKENS; and one in 16 of all
-LOOK_TOKENS = 1024  # a matrix product of so many rows runs at speed on a CPU
 RUN_TOKENS = (
     32  # what each run of a chunk costs beside its tokens, in tokens: reading the weights above all
 )
@@ -57,6 +52,15 @@ class Layout:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(f"not a layout as Layout.to_json writes it: {shown(text)}") from None
 
+    def looks(self, batch: TokenBatch) -> np.ndarray:
+        """The number of each row's look in a race, int64[R]: every chunk runs in one look.
+
+        `racing.look_of`; 0 for all rows where a chunk would need two looks.
+        """
+        looks = look_of(batch)
+        whole = all((looks[list(chunk)] == looks[chunk[0]]).all() for chunk in self.chunks)
+        return looks if whole else np.zeros_like(looks)
+
     def check(self, batch: TokenBatch) -> None:
         """Raise InputError unless this is a layout of the batch."""
         if self.content_hash != batch.content_hash:
@@ -70,9 +74,6 @@ class Layout:
             raise InputError(
                 f"the layout's chunks must hold the rows 0 to {batch.num_rows - 1}, each once"
             )
-        look = look_of(batch)
-        if any(len(set(look[list(chunk)].tolist())) > 1 for chunk in self.chunks):
-            raise InputError("a chunk of the layout holds rows of two looks of a race")
         if any(len(set(batch.row_is_tree[list(chunk)].tolist())) > 1 for chunk in self.chunks):
             raise InputError("the layout's chunks must hold plain rows or trees, not both")
         if type(self.tile) is not int or self.tile < 1:
@@ -81,50 +82,18 @@ class Layout:
             )
 
 
-def make_layout(batch: TokenBatch, max_tokens: int, tile: int) -> Layout:
+def make_layout(batch: TokenBatch, max_tokens: int, tile: int, races: bool = True) -> Layout:
     """Chunks of at most max_tokens tokens each, padding included (but at least one row each).
 
-    No chunk crosses a look, or is larger than the first, so that a few samples cost about their
-    share. Within a look, rows are sorted by kind and length, and cut where padding and many small
-    chunks cost the least.
+    No chunk crosses a look of a race, or is larger than the first, so that a few samples cost about
+    their share. Within a look, rows are sorted by kind and length, and cut where padding and many
+    small chunks cost the least. races=False cuts all rows as one look, in fewer chunks.
     """
-    looks = look_rows(batch)
+    looks = look_rows(batch) if races else [np.arange(batch.num_rows)]
     groups = [
         group for rows in looks for group in _group_rows(batch, rows, max_tokens, len(looks[0]))
     ]
     return Layout(tuple(map(tuple, groups)), tile, batch.content_hash)
-
-
-def look_rows(batch: TokenBatch) -> list[np.ndarray]:
-    """The rows of each look of a race, in the order in which they are looked at.
-
-    Rows stand in a random order, the same for every set of so many. The first look is at a
-    sixteenth of them (but 8 rows, or up to 16 where rows are short, and at all of fewer than 32),
-    and each later one adds two fifths to what has been seen: on the demo model's triples this took
-    a tenth less work than doubling. The last adds a quarter or more. One look at all where there is
-    no race.
-    """
-    num_rows = batch.num_rows
-    if not batch.raced:
-        return [np.arange(num_rows)]
-    order = np.random.default_rng(num_rows).permutation(num_rows)
-    fewest, most = FIRST_LOOK
-    least = min(most, max(fewest, -(-LOOK_TOKENS * num_rows // batch.num_tokens)))
-    bound = max(least, -(-num_rows // 16))
-    bounds = [0]
-    while num_rows >= 2 * most and 5 * bound <= 4 * num_rows:
-        bounds.append(bound)
-        bound += 2 * bound // 5
-    bounds.append(num_rows)
-    return [np.sort(order[start:stop]) for start, stop in itertools.pairwise(bounds)]
-
-
-def look_of(batch: TokenBatch) -> np.ndarray:
-    """The number of each row's look, int64[R]."""
-    found = np.zeros(batch.num_rows, dtype=np.int64)
-    for number, rows in enumerate(look_rows(batch)):
-        found[rows] = number
-    return found
 
 
 def _group_rows(

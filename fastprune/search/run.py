@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,16 +17,20 @@ from .protect import protected_units
 from .registry import check_algorithm, check_racing
 
 if TYPE_CHECKING:
-    from ..plan.racing import Selection
+    from ..plan.racing import Race
 
 Removed = tuple[int, ...]
 
 
-class Named(Protocol):
-    """An objective, as results name it."""
+class Metric(Protocol):
+    """How the losses of an objective are read: a class of `fastprune.objectives`."""
 
     @property
     def name(self) -> str: ...
+
+    def format(self, loss: float, error: float | None = None, named: bool = True) -> str: ...
+
+    def record(self, loss: float, prefix: str = "") -> dict[str, float]: ...
 
 
 class RunCounts(Protocol):
@@ -51,7 +55,7 @@ class Scorer(Protocol):
     @property
     def granularity(self) -> str: ...
     @property
-    def objective(self) -> Named: ...
+    def objective(self) -> Metric: ...
     @property
     def stats(self) -> RunCounts: ...
     @property
@@ -60,9 +64,9 @@ class Scorer(Protocol):
     def sample_groups(self) -> list[np.ndarray]: ...
     def score(self, masks: np.ndarray) -> np.ndarray: ...
     def score_samples(self, masks: np.ndarray, samples: Any = None) -> np.ndarray: ...
-    def select(
+    def race(
         self, masks: np.ndarray, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
-    ) -> Selection: ...
+    ) -> Race: ...
     def similarity(self) -> np.ndarray: ...
     def angular_distance(self) -> np.ndarray: ...
     def unit_gradients(self) -> np.ndarray: ...
@@ -114,8 +118,8 @@ class Search:
     def select(self, subsets: Iterable[Removed], keep: int) -> list[Removed]:
         """The `keep` subsets of lowest loss, best first; ties go to the lowest indices.
 
-        With racing, subsets that are beaten beyond doubt leave early, and only those that are kept
-        have a loss that is remembered; it is exact all the same.
+        With racing, clearly worse subsets leave early, and only those kept have a loss that is
+        remembered, which is exact (`Evaluator.race`).
         """
         subsets = sorted({tuple(sorted(subset)) for subset in subsets})
         if (
@@ -125,10 +129,10 @@ class Search:
         ):
             order = self.score(subsets).argsort(kind="stable")[:keep]
             return [subsets[i] for i in order]
-        found = self.evaluator.select(from_removed(subsets, self.num_units), keep, self.racing)
-        kept = [subsets[i] for i in found.indices]
-        self.losses.update(zip(kept, found.losses.tolist()))
-        self.decided_early += found.decided_early
+        result = self.evaluator.race(from_removed(subsets, self.num_units), keep, self.racing)
+        kept = [subsets[i] for i in result.indices]
+        self.losses.update(zip(kept, result.losses.tolist()))
+        self.decided_early += result.decided_early
         return kept
 
     def score_samples(self, subsets: Sequence[Removed], samples: np.ndarray) -> np.ndarray:
@@ -166,12 +170,13 @@ class Search:
         return num_remove
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult:
     """The outcome of a search.
 
-    removed, mask (bool[U]), loss: the best subset. history: every (removed, loss) whose exact loss
-    is known, in order (not of what left a race, or was scored on a share of the samples).
+    removed, mask (bool[U]), loss: the best subset. metric: the objective's class, which reads
+    losses. history: every (removed, loss) whose exact loss is known, in order (not of what left a
+    race, or was scored on a share of the samples).
     evaluations: how many. unit_runs, naive_unit_runs: as in Stats, for this search alone.
     seconds: of the whole search.
     racing: the confidence of its races, None without. decided_early: subsets that left one before
@@ -190,9 +195,10 @@ class SearchResult:
     objective: str
     granularity: str
     removed: Removed
-    mask: np.ndarray = field(repr=False)
+    mask: np.ndarray
     loss: float
-    history: list[tuple[Removed, float]] = field(repr=False)
+    metric: Metric
+    history: list[tuple[Removed, float]]
     evaluations: int
     unit_runs: float
     naive_unit_runs: float
@@ -200,14 +206,22 @@ class SearchResult:
     racing: float | None = None
     decided_early: int = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"SearchResult({self.algorithm}: removed {self.removed}, "
+            f"{self.metric.format(self.loss)}, {self.evaluations} masks)"
+        )
+
     def to_dict(self) -> dict:
         """Plain values, as written to result.json."""
-        plain = {
-            name: value for name, value in vars(self).items() if name not in ("mask", "history")
-        }
-        history = [{"removed": list(removed), "loss": loss} for removed, loss in self.history]
+        hidden = ("mask", "history", "metric")
+        plain = {name: value for name, value in vars(self).items() if name not in hidden}
+        history = [
+            {"removed": list(removed), **self.metric.record(loss)} for removed, loss in self.history
+        ]
         return {
             **plain,
+            **self.metric.record(self.loss),
             "removed": list(self.removed),
             "num_units": len(self.mask),
             "history": history,
@@ -227,11 +241,11 @@ def run_search(
 
     algorithm: a name of known_algorithms(); options are its own. protect: units that must stay, or
     the name of a preset, "sleb" or "shortened-llama": what those methods never remove. racing: a
-    confidence such as 0.99 lets subsets that are beaten beyond doubt leave early
-    (Evaluator.select), in each selection of an algorithm that races; the result's loss is exact all
-    the same. Deterministic for a seed. Raises InputError for an unknown algorithm, option or
-    preset, for a budget outside 0..U-1, and for racing outside (0, 1) or with an algorithm that
-    does not race; ArithmeticError when no subset has a finite loss.
+    confidence such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each
+    selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
+    a seed. Raises InputError for an unknown algorithm, option or preset, for a budget outside
+    0..U-1, and for racing outside (0, 1) or with an algorithm that does not race; ArithmeticError
+    when no subset has a finite loss.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator
@@ -254,6 +268,7 @@ def run_search(
     chosen.function(search, **options)
     best = search.best()
     after = evaluator.stats
+    reader: Any = type(evaluator.objective)  # the class, without the data
     return SearchResult(
         algorithm=algorithm,
         options=options,
@@ -263,6 +278,7 @@ def run_search(
         removed=best,
         mask=from_removed([best], search.num_units)[0],
         loss=search.losses[best],
+        metric=reader,
         history=list(search.losses.items()),
         evaluations=len(search.losses),
         unit_runs=after.unit_runs - before[0],

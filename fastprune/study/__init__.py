@@ -3,9 +3,20 @@
 Imported without torch, so that the command line can refuse a wrong folder at once.
 """
 
+from .config import Document, StudyConfig, read_document
 from .folder import Cell, check_study_folder
 from .report import write_report
 from .runs import check_study, run_study
 from .statistics import summarise
 
-__all__ = ["Cell", "check_study", "check_study_folder", "run_study", "summarise", "write_report"]
+__all__ = [
+    "Cell",
+    "Document",
+    "StudyConfig",
+    "check_study",
+    "check_study_folder",
+    "read_document",
+    "run_study",
+    "summarise",
+    "write_report",
+]

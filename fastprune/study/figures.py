@@ -13,6 +13,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..io import write_file
+from ..objectives import Objective
+from .tables import difference_header
 
 KEPT, EDGE, RULE = "#f1f3f5", "#d5d9dd", "#868e96"
 
@@ -116,52 +118,70 @@ def rank_figure(
 
 
 def spread_figure(
-    groups: Mapping[str, Mapping[str, Sequence[float]]], dense: Mapping[str, float], judged_by: str
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    dense: Mapping[str, float],
+    judged_by: str,
+    objective: type[Objective],
 ) -> Any:
-    """How much the algorithms differ: a strip of losses per group and objective that chose the
+    """How much the algorithms differ: a strip of values per group and objective that chose the
     masks.
 
     groups: {group: {chosen by: losses under `judged_by`}}; dense: by group, the loss of the whole
-    model, a grey mark.
+    model, a grey mark. objective: of `judged_by`; the axis has its metric, on a logarithmic scale
+    where positive values are more than a factor of 10 apart.
     """
     plt = _pyplot()
     choosers = list(dict.fromkeys(chooser for group in groups.values() for chooser in group))
     rows = [(group, chooser) for group, strips in groups.items() for chooser in strips]
     figure, axes = plt.subplots(figsize=(8.5, 0.9 + 0.3 * len(rows)), layout="constrained")
+    shown: list[float] = []
     for y, (group, chooser) in enumerate(rows):
-        losses = np.asarray(groups[group][chooser], dtype=float)
-        jitter = np.linspace(-0.2, 0.2, len(losses)) if len(losses) > 1 else 0
+        values = np.array([objective.metric(float(loss)) for loss in groups[group][chooser]])
+        whole = objective.metric(dense[group])
+        shown += [*values[np.isfinite(values)].tolist(), whole]
+        jitter = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else 0
         axes.axhline(y, color=KEPT, linewidth=7, zorder=0)
-        axes.scatter([dense[group]], [y], s=90, marker="|", color=RULE, zorder=1)
+        axes.scatter([whole], [y], s=90, marker="|", color=RULE, zorder=1)
         axes.scatter(
-            losses, y + jitter, s=24, alpha=0.8, color=f"C{choosers.index(chooser)}", zorder=2
+            values, y + jitter, s=24, alpha=0.8, color=f"C{choosers.index(chooser)}", zorder=2
         )
         if y and group != rows[y - 1][0]:
             axes.axhline(y - 0.5, color=RULE, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{group}, chosen by {chooser}" for group, chooser in rows])
     axes.set(
-        xlabel=f"loss under {judged_by} (grey mark: nothing removed)", ylim=(len(rows) - 0.4, -0.6)
+        xlabel=f"{objective.header()}; grey mark: nothing removed", ylim=(len(rows) - 0.4, -0.6)
     )
     axes.set_title(f"Judged by {judged_by}", loc="left")
+    if shown and 0 < 10 * min(shown) < max(shown) < np.inf:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     _plain(axes)
     return figure
 
 
-def calibration_figure(entries: Sequence[Mapping], title: str) -> Any:
+def calibration_figure(
+    entries: Sequence[Mapping], title: str, objectives: Mapping[str, type[Objective]]
+) -> Any:
     """What another calibration set changes, beside what another algorithm changes: a row for each
     algorithm.
 
     entries: of `compare_calibrations`, of one model, budget and objective. The first panel has
-    overlaps of removals, each further one the differences of losses under one judge.
+    overlaps of removals, each further one the differences of the metric under one judge.
+    objectives: of the judges, by label.
     """
     plt = _pyplot()
-    judges = list(entries[0]["losses"])
+    judges = list(entries[0]["metrics"])
     size = (2.4 + 2.6 * (1 + len(judges)), 1.3 + 0.25 * len(entries))
     figure, panels = plt.subplots(
         1, 1 + len(judges), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
-    rows = [[entry["overlap"], *entry["losses"].values()] for entry in entries]
-    names = ["overlap of removed units", *(f"difference in loss: {judge}" for judge in judges)]
+    rows = [[entry["overlap"], *entry["metrics"].values()] for entry in entries]
+    heads = [difference_header(judge, objectives[judge]) for judge in judges]
+    names = ["overlap of removed units", *(head.replace(": ", ":\n", 1) for head in heads)]
     for column, (axes, name) in enumerate(zip(panels[0], names)):
         for y, row in enumerate(rows):
             axes.axhline(y, color=KEPT, linewidth=7, zorder=0)

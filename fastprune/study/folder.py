@@ -1,7 +1,7 @@
-"""A study's folder: whose it is, who is writing there, and the cells that are finished.
+"""A study's folder: its settings, its lock, and the cells that are finished.
 
-inputs.json says what makes the study this study, cells/ holds a file per finished search, scores.db
-the sums.
+study.toml is the document, inputs.json the settings that a continuing run must share, cells/ holds
+a file per finished search, scores.db the sums.
 """
 
 from __future__ import annotations
@@ -19,20 +19,36 @@ from ..engine.store import SumStore
 from ..errors import InputError, shown
 from ..io import parse_json, write_json
 
-LOCK = ".lock"
+LOCK, INPUTS, DOCUMENT = ".lock", "inputs.json", "study.toml"
 _LEFT_BEHIND = re.compile(
     rf"{re.escape(LOCK)}|\.inputs\.json\.\d+"
 )  # by a run that was killed as it began
 
+# Settings by their names in inputs.json: their place in the document, and whether more of them
+# only add cells.
+_PLACES = {
+    "models": ("model.path (or its weights)", True),
+    "dtype": ("model.dtype", True),
+    "backend": ("model.backend", False),
+    "objectives": ("objective (or its calibration set)", True),
+    "algorithms": ("search.algorithms", True),
+    "budgets": ("search.num_remove", True),
+    "seed": ("search.seed", False),
+    "racing": ("search.racing", False),
+    "protect": ("search.protect", False),
+    "granularity": ("search.granularity", False),
+}
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One search of a study, what it found and what it cost.
+    """One search of a study: its result, its cost, and the machine that ran it.
 
     error: why the search found nothing; `removed` and `loss` are then None. losses: of the chosen
     mask under every objective of the study, by label. unit_runs: unit runs that were made;
     asked_unit_runs: those it would have made alone, without scores that other searches had left in
-    the store. decided_early: subsets that left a race early.
+    the store. decided_early: subsets that left a race early. machine: the key of its fingerprint
+    in `machines` of inputs.json.
     """
 
     model: str
@@ -48,6 +64,7 @@ class Cell:
     asked_unit_runs: float = 0
     naive_unit_runs: float = 0
     seconds: float = 0
+    machine: str = ""
     losses: Mapping[str, float] | None = None
 
 
@@ -59,60 +76,91 @@ def check_label(label: str) -> None:
         )
 
 
-def check_study_folder(folder: Path, known: Mapping[str, object]) -> bool:
-    """Whether a folder holds a study of these inputs already; `known` may be a part of them, as
-    yet.
+def check_study_folder(
+    folder: Path, settings: Mapping[str, object], document: str | None = None
+) -> dict | None:
+    """The settings of the study in a folder, if these continue or extend it; None for a new one.
 
-    Raises InputError, and touches nothing, for a folder that holds something else, in which another
-    process is at work, or whose store cannot be read.
+    Further algorithms, budgets, objectives and models extend a study; any other change is refused.
+    Machines may differ. Nothing is written.
+
+    Args:
+        folder: The study's folder; it need not exist.
+        settings: The new settings, or those that are known so far.
+        document: The document's text. A new study may start in a folder that holds just this.
+
+    Raises:
+        InputError: The folder holds something else or another study, another process writes
+            there, or its store cannot be read.
     """
     if (folder / LOCK).exists():
         with hold(folder):
             pass
-    inputs, store = folder / "inputs.json", folder / "scores.db"
+    inputs, store = folder / INPUTS, folder / "scores.db"
     if not os.path.lexists(inputs):
         if folder.exists() and not all(
-            _LEFT_BEHIND.fullmatch(path.name) for path in folder.iterdir()
+            _may_be_in_a_new_study(p, document) for p in folder.iterdir()
         ):
             raise InputError(f"{folder}: is not empty and holds no study; name another folder")
-        return False
-    found = None
+        return None
+    kept = None
     if inputs.is_file():
         with suppress(InputError):
-            found = parse_json(inputs.read_bytes(), str(inputs))
-    if not isinstance(found, dict):
+            kept = parse_json(inputs.read_bytes(), str(inputs))
+    if not isinstance(kept, dict) or not isinstance(kept.get("machines", {}), dict):
         raise InputError(f"{inputs}: is not what a study has written; name another folder")
-    plain = json.loads(json.dumps(known))
-    others = [name for name, value in plain.items() if found.get(name) != value]
-    if others == ["machine"]:
-        what = ", ".join(sorted(_differing(found.get("machine"), plain["machine"])))
+    plain = json.loads(json.dumps(settings))
+    changes = [
+        change
+        for name, value in plain.items()
+        if name != "machines"
+        for change in _changes(name, kept.get(name), value)
+    ]
+    if changes:
         raise InputError(
-            f"{folder}: holds a study made on another kind of machine ({what}); name another folder"
-        )
-    if others:
-        raise InputError(
-            f"{folder}: holds a study with other {', '.join(others)}; name another folder"
+            f"{folder}: holds a study with other settings: {'; '.join(changes)}; "
+            f"name another folder"
         )
     if os.path.lexists(store):
         if not store.is_file():
             raise InputError(f"{store}: is not a file, and so no store of scores")
         SumStore(store).close()
-    return True
+    return kept
 
 
-def _differing(a: object, b: object, name: str = "unknown") -> set[str]:
-    """The names of the innermost values that differ."""
-    if not isinstance(a, dict) or not isinstance(b, dict):
-        return {name} if a != b else set()
-    return {inner for key in {*a, *b} for inner in _differing(a.get(key), b.get(key), key)}
+def _may_be_in_a_new_study(path: Path, document: str | None) -> bool:
+    if path.name == DOCUMENT and document is not None and path.is_file():
+        return path.read_bytes() == document.encode()
+    return bool(_LEFT_BEHIND.fullmatch(path.name))
+
+
+def _changes(name: str, kept: object, new: object) -> Iterator[str]:
+    """The changes of one setting that do more than add cells, in words."""
+    place, adds = _PLACES.get(name, (name, False))
+    if adds and isinstance(kept, dict) and isinstance(new, dict):
+        for key, value in kept.items():
+            if key not in new:
+                yield f"{place} no longer has {shown(key)}"
+            elif isinstance(value, dict) and isinstance(new[key], dict):  # an algorithm's options
+                for option in {**value, **new[key]}:
+                    before, now = value.get(option), new[key].get(option)
+                    if before != now:
+                        where = f"search.options.{shown(key)[1:-1]}.{shown(option)[1:-1]}"
+                        yield f"{where} was {shown(before)} and is {shown(now)}"
+            elif value != new[key]:
+                yield f"{place} differs at {shown(key)}"
+    elif adds and isinstance(kept, list) and isinstance(new, list):
+        if missing := [value for value in kept if value not in new]:
+            yield f"{place} no longer has {', '.join(map(shown, missing))}"
+    elif kept != new:
+        yield f"{place} was {shown(kept)} and is {shown(new)}"
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Be the only one who writes into the folder, which is made. Raises InputError where somebody
-    else is.
+    """Create the folder and lock it; the lock ends with the process.
 
-    The lock goes with the process, however it ends.
+    Raises InputError where another process holds the lock.
     """
     import fcntl
 
@@ -137,15 +185,13 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def write_cell(path: Path, cell: Cell, made_with: Mapping[str, object]) -> None:
-    """Keep a finished search, with a checksum over what it found and over the settings that it was
-    made with."""
+    """Write a finished search, with a checksum over its result and its settings."""
     record = vars(cell)
     write_json(path, {**record, "checksum": _checksum(record, made_with)}, replace=True)
 
 
 def read_cell(path: Path, made_with: Mapping[str, object]) -> Cell | None:
-    """The cell that `write_cell` has left; None where it is cut short, altered, or made with other
-    settings."""
+    """The cell that `write_cell` wrote; None if it is damaged or of other settings."""
     try:
         record = parse_json(path.read_bytes(), str(path))
         checksum = record.pop("checksum")

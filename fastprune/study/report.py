@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..io import write_file
-from ..objectives import format_size
+from ..objectives import Objective, format_size, objective_class
 from ..search import describe_algorithms
 from . import figures
-from .tables import format_loss, format_removed
+from .machines import machines_note
+from .tables import difference_header, format_removed, judge_notes
 
 
 def write_report(study: Mapping, path: Path) -> None:
@@ -18,7 +19,8 @@ def write_report(study: Mapping, path: Path) -> None:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True)
-    environment.filters.update(removed=format_removed, loss=format_loss, data=_data)
+    environment.filters.update(removed=format_removed, data=_data)
+    objectives = _objectives(study)
     found = [cell for cell in study["cells"] if not cell["error"]]
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     page = environment.from_string(template).render(
@@ -26,6 +28,10 @@ def write_report(study: Mapping, path: Path) -> None:
         found=found,
         failed=[cell for cell in study["cells"] if cell["error"]],
         best=_best(found),
+        machines=machines_note(study),
+        notes=judge_notes(study),
+        measures=objectives,
+        differences={label: difference_header(label, of) for label, of in objectives.items()},
         figures={
             kind: [figures.as_svg(figure) for figure in made]
             for kind, made in study_figures(study).items()
@@ -35,6 +41,12 @@ def write_report(study: Mapping, path: Path) -> None:
         ],
     )
     write_file(path, page, replace=True)
+
+
+def _objectives(study: Mapping) -> dict[str, type[Objective]]:
+    """The objective of each label, which reads its losses as their metric."""
+    described = {**study["objectives"], **study["held_out"]}
+    return {label: objective_class(entry["name"]) for label, entry in described.items()}
 
 
 def _data(objective: Mapping) -> str:
@@ -60,7 +72,7 @@ def _best(cells: Sequence[Mapping]) -> list[dict]:
 
 def study_figures(study: Mapping) -> dict[str, list]:
     """The figures of a study: patterns, ranks, spreads, calibration sets, similarity."""
-    labels = list(study["objectives"])
+    labels, objectives = list(study["objectives"]), _objectives(study)
     cells = [cell for cell in study["cells"] if not cell["error"]]
     names = {
         (model, num_remove): f"{model}, " * (len(study["num_units"]) > 1)
@@ -106,15 +118,18 @@ def study_figures(study: Mapping) -> dict[str, list]:
         for cell in cells:
             strip = strips.setdefault(names[cell["model"], cell["num_remove"]], {})
             strip.setdefault(cell["objective"], []).append(cell["losses"][judged_by])
-        dense = {name: study["dense"][model][judged_by] for (model, _), name in names.items()}
+        dense = {
+            name: study["dense"][model][judged_by]["loss"] for (model, _), name in names.items()
+        }
         if strips:
-            found["spreads"].append(figures.spread_figure(strips, dense, judged_by))
+            objective = objectives[judged_by]
+            found["spreads"].append(figures.spread_figure(strips, dense, judged_by, objective))
     groups: dict[tuple, list[Mapping]] = {}
     for entry in study["calibration"]:
         groups.setdefault((entry["model"], entry["num_remove"], *entry["sets"]), []).append(entry)
     for (model, num_remove, *sets), entries in groups.items():
         title = f"{names[model, num_remove]}, calibrated on {', '.join(sets)}"
-        found["calibration"].append(figures.calibration_figure(entries, title))
+        found["calibration"].append(figures.calibration_figure(entries, title, objectives))
     for model, entry in study["similarity"].items():
         if entry:
             title = f"{model}: RLS {entry['rls']:.3f}, {len(set(entry['clusters']))} clusters"

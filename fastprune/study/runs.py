@@ -1,17 +1,21 @@
-"""The study: models x objectives x algorithms x budgets over one store of scores (design of arXiv
+"""A study: models x objectives x algorithms x budgets over one store of scores (design of arXiv
 2604.24938).
 
-Every search is a cell. Its result is written as soon as it is finished, and every score is in the
-store, so a study that was interrupted continues where it stopped. Every chosen mask is then scored
-under every objective.
+Each search is a cell, written as soon as it is finished. Every score is kept in the store, so an
+interrupted study continues where it stopped. At the end, every chosen mask is scored under every
+objective.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +23,31 @@ from typing import TYPE_CHECKING, Any
 from .._version import __version__
 from ..engine.store import SumStore
 from ..errors import InputError
-from ..io import write_json
+from ..io import write_file, write_json
 from ..masks import from_removed
-from ..objectives import Objective
-from ..search import check_algorithm, check_racing, find_algorithm, require_sklearn, run_search
+from ..objectives import Objective, objective_class
+from ..search import (
+    check_algorithm,
+    check_racing,
+    find_algorithm,
+    protected_units,
+    require_sklearn,
+    run_search,
+)
 from ..validate import check_folder
 from ..workers.processes import Processes, Workers
-from .folder import Cell, check_label, check_study_folder, hold, read_cell, write_cell
-from .statistics import compare_calibrations, summarise, summarise_similarity
+from .folder import (
+    DOCUMENT,
+    INPUTS,
+    Cell,
+    check_label,
+    check_study_folder,
+    hold,
+    read_cell,
+    write_cell,
+)
+from .machines import fingerprint
+from .statistics import cell_record, compare_calibrations, summarise, summarise_similarity
 
 if TYPE_CHECKING:  # what checks a study does without torch
     from ..evaluator import Evaluator
@@ -47,23 +68,42 @@ def run_study(
     options: Mapping[str, Mapping[str, object]] | None = None,
     seed: int = 0,
     racing: float | None = None,
+    protect: Iterable[int] | str = (),
     notify: Notify = lambda message: None,
     held_out: Makers | None = None,
+    document: str | None = None,
     **evaluator_options: Any,
 ) -> dict:
-    """Run every search, cross-evaluate every chosen mask, and write `study.json`; returns its
-    content.
+    """Run every search, score every chosen mask under every objective, and write `study.json`.
 
-    objectives: by label, functions from a model to an objective on its calibration set (so one
-    objective can stand several times, on several sets, which are then compared). options: of
-    algorithms, by name. racing: a confidence, as of `run_search`, for those of the algorithms that
-    race. held_out: further objectives that no search sees; every chosen mask is scored under them,
-    too. evaluator_options: of `Evaluator`; its workers are started once, for all. The directory
-    keeps `inputs.json`, the score store and one file per finished cell; a cell that is damaged, or
-    was made with other settings, is named in a RuntimeWarning and made again. A search that finds
-    no finite loss is a cell with an error, and no reason to end. Raises InputError, before the
-    directory is touched, for one that belongs to other inputs or another kind of machine, or in
-    which another process is at work, and for algorithms, options, budgets or data that cannot be.
+    The folder keeps `inputs.json`, the score store and one file per finished cell. The same
+    settings continue the study in it; further models, objectives, algorithms or budgets extend it.
+    Finished cells are used again, those of other machines too. A cell that is damaged, or of other
+    settings, is named in a RuntimeWarning and searched again. A search that finds no finite loss
+    is a cell with an error.
+
+    Args:
+        models: Models with distinct names.
+        objectives: By label, functions from a model to an objective on its calibration set. One
+            objective on several sets, each under a label, compares the sets.
+        algorithms: Names of algorithms.
+        budgets: Numbers of units to remove.
+        out_dir: The study's folder.
+        options: Options of algorithms, by the algorithms' names.
+        seed: The seed of every search.
+        racing: A confidence, as of `run_search`, for the algorithms that race.
+        protect: Units that no search removes, or a preset's name.
+        notify: Called with a line about each step.
+        held_out: Further objectives; they judge every chosen mask, and no search sees them.
+        document: The study's document, kept as study.toml.
+        evaluator_options: Options of `Evaluator`; its workers are started once, for all.
+
+    Returns:
+        The content of `study.json`.
+
+    Raises:
+        InputError: An argument is wrong, the folder holds a study of other settings, or another
+            process writes there. The folder is then as it was.
     """
     options, held_out = options or {}, held_out or {}
     out = Path(out_dir)
@@ -72,12 +112,28 @@ def run_study(
     if not (models and objectives and budgets):
         raise InputError("a study needs at least one model, objective, algorithm and budget")
     evaluators = _Evaluators(models, objectives, held_out, evaluator_options)
-    evaluators.check(algorithms, budgets, options)
-    identity = evaluators.identity(algorithms, budgets, options, seed, racing)
-    if not check_study_folder(out, identity):
+    identity: dict[str, Any] = {
+        "algorithms": {
+            name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms
+        },
+        "budgets": list(budgets),
+        "seed": seed,
+        "racing": racing,
+        "protect": protect if isinstance(protect, str) else [*protect],
+    }
+    evaluators.check(identity)
+    identity |= evaluators.identity()
+    kept = check_study_folder(out, identity, document)
+    identity["machines"] = {**(kept or {}).get("machines", {}), **identity["machines"]}
+    is_new = kept != json.loads(json.dumps(identity))  # a new study, or a longer one
+    if is_new:
         evaluators.try_all()
     with hold(out):
-        return _run(evaluators, models, objectives, held_out, identity, options, out, notify)
+        if is_new:
+            write_json(out / INPUTS, identity, replace=True)
+        if document is not None:
+            write_file(out / DOCUMENT, document, replace=True)
+        return _run(evaluators, models, objectives, held_out, identity, out, notify)
 
 
 def _run(
@@ -86,18 +142,15 @@ def _run(
     objectives: Makers,
     held_out: Makers,
     identity: dict,
-    options: Mapping[str, Mapping[str, object]],
     out: Path,
     notify: Notify,
 ) -> dict:
-    """The study of these inputs, in a folder that is its own."""
-    if not (out / "inputs.json").exists():
-        write_json(out / "inputs.json", identity)
+    """The study of these settings, in a folder that this process holds."""
     evaluators.open_store(out / "scores.db")
     cells = []
     searches = list(product(models, objectives, identity["budgets"], identity["algorithms"]))
     for number, (model, label, num_remove, algorithm) in enumerate(searches, 1):
-        path = out / "cells" / f"{evaluators.slug(model)}-{label}-{num_remove}-{algorithm}.json"
+        path = out / "cells" / f"{_slug(model.name)}-{label}-{num_remove}-{algorithm}.json"
         made_with = _made_with(identity, model.name, label, num_remove, algorithm)
         cell = None
         if path.exists() and not (cell := read_cell(path, made_with)):
@@ -111,10 +164,17 @@ def _run(
                 f"{number}/{len(searches)}  {model.name}: {label}, {num_remove} removed, "
                 f"{algorithm}"
             )
-            given = {**options.get(algorithm, {}), "seed": identity["seed"]}
-            given["racing"] = identity["racing"] if find_algorithm(algorithm).races else None
-            # not under a name, which would keep it while the next one is made
-            cell = _search(evaluators.get(model, label), model, label, num_remove, algorithm, given)
+            settings = {
+                **identity["algorithms"][algorithm],
+                "seed": identity["seed"],
+                "protect": identity["protect"],
+                "racing": identity["racing"] if find_algorithm(algorithm).races else None,
+            }
+            empty = Cell(
+                model.name, label, num_remove, algorithm, machine=evaluators.machines[model.name]
+            )
+            # the evaluator has no name here, which would keep it while the next one is made
+            cell = _search(evaluators.get(model, label), empty, settings)
             if cell.error:
                 notify(f"{number}/{len(searches)}  found nothing: {cell.error}")
             write_cell(path, cell, made_with)
@@ -126,36 +186,43 @@ def _run(
     kinds = {
         label: (described[label]["name"], described[label]["settings"]) for label in objectives
     }
+    names = {label: described[label]["name"] for label in judges}
     matrices = {
         model.name: evaluators.get(model, next(iter(objectives))).similarity() for model in models
     }
     study = {
         "fastprune": __version__,
         "inputs": identity,
+        "machine": evaluators.machines,
         "objectives": {label: described[label] for label in objectives},
         "held_out": {label: described[label] for label in held_out},
         "dense": {
-            model.name: {label: evaluators.get(model, label).dense_loss for label in judges}
+            model.name: {
+                label: objective_class(names[label]).record(evaluators.get(model, label).dense_loss)
+                for label in judges
+            }
             for model in models
         },
         "num_units": {model.name: evaluators.num_units(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
-        "cells": [vars(cell) for cell in cells],
+        "cells": [cell_record(cell, names) for cell in cells],
         **summarise(cells),
-        "calibration": compare_calibrations(cells, kinds, held_out or objectives),
+        "calibration": compare_calibrations(
+            cells, kinds, {label: names[label] for label in held_out or objectives}
+        ),
     }
-    write_json(
-        out / "study.json", study, replace=True
-    )  # a summary of the cells, made anew by every run
+    write_json(out / "study.json", study, replace=True)  # a summary that every run writes again
     return study
 
 
 def check_study(
     algorithms: Sequence[str], options: Mapping[str, Mapping[str, object]], out_dir: str | Path
 ) -> None:
-    """Everything about a study that can be checked without its models. Raises InputError."""
+    """Check everything about a study that needs no model. Raises InputError."""
     if not algorithms:
         raise InputError("a study needs at least one model, objective, algorithm and budget")
+    if len(set(algorithms)) < len(algorithms):
+        raise InputError(f"an algorithm is given twice: {', '.join(algorithms)}")
     for algorithm in dict.fromkeys([*algorithms, *options]):
         check_algorithm(algorithm, options.get(algorithm, {}))
         if algorithm not in algorithms:
@@ -167,7 +234,7 @@ def check_study(
 
 
 def _made_with(identity: dict, model: str, label: str, num_remove: int, algorithm: str) -> dict:
-    """All of a study's inputs that a cell depends on."""
+    """The settings that a cell depends on. Its machine is not one of them."""
     return {
         "model": [model, identity["models"][model], identity["dtype"][model]],
         "objective": [label, *identity["objectives"][f"{model} {label}"]],
@@ -175,15 +242,21 @@ def _made_with(identity: dict, model: str, label: str, num_remove: int, algorith
         "algorithm": [algorithm, identity["algorithms"][algorithm]],
         "seed": identity["seed"],
         "racing": identity["racing"],
+        "protect": identity["protect"],
         "granularity": identity["granularity"],
-        "backend": identity["backend"][model],
-        "machine": identity["machine"],
+        "backend": identity["backend"],
     }
 
 
+def _slug(name: str) -> str:
+    """A short part of file names for a model's name, distinct within a study."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(name).name)[:30]
+    return f"{readable}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
+
+
 class _Evaluators:
-    """The evaluators of a study, all on one store; one at a time, since the prefix cache of each
-    may take a good part of the memory that is free."""
+    """The evaluators of a study, on one store. One exists at a time: the prefix cache of each may
+    take a good part of the free memory."""
 
     def __init__(
         self,
@@ -207,22 +280,13 @@ class _Evaluators:
         self._objectives = {
             (m.name, label): make(m) for m in models for label, make in makers.items()
         }
+        self._granularity = self._options.get("granularity", "block")
+        self._backend = self._options.get("backend", "auto")
         self._current: tuple[tuple[str, str], Evaluator] | None = None
         self._store: SumStore | None = None
 
-    def identity(
-        self,
-        algorithms: Sequence[str],
-        budgets: Sequence[int],
-        options: Mapping[str, Mapping[str, object]],
-        seed: int,
-        racing: float | None,
-    ) -> dict:
-        """What makes a study this study."""
-        from ..models import open_runner
-        from ..models.fingerprint import machine_fingerprint  # only now: they bring torch
-
-        backend = self._options.get("backend", "auto")
+    def identity(self) -> dict[str, Any]:
+        """The part of a study's settings that its models and objectives decide."""
         return {
             "models": {model.name: model.digest for model in self._models},
             "dtype": {model.name: str(model.dtype) for model in self._models},
@@ -231,37 +295,31 @@ class _Evaluators:
                 for (name, label), objective in self._objectives.items()
                 if label in self._searched
             },
-            "algorithms": {
-                name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms
-            },
-            "budgets": list(budgets),
-            "seed": seed,
-            "racing": racing,
-            "granularity": self._options.get("granularity", "block"),
-            "backend": {
-                model.name: open_runner(model, backend).numerics() for model in self._models
-            },
-            "machine": {
-                model.device.type: machine_fingerprint(model.device) for model in self._models
-            },
+            "granularity": self._granularity,
+            "backend": self._backend,
+            "machines": dict(self._fingerprints.values()),
         }
 
-    def check(
-        self,
-        algorithms: Sequence[str],
-        budgets: Sequence[int],
-        options: Mapping[str, Mapping[str, object]],
-    ) -> None:
-        """Raise InputError for a granularity that a model has not, a budget it cannot have or that
-        is too large for an algorithm, or an objective without gradients where they are needed."""
+    @cached_property
+    def _fingerprints(self) -> dict[str, tuple[str, dict[str, object]]]:
+        return {model.name: fingerprint(model, self._backend) for model in self._models}
+
+    @property
+    def machines(self) -> dict[str, str]:
+        """By model, the key of this machine's fingerprint."""
+        return {name: key for name, (key, _) in self._fingerprints.items()}
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Check the searches' settings against every model and objective. Raises InputError."""
         from ..models import open_runner  # only now: it brings torch
 
-        for what, given in (("an algorithm", algorithms), ("a budget", budgets)):
-            if len(set(given)) < len(given):
-                raise InputError(f"{what} is given twice: {', '.join(map(str, given))}")
+        algorithms, budgets = settings["algorithms"], settings["budgets"]
+        if len(set(budgets)) < len(budgets):
+            raise InputError(f"a budget is given twice: {', '.join(map(str, budgets))}")
         for model in self._models:
-            open_runner(model, "generic", self._options.get("granularity", "block"))
+            open_runner(model, "generic", self._granularity)
             units = self.num_units(model)
+            protected = protected_units(settings["protect"], units, self._granularity)
             for num_remove in budgets:
                 if not 0 <= num_remove < units:
                     raise InputError(
@@ -269,17 +327,21 @@ class _Evaluators:
                         f"{units} units)",
                         argument="num_remove",
                     )
-                for algorithm in algorithms:
-                    chosen, values = check_algorithm(algorithm, options.get(algorithm, {}))
+                if num_remove > units - len(protected):
+                    raise InputError(
+                        f"num_remove {num_remove} must be at most {units - len(protected)}, the "
+                        f"units of {model.name} that are not protected"
+                    )
+                for algorithm, values in algorithms.items():
+                    chosen = find_algorithm(algorithm)
                     if chosen.needs_weights and model.weights.streamed:
                         raise InputError(
                             f"{algorithm} needs all weights at once, and {model.name} reads them "
                             f"in bands"
                         )
                     if chosen.check_size:
-                        chosen.check_size(
-                            units, num_remove, self._options.get("granularity", "block"), **values
-                        )
+                        candidates = units - len(protected)
+                        chosen.check_size(candidates, num_remove, self._granularity, **values)
         for (_, label), objective in self._objectives.items():
             for algorithm in algorithms if label in self._searched else ():
                 if find_algorithm(algorithm).needs_gradients and not objective.differentiable:
@@ -289,21 +351,20 @@ class _Evaluators:
                     )
 
     def try_all(self) -> None:
-        """Make every evaluator once, and keep none: data or options that do not fit a model are
-        found now."""
+        """Make every evaluator once and keep none, so that what does not fit a model fails now."""
         for (name, _), objective in self._objectives.items():
             (model,) = (model for model in self._models if model.name == name)
             self._evaluator(model, objective)
 
     def describe_objectives(self) -> dict[str, dict]:
-        """By label, what the objective says of itself."""
+        """By label, the description of an objective."""
         return {label: objective.describe() for (_, label), objective in self._objectives.items()}
 
     def open_store(self, path: Path) -> None:
         self._store = SumStore(path)
 
     def get(self, model: Model, label: str) -> Evaluator:
-        """That of a model and a label; the one before it goes."""
+        """The evaluator of a model and a label; the one before it is dropped."""
         key = (model.name, label)
         if self._current is None or self._current[0] != key:
             self._current = None
@@ -318,26 +379,14 @@ class _Evaluators:
         return Evaluator(model, objective, **more, **self._options)
 
     def num_units(self, model: Model) -> int:
-        return len(model.unit_names(self._options.get("granularity", "block")))
-
-    def slug(self, model: Model) -> str:
-        """A short file-name part for a model, distinct within the study."""
-        return f"{self._models.index(model)}-{Path(model.name).name[:30]}"
+        return len(model.unit_names(self._granularity))
 
 
-def _search(
-    evaluator: Evaluator,
-    model: Model,
-    label: str,
-    num_remove: int,
-    algorithm: str,
-    given: Mapping[str, Any],
-) -> Cell:
-    """given: what `run_search` takes besides."""
-    cell = Cell(model.name, label, num_remove, algorithm)
+def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Cell:
+    """The cell with its result; settings: further arguments of `run_search`."""
     before, started = vars(evaluator.stats).copy(), time.perf_counter()
     try:
-        result = run_search(evaluator, algorithm, num_remove, **given)
+        result = run_search(evaluator, cell.algorithm, cell.num_remove, **settings)
         cell = replace(
             cell,
             removed=result.removed,

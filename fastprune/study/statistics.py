@@ -10,10 +10,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..objectives import objective_class
 from ..search.similarity import cluster_units, clusters_for, redundancy_score
 
 if TYPE_CHECKING:
     from .folder import Cell
+
+
+def cell_record(cell: Cell, names: Mapping[str, str]) -> dict:
+    """A cell as study.json has it: its losses, and each under its metric's own name.
+
+    names: of the objectives, by label.
+    """
+    record: dict = {**vars(cell), "metrics": None}
+    if cell.loss is not None:
+        record |= objective_class(names[cell.objective]).record(cell.loss)
+    if cell.losses is not None:
+        record["metrics"] = {
+            label: objective_class(names[label]).record(loss) for label, loss in cell.losses.items()
+        }
+    return record
 
 
 def summarise(cells: Sequence[Cell]) -> dict:
@@ -24,7 +40,8 @@ def summarise(cells: Sequence[Cell]) -> dict:
     budget, within an objective (two algorithms) and across objectives. spearman: for masks chosen
     under one objective, the rank correlation of their losses under it and under another, over
     algorithms, and how many distinct masks these chose.
-    spread: for each group, the range of each objective's finite losses over its masks. Searches
+    spread: for each group, the least and the greatest of each objective's finite losses over its
+    masks. Searches
     that found nothing are left out.
     """
     groups: dict[tuple[str, int], list[Cell]] = {}
@@ -45,9 +62,8 @@ def summarise(cells: Sequence[Cell]) -> dict:
                 entry = {**where, "chosen_by": chosen_by, "judged_by": judged_by}
                 losses = [_losses(cell)[judged_by] for cell in chosen]
                 finite = [loss for loss in losses if math.isfinite(loss)]
-                spread.append(
-                    {**entry, "least": min(finite, default=None), "most": max(finite, default=None)}
-                )
+                least, most = min(finite, default=None), max(finite, default=None)
+                spread.append({**entry, "least_loss": least, "most_loss": most})
                 if judged_by != chosen_by:
                     distinct = len({cell.removed for cell in chosen})
                     rho = (
@@ -60,18 +76,19 @@ def summarise(cells: Sequence[Cell]) -> dict:
 
 
 def compare_calibrations(
-    cells: Sequence[Cell], objectives: Mapping[str, object], judges: Iterable[str]
+    cells: Sequence[Cell], objectives: Mapping[str, object], judges: Mapping[str, str]
 ) -> list[dict]:
     """What the choice of calibration set is worth, beside that of algorithm.
 
     objectives: by label, what is searched for: labels with the same differ in their calibration
-    sets alone. judges: labels of the losses that are compared. For each model, budget, objective
-    with several sets and algorithm: the mean Jaccard overlap of its removals on two sets ("sets"),
-    and with those of another algorithm on the same set ("algorithms"); and of the same pairs, under
-    each judge, the mean difference of their losses, as an absolute value. None where there is no
-    such pair. Searches that found nothing, and losses that are not finite, are left out.
+    sets alone. judges: by label, the names of the objectives whose losses are compared. For each
+    model, budget, objective with several sets and algorithm: the mean Jaccard overlap of its
+    removals on two sets ("sets"), and with those of another algorithm on the same set
+    ("algorithms"); and of the same pairs, under each judge,
+    the mean difference of their losses and of their metrics, as an absolute value. None where there
+    is no such pair. Searches that found nothing, and losses that are not finite, are left out.
     """
-    judges, found = list(judges), []
+    found = []
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells:
         if not cell.error:
@@ -98,11 +115,16 @@ def compare_calibrations(
                     "algorithm": algorithm,
                 }
                 overlap = {by: _mean([_jaccard(a, b) for a, b in of]) for by, of in pairs.items()}
-                losses = {
-                    judge: {by: _mean(_differences(of, judge)) for by, of in pairs.items()}
-                    for judge in judges
-                }
-                found.append({**entry, "overlap": overlap, "losses": losses})
+                losses, metrics = (
+                    {
+                        judge: {
+                            by: _mean(_differences(of, judge, name)) for by, of in pairs.items()
+                        }
+                        for judge, name in names.items()
+                    }
+                    for names in (dict.fromkeys(judges, ""), judges)
+                )
+                found.append({**entry, "overlap": overlap, "losses": losses, "metrics": metrics})
     return found
 
 
@@ -129,9 +151,11 @@ def _jaccard(a: Cell, b: Cell) -> float:
     return len(one & other) / len(one | other) if one | other else 1.0
 
 
-def _differences(pairs: Sequence[tuple[Cell, Cell]], judge: str) -> list[float]:
-    losses = [(_losses(a)[judge], _losses(b)[judge]) for a, b in pairs]
-    return [abs(x - y) for x, y in losses if math.isfinite(x) and math.isfinite(y)]
+def _differences(pairs: Sequence[tuple[Cell, Cell]], judge: str, name: str) -> list[float]:
+    """Of the metric of the objective of this name; of the losses themselves for ''."""
+    metric = objective_class(name).metric
+    values = [(metric(_losses(a)[judge]), metric(_losses(b)[judge])) for a, b in pairs]
+    return [abs(x - y) for x, y in values if math.isfinite(x) and math.isfinite(y)]
 
 
 def _distinct(values: Iterable[object]) -> list[object]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
-from ..objectives import Objective
+from ..objectives import Objective, no_judge, objective_class
 
 FULL, EMPTY = "#", "."
 
@@ -24,20 +24,28 @@ def format_removed(removed: Sequence[int]) -> str:
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "-"
 
 
-def format_loss(loss: float) -> str:
-    return f"{loss:.5f}" if math.isfinite(loss) else f"{loss} (not finite)"
-
-
 def format_saved(naive: float, runs: float) -> str:
     """How many times fewer runs were made than one pass per mask takes; '' where they are not
     fewer."""
     return f"{naive / runs:.1f}x fewer" if 0 < runs < naive else ""
 
 
-def format_dense(objective: Objective | type[Objective], loss: float) -> str:
-    """The dense model's loss, with what it is read as."""
-    read = f", {objective.reading} {objective.read(loss)}" if objective.reading else ""
-    return f"dense loss {format_loss(loss)}{read}"
+def format_dense(
+    objective: Objective | type[Objective], loss: float, error: float | None = None
+) -> str:
+    """The whole model's loss, under its metric."""
+    return f"whole model: {objective.format(loss, error)}"
+
+
+def judge_notes(study: Mapping) -> list[str]:
+    """A line for each objective of a study that judges nothing on a model: `no_judge`."""
+    described = {**study["objectives"], **study["held_out"]}
+    notes = []
+    for model, results in study["dense"].items():
+        for label, result in results.items():
+            if note := no_judge(described[label], result["loss"]):
+                notes.append(f"{Path(model).name}, {label}: {note}")
+    return notes
 
 
 def format_races(decided_early: int) -> str:
@@ -55,38 +63,51 @@ TABLE_NOTE = (
 )
 
 
-def results_table(title: str, rows: Iterable[tuple]) -> Table:
-    """A table of searches; rows (algorithm, removed, loss, masks, unit runs, naive unit runs).
+def results_table(title: str, header: str, rows: Iterable[tuple]) -> Table:
+    """A table of searches; rows (algorithm, removed, result, masks, unit runs, naive unit runs).
 
-    One that found nothing has None removed and the reason in the place of its loss.
+    header: of the results, `Objective.header`; a result is text, `Objective.format`. A search that
+    found nothing has None removed and the reason as its result.
     """
     table = Table(title=Text(title, "table.title"), title_justify="left")  # names are no markup
     for name in ("algorithm", "removed"):
         table.add_column(name, no_wrap=True)
-    for name in ("loss", "masks", "runs", "naive", "saved"):
-        table.add_column(name, justify="right", no_wrap=name != "loss")
-    for algorithm, removed, loss, masks, unit_runs, naive in rows:
-        found = ("none", loss) if removed is None else (format_removed(removed), format_loss(loss))
+    for name in (header, "masks", "runs", "naive", "saved"):
+        table.add_column(name, justify="right", no_wrap=name != header)
+    for algorithm, removed, result, masks, unit_runs, naive in rows:
+        units = "none" if removed is None else format_removed(removed)
         saved = f"{naive / unit_runs:.1f}x" if unit_runs else "-"
-        table.add_row(algorithm, *found, str(masks), f"{unit_runs:.0f}", f"{naive:.0f}", saved)
+        counts = (str(masks), f"{unit_runs:.0f}", f"{naive:.0f}", saved)
+        table.add_row(algorithm, units, result, *counts)
     return table
 
 
-def calibration_table(entries: Sequence[Mapping]) -> Table:
-    """What another calibration set changes, and in brackets what another algorithm changes
-    (`compare_calibrations`)."""
+def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mapping]) -> Table:
+    """What another calibration set changes, and in brackets what another algorithm changes.
+
+    entries: of `compare_calibrations`. described: by label, what the objectives say of themselves.
+    """
     table = Table(title="Another calibration set (another algorithm)", title_justify="left")
     table.add_column("sets")
     table.add_column("removed", justify="right")
     table.add_column("algorithm", no_wrap=True)
     table.add_column("overlap", justify="right")
-    for judge in entries[0]["losses"]:
-        table.add_column(Text(f"difference in {judge}"), justify="right")
+    judges = {judge: objective_class(described[judge]["name"]) for judge in entries[0]["metrics"]}
+    for judge, objective in judges.items():
+        table.add_column(Text(difference_header(judge, objective)), justify="right")
     for entry in entries:
-        losses = [_both(values, 5) for values in entry["losses"].values()]
+        differences = [
+            _both(entry["metrics"][judge], objective.digits) for judge, objective in judges.items()
+        ]
         row = (Text(", ".join(entry["sets"])), str(entry["num_remove"]), entry["algorithm"])
-        table.add_row(*row, _both(entry["overlap"], 3), *losses)
+        table.add_row(*row, _both(entry["overlap"], 3), *differences)
     return table
+
+
+def difference_header(judge: str, objective: type[Objective]) -> str:
+    """The head of a column of differences under a judge, with metric and unit."""
+    unit = f", {objective.difference_unit()}" * bool(objective.unit)
+    return f"{judge}: difference in {objective.metric_name}{unit}"
 
 
 def _both(values: Mapping, digits: int) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe, connection
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +29,9 @@ if TYPE_CHECKING:  # what checks a command line does without torch
     import torch
 
 MOST_WORKERS = 1024
+MOST_STARTS = 3  # of a worker that is killed before it is ready
 END_WITHIN = 2  # seconds that processes have, all together, to end by themselves
-START = "import sys; from fastprune.workers.worker import serve; serve(int(sys.argv[1]))"
+START = Path(__file__).with_name("start.py")
 
 
 class Workers:
@@ -194,25 +196,32 @@ class Processes(Workers):
 
     def _begin(self, worker: int) -> None:
         own, other = Pipe()
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         printed = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process may print)
         process = subprocess.Popen(
-            [sys.executable, "-c", START, str(other.fileno())],
+            [sys.executable, str(START), str(other.fileno()), *import_path()],
             pass_fds=[other.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=printed,
-            env={**os.environ, "PYTHONPATH": path},
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         )
         other.close()
         self._members[worker] = _Member(process, own, printed)
 
     def _expect_ready(self, worker: int) -> None:
-        member = self._members[worker]
-        try:
-            member.pipe.recv()
-        except (EOFError, OSError):
-            raise RuntimeError(f"worker {worker} could not start: {_why(member)}") from None
+        for tries_left in reversed(range(MOST_STARTS)):
+            member = self._members[worker]
+            try:
+                member.pipe.recv()
+                return
+            except (EOFError, OSError):
+                why = _why(member)
+            killed = (member.process.returncode or 0) < 0  # for want of memory, say
+            if not killed or not tries_left:
+                raise RuntimeError(f"worker {worker} could not start: {why}")
+            member.pipe.close()
+            member.printed.close()
+            self._begin(worker)
 
     def _send(self, worker: int, request: tuple) -> None:
         with suppress(OSError):  # one that died is heard of by `_receive`
@@ -230,6 +239,15 @@ class Processes(Workers):
 
 def check_workers(count: Any) -> int:
     return check_integer("workers", count, 1, MOST_WORKERS)
+
+
+def import_path() -> list[str]:
+    """The folders that this process imports from, for a worker to import from them and no others.
+
+    PYTHONPATH cannot hold them: it splits names at colons, and makes Python run a sitecustomize.py
+    of any of them.
+    """
+    return [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
 
 
 def _why(member: _Member) -> str:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import socket
-import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -26,7 +26,7 @@ import numpy as np
 from ..errors import InputError, brief
 from ..validate import require
 from .messages import LAST, Stop, Word
-from .processes import MOST_WORKERS, Workers, check_workers
+from .processes import MOST_STARTS, MOST_WORKERS, Workers, check_workers, import_path
 
 if TYPE_CHECKING:  # what checks an address does without torch
     import torch
@@ -138,17 +138,24 @@ class RayWorkers(Workers):
         self._expect_ready(worker)
 
     def _expect_ready(self, worker: int) -> None:
-        try:
-            found = self._ray.get(self._actors[worker].place.remote(), timeout=START_WITHIN)
-            self.pids[worker], self._machines[worker] = found
-        except self._ray.exceptions.GetTimeoutError:
-            raise RuntimeError(
-                f"worker {worker} could not be placed within {START_WITHIN} s"
-            ) from None
-        except self._ray.exceptions.RayError as error:
-            raise RuntimeError(
-                f"worker {worker} could not start: {brief(str(error), 200)}"
-            ) from None
+        exceptions = self._ray.exceptions
+        for tries_left in reversed(range(MOST_STARTS)):
+            try:
+                found = self._ray.get(self._actors[worker].place.remote(), timeout=START_WITHIN)
+                self.pids[worker], self._machines[worker] = found
+                return
+            except exceptions.GetTimeoutError:
+                raise RuntimeError(
+                    f"worker {worker} could not be placed within {START_WITHIN} s"
+                ) from None
+            except exceptions.RayError as error:
+                lost = isinstance(error, (exceptions.RayActorError, exceptions.OutOfMemoryError))
+                # one whose own code fails would fail again
+                if not lost or not tries_left or "creation task" in str(error):
+                    raise RuntimeError(
+                        f"worker {worker} could not start: {brief(str(error), 200)}"
+                    ) from None
+            self._actors[worker] = self._actor_class.remote()
 
     def _send(self, worker: int, request: tuple) -> None:
         if isinstance(request, Stop):
@@ -167,7 +174,10 @@ class RayWorkers(Workers):
             worker = self._listening.pop(reference)
             try:
                 words = self._ray.get(reference)
-            except self._ray.exceptions.RayActorError as error:
+            except (
+                self._ray.exceptions.RayActorError,
+                self._ray.exceptions.OutOfMemoryError,
+            ) as error:
                 why = brief(str(error).strip().partition("\n")[0], 120)  # Ray's advice follows
                 self._words.append((worker, Word("lost", f"process {self.pids[worker]}: {why}")))
                 break
@@ -242,17 +252,20 @@ def _connect(ray: Any, address: str) -> bool:
         else {}
     )
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        entry or os.getcwd() for entry in sys.path
-    )  # actors here inherit it
+    os.environ["PYTHONPATH"] = os.pathsep.join(import_path())  # actors here inherit it
+    empty = tempfile.TemporaryDirectory(prefix="fastprune-")
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        # an empty working folder for the actors: without one, Ray puts this process's first on
+        # their sys.path, and a torch.py there would run as torch
+        job = {"runtime_env": {"working_dir": empty.name}}
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **job, **own)
     except Exception as error:  # of whatever kind: Ray raises many, a bare Exception among them
         kind = RuntimeError if own else InputError
         raise kind(f"no Ray at {address}: {brief(str(error), 200)}") from None
     finally:
         os.environ.pop("PYTHONPATH")
         os.environ |= {} if before is None else {"PYTHONPATH": before}
+        empty.cleanup()
     return True
 
 

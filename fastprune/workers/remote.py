@@ -22,7 +22,6 @@ from ..engine.problem import Problem
 from ..engine.runs import Cost, Held, PartialSums, Progress
 from ..errors import InputError
 from ..models import Model
-from ..plan.layout import look_of
 from ..plan.split import cut, owners, teams
 from ..plan.trie import Trie, Units, make_trie
 from .messages import Open, Run, Setup, Word
@@ -70,7 +69,8 @@ class RemoteRuns:
         self._workers, self._model = workers, model
         self._backend, self._memory_bytes = backend, memory_bytes
         self._cache_bytes = None if cache_bytes is None else cache_bytes // workers.per_machine
-        self._cache_dir = cache_dir
+        # a worker may run in another folder
+        self._cache_dir = cache_dir and cache_dir.absolute()
         self._problem: Problem | None = None
         self._number = -1
         self._model_sent: tuple[tuple, object] | None = None  # for workers; held as long as sent
@@ -127,7 +127,8 @@ class RemoteRuns:
             self._number = next(self._workers.numbers)
             self._workers.alive[self._number] = self._problem = problem
             self._held.clear()
-            looks = look_of(problem.batch)[[rows[0] for rows in problem.layout.chunks]]
+            looks = problem.layout.looks(problem.batch)
+            looks = looks[[rows[0] for rows in problem.layout.chunks]]
             loads = [chunk.num_tokens for chunk in problem.chunks]
             self._owner = owners(loads, looks.tolist(), self._workers.count)
         self._workers.get_ready()

@@ -8,6 +8,7 @@ import os
 import sqlite3
 
 import pytest
+from documents import text_study, write_document
 
 from fastprune.engine.store import SumStore
 
@@ -25,13 +26,32 @@ def refused(run, monkeypatch, text_file):
         needed = {
             "score": {"--removed": "1", "--calibration": text_file},
             "search": {"--num-remove": "1", "--calibration": text_file},
-            "study": {"--num-remove": "1,2", "--objective": f"perplexity={text_file}"},
             "eval": {"--removed": "1", "--tasks": "arc_easy"},
         }[command]
         arguments = [
             part for flag, value in needed.items() if flag not in more for part in (flag, value)
         ]
         status, _, err = run(command, "nowhere/model", *arguments, *more)
+        assert status == 2, err
+        assert err.count("\n") == 1
+        return err
+
+    return refused
+
+
+@pytest.fixture
+def refused_study(run, monkeypatch, text_file, tmp_path):
+    """refused_study(out, *arguments, **changes of the document) -> the one line on stderr."""
+
+    def opened(*_, **__):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("fastprune.models.load_model", opened)
+
+    def refused(out, *arguments, **changes) -> str:
+        tables = text_study("nowhere/model", text_file, **{"search_num_remove": [1, 2], **changes})
+        document = write_document(tmp_path / "document.toml", **tables)
+        status, _, err = run("study", document, "--out", out, *arguments)
         assert status == 2, err
         assert err.count("\n") == 1
         return err
@@ -66,38 +86,6 @@ def test_sizes_of_text_are_refused_for_questions(refused, tmp_path):
     margin = ("--objective", "margin", "--calibration", questions)
     assert "--seq-len is of text" in refused("score", *margin, "--seq-len", 32)
     assert "--sample-seed is of text" in refused("search", *margin, "--sample-seed", 1)
-    study = ("--objective", f"margin={questions}", "--seq-len", 32, "--out", tmp_path / "study")
-    assert "--num-samples says how many" in refused("study", *study)
-    sets = ("--calibration", f"q=tasks:{questions}", "--objective", "margin", "--seq-len", 32)
-    sets += ("--out", tmp_path / "study")
-    assert "--seq-len is of text" in refused("study", *sets)
-
-
-def test_sizes_of_text_stand_beside_held_out_questions(run, tmp_path):
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text('{"prompt": "w1", "choices": [" w2", " w3"], "answer": 0}\n')
-    study = (
-        "study",
-        "nowhere/model",
-        "--num-remove",
-        "1",
-        "--out",
-        tmp_path / "study",
-        "--seq-len",
-        32,
-    )
-    text = tmp_path / "text.txt"
-    text.write_text("w1 w2 w3")
-    for more in (("--objective", f"perplexity={text}"), ("--calibration", f"a=text:{text}")):
-        _, _, err = run(*study, *more, "--held-out", f"margin={questions}")
-        assert "nowhere/model" in err  # as far as the model, which is not there
-
-
-def test_sizes_of_a_set_are_named(refused, text_file, tmp_path):
-    out = ("--out", tmp_path / "study")
-    wrong = refused("study", "--calibration", f"a=text:{text_file},sample=8", *out)
-    assert "seed=, each a number, not sample=8" in wrong
-    assert "not 'beam_width=2'" in refused("study", "--option", "beam_width=2", *out)
 
 
 def test_a_refused_run_leaves_no_store(refused, tmp_path):
@@ -110,27 +98,29 @@ def test_gradients(refused, text_file, questions, tmp_path, objective):
     file = text_file if objective == "kl" else questions
     found = refused("search", "--algorithm", "cbo", "--objective", objective, "--calibration", file)
     assert f"cbo needs gradients, which the objective '{objective}' has not" in found
-    found = refused(
-        "study",
-        "--algorithms",
-        "beam,cbo",
-        "--objective",
-        f"x:{objective}={file}",
-        "--out",
+
+
+@pytest.mark.parametrize("objective", ["kl", "accuracy"])
+def test_gradients_of_a_study(refused_study, text_file, questions, tmp_path, objective):
+    kind, file = ("text", text_file) if objective == "kl" else ("tasks", questions)
+    line = refused_study(
         tmp_path / "s",
+        calibration=[{"name": "x", "kind": kind, "file": file}],
+        objective=[{"name": objective}],
+        search_algorithms=["beam", "cbo"],
     )
-    assert "which the objective 'x' has not" in found
+    assert f"cbo needs gradients, which the objective '{objective}-x' has not" in line
     assert not (tmp_path / "s").exists()
 
 
-def test_study_folders(refused, tmp_path):
+def test_study_folders(refused_study, tmp_path):
     out = tmp_path / "s"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert "is not empty and holds no study" in refused("study", "--out", out)
-    for text in ("{", "[]", "\udcff"):
+    assert "is not empty and holds no study" in refused_study(out)
+    for text in ("{", "[]", "\udcff", '{"machines": 3}'):
         (out / "inputs.json").write_text(text, errors="surrogateescape")
-        assert "is not what a study has written" in refused("study", "--out", out)
+        assert "is not what a study has written" in refused_study(out)
     assert (out / "notes.txt").read_text() == "mine"
 
 
@@ -141,48 +131,49 @@ def inputs():
         "algorithms": {"beam": {"beam_width": 5}},
         "budgets": [1, 2],
         "seed": 0,
+        "racing": None,
+        "protect": [],
         "granularity": "block",
+        "backend": "auto",
     }
 
 
 @pytest.mark.parametrize(
-    ("more", "named"),
+    ("changes", "named"),
     [
-        (("--num-remove", "1"), "budgets"),
-        (("--seed", "1"), "seed"),
-        (("--granularity", "sublayer"), "granularity"),
-        (("--algorithms", "beam,greedy"), "algorithms"),
-        (("--option", "beam.beam_width=6"), "algorithms"),
-        (("--num-remove", "3", "--seed", "2"), "budgets, seed"),
+        ({"num_remove": [1]}, "search.num_remove no longer has 2;"),
+        ({"seed": 1}, "search.seed was 0 and is 1;"),
+        ({"granularity": "sublayer"}, "search.granularity was 'block' and is 'sublayer';"),
+        ({"algorithms": ["greedy"]}, "search.algorithms no longer has 'beam';"),
+        ({"options": {"beam": {"beam_width": 6}}}, "search.options.beam.beam_width was 5 and is 6"),
+        ({"num_remove": [3], "seed": 2}, "no longer has 1, 2; search.seed was 0 and is 2;"),
+        ({"racing": 0.9}, "search.racing was None and is 0.9;"),
+        ({"protect": [1]}, "search.protect was [] and is [1];"),
     ],
 )
-def test_another_study_is_refused(refused, tmp_path, inputs, more, named):
-    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
-    beam = () if "--algorithms" in more else ("--algorithms", "beam")
-    assert f"holds a study with other {named};" in refused("study", "--out", tmp_path, *more, *beam)
+def test_another_study_is_refused(refused_study, tmp_path, inputs, changes, named):
+    out = tmp_path / "s"
+    out.mkdir()
+    (out / "inputs.json").write_text(json.dumps(inputs))
+    changes = {"algorithms": ["beam"], **changes}
+    line = refused_study(out, **{f"search_{name}": value for name, value in changes.items()})
+    assert "holds a study with other settings: " in line
+    assert named in line
+    assert json.loads((out / "inputs.json").read_text()) == inputs
 
 
-def test_a_broken_store_of_a_study_is_named(refused, tmp_path, inputs):
-    (tmp_path / "inputs.json").write_text(json.dumps(inputs))
-    (tmp_path / "scores.db").write_text("no database, and longer than the header of one " * 10)
-    assert "scores.db: not a store" in refused("study", "--out", tmp_path, "--algorithms", "beam")
+def test_a_broken_store_of_a_study_is_named(refused_study, tmp_path, inputs):
+    out = tmp_path / "s"
+    out.mkdir()
+    (out / "inputs.json").write_text(json.dumps(inputs))
+    (out / "scores.db").write_text("no database, and longer than the header of one " * 10)
+    assert "scores.db: not a store" in refused_study(out, search_algorithms=["beam"])
 
 
 def test_a_study_continues(run, checkpoint, text_file, tmp_path):
-    objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
-    arguments = (
-        "study",
-        checkpoint,
-        *objective,
-        "--algorithms",
-        "one_shot",
-        "--num-remove",
-        1,
-        "--out",
-        tmp_path / "s",
-    )
+    document = write_document(tmp_path / "study.toml", **text_study(checkpoint, text_file))
     for _ in range(2):
-        status, out, err = run(*arguments)
+        status, out, err = run("study", document, "--out", tmp_path / "s")
         assert status == 0, err
         assert "one_shot" in out
 
@@ -193,28 +184,25 @@ def test_a_study_continues(run, checkpoint, text_file, tmp_path):
         ("search", ("--num-remove", "2", "--num-remove", "2")),
         ("search", ("--seed", "1", "--seed=1")),
         ("score", ("--dtype", "float32", "--dtype", "bfloat16")),
-        ("study", ("--out", "a", "--out", "b")),
         ("search", ("--option", "beam_width=2", "--option", "beam_width=3")),
-        ("study", ("--option", "beam.beam_width=2", "--option", "beam.beam-width=3", "--out", "a")),
     ],
 )
 def test_options_that_are_given_twice(refused, command, twice):
     assert "is given twice" in refused(command, *twice)
 
 
-def test_workers(refused, tmp_path):
-    for command in ("score", "search", "study", "eval"):
-        more = ("--out", tmp_path / "s") if command == "study" else ()
-        assert "0 is not in the range 1<=x<=1024" in refused(command, "--workers", 0, *more)
-        assert "give one of them" in refused(command, "--workers", 2, "--ray", "local", *more)
+def test_the_folder_of_a_study_is_given_twice(refused_study):
+    assert "--out is given twice" in refused_study("a", "--out", "b")
 
 
-def test_races_of_a_study(refused, tmp_path):
-    study = ("--out", tmp_path / "study")
-    assert "--racing: racing must be between 0 and 1" in refused("study", *study, "--racing", 99)
-    alone = refused("study", *study, "--racing", 0.9, "--algorithms", "shortgpt")
-    assert (
-        "--racing: shortgpt needs every loss it asks for and does not race; these do: one_shot"
-        in alone
-    )
-    assert not (tmp_path / "study").exists()
+def test_workers(refused):
+    for command in ("score", "search", "eval"):
+        assert "0 is not in the range 1<=x<=1024" in refused(command, "--workers", 0)
+        assert "give one of them" in refused(command, "--workers", 2, "--ray", "local")
+
+
+def test_workers_of_a_study(refused_study, tmp_path):
+    assert "0 is not in the range 1<=x<=1024" in refused_study(tmp_path / "s", "--workers", 0)
+    both = refused_study(tmp_path / "s", "--workers", 2, "--ray", "local")
+    assert "give one of them" in both
+    assert not (tmp_path / "s").exists()

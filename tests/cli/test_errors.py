@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from documents import text_study, write_document
 
 
 @pytest.fixture
@@ -203,12 +204,14 @@ def test_nothing_is_overwritten(score, fails, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["score", "search", "export", "study", "demo"])
-def test_an_output_below_a_file_is_refused_before_the_model_is_opened(fails, text_file, command):
+def test_an_output_below_a_file_is_refused_before_the_model_is_opened(
+    fails, text_file, tmp_path, command
+):
     arguments = {
         "score": ("nowhere/model", "--removed", "1", "--calibration", text_file),
         "search": ("nowhere/model", "--num-remove", "1", "--calibration", text_file),
         "export": ("nowhere/model", "--removed", "1"),
-        "study": ("nowhere/model", "--num-remove", "1", "--objective", f"perplexity={text_file}"),
+        "study": (write_document(tmp_path / "s.toml", **text_study("nowhere/model", text_file)),),
         "demo": (),
     }[command]
     assert "is a file, not a folder" in fails(
@@ -262,16 +265,9 @@ def test_a_missing_library_is_named_before_the_model_is_opened(
     fails, text_file, tmp_path, monkeypatch, command, library
 ):
     monkeypatch.setitem(sys.modules, library, None)
-    study = (
-        "nowhere/model",
-        "--num-remove",
-        "1",
-        "--objective",
-        f"perplexity={text_file}",
-        "--algorithms",
-        "greedy",
-    )
-    err = fails(command, *(study if command == "study" else ()), "--out", tmp_path / "s")
+    tables = text_study("nowhere/model", text_file, search_algorithms=["greedy"])
+    document = write_document(tmp_path / "study.toml", **tables)
+    err = fails(command, *([document] if command == "study" else []), "--out", tmp_path / "s")
     assert "pip install 'fastprune[" in err
     assert not (tmp_path / "s").exists()
 

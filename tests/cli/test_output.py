@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import text_study, write_document
+from torture.harness import forked
 
 from fastprune.cli import main
 
@@ -71,9 +73,8 @@ def test_results_are_written_whatever_stdout_is(
     status, _ = run_on(stdout(), "export", checkpoint, "--removed", "1", "--out", tmp_path / "e")
     assert status == 0
     assert (tmp_path / "e" / "model.safetensors").exists()
-    objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
-    studied = ("--algorithms", "one_shot", "--num-remove", 1, *objective, "--quiet")
-    status, _ = run_on(stdout(), "study", checkpoint, *studied, "--out", tmp_path / "study")
+    document = write_document(tmp_path / "study.toml", **text_study(checkpoint, text_file))
+    status, _ = run_on(stdout(), "study", document, "--quiet", "--out", tmp_path / "study")
     assert status == 0
     assert "</html>" in (tmp_path / "study" / "report.html").read_text()
 
@@ -158,18 +159,98 @@ def test_any_folder_name_is_printed_and_drawn_as_it_is(
     status, out, err = run("info", folder)
     assert status == 0, err
     assert folder.name in "".join(out.split())  # a title is wrapped at its table's width
-    objective = ("--objective", f"perplexity={text_file}", "--num-samples", 2, "--seq-len", 16)
-    studied = (
-        "--algorithms",
-        "one_shot,beam",
-        "--num-remove",
-        "1",
-        *objective,
-        "--out",
-        tmp_path / "s",
-    )
-    status, out, err = run("study", folder, *studied)
+    tables = text_study(folder, text_file, search_algorithms=["one_shot", "beam"])
+    document = write_document(tmp_path / "study.toml", **tables)
+    status, out, err = run("study", document, "--out", tmp_path / "s")
     assert status == 0, err
     assert folder.name in "".join(out.split())  # a title is wrapped at its table's width
     page = (tmp_path / "s" / "report.html").read_text()
     assert "<script>alert" not in page
+
+
+@pytest.fixture
+def vanishes(monkeypatch):
+    """vanishes(folder): a file that cannot be written to once the model is open."""
+    from fastprune.cli import options
+
+    def vanishes(folder):
+        opened = options.open_model
+
+        def open_model(*arguments):
+            folder.write_text("a file by now")
+            return opened(*arguments)
+
+        monkeypatch.setattr(options, "open_model", open_model)
+
+    return vanishes
+
+
+@pytest.mark.parametrize("command", ["search", "score"])
+def test_a_result_whose_file_cannot_be_written_is_printed_and_put_beside(
+    run, vanishes, checkpoint, scored, tmp_path, command
+):
+    vanishes(tmp_path / "out")
+    search = ("search", checkpoint, "--num-remove", 1, "--out", tmp_path / "out")
+    score = ("score", checkpoint, "--removed", "1", "--out", tmp_path / "out" / "s.jsonl")
+    status, out, err = run(*(search if command == "search" else score), *scored, "--quiet")
+    assert status == 1
+    assert "removed" in out
+    assert "written" not in out
+    assert err.count("\n") == 1
+    assert "cannot be written (" in err
+    (beside,) = tmp_path.glob("*-*.json*")
+    assert str(beside) in err
+    assert "loss" in json.loads(beside.read_text())
+
+
+@pytest.mark.parametrize("columns", ["0", "-1", "", "wide"])
+def test_any_number_of_columns_prints(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    status, out, _ = run("algorithms", "beam")
+    assert status == 0
+    assert "beam" in out
+
+
+def test_a_file_without_permission_is_status_2(run, checkpoint, scored, monkeypatch):
+    opened = os.open
+
+    def refuse(path, *more, **options):
+        if str(path).endswith("config.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    status, _, err = run("score", checkpoint, "--removed", "1", *scored)
+    assert status == 2
+    assert err.endswith("config.json: Permission denied\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--store", "s.db"), "the same command continues from there"),
+        ((), "nothing is kept; with --store FILE the same command would continue"),
+    ],
+)
+def test_the_line_upon_ctrl_c_says_how_to_continue(
+    run, checkpoint, scored, tmp_path, monkeypatch, arguments, said
+):
+    from fastprune import cli
+    from fastprune.cli import options
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handlers = []
+    monkeypatch.setattr(options, "open_model", interrupt)
+    monkeypatch.setattr(cli.signal, "signal", lambda _, handler: handlers.append(handler))
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("score", checkpoint, "--removed", "1", *scored, *arguments)
+    assert status == 1
+    assert err.startswith("fastprune: interrupted; ")
+    assert err.endswith(f"{said}\n")
+    assert err.count("\n") == 1
+    (second,) = handlers
+    process = forked(second)
+    assert (process.status, process.err) == (1, "fastprune: interrupted twice; ended at once\n")

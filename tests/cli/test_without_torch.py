@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from documents import text_study, write_document
 
 PROGRAM = """
 import sys
@@ -20,17 +21,6 @@ finally:
     print(*[name for name in libraries if name in sys.modules])
 """
 SEARCH = ("search", "nowhere/model", "--num-remove", "1", "--calibration", __file__)
-STUDY = (
-    "study",
-    "nowhere/model",
-    "--num-remove",
-    "1",
-    "--objective",
-    f"kl={__file__}",
-    "--out",
-    "nowhere/study",
-)
-
 
 COMMANDS = [
     (("--help",), 0),
@@ -41,22 +31,33 @@ COMMANDS = [
     ((*SEARCH, "--option", "width=5"), 2),
     ((*SEARCH, "--calibration", "nowhere.txt"), 2),
     (("eval", "nowhere/model", "--tasks", "arc_easy"), 2),
-    ((*STUDY, "--algorithms", "beem"), 2),
+    (("study", "--example"), 0),
+    (("study", "nowhere.toml", "--out", "nowhere/study"), 2),
     (("export", "nowhere/model", "--removed", "1", "--out", __file__), 2),
     (("export", "nowhere/model", "--removed", "1", "--out", "nowhere/x", "--base-model", "a b"), 2),
     (("export", "nowhere/model", "--removed", "1", "--sequence", "1", "--out", "nowhere/x"), 2),
     (("export", "nowhere/model", "--result", __file__, "--out", "nowhere/x"), 2),
-    ((*STUDY, "--option", "beam.width=5"), 2),
-    ((*STUDY, "--objective", "margin=nowhere.jsonl"), 2),
+]
+MISTAKES = [
+    {"search_algorithms": ["beem"]},
+    {"search_options": {"beam": {"width": 5}}},
+    {"search_seeds": 5},
+    {"objective": [{"name": "margin"}]},
+    {"calibration": [{"name": "a", "kind": "text", "file": "nowhere.txt"}]},
 ]
 
 
-def test_no_model_library_is_imported():
+def test_no_model_library_is_imported(tmp_path):
     """One process runs them all: a library that any of them imports is there from then on."""
+    commands = list(COMMANDS)
+    for number, mistake in enumerate(MISTAKES):
+        tables = text_study("nowhere/model", __file__, **mistake)
+        document = write_document(tmp_path / f"{number}.toml", **tables)
+        commands.append((("study", str(document), "--out", "nowhere/study"), 2))
     program = f"""
 import contextlib, io, json, sys
 from fastprune.cli import main
-for arguments, _ in {COMMANDS!r}:
+for arguments, _ in {commands!r}:
     sys.argv = ["fastprune", *arguments]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -72,7 +73,7 @@ for arguments, _ in {COMMANDS!r}:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert list(zip(COMMANDS, found, strict=True)) == [(case, [case[1], []]) for case in COMMANDS]
+    assert list(zip(commands, found, strict=True)) == [(case, [case[1], []]) for case in commands]
 
 
 def test_opening_a_model_imports_nothing_that_takes_long_and_is_not_needed():

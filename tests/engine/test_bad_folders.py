@@ -2,13 +2,16 @@
 names the culprit."""
 
 import json
+import os
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import transformers as tf
 from families import build, some_masks
 from helpers import refuses, t5
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import fastprune as fp
@@ -506,3 +509,121 @@ def test_headers_that_do_not_describe_their_file(folder, tensors, why):
     }
     write_shard(folder / "model.safetensors", header, max(max(o[2:]) for o in tensors.values()))
     refuses(f"model.safetensors: not a safetensors file .*{why}", fp.load_model, folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_labels", 10**9),
+        ("num_labels", -1),
+        ("text_config", {"num_labels": 10**6}),
+        ("rotary_dim", 10**9),
+        ("n_positions", 10**6),
+        ("num_decoder_layers", 10**6),
+        ("some_size", 10**12),
+        ("part_config", {"vocab_size": 10**12}),
+    ],
+)
+def test_numbers_that_the_weights_do_not_bear_out(folder, build_nothing, key, value):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    name = next(iter(value)) if isinstance(value, dict) else key
+    refuses(f"config.json: {name} ", fp.load_model, folder)
+
+
+def test_tensors_without_numbers_allow_no_sizes(folder, build_nothing):
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"model.layers.{i}.none": torch.empty(0, 10**12) for i in range(5, 90)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in (("vocab_size", 10**12), ("num_hidden_layers", 90)):
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        refuses(f"config.json: {key} ", fp.load_model, folder)
+
+
+def test_a_tensor_of_very_many_dimensions(folder):
+    """The product of so many numbers alone takes minutes."""
+    entry = {"dtype": "F32", "shape": [2**62] * 50_000, "data_offsets": [0, 4]}
+    header = json.dumps({"a": entry}).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    refuses("its shape has 50000 dimensions, at most 64 fit", fp.load_model, folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "x/chat.jinja"])
+def test_a_fifo_in_a_folder_is_not_waited_for(folder, name):
+    path = folder / name.replace("x/", "additional_chat_templates/")
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    refuses(f"{path.name}: is a FIFO, a socket or a device", fp.load_model, folder)
+
+
+@pytest.mark.parametrize("content", [None, "[" * 30_000, "{" + " " * (1 << 20) + "}", "[1]"])
+def test_a_file_of_hashes_that_is_none_of_ours(folder, content):
+    path = folder / ".fastprune-hashes.json"
+    expected = fp.load_model(folder, weights_bytes=1 << 20).weights_hash
+    path.unlink()
+    for _ in range(2):
+        model = fp.load_model(folder, weights_bytes=1 << 20)
+        if content is not None:
+            path.write_text(content)
+        elif not path.exists():
+            os.mkfifo(path)
+        assert model.weights_hash == expected
+
+
+def test_a_tokenizer_that_makes_its_library_panic(checkpoint, tmp_path, capfd):
+    """The library's panics are no Exception, and it prints lines of its own about them."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = {"a": 0, "b": 1, "ab": 2}
+    merges = {"merges": ["a b"], "continuing_subword_prefix": "##"}
+    tokenizer["model"] = {"type": "BPE", "vocab": vocabulary, **merges}
+    path.write_text(json.dumps(tokenizer))
+    refuses("tokenizer.json: the tokenizers library cannot use it", fp.load_model, path.parent)
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_tokenizer_that_panics_over_a_text(text_file, questions):
+    class PanicException(BaseException):
+        """As pyo3's: no Exception."""
+
+    def tokenizer(*_, **__):
+        raise PanicException("index out of bounds")
+
+    said = "the tokenizers library cannot use it: index out of bounds"
+    refuses(f"text.txt: {said}", fp.load_text, text_file, tokenizer)
+    refuses(f"questions.jsonl:1: {said}", fp.load_tasks, questions, tokenizer)
+
+
+def test_shards_of_any_name_that_the_index_lists(ev, sharded, batch, monkeypatch):
+    """Those of Qwen3.5 are called model.safetensors-00001-of-0000N.safetensors. The hub gives what
+    is asked for."""
+    index_path = sharded / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    renamed = {}
+    for number, shard in enumerate(sorted(sharded.glob("model-*.safetensors"))):
+        renamed[shard.name] = f"[a]-{number}.safetensors" if number else "model.safetensors-1-of-9"
+        renamed[shard.name] += ".safetensors" * (not number)
+        shard.rename(sharded / renamed[shard.name])
+    index["weight_map"] = {key: renamed[shard] for key, shard in index["weight_map"].items()}
+    index_path.write_text(json.dumps(index))
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns=()):
+        asked.extend(
+            filter_repo_objects(
+                sorted(f.name for f in sharded.iterdir()),
+                allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
+            )
+        )
+        return str(sharded)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = fp.Evaluator(fp.load_model("org/tiny"), fp.Perplexity(batch))
+    masks = some_masks(5, 20, seed=0)
+    assert found.score(masks).tobytes() == ev.score(masks).tobytes()
+    assert set(renamed.values()) <= set(asked)

@@ -345,3 +345,25 @@ def test_the_measure_greedy_counts_tokens_that_are_not_the_most_likely():
                 with torch.no_grad():
                     likely = model(input_ids=ids, use_cache=False).logits[0, :-1].argmax(dim=-1)
                 assert misses == (likely != ids[0, 1:]).sum()
+
+
+def test_a_folder_that_vanishes_costs_speed_only(tmp_path):
+    """Of the prefix cache, between two calls, and of states that wait for a band of weights."""
+    hf = build("llama")
+    target = objective("text", hf.config.vocab_size)
+    masks = some_masks(5, 20, seed=12)
+    expected = fp.Evaluator(hf, target, cache_bytes=0).score(masks)
+    folder = tmp_path / "made"
+    ev = fp.Evaluator(hf, target, cache_bytes=2 * state_bytes(hf, target.batch), cache_dir=folder)
+    ev.score(masks[:5])
+    frontier = Frontier(folder, torch.device("cpu"))
+    folder.rmdir()
+    with pytest.warns(RuntimeWarning, match="made: no more states are kept there: ") as warned:
+        found = [ev.score(masks[part]) for part in (slice(0, 10), slice(10, 20))]
+    assert len(warned) == 1
+    assert np.concatenate(found).tobytes() == expected.tobytes()
+    with pytest.warns(RuntimeWarning, match="made: no more states are kept there: ") as warned:
+        frontier.start(0)
+    frontier.start(0)
+    assert frontier.slower_bytes == 0
+    assert len(warned) == 1

@@ -173,10 +173,10 @@ def test_model_card(tmp_path):
     assert "without the blocks 1, 3" in card.text
     tokens = int(ev.sample_tokens.sum())
     assert (
-        f"| perplexity, {ev.num_samples} samples, {tokens} tokens | {ev.dense_loss:.4f} "
-        f"(perplexity " in card.text
+        f"| perplexity (lower is better), {ev.num_samples} samples, {tokens} tokens "
+        f"| {np.exp(ev.dense_loss):.3f} ± " in card.text
     )
-    assert f"| {ev.score(fp.from_removed([(1, 3)], 5))[0]:.4f} (perplexity " in card.text
+    assert f"| {np.exp(ev.score(fp.from_removed([(1, 3)], 5))[0]):.3f} ± " in card.text
     assert "peft" in card.text
     named = fp.Model(hf, name=str(tmp_path / "secret" / "local"))
     card = ModelCard.load(fp.export_sequence(named, (0, 1, 1), tmp_path / "b") / "README.md")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers import make_tasks
+from helpers import make_tasks, refuses
 from torture.harness import forked
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -280,3 +280,68 @@ def test_wrong_files_are_refused(tmp_path):
         with pytest.raises(fp.InputError, match=path.name):
             fp.Evaluator(make_model(), fp.Perplexity(make_batch()), store=path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE VIEW more AS SELECT * FROM sums",
+        "CREATE TRIGGER t AFTER INSERT ON contexts BEGIN DELETE FROM sums; END",
+        "CREATE INDEX more ON sums (checksum)",
+        "CREATE TABLE more (id INTEGER)",
+    ],
+)
+def test_a_store_with_statements_of_others_is_refused(tmp_path, statement):
+    path = tmp_path / "store.db"
+    SumStore(path).close()
+    database = sqlite3.connect(path)
+    database.execute(statement)
+    database.commit()
+    database.close()
+    refuses("a damaged store, its tables are not those of a store", SumStore, path)
+
+
+def test_sums_that_are_a_view_are_refused(tmp_path):
+    path = tmp_path / "store.db"
+    SumStore(path).close()
+    database = sqlite3.connect(path)
+    columns = "1 AS context, 2 AS chunk, 3 AS units, 4 AS sums, 5 AS checksum"
+    database.executescript(f"DROP TABLE sums; CREATE VIEW sums AS SELECT {columns}")
+    database.close()
+    refuses("a damaged store, its tables are not those of a store", SumStore, path)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_fifo_for_a_store_or_beside_it_is_not_waited_for(tmp_path, suffix, exists):
+    path = tmp_path / "store.db"
+    if exists and suffix:
+        SumStore(path).close()
+    os.mkfifo(f"{path}{suffix}")
+    refuses(f"store.db{suffix}: is ", SumStore, path)
+
+
+def test_a_store_that_was_given_up_is_not_asked_again(tmp_path, monkeypatch):
+    """Each time, SQLite would wait a minute for another program's lock."""
+    store = SumStore(tmp_path / "store.db")
+
+    class Locked:
+        asked = 0
+
+        def execute(self, *_):
+            self.asked += 1
+            raise sqlite3.OperationalError("database is locked")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(store, "_db", Locked())
+    with pytest.warns(RuntimeWarning, match="going on without the store: database is locked"):
+        assert store.context({"a": 1}) == -1
+    assert store.context({"a": 1}) == -1
+    assert store.get(-1, b"", [b""]) == {}
+    store.put(-1, b"", {b"": np.zeros(1)})
+    assert store._db.asked == 1

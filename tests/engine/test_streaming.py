@@ -104,9 +104,7 @@ def test_caches_stores_races_and_sequences(family, granularity, tmp_path):
     assert ev.stats.store_hits
     assert sum(ev.stats.cache_hits.values())
     another = some_masks(ev.num_units, 20, seed=4)
-    assert np.array_equal(
-        ev.select(another, keep=2).losses, resident.select(another, keep=2).losses
-    )
+    assert np.array_equal(ev.race(another, keep=2).losses, resident.race(another, keep=2).losses)
     last = ev.num_units - 1
     sequences = [(0, 1, 1, 2), (last, 0, last), (2, 1, 0, 2), (0, 1, 2), (last,), (0, 0, 0, 0)]
     assert np.array_equal(ev.score_sequences(sequences), resident.score_sequences(sequences))

@@ -7,18 +7,21 @@ a few run them as processes.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import build, num_blocks, random_rows, some_masks
 from helpers import make_tasks
-from workers_for_tests import InThisProcess
+from workers_for_tests import InThisProcess, set_trap
 
 import fastprune as fp
 from fastprune import evaluator
@@ -64,7 +67,7 @@ def test_every_number_has_the_bits_of_one_process(hf, kind, count):
     sequences = [(0, 1, 1, 2), (2, 0), (0, 1, 2)]
     assert many.score_sequences(sequences).tobytes() == one.score_sequences(sequences).tobytes()
     assert many.dense_loss == one.dense_loss
-    found, expected = many.select(masks, keep=2), one.select(masks, keep=2)
+    found, expected = many.race(masks, keep=2), one.race(masks, keep=2)
     assert found.indices.tolist() == expected.indices.tolist()
     assert found.losses.tobytes() == expected.losses.tobytes()
 
@@ -371,8 +374,19 @@ def test_a_process_that_is_killed(checkpoint, hf):
             os.kill(pid, 0)
 
 
-def test_a_process_that_cannot_start(monkeypatch):
-    monkeypatch.setattr(processes, "START", "raise SystemExit('no such library')")
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """program(text): what workers run in place of a worker."""
+
+    def program(text: str) -> None:
+        (tmp_path / "program.py").write_text(text)
+        monkeypatch.setattr(processes, "START", tmp_path / "program.py")
+
+    return program
+
+
+def test_a_process_that_cannot_start(program):
+    program("raise SystemExit('no such library')")
     started = time.monotonic()
     with pytest.raises(
         RuntimeError, match=r"worker 0 could not start: .* ended with status 1: no such library"
@@ -381,13 +395,15 @@ def test_a_process_that_cannot_start(monkeypatch):
     assert time.monotonic() - started < 60
 
 
-def test_processes_that_do_not_end_are_ended_together(monkeypatch):
+READY = (
+    "import sys, time; from multiprocessing.connection import Connection as C; "
+    "pipe = C(int(sys.argv[1])); "
+)
+
+
+def test_processes_that_do_not_end_are_ended_together(program, monkeypatch):
     """One after the other, each of many busy ones would be waited for."""
-    start = (
-        "import sys, time; from multiprocessing.connection import Connection as C; "
-        "C(int(sys.argv[1])).send('ready')"
-    )
-    monkeypatch.setattr(processes, "START", f"{start}; time.sleep(600)")
+    program(f"{READY} pipe.send('ready'); time.sleep(600)")
     monkeypatch.setattr(processes, "END_WITHIN", 0.05)
     workers = Processes(3)
     pids, waits, wait = workers.pids, [], subprocess.Popen.wait
@@ -419,6 +435,53 @@ def test_what_many_workers_are_given_is_pickled_once(hf, batch):
     many.score(some_masks(many.num_units, 20, seed=13))
     assert [request for _, request in workers.requests] == ["Open"] * 3 + ["Run"] * 3
     assert workers.kept == 2
+
+
+def test_a_process_that_is_killed_while_it_starts(program, tmp_path):
+    """Another one is started in its place, up to twice."""
+    starts = tmp_path / "starts"
+    kill = "import os; os.kill(os.getpid(), 9)"
+    note = f"n = open({str(starts)!r}, 'a'); n.write('.'); n.flush()"
+    program(f"{note}\nif n.tell() < 3: {kill}\n{READY} pipe.send('ready'); pipe.recv()")
+    Processes(1).close()
+    assert starts.read_text() == "..."
+    program(f"{note}\n{kill}")
+    with pytest.raises(RuntimeError, match=r"worker 0 could not start: .* killed \(SIGKILL\)"):
+        Processes(1)
+    assert starts.read_text() == "......"
+
+
+def test_a_worker_does_not_run_files_of_the_working_folder(
+    run, tmp_path, checkpoint, text_file, monkeypatch
+):
+    sprung = set_trap(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    data = ("--calibration", text_file, "--num-samples", 8, "--seq-len", 5, "--quiet")
+    status, _, err = run("score", checkpoint, "--removed", "1", *data, "--workers", 2)
+    assert status == 0, err
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize("entry", ["", "../a:b", "kernels"])
+def test_a_worker_imports_from_where_its_parent_does(tmp_path, monkeypatch, entry):
+    """Also from a folder whose name PYTHONPATH would split, and from the working folder where the
+    parent does."""
+    package = tmp_path / "a:b" / "fastprune" / "workers"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    serve = "import json, sys\ndef serve(number):\n    json.dump(sys.path, open('path', 'w'))\n"
+    (package / "worker.py").write_text(serve)
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
+    path = [str(tmp_path / "a:b"), *filter(None, sys.path), entry]
+    monkeypatch.setattr(sys, "path", path)
+    with pytest.raises(RuntimeError, match="could not start"):
+        Processes(1)
+    *others, last = json.loads(Path("path").read_text())
+    assert [others, last] == [path[:-1], os.path.abspath(entry)]
 
 
 @pytest.mark.slow

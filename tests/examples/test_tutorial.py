@@ -48,18 +48,19 @@ def test_the_tutorial(tmp_path, monkeypatch, run, capsys):
                 monkeypatch.setattr(sys, "argv", words[1:])
                 capsys.readouterr()
                 heal.main()
-                losses = [
-                    float(loss)
-                    for loss in re.findall(r"held-out loss.*: (.*)", capsys.readouterr().out)
+                printed = capsys.readouterr().out
+                perplexities = [
+                    float(value)
+                    for value in re.findall(r"held-out text, .*: perplexity ([0-9.]+)", printed)
                 ]
             else:
                 subprocess.run(command, shell=True, check=True, env=shell)
-    whole, pruned, healed = losses
+    whole, pruned, healed = perplexities
     assert whole < pruned
     assert healed < pruned
     result = json.loads(Path("run/result.json").read_text())
     loaded = fp.load_model("pruned")
     ev = fp.Evaluator(loaded, fp.Perplexity(fp.load_text("text.jsonl", loaded.tokenizer, 16, 128)))
     np.testing.assert_allclose(ev.dense_loss, result["loss"], rtol=1e-5)
-    assert f"{result['loss']:.4f}" in Path("pruned/README.md").read_text()
+    assert f"{result['perplexity']:.3f}" in Path("pruned/README.md").read_text()
     assert any("fewer" in out for out in outputs)  # what sharing saved is said

@@ -6,10 +6,13 @@ import importlib.util
 import os
 import signal
 import socket
+from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from families import build, random_rows, some_masks
+from workers_for_tests import set_trap
 
 import fastprune as fp
 from fastprune.workers import ray as distributed
@@ -19,12 +22,18 @@ has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ra
 
 
 @pytest.fixture(scope="module")
-def workers():
+def sprung(tmp_path_factory):
+    return set_trap(tmp_path_factory.mktemp("trap"))
+
+
+@pytest.fixture(scope="module")
+def workers(sprung):
     """Two, on a Ray of this machine that takes it for one with the cores they need: to Ray cores
-    are numbers only."""
+    are numbers only. They start in a folder whose files must not run."""
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(sprung.parent)
         patch.setattr(os, "sched_getaffinity", lambda pid: set(range(2 * torch.get_num_threads())))
         found = RayWorkers("local", count=2)
     yield found
@@ -33,7 +42,9 @@ def workers():
 
 @has_ray
 @pytest.mark.nightly
-def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoint, monkeypatch):
+def test_the_bits_of_one_process_also_when_an_actor_is_killed(
+    workers, sprung, checkpoint, monkeypatch
+):
     hf = build("llama")
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [23, 9, 17, 23] * 20))
     one, many = (
@@ -64,12 +75,12 @@ def test_the_bits_of_one_process_also_when_an_actor_is_killed(workers, checkpoin
         found = many.score(masks)
     assert found.tobytes() == one.score(masks).tobytes()
     assert len(said) == 1
+    assert not sprung.exists()
     ids = np.random.default_rng(0).integers(0, 61, (30, 9))
     questions = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ids)), workers=workers)
     alone = fp.Evaluator(model, questions.objective)
     assert (
-        questions.select(masks, keep=2).losses.tobytes()
-        == alone.select(masks, keep=2).losses.tobytes()
+        questions.race(masks, keep=2).losses.tobytes() == alone.race(masks, keep=2).losses.tobytes()
     )
 
     monkeypatch.setattr(distributed, "GIVEN_BACK_WITHIN", 0)
@@ -130,3 +141,49 @@ def test_a_ray_that_is_not_installed(monkeypatch):
         fp.InputError, match=r"ray is needed for this.*: pip install 'fastprune\[ray\]'"
     ):
         check_address("local")
+
+
+def test_an_actor_that_is_killed_for_want_of_memory():
+    """While it starts, and in a call; with a Ray of which only the answers are there."""
+
+    class RayError(Exception):
+        pass
+
+    class OutOfMemoryError(RayError):
+        pass
+
+    class RayActorError(RayError):
+        pass
+
+    class GetTimeoutError(RayError):
+        pass
+
+    errors = (RayError, OutOfMemoryError, RayActorError, GetTimeoutError)
+    answers = [OutOfMemoryError("killed"), RayActorError("died"), (7, "here")]
+
+    def get(*_, **__):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    ray = SimpleNamespace(
+        exceptions=SimpleNamespace(**{error.__name__: error for error in errors}),
+        get=get,
+        wait=lambda references, num_returns: (references, []),
+    )
+    actor = SimpleNamespace(place=SimpleNamespace(remote=lambda: None))
+    workers = object.__new__(RayWorkers)
+    workers._ray, workers._actor_class = ray, SimpleNamespace(remote=lambda: actor)
+    workers._actors, workers.pids, workers._machines = [actor], [0], [""]
+    workers._expect_ready(0)
+    assert (workers.pids, answers) == ([7], [])
+    answers += [OutOfMemoryError("killed")] * 3
+    with pytest.raises(RuntimeError, match="worker 0 could not start: killed"):
+        workers._expect_ready(0)
+    answers += [RayActorError("error raised in its creation task"), None]
+    with pytest.raises(RuntimeError, match="worker 0 could not start: error raised"):
+        workers._expect_ready(0)
+    answers[:] = [OutOfMemoryError("killed\nadvice")]
+    workers._words, workers._listening = deque(), {"reference": 0}
+    assert workers._receive() == (0, "lost", "process 7: killed", 0, 0)

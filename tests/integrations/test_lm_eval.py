@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documents import text_study, write_document
 from families import build
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -474,22 +475,15 @@ def test_a_store_keeps_what_was_evaluated(folder, manager, tmp_path):
 
 def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_path, monkeypatch):
     out, again = tmp_path / "study", tmp_path / "again"
-    arguments = (
-        "study",
+    tables = text_study(
         folder("llama"),
-        "--objective",
-        f"perplexity={text_file}",
-        "--num-samples",
-        2,
-        "--seq-len",
-        16,
-        "--algorithms",
-        "one_shot,greedy",
-        "--num-remove",
-        "1,2",
+        text_file,
+        search_algorithms=["one_shot", "greedy"],
+        search_num_remove=[1, 2],
+        evaluate={"tasks": ["demo_choices", "demo_text"], "include_path": TASKS, "limit": 6},
     )
-    tasks = ("--evaluate", "demo_choices,demo_text", "--include-path", TASKS, "--limit", 6)
-    status, printed, err = run(*arguments, *tasks, "--out", out)
+    document = write_document(tmp_path / "study.toml", **tables)
+    status, printed, err = run("study", document, "--out", out)
     assert status == 0, err
     cells = json.loads((out / "study.json").read_text())["cells"]
     ((name, rows),) = json.loads((out / "tasks.json").read_text()).items()
@@ -504,16 +498,19 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
     assert "word_perplexity" in printed
     monkeypatch.setattr("fastprune.cli.options.Processes", InThisProcess)
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    shared = ("--workers", 2, "--weights-gb", least_gigabytes(folder("llama")))
-    status, _, err = run(*arguments, *tasks, *shared, "--out", again)
+    tables["resources"] = {"weights_gb": float(least_gigabytes(folder("llama")))}
+    write_document(document, **tables)
+    status, _, err = run("study", document, "--workers", 2, "--out", again)
     assert status == 0, err
     assert (again / "tasks.json").read_text() == (out / "tasks.json").read_text()
-    status, _, err = run(*arguments, "--limit", 6, "--out", out)
+    tables["evaluate"] = {"limit": 6}
+    status, _, err = run("study", write_document(document, **tables), "--out", out)
     assert status == 2
-    message = (
-        "fastprune: --include-path, --limit and --num-fewshot belong to --evaluate; name its tasks"
-    )
-    assert err.splitlines()[-1] == message
+    assert "study.toml: evaluate.tasks is missing" in err.splitlines()[-1]
+    tables["evaluate"] = {"tasks": ["demo_choice"], "include_path": TASKS}
+    status, _, err = run("study", write_document(document, **tables), "--out", out)
+    assert status == 2
+    assert "study.toml: evaluate.tasks: " in err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -53,6 +53,12 @@ def test_lists_of_strings(expected):
     assert "holds no text" in refused(load, [])
 
 
+def test_a_text_is_no_path():
+    for text in (" ".join(TEXTS), "4" * 9999):
+        assert "texts are given as a list of strings" in refused(load, text)
+    assert "no such calibration file" in refused(load, "the sea")
+
+
 def test_data_frames_and_their_columns(expected):
     frame = pd.DataFrame(ROWS)
     assert load(frame).content_hash == expected
@@ -228,7 +234,7 @@ def test_batches_of_a_tokenizer():
     assert ids_of(fp.TokenBatch.from_ids(tokenizer(TEXTS[0]))) == [ragged["input_ids"][0]]
     padding = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, pad_token="<s>")
     for side in ("left", "right"):
-        padded = padding(TEXTS[:3] + ["4"], padding=True, padding_side=side, return_tensors="pt")
+        padded = padding([*TEXTS[:3], "4"], padding=True, padding_side=side, return_tensors="pt")
         assert padded["attention_mask"].min() == 0
         batch = fp.TokenBatch.from_ids(padded)
         assert ids_of(batch)[:3] == ragged["input_ids"]
@@ -320,7 +326,9 @@ def test_a_token_that_ends_every_text_is_dropped(ending, plain):
 
 
 def test_prompts_that_hold_their_own_first_token_get_no_second_one():
-    rows = [{"prompt": prompt, "choices": ["8", "4"], "answer": 0} for prompt in ("<s>4 is", "4 is")]
+    rows = [
+        {"prompt": prompt, "choices": ["8", "4"], "answer": 0} for prompt in ("<s>4 is", "4 is")
+    ]
     ours, plain = (fp.load_tasks([row], BEGINS) for row in rows)
     assert ours.content_hash == plain.content_hash
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastprune import InputError, KLDivergence, TokenBatch
-from fastprune.plan.layout import RUN_TOKENS, Layout, look_of, look_rows, make_layout
+from fastprune import InputError, TokenBatch
+from fastprune.plan.layout import RUN_TOKENS, Layout, make_layout
+from fastprune.plan.racing import look_of, look_rows
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +66,20 @@ def test_rows_of_one_length_fill_their_chunks():
     assert [len(chunk) for chunk in make_layout(batch, 64, 8).chunks] == [4, 4, 2]
 
 
-def test_without_a_race_there_is_one_look(batch):
-    whole = replace(batch, raced=False)
-    assert len(look_rows(batch)) > 1
-    assert [look.tolist() for look in look_rows(whole)] == [list(range(40))]
-    assert not look_of(whole).any()
-    layout = make_layout(whole, 10_000, 8)
-    layout.check(whole)
-    assert len(layout.chunks) < len(make_layout(batch, 10_000, 8).chunks)
-    with pytest.raises(InputError, match="two looks"):
-        layout.check(batch)
-    assert not KLDivergence(whole).batch.raced
+def test_a_layout_that_never_races_has_one_look_and_fewer_chunks(batch):
+    raced, whole = make_layout(batch, 10_000, 8), make_layout(batch, 10_000, 8, races=False)
+    whole.check(batch)
+    assert len(whole.chunks) < len(raced.chunks)
+    assert raced.looks(batch).tolist() == look_of(batch).tolist()
+    assert raced.looks(batch).max() > 0
+    assert whole.looks(batch).tolist() == [0] * 40
+    first, second = (
+        next(r for r in look if not batch.row_is_tree[r]) for look in look_rows(batch)[:2]
+    )
+    rest = tuple((row,) for row in range(40) if row not in (first, second))
+    crossing = Layout(((int(first), int(second)), *rest), 8, batch.content_hash)
+    crossing.check(batch)
+    assert not crossing.looks(batch).any()
 
 
 def test_wrong_layouts_are_refused(batch):
@@ -83,8 +87,6 @@ def test_wrong_layouts_are_refused(batch):
     first, second, *rest = layout.chunks
     looks = look_rows(batch)
     kinds = [rows[batch.row_is_tree[rows] == kind] for rows in looks[:1] for kind in (False, True)]
-    plain = np.flatnonzero(~batch.row_is_tree)
-    crossing = [next(row for row in plain if row in look) for look in looks[:2]]
     both = [int(rows[0]) for rows in kinds]
 
     def with_chunk(rows):
@@ -97,7 +99,6 @@ def test_wrong_layouts_are_refused(batch):
         ((first, first, second, *rest), "each once"),
         (((), first, second, *rest), "each once"),
         (((0.0,), first, second, *rest), "each once"),
-        (with_chunk(crossing), "two looks"),
         (with_chunk(both), "plain rows or trees"),
     ):
         with pytest.raises(InputError, match=named):

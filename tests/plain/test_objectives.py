@@ -1,10 +1,12 @@
 """Objectives reduce sums over continuations to losses; checked against plain loops over samples."""
 
+import math
+
 import numpy as np
 import pytest
 
 import fastprune as fp
-from fastprune.objectives import OBJECTIVES
+from fastprune.objectives import OBJECTIVES, Difference, Objective, no_judge
 
 LENGTHS = [5, 2, 9, 3]
 SHAPES = [(3, [1, 4, 2]), (2, [2, 2]), (4, [3, 1, 1, 5])]
@@ -281,3 +283,199 @@ def test_refused(make, culprit):
     with pytest.raises(fp.InputError, match=culprit) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+READ = {  # objective: (loss, metric, text, text with an error of 0.01, header, record's key)
+    "perplexity": (
+        math.log(9.0),
+        9.0,
+        "perplexity 9.000",
+        "perplexity 9.000 ± 0.090",
+        "perplexity (lower is better)",
+        "perplexity",
+    ),
+    "kl": (
+        0.25,
+        0.25,
+        "KL divergence 0.25000 nats",
+        "KL divergence 0.25000 ± 0.01000 nats",
+        "KL divergence, nats (lower is better)",
+        "kl_divergence",
+    ),
+    "cosine": (
+        0.5,
+        0.5,
+        "cosine distance 0.50000",
+        "cosine distance 0.50000 ± 0.01000",
+        "cosine distance (lower is better)",
+        "cosine_distance",
+    ),
+    "nmse": (
+        0.5,
+        0.5,
+        "normalized MSE 0.50000",
+        "normalized MSE 0.50000 ± 0.01000",
+        "normalized MSE (lower is better)",
+        "normalized_mse",
+    ),
+    "margin": (
+        -1.25,
+        1.25,
+        "margin 1.2500 nats",
+        "margin 1.2500 ± 0.0100 nats",
+        "margin, nats (higher is better)",
+        "margin",
+    ),
+    "likelihood": (
+        1.5,
+        -1.5,
+        "log-likelihood -1.5000 nats",
+        "log-likelihood -1.5000 ± 0.0100 nats",
+        "log-likelihood, nats (higher is better)",
+        "log_likelihood",
+    ),
+    "accuracy": (
+        0.46,
+        54.0,
+        "accuracy 54.0 %",
+        "accuracy 54.0 ± 1.0 %",
+        "accuracy, % (higher is better)",
+        "accuracy",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_is_read_as_its_metric(name):
+    objective = OBJECTIVES[name]
+    loss, metric, text, with_error, header, key = READ[name]
+    assert objective.metric(loss) == pytest.approx(metric, rel=1e-14)
+    assert objective.format(loss) == text
+    assert objective.format(loss, math.nan) == text  # one sample has no error
+    assert objective.format(loss, 0.01) == with_error
+    assert objective.format(loss, named=False) == text.removeprefix(f"{objective.metric_name} ")
+    assert objective.header() == header
+    assert objective.record(loss) == {"loss": loss, key: objective.metric(loss)}
+    assert objective.record(loss, "dense_").keys() == {"dense_loss", f"dense_{key}"}
+    better = objective.metric(loss - 0.1) > objective.metric(loss)
+    assert better == objective.higher_is_better
+    step = 1e-6
+    numeric = (objective.metric(loss + step) - objective.metric(loss - step)) / (2 * step)
+    assert objective.slope(loss) == pytest.approx(numeric, rel=1e-8)
+    assert objective.format(math.nan, 0.1).endswith("nan (not finite)")
+
+
+def test_extreme_losses_are_printed():
+    assert fp.Perplexity.format(1000.0, 0.1) == "perplexity inf"
+    assert fp.Perplexity.format(math.log(2.5e7)) == "perplexity 2.5e+07"
+    assert fp.TaskMargin.format(0.0) == "margin 0.0000 nats"
+
+
+def test_an_objective_of_ones_own_is_read_as_its_loss():
+    class Own(Objective):
+        name = "own"
+
+    assert Own.format(0.5) == "loss 0.50000"
+    assert Own.record(0.5) == {"loss": 0.5}
+
+
+def plain_error(losses, weights) -> float:
+    """sqrt(S / (S - 1) sum w^2 (L - mean)^2), in a loop."""
+    mean = sum(w * x for w, x in zip(weights, losses))
+    total = sum((w * (x - mean)) ** 2 for w, x in zip(weights, losses))
+    return math.sqrt(total * len(losses) / (len(losses) - 1))
+
+
+def test_standard_errors_weigh_samples():
+    tasks, batch = make_tasks(), make_batch()
+    objectives = (
+        fp.Perplexity(batch),
+        fp.KLDivergence(batch),
+        fp.TaskMargin(tasks),
+        fp.TaskMargin(tasks, weighting="choices"),
+        fp.TaskAccuracy(tasks),
+    )
+    for objective in objectives:
+        losses = objective.sample_losses(nll(len(objective.sample)))
+        errors = objective.standard_error(losses)
+        weights = objective.sample_weight.tolist()
+        for row, error in zip(losses.tolist(), errors):
+            assert error == pytest.approx(plain_error(row, weights), rel=1e-12, abs=1e-15)
+    equal = fp.TaskMargin(tasks)
+    losses = equal.sample_losses(nll(9))
+    usual = losses.std(axis=1, ddof=1) / math.sqrt(losses.shape[1])
+    np.testing.assert_allclose(equal.standard_error(losses), usual, rtol=1e-12)
+
+
+def test_one_sample_has_no_standard_error():
+    objective = fp.Perplexity(fp.TokenBatch.from_ids([[5, 6, 7]]))
+    assert np.isnan(objective.standard_error(np.array([[1.0]]))).all()
+    difference = objective.compare(np.array([1.0]), np.array([0.5]))
+    assert difference.value == pytest.approx(math.e - math.exp(0.5))
+    assert not difference.told_apart
+    assert difference.samples_needed is None
+    assert fp.Perplexity.format_difference(difference) == "+1.070"
+
+
+@pytest.mark.parametrize("name", ["perplexity", "margin", "accuracy"])
+def test_differences_have_paired_errors(name):
+    """Against plain loops: of metrics, and of their linear parts by sample."""
+    tasks, batch = make_tasks(), make_batch()
+    objective = {
+        "perplexity": fp.Perplexity(batch),
+        "margin": fp.TaskMargin(tasks, weighting="choices"),
+        "accuracy": fp.TaskAccuracy(tasks),
+    }[name]
+    losses = objective.sample_losses(nll(len(objective.sample)))
+    weights = objective.sample_weight.tolist()
+    for one, other in zip(losses[1:6], losses[6:]):
+        means = [sum(w * x for w, x in zip(weights, row.tolist())) for row in (one, other)]
+        if name == "perplexity":
+            value = math.exp(means[0]) - math.exp(means[1])
+            slopes = [math.exp(mean) for mean in means]
+        else:
+            slope = {"margin": -1.0, "accuracy": -100.0}[name]
+            value, slopes = slope * (means[0] - means[1]), [slope, slope]
+        parts = [a * slopes[0] - b * slopes[1] for a, b in zip(one.tolist(), other.tolist())]
+        found = objective.compare(one, other)
+        assert found.value == pytest.approx(value, rel=1e-10, abs=1e-10)
+        assert found.error == pytest.approx(plain_error(parts, weights), rel=1e-10, abs=1e-10)
+        assert found.num_samples == len(weights)
+    same = objective.compare(losses[0], losses[0])
+    assert (same.value, same.error, same.told_apart) == (0, 0, False)
+
+
+def test_differences_below_two_errors_are_marked():
+    assert Difference(2.1, 1.0, 100).told_apart
+    assert not Difference(-2.0, 1.0, 100).told_apart
+    assert Difference(-1.0, 1.0, 100).samples_needed == 400
+    assert Difference(0.0, 1.0, 100).samples_needed is None
+    assert fp.TaskAccuracy.format_difference(Difference(-5.0, 1.0, 100)) == "-5.0 ± 1.0 points"
+    marked = fp.TaskMargin.format_difference(Difference(0.5, 0.5, 1000))
+    assert marked == "+0.5000 ± 0.5000 nats (not told apart; about 4,000 samples would tell)"
+    assert fp.Perplexity.format_difference(Difference(math.nan, math.nan, 9)) == "not finite"
+
+
+def test_a_mask_without_a_finite_loss_has_no_difference():
+    objective = fp.TaskMargin(make_tasks())
+    losses = objective.sample_losses(nll(9))
+    losses[0, 1] = np.inf
+    assert math.isnan(objective.compare(losses[0], losses[1]).value)
+    assert not objective.compare(losses[0], losses[1]).told_apart
+    assert np.isfinite(objective.standard_error(losses)[1:]).all()
+
+
+def test_a_judge_that_guesses_is_said_to_be_none():
+    objective = fp.TaskAccuracy(make_tasks())
+    assert objective.chance == pytest.approx(100 * (1 / 3 + 1 / 2 + 1 / 4) / 3)
+    described = {"name": "accuracy", "chance": 25.0, "num_samples": 101}
+    # 35 % right: the error is sqrt(0.35 x 0.65 / 100) = 4.77 points, and 10 points are 2.1 of them
+    assert no_judge(described, 0.65) == ""
+    assert "34.0 ± 4.7 %" in no_judge(described, 0.66)  # 1.9 of them
+    assert "22.5 ± 4.2 %" in no_judge(described, 0.775)
+    assert "chance (25.0 %)" in no_judge(described, 0.775)
+    assert no_judge(described, 1.0)  # all wrong
+    assert no_judge(described, 0.0) == ""
+    assert no_judge({**described, "num_samples": 1}, 0.0)  # one question says nothing
+    assert no_judge(fp.Perplexity(make_batch()).describe(), 3.0) == ""
+    assert no_judge(objective.describe(), math.nan) == ""

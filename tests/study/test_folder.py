@@ -16,8 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.study import check_study_folder, run_study
+from fastprune.study import check_study_folder, run_study, write_report
 from fastprune.study.folder import hold
+from fastprune.study.machines import machines_note
 
 COSTS = ("unit_runs", "seconds")
 
@@ -152,23 +153,51 @@ def test_what_a_kill_leaves_behind_does_not_block(finished, model, tmp_path):
     assert found(again["cells"]) == found(finished[1]["cells"])
 
 
-def test_a_study_of_another_kind_of_machine_is_named(finished, model, tmp_path, monkeypatch):
-    out = shutil.copytree(finished[0], tmp_path / "s")
+def test_cells_of_another_machine_are_used_and_named(finished, model, tmp_path, monkeypatch):
+    """A changed environment is another machine: its fingerprint differs."""
+    out, said = shutil.copytree(finished[0], tmp_path / "s"), []
+    (here,) = finished[1]["inputs"]["machines"]
+    lost = sorted((out / "cells").iterdir())[0]
+    lost.unlink()
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        with pytest.raises(
-            fp.InputError,
-            match=r"another kind of machine \(CUBLAS_WORKSPACE_CONFIG\); name another",
-        ):
-            study(out, model)
-    other = "generic" if fp.Evaluator(model, fp.Perplexity(IDS)).backend != "generic" else "fused"
-    with pytest.raises(fp.InputError, match="other backend; name another folder"):
-        study(out, model, backend=other)
-    assert found(study(out, model)["cells"]) == found(finished[1]["cells"])
+        mixed = study(out, model, notify=said.append)
+    assert len([line for line in said if "removed" in line]) == 1  # the lost cell alone
+    (there,) = mixed["inputs"]["machines"].keys() - {here}
+    assert mixed["machine"] == {"tiny": there}
+    assert sorted(cell["machine"] for cell in mixed["cells"]).count(there) == 1
+    environments = [of["environment"] for of in mixed["inputs"]["machines"].values()]
+    assert [of.get("CUBLAS_WORKSPACE_CONFIG") for of in environments] == [None, ":4096:8"]
+    note = machines_note(mixed)
+    assert "ran on 2 machines" in note
+    assert f"3 on {here}" in note
+    assert f"1 on {there}" in note
+    assert "differ in CUBLAS_WORKSPACE_CONFIG." in note
+    assert f"come from one machine, {there}" in note
+    write_report(mixed, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "ran on 2 machines" in page
+    assert page.count(f'<td class="text">{there}</td>') == 1
+    again = study(out, model)  # back here: the cells stay as they are
+    assert [cell["machine"] for cell in again["cells"]] == [
+        cell["machine"] for cell in mixed["cells"]
+    ]
+    assert machines_note(again).endswith(f"come from one machine, {here}.")
+
+
+def test_one_machine_needs_no_note(finished, tmp_path):
+    assert machines_note(finished[1]) == ""
+    write_report(finished[1], tmp_path / "report.html")
+    assert "machine" not in (tmp_path / "report.html").read_text()
+
+
+def test_another_backend_is_refused(finished, model):
+    with pytest.raises(fp.InputError, match=r"model\.backend was 'auto' and is 'generic'"):
+        study(finished[0], model, backend="generic")
 
 
 def test_checking_a_folder_makes_none(tmp_path):
-    assert not check_study_folder(tmp_path / "new", {"seed": 0})
+    assert check_study_folder(tmp_path / "new", {"seed": 0}) is None
     assert not (tmp_path / "new").exists()
     with hold(tmp_path / "new"):
         assert (tmp_path / "new").is_dir()
@@ -198,8 +227,6 @@ def test_models_of_any_name(tmp_path):
 
 
 def test_the_page_and_the_figure_replace_what_was_there_at_once(finished, tmp_path, monkeypatch):
-    from fastprune.study import write_report
-
     path = tmp_path / "report.html"
     write_report(finished[1], path)
     before = path.read_bytes()

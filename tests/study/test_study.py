@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import math
 import re
 import sys
 import weakref
@@ -74,7 +73,7 @@ def test_every_mask_is_scored_under_every_objective(finished, model):
         evaluator = fp.Evaluator(model, make(model))
         masks = fp.from_removed([cell["removed"] for cell in study["cells"]], 6)
         assert [cell["losses"][label] for cell in study["cells"]] == evaluator.score(masks).tolist()
-        assert study["dense"]["tiny"][label] == evaluator.dense_loss
+        assert study["dense"]["tiny"][label]["loss"] == evaluator.dense_loss
 
 
 def test_overlap_and_ranks(finished):
@@ -205,7 +204,7 @@ def test_a_study_that_races_is_made_of_searches_that_race(model, tmp_path):
         assert cell["loss"] == evaluator.score(result.mask[None]).item()
     write_report(study, tmp_path / "report.html")
     assert "confidence 0.9" in (tmp_path / "report.html").read_text()
-    with pytest.raises(fp.InputError, match="other racing"):
+    with pytest.raises(fp.InputError, match=r"search\.racing was 0\.9 and is None"):
         run_study([model], objectives, algorithms, [2], tmp_path / "s")
 
 
@@ -225,21 +224,74 @@ def test_continues_where_it_stopped(finished, model):
     ]
 
 
-def test_other_inputs_are_refused(finished, model, tmp_path):
+def test_other_settings_are_refused(finished, model, tmp_path):
     out, _ = finished
-    with pytest.raises(fp.InputError, match="other budgets"):
-        run_study([model], OBJECTIVES, ALGORITHMS, [1], out)
-    with pytest.raises(fp.InputError, match="other objectives"):
-        run_study([model], {"one": text(1), "other": text(3)}, ALGORITHMS, BUDGETS, out)
-    with pytest.raises(fp.InputError, match="other algorithms, seed;"):
-        run_study([model], OBJECTIVES, ALGORITHMS[:1], BUDGETS, out, seed=1)
-    with pytest.raises(fp.InputError, match="other algorithms"):
-        run_study(
-            [model], OBJECTIVES, ALGORITHMS, BUDGETS, out, options={"beam": {"beam_width": 2}}
-        )
+
+    def refused(
+        message: str, algorithms=ALGORITHMS, budgets=BUDGETS, objectives=OBJECTIVES, **more
+    ):
+        before = (out / "inputs.json").read_bytes()
+        with pytest.raises(fp.InputError, match=message):
+            run_study([model], objectives, algorithms, budgets, out, **more)
+        assert (out / "inputs.json").read_bytes() == before
+
+    refused(r"search\.num_remove no longer has 2", budgets=[1])
+    refused(
+        r"objective \(or its calibration set\) differs at 'tiny other'",
+        objectives={"one": text(1), "other": text(3)},
+    )
+    refused("no longer has 'tiny other'", objectives={"one": text(1)})
+    refused(
+        r"search\.algorithms no longer has 'greedy'; .* no longer has 'beam'; search\.seed was 0 "
+        "and is 1; name another folder",
+        ALGORITHMS[:1],
+        seed=1,
+    )
+    refused(
+        r"search\.options\.beam\.beam_width was 5 and is 2", options={"beam": {"beam_width": 2}}
+    )
+    refused(r"search\.protect was \[\] and is \[3\]", protect=[3])
+    refused("search.protect was", protect="sleb")
+    refused("search.granularity was 'block' and is 'sublayer'", granularity="sublayer")
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(fp.InputError, match="holds no study"):
         run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, tmp_path)
+
+
+def test_settings_that_only_add_cells_extend_a_study(model, tmp_path):
+    """Finished cells are used as they are; the whole is what a new study finds."""
+    out, said = tmp_path / "grown", []
+    first = run_study([model], {"one": text(1)}, ["greedy"], [1], out)
+    inputs = json.loads((out / "inputs.json").read_text())
+    more = {"third": text(3), "one": text(1)}, ["one_shot", "greedy"], [2, 1]
+    grown = run_study([model], *more, out, notify=said.append)
+    assert len([line for line in said if "removed" in line]) == 7
+    whole = run_study([model], *more, tmp_path / "whole")
+    costs = ("unit_runs", "seconds")
+
+    def results(study):
+        return [{k: v for k, v in cell.items() if k not in costs} for cell in study["cells"]]
+
+    assert results(grown) == results(whole)
+    assert grown["cells"][-1]["seconds"] == first["cells"][0]["seconds"]
+    after = json.loads((out / "inputs.json").read_text())
+    wrong = {**more[0], "wrong": lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 97]]))}
+    with pytest.raises(fp.InputError, match="vocabulary"):
+        run_study([model], wrong, *more[1:], out)
+    assert json.loads((out / "inputs.json").read_text()) == after
+    assert after["budgets"] == [2, 1]
+    assert after.keys() == inputs.keys()
+    with pytest.raises(fp.InputError, match=r"search\.num_remove no longer has 2"):
+        run_study([model], {"one": text(1)}, ["greedy"], [1], out)
+
+
+def test_protected_units_stay(model, tmp_path):
+    study = run_study([model], OBJECTIVES, ALGORITHMS, [2], tmp_path / "s", protect=[0, 3])
+    assert all(not {0, 3} & set(cell["removed"]) for cell in study["cells"])
+    for cell in study["cells"]:
+        evaluator = fp.Evaluator(model, OBJECTIVES[cell["objective"]](model))
+        result = fp.run_search(evaluator, cell["algorithm"], 2, protect=[0, 3])
+        assert (tuple(cell["removed"]), cell["loss"]) == (result.removed, result.loss)
 
 
 def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path, monkeypatch):
@@ -255,6 +307,8 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
     refused("above its option max_masks", ["exhaustive"], options={"exhaustive": {"max_masks": 5}})
     refused("num_remove 6 must be from 0 to 5", budgets=[1, 6])
     refused("backend", backend="nonsense")
+    refused("protected unit 6 is out of range", protect=[6])
+    refused("num_remove 2 must be at most 1", protect=[0, 1, 2, 3, 4])
     refused(
         "options are given for beam, which is not among the algorithms",
         ["greedy"],
@@ -328,7 +382,7 @@ def test_calibration_sets_are_compared_with_algorithms(model, tmp_path):
     evaluator = fp.Evaluator(model, text(3)(model))
     for cell in cells.values():
         assert cell["losses"]["new"] == evaluator.score(fp.from_removed([cell["removed"]], 6))[0]
-    assert study["dense"]["tiny"]["new"] == evaluator.dense_loss
+    assert study["dense"]["tiny"]["new"]["loss"] == evaluator.dense_loss
     assert [*study["objectives"], *study["held_out"]] == ["one", "other", "kl", "new"]
 
     def changes(pairs) -> tuple[float, float]:
@@ -361,69 +415,3 @@ def test_calibration_sets_are_compared_with_algorithms(model, tmp_path):
     assert "How much does the calibration set matter?" in page
     with pytest.raises(fp.InputError, match="'one' is searched with"):
         run_study([model], OBJECTIVES, ALGORITHMS, [2], tmp_path / "t", held_out={"one": text(3)})
-
-
-def test_calibration_sets_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
-    size = ("--algorithms", "one_shot", "--num-remove", 1, "--num-samples", 4, "--seq-len", 16)
-    sets = (
-        "--calibration",
-        f"a=text:{text_file}",
-        "--calibration",
-        f"b=text:{text_file},samples=2,seq-len=8,seed=3",
-        "--calibration",
-        f"q=tasks:{questions},samples=3",
-    )
-    held_out = ("--held-out", f"perplexity={text_file},samples=6", "--out", tmp_path / "s")
-    status, out, _ = run("study", checkpoint, *size, *sets, *held_out)
-    assert status == 0
-    assert "Another calibration set" in out
-    study = json.loads((tmp_path / "s" / "study.json").read_text())
-    assert study["objectives"].keys() == {"perplexity-a", "perplexity-b", "margin-q"}
-    assert study["held_out"].keys() == {"held-out-perplexity"}
-    model = fp.load_model(checkpoint)
-    batch = fp.load_text(text_file, model.tokenizer, 2, 8, 3)
-    of_b = next(cell for cell in study["cells"] if cell["objective"] == "perplexity-b")
-    assert (
-        of_b["loss"]
-        == fp.Evaluator(model, fp.Perplexity(batch)).score(fp.from_removed([of_b["removed"]], 5))[0]
-    )
-    for wrong, message in (
-        (("--calibration", f"a=text:{text_file}"), "'a' is given twice"),
-        (("--calibration", f"c={text_file}"), "NAME=text:FILE or NAME=tasks:FILE"),
-        (("--calibration", f"c=tasks:{questions},seed=1"), "seed is of text"),
-        (("--calibration", f"c=text:{text_file},samples=0"), "samples is given once, from 1"),
-        (("--calibration", "c=text:nowhere.txt"), "nowhere.txt: no such file"),
-        (("--objective", "perplexity"), "no objective is calibrated on 'q'"),
-        (("--held-out", "perplexity"), "name a file"),
-        (("--held-out", f"nothing={text_file}"), "unknown objective 'nothing'"),
-        (("--held-out", f"perplexity-a:perplexity={text_file}"), "'perplexity-a' is searched with"),
-    ):
-        status, _, err = run("study", checkpoint, *size, *sets, *wrong, "--out", tmp_path / "t")
-        assert (status, message in err) == (2, True), err
-
-
-def test_from_the_command_line(run, checkpoint, text_file, questions, tmp_path):
-    objectives = ("--objective", f"perplexity={text_file}", "--objective", f"m:margin={questions}")
-    size = ("--num-samples", 3, "--seq-len", 16)
-    arguments = ("study", checkpoint, *objectives, "--algorithms", "one_shot,greedy", *size)
-    given = {"--num-remove": "1,2", "--out": tmp_path / "s"}
-    status, out, _ = run(*arguments, *itertools.chain(*given.items()))
-    assert status == 0
-    assert "greedy" in out
-    (dense,) = json.loads((tmp_path / "s" / "study.json").read_text())["dense"].values()
-    assert f"perplexity {math.exp(dense['perplexity']):.3f}" in out
-    assert {"study.json", "report.html", "inputs.json", "scores.db"} <= {
-        path.name for path in (tmp_path / "s").iterdir()
-    }
-    for wrong, message in (
-        (("--objective", "perplexity"), "given twice"),
-        (("--option", "beam_width=3"), "ALGORITHM.NAME=VALUE"),
-        (("--option", "beam.width=3"), "no option 'width'"),
-        (("--option", "beam.beam_width=0"), "beam_width of beam must be at least 1"),
-        (("--num-remove", "1,9"), "--num-remove 9 must be from 0 to 4"),
-        (("--out", text_file / "s"), "is a file, not a folder"),
-    ):
-        more = {**given, "--out": tmp_path / "t", wrong[0]: wrong[1]}
-        status, _, err = run(*arguments, *itertools.chain(*more.items()))
-        assert status == 2
-        assert message in err

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import text_study, write_document
 
 import fastprune.cli
 
@@ -24,20 +25,10 @@ def long_text(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def everything_is_loaded(checkpoint, text_file, tmp_path_factory):
     """What commands import when they get there is imported once, and not in every child."""
-    folder, size = (
-        tmp_path_factory.mktemp("loaded"),
-        ("--num-samples", 2, "--seq-len", 8, "--quiet"),
-    )
-    wanted = (
-        "--num-remove",
-        "1",
-        "--algorithms",
-        "one_shot",
-        "--objective",
-        f"perplexity={text_file}",
-    )
+    folder = tmp_path_factory.mktemp("loaded")
+    document = write_document(folder / "study.toml", **text_study(checkpoint, text_file))
     for arguments in (
-        ("study", checkpoint, *wanted, *size, "--out", folder / "study"),
+        ("study", document, "--quiet", "--out", folder / "study"),
         ("export", checkpoint, "--removed", "1", "--out", folder / "pruned"),
     ):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
@@ -74,19 +65,19 @@ def commands(checkpoint, long_text, questions):
             arguments = ("search", checkpoint, *wanted, *data, *store, "--out", folder / "found")
             return arguments, lambda: _found(folder / "found" / "result.json")
         if name == "study":
-            objectives = ("--objective", f"perplexity={long_text}", "--objective", "margin")
-            objectives += ("--calibration", f"all=tasks:{questions},samples=7")
-            wanted = ("--algorithms", "one_shot,greedy", "--num-remove", "1,2")
-            size = ("--seq-len", 64, "--num-samples", 60, "--quiet")
-            arguments = (
-                "study",
+            text = {"name": "text", "kind": "text", "file": long_text}
+            tables = text_study(
                 checkpoint,
-                *wanted,
-                *objectives,
-                *size,
-                "--out",
-                folder / "study",
+                long_text,
+                calibration=[
+                    {**text, "num_samples": 60, "seq_len": 64},
+                    {"name": "all", "kind": "tasks", "file": questions, "num_samples": 7},
+                ],
+                search_algorithms=["one_shot", "greedy"],
+                search_num_remove=[1, 2],
             )
+            document = write_document(folder / "study.toml", **tables)
+            arguments = ("study", document, "--quiet", "--out", folder / "study")
             return arguments, lambda: _studied(folder / "study")
         arguments = ("export", checkpoint, "--removed", "1,3", "--out", folder / "pruned")
         return arguments, lambda: {

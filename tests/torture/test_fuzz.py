@@ -6,6 +6,7 @@ A file whose alteration matters to nobody is taken: then the status is 0. It is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -14,9 +15,13 @@ import sqlite3
 
 import numpy as np
 import pytest
+from documents import text_study, write_document
 from harness import EFFORT, LONGEST_LINE, command, forked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import fastprune as fp
+from fastprune.study import read_document
 
 pytestmark = pytest.mark.slow
 
@@ -327,16 +332,8 @@ def test_stores(checkpoint, text_file, tmp_path, store):
 @pytest.mark.parametrize("name", ["inputs.json", "cells", "scores.db"])
 def test_study_folders(checkpoint, text_file, tmp_path, name):
     """A study continues from what it can believe, and gives what it has given before."""
-    size = ("--algorithms", "one_shot", "--num-remove", "1", "--num-samples", 2, "--seq-len", 16)
-    arguments = (
-        "study",
-        checkpoint,
-        "--objective",
-        f"perplexity={text_file}",
-        *size,
-        "--quiet",
-        "--out",
-    )
+    document = write_document(tmp_path / "study.toml", **text_study(checkpoint, text_file))
+    arguments = ("study", document, "--quiet", "--out")
     whole = tmp_path / "whole"
     assert forked(lambda: command(*arguments, whole)).status == 0
     expected = _cells(whole)
@@ -352,6 +349,21 @@ def test_study_folders(checkpoint, text_file, tmp_path, name):
         (folder / file.relative_to(whole)).write_bytes(altered)
         check(*arguments, folder)
         assert not (folder / "study.json").exists() or _cells(folder) == expected
+
+    run()
+
+
+def test_study_documents(checkpoint, text_file, tmp_path):
+    """An altered document is refused in one line, or names a study that runs."""
+    tables = text_study(checkpoint, text_file, search_racing=0.9, search_protect=[0])
+    path = write_document(tmp_path / "study.toml", **tables)
+
+    @settings(fuzzed, max_examples=max(1, EXAMPLES // 2))
+    @given(altered_bytes(path.read_bytes()))
+    def run(altered):
+        path.write_bytes(altered)
+        with contextlib.suppress(fp.InputError):
+            read_document(path)
 
     run()
 

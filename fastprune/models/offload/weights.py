@@ -10,7 +10,6 @@ count as resident.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...io import write_json
+from ...errors import InputError
+from ...io import parse_json, read_bytes, write_json
 from ...plan.bands import Room, make_room
 from ..files import DTYPES, Files, Stored
 
@@ -29,6 +29,7 @@ STAGING = (
     8 << 20
 )  # bytes read at once where they cannot go to their place directly: another dtype, or a GPU
 HASHES = ".fastprune-hashes.json"
+HASHES_BYTES = 1 << 16  # at most: eight hashes take about 1,100
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,9 @@ class Weights:
         name = key()
         path = self.folder / HASHES
         known: dict = {}
-        with suppress(OSError, ValueError):
-            said = json.loads(path.read_text())
+        # anybody may have put a file there: one that is not ours is as good as none
+        with suppress(OSError, InputError):
+            said = parse_json(read_bytes(path, HASHES_BYTES), str(path))
             known = said if isinstance(said, dict) else {}
         found = known.get(name)
         if isinstance(found, str) and len(found) == 64 and not set(found) - set("0123456789abcdef"):

@@ -1,0 +1,58 @@
+"""The transformers model inside of a wrapper that computes the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import InputError
+
+# adapters of peft that are layers inside of the model, whatever the tokens are
+INNER_ADAPTERS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model that torch.compile, DataParallel or peft has wrapped; any other is returned as it
+    is.
+
+    Raises InputError for an adapter that acts outside of the model's layers, and for weights that
+    are no plain tensors, such as those that torchao has quantized.
+    """
+    while True:
+        kind = type(module).__name__
+        inner = None
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = module.module
+        elif kind == "OptimizedModule":
+            inner = module._orig_mod
+        elif hasattr(module, "peft_config") and hasattr(module, "get_base_model"):
+            inner = _without_peft(module)
+        if not isinstance(inner, nn.Module):
+            break
+        module = inner
+    if isinstance(module, nn.Module):
+        _refuse_other_tensors(module)
+    return module
+
+
+def _without_peft(module: nn.Module) -> nn.Module:
+    configs = getattr(module, "peft_config")  # noqa: B009 (nn.Module has none)
+    for config in configs.values():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind not in INNER_ADAPTERS or getattr(config, "alora_invocation_tokens", None):
+            raise InputError(
+                f"model is a {type(module).__name__} whose adapter ({kind}) acts on its inputs; "
+                f"merge it into the weights, or give the base model"
+            )
+    return module.get_base_model()  # type: ignore[operator]
+
+
+def _refuse_other_tensors(module: nn.Module) -> None:
+    for name, weight in module.named_parameters():
+        data: torch.Tensor = weight.data
+        if is_traceable_wrapper_subclass(data):
+            raise InputError(
+                f"model: its weight {name} is a {type(data).__name__}; only plain tensors are "
+                f"scored, so dequantize or gather the weights first"
+            )
