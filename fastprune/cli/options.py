@@ -545,9 +545,9 @@ def check_reading(objective: str, **reading: Any) -> dict[str, Any]:
     kind = OBJECTIVES[objective].data
     for name in given:
         if (name == "delimiter") != (kind == "tasks"):
-            other = "questions" if name == "delimiter" else "text"
+            own, read = ("text", "questions")[:: 1 if kind == "tasks" else -1]
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is of {other}; {objective} reads {kind}")
+            raise InputError(f"{flag} is of {own}; {objective} reads {read}")
     return given
 
 
