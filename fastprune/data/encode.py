@@ -113,6 +113,8 @@ def _added(tokenizer: Any, example: str) -> tuple[np.ndarray, np.ndarray]:
             np.asarray(tokenizer(example, add_special_tokens=special, verbose=False)["input_ids"])
             for special in (False, True)
         )
+    if not len(plain):
+        raise InputError(f"tokenizer must know the text to be read; it has no token for {example!r}")
     for first in range(len(whole) - len(plain) + 1):
         last = first + len(plain)
         if np.array_equal(whole[first:last], plain):

@@ -104,7 +104,7 @@ def load_text(
         raise InputError(f"{source.name}: holds no text")
     rows = chain([first], source.rows)
     if column is None and is_chat(first.value) and "text" not in first.value:
-        encoder = ChatEncoder(Encoder(tokenizer, "a"), chat_template, loss_on)
+        encoder = ChatEncoder(Encoder(tokenizer, str(first.value.get("prompt", "a"))), chat_template, loss_on)
         chats = [encoder.row(row.value, row.place) for row in rows]
         seq_len = seq_len or SEQ_LEN
         num_samples = num_samples or min(NUM_SAMPLES, len(chats))
