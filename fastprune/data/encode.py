@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,14 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, example: str):
         self.tokenizer = check_tokenizer(tokenizer)
-        self.begin, self._end = _added(tokenizer, example)
+        self._example = example
         self._prefix = getattr(tokenizer, "bos_token", None) or getattr(
             tokenizer, "eos_token", None
         )
+
+    @cached_property
+    def _added(self) -> tuple[np.ndarray, np.ndarray]:
+        return _added(self.tokenizer, self._example)
 
     def documents(self, texts: Sequence[str], name: str) -> list[np.ndarray]:
         """The ids of each text, with the tokens that begin one and without those that end one;
@@ -77,8 +82,9 @@ class Encoder:
 
     def window_begin(self, bos: bool | None) -> np.ndarray:
         """The tokens in front of a window; see `load_text`."""
-        if bos is None or (bos and len(self.begin)):
-            return self.begin
+        begin, _ = self._added
+        if bos is None or (bos and len(begin)):
+            return begin
         if not bos:
             return NO_IDS
         token = getattr(self.tokenizer, "bos_token_id", None)
@@ -96,7 +102,8 @@ class Encoder:
 
     def _without_end(self, ids: Iterable[int]) -> np.ndarray:
         ids = np.asarray(ids, dtype=np.int64)
-        return ids[: len(ids) - len(self._end)]
+        _, end = self._added
+        return ids[: len(ids) - len(end)]
 
 
 def check_tokenizer(tokenizer: Any) -> Any:
@@ -114,7 +121,7 @@ def _added(tokenizer: Any, example: str) -> tuple[np.ndarray, np.ndarray]:
             for special in (False, True)
         )
     if not len(plain):
-        raise InputError(f"tokenizer must know the text to be read; it has no token for {example!r}")
+        raise InputError(f"tokenizer must know the text; it has no token for {shown(example)}")
     for first in range(len(whole) - len(plain) + 1):
         last = first + len(plain)
         if np.array_equal(whole[first:last], plain):

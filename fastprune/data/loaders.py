@@ -104,7 +104,8 @@ def load_text(
         raise InputError(f"{source.name}: holds no text")
     rows = chain([first], source.rows)
     if column is None and is_chat(first.value) and "text" not in first.value:
-        encoder = ChatEncoder(Encoder(tokenizer, str(first.value.get("prompt", "a"))), chat_template, loss_on)
+        example = "".join(str(first.value.get(field, "")) for field in ("prompt", "completion"))
+        encoder = ChatEncoder(Encoder(tokenizer, example), chat_template, loss_on)
         chats = [encoder.row(row.value, row.place) for row in rows]
         seq_len = seq_len or SEQ_LEN
         num_samples = num_samples or min(NUM_SAMPLES, len(chats))
