@@ -161,7 +161,7 @@ def shuffled(
 def demo_losses() -> Iterable[tuple[str, np.ndarray, list[np.ndarray]]]:
     """Losses [masks, samples] of the demo model's random masks under two objectives."""
     model = fp.load_model("demo")
-    text = fp.load_text(demo.TEXT, model.tokenizer, num_samples=250, seq_len=128)
+    text = fp.load_text(demo.TEXT, model.tokenizer, num_samples=250, seq_len=128, bos=False)
     tasks = fp.load_tasks(demo.QUESTIONS, model.tokenizer)
     for objective in (fp.Perplexity(text), fp.TaskMargin(tasks)):
         ev = fp.Evaluator(model, objective)

@@ -24,13 +24,19 @@ if TYPE_CHECKING:
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
     """Yield (line number, value) for each line of a .jsonl file (a BOM at its start is skipped)
     that is not blank."""
+    with path.open(encoding="utf-8-sig") as lines:
+        yield from parse_jsonl(lines, str(path))
+
+
+def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
+    """Yield (line number, value) for each line that is not blank; errors name the file and the
+    line."""
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, parse_json(line, f"{path}:{number}")
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, parse_json(line, f"{name}:{number}")
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file in UTF-8") from None
+        raise InputError(f"{name}: not a text file in UTF-8") from None
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

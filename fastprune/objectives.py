@@ -556,8 +556,9 @@ class TaskAccuracy(Objective):
 
     normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness);
     "characters" divides each by its choice's length in characters (`acc_norm`), "bytes" by that in
-    UTF-8 bytes (`acc_bytes`), leading spaces included; "mean" by its number of tokens. A sample is
-    a question (0 or 1). Raises InputError for what is no Tasks, and for another normalization.
+    UTF-8 bytes (`acc_bytes`), without the delimiter before it; "mean" by its number of tokens. A
+    sample is a question (0 or 1). Raises InputError for what is no Tasks, and for another
+    normalization.
 
     >>> import numpy as np
     >>> import fastprune as fp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from ..masks import parse_removed
 from ..objectives import OBJECTIVES, Objective, Perplexity
 from ..validate import check_folder, check_one_of, check_path
 from ..workers.processes import MOST_WORKERS, Processes, Workers
-from .output import progress_bar
+from .output import note, progress_bar
 
 if TYPE_CHECKING:
     from ..engine.runs import Progress
@@ -288,7 +288,30 @@ _objective_options = group(
     click.option(
         "--calibration",
         type=FileName(),
-        help="Text or questions to score on; the demo model has its own.",
+        help="Text, chats or questions to score on: a .txt, .jsonl, .json, .csv or .parquet file, "
+        "also as .gz or .zst; a data set folder, or one of the hub as NAME:CONFIG:SPLIT. The demo "
+        "model has its own.",
+    ),
+    click.option(
+        "--bos/--no-bos",
+        default=None,
+        help="Begin each window of text with the token that begins a text. Default: where the "
+        "tokenizer puts one before a text; the demo model's own text keeps its windows.",
+    ),
+    click.option("--column", help="The field of a row that holds the text; default text."),
+    click.option(
+        "--chat-template",
+        help="File of a chat template, or the name of one of the tokenizer's, for rows of messages "
+        "or of prompt and completion. Default: the tokenizer's own.",
+    ),
+    click.option(
+        "--loss-on",
+        type=Known(["completion", "all"]),
+        help="The tokens of a chat that count: those of its last answer (default), or all.",
+    ),
+    click.option(
+        "--delimiter",
+        help="Text between prompt and choice, no part of a choice's length; default a space.",
     ),
     store_option,
 )
@@ -342,7 +365,9 @@ def evaluates(command: Callable) -> Callable:
     @functools.wraps(command)
     def wrapped(
         model: str, device: str | None, dtype: str | None, trust_remote_code: bool,
-        objective: str, calibration: str | None, store: str | None,
+        objective: str, calibration: str | None,
+        bos: bool | None, column: str | None, chat_template: str | None, loss_on: str | None,
+        delimiter: str | None, store: str | None,
         num_samples: int | None, seq_len: int | None, sample_seed: int,
         granularity: str, backend: str, memory_bytes: int | None, weights_bytes: int | None,
         cache_bytes: int | None, cache_dir: Path | None,
@@ -350,6 +375,14 @@ def evaluates(command: Callable) -> Callable:
     ) -> Any:  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
         refuse_text_sizes([objective], seq_len, sample_seed)
+        reading = check_reading(
+            objective,
+            bos=bos,
+            column=column,
+            chat_template=chat_template,
+            loss_on=loss_on,
+            delimiter=delimiter,
+        )
         check_workers(workers, ray)
 
         def make(progress: Progress | None) -> Evaluator:
@@ -357,7 +390,7 @@ def evaluates(command: Callable) -> Callable:
 
             opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
             on_data = open_objective(
-                objective, calibration, num_samples, seq_len, sample_seed, opened
+                objective, calibration, num_samples, seq_len, sample_seed, opened, reading
             )
             return Evaluator(
                 opened,
@@ -447,8 +480,10 @@ def check_calibration(model: str, objective: str, calibration: str | None) -> st
         return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
     if calibration is None:
         raise InputError("--calibration: name a file of text or questions to score on")
+    from ..data import is_data
+
     with naming("--calibration"):
-        if not Path(check_path(calibration)).is_file():
+        if not is_data(check_path(calibration)):
             raise InputError(f"{calibration}: no such file")
     return calibration
 
@@ -460,30 +495,34 @@ def open_objective(
     seq_len: int | None,
     seed: int,
     model: Model,
+    reading: Mapping[str, Any] | None = None,
 ) -> Objective:
-    """The objective on its calibration file. Text gets the defaults of the field, 64 samples of
-    2048 tokens, and the demo's own text its own."""
+    """The objective on its calibration data. Text gets the defaults of the field, 64 samples of
+    2048 tokens, and the demo's own text its own. `reading`: further arguments of the loader."""
     from .. import demo
     from ..data import load_tasks, load_text
 
     make: Callable[[Any], Objective] = OBJECTIVES[name]  # each takes the data of its kind
     if OBJECTIVES[name].data == "tasks":
-        tasks = load_tasks(calibration, model.tokenizer, limit=num_samples)
+        tasks = load_tasks(calibration, model.tokenizer, limit=num_samples, **reading or {})
         if num_samples is not None and tasks.num_questions < num_samples:
             raise InputError(
                 f"{calibration}: holds {tasks.num_questions} questions, but {num_samples} samples "
                 f"were asked for",
                 fits={"num_samples": tasks.num_questions},
             )
+        if tasks.source != calibration:
+            note(f"calibration: {tasks.source}")
         objective = make(tasks)
         objective.source = (
             calibration if num_samples is None else f"{calibration}, the first questions"
         )
         return objective
+    reading = dict(reading or {})
+    is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written
+    if is_demo:  # its model was trained on windows that begin anywhere
+        reading.setdefault("bos", False)
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
-        is_demo = (
-            Path(calibration).resolve().parent == demo.TEXT.parent
-        )  # however its path is written
         seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
     if seq_len is not None and model.max_positions and seq_len > model.max_positions:
         raise InputError(
@@ -491,9 +530,25 @@ def open_objective(
             argument="seq_len",
             most=model.max_positions,
         )
-    objective = make(load_text(calibration, model.tokenizer, num_samples, seq_len, seed))
-    objective.source = f"{calibration}, drawn by seed {seed}"
+    batch = load_text(calibration, model.tokenizer, num_samples, seq_len, seed, **reading)
+    if batch.source != calibration:
+        note(f"calibration: {batch.source}")
+    objective = make(batch)
+    objective.source = f"{batch.source}, drawn by seed {seed}"
     return objective
+
+
+def check_reading(objective: str, **reading: Any) -> dict[str, Any]:
+    """The options that say how data is read, less those that are not given. Raises InputError for
+    one of text where questions are read, and the other way round."""
+    given = {name: value for name, value in reading.items() if value is not None}
+    kind = OBJECTIVES[objective].data
+    for name in given:
+        if (name == "delimiter") != (kind == "tasks"):
+            own, read = ("text", "questions")[:: 1 if kind == "tasks" else -1]
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is of {own}; {objective} reads {read}")
+    return given
 
 
 def refuse_text_sizes(objectives: Iterable[str], seq_len: int | None, seed: int) -> None:

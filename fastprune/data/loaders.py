@@ -1,233 +1,367 @@
-"""Text and questions from files."""
+"""Calibration data from files, data sets and Python values: text, chats and questions.
+
+Every form of data is one reader (`readers`, `chats`, `questions`); each loader ends in the same
+`TokenBatch` or `Tasks`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError, shown
-from ..io import read_jsonl, read_npy
-from ..validate import check_callable, check_integer, check_kind, is_integer, tokenizing
+from ..validate import check_integer, check_kind, check_one_of
+from .chats import LOSS_ON, ChatEncoder, is_chat
+from .encode import Encoder, check_tokenizer
+from .ids import IGNORED_LABEL, to_rows
+from .ids import Row as IdRow
+from .questions import read_question
+from .readers import Row, Source, open_rows, read_ids
 from .tokens import Tasks, TokenBatch
 
 MOST_COUNT = 2**63 - 1
+NUM_SAMPLES, SEQ_LEN = 64, 2048  # where nothing is said
+TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+TASK_FILES = (".jsonl", ".json", ".parquet")
+ID_FILES = (".npy", ".safetensors")
 
 
 def load_text(
-    path: str | os.PathLike,
+    data: Any,
     tokenizer: Any = None,
     num_samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
+    bos: bool | None = None,
+    column: str | None = None,
+    chat_template: str | None = None,
+    loss_on: str = "completion",
 ) -> TokenBatch:
-    """Calibration text as `num_samples` sequences of `seq_len` tokens (64 of 2048, or all that a
-    text has).
+    """Load calibration text as `num_samples` sequences of `seq_len` tokens.
 
-    path: .txt, or .jsonl of rows {"text": ...}: documents are encoded (special tokens as the
-        tokenizer adds them), joined in order, cut into windows of seq_len, and num_samples windows
-        are drawn without replacement by `seed`, kept in file order.
-    path: .npy or .safetensors (one tensor) of token ids [S, T]: used as they are; num_samples then
-        draws rows and seq_len keeps the first tokens of each, by default all.
-    tokenizer: a tokenizer of transformers, such as a model's own; not needed for token ids. Raises
-    InputError for a missing or empty file, and when there are fewer windows or tokens than asked
-    for.
+    Texts are encoded one by one, with the tokens that the tokenizer puts before a text and without
+    those that it appends, joined in order and cut into windows. Conversations are rows of their
+    own, through the chat template. docs/data.md shows every form of data.
 
-    >>> import fastprune as fp
-    >>> from fastprune import demo
-    >>> fp.load_text(demo.TEXT, fp.load_model("demo").tokenizer, num_samples=4, seq_len=64)
-    TokenBatch(4 rows, 4 continuations, 256 tokens)
+    Args:
+        data: A .txt, .jsonl, .json, .csv or .parquet file, which may be compressed as .gz or .zst;
+            the folder of a data set; the name of one of the hub, as "NAME:CONFIG:SPLIT"; a
+            `datasets.Dataset`; a DataFrame or one of its columns; a list of strings or of rows; or
+            token ids: a .npy or .safetensors file of one array [S, T], or what
+            `TokenBatch.from_ids` takes.
+        tokenizer: One of transformers, such as `model.tokenizer`; token ids need none.
+        num_samples: The number of windows, conversations or sequences, drawn without replacement
+            and kept in order; by default 64 of a text, or all where there are fewer, and all
+            sequences of token ids.
+        seq_len: Tokens in a window, 2048 by default; sequences of token ids and conversations are
+            cut to so many.
+        seed: Decides which samples are drawn.
+        bos: Put the token that begins a text in front of each window, as its first token: True,
+            False, or None for tokenizers that put one before a text. It is never a target then.
+        column: The field of each row that holds the text; "text" by default.
+        chat_template: The file of a chat template, or the name of one that the tokenizer has; by
+            default the tokenizer's own.
+        loss_on: The targets of a conversation: "completion" (the last answer) or "all".
+
+    Returns:
+        One row a sample. Its `source` says what was read.
+
+    Raises:
+        InputError: The data is missing, empty or of another form, or holds fewer samples than
+            asked for.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune import demo
+        >>> fp.load_text(demo.TEXT, fp.load_model("demo").tokenizer, num_samples=4, seq_len=64)
+        TokenBatch(4 rows, 4 continuations, 256 tokens)
     """
-    path = _check_path(path)
     _check_count("num_samples", num_samples, 1)
     _check_count("seq_len", seq_len, 2)
     _check_count("seed", seed, 0)
+    if bos is not None:
+        check_kind("bos", bos, bool, "True, False or None")
+    check_one_of("loss_on", loss_on, LOSS_ON)
+    if isinstance(data, (str, os.PathLike)) and Path(data).suffix in ID_FILES:
+        return _from_id_file(Path(data), num_samples, seq_len, seed)
+    if _holds_ids(data):
+        batch = _from_rows("token ids", to_rows(data), num_samples, seq_len, seed)
+        return _named(batch, "token ids in memory")
+    source = open_rows(data, "calibration", (*TEXT_FILES, *ID_FILES))
+    if tokenizer is None:
+        raise InputError(
+            f"{source.name}: text needs a tokenizer, such as a model's own; without one, give "
+            f"token ids (.npy)"
+        )
+    check_tokenizer(tokenizer)
+    first = next(source.rows, None)
+    if first is None:
+        raise InputError(f"{source.name}: holds no text")
+    rows = chain([first], source.rows)
+    if column is None and is_chat(first.value) and "text" not in first.value:
+        example = "".join(str(first.value.get(field, "")) for field in ("prompt", "completion"))
+        encoder = ChatEncoder(Encoder(tokenizer, example), chat_template, loss_on)
+        chats = [encoder.row(row.value, row.place) for row in rows]
+        seq_len = seq_len or SEQ_LEN
+        num_samples = num_samples or min(NUM_SAMPLES, len(chats))
+        batch = _from_rows(source.name, chats, num_samples, seq_len, seed)
+        return _named(batch, f"{source.name}, conversations, loss on {loss_on}")
+    if chat_template is not None:
+        raise InputError(
+            f"chat_template is for rows of messages, or of prompt and completion, not for the text "
+            f"of {source.name}",
+            argument="chat_template",
+        )
+    texts = _read_texts(source.name, rows, column)
+    batch = _from_texts(source.name, texts, tokenizer, num_samples, seq_len, seed, bos)
+    return _named(batch, _described(source, first, column))
+
+
+def load_tasks(data: Any, tokenizer: Any, limit: int | None = None, delimiter: str = " ") -> Tasks:
+    """Load questions with choices.
+
+    Rows are {"prompt": str, "choices": [str, ...], "answer": index or letter}, or those of ARC,
+    MMLU or HellaSwag, which are worded as lm-evaluation-harness words them. Prompt, delimiter and
+    choice are encoded together and split at the prompt's token count; trailing spaces of the prompt
+    count to the choice, as in the harness.
+
+    Args:
+        data: A .jsonl, .json or .parquet file, which may be compressed as .gz or .zst; the folder
+            of a data set; the name of one of the hub, as "NAME:CONFIG:SPLIT"; a
+            `datasets.Dataset`; a DataFrame; or a list of rows.
+        tokenizer: One of transformers, such as `model.tokenizer`.
+        limit: The number of questions to keep at most, from the first.
+        delimiter: Put between prompt and choice, and no part of the choice's length. A choice that
+            begins with it loses it first. A row's own "delimiter" comes before this one.
+
+    Returns:
+        One row a question, one continuation a choice.
+
+    Raises:
+        InputError: The data is missing or empty, or a row is wrong; the error names file, line and
+            field.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune import demo
+        >>> fp.load_tasks(demo.QUESTIONS, fp.load_model("demo").tokenizer, limit=3).num_questions
+        3
+    """
+    _check_count("limit", limit, 1)
+    check_kind("delimiter", delimiter, str, 'text such as " "')
+    source = open_rows(data, "task", TASK_FILES)
+    if tokenizer is None:
+        raise InputError(f"{source.name}: tasks need a tokenizer, such as a model's own")
+    check_tokenizer(tokenizer)
+    encoder: Encoder | None = None
+    rows: list[list[tuple[np.ndarray, int]]] = []
+    lengths: list[int] = []  # choices of each question
+    answer: list[int] = []
+    texts: list[str] = []
+    form = ""
+    for place, value in islice(source.rows, limit):
+        question, form = read_question(value, place)
+        between = delimiter if question.delimiter is None else question.delimiter
+        choices = [choice.removeprefix(between) for choice in question.choices]
+        encoder = encoder or Encoder(tokenizer, f"{question.prompt}{choices[0]}")
+        answer.append(len(texts) + question.answer)
+        rows.append(
+            [encoder.pair(question.prompt, f"{between}{choice}", place) for choice in choices]
+        )
+        lengths.append(len(choices))
+        texts += choices
+    if not rows:
+        raise InputError(f"{source.name}: holds no questions")
+    tasks = Tasks(
+        TokenBatch.from_continuations(rows),
+        question=np.repeat(np.arange(len(rows)), lengths),
+        answer=np.asarray(answer),
+        choice_characters=np.array([len(text) for text in texts]),
+        choice_bytes=np.array([len(text.encode()) for text in texts]),
+    )
+    own = form == "prompts"
+    return _named(tasks, source.name if own else f"{source.name}, questions of the form {form}")
+
+
+def _from_id_file(
+    path: Path, num_samples: int | None, seq_len: int | None, seed: int
+) -> TokenBatch:
     if not path.is_file():
         raise InputError(f"{path}: no such calibration file")
-    longer = ""
-    if path.suffix in (".npy", ".safetensors"):
-        ids = _read_ids(path)
-        if seq_len is not None and seq_len > ids.shape[1]:
-            raise InputError(
-                f"{path}: its sequences have {ids.shape[1]} tokens, fewer than the {seq_len} asked "
-                f"for",
-                fits={"seq_len": ids.shape[1]},
-            )
-        windows, unit = ids[:, :seq_len], "sequences"
-        num_samples = len(windows) if num_samples is None else num_samples
-        fits = {"num_samples": len(windows)}
-    elif path.suffix in (".txt", ".jsonl"):
-        if tokenizer is None:
-            raise InputError(
-                f"{path}: text needs a tokenizer, such as a model's own; without one, give token "
-                f"ids (.npy)"
-            )
-        _check_tokenizer(tokenizer)
-        seq_len = seq_len or 2048
-        documents = _read_documents(path)
-        with tokenizing(path):
-            encoded = tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]
-        stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
-        windows = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
-        unit = f"windows of {seq_len} tokens"
-        num_samples = num_samples or max(1, min(64, len(windows)))
-        fits = {"num_samples": len(windows)} if len(windows) else {}
-        if len(stream) >= 2 * num_samples:
-            fits["seq_len"] = len(stream) // num_samples
-        if not fits:
-            longer = f"; what fits: a longer text (this one has {len(stream)} tokens)"
+    ids = read_ids(path)
+    if seq_len is not None and seq_len > ids.shape[1]:
+        raise InputError(
+            f"{path}: its sequences have {ids.shape[1]} tokens, fewer than the {seq_len} asked for",
+            fits={"seq_len": ids.shape[1]},
+        )
+    drawn = _draw(str(path), "sequences", len(ids), num_samples or len(ids), seed)
+    return _named(TokenBatch.from_ids(ids[drawn, :seq_len]), str(path))
+
+
+def _from_rows(
+    name: str, rows: Sequence[IdRow], num_samples: int | None, seq_len: int | None, seed: int
+) -> TokenBatch:
+    """Samples that are rows of their own: those that have a target within seq_len tokens."""
+    cut = [IdRow(ids[:seq_len], is_target[:seq_len]) for ids, is_target in rows]
+    kept = [row for row in cut if row.is_target.any()]
+    unit = "sequences" if seq_len is None else f"sequences with a target in {seq_len} tokens"
+    if not kept:
+        raise InputError(f"{name}: holds no {unit}")
+    drawn = _draw(name, unit, len(kept), num_samples or len(kept), seed)
+    return TokenBatch.from_ids([_labelled(*kept[i]) for i in drawn])
+
+
+def _from_texts(
+    name: str,
+    texts: Sequence[str],
+    tokenizer: Any,
+    num_samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    bos: bool | None,
+) -> TokenBatch:
+    """Samples that are windows of a stream of texts."""
+    seq_len = seq_len or SEQ_LEN
+    encoder = Encoder(tokenizer, next(text for text in texts if text.strip()))
+    begin = encoder.window_begin(bos)
+    documents = encoder.documents(texts, name)
+    stream = np.concatenate(documents)
+    if len(begin):
+        begins = _places(documents, begin)
+        windows = _windows_behind(stream, begins, begin, seq_len)
     else:
-        raise InputError(
-            f"{path}: calibration text is read from .txt, .jsonl, .npy or .safetensors files"
-        )
-    if len(windows) < num_samples:
-        raise InputError(
-            f"{path}: holds {len(windows)} {unit}, but {num_samples} samples were asked "
-            f"for{longer}",
-            fits=fits,
-        )
-    drawn = np.sort(np.random.default_rng(seed).choice(len(windows), num_samples, replace=False))
-    return TokenBatch.from_ids(windows[drawn])
+        ids = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
+        windows = [IdRow(row, np.arange(seq_len) > 0) for row in ids]
+    num_samples = num_samples or max(1, min(NUM_SAMPLES, len(windows)))
+    fits = {"num_samples": len(windows)} if windows else {}
+    if len(stream) >= 2 * num_samples:
+        fits["seq_len"] = len(stream) // num_samples
+    longer = f"; what fits: a longer text (this one has {len(stream)} tokens)" if not fits else ""
+    unit = f"windows of {seq_len} tokens"
+    drawn = _draw(name, unit, len(windows), num_samples, seed, fits, longer)
+    return TokenBatch.from_ids([_labelled(*windows[i]) for i in drawn])
 
 
-def load_tasks(path: str | os.PathLike, tokenizer: Any, limit: int | None = None) -> Tasks:
-    """Questions from a .jsonl file of rows {"prompt": str, "choices": [str, ...], "answer": index}.
+def _places(documents: Sequence[np.ndarray], begin: np.ndarray) -> np.ndarray:
+    """Which tokens of the joined documents are those that begin one, bool[T]."""
+    size = len(begin)
+    parts = []
+    for ids in documents:
+        part = np.zeros(len(ids), dtype=bool)
+        part[:size] = np.array_equal(ids[:size], begin)
+        parts.append(part)
+    return np.concatenate(parts)
 
-    Prompt and choice are encoded together and split at the prompt's token count; trailing spaces of
-    the prompt count to the choice (as lm-evaluation-harness does). `limit` keeps the first
-    questions at most.
-    tokenizer: a tokenizer of transformers, such as a model's own. Raises InputError naming file and
-    line for a row without choices, an answer out of range, and the like.
 
-    >>> import fastprune as fp
-    >>> from fastprune import demo
-    >>> fp.load_tasks(demo.QUESTIONS, fp.load_model("demo").tokenizer, limit=3).num_questions
-    3
+def _windows_behind(
+    stream: np.ndarray, begins: np.ndarray, begin: np.ndarray, seq_len: int
+) -> list[IdRow]:
+    """Windows of seq_len tokens that begin with `begin`, which is never a target.
+
+    With begin = [0] and seq_len = 4, the stream 0 5 6 7 8 9 0 3 4 2 of two documents gives
+    0 5 6 7, 0 8 9 0 and 0 3 4 2: a window that starts at a document has its token already.
     """
-    path = _check_path(path)
-    _check_count("limit", limit, 1)
-    if not path.is_file():
-        raise InputError(f"{path}: no such task file")
-    if path.suffix != ".jsonl":
-        raise InputError(f"{path}: tasks are read from .jsonl files")
-    if tokenizer is None:
-        raise InputError(f"{path}: tasks need a tokenizer, such as a model's own")
-    _check_tokenizer(tokenizer)
-    rows: list[list[tuple[np.ndarray, int]]] = []
-    question: list[int] = []
-    answer: list[int] = []
-    characters: list[int] = []
-    in_bytes: list[int] = []
-    for number, row in read_jsonl(path):
-        if limit is not None and len(rows) == limit:
-            break
-        prompt, choices, correct = _check_task(row, f"{path}:{number}")
-        answer.append(len(question) + correct)
-        place = f"{path}:{number}"
-        with tokenizing(place):
-            rows.append([_encode_choice(tokenizer, prompt, choice, place) for choice in choices])
-        question += [len(rows) - 1] * len(choices)
-        characters += [len(choice) for choice in choices]
-        in_bytes += [len(choice.encode()) for choice in choices]
-    if not rows:
-        raise InputError(f"{path}: holds no questions")
-    arrays = map(np.asarray, (question, answer, characters, in_bytes))
-    return Tasks(TokenBatch.from_continuations(rows), *arrays)
-
-
-def _check_task(row: Any, place: str) -> tuple[str, list[str], int]:
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+    size = len(begin)
+    if seq_len <= size:
         raise InputError(
-            f'{place}: expected a row like {{"prompt": "...", "choices": ["...", "..."], '
-            f'"answer": 0}}'
+            f"seq_len must be above the {size} tokens that begin a window, not {seq_len}",
+            argument="seq_len",
+            least=size + 1,
         )
-    choices, correct = row.get("choices"), row.get("answer")
-    if (
-        not isinstance(choices, list)
-        or not choices
-        or not all(isinstance(c, str) and c.strip() for c in choices)
-    ):
-        raise InputError(f"{place}: choices must be a list of strings that are not empty")
-    if len(choices) < 2:
-        raise InputError(f"{place}: a question needs at least 2 choices, not {len(choices)}")
-    if not is_integer(correct) or not 0 <= correct < len(choices):
+    windows: list[IdRow] = []
+    place = 0
+    while True:
+        head = begins[place : place + size]  # a cut may have left some of a document's own
+        own = len(head) if head.all() else int(head.argmin())
+        stop = place + seq_len - size + own
+        if stop > len(stream):
+            return windows
+        ids = np.concatenate([begin, stream[place + own : stop]])
+        inside = np.concatenate([np.ones(size, dtype=bool), begins[place + own : stop]])
+        if not inside.all():
+            windows.append(IdRow(ids, ~inside))
+        place = stop
+
+
+def _draw(
+    name: str,
+    unit: str,
+    count: int,
+    num_samples: int,
+    seed: int,
+    fits: Mapping[str, int] | None = None,
+    longer: str = "",
+) -> np.ndarray:
+    """The indices of num_samples of `count` samples, ascending."""
+    if count < num_samples:
         raise InputError(
-            f"{place}: answer must be the index of a choice, 0 to {len(choices) - 1}, not "
-            f"{shown(correct)}"
+            f"{name}: holds {count} {unit}, but {num_samples} samples were asked for{longer}",
+            fits={"num_samples": count} if fits is None else fits,
         )
-    return row["prompt"], choices, correct
+    return np.sort(np.random.default_rng(seed).choice(count, num_samples, replace=False))
 
 
-def _encode_choice(tokenizer: Any, prompt: str, choice: str, place: str) -> tuple[np.ndarray, int]:
-    """Token ids of prompt and choice together, and where the choice begins."""
-    stripped = prompt.rstrip()
-    choice = prompt[len(stripped) :] + choice
-    whole = np.asarray(tokenizer(stripped + choice, verbose=False)["input_ids"], dtype=np.int64)
-    start = len(tokenizer(stripped, verbose=False)["input_ids"])
-    if start == 0:
-        raise InputError(
-            f"{place}: the prompt is empty and the tokenizer adds no token before the choice"
+def _read_texts(name: str, rows: Iterator[Row], column: str | None) -> list[str]:
+    """The texts of rows that are dicts, or texts themselves."""
+    texts = []
+    for place, value in rows:
+        text = value.get(column or "text") if isinstance(value, Mapping) else value
+        if not isinstance(text, str) or (isinstance(value, str) and column is not None):
+            raise _no_text(value, place, column)
+        if text:
+            texts.append(text)
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{name}: holds no text")
+    return texts
+
+
+def _no_text(value: object, place: str, column: str | None) -> InputError:
+    field = column or "text"
+    start = f'{place}: expected a row like {{"{field}": "..."}}'
+    if not isinstance(value, Mapping):
+        return InputError(f"{start}, not {shown(value)}")
+    if {"prompt", "choices"} <= set(value):
+        return InputError(
+            f"{start}; these are questions, for objectives such as margin and accuracy"
         )
-    if start >= len(whole):
-        raise InputError(
-            f"{place}: the choice {shown(choice)} adds no token of its own after the prompt"
-        )
-    return whole, start
+    if field in value:
+        return InputError(f"{start}; {field} must be text, not {shown(value[field])}")
+    named = ", ".join(map(str, value)) or "none"
+    columns = [str(key) for key, item in value.items() if isinstance(item, str)]
+    fits = {"column": columns[0]} if columns else {}
+    return InputError(f"{start}; its fields are {named}", fits=fits)
 
 
-def _read_documents(path: Path) -> list[str]:
-    if path.suffix == ".txt":
-        try:
-            documents = [path.read_text(encoding="utf-8-sig")]
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not a text file in UTF-8") from None
-    else:
-        documents = []
-        for number, row in read_jsonl(path):
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                questions = isinstance(row, dict) and {"prompt", "choices"} <= set(row)
-                hint = (
-                    "; these are questions, for objectives such as margin and accuracy" * questions
-                )
-                raise InputError(f'{path}:{number}: expected a row like {{"text": "..."}}{hint}')
-            documents.append(row["text"])
-    if not any(document.strip() for document in documents):
-        raise InputError(f"{path}: holds no text")
-    return documents
+def _described(source: Source, first: Row, column: str | None) -> str:
+    """The name of the data, and the column that was read where the form does not say it."""
+    plain = not isinstance(first.value, Mapping) or source.name.endswith((".txt", ".jsonl"))
+    return source.name if plain and column is None else f"{source.name}, column {column or 'text'}"
 
 
-def _read_ids(path: Path) -> np.ndarray:
-    """Token ids int64[S, T] from a .npy file or a .safetensors file of one tensor."""
-    if path.suffix == ".npy":
-        ids = read_npy(path)
-    else:
-        from safetensors.numpy import load_file
-
-        try:
-            tensors = load_file(path)
-        except Exception:
-            raise InputError(f"{path}: not a readable .safetensors file") from None
-        if len(tensors) != 1:
-            raise InputError(f"{path}: expected one tensor of token ids, found {len(tensors)}")
-        (ids,) = tensors.values()
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise InputError(
-            f"{path}: token ids must be an integer array [S, T], not {ids.dtype} {list(ids.shape)}"
-        )
-    if ids.size == 0:
-        raise InputError(f"{path}: holds no token ids")
-    return ids.astype(np.int64)
+def _labelled(ids: np.ndarray, is_target: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input_ids": ids, "labels": np.where(is_target, ids, IGNORED_LABEL)}
 
 
-def _check_path(path: object) -> Path:
-    path = os.fspath(path) if isinstance(path, os.PathLike) else path
-    return Path(check_kind("path", path, str, "that of a file"))
+def _holds_ids(data: Any) -> bool:
+    """Whether a Python value holds token ids."""
+    if isinstance(data, Mapping):
+        return "input_ids" in data
+    if hasattr(data, "column_names"):
+        return "input_ids" in (data.column_names or ())
+    if isinstance(data, (list, tuple)):
+        first = data[0] if data else None
+        return isinstance(first, (list, tuple)) or _holds_ids(first)
+    return len(getattr(data, "shape", ())) == 2 and not hasattr(data, "columns")
 
 
-def _check_tokenizer(tokenizer: object) -> None:
-    check_callable("tokenizer", tokenizer, "one of transformers, such as model.tokenizer")
+def _named(data: Any, source: str) -> Any:
+    object.__setattr__(data, "source", source)  # of a frozen class, before anybody has it
+    return data
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

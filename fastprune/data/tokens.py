@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, shown
+from ..errors import InputError
+from .ids import to_rows
 
 Ids = Sequence[int] | np.ndarray  # of tokens
 
@@ -30,6 +30,7 @@ class TokenBatch:
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per
     choice).
+    source: the file or data set that the rows came from and the column that was read, for people.
 
     >>> import fastprune as fp
     >>> fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
@@ -44,27 +45,49 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
+    source = ""  # where the data came from, in words; no field, because equal data is equal
 
     @classmethod
     def from_ids(cls, ids: object) -> TokenBatch:
-        """Plain text from token ids: an int array [S, T], or S sequences of ints whose lengths may
-        differ.
+        """Make rows of plain text from token ids.
 
-        Every token but the first of its sequence is a target. Raises InputError when there are no
-        sequences, or one has fewer than 2 tokens.
+        Args:
+            ids: An int array or tensor [S, T]; sequences of ints, whose lengths may differ; a list
+                of tensors [1, T] or [B, T]; or dict batches, such as a BatchEncoding or what a
+                data loader yields, of input_ids, attention_mask (0 marks padding, which is left
+                out) and labels (-100 marks a token that is no target; others are the tokens
+                themselves, not shifted).
 
-        >>> import fastprune as fp
-        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-        >>> batch.num_rows, batch.num_tokens, batch.target_token.tolist()
-        (2, 5, [6, 7, 8])
+        Returns:
+            One row a sequence. Every token but the first of its sequence is a target, unless a
+            label says otherwise.
+
+        Raises:
+            InputError: No sequences, one of fewer than 2 tokens or without a target, or a value
+                that holds no token ids.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+            >>> batch.num_rows, batch.num_tokens, batch.target_token.tolist()
+            (2, 5, [6, 7, 8])
+            >>> padded = {"input_ids": [[5, 6, 7, 0]], "attention_mask": [[1, 1, 1, 0]]}
+            >>> fp.TokenBatch.from_ids(padded | {"labels": [[-100, -100, 7, -100]]}).target_token
+            array([7])
         """
-        rows = [_as_ids(row, f"sequence {i}") for i, row in enumerate(_to_numpy(ids))]
+        rows = to_rows(ids)
         for i, row in enumerate(rows):
-            if len(row) < 2:
+            if len(row.ids) < 2:
                 raise InputError(
-                    f"sequence {i} has {len(row)} tokens; at least 2 are needed to predict one"
+                    f"sequence {i} has {len(row.ids)} tokens; at least 2 are needed to predict one"
                 )
-        return cls.from_continuations([[(row, 1)] for row in rows])
+            if not row.is_target.any():
+                raise InputError(
+                    f"sequence {i} has no target; one label after its first must not be -100"
+                )
+        return cls._from_trees(
+            [[(ids, np.flatnonzero(is_target) - 1, ids[is_target])] for ids, is_target in rows]
+        )
 
     @classmethod
     def from_continuations(cls, rows: Sequence[Sequence[tuple[Ids, int]]]) -> TokenBatch:
@@ -88,7 +111,10 @@ class TokenBatch:
                         f"row {r}: a continuation needs a token before it and one of its own"
                     )
         return cls._from_trees(
-            [[(ids, start - 1, ids[start:]) for ids, start in sequences] for sequences in rows]
+            [
+                [(ids, np.arange(start - 1, len(ids) - 1), ids[start:]) for ids, start in sequences]
+                for sequences in rows
+            ]
         )
 
     @classmethod
@@ -107,13 +133,16 @@ class TokenBatch:
                         f"row {r}: {len(targets)} targets cannot be predicted by {len(ids)} tokens"
                     )
         return cls._from_trees(
-            [[(ids, len(ids) - len(t), t) for ids, t in sequences] for sequences in rows]
+            [
+                [(ids, np.arange(len(ids) - len(t), len(ids)), t) for ids, t in sequences]
+                for sequences in rows
+            ]
         )
 
     @classmethod
-    def _from_trees(cls, rows: Sequence[Sequence[tuple[Ids, int, Ids]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, first, targets), targets predicted at
-        `first` and on."""
+    def _from_trees(cls, rows: Sequence[Sequence[tuple[Ids, np.ndarray, Ids]]]) -> TokenBatch:
+        """One tree per row from its sequences: (token ids, predicting, targets), each target
+        predicted at the place of the sequence that `predicting` has for it."""
         if not rows:
             raise InputError("the calibration set is empty")
         ids: list[Ids] = []
@@ -131,11 +160,11 @@ class TokenBatch:
             positions.append(np.arange(trunk))
             branch.append(np.zeros(trunk))
             length = trunk
-            for number, (sequence, first, targets) in enumerate(sequences, 1):
+            for number, (sequence, predicting, targets) in enumerate(sequences, 1):
                 tail = len(sequence) - trunk
                 # where each token of this sequence lies in the row
                 place = base + np.concatenate([np.arange(trunk), length + np.arange(tail)])
-                sources.append(place[first : first + len(targets)])
+                sources.append(place[predicting])
                 tokens.append(targets)
                 continuations.append(np.full(len(targets), len(continuation_row)))
                 continuation_row.append(r)
@@ -228,9 +257,9 @@ class Tasks:
     """Multiple-choice questions as token trees: one row per question, one continuation per choice.
 
     question [C]: the question of each choice, ascending. answer [Q]: the continuation of each
-    correct choice. choice_characters, choice_bytes [C]: length of each choice's text as given,
-    leading spaces included, in
-        characters and in UTF-8 bytes, for length-normalised accuracy.
+    correct choice. choice_characters, choice_bytes [C]: length of each choice's text in characters
+    and in UTF-8 bytes, for length-normalised accuracy; the delimiter between prompt and choice does
+    not count. source: the file or data set, for people.
 
     >>> import numpy as np
     >>> import fastprune as fp
@@ -245,6 +274,7 @@ class Tasks:
     answer: np.ndarray
     choice_characters: np.ndarray
     choice_bytes: np.ndarray
+    source = ""  # no field, as that of TokenBatch
 
     def __repr__(self) -> str:
         return (
@@ -266,30 +296,6 @@ class Tasks:
 
 def _joined(parts: Sequence[Ids]) -> np.ndarray:
     return np.concatenate([np.asarray(part) for part in parts]).astype(np.int64)
-
-
-def _as_ids(row: Any, name: str) -> np.ndarray:
-    array = np.asarray(row)
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise InputError(f"{name} must be integer token ids, not {array.dtype} {list(array.shape)}")
-    return array.astype(np.int64)
-
-
-def _to_numpy(ids: Any) -> Iterable:
-    if hasattr(ids, "detach"):
-        ids = ids.detach().cpu().numpy()
-    if isinstance(ids, np.ndarray) and ids.ndim != 2:
-        raise InputError(f"token ids must have shape [S, T], not {list(ids.shape)}")
-    if not isinstance(ids, Iterable):
-        raise InputError(
-            f"token ids must be an array [S, T] or a list of sequences, not {shown(ids)}"
-        )
-    ids = list(ids)
-    if ids and all(isinstance(row, (int, np.integer)) for row in ids):
-        raise InputError(
-            "token ids must be an array [S, T] or a list of sequences; for one sequence, pass [ids]"
-        )
-    return ids
 
 
 def common_prefix(sequences: Sequence[Ids]) -> int:

@@ -193,19 +193,19 @@ def test_text_windows(tmp_path):
     draws = set()
     for seed in range(4):
         windows = windows_of(
-            fp.load_text(path, make_tokenizer(), num_samples=7, seq_len=17, seed=seed)
+            fp.load_text(path, make_tokenizer(), num_samples=7, seq_len=17, seed=seed, bos=False)
         )
         places = [every.index(window) for window in windows]
         assert places == sorted(set(places))  # without replacement, in file order
         assert len(places) == 7
         draws.add(tuple(places))
     assert len(draws) > 1
-    whole = fp.load_text(path, make_tokenizer(), num_samples=len(every), seq_len=17, seed=3)
+    whole = fp.load_text(path, make_tokenizer(), len(every), seq_len=17, seed=3, bos=False)
     assert windows_of(whole) == every
     assert (
         fp.load_text(path, make_tokenizer(), seq_len=17, seed=3).num_rows == 64
     )  # where nothing is said
-    longer = fp.load_text(path, make_tokenizer(), seq_len=40)
+    longer = fp.load_text(path, make_tokenizer(), seq_len=40, bos=False)
     assert longer.num_rows == len(stream) // 40 < 64  # all of a text that has fewer
 
 
@@ -236,7 +236,7 @@ def test_documents_are_encoded_one_by_one_and_joined_in_order(tmp_path):
     stream = [token for document in documents for token in tokenizer(document)["input_ids"]]
     assert stream.count(tokenizer.bos_token_id) == 3
     count = len(stream) // 13
-    batch = fp.load_text(path, tokenizer, num_samples=count, seq_len=13)
+    batch = fp.load_text(path, tokenizer, num_samples=count, seq_len=13, bos=False)
     assert [token for window in windows_of(batch) for token in window] == stream[: count * 13]
 
 
@@ -281,7 +281,7 @@ def test_token_id_files(tmp_path, suffix):
         ),
         ("latin.txt", b"caf\xe9 " * 50, {"num_samples": 2, "seq_len": 5}, "latin.txt"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', {"num_samples": 2, "seq_len": 5}, "latin.jsonl"),
-        ("text.csv", b"a,b", {}, "read from .txt, .jsonl, .npy or .safetensors"),
+        ("text.pdf", b"a,b", {}, "read from .txt, .jsonl, .json, .csv, .parquet, .npy and .safet"),
         ("ids.npy", b"", {}, "not a readable .npy"),
         ("ids.npy", b"nonsense", {}, "not a readable .npy"),
         ("ids.safetensors", b"nonsense", {}, "not a readable .safetensors"),
@@ -347,7 +347,8 @@ QUESTIONS = [
     {"prompt": "the sea is ", "choices": ["blue", "the sum"], "answer": 1},
     {"prompt": "what is the sum?\n\n", "choices": ["it is 8", "8", "it"], "answer": 2},
     {"prompt": "the sky is \t ", "choices": [" blue", "blué"], "answer": 0},
-    {"prompt": "the s", "choices": ["um of 4", "ee it", "o"], "answer": 1},
+    {"prompt": "the s", "choices": ["um of 4", "ee it", "o"], "answer": 1, "delimiter": ""},
+    {"prompt": "the sum\n", "choices": ["\n\nis 8", "\nis 4"], "answer": 1, "delimiter": "\n"},
 ]
 
 
@@ -379,11 +380,12 @@ def test_questions_are_split_as_the_harness_does(tmp_path, adds_bos):
     for q, (question, sequences) in enumerate(zip(QUESTIONS, found, strict=True)):
         assert tasks.answer[q] == number + question["answer"]
         for choice, (sequence, start) in zip(question["choices"], sequences, strict=True):
-            _, continuation = encode_pair(tokenizer, question["prompt"], choice)
+            delimiter = question.get("delimiter", " ")
+            choice = choice.removeprefix(delimiter)
+            _, continuation = encode_pair(tokenizer, question["prompt"], delimiter + choice)
             assert sequence[start:] == continuation, (question, choice)
-            assert (
-                tokenizer.decode(sequence, skip_special_tokens=True) == question["prompt"] + choice
-            )
+            text = question["prompt"] + delimiter + choice
+            assert tokenizer.decode(sequence, skip_special_tokens=True) == text
             assert tasks.question[number] == q
             assert tasks.choice_characters[number] == len(choice)
             assert tasks.choice_bytes[number] == len(choice.encode())
@@ -422,8 +424,9 @@ def test_limit_and_hash(tmp_path):
     )
     with pytest.raises(fp.InputError, match="tokenizer must be one of transformers"):
         fp.load_tasks(path, "demo")
-    with pytest.raises(fp.InputError, match="path must be that of a file"):
-        fp.load_text(["some text"], make_tokenizer())
+    for wrong in (3, None, b"some text"):
+        with pytest.raises(fp.InputError, match="data must be a path"):
+            fp.load_text(wrong, make_tokenizer())
     with pytest.raises(fp.InputError, match="these are questions, for objectives such as margin"):
         fp.load_text(path, make_tokenizer())
     write_tasks(path, [QUESTIONS[0] | {"answer": 1}, *QUESTIONS[1:]])

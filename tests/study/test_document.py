@@ -28,7 +28,7 @@ def test_the_example_runs_on_the_demo_model(run, tmp_path):
     assert study["objectives"].keys() == {"perplexity-text", "margin-questions"}
     assert study["inputs"]["algorithms"]["beam"] == {"beam_width": 3}
     model = fp.load_model("demo")
-    batch = fp.load_text(demo.TEXT, model.tokenizer, 4, 64)
+    batch = fp.load_text(demo.TEXT, model.tokenizer, 4, 64, bos=False)
     result = fp.run_search(fp.Evaluator(model, fp.Perplexity(batch)), "one_shot", 1)
     (cell,) = [
         cell

@@ -1,0 +1,129 @@
+"""Texts as token ids: what a tokenizer puts around a text, and where a choice begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, shown
+from ..validate import check_callable, tokenizing
+
+NO_IDS = np.zeros(0, dtype=np.int64)
+
+
+class Encoder:
+    """A tokenizer, without the tokens that it appends to a text.
+
+    A token that ends every text, such as </s>, would separate a prompt from its choice and would be
+    the target behind every document. The encoder drops it: a text is scored as far as it reads.
+
+    Args:
+        tokenizer: One of transformers, or a function from texts to {"input_ids": ...}.
+        example: A text that is not blank, on which the encoder learns what the tokenizer adds.
+    """
+
+    def __init__(self, tokenizer: Any, example: str):
+        self.tokenizer = check_tokenizer(tokenizer)
+        self._example = example
+        self._prefix = getattr(tokenizer, "bos_token", None) or getattr(
+            tokenizer, "eos_token", None
+        )
+
+    @cached_property
+    def _added(self) -> tuple[np.ndarray, np.ndarray]:
+        return _added(self.tokenizer, self._example)
+
+    def documents(self, texts: Sequence[str], name: str) -> list[np.ndarray]:
+        """The ids of each text, with the tokens that begin one and without those that end one;
+        `name`: of the data, for errors."""
+        with tokenizing(name):
+            encoded = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)
+        return [self._without_end(ids) for ids in encoded["input_ids"]]
+
+    def pair(self, prompt: str, choice: str, place: str) -> tuple[np.ndarray, int]:
+        """Encode a choice behind its prompt as lm-evaluation-harness does.
+
+        Both are encoded together and split at the prompt's token count. Spaces at the prompt's end
+        count to the choice. Text that already begins with the tokenizer's first special token gets
+        no second one.
+
+        Args:
+            prompt: The text before the choice.
+            choice: The text that is scored, with its delimiter.
+            place: File and line, for errors.
+
+        Returns:
+            The token ids, and the index at which those of the choice begin.
+
+        Raises:
+            InputError: No token is before the choice, or none is its own.
+        """
+        stripped = prompt.rstrip()
+        choice = prompt[len(stripped) :] + choice
+        with tokenizing(place):
+            whole, start = self._text(stripped + choice), len(self._text(stripped))
+        if start == 0:
+            raise InputError(
+                f"{place}: the prompt is empty and the tokenizer adds no token before the choice"
+            )
+        if start >= len(whole):
+            raise InputError(
+                f"{place}: the choice {shown(choice)} adds no token of its own after the prompt"
+            )
+        return whole, start
+
+    def raw(self, text: str) -> np.ndarray:
+        """The ids of a text that already holds its special tokens, as a chat template writes it."""
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+    def window_begin(self, bos: bool | None) -> np.ndarray:
+        """The tokens in front of a window; see `load_text`."""
+        begin, _ = self._added
+        if bos is None or (bos and len(begin)):
+            return begin
+        if not bos:
+            return NO_IDS
+        token = getattr(self.tokenizer, "bos_token_id", None)
+        if token is None:
+            raise InputError(
+                "bos must be False or None, because the tokenizer has no token that begins a text",
+                argument="bos",
+            )
+        return np.array([token], dtype=np.int64)
+
+    def _text(self, text: str) -> np.ndarray:
+        if self._prefix and text.startswith(self._prefix):
+            return self.raw(text)
+        return self._without_end(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def _without_end(self, ids: Iterable[int]) -> np.ndarray:
+        ids = np.asarray(ids, dtype=np.int64)
+        _, end = self._added
+        return ids[: len(ids) - len(end)]
+
+
+def check_tokenizer(tokenizer: Any) -> Any:
+    return check_callable("tokenizer", tokenizer, "one of transformers, such as model.tokenizer")
+
+
+def _added(tokenizer: Any, example: str) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that a tokenizer puts before and after a text."""
+    if not hasattr(tokenizer, "all_special_ids"):  # a function, which adds no such tokens
+        return NO_IDS, NO_IDS
+    example = example.strip()[:100]
+    with tokenizing("tokenizer"):
+        plain, whole = (
+            np.asarray(tokenizer(example, add_special_tokens=special, verbose=False)["input_ids"])
+            for special in (False, True)
+        )
+    if not len(plain):
+        raise InputError(f"tokenizer must know the text; it has no token for {shown(example)}")
+    for first in range(len(whole) - len(plain) + 1):
+        last = first + len(plain)
+        if np.array_equal(whole[first:last], plain):
+            return whole[:first].astype(np.int64), whole[last:].astype(np.int64)
+    raise InputError("tokenizer must add its special tokens before and after a text, not inside it")
