@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from inspect import unwrap
 from pathlib import Path
@@ -168,7 +168,8 @@ def _folder(package: str) -> str:
     return str(Path(sys.modules[package].__file__ or "").parent)
 
 
-def _package_of(home: types.ModuleType | None) -> Sequence[str]:
+@cache
+def _package_of(home: types.ModuleType | None) -> tuple[str, ...]:
     """The folder of a Python module's package, or its own file where it is in none."""
     if home is None:
         return ()
