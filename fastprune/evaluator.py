@@ -17,13 +17,14 @@ import numpy as np
 from .engine import probes
 from .engine.ledger import Ledger
 from .engine.local import LocalRuns, open_for
-from .engine.memory import MAX_SEQUENCES, OutOfMemory
+from .engine.memory import MAX_SEQUENCES, MemoryLimit, OutOfMemory
 from .engine.problem import Problem, numerics_of
 from .engine.runs import Cost, Progress, whole
 from .engine.store import SumStore
 from .errors import InputError
 from .masks import as_masks, check_sequences
-from .models import Model, surgery
+from .models import GenericRunner, Model, Runner, surgery
+from .models.fused import why_not_fused
 from .models.unwrap import unwrap
 from .objectives import Objective
 from .plan.layout import Layout
@@ -80,6 +81,20 @@ class Stats:
     seconds: float = 0.0  # spent scoring
 
 
+@dataclass
+class _Opened:
+    """All that belongs to one version of the model.
+
+    problem: replaced by another where memory runs out, or where a switch of torch is changed.
+    """
+
+    version: int
+    runner: Runner
+    limit: MemoryLimit
+    problem: Problem
+    runs: LocalRuns | RemoteRuns
+
+
 class Evaluator:
     """Scores depth masks of one model under one objective.
 
@@ -108,6 +123,12 @@ class Evaluator:
 
     A mask's score does not depend, to the bit, on what else is scored in the same call or was
     before. Threads may share an evaluator or a model: their calls take turns.
+
+    The model is scored as it is at each call: one that has changed is verified and opened again
+    (`Model.version` says which changes are seen). The version before is kept beside it, and its
+    states have half of the cache, so that a model that is put back runs no prefix again; they are
+    the first to go when memory runs out. Workers keep the last version only. Where the fused path
+    no longer applies, "auto" goes on with the generic one and warns once.
 
     Raises InputError for an argument of another kind or out of its range, for tokens that the model
     does not take, for a backend or a granularity that the family cannot run on, and for
@@ -151,7 +172,7 @@ class Evaluator:
         self.progress = progress
         self.stats = Stats()
         self._row_cost = Cost()  # of all calls; runs count single rows
-        self._dense: tuple[tuple, float] | None = None  # version of the model, and its loss
+        self._dense: tuple[int, float] | None = None  # version of the model, and its loss
         self._store = store if isinstance(store, SumStore) or store is None else SumStore(store)
         self._workers: Workers | None = None
         if workers is not None:
@@ -159,41 +180,41 @@ class Evaluator:
         self._options = backend, memory_bytes
         self._caches = cache_bytes, None if cache_dir is None else _make_folder(Path(cache_dir))
         with self.model.lock:
-            self._open(layout)
-            if isinstance(self._runs, RemoteRuns):  # a worker that cannot help says so now
+            self._opened = self._open(layout)
+            self._idle: _Opened | None = None  # of the version before
+            if isinstance(self._opened.runs, RemoteRuns):  # a worker that cannot help says so now
                 with self.model.evaluation():
-                    self._runs.open(self._problem)
+                    self._opened.runs.open(self._problem)
 
-    def _open(self, layout: Layout | None) -> None:
-        """Open the model as it is now: what runs its units, and under which problem."""
+    def _open(self, layout: Layout | None) -> _Opened:
+        """The model as it is now: what runs its units, and under which problem."""
         backend, memory_bytes = self._options
         batch, measure = self.objective.batch, self.objective.measure
-        self._version = self.model.version
-        opened = open_for(
-            self.model,
-            backend,
-            batch,
-            measure,
-            self.granularity,
-            memory_bytes,
-            layout,
-            races=self.objective.races,
-        )
-        self._runner, self._limit = opened.runner, opened.limit
         keyed = self._store is not None or self._workers is not None
-        self._problem = Problem(
-            batch,
-            measure,
-            self.granularity,
-            opened.layout,
-            numerics_of(self.model, opened.runner),
-            self.model.digest if keyed else None,
-        )
-        self._runs: LocalRuns | RemoteRuns
-        if self._workers is None:
-            self._runs = LocalRuns(self.model, opened.runner, opened.limit, *self._caches)
-        else:
-            self._runs = RemoteRuns(self._workers, self.model, backend, memory_bytes, *self._caches)
+        with self.model.held() as version:
+            runner, limit, layout = open_for(
+                self.model,
+                backend,
+                batch,
+                measure,
+                self.granularity,
+                memory_bytes,
+                layout,
+                races=self.objective.races,
+            )
+            digest = self.model.digest if keyed else None
+            numerics = numerics_of(self.model, runner)
+            runs: LocalRuns | RemoteRuns
+            if self._workers is None:
+                runs = LocalRuns(self.model, runner, limit, *self._caches)
+            else:
+                runs = RemoteRuns(self._workers, self.model, backend, memory_bytes, *self._caches)
+        problem = Problem(batch, measure, self.granularity, layout, numerics, digest)
+        return _Opened(version, runner, limit, problem, runs)
+
+    @property
+    def _problem(self) -> Problem:
+        return self._opened.problem
 
     def __repr__(self) -> str:
         units = f"{self.num_units} {'blocks' if self.granularity == 'block' else 'sublayers'}"
@@ -203,11 +224,11 @@ class Evaluator:
     @property
     def backend(self) -> str:
         """The path that runs the units: "generic", or "fused" with its operators."""
-        return self._runner.path_name
+        return self._opened.runner.path_name
 
     @property
     def num_units(self) -> int:
-        return self._limit.num_units
+        return self._opened.limit.num_units
 
     @property
     def layout(self) -> Layout:
@@ -252,9 +273,10 @@ class Evaluator:
         """The loss of the whole model, computed when it is first asked for, and again when the
         model has changed."""
         with self.model.lock:
-            state = self.model.version
-            if self._dense is None or self._dense[0] != state:
-                self._dense = state, float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
+            version = self.model.version
+            if self._dense is None or self._dense[0] != version:
+                loss = float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
+                self._dense = self._opened.version, loss
             return self._dense[1]
 
     def score(self, masks: ArrayLike) -> np.ndarray:
@@ -284,7 +306,7 @@ class Evaluator:
         """
         checked = check_sequences(sequences, self.num_units)
         self._check_not_empty(checked)
-        together = self._limit.most_together(max(map(len, checked), default=0))
+        together = self._opened.limit.most_together(max(map(len, checked), default=0))
         with self.model.lock:
             parts = [
                 self._losses(checked[i : i + together]) for i in range(0, len(checked), together)
@@ -431,7 +453,7 @@ class Evaluator:
     def _losses(self, sequences: list[Units]) -> np.ndarray:
         """The loss of each sequence, float64[N]; of so many at once that their sums stay within the
         budget."""
-        trie, together = self._ask(sequences), self._limit.most_sums
+        trie, together = self._ask(sequences), self._opened.limit.most_sums
         if len(trie.sequences) <= together:
             return self.objective.loss(self._run(trie)[:, 0])[trie.index]
         parts = (
@@ -456,49 +478,95 @@ class Evaluator:
         started = time.perf_counter()
         try:
             with self.model.evaluation():
-                self._refresh()
-                ledger = self._complete(trie.sequences, wanted)
+                ledger = None
+                while ledger is None:
+                    self._refresh()
+                    ledger = self._complete(trie.sequences, wanted)
+                    if ledger is None:  # the states that the call made are of no version
+                        self._opened.runs.close()
         finally:
             self.stats.seconds += time.perf_counter() - started
         self.stats.store_hits += int(ledger.from_store[trie.index].sum())
         return ledger.sums
 
     def _refresh(self) -> None:
-        """Open the model again where it has changed since the last call."""
-        if self.model.version != self._version:
-            self._runs.close()
-            self._open(self._problem.layout)
-        numerics = numerics_of(self.model, self._runner)
+        """Open the model again where it has changed since the last call, or take up the version
+        before where it was put back."""
+        version, opened = self.model.begin_version(), self._opened
+        if version != opened.version:
+            layout = self._problem.layout
+            if self._idle is not None and self._idle.version == version:
+                self._opened, self._idle = self._idle, opened
+                if self._problem.layout != layout:
+                    self._opened.problem = self._problem.with_layout(layout)
+            else:
+                self._opened = self._open(layout)
+                if self._idle is not None:
+                    self._idle.runs.close()
+                self._idle = opened
+            self._share_caches()
+            self._warn_of_path(opened.runner)
+        numerics = numerics_of(self.model, self._opened.runner)
         if numerics != self._problem.numerics:
-            self._problem = replace(self._problem, numerics=numerics)
+            self._opened.problem = replace(self._problem, numerics=numerics)
 
-    def _complete(self, sequences: tuple[Units, ...], wanted: np.ndarray | None) -> Ledger:
-        """The ledger of a call, with every sum. Out of memory, the call begins again in smaller
-        steps."""
+    def _share_caches(self) -> None:
+        """Let the version before wait beside the one that runs."""
+        runs, idle = self._opened.runs, self._idle
+        if isinstance(runs, LocalRuns) and idle is not None and isinstance(idle.runs, LocalRuns):
+            runs.run_beside(idle.runs)
+        elif idle is not None:  # workers hold one model
+            idle.runs.close()
+            self._idle = None
+
+    def _warn_of_path(self, before: Runner) -> None:
+        """Warn where the fused path served the version before and cannot serve this one."""
+        generic = GenericRunner.path_name
+        if before.path_name == generic or self.backend != generic:
+            return
+        reason = why_not_fused(self.model)
+        if reason is not None:  # or `open_runner` has warned
+            warnings.warn(
+                f"{self.model.name} has changed, and the fused path cannot run it: {reason}; going "
+                "on with the generic one, which is slower",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+
+    def _complete(self, sequences: tuple[Units, ...], wanted: np.ndarray | None) -> Ledger | None:
+        """The ledger of a call, with every sum; None where the model turns out to have changed.
+        Out of memory, the call begins again in smaller steps."""
         while True:
             problem, progress = self._problem, self.progress or _tell_nobody
             ledger = Ledger(problem, sequences, self._store)
             missing = ledger.missing(self._chunks_with(wanted))
             if not missing:
-                return ledger
-            before = self._runs.cost
+                return ledger if self._is_settled() else None
+            before = self._opened.runs.cost
             try:
-                with closing(self._runs.run(problem, sequences, missing, progress)) as parts:
+                with closing(self._opened.runs.run(problem, sequences, missing, progress)) as parts:
                     for part in parts:
+                        if not self._is_settled():
+                            return None
                         ledger.put(part)
                 return ledger
             except OutOfMemory as error:
                 if not self._take_smaller_steps():
                     raise (error.__cause__ or error) from None
             finally:  # interrupted work is work, too
-                self._note(self._runs.cost - before)
+                self._note(self._opened.runs.cost - before)
+
+    def _is_settled(self) -> bool:
+        """Whether the model is of the version that the call began with, now that a GPU's values
+        have come with the first sums."""
+        return self.model.settle_version() == self._opened.version
 
     def _take_smaller_steps(self) -> bool:
         """Cut smaller chunks, or tiles; False when both are as small as can be."""
-        layout = self._limit.smaller(self._problem.layout)
+        layout = self._opened.limit.smaller(self._problem.layout)
         if layout is None:
             return False
-        self._problem = self._problem.with_layout(layout)
+        self._opened.problem = self._problem.with_layout(layout)
         tokens = max(chunk.num_tokens for chunk in self._problem.chunks)
         warnings.warn(
             f"out of memory: going on with chunks of {tokens} tokens and tiles of {layout.tile} "
@@ -523,7 +591,7 @@ class Evaluator:
 
     def _note(self, cost: Cost) -> None:
         """Add the cost of a call to the stats."""
-        stats, held = self.stats, self._runs.held
+        stats, held = self.stats, self._opened.runs.held
         self._row_cost += cost
         total = self._row_cost.of_rows(self.objective.batch.num_rows)
         stats.unit_runs, stats.head_runs = total.unit_runs, total.heads

@@ -236,6 +236,7 @@ class PrefixCache:
     """
 
     per_machine = per_device = 1
+    _sharers = 1  # caches of this process that share the limit
 
     def __init__(self, limit: int | None, folder: Path | None, device: torch.device):
         self._limit = limit
@@ -257,6 +258,11 @@ class PrefixCache:
         return sum(self._states.bytes.values())
 
     @property
+    def free_bytes(self) -> int:
+        """Bytes that may still be held, as far as the limit goes."""
+        return int(self._share * sum(self._limits().values())) - self.bytes
+
+    @property
     def capacity(self) -> int:
         """Prefixes that each chunk may hold, as the last `resize` has set it."""
         return sum(self._rooms.values())
@@ -272,16 +278,32 @@ class PrefixCache:
         """Bytes that each tier may hold."""
         limits = {
             tier: self._states.share_of(
-                tier, self.per_device if tier == "device" else self.per_machine
+                tier,
+                self._sharers * (self.per_device if tier == "device" else self.per_machine),
             )
             for tier in self._states.bytes
         }
-        if self._limit is not None and "host" in limits:
-            limits["device"] = min(limits["device"], self._limit)
-            limits["host"] = self._limit - limits["device"]
-        elif self._limit is not None:
-            limits["device"] = self._limit
+        if self._limit is None:
+            return limits
+        limit = self._limit // self._sharers
+        if "host" in limits:
+            limits["device"] = min(limits["device"], limit)
+            limits["host"] = limit - limits["device"]
+        else:
+            limits["device"] = limit
         return limits
+
+    def share(self, sharers: int) -> None:
+        """Share the limit among so many caches of this process; the states that are least likely
+        needed and do not fit any more are evicted."""
+        self._sharers = sharers
+        self.resize()
+        for chunk, match in list(self._matches.items()):
+            ranked = np.argsort(-match.likelihood, kind="stable")
+            kept = set(ranked[: self.capacity].tolist())
+            self.evict(chunk, [p for i, p in enumerate(match.prefixes) if i not in kept])
+            inside = sorted(kept)
+            self.commit(chunk, tuple(match.prefixes[i] for i in inside), match.likelihood[inside])
 
     def match(self, chunk: int) -> Match:
         """The prefixes of a chunk whose states are held, and their likelihoods."""

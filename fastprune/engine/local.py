@@ -112,6 +112,17 @@ class LocalRuns:
             for _ in range(len(band) * units_of_block)
         ]
         self._problem: Problem | None = None
+        self._idle: LocalRuns | None = None
+
+    def run_beside(self, idle: LocalRuns) -> None:
+        """Run from now on; the runs of another version wait. Each has half of the cache, and the
+        waiting one gives back all that it holds when memory runs out, or when its dense reference
+        has no room in its half."""
+        self._idle, idle._idle = idle, None
+        for runs in (self, idle):
+            runs._cache.share(2)
+        if idle._problem is not None and idle._reference.bytes > idle._cache.free_bytes:
+            idle.close()
 
     @property
     def cost(self) -> Cost:
@@ -125,7 +136,8 @@ class LocalRuns:
 
     @property
     def held(self) -> Held:
-        return Held(self._counts.peak_bytes, self._cache.bytes, dict(self._cache.hits))
+        idle = 0 if self._idle is None else self._idle._cache.bytes
+        return Held(self._counts.peak_bytes, self._cache.bytes + idle, dict(self._cache.hits))
 
     def run(
         self,
@@ -158,7 +170,9 @@ class LocalRuns:
         """Drop every state."""
         self._cache.clear()
         self._frontier.clear()
-        self._problem = None
+        if self._problem is not None:
+            self._problem = None
+            del self._executor, self._reference
 
     # -- one problem -------------------------------------------------------------------------------
 
@@ -192,9 +206,15 @@ class LocalRuns:
         self._problem = problem
 
     def _give_back(self) -> bool:
-        """Give back the prefix cache, then the kept references; False where nothing is held."""
+        """Give back what runs that wait hold, the prefix cache, then the kept references; False
+        where nothing is held."""
+        idle, self._idle = self._idle, None
+        if idle is not None:
+            idle.close()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
+        if idle is not None:
+            return True
         if self._cache.bytes:
             self._cache.shrink()
             warnings.warn(

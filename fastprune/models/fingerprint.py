@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from .._version import __version__
+from .code import global_hooks
 
 _ENVIRONMENT = (
     "MKL_CBWR",
@@ -30,9 +30,9 @@ _MARKS: dict[int, tuple[Callable[[], object], int]] = {}
 _NUMBERS = itertools.count()
 
 
-def mark(thing: object) -> str:
-    """A text that stands for an object of which nothing else is known, such as a hook: no other
-    object's, in this process or another. (Its address is another's as soon as it is gone.)"""
+def number_of(thing: object) -> int:
+    """A number that stands for an object of which nothing else is known, such as a hook: no other
+    object's in this process. (Its address is another's as soon as it is gone.)"""
     known = _MARKS.get(id(thing))
     if known is None or known[0]() is not thing:
         reference: Callable[[], object]
@@ -41,7 +41,12 @@ def mark(thing: object) -> str:
         except TypeError:  # a kind that cannot be told when it is gone: it never is
             reference = functools.partial(lambda kept: kept, thing)
         known = _MARKS[id(thing)] = (reference, next(_NUMBERS))
-    return f"{_PROCESS}-{os.getpid()}-{known[1]}"
+    return known[1]
+
+
+def mark(thing: object) -> str:
+    """The same as a text that is no other object's in another process either."""
+    return f"{_PROCESS}-{os.getpid()}-{number_of(thing)}"
 
 
 def machine_fingerprint(device: torch.device) -> dict[str, object]:
@@ -80,12 +85,7 @@ def _float32_precision() -> str:
 
 def _global_hooks() -> list[str]:
     """Hooks on every module there is."""
-    of_modules = nn.modules.module
-    hooks = (
-        *of_modules._global_forward_pre_hooks.values(),
-        *of_modules._global_forward_hooks.values(),
-    )
-    return [mark(hook) for hook in hooks]
+    return [mark(hook) for hooks in global_hooks() for hook in hooks.values()]
 
 
 def _cpu() -> dict[str, object]:

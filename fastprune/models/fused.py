@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import InputError
 from . import native
+from .code import foreign_code, global_hooks, hooks_of, own_forward
 from .generic import GenericRunner
 from .model import Model
 from .operators import OPERATORS, Rows, fast_operators
@@ -232,13 +233,29 @@ def warn_of_missing_extension() -> None:
 
 
 def why_not_fused(model: Model) -> str | None:
-    """Why a model's layers cannot run on the fused operators; None where they can."""
+    """Why a model's layers, as they are now, cannot run on the fused operators; None where they
+    can."""
+    return model.once("why not fused", lambda: _why_not(model))
+
+
+def _why_not(model: Model) -> str | None:
     if model.family not in FAMILIES:
         return f"the family {model.family!r} is none of {', '.join(FAMILIES)}"
     if not model.num_blocks:
         return "it has no blocks"
     if any(not type(layer).__module__.startswith("transformers.models.") for layer in model.layers):
         return "its layers are not transformers' own"
+    for name, module in model.hf.named_modules():
+        if not type(module).__module__.startswith(("transformers.", "torch.nn.", "fastprune.")):
+            return f"its module {name!r} is not transformers' own"
+        if own_forward(module) is not None:
+            return f"its module {name!r} has a forward of its own"
+        if hooks_of(module):
+            return f"its module {name!r} has forward hooks or backward ones"
+    if any(global_hooks()):
+        return "torch has hooks on all modules"
+    for place, _ in foreign_code(model.hf):
+        return f"{place} is not transformers' own"
     if getattr(model.config, "hidden_act", None) not in ("silu", "swish"):
         return f"its activation is {getattr(model.config, 'hidden_act', None)!r}, not 'silu'"
     for layer in model.layers:
@@ -249,8 +266,6 @@ def why_not_fused(model: Model) -> str | None:
         linears = (*parts.qkv, parts.output, *parts.gate_up, parts.down)
         if any(type(linear) not in LINEAR for linear in linears):
             return "its projections are not plain nn.Linear"
-        if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
-            return "its layers have forward hooks"
         if parts.output.in_features // parts.num_heads > MAX_HEAD:
             return f"its heads have more than {MAX_HEAD} columns"
     head = model.hf.get_output_embeddings()

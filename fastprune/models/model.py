@@ -18,7 +18,7 @@ from .offload.weights import ResidentWeights, Weights
 from .precision import working_dtype
 from .rotary import with_unrounded_frequencies
 from .swap import get_module
-from .version import digest_of, version_of
+from .version import Watch, digest_of
 
 LAYERS_NAMES = ("layers", "h", "blocks")
 FINAL_NORM_NAMES = (
@@ -91,7 +91,7 @@ class Model:
     """
 
     # of a model that load_model opened: its arguments, and the version that the model then had
-    opened: tuple[tuple, tuple] | None = None
+    opened: tuple[tuple, int] | None = None
     tokenizer_problem = ""  # why the folder's tokenizer could not be read
 
     def __init__(
@@ -104,27 +104,38 @@ class Model:
         self.lock = lock_of(hf)
         with self.lock:  # nobody masks it meanwhile
             self._take_apart(hf, name)
+            self.weights: Weights | ResidentWeights = weights or ResidentWeights(self.num_blocks)
+            self._watch = Watch(hf, self.weights)
+            self._version = self._watch.read()  # the one that the parts are of
         self.tokenizer = tokenizer
-        self.weights: Weights | ResidentWeights = weights or ResidentWeights(self.num_blocks)
-        self._results: tuple[tuple | None, dict[Hashable, Any]] = (None, {})  # see `once`
+        self._held = False  # whether `held` holds the version
+        self._results: dict[int, dict[Hashable, Any]] = {}  # by version, see `once`
 
     def _take_apart(self, given: nn.Module, name: str | None) -> None:
         self.given: Any = given  # the caller's own model
-        hf = with_unrounded_frequencies(given)
-        self.hf: Any = hf  # with the attributes that a transformers model has and a module has not
-        if hf is not given:
-            _LOCKS[hf] = self.lock
-        self.config: Any = getattr(hf, "config", None)
-        self.family = getattr(self.config, "model_type", type(hf).__name__)
+        self._take_module()
+        self.config: Any = getattr(self.hf, "config", None)
+        self.family = getattr(self.config, "model_type", type(given).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
         self.path = self._find_layers()
         assert self.config is not None  # or it was refused
         self._list: nn.ModuleList = get_module(given, self.path)
-        self.layers: list[nn.Module] = list(self._list)
-        self.num_blocks = len(self.layers)
+        self.num_blocks = len(self._list)
         if not self.num_blocks:
             raise self.refusal("it has no blocks")
-        self.device, self.dtype = next(hf.parameters()).device, working_dtype(hf)
+        self._take_parts()
+
+    def _take_module(self) -> None:
+        hf = with_unrounded_frequencies(self.given)
+        if hf is not self.given:
+            _LOCKS[hf] = self.lock
+        self.hf: Any = hf  # with the attributes that a transformers model has and a module has not
+
+    def _take_parts(self) -> None:
+        """The parts as they are now."""
+        self.config = self.hf.config
+        self.layers: list[nn.Module] = list(self._list)
+        self.device, self.dtype = next(self.hf.parameters()).device, working_dtype(self.hf)
         self.vocab_size = int(self.config.vocab_size)
         self.hidden_size = int(self.config.hidden_size)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
@@ -185,41 +196,82 @@ class Model:
                 yield
 
     @property
-    def version(self) -> tuple:
-        """A value that changes whenever the model's outputs could change; reads few weights.
+    def version(self) -> int:
+        """A number that changes whenever the model's outputs could change, and comes back with
+        what is put back. Reads few weights.
 
-        It covers module attributes, hooks, pointers, tensor versions and sampled values; of
-        streamed weights, the size and time of their files. Raises InputError where such a file has
-        changed.
+        It covers module attributes, hooks, the functions that forward passes call, pointers, tensor
+        versions and sampled values; of streamed weights, the size and time of their files. A write
+        that torch does not count (through `.data`) is seen where it changes a sampled value; one
+        that torch counts gives a new version even if it writes the same values.
+
+        Raises:
+            InputError: The blocks are not those that the model was opened with, or a file of
+                streamed weights has changed.
         """
-        return version_of(self.hf, self.config, self.weights)
+        with self.lock:
+            return self._version if self._held else self._at(self._watch.read())
+
+    def begin_version(self) -> int:
+        """Like `version`, without waiting for a GPU: sampled values there are compared when
+        `settle_version` is called."""
+        with self.lock:
+            return self._version if self._held else self._at(self._watch.read(wait=False))
+
+    def settle_version(self) -> int:
+        """The version that `begin_version` would have given, had it waited."""
+        with self.lock:
+            return self._at(self._watch.settle())
+
+    @contextmanager
+    def held(self) -> Iterator[int]:
+        """The model's version, read once for all that is done inside."""
+        with self.lock:
+            version, outside = self.version, self._held
+            self._held = True
+            try:
+                yield version
+            finally:
+                self._held = outside
+
+    def _at(self, version: int) -> int:
+        """The version, for which the parts are taken again where they are of another one."""
+        if version != self._version:
+            self.check_whole()
+            self._version = -1  # no version's, should the parts not be found
+            self._take_module()
+            self._take_parts()
+            self._version = version
+        return version
 
     @property
     def digest(self) -> str:
         """SHA-256 over the config, every tensor (buffers that are not saved, too), the plain
-        attributes of every module, and its hooks. Computed once for each `version`."""
+        attributes of every module, its hooks, and code that is not its package's own. Computed once
+        for each `version`."""
         return self.once(
             "digest", lambda: digest_of(self.hf, self.config, self.dtype, self.weights)
         )
 
     def once(self, name: Hashable, work: Callable[[], T]) -> T:
-        """The result of `work`, computed under `evaluation` once for each `version`. An exception
-        is raised and not remembered."""
+        """The result of `work`, computed under `evaluation` once for each `version`; results of the
+        last two are kept. An exception is raised and not remembered."""
         with self.lock:
             self.check_whole()
-            version = self.version
-            if self._results[0] != version:
-                self._results = (version, {})
-            results = self._results[1]
-            if name not in results:
-                with self.evaluation():
-                    results[name] = work()
-            return results[name]
+            with self.held() as version:
+                results = self._results.pop(version, {})
+                self._results = dict([*self._results.items(), (version, results)][-2:])
+                if name not in results:
+                    with self.evaluation():
+                        results[name] = work()
+                return results[name]
 
     @property
     def is_whole(self) -> bool:
-        """Whether the transformers model has the blocks that it had when it was opened."""
-        return get_module(self.given, self.path) is self._list
+        """Whether the transformers model has the list of blocks, of the same length, that it had
+        when it was opened."""
+        blocks = get_module(self.given, self.path)
+        return blocks is self._list and len(blocks) == self.num_blocks
 
     def check_whole(self) -> None:
         """Raise InputError unless the model `is_whole`."""

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import InputError, brief, shown
 from ..validate import check_bytes, is_number, tokenizing
-from .device import available_bytes
+from .device import available_bytes, is_out_of_memory
 from .files import (
     FLOATS,
     check_checkpoint,
@@ -186,9 +186,10 @@ def _load(
         weights.start(weights_bytes, resident_bytes(hf), device, name)
         model = Model(hf, tokenizer, name, weights)
     model.tokenizer_problem = problem
-    verified(model)
     place = str(Path(source).absolute()) if exists and name != "demo" else name
-    model.opened = (place, dtype, trust_remote_code, weights_bytes), model.version
+    with model.held() as version:
+        verified(model)
+        model.opened = (place, dtype, trust_remote_code, weights_bytes), version
     return model
 
 
@@ -211,8 +212,9 @@ def open_runner(
 
     Args:
         model: The model.
-        backend: "generic", "fused", or "auto": the fused path where the model has the shape and
-            operators are made for its device.
+        backend: "generic", "fused", or "auto": the fused path where the model has the shape,
+            operators are made for its device, and they give what the generic path gives; where
+            they do not, a RuntimeWarning says so.
         granularity: "block", or "sublayer", whose halves are verified too.
 
     Returns:
@@ -222,12 +224,37 @@ def open_runner(
         InputError: The model cannot be run by units of this granularity, or on the fused path that
             was asked for.
     """
-    generic = verified(model, granularity)
-    if backend == "generic" or (backend == "auto" and not prefers_fused(model)):
+    with model.held():
+        generic = verified(model, granularity)
+        if backend == "generic" or (backend == "auto" and not prefers_fused(model)):
+            return generic
+        fused = FusedRunner(model)
+        failure = model.once(fused.path_name, lambda: _failure(fused, generic))
+        if failure is None:
+            return fused
+        if backend == "fused":
+            raise InputError(failure)
+        model.once("without the fused path", lambda: _warn_of_generic(failure))
         return generic
-    fused = FusedRunner(model)
-    model.once(fused.path_name, lambda: prove_fused(fused, generic))
-    return fused
+
+
+def _failure(fused: FusedRunner, generic: GenericRunner) -> str | None:
+    """Why the fused runner does not hold; None where it does."""
+    try:
+        prove_fused(fused, generic)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, InputError):
+            return error.message
+        return f"{generic.model.name}: the fused path failed ({type(error).__name__}: {error})"
+    return None
+
+
+def _warn_of_generic(failure: str) -> None:
+    warnings.warn(
+        f"{failure}; going on with the generic one, which is slower", RuntimeWarning, stacklevel=6
+    )
 
 
 _MANY_TIMES = "a run takes many times as long as in float32"

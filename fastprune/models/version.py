@@ -1,38 +1,348 @@
-"""Whether a model has changed, and what it contains: a version that is cheap to compare, and a
-digest of everything."""
+"""Whether a model has changed, and what it contains.
+
+A version is a number that is cheap to read before every call: equal as long as nothing was changed.
+A digest is a hash of everything, for the store and for workers.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import operator
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from .fingerprint import mark
+from .code import (
+    HOOK_FLAGS,
+    HOOKS,
+    IMPLEMENTATIONS,
+    foreign_code,
+    global_hooks,
+    hooks_of,
+    namespaces,
+    own_forward,
+    sources,
+)
+from .fingerprint import mark, number_of
 from .offload.weights import ResidentWeights, Weights
 
-SAMPLED = 64  # values of each tensor that are compared for a change
+SAMPLES = 32  # values of each tensor that are compared for a change; 16 at least
 # attributes that no result depends on
 NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
+_OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has, such as its hooks
+_PLAIN = (bool, int, float, str, complex, type(None), torch.dtype, torch.device)
+_CONTAINERS = (list, dict, set)
 
 
-def version_of(hf: nn.Module, config: Any, weights: Weights | ResidentWeights) -> tuple:
-    """A value that changes whenever the model's outputs could change; see `Model.version`."""
-    resident = list(_resident_tensors(hf, weights))
-    tensors = tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in resident)
-    # a write through `.data` counts no version: a few values of each tensor show it, where it
-    # changed many
-    samples = [
-        flat[:: max(1, len(flat) // SAMPLED)].double()
-        for flat in (tensor.detach().reshape(-1) for _, tensor in resident)
+class Watch:
+    """Tells whether a model has changed since it was last read.
+
+    The model's dictionaries are compared with shallow copies, its tensors by address, count of
+    writes and some values, its code by the functions in its namespaces (`code.namespaces`). Only a
+    model that differs is described in full. A description that was seen before has its number of
+    then, so that a change that is taken back gives the version of before.
+
+    An edit that torch does not count, through `.data`, is seen if it changes one of the `SAMPLES`
+    values that are compared of each tensor.
+
+    Args:
+        hf: The transformers model.
+        weights: Its blocks' weights, which may be streamed.
+    """
+
+    def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):
+        self._hf, self._weights = hf, weights
+        self._numbers: dict[bytes, int] = {}  # versions by the hash of their description
+        self._unsettled = False  # whether values on a GPU were copied and not compared
+        self._last = Snapshot(hf, weights)
+        self._number = self._number_of(self._last)
+
+    def read(self, wait: bool = True) -> int:
+        """The version of the model.
+
+        Args:
+            wait: Whether values on a GPU are compared now. Otherwise they are copied behind the
+                GPU's current work, and `settle` compares them.
+
+        Raises:
+            InputError: A file of streamed weights has changed.
+        """
+        samples = self._last.samples
+        self._unsettled = samples.deferred and not wait
+        if self._last.differs(self._weights):
+            self._read_again()
+        elif self._unsettled:
+            samples.fetch()
+        elif samples.values() != self._last.values:
+            self._read_again()
+        return self._number
+
+    def settle(self) -> int:
+        """The version that the model had when it was last read: values on a GPU are compared now.
+        The GPU has copied them before it computes anything that was asked for later."""
+        if self._unsettled and self._last.samples.fetched() != self._last.values:
+            self._read_again()
+        self._unsettled = False
+        return self._number
+
+    def _read_again(self) -> None:
+        self._unsettled = False
+        self._last = Snapshot(self._hf, self._weights)
+        self._number = self._number_of(self._last)
+
+    def _number_of(self, snapshot: Snapshot) -> int:
+        key = hashlib.sha256(repr(snapshot.description).encode()).digest()
+        return self._numbers.setdefault(key, len(self._numbers))
+
+
+class Snapshot:
+    """All of a model that is compared, as it is now.
+
+    Attributes:
+        samples: Of its tensors.
+        values: Of the samples.
+    """
+
+    def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):
+        self._named = list(hf.named_modules())
+        self._modules = [module for _, module in self._named]
+        self._types = list(map(type, self._modules))
+        self._attributes = [vars(module) for module in self._modules]
+        self._copies = [dict(attributes) for attributes in self._attributes]
+        self._configs = _configs_of(self._modules)
+        self._dictionaries = [
+            *_dictionaries_of(self._attributes),
+            *global_hooks(),
+            *map(vars, self._configs),
+        ]
+        self._contents = list(map(_copied, self._dictionaries))
+        self._spaces = [space.functions for space in namespaces(self._modules)]
+        self._functions = [dict(functions) for functions in self._spaces]
+        # tensors, by the dictionary that holds them: a streamed one comes and goes
+        holders = [
+            (f"{name}.", held)
+            for name, module in self._named
+            for held in (module._parameters, module._buffers)
+        ]
+        self._holders: list[dict] = [held for _, held in holders]
+        self._lengths = list(map(len, self._holders))
+        self._places = [
+            (held, name)
+            for prefix, held in holders
+            for name in held
+            if weights.block_of(f"{prefix}{name}".lstrip(".")) is None
+        ]
+        self._entries = [held[name] for held, name in self._places]
+        self._tensors = [tensor for tensor in self._entries if tensor is not None]
+        self._states, self._files = _states(self._tensors), str(weights.identity)
+        self.samples = Samples(self._tensors)
+        self.values = self.samples.values()
+
+    def differs(self, weights: Weights | ResidentWeights) -> bool:
+        """Whether the model differs from this by anything but sampled values."""
+        for attributes, copied in zip(self._attributes, self._copies):
+            copied["training"] = attributes["training"]
+        try:
+            if (
+                self._attributes != self._copies
+                or self._dictionaries != self._contents
+                or any(map(operator.ne, self._spaces, self._functions))
+                or list(map(type, self._modules)) != self._types
+            ):
+                return True
+        except Exception:  # of values that cannot be compared: another tensor, for one
+            return True
+        entries = [held.get(name) for held, name in self._places]
+        return (
+            not all(map(operator.is_, entries, self._entries))
+            or list(map(len, self._holders)) != self._lengths
+            or _states(self._tensors) != self._states
+            or str(weights.identity) != self._files
+        )
+
+    @property
+    def description(self) -> tuple:
+        """The same for equal models: plain values, and numbers that stand for objects."""
+        return (
+            [(name, _description(module)) for name, module in self._named],
+            [None if t is None else (str(t.dtype), tuple(t.shape)) for t in self._entries],
+            self._states,
+            self.values,
+            self._files,
+            [(_config_text(config), _implementations(config)) for config in self._configs],
+            [[number_of(hook) for hook in hooks.values()] for hooks in global_hooks()],
+            list(map(_described, self._functions)),
+        )
+
+
+class Samples:
+    """Some values of each tensor, spread over its rows and columns, as bytes.
+
+    Attributes:
+        deferred: Whether some are on a GPU, so that the host would wait for them.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]):
+        host: dict[torch.dtype, list[np.ndarray]] = {}
+        device: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for tensor in tensors:
+            if tensor.is_meta or not tensor.numel() or type(tensor) not in _DENSE:
+                continue
+            view = _sampled(tensor)
+            if view.device.type == "cpu":
+                host.setdefault(view.dtype, []).append(view.numpy())
+            else:
+                device.setdefault((view.device, view.dtype), []).append(view)
+        self.deferred = bool(device)
+        self._host = [
+            (views, np.empty(sum(map(len, views)), views[0].dtype)) for views in host.values()
+        ]
+        self._device = [
+            (views, _pinned(sum(map(len, views)), views[0])) for views in device.values()
+        ]
+
+    def values(self) -> bytes:
+        """The values now."""
+        self.fetch()
+        return self.fetched()
+
+    def fetch(self) -> None:
+        """Begin to copy values from a GPU, without waiting."""
+        for views, copied in self._device:
+            copied.copy_(torch.cat(views), non_blocking=True)
+
+    def fetched(self) -> bytes:
+        """The values on a GPU of the last `fetch`, and those on the host now."""
+        for device in {views[0].device for views, _ in self._device}:
+            torch.cuda.current_stream(device).synchronize()
+        for views, copied in self._host:
+            np.concatenate(views, out=copied)
+        copies = [*(copied for _, copied in self._host), *(c.numpy() for _, c in self._device)]
+        return b"".join([copied.tobytes() for copied in copies])
+
+
+_DENSE = (torch.Tensor, nn.Parameter, nn.Buffer)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def _pinned(count: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(count, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+
+
+def _sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of some values of a tensor, at least 16 where it has that many, as integers."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    tensor = tensor.view(_INTEGERS[tensor.itemsize])
+    count, columns = tensor.numel(), tensor.shape[-1] if tensor.dim() else 1
+    if not tensor.is_contiguous():
+        if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+            return tensor[tuple(slice(None, 1) for _ in tensor.shape[:-1])].flatten()
+        tensor = tensor.as_strided((count,), (1,))
+    step = max(1, count // SAMPLES)
+    if step >= columns > 1:  # each sampled row at another column
+        step += int(0.618 * columns) - step % columns
+    return tensor.view(-1)[::step]
+
+
+def _states(tensors: Sequence[torch.Tensor]) -> list:
+    """Where each tensor is, and how often it was written to."""
+    try:
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    except RuntimeError:  # tensors made in inference mode count no writes
+        return [
+            (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+            for tensor in tensors
+        ]
+
+
+# -- descriptions ----------------------------------------------------------------------------------
+
+
+def _description(module: nn.Module) -> tuple:
+    """A module's class, attributes, hooks, forward and children."""
+    forward = own_forward(module)
+    return (
+        number_of(module),
+        number_of(type(module)),
+        None if forward is None else _identity(forward),
+        [(_identity(hook), by_name) for hook, by_name in hooks_of(module)],
+        [(name, child and number_of(child)) for name, child in module._modules.items()],
+        _described(vars(module), {*_OF_TORCH, *NOT_DECISIVE, "forward"}),
+    )
+
+
+def _described(values: Mapping[Any, Any], ignored: Collection[str] = ()) -> list:
+    """Plain values by name, and functions by the number that stands for each."""
+    described = []
+    for name, value in list(values.items()):
+        if name in ignored or str(name).startswith("__"):
+            continue
+        if _is_plain(value):
+            described.append((str(name), repr(value)))
+        elif isinstance(value, _DESCRIPTORS) or (callable(value) and not isinstance(value, _KINDS)):
+            described.append((str(name), _identity(value)))
+    return sorted(described, key=operator.itemgetter(0))
+
+
+_DESCRIPTORS = (staticmethod, classmethod, property)
+_KINDS = (type, nn.Module)
+
+
+def _identity(function: Any) -> Any:
+    """What is equal for the same function, of the same object."""
+    if isinstance(function, types.MethodType):
+        return number_of(function.__self__), number_of(function.__func__)
+    return number_of(function)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def _copied(values: Any) -> Any:
+    """A copy of a dictionary or list, and of those in it; other objects are shared."""
+    if isinstance(values, dict):
+        return {name: _copied(value) for name, value in values.items()}
+    return copy.copy(values) if isinstance(values, _CONTAINERS) else values
+
+
+def _dictionaries_of(attributes: Iterable[dict[str, Any]]) -> list[Any]:
+    """What modules hold and is changed in place: their children, hooks and plain lists."""
+    return [
+        value
+        for of_module in attributes
+        for name, value in of_module.items()
+        if name in (*HOOKS, *HOOK_FLAGS, "_modules")
+        or (name not in _OF_TORCH and isinstance(value, _CONTAINERS) and _is_plain(value))
     ]
-    values = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
-    attention = getattr(config, "_attn_implementation", None)
-    modules = tuple(plain_attributes(module) for module in hf.modules())
-    return tensors, values, modules, str(weights.identity), _config_text(config), attention
+
+
+def _configs_of(modules: Iterable[nn.Module]) -> list:
+    """The distinct configs of modules, and those in them."""
+    configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}
+    for config in list(configs.values()):
+        parts = getattr(config, "__dict__", {}).values()
+        configs |= {id(part): part for part in parts if hasattr(part, "to_diff_dict")}
+    return [config for config in configs.values() if hasattr(config, "to_diff_dict")]
+
+
+def _implementations(config: Any) -> list[str]:
+    return [str(getattr(config, name, None)) for name in IMPLEMENTATIONS]
+
+
+# -- digest ----------------------------------------------------------------------------------------
 
 
 def digest_of(
@@ -53,6 +363,8 @@ def _digest(hf: nn.Module, config: Any, tensors: Iterable[tuple[str, torch.Tenso
     digest = hashlib.sha256(_config_text(config).encode())
     for name, module in hf.named_modules():
         digest.update(f"{name}{plain_attributes(module)}".encode())
+    code = [*sources(hf), *(f"{place}: {mark(function)}" for place, function in foreign_code(hf))]
+    digest.update(json.dumps(code).encode())
     for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -103,10 +415,7 @@ def plain_attributes(module: nn.Module) -> tuple:
         for n, v in attributes
         if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))
     ]
-    hooks = [
-        mark(hook)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        for hook in hooks.values()
-    ]
-    own = [mark(vars(module)["forward"])] if "forward" in vars(module) else []
+    hooks = [(mark(hook), by_name) for hook, by_name in hooks_of(module)]
+    forward = own_forward(module)
+    own = [] if forward is None else [mark(forward)]
     return (type(module).__qualname__, *sorted(plain), *hooks, *own)
