@@ -243,7 +243,7 @@ def _check_written(model: Model, sequence: Sequence[int], what: str, folder: Pat
     state, arguments = runner.open(ids)
     for block in sequence:
         state = runner.run(block, state, arguments)
-    expected = runner.logits(state.flatten(0, 1))
+    expected = runner.head.logits(state.flatten(0, 1))
     implementation = getattr(model.config, "_attn_implementation", None)
     # what such a model's own code has written along is that code
     own_code = type(model.hf).__module__.startswith("transformers_modules.")

@@ -4,31 +4,59 @@ operators (`FusedRunner`)."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .swap import State
 
+if TYPE_CHECKING:
+    from .head import Head
 
-class Targets(Protocol):
-    """What the head reads of the targets of a tile, see `chunks.Tile`."""
 
-    @property
-    def rows(self) -> torch.Tensor: ...
+@dataclass(frozen=True)
+class Targets:
+    """What the head reads of the targets of a tile of P positions.
 
-    @property
-    def tokens(self) -> torch.Tensor: ...
+    Attributes:
+        num_positions: P.
+        rows: The position of each target, ascending, int64[M].
+        tokens: The targets, int64[M].
+    """
 
-    @property
-    def table(self) -> torch.Tensor: ...
+    num_positions: int
+    rows: torch.Tensor
+    tokens: torch.Tensor
 
-    @property
-    def places(self) -> torch.Tensor: ...
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """The tokens by position, int64[P, K], filled up with -1; K is at least 1."""
+        table = self.tokens.new_full((self.num_positions, self._columns[1]), -1)
+        table.view(-1)[self.places] = self.tokens
+        return table
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """The place of each target in the flattened table, int64[M]."""
+        column, count = self._columns
+        return self.rows * count + column
+
+    @cached_property
+    def _columns(self) -> tuple[torch.Tensor, int]:
+        """Each target's number among those of its position, and the most that a position has."""
+        per_row = torch.bincount(self.rows, minlength=self.num_positions)
+        column = (
+            torch.arange(len(self.rows), device=self.rows.device)
+            - (per_row.cumsum(0) - per_row)[self.rows]
+        )
+        return column, max(1, int(per_row.max()))
 
 
 class Runner(Protocol):
-    """Runs units on states, and the head on final states. The engine knows nothing else of a model.
+    """Runs units on states; its head runs on final states. The engine knows nothing else of a
+    model.
 
     A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these
     (`pack`, `unpack`). A unit leaves its input as it is, since other masks still need it. States
@@ -37,6 +65,7 @@ class Runner(Protocol):
 
     path_name: str
     device: torch.device
+    head: Head
 
     @property
     def bands(self) -> tuple[range, ...]:
@@ -59,25 +88,6 @@ class Runner(Protocol):
 
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """The state that was packed, after a unit."""
-
-    def normed(self, states: torch.Tensor) -> torch.Tensor:
-        """Final states [P, D] as the head reads them."""
-
-    def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
-
-    def misses(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """1 where a tile's target is not the most likely token, else 0, [M]."""
-
-    def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
-        """What `kl` compares with at each position, [P, ...], of the dense model's final states [P,
-        D]."""
-
-    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """KL(dense || masked) where a tile's targets are predicted, [M]."""
-
-    def head_bytes(self, measure: str) -> int:
-        """About what a measure holds for each position of a tile."""
 
     def numerics(self) -> str:
         """What the bits of a score depend on in this path, besides torch and transformers."""
