@@ -29,7 +29,7 @@ LINEAR = (nn.Linear, WideningLinear)
 PART = {"cpu": 4096, "cuda": 16384}  # tokens whose logits are held at once
 
 Logits = tuple[int, torch.Tensor]  # the first token of a part, and the part's logits [P, N]
-DensePart = tuple[torch.Tensor, torch.Tensor]  # logits [P, N], and their log-sum-exp [P]
+DensePart = tuple[torch.Tensor, torch.Tensor]  # logits [P, N], and their log-sum-exp, float64[P]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DenseLogits:
 
     Attributes:
         logits: In the head's own precision, [P, V].
-        sums: The log-sum-exp of each part, [S, P].
+        sums: The log-sum-exp of each part, float64[S, P].
         part: Tokens of a part.
     """
 
@@ -140,7 +140,7 @@ class Head:
             if logits is None:
                 logits = part.new_empty(len(part), self.vocab_size)
             logits[:, start : start + part.shape[1]] = part
-            sums.append(log_sum_exp(part))
+            sums.append(exact_log_sum_exp(part))
         assert logits is not None
         return DenseLogits(logits, torch.stack(sums), self.part)
 
@@ -224,6 +224,15 @@ def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(_wide(logits), dim=-1)
 
 
+def exact_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """`log_sum_exp` as float64[P]: not rounded to float32, of which a small divergence would show
+    the roundings."""
+    wide = _wide(logits)
+    most = wide.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).min)
+    total = (wide - most).exp_().sum(dim=-1, dtype=torch.float64)
+    return most[:, 0].double() + total.log()
+
+
 def nll(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
     """-log p of the targets, in nats, [M], from logits in parts."""
     sums, logits = [], None
@@ -261,22 +270,23 @@ def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
 
     The log-sum-exps come off at the end: sum_v p (l_p - l_q) - lse_p + lse_q. Equal logits give 0.
     """
-    dense_sums, sums, means = [], [], []
+    dense_sums, scales, sums, means = [], [], [], []
     work: list[torch.Tensor] = []  # p, and l_p - l_q, of a part
     for (dense_part, dense_sum), (_, part) in zip(dense, parts, strict=True):
         if not work:
-            shape, dtype = part.shape, dense_sum.dtype
-            work = [part.new_empty(shape, dtype=dtype) for _ in range(2)]
+            work = [torch.empty_like(part, dtype=_wide(part).dtype) for _ in range(2)]
         p, difference = (tensor[:, : part.shape[1]] for tensor in work)
-        torch.sub(_wide(dense_part), dense_sum[:, None], out=p).exp_()
+        rounded = dense_sum.to(p.dtype)
+        torch.sub(_wide(dense_part), rounded[:, None], out=p).exp_()
         torch.sub(_wide(dense_part), _wide(part), out=difference)
         means.append(torch.linalg.vecdot(p, difference))
         dense_sums.append(dense_sum)
-        sums.append(log_sum_exp(part))
+        scales.append(rounded.double())
+        sums.append(exact_log_sum_exp(part))
     total = _total(dense_sums)
-    weights = (torch.stack(dense_sums) - total).exp()  # of each part, [S, P]
+    weights = (torch.stack(scales) - total).exp()  # of each part, [S, P]
     mean = (weights * torch.stack(means)).sum(dim=0)
-    return (mean - total + _total(sums)).to(sums[0].dtype)
+    return (mean - total + _total(sums)).to(means[0].dtype)
 
 
 def _total(sums: list[torch.Tensor]) -> torch.Tensor:
@@ -311,7 +321,7 @@ class _Recomputed:
 
     def __iter__(self) -> Iterator[DensePart]:
         for _, part in self._head.parts(self._head.normed(self._states)):
-            yield part, log_sum_exp(part)
+            yield part, exact_log_sum_exp(part)
 
 
 class _GivenStates(nn.Module):
