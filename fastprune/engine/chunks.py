@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data import TokenBatch
-from ..models.runner import Targets
+from ..models.head import Targets
 
 
 @dataclass(frozen=True)

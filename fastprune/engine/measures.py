@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..models import Head
-from ..models.runner import Targets
+from ..models.head import Targets
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..data import TokenBatch
 from ..errors import InputError
 from ..models import Model, Runner
-from ..models.runner import Targets
+from ..models.head import Targets
 from ..models.swap import State, hidden_of, state_bytes
 from ..plan.layout import Layout, make_layout
 from ..plan.schedule import max_slots

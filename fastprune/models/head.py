@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from . import native
 from .model import Model
 from .precision import Widening, WideningLinear
-from .runner import Targets
 from .swap import with_replaced
 
 LINEAR = (nn.Linear, WideningLinear)
@@ -30,6 +30,44 @@ PART = {"cpu": 4096, "cuda": 16384}  # tokens whose logits are held at once
 
 Logits = tuple[int, torch.Tensor]  # the first token of a part, and the part's logits [P, N]
 DensePart = tuple[torch.Tensor, torch.Tensor]  # logits [P, N], and their log-sum-exp, float64[P]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the head reads of the targets of a tile of P positions.
+
+    Attributes:
+        num_positions: P.
+        rows: The position of each target, ascending, int64[M].
+        tokens: The targets, int64[M].
+    """
+
+    num_positions: int
+    rows: torch.Tensor
+    tokens: torch.Tensor
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """The tokens by position, int64[P, K], filled up with -1; K is at least 1."""
+        table = self.tokens.new_full((self.num_positions, self._columns[1]), -1)
+        table.view(-1)[self.places] = self.tokens
+        return table
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """The place of each target in the flattened table, int64[M]."""
+        column, count = self._columns
+        return self.rows * count + column
+
+    @cached_property
+    def _columns(self) -> tuple[torch.Tensor, int]:
+        """Each target's number among those of its position, and the most that a position has."""
+        per_row = torch.bincount(self.rows, minlength=self.num_positions)
+        column = (
+            torch.arange(len(self.rows), device=self.rows.device)
+            - (per_row.cumsum(0) - per_row)[self.rows]
+        )
+        return column, max(1, int(per_row.max()))
 
 
 @dataclass(frozen=True)

@@ -4,54 +4,12 @@ operators (`FusedRunner`)."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from .head import Head
 from .swap import State
-
-if TYPE_CHECKING:
-    from .head import Head
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the head reads of the targets of a tile of P positions.
-
-    Attributes:
-        num_positions: P.
-        rows: The position of each target, ascending, int64[M].
-        tokens: The targets, int64[M].
-    """
-
-    num_positions: int
-    rows: torch.Tensor
-    tokens: torch.Tensor
-
-    @cached_property
-    def table(self) -> torch.Tensor:
-        """The tokens by position, int64[P, K], filled up with -1; K is at least 1."""
-        table = self.tokens.new_full((self.num_positions, self._columns[1]), -1)
-        table.view(-1)[self.places] = self.tokens
-        return table
-
-    @cached_property
-    def places(self) -> torch.Tensor:
-        """The place of each target in the flattened table, int64[M]."""
-        column, count = self._columns
-        return self.rows * count + column
-
-    @cached_property
-    def _columns(self) -> tuple[torch.Tensor, int]:
-        """Each target's number among those of its position, and the most that a position has."""
-        per_row = torch.bincount(self.rows, minlength=self.num_positions)
-        column = (
-            torch.arange(len(self.rows), device=self.rows.device)
-            - (per_row.cumsum(0) - per_row)[self.rows]
-        )
-        return column, max(1, int(per_row.max()))
 
 
 class Runner(Protocol):

@@ -18,9 +18,9 @@ from torch import nn
 
 from ..errors import InputError
 from .generic import GenericRunner
-from .head import Head
+from .head import Head, Targets
 from .model import Model
-from .runner import Runner, Targets
+from .runner import Runner
 from .swap import Arguments, HalfBlock, StandInLayer, Sublayers, hidden_of, with_replaced
 from .tree import few_branches
 

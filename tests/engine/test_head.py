@@ -12,7 +12,7 @@ import fastprune as fp
 from fastprune.engine.memory import MemoryLimit
 from fastprune.models import Head, open_runner
 from fastprune.models import head as heads
-from fastprune.models.runner import Targets
+from fastprune.models.head import Targets
 
 NAN = float("nan")
 SMALL = {"cohere": tf.CohereConfig, "granite": tf.GraniteConfig, "phi": tf.PhiConfig}
