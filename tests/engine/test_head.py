@@ -181,7 +181,7 @@ def test_a_head_with_wrong_losses_is_refused(monkeypatch, family, loss):
         fp.Evaluator(hf, fp.Perplexity(batch))
 
 
-def test_a_fused_path_whose_head_is_wrong_is_refused():
+def test_a_fused_path_takes_the_whole_vocabulary_where_the_head_needs_it():
     hf = centered(build("llama"))
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9]))
     rows = [row.tolist() for row in batch.ids.reshape(1, -1)]
