@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..data import TokenBatch
+from ..models.head import Targets
 
 
 @dataclass(frozen=True)
@@ -109,48 +110,24 @@ class Chunk:
         ).tolist()
         for start, first, last in zip(starts, bounds[:-1], bounds[1:], strict=True):
             positions = slice(start, min(start + size, len(self.sources)))
-            rows = self.target_source[first:last] - start
+            sources, rows = self.sources[positions], self.target_source[first:last] - start
             tiles.append(
-                Tile(positions, self.sources[positions], rows, self.target_token[first:last])
+                Tile(len(sources), rows, self.target_token[first:last], positions, sources)
             )
         return tiles
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(Targets):
     """Positions of a chunk that go through the head together.
 
-    positions: which of the chunk's sources; sources int64[P]: those. rows int64[M] (ascending, into
-    the P positions) and tokens int64[M]: the targets.
+    Attributes:
+        positions: The chunk's sources that these are.
+        sources: Those sources, int64[P].
     """
 
     positions: slice
     sources: torch.Tensor
-    rows: torch.Tensor
-    tokens: torch.Tensor
-
-    @cached_property
-    def table(self) -> torch.Tensor:
-        """The tokens by position, int64[P, K], filled up with -1; K is at least 1."""
-        table = self.tokens.new_full((len(self.sources), self._columns[1]), -1)
-        table.view(-1)[self.places] = self.tokens
-        return table
-
-    @cached_property
-    def places(self) -> torch.Tensor:
-        """Where each target stands in the flattened table, int64[M]."""
-        column, count = self._columns
-        return self.rows * count + column
-
-    @cached_property
-    def _columns(self) -> tuple[torch.Tensor, int]:
-        """Each target's number among those of its position, and the most that a position has."""
-        per_row = torch.bincount(self.rows, minlength=len(self.sources))
-        column = (
-            torch.arange(len(self.rows), device=self.rows.device)
-            - (per_row.cumsum(0) - per_row)[self.rows]
-        )
-        return column, max(1, int(per_row.max()))
 
 
 def chunk_rows(batch: TokenBatch, rows: Sequence[int] | np.ndarray) -> ChunkRows:

@@ -107,7 +107,6 @@ class Executor:
             bands = [self._needed(schedules, visits[now]) for now in order]
             for now, _ in zip(order, self._runner.visit(bands)):
                 for number, part in visits[now].items():
-                    self._reference.leave_chunk()
                     with closing(self._walk(schedules[number], part, number)) as walk:
                         yield number, walk
             for number, schedule in schedules.items():
@@ -115,7 +114,6 @@ class Executor:
             finished = True
         finally:
             self._frontier.clear()
-            self._reference.leave_chunk()
             if not finished:
                 for number in schedules:
                     cache.forget(number)
@@ -200,7 +198,7 @@ class Executor:
         for index, tile in enumerate(self._tiles[number]):
             reference = self._reference.at(number, index, tile)
             states = hidden[tile.sources]
-            values.append(self._measure.compute(self._runner, states, tile, reference))
+            values.append(self._measure.compute(self._runner.head, states, tile, reference))
         self._counts.row_heads += self._chunks[number].num_rows
         return torch.cat(values, dim=1)
 

@@ -182,13 +182,9 @@ class LocalRuns:
             return
         chunks = [rows.to(self._model.device) for rows in problem.chunks]
         widest = max(chunk.num_tokens for chunk in chunks)
-        self._positions = max(len(chunk.sources) for chunk in chunks)
-        self._reference = DenseReference(
-            self._runner,
-            problem.measure,
-            self._may_keep_references
-            and self._limit.has_room_for_references(widest, self._positions),
-        )
+        most = max(len(chunk.sources) for chunk in chunks)  # positions of a chunk
+        room = self._limit.room_for_references(widest, most) if self._may_keep_references else 0
+        self._reference = DenseReference(self._runner, problem.measure, room)
         self._executor = Executor(
             self._model,
             self._runner,
@@ -286,8 +282,7 @@ class LocalRuns:
         if len(self._runner.bands) == 1:
             return banded.Room(0, 0)  # no state waits for a band
         tokens, slots = banded.peak_tokens(schedules, problem.chunks)
-        references = self._positions if self._reference.keeps_tiles else 0
-        memory = self._limit.beside(tokens, slots, references)
+        memory = self._limit.beside(tokens, slots, self._reference.room)
         self._frontier.start(memory)
         return banded.Room(memory, self._frontier.slower_bytes)
 

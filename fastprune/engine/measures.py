@@ -1,105 +1,155 @@
 """What is computed at every target, from a mask's final states: one or more values, which the
-engine sums over each continuation. To add one, write a function and register it."""
+engine sums over each continuation.
+
+To add one, write a function and register a `Measure` that names it. `Head.parts` gives logits, a
+part of the vocabulary at a time.
+
+P positions of a tile, D columns of a state, V values of the measure, M targets.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from ..models import Runner
+from ..models import Head
+from ..models.head import Targets
 
-if TYPE_CHECKING:
-    from .chunks import Tile
+
+@dataclass(frozen=True)
+class Reference:
+    """What every mask is compared with, of the dense model.
+
+    Attributes:
+        compute: (head, dense final states [P, D], keep) -> a value that `Measure.compute` takes.
+            keep: whether it may hold `position_bytes` for each position; else it is small, and
+            `Measure.compute` computes the rest again. Both give the same bits.
+        position_bytes: Of a head, the bytes that are kept for each position.
+    """
+
+    compute: Callable[[Head, torch.Tensor, bool], Any]
+    position_bytes: Callable[[Head], int]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """compute(runner, states [P, D], tile, reference [P, ...] or None) -> [V, M], the values at a
-    tile's targets.
+    """A measure.
 
-    values: what they are, V of them. reference(runner, dense [P, D]): what every mask is compared
-    with, of the dense model's final states; None for a measure that compares with nothing.
+    Attributes:
+        name: Its name.
+        compute: (head, states [P, D], targets, reference or None) -> [V, M], the values at the
+            targets.
+        values: The names of the V values.
+        position_bytes: Of a head, about the bytes that `compute` holds for each position.
+        reference: None for a measure that compares with nothing.
     """
 
     name: str
-    compute: Callable[..., torch.Tensor]
+    compute: Callable[[Head, torch.Tensor, Targets, Any], torch.Tensor]
     values: tuple[str, ...]
-    reference: Callable[..., torch.Tensor] | None = None
+    position_bytes: Callable[[Head], int]
+    reference: Reference | None = None
 
     @property
     def needs_dense(self) -> bool:
         return self.reference is not None
 
 
-def _nll(runner: Runner, states: torch.Tensor, tile: Tile, reference: None) -> torch.Tensor:
-    return runner.nll(states, tile)[None]
+def _nll(head: Head, states: torch.Tensor, targets: Targets, reference: None) -> torch.Tensor:
+    return head.nll(states, targets)[None]
 
 
-def _greedy(runner: Runner, states: torch.Tensor, tile: Tile, reference: None) -> torch.Tensor:
-    return torch.stack([runner.nll(states, tile), runner.misses(states, tile)])
+def _greedy(head: Head, states: torch.Tensor, targets: Targets, reference: None) -> torch.Tensor:
+    return head.greedy(states, targets)
 
 
-def _kl_reference(runner: Runner, dense: torch.Tensor) -> torch.Tensor:
-    return runner.kl_reference(dense)
+def _kl(head: Head, states: torch.Tensor, targets: Targets, reference: Any) -> torch.Tensor:
+    return head.kl(reference, states)[targets.rows][None]
 
 
-def _kl(runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor) -> torch.Tensor:
-    return runner.kl(reference, states, tile)[None]
-
-
-def _normed(runner: Runner, states: torch.Tensor) -> torch.Tensor:
+def _normed(head: Head, states: torch.Tensor, keep: bool = True) -> torch.Tensor:
     """States as the head reads them, float64[P, D]."""
-    return runner.normed(states).double()
+    return head.normed(states).double()
 
 
-def _direction(runner: Runner, states: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(_normed(runner, states), dim=-1, eps=0)
+def _direction(head: Head, states: torch.Tensor, keep: bool = True) -> torch.Tensor:
+    return torch.nn.functional.normalize(_normed(head, states), dim=-1, eps=0)
 
 
 def _cosine(
-    runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor
+    head: Head, states: torch.Tensor, targets: Targets, reference: torch.Tensor
 ) -> torch.Tensor:
     # half the squared distance of unit vectors is 1 - cosine: exact where they are equal, and never
     # below 0
-    return ((_direction(runner, states) - reference).square().sum(dim=-1) / 2)[tile.rows][None]
+    distance = (_direction(head, states) - reference).square().sum(dim=-1) / 2
+    return distance[targets.rows][None]
 
 
 def _nmse(
-    runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor
+    head: Head, states: torch.Tensor, targets: Targets, reference: torch.Tensor
 ) -> torch.Tensor:
-    distance = (_normed(runner, states) - reference).square().sum(dim=-1)
-    return (distance / reference.square().sum(dim=-1))[tile.rows][None]
+    distance = (_normed(head, states) - reference).square().sum(dim=-1)
+    return (distance / reference.square().sum(dim=-1))[targets.rows][None]
+
+
+def _states_bytes(head: Head) -> int:
+    """Both models' normed states, and five float64 copies."""
+    return head.hidden_size * (2 * head.dtype.itemsize + 5 * 8)
+
+
+def _normed_bytes(head: Head) -> int:
+    return head.hidden_size * 8
 
 
 def _moments(
-    runner: Runner, states: torch.Tensor, tile: Tile, reference: torch.Tensor
+    head: Head, states: torch.Tensor, targets: Targets, reference: torch.Tensor
 ) -> torch.Tensor:
-    normed = _normed(runner, states)
+    normed = _normed(head, states)
     moments = [(normed - reference).square(), normed.square(), reference.square()]
     of_positions = torch.stack([moment.sum(dim=-1) for moment in moments])  # [3, P]
-    return of_positions[tile.tokens, tile.rows][None]
+    return of_positions[targets.tokens, targets.rows][None]
 
 
 MEASURES = {
     measure.name: measure
     for measure in (
-        Measure("nll", _nll, ("-log p of the target",)),
+        Measure("nll", _nll, ("-log p of the target",), lambda head: head.nll_bytes),
         Measure(
             "greedy",
             _greedy,
             ("-log p of the target", "1 where the target is not the most likely token"),
+            lambda head: head.nll_bytes,
         ),
-        Measure("kl", _kl, ("KL(dense || masked)",), _kl_reference),
-        Measure("cosine", _cosine, ("1 - cosine of normed states, dense and masked",), _direction),
-        Measure("nmse", _nmse, ("|dense - masked|^2 / |dense|^2 of normed states",), _normed),
+        Measure(
+            "kl",
+            _kl,
+            ("KL(dense || masked)",),
+            lambda head: head.kl_bytes,
+            Reference(lambda head, dense, keep: head.dense(dense, keep), lambda h: h.dense_bytes),
+        ),
+        Measure(
+            "cosine",
+            _cosine,
+            ("1 - cosine of normed states, dense and masked",),
+            _states_bytes,
+            Reference(_direction, _normed_bytes),
+        ),
+        Measure(
+            "nmse",
+            _nmse,
+            ("|dense - masked|^2 / |dense|^2 of normed states",),
+            _states_bytes,
+            Reference(_normed, _normed_bytes),
+        ),
         Measure(
             "moments",
             _moments,
             ("by the target's token, 0 to 2: |dense - masked|^2, |masked|^2, |dense|^2 (normed)",),
-            _normed,
+            _states_bytes,
+            Reference(_normed, _normed_bytes),
         ),
     )
 }

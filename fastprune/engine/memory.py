@@ -11,7 +11,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 from ..data import TokenBatch
 from ..errors import InputError
 from ..models import Model, Runner
+from ..models.head import Targets
 from ..models.swap import State, hidden_of, state_bytes
 from ..plan.layout import Layout, make_layout
 from ..plan.schedule import max_slots
-from .chunks import Chunk, Tile, make_chunk
+from .chunks import Chunk, make_chunk
 from .measures import Measure
 
 MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
@@ -34,6 +35,7 @@ CHUNK_TOKENS = 16384  # on a GPU: enough rows to keep its matrix units busy
 CHUNK_BYTES, LEAST_CHUNK_TOKENS = 2 << 20, 1024
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 LEAST_TILE = 8  # positions
+WEIGHED = 64  # positions of a tile that are run to know its weight
 LIMIT_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 SUMS_SHARE = 8  # one eighth of the limit is for sums over continuations
 
@@ -73,7 +75,6 @@ class MemoryLimit:
         self.num_units = len(model.unit_names(granularity))
         self._slots = max_slots(self.num_units, MAX_SEQUENCES)
         self._positions = len(np.unique(batch.target_source))  # that predict something
-        self._reference_bytes = 0  # of one position, see `_run_head`
         per_mask = 24 * len(measure.values) * batch.num_continuations  # sums, twice more to reduce
         self.most_sums = max(1, self.limit // SUMS_SHARE // per_mask)
 
@@ -87,7 +88,7 @@ class MemoryLimit:
 
         Raises InputError where one row does not fit, even with the smallest tiles.
         """
-        per_position = self._runner.head_bytes(self._measure.name)
+        per_position = self._measure.position_bytes(self._runner.head)
         room = min(TILE_BYTES[self._kind], self.limit // 4)
         tile = max(LEAST_TILE, room // per_position // 8 * 8)
         for size in dict.fromkeys((tile, LEAST_TILE)):
@@ -123,21 +124,29 @@ class MemoryLimit:
             return make_layout(self._batch, 1, max(LEAST_TILE, layout.tile // 16 * 8))
         return None
 
-    def has_room_for_references(self, tokens: int, positions: int) -> bool:
-        """Whether the dense reference of one chunk fits beside a walk over it.
+    def room_for_references(self, tokens: int, positions: int) -> int:
+        """Bytes for references of the dense model beside a walk; 0 where one chunk's do not fit.
+
+        Where states wait between bands, one chunk's at most: the rest is for these.
 
         tokens, positions: of the largest chunk, and the most positions that predict in one.
         """
-        return positions * self._reference_bytes <= self.limit - self._least_bytes(tokens)
+        if self._measure.reference is None:
+            return 0
+        chunk = positions * self._measure.reference.position_bytes(self._runner.head)
+        room = self.limit - self._least_bytes(tokens)
+        if chunk > room:
+            return 0
+        return room if len(self._runner.bands) == 1 else chunk
 
     def beside(self, tokens: int, num_slots: int, references: int) -> int:
         """Bytes left for states between bands.
 
-        tokens, num_slots: of the walk beside which they wait. references: positions whose dense
-        references are held.
+        tokens, num_slots: of the walk beside which they wait. references: bytes of the dense
+        references that are held.
         """
         walk = self.footprint.needed(tokens, num_slots) + self._dense_bytes()
-        limit = self.limit - references * self._reference_bytes
+        limit = self.limit - references
         return max(0, limit - limit // SUMS_SHARE - walk)
 
     def state_bytes(self, tokens: int) -> int:
@@ -145,12 +154,17 @@ class MemoryLimit:
         return int(self.footprint.state * tokens)
 
     def weigh(self, tile: int) -> None:
-        """Measure the footprint of the longest rows and of one tile of the head."""
+        """Measure the footprint of the longest rows and of one tile of the head.
+
+        A few positions of the tile are run: each holds as much as any other.
+        """
         tile = min(tile, self._positions)
+        few = min(tile, WEIGHED)
         with self._model.evaluation():
-            self.footprint = measure_footprint(
-                self._runner, self._batch, self._granularity, self._run_head, tile
+            footprint = measure_footprint(
+                self._runner, self._batch, self._granularity, self._run_head, few
             )
+        self.footprint = replace(footprint, head=-(-footprint.head * tile // few))
 
     def _too_small(self, part: str, tokens: int) -> InputError:
         least = self._least_bytes(tokens)
@@ -174,12 +188,10 @@ class MemoryLimit:
     def _run_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """One tile of the head, for its footprint. hidden [P, D]."""
         none = torch.zeros(0, dtype=torch.int64, device=hidden.device)
-        sources = torch.arange(len(hidden), device=hidden.device)
-        tile, reference = Tile(slice(None), sources, none, none), None
+        targets, reference = Targets(len(hidden), none, none), None
         if self._measure.reference:
-            reference = self._measure.reference(self._runner, hidden)
-            self._reference_bytes = reference.nbytes // len(hidden)
-        return self._measure.compute(self._runner, hidden, tile, reference)
+            reference = self._measure.reference.compute(self._runner.head, hidden, False)
+        return self._measure.compute(self._runner.head, hidden, targets, reference)
 
 
 def _chunk_tokens(model: Model) -> int:

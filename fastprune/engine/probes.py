@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from fastprune_kernels.reference import token_nll
-
 from ..data import TokenBatch
 from ..errors import InputError
 from ..models import GenericRunner, Model, open_runner
@@ -308,17 +306,16 @@ def _head_gradient(
 ) -> torch.Tensor:
     """dL/d hidden, [1, T, D], tile by tile over the positions that count."""
     gradient = torch.zeros_like(hidden)
-    for start in range(0, len(chunk.sources), TOKENS_AT_ONCE):
-        sources = chunk.sources[start : start + TOKENS_AT_ONCE]
-        inside = (chunk.target_source >= start) & (chunk.target_source < start + len(sources))
-        tile = hidden[0, sources].requires_grad_()
+    first = 0
+    for tile in chunk.tiles(TOKENS_AT_ONCE):
+        states = hidden[0, tile.sources].requires_grad_()
+        last = first + len(tile.tokens)
         with torch.enable_grad():
-            nll = token_nll(
-                runner.logits(tile), chunk.target_source[inside] - start, chunk.target_token[inside]
+            losses = runner.head.nll(states, tile).double()
+            (gradient[0, tile.sources],) = torch.autograd.grad(
+                (losses * weight[first:last]).sum(), states
             )
-            (gradient[0, sources],) = torch.autograd.grad(
-                (nll.double() * weight[inside]).sum(), tile
-            )
+        first = last
     return gradient
 
 

@@ -6,6 +6,7 @@ P positions that predict in a chunk, D columns of a state.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -15,21 +16,28 @@ from .measures import Measure
 
 
 class DenseReference:
-    """Final states of the whole model by chunk, and the references of one chunk's tiles.
+    """Final states of the whole model by chunk, and the references of tiles.
 
-    keeps_tiles: whether the references of a chunk stay while its masks run, or are computed again
-    for each mask.
+    These outlive a call. Where those of all chunks do not fit, the ones that were computed first
+    stay, and the room of the latest serves the current chunk: calls take the chunks in one order,
+    so the latest is the one whose turn comes last.
+
+    Args:
+        runner: The runner, whose head computes them.
+        measure: The measure.
+        room: Bytes that references of tiles may take. Those that do not fit are computed again for
+            each mask.
     """
 
-    def __init__(self, runner: Runner, measure: Measure, keeps_tiles: bool):
-        self._runner, self._measure = runner, measure
-        self.keeps_tiles = keeps_tiles
+    def __init__(self, runner: Runner, measure: Measure, room: int):
+        self._head, self._measure, self.room = runner.head, measure, room
         self._states: dict[int, torch.Tensor] = {}  # [P, D] by chunk
-        self._tiles: dict[int, torch.Tensor] = {}  # by number of the tile, of the current chunk
+        self._tiles: dict[tuple[int, int], Any] = {}  # by chunk and number of the tile
+        self._sizes: dict[tuple[int, int], int] = {}  # bytes, likewise
 
     @property
     def bytes(self) -> int:
-        return sum(kept.nbytes for kept in (*self._states.values(), *self._tiles.values()))
+        return sum(kept.nbytes for kept in self._states.values()) + sum(self._sizes.values())
 
     def missing(self, chunks: Iterable[int]) -> list[int]:
         """The chunks whose final states are not held."""
@@ -41,23 +49,35 @@ class DenseReference:
         """Hold the final states of a chunk, [P, D], where a target is predicted."""
         self._states[chunk] = states
 
-    def at(self, chunk: int, number: int, tile: Tile) -> torch.Tensor | None:
-        """The reference of a chunk's tile, [P, ...]; None for a measure that compares nothing."""
-        if self._measure.reference is None:
-            return None
-        reference = self._tiles.get(number)
+    def at(self, chunk: int, number: int, tile: Tile) -> Any:
+        """The reference of a chunk's tile; None for a measure that compares nothing."""
+        reference = self._measure.reference
         if reference is None:
-            reference = self._measure.reference(self._runner, self._states[chunk][tile.positions])
-            if self.keeps_tiles:
-                self._tiles[number] = reference
-        return reference
+            return None
+        key = chunk, number
+        if key not in self._tiles:
+            states = self._states[chunk][tile.positions]
+            size = reference.position_bytes(self._head) * len(states)
+            if not self._make_room(chunk, size):
+                return reference.compute(self._head, states, False)
+            self._tiles[key] = reference.compute(self._head, states, True)
+            self._sizes[key] = size
+        return self._tiles[key]
 
-    def leave_chunk(self) -> None:
-        """Drop the references of the current chunk's tiles."""
-        self._tiles.clear()
+    def _make_room(self, chunk: int, size: int) -> bool:
+        """Evict the latest references of other chunks until a new one fits; False if it cannot."""
+        own = sum(held for (other, _), held in self._sizes.items() if other == chunk)
+        if own + size > self.room:
+            return False
+        others = [key for key in self._sizes if key[0] != chunk]
+        while sum(self._sizes.values()) + size > self.room:
+            key = others.pop()
+            del self._tiles[key], self._sizes[key]
+        return True
 
     def give_back(self) -> bool:
-        """Keep no references from now on; False where none were kept."""
-        kept, self.keeps_tiles = self.keeps_tiles and self._measure.needs_dense, False
+        """Keep no references of tiles from now on; False where none were kept."""
+        kept, self.room = self.room > 0 and self._measure.needs_dense, 0
         self._tiles.clear()
+        self._sizes.clear()
         return kept

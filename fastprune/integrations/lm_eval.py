@@ -196,7 +196,7 @@ class MaskedLM(HFLM):
             state, arguments = runner.open(ids)
             for block in kept:
                 state = runner.run(block, state, arguments)
-            expected = runner.logits(state.flatten(0, 1))
+            expected = runner.head.logits(state.flatten(0, 1))
             with masked(model, removed) as hf:
                 try:
                     before = hf(input_ids=ids[:, :-1], use_cache=True)

@@ -2,6 +2,7 @@
 
 from .fused import FusedRunner
 from .generic import GenericRunner
+from .head import Head
 from .model import Model
 from .open import load_model, open_runner
 from .runner import Runner
@@ -10,6 +11,7 @@ from .surgery import masked
 __all__ = [
     "FusedRunner",
     "GenericRunner",
+    "Head",
     "Model",
     "Runner",
     "load_model",

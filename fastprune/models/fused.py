@@ -19,10 +19,10 @@ from ..errors import InputError
 from . import native
 from .code import foreign_code, global_hooks, hooks_of, own_forward
 from .generic import GenericRunner
+from .head import LINEAR
 from .model import Model
 from .operators import OPERATORS, Rows, fast_operators
-from .precision import WideningLinear
-from .runner import Targets
+from .swap import get_module
 from .tree import layer_windows
 
 FAMILIES = (
@@ -32,7 +32,6 @@ FAMILIES = (
     "qwen2",
     "qwen3",
 )  # pre-norm RMSNorm, rotary, gated MLP with SiLU
-LINEAR = (nn.Linear, WideningLinear)
 MAX_HIDDEN, MAX_HEAD = 16384, 256  # what the kernels hold of a row
 
 
@@ -87,7 +86,7 @@ class FusedRunner:
         self._windows = layer_windows(model.config, model.num_blocks)
         self._layers = [_layer(layer) for layer in model.layers]
         self._generic = GenericRunner(model)  # for embeddings and angles
-        self._head = model.hf.get_output_embeddings()
+        self.head = self._operators.head(model, self._final_norm)
         self.path_name = f"fused ({self._operators.name})"
 
     def open(
@@ -149,33 +148,12 @@ class FusedRunner:
         """Like `GenericRunner.unpack`."""
         return packed
 
-    def normed(self, states: torch.Tensor) -> torch.Tensor:
-        """Like `GenericRunner.normed`."""
-        return self._norm(self.model.final_norm, states)
-
-    def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """Like `GenericRunner.nll`."""
-        return self._operators.nll(self.normed(states), self._head.weight, tile)
-
-    def misses(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """Like `GenericRunner.misses`."""
-        logits = nn.functional.linear(self.normed(states), self._head.weight)
-        return (logits.argmax(dim=-1)[tile.rows] != tile.tokens).float()
-
-    def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
-        """Like `GenericRunner.kl_reference`; on a GPU logits."""
-        return self._operators.kl_reference(self.normed(dense), self._head.weight)
-
-    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """Like `GenericRunner.kl`."""
-        return self._operators.kl(reference, self.normed(states), self._head.weight, tile)
-
-    def head_bytes(self, measure: str) -> int:
-        """Like `GenericRunner.head_bytes`."""
-        return self._operators.head_bytes(self.model, measure)
-
     def numerics(self) -> str:
-        return f"fused {self._operators.numerics()}"
+        return f"fused {self._operators.numerics()}, {self.head.numerics()}"
+
+    def _final_norm(self, states: torch.Tensor) -> torch.Tensor:
+        """Final states [P, D] as the head reads them."""
+        return self._norm(get_module(self.model.hf, self.model.path[:-1]).norm, states)
 
     def _attention(self, block: int, x: torch.Tensor, arguments: ChunkArguments) -> torch.Tensor:
         """What a block's attention adds to x [T, D]."""

@@ -5,7 +5,7 @@ mask per layer type, and so on. `GenericRunner.open` runs the model's own forwar
 place of the layers. It learns these arguments for any family without naming it, at the cost of the
 embeddings alone.
 
-Shapes: B rows of T tokens, D the hidden size, V the vocabulary, P positions of a tile, M targets.
+Shapes: B rows of T tokens, D the hidden size.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from typing import overload
 
 import torch
 
-from fastprune_kernels.reference import kl_from, log_probabilities, token_nll
-
-from .head import FamilyHead, head_bytes
+from .head import Head
 from .model import Model
-from .runner import Targets
 from .swap import Arguments, HalfBlock, Recorder, State, Sublayers, first
 from .tree import layer_windows, tree_mask
 
 
 class GenericRunner:
-    """Runs a model's units through its own layers, and its head by its own code (see `Runner`).
+    """Runs a model's units through its own layers (see `Runner`).
 
     sublayers: the two halves of every block, which `verify.verified` sets for "sublayer".
     """
@@ -37,7 +34,7 @@ class GenericRunner:
         self.model, self.device = model, model.device
         self.sublayers: list[Sublayers] = []
         self._recorder = Recorder(model.path, model.hf)
-        self._head = FamilyHead(model.path, model.hf)
+        self.head = Head(model, self._recorder.after_layers)
         signature = inspect.signature(type(model.layers[0]).forward)
         # the parameters of a layer after self and the hidden states
         self._names = [name for name in signature.parameters if name != "self"][1:]
@@ -134,39 +131,8 @@ class GenericRunner:
         dtype = self.model.dtype
         return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
-    # -- head --------------------------------------------------------------------------------------
-
-    def normed(self, states: torch.Tensor) -> torch.Tensor:
-        """Final states [P, D] as the head reads them."""
-        return self.model.final_norm(states)
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [P, V] of final states [P, D] (before the final norm), in the model's dtype."""
-        return self._head(self.normed(states))
-
-    def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
-        return token_nll(self.logits(states), tile.rows, tile.tokens)
-
-    def misses(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """1 where a tile's target is not the most likely token, else 0, [M], from the final states
-        [P, D]."""
-        return (self.logits(states).argmax(dim=-1)[tile.rows] != tile.tokens).float()
-
-    def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
-        """The log-probabilities that `kl` compares with, float32[P, V], from the dense model's
-        final states [P, D]."""
-        return log_probabilities(self.logits(dense))
-
-    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """KL(dense || masked) where a tile's targets are predicted, [M], from the masked model's
-        final states [P, D]."""
-        return kl_from(reference, self.logits(states))[tile.rows]
-
-    def head_bytes(self, measure: str) -> int:
-        """About the bytes that a measure holds for each position of a tile."""
-        return head_bytes(self.model, measure)
+    # -- bits --------------------------------------------------------------------------------------
 
     def numerics(self) -> str:
         """The part of a score's bits that this path decides, besides torch and transformers."""
-        return self.path_name
+        return f"{self.path_name}, {self.head.numerics()}"

@@ -1,55 +1,378 @@
-"""A family's own head: from normed hidden states to logits, and the bytes that this takes."""
+"""The head: from final states to logits, in parts of the vocabulary, and to the losses of targets.
+
+No mask shares the head with another, so it must run at the speed of its matrix product. All
+positions of a tile go through some thousand tokens of the vocabulary at a time: the weights are
+read once, and a part's logits are still in the caches when they are summed.
+
+P positions, M targets, D columns of a state, V tokens of the vocabulary, N tokens of a part, S
+parts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+from . import native
 from .model import Model
+from .precision import Widening, WideningLinear
 from .swap import with_replaced
 
+LINEAR = (nn.Linear, WideningLinear)
+PART = {"cpu": 4096, "cuda": 16384}  # tokens whose logits are held at once
 
-def head_bytes(model: Model, measure: str) -> int:
-    """About the bytes that a measure holds for each position of a tile.
+Logits = tuple[int, torch.Tensor]  # the first token of a part, and the part's logits [P, N]
+DensePart = tuple[torch.Tensor, torch.Tensor]  # logits [P, N], and their log-sum-exp, float64[P]
 
-    Logits, their float32 copy and its log-softmax; for "kl" the dense model's too; for measures
-    that compare states, both models' states and float64 copies of them.
+
+@dataclass(frozen=True)
+class Targets:
+    """What the head reads of the targets of a tile of P positions.
+
+    Attributes:
+        num_positions: P.
+        rows: The position of each target, ascending, int64[M].
+        tokens: The targets, int64[M].
     """
-    if measure in ("cosine", "nmse", "moments"):
-        return model.hidden_size * (2 * model.dtype.itemsize + 5 * 8)
-    return model.vocab_size * (model.dtype.itemsize + 8) * (3 if measure == "kl" else 1)
+
+    num_positions: int
+    rows: torch.Tensor
+    tokens: torch.Tensor
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """The tokens by position, int64[P, K], filled up with -1; K is at least 1."""
+        table = self.tokens.new_full((self.num_positions, self._columns[1]), -1)
+        table.view(-1)[self.places] = self.tokens
+        return table
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """The place of each target in the flattened table, int64[M]."""
+        column, count = self._columns
+        return self.rows * count + column
+
+    @cached_property
+    def _columns(self) -> tuple[torch.Tensor, int]:
+        """Each target's number among those of its position, and the most that a position has."""
+        per_row = torch.bincount(self.rows, minlength=self.num_positions)
+        column = (
+            torch.arange(len(self.rows), device=self.rows.device)
+            - (per_row.cumsum(0) - per_row)[self.rows]
+        )
+        return column, max(1, int(per_row.max()))
 
 
-class FamilyHead:
-    """The causal-LM wrapper's own code from normed hidden states to logits: head, scaling, soft
-    cap."""
+@dataclass(frozen=True)
+class DenseLogits:
+    """The dense model's logits, which many masks share.
 
-    def __init__(self, path: tuple[str, ...], hf: nn.Module):
-        self._stub = _BaseStub()
-        self._lm = with_replaced(hf, path[:-1], self._stub)
+    Attributes:
+        logits: In the head's own precision, [P, V].
+        sums: The log-sum-exp of each part, float64[S, P].
+        part: Tokens of a part.
+    """
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        self._stub.hidden = hidden[None]
+    logits: torch.Tensor
+    sums: torch.Tensor
+    part: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.logits.nbytes + self.sums.nbytes
+
+    def __iter__(self) -> Iterator[DensePart]:
+        return zip(self.logits.split(self.part, dim=1), self.sums, strict=True)
+
+
+class Head:
+    """A model's own head: all that it does after its last layer, by its own code.
+
+    Args:
+        model: The model.
+        norm: Takes final states [P, D] to what the head reads of them, [P, D].
+
+    Attributes:
+        vocab_size: Tokens of the vocabulary, V.
+        part: Tokens whose logits are computed together, N. Where bias, scale or soft cap do not
+            act on each token by itself, `verify` sets it to V.
+    """
+
+    def __init__(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]):
+        self.normed = norm
+        self.dtype, self.hidden_size = model.dtype, model.hidden_size
+        head = model.hf.get_output_embeddings()
+        linear = type(head) in LINEAR and not head._forward_hooks and not head._forward_pre_hooks
+        self.vocab_size = len(head._parameters["weight"]) if linear else model.vocab_size
+        self.part = self.vocab_size
+        self._native = (
+            model.device.type == "cpu" and model.dtype in native.FLOATS and native.available()
+        )
+        self._base = _GivenStates()
+        self._whole = with_replaced(model.hf, model.path[:-1], self._base)
+        path = next((name for name, module in self._whole.named_modules() if module is head), None)
+        if path is not None and linear:
+            self.part = min(self.vocab_size, PART["cuda" if model.device.type == "cuda" else "cpu"])
+            self._rows = _RowsOfHead(head)
+            self._some = with_replaced(self._whole, path.split("."), self._rows)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [P, V] of final states [P, D], in the model's dtype."""
+        return self._run(self._whole, self.normed(states))
+
+    def parts(self, normed: torch.Tensor) -> Iterator[Logits]:
+        """The logits of normed states [P, D], a part of the vocabulary at a time.
+
+        A part is overwritten by the next one, unless gradients are recorded.
+        """
+        if self.part >= self.vocab_size:
+            yield 0, self._run(self._whole, normed)
+            return
+        buffer = None
+        if not torch.is_grad_enabled():
+            buffer = normed.new_empty(len(normed), self.part)
+        for start in range(0, self.vocab_size, self.part):
+            self._rows.range = start, min(start + self.part, self.vocab_size)
+            self._rows.buffer = buffer
+            try:
+                logits = self._run(self._some, normed)
+            finally:
+                self._rows.buffer = None
+            yield start, logits
+
+    def _run(self, lm: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        self._base.states = normed[None]
         try:
-            ids = torch.zeros(
-                1, len(hidden), dtype=torch.int64, device=hidden.device
-            )  # only its shape is read
-            return self._lm(input_ids=ids, use_cache=False).logits[0]
+            # only the shape of the ids is read
+            ids = torch.zeros(1, len(normed), dtype=torch.int64, device=normed.device)
+            return lm(input_ids=ids, use_cache=False).logits[0]
         finally:
-            self._stub.hidden = None
+            self._base.states = None
+
+    # -- losses ------------------------------------------------------------------------------------
+
+    def nll(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """-log p of the targets, [M], from the final states [P, D] that predict them."""
+        return nll(self.parts(self.normed(states)), targets)
+
+    def greedy(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """-log p of the targets, and 1 where a target is not the most likely token, [2, M]."""
+        return greedy(self.parts(self.normed(states)), targets)
+
+    def dense(self, states: torch.Tensor, keep: bool) -> Iterable[DensePart]:
+        """What `kl` compares with, of the dense model's final states [P, D].
+
+        keep: whether the logits are held, [P, V], or computed again each time.
+        """
+        if not keep:
+            return _Recomputed(self, states)
+        logits, sums = None, []
+        for start, part in self.parts(self.normed(states)):
+            if logits is None:
+                logits = part.new_empty(len(part), self.vocab_size)
+            logits[:, start : start + part.shape[1]] = part
+            sums.append(exact_log_sum_exp(part))
+        assert logits is not None
+        return DenseLogits(logits, torch.stack(sums), self.part)
+
+    def kl(self, dense: Iterable[DensePart], states: torch.Tensor) -> torch.Tensor:
+        """KL(dense || masked) at each position, [P], from the masked model's states [P, D]."""
+        return kl(dense, self.parts(self.normed(states)))
+
+    # -- memory, bits ------------------------------------------------------------------------------
+
+    @property
+    def nll_bytes(self) -> int:
+        """About the bytes that `nll` holds for each position: a part's logits, and float32 copies
+        where these are made."""
+        return self.part * (self.dtype.itemsize + (0 if self._native else 8))
+
+    @property
+    def kl_bytes(self) -> int:
+        """About the bytes that `kl` holds for each position besides `dense`: two parts' logits,
+        their difference and the dense probabilities."""
+        return self.nll_bytes + self.part * (self.dtype.itemsize + 16)
+
+    @property
+    def dense_bytes(self) -> int:
+        """The bytes that `dense` keeps for each position."""
+        return self.vocab_size * self.dtype.itemsize + 8 * -(-self.vocab_size // self.part)
+
+    def numerics(self) -> str:
+        """What the bits of a result depend on besides what torch's depend on."""
+        return f"parts of {self.part}, {native.instruction_set() if self._native else 'torch'}"
 
 
-class _BaseStub(nn.Module):
-    """Stands in for the base model below a causal-LM wrapper and returns given hidden states."""
+class TritonHead(Head):
+    """A linear head without bias, scale or cap, whose losses are Triton's."""
 
-    hidden: torch.Tensor | None = None
+    def __init__(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]):
+        from fastprune_kernels import linear_loss
+
+        super().__init__(model, norm)
+        self._loss, self._head = linear_loss, model.hf.get_output_embeddings()
+
+    def nll(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
+        nll = self._loss.linear_nll(self.normed(states), self._head.weight, targets.table)
+        return nll.flatten()[targets.places]
+
+    def dense(self, states: torch.Tensor, keep: bool) -> Any:
+        """Logits, float32[P, V]."""
+        return self._loss.linear_logits(self.normed(states), self._head.weight)
+
+    def kl(self, dense: Any, states: torch.Tensor) -> torch.Tensor:
+        return self._loss.linear_kl(dense, self.normed(states), self._head.weight)
+
+    @property
+    def nll_bytes(self) -> int:
+        """Normed states, and two float32 results for each split of the vocabulary, of 1,024
+        tokens."""
+        return self.hidden_size * self.dtype.itemsize + 8 * (self.vocab_size // 1024 + 1)
+
+    @property
+    def kl_bytes(self) -> int:
+        """Like `nll_bytes`, with five results, and the dense logits where they are not kept."""
+        splits = 20 * (self.vocab_size // 1024 + 1)
+        return 2 * self.hidden_size * self.dtype.itemsize + splits + self.dense_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        return 4 * (self.vocab_size + 16)
+
+
+# -- losses of logits in parts ---------------------------------------------------------------------
+
+
+def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp(row))) of logits [P, N], in float32 at least, [P]."""
+    if (
+        logits.is_cpu
+        and logits.dtype in native.FLOATS
+        and native.available()
+        and not logits.requires_grad
+    ):
+        return native.log_sum_exp(logits)
+    return torch.logsumexp(_wide(logits), dim=-1)
+
+
+def exact_log_sum_exp(logits: torch.Tensor, work: torch.Tensor | None = None) -> torch.Tensor:
+    """`log_sum_exp` as float64[P]: not rounded to float32, of which a small divergence would show
+    the roundings. work: overwritten, [P, N]."""
+    wide = _wide(logits)
+    most = wide.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).min)
+    exponentials = torch.sub(wide, most, out=work).exp_()
+    # a few float32 sums, whose roundings even out, are many times as fast as one in float64
+    pieces = exponentials.split(max(1, exponentials.shape[-1] // 8), dim=-1)
+    total = torch.stack([piece.sum(dim=-1) for piece in pieces]).double().sum(dim=0)
+    return most[:, 0].double() + total.log()
+
+
+def nll(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
+    """-log p of the targets, in nats, [M], from logits in parts."""
+    sums, logits = [], None
+    for start, part in parts:
+        sums.append(log_sum_exp(part))
+        logits = _targets_logits(logits, start, part, targets)
+    assert logits is not None
+    return (_total(sums)[targets.rows] - logits).to(sums[0].dtype)
+
+
+def greedy(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
+    """`nll`, and 1 where a target is not the most likely token, [2, M]. Of equals, the first token
+    is the most likely one."""
+    best, token = None, None
+
+    def noted() -> Iterator[Logits]:
+        nonlocal best, token
+        for start, part in parts:
+            values, index = part.max(dim=-1)
+            if best is None or token is None:
+                best, token = values, index
+            else:
+                better = (values > best) | (values.isnan() & ~best.isnan())
+                best = torch.where(better, values, best)
+                token = torch.where(better, index + start, token)
+            yield start, part
+
+    losses = nll(noted(), targets)
+    assert token is not None
+    return torch.stack([losses, (token[targets.rows] != targets.tokens).to(losses.dtype)])
+
+
+def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats, [P], q from logits in parts.
+
+    The log-sum-exps come off at the end: sum_v p (l_p - l_q) - lse_p + lse_q. Equal logits give 0.
+    """
+    dense_sums, scales, sums, means = [], [], [], []
+    work: list[torch.Tensor] = []  # p, and l_p - l_q, of a part
+    for (dense_part, dense_sum), (_, part) in zip(dense, parts, strict=True):
+        if not work:
+            work = [torch.empty_like(part, dtype=_wide(part).dtype) for _ in range(2)]
+        p, difference = (tensor[:, : part.shape[1]] for tensor in work)
+        rounded = dense_sum.to(p.dtype)
+        torch.sub(_wide(dense_part), rounded[:, None], out=p).exp_()
+        torch.sub(_wide(dense_part), _wide(part), out=difference)
+        means.append(torch.linalg.vecdot(p, difference))
+        dense_sums.append(dense_sum)
+        scales.append(rounded.double())
+        sums.append(exact_log_sum_exp(part, work=p))
+    total = _total(dense_sums)
+    weights = (torch.stack(scales) - total).exp()  # of each part, [S, P]
+    mean = (weights * torch.stack(means)).sum(dim=0)
+    return (mean - total + _total(sums)).to(means[0].dtype)
+
+
+def _total(sums: list[torch.Tensor]) -> torch.Tensor:
+    """The log-sum-exp of all parts, float64[P]."""
+    return torch.stack(sums).double().logsumexp(dim=0)
+
+
+def _targets_logits(
+    logits: torch.Tensor | None, start: int, part: torch.Tensor, targets: Targets
+) -> torch.Tensor:
+    """The targets' logits, float64[M], as far as they are known after a part."""
+    if logits is None:
+        logits = part.new_full((len(targets.tokens),), torch.nan, dtype=torch.float64)
+    place = targets.tokens - start
+    inside = (place >= 0) & (place < part.shape[1])
+    here = part[targets.rows, place.clamp(0, part.shape[1] - 1)]
+    return torch.where(inside, here.double(), logits)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# -- stand-ins -------------------------------------------------------------------------------------
+
+
+class _Recomputed:
+    """The dense model's logits in parts, computed each time from its final states [P, D]."""
+
+    def __init__(self, head: Head, states: torch.Tensor):
+        self._head, self._states = head, states
+
+    def __iter__(self) -> Iterator[DensePart]:
+        for _, part in self._head.parts(self._head.normed(self._states)):
+            yield part, exact_log_sum_exp(part)
+
+
+class _GivenStates(nn.Module):
+    """Stands in for the base model below a causal-LM wrapper and returns given normed states."""
+
+    states: torch.Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         # transformers calls any tensor a FloatTensor
-        return _BaseOutput(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+        return _BaseOutput(last_hidden_state=self.states)  # type: ignore[arg-type]
 
 
 class _BaseOutput(BaseModelOutput):
@@ -60,3 +383,40 @@ class _BaseOutput(BaseModelOutput):
         if name.startswith("_"):
             raise AttributeError(name)
         return None
+
+
+class _RowsOfHead(nn.Module):
+    """Stands in for a linear head and computes the logits of a range of tokens.
+
+    buffer: where these are put, [P, N or more], or None.
+    """
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.__dict__["_head"] = head  # not a submodule
+        self.range = (0, 0)
+        self.buffer: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N, D], widened where the model's are."""
+        head: Any = self._head
+        weight = head._parameters["weight"][slice(*self.range)]
+        return weight.float() if isinstance(head, Widening) else weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        head: Any = self._head
+        bias = head._parameters["bias"]
+        return None if bias is None else bias[slice(*self.range)]
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        weight, bias, flat = self.weight, self.bias, states.flatten(0, -2)
+        if self.buffer is None or self.buffer.dtype != weight.dtype:
+            return F.linear(states, weight, bias)
+        logits = self.buffer[:, : len(weight)]
+        if bias is None:
+            torch.mm(flat, weight.T, out=logits)
+        else:
+            torch.addmm(bias, flat, weight.T, out=logits)
+        return logits.unflatten(0, states.shape[:-1])

@@ -1,4 +1,4 @@
-"""A transformers model as parts: its layers, final norm and sizes, with a lock, a version and a
+"""A transformers model as parts: its layers and sizes, with a lock, a version and a
 digest. `runner` says how its units run, `surgery` how it loses blocks."""
 
 from __future__ import annotations
@@ -21,15 +21,6 @@ from .swap import get_module
 from .version import Watch, digest_of
 
 LAYERS_NAMES = ("layers", "h", "blocks")
-FINAL_NORM_NAMES = (
-    "norm",
-    "final_layer_norm",
-    "ln_f",
-    "final_layernorm",
-    "final_norm",
-    "norm_f",
-    "embedding_norm",
-)
 GRANULARITIES = ("block", "sublayer")
 
 T = TypeVar("T")
@@ -139,7 +130,6 @@ class Model:
         self.vocab_size = int(self.config.vocab_size)
         self.hidden_size = int(self.config.hidden_size)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
-        self.final_norm = self._find_final_norm()
 
     def __repr__(self) -> str:
         size = f"{self.num_blocks} blocks of width {self.hidden_size}"
@@ -316,13 +306,6 @@ class Model:
                 f"{'no' if not paths else 'more than one'} list of {depth} decoder layers was found"
             )
         return paths[0]
-
-    def _find_final_norm(self) -> nn.Module:
-        parent = get_module(self.hf, self.path[:-1])
-        for name in FINAL_NORM_NAMES:
-            if isinstance(getattr(parent, name, None), nn.Module):
-                return getattr(parent, name)
-        raise self.refusal("its final norm was not found")
 
 
 def layer_paths(hf: nn.Module) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ packed as [T, (heads + 2 kv_heads) * Dh], `gate_up` as [T, 2F].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -17,12 +17,10 @@ from torch.nn import functional as F
 
 from fastprune_kernels import reference
 
-from .head import head_bytes
+from .head import Head, TritonHead
 from .model import Model
-from .runner import Targets
 from .tree import seen_by, seen_runs, segments, tree_mask
 
-VOCABULARY = 4096  # tokens whose logits csrc's head holds at once
 # tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
 DENSE = 512
 
@@ -161,25 +159,9 @@ class TorchOperators:
                 out[of, queries] = part.transpose(1, 2)
         return out.view(len(qkv), -1)
 
-    def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """-log p of the tile's targets, [M], from normed states at its sources, [P, D]."""
-        return reference.token_nll(F.linear(normed, weight), tile.rows, tile.tokens)
-
-    def kl_reference(self, dense: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What `kl` compares with, of the dense model's normed states [P, D]: log-probabilities,
-        float32[P, V]."""
-        return reference.log_probabilities(F.linear(dense, weight))
-
-    def kl(
-        self, kept: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets
-    ) -> torch.Tensor:
-        """KL(dense || masked) at the positions of the tile's targets, [M], from what `kl_reference`
-        gave of the dense model and the masked one's normed states [P, D]."""
-        return reference.kl_from(kept, F.linear(masked, weight))[tile.rows]
-
-    def head_bytes(self, model: Model, measure: str) -> int:
-        """About what a measure holds for each position."""
-        return head_bytes(model, measure)
+    def head(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]) -> Head:
+        """A model's head, for these operators."""
+        return Head(model, norm)
 
     def numerics(self) -> str:
         """What the bits of a result depend on besides what torch's depend on."""
@@ -242,26 +224,6 @@ class NativeOperators(TorchOperators):
             return self._ops.attention(qkv, plan, num_heads, num_kv_heads, scale)
         return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
 
-    def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """A part of the vocabulary at a time: many positions then share one reading of the head's
-        weights."""
-        logits = normed.new_empty(len(normed), min(VOCABULARY, len(weight)))
-        targets = torch.empty(len(tile.tokens), dtype=torch.float32)
-        sums = []
-        for start, part in zip(
-            range(0, len(weight), VOCABULARY), weight.split(VOCABULARY), strict=True
-        ):
-            of_part = torch.mm(normed, part.T, out=logits[:, : len(part)])
-            sums.append(self._ops.log_sum_exp(of_part))
-            here = (tile.tokens // VOCABULARY == start // VOCABULARY).nonzero()[:, 0]
-            targets[here] = of_part[tile.rows[here], tile.tokens[here] - start].float()
-        return torch.stack(sums).double().logsumexp(dim=0).float()[tile.rows] - targets
-
-    def head_bytes(self, model: Model, measure: str) -> int:
-        if measure != "nll":
-            return super().head_bytes(model, measure)
-        return min(VOCABULARY, model.vocab_size) * self.dtype.itemsize
-
     def numerics(self) -> str:
         return f"{self.name} {self._ops.instruction_set()}"
 
@@ -273,10 +235,10 @@ class TritonOperators(TorchOperators):
     name = "triton"
 
     def __init__(self, dtype: torch.dtype):
-        from fastprune_kernels import attention, gated_mlp, linear_loss, norm, rope
+        from fastprune_kernels import attention, gated_mlp, norm, rope
 
         super().__init__(dtype)
-        self._attention, self._loss = attention, linear_loss
+        self._attention = attention
         self._norm, self._rope, self._gated_mlp = (
             norm.add_rms_norm,
             rope.rotary,
@@ -348,27 +310,8 @@ class TritonOperators(TorchOperators):
             return self._attention.tree_attention(qkv, plan, num_heads, num_kv_heads, scale=scale)
         return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
 
-    def nll(self, normed: torch.Tensor, weight: torch.Tensor, tile: Targets) -> torch.Tensor:
-        return self._loss.linear_nll(normed, weight, tile.table).flatten()[tile.places]
-
-    def kl_reference(self, dense: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Logits, float32[P, V]."""
-        return self._loss.linear_logits(dense, weight)
-
-    def kl(
-        self, kept: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, tile: Targets
-    ) -> torch.Tensor:
-        return self._loss.linear_kl(kept, masked, weight)[tile.rows]
-
-    def head_bytes(self, model: Model, measure: str) -> int:
-        if measure not in ("nll", "kl"):
-            return super().head_bytes(model, measure)
-        # normed states, a few float32 partial results for each split of the vocabulary (of 1,024
-        # tokens), dense logits
-        normed = model.hidden_size * model.dtype.itemsize
-        if measure == "nll":
-            return normed + 8 * (model.vocab_size // 1024 + 1)
-        return 2 * normed + 20 * (model.vocab_size // 1024 + 1) + 4 * model.vocab_size
+    def head(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]) -> Head:
+        return TritonHead(model, norm)
 
     def numerics(self) -> str:
         import triton

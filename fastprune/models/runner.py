@@ -8,27 +8,13 @@ from typing import Any, Protocol
 
 import torch
 
+from .head import Head
 from .swap import State
 
 
-class Targets(Protocol):
-    """What the head reads of the targets of a tile, see `chunks.Tile`."""
-
-    @property
-    def rows(self) -> torch.Tensor: ...
-
-    @property
-    def tokens(self) -> torch.Tensor: ...
-
-    @property
-    def table(self) -> torch.Tensor: ...
-
-    @property
-    def places(self) -> torch.Tensor: ...
-
-
 class Runner(Protocol):
-    """Runs units on states, and the head on final states. The engine knows nothing else of a model.
+    """Runs units on states; its head runs on final states. The engine knows nothing else of a
+    model.
 
     A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these
     (`pack`, `unpack`). A unit leaves its input as it is, since other masks still need it. States
@@ -37,6 +23,7 @@ class Runner(Protocol):
 
     path_name: str
     device: torch.device
+    head: Head
 
     @property
     def bands(self) -> tuple[range, ...]:
@@ -59,25 +46,6 @@ class Runner(Protocol):
 
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """The state that was packed, after a unit."""
-
-    def normed(self, states: torch.Tensor) -> torch.Tensor:
-        """Final states [P, D] as the head reads them."""
-
-    def nll(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """-log p of a tile's targets, [M], from the final states at its sources, [P, D]."""
-
-    def misses(self, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """1 where a tile's target is not the most likely token, else 0, [M]."""
-
-    def kl_reference(self, dense: torch.Tensor) -> torch.Tensor:
-        """What `kl` compares with at each position, [P, ...], of the dense model's final states [P,
-        D]."""
-
-    def kl(self, reference: torch.Tensor, states: torch.Tensor, tile: Targets) -> torch.Tensor:
-        """KL(dense || masked) where a tile's targets are predicted, [M]."""
-
-    def head_bytes(self, measure: str) -> int:
-        """About what a measure holds for each position of a tile."""
 
     def numerics(self) -> str:
         """What the bits of a score depend on in this path, besides torch and transformers."""

@@ -413,7 +413,7 @@ def _logits_by_units(
         state, arguments = runner.open(ids)
         for unit in units:
             state = runner.run(unit, state, arguments, granularity)
-        return runner.logits(getattr(state, "hidden", state).flatten(0, 1))
+        return runner.head.logits(getattr(state, "hidden", state).flatten(0, 1))
 
 
 def _caches(hf: Any, ids: torch.Tensor) -> bool:

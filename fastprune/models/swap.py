@@ -2,7 +2,8 @@
 weight.
 
 The model itself is never changed. `Recorder` learns what a model's forward passes to its layers,
-`Sublayers` runs one half of a layer without the other. (`head.FamilyHead` is a third.)
+and runs what it does after them. `Sublayers` runs one half of a layer without the other.
+(`head.Head` has two more.)
 """
 
 from __future__ import annotations
@@ -45,35 +46,55 @@ def state_bytes(state: State) -> int:
 
 
 class Recorder:
-    """Runs a model's forward with the layers replaced, and returns the embeddings and each layer's
-    arguments."""
+    """Runs a base model's forward with its layers replaced: all that it does before its first
+    layer, and all that it does after its last."""
 
     def __init__(self, path: tuple[str, ...], hf: nn.Module):
         # whether the model takes a tuple from each layer; None until a forward pass has worked
         self._as_tuple: bool | None = None
         self._calls: list[tuple[tuple, dict]] = []
         self._state: Any = None  # the first layer's input, once it is known
+        self._final: torch.Tensor | None = None  # what the layers return, if not their input
         layers = nn.ModuleList(StandInLayer(layer, self._record) for layer in get_module(hf, path))
+        replaced = with_replaced(hf, path, layers)
         # the causal-LM wrapper is left out: only the base model below it is run
-        self._base = get_module(with_replaced(hf, path, layers), path[:1])
+        self._base, self._owner = get_module(replaced, path[:1]), get_module(replaced, path[:-1])
 
     def __call__(self, **inputs: Any) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        if self._as_tuple is not None:
-            return self._run(inputs, self._as_tuple)
+        """The embeddings, and the arguments of each layer."""
+        _, state, calls = self._either_way(self._base, inputs)
+        return state, calls
+
+    def after_layers(self, states: torch.Tensor) -> torch.Tensor:
+        """What the base model makes of final states [P, D], [P, D]: its norm, whatever its name.
+
+        Each position is a row of its own, of one token.
+        """
+        self._final = states[:, None]
         try:
-            recorded, self._as_tuple = self._run(inputs, False), False
+            ids = torch.zeros(len(states), 1, dtype=torch.int64, device=states.device)
+            output, _, _ = self._either_way(self._owner, {"input_ids": ids})
+            return output[0][:, 0]
+        finally:
+            self._final = None
+
+    def _either_way(self, base: nn.Module, inputs: dict) -> tuple[Any, Any, list]:
+        if self._as_tuple is not None:
+            return self._run(base, inputs, self._as_tuple)
+        try:
+            recorded, self._as_tuple = self._run(base, inputs, False), False
         except Exception as error:
             try:
-                recorded, self._as_tuple = self._run(inputs, True), True
+                recorded, self._as_tuple = self._run(base, inputs, True), True
             except Exception:
                 raise error from None
         return recorded
 
-    def _run(self, inputs: dict, as_tuple: bool) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+    def _run(self, base: nn.Module, inputs: dict, as_tuple: bool) -> tuple[Any, Any, list]:
         self._calls, self._state, self._gives_tuples = [], None, as_tuple
         try:
-            self._base(**inputs, use_cache=False)
-            return self._state, self._calls
+            output = base(**inputs, use_cache=False)
+            return output, self._state, self._calls
         finally:
             self._calls, self._state = [], None
 
@@ -83,7 +104,8 @@ class Recorder:
         if self._state is None:
             self._state = hidden
         self._calls.append((args, kwargs))
-        return (hidden, None) if self._gives_tuples else hidden
+        state = hidden if self._final is None else self._final
+        return (state, None) if self._gives_tuples else state
 
 
 class StandInLayer(nn.Module):

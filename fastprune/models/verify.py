@@ -1,6 +1,7 @@
 """Verification, on the model itself, that it can be run unit by unit before it is used: its layers
-one by one against its own forward pass, token trees against their sequences, the halves of a block
-against the block, and the fused path against the generic one.
+one by one against its own forward pass, its head's losses against its logits, token trees against
+their sequences, the halves of a block against the block, and the fused path against the generic
+one.
 
 Each raises InputError, with the reason, where a comparison fails.
 """
@@ -17,6 +18,7 @@ from torch import nn
 
 from ..errors import InputError
 from .generic import GenericRunner
+from .head import Head, Targets
 from .model import Model
 from .runner import Runner
 from .swap import Arguments, HalfBlock, StandInLayer, Sublayers, hidden_of, with_replaced
@@ -36,7 +38,7 @@ def verified(model: Model, granularity: str = "block") -> GenericRunner:
 
     def make() -> GenericRunner:
         runner = GenericRunner(model)
-        prove_blocks(runner)
+        prove_head(model, runner.head, *prove_blocks(runner))
         return runner
 
     runner = model.once("generic", make)
@@ -69,18 +71,24 @@ def agree(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> b
     if not torch.equal(result.isfinite(), finite):
         return False
     result, expected = result[finite].double(), expected[finite].double()
-    tolerance = max(8 * torch.finfo(dtype).eps, 1e-5)
-    return bool((result - expected).norm() <= tolerance * expected.norm())
+    return bool((result - expected).norm() <= _tolerance(dtype) * expected.norm())
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """A few roundings."""
+    return max(8 * torch.finfo(dtype).eps, 1e-5)
 
 
 # -- blocks ----------------------------------------------------------------------------------------
 
 
-def prove_blocks(runner: GenericRunner) -> None:
-    """The layers, run one by one, give the logits of the model's own forward pass."""
+def prove_blocks(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layers, run one by one, give the logits of the model's own forward pass. Returns their
+    final states [P, D], and these logits, [P, V]."""
     model = runner.model
     try:
-        one_by_one, expected = _both_ways(runner, probe_ids(model))
+        states, expected = _both_ways(runner, probe_ids(model))
+        one_by_one = runner.head.logits(states)
     except InputError:
         raise
     except Exception as error:
@@ -90,10 +98,12 @@ def prove_blocks(runner: GenericRunner) -> None:
         raise model.refusal(
             "its layers, run one by one, do not give the logits of its own forward pass"
         )
+    return states, expected
 
 
 def _both_ways(runner: GenericRunner, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B * T, V] of the model's layers, run one by one, and of its own forward pass.
+    """Final states [B * T, D] of the model's layers, run one by one, and logits [B * T, V] of its
+    own forward pass.
 
     Streamed weights are read as the forward pass calls their layer, once for both.
     """
@@ -102,7 +112,7 @@ def _both_ways(runner: GenericRunner, ids: torch.Tensor) -> tuple[torch.Tensor, 
     if not model.weights.streamed:
         for block in range(model.num_blocks):
             state = _after(runner, block, state, arguments)
-        return runner.logits(state.flatten(0, 1)), _logits(model.hf, ids)
+        return state.flatten(0, 1), _logits(model.hf, ids)
     blocks = model.visited_blocks()
 
     def calling(layer: nn.Module) -> Callable:
@@ -117,7 +127,7 @@ def _both_ways(runner: GenericRunner, ids: torch.Tensor) -> tuple[torch.Tensor, 
         model.hf, model.path, nn.ModuleList(StandInLayer(la, calling(la)) for la in model.layers)
     )
     expected = _logits(own, ids)
-    return runner.logits(state.flatten(0, 1)), expected
+    return state.flatten(0, 1), expected
 
 
 def _logits(hf: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -133,6 +143,79 @@ def _after(
     if state._version != version:
         raise runner.model.refusal("its layers overwrite their input, which other masks still need")
     return following
+
+
+# -- the head --------------------------------------------------------------------------------------
+
+
+def prove_head(model: Model, head: Head, states: torch.Tensor, expected: torch.Tensor) -> None:
+    """A head gives the losses that follow from the model's own logits, [P, V], of final states [P,
+    D].
+
+    Where bias, scale or cap of the family do not act on each token by itself, the vocabulary is no
+    longer cut into parts.
+    """
+    if head.part < head.vocab_size and not _parts_agree(head, states, expected):
+        head.part = head.vocab_size
+    try:
+        right = _losses_agree(head, states, expected)
+    except Exception as error:
+        why = f"its head failed ({type(error).__name__}: {error})"
+        raise model.refusal(why) from error
+    if not right:
+        raise model.refusal("its head does not give the losses of its own forward pass")
+
+
+def _parts_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits in parts are the model's own, token by token."""
+    try:
+        parts = [part.clone() for _, part in head.parts(head.normed(states))]
+    except Exception:  # the family's code takes no part of a vocabulary
+        return False
+    logits, expected = torch.cat(parts, dim=-1).double(), expected.double()
+    if logits.shape != expected.shape:
+        return False
+    size = expected[expected.isfinite()].abs().median()
+    tolerance = _tolerance(head.dtype)
+    return torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * 16 * float(size))
+
+
+def _losses_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether nll, greedy and kl are those of the logits, at the probes' edges and of each part."""
+    expected, count = expected.double(), len(expected)
+    tokens = sorted(
+        {
+            token
+            for start in range(0, expected.shape[1], head.part)
+            for token in (start, min(start + head.part, expected.shape[1]) - 1)
+        }
+    )
+    likely = expected.argmax(dim=-1)
+    table = torch.cat([likely[:, None], likely.new_tensor(tokens).expand(count, -1)], dim=1)
+    rows = torch.arange(count, device=table.device).repeat_interleave(table.shape[1])
+    targets = Targets(count, rows, table.flatten())
+    log_p = torch.log_softmax(expected, dim=-1)
+    losses = -log_p.gather(1, table).flatten()
+    # each position's masked model is another position's
+    other, log_q = states.roll(1, dims=0), log_p.roll(1, dims=0)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    # logits are off by their own rounding
+    allowed = _tolerance(head.dtype) * (1 + float(expected[expected.isfinite()].abs().max()))
+
+    def close(result: torch.Tensor, truth: torch.Tensor) -> bool:
+        return torch.allclose(result.double(), truth, rtol=0, atol=allowed, equal_nan=True)
+
+    nll, misses = head.greedy(states, targets)
+    best = losses <= losses.view(count, -1)[:, :1].expand_as(table).flatten() + allowed
+    return (
+        close(head.nll(states, targets), losses)
+        and close(nll, losses)
+        and bool(((misses == 0) <= best).all())
+        and not misses.view(count, -1).all(dim=1).any()
+        and all(
+            close(head.kl(head.dense(states, keep), other), divergence) for keep in (True, False)
+        )
+    )
 
 
 # -- token trees -----------------------------------------------------------------------------------
@@ -200,7 +283,7 @@ def _final_states(
             _after(runner, block, state, arguments)
             for state, (_, arguments) in zip(states, opened, strict=True)
         ]
-    return [runner.normed(state.flatten(0, 1)) for state in states]
+    return [runner.head.normed(state.flatten(0, 1)) for state in states]
 
 
 # -- sublayers -------------------------------------------------------------------------------------
@@ -266,7 +349,7 @@ def _add_up(
 
 def prove_fused(fused: Runner, generic: GenericRunner) -> None:
     """Every block's output on the fused path is the generic path's, on a short row and a short
-    tree."""
+    tree, and the head's losses are those of the generic path's logits."""
     model = generic.model
     probes = [(probe_ids(model), None, None), probe_tree(model)]
     opened = [(*generic.open(*inputs), fused.open(*inputs)[1]) for inputs in probes]
@@ -279,3 +362,5 @@ def prove_fused(fused: Runner, generic: GenericRunner) -> None:
                     f"{model.name}: block {block} gives something else on the fused path"
                 )
             opened[probe] = expected, generic_arguments, arguments
+    states = opened[0][0].flatten(0, 1)
+    prove_head(model, fused.head, states, generic.head.logits(states))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastprune as fp
-from fastprune.models import FusedRunner, GenericRunner
+from fastprune.models import FusedRunner, GenericRunner, Head
 
 LENGTHS = [93, 9, 47, 93, 46, 9, 91]
 
@@ -76,8 +76,8 @@ def runner_of(ev) -> type:
 def spy_on_the_head(monkeypatch, ev, most: int | None = None) -> list[int]:
     """Notes how many positions go through the head together; more than `most` are too many for the
     memory."""
-    seen, runner = [], runner_of(ev)
-    for name, own, at in (("nll", runner.nll, 0), ("kl", runner.kl, 1)):
+    seen = []
+    for name, own, at in (("nll", Head.nll, 0), ("kl", Head.kl, 1)):
 
         def spy(self, *args, own=own, at=at):
             seen.append(len(args[at]))
@@ -85,7 +85,7 @@ def spy_on_the_head(monkeypatch, ev, most: int | None = None) -> list[int]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return own(self, *args)
 
-        monkeypatch.setattr(runner, name, spy)
+        monkeypatch.setattr(Head, name, spy)
     return seen
 
 
@@ -329,14 +329,16 @@ def test_the_dense_head_runs_once_where_the_budget_has_room(
 
     ev = make(10**9 if roomy else smallest_budget(make))
     masks, seen = some_masks(ev.num_units, 20, seed=6), []
-    dense_head = runner_of(ev).kl_reference
+    dense_head = Head.dense
 
-    def spy(self, dense):
+    def spy(self, dense, keep):
+        assert keep == roomy
         seen.append(len(dense))
-        return dense_head(self, dense)
+        return dense_head(self, dense, keep)
 
-    monkeypatch.setattr(runner_of(ev), "kl_reference", spy)
-    ev.score(masks)
+    monkeypatch.setattr(Head, "dense", spy)
+    ev.score(masks[:10])
+    ev.score(masks[10:])  # what one call has computed serves the next
     sources = len(np.unique(batch.target_source))
     assert sum(seen) == sources * (1 if roomy else ev.stats.head_runs)
     assert ev.stats.peak_activation_bytes <= (10**9 if roomy else smallest_budget(make))

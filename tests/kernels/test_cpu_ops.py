@@ -6,14 +6,12 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastprune.models import native
-from fastprune.models.operators import OPERATORS, VOCABULARY
 from fastprune_kernels import reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
@@ -44,14 +42,6 @@ def random(
 ) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Of the head: positions and tokens, int64[M]."""
-
-    rows: torch.Tensor
-    tokens: torch.Tensor
 
 
 def nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -357,30 +347,6 @@ def test_logits_that_are_not_finite_or_huge(everywhere, there, size, dtype):
     torch.testing.assert_close(
         native.log_sum_exp(logits), torch.logsumexp(logits.float(), dim=-1), equal_nan=True
     )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 61, VOCABULARY, VOCABULARY + 1, 2 * VOCABULARY + 37])
-def test_a_vocabulary_goes_through_the_head_in_parts(size, dtype):
-    """Targets on both sides of every cut; several, or none, at a position; one position is not
-    finite."""
-    edges = [0, VOCABULARY - 1, VOCABULARY, 2 * VOCABULARY - 1, 2 * VOCABULARY, size - 1]
-    tokens = torch.tensor([token for token in edges if token < size])
-    targets = Targets(torch.arange(len(tokens)) // 2 * 2, tokens)
-    hidden, weight = random(7, 24, dtype=dtype, seed=1), random(size, 24, dtype=dtype, seed=2)
-    found, same = (
-        OPERATORS[name](dtype).nll(hidden, weight, targets).double() for name in ("native", "torch")
-    )
-    logits = hidden.double() @ weight.double().T
-    truth = reference.token_nll(logits, targets.rows, targets.tokens)
-    # another shape of product may round a logit otherwise, and parts are summed before they are
-    # added up
-    rounding = (torch.finfo(dtype).eps + 2.0**-22) * logits.abs().max()
-    assert found.shape == truth.shape
-    assert (found - truth).abs().max() <= (same - truth).abs().max() + rounding
-    hidden[targets.rows[-1]] = NAN
-    broken = OPERATORS["native"](dtype).nll(hidden, weight, targets)
-    assert torch.equal(broken.isnan(), targets.rows == targets.rows[-1])
 
 
 def operators(dtype: torch.dtype):
