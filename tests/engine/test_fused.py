@@ -220,7 +220,7 @@ def with_wrapped_projection(hf):
         ("gpt2", lambda hf: hf, "family 'gpt2'"),
         ("llama", with_hook, "forward hooks"),
         ("llama", with_other_activation, "activation is 'gelu'"),
-        ("qwen3", with_wrapped_projection, "plain nn.Linear"),
+        ("qwen3", with_wrapped_projection, "up_proj' is not transformers' own"),
     ],
 )
 def test_what_cannot_be_fused_says_why(family, change, why):

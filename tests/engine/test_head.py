@@ -181,11 +181,13 @@ def test_a_head_with_wrong_losses_is_refused(monkeypatch, family, loss):
         fp.Evaluator(hf, fp.Perplexity(batch))
 
 
-def test_a_fused_path_takes_the_whole_vocabulary_where_the_head_needs_it():
+def test_a_foreign_head_takes_the_whole_vocabulary_on_the_generic_path():
     hf = centered(build("llama"))
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9]))
     rows = [row.tolist() for row in batch.ids.reshape(1, -1)]
-    ev = fp.Evaluator(hf, fp.Perplexity(batch), backend="fused")
+    with pytest.raises(fp.InputError, match="not transformers' own"):
+        fp.Evaluator(hf, fp.Perplexity(batch), backend="fused")
+    ev = fp.Evaluator(hf, fp.Perplexity(batch))
     np.testing.assert_allclose(
         ev.score(np.ones((1, 5), dtype=bool)),
         reference_losses(hf, np.ones((1, 5), dtype=bool), rows),

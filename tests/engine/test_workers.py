@@ -467,12 +467,12 @@ def test_a_worker_does_not_run_files_of_the_working_folder(
 def test_a_worker_imports_from_where_its_parent_does(tmp_path, monkeypatch, entry):
     """Also from a folder whose name PYTHONPATH would split, and from the working folder where the
     parent does."""
-    package = tmp_path / "a:b" / "fastprune" / "workers"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent):
-        (folder / "__init__.py").touch()
-    serve = "import json, sys\ndef serve(number):\n    json.dump(sys.path, open('path', 'w'))\n"
-    (package / "worker.py").write_text(serve)
+    (tmp_path / "a:b").mkdir()
+    # in the place of torch, which a worker imports and this process has imported
+    tell = (
+        "import json, sys\njson.dump(sys.path, open('path', 'w'))\nraise SystemExit('no torch')\n"
+    )
+    (tmp_path / "a:b" / "torch.py").write_text(tell)
     (tmp_path / "c").mkdir()
     monkeypatch.chdir(tmp_path / "c")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
