@@ -32,6 +32,7 @@ torture: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_words.py
 	$(BIN)/python -m mypy
 
 format: .venv/installed
