@@ -14,7 +14,7 @@ from fastprune.masks import from_removed
 from fastprune.plan.trie import kept_units, make_trie
 
 NUM_UNITS = 6
-REMOVED = (), (3,), (4,)  # one mask each
+REMOVED = (), (4,), (3,)  # one mask each
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "prefix-tree.svg"
 
 COLUMN, ROW, RADIUS = 88, 64, 19  # pixels
