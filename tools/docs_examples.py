@@ -1,4 +1,4 @@
-"""An extension of griffe: examples in docstrings that have no section get one, for the API pages."""
+"""An extension of griffe, for the API pages: bare examples in docstrings get a section."""
 
 from __future__ import annotations
 

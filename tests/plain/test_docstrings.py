@@ -12,7 +12,9 @@ import pytest
 import fastprune
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
+PAGES = sorted(
+    page for name in ("", "docs", "examples", "bench") for page in (ROOT / name).glob("*.md")
+)
 MODULES = (
     "data.tokens",
     "errors",
