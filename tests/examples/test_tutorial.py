@@ -24,7 +24,7 @@ def test_the_tutorial(tmp_path, monkeypatch, run):
     path = os.pathsep.join(map(os.path.abspath, sys.path))  # for Python in the shell's commands
     outputs = {}  # of fastprune's commands
     for language, text in BLOCKS:
-        for command in [text] if language == "python" else text.splitlines():
+        for command in [text] if language == "python" else text.replace("\\\n", "").splitlines():
             words = shlex.split(command)
             if language == "python":
                 exec(compile(text, "tutorial.md", "exec"), {})
@@ -63,7 +63,9 @@ def test_its_tables_are_what_the_commands_print(tmp_path, monkeypatch, run):
     Path("data").symlink_to(demo.TEXT.parent)
     printed = "".join(
         run(*shlex.split(command)[1:])[1]
-        for command in re.findall(r"^(fastprune score model .*)$", PAGE, re.MULTILINE)
+        for command in re.findall(
+            r"^(fastprune score model .*)$", PAGE.replace("\\\n", ""), re.MULTILINE
+        )
     )
     tables = PAGE[: PAGE.index("## 6.")]  # a training's rounding follows the processor
     shown = re.findall(r"(\d+\.\d+) ± (\d\.\d+)", "".join(re.findall(r"^\| .*$", tables, re.M)))
