@@ -32,6 +32,7 @@ torture: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_words.py
 	$(BIN)/python -m mypy
 
 format: .venv/installed
@@ -81,7 +82,6 @@ test-portable-quick: .venv/installed
 
 # docs/ and the API reference as a site, in build/site; links and names that lead nowhere are errors.
 docs: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The sdist, and the wheel that is built from it, installed where nothing else is: it must import, and run the demo.

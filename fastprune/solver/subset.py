@@ -32,8 +32,7 @@ class SubsetSolution:
     """The subsets of lowest energy.
 
     Attributes:
-        subsets: sorted tuples of k indices, by energy and, where energies are equal,
-        lexicographically.
+        subsets: sorted tuples of k indices, by energy; equal energies in lexicographic order.
         energies: float64 [len(subsets)], in the units of H, each correctly rounded (read-only).
         proven: no other subset ranks before or between these.
         gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned;

@@ -12,7 +12,8 @@ import pytest
 import fastprune
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
+FOLDERS = ROOT, ROOT / "docs", ROOT / "examples", ROOT / "bench"
+PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
 MODULES = (
     "data.tokens",
     "errors",

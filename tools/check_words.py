@@ -1,0 +1,68 @@
+"""Check the words of docstrings and comments: `python tools/check_words.py`; make lint runs it.
+
+A docstring may not begin with What, Who, Where or Of: it names its subject first. Some phrases
+that hide a subject are counted per 1,000 words. Their rates may fall, never rise: when a rate has
+fallen, lower its ceiling below.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = "fastprune", "kernels"
+HEADLESS = "What", "Who", "Where", "Of"
+GOAL = 2.0  # uses per 1,000 words
+CEILINGS = {"what": 7.22, "where": 6.82, "that (is|are)": 3.93}  # pattern -> uses per 1,000 words
+MAX_HEADLESS = 66  # docstrings that begin so today; the goal is 0
+
+
+def main() -> int:
+    words, headless = [], []
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            source = path.read_text(encoding="utf-8")
+            for line, text in docstrings(source):
+                words.append(text)
+                if text.split(maxsplit=1)[:1] and text.split()[0] in HEADLESS:
+                    headless.append(f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}")
+            words.extend(comments(source))
+    text = " ".join(words)
+    total = len(re.findall(r"[A-Za-z]+(?:'[a-z]+)?", text))
+    failures = []
+    for pattern, ceiling in CEILINGS.items():
+        rate = 1000 * len(re.findall(rf"\b{pattern}\b", text, re.IGNORECASE)) / total
+        print(f'"{pattern}": {rate:.2f} per 1,000 words (at most {ceiling}, goal {GOAL})')
+        if rate > ceiling:
+            failures.append(f'"{pattern}" is used {rate:.2f} times in 1,000 words, above {ceiling}')
+    print(f"docstrings that begin with {', '.join(HEADLESS)}: {len(headless)}")
+    if len(headless) > MAX_HEADLESS:
+        failures += [*headless, f"{len(headless)} docstrings begin so, above {MAX_HEADLESS}"]
+    print("\n".join(failures), file=sys.stderr, end="\n" if failures else "")
+    return bool(failures)
+
+
+def docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, text) of each docstring, examples left out."""
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            prose = re.sub(r"(?m)^\s*>>>.*(\n(?!\s*\n).*)*", "", text)
+            yield node.body[0].lineno, prose
+
+
+def comments(source: str) -> Iterator[str]:
+    """Yield the text of each comment."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string.lstrip("# ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
