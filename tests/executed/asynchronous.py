@@ -1,0 +1,282 @@
+"""Work that a program starts and later waits for: copies to shared memory, and matrix products.
+
+It is carried out as late as its waits allow. From its start until then, what it will write is NaN.
+So a result is wrong where a wait is missing, where what is copied over is still read, and where an
+operand is written before its product is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .ptx import Fault
+from .rounding import widen
+
+Program = Any  # machine.Program, which imports this module
+_NAN = {2: np.uint16(0xFFFF), 4: np.uint32(0xFFFFFFFF)}
+
+
+class _Copy(NamedTuple):
+    to: np.ndarray  # addresses in shared memory, one a thread
+    source: np.ndarray  # in global memory
+    count: np.ndarray  # bytes that are read; the others are zeros
+    size: int  # bytes that are written
+
+
+class Copies:
+    """cp.async: each thread copies up to 16 bytes; groups are waited for in order."""
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._open: list[_Copy] = []
+        self._groups: deque[list[_Copy]] = deque()
+
+    def issue(self, to, source, count, size) -> None:
+        if ((count != 0) & (count != size)).any():
+            raise Fault("cp.async of a part of its bytes")
+        self._program.shared_memory.check(to, size, "copies")
+        self._program.global_memory.check(source[count > 0], size, "copies")
+        for first in range(0, size, 4):
+            self._program.shared_memory.store(to + first, 4, _NAN[4])
+        self._open.append(_Copy(to, source, count, size))
+
+    def commit(self) -> None:
+        self._groups.append(self._open)
+        self._open = []
+
+    def wait(self, left: int) -> None:
+        """Until at most `left` groups are on their way."""
+        while len(self._groups) > left:
+            for copy in self._groups.popleft():
+                self._carry_out(copy)
+
+    def finish(self) -> None:
+        if self._open or any(self._groups):
+            raise Fault("the program ends before its copies")
+
+    def _carry_out(self, copy: _Copy) -> None:
+        reads = copy.count > 0
+        for first in range(0, copy.size, 4):
+            words = np.zeros(len(copy.to), np.uint32)
+            words[reads] = self._program.global_memory.load(copy.source[reads] + first, 4)
+            self._program.shared_memory.store(copy.to + first, 4, words)
+
+
+class _Tile(NamedTuple):
+    places: np.ndarray  # int64[rows, columns]: addresses in shared memory
+    values: np.ndarray  # unsigned, alike
+
+
+@dataclass
+class _Barrier:
+    count: int  # arrivals that a phase takes
+    missing: int
+    bytes: int = 0  # that are announced and have not arrived
+    phase: int = 0
+    tiles: list[_Tile] = field(default_factory=list)  # on their way
+
+
+class Barriers:
+    """mbarriers, and the copies of tiles (TMA) that report to them."""
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._barriers: dict[int, _Barrier] = {}  # by address
+
+    def _at(self, place: int) -> _Barrier:
+        if place not in self._barriers:
+            raise Fault(f"no barrier at {place:#x} of shared memory")
+        return self._barriers[place]
+
+    def init(self, place: int, count: int) -> None:
+        self._program.shared_memory.check(np.array([place]), 8, "makes a barrier of")
+        self._barriers[place] = _Barrier(count, count)
+
+    def invalidate(self, place: int) -> None:
+        if self._at(place).tiles:
+            raise Fault("a barrier is given up before its copies have arrived")
+        del self._barriers[place]
+
+    def finish(self) -> None:
+        if any(barrier.tiles for barrier in self._barriers.values()):
+            raise Fault("the program ends before its copies")
+
+    def arrive(self, place: int, size: int) -> None:
+        barrier = self._at(place)
+        barrier.missing -= 1
+        barrier.bytes += size
+        self._settle(barrier)
+
+    def wait(self, place: int, parity: int) -> None:
+        """Until the phase of this parity is over."""
+        barrier = self._at(place)
+        if barrier.phase % 2 == parity:
+            tiles, barrier.tiles = barrier.tiles, []
+            for tile in tiles:
+                size = tile.values.dtype.itemsize
+                self._program.shared_memory.store(tile.places, size, tile.values)
+                barrier.bytes -= tile.values.nbytes
+                self._settle(barrier)
+        if barrier.phase % 2 == parity:
+            raise Fault(
+                f"a wait that never ends: {barrier.missing} arrivals and {barrier.bytes} bytes "
+                f"are missing"
+            )
+
+    @staticmethod
+    def _settle(barrier: _Barrier) -> None:
+        if barrier.missing == 0 and barrier.bytes == 0:
+            barrier.phase += 1
+            barrier.missing = barrier.count
+
+    def copy(self, to: int, tensor_map: int, x: int, y: int, place: int) -> None:
+        """A tile from column x, row y on; zeros where it is outside of the matrix."""
+        fields = struct.unpack("<5Q4I", ctypes.string_at(tensor_map, 56))
+        magic, begin, num_columns, num_rows, row_bytes, columns, rows, swizzle, size = fields
+        if magic != 0x7E4507:
+            raise Fault("no tensor map at the address of a copy")
+        if to % 128:
+            raise Fault(f"a tile is copied to {to:#x}, which is not aligned to 128 bytes")
+        row, column = np.arange(rows)[:, None], np.arange(columns)[None, :]
+        places = _swizzled(to + (row * columns + column) * size, swizzle)
+        inside = (y + row >= 0) & (y + row < num_rows)
+        inside = inside & (x + column >= 0) & (x + column < num_columns)
+        sources = (begin + (y + row) * row_bytes + (x + column) * size)[inside]
+        self._program.global_memory.check(sources, size, "copies")
+        self._program.shared_memory.check(places.ravel(), size, "copies")
+        values = np.zeros((rows, columns), _NAN[size].dtype)
+        values[inside] = self._program.global_memory.load(sources, size)
+        self._program.shared_memory.store(places, size, _NAN[size])
+        self._at(place).tiles.append(_Tile(places, values))
+
+
+def _swizzled(places: np.ndarray, mode: int) -> np.ndarray:
+    """Bits 4 to 6 of an address are mixed with bits 7 to 9: with one, two or three of them, in
+    mode 1, 2 or 3 (32, 64 or 128 bytes)."""
+    return places ^ ((places >> 7) & ((1 << mode) - 1)) << 4
+
+
+class _Product(NamedTuple):
+    totals: tuple[str, ...]  # registers
+    a_names: list[str]  # registers, or none: a is in shared memory
+    a: list[np.ndarray]  # what was in them; or one array of descriptors
+    b: np.ndarray  # descriptors
+    keeps: bool  # adds to what is in `totals`
+    transposed: list[int]  # of a and b
+    kind: str  # f16 or bf16
+
+
+class Products:
+    """wgmma: each 4 warps multiply a tile of 64 rows by one that they all share, 16 columns at a
+    time, on to sums in registers. Groups are waited for in order."""
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._open: list[_Product] = []
+        self._groups: deque[list[_Product]] = deque()
+        self._sums: dict[tuple[str, ...], list[np.ndarray]] = {}  # of products on their way
+
+    def issue(self, totals, a, b, keeps, transposed, kind) -> None:
+        registers = self._program.registers
+        poison = np.full(self._program.threads, _NAN[4])
+        if totals not in self._sums:
+            self._sums[totals] = [registers.get(name, poison) for name in totals]
+            for name in totals:
+                registers[name] = poison
+        names = a if isinstance(a, list) else []
+        values = [registers[name] for name in names] if names else [a]
+        self._open.append(_Product(totals, names, values, b, keeps, transposed, kind))
+
+    def commit(self) -> None:
+        self._groups.append(self._open)
+        self._open = []
+
+    def wait(self, left: int) -> None:
+        """Until at most `left` groups are on their way."""
+        while len(self._groups) > left:
+            for product in self._groups.popleft():
+                self._carry_out(product)
+        waiting = {product.totals for group in (*self._groups, self._open) for product in group}
+        for totals in [totals for totals in self._sums if totals not in waiting]:
+            for name, total in zip(totals, self._sums.pop(totals)):
+                if (self._program.registers[name] != _NAN[4]).any():
+                    raise Fault(f"{name} is written before its product is done")
+                self._program.registers[name] = total
+
+    def finish(self) -> None:
+        if self._open or any(self._groups):
+            raise Fault("the program ends before its products")
+
+    def _carry_out(self, product: _Product) -> None:
+        for name, value in zip(product.a_names, product.a):
+            if not np.array_equal(self._program.registers[name], value):
+                raise Fault(f"{name} is written before the product that reads it is done")
+        sums = self._sums[product.totals]
+        sums = np.stack(sums) if product.keeps else np.zeros((len(sums), len(sums[0])), np.uint32)
+        for first in range(0, self._program.threads, 128):
+            warps = slice(first, first + 128)
+            a = self._a(product, warps)
+            b = self._matrix(product.b[warps], 4 * len(sums) // 2, product.transposed[1])
+            row, column = _layout(len(sums))
+            total = np.empty((64, 2 * len(sums)), np.float32)
+            total[row, column] = sums[:, warps].view(np.float32)
+            total = self._program.arithmetic.multiply(
+                _numbers(a, product.kind), _numbers(b, product.kind), total
+            )
+            sums[:, warps] = total[row, column].view(np.uint32)
+        self._sums[product.totals] = list(sums)
+
+    def _a(self, product: _Product, warps: slice) -> np.ndarray:
+        if not product.a_names:
+            return self._matrix(product.a[0][warps], 64, product.transposed[0])
+        lane, warp = np.arange(128) % 32, np.arange(128) // 32
+        a = np.empty((64, 16), np.uint16)
+        for number, register in enumerate(product.a):
+            pair = register[warps].view(np.uint16).reshape(-1, 2)
+            row = 16 * warp + lane // 4 + 8 * (number % 2)
+            column = 2 * (lane % 4) + 8 * (number // 2)
+            a[row, column], a[row, column + 1] = pair[:, 0], pair[:, 1]
+        return a
+
+    def _matrix(self, descriptors: np.ndarray, rows: int, transposed: int) -> np.ndarray:
+        """uint16[rows, 16] of shared memory.
+
+        A descriptor holds, in units of 16 bytes, where the matrix begins (bits 0 to 13), the
+        distance of its parts along the row (16 to 29) and of blocks of 8 rows (32 to 45), and the
+        swizzle (62 and 63). transposed: rows are contiguous, not columns.
+        """
+        descriptor = int(descriptors[0])
+        if (descriptors != descriptors[0]).any():
+            raise Fault("descriptors differ within four warps")
+        begin, leading, stride = (((descriptor >> bit) & 0x3FFF) << 4 for bit in (0, 16, 32))
+        swizzle = {0: 0, 1: 3, 2: 2, 3: 1}[descriptor >> 62]
+        if swizzle == 0:
+            raise Fault("a matrix without swizzle")
+        pitch = 16 << swizzle  # bytes of a row
+        row, column = np.arange(rows)[:, None], np.arange(16)[None, :]
+        if transposed:
+            numbers = pitch // 2
+            places = row // numbers * leading + row % numbers * 2
+            places = places + column // 8 * stride + column % 8 * pitch
+        else:
+            places = row // 8 * stride + row % 8 * pitch + column * 2
+        places = _swizzled(begin + places, swizzle)
+        self._program.shared_memory.check(places.ravel(), 2, "multiplies")
+        return self._program.shared_memory.load(places, 2)
+
+
+def _layout(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each thread's sums. int64[count, 128]"""
+    number, thread = np.arange(count)[:, None], np.arange(128)[None, :]
+    row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (number // 2 % 2)
+    return row, 8 * (number // 4) + 2 * (thread % 4) + number % 2
+
+
+def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
+    return widen(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
