@@ -276,8 +276,8 @@ def _wide(kernel, instruction, match):
             return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(_TYPES[narrow_kind])
     else:
 
-        def function(a, b, c=wide(0)):
-            return a.astype(wide) * b.astype(wide) + c
+        def function(a, b, *added):
+            return sum(added, a.astype(wide) * b.astype(wide))
 
     kinds = [narrow_kind] * 2 + [wide_kind] * (match[1] == "mad")
     result = narrow_kind if match[2] == "hi" else wide_kind

@@ -88,7 +88,7 @@ class Program:
 
 
 def _shared_memory(size: int) -> Memory:
-    """Aligned as on the card, full of NaN; the end is at the last byte that the launch asked for."""
+    """Aligned as on the card, full of NaN; it ends where the launch's share ends."""
     whole = np.full(size + 1024 + 16, 0xFF, np.uint8)
     aligned = whole[-whole.ctypes.data % 1024 :][: size + 16]
     return Memory("shared", aligned, 0, [(0, size)])

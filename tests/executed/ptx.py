@@ -126,6 +126,7 @@ class _Body:
 
 
 def _split(text: str) -> list[str]:
-    """Cuts at commas that stand in no brackets."""
-    parts = re.split(r",(?![^{\[]*[}\]])", " ".join(text.split()))
+    """Cuts at commas that stand in no brackets, which may be nested once."""
+    text = " ".join(text.split())
+    parts = re.findall(r"(?:\[[^]]*\]|\{[^}]*\}|[^,\[{])+", text)
     return [part.strip() for part in parts if part.strip()]
