@@ -1,8 +1,7 @@
 """Work that a program starts and later waits for: copies to shared memory, and matrix products.
 
-It is carried out as late as its waits allow. From its start until then, what it will write is NaN.
-So a result is wrong where a wait is missing, where what is copied over is still read, and where an
-operand is written before its product is done.
+It is carried out as late as its waits allow. From its start until then, what it will write may not
+be touched, and what it reads may not change: either is a fault.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from .ptx import Fault
 from .rounding import widen
 
 Program = Any  # machine.Program, which imports this module
-_NAN = {2: np.uint16(0xFFFF), 4: np.uint32(0xFFFFFFFF)}
 
 
 class _Copy(NamedTuple):
@@ -40,10 +38,8 @@ class Copies:
     def issue(self, to, source, count, size) -> None:
         if ((count != 0) & (count != size)).any():
             raise Fault("cp.async of a part of its bytes")
-        self._program.shared_memory.check(to, size, "copies")
         self._program.global_memory.check(source[count > 0], size, "copies")
-        for first in range(0, size, 4):
-            self._program.shared_memory.store(to + first, 4, _NAN[4])
+        self._program.shared_memory.expect(to, size)
         self._open.append(_Copy(to, source, count, size))
 
     def commit(self) -> None:
@@ -65,7 +61,7 @@ class Copies:
         for first in range(0, copy.size, 4):
             words = np.zeros(len(copy.to), np.uint32)
             words[reads] = self._program.global_memory.load(copy.source[reads] + first, 4)
-            self._program.shared_memory.store(copy.to + first, 4, words)
+            self._program.shared_memory.receive(copy.to + first, 4, words)
 
 
 class _Tile(NamedTuple):
@@ -120,7 +116,7 @@ class Barriers:
             tiles, barrier.tiles = barrier.tiles, []
             for tile in tiles:
                 size = tile.values.dtype.itemsize
-                self._program.shared_memory.store(tile.places, size, tile.values)
+                self._program.shared_memory.receive(tile.places, size, tile.values)
                 barrier.bytes -= tile.values.nbytes
                 self._settle(barrier)
         if barrier.phase % 2 == parity:
@@ -149,10 +145,9 @@ class Barriers:
         inside = inside & (x + column >= 0) & (x + column < num_columns)
         sources = (begin + (y + row) * row_bytes + (x + column) * size)[inside]
         self._program.global_memory.check(sources, size, "copies")
-        self._program.shared_memory.check(places.ravel(), size, "copies")
-        values = np.zeros((rows, columns), _NAN[size].dtype)
+        self._program.shared_memory.expect(places, size)
+        values = np.zeros((rows, columns), {2: np.uint16, 4: np.uint32}[size])
         values[inside] = self._program.global_memory.load(sources, size)
-        self._program.shared_memory.store(places, size, _NAN[size])
         self._at(place).tiles.append(_Tile(places, values))
 
 
@@ -162,10 +157,9 @@ def _swizzled(places: np.ndarray, mode: int) -> np.ndarray:
     return places ^ ((places >> 7) & ((1 << mode) - 1)) << 4
 
 
-class _Product(NamedTuple):
+class Product(NamedTuple):
     totals: tuple[str, ...]  # registers
-    a_names: list[str]  # registers, or none: a is in shared memory
-    a: list[np.ndarray]  # what was in them; or one array of descriptors
+    a: list[str] | np.ndarray  # registers, or descriptors: a is in shared memory
     b: np.ndarray  # descriptors
     keeps: bool  # adds to what is in `totals`
     transposed: list[int]  # of a and b
@@ -173,25 +167,30 @@ class _Product(NamedTuple):
 
 
 class Products:
-    """wgmma: each 4 warps multiply a tile of 64 rows by one that they all share, 16 columns at a
-    time, on to sums in registers. Groups are waited for in order."""
+    """wgmma: each 4 warps multiply 64 rows of their own by up to 256 of another matrix, 16 columns
+    at a time, on to sums in registers. Groups are waited for in order.
+
+    While a product is on its way, the registers of its sums hold nothing.
+    """
 
     def __init__(self, program: Program):
         self._program = program
-        self._open: list[_Product] = []
-        self._groups: deque[list[_Product]] = deque()
-        self._sums: dict[tuple[str, ...], list[np.ndarray]] = {}  # of products on their way
+        self._open: list[tuple[Product, list]] = []  # with their operands
+        self._groups: deque[list[tuple[Product, list]]] = deque()
+        self._sums: dict[tuple[str, ...], np.ndarray] = {}  # uint32[registers, threads]
 
-    def issue(self, totals, a, b, keeps, transposed, kind) -> None:
-        registers = self._program.registers
-        poison = np.full(self._program.threads, _NAN[4])
-        if totals not in self._sums:
-            self._sums[totals] = [registers.get(name, poison) for name in totals]
-            for name in totals:
-                registers[name] = poison
-        names = a if isinstance(a, list) else []
-        values = [registers[name] for name in names] if names else [a]
-        self._open.append(_Product(totals, names, values, b, keeps, transposed, kind))
+    def issue(self, product: Product) -> None:
+        if product.totals not in self._sums:
+            nothing = np.zeros(self._program.threads, np.uint32)
+            registers = self._program.registers
+            before = [
+                registers[name] if product.keeps else registers.get(name, nothing)
+                for name in product.totals
+            ]
+            self._sums[product.totals] = np.stack(before)
+            for name in product.totals:
+                registers.pop(name, None)
+        self._open.append((product, self._operands(product)))
 
     def commit(self) -> None:
         self._groups.append(self._open)
@@ -200,12 +199,12 @@ class Products:
     def wait(self, left: int) -> None:
         """Until at most `left` groups are on their way."""
         while len(self._groups) > left:
-            for product in self._groups.popleft():
-                self._carry_out(product)
-        waiting = {product.totals for group in (*self._groups, self._open) for product in group}
+            for product, operands in self._groups.popleft():
+                self._carry_out(product, operands)
+        waiting = {product.totals for group in (*self._groups, self._open) for product, _ in group}
         for totals in [totals for totals in self._sums if totals not in waiting]:
             for name, total in zip(totals, self._sums.pop(totals)):
-                if (self._program.registers[name] != _NAN[4]).any():
+                if name in self._program.registers:
                     raise Fault(f"{name} is written before its product is done")
                 self._program.registers[name] = total
 
@@ -213,32 +212,41 @@ class Products:
         if self._open or any(self._groups):
             raise Fault("the program ends before its products")
 
-    def _carry_out(self, product: _Product) -> None:
-        for name, value in zip(product.a_names, product.a):
-            if not np.array_equal(self._program.registers[name], value):
-                raise Fault(f"{name} is written before the product that reads it is done")
-        sums = self._sums[product.totals]
-        sums = np.stack(sums) if product.keeps else np.zeros((len(sums), len(sums[0])), np.uint32)
+    def _operands(self, product: Product) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Bits of a and b, for each 4 warps: uint16[64, 16] and uint16[N, 16]."""
+        operands = []
         for first in range(0, self._program.threads, 128):
             warps = slice(first, first + 128)
-            a = self._a(product, warps)
-            b = self._matrix(product.b[warps], 4 * len(sums) // 2, product.transposed[1])
-            row, column = _layout(len(sums))
+            if isinstance(product.a, list):
+                a = self._from_registers(product.a, warps)
+            else:
+                a = self._matrix(product.a[warps], 64, product.transposed[0])
+            rows = 2 * len(product.totals)
+            operands.append((a, self._matrix(product.b[warps], rows, product.transposed[1])))
+        return operands
+
+    def _carry_out(self, product: Product, operands: list) -> None:
+        sums = self._sums[product.totals]
+        if not product.keeps:
+            sums = np.zeros_like(sums)
+        row, column = _layout(len(sums))
+        for number, (a, b) in enumerate(self._operands(product)):
+            if not all(np.array_equal(x, y) for x, y in zip((a, b), operands[number])):
+                raise Fault("an operand is written before its product is done")
+            warps = slice(128 * number, 128 * number + 128)
             total = np.empty((64, 2 * len(sums)), np.float32)
             total[row, column] = sums[:, warps].view(np.float32)
             total = self._program.arithmetic.multiply(
                 _numbers(a, product.kind), _numbers(b, product.kind), total
             )
             sums[:, warps] = total[row, column].view(np.uint32)
-        self._sums[product.totals] = list(sums)
+        self._sums[product.totals] = sums
 
-    def _a(self, product: _Product, warps: slice) -> np.ndarray:
-        if not product.a_names:
-            return self._matrix(product.a[0][warps], 64, product.transposed[0])
+    def _from_registers(self, names: list[str], warps: slice) -> np.ndarray:
         lane, warp = np.arange(128) % 32, np.arange(128) // 32
         a = np.empty((64, 16), np.uint16)
-        for number, register in enumerate(product.a):
-            pair = register[warps].view(np.uint16).reshape(-1, 2)
+        for number, name in enumerate(names):
+            pair = self._program.registers[name][warps].view(np.uint16).reshape(-1, 2)
             row = 16 * warp + lane // 4 + 8 * (number % 2)
             column = 2 * (lane % 4) + 8 * (number // 2)
             a[row, column], a[row, column + 1] = pair[:, 0], pair[:, 1]

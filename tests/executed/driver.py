@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler.compiler import CompiledKernel
@@ -68,7 +69,7 @@ class Card:
     """The card that Triton believes in. `install` it once, before the first launch.
 
     Attributes:
-        arithmetic: how the card rounds, while nothing else is set.
+        arithmetic: how the card rounds.
         change: alters a kernel's PTX before it is executed, for tests of this executor.
     """
 
@@ -150,6 +151,8 @@ class Card:
 @functools.cache
 def card() -> Card:
     """The one card of this process, installed."""
+    if torch.cuda.is_available():
+        raise Fault("there is a card: hide it, with CUDA_VISIBLE_DEVICES=")
     installed = Card()
-    installed.install(Path(os.environ.get("TRITON_CACHE_DIR", "build/executed")) / "libcuda")
+    installed.install(Path(knobs.cache.dir).resolve() / "libcuda")
     return installed

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .asynchronous import Product
 from .ptx import Fault, Instruction, Kernel
 from .rounding import flush, narrow, widen
 
@@ -698,19 +699,17 @@ def _product(kernel, instruction, match):
     a_descriptor = None if a_in_registers else reader(kernel, a, "u64")
     b_descriptor = reader(kernel, b, "u64")
     keep = reader(kernel, keeps, "pred")
+    transposed = [0, *transposed] if a_in_registers else transposed
     names = tuple(members(totals))
     if len(names) != int(match[1]) // 2:
         raise Fault(f"{kernel.name}: {instruction.opcode} has {len(names)} sums a thread")
 
     def step(program, active):
         everyone(active, instruction.opcode)
+        operand = a_names if a_descriptor is None else a_descriptor(program)
+        kept = bool(keep(program)[0])
         program.products.issue(
-            names,
-            a_names if a_descriptor is None else a_descriptor(program),
-            b_descriptor(program),
-            bool(keep(program)[0]),
-            transposed if not a_in_registers else [0, *transposed],
-            match[2],
+            Product(names, operand, b_descriptor(program), kept, transposed, match[2])
         )
 
     return step

@@ -60,6 +60,36 @@ class Memory:
         self._views[size][(addresses - self._begin) // size] = values
 
 
+class SharedMemory(Memory):
+    """A program's share, full of NaN at first. What a copy has still to write may not be touched.
+
+    It is aligned as on the card, and ends where the launch says.
+    """
+
+    def __init__(self, size: int):
+        whole = np.full(size + 1024 + 16, 0xFF, np.uint8)
+        aligned = whole[-whole.ctypes.data % 1024 :][: size + 16]
+        super().__init__("shared", aligned, 0, [(0, size)])
+        self._awaited = np.zeros(size // 4 + 4, bool)  # by words: a copy is on its way there
+
+    def check(self, addresses: np.ndarray, size: int, verb: str) -> None:
+        super().check(addresses, size, verb)
+        for word in range(0, max(size // 4, 1)):
+            if self._awaited[addresses // 4 + word].any():
+                raise Fault(f"{verb} shared memory that a copy has still to write")
+
+    def expect(self, addresses: np.ndarray, size: int) -> None:
+        """A copy is on its way: until it is received, nothing may touch what it will write."""
+        self.check(addresses, size, "copies to")
+        for word in range(0, max(size // 4, 1)):
+            self._awaited[addresses // 4 + word] = True
+
+    def receive(self, addresses: np.ndarray, size: int, values: np.ndarray) -> None:
+        """The copy's bytes, up to 4 an address."""
+        self._awaited[addresses // 4] = False
+        self.store(addresses, size, values)
+
+
 class Program:
     """A program while it runs."""
 
@@ -69,7 +99,7 @@ class Program:
         self.grid, self.index = grid, index
         self.params = dict(zip((param.name for param in kernel.params), values))
         self.global_memory = global_memory
-        self.shared_memory = _shared_memory(shared_bytes)
+        self.shared_memory = SharedMemory(shared_bytes)
         self.arithmetic: Arithmetic = arithmetic
         self.registers: dict[str, np.ndarray] = {}
         self.copies = Copies(self)
@@ -77,21 +107,14 @@ class Program:
         self.products = Products(self)
 
     def write(self, name: str, raw: np.ndarray, active: np.ndarray | None) -> None:
-        """Replaces a register where threads are active; None: everywhere. What was never written
-        has all bits set, which is NaN in floats."""
+        """Replaces a register where threads are active; None: everywhere. Where it was never
+        written, all its bits are set, which is NaN in floats."""
         if active is not None:
             before = self.registers.get(name)
             if before is None:
                 before = np.full(self.threads, -1 if raw.dtype != bool else True).astype(raw.dtype)
             raw = np.where(active, raw, before)
         self.registers[name] = raw
-
-
-def _shared_memory(size: int) -> Memory:
-    """Aligned as on the card, full of NaN; it ends where the launch's share ends."""
-    whole = np.full(size + 1024 + 16, 0xFF, np.uint8)
-    aligned = whole[-whole.ctypes.data % 1024 :][: size + 16]
-    return Memory("shared", aligned, 0, [(0, size)])
 
 
 def execute(
@@ -119,11 +142,13 @@ def execute(
             program = Program(kernel, grid, (x, y, z), shared_bytes, values, memory, arithmetic)
             try:
                 _run(kernel.code, program)
+                program.copies.finish()
+                program.products.finish()
+                program.barriers.finish()
+            except KeyError as missing:
+                raise Fault(f"{kernel.name}: {missing} is read before it is written") from missing
             except Fault as fault:
-                raise Fault(f"{kernel.name}, program {(x, y, z)}: {fault}") from None
-            program.copies.finish()
-            program.products.finish()
-            program.barriers.finish()
+                raise Fault(f"{kernel.name}, program {(x, y, z)}: {fault}") from fault
 
 
 def _run(code: list[Step], program: Program) -> None:
