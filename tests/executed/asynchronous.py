@@ -25,6 +25,7 @@ class _Copy(NamedTuple):
     source: np.ndarray  # in global memory
     count: np.ndarray  # bytes that are read; the others are zeros
     size: int  # bytes that are written
+    warps: np.ndarray
 
 
 class Copies:
@@ -35,12 +36,12 @@ class Copies:
         self._open: list[_Copy] = []
         self._groups: deque[list[_Copy]] = deque()
 
-    def issue(self, to, source, count, size) -> None:
+    def issue(self, to, source, count, size, warps) -> None:
         if ((count != 0) & (count != size)).any():
             raise Fault("cp.async of a part of its bytes")
         self._program.global_memory.check(source[count > 0], size, "copies")
-        self._program.shared_memory.expect(to, size)
-        self._open.append(_Copy(to, source, count, size))
+        self._program.shared_memory.expect(to, size, warps)
+        self._open.append(_Copy(to, source, count, size, warps))
 
     def commit(self) -> None:
         self._groups.append(self._open)
@@ -62,6 +63,8 @@ class Copies:
             words = np.zeros(len(copy.to), np.uint32)
             words[reads] = self._program.global_memory.load(copy.source[reads] + first, 4)
             self._program.shared_memory.receive(copy.to + first, 4, words)
+        # only who waits for a copy sees it; others do after the next barrier
+        self._program.shared_memory.note_writes(copy.to, copy.size, copy.warps)
 
 
 class _Tile(NamedTuple):
@@ -131,7 +134,7 @@ class Barriers:
             barrier.phase += 1
             barrier.missing = barrier.count
 
-    def copy(self, to: int, tensor_map: int, x: int, y: int, place: int) -> None:
+    def copy(self, to: int, tensor_map: int, x: int, y: int, place: int, warp: int):
         """A tile from column x, row y on; zeros where it is outside of the matrix."""
         fields = struct.unpack("<5Q4I", ctypes.string_at(tensor_map, 56))
         magic, begin, num_columns, num_rows, row_bytes, columns, rows, swizzle, size = fields
@@ -145,7 +148,7 @@ class Barriers:
         inside = inside & (x + column >= 0) & (x + column < num_columns)
         sources = (begin + (y + row) * row_bytes + (x + column) * size)[inside]
         self._program.global_memory.check(sources, size, "copies")
-        self._program.shared_memory.expect(places, size)
+        self._program.shared_memory.expect(places, size, warp)
         values = np.zeros((rows, columns), {2: np.uint16, 4: np.uint32}[size])
         values[inside] = self._program.global_memory.load(sources, size)
         self._at(place).tiles.append(_Tile(places, values))
@@ -275,7 +278,8 @@ class Products:
         else:
             places = row // 8 * stride + row % 8 * pitch + column * 2
         places = _swizzled(begin + places, swizzle)
-        self._program.shared_memory.check(places.ravel(), 2, "multiplies")
+        self._program.shared_memory.check(places, 2, "multiplies")
+        self._program.shared_memory.note_reads(places, 2, self._program.shared_memory.SEVERAL)
         return self._program.shared_memory.load(places, 2)
 
 

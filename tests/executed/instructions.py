@@ -520,9 +520,10 @@ def _load(kernel, instruction, match):
 
     def step(program, active):
         memory = getattr(program, f"{space}_memory")
-        places = where(program)
-        places = places if active is None else places[active]
+        threads = slice(None) if active is None else active
+        places = where(program)[threads]
         memory.check(places, size * len(names), "loads")
+        memory.note_reads(places, size * len(names), program.warp[threads])
         for i, write in enumerate(writes):
             values = memory.load(places + size * i, size).view(_TYPES[kind])
             if active is not None:
@@ -546,6 +547,7 @@ def _store(kernel, instruction, match):
         threads = slice(None) if active is None else active
         places = where(program)[threads]
         memory.check(places, size * len(reads), "stores")
+        memory.note_writes(places, size * len(reads), program.warp[threads])
         for i, read in enumerate(reads):
             memory.store(places + size * i, size, read(program)[threads].view(UNSIGNED[size]))
 
@@ -575,7 +577,9 @@ def _load_matrices(kernel, instruction, match):
         places = where(program)
         program.shared_memory.check(places[program.thread % 32 < 8 * count], 16, "loads")
         for i, write in enumerate(writes):
-            write(program, program.shared_memory.load(_rows(places, i), 4), None)
+            pairs = _rows(places, i)
+            program.shared_memory.note_reads(pairs, 4, program.warp)
+            write(program, program.shared_memory.load(pairs, 4), None)
 
     return step
 
@@ -593,7 +597,9 @@ def _store_matrices(kernel, instruction, match):
         places = where(program)
         program.shared_memory.check(places[program.thread % 32 < 8 * count], 16, "stores")
         for i, read in enumerate(reads):
-            program.shared_memory.store(_rows(places, i), 4, read(program))
+            pairs = _rows(places, i)
+            program.shared_memory.note_writes(pairs, 4, program.warp)
+            program.shared_memory.store(pairs, 4, read(program))
 
     return step
 
@@ -610,9 +616,8 @@ def _copy(kernel, instruction, match):
 
     def step(program, active):
         threads = slice(None) if active is None else active
-        program.copies.issue(
-            to(program)[threads], source(program)[threads], copied(program)[threads], size
-        )
+        where = to(program)[threads], source(program)[threads], copied(program)[threads]
+        program.copies.issue(*where, size, program.warp[threads])
 
     return step
 
@@ -683,7 +688,7 @@ def _copy_tile(kernel, instruction, match):
         if len(threads) != 1:
             raise Fault(f"{len(threads)} threads issue one copy of a tile")
         values = [int(read(program)[threads[0]]) for read in (to, *reads, barrier)]
-        program.barriers.copy(*values)
+        program.barriers.copy(*values, program.warp[threads[0]])
 
     return step
 

@@ -59,18 +59,61 @@ class Memory:
     def store(self, addresses: np.ndarray, size: int, values: np.ndarray) -> None:
         self._views[size][(addresses - self._begin) // size] = values
 
+    def note_reads(self, addresses: np.ndarray, size: int, warps: np.ndarray | int) -> None:
+        """Of global memory, programs share nothing that they write: there is nothing to note."""
+
+    def note_writes(self, addresses: np.ndarray, size: int, warps: np.ndarray | int) -> None:
+        """As `note_reads`."""
+
 
 class SharedMemory(Memory):
-    """A program's share, full of NaN at first. What a copy has still to write may not be touched.
+    """A program's share, full of NaN at first. It is aligned as on the card, and ends where the
+    launch says.
 
-    It is aligned as on the card, and ends where the launch says.
+    What a copy has still to write may not be touched. What a warp writes, others may not read
+    before a barrier of all threads, nor write over what they read.
     """
+
+    SEVERAL = -1  # warps; the number of none
 
     def __init__(self, size: int):
         whole = np.full(size + 1024 + 16, 0xFF, np.uint8)
         aligned = whole[-whole.ctypes.data % 1024 :][: size + 16]
         super().__init__("shared", aligned, 0, [(0, size)])
         self._awaited = np.zeros(size // 4 + 4, bool)  # by words: a copy is on its way there
+        self._barriers = 0  # that all threads have passed
+        # by 2 bytes: who read and wrote them last, and after which barrier
+        self._reader, self._writer = (np.full(size // 2 + 8, self.SEVERAL) for _ in range(2))
+        self._read, self._written = (np.full(size // 2 + 8, -1) for _ in range(2))
+
+    def synchronize(self) -> None:
+        """All threads have passed a barrier."""
+        self._barriers += 1
+
+    def note_reads(self, addresses: np.ndarray, size: int, warps: np.ndarray | int) -> None:
+        """warps: that read, one an address; SEVERAL: four together, for a product."""
+        for half in range(size // 2):
+            at = addresses // 2 + half
+            if ((self._written[at] == self._barriers) & (self._writer[at] != warps)).any():
+                raise Fault("shared memory is read that another warp writes, with no barrier")
+            others = (self._read[at] == self._barriers) & (self._reader[at] != warps)
+            self._reader[at] = warps
+            others |= self._reader[at] != warps  # of two that read it now, one was noted
+            self._reader[at[others]] = self.SEVERAL
+            self._read[at] = self._barriers
+
+    def note_writes(self, addresses: np.ndarray, size: int, warps: np.ndarray | int) -> None:
+        """Two warps may write one address: they write the same."""
+        self._refuse_readers(addresses, size, warps)
+        for half in range(size // 2):
+            self._writer[addresses // 2 + half] = warps
+            self._written[addresses // 2 + half] = self._barriers
+
+    def _refuse_readers(self, addresses, size, warps) -> None:
+        for half in range(size // 2):
+            at = addresses // 2 + half
+            if ((self._read[at] == self._barriers) & (self._reader[at] != warps)).any():
+                raise Fault("shared memory is written that another warp reads, with no barrier")
 
     def check(self, addresses: np.ndarray, size: int, verb: str) -> None:
         super().check(addresses, size, verb)
@@ -78,9 +121,10 @@ class SharedMemory(Memory):
             if self._awaited[addresses // 4 + word].any():
                 raise Fault(f"{verb} shared memory that a copy has still to write")
 
-    def expect(self, addresses: np.ndarray, size: int) -> None:
-        """A copy is on its way: until it is received, nothing may touch what it will write."""
+    def expect(self, addresses: np.ndarray, size: int, warps: np.ndarray | int) -> None:
+        """Warps start a copy: until it is received, nothing may touch what it will write."""
         self.check(addresses, size, "copies to")
+        self._refuse_readers(addresses, size, warps)
         for word in range(0, max(size // 4, 1)):
             self._awaited[addresses // 4 + word] = True
 
@@ -96,6 +140,7 @@ class Program:
     def __init__(self, kernel, grid, index, shared_bytes, values, global_memory, arithmetic):
         self.threads = kernel.threads
         self.thread = np.arange(kernel.threads, dtype=np.uint32)
+        self.warp = np.arange(kernel.threads) // 32
         self.grid, self.index = grid, index
         self.params = dict(zip((param.name for param in kernel.params), values))
         self.global_memory = global_memory
@@ -168,6 +213,7 @@ def _run(code: list[Step], program: Program) -> None:
             if not ready.any():
                 if len(set(places[running].tolist())) > 1:
                     raise Fault("threads wait at different barriers")
+                program.shared_memory.synchronize()
                 at_barrier[:] = False
                 places[running] += 1
                 if running.all():
@@ -195,6 +241,7 @@ def _run(code: list[Step], program: Program) -> None:
                     active = np.ones(program.threads, bool)
                 places[active] = np.where(takes[active], target, here + 1)
         elif active is None:  # a barrier that all have reached together
+            program.shared_memory.synchronize()
             everyone += 1
         else:
             at_barrier |= active

@@ -100,6 +100,17 @@ def test_every_wait_is_needed(name, change):
     assert counts == WAITS[name]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_barriers_are_needed(name, change):
+    """Without those of one kernel; one alone may be more than is needed."""
+    case = CASES[name]
+    for source in sources_of(case, change):
+        wrong = re.sub(r"bar\.sync\s+0;", "", source)
+        change(lambda x, source=source, wrong=wrong: wrong if x == source else x)
+        with pytest.raises(Fault, match="with no barrier"):
+            case()
+
+
 def edited(change, old: str, new: str):
     """Every occurrence of a pattern, in the code that is executed from now on."""
 
