@@ -97,9 +97,9 @@ class Card:
         self._watch_arguments()
 
     @contextmanager
-    def rounding(self, as_measured: bool):
-        """As a card was measured to round, or as exactly as PTX allows."""
-        before, self.arithmetic = self.arithmetic, Arithmetic(as_measured, as_measured)
+    def rounding(self, coarse: bool):
+        """Within: as coarsely as a card may round, or as exactly as PTX allows."""
+        before, self.arithmetic = self.arithmetic, Arithmetic(coarse, coarse)
         try:
             yield
         finally:

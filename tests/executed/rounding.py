@@ -35,8 +35,8 @@ class Arithmetic:
         approximate: functions that PTX only bounds (ex2, rsqrt, div.full) miss by one unit in the
             last place. Otherwise they are rounded correctly.
         truncate: the tensor core aligns 16 products and the sum to the greatest of them, and cuts
-            off what is lower than one bit below float32's last place. So Hopper's was measured to
-            do, or to be better. Otherwise the sum is exact and rounded once.
+            off what is lower than one bit below float32's last place: a model of Hopper's, which
+            does not round either. Otherwise the sum is exact and rounded once.
     """
 
     approximate: bool = False

@@ -155,8 +155,8 @@ def test_sums_of_the_tensor_core_are_cut_off_where_asked(card):
     truth = hidden.double() @ weight.double().T
     bound = 448 * 2**-24 * (hidden.double().abs() @ weight.double().abs().T).max()
     errors = []
-    for as_measured in (False, True):
-        with card.rounding(as_measured):
+    for coarse in (False, True):
+        with card.rounding(coarse):
             errors.append((linear_logits(hidden, weight).double() - truth).abs().max().item())
     assert 0 < errors[0] < errors[1] <= bound
 
