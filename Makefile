@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Workers of one thread each: threads that wait at barriers would take the cores from one another.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-compile torture test-fast test-portable test-portable-quick lint format bench bench-full native-test test-triton-3.6 package docs clean
+.PHONY: demo test test-all test-compile test-executed torture test-fast test-portable test-portable-quick lint format bench bench-full native-test test-triton-3.6 package docs clean
 
 demo: .venv/installed
 	$(BIN)/fastprune demo
@@ -24,6 +24,12 @@ test-fast: .venv/installed
 # Every kernel in bfloat16 for sm_90, ahead of time. CI runs it, with either series of Triton.
 test-compile: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compile and not nightly" tests/kernels/test_compile.py
+
+# The kernels' tests on what Triton 3.6 compiles for sm_90a, executed here without a card: tests/executed/README.md.
+EXECUTED := norm rope gated_mlp attention linear_loss fused_model
+test-executed: build/triton-3.6/triton-3.6.0.dist-info
+	PYTHONPATH=build/triton-3.6 TRITON_CACHE_DIR=$(CURDIR)/build/executed CUDA_VISIBLE_DEVICES= $(TESTS) --executed \
+	  tests/executed $(EXECUTED:%=tests/kernels/test_%.py)
 
 # What the suite does of tests/torture in a minute, at length: more kills, faults at every call, more altered files.
 torture: .venv/installed
@@ -55,10 +61,13 @@ native-test:
 	cmake --build build/native --parallel
 	ctest --test-dir build/native --output-on-failure
 
+build/triton-3.6/triton-3.6.0.dist-info: .venv/installed
+	test -d $@ || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target build/triton-3.6 triton==3.6.0
+	touch $@
+
 # test-compile with the other series of Triton.
-test-triton-3.6: .venv/installed
-	test -d build/triton-3.6/triton-3.6.0.dist-info || $(BIN)/python -m pip install --quiet \
-	  --disable-pip-version-check --no-deps --target build/triton-3.6 triton==3.6.0
+test-triton-3.6: build/triton-3.6/triton-3.6.0.dist-info
 	PYTHONPATH=build/triton-3.6 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compile and not nightly" \
 	  tests/kernels/test_compile.py
 

@@ -18,6 +18,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="without oneDNN, as where torch was built without it",
     )
+    parser.addoption(
+        "--executed",
+        action="store_true",
+        help="kernels compiled for sm_90a, and executed here: tests/executed",
+    )
 
 
 def pytest_configure(config):

@@ -42,9 +42,16 @@ def available_bytes(device: torch.device) -> int:
     return available
 
 
+_OUT_OF_MEMORY = re.compile(
+    r"not enough memory|can't allocate memory"  # torch on a host
+    r"|(CUDA|HIP) error: out of memory"  # pinned memory
+    r"|Triton Error \[\w+\]: out of memory"
+    r"|BLAS_STATUS_ALLOC_FAILED"
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = ("not enough memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

@@ -22,6 +22,7 @@ _ENVIRONMENT = (
     "MKL_ENABLE_INSTRUCTIONS",
     "ONEDNN_MAX_CPU_ISA",
     "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
 )
 
 
@@ -106,7 +107,9 @@ def _mkldnn_precisions() -> list[str]:
 
 def _gpu(device: torch.device) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(device)
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: Any = torch.backends  # whose attributes are made when they are read
+    cuda, cudnn = backends.cuda, backends.cudnn
+    # fp32_precision, not allow_tf32: reading that raises once precisions are set by operator
     return {
         "device": [
             properties.name,
@@ -118,13 +121,17 @@ def _gpu(device: torch.device) -> dict[str, object]:
         "cudnn": [
             cudnn.version(),
             cudnn.enabled,
-            cudnn.allow_tf32,
+            cudnn.fp32_precision,
+            cudnn.conv.fp32_precision,
             cudnn.deterministic,
             cudnn.benchmark,
         ],
         "matmul": [
-            matmul.allow_tf32,
-            str(matmul.allow_bf16_reduced_precision_reduction),
-            str(matmul.allow_fp16_reduced_precision_reduction),
+            backends.fp32_precision,
+            cuda.matmul.fp32_precision,
+            str(cuda.matmul.allow_bf16_reduced_precision_reduction),
+            str(cuda.matmul.allow_fp16_reduced_precision_reduction),
+            cuda.matmul.allow_fp16_accumulation,
+            str(cuda.preferred_blas_library()),
         ],
     }

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastprune as fp
 from fastprune.models import FusedRunner, GenericRunner, Head
+from fastprune.models.device import is_out_of_memory
 
 LENGTHS = [93, 9, 47, 93, 46, 9, 91]
 
@@ -252,6 +253,23 @@ def fail_above(ev, monkeypatch, rows: int, error: Exception) -> list[int]:
 
     monkeypatch.setattr(runner_of(ev), "run", limited)
     return seen
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be reported later", True),  # pinned
+        ("HIP error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("Triton Error [CUDA]: misaligned address", False),
+        ("out of resource: shared memory, Required: 300000", False),
+    ],
+)
+def test_messages_that_say_that_memory_ran_out(message, is_memory):
+    assert is_out_of_memory(RuntimeError(message)) == is_memory
 
 
 OUT_OF_MEMORY = [

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from families import build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
+from fastprune.models.fingerprint import machine_fingerprint
 
 MASKS = np.array([[1, 1], [1, 0], [0, 1]], dtype=bool)
 BATCH = fp.TokenBatch.from_ids(np.random.default_rng(0).integers(0, 61, (3, 9)))
@@ -232,6 +235,35 @@ SWITCHES = {
 def test_every_global_switch(hf, scores, switch):
     with switched(*switch):
         assert holds(scores, hf)
+
+
+CUDNN = torch.backends.cudnn
+GPU_SWITCHES = {
+    "tf32 of all": (*attribute(torch.backends, "fp32_precision"), "tf32"),
+    "tf32 of products": (*attribute(CUDA.matmul, "fp32_precision"), "tf32"),
+    "ieee of convolutions": (*attribute(CUDNN.conv, "fp32_precision"), "ieee"),
+    "float16 sums": (*attribute(CUDA.matmul, "allow_fp16_accumulation"), True),
+    "bfloat16 sums": (*attribute(CUDA.matmul, "allow_bf16_reduced_precision_reduction"), False),
+    # a build for CPUs refuses to prefer another one
+    "library": (*attribute(CUDA, "preferred_blas_library"), lambda: "cublaslt"),
+    "driver": (
+        lambda: os.environ.get("NVIDIA_TF32_OVERRIDE", ""),
+        lambda value: os.environ.update(NVIDIA_TF32_OVERRIDE=value),
+        "0",
+    ),
+}
+
+
+@pytest.mark.parametrize("switch", GPU_SWITCHES.values(), ids=GPU_SWITCHES.keys())
+def test_every_global_switch_of_a_gpu(monkeypatch, switch):
+    """A precision that is set by operator too, where torch can no longer say allow_tf32."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    card = types.SimpleNamespace(name="card", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    before = machine_fingerprint(torch.device("cuda"))
+    with switched(*switch):
+        assert machine_fingerprint(torch.device("cuda")) != before
+    assert machine_fingerprint(torch.device("cuda")) == before
 
 
 def test_a_default_that_is_said_aloud_changes_nothing(hf, tmp_path):

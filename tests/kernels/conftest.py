@@ -1,4 +1,5 @@
-"""Kernels run on a GPU where there is one, else under Triton's interpreter.
+"""Kernels run on a GPU where there is one, else under Triton's interpreter; with `--executed` they
+are compiled for sm_90a, and that code is executed (tests/executed).
 
 Whether a kernel is interpreted is settled when it is defined. So the variable that asks for it is
 set only while triton and the kernels are imported, and no other test, nor a process that one
@@ -53,22 +54,30 @@ def _import_kernels() -> None:
             os.environ["TRITON_INTERPRET"] = before
 
 
-if HAS_TRITON:
-    _import_kernels()
+def pytest_configure(config):
+    if config.getoption("--executed"):
+        from executed.driver import card
+
+        card()
+    elif HAS_TRITON:
+        _import_kernels()
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that ask for `arithmetic` run twice under the interpreter: exact, and as inexact as
-    compiled code may be.
+    """Tests that ask for `arithmetic` run twice without a card: exact, and as inexact as a card may
+    be.
 
-    The second time in float32: of 16-bit outputs a unit in float32's last place says nothing.
+    The second time in float32: of 16-bit outputs a unit in float32's last place says nothing. Where
+    compiled code is executed, they have one: sums of the tensor core.
     """
     if "arithmetic" in metafunc.fixturenames:
         modes = ["compiled"] if torch.cuda.is_available() else ["exact", "approximate"]
         metafunc.parametrize("arithmetic", modes, indirect=True)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--executed"):
+        return
     items[:] = [item for item in items if not _says_nothing(getattr(item, "callspec", None))]
 
 
@@ -83,6 +92,12 @@ def _says_nothing(call) -> bool:
 
 @pytest.fixture
 def arithmetic(request):
-    mode = triton_interpreter.approximate() if request.param == "approximate" else nullcontext()
+    mode = nullcontext()
+    if request.config.getoption("--executed"):
+        from executed.driver import card
+
+        mode = card().rounding(request.param == "approximate")
+    elif request.param == "approximate":
+        mode = triton_interpreter.approximate()
     with mode:
         yield

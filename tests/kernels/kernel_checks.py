@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastprune_kernels.launch import INTERPRETED
 
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
