@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..masks import check_removed
 from .model import Model, lock_of
 from .swap import get_module, with_replaced
-from .verify import probe_ids, verified
+from .verify import ATTENTION_NAMES, MLP_NAMES, probe_ids, verified
 
 INDEX_LISTS = ("mlp_only_layers",)  # entries of a config that list layers by their index
 
@@ -23,6 +23,18 @@ def without(model: Model, removed: Iterable[int]) -> Any:
     """The transformers model without these blocks, see `ordered`."""
     gone = set(removed)
     return ordered(model, [i for i in range(model.num_blocks) if i not in gone])
+
+
+def unit_parameters(model: Model, granularity: str) -> list[int]:
+    """The parameters of each unit."""
+    parts: list[nn.Module] = list(model.layers)
+    if granularity == "sublayer":
+        parts = [
+            next(getattr(layer, name) for name in names if hasattr(layer, name))
+            for layer in model.layers
+            for names in (ATTENTION_NAMES, MLP_NAMES)
+        ]
+    return [sum(weights.numel() for weights in part.parameters()) for part in parts]
 
 
 def ordered(model: Model, sequence: Sequence[int], copies: bool = False) -> Any:

@@ -19,6 +19,7 @@ def one_shot(search: Search) -> None:
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: U + 1.
     """
+    search.plan([len(search.candidates), 1])
     singles = search.select([(unit,) for unit in search.candidates], max(1, search.num_remove))
     search.score([as_removed(unit for (unit,) in singles[: search.num_remove])])
 
@@ -36,6 +37,7 @@ def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) 
     Options:
         power: 2 sums squares.
     """
+    search.plan([1])
     salience = search.evaluator.unit_salience(power)[search.candidates]
     search.score([lowest(search, np.where(np.isfinite(salience), salience, np.inf))])
 

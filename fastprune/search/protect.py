@@ -1,12 +1,14 @@
-"""The units that must stay: given one by one, or as a preset, what a published method never tries
-to remove."""
+"""Budgets, and the units that must stay: given one by one, or as a preset, what a published method
+never tries to remove."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+from ..errors import InputError, shown
 from ..masks import check_removed
-from ..validate import check_one_of
+from ..validate import check_integer, check_one_of
 
 PRESETS = {"sleb": (1, 1), "shortened-llama": (4, 2)}  # blocks at the start and at the end
 
@@ -14,12 +16,12 @@ PRESETS = {"sleb": (1, 1), "shortened-llama": (4, 2)}  # blocks at the start and
 def protected_units(
     protect: Iterable[int] | str, num_units: int, granularity: str
 ) -> tuple[int, ...]:
-    """The protected units, ascending, of a collection of indices or the name of a preset.
+    """The protected units, ascending, of indices, such as (0, 1) or "0-1", or a preset's name.
 
     Of sublayers, a preset protects both halves of its blocks. Raises InputError for a name that is
     no preset, and for an index that is out of range or given twice.
     """
-    if not isinstance(protect, str):
+    if not isinstance(protect, str) or protect[:1].isdigit():
         return check_removed(protect, num_units, "protected")
     check_one_of("protect", protect, PRESETS, also="indices such as (0, 1)")
     first, last = PRESETS[protect]
@@ -27,3 +29,35 @@ def protected_units(
     return tuple(
         u for u in range(num_units) if u < first * halves or u >= num_units - last * halves
     )
+
+
+def check_budget(budget: int | str) -> float | None:
+    """The percentage of a budget such as "25%"; None for an integer.
+
+    Raises InputError for another text, and for a percentage that is not between 0 and 100.
+    """
+    if not isinstance(budget, str):
+        return None
+    share = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", budget.strip())
+    if share is None or not 0 < float(share[1]) < 100:
+        raise InputError(
+            f'num_remove must be an integer or a share such as "25%", not {shown(budget)}',
+            argument="num_remove",
+        )
+    return float(share[1])
+
+
+def units_to_remove(budget: int | str, num_units: int) -> int:
+    """How many of the units a budget removes: a share is rounded down, to at least 1.
+
+    Raises InputError for a budget that is not from 0 to num_units - 1.
+
+    >>> from fastprune.search import units_to_remove
+    >>> units_to_remove("25%", 14), units_to_remove(3, 14)
+    (3, 3)
+    """
+    percentage = check_budget(budget)
+    if percentage is not None:
+        budget = max(1, int(num_units * percentage / 100))
+    of = f"since the model has {num_units} units"
+    return check_integer("num_remove", budget, 0, num_units - 1, of)

@@ -40,6 +40,7 @@ def shapley(search: Search, permutations: Count = 16, depth: CountOrAuto = 0) ->
 def shapley_values(search: Search, permutations: int, depth: int) -> np.ndarray:
     """The mean charge of each unit, float64[candidates], +inf where it broke the loss or was never
     charged."""
+    search.plan([permutations * len(search.candidates) + 1, 1])
     depth = min(depth, search.num_units - 1)  # something is always kept
     orders = [search.rng.permutation(search.candidates).tolist() for _ in range(permutations)]
     pieces = [

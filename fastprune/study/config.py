@@ -15,7 +15,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +27,17 @@ else:
 
 from .. import demo
 from ..errors import InputError, nearest, shown
+from ..masks import parse_removed
 from ..objectives import OBJECTIVES
-from ..search import ALGORITHMS, PRESETS, Allowed, check_algorithm, check_racing, find_algorithm
+from ..search import (
+    ALGORITHMS,
+    PRESETS,
+    Allowed,
+    check_algorithm,
+    check_budget,
+    check_racing,
+    find_algorithm,
+)
 from ..validate import check_folder, check_path
 from .folder import check_label
 
@@ -49,6 +58,17 @@ class Between(Allowed):
         return f"between {self.least:g} and {self.most:g}"
 
 
+class OrShare(Allowed):
+    """Integers within the bounds, or shares such as "25%"."""
+
+    def __contains__(self, value: Any) -> bool:
+        if not isinstance(value, str):
+            return super().__contains__(value)
+        with suppress(InputError):
+            return check_budget(value) is not None
+        return False
+
+
 def _one_of(*choices: str) -> Allowed:
     return Allowed(choices=choices)
 
@@ -57,6 +77,7 @@ Samples = Annotated[int, Allowed(least=1, most=MOST)]
 Tokens = Annotated[int, Allowed(least=2, most=MOST)]
 Seed = Annotated[int, Allowed(least=0, most=MOST_SEED)]
 Number = Annotated[int, Allowed(least=0, most=MOST)]
+Budget = Annotated[int | str, OrShare(least=0, most=MOST)]
 Gigabytes = Annotated[float, Between(least=0, most=2**20)]
 
 
@@ -100,7 +121,7 @@ class ObjectiveConfig:
 class SearchConfig:
     """[search]: every algorithm runs for every objective and every number of units to remove."""
 
-    num_remove: tuple[Number, ...]
+    num_remove: tuple[Budget, ...]
     algorithms: str | tuple[str, ...] = STUDIED
     racing: Annotated[float, Between(least=0, most=1)] | None = None
     seed: Seed = 0
@@ -260,13 +281,14 @@ def at(place: str) -> Iterator[None]:
 
 # -- a table to dataclasses ----------------------------------------------------------------------
 
-_KINDS = {
+_KINDS: dict[Any, str] = {
     str: "a text",
     int: "an integer",
     float: "a number",
     bool: "true or false",
     tuple: "a list",
     dict: "a table",
+    int | str: 'a share such as "25%" or an integer',
 }
 
 
@@ -319,7 +341,7 @@ def _parse_limited(kind: Any, allowed: Allowed, value: Any, place: str) -> Any:
         return value
     if not _is(kind, value) or value not in allowed:
         raise InputError(f"{place} must be {_KINDS[kind]} {allowed}, not {shown(value)}")
-    return kind(value)
+    return value if kind == int | str else kind(value)
 
 
 def _expect(kind: Any, value: Any, place: str) -> Any:
@@ -331,6 +353,8 @@ def _expect(kind: Any, value: Any, place: str) -> Any:
 def _is(kind: Any, value: Any) -> bool:
     if kind is float:
         return type(value) is int or (type(value) is float and math.isfinite(value))
+    if kind == int | str:
+        return type(value) in (int, str)
     return type(value) is (list if kind is tuple else kind)
 
 
@@ -405,7 +429,10 @@ def _check_search(config: StudyConfig) -> None:
         raise InputError(
             f'search.algorithms must be a list of names or "all", not {shown(search.algorithms)}'
         )
-    if isinstance(search.protect, str) and search.protect not in PRESETS:
+    if isinstance(search.protect, str) and search.protect[:1].isdigit():
+        with at("search.protect"):
+            parse_removed(search.protect)
+    elif isinstance(search.protect, str) and search.protect not in PRESETS:
         raise InputError(
             f"search.protect: unknown preset {shown(search.protect)}; "
             f"{nearest(search.protect, PRESETS)}; or a list of units, such as [0, 1]"

@@ -330,7 +330,7 @@ def test_non_finite_losses_are_written_as_such(run, checkpoint, text_file, tmp_p
 
 
 def test_runs_as_a_program(checkpoint):
-    command = [sys.executable, "-m", "fastprune.cli", "score", checkpoint, "--removed", "1"]
+    command = [sys.executable, "-m", "fastprune", "score", checkpoint, "--removed", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -193,6 +193,6 @@ def test_other_names(refused, name):
 
 def test_no_command(refused):
     assert (
-        "name a command: demo, info, algorithms, score, search, study, eval, export, store; --help"
+        "name a command: demo, info, env, algorithms, score, search, study, eval, export, store; --help"
         in refused()
     )
