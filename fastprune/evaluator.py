@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from .engine.runs import Cost, whole
 from .engine.store import SumStore
 from .errors import InputError
 from .masks import as_masks, check_sequences
-from .models import Model, surgery
+from .models import Granularity, Model, surgery
 from .models.unwrap import unwrap
 from .objectives import Objective
 from .plan.layout import Layout
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from torch import nn
 
-BACKENDS = ("auto", "generic", "fused")
+Backend = Literal["auto", "generic", "fused"]
+BACKENDS = get_args(Backend)
 
 
 @dataclass
@@ -125,9 +126,9 @@ class Evaluator:
         self,
         model: Model | nn.Module,
         objective: Objective,
-        backend: str = "auto",
+        backend: Backend = "auto",
         *,
-        granularity: str = "block",
+        granularity: Granularity = "block",
         memory_bytes: int | None = None,
         cache_bytes: int | None = None,
         cache_dir: str | os.PathLike | None = None,

@@ -289,7 +289,7 @@ def search(
     if target:
         with naming("--out"):
             if kept := _kept_result(target, arguments):
-                _print_search(kept, target, as_json)
+                _print_search(kept, target, as_json, written=False)
                 note(f"{target} holds the result of the same arguments; nothing was computed")
                 return
             refuse_existing(target)

@@ -22,8 +22,8 @@ from ..workers.processes import MOST_WORKERS, Processes, Workers
 from .output import decisions_noted
 
 if TYPE_CHECKING:
-    from ..evaluator import Evaluator
-    from ..models import Model
+    from ..evaluator import Backend, Evaluator
+    from ..models import Granularity, Model
 
 MOST = 2**31 - 1  # of what is counted
 MOST_SEED = 2**63 - 1
@@ -103,7 +103,9 @@ class Command(click.Command):
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         *_, order = self.make_parser(context).parse_args(args=list(arguments))
         for given in order:
-            single = isinstance(given, click.Option) and not given.multiple and not given.is_flag
+            single = isinstance(given, click.Option) and not (
+                given.multiple or given.is_flag or given.count
+            )
             if single and order.count(given) > 1:
                 raise InputError(f"{given.opts[0]} is given twice")
         return super().parse_args(context, arguments)
@@ -460,7 +462,8 @@ def evaluates(command: Callable) -> Callable:
         model: str, device: str | None, dtype: str | None, trust_remote_code: bool,
         objective: str, calibration: str | None, store: str | None,
         num_samples: int | None, seq_len: int | None, sample_seed: int,
-        granularity: str, backend: str, memory_bytes: int | None, weights_bytes: int | None,
+        granularity: Granularity, backend: Backend,
+        memory_bytes: int | None, weights_bytes: int | None,
         cache_bytes: int | None, cache_dir: Path | None,
         workers: int | None, ray: str | None, **own: Any,
     ) -> Any:  # fmt: skip

@@ -26,9 +26,9 @@ import torch
 
 from ..data import TokenBatch, common_prefix
 from ..errors import InputError, shown
-from ..evaluator import Evaluator
+from ..evaluator import Backend, Evaluator
 from ..masks import as_masks, from_removed, to_removed
-from ..models import Model, load_model, masked, open_runner
+from ..models import Granularity, Model, load_model, masked, open_runner
 from ..models.verify import agree, probe_ids
 from ..objectives import Objective
 from ..validate import check_one_of, refuse_special
@@ -94,8 +94,8 @@ class MaskedLM(HFLM):
         device: str | None = None,
         trust_remote_code: bool = False,
         weights_bytes: int | None = None,
-        granularity: str = "block",
-        backend: str = "auto",
+        granularity: Granularity = "block",
+        backend: Backend = "auto",
         memory_bytes: int | None = None,
         store: str | os.PathLike | SumStore | None = None,
         workers: int | Workers | None = None,

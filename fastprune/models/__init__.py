@@ -2,7 +2,7 @@
 
 from .fused import FusedRunner
 from .generic import GenericRunner
-from .model import Model
+from .model import Granularity, Model
 from .open import load_model, open_runner
 from .runner import Runner
 from .surgery import masked
@@ -10,6 +10,7 @@ from .surgery import masked
 __all__ = [
     "FusedRunner",
     "GenericRunner",
+    "Granularity",
     "Model",
     "Runner",
     "load_model",

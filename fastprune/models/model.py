@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -30,7 +30,8 @@ FINAL_NORM_NAMES = (
     "norm_f",
     "embedding_norm",
 )
-GRANULARITIES = ("block", "sublayer")
+Granularity = Literal["block", "sublayer"]
+GRANULARITIES = get_args(Granularity)
 
 T = TypeVar("T")
 

@@ -288,7 +288,7 @@ _KINDS: dict[Any, str] = {
     bool: "true or false",
     tuple: "a list",
     dict: "a table",
-    int | str: 'a share such as "25%" or an integer',
+    int | str: 'a share such as "25%", or an integer',
 }
 
 
@@ -339,6 +339,8 @@ def _parse_limited(kind: Any, allowed: Allowed, value: Any, place: str) -> Any:
                 f"{place}: unknown value {shown(value)}; {nearest(value, allowed.choices)}"
             )
         return value
+    if kind == int | str and not isinstance(value, str):
+        kind = int
     if not _is(kind, value) or value not in allowed:
         raise InputError(f"{place} must be {_KINDS[kind]} {allowed}, not {shown(value)}")
     return value if kind == int | str else kind(value)

@@ -583,8 +583,7 @@ def test_the_page_runs_as_it_stands(tmp_path):
     assert [kind for kind, _ in blocks] == ["sh", "sh", "python", "sh"]
     (tmp_path / "tests").symlink_to(TASKS.parents[1])
     names = (
-        f'python() {{ "{sys.executable}" "$@"; }}\nfastprune() {{ python -m fastprune '
-        f'"$@"; }}\n'
+        f'python() {{ "{sys.executable}" "$@"; }}\nfastprune() {{ python -m fastprune "$@"; }}\n'
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for kind, block in blocks:
