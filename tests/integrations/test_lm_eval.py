@@ -380,6 +380,15 @@ def test_the_harness_own_command_line(folder, tmp_path, manager):
 
 
 @pytest.mark.slow
+def test_eval_prints_one_json_document(run, folder):
+    arguments = ("--tasks", "demo_next", "--include-path", TASKS, "--limit", 4)
+    eval_ = ("eval", folder("llama"), *arguments, "--bootstrap-iters", 0)
+    status, out, err = run(*eval_, "--removed", "all", "--removed", "1-2", "--json")
+    assert status == 0, err
+    assert [row["removed"] for row in json.loads(out)["masks"]] == [[0, 1, 2, 3, 4], [1, 2]]
+
+
+@pytest.mark.slow
 def test_eval_writes_what_the_library_computes(run, folder, manager, tmp_path):
     out_file = tmp_path / "out.jsonl"
     status, out, err = run(
