@@ -16,12 +16,12 @@ PRESETS = {"sleb": (1, 1), "shortened-llama": (4, 2)}  # blocks at the start and
 def protected_units(
     protect: Iterable[int] | str, num_units: int, granularity: str
 ) -> tuple[int, ...]:
-    """The protected units, ascending, of indices, such as (0, 1) or "0-1", or a preset's name.
+    """The protected units, ascending, of a collection of indices or the name of a preset.
 
     Of sublayers, a preset protects both halves of its blocks. Raises InputError for a name that is
     no preset, and for an index that is out of range or given twice.
     """
-    if not isinstance(protect, str) or protect[:1].isdigit():
+    if not isinstance(protect, str):
         return check_removed(protect, num_units, "protected")
     check_one_of("protect", protect, PRESETS, also="indices such as (0, 1)")
     first, last = PRESETS[protect]

@@ -297,9 +297,9 @@ def run_search(
     """Search for the num_remove units whose removal gives the lowest loss.
 
     algorithm: a name of known_algorithms(); options are its own. num_remove: how many units, or a
-    share of them such as "25%", rounded down, at least 1. protect: units that must stay, as indices
-    or as text such as "0-3", or the name of a preset, "sleb" or "shortened-llama": what those
-    methods never remove. progress: called with a `ProgressEvent` as the search runs. racing: a
+    share of them such as "25%", rounded down, at least 1. protect: units that must stay, or the
+    name of a preset, "sleb" or "shortened-llama": what those methods never remove.
+    progress: called with a `ProgressEvent` as the search runs. racing: a
     confidence such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each
     selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
     a seed. Raises InputError for an unknown algorithm, option or preset, for a budget outside

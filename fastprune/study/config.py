@@ -389,6 +389,10 @@ def _check(config: StudyConfig, folder: Path) -> StudyConfig:
     for path in _once("model.path", config.model.paths, least=1):
         with at("model.path"):
             check_path(path)
+    protect = config.search.protect
+    if isinstance(protect, str) and protect[:1].isdigit():  # such as "0-3"
+        with at("search.protect"):
+            config = replace(config, search=replace(config.search, protect=parse_removed(protect)))
     _check_search(config)
     _once("calibration", [data.name for data in config.calibration], least=1)
     sets = tuple(_check_data(data, "calibration", config, base) for data in config.calibration)
@@ -431,10 +435,7 @@ def _check_search(config: StudyConfig) -> None:
         raise InputError(
             f'search.algorithms must be a list of names or "all", not {shown(search.algorithms)}'
         )
-    if isinstance(search.protect, str) and search.protect[:1].isdigit():
-        with at("search.protect"):
-            parse_removed(search.protect)
-    elif isinstance(search.protect, str) and search.protect not in PRESETS:
+    if isinstance(search.protect, str) and search.protect not in PRESETS:
         raise InputError(
             f"search.protect: unknown preset {shown(search.protect)}; "
             f"{nearest(search.protect, PRESETS)}; or a list of units, such as [0, 1]"

@@ -1,11 +1,11 @@
-"""Budgets as numbers and shares, protected units as text, and the rounds that algorithms plan."""
+"""Budgets as numbers and shares, and the rounds that algorithms plan."""
 
 from __future__ import annotations
 
 import pytest
 
 import fastprune as fp
-from fastprune.search import ALGORITHMS, Search, find_algorithm, protected_units, units_to_remove
+from fastprune.search import ALGORITHMS, Search, find_algorithm, units_to_remove
 from fastprune.testing import SyntheticEvaluator
 
 
@@ -26,14 +26,6 @@ def test_other_texts_are_refused(budget):
 def test_a_share_is_the_number_that_it_stands_for():
     found = [fp.run_search(SyntheticEvaluator(12), "beam", k).removed for k in ("25%", 3)]
     assert found[0] == found[1]
-
-
-def test_protected_units_are_taken_as_text():
-    assert protected_units("0-2, 7", 8, "block") == protected_units((0, 1, 2, 7), 8, "block")
-    result = fp.run_search(SyntheticEvaluator(8), "greedy", 3, protect="0-3")
-    assert not {0, 1, 2, 3} & {*result.removed}
-    with pytest.raises(fp.InputError, match="9 is out of range"):
-        protected_units("9", 8, "block")
 
 
 PLANNING = [name for name in ALGORITHMS if not find_algorithm(name).needs_sklearn]
