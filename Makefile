@@ -7,7 +7,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all test-compile test-executed torture test-fast test-portable test-portable-quick lint format bench bench-full native-test test-triton-3.6 package docs clean
 
-demo: .venv/installed
+demo: .venv/demo-installed
 	$(BIN)/fastprune demo
 
 # Everything but what takes most of a minute: kernels compiled ahead of time, pages that run the harness whole.
@@ -102,10 +102,17 @@ package: .venv/installed
 	  "$$(echo build/dist/*.whl)[plots,search]"
 	cd build/clean && bin/python -c "import fastprune._native" && bin/fastprune demo --quick --quiet --out demo
 
+# The demo alone needs a part of that: no tools for tests, no harness.
+.venv/demo-installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -e .venv/installed || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[plots,search]'
+	touch $@
+
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	touch $@ .venv/demo-installed
 
 clean:
 	rm -rf .venv build

@@ -396,10 +396,10 @@ def beam(bench: Bench, name: str) -> dict:
     runs = {"done": 0, "of_this_call": 0}
     reserve = bench.pick(15, -1)
 
-    def progress(done: int, total: int) -> None:
-        if done < runs["of_this_call"]:
+    def progress(event: fp.ProgressEvent) -> None:
+        if event.done < runs["of_this_call"]:
             runs["done"] += runs["of_this_call"]
-        runs["of_this_call"] = done
+        runs["of_this_call"] = event.done
         if bench.left() < reserve:
             raise OutOfTime
 

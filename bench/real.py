@@ -101,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.toml"
         path.write_text("\n".join([f"base = {json.dumps(str(Path.cwd()))}", *document]) + "\n")
-        command = [sys.executable, "-m", "fastprune.cli", "study", str(path), "--out", str(out)]
+        command = [sys.executable, "-m", "fastprune", "study", str(path), "--out", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found = json.loads((out / "study.json").read_text())
     model = fp.load_model(given.model)

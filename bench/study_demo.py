@@ -27,7 +27,7 @@ DOCUMENT = Path(__file__).with_suffix(".toml")
 def main(out_dir: str) -> None:
     out = Path(out_dir)
     started = time.perf_counter()
-    command = [sys.executable, "-m", "fastprune.cli", "study", str(DOCUMENT), "--out", str(out)]
+    command = [sys.executable, "-m", "fastprune", "study", str(DOCUMENT), "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
     study = json.loads((out / "study.json").read_text())

@@ -13,6 +13,7 @@ from ._version import __version__ as __version__
 _HOMES = {
     "data": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
     "errors": ["InputError"],
+    "cli.output": ["progress_bar"],
     "evaluator": ["Evaluator", "Stats"],
     "exports": ["export"],
     "masks": ["from_removed", "load_masks", "to_removed"],
@@ -27,6 +28,7 @@ _HOMES = {
         "TaskMargin",
     ],
     "solver": ["SubsetSolution", "solve_subset"],
+    "plan.progress": ["ProgressEvent"],
     "plan.racing": ["Race"],
     "search": ["SearchResult", "run_search"],
 }
@@ -35,6 +37,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:  # the same once more, for editors and type checkers, which run nothing
+    from .cli.output import progress_bar as progress_bar
     from .data import Tasks as Tasks
     from .data import TokenBatch as TokenBatch
     from .data import load_tasks as load_tasks
@@ -56,6 +59,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .objectives import TaskAccuracy as TaskAccuracy
     from .objectives import TaskLikelihood as TaskLikelihood
     from .objectives import TaskMargin as TaskMargin
+    from .plan.progress import ProgressEvent as ProgressEvent
     from .plan.racing import Race as Race
     from .search import SearchResult as SearchResult
     from .search import run_search as run_search

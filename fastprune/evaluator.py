@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -19,15 +19,16 @@ from .engine.ledger import Ledger
 from .engine.local import LocalRuns, open_for
 from .engine.memory import MAX_SEQUENCES, MemoryLimit, OutOfMemory
 from .engine.problem import Problem, numerics_of
-from .engine.runs import Cost, Progress, whole
+from .engine.runs import Cost, whole
 from .engine.store import SumStore
 from .errors import InputError
 from .masks import as_masks, check_sequences
-from .models import GenericRunner, Model, Runner, surgery
+from .models import GenericRunner, Granularity, Model, Runner, surgery
 from .models.fused import why_not_fused
 from .models.unwrap import unwrap
 from .objectives import Objective
 from .plan.layout import Layout
+from .plan.progress import ProgressCallback, ProgressEvent, event_reporter, reporting
 from .plan.racing import Race, check_race, race
 from .plan.trie import Trie, Units, kept_units, make_trie
 from .validate import (
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from torch import nn
 
-BACKENDS = ("auto", "generic", "fused")
+Backend = Literal["auto", "generic", "fused"]
+BACKENDS = get_args(Backend)
 
 
 @dataclass
@@ -117,7 +119,7 @@ class Evaluator:
     are started already, run a call together; None for this process alone. Each runs with as many
     threads as this process, and a score has the bits that it has here. memory_bytes is then of each
     worker, cache_bytes of all of a machine.
-    progress: called with (unit runs done, unit runs in all) while masks are scored.
+    progress: called with a `ProgressEvent` while masks are scored.
     layout: how the calibration set is cut, `layout` of another evaluator, so that scores have its
     bits under another budget; None: as fits memory_bytes.
 
@@ -145,15 +147,15 @@ class Evaluator:
         self,
         model: Model | nn.Module,
         objective: Objective,
-        backend: str = "auto",
+        backend: Backend = "auto",
         *,
-        granularity: str = "block",
+        granularity: Granularity = "block",
         memory_bytes: int | None = None,
         cache_bytes: int | None = None,
         cache_dir: str | os.PathLike | None = None,
         store: str | os.PathLike | SumStore | None = None,
         workers: int | Workers | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         layout: Layout | None = None,
     ):
         check_kind("objective", objective, Objective, "one such as Perplexity(batch)")
@@ -161,7 +163,7 @@ class Evaluator:
         memory_bytes = check_bytes("memory_bytes", memory_bytes, 1)
         cache_bytes = check_bytes("cache_bytes", cache_bytes, 0)
         if progress is not None:
-            check_callable("progress", progress, "a function of (unit runs done, in all)")
+            check_callable("progress", progress, "a function of a ProgressEvent")
         if layout is not None:
             check_kind("layout", layout, Layout, "a Layout, such as another evaluator's")
         if workers is not None and not isinstance(workers, Workers):
@@ -537,7 +539,7 @@ class Evaluator:
         """The ledger of a call, with every sum; None where the model turns out to have changed.
         Out of memory, the call begins again in smaller steps."""
         while True:
-            problem, progress = self._problem, self.progress or _tell_nobody
+            problem, progress = self._problem, event_reporter(self.progress)
             ledger = Ledger(problem, sequences, self._store)
             missing = ledger.missing(self._chunks_with(wanted))
             if not missing:
@@ -610,7 +612,14 @@ class Evaluator:
 
         def look(number: int, alive: np.ndarray) -> np.ndarray:
             trie = make_trie(sequences[i] for i in alive)
-            sums[alive] += self._run(trie, looks == number)[trie.index, 0]
+            before, now = (looks < number).mean(), (looks == number).mean()
+
+            def describe(event: ProgressEvent) -> ProgressEvent:
+                share = before + now * (event.share or 0)
+                return replace(event, share=share, candidates=len(alive))
+
+            with reporting(describe):
+                sums[alive] += self._run(trie, looks == number)[trie.index, 0]
             samples = np.unique(objective.sample[looks <= number])
             losses = objective.sample_losses(sums[alive])[:, samples]
             return losses * objective.sample_weight[samples] * self.num_samples
@@ -635,7 +644,3 @@ def _make_folder(folder: Path) -> Path:
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _tell_nobody(done: int, total: int) -> None:
-    pass

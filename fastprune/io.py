@@ -5,6 +5,7 @@ Numbers that are not finite are written as strings ("nan", "inf"), never dropped
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -107,6 +108,22 @@ def read_npy(path: Path) -> np.ndarray:
     raise InputError(f"{path}: not a readable .npy array")
 
 
+def file_marks(place: str) -> str | None:
+    """A text that changes when a file or the files of a folder change: of names, sizes and times.
+
+    None where nothing is at the place, such as a hub id.
+    """
+    path = Path(place)
+    try:
+        files = (
+            sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        )
+        marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError:
+        return None
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
+
+
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Write rows to a new file, which appears only when it is complete; an existing one is
     refused."""
@@ -116,7 +133,12 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 def write_json(path: Path, value: dict, replace: bool = False) -> None:
     """Write one value, indented, to a file that appears only when it is complete; an existing one
     is refused."""
-    write_file(path, json.dumps(_plain(value), indent=1) + "\n", replace)
+    write_file(path, json_text(value), replace)
+
+
+def json_text(value: object) -> str:
+    """A value as indented JSON with a line end; numbers that are not finite are strings."""
+    return json.dumps(_plain(value), indent=1) + "\n"
 
 
 def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:

@@ -14,6 +14,7 @@ from .errors import InputError, shown
 from .io import read_jsonl, read_npy
 from .validate import is_integer
 
+ALL = "all"  # as text, every unit of the model
 MAX_UNITS = 100_000  # that one text may name; no model has as many
 
 
@@ -56,12 +57,17 @@ def as_masks(masks: Any, num_units: int) -> np.ndarray:
     return array.astype(bool)
 
 
-def check_removed(removed: Iterable[int], num_units: int, what: str = "removed") -> tuple[int, ...]:
-    """The removed units as a sorted tuple; `what` they are is said in errors.
+def check_removed(
+    removed: Iterable[int] | str, num_units: int, what: str = "removed"
+) -> tuple[int, ...]:
+    """The removed units as a sorted tuple, given as indices or as text such as "9-11" or "all";
+    `what` they are is said in errors.
 
     Raises InputError for an index out of range or given twice.
     """
     units = []
+    if isinstance(removed, str):
+        removed = range(num_units) if removed.strip() == ALL else parse_removed(removed)
     if not isinstance(removed, Iterable):
         raise InputError(
             f"{what} units are given as a collection such as (9, 10), not {shown(removed)}"
@@ -110,8 +116,8 @@ def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[
     return checked
 
 
-def from_removed(removed: Iterable[Iterable[int]], num_units: int) -> np.ndarray:
-    """Masks bool[N, U] from N collections of removed unit indices.
+def from_removed(removed: Iterable[Iterable[int] | str], num_units: int) -> np.ndarray:
+    """Masks bool[N, U] from N collections of removed unit indices, or texts such as "9-11".
 
     Raises InputError for an index that is out of range, given twice, or no integer.
 

@@ -1,4 +1,4 @@
-"""The command line: demo, info, algorithms, score, search, study, eval, export, store.
+"""The command line: demo, info, env, algorithms, score, search, study, eval, export, store.
 
 Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong. An error is one
 line.
@@ -12,10 +12,11 @@ import sys
 from contextlib import suppress
 
 import click
+from click.shell_completion import get_completion_class, shell_complete
 
 from .._version import __version__
 from ..errors import InputError
-from . import commands, evaluation, stores, studies
+from . import commands, environment, evaluation, stores, studies
 from .output import cannot_print, is_of_printing, prepare_streams
 
 # How threads wait for each other at barriers. By default they spin: where another process takes a
@@ -23,6 +24,7 @@ from .output import cannot_print, is_of_printing, prepare_streams
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 LONGEST = 400  # characters of an error's line
+COMPLETE = "_FASTPRUNE_COMPLETE"  # set by the shell that asks for completions
 
 
 def main() -> None:
@@ -31,6 +33,8 @@ def main() -> None:
     if not any(name in os.environ for name in WAITING):  # before torch is imported, which reads it
         os.environ["OMP_WAIT_POLICY"] = "passive"
     prepare_streams()
+    if instruction := os.environ.get(COMPLETE):
+        sys.exit(shell_complete(cli, {}, "fastprune", COMPLETE, instruction))
     try:
         # not cli.main, which takes any broken pipe for a reader that went away, and calls it status
         # 1
@@ -92,8 +96,27 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
+def _print_completion(context: click.Context, parameter: click.Parameter, shell: str) -> None:
+    """Print a shell's code for completion, and end."""
+    if not shell or context.resilient_parsing:
+        return
+    known = get_completion_class(shell)
+    if known is None:  # the choice has only those that click knows
+        raise InputError(f"--completion: {shell} is no shell whose completion is known")
+    click.echo(known(cli, {}, "fastprune", COMPLETE).source())
+    context.exit()
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
+@click.option(
+    "--completion",
+    type=click.Choice(["bash", "zsh", "fish"]),
+    is_eager=True,
+    expose_value=False,
+    callback=_print_completion,
+    help='Print code for a shell\'s completion: eval "$(fastprune --completion bash)".',
+)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Which blocks of a language model can go? Scores depth masks exactly, and searches for the
@@ -108,6 +131,7 @@ def cli(context: click.Context) -> None:
 for command in (
     studies.demo,
     commands.info,
+    environment.env,
     commands.algorithms,
     commands.score,
     commands.search,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -13,9 +17,10 @@ from rich.text import Text
 
 from .._version import __version__
 from ..errors import InputError
-from ..io import parse_json, write_json, write_jsonl
+from ..io import file_marks, json_text, parse_json, write_json, write_jsonl
 from ..masks import check_removed, check_sequences, from_removed, load_masks, to_removed
-from ..objectives import no_judge
+from ..objectives import Difference, no_judge, objective_class
+from ..plan.progress import ProgressEvent, reporting
 from ..study.tables import (
     TABLE_NOTE,
     format_dense,
@@ -27,14 +32,18 @@ from ..study.tables import (
 )
 from ..validate import refuse_existing
 from .options import (
-    MOST,
     MOST_SEED,
+    Budget,
     Command,
     FileName,
+    MakeEvaluator,
+    Name,
     Protected,
     Units,
+    algorithm_names,
     check_gradients,
     evaluates,
+    json_option,
     model_options,
     naming,
     open_model,
@@ -42,17 +51,19 @@ from .options import (
     split_options,
     weights_option,
 )
-from .output import printing, say, written_somewhere
+from .output import note, printing, progress_bar, say, say_json, written_somewhere
 
 if TYPE_CHECKING:
     from ..evaluator import Evaluator
     from ..models import Model
     from ..plan.bands import Room
+    from ..search import SearchResult
 
 MOST_TOGETHER = 1_000  # masks whose losses of all samples are computed in one call
 
 
 @click.command(cls=Command)
+@json_option
 @model_options
 @weights_option
 def info(
@@ -61,6 +72,7 @@ def info(
     dtype: str | None,
     trust_remote_code: bool,
     weights_bytes: int | None,
+    as_json: bool,
 ) -> None:
     """Show a model's units, and whether and how it can be run.
 
@@ -81,9 +93,9 @@ def info(
         "hidden size": opened.hidden_size,
         "vocabulary": opened.vocab_size,
         "positions": opened.max_positions or "unlimited",
-        "parameters": f"{sum(p.numel() for p in opened.hf.parameters()):,}",
+        "parameters": sum(p.numel() for p in opened.hf.parameters()),
         "dtype": str(opened.dtype).removeprefix("torch."),
-        "device": opened.device,
+        "device": str(opened.device),
         "tokenizer": opened.tokenizer_problem
         or ("yes" if opened.tokenizer is not None else "none: give token ids"),
         "backend": open_runner(opened).path_name,
@@ -98,9 +110,12 @@ def info(
     }
     if opened.weights.streamed:
         rows |= _streaming_rows(opened, opened.weights.room)
-    for name, value in rows.items():
-        table.add_row(name, str(value))
     with printing():
+        if as_json:
+            say_json({name.replace(" ", "_"): value for name, value in rows.items()})
+            return
+        for name, value in rows.items():
+            table.add_row(name, f"{value:,}" if name == "parameters" else str(value))
         say(table)
 
 
@@ -158,7 +173,7 @@ def algorithms(names: tuple[str, ...]) -> None:
     "--removed",
     multiple=True,
     type=Units(),
-    help="Units to remove, such as 9,10 or 9-11; - for none; once per mask.",
+    help="Units to remove, such as 9,10 or 9-11; - for none, all for all; once per mask.",
 )
 @click.option(
     "--out",
@@ -166,12 +181,15 @@ def algorithms(names: tuple[str, ...]) -> None:
     type=FileName(),
     help='Write rows {"removed", "loss", METRIC}, such as "perplexity", to this new .jsonl file.',
 )
+@json_option
 @evaluates
 def score(
-    make_evaluator: Callable[[], Evaluator],
+    make_evaluator: MakeEvaluator,
     masks_file: str | None,
-    removed: tuple[tuple[int, ...], ...],
+    removed: tuple[tuple[int, ...] | str, ...],
     out_file: str | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Score depth masks of MODEL.
 
@@ -187,28 +205,46 @@ def score(
     if out_file:
         with naming("--out"):
             refuse_existing(Path(out_file))
-    evaluator = make_evaluator()
-    if masks_file:
-        masks = load_masks(masks_file, evaluator.num_units)
-    else:
-        with naming("--removed"):
-            masks = from_removed(removed, evaluator.num_units)
-    removed_units = [to_removed(mask) for mask in masks]
+    with progress_bar(quiet) as progress:
+        evaluator = make_evaluator(progress)
+        if masks_file:
+            masks = load_masks(masks_file, evaluator.num_units)
+        else:
+            with naming("--removed"):
+                masks = from_removed(removed, evaluator.num_units)
+        score_all = _Scores.only_losses if out_file and not as_json else _Scores.by_sample
+        scores = score_all(evaluator, masks)
+    written, trouble = None, ""
     if out_file:
-        _write_scores(evaluator, masks, removed_units, Path(out_file))
-        return
-    _print_scores(evaluator, masks, removed_units)
+        rows = scores.rows()
+        written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
+        if trouble:  # all is printed instead
+            scores = _Scores.by_sample(evaluator, masks)
+    with printing(written):
+        if as_json:
+            say_json(scores.to_dict())
+        elif written and not trouble:
+            say(f"written: {written}")
+            scores.say_cost()
+        else:
+            scores.say_all()
+    if trouble:
+        raise click.ClickException(trouble)
 
 
 @click.command(cls=Command)
 @click.option(
     "--algorithm",
+    type=Name(algorithm_names),
     default="beam",
     show_default=True,
     help="A name that `fastprune algorithms` lists.",
 )
 @click.option(
-    "--num-remove", type=click.IntRange(0, MOST), required=True, help="How many units to remove."
+    "--num-remove",
+    type=Budget(),
+    required=True,
+    help="How many units to remove, or a share of them such as 25%, rounded down.",
 )
 @click.option(
     "--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5."
@@ -221,90 +257,152 @@ def score(
     "shortened-llama.",
 )
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
-@click.option("--out", "out_dir", type=FileName(), help="Write result.json into this folder.")
+@click.option(
+    "--out",
+    "out_dir",
+    type=FileName(),
+    help="Write result.json into this folder. A result of the same arguments there is printed "
+    "again.",
+)
 @racing_option
+@json_option
 @evaluates
 def search(
-    make_evaluator: Callable[[], Evaluator],
+    make_evaluator: MakeEvaluator,
     algorithm: str,
-    num_remove: int,
+    num_remove: int | str,
     options: tuple[str, ...],
     protect: str | tuple[int, ...],
     seed: int,
     out_dir: str | None,
     racing: float | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Search MODEL for the units whose removal hurts least."""
     from ..search import check_algorithm, check_racing, protected_units, run_search
 
-    given = split_options(options)
-    check_algorithm(algorithm, given)
+    given: dict[str, Any] = dict(split_options(options))
+    _, settings = check_algorithm(algorithm, given)
     check_racing([algorithm], racing)
-    check_gradients([algorithm], click.get_current_context().params["objective"])
+    parameters = click.get_current_context().params
+    check_gradients([algorithm], parameters["objective"])
     target = Path(out_dir) / "result.json" if out_dir else None
+    arguments = _arguments(parameters, settings)
     if target:
         with naming("--out"):
+            if kept := _kept_result(target, arguments):
+                _print_search(kept, target, as_json, written=False)
+                note(f"{target} holds the result of the same arguments; nothing was computed")
+                return
             refuse_existing(target)
+    with progress_bar(quiet) as progress:
+        evaluator = make_evaluator(progress)
+        with naming("--protect"):
+            protected_units(protect, evaluator.num_units, evaluator.granularity)
+        result = run_search(evaluator, algorithm, num_remove, seed, protect, racing, **given)
+        record = _search_record(evaluator, result, arguments)
     trouble = ""
-    evaluator = make_evaluator()
-    with naming("--protect"):
-        protected_units(protect, evaluator.num_units, evaluator.granularity)
-    result = run_search(evaluator, algorithm, num_remove, seed, protect, racing, **given)
+    if target:
+        target, trouble = written_somewhere(target, lambda path: write_json(path, record))
+    _print_search(record, target, as_json, written=not trouble)
+    if trouble:
+        raise click.ClickException(trouble)
+
+
+def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of a search that decide its result, with marks of the files they name.
+
+    parameters: of the command. settings: the algorithm's options.
+    """
+    names = (
+        *("model", "device", "dtype", "trust_remote_code", "objective", "calibration"),
+        *("num_samples", "seq_len", "sample_seed", "granularity", "backend", "algorithm"),
+        *("num_remove", "protect", "seed", "racing"),
+    )
+    files = {name: file_marks(str(parameters[name])) for name in ("model", "calibration")}
+    return {name: parameters[name] for name in names} | {"options": settings, "files": files}
+
+
+def _kept_result(path: Path, arguments: Mapping[str, object]) -> dict | None:
+    """The result in a file, if a search with the same arguments has written it."""
+    if not path.is_file():
+        return None
+    with suppress(InputError, OSError):
+        record = parse_json(path.read_bytes(), str(path))
+        if isinstance(record, dict) and record.get("fastprune") == __version__:
+            same = record.get("arguments") == json.loads(json_text(arguments))
+            return record if same else None
+    return None
+
+
+def _search_record(
+    evaluator: Evaluator, result: SearchResult, arguments: Mapping[str, object]
+) -> dict:
+    """A search's result.json: the result, the whole model beside it, and the arguments."""
     objective = evaluator.objective
     pair = np.stack([result.mask, np.ones(evaluator.num_units, dtype=bool)])
     sample_losses = evaluator.score_samples(pair)
     dense_loss = float(objective.mean(sample_losses)[1])
-    if target:
-        names = [evaluator.unit_names[unit] for unit in result.removed]
-        of = {
-            "model": evaluator.model.name,
-            **objective.record(dense_loss, "dense_"),
-            "chance": objective.chance,
-            "removed_names": names,
-        }
-        data = click.get_current_context().params
-        settings = {name: data[name] for name in ("seq_len", "sample_seed")}
-        of["calibration"] = {
-            "file": data["calibration"],
-            "num_samples": evaluator.num_samples,
-            **settings,
-        }
-        of["fastprune"] = __version__
-        record = {**result.to_dict(), **of}
-        target, trouble = written_somewhere(target, lambda path: write_json(path, record))
     error, dense_error = objective.standard_error(sample_losses).tolist()
-    dense = format_dense(objective, dense_loss, dense_error)
+    calibration = {"file": arguments["calibration"], "num_samples": evaluator.num_samples}
+    return {
+        **result.to_dict(),
+        "standard_error": error,
+        "model": evaluator.model.name,
+        **objective.record(dense_loss, "dense_"),
+        "dense_standard_error": dense_error,
+        "difference": dataclasses.asdict(objective.compare(*sample_losses)),
+        "chance": objective.chance,
+        "removed_names": [evaluator.unit_names[unit] for unit in result.removed],
+        "calibration": calibration | {name: arguments[name] for name in ("seq_len", "sample_seed")},
+        "fastprune": __version__,
+        "arguments": dict(arguments),
+    }
+
+
+def _print_search(
+    record: Mapping[str, Any], target: Path | None, as_json: bool, written: bool = True
+) -> None:
+    """Print a search's record. target: its file, if it has one; written: whether that is new."""
+    objective = objective_class(record["objective"])
+    algorithm, removed, num_units = record["algorithm"], record["removed"], record["num_units"]
+    loss, error, dense_loss, dense_error = (
+        float(record[name])  # a number that is not finite is a text in a file
+        for name in ("loss", "standard_error", "dense_loss", "dense_standard_error")
+    )
     title = (
-        f"{evaluator.model.name}, {result.objective}, {num_remove} of {evaluator.num_units} "
-        f"removed ({dense})"
+        f"{record['model']}, {record['objective']}, {len(removed)} of {num_units} removed "
+        f"({format_dense(objective, dense_loss, dense_error)})"
     )
-    row = (
-        algorithm,
-        result.removed,
-        objective.format(result.loss, error, named=False),
-        result.evaluations,
-        result.unit_runs,
-        result.naive_unit_runs,
-    )
-    dense_pass = f" Under {result.objective}, runs include one pass of the whole model."
-    dense_pass *= evaluator.objective.compares_with_dense
+    counts = (record[name] for name in ("evaluations", "unit_runs", "naive_unit_runs"))
+    row = (algorithm, removed, objective.format(loss, error, named=False), *counts)
+    dense_pass = f" Under {record['objective']}, runs include one pass of the whole model."
+    dense_pass *= objective.compares_with_dense
     with printing(target):
+        if as_json:
+            say_json(record)
+            return
         say(results_table(title, objective.header(), [row]))
-        say(f"{TABLE_NOTE}{dense_pass} {result.seconds:.1f} s.", style="dim")
-        say(pattern_text([(result.objective, algorithm, result.removed)], evaluator.num_units))
-        say(f"removed: {format_removed(result.removed)}")
-        if result.removed and not objective.compares_with_dense:
-            difference = objective.format_difference(objective.compare(*sample_losses))
-            say(f"{objective.metric_name}, difference to the whole model: {difference}")
-        _print_no_judge(evaluator, dense_loss)
-        if racing:
-            say(format_races(result.decided_early))
-        if result.granularity == "sublayer":
-            say(f"sublayers: {_names(evaluator, result.removed)}")
-        if target and not trouble:
+        say(f"{TABLE_NOTE}{dense_pass} {record['seconds']:.1f} s.", style="dim")
+        say(pattern_text([(record["objective"], algorithm, removed)], num_units))
+        say(f"removed: {format_removed(removed)}")
+        if removed and not objective.compares_with_dense:
+            values = {name: float(value) for name, value in record["difference"].items()}
+            samples = int(values["num_samples"])
+            difference = Difference(values["value"], values["error"], samples)
+            said = objective.format_difference(difference)
+            say(f"{objective.metric_name}, difference to the whole model: {said}")
+        num_samples = record["calibration"]["num_samples"]
+        judged = {"name": record["objective"], "chance": record["chance"]}
+        if note_ := no_judge(judged | {"num_samples": num_samples}, dense_loss):
+            say(note_)
+        if record["racing"]:
+            say(format_races(record["decided_early"]))
+        if record["granularity"] == "sublayer":
+            say(f"sublayers: {', '.join(record['removed_names']) or '-'}")
+        if target and written:
             say(f"written: {target}")
-    if trouble:
-        raise click.ClickException(trouble)
 
 
 @click.command(cls=Command)
@@ -336,7 +434,7 @@ def export(
     device: str | None,
     dtype: str | None,
     trust_remote_code: bool,
-    removed: Sequence[int] | None,
+    removed: Sequence[int] | str | None,
     sequence: tuple[int, ...] | None,
     result: str | None,
     base_model: str | None,
@@ -378,7 +476,7 @@ def export(
                     f"{result}: of a model of {num_units} blocks; {opened.name} has "
                     f"{opened.num_blocks}"
                 )
-            check_removed(removed, opened.num_blocks)
+            removed = check_removed(removed, opened.num_blocks)
         folder = checkpoint.export(
             opened,
             out_dir,
@@ -455,87 +553,133 @@ def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
     return several or objective.chance is not None
 
 
-def _write_scores(
-    evaluator: Evaluator, masks: np.ndarray, removed_units: list[tuple[int, ...]], target: Path
-) -> None:
-    """Write the losses of masks with their metrics; print them where the file cannot be written."""
-    losses = evaluator.score(masks).tolist()
-    record = evaluator.objective.record
-    rows = [{"removed": list(units), **record(loss)} for units, loss in zip(removed_units, losses)]
-    written, trouble = written_somewhere(target, lambda path: write_jsonl(path, rows))
-    if trouble:
-        _print_scores(evaluator, masks, removed_units)
-        raise click.ClickException(trouble)
-    with printing(written):
-        say(f"written: {written}")
-        _print_cost(evaluator, removed_units)
+@dataclasses.dataclass
+class _Scores:
+    """The losses of masks, with those of the whole model where they help.
 
+    losses float64[N]; sample_losses float64[N, S], empty where only losses were asked for; dense
+    float64[S], or None. added: the whole model was scored besides the masks.
+    """
 
-def _print_scores(
-    evaluator: Evaluator, masks: np.ndarray, removed_units: list[tuple[int, ...]]
-) -> None:
-    """Print the metrics of masks with their errors, beside the whole model where that helps."""
-    whole = _needs_whole_model(evaluator, len(masks))
-    if whole and () not in removed_units:
-        masks = np.concatenate([masks, np.ones((1, evaluator.num_units), dtype=bool)])
-    parts = np.array_split(masks, -(-len(masks) // MOST_TOGETHER))
-    sample_losses = np.concatenate([evaluator.score_samples(part) for part in parts])
-    dense = sample_losses[(*removed_units, ()).index(())] if whole else None
-    with printing():
-        say(_score_table(evaluator, removed_units, sample_losses, dense))
-        if dense is not None:
-            _print_no_judge(evaluator, float(evaluator.objective.mean(dense[None])[0]))
-        _print_cost(evaluator, removed_units, added=len(masks) > len(removed_units))
+    evaluator: Evaluator
+    removed: list[tuple[int, ...]]
+    losses: np.ndarray
+    sample_losses: np.ndarray
+    dense: np.ndarray | None = None
+    added: bool = False
 
+    @classmethod
+    def only_losses(cls, evaluator: Evaluator, masks: np.ndarray) -> _Scores:
+        """Score any number of masks, without their errors and the whole model."""
+        removed = [to_removed(mask) for mask in masks]
+        return cls(evaluator, removed, evaluator.score(masks), np.empty((0, 0)))
 
-def _score_table(
-    evaluator: Evaluator,
-    removed: Sequence[tuple[int, ...]],
-    sample_losses: np.ndarray,
-    dense: np.ndarray | None,
-) -> Table:
-    """A row for each mask, with the difference to the whole model where its losses are known."""
-    objective = evaluator.objective
-    halves, compares = evaluator.granularity == "sublayer", dense is not None and len(removed) > 1
-    table = Table("removed", *["sublayers"] * halves, objective.header())
-    if compares:
-        table.add_column("difference to the whole model")
-    losses, errors = objective.mean(sample_losses), objective.standard_error(sample_losses)
-    for i, units in enumerate(removed):
-        row = [format_removed(units), *[_names(evaluator, units)] * halves]
-        row.append(objective.format(float(losses[i]), float(errors[i]), named=False))
-        if compares and dense is not None:
-            difference = objective.compare(sample_losses[i], dense)
-            row.append(objective.format_difference(difference) if units else "-")
-        table.add_row(*row)
-    return table
+    @classmethod
+    def by_sample(cls, evaluator: Evaluator, masks: np.ndarray) -> _Scores:
+        """Score masks on every sample, and the whole model beside them where that helps."""
+        removed = [to_removed(mask) for mask in masks]
+        whole = _needs_whole_model(evaluator, len(masks))
+        added = whole and () not in removed
+        if added:
+            masks = np.concatenate([masks, np.ones((1, evaluator.num_units), dtype=bool)])
+        parts = np.array_split(masks, -(-len(masks) // MOST_TOGETHER))
+        by_part = []
+        for number, part in enumerate(parts):
 
+            def describe(event: ProgressEvent, before: int = number) -> ProgressEvent:
+                return replace(event, share=(before + (event.share or 0)) / len(parts))
 
-def _print_no_judge(evaluator: Evaluator, dense_loss: float) -> None:
-    if note := no_judge(evaluator.objective.describe(), dense_loss):
-        say(note)
+            with reporting(describe):
+                by_part.append(evaluator.score_samples(part))
+        sample_losses = np.concatenate(by_part)
+        dense = sample_losses[(*removed, ()).index(())] if whole else None
+        sample_losses = sample_losses[: len(removed)]
+        losses = evaluator.objective.mean(sample_losses)
+        return cls(evaluator, removed, losses, sample_losses, dense, added)
 
+    def rows(self) -> list[dict]:
+        """For each mask its loss and metric."""
+        record = self.evaluator.objective.record
+        return [
+            {"removed": list(units), **record(loss)}
+            for units, loss in zip(self.removed, self.losses.tolist())
+        ]
 
-def _print_cost(
-    evaluator: Evaluator, removed_units: Sequence[tuple[int, ...]], added: bool = False
-) -> None:
-    """What scoring masks has cost. added: the whole model was scored besides."""
-    stats = evaluator.stats
-    sizes, count = [len(units) for units in removed_units], len(removed_units)
-    least, most = min(sizes), max(sizes)
-    removed = f"{least}" if least == most else f"{least} to {most}"
-    saved = format_saved(stats.naive_unit_runs, stats.unit_runs)
-    compares = evaluator.objective.compares_with_dense and stats.unit_runs
-    dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
-    known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
-    say(
-        f"{count} mask{'s' * (count != 1)} that remove{'s' * (count == 1)} {removed} of "
-        f"{evaluator.num_units} units{', and the whole model' * added}: "
-        f"{stats.unit_runs:.0f} unit runs where one pass per mask takes "
-        f"{stats.naive_unit_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
-        f"{stats.seconds:.1f} s; "
-        f"{stats.cache_bytes / 2**20:.0f} MiB of states were kept"
-    )
+    def to_dict(self) -> dict:
+        """Plain values, as --json prints them."""
+        evaluator, objective = self.evaluator, self.evaluator.objective
+        rows = self.rows()
+        errors = objective.standard_error(self.sample_losses).tolist()
+        for row, error, losses in zip(rows, errors, self.sample_losses):
+            row["standard_error"] = error
+            if self.dense is not None and not objective.compares_with_dense:
+                row["difference"] = dataclasses.asdict(objective.compare(losses, self.dense))
+        dense = None
+        if self.dense is not None:
+            dense = objective.record(float(objective.mean(self.dense[None])[0]))
+        stats = evaluator.stats
+        return {
+            "model": evaluator.model.name,
+            "objective": objective.describe(),
+            "granularity": evaluator.granularity,
+            "num_units": evaluator.num_units,
+            "whole_model": dense,
+            "masks": rows,
+            "unit_runs": stats.unit_runs,
+            "naive_unit_runs": stats.naive_unit_runs,
+            "store_hits": stats.store_hits,
+            "seconds": stats.seconds,
+            "fastprune": __version__,
+        }
+
+    def say_all(self) -> None:
+        """Print the metrics with their errors, beside the whole model where that helps."""
+        say(self._table())
+        if self.dense is not None:
+            objective = self.evaluator.objective
+            dense_loss = float(objective.mean(self.dense[None])[0])
+            if judged := no_judge(objective.describe(), dense_loss):
+                say(judged)
+        self.say_cost()
+
+    def _table(self) -> Table:
+        """A row for each mask, with the difference to the whole model where its losses are
+        known."""
+        evaluator, objective = self.evaluator, self.evaluator.objective
+        halves = evaluator.granularity == "sublayer"
+        compares = self.dense is not None and len(self.removed) > 1
+        table = Table("removed", *["sublayers"] * halves, objective.header())
+        if compares:
+            table.add_column("difference to the whole model")
+        errors = objective.standard_error(self.sample_losses)
+        for i, units in enumerate(self.removed):
+            row = [format_removed(units), *[_names(evaluator, units)] * halves]
+            loss, error = float(self.losses[i]), float(errors[i])
+            row.append(objective.format(loss, error, named=False))
+            if compares and self.dense is not None:
+                difference = objective.compare(self.sample_losses[i], self.dense)
+                row.append(objective.format_difference(difference) if units else "-")
+            table.add_row(*row)
+        return table
+
+    def say_cost(self) -> None:
+        """Print the cost of the scores."""
+        evaluator, stats = self.evaluator, self.evaluator.stats
+        sizes, count = [len(units) for units in self.removed], len(self.removed)
+        least, most = min(sizes), max(sizes)
+        removed = f"{least}" if least == most else f"{least} to {most}"
+        saved = format_saved(stats.naive_unit_runs, stats.unit_runs)
+        compares = evaluator.objective.compares_with_dense and stats.unit_runs
+        dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
+        known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
+        say(
+            f"{count} mask{'s' * (count != 1)} that remove{'s' * (count == 1)} {removed} of "
+            f"{evaluator.num_units} units{', and the whole model' * self.added}: "
+            f"{stats.unit_runs:.0f} unit runs where one pass per mask takes "
+            f"{stats.naive_unit_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
+            f"{stats.seconds:.1f} s; "
+            f"{stats.cache_bytes / 2**20:.0f} MiB of states were kept"
+        )
 
 
 def _names(evaluator: Evaluator, units: Iterable[int]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from .._version import __version__
 from ..errors import InputError
 from ..io import write_json, write_jsonl
 from ..masks import from_removed, load_masks, to_removed
@@ -24,17 +25,18 @@ from .options import (
     Units,
     check_workers,
     group,
+    json_option,
     model_options,
     naming,
     open_model,
     open_workers,
-    quiet_option,
+    output_options,
     running_settings,
     store_option,
     weights_option,
     workers_options,
 )
-from .output import err, printing, progress_bar, say, written_somewhere
+from .output import err, printing, progress_bar, say, say_json, written_somewhere
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -62,7 +64,7 @@ task_settings = group(
     "--removed",
     multiple=True,
     type=Units(),
-    help="Units to remove, such as 9,10 or 9-11; - for none.",
+    help="Units to remove, such as 9,10 or 9-11; - for none, all for all.",
 )
 @click.option(
     "--masks",
@@ -97,11 +99,12 @@ task_settings = group(
     type=FileName(),
     help='Write rows {"removed", "results", ...} to this new .jsonl file.',
 )
+@json_option
 @store_option
 @running_settings
 @weights_option
 @workers_options
-@quiet_option
+@output_options
 @model_options
 def evaluate(
     model: str,
@@ -109,7 +112,7 @@ def evaluate(
     dtype: str | None,
     trust_remote_code: bool,
     tasks: str,
-    removed: tuple[tuple[int, ...], ...],
+    removed: tuple[tuple[int, ...] | str, ...],
     masks_file: str | None,
     include_path: str | None,
     out_file: str | None,
@@ -117,6 +120,7 @@ def evaluate(
     workers: int | None,
     ray: str | None,
     quiet: bool,
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Run tasks of lm-evaluation-harness on MODEL without some units.
@@ -155,10 +159,13 @@ def evaluate(
     if out_file:
         written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
     with printing(written):
-        for task in rows[0]["results"]:
-            say(task_table(task, task, rows))
-        if written and not trouble:
-            say(f"written: {written}")
+        if as_json:
+            say_json({"model": opened.name, "fastprune": __version__, "masks": rows})
+        else:
+            for task in rows[0]["results"]:
+                say(task_table(task, task, rows))
+            if written and not trouble:
+                say(f"written: {written}")
     if trouble:
         raise click.ClickException(trouble)
 

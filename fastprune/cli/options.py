@@ -11,29 +11,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..errors import InputError
-from ..masks import parse_removed
+from ..masks import ALL, parse_removed
 from ..objectives import OBJECTIVES, Objective, Perplexity
+from ..plan.progress import ProgressCallback
 from ..validate import check_folder, check_one_of, check_path
 from ..workers.processes import MOST_WORKERS, Processes, Workers
-from .output import note, progress_bar
+from .output import decisions_noted, note
 
 if TYPE_CHECKING:
-    from ..engine.runs import Progress
-    from ..evaluator import Evaluator
-    from ..models import Model
+    from ..evaluator import Backend, Evaluator
+    from ..models import Granularity, Model
 
 MOST = 2**31 - 1  # of what is counted
 MOST_SEED = 2**63 - 1
 
+# Headings of help: what options are about.
+MODEL, DATA, RUNNING, OUTPUT = "Model", "Data", "Running", "Output"
 
-def group(*options: Callable) -> Callable:
-    """One decorator for several click options, listed in help in the order given."""
 
-    def decorate(command: Callable) -> Callable:
+MakeEvaluator = Callable[["ProgressCallback | None"], "Evaluator"]
+
+
+def group(*options: Callable, concern: str = "") -> Callable:
+    """One decorator for several click options, listed in help in the order given.
+
+    concern: the heading that help lists them under.
+    """
+
+    def decorate(command: Any) -> Callable:
         for option in reversed(options):
             command = option(command)
+            own = command.__click_params__[-1]
+            if concern and isinstance(own, click.Option) and not hasattr(own, "concern"):
+                own.concern = concern  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -75,10 +88,24 @@ class Command(click.Command):
         fits = [f"{flags.get(name, name)} {value}" for name, value in error.fits.items()]
         return f"{message}; what fits: {' or '.join(fits)}" if fits else message
 
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options under their concerns, the command's own first."""
+        concerns: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for option in self.get_params(context):
+            record = option.get_help_record(context)
+            if record is not None and isinstance(option, click.Option):
+                concerns.setdefault(getattr(option, "concern", "Options"), []).append(record)
+        for concern, records in concerns.items():
+            if records:
+                with formatter.section(concern):
+                    formatter.write_dl(records)
+
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         *_, order = self.make_parser(context).parse_args(args=list(arguments))
         for given in order:
-            single = isinstance(given, click.Option) and not given.multiple and not given.is_flag
+            single = isinstance(given, click.Option) and not (
+                given.multiple or given.is_flag or given.count
+            )
             if single and order.count(given) > 1:
                 raise InputError(f"{given.opts[0]} is given twice")
         return super().parse_args(context, arguments)
@@ -97,10 +124,50 @@ class Units(click.ParamType):
     name = "units"
 
     def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) or value.strip() == ALL:
             return value
         with naming(parameter.opts[0]):
             return parse_removed(value)
+
+
+class Budget(click.ParamType):
+    """How many units to remove: an integer, or a share of them such as 25%."""
+
+    name = "integer or share"
+
+    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
+        from ..search import check_budget
+
+        if "%" in value:
+            try:
+                check_budget(value)
+            except InputError as error:
+                raise InputError(error.message.replace("num_remove", parameter.opts[0])) from None
+            return value.strip()
+        return click.IntRange(0, MOST).convert(value, parameter, context)
+
+
+class Name(click.ParamType):
+    """A name that the shell completes; the command itself checks it.
+
+    known: gives the names, when they are asked for.
+    """
+
+    name = "text"
+
+    def __init__(self, known: Callable[[], Iterable[str]]):
+        self.known = known
+
+    def shell_complete(
+        self, context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in self.known() if name.startswith(incomplete)]
+
+
+def algorithm_names() -> list[str]:
+    from ..search import known_algorithms
+
+    return list(known_algorithms())
 
 
 class Protected(Units):
@@ -114,6 +181,8 @@ class Protected(Units):
         if value in PRESETS:
             return value
         try:
+            if value.strip() == ALL:
+                raise InputError(f"{parameter.opts[0]}: with all units protected, none can go")
             return super().convert(value, parameter, context)
         except InputError as error:
             raise InputError(f"{error}; or one of the presets {', '.join(PRESETS)}") from None
@@ -129,6 +198,11 @@ class FileName(click.ParamType):
         with naming(parameter.opts[0] if isinstance(parameter, click.Option) else argument):
             return check_path(value)
 
+    def shell_complete(
+        self, context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
 
 class Folder(click.ParamType):
     """A folder that can be written to, or be made."""
@@ -138,6 +212,11 @@ class Folder(click.ParamType):
     def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
         with naming(parameter.opts[0]):
             return check_folder(Path(check_path(value)))
+
+    def shell_complete(
+        self, context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
 
 
 @contextmanager
@@ -164,6 +243,7 @@ model_settings = group(
         is_flag=True,
         help="Run model code that a hub repository brings along.",
     ),
+    concern=MODEL,
 )
 
 model_options = group(click.argument("model", type=FileName()), model_settings)
@@ -191,16 +271,20 @@ running_settings = group(
         callback=_to_bytes,
         help="Budget of one call's activations in GiB; default 4 on a CPU, 16 on a GPU.",
     ),
+    concern=RUNNING,
 )
 
-weights_option = click.option(
-    "--weights-gb",
-    "weights_bytes",
-    type=float,
-    callback=_to_bytes,
-    help="For a model larger than memory: GiB of weights that may be loaded at once; blocks are "
-    "read from their files "
-    "a band at a time, while the band before computes. Default: all stay loaded.",
+weights_option = group(
+    click.option(
+        "--weights-gb",
+        "weights_bytes",
+        type=float,
+        callback=_to_bytes,
+        help="For a model larger than memory: GiB of weights that may be loaded at once; blocks "
+        "are read from their files a band at a time, while the band before computes. Default: all "
+        "stay loaded.",
+    ),
+    concern=RUNNING,
 )
 
 workers_options = group(
@@ -217,6 +301,7 @@ workers_options = group(
         help="Share the work by Ray: local for this machine, auto for the cluster that it belongs "
         "to, or HOST:PORT.",
     ),
+    concern=RUNNING,
 )
 
 racing_option = click.option(
@@ -228,9 +313,32 @@ racing_option = click.option(
     "range of the losses seen.",
 )
 
-quiet_option = click.option("--quiet", is_flag=True, help="No progress bars.")
+json_option = group(
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document instead of tables."
+    ),
+    concern=OUTPUT,
+)
 
-evaluator_settings = group(
+
+def _note_decisions(context: click.Context, parameter: click.Parameter, verbosity: int) -> None:
+    context.with_resource(decisions_noted(verbosity))
+
+
+output_options = group(
+    click.option("--quiet", is_flag=True, help="Show no progress."),
+    click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        expose_value=False,
+        callback=_note_decisions,
+        help="Show decisions on stderr: how data is cut, races, fallbacks; -vv: every call.",
+    ),
+    concern=OUTPUT,
+)
+
+data_settings = group(
     click.option(
         "--num-samples",
         type=click.IntRange(1, MOST),
@@ -249,8 +357,10 @@ evaluator_settings = group(
         show_default=True,
         help="Which windows of a text are drawn.",
     ),
-    running_settings,
-    weights_option,
+    concern=DATA,
+)
+
+cache_settings = group(
     click.option(
         "--cache-gb",
         "cache_bytes",
@@ -266,21 +376,28 @@ evaluator_settings = group(
         help="A folder on a fast disk for states that do not fit into memory, gone with the "
         "process.",
     ),
-    workers_options,
-    quiet_option,
+    concern=RUNNING,
 )
 
-store_option = click.option(
-    "--store",
-    type=FileName(),
-    callback=lambda context, parameter, value: _check_store(value),
-    help="File of finished sums; what is in it is not computed again, and what is finished is "
-    "kept.",
+evaluator_settings = group(
+    data_settings, running_settings, weights_option, cache_settings, workers_options, output_options
+)
+
+store_option = group(
+    click.option(
+        "--store",
+        type=FileName(),
+        callback=lambda context, parameter, value: _check_store(value),
+        help="File of finished sums; what is in it is not computed again, and what is finished is "
+        "kept.",
+    ),
+    concern=RUNNING,
 )
 
 _objective_options = group(
     click.option(
         "--objective",
+        type=Name(lambda: OBJECTIVES),
         default=Perplexity.name,
         show_default=True,
         help=f"One of {', '.join(OBJECTIVES)}.",
@@ -314,6 +431,7 @@ _objective_options = group(
         help="Text between prompt and choice, no part of a choice's length; default a space.",
     ),
     store_option,
+    concern=DATA,
 )
 
 
@@ -356,8 +474,8 @@ def check_gradients(algorithms: Iterable[str], objective: str, label: str | None
 
 
 def evaluates(command: Callable) -> Callable:
-    """Give a command the shared options, and as its first argument a function that makes the
-    evaluator from them."""
+    """Give a command the shared options, and as its first argument a function from a progress
+    callback to the evaluator made from them."""
 
     @model_options
     @_objective_options
@@ -369,9 +487,10 @@ def evaluates(command: Callable) -> Callable:
         bos: bool | None, column: str | None, chat_template: str | None, loss_on: str | None,
         delimiter: str | None, store: str | None,
         num_samples: int | None, seq_len: int | None, sample_seed: int,
-        granularity: str, backend: str, memory_bytes: int | None, weights_bytes: int | None,
+        granularity: Granularity, backend: Backend,
+        memory_bytes: int | None, weights_bytes: int | None,
         cache_bytes: int | None, cache_dir: Path | None,
-        workers: int | None, ray: str | None, quiet: bool, **own: Any,
+        workers: int | None, ray: str | None, **own: Any,
     ) -> Any:  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
         refuse_text_sizes([objective], seq_len, sample_seed)
@@ -385,7 +504,7 @@ def evaluates(command: Callable) -> Callable:
         )
         check_workers(workers, ray)
 
-        def make(progress: Progress | None) -> Evaluator:
+        def make(progress: ProgressCallback | None) -> Evaluator:
             from ..evaluator import Evaluator
 
             opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
@@ -405,8 +524,7 @@ def evaluates(command: Callable) -> Callable:
                 progress=progress,
             )
 
-        with progress_bar(quiet) as progress:
-            return command(functools.partial(make, progress), **own)
+        return command(make, **own)
 
     return wrapped
 
@@ -502,6 +620,7 @@ def open_objective(
     from .. import demo
     from ..data import load_tasks, load_text
 
+    file = Path(calibration).name
     make: Callable[[Any], Objective] = OBJECTIVES[name]  # each takes the data of its kind
     if OBJECTIVES[name].data == "tasks":
         tasks = load_tasks(calibration, model.tokenizer, limit=num_samples, **reading or {})
@@ -514,9 +633,7 @@ def open_objective(
         if tasks.source != calibration:
             note(f"calibration: {tasks.source}")
         objective = make(tasks)
-        objective.source = (
-            calibration if num_samples is None else f"{calibration}, the first questions"
-        )
+        objective.source = file if num_samples is None else f"{file}, the first questions"
         return objective
     reading = dict(reading or {})
     is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written

@@ -5,9 +5,11 @@ Commands write their files first and print afterwards, inside `printing`.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,10 +18,13 @@ from typing import Any
 
 import click
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from ..errors import InputError
+from ..io import json_text
+from ..plan.progress import ProgressCallback, ProgressEvent
 
+LINE_SECONDS = 30  # between two lines of progress where no terminal shows a bar
 NARROWEST = 80  # columns where the environment names none
 WIDE = 240  # columns of a table that goes to a file or a program: enough for all of ours
 
@@ -51,6 +56,11 @@ def say(what: RenderableType, style: str | None = None) -> None:
     out.print(
         what, style=style, highlight=False if text else None, soft_wrap=text and not out.is_terminal
     )
+
+
+def say_json(value: object) -> None:
+    """Print one JSON document, and nothing else, on stdout."""
+    click.echo(json_text(value), nl=False)
 
 
 def note(message: str) -> None:
@@ -139,19 +149,133 @@ def _silence() -> None:
         os.close(nowhere)
 
 
+class Bar:
+    """Shows events: one bar on a terminal or in a notebook, else a line every 30 seconds.
+
+    clock: seconds, as `time.monotonic` gives them.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._said = clock()
+        self._first: tuple[float, float] | None = None  # its time and share
+        self._is_live = err.is_terminal or err.is_jupyter
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __call__(self, event: ProgressEvent) -> None:
+        self._note_pace(event)
+        if self._is_live:
+            self._move(event)
+        elif self._clock() - self._said >= LINE_SECONDS:
+            self._said = self._clock()
+            note(f"fastprune: {self.line(event)}")
+
+    def line(self, event: ProgressEvent) -> str:
+        """The event in words, without the bar."""
+        parts = [event.cell or event.algorithm or "scoring"]
+        if event.round is not None:
+            of = f" of {event.rounds}" * (event.rounds is not None)
+            parts.append(f"round {event.round}{of}")
+        if event.best is not None:
+            parts.append(f"best {event.best}")
+        if event.candidates is not None:
+            parts.append(f"{event.candidates} candidates left")
+        if event.share is not None and not self._is_live:
+            parts.append(f"{event.share:.0%} done")
+        parts.append(self._time_left(event))
+        return ", ".join(part for part in parts if part)
+
+    def _time_left(self, event: ProgressEvent) -> str:
+        """How long the rest takes at the pace of the unit runs so far; '' where it is unknown."""
+        if event.share is None or self._first is None:
+            return ""
+        seconds, share = self._clock() - self._first[0], event.share - self._first[1]
+        if seconds < 1 or share <= 0:
+            return ""
+        return f"{_duration(seconds * (1 - event.share) / share)} left"
+
+    def _note_pace(self, event: ProgressEvent) -> None:
+        if event.share is None:
+            self._first = None
+        elif self._first is None or event.share < self._first[1]:
+            self._first = self._clock(), event.share
+
+    def _move(self, event: ProgressEvent) -> None:
+        if self._bar is None:
+            columns = (BarColumn(20), TaskProgressColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=err, transient=True)
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
+        known = event.share is not None
+        self._bar.update(
+            self._task,
+            total=1.0 if known else None,
+            completed=event.share or 0.0,
+            description=self.line(event),
+        )
+
+    def close(self) -> None:
+        """Remove the bar from the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (done, total) that moves a bar on stderr, from the first call of a run to its
-    last."""
-    if quiet or not err.is_terminal:
+def progress_bar(quiet: bool = False) -> Iterator[ProgressCallback | None]:
+    """A callback for `progress=` that shows how far long work is, on stderr or in a notebook.
+
+    On a terminal it is one bar, which is gone when the block ends; elsewhere, such as under nohup,
+    a line every 30 seconds. Print results after the block, not in it.
+
+    Args:
+        quiet: Show nothing; the callback is None.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+        >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+        >>> with fp.progress_bar() as progress:
+        ...     result = fp.run_search(ev, "greedy", num_remove=2, progress=progress)
+        >>> len(result.removed)
+        2
+    """
+    if quiet:
         yield None
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("unit runs", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Bar()
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _NoteHandler(logging.Handler):
+    """Writes records as notes, above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{record.name}: {record.getMessage()}")
+
+
+@contextmanager
+def decisions_noted(verbosity: int) -> Iterator[None]:
+    """What the library logs reaches stderr: from 1 on its decisions, from 2 on every call."""
+    if not verbosity:
+        yield
+        return
+    logger, handler = logging.getLogger("fastprune"), _NoteHandler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbosity == 1 else logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

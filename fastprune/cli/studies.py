@@ -13,6 +13,7 @@ from ..demo import QUICK_STUDY, STUDY
 from ..errors import InputError
 from ..study import check_study, check_study_folder, figures, read_document, run_study, write_report
 from ..study.config import EXAMPLE, Document, at
+from ..study.tables import answers, best_cells, format_removed
 from ..validate import check_folder
 from .evaluation import evaluate_study, harness_on_stderr, open_tasks, task_table
 from .options import (
@@ -21,14 +22,15 @@ from .options import (
     Folder,
     check_gradients,
     check_workers,
+    json_option,
     naming,
     open_model,
     open_objective,
     open_workers,
-    quiet_option,
+    output_options,
     workers_options,
 )
-from .output import note, printing, progress_bar, say
+from .output import note, printing, progress_bar, say, say_json
 from .study_tables import held_out_table, print_cells, print_pattern
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ OUT = "give the study's folder, as in: fastprune study study.toml --out DIR"
 @click.option("--out", "out_dir", type=Folder(), help="The study's folder.")
 @click.option("--example", is_flag=True, help="Print a commented document and exit.")
 @workers_options
-@quiet_option
+@json_option
+@output_options
 def study(
     document: str | None,
     out_dir: Path | None,
@@ -51,6 +54,7 @@ def study(
     workers: int | None,
     ray: str | None,
     quiet: bool,
+    as_json: bool,
 ) -> None:
     """Compare search algorithms, objectives and calibration sets, as the document STUDY.TOML says.
 
@@ -68,9 +72,14 @@ def study(
     read = read_document(Path(document))
     found, evaluated = _run(read, out_dir, workers, ray, quiet)
     with printing(out_dir):
+        if as_json:
+            say_json({**found, "tasks": evaluated} if evaluated else found)
+            return
         print_cells(found)
         if found["held_out"]:
             say(held_out_table(found))
+        for line in answers(found):
+            say(line, style="bold")
         for model, rows in evaluated.items():
             for task in rows[0]["results"]:
                 say(task_table(f"{Path(model).name}, {task}", task, rows))
@@ -87,7 +96,7 @@ def study(
 @click.option(
     "--quick", is_flag=True, help="Three algorithms on a part of the data: seconds, not minutes."
 )
-@quiet_option
+@output_options
 def demo(out_dir: Path | None, quick: bool, quiet: bool) -> None:
     """Run a study of a small model that is built in; no downloads.
 
@@ -97,11 +106,17 @@ def demo(out_dir: Path | None, quick: bool, quiet: bool) -> None:
     with naming("--out"):
         out_dir = out_dir or check_folder(Path(f"fastprune-demo{'-quick' * quick}"))
     found, _ = _run(read_document(QUICK_STUDY if quick else STUDY), out_dir, quiet=quiet)
+    removed = next(iter(best_cells(found)))["removed"]
+    units = format_removed(removed).replace(" ", ",")
     with printing(out_dir):
         print_cells(found)
         print_pattern(found)
         say(held_out_table(found))
-        say(f"\nwritten to {out_dir}: report.html, study.json, study.toml")
+        say("")
+        for line in answers(found):
+            say(line, style="bold")
+        say(f"written to {out_dir}: report.html, study.json, study.toml")
+        say(f"next: fastprune export demo --removed {units} --out {out_dir / 'pruned'}")
 
 
 def _run(

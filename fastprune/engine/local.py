@@ -10,6 +10,7 @@ M sequences of a call, V values of the measure, C continuations of a chunk.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -26,6 +27,7 @@ from ..models.device import is_out_of_memory
 from ..models.rotary import switch_length
 from ..models.verify import check_trees
 from ..plan.layout import Layout
+from ..plan.progress import Progress
 from ..plan.schedule import Schedule, make_schedule
 from ..plan.trie import Units, make_trie
 from . import banded
@@ -36,7 +38,9 @@ from .measures import MEASURES
 from .memory import MemoryLimit, OutOfMemory
 from .problem import Problem
 from .reference import DenseReference
-from .runs import MAX_SUMS, Cost, Held, PartialSums, Progress
+from .runs import MAX_SUMS, Cost, Held, PartialSums
+
+log = logging.getLogger(__name__)
 
 Missing = Mapping[int, np.ndarray]  # by chunk, places of sequences, int64[n]
 
@@ -72,7 +76,12 @@ def open_for(
     _check_rows(model, batch)
     measure = MEASURES[measure_name]
     limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity, races)
-    return Opened(runner, limit, limit.layout() if layout is None else limit.check(layout))
+    cut = limit.layout() if layout is None else limit.check(layout)
+    log.info(
+        "%s runs on the %s path (backend %s): %d rows in %d chunks, tiles of %d positions",
+        *(model.name, runner.path_name, backend, batch.num_rows, len(cut.chunks), cut.tile),
+    )
+    return Opened(runner, limit, cut)
 
 
 class Sharing(NamedTuple):
@@ -213,6 +222,7 @@ class LocalRuns:
             return True
         if self._cache.bytes:
             self._cache.shrink()
+            log.info("out of memory: the prefix cache shrinks to %d bytes", self._cache.bytes)
             warnings.warn(
                 "out of memory: going on with a smaller prefix cache", RuntimeWarning, stacklevel=4
             )
@@ -230,9 +240,15 @@ class LocalRuns:
         schedules = self._schedules(sequences, missing)
         room = self._room(problem, schedules)
         if len(sequences) > 1 and banded.is_too_large(schedules, problem.chunks, self._limit, room):
+            log.info("%d sequences do not fit into one call; it runs in halves", len(sequences))
             yield from self._halves(problem, sequences, missing, tell)
             return
-        tell.expect(sum(schedule.unit_runs for schedule in schedules.values()))
+        unit_runs = sum(schedule.unit_runs for schedule in schedules.values())
+        log.debug(
+            "%d sequences on %d chunks: %d unit runs by chunk; %d bytes of prefixes are cached",
+            *(len(sequences), len(missing), unit_runs, self._cache.bytes),
+        )
+        tell.expect(unit_runs)
         with closing(self._walks(problem, schedules, room)) as walks:
             for number, walk in walks:
                 chunk, rows = problem.chunks[number], missing[number]

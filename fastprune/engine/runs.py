@@ -6,18 +6,17 @@ the call out. The evaluator knows this protocol only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from ..plan.progress import Progress
 from ..plan.trie import Units
 
 if TYPE_CHECKING:  # a command line checks its workers without torch
     from .problem import Problem
-
-Progress = Callable[[int, int], None]  # unit runs done, unit runs in all
 
 MAX_SUMS = 64  # sequences whose sums travel together: one fetch, one message, one put
 

@@ -3,7 +3,7 @@
 from .fused import FusedRunner
 from .generic import GenericRunner
 from .head import Head
-from .model import Model
+from .model import Granularity, Model
 from .open import load_model, open_runner
 from .runner import Runner
 from .surgery import masked
@@ -11,6 +11,7 @@ from .surgery import masked
 __all__ = [
     "FusedRunner",
     "GenericRunner",
+    "Granularity",
     "Head",
     "Model",
     "Runner",

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -21,7 +21,8 @@ from .swap import get_module
 from .version import Watch, digest_of
 
 LAYERS_NAMES = ("layers", "h", "blocks")
-GRANULARITIES = ("block", "sublayer")
+Granularity = Literal["block", "sublayer"]
+GRANULARITIES = get_args(Granularity)
 
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ Legend: A candidates, n of N samples seen, K to keep, B = min(A, 2 K) of the low
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ from scipy.special import stdtrit  # quantiles of Student's t distribution
 
 from ..data import TokenBatch
 from ..validate import check_integer, check_number, check_probability
+
+log = logging.getLogger(__name__)
 
 LEAST_ROWS_TO_RACE = 32  # fewer are scored whole
 FIRST_LOOK_ROWS = 8, 16  # the first look has at least 8 rows, up to 16 where rows are short
@@ -123,7 +126,12 @@ def race(
     for number in range(num_looks):
         losses = look(number, alive)
         if number < num_looks - 1:
-            alive = alive[~beaten(losses, num_samples, keep, error, tolerance)]
+            leave = beaten(losses, num_samples, keep, error, tolerance)
+            log.info(
+                "look %d of %d: %d of %d candidates leave the race",
+                *(number + 1, num_looks, int(leave.sum()), len(alive)),
+            )
+            alive = alive[~leave]
     return alive
 
 

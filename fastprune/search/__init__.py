@@ -7,7 +7,7 @@ from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select,
 from . import similarity, enumeration  # noqa: F401 (as above)
 
 # isort: on
-from .protect import PRESETS, protected_units
+from .protect import PRESETS, check_budget, protected_units, units_to_remove
 from .registry import (
     ALGORITHMS,
     Allowed,
@@ -37,6 +37,7 @@ __all__ = [
     "Share",
     "algorithm",
     "check_algorithm",
+    "check_budget",
     "check_racing",
     "describe_algorithms",
     "find_algorithm",
@@ -45,4 +46,5 @@ __all__ = [
     "protected_units",
     "require_sklearn",
     "run_search",
+    "units_to_remove",
 ]

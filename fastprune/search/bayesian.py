@@ -36,9 +36,12 @@ def bayesian(
     """
     from .gaussian_process import MaskProcess
 
+    first = min(initial, trials)
+    batches = -(-(trials - first) // batch_size)
+    search.plan([len(search.candidates), first, *[batch_size] * batches])
     process = MaskProcess()
     prior = Prior(search)
-    scored = draws.distinct(prior.subset, min(initial, trials))
+    scored = draws.distinct(prior.subset, first)
     search.score(scored)
     while len(scored) < trials:
         pool = _pool(search, prior, scored)

@@ -30,6 +30,11 @@ def beam(search: Search, beam_width: Count = 5) -> None:
     Options:
         beam_width: subsets kept after each round.
     """
+    candidates = len(search.candidates)
+    search.plan(
+        candidates if size == 0 else beam_width * (candidates - size)
+        for size in range(max(1, search.num_remove))
+    )
     kept: list[tuple[int, ...]] = [()]
     if search.num_remove == 0:
         search.score(kept)

@@ -26,7 +26,9 @@ def contiguous(search: Search) -> None:
     Source: the shape of subset of Gromov et al. (arXiv 2403.17887), chosen by the loss itself.
     Cost: U - k + 1.
     """
-    search.select(windows(search.candidates, search.num_remove), 1)
+    chosen = windows(search.candidates, search.num_remove)
+    search.plan([len(chosen)])
+    search.select(chosen, 1)
 
 
 def _few_enough(candidates: int, num_remove: int, granularity: str, max_masks: int) -> None:
@@ -47,6 +49,8 @@ def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     Options:
         max_masks: refuse to score more subsets than this.
     """
+    total = math.comb(len(search.candidates), search.num_remove)
+    search.plan(min(AT_ONCE, total - start) for start in range(0, total, AT_ONCE))
     subsets = itertools.combinations(
         search.candidates, search.num_remove
     )  # in order: prefixes lie together
@@ -65,6 +69,7 @@ def random_subsets(search: Search, num_masks: Count = 100) -> None:
     Options:
         num_masks: subsets to draw.
     """
+    search.plan([num_masks])
     search.select(draws.uniform(search, num_masks), 1)
 
 

@@ -43,6 +43,8 @@ def genetic(
         generations: generations in all, the first included.
         tournament: subsets from which each parent is the best.
     """
+    children = population - round(elitism * population)
+    search.plan([len(search.candidates), population, *[children] * (generations - 1)])
     prior = Prior(search)
     first = prior.one_shot()
     members = _ranked(search, [first, *draws.distinct(prior.subset, population - 1, known=[first])])
@@ -154,6 +156,9 @@ def evopress(
             [],
         ]  # a flip of a block's MLP changes nothing: attention and MLP are tied
         first = draws.uniform(search, initial)
+    number = generations or int(k * (size - k) / 1.5)
+    steps = [offspring, first_survivors + 1] if search.racing is None else [offspring + 1]
+    search.plan([initial, *steps * number, 1])
     (parent,) = _select(search, first, initial_tokens, 1)
 
     def child() -> Removed:
@@ -164,7 +169,7 @@ def evopress(
             else _flipped(search, parent, count, types)
         )
 
-    for _ in range(generations or int(k * (size - k) / 1.5)):
+    for _ in range(number):
         children = draws.distinct(child, offspring, known=[parent])
         if search.racing is None and children:
             children = _select(search, children, first_tokens, first_survivors)

@@ -19,6 +19,7 @@ def one_shot(search: Search) -> Removed:
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: U + 1.
     """
+    search.plan([len(search.candidates), 1])
     singles = search.select([(unit,) for unit in search.candidates], max(1, search.num_remove))
     subset = as_removed(unit for (unit,) in singles[: search.num_remove])
     search.score([subset])
@@ -39,6 +40,7 @@ def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) 
     Options:
         power: 2 sums squares.
     """
+    search.plan([1])
     salience = search.evaluator.unit_salience(power)[search.candidates]
     subset = lowest(search, np.where(np.isfinite(salience), salience, np.inf))
     search.score([subset])

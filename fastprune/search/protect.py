@@ -1,12 +1,14 @@
-"""The units that must stay: given one by one, or as a preset, what a published method never tries
-to remove."""
+"""Budgets, and the units that must stay: given one by one, or as a preset, what a published method
+never tries to remove."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+from ..errors import InputError, shown
 from ..masks import check_removed
-from ..validate import check_one_of
+from ..validate import check_integer, check_one_of
 
 PRESETS = {"sleb": (1, 1), "shortened-llama": (4, 2)}  # blocks at the start and at the end
 
@@ -27,3 +29,35 @@ def protected_units(
     return tuple(
         u for u in range(num_units) if u < first * halves or u >= num_units - last * halves
     )
+
+
+def check_budget(budget: int | str) -> float | None:
+    """The percentage of a budget such as "25%"; None for an integer.
+
+    Raises InputError for another text, and for a percentage that is not between 0 and 100.
+    """
+    if not isinstance(budget, str):
+        return None
+    share = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", budget.strip())
+    if share is None or not 0 < float(share[1]) < 100:
+        raise InputError(
+            f'num_remove must be an integer or a share such as "25%", not {shown(budget)}',
+            argument="num_remove",
+        )
+    return float(share[1])
+
+
+def units_to_remove(budget: int | str, num_units: int) -> int:
+    """How many of the units a budget removes: a share is rounded down, to at least 1.
+
+    Raises InputError for a budget that is not from 0 to num_units - 1.
+
+    >>> from fastprune.search import units_to_remove
+    >>> units_to_remove("25%", 14), units_to_remove(3, 14)
+    (3, 3)
+    """
+    percentage = check_budget(budget)
+    if percentage is not None:
+        budget = max(1, int(num_units * percentage / 100))
+    of = f"since the model has {num_units} units"
+    return check_integer("num_remove", budget, 0, num_units - 1, of)

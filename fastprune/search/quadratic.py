@@ -46,6 +46,7 @@ def cbo(
         rescore: score them all; otherwise only the lowest.
         first_order: add -g^T z to the energy, g the mean gradient.
     """
+    search.plan([num_states if rescore else 1])
     gradients = search.evaluator.unit_gradients()[:, search.candidates]  # [n, candidates]
     gradients = gradients[np.isfinite(gradients).all(axis=1)]
     if not len(gradients):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..errors import InputError
 from ..masks import from_removed
-from ..validate import check_integer
-from .protect import protected_units
+from ..plan.progress import ProgressCallback, ProgressEvent, reporting
+from ..validate import check_callable, check_integer
+from .protect import protected_units, units_to_remove
 from .registry import check_algorithm, check_racing
 
 if TYPE_CHECKING:
     from ..plan.racing import Race
 
 Removed = tuple[int, ...]
+log = logging.getLogger(__name__)
 
 
 class Metric(Protocol):
@@ -86,10 +89,11 @@ class Search:
     def __init__(
         self,
         evaluator: Scorer,
-        num_remove: int,
+        num_remove: int | str,
         seed: int,
         protect: Iterable[int] | str,
         racing: float | None = None,
+        algorithm: str | None = None,
     ):
         self.racing = racing if racing is not None and evaluator.num_looks > 1 else None
         self.decided_early = 0
@@ -100,6 +104,55 @@ class Search:
         self.num_remove = self._check_budget(num_remove)
         self.rng = np.random.default_rng(seed)
         self.losses: dict[Removed, float] = {}  # of every subset scored, in order
+        self._algorithm = algorithm
+        self._best: Removed = ()
+        self._round, self._planned = 0, [0]  # masks asked for by the end of each planned round
+
+    def plan(self, masks: Iterable[int]) -> None:
+        """Tell how many masks each round will ask for, at most, so that progress has a share.
+
+        A round is a call of `score`, `select` or `score_samples` that asks for unknown losses. An
+        algorithm calls this before its first round; one that cannot know its rounds does not.
+
+        Args:
+            masks: For each round, in order, the masks it asks for.
+        """
+        self._planned = [0]
+        for count in masks:
+            self._planned.append(self._planned[-1] + max(1, count))
+
+    def describe(self, event: ProgressEvent) -> ProgressEvent:
+        """The event with what this search knows: algorithm, round, best loss and share."""
+        rounds, share = len(self._planned) - 1, None
+        if 0 < self._round <= rounds and event.share is not None:
+            before, after = self._planned[self._round - 1 : self._round + 1]
+            share = (before + event.share * (after - before)) / self._planned[-1]
+        return replace(
+            event,
+            share=share,
+            algorithm=self._algorithm,
+            round=self._round or None,
+            rounds=rounds if 0 < self._round <= rounds else None,
+            best=self._format_best(),
+        )
+
+    def _format_best(self) -> str | None:
+        """The lowest loss so far among the largest subsets, as the objective formats it."""
+        if self._best not in self.losses:
+            return None
+        best = self.evaluator.objective.format(self.losses[self._best])
+        size = len(self._best)
+        return best if size == self.num_remove else f"{best} ({size} removed)"
+
+    def _remember(self, losses: Iterable[tuple[Removed, float]]) -> None:
+        for subset, loss in losses:
+            self.losses[subset] = loss
+            better = self._best not in self.losses or (-len(subset), _rank(loss)) < (
+                -len(self._best),
+                _rank(self.losses[self._best]),
+            )
+            self._best = subset if better else self._best
+        log.info("round %d: best %s", self._round, self._format_best())
 
     def score(self, subsets: Sequence[Removed]) -> np.ndarray:
         """The loss of removing each subset, float64[N], +inf where it is not finite, so that it
@@ -111,8 +164,9 @@ class Search:
         subsets = [tuple(sorted(subset)) for subset in subsets]
         new = [subset for subset in dict.fromkeys(subsets) if subset not in self.losses]
         if new:
+            self._round += 1
             losses = self.evaluator.score(from_removed(new, self.num_units))
-            self.losses.update(zip(new, losses.tolist()))
+            self._remember(zip(new, losses.tolist()))
         return np.array([_rank(self.losses[subset]) for subset in subsets])
 
     def select(self, subsets: Iterable[Removed], keep: int) -> list[Removed]:
@@ -129,9 +183,10 @@ class Search:
         ):
             order = self.score(subsets).argsort(kind="stable")[:keep]
             return [subsets[i] for i in order]
+        self._round += 1
         result = self.evaluator.race(from_removed(subsets, self.num_units), keep, self.racing)
         kept = [subsets[i] for i in result.indices]
-        self.losses.update(zip(kept, result.losses.tolist()))
+        self._remember(zip(kept, result.losses.tolist()))
         self.decided_early += result.decided_early
         return kept
 
@@ -143,6 +198,7 @@ class Search:
         """
         if len(samples) == self.evaluator.num_samples:
             return self.score(subsets)
+        self._round += 1
         losses = self.evaluator.score_samples(
             from_removed(subsets, self.num_units), samples=samples
         )
@@ -163,9 +219,8 @@ class Search:
             raise ArithmeticError(f"the subset that was chosen, {subset}, has no finite loss")
         return subset
 
-    def _check_budget(self, num_remove: object) -> int:
-        of = f"since the model has {self.num_units} units"
-        num_remove = check_integer("num_remove", num_remove, 0, self.num_units - 1, of)
+    def _check_budget(self, budget: int | str) -> int:
+        num_remove = units_to_remove(budget, self.num_units)
         if num_remove > len(self.candidates):
             free = "1 unit is" if len(self.candidates) == 1 else f"{len(self.candidates)} units are"
             raise InputError(
@@ -240,16 +295,20 @@ class SearchResult:
 def run_search(
     evaluator: Scorer,
     algorithm: str,
-    num_remove: int,
+    num_remove: int | str,
     seed: int = 0,
     protect: Iterable[int] | str = (),
     racing: float | None = None,
+    *,
+    progress: ProgressCallback | None = None,
     **options: object,
 ) -> SearchResult:
     """Search for the num_remove units whose removal gives the lowest loss.
 
-    algorithm: a name of known_algorithms(); options are its own. protect: units that must stay, or
-    the name of a preset, "sleb" or "shortened-llama": what those methods never remove. racing: a
+    algorithm: a name of known_algorithms(); options are its own. num_remove: how many units, or a
+    share of them such as "25%", rounded down, at least 1. protect: units that must stay, or the
+    name of a preset, "sleb" or "shortened-llama": what those methods never remove.
+    progress: called with a `ProgressEvent` as the search runs. racing: a
     confidence such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each
     selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
     a seed. Raises InputError for an unknown algorithm, option or preset, for a budget outside
@@ -267,14 +326,17 @@ def run_search(
     if not hasattr(evaluator, "num_units"):
         raise InputError(f"a search takes an Evaluator, not {type(evaluator).__name__}")
     check_integer("seed", seed, least=0)
-    search = Search(evaluator, num_remove, seed, protect, racing)
+    if progress is not None:
+        check_callable("progress", progress, "a function of a ProgressEvent")
+    search = Search(evaluator, num_remove, seed, protect, racing, algorithm)
     if chosen.check_size:
         chosen.check_size(
             len(search.candidates), search.num_remove, evaluator.granularity, **options
         )
     before = evaluator.stats.unit_runs, evaluator.stats.naive_unit_runs
     started = time.perf_counter()
-    choice = chosen.function(search, **options)
+    with reporting(search.describe, progress):
+        choice = chosen.function(search, **options)
     best = search.best() if choice is None else search.chosen(choice)
     after = evaluator.stats
     reader: Any = type(evaluator.objective)  # the class, without the data

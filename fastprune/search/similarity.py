@@ -40,6 +40,7 @@ def lorp(search: Search, clusters: CountOrAuto = 0) -> Removed:
     Options:
         clusters: number of clusters; 0 lets RLS decide.
     """
+    search.plan([1])
     states = _similarity(search)[:-1, :-1]
     count = min(clusters or clusters_for(redundancy_score(states)), len(states))
     labels = cluster_units(states, count)
@@ -62,6 +63,7 @@ def shortgpt(search: Search, variant: Variant = "paper") -> Removed:
     Options:
         variant: paper, or lorp: spare the first and the last unit.
     """
+    search.plan([1])
     influence = 1 - np.diagonal(_similarity(search), offset=1)
     last_resort = {search.num_units - 1: 1, 0: 2} if variant == "lorp" else {}
     order = sorted(
@@ -88,6 +90,7 @@ def streamline(
         variant: paper; lorp: leave out windows that hold the first or the last unit; gromov:
             angular distance.
     """
+    search.plan([1])
     found = windows(search.candidates, search.num_remove)
     if variant == "lorp":
         found = [window for window in found if not {0, search.num_units - 1} & {*window}] or found

@@ -15,7 +15,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +27,17 @@ else:
 
 from .. import demo
 from ..errors import InputError, nearest, shown
+from ..masks import parse_removed
 from ..objectives import OBJECTIVES
-from ..search import ALGORITHMS, PRESETS, Allowed, check_algorithm, check_racing, find_algorithm
+from ..search import (
+    ALGORITHMS,
+    PRESETS,
+    Allowed,
+    check_algorithm,
+    check_budget,
+    check_racing,
+    find_algorithm,
+)
 from ..validate import check_folder, check_path
 from .folder import check_label
 
@@ -49,6 +58,17 @@ class Between(Allowed):
         return f"between {self.least:g} and {self.most:g}"
 
 
+class OrShare(Allowed):
+    """Integers within the bounds, or shares such as "25%"."""
+
+    def __contains__(self, value: Any) -> bool:
+        if not isinstance(value, str):
+            return super().__contains__(value)
+        with suppress(InputError):
+            return check_budget(value) is not None
+        return False
+
+
 def _one_of(*choices: str) -> Allowed:
     return Allowed(choices=choices)
 
@@ -57,6 +77,7 @@ Samples = Annotated[int, Allowed(least=1, most=MOST)]
 Tokens = Annotated[int, Allowed(least=2, most=MOST)]
 Seed = Annotated[int, Allowed(least=0, most=MOST_SEED)]
 Number = Annotated[int, Allowed(least=0, most=MOST)]
+Budget = Annotated[int | str, OrShare(least=0, most=MOST)]
 Gigabytes = Annotated[float, Between(least=0, most=2**20)]
 
 
@@ -100,7 +121,7 @@ class ObjectiveConfig:
 class SearchConfig:
     """[search]: every algorithm runs for every objective and every number of units to remove."""
 
-    num_remove: tuple[Number, ...]
+    num_remove: tuple[Budget, ...]
     algorithms: str | tuple[str, ...] = STUDIED
     racing: Annotated[float, Between(least=0, most=1)] | None = None
     seed: Seed = 0
@@ -260,13 +281,14 @@ def at(place: str) -> Iterator[None]:
 
 # -- a table to dataclasses ----------------------------------------------------------------------
 
-_KINDS = {
+_KINDS: dict[Any, str] = {
     str: "a text",
     int: "an integer",
     float: "a number",
     bool: "true or false",
     tuple: "a list",
     dict: "a table",
+    int | str: 'a share such as "25%", or an integer',
 }
 
 
@@ -317,9 +339,11 @@ def _parse_limited(kind: Any, allowed: Allowed, value: Any, place: str) -> Any:
                 f"{place}: unknown value {shown(value)}; {nearest(value, allowed.choices)}"
             )
         return value
+    if kind == int | str and not isinstance(value, str):
+        kind = int
     if not _is(kind, value) or value not in allowed:
         raise InputError(f"{place} must be {_KINDS[kind]} {allowed}, not {shown(value)}")
-    return kind(value)
+    return value if kind == int | str else kind(value)
 
 
 def _expect(kind: Any, value: Any, place: str) -> Any:
@@ -331,6 +355,8 @@ def _expect(kind: Any, value: Any, place: str) -> Any:
 def _is(kind: Any, value: Any) -> bool:
     if kind is float:
         return type(value) is int or (type(value) is float and math.isfinite(value))
+    if kind == int | str:
+        return type(value) in (int, str)
     return type(value) is (list if kind is tuple else kind)
 
 
@@ -363,6 +389,10 @@ def _check(config: StudyConfig, folder: Path) -> StudyConfig:
     for path in _once("model.path", config.model.paths, least=1):
         with at("model.path"):
             check_path(path)
+    protect = config.search.protect
+    if isinstance(protect, str) and protect[:1].isdigit():  # such as "0-3"
+        with at("search.protect"):
+            config = replace(config, search=replace(config.search, protect=parse_removed(protect)))
     _check_search(config)
     _once("calibration", [data.name for data in config.calibration], least=1)
     sets = tuple(_check_data(data, "calibration", config, base) for data in config.calibration)

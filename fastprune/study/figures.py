@@ -16,7 +16,9 @@ from ..io import write_file
 from ..objectives import Objective
 from .tables import difference_header
 
-KEPT, EDGE, RULE = "#f1f3f5", "#d5d9dd", "#868e96"
+KEPT, EDGE, RULE, INK = "#f1f3f5", "#d5d9dd", "#868e96", "#1c2024"
+# Colours that a page may set otherwise, such as for dark mode, by the names of its variables.
+PAGE_COLOURS = {KEPT: "--cell", EDGE: "--edge", INK: "--ink"}
 
 
 def check_installed() -> None:
@@ -244,9 +246,11 @@ def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str) -
 def as_svg(figure: Any) -> str:
     """The figure as an <svg> element, to stand in a page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     _pyplot().close(figure)
     text = buffer.getvalue()
+    for colour, name in PAGE_COLOURS.items():
+        text = text.replace(colour, f"var({name}, {colour})")
     return text[text.index("<svg") :]
 
 
@@ -266,6 +270,7 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     settings: Any = {"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"}
+    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     settings["text.parse_math"] = False  # a `$` in a model's name is a `$`
     pyplot.rcParams.update(settings)
     return pyplot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..io import write_file
@@ -10,7 +10,14 @@ from ..objectives import Objective, format_size, objective_class
 from ..search import describe_algorithms
 from . import figures
 from .machines import machines_note
-from .tables import difference_header, format_removed, judge_notes
+from .tables import (
+    answers,
+    best_cells,
+    difference_header,
+    format_removed,
+    judge_notes,
+    short_name,
+)
 
 
 def write_report(study: Mapping, path: Path) -> None:
@@ -19,7 +26,7 @@ def write_report(study: Mapping, path: Path) -> None:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True)
-    environment.filters.update(removed=format_removed, data=_data)
+    environment.filters.update(removed=format_removed, data=_data, name=short_name)
     objectives = _objectives(study)
     found = [cell for cell in study["cells"] if not cell["error"]]
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -27,7 +34,8 @@ def write_report(study: Mapping, path: Path) -> None:
         study=study,
         found=found,
         failed=[cell for cell in study["cells"] if cell["error"]],
-        best=_best(found),
+        answers=answers(study),
+        best=best_cells(study),
         machines=machines_note(study),
         notes=judge_notes(study),
         measures=objectives,
@@ -55,30 +63,17 @@ def _data(objective: Mapping) -> str:
     return f"{objective['source']}, {size}" if objective["source"] else size
 
 
-def _best(cells: Sequence[Mapping]) -> list[dict]:
-    """For each model, budget and objective, the mask of lowest loss, and the algorithms that found
-    it."""
-    best: dict[tuple, dict] = {}
-    for cell in cells:
-        entry = best.setdefault(
-            (cell["model"], cell["num_remove"], cell["objective"]), {**cell, "algorithms": []}
-        )
-        if cell["loss"] < entry["loss"]:
-            entry.update(cell, algorithms=[])
-        if tuple(cell["removed"]) == tuple(entry["removed"]):
-            entry["algorithms"].append(cell["algorithm"])
-    return list(best.values())
-
-
 def study_figures(study: Mapping) -> dict[str, list]:
     """The figures of a study: patterns, ranks, spreads, calibration sets, similarity."""
     labels, objectives = list(study["objectives"]), _objectives(study)
     cells = [cell for cell in study["cells"] if not cell["error"]]
     names = {
-        (model, num_remove): f"{model}, " * (len(study["num_units"]) > 1)
+        (model, num_remove): f"{short_name(model)}, " * (len(study["num_units"]) > 1)
         + f"{num_remove} of {units} removed"
         for model, units in study["num_units"].items()
-        for num_remove in study["inputs"]["budgets"]
+        for num_remove in dict.fromkeys(
+            cell["num_remove"] for cell in study["cells"] if cell["model"] == model
+        )
     }
     found: dict[str, list] = {
         "patterns": [],
@@ -111,7 +106,7 @@ def study_figures(study: Mapping) -> dict[str, list]:
                 ]
                 for same in by_mask.values()
             }
-            if others:
+            if others and len(losses) > 1:  # one mask has no ranks
                 found["ranks"].append(figures.rank_figure(name, chosen_by, others, losses))
     for judged_by in (*labels, *study["held_out"]):
         strips: dict[str, dict[str, list[float]]] = {}
@@ -132,7 +127,8 @@ def study_figures(study: Mapping) -> dict[str, list]:
         found["calibration"].append(figures.calibration_figure(entries, title, objectives))
     for model, entry in study["similarity"].items():
         if entry:
-            title = f"{model}: RLS {entry['rls']:.3f}, {len(set(entry['clusters']))} clusters"
+            clusters = len(set(entry["clusters"]))
+            title = f"{short_name(model)}: RLS {entry['rls']:.3f}, {clusters} clusters"
             found["similarity"].append(
                 figures.similarity_figure(entry["matrix"], entry["clusters"], title)
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import time
 import warnings
@@ -26,6 +27,7 @@ from ..errors import InputError
 from ..io import write_file, write_json
 from ..masks import from_removed
 from ..objectives import Objective, objective_class
+from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..search import (
     check_algorithm,
     check_racing,
@@ -33,8 +35,9 @@ from ..search import (
     protected_units,
     require_sklearn,
     run_search,
+    units_to_remove,
 )
-from ..validate import check_folder
+from ..validate import check_callable, check_folder
 from ..workers.processes import Processes, Workers
 from .folder import (
     DOCUMENT,
@@ -56,13 +59,14 @@ if TYPE_CHECKING:  # what checks a study does without torch
     Makers = Mapping[str, Callable[[Model], Objective]]
 
 Notify = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 def run_study(
     models: Sequence[Model],
     objectives: Makers,
     algorithms: Sequence[str],
-    budgets: Sequence[int],
+    budgets: Sequence[int | str],
     out_dir: str | Path,
     *,
     options: Mapping[str, Mapping[str, object]] | None = None,
@@ -72,6 +76,7 @@ def run_study(
     notify: Notify = lambda message: None,
     held_out: Makers | None = None,
     document: str | None = None,
+    progress: ProgressCallback | None = None,
     **evaluator_options: Any,
 ) -> dict:
     """Run every search, score every chosen mask under every objective, and write `study.json`.
@@ -87,7 +92,7 @@ def run_study(
         objectives: By label, functions from a model to an objective on its calibration set. One
             objective on several sets, each under a label, compares the sets.
         algorithms: Names of algorithms.
-        budgets: Numbers of units to remove.
+        budgets: Numbers of units to remove, or shares of them such as "25%".
         out_dir: The study's folder.
         options: Options of algorithms, by the algorithms' names.
         seed: The seed of every search.
@@ -96,6 +101,7 @@ def run_study(
         notify: Called with a line about each step.
         held_out: Further objectives; they judge every chosen mask, and no search sees them.
         document: The study's document, kept as study.toml.
+        progress: Called with a `ProgressEvent` as the study runs.
         evaluator_options: Options of `Evaluator`; its workers are started once, for all.
 
     Returns:
@@ -106,6 +112,8 @@ def run_study(
             process writes there. The folder is then as it was.
     """
     options, held_out = options or {}, held_out or {}
+    if progress is not None:
+        check_callable("progress", progress, "a function of a ProgressEvent")
     out = Path(out_dir)
     check_study(algorithms, options, out)
     check_racing(algorithms, racing)
@@ -133,7 +141,7 @@ def run_study(
             write_json(out / INPUTS, identity, replace=True)
         if document is not None:
             write_file(out / DOCUMENT, document, replace=True)
-        return _run(evaluators, models, objectives, held_out, identity, out, notify)
+        return _run(evaluators, models, objectives, held_out, identity, out, notify, progress)
 
 
 def _run(
@@ -144,12 +152,14 @@ def _run(
     identity: dict,
     out: Path,
     notify: Notify,
+    progress: ProgressCallback | None,
 ) -> dict:
     """The study of these settings, in a folder that this process holds."""
     evaluators.open_store(out / "scores.db")
     cells = []
     searches = list(product(models, objectives, identity["budgets"], identity["algorithms"]))
-    for number, (model, label, num_remove, algorithm) in enumerate(searches, 1):
+    for number, (model, label, budget, algorithm) in enumerate(searches, 1):
+        num_remove = units_to_remove(budget, evaluators.num_units(model))
         path = out / "cells" / f"{_slug(model.name)}-{label}-{num_remove}-{algorithm}.json"
         made_with = _made_with(identity, model.name, label, num_remove, algorithm)
         cell = None
@@ -160,10 +170,15 @@ def _run(
                 stacklevel=3,
             )
         if not cell:
-            notify(
-                f"{number}/{len(searches)}  {model.name}: {label}, {num_remove} removed, "
-                f"{algorithm}"
-            )
+            name = f"{model.name}: {label}, {num_remove} removed, {algorithm}"
+            notify(f"{number}/{len(searches)}  {name}")
+
+            def describe(
+                event: ProgressEvent, before: int = number - 1, name: str = name
+            ) -> ProgressEvent:
+                share = (before + (event.share or 0)) / len(searches)
+                return replace(event, share=share, cell=f"{before + 1}/{len(searches)} {name}")
+
             settings = {
                 **identity["algorithms"][algorithm],
                 "seed": identity["seed"],
@@ -174,10 +189,13 @@ def _run(
                 model.name, label, num_remove, algorithm, machine=evaluators.machines[model.name]
             )
             # the evaluator has no name here, which would keep it while the next one is made
-            cell = _search(evaluators.get(model, label), empty, settings)
+            with reporting(describe, progress):
+                cell = _search(evaluators.get(model, label), empty, settings)
             if cell.error:
                 notify(f"{number}/{len(searches)}  found nothing: {cell.error}")
             write_cell(path, cell, made_with)
+        else:
+            log.info("%s: finished before; used again", path)
         cells.append(cell)
     notify("scoring every chosen mask under every objective")
     judges = [*objectives, *held_out]
@@ -204,6 +222,7 @@ def _run(
             for model in models
         },
         "num_units": {model.name: evaluators.num_units(model) for model in models},
+        "parameters": {model.name: evaluators.parameters(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
         "cells": [cell_record(cell, names) for cell in cells],
         **summarise(cells),
@@ -320,7 +339,16 @@ class _Evaluators:
             open_runner(model, "generic", self._granularity)
             units = self.num_units(model)
             protected = protected_units(settings["protect"], units, self._granularity)
-            for num_remove in budgets:
+            counts = [
+                budget if isinstance(budget, int) else units_to_remove(budget, units)
+                for budget in budgets
+            ]
+            if len(set(counts)) < len(counts):
+                raise InputError(
+                    f"budgets {', '.join(map(str, budgets))} name one number of units of "
+                    f"{model.name} twice"
+                )
+            for num_remove in counts:
                 if not 0 <= num_remove < units:
                     raise InputError(
                         f"num_remove {num_remove} must be from 0 to {units - 1} ({model.name} has "
@@ -380,6 +408,13 @@ class _Evaluators:
 
     def num_units(self, model: Model) -> int:
         return len(model.unit_names(self._granularity))
+
+    def parameters(self, model: Model) -> dict[str, object]:
+        """Parameters of a model in all, and of each unit."""
+        from ..models.surgery import unit_parameters
+
+        total = sum(weights.numel() for weights in model.hf.parameters())
+        return {"total": total, "units": unit_parameters(model, self._granularity)}
 
 
 def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Cell:

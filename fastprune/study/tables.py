@@ -37,6 +37,56 @@ def format_dense(
     return f"whole model: {objective.format(loss, error)}"
 
 
+def short_name(model: str) -> str:
+    """A model's name without the folders of this machine; a hub id stays whole."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def best_cells(study: Mapping) -> list[dict]:
+    """For each model, budget and objective, the search of lowest loss, with `algorithms`: the names
+    of those that chose its mask."""
+    best: dict[tuple, dict] = {}
+    for cell in study["cells"]:
+        if cell["error"]:
+            continue
+        place = cell["model"], cell["num_remove"], cell["objective"]
+        entry = best.setdefault(place, {**cell, "algorithms": []})
+        if cell["loss"] < entry["loss"]:
+            entry.update(cell, algorithms=[])
+        if tuple(cell["removed"]) == tuple(entry["removed"]):
+            entry["algorithms"].append(cell["algorithm"])
+    return list(best.values())
+
+
+def answers(study: Mapping) -> list[str]:
+    """A line for each model and budget: the best mask under the first objective, in its metrics.
+
+    Held-out data judges it where the study has some, else its objectives do.
+    """
+    labels = list(study["held_out"] or study["objectives"])
+    described = {**study["objectives"], **study["held_out"]}
+    lines: dict[tuple[str, int], str] = {}
+    for cell in best_cells(study):
+        model, dense = cell["model"], study["dense"][cell["model"]]
+        names: list[str] = []
+        changes = []
+        for label in labels:
+            metric = objective_class(described[label]["name"])
+            names.append(metric.metric_name)
+            before = metric.format(dense[label]["loss"], named=False).removesuffix(metric.unit)
+            after = metric.format(cell["losses"][label], named=False)
+            name = metric.metric_name if names.count(names[-1]) == 1 else label
+            changes.append(f"{name} {before.rstrip()} -> {after}")
+        parameters = study["parameters"][model]
+        saved = sum(parameters["units"][unit] for unit in cell["removed"]) / parameters["total"]
+        changes.append(f"{100 * saved:.{0 if saved >= 0.1 else 1}f} % fewer parameters")
+        start = f"{short_name(model)}: " * (len(study["num_units"]) > 1)
+        judged = " (on held-out data)" * bool(study["held_out"])
+        line = f"{start}Remove {format_removed(cell['removed'])}: {', '.join(changes)}{judged}"
+        lines.setdefault((model, cell["num_remove"]), line)
+    return list(lines.values())
+
+
 def judge_notes(study: Mapping) -> list[str]:
     """A line for each objective of a study that judges nothing on a model: `no_judge`."""
     described = {**study["objectives"], **study["held_out"]}

@@ -19,9 +19,10 @@ import torch
 
 from ..engine.memory import OutOfMemory
 from ..engine.problem import Problem
-from ..engine.runs import Cost, Held, PartialSums, Progress
+from ..engine.runs import Cost, Held, PartialSums
 from ..errors import InputError
 from ..models import Model
+from ..plan.progress import Progress
 from ..plan.split import cut, owners, teams
 from ..plan.trie import Trie, Units, make_trie
 from .messages import Open, Run, Setup, Word

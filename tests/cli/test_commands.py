@@ -330,7 +330,7 @@ def test_non_finite_losses_are_written_as_such(run, checkpoint, text_file, tmp_p
 
 
 def test_runs_as_a_program(checkpoint):
-    command = [sys.executable, "-m", "fastprune.cli", "score", checkpoint, "--removed", "1"]
+    command = [sys.executable, "-m", "fastprune", "score", checkpoint, "--removed", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -386,3 +386,21 @@ def test_the_memory_that_is_named_is_enough(run, checkpoint, text_file):
     least = re.search(r"\(--memory-gb ([\d.]+)\)$", error.strip())[1]
     assert run(*score, "--memory-gb", least)[0] == 0
     assert run(*score, "--memory-gb", float(least) / 2)[0] == 2
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_its_answer_and_the_next_command(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("demo", "--quick", "--quiet", "--out", "demo")
+    assert (status, err) == (0, "")
+    answer, written, following = out.splitlines()[-3:]
+    assert re.fullmatch(
+        r"Remove [\d -]+: perplexity [\d.]+ -> [\d.]+, accuracy [\d.]+ -> [\d.]+ %, "
+        r"\d+ % fewer parameters \(on held-out data\)",
+        answer,
+    )
+    assert written == "written to demo: report.html, study.json, study.toml"
+    program, *command = following.removeprefix("next: ").split()
+    assert program == "fastprune"
+    assert run(*command)[0] == 0
+    assert (tmp_path / "demo" / "pruned" / "model.safetensors").is_file()

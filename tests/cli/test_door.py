@@ -192,7 +192,5 @@ def test_other_names(refused, name):
 
 
 def test_no_command(refused):
-    assert (
-        "name a command: demo, info, algorithms, score, search, study, eval, export, store; --help"
-        in refused()
-    )
+    names = "demo, info, env, algorithms, score, search, study, eval, export, store"
+    assert f"name a command: {names}; --help" in refused()

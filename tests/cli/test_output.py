@@ -134,7 +134,7 @@ def test_the_program_prints_in_ascii_where_that_is_asked_for():
         "PYTHONIOENCODING": "ascii",
         "LC_ALL": "C",
     }
-    command = [sys.executable, "-m", "fastprune.cli", "algorithms", "cbo", "bayesian"]
+    command = [sys.executable, "-m", "fastprune", "algorithms", "cbo", "bayesian"]
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()

@@ -127,7 +127,7 @@ def test_openmp_reads_how_threads_wait():
     command = [
         sys.executable,
         "-m",
-        "fastprune.cli",
+        "fastprune",
         "score",
         "demo",
         "--removed",

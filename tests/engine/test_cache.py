@@ -133,8 +133,8 @@ def test_a_call_that_is_broken_off_leaves_only_whole_states():
         ev.score(masks[:4])
         calls = []
 
-        def interrupt(done, total, stop=stop, calls=calls):
-            calls.append(done)
+        def interrupt(event, stop=stop, calls=calls):
+            calls.append(event.done)
             if len(calls) == stop:
                 raise KeyboardInterrupt
 

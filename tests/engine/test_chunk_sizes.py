@@ -26,7 +26,7 @@ def cuts(hf, backend, objective):
         totals = []
         ev = fp.Evaluator(
             hf, objective, backend=backend, memory_bytes=budget,
-            progress=lambda done, total: totals.append(total)
+            progress=lambda event: totals.append(event.total)
         )
         ev.score(np.ones((1, ev.num_units), dtype=bool))
         found.append([totals[-1], ev.stats.peak_activation_bytes])

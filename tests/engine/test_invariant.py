@@ -91,8 +91,8 @@ def test_a_failed_call_leaves_no_trace():
     masks = some_masks(ev.num_units, 20, seed=10)
     expected = ev.score(masks)
 
-    def stop(done, total):
-        if done >= total // 3:
+    def stop(event):
+        if event.done >= event.total // 3:
             raise KeyboardInterrupt
 
     ev.progress = stop
@@ -109,7 +109,7 @@ def test_progress_ends_at_the_total():
     ev = fp.Evaluator(
         hf,
         objective("text", hf.config.vocab_size),
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda event: seen.append((event.done, event.total)),
     )
     ev.score(some_masks(ev.num_units, 20, seed=11))
     done, totals = zip(*seen, strict=True)

@@ -111,8 +111,8 @@ def in_chunks(**options) -> fp.Evaluator:
 
 
 def test_a_run_that_is_killed_within_a_call_repeats_no_finished_chunk(tmp_path):
-    def die(done: int, total: int) -> None:
-        if done >= total * 0.7:
+    def die(event: fp.ProgressEvent) -> None:
+        if event.done >= event.total * 0.7:
             os.kill(os.getpid(), 9)
 
     def ask(**options) -> None:

@@ -175,7 +175,7 @@ def test_reading_goes_on_while_a_band_computes(folder, monkeypatch):
         assert ran.wait(timeout=60), "nothing computes while the next band is read"
         return preadv(*arguments)
 
-    def progress(done, total):
+    def progress(event):
         ran.set()
         assert began.wait(timeout=60), "nothing is read while a band computes"
 

@@ -199,7 +199,7 @@ def test_progress_ends_where_all_is_done(hf, batch):
         hf,
         fp.Perplexity(batch),
         workers=InThisProcess(3),
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda event: told.append((event.done, event.total)),
     )
     many.score(some_masks(many.num_units, 20, seed=7))
     assert told[-1][0] == told[-1][1] > 0

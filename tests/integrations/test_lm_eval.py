@@ -302,7 +302,7 @@ def test_a_mask_that_cannot_generate_is_refused_before_anything_runs(folder, man
     masks, ran = fp.from_removed([(5,), range(6)], 6), []
     settings = {
         "task_manager": manager,
-        "progress": lambda done, total: ran.append(done),
+        "progress": lambda event: ran.append(event.done),
         **SETTINGS,
     }
     with pytest.raises(fp.InputError, match=r"cannot generate without blocks \(0, 1, 2, 3, 4, 5\)"):
@@ -377,6 +377,15 @@ def test_the_harness_own_command_line(folder, tmp_path, manager):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("fastprune: removed unit 7 is out of range")
+
+
+@pytest.mark.slow
+def test_eval_prints_one_json_document(run, folder):
+    arguments = ("--tasks", "demo_next", "--include-path", TASKS, "--limit", 4)
+    eval_ = ("eval", folder("llama"), *arguments, "--bootstrap-iters", 0)
+    status, out, err = run(*eval_, "--removed", "all", "--removed", "1-2", "--json")
+    assert status == 0, err
+    assert [row["removed"] for row in json.loads(out)["masks"]] == [[0, 1, 2, 3, 4], [1, 2]]
 
 
 @pytest.mark.slow
@@ -458,7 +467,7 @@ def test_workers_and_streamed_weights_give_the_same_answers(run, folder, tmp_pat
 def test_a_store_keeps_what_was_evaluated(folder, manager, tmp_path):
     ran = []
     settings = {"task_manager": manager, "store": tmp_path / "s.db", **SETTINGS}
-    settings["progress"] = lambda done, total: ran.append(done)
+    settings["progress"] = lambda event: ran.append(event.done)
     first = evaluate_masks(
         str(folder("llama")), fp.from_removed([(1, 2), ()], 5), LIKELIHOODS, **settings
     )
@@ -583,8 +592,7 @@ def test_the_page_runs_as_it_stands(tmp_path):
     assert [kind for kind, _ in blocks] == ["sh", "sh", "python", "sh"]
     (tmp_path / "tests").symlink_to(TASKS.parents[1])
     names = (
-        f'python() {{ "{sys.executable}" "$@"; }}\nfastprune() {{ python -m fastprune.cli '
-        f'"$@"; }}\n'
+        f'python() {{ "{sys.executable}" "$@"; }}\nfastprune() {{ python -m fastprune "$@"; }}\n'
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for kind, block in blocks:

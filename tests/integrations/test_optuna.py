@@ -115,7 +115,7 @@ def test_losses_that_are_not_finite_fail(hf):
 def test_an_interrupted_batch_leaves_no_trial_running(hf):
     ev, study = evaluator(hf), optuna.create_study()
 
-    def interrupt(done, total):
+    def interrupt(event):
         raise KeyboardInterrupt
 
     ev.progress = interrupt

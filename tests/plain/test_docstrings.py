@@ -21,11 +21,14 @@ MODULES = (
     "masks",
     "objectives",
     "plan.racing",
+    "search.protect",
     "search.run",
     "solver.subset",
 )
 MODULES += (
     "data.loaders",
+    "cli.output",
+    "plan.progress",
     "models.open",
     "models.model",
     "models.surgery",

@@ -320,3 +320,17 @@ def test_a_document_may_begin_in_its_own_folder(run, checkpoint, text_file, tmp_
     text = document_text(text_study("m", text_file))
     with pytest.raises(fp.InputError, match="is not empty and holds no study"):
         check_study_folder(tmp_path / "t", {}, text)
+
+
+def test_units_and_budgets_as_people_type_them(text_file, tmp_path):
+    tables = text_study("m", text_file, search_protect="0-2,5", search_num_remove=["25%", 4])
+    search = read_document(write_document(tmp_path / "s.toml", **tables)).config.search
+    assert search.protect == (0, 1, 2, 5)
+    assert search.num_remove == ("25%", 4)
+    for wrong in ("25", "0%", "100%", "a quarter"):
+        tables = text_study("m", text_file, search_num_remove=[wrong])
+        with pytest.raises(fp.InputError, match='must be a share such as "25%", or an integer'):
+            read_document(write_document(tmp_path / "s.toml", **tables))
+    tables = text_study("m", text_file, search_protect="3-1")
+    with pytest.raises(fp.InputError, match=r"search\.protect: 3-1 runs backwards"):
+        read_document(write_document(tmp_path / "s.toml", **tables))

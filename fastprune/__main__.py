@@ -1,0 +1,5 @@
+"""python -m fastprune"""
+
+from .cli import main
+
+main()

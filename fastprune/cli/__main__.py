@@ -1,5 +1,0 @@
-"""python -m fastprune.cli"""
-
-from . import main
-
-main()

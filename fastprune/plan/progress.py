@@ -1,0 +1,90 @@
+"""Reports of long work: one event type, from a call up to the race, search and study around it.
+
+A call counts its unit runs. Each stage of work around it adds what it knows, through `reporting`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """A report of long work: what `progress=` of Evaluator, `run_search` and `run_study` is called
+    with.
+
+    done, total: unit runs of the present call, each counted once for every chunk it runs on.
+    share: of the whole work that is done, from 0 to 1; None where nobody can know.
+    algorithm, round, rounds: of a search; its rounds where the algorithm knows how many there are.
+    best: of a search, its lowest loss so far, as the objective formats it.
+    candidates: masks left in a race.
+    cell: of a study, the search that runs now, such as "3/16 demo: perplexity-text, 3 removed,
+    beam".
+
+    >>> import fastprune as fp
+    >>> events = []
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+    >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch), progress=events.append)
+    >>> _ = fp.run_search(ev, "greedy", num_remove=1)
+    >>> events[-1].algorithm, events[-1].share
+    ('greedy', 1.0)
+    """
+
+    done: int
+    total: int
+    share: float | None = None
+    algorithm: str | None = None
+    round: int | None = None
+    rounds: int | None = None
+    best: str | None = None
+    candidates: int | None = None
+    cell: str | None = None
+
+
+Progress = Callable[[int, int], None]  # of one call: unit runs done, unit runs in all
+ProgressCallback = Callable[[ProgressEvent], None]
+
+
+class _Stage(NamedTuple):
+    """Work around a call, such as a race or a search: what it knows, and who listens to it."""
+
+    describe: Callable[[ProgressEvent], ProgressEvent]
+    listener: ProgressCallback | None
+
+
+# By thread, so that searches in several threads report each for itself. Outermost first.
+_STAGES: ContextVar[tuple[_Stage, ...]] = ContextVar("fastprune_stages", default=())
+
+
+@contextmanager
+def reporting(
+    describe: Callable[[ProgressEvent], ProgressEvent], listener: ProgressCallback | None = None
+) -> Iterator[None]:
+    """Events of calls made inside pass through `describe`, then reach the listener."""
+    token = _STAGES.set((*_STAGES.get(), _Stage(describe, listener)))
+    try:
+        yield
+    finally:
+        _STAGES.reset(token)
+
+
+def event_reporter(listener: ProgressCallback | None) -> Progress:
+    """A function of (done, total) that reports events to all who listen, the evaluator's last."""
+    stages = _STAGES.get()
+    if listener is None and all(stage.listener is None for stage in stages):
+        return lambda done, total: None
+
+    def report(done: int, total: int) -> None:
+        event = ProgressEvent(done, total, share=done / total if total else None)
+        for describe, own in reversed(stages):
+            event = describe(event)
+            if own is not None:
+                own(event)
+        if listener is not None:
+            listener(event)
+
+    return report
