@@ -27,6 +27,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     gc.disable()  # until all is imported
+    os.environ.pop("COLUMNS", None)  # which workers of pytest-xdist have, and a file has not
     if hasattr(config, "workerinput") and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = (
             "1"  # threads of several workers that wait take the cores from one another

@@ -130,6 +130,9 @@ def foreign_code(hf: Any) -> Iterator[tuple[str, Any]]:
     configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
     chosen = {getattr(c, name, None) for c in configs.values() for name in IMPLEMENTATIONS}
     for functions, owner, _ in namespaces(modules):
+        home = owner if isinstance(owner, types.ModuleType) else getattr(owner, "__module__", "")
+        if str(getattr(home, "__name__", home)).startswith("fastprune."):
+            continue  # a module of this package, put there as the model was opened
         for name, function in list(functions.items()):
             if owner is None:
                 if name in chosen and callable(function) and not _is_own(name, function, None):

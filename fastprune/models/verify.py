@@ -153,8 +153,12 @@ def prove_head(model: Model, head: Head, states: torch.Tensor, expected: torch.T
     D].
 
     Where bias, scale or cap of the family do not act on each token by itself, the vocabulary is no
-    longer cut into parts.
+    longer cut into parts. Positions whose logits are not finite say nothing about the head.
     """
+    finite = expected.isfinite().all(dim=-1)
+    states, expected = states[finite], expected[finite]
+    if not len(expected):
+        return
     if head.part < head.vocab_size and not _parts_agree(head, states, expected):
         head.part = head.vocab_size
     try:

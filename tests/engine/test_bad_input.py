@@ -127,15 +127,14 @@ TINY = {
 }
 
 
+def rwkv() -> tf.RwkvForCausalLM:
+    return tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2))
+
+
 UNSUPPORTED = {
     "t5": (t5, "'t5' .*encoder-decoder"),
     "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**TINY)), "'bert' .*decoder layers"),
-    "rwkv": (
-        lambda: tf.RwkvForCausalLM(
-            tf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2)
-        ),
-        "'rwkv' cannot be run",
-    ),
+    "rwkv": (rwkv, "'rwkv' cannot be run"),
     "llama without a head": (
         lambda: tf.LlamaModel(tf.LlamaConfig(**TINY)),
         "'llama' .*language-model head",

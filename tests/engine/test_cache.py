@@ -9,7 +9,7 @@ from helpers import make_tasks
 
 import fastprune as fp
 from fastprune.engine.cache import DiskTier, Frontier, HostTier, PrefixCache, TieredStates
-from fastprune.models import GenericRunner
+from fastprune.models import Head
 from fastprune.models.surgery import without
 from fastprune.workers.processes import Processes
 
@@ -152,7 +152,7 @@ def test_out_of_memory_gives_up_states_before_bits(monkeypatch):
     expected = fp.Evaluator(hf, target, backend="generic", cache_bytes=0).score(masks)
     ev = fp.Evaluator(hf, target, backend="generic")
     ev.score(masks[:10])
-    nll, failures = GenericRunner.nll, [1]
+    nll, failures = Head.nll, [1]
 
     def fails_once(self, states, tile):
         if failures:
@@ -160,7 +160,7 @@ def test_out_of_memory_gives_up_states_before_bits(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return nll(self, states, tile)
 
-    monkeypatch.setattr(GenericRunner, "nll", fails_once)
+    monkeypatch.setattr(Head, "nll", fails_once)
     with pytest.warns(RuntimeWarning, match="out of memory: going on with a smaller prefix cache"):
         assert ev.score(masks).tobytes() == expected.tobytes()
     assert ev.stats.masks == 10 + len(masks)

@@ -10,7 +10,7 @@ from families import random_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.models import GenericRunner
+from fastprune.models import Head
 
 
 def uneven_model() -> LlamaForCausalLM:
@@ -178,7 +178,7 @@ def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(
 ):
     masks = fp.from_removed(PAIRS, 6)
     full = evaluator(uneven_model()).score(masks)
-    nll, calls = GenericRunner.nll, []
+    nll, calls = Head.nll, []
 
     def fails_once(self, states, tile):
         calls.append(1)
@@ -187,7 +187,7 @@ def test_a_race_in_which_memory_runs_out_begins_again_and_counts_its_masks_once(
         return nll(self, states, tile)
 
     ev = evaluator(uneven_model(), backend="generic", cache_bytes=cache_bytes)
-    monkeypatch.setattr(GenericRunner, "nll", fails_once)
+    monkeypatch.setattr(Head, "nll", fails_once)
     with pytest.warns(RuntimeWarning, match="out of memory"):
         found = ev.race(masks, keep=3)
     assert ev.stats.masks == len(masks)

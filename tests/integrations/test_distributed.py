@@ -16,6 +16,7 @@ from workers_for_tests import set_trap
 
 import fastprune as fp
 from fastprune.workers import ray as distributed
+from fastprune.workers.messages import Word
 from fastprune.workers.ray import RayWorkers, check_address, choose_count
 
 has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -186,4 +187,4 @@ def test_an_actor_that_is_killed_for_want_of_memory():
         workers._expect_ready(0)
     answers[:] = [OutOfMemoryError("killed\nadvice")]
     workers._words, workers._listening = deque(), {"reference": 0}
-    assert workers._receive() == (0, "lost", "process 7: killed", 0, 0)
+    assert workers._receive() == (0, Word("lost", "process 7: killed"))

@@ -107,7 +107,7 @@ def test_search_and_the_card_of_its_export(run, checkpoint, questions, evaluator
     path = tmp_path / "run" / "result.json"
     status, out, _ = run("export", checkpoint, "--result", path, "--out", tmp_path / "a")
     assert status == 0
-    fp.export(evaluator, result["removed"], tmp_path / "b")
+    fp.export(evaluator, tmp_path / "b", removed=result["removed"])
     for card in ((tmp_path / name / "README.md").read_text() for name in "ab"):
         check_text(card, losses)
         assert (note in card) if note else ("no judge" not in card)
@@ -115,7 +115,7 @@ def test_search_and_the_card_of_its_export(run, checkpoint, questions, evaluator
 
 def test_losses_given_for_a_card_are_read(model, tmp_path):
     losses = {"accuracy, 40 questions": (0.05, 0.2), "perplexity": (1.0, 2.0), "own": (1.5, 2.5)}
-    card = (fp.export(model, (1,), tmp_path / "c", losses=losses) / "README.md").read_text()
+    card = (fp.export(model, tmp_path / "c", removed=(1,), losses=losses) / "README.md").read_text()
     assert "| accuracy, % (higher is better), 40 questions | 95.0 % | 80.0 % |" in card
     assert f"| perplexity (lower is better) | {math.e:.3f} | {math.exp(2):.3f} |" in card
     assert "| own loss (lower is better) | 1.50000 | 2.50000 |" in card
