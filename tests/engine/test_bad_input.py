@@ -157,7 +157,6 @@ UNSUPPORTED = {
 def test_unsupported_models(name, batch):
     make, culprit = UNSUPPORTED[name]
     model = make()
-    refuses(culprit, fp.Model, model)
     refuses(culprit, fp.load_model, model)
     refuses(culprit, fp.Evaluator, model, fp.Perplexity(batch))
 
