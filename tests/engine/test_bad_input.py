@@ -128,7 +128,7 @@ TINY = {
 
 
 def rwkv() -> tf.RwkvForCausalLM:
-    return tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2))
+    return tf.RwkvForCausalLM(tf.RwkvConfig(vocab_size=128, hidden_size=16, num_hidden_layers=2))
 
 
 UNSUPPORTED = {
