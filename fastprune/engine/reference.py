@@ -41,6 +41,10 @@ class DenseReference:
         """Hold the final states of a chunk, [P, D], where a target is predicted."""
         self._states[chunk] = states
 
+    def forget(self, chunk: int) -> None:
+        """Drop the final states of a chunk."""
+        self._states.pop(chunk, None)
+
     def at(self, chunk: int, number: int, tile: Tile) -> torch.Tensor | None:
         """The reference of a chunk's tile, [P, ...]; None for a measure that compares nothing."""
         if self._measure.reference is None:

@@ -81,9 +81,9 @@ def export_sequence(
     """Write the model with these blocks in this order, as `export` does; a block may stand
     repeatedly, or not at all.
 
-    What `Evaluator.score_sequences` scores. The weights of a block that stands n times are written
-    n times, as separate weights. Raises InputError as `export` does, and for a sequence that is
-    empty.
+    `Evaluator.score(sequences=[sequence])` scores the same. The weights of a block that stands n
+    times are written n times, as separate weights. Raises InputError as `export` does, and for a
+    sequence that is empty.
 
     >>> import tempfile
     >>> import fastprune as fp
@@ -219,7 +219,7 @@ Measured = tuple[float, float | None]  # a loss, and its standard error where it
 def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, Measured]:
     """The losses of the whole model and of these blocks; of blocks that ascend with errors."""
     if not recipes.is_mask(sequence):
-        return (evaluator.dense_loss, None), (float(evaluator.score_sequences([sequence])[0]), None)
+        return (evaluator.dense_loss, None), (float(evaluator.score(sequences=[sequence])[0]), None)
     masks = np.ones((2, evaluator.num_units), dtype=bool)
     masks[1] = np.isin(np.arange(evaluator.num_units), sequence)
     sample_losses = evaluator.score_samples(masks)

@@ -96,7 +96,10 @@ def targets_of_chunks(ev) -> list[np.ndarray]:
 
 
 def spy_on_runs(monkeypatch, ev, batch) -> list[Fraction]:
-    """Notes, for every unit that is run, which share of the rows of the batch it ran on."""
+    """Notes, for every unit that is run, which share of the batch's tokens it ran on.
+
+    Rows of a batch are of different lengths, and padding does not count.
+    """
     shares, run = [], runner_of(ev).run
 
     def spy(self, unit, state, *args, **kwargs):
@@ -159,7 +162,7 @@ def test_a_sixteenth_of_the_samples_costs_about_a_sixteenth_of_the_rows(hf):
     ev = fp.Evaluator(
         hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [32] * 512)))
     )
-    assert max(map(len, ev.sample_groups)) == 32
+    assert max(map(len, ev.layout.chunks)) == 32
     share = dict.fromkeys(("initial_tokens", "first_tokens", "final_tokens"), 512 * 32 // 16)
     result = fp.run_search(ev, "evopress", 2, initial=6, offspring=5, generations=2, **share)
     steps = 6 + 2 * (5 + 3)
