@@ -30,7 +30,7 @@ from .measures import Measure
 
 MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
 # short rows run together up to these tokens, so that one sample costs little; bench/cut.py
-CHUNK_TOKENS = {"cpu": 128, "cuda": 2048}
+CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 LEAST_TILE = 8  # positions
 LIMIT_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
