@@ -20,10 +20,11 @@ from ..data import TokenBatch
 class ChunkRows:
     """B rows of at most T tokens, padded at the end to T, with their targets. NumPy arrays.
 
-    rows int64[B]: which rows of the batch. num_read: their tokens, padding left out. ids
-    int64[B, T]; positions and branch int64[B, T], None for plain causal rows. sources int64[P]: the flat indices in [B * T] whose states predict a
-    target, ascending and distinct. target_source int64[M] (index into sources, ascending),
-    target_token int64[M], continuation int64[M]: the batch's continuation of each target.
+    rows int64[B]: which rows of the batch. num_read: their tokens, padding left out. ids int64[B,
+    T]; positions and branch int64[B, T], None for plain causal rows. sources int64[P]: the flat
+    indices in [B * T] whose states predict a target, ascending and distinct. target_source int64[M]
+    (index into sources, ascending), target_token int64[M], continuation int64[M]: the batch's
+    continuation of each target.
     """
 
     rows: np.ndarray

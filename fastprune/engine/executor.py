@@ -49,8 +49,8 @@ class Counts:
     """Work done so far.
 
     token_runs, token_heads: units, and heads, counted once for each token of the batch.
-    weight_loads: blocks whose weights were read; weight_bytes: of files, for these. peak_bytes: the most
-    activations that were held, with workspaces as measured on this model.
+    weight_loads: blocks whose weights were read; weight_bytes: of files, for these. peak_bytes: the
+    most activations that were held, with workspaces as measured on this model.
     """
 
     token_runs: int = 0
