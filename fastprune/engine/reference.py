@@ -49,6 +49,10 @@ class DenseReference:
         """Hold the final states of a chunk, [P, D], where a target is predicted."""
         self._states[chunk] = states
 
+    def forget(self, chunk: int) -> None:
+        """Drop the final states of a chunk."""
+        self._states.pop(chunk, None)
+
     def at(self, chunk: int, number: int, tile: Tile) -> Any:
         """The reference of a chunk's tile; None for a measure that compares nothing."""
         reference = self._measure.reference

@@ -274,7 +274,7 @@ Measured = tuple[float, float | None]  # a loss, and its standard error where it
 def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, Measured]:
     """The losses of the whole model and of these blocks; of blocks that ascend with errors."""
     if not recipes.is_mask(sequence):
-        return (evaluator.dense_loss, None), (float(evaluator.score_sequences([sequence])[0]), None)
+        return (evaluator.dense_loss, None), (float(evaluator.score(sequences=[sequence])[0]), None)
     masks = np.ones((2, evaluator.num_units), dtype=bool)
     masks[1] = np.isin(np.arange(evaluator.num_units), sequence)
     sample_losses = evaluator.score_samples(masks)
