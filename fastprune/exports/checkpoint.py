@@ -53,7 +53,7 @@ def export(
         out_dir: The new folder.
         removed: Indices of the blocks that are left out.
         sequence: Instead of `removed`: blocks in the order in which they run, as
-            `Evaluator.score_sequences` scores them. A block that is named n times is written n
+            `Evaluator.score` scores `sequences`. A block that is named n times is written n
             times, as separate weights.
         base_model: The hub id of the base model, for card and recipes; by default the name that it
             was opened by, of a folder its last part.

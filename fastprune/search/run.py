@@ -156,6 +156,19 @@ class Search:
         )
         return np.array([_rank(loss) for loss in losses.tolist()])
 
+    def score_samples(self, subsets: Sequence[Removed], samples: np.ndarray) -> np.ndarray:
+        """The mean loss of each subset over some samples, float64[N], +inf where it is not finite.
+
+        It is no loss of the objective and is not remembered; over all samples it is the loss, as
+        `score` gives it.
+        """
+        if len(samples) == self.evaluator.num_samples:
+            return self.score(subsets)
+        losses = self.evaluator.score_samples(
+            from_removed(subsets, self.num_units), samples=samples
+        )
+        return np.array([_rank(loss) for loss in losses.mean(axis=1)])
+
     def best(self) -> Removed:
         """The subset of the full budget with the lowest loss so far; ties go to the lowest
         indices."""
