@@ -97,6 +97,17 @@ def test_a_part_has_its_bits_in_company_and_from_the_store(hf, rows, tmp_path):
     assert again.stats.unit_runs > 0
 
 
+def test_nothing_of_a_cut_sample_stays(hf, rows):
+    ev = evaluator(hf, fp.KLDivergence(fp.TokenBatch.from_ids(rows)), cache_bytes=0)
+    mask = np.ones(ev.num_units)
+    mask[2] = 0
+    ev.score(mask, samples=[0], tokens=90)
+    peak = ev.stats.peak_activation_bytes
+    for tokens in range(89, 80, -1):
+        ev.score(mask, samples=[0], tokens=tokens)
+    assert ev.stats.peak_activation_bytes == peak
+
+
 def test_workers_give_a_part_the_same_bits(hf, rows):
     for objective in (kind(fp.TokenBatch.from_ids(rows)) for kind in OBJECTIVES):
         one = evaluator(hf, objective)
@@ -178,6 +189,21 @@ def test_a_repeated_race_costs_no_unit_runs(hf):
     fresh = alone.race(masks, keep=2, confidence=0.999999)
     assert surer.losses.tobytes() == fresh.losses.tobytes()
     assert surer.unit_runs < fresh.unit_runs
+
+
+def test_a_race_keeps_nothing_of_another_version_of_the_model():
+    hf = build("llama")
+    batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [40] * 48))
+    ev = fp.Evaluator(hf, fp.Perplexity(batch))
+    masks = some_masks(ev.num_units, 20, seed=9)
+    first = ev.race(masks, keep=2)
+    weight = hf.model.layers[0].mlp.down_proj.weight
+    weight.data.mul_(2)
+    changed, fresh = ev.race(masks, keep=2), fp.Evaluator(hf, fp.Perplexity(batch))
+    assert changed.losses.tobytes() == fresh.race(masks, keep=2).losses.tobytes()
+    weight.data.div_(2)
+    assert ev.race(masks, keep=2).losses.tobytes() == first.losses.tobytes()
+    assert changed.losses.tobytes() != first.losses.tobytes()
 
 
 def test_the_memory_of_races_is_bounded_and_recent_sums_stay():
