@@ -91,7 +91,7 @@ def measure(folder: str, limit: int, rows: int, length: int, masks: int) -> dict
         "waited_seconds": model.weights.waited - waited,
         "bands": list(map(len, model.bands)),
         "backend": ev.backend,
-        "chunks": len(ev.sample_groups),
+        "chunks": len(ev.layout.chunks),
         "losses": [loss.hex() for loss in losses.tolist()],
     }
 

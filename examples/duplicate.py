@@ -24,7 +24,7 @@ def loop(hf, rows):
 def fast(hf, rows):
     ev = evaluator(hf, rows)
     tried = sequences(ev.num_units)
-    losses = ev.score_sequences(tried)
+    losses = ev.score(sequences=tried)
     return tried[losses.argmin()], losses
 
 

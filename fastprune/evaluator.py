@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .engine.memory import MAX_SEQUENCES, MemoryLimit, OutOfMemory
 from .engine.problem import Problem, numerics_of
 from .engine.runs import Cost, whole
 from .engine.store import SumStore
+from .engine.sums import SumMemory, Sums
 from .errors import InputError
 from .masks import as_masks, check_sequences
 from .models import GenericRunner, Granularity, Model, Runner, surgery
@@ -35,6 +36,7 @@ from .validate import (
     check_bytes,
     check_callable,
     check_folder,
+    check_integer,
     check_kind,
     check_one_of,
 )
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from torch import nn
 
+Sequences = Iterable[Iterable[int]]  # of unit indices
 Backend = Literal["auto", "generic", "fused"]
 BACKENDS = get_args(Backend)
 
@@ -53,7 +56,7 @@ BACKENDS = get_args(Backend)
 class Stats:
     """What an evaluator's calls have cost so far.
 
-    Runs are counted over the whole calibration set: one on half of its rows counts one half.
+    Runs are counted over the whole calibration set: one on half of its tokens counts one half.
 
     >>> import fastprune as fp
     >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
@@ -95,6 +98,14 @@ class _Opened:
     limit: MemoryLimit
     problem: Problem
     runs: LocalRuns | RemoteRuns
+
+
+class _Part(NamedTuple):
+    """A part of the calibration set. wanted: bool[C], continuations whose chunks run. cut: a row
+    that runs besides, alone, and how many of its tokens are read."""
+
+    wanted: np.ndarray
+    cut: tuple[int, int] | None = None
 
 
 class Evaluator:
@@ -173,7 +184,7 @@ class Evaluator:
         self.granularity = granularity
         self.progress = progress
         self.stats = Stats()
-        self._row_cost = Cost()  # of all calls; runs count single rows
+        self._token_cost = Cost()  # of all calls; runs count single tokens
         self._dense: tuple[int, float] | None = None  # version of the model, and its loss
         self._store = store if isinstance(store, SumStore) or store is None else SumStore(store)
         self._workers: Workers | None = None
@@ -184,6 +195,7 @@ class Evaluator:
         with self.model.lock:
             self._opened = self._open(layout)
             self._idle: _Opened | None = None  # of the version before
+            self._memory = SumMemory(self._opened.limit.race_bytes)
             if isinstance(self._opened.runs, RemoteRuns):  # a worker that cannot help says so now
                 with self.model.evaluation():
                     self._opened.runs.open(self._problem)
@@ -202,7 +214,6 @@ class Evaluator:
                 self.granularity,
                 memory_bytes,
                 layout,
-                races=self.objective.races,
             )
             digest = self.model.digest if keyed else None
             numerics = numerics_of(self.model, runner)
@@ -256,15 +267,9 @@ class Evaluator:
         return tokens.astype(np.int64)
 
     @property
-    def sample_groups(self) -> list[np.ndarray]:
-        """The samples whose rows run together, int64[n] each: one of a group costs as much as all
-        of it.
-
-        Groups hold random samples, sorted by length.
-        """
-        return [
-            np.unique(self.objective.sample[chunk.continuations]) for chunk in self._problem.chunks
-        ]
+    def cuts_samples(self) -> bool:
+        """Whether `score` takes `tokens=`: samples are rows of text, not questions."""
+        return self.objective.cuts_samples
 
     @cached_property
     def unit_names(self) -> list[str]:
@@ -281,62 +286,95 @@ class Evaluator:
                 self._dense = self._opened.version, loss
             return self._dense[1]
 
-    def score(self, masks: ArrayLike) -> np.ndarray:
-        """The loss of each mask, float64[N]; masks: bool or 0/1 [N, U], True = kept. Lower is
-        better.
+    def score(
+        self,
+        masks: ArrayLike | None = None,
+        *,
+        sequences: Sequences | None = None,
+        samples: ArrayLike | None = None,
+        tokens: int | None = None,
+    ) -> np.ndarray:
+        """Score masks, or sequences of units. Lower is better.
 
-        A loss that is not finite is returned as it is. Raises InputError for masks of another shape
-        or value, and for one that keeps nothing where the family cannot run without blocks.
+        A sequence may leave out, repeat and reorder units. One that ascends is a mask, and has its
+        score. Sequences share their prefixes as masks do.
+
+        Args:
+            masks: bool or 0/1 [N, U], True = kept.
+            sequences: N collections of unit indices, such as [(0, 1, 1, 2), (0, 2, 1)], instead of
+                masks.
+            samples: Distinct indices of samples. Only their chunks run: each row alone, or with the
+                other short rows of its chunk. The loss is then weighted by the targets of these
+                samples. Default: all.
+            tokens: Cut the last of the samples so that exactly this number of tokens is read. The
+                part that remains runs alone, with bits of its own; it is left out where it holds no
+                target. Not for questions.
+
+        Returns:
+            The loss of each, float64[N]. A loss that is not finite is returned as it is.
+
+        Raises:
+            InputError: For masks of another shape or value, for a unit out of range, for one that
+                keeps nothing where the family cannot run without blocks, for samples out of range
+                or repeated, and for tokens that end outside the last sample.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> ev.score(sequences=[(0, 1, 1, 2), (0, 2, 1)], samples=[2, 0], tokens=5).shape
+            (2,)
         """
+        checked = self._check(masks, sequences)
+        if samples is None and tokens is None:
+            with self.model.lock:
+                return self._losses(checked)
+        chosen = self._check_samples(samples, distinct=True)
         with self.model.lock:
-            return self._losses(self._check_masks(masks))
+            whole, cut = (chosen, None) if tokens is None else self._cut_last(chosen, tokens)
+            if len(whole) == self.num_samples:
+                return self._losses(checked)
+            part = _Part(np.isin(self.objective.sample, whole), cut)
+            trie = self._ask(checked, part)
+            sums = self._run(trie, part)[:, 0]
+            ordered = np.sort(whole)  # the order of the samples decides no bit
+            if cut is None:
+                return self.objective.partial_loss(sums, ordered)[trie.index]
+            ordered = np.append(ordered, cut[0])
+            return self.objective.partial_loss(sums, ordered, self._num_targets(cut))[trie.index]
 
-    def score_sequences(self, sequences: Iterable[Iterable[int]]) -> np.ndarray:
-        """The loss of running these units in this order, float64[N]; a sequence may leave out,
-        repeat and reorder.
-
-        sequences: N collections of unit indices, such as [(0, 1, 1, 2), (0, 2, 1)]. One that
-        ascends is a mask, and has its score. All share their prefixes as masks do. Raises
-        InputError for an index out of range, and for an empty sequence where the family cannot run
-        without blocks.
-
-        >>> import fastprune as fp
-        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
-        >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
-        >>> ev.score_sequences([(0, 1, 1, 2), (0, 2, 1)]).shape
-        (2,)
-        """
-        checked = check_sequences(sequences, self.num_units)
-        self._check_not_empty(checked)
-        together = self._opened.limit.most_together(max(map(len, checked), default=0))
-        with self.model.lock:
-            parts = [
-                self._losses(checked[i : i + together]) for i in range(0, len(checked), together)
-            ]
-        return np.concatenate([np.empty(0), *parts])
-
-    def sums(self, masks: ArrayLike) -> np.ndarray:
+    def sums(
+        self, masks: ArrayLike | None = None, *, sequences: Sequences | None = None
+    ) -> np.ndarray:
         """What the objective's measure gives on each continuation of its batch, float64[N, V, C]:
         the sums over its targets of each of the measure's V values (`measures.MEASURES`), before
-        the objective weighs them. Raises InputError as `score` does."""
+        the objective weighs them. Takes masks or sequences, and raises InputError, as `score`
+        does."""
+        checked = self._check(masks, sequences)
         with self.model.lock:
-            trie = self._ask(self._check_masks(masks))
+            trie = self._ask(checked)
             return self._run(trie)[trie.index]
 
-    def score_samples(self, masks: ArrayLike, samples: ArrayLike | None = None) -> np.ndarray:
+    def score_samples(
+        self,
+        masks: ArrayLike | None = None,
+        samples: ArrayLike | None = None,
+        *,
+        sequences: Sequences | None = None,
+    ) -> np.ndarray:
         """The loss of each mask on each sample (row of text, or question), float64[N, S].
 
         samples: indices of the samples that are wanted, in the order of the columns; default all.
-        Only the chunks that hold them are run, so a few samples cost less, and every number has the
-        same bits as with all. Raises InputError as `score` does, and for samples that there are
-        not.
+        Only their chunks run, as in `score`, and every number has the same bits as with all. Takes
+        sequences instead of masks, and raises InputError, as `score` does; samples may repeat.
         """
-        samples = np.arange(self.num_samples) if samples is None else self._check_samples(samples)
-        wanted = np.isin(self.objective.sample, samples)
+        chosen = self._check_samples(samples)
+        part = _Part(np.isin(self.objective.sample, chosen))
+        checked = self._check(masks, sequences)
         with self.model.lock:
-            trie = self._ask(self._check_masks(masks), self._share(wanted))
-            sums = self._run(trie, wanted)[:, 0]
-            return self.objective.sample_losses(sums)[:, samples][trie.index]
+            trie = self._ask(checked, part)
+            sums = self._run(trie, part)[:, 0]
+            return self.objective.sample_losses(sums)[:, chosen][trie.index]
 
     @property
     def num_looks(self) -> int:
@@ -345,7 +383,13 @@ class Evaluator:
         return int(self.layout.looks(self.objective.batch).max()) + 1
 
     def race(
-        self, masks: ArrayLike, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
+        self,
+        masks: ArrayLike | None = None,
+        keep: int = 1,
+        confidence: float = 0.99,
+        tolerance: float = 0.0,
+        *,
+        sequences: Sequences | None = None,
     ) -> Race:
         """Find the `keep` masks of lowest loss; clearly worse masks leave before the last samples.
 
@@ -355,8 +399,12 @@ class Evaluator:
         on to the last, where losses are exact: the bits that `score` gives. Sets of fewer than 32
         samples are scored whole.
 
+        The evaluator keeps what every look finds, in a sixteenth of memory_bytes at most. A later
+        race or score of the same masks runs only the samples that are missing.
+
         Args:
             masks: bool or 0/1 [N, U], True = kept.
+            sequences: N collections of unit indices, instead of masks, as in `score`.
             keep: Masks to keep, from 1 to the number of different masks.
             confidence: Probability of keeping the `keep` best, in (0, 1). It assumes that a paired
                 mean difference, corrected for skewness to first order, is t distributed, and that
@@ -377,11 +425,11 @@ class Evaluator:
             >>> ev.race(fp.from_removed([(3,), (3, 7), (5,)], ev.num_units), keep=2).indices.shape
             (2,)
         """
-        sequences = self._check_masks(masks)
-        distinct = list(dict.fromkeys(sequences))
+        asked = self._check(masks, sequences)
+        distinct = list(dict.fromkeys(asked))
         check_race(keep, len(distinct), confidence, tolerance)
         with self.model.lock:
-            runs, whole = self.stats.unit_runs, self._ask(sequences)
+            runs, whole = self.stats.unit_runs, self._ask(asked)
             problem = None
             while (
                 problem is not self._problem
@@ -389,7 +437,7 @@ class Evaluator:
                 problem = self._problem
                 alive, losses = self._race(distinct, keep, confidence, tolerance)
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
-            first = {sequence: i for i, sequence in reversed(list(enumerate(sequences)))}
+            first = {sequence: i for i, sequence in reversed(list(enumerate(asked)))}
             unit_runs = self.stats.unit_runs - runs
             return Race(
                 indices=np.array([first[distinct[i]] for i in alive[order]], dtype=np.int64),
@@ -431,22 +479,24 @@ class Evaluator:
             raise InputError(f"power must be 1 or 2, not {power!r}")
         return probes.unit_salience(self.model, self.objective, self.granularity, power)
 
-    def _check_masks(self, masks: ArrayLike) -> list[Units]:
-        """The kept units of each mask."""
-        sequences = kept_units(as_masks(masks, self.num_units))
-        self._check_not_empty(sequences)
-        return sequences
-
-    def _check_not_empty(self, sequences: list[Units]) -> None:
-        if not all(sequences) and not surgery.runs_without_blocks(self.model):
+    def _check(self, masks: ArrayLike | None, sequences: Sequences | None) -> list[Units]:
+        """The units that run of each mask or sequence, in order."""
+        if (masks is None) == (sequences is None):
+            raise InputError("give either masks or sequences=, one of them")
+        if sequences is None:
+            checked = kept_units(as_masks(masks, self.num_units))
+        else:
+            checked = check_sequences(sequences, self.num_units)
+        if not all(checked) and not surgery.runs_without_blocks(self.model):
             raise InputError(
                 f"a mask keeps nothing, and the family {self.model.family!r} cannot run without "
                 f"blocks"
             )
+        return checked
 
-    def _ask(self, sequences: list[Units], share: float = 1) -> Trie:
-        """The trie of sequences; notes what was asked for, of a share of the calibration set."""
-        trie = make_trie(sequences)
+    def _ask(self, sequences: list[Units], part: _Part | None = None) -> Trie:
+        """The trie of sequences; notes what was asked for, on a part of the calibration set."""
+        trie, share = make_trie(sequences), self._share(part)
         self.stats.masks += len(sequences)
         self.stats.asked_unit_runs += whole(trie.unit_runs * share)
         self.stats.naive_unit_runs += whole(trie.naive_unit_runs * share)
@@ -466,12 +516,20 @@ class Evaluator:
             trie.index
         ]
 
-    def _run(self, trie: Trie, wanted: np.ndarray | None = None) -> np.ndarray:
+    def _run(
+        self, trie: Trie, part: _Part | None = None, keeps: SumMemory | None = None
+    ) -> np.ndarray:
         """Sums of the trie's distinct sequences over each continuation, [M, V, C].
 
-        wanted: bool[C]; only chunks that hold such a continuation run, and whole, so that their
-        sums keep their bits. Sums of the others are 0.
+        part: of the calibration set, which alone runs; sums outside of it are 0. Of a row that was
+        cut, the sums stand in one column more. keeps: the memory that takes the sums.
         """
+        longest = max(map(len, trie.sequences), default=0)
+        together = self._opened.limit.most_together(longest)
+        if longest > self.num_units and len(trie.sequences) > together:
+            starts = range(0, len(trie.sequences), together)
+            parts = (make_trie(trie.sequences[start : start + together]) for start in starts)
+            return np.concatenate([self._run(some, part, keeps) for some in parts])
         if len(trie.sequences) > MAX_SEQUENCES:
             raise InputError(
                 f"{len(trie.sequences)} distinct masks in one call; at most {MAX_SEQUENCES} are "
@@ -483,7 +541,7 @@ class Evaluator:
                 ledger = None
                 while ledger is None:
                     self._refresh()
-                    ledger = self._complete(trie.sequences, wanted)
+                    ledger = self._complete(trie.sequences, part, keeps)
                     if ledger is None:  # the states that the call made are of no version
                         self._opened.runs.close()
         finally:
@@ -535,22 +593,29 @@ class Evaluator:
                 stacklevel=6,
             )
 
-    def _complete(self, sequences: tuple[Units, ...], wanted: np.ndarray | None) -> Ledger | None:
+    def _complete(
+        self, sequences: tuple[Units, ...], part: _Part | None, keeps: SumMemory | None
+    ) -> Ledger | None:
         """The ledger of a call, with every sum; None where the model turns out to have changed.
         Out of memory, the call begins again in smaller steps."""
         while True:
             problem, progress = self._problem, event_reporter(self.progress)
-            ledger = Ledger(problem, sequences, self._store)
-            missing = ledger.missing(self._chunks_with(wanted))
+            stores: list[tuple[Sums, int]] = []
+            if keeps is not None or self._memory:
+                stores.append((self._memory, self._memory.context(problem)))
+            if self._store is not None:
+                stores.append((self._store, self._store.context(problem.context)))
+            ledger = Ledger(problem, sequences, self._chunks_of(part), stores)
+            missing = ledger.missing()
             if not missing:
                 return ledger if self._is_settled() else None
             before = self._opened.runs.cost
             try:
                 with closing(self._opened.runs.run(problem, sequences, missing, progress)) as parts:
-                    for part in parts:
+                    for sums in parts:
                         if not self._is_settled():
                             return None
-                        ledger.put(part)
+                        ledger.put(sums)
                 return ledger
             except OutOfMemory as error:
                 if not self._take_smaller_steps():
@@ -578,24 +643,34 @@ class Evaluator:
         )
         return True
 
-    def _chunks_with(self, wanted: np.ndarray | None) -> list[int]:
-        """The chunks that hold a wanted continuation; all where none is given."""
-        return [
-            number
-            for number, chunk in enumerate(self._problem.chunks)
-            if wanted is None or wanted[chunk.continuations].any()
+    def _chunks_of(self, part: _Part | None) -> list[int]:
+        """The numbers of the chunks that a part of the calibration set runs."""
+        chunks = self._problem.chunks
+        if part is None:
+            return list(range(len(chunks)))
+        numbers = [
+            number for number, chunk in enumerate(chunks) if part.wanted[chunk.continuations].any()
         ]
+        return numbers if part.cut is None else [*numbers, chunks.number_of(*part.cut)]
 
-    def _share(self, wanted: np.ndarray) -> float:
-        """The share of the rows that run for these continuations."""
-        rows = (len(self._problem.chunks[number].rows) for number in self._chunks_with(wanted))
-        return sum(rows) / self.objective.batch.num_rows
+    def _share(self, part: _Part | None) -> float:
+        """The share of the tokens that run for a part of the calibration set."""
+        if part is None:
+            return 1
+        chunks = self._problem.chunks
+        read = sum(chunks[number].num_read for number in self._chunks_of(part))
+        return read / self.objective.batch.num_tokens
+
+    def _num_targets(self, cut: tuple[int, int]) -> int:
+        """The targets in a part of a row."""
+        chunks = self._problem.chunks
+        return len(chunks[chunks.number_of(*cut)].target_token)
 
     def _note(self, cost: Cost) -> None:
         """Add the cost of a call to the stats."""
         stats, held = self.stats, self._opened.runs.held
-        self._row_cost += cost
-        total = self._row_cost.of_rows(self.objective.batch.num_rows)
+        self._token_cost += cost
+        total = self._token_cost.of_tokens(self.objective.batch.num_tokens)
         stats.unit_runs, stats.head_runs = total.unit_runs, total.heads
         stats.weight_loads, stats.weight_bytes = total.weight_loads, total.weight_bytes
         stats.peak_activation_bytes = max(stats.peak_activation_bytes, held.peak_bytes)
@@ -618,8 +693,9 @@ class Evaluator:
                 share = before + now * (event.share or 0)
                 return replace(event, share=share, candidates=len(alive))
 
+            part = _Part(looks == number)
             with reporting(describe):
-                sums[alive] += self._run(trie, looks == number)[trie.index, 0]
+                sums[alive] += self._run(trie, part, self._memory)[trie.index, 0]
             samples = np.unique(objective.sample[looks <= number])
             losses = objective.sample_losses(sums[alive])[:, samples]
             return losses * objective.sample_weight[samples] * self.num_samples
@@ -627,7 +703,10 @@ class Evaluator:
         alive = race(len(sequences), num_looks, look, self.num_samples, keep, confidence, tolerance)
         return alive, objective.loss(sums[alive])
 
-    def _check_samples(self, samples: ArrayLike) -> np.ndarray:
+    def _check_samples(self, samples: ArrayLike | None, distinct: bool = False) -> np.ndarray:
+        """The samples, all by default, int64[n]."""
+        if samples is None:
+            return np.arange(self.num_samples)
         samples = np.asarray(samples)
         if samples.ndim != 1 or samples.dtype.kind not in "iu" or not samples.size:
             raise InputError("samples must be a list of sample indices that is not empty")
@@ -636,7 +715,36 @@ class Evaluator:
             raise InputError(
                 f"sample {wrong[0]} is out of range; the samples are 0 to {self.num_samples - 1}"
             )
-        return samples
+        ordered = np.sort(samples)
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        if distinct and len(repeated):
+            raise InputError(f"sample {repeated[0]} is given twice; each counts once in a loss")
+        return samples.astype(np.int64)
+
+    def _cut_last(
+        self, samples: np.ndarray, tokens: int
+    ) -> tuple[np.ndarray, tuple[int, int] | None]:
+        """The samples that are read whole, and the row of the last with its tokens that are read.
+
+        None in the place of these where the last is read whole, or holds no target in its part.
+        """
+        if not self.cuts_samples:
+            raise InputError(
+                f"tokens cuts a row of text; the samples of {self.objective.name!r} are questions, "
+                "which are read whole"
+            )
+        lengths = self.sample_tokens[samples]
+        before, total = int(lengths[:-1].sum()), int(lengths.sum())
+        of = "so that it cuts the last of the samples"
+        rest = check_integer("tokens", tokens, before + 1, total, of) - before
+        if rest == lengths[-1]:
+            return samples, None
+        cut = int(samples[-1]), rest
+        if self._num_targets(cut):
+            return samples[:-1], cut
+        if len(samples) == 1:
+            raise InputError(f"tokens is {tokens}, but no target is among these of sample {cut[0]}")
+        return samples[:-1], None
 
 
 def _make_folder(folder: Path) -> Path:

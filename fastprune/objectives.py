@@ -37,9 +37,8 @@ class Objective:
     sum of sample_weight_s * L_s.
     data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense
     model is run once, to compare with. differentiable: whether it has a gradient at the dense model
-    that says something. races: whether masks may race on its loss; chunks are then cut along the
-    looks. settings: the names of its own options. source: where its data is from, in words, for
-    those who read a study.
+    that says something. settings: the names of its own options. source: where its data is from, in
+    words, for those who read a study.
     metric_name, unit, higher_is_better: the quantity that users know the loss by, with its unit
     ("", "%" or "nats") and direction; `metric` computes it. meaning: of the metric, in words.
     digits: printed behind its point. chance: the metric's value of a model that guesses, or None
@@ -52,7 +51,6 @@ class Objective:
     compares_with_dense = False
     differentiable = True
     meaning = ""
-    races = True
     metric_name = "loss"
     unit = ""
     higher_is_better = False
@@ -205,6 +203,46 @@ class Objective:
         """The loss of each mask, float64[N], from the losses of all samples, float64[N, S]."""
         # one mask at a time: the order of summation must not depend on how many masks there are
         return np.array([np.sum(row * self.sample_weight) for row in sample_losses])
+
+    @property
+    def cuts_samples(self) -> bool:
+        """Whether a sample can be read in part: a row of plain text, not a question."""
+        batch = self.batch
+        one_each = np.array_equal(batch.continuation_row, np.arange(batch.num_rows))
+        return self.data == "text" and one_each and not batch.row_is_tree.any()
+
+    def partial_loss(
+        self, sums: np.ndarray, samples: np.ndarray, cut_targets: int | None = None
+    ) -> np.ndarray:
+        """The loss of each mask on some of the samples, float64[N], weighted by their own targets.
+
+        Args:
+            sums: Over all continuations, float64[N, C]; 0 for those of other samples. Where the
+                last sample was cut, one column more holds the sum of its part.
+            samples: int64[n], distinct.
+            cut_targets: Targets in the part of the last sample that was read; None where it was
+                read whole.
+
+        Examples:
+            >>> import numpy as np
+            >>> import fastprune as fp
+            >>> objective = fp.Perplexity(fp.TokenBatch.from_ids([[5, 6, 7], [5, 8], [5, 9, 6]]))
+            >>> objective.partial_loss(np.array([[4.0, 5.0, 0.0]]), np.array([0, 1]))
+            array([3.])
+            >>> sums = np.array([[0.0, 5.0, 0.0, 1.0]])  # one target of the last row
+            >>> objective.partial_loss(sums, np.array([1, 2]), cut_targets=1)
+            array([3.])
+        """
+        num_continuations = len(self.sample)
+        losses = self.sample_losses(sums[:, :num_continuations])[:, samples]
+        weights = self.sample_weight[samples]
+        if cut_targets is not None:
+            row = samples[-1]
+            share = cut_targets / self.batch.target_counts[row]
+            losses[:, -1] = sums[:, num_continuations] * (self.weight[row] / share)
+            weights[-1] *= share
+        weights = weights / weights.sum()
+        return np.array([np.sum(row * weights) for row in losses])
 
     def standard_error(self, sample_losses: np.ndarray) -> np.ndarray:
         """The standard error of each mask's loss over samples, float64[N].

@@ -46,7 +46,8 @@ class SyntheticEvaluator:
     removed, which no quadratic model can hold. flat: every unit costs 1, so that subsets of one
     size tie. There are `num_samples` samples of `tokens` tokens each; with 32 or more it races, and
     never errs: it keeps the best. calls: masks of each call of `score`; sample_calls: (masks,
-    samples) of each call of `score_samples`; races: (masks, kept) of each of `race`. linear
+    samples) of each call on some of the samples; token_calls: (masks, tokens) of each call of
+    `score` on some; races: (masks, kept) of each of `race`. linear
     float64[U], pairs float64[U, U]: the formula's terms, which may be changed.
     """
 
@@ -74,6 +75,7 @@ class SyntheticEvaluator:
         self.stats, self.granularity = Stats(), "block"
         self.calls: list[int] = []
         self.sample_calls: list[tuple[int, int]] = []
+        self.token_calls: list[tuple[int, int | None]] = []
         self.races: list[tuple[int, int]] = []
         self.objective: Any = type("Named", (Objective,), {"name": "synthetic"})()
 
@@ -81,11 +83,12 @@ class SyntheticEvaluator:
     def num_samples(self) -> int:
         return len(self.sample_tokens)
 
-    @property
-    def sample_groups(self) -> list[np.ndarray]:
-        return np.array_split(np.arange(self.num_samples), -(-self.num_samples // 4))
+    cuts_samples = True
 
-    def score(self, masks: Any) -> np.ndarray:
+    def score(self, masks: Any, *, samples: Any = None, tokens: int | None = None) -> np.ndarray:
+        if samples is not None:
+            self.token_calls.append((len(masks), tokens))
+            return self.score_samples(masks, samples).mean(axis=1)
         removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
         self.calls.append(len(removed))
         return np.array([self.loss(units) for units in removed])

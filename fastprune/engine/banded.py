@@ -5,13 +5,13 @@ Where all weights stay loaded, one band holds every block and every chunk is a g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..models import Model
 from ..plan.bands import FLOPS_PER_BYTE, make_groups
 from ..plan.schedule import Schedule
-from .chunks import ChunkRows
+from .chunks import ChunkRows, Chunks
 from .memory import MemoryLimit
 
 
@@ -22,14 +22,14 @@ class Room(NamedTuple):
     slower: int  # on the host, beside a GPU, and on a disk
 
 
-def peak_tokens(schedules: Mapping[int, Schedule], chunks: Sequence[ChunkRows]) -> tuple[int, int]:
+def peak_tokens(schedules: Mapping[int, Schedule], chunks: Chunks) -> tuple[int, int]:
     """Tokens of the largest chunk of a call, and the most slots that a schedule needs."""
     tokens = max(chunks[number].num_tokens for number in schedules)
     return tokens, max(schedule.num_slots for schedule in schedules.values())
 
 
 def is_too_large(
-    schedules: Mapping[int, Schedule], chunks: Sequence[ChunkRows], limit: MemoryLimit, room: Room
+    schedules: Mapping[int, Schedule], chunks: Chunks, limit: MemoryLimit, room: Room
 ) -> bool:
     """Whether the states of a single chunk do not fit between two bands."""
     return any(
@@ -40,7 +40,7 @@ def is_too_large(
 
 def groups_of(
     schedules: Mapping[int, Schedule],
-    chunks: Sequence[ChunkRows],
+    chunks: Chunks,
     limit: MemoryLimit,
     room: Room,
     model: Model,

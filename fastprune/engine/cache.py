@@ -334,8 +334,9 @@ class PrefixCache:
 
     def commit(self, chunk: int, prefixes: tuple[Units, ...], likelihood: np.ndarray) -> None:
         """Let later calls match the states that a finished walk of a chunk retained."""
-        held = [i for i, prefix in enumerate(prefixes) if self._states.tier_of((chunk, prefix))]
-        if len(held) < len(prefixes):  # the disk has failed meanwhile
+        count = sum(self._counts[chunk, tier] for tier in self._states.bytes)
+        if count < len(prefixes):  # the disk has failed meanwhile
+            held = [i for i, prefix in enumerate(prefixes) if self._states.tier_of((chunk, prefix))]
             prefixes, likelihood = tuple(prefixes[i] for i in held), likelihood[held]
         self._matches[chunk] = Match(prefixes, likelihood)
 

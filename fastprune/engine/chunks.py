@@ -6,7 +6,7 @@ B rows, T tokens of the longest, P positions that predict, M targets, C continua
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,13 +21,15 @@ from ..models.head import Targets
 class ChunkRows:
     """B rows of at most T tokens, padded at the end to T, with their targets. NumPy arrays.
 
-    rows int64[B]: which rows of the batch. ids int64[B, T]; positions and branch int64[B, T], None
-    for plain causal rows. sources int64[P]: the flat indices in [B * T] whose states predict a
-    target, ascending and distinct. target_source int64[M] (index into sources, ascending),
-    target_token int64[M], continuation int64[M]: the batch's continuation of each target.
+    rows int64[B]: which rows of the batch. num_read: their tokens, padding left out. ids int64[B,
+    T]; positions and branch int64[B, T], None for plain causal rows. sources int64[P]: the flat
+    indices in [B * T] whose states predict a target, ascending and distinct. target_source int64[M]
+    (index into sources, ascending), target_token int64[M], continuation int64[M]: the batch's
+    continuation of each target.
     """
 
     rows: np.ndarray
+    num_read: int
     ids: np.ndarray
     positions: np.ndarray | None
     branch: np.ndarray | None
@@ -77,7 +79,14 @@ class ChunkRows:
             torch.from_numpy(array).to(device) for array in targets
         )
         return Chunk(
-            ids, positions, branch, sources, target_source, target_token, self.continuation
+            self.num_read,
+            ids,
+            positions,
+            branch,
+            sources,
+            target_source,
+            target_token,
+            self.continuation,
         )
 
 
@@ -85,6 +94,7 @@ class ChunkRows:
 class Chunk:
     """The rows of a chunk and their targets as tensors on the model's device; see `ChunkRows`."""
 
+    num_read: int
     ids: torch.Tensor
     positions: torch.Tensor | None
     branch: torch.Tensor | None
@@ -92,10 +102,6 @@ class Chunk:
     target_source: torch.Tensor
     target_token: torch.Tensor
     continuation: np.ndarray
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.ids)
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +159,7 @@ def chunk_rows(batch: TokenBatch, rows: Sequence[int] | np.ndarray) -> ChunkRows
         continuations.append(batch.target_continuation[targets])
     return ChunkRows(
         rows=rows,
+        num_read=int(batch.row_lengths[rows].sum()),
         ids=ids,
         positions=positions if is_tree else None,
         branch=branch if is_tree else None,
@@ -161,6 +168,78 @@ def chunk_rows(batch: TokenBatch, rows: Sequence[int] | np.ndarray) -> ChunkRows
         target_token=np.concatenate(tokens),
         continuation=np.concatenate(continuations),
     )
+
+
+def cut_row(batch: TokenBatch, row: int, num_tokens: int) -> ChunkRows:
+    """A chunk of the first tokens of a plain row, with the targets that these tokens hold.
+
+    The continuation of its targets is one more than the batch has. Where the row's last token
+    predicts a target, the part's last token does, too.
+    """
+    whole = chunk_rows(batch, [row])
+    last = num_tokens - (2 if whole.sources[-1] < whole.num_tokens - 1 else 1)
+    count = int(np.searchsorted(whole.sources, last, side="right"))
+    num_targets = int(np.searchsorted(whole.target_source, count))
+    return ChunkRows(
+        rows=whole.rows,
+        num_read=num_tokens,
+        ids=whole.ids[:, :num_tokens],
+        positions=None,
+        branch=None,
+        sources=whole.sources[:count],
+        target_source=whole.target_source[:num_targets],
+        target_token=whole.target_token[:num_targets],
+        continuation=np.full(num_targets, batch.num_continuations),
+    )
+
+
+class Chunks:
+    """The chunks of a layout by number, and beyond them parts of rows, each alone.
+
+    Number len(chunks) + i is the row of the batch's token i, cut after that token. So a number says
+    everything about a chunk, to workers, too.
+    """
+
+    def __init__(self, batch: TokenBatch, chunks: Sequence[Sequence[int]]):
+        self._batch = batch
+        self._chunks = [chunk_rows(batch, rows) for rows in chunks]
+        self._cut: tuple[int, ChunkRows] | None = None  # the last one
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __iter__(self) -> Iterator[ChunkRows]:
+        return iter(self._chunks)
+
+    def __getitem__(self, number: int) -> ChunkRows:
+        if number < len(self):
+            return self._chunks[number]
+        if self._cut is None or self._cut[0] != number:
+            row, num_tokens = self._cut_of(number)
+            self._cut = number, cut_row(self._batch, row, num_tokens)
+        return self._cut[1]
+
+    def number_of(self, row: int, num_tokens: int) -> int:
+        """The number of a row cut after so many tokens."""
+        return len(self) + int(self._batch.row_starts[row]) + num_tokens - 1
+
+    def home(self, number: int) -> int:
+        """The number of the layout's chunk that holds the row of a chunk."""
+        return number if number < len(self) else int(self._chunk_of[self._cut_of(number)[0]])
+
+    def _cut_of(self, number: int) -> tuple[int, int]:
+        """The row of a cut chunk, and its tokens."""
+        token = number - len(self)
+        row = int(np.searchsorted(self._batch.row_starts, token, side="right")) - 1
+        return row, token - int(self._batch.row_starts[row]) + 1
+
+    @cached_property
+    def _chunk_of(self) -> np.ndarray:
+        """The number of each row's chunk, int64[R]."""
+        numbers = np.zeros(self._batch.num_rows, dtype=np.int64)
+        for number, chunk in enumerate(self._chunks):
+            numbers[chunk.rows] = number
+        return numbers
 
 
 def make_chunk(batch: TokenBatch, rows: Sequence[int] | np.ndarray, device: torch.device) -> Chunk:

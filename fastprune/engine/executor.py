@@ -21,7 +21,7 @@ from ..models import Model, Runner
 from ..models.swap import State, hidden_of, state_bytes
 from ..plan.schedule import Schedule, Step, Visit
 from .cache import Frontier, PrefixCache
-from .chunks import Chunk
+from .chunks import Chunk, Chunks, Tile
 from .measures import Measure
 from .memory import Footprint
 from .reference import DenseReference
@@ -48,13 +48,13 @@ Walk = Generator[Reached, None, None]
 class Counts:
     """Work done so far.
 
-    row_runs, row_heads: units, and heads, counted once for each row of the batch. weight_loads:
-    blocks whose weights were read; weight_bytes: of files, for these. peak_bytes: the most
-    activations that were held, with workspaces as measured on this model.
+    token_runs, token_heads: units, and heads, counted once for each token of the batch.
+    weight_loads: blocks whose weights were read; weight_bytes: of files, for these. peak_bytes: the
+    most activations that were held, with workspaces as measured on this model.
     """
 
-    row_runs: int = 0
-    row_heads: int = 0
+    token_runs: int = 0
+    token_heads: int = 0
     weight_loads: int = 0
     weight_bytes: int = 0
     peak_bytes: int = 0
@@ -63,8 +63,9 @@ class Counts:
 class Executor:
     """Runs schedules on the chunks of one problem.
 
-    cache, frontier: states that outlive a walk, and states that wait for a later band. reference:
-    the dense model's side of the measure. counts: of the work done.
+    chunks: by number; they become tensors when they first run. cache, frontier: states that outlive
+    a walk, and states that wait for a later band. reference: the dense model's side of the measure.
+    counts: of the work done.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Executor:
         runner: Runner,
         measure: Measure,
         granularity: str,
-        chunks: Sequence[Chunk],
+        chunks: Chunks,
         tile: int,
         footprint: Footprint,
         cache: PrefixCache,
@@ -85,8 +86,22 @@ class Executor:
         self._granularity, self._footprint = granularity, footprint
         self._cache, self._frontier, self._reference = cache, frontier, reference
         self._counts = counts
-        self._chunks, self._tiles = chunks, [chunk.tiles(tile) for chunk in chunks]
+        self._chunks, self._tile = chunks, tile
+        self._opened: dict[int, tuple[Chunk, list[Tile]]] = {}  # by number
         self._per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
+
+    def _open(self, number: int) -> tuple[Chunk, list[Tile]]:
+        """A chunk as tensors, and its tiles."""
+        if number not in self._opened:
+            chunk = self._chunks[number].to(self._model.device)
+            self._opened[number] = chunk, chunk.tiles(self._tile)
+        return self._opened[number]
+
+    def forget(self, number: int) -> None:
+        """Drop all that is held of a chunk."""
+        self._opened.pop(number, None)
+        self._cache.forget(number)
+        self._reference.forget(number)
 
     # -- walks -------------------------------------------------------------------------------------
 
@@ -137,7 +152,7 @@ class Executor:
 
     def _walk(self, schedule: Schedule, visit: Visit, number: int) -> Walk:
         """Run a visit's steps on one chunk."""
-        chunk = self._chunks[number]
+        chunk, _ = self._open(number)
         embedded, arguments = self._runner.open(chunk.ids, chunk.positions, chunk.branch)
         slots: list[State | None] = [None] * schedule.num_slots
         for step in schedule.steps[visit.start : visit.stop]:
@@ -154,7 +169,7 @@ class Executor:
             for count, unit in enumerate(step.units, start=1):
                 self._note_peak(slots, state, chunk)
                 state = self._runner.run(unit, state, arguments, self._granularity)
-                self._counts.row_runs += chunk.num_rows
+                self._counts.token_runs += chunk.num_read
                 if count in retained:
                     self._cache.insert(number, retained[count], self._runner.pack(state))
             if step.frontier >= 0:
@@ -195,13 +210,14 @@ class Executor:
         """
         hidden = hidden.flatten(0, 1)
         values = []
-        for index, tile in enumerate(self._tiles[number]):
+        chunk, tiles = self._open(number)
+        for index, tile in enumerate(tiles):
             reference = self._reference.at(number, index, tile)
             states = hidden[tile.sources]
             values.append(self._measure.compute(self._runner.head, states, tile, reference))
-        self._counts.row_heads += self._chunks[number].num_rows
+        self._counts.token_heads += chunk.num_read
         return torch.cat(values, dim=1)
 
     def keep_dense(self, hidden: torch.Tensor, number: int) -> None:
         """Hold the dense model's final states of a chunk, [B, T, D], as the reference."""
-        self._reference.put(number, hidden.flatten(0, 1)[self._chunks[number].sources])
+        self._reference.put(number, hidden.flatten(0, 1)[self._open(number)[0].sources])

@@ -2,68 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..plan.trie import Units
 from .problem import Problem
 from .runs import PartialSums
-from .store import SumStore, units_key
+from .store import units_key
+from .sums import Sums
 
 
 class Ledger:
     """Sums of a problem over each continuation, for the sequences of one call.
 
-    sums float64[M, V, C]: M sequences, V values of the measure, C continuations of the batch; 0
-    where nothing was asked for. from_store bool[M]: every sum asked for came from the store.
+    chunks: numbers of those that are asked for. stores: where finished sums may be, the fastest
+    first, each with its number of the problem's context.
+
+    sums float64[M, V, C]: M sequences, V values of the measure, C continuations of the batch, and
+    one more where a part of a row is asked for; 0 where nothing was asked for. from_store bool[M]:
+    every sum asked for came from a store.
     """
 
-    def __init__(self, problem: Problem, sequences: Sequence[Units], store: SumStore | None):
-        self._problem, self._store = problem, store
-        self._context = None if store is None else store.context(problem.context)
+    def __init__(
+        self,
+        problem: Problem,
+        sequences: Sequence[Units],
+        chunks: Sequence[int],
+        stores: Sequence[tuple[Sums, int]] = (),
+    ):
+        self._problem, self._chunks, self._stores = problem, chunks, stores
         self._keys = [units_key(sequence) for sequence in sequences]
-        num_values = len(problem.measure.values)
-        self.sums = np.zeros((len(sequences), num_values, problem.batch.num_continuations))
+        num_values, width = len(problem.measure.values), problem.batch.num_continuations
+        width += max(chunks, default=0) >= len(problem.chunks)
+        self.sums = np.zeros((len(sequences), num_values, width))
         self.from_store = np.ones(len(sequences), dtype=bool)
 
-    def missing(self, chunks: Iterable[int]) -> dict[int, np.ndarray]:
-        """Fill in the sums that the store holds.
-
-        Args:
-            chunks: numbers of the chunks that are asked for.
+    def missing(self) -> dict[int, np.ndarray]:
+        """Fill in the sums that the stores hold.
 
         Returns:
             By chunk, the places of the sequences whose sums are missing there, int64[n]; chunks
             without missing sums are left out.
         """
         missing = {}
-        for number in chunks:
-            absent = self._look_up(number)
-            self.from_store &= ~absent
-            if absent.any():
-                missing[number] = np.flatnonzero(absent)
+        every = np.arange(len(self._keys))
+        for number in self._chunks:
+            absent = every
+            for store, context in self._stores:
+                absent = absent[~self._look_up(store, context, number, absent)]
+            self.from_store[absent] = False
+            if len(absent):
+                missing[number] = absent
         return missing
 
     def put(self, part: PartialSums) -> None:
-        """Enter sums, and keep them in the store: one transaction."""
+        """Enter sums, and keep them in the stores: one transaction each."""
         chunk = self._problem.chunks[part.chunk]
         values = np.arange(self.sums.shape[1])
         self.sums[np.ix_(part.rows, values, chunk.continuations)] = part.sums
-        if self._store is not None and self._context is not None:
+        if self._stores:
             finished = {self._keys[row]: sums for row, sums in zip(part.rows.tolist(), part.sums)}
-            self._store.put(self._context, chunk.key, finished)
+            for store, context in self._stores:
+                store.put(context, chunk.key, finished)
 
-    def _look_up(self, number: int) -> np.ndarray:
-        """bool[M]: sequences whose sums the store has not; fills in the others."""
-        absent = np.ones(len(self._keys), dtype=bool)
-        if self._store is None or self._context is None:
-            return absent
+    def _look_up(self, store: Sums, context: int, number: int, rows: np.ndarray) -> np.ndarray:
+        """bool[n]: which of these sequences' sums the store has; fills them in."""
         chunk = self._problem.chunks[number]
-        known = self._store.get(self._context, chunk.key, self._keys)
-        for row, key in enumerate(self._keys):
-            if key in known:
-                shape = (self.sums.shape[1], len(chunk.continuations))
-                self.sums[row][:, chunk.continuations] = known[key].reshape(shape)
-                absent[row] = False
-        return absent
+        known = store.get(context, chunk.key, [self._keys[row] for row in rows.tolist()])
+        has = np.zeros(len(rows), dtype=bool)
+        if not known:
+            return has
+        shape = (self.sums.shape[1], len(chunk.continuations))
+        for place, row in enumerate(rows.tolist()):
+            sums = known.get(self._keys[row])
+            if sums is not None:
+                self.sums[row][:, chunk.continuations] = sums.reshape(shape)
+                has[place] = True
+        return has

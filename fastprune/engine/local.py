@@ -62,11 +62,8 @@ def open_for(
     granularity: str,
     memory_bytes: int | None,
     layout: Layout | None,
-    races: bool = True,
 ) -> Opened:
     """Open a model's runner for a calibration set, and cut the set where no layout is given.
-
-    races: whether chunks are cut along the looks of a race.
 
     Raises InputError for rows or units that the model cannot run, and for memory_bytes that a row
     does not fit into.
@@ -75,7 +72,7 @@ def open_for(
     runner = open_runner(model, backend, granularity)
     _check_rows(model, batch)
     measure = MEASURES[measure_name]
-    limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity, races)
+    limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity)
     cut = limit.layout() if layout is None else limit.check(layout)
     log.info(
         "%s runs on the %s path (backend %s): %d rows in %d chunks, tiles of %d positions",
@@ -137,8 +134,8 @@ class LocalRuns:
     def cost(self) -> Cost:
         counts = self._counts
         return Cost(
-            unit_runs=counts.row_runs,
-            heads=counts.row_heads,
+            unit_runs=counts.token_runs,
+            heads=counts.token_heads,
             weight_loads=counts.weight_loads,
             weight_bytes=counts.weight_bytes,
         )
@@ -157,8 +154,16 @@ class LocalRuns:
     ) -> Generator[PartialSums, None, None]:
         """The missing sums; see `Runs.run`. Out of memory, the caches are given back first."""
         self._use(problem)
-        left = dict(missing)
-        tell = _Told(progress)
+        try:
+            yield from self._run(problem, sequences, dict(missing), _Told(progress))
+        finally:
+            for number in missing:
+                if number >= len(problem.chunks):  # a part of a row, which no later call asks for
+                    self._executor.forget(number)
+
+    def _run(
+        self, problem: Problem, sequences: Sequence[Units], left: dict[int, np.ndarray], tell: _Told
+    ) -> Generator[PartialSums, None, None]:
         while left:
             try:
                 with closing(self._walk_all(problem, sequences, left, tell)) as parts:
@@ -189,7 +194,7 @@ class LocalRuns:
         """Run under this problem from now on. States of another one are dropped."""
         if problem is self._problem:
             return
-        chunks = [rows.to(self._model.device) for rows in problem.chunks]
+        chunks = problem.chunks
         widest = max(chunk.num_tokens for chunk in chunks)
         most = max(len(chunk.sources) for chunk in chunks)  # positions of a chunk
         room = self._limit.room_for_references(widest, most) if self._may_keep_references else 0
@@ -237,7 +242,7 @@ class LocalRuns:
     ) -> Generator[PartialSums, None, None]:
         """The missing sums, group of chunks by group, in two halves where they do not fit."""
         self._run_dense(problem, list(missing))
-        schedules = self._schedules(sequences, missing)
+        schedules = self._schedules(problem, sequences, missing)
         room = self._room(problem, schedules)
         if len(sequences) > 1 and banded.is_too_large(schedules, problem.chunks, self._limit, room):
             log.info("%d sequences do not fit into one call; it runs in halves", len(sequences))
@@ -275,7 +280,8 @@ class LocalRuns:
         """Hold the dense model's final states of these chunks, where the measure needs them."""
         whole = [tuple(range(self._limit.num_units))]
         only = np.zeros(1, dtype=np.int64)
-        schedules = self._schedules(whole, dict.fromkeys(self._reference.missing(chunks), only))
+        lacking = dict.fromkeys(self._reference.missing(chunks), only)
+        schedules = self._schedules(problem, whole, lacking)
         if not schedules:
             return
         room = self._room(problem, schedules)
@@ -302,21 +308,25 @@ class LocalRuns:
         self._frontier.start(memory)
         return banded.Room(memory, self._frontier.slower_bytes)
 
-    def _schedules(self, sequences: Sequence[Units], missing: Missing) -> dict[int, Schedule]:
+    def _schedules(
+        self, problem: Problem, sequences: Sequence[Units], missing: Missing
+    ) -> dict[int, Schedule]:
         """The steps on each chunk, given the sums that are missing and the states that are cached.
 
         Chunks that lack the same and cache the same share a schedule, and so cache the same
-        afterwards.
+        afterwards. A part of a row caches nothing.
         """
         self._cache.resize()
         shared: dict[tuple, Schedule] = {}
         schedules = {}
+        num_chunks = len(problem.chunks)
         for number, rows in missing.items():
             cached, likelihood = self._cache.match(number)
-            key = rows.tobytes(), id(cached)
+            capacity = self._cache.capacity if number < num_chunks else 0
+            key = rows.tobytes(), id(cached), capacity
             if key not in shared:
                 trie = make_trie([sequences[row] for row in rows.tolist()], cached)
-                shared[key] = make_schedule(trie, likelihood, self._cache.capacity, self._band_of)
+                shared[key] = make_schedule(trie, likelihood, capacity, self._band_of)
             schedules[number] = shared[key]
         return schedules
 

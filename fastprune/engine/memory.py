@@ -30,14 +30,13 @@ from .chunks import Chunk, make_chunk
 from .measures import Measure
 
 MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
-CHUNK_TOKENS = 16384  # on a GPU: enough rows to keep its matrix units busy
-# on a CPU: states that leave a unit's workspace room in the caches
-CHUNK_BYTES, LEAST_CHUNK_TOKENS = 2 << 20, 1024
+# short rows run together up to these tokens, so that one sample costs little; bench/cut.py
+CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 LEAST_TILE = 8  # positions
 WEIGHED = 64  # positions of a tile that are run to know its weight
 LIMIT_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
-SUMS_SHARE = 8  # one eighth of the limit is for sums over continuations
+SUMS_SHARE = 8  # one eighth of the limit is for sums over continuations, half of it for a call's
 
 Result = TypeVar("Result")
 
@@ -53,8 +52,7 @@ class MemoryLimit:
     model's final states where the measure compares with them.
 
     limit: bytes; None for a default by the kind of device. most_sums: of how many masks the sums
-    fit at once. footprint: measured on the model, for the last tile. races: whether chunks are cut
-    along the looks of a race.
+    fit at once. footprint: measured on the model, for the last tile.
     """
 
     def __init__(
@@ -65,9 +63,7 @@ class MemoryLimit:
         batch: TokenBatch,
         measure: Measure,
         granularity: str,
-        races: bool = True,
     ):
-        self._races = races
         self._model, self._runner, self._batch = model, runner, batch
         self._measure, self._granularity = measure, granularity
         self._kind = "cuda" if model.device.type == "cuda" else "cpu"
@@ -76,7 +72,12 @@ class MemoryLimit:
         self._slots = max_slots(self.num_units, MAX_SEQUENCES)
         self._positions = len(np.unique(batch.target_source))  # that predict something
         per_mask = 24 * len(measure.values) * batch.num_continuations  # sums, twice more to reduce
-        self.most_sums = max(1, self.limit // SUMS_SHARE // per_mask)
+        self.most_sums = max(1, self.limit // SUMS_SHARE // 2 // per_mask)
+
+    @property
+    def race_bytes(self) -> int:
+        """Bytes for the sums that races keep: half of the share of sums."""
+        return self.limit // SUMS_SHARE // 2
 
     def most_together(self, longest: int) -> int:
         """The most sequences of at most `longest` units that one call can schedule within the
@@ -84,7 +85,7 @@ class MemoryLimit:
         return MAX_SEQUENCES if longest <= self.num_units else (1 << self._slots) - 1
 
     def layout(self) -> Layout:
-        """The largest chunks and tiles that stay within the limit.
+        """Chunks of at most `CHUNK_TOKENS` and the largest tiles that stay within the limit.
 
         Raises InputError where one row does not fit, even with the smallest tiles.
         """
@@ -96,8 +97,7 @@ class MemoryLimit:
             room = self.limit - self.limit // SUMS_SHARE - self._dense_bytes()
             tokens = self.footprint.tokens_within(room, self._slots)
             if tokens:
-                tokens = min(_chunk_tokens(self._model), tokens)
-                return make_layout(self._batch, tokens, size, self._races)
+                return make_layout(self._batch, min(CHUNK_TOKENS[self._kind], tokens), size)
         raise self._too_small("one row of the batch", self.footprint.longest_row)
 
     def check(self, layout: Layout) -> Layout:
@@ -119,7 +119,7 @@ class MemoryLimit:
             len(rows) * int(lengths[list(rows)].max()) for rows in layout.chunks if len(rows) > 1
         ]
         if divisible:
-            return make_layout(self._batch, max(divisible) // 2, layout.tile, self._races)
+            return make_layout(self._batch, max(divisible) // 2, layout.tile)
         if layout.tile > LEAST_TILE:
             return make_layout(self._batch, 1, max(LEAST_TILE, layout.tile // 16 * 8))
         return None
@@ -192,13 +192,6 @@ class MemoryLimit:
         if self._measure.reference:
             reference = self._measure.reference.compute(self._runner.head, hidden, False)
         return self._measure.compute(self._runner.head, hidden, targets, reference)
-
-
-def _chunk_tokens(model: Model) -> int:
-    """Tokens of a chunk, where they fit."""
-    if model.device.type == "cuda":
-        return CHUNK_TOKENS
-    return max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (model.hidden_size * model.dtype.itemsize))
 
 
 @dataclass(frozen=True)

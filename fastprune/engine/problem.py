@@ -12,7 +12,7 @@ from ..models import Model, Runner
 from ..models.attention import SDPA_BACKENDS
 from ..models.fingerprint import machine_fingerprint
 from ..plan.layout import Layout
-from .chunks import ChunkRows, chunk_rows
+from .chunks import Chunks
 from .measures import MEASURES, Measure
 
 ARITHMETIC = 2  # raised by every change of the order or precision of operations
@@ -38,9 +38,9 @@ class Problem:
         return MEASURES[self.measure_name]
 
     @cached_property
-    def chunks(self) -> list[ChunkRows]:
-        """The rows of the calibration set that run together."""
-        return [chunk_rows(self.batch, rows) for rows in self.layout.chunks]
+    def chunks(self) -> Chunks:
+        """The rows of the calibration set that run together, and parts of rows."""
+        return Chunks(self.batch, self.layout.chunks)
 
     @property
     def context(self) -> dict[str, object]:

@@ -49,6 +49,12 @@ class DenseReference:
         """Hold the final states of a chunk, [P, D], where a target is predicted."""
         self._states[chunk] = states
 
+    def forget(self, chunk: int) -> None:
+        """Drop the final states of a chunk, and the references of its tiles."""
+        self._states.pop(chunk, None)
+        for key in [key for key in self._tiles if key[0] == chunk]:
+            del self._tiles[key], self._sizes[key]
+
     def at(self, chunk: int, number: int, tile: Tile) -> Any:
         """The reference of a chunk's tile; None for a measure that compares nothing."""
         reference = self._measure.reference

@@ -56,11 +56,10 @@ class Cost:
             **{f.name: getattr(self, f.name) + sign * getattr(other, f.name) for f in fields(self)}
         )
 
-    def of_rows(self, num_rows: int) -> Cost:
-        """Counts of single rows as counts of the whole calibration set."""
-        return replace(
-            self, unit_runs=whole(self.unit_runs / num_rows), heads=whole(self.heads / num_rows)
-        )
+    def of_tokens(self, num_tokens: int) -> Cost:
+        """Counts of single tokens as counts of the whole calibration set."""
+        unit_runs, heads = self.unit_runs / num_tokens, self.heads / num_tokens
+        return replace(self, unit_runs=whole(unit_runs), heads=whole(heads))
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Runs(Protocol):
     """Computes sums that are missing.
 
     cost: grows while a call runs, also when it is broken off. Its unit runs and heads count single
-    rows, so that they stay integers.
+    tokens, so that they stay integers.
     """
 
     cost: Cost
@@ -100,7 +99,8 @@ class Runs(Protocol):
         Args:
             problem: what the sums are computed under.
             sequences: of units, distinct and sorted.
-            missing: by chunk, the places of the sequences to run there, int64[n], ascending.
+            missing: by number of the chunk (see `Chunks`), the places of the sequences to run
+                there, int64[n], ascending.
             progress: told of unit runs, done and in all.
 
         Closing the iterator cancels the call. Raises OutOfMemory when nothing is left to give

@@ -21,13 +21,14 @@ import numpy as np
 from ..errors import InputError
 from ..validate import refuse_special
 
-APPLICATION, VERSION = 0x46505255, 2  # PRAGMA application_id and user_version of a store
+APPLICATION, VERSION = 0x46505255, 3  # PRAGMA application_id and user_version of a store
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS contexts (
   id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, determined_by TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS chunks (id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL);
 CREATE TABLE IF NOT EXISTS sums (
-  context INTEGER NOT NULL, chunk BLOB NOT NULL, units BLOB NOT NULL, sums BLOB NOT NULL,
+  context INTEGER NOT NULL, chunk INTEGER NOT NULL, units BLOB NOT NULL, sums BLOB NOT NULL,
   checksum INTEGER NOT NULL,
   PRIMARY KEY (context, chunk, units)
 ) WITHOUT ROWID;
@@ -68,9 +69,12 @@ class SumStore:
         self._turn = threading.RLock()
         self._failed = False
         self._keys: dict[int, bytes] = {}  # of contexts, by their number
+        self._chunks: dict[bytes, int] = {}  # numbers of chunks, by key; none is ever removed
         try:
             self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
             self._open()
+            # in WAL mode a commit then waits for no disk; it outlives the process all the same
+            self._db.execute("PRAGMA synchronous=NORMAL")
         except _FAILURES as error:
             raise InputError(f"{self.path}: not a store ({error})") from None
 
@@ -112,17 +116,18 @@ class SumStore:
         text = json.dumps(determined_by, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         with self._turn:
+            query = "SELECT id FROM contexts WHERE key = ?"
             try:
-                with self._db:
-                    self._db.execute(
-                        "INSERT OR IGNORE INTO contexts (key, determined_by) VALUES (?, ?)",
-                        (key, text),
-                    )
-                number = self._db.execute(
-                    "SELECT id FROM contexts WHERE key = ?", (key,)
-                ).fetchone()[0]
-                self._keys[number] = key.encode()
-                return number
+                row = self._db.execute(query, (key,)).fetchone()
+                if row is None:
+                    with self._db:
+                        self._db.execute(
+                            "INSERT OR IGNORE INTO contexts (key, determined_by) VALUES (?, ?)",
+                            (key, text),
+                        )
+                    row = self._db.execute(query, (key,)).fetchone()
+                self._keys[row[0]] = key.encode()
+                return row[0]
             except _FAILURES as error:
                 self._give_up(error)
                 return -1
@@ -132,14 +137,23 @@ class SumStore:
         known: dict[bytes, np.ndarray] = {}
         keys = iter(keys)
         with self._turn:
-            while not self._failed and (part := list(itertools.islice(keys, _AT_ONCE))):
+            try:
+                number = None if self._failed else self._number(chunk)
+            except _FAILURES as error:
+                self._give_up(error)
+                return {}
+            while (
+                not self._failed
+                and number is not None
+                and (part := list(itertools.islice(keys, _AT_ONCE)))
+            ):
                 marks = ",".join("?" * len(part))
                 query = (
                     f"SELECT units, sums, checksum FROM sums WHERE context = ? AND chunk = ? "
                     f"AND units IN ({marks})"
                 )
                 try:
-                    for units, sums, checksum in self._db.execute(query, (context, chunk, *part)):
+                    for units, sums, checksum in self._db.execute(query, (context, number, *part)):
                         if self._checksum(context, chunk, units, sums) != checksum or len(sums) % 8:
                             raise sqlite3.DatabaseError("a row is damaged")
                         known[units] = np.frombuffer(sums, dtype="<f8")
@@ -153,18 +167,34 @@ class SumStore:
         rows = []
         for units, values in sums.items():
             blob = np.ascontiguousarray(values, dtype="<f8").tobytes()
-            rows.append((context, chunk, units, blob))
+            rows.append((units, blob))
         with self._turn:
             if self._failed:
                 return
-            checked = [(*row, self._checksum(*row)) for row in rows]
             try:
                 with self._db:
+                    number = self._number(chunk)
+                    if number is None:
+                        self._db.execute("INSERT OR IGNORE INTO chunks (key) VALUES (?)", (chunk,))
+                        number = self._number(chunk)
                     self._db.executemany(
-                        "INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)", checked
+                        "INSERT OR REPLACE INTO sums VALUES (?, ?, ?, ?, ?)",
+                        [
+                            (context, number, *row, self._checksum(context, chunk, *row))
+                            for row in rows
+                        ],
                     )
             except _FAILURES as error:
                 self._give_up(error)
+
+    def _number(self, chunk: bytes) -> int | None:
+        """The number of a chunk in this file; None for one that it does not have."""
+        if chunk not in self._chunks:
+            row = self._db.execute("SELECT id FROM chunks WHERE key = ?", (chunk,)).fetchone()
+            if row is None:
+                return None
+            self._chunks[chunk] = row[0]
+        return self._chunks[chunk]
 
     # -- looking at a file -------------------------------------------------------------------------
 
@@ -183,16 +213,26 @@ class SumStore:
     def rows(self) -> Iterator[tuple[int, bytes, tuple[int, ...], np.ndarray | None]]:
         """Everything in the file: (context, chunk, units that ran, sums); the sums of a damaged row
         are None."""
+        for context, _, chunk, units, values in self._rows():
+            yield context, chunk or b"", tuple(np.frombuffer(units, dtype="<u2").tolist()), values
+
+    def _rows(self) -> Iterator[tuple[int, int, bytes | None, bytes, np.ndarray | None]]:
+        """Everything in the file: (context, number of the chunk, its key, units, sums)."""
+        query = (
+            "SELECT context, chunk, key, units, sums, checksum FROM sums "
+            "LEFT JOIN chunks ON chunks.id = chunk"
+        )
         with self._turn, self._naming():
             for context, key in self._db.execute("SELECT id, key FROM contexts"):
                 self._keys[context] = key.encode()
-            for context, chunk, units, sums, checksum in self._db.execute("SELECT * FROM sums"):
+            for context, number, chunk, units, sums, checksum in self._db.execute(query):
                 whole = (
                     context in self._keys
+                    and chunk is not None
                     and self._checksum(context, chunk, units, sums) == checksum
                 )
                 values = np.frombuffer(sums, dtype="<f8") if whole and not len(sums) % 8 else None
-                yield context, chunk, tuple(np.frombuffer(units, dtype="<u2").tolist()), values
+                yield context, number, chunk, units, values
 
     def prune(self, contexts: Iterable[int] = (), damaged: bool = False) -> int:
         """Remove these contexts with their sums, or the rows that are damaged; how many sums
@@ -200,8 +240,8 @@ class SumStore:
         broken = []
         if damaged:
             broken = [
-                (context, chunk, units_key(units))
-                for context, chunk, units, values in self.rows()
+                (context, number, units)
+                for context, number, _, units, values in self._rows()
                 if values is None
             ]
         with self._turn, self._naming():

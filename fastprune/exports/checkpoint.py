@@ -53,7 +53,7 @@ def export(
         out_dir: The new folder.
         removed: Indices of the blocks that are left out.
         sequence: Instead of `removed`: blocks in the order in which they run, as
-            `Evaluator.score_sequences` scores them. A block that is named n times is written n
+            `Evaluator.score` scores `sequences`. A block that is named n times is written n
             times, as separate weights.
         base_model: The hub id of the base model, for card and recipes; by default the name that it
             was opened by, of a folder its last part.
@@ -274,7 +274,7 @@ Measured = tuple[float, float | None]  # a loss, and its standard error where it
 def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, Measured]:
     """The losses of the whole model and of these blocks; of blocks that ascend with errors."""
     if not recipes.is_mask(sequence):
-        return (evaluator.dense_loss, None), (float(evaluator.score_sequences([sequence])[0]), None)
+        return (evaluator.dense_loss, None), (float(evaluator.score(sequences=[sequence])[0]), None)
     masks = np.ones((2, evaluator.num_units), dtype=bool)
     masks[1] = np.isin(np.arange(evaluator.num_units), sequence)
     sample_losses = evaluator.score_samples(masks)

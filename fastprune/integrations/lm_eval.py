@@ -355,7 +355,6 @@ class _Sums(Objective):
 
     name = "requests"
     measure = "greedy"
-    races = False
 
     def __init__(self, batch: TokenBatch):
         self.batch, self.sample = batch, np.arange(batch.num_continuations)

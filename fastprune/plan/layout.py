@@ -82,23 +82,17 @@ class Layout:
             )
 
 
-def make_layout(batch: TokenBatch, max_tokens: int, tile: int, races: bool = True) -> Layout:
+def make_layout(batch: TokenBatch, max_tokens: int, tile: int) -> Layout:
     """Chunks of at most max_tokens tokens each, padding included (but at least one row each).
 
-    No chunk crosses a look of a race, or is larger than the first, so that a few samples cost about
-    their share. Within a look, rows are sorted by kind and length, and cut where padding and many
-    small chunks cost the least. races=False cuts all rows as one look, in fewer chunks.
+    No chunk of several rows crosses a look of a race. Within a look, rows are sorted by kind and
+    length, and cut where padding and many small chunks cost the least.
     """
-    looks = look_rows(batch) if races else [np.arange(batch.num_rows)]
-    groups = [
-        group for rows in looks for group in _group_rows(batch, rows, max_tokens, len(looks[0]))
-    ]
+    groups = [group for rows in look_rows(batch) for group in _group_rows(batch, rows, max_tokens)]
     return Layout(tuple(map(tuple, groups)), tile, batch.content_hash)
 
 
-def _group_rows(
-    batch: TokenBatch, rows: np.ndarray, max_tokens: int, max_rows: int
-) -> list[list[int]]:
+def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int) -> list[list[int]]:
     """Plain rows, then trees, longest first, cut so that tokens, with padding, and runs cost the
     least in all."""
     groups = []
@@ -111,7 +105,7 @@ def _group_rows(
             np.zeros(count, dtype=np.int64),
         )  # of what is left from each row on
         for start in reversed(range(count)):
-            most = min(count - start, max_rows, max(1, max_tokens // int(lengths[start])))
+            most = min(count - start, max(1, max_tokens // int(lengths[start])))
             costs = (
                 lengths[start] * np.arange(most, 0, -1)
                 + RUN_TOKENS

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import Annotated
 
-import numpy as np
-
 from ..errors import InputError
 from . import draws
 from .prior import Prior
@@ -121,12 +119,11 @@ def evopress(
     left to swap is not flipped. With flips=free a child swaps n pairs of different units, of
     whatever type, and sublayers are removed in any mix.
 
-    Every step draws whole samples afresh, without repetition, until they hold its tokens; those
-    that run together are drawn together (Evaluator.sample_groups). Where the calibration set holds
-    fewer, it takes all: the fitness is then the loss itself, a later step of the same kind costs
-    nothing, and the scores enter the history. Scores on a share of the samples do not. The last
-    parent is scored on all. With racing, one race over the whole calibration set takes the place of
-    both steps.
+    Every step draws samples afresh, one by one and without repetition, until they hold its tokens;
+    the last is cut to fit, unless it is a question. Where the calibration set holds no more, it
+    takes all: the fitness is then the loss itself, a later step of the same kind costs nothing, and
+    the scores enter the history. Scores on a share of the samples do not. The last parent is scored
+    on all. With racing, one race over the whole calibration set takes the place of both steps.
 
     Source: EvoPress (arXiv 2410.14649).
     Cost: initial + generations (offspring + first_survivors + 1) on shares of the calibration set,
@@ -211,15 +208,8 @@ def _flipped(search: Search, subset: Removed, count: int, types: list[list[int]]
 
 
 def _select(search: Search, subsets: list[Removed], tokens: int, survivors: int) -> list[Removed]:
-    """The subsets of lowest mean loss on fresh samples of at least `tokens` tokens; ties go to the
-    first."""
+    """The subsets of lowest loss on fresh samples of `tokens` tokens; ties go to the first."""
     if search.racing is not None:
         return search.select(subsets, survivors)
-    groups = search.evaluator.sample_groups
-    order = np.concatenate(
-        [search.rng.permutation(groups[i]) for i in search.rng.permutation(len(groups))]
-    )
-    held = np.cumsum(search.evaluator.sample_tokens[order])
-    samples = np.sort(order[: np.searchsorted(held, tokens) + 1])
-    fitness = search.score_samples(subsets, samples)
+    fitness = search.score_on_tokens(subsets, tokens)
     return [subsets[i] for i in fitness.argsort(kind="stable")[:survivors]]

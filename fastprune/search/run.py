@@ -64,8 +64,10 @@ class Scorer(Protocol):
     @property
     def sample_tokens(self) -> np.ndarray: ...
     @property
-    def sample_groups(self) -> list[np.ndarray]: ...
-    def score(self, masks: np.ndarray) -> np.ndarray: ...
+    def cuts_samples(self) -> bool: ...
+    def score(
+        self, masks: np.ndarray, *, samples: Any = None, tokens: int | None = None
+    ) -> np.ndarray: ...
     def score_samples(self, masks: np.ndarray, samples: Any = None) -> np.ndarray: ...
     def race(
         self, masks: np.ndarray, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
@@ -189,6 +191,25 @@ class Search:
         self._remember(zip(kept, result.losses.tolist()))
         self.decided_early += result.decided_early
         return kept
+
+    def score_on_tokens(self, subsets: Sequence[Removed], tokens: int) -> np.ndarray:
+        """The loss of each subset on fresh samples, float64[N], +inf where it is not finite.
+
+        Samples are drawn without repetition until they hold these tokens, and the last is cut to
+        fit, except for questions. Such a loss is not remembered. Where the calibration set holds
+        no more tokens, it is the loss on all of it, as `score` gives it.
+        """
+        order = self.rng.permutation(self.evaluator.num_samples)
+        held = np.cumsum(self.evaluator.sample_tokens[order])
+        if held[-1] <= tokens:
+            return self.score(subsets)
+        samples = order[: np.searchsorted(held, tokens) + 1]
+        losses = self.evaluator.score(
+            from_removed(subsets, self.num_units),
+            samples=samples,
+            tokens=tokens if self.evaluator.cuts_samples else None,
+        )
+        return np.array([_rank(loss) for loss in losses.tolist()])
 
     def score_samples(self, subsets: Sequence[Removed], samples: np.ndarray) -> np.ndarray:
         """The mean loss of each subset over some samples, float64[N], +inf where it is not finite.

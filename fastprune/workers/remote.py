@@ -213,7 +213,8 @@ class RemoteRuns:
                 tries[key] = make_trie([sequences[row] for row in rows.tolist()])
         head = _head_cost(self._model, problem)
         loads = [problem.chunks[number].num_tokens for number in missing]
-        chosen = teams(loads, [self._owner[number] for number in missing], self._workers.count)
+        owner = [self._owner[problem.chunks.home(number)] for number in missing]
+        chosen = teams(loads, owner, self._workers.count)
         parts: dict[int, dict[int, np.ndarray]] = {}
         for (number, rows), team in zip(missing.items(), chosen):
             for worker, part in zip(team, cut(tries[rows.tobytes()], len(team), head)):

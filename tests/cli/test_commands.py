@@ -236,7 +236,7 @@ def test_an_exported_sequence_has_its_score(run, checkpoint, text_file, tmp_path
     model = fp.load_model(tmp_path / "grown")
     again = fp.Evaluator(model, fp.Perplexity(fp.load_text(text_file, model.tokenizer, 4, 16)))
     np.testing.assert_allclose(
-        again.dense_loss, evaluator.score_sequences([(0, 1, 1, 2, 4)])[0], rtol=1e-6
+        again.dense_loss, evaluator.score(sequences=[(0, 1, 1, 2, 4)])[0], rtol=1e-6
     )
 
 

@@ -35,7 +35,7 @@ def test_a_sequence_gives_its_score_and_generates(family, tmp_path):
     folder = fp.export(hf, tmp_path / "grown", sequence=sequence)
     written = loaded(folder, hf)
     assert num_blocks(written) == written.config.num_hidden_layers == len(sequence)
-    expected = ev.score_sequences([sequence])[0]
+    expected = ev.score(sequences=[sequence])[0]
     np.testing.assert_allclose(reference_loss(written, rows), expected, rtol=1e-5)
     np.testing.assert_allclose(evaluator(written)[0].dense_loss, expected, rtol=1e-5)
     ids = torch.tensor([rows[0]])

@@ -36,20 +36,20 @@ def test_equal_to_the_model_with_these_blocks_in_its_list(family, backend):
     ev, rows = evaluator(hf, backend=backend)
     sequences = some_sequences(num_blocks(hf), 8)
     expected = [reference_loss(physically_ordered(hf, sequence), rows) for sequence in sequences]
-    np.testing.assert_allclose(ev.score_sequences(sequences), expected, rtol=1e-5)
+    np.testing.assert_allclose(ev.score(sequences=sequences), expected, rtol=1e-5)
 
 
 def test_shared_once_and_the_same_bits():
     hf = build("llama")
     ev, _ = evaluator(hf)
     sequences = some_sequences(ev.num_units, 30)
-    together = ev.score_sequences(sequences)
+    together = ev.score(sequences=sequences)
     prefixes = {sequence[: i + 1] for sequence in sequences for i in range(len(sequence))}
     assert ev.stats.unit_runs == len(prefixes)
     assert ev.stats.naive_unit_runs == sum(map(len, sequences))
-    assert ev.score_sequences(sequences[::-1]).tobytes() == together[::-1].tobytes()
+    assert ev.score(sequences=sequences[::-1]).tobytes() == together[::-1].tobytes()
     for number in range(0, len(sequences), 7):
-        assert ev.score_sequences([sequences[number]])[0] == together[number]
+        assert ev.score(sequences=[sequences[number]])[0] == together[number]
 
 
 def test_an_ascending_sequence_is_a_mask_in_the_store_too(tmp_path):
@@ -58,7 +58,7 @@ def test_an_ascending_sequence_is_a_mask_in_the_store_too(tmp_path):
     first, _ = evaluator(hf, store=tmp_path / "s.db")
     losses = first.score(masks)
     second, _ = evaluator(hf, store=tmp_path / "s.db")
-    found = second.score_sequences([np.flatnonzero(mask) for mask in masks])
+    found = second.score(sequences=[np.flatnonzero(mask) for mask in masks])
     assert found.tobytes() == losses.tobytes()
     assert second.stats.unit_runs == 0
 
@@ -70,10 +70,10 @@ def test_very_long_sequences_stay_within_the_budget():
     ev, _ = evaluator(hf, memory_bytes=2_000_000)
     rng = np.random.default_rng(0)
     sequences = [tuple(rng.integers(0, 2, 12).tolist()) for _ in range(150)]
-    losses = ev.score_sequences(sequences)
+    losses = ev.score(sequences=sequences)
     assert ev.stats.peak_activation_bytes <= 2_000_000
     other, _ = evaluator(hf, memory_bytes=2_000_000)
-    assert other.score_sequences(sequences[::-1])[::-1].tobytes() == losses.tobytes()
+    assert other.score(sequences=sequences[::-1])[::-1].tobytes() == losses.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_very_long_sequences_stay_within_the_budget():
 def test_wrong_sequences(sequences, message):
     ev, _ = evaluator(build("llama"))
     with pytest.raises(fp.InputError, match=message):
-        ev.score_sequences(sequences)
+        ev.score(sequences=sequences)

@@ -107,7 +107,7 @@ def test_caches_stores_races_and_sequences(family, granularity, tmp_path):
     assert np.array_equal(ev.race(another, keep=2).losses, resident.race(another, keep=2).losses)
     last = ev.num_units - 1
     sequences = [(0, 1, 1, 2), (last, 0, last), (2, 1, 0, 2), (0, 1, 2), (last,), (0, 0, 0, 0)]
-    assert np.array_equal(ev.score_sequences(sequences), resident.score_sequences(sequences))
+    assert np.array_equal(ev.score(sequences=sequences), resident.score(sequences=sequences))
     with_store = fp.Evaluator(whole, fp.TaskMargin(tasks[0]), store=tmp_path / "sums", **options)
     with_store.score(masks)
     assert (

@@ -65,7 +65,7 @@ def test_every_number_has_the_bits_of_one_process(hf, kind, count):
     )
     assert many.sums(masks[:3]).tobytes() == one.sums(masks[:3]).tobytes()
     sequences = [(0, 1, 1, 2), (2, 0), (0, 1, 2)]
-    assert many.score_sequences(sequences).tobytes() == one.score_sequences(sequences).tobytes()
+    assert many.score(sequences=sequences).tobytes() == one.score(sequences=sequences).tobytes()
     assert many.dense_loss == one.dense_loss
     found, expected = many.race(masks, keep=2), one.race(masks, keep=2)
     assert found.indices.tolist() == expected.indices.tolist()
@@ -79,7 +79,7 @@ def test_no_prefix_is_run_twice_where_there_is_a_chunk_for_every_worker(hf, batc
         fp.Evaluator(hf, fp.Perplexity(batch), workers=w, **options)
         for w in (None, InThisProcess(3))
     )
-    assert len(one.sample_groups) >= 3
+    assert len(one.layout.chunks) >= 3
     rng = np.random.default_rng(0)
     for _ in range(2):
         masks = rng.random((20, one.num_units)) < 0.7
@@ -145,7 +145,7 @@ def test_what_had_come_back_is_not_run_again(hf, batch):
     masks = some_masks(many.num_units, 40, seed=3)
     many.score(masks[:1])
     before = many.stats.unit_runs
-    workers.heard, chunks = 0, len(many.sample_groups)
+    workers.heard, chunks = 0, len(many.layout.chunks)
     sums = 0
     receive = workers._receive
 
@@ -225,7 +225,7 @@ def test_memory_that_runs_out_makes_chunks_smaller_everywhere(hf, monkeypatch):
     with pytest.warns(RuntimeWarning, match="going on with chunks of"):
         found = many.score(masks)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert max(map(len, many.sample_groups)) <= 2
+    assert max(map(len, many.layout.chunks)) <= 2
     assert (
         many.score(masks).tobytes() == found.tobytes()
     )  # the smaller chunks stay, so that the bits do
@@ -431,7 +431,7 @@ def test_what_many_workers_are_given_is_pickled_once(hf, batch):
 
     workers = Counting(3)
     many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
-    assert len(many.sample_groups) >= 3
+    assert len(many.layout.chunks) >= 3
     many.score(some_masks(many.num_units, 20, seed=13))
     assert [request for _, request in workers.requests] == ["Open"] * 3 + ["Run"] * 3
     assert workers.kept == 2

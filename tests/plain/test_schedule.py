@@ -233,9 +233,10 @@ class Recorder(SyntheticEvaluator):
         super().__init__(*args, **options)
         self.trace = []
 
-    def score(self, masks):
-        self.trace.append(kept_units(np.asarray(masks)))
-        return super().score(masks)
+    def score(self, masks, *, samples=None, tokens=None):
+        if samples is None:  # else `score_samples` notes the call
+            self.trace.append(kept_units(np.asarray(masks)))
+        return super().score(masks, samples=samples, tokens=tokens)
 
     def score_samples(self, masks, samples=None):
         self.trace.append(kept_units(np.asarray(masks)))

@@ -107,7 +107,8 @@ def test_evopress_counts_of_masks_and_tokens():
     steps = [(32, 1), (3, 16)]  # children on 2,048 tokens, two of them and the parent on 32,768
     assert evaluator.sample_calls == [(64, 1), *steps * generations]
     masks = sum(count for count, _ in evaluator.sample_calls)
-    tokens = sum(count * samples * 2048 for count, samples in evaluator.sample_calls)
+    assert evaluator.token_calls == [(64, 2048), *[(32, 2048), (3, 32768)] * generations]
+    tokens = sum(count * tokens for count, tokens in evaluator.token_calls)
     assert masks == 64 + 128 * 35
     assert tokens == 64 * 2048 + 128 * (32 * 2048 + 3 * 32768)
     assert evaluator.calls == [1]  # the last parent, on all samples
@@ -125,6 +126,7 @@ def test_evopress_draws_fresh_samples_of_enough_tokens(monkeypatch):
     )
     fp.run_search(evaluator, "evopress", 4, final_tokens=7000)
     assert {len(samples) for samples in drawn} == {3, 10}  # 2,100 and 7,000 tokens
+    assert {tokens for _, tokens in evaluator.token_calls} == {2048, 7000}  # the last one is cut
     assert all(len(set(samples)) == len(samples) for samples in drawn)
     assert len({tuple(samples) for samples in drawn}) > len(drawn) / 2
 

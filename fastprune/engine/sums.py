@@ -1,0 +1,75 @@
+"""Finished sums: the interface of what keeps them, and a bounded memory for those of races."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from .problem import Problem
+
+ENTRY_BYTES = 256  # of one entry beside its sums: keys, and their places in dicts
+
+
+class Sums(Protocol):
+    """Keeps sums over the continuations of a chunk, by (context, chunk, units that ran)."""
+
+    def get(self, context: int, chunk: bytes, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
+        """The sums of a chunk that are kept, flat, float64[V * C], by the key of the units."""
+
+    def put(self, context: int, chunk: bytes, sums: Mapping[bytes, np.ndarray]) -> None:
+        """Keep the sums of a chunk, float64[V, C] each, by the key of the units."""
+
+
+class SumMemory:
+    """Sums of the races of one process, within a limit of bytes.
+
+    Two generations bound it: sums go into the young one. Once that holds half of the limit, it
+    becomes the old one, and the sums of the old one are dropped unless they were read meanwhile.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._numbers = itertools.count()
+        self._contexts: weakref.WeakKeyDictionary[Problem, int] = weakref.WeakKeyDictionary()
+        self._young: dict[tuple[int, bytes], dict[bytes, np.ndarray]] = {}
+        self._old: dict[tuple[int, bytes], dict[bytes, np.ndarray]] = {}
+        self._bytes = 0  # of the young ones
+
+    def __bool__(self) -> bool:
+        """Whether it keeps anything."""
+        return bool(self._young or self._old)
+
+    def context(self, problem: Problem) -> int:
+        """The number of a problem."""
+        if problem not in self._contexts:
+            self._contexts[problem] = next(self._numbers)
+        return self._contexts[problem]
+
+    def get(self, context: int, chunk: bytes, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
+        """The sums of a chunk that are kept; see `Sums.get`."""
+        young = self._young.get((context, chunk), {})
+        old = self._old.get((context, chunk), {})
+        known, again = {}, {}
+        for key in keys:
+            if key in young:
+                known[key] = young[key]
+            elif key in old:
+                known[key] = again[key] = old[key]
+        if again:
+            self.put(context, chunk, again)
+        return known
+
+    def put(self, context: int, chunk: bytes, sums: Mapping[bytes, np.ndarray]) -> None:
+        """Keep the sums of a chunk; see `Sums.put`."""
+        for units, values in sums.items():
+            size = values.nbytes + ENTRY_BYTES + len(units)
+            if self._bytes + size > self._limit // 2:
+                self._young, self._old, self._bytes = {}, self._young, 0
+            if size <= self._limit // 2:
+                kept = self._young.setdefault((context, chunk), {})
+                self._bytes += 0 if units in kept else size
+                kept[units] = values.ravel().copy()
