@@ -118,9 +118,9 @@ def test_a_thousand_random_masks_in_64_mib(measure):
 @pytest.mark.slow
 def test_a_small_budget_makes_small_chunks(measure):
     """The same work without the budget takes more than it: the budget is what keeps memory down."""
-    budget = 8 << 20
+    budget = 5 << 20
     found = measure(
-        {"free": (None, 0), "small": (budget, 0)}, blocks=4, inner=1024, rows=32, masks=4
+        {"free": (None, 0), "small": (budget, 0)}, blocks=4, inner=3072, rows=32, masks=4
     )
     assert found["free"]["growth"] > budget
     assert found["free"]["peak"] > budget
