@@ -39,7 +39,7 @@ def test_the_tutorial(tmp_path, monkeypatch, run):
     assert result["removed"] == [3, 5, 7, 8, 11]  # which the page judges
     loaded = fp.load_model("pruned")
     ev = fp.Evaluator(
-        loaded, fp.Perplexity(fp.load_text("data/text.jsonl", loaded.tokenizer, 32, 128))
+        loaded, fp.Perplexity(fp.load_text("data/text.jsonl", loaded.tokenizer, 32, 128, bos=False))
     )
     np.testing.assert_allclose(ev.dense_loss, result["loss"], rtol=1e-5)
     assert f"{result['perplexity']:.3f}" in Path("pruned/README.md").read_text()

@@ -36,7 +36,7 @@ def test_accuracies_are_those_of_the_harness(tmp_path, monkeypatch, spaced):
         "doc_to_target": "answer",
         "metric_list": [{"metric": name} for name in ("acc", "acc_norm", "acc_bytes")],
     }
-    folder = fp.export(fp.load_model("demo"), (2, 6, 8), tmp_path / "pruned")
+    folder = fp.export(fp.load_model("demo"), tmp_path / "pruned", removed=(2, 6, 8))
     found = simple_evaluate(
         "hf", {"pretrained": str(folder), "device": "cpu"}, [config], bootstrap_iters=0
     )
