@@ -204,6 +204,7 @@ class Search:
         if held[-1] <= tokens:
             return self.score(subsets)
         samples = order[: np.searchsorted(held, tokens) + 1]
+        self._round += 1
         losses = self.evaluator.score(
             from_removed(subsets, self.num_units),
             samples=samples,

@@ -38,6 +38,8 @@ def shapley(
         share: of the units, those that a network keeps; the paper has 0.5 and 0.9.
         redraw: estimate the values again after each removal.
     """
+    passes = search.num_remove if redraw else 1
+    search.plan([networks] * (search.evaluator.num_samples * passes) + [1])
     removed: Removed = ()
     while redraw and len(removed) < search.num_remove:
         values = shapley_values(search, networks, share, removed)
