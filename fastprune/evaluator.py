@@ -51,7 +51,7 @@ BACKENDS = get_args(Backend)
 
 @dataclass
 class Stats:
-    """What an evaluator's calls have cost so far.
+    """The cost of an evaluator's calls so far.
 
     Runs are counted over the whole calibration set: one on half of its rows counts one half.
 
@@ -316,9 +316,9 @@ class Evaluator:
         return np.concatenate([np.empty(0), *parts])
 
     def sums(self, masks: ArrayLike) -> np.ndarray:
-        """What the objective's measure gives on each continuation of its batch, float64[N, V, C]:
-        the sums over its targets of each of the measure's V values (`measures.MEASURES`), before
-        the objective weighs them. Raises InputError as `score` does."""
+        """The sums of the objective's measure on each continuation of its batch, float64[N, V, C]:
+        each of the measure's V values (`measures.MEASURES`) summed over the targets, before the
+        objective weighs them. Raises InputError as `score` does."""
         with self.model.lock:
             trie = self._ask(self._check_masks(masks))
             return self._run(trie)[trie.index]

@@ -190,7 +190,7 @@ class Objective:
 
     @property
     def content_hash(self) -> str:
-        """Of the calibration data; with `name` it determines what a score means."""
+        """The hash of the calibration data; with `name` it determines the meaning of a score."""
         return self.batch.content_hash
 
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:

@@ -332,8 +332,8 @@ CHECKS: tuple[Callable, ...] = (
 
 
 def outcome(name: str, **options: Any) -> list:
-    """What a search finds for one seed: the removed units, the loss to the bit, and the history.
-    Plain values."""
+    """The outcome of a search for one seed: the removed units, the loss to the bit, and the
+    history. Plain values."""
     result = run_search(SyntheticEvaluator(9, seed=8, num_samples=20), name, 4, seed=11, **options)
     history = [[list(removed), loss.hex()] for removed, loss in result.history]
     return [list(result.removed), result.loss.hex(), history]

@@ -265,8 +265,8 @@ def _number(value: object) -> str:
 
 @contextlib.contextmanager
 def harness_on_stderr(quiet: bool) -> Iterator[None]:
-    """What the harness prints goes to stderr, and only its errors; no bars where nobody sees them
-    move."""
+    """Send the harness's output to stderr, errors only; hide its bars if nobody sees
+    them move."""
     if quiet or not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What is printed: plain text whatever the terminal, and never a reason to lose a result.
+"""Printed output: plain text on every terminal, and never a reason to lose a result.
 
 Commands write their files first and print afterwards, inside `printing`.
 """
@@ -71,8 +71,8 @@ def note(message: str) -> None:
 
 @contextmanager
 def printing(written: object = None) -> Iterator[None]:
-    """Where all that is left to do is to print; `written` is the file or folder that has the
-    result, if one has.
+    """A context in which a command only prints; `written` is the file or folder with the
+    result, or None.
 
     A reader that went away has seen enough. When stdout fails otherwise, the result that is written
     stands, with a line on stderr; without one, click.ClickException is raised.
@@ -266,7 +266,7 @@ class _NoteHandler(logging.Handler):
 
 @contextmanager
 def decisions_noted(verbosity: int) -> Iterator[None]:
-    """What the library logs reaches stderr: from 1 on its decisions, from 2 on every call."""
+    """Send the library's log to stderr: from 1 on its decisions, from 2 on every call."""
     if not verbosity:
         yield
         return

@@ -1,5 +1,5 @@
-"""What is computed at every target, from a mask's final states: one or more values, which the
-engine sums over each continuation.
+"""Measures: one or more values at every target, computed from a mask's final states. The engine
+sums them over each continuation.
 
 To add one, write a function and register a `Measure` that names it. `Head.parts` gives logits, a
 part of the vocabulary at a time.
@@ -21,13 +21,13 @@ from ..models.head import Targets
 
 @dataclass(frozen=True)
 class Reference:
-    """What every mask is compared with, of the dense model.
+    """The part of the dense model's output that every mask is compared with.
 
     Attributes:
         compute: (head, dense final states [P, D], keep) -> a value that `Measure.compute` takes.
             keep: whether it may hold `position_bytes` for each position; else it is small, and
             `Measure.compute` computes the rest again. Both give the same bits.
-        position_bytes: Of a head, the bytes that are kept for each position.
+        position_bytes: The bytes that a head keeps for each position.
     """
 
     compute: Callable[[Head, torch.Tensor, bool], Any]

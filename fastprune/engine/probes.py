@@ -1,5 +1,5 @@
-"""What is read off the dense model without scoring a mask: similarity of states, gradients of units
-and weights."""
+"""Probes of the dense model, which score no mask: similarity of states, gradients of units and
+weights."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
 def _states(
     runner: GenericRunner, batch: TokenBatch, granularity: str
 ) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Of each row, the dense model's states before each unit and after the last: U + 1 of [T,
-    D]."""
+    """Yield each row with the dense model's states before each unit and after the last: U + 1 of
+    [T, D]."""
     model = runner.model
     per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
     for rows in _row_groups(model, batch, per_block * model.num_blocks + 1):

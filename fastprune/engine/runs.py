@@ -1,4 +1,4 @@
-"""What runs a call: one method to implement, here or on workers.
+"""The protocol that runs a call: one method to implement, in this process or on workers.
 
 `LocalRuns` (local.py) runs units on this process's model, `RemoteRuns` (workers/remote.py) shares
 the call out. The evaluator knows this protocol only.

@@ -222,7 +222,7 @@ class SumStore:
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
-        """What SQLite raises over a damaged file becomes one line that names it."""
+        """Turn SQLite's exception over a damaged file into one line that names the file."""
         try:
             yield
         except _FAILURES as error:

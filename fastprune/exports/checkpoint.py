@@ -172,8 +172,8 @@ def check_base_model(base_model: str | None) -> str | None:
 
 
 def llama_cpp_warning(model: Model) -> str | None:
-    """What must be known before blocks of this Model are left out with llama.cpp's own option; None
-    where nothing."""
+    """The warning to read before llama.cpp's own option drops blocks of this Model; None if none
+    applies."""
     from ..models.surgery import per_layer
 
     return recipes.llama_cpp_warning(per_layer(model))

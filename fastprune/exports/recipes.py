@@ -1,4 +1,4 @@
-"""What was done to a model, in the words of other tools: texts that their own loaders read, and a
+"""Recipes that describe a pruned model to other tools, as texts that their own loaders read, and a
 model card.
 
 Nothing here looks at weights. Each function says where its format is defined.
@@ -56,8 +56,8 @@ def llama_cpp(removed: Iterable[int], warning: str | None = None) -> str:
 
 
 def llama_cpp_warning(per_layer: Mapping[str, Sequence]) -> str | None:
-    """What a family with these per-layer lists in its config must know about --prune-layers; None
-    where nothing.
+    """The warning about --prune-layers for a family with these per-layer lists in its config; None
+    if none applies.
 
     llama-quantize lowers block_count and renumbers tensors, but leaves per-layer arrays of the
     metadata as long as they were, so that the file does not load (ggml-org/llama.cpp, issue 27976);

@@ -171,7 +171,7 @@ def save_code(model: Model, folder: Path, source: Path | None) -> None:
 
 
 def reader_notes(folder: Path) -> list[str]:
-    """What a reader on transformers 4 would misread in a checkpoint, in sentences for its card."""
+    """The parts of a checkpoint that transformers 4 would misread, in sentences for its card."""
     notes = []
     config = parse_json((folder / "config.json").read_bytes(), "config.json", finite=False)
     rope = _text_config(config).get("rope_parameters")

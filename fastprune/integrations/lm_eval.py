@@ -213,7 +213,7 @@ class MaskedLM(HFLM):
                 yield hf
 
     def get_model_info(self) -> dict:
-        """What the harness's results say about the model."""
+        """The description of the model in the harness's results."""
         return {
             "pretrained": self.opened.name,
             "removed": list(to_removed(self.masks[self.current])),
@@ -290,8 +290,8 @@ class MaskedLM(HFLM):
     def _inputs(
         self, what: Any, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What is run and what it is to predict; a context that is too long loses its beginning, as
-        `hf` has it."""
+        """The tokens to run and the tokens to predict; a context that is too long loses its
+        beginning, as in `hf`."""
         if not context or not 1 <= len(continuation) <= self.max_length:
             named = f" of {shown(what[1])}" if what else ""
             raise InputError(
@@ -370,7 +370,7 @@ def evaluate_masks(
     include_path: str | os.PathLike | None = None,
     **settings: Any,
 ) -> list[dict]:
-    """What `lm_eval.simple_evaluate` returns for the model under each mask, in their order.
+    """The results of `lm_eval.simple_evaluate` for the model under each mask, in their order.
 
     model: as `MaskedLM` takes it. masks: bool or 0/1 [N, U], True = kept. tasks: names as `lm_eval
     ls tasks` lists them, patterns such as "mmlu_*", or .yaml files; include_path: a folder with

@@ -187,7 +187,7 @@ def _package_of(home: types.ModuleType | None) -> tuple[str, ...]:
 
 @cache
 def _installed() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Where Python's own library is (generated code has no file), and installed packages."""
+    """The paths of Python's own library (generated code has no file) and of installed packages."""
     paths = sysconfig.get_paths()
     roots = {str(Path(_folder(package)).parent) for package in ("transformers", "torch")}
     return (paths["stdlib"], "<"), (*roots, paths["purelib"], paths["platlib"])

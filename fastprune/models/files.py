@@ -320,8 +320,8 @@ def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _read_header(path: Path) -> tuple[int, dict]:
-    """Where a safetensors file's tensors begin, and its header's entries, of which nothing is
-    checked yet."""
+    """The offset at which a safetensors file's tensors begin, and its header's entries, not checked
+    yet."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_length = int.from_bytes(file.read(8), "little")
@@ -344,7 +344,7 @@ def _are_counts(values: object) -> bool:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, the first byte there, dtype as safetensors names it, shape."""
+    """The place of a tensor: its file, its first byte, dtype as safetensors names it, shape."""
 
     path: Path
     offset: int
@@ -357,7 +357,7 @@ class Stored:
 
 
 def locate(folder: Path) -> dict[str, Stored]:
-    """Where every tensor of a model folder lies, which `check_checkpoint` has passed."""
+    """The place of every tensor of a model folder that `check_checkpoint` has passed."""
     paths, found = [folder / "model.safetensors"], {}
     if not paths[0].is_file():
         paths = [folder / shard for shard in _read_index(folder / INDEX)]

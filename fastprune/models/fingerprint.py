@@ -1,5 +1,5 @@
-"""What the bits of a result depend on besides weights, data and mask: device, software, and their
-switches."""
+"""The settings that decide the bits of a result besides weights, data and mask: device, software,
+and their switches."""
 
 from __future__ import annotations
 

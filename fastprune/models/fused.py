@@ -55,8 +55,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class ChunkArguments:
-    """What every layer needs of a chunk: rotary tables [N, R], each token's row in them, attention
-    by layer."""
+    """The arguments of every layer for a chunk: rotary tables [N, R], each token's row in them,
+    attention by layer."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -156,7 +156,7 @@ class FusedRunner:
         return self._norm(get_module(self.model.hf, self.model.path[:-1]).norm, states)
 
     def _attention(self, block: int, x: torch.Tensor, arguments: ChunkArguments) -> torch.Tensor:
-        """What a block's attention adds to x [T, D]."""
+        """The term that a block's attention adds to x [T, D]."""
         layer, ops = self._layers[block], self._operators
         qkv = _side_by_side(self._norm(layer.attention_norm, x), layer.qkv)
         q_weight, k_weight, eps = None, None, 0.0

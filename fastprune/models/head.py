@@ -34,7 +34,7 @@ DensePart = tuple[torch.Tensor, torch.Tensor]  # logits [P, N], and their log-su
 
 @dataclass(frozen=True)
 class Targets:
-    """What the head reads of the targets of a tile of P positions.
+    """The targets of a tile of P positions, as the head reads them.
 
     Attributes:
         num_positions: P.
@@ -167,7 +167,7 @@ class Head:
         return greedy(self.parts(self.normed(states)), targets)
 
     def dense(self, states: torch.Tensor, keep: bool) -> Iterable[DensePart]:
-        """What `kl` compares with, of the dense model's final states [P, D].
+        """The dense parts that `kl` compares with, from the dense model's final states [P, D].
 
         keep: whether the logits are held, [P, V], or computed again each time.
         """
@@ -206,7 +206,7 @@ class Head:
         return self.vocab_size * self.dtype.itemsize + 8 * -(-self.vocab_size // self.part)
 
     def numerics(self) -> str:
-        """What the bits of a result depend on besides what torch's depend on."""
+        """The settings that decide the bits of a result besides torch's own."""
         return f"parts of {self.part}, {native.instruction_set() if self._native else 'torch'}"
 
 

@@ -367,7 +367,7 @@ def _from_pretrained(
 
 
 def _first_line(error: Exception) -> str:
-    """What an exception says first (transformers' messages run over many lines), or its kind."""
+    """The first line of an exception (transformers' messages run over many), or its type."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

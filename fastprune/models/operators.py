@@ -121,7 +121,7 @@ class TorchOperators:
     def plan_attention(
         self, rows: Rows, head_dim: int, grouped: bool, window: int | None
     ) -> object:
-        """What `attention` needs to know of a chunk's rows, once for all layers with this window.
+        """The plan of a chunk's rows for `attention`, made once for all layers with this window.
 
         grouped: whether several heads share a key head.
         """
@@ -164,7 +164,7 @@ class TorchOperators:
         return Head(model, norm)
 
     def numerics(self) -> str:
-        """What the bits of a result depend on besides what torch's depend on."""
+        """The settings that decide the bits of a result besides torch's own."""
         return self.name
 
 

@@ -43,8 +43,8 @@ def _widened(module: Any) -> torch.Tensor:
 
 
 class Widening:
-    """Of a module whose weight is kept in 16 bits: whoever reads the weight gets a float32 copy,
-    and lets go of it."""
+    """A mixin for a module that keeps its weight in 16 bits: each read of the weight makes a
+    float32 copy, which the reader drops."""
 
     weight: Any = property(_widened)
 

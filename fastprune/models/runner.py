@@ -48,4 +48,5 @@ class Runner(Protocol):
         """The state that was packed, after a unit."""
 
     def numerics(self) -> str:
-        """What the bits of a score depend on in this path, besides torch and transformers."""
+        """The settings that decide the bits of a score in this path, besides torch and
+        transformers."""

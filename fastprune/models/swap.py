@@ -66,7 +66,7 @@ class Recorder:
         return state, calls
 
     def after_layers(self, states: torch.Tensor) -> torch.Tensor:
-        """What the base model makes of final states [P, D], [P, D]: its norm, whatever its name.
+        """The base model's output [P, D] for final states [P, D]: its norm, under any name.
 
         Each position is a row of its own, of one token.
         """
@@ -175,8 +175,7 @@ class Sublayers:
         return first(self._neither(state, **arguments))
 
     def stand_ins(self, layer: nn.Module, kept: set[int]) -> list[tuple[str, nn.Module]]:
-        """What replaces the halves of this layer that are not kept (0 attention, 1 mlp), by
-        name."""
+        """The modules that replace this layer's removed halves (0 attention, 1 mlp), by name."""
         attention, mlp = self._names
         attention_skipped = SkippedAttention(layer.get_submodule(attention))
         both = [(attention, attention_skipped), (mlp, _NoMlp(self._mlp_as_tuple))]

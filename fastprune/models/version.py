@@ -253,7 +253,7 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _states(tensors: Sequence[torch.Tensor]) -> list:
-    """Where each tensor is, and how often it was written to."""
+    """The address of each tensor, and its number of writes."""
     try:
         return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
     except RuntimeError:  # tensors made in inference mode count no writes
@@ -297,7 +297,7 @@ _KINDS = (type, nn.Module)
 
 
 def _identity(function: Any) -> Any:
-    """What is equal for the same function, of the same object."""
+    """A value that is equal for the same function of the same object."""
     if isinstance(function, types.MethodType):
         return number_of(function.__self__), number_of(function.__func__)
     return number_of(function)
@@ -319,7 +319,7 @@ def _copied(values: Any) -> Any:
 
 
 def _dictionaries_of(attributes: Iterable[dict[str, Any]]) -> list[Any]:
-    """What modules hold and is changed in place: their children, hooks and plain lists."""
+    """The members of modules that can change in place: their children, hooks and plain lists."""
     return [
         value
         for of_module in attributes

@@ -30,7 +30,7 @@ FLOPS_PER_BYTE = {"cpu": 50, "cuda": 50_000}
 
 @dataclass(frozen=True)
 class Room:
-    """What a limit on resident weights leaves for blocks.
+    """The space that a limit on resident weights leaves for blocks.
 
     num_blocks, block_bytes: of the model; the largest block, since every place for one takes any.
     always: bytes that stay loaded (embeddings, final norm, head), and what reading needs. places:

@@ -45,7 +45,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """What `to_json` wrote. Raises InputError for anything else."""
+        """The layout that `to_json` wrote. Raises InputError for anything else."""
         try:
             found = json.loads(text)
             return cls(tuple(map(tuple, found["chunks"])), found["tile"], found["content_hash"])

@@ -79,7 +79,7 @@ def _worth_most_alone(
 
 
 def _nearest_above(trie: Trie, by_depth: list[np.ndarray], candidate: np.ndarray) -> np.ndarray:
-    """Of each node, the nearest candidate strictly above it, or the root, int64[n]."""
+    """The nearest candidate strictly above each node, or the root, int64[n]."""
     above = np.zeros(len(trie.unit), dtype=np.int64)
     for level in by_depth:
         parent = trie.parent[level]

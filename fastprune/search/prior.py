@@ -1,5 +1,5 @@
-"""What the loss of removing each unit alone says about subsets: the prior of genetic, bayesian and
-surrogate."""
+"""The prior of genetic, bayesian and surrogate: a guess about subsets from the loss of removing
+each unit alone."""
 
 from __future__ import annotations
 

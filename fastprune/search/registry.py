@@ -281,13 +281,13 @@ def require_sklearn(what: str) -> None:
 
 
 def describe_algorithms() -> list[dict]:
-    """What Algorithm.describe says of every algorithm, in the order of known_algorithms()."""
+    """The result of Algorithm.describe for every algorithm, in the order of known_algorithms()."""
     return [known.describe() for known in known_algorithms().values()]
 
 
 def _sections(doc: str) -> dict[str, str]:
-    """Of a docstring: its first line as Summary, what follows as Method, and the texts of Source:,
-    Cost:, Options:."""
+    """The sections of a docstring: its first line as Summary, the next paragraphs as Method, and
+    the texts of Source:, Cost:, Options:."""
     parts = re.split(r"^(Source|Cost|Options):", doc, flags=re.MULTILINE)
     method = parts[0].strip().partition("\n")[2].strip()
     sections = {

@@ -77,8 +77,8 @@ class Scorer(Protocol):
 
 
 class Search:
-    """What an algorithm sees: the budget, the units that may go, `score` and `select`. Every exact
-    loss is remembered.
+    """The task as an algorithm sees it: the budget, the units to choose from, `score` and `select`.
+    Every exact loss is remembered.
 
     num_remove: units to remove. candidates: units that are not protected, ascending. rng: the only
     source of randomness. evaluator: for the probes (similarity, unit gradients). losses: by subset,

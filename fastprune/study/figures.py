@@ -168,7 +168,7 @@ def spread_figure(
 def calibration_figure(
     entries: Sequence[Mapping], title: str, objectives: Mapping[str, type[Objective]]
 ) -> Any:
-    """What another calibration set changes, beside what another algorithm changes: a row for each
+    """The effect of another calibration set beside that of another algorithm: a row for each
     algorithm.
 
     entries: of `compare_calibrations`, of one model, budget and objective. The first panel has

@@ -1,4 +1,4 @@
-"""What a study asks of its cells and of its models' states."""
+"""The statistics of a study's cells and of its models' states."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cell_record(cell: Cell, names: Mapping[str, str]) -> dict:
 
 
 def summarise(cells: Sequence[Cell]) -> dict:
-    """What the study asks of its cells: overlap of removals, agreement of ranks, spread within an
+    """The statistics of a study's cells: overlap of removals, agreement of ranks, spread within an
     objective.
 
     jaccard: mean overlap |A n B| / |A u B| of the removed sets of two searches of one model and
@@ -78,7 +78,7 @@ def summarise(cells: Sequence[Cell]) -> dict:
 def compare_calibrations(
     cells: Sequence[Cell], objectives: Mapping[str, object], judges: Mapping[str, str]
 ) -> list[dict]:
-    """What the choice of calibration set is worth, beside that of algorithm.
+    """The effect of the choice of calibration set, beside that of the algorithm.
 
     objectives: by label, what is searched for: labels with the same differ in their calibration
     sets alone. judges: by label, the names of the objectives whose losses are compared. For each
@@ -152,7 +152,8 @@ def _jaccard(a: Cell, b: Cell) -> float:
 
 
 def _differences(pairs: Sequence[tuple[Cell, Cell]], judge: str, name: str) -> list[float]:
-    """Of the metric of the objective of this name; of the losses themselves for ''."""
+    """The pairs' absolute differences in the metric of the objective `name`, finite ones only; ''
+    compares the losses themselves."""
     metric = objective_class(name).metric
     values = [(metric(_losses(a)[judge]), metric(_losses(b)[judge])) for a, b in pairs]
     return [abs(x - y) for x, y in values if math.isfinite(x) and math.isfinite(y)]

@@ -99,7 +99,7 @@ def judge_notes(study: Mapping) -> list[str]:
 
 
 def format_races(decided_early: int) -> str:
-    """What races have left out of a table."""
+    """A note about the subsets that races left out of a table."""
     return (
         f"{decided_early} subsets left a race early; masks counts those whose loss is "
         f"remembered, exact"
@@ -133,7 +133,7 @@ def results_table(title: str, header: str, rows: Iterable[tuple]) -> Table:
 
 
 def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mapping]) -> Table:
-    """What another calibration set changes, and in brackets what another algorithm changes.
+    """A table of the effect of another calibration set, with that of another algorithm in brackets.
 
     entries: of `compare_calibrations`. described: by label, what the objectives say of themselves.
     """

@@ -41,7 +41,7 @@ class Stop(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What a worker makes its runs of, the same for all workers of an evaluator."""
+    """The settings of a worker's runs, the same for all workers of an evaluator."""
 
     problem: Any  # Problem
     backend: str
@@ -54,7 +54,7 @@ class Setup(NamedTuple):
 
 
 class Word(NamedTuple):
-    """What a worker says.
+    """A message from a worker.
 
     kind: "sums" (a `PartialSums`), "progress" (done, total), "warning" (text), or one of `LAST`.
     cost: of its work since the last word.

@@ -212,7 +212,7 @@ class Actor:
         self._worker.answer(request)
 
     def listen(self) -> list[Word]:
-        """What was said since the last time; waits for a word."""
+        """The words that arrived since the last call; waits for one."""
         with self._news:
             self._news.wait_for(lambda: self._words, timeout=LISTEN)
             words, self._words = self._words, []
@@ -306,8 +306,8 @@ def _room(machines: Iterable[Mapping[str, float]], gpus: int, cores: int) -> int
 def _nodes(
     count: int | None, gpus: int, cores: int
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """What the cluster's machines have free, and in all; waits a little for what was just given
-    back."""
+    """The resources of the cluster's machines, free and in all; waits a little for resources that
+    were just given back."""
     from ray._private.state import (
         available_resources_per_node,
         total_resources_per_node,

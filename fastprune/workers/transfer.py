@@ -77,7 +77,7 @@ Place = tuple[int, tuple[int, ...], torch.dtype]  # where a tensor begins, in by
 
 
 def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
-    """Where each tensor stands in one buffer, and the bytes of all.
+    """The place of each tensor in one buffer, and the bytes of all.
 
     Each is as far from a multiple of 64 bytes as it is in memory: a matrix product may round
     otherwise elsewhere.

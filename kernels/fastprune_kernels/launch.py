@@ -1,5 +1,5 @@
-"""What every launcher shares: argument checks, and block sizes, one default configuration per
-architecture.
+"""The parts that every launcher shares: argument checks, and block sizes, one default
+configuration per architecture.
 
 A configuration is picked by kernel, variant (element size, head size, row size) and architecture.
 To tune, pass `config=Config(...)` to a launcher: the defaults are never searched for at run time,
@@ -139,15 +139,15 @@ MAX_ROW = 16384
 
 @cache
 def norm_config(size: int) -> Config:
-    """Of add_rms_norm, by row size: the same on every architecture."""
+    """The configuration of add_rms_norm, by row size: the same on every architecture."""
     block = max(16, next_power_of_2(size))
     return Config.of(min(max(block // 512, 1), 16), 1, BLOCK_D=block)
 
 
 @cache
 def rotary_config(head_dim: int) -> Config:
-    """Of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same on every
-    architecture."""
+    """The configuration of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same
+    on every architecture."""
     return Config.of(
         4, 1, BLOCK_R=32 if INTERPRETED else 2048 // max(16, next_power_of_2(head_dim))
     )
@@ -155,7 +155,7 @@ def rotary_config(head_dim: int) -> Config:
 
 @cache
 def gated_mlp_config() -> Config:
-    """Of gated_mlp. The same on every architecture."""
+    """The configuration of gated_mlp. The same on every architecture."""
     return Config.of(4, 1, BLOCK_F=32 if INTERPRETED else 1024)
 
 

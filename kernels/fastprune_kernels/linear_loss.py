@@ -255,7 +255,7 @@ def _kept(
     BLOCK_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Where a tile of kept logits is, and which of its rows there are."""
+    """The pointers to a tile of kept logits, and a mask of the rows that exist."""
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None] * STRIDE + tl.arange(0, BLOCK_V)[None, :]
     return p_logits + i_row.to(tl.int64) * STRIDE + i_v + o_tile, (o_p < num_rows - i_row)[:, None]

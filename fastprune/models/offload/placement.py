@@ -155,7 +155,7 @@ def _lay_out(
 
 
 def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What transformers loads a parameter as: as it was made, but where a family keeps some in
+    """The dtype in which transformers loads a parameter: its own, unless the family keeps it in
     float32."""
     from transformers.core_model_loading import build_glob_alternation
 
@@ -169,8 +169,8 @@ def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dty
 
 
 def _pieces(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[Piece]:
-    """Where the tensors that a parameter is made of go. Raises ValueError for what is not just put
-    side by side."""
+    """The targets of the tensors that make up a parameter. Raises ValueError unless they are only
+    put side by side."""
     if len(sources) == 1 and sources[0][0] is None:
         (_, key, stored), offsets = sources[0], [0]
         if stored.shape != tuple(place.shape):

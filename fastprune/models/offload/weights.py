@@ -137,7 +137,8 @@ class Weights:
 
     @property
     def identity(self) -> list[list]:
-        """Of the files, equal as long as none changes. Raises InputError where one has."""
+        """The identity of the files, equal as long as none changes. Raises InputError if one
+        did."""
         self._files.check()
         return self._files.identity
 
