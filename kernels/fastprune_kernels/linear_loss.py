@@ -2,8 +2,8 @@
 model.
 
 No mask needs a [P, V] tensor; the dense model's logits, with which each divergence compares, are
-made once. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on nothing but
-the configuration. One program runs the head for BLOCK_P positions and one split, and leaves a
+made once. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on the
+configuration alone. One program runs the head for BLOCK_P positions and one split, and leaves a
 partial result; a second, small kernel combines the splits in order. So a few positions fill a GPU
 too, and a position's bits depend on its own numbers only: nor is the code compiled anew for a
 number of positions that is 1, or a multiple of 16.
@@ -87,8 +87,8 @@ def _power(x, OF_TWO: tl.constexpr):
     return tl.exp2(x) if OF_TWO else tl.exp(x)
 
 
-# Maxima and exponents of linear_nll are in units of log(2) where operands have 16 bits: a power of
-# 2 of scaled logit minus scaled maximum is one fused operation a logit. Its rounding would show in
+# Maxima and exponents of linear_nll are in units of log(2) if operands have 16 bits: a power of 2
+# of scaled logit minus scaled maximum is one fused operation a logit. Its rounding would show in
 # float32.
 
 
@@ -170,8 +170,8 @@ def finish_nll_kernel(
     b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
     m_in = (b_target >= 0) & (b_target < vocab)
     # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a
-    # thousandth of the head. It sums a logit as linear_nll_kernel does, so that what is taken off
-    # is what was added up.
+    # thousandth of the head. It sums a logit as linear_nll_kernel does, so that it subtracts the
+    # very number that was added.
     p_w = (
         p_weight
         + tl.where(m_in, b_target, 0).to(tl.int64)[:, None] * D
@@ -342,7 +342,7 @@ def linear_kl_kernel(
 @triton.jit
 def _differences(b_p, b_q, b_d):
     """exp(b) - exp(a) and exp(a) (d + exp(-d) - 1), given exp(a), exp(b) and d = a - b; by series
-    where d is small."""
+    if d is small."""
     b_series = 1.0 / 5040.0 - b_d * (1.0 / 40320.0)
     b_series = 1.0 / 720.0 - b_d * b_series
     b_series = 1.0 / 120.0 - b_d * b_series
@@ -427,9 +427,9 @@ def linear_nll(
     float32 like target.
 
     hidden [P, D]: normed states of the positions that count; weight [V, D]: the head. target
-    int[P], or [P, K] where a position predicts up to K tokens (the first ones of a tree's
-    branches): -1 stands for none and gives 0, a token outside the vocabulary gives NaN. soft_cap:
-    logits become cap * tanh(logits / cap) (Gemma 2).
+    int[P], or [P, K] if a position predicts up to K tokens (the first ones of a tree's branches):
+    -1 stands for none and gives 0, a token outside the vocabulary gives NaN. soft_cap: logits
+    become cap * tanh(logits / cap) (Gemma 2).
     """
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     shape = tuple(target.shape)
@@ -589,8 +589,8 @@ def _check_head(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | No
 
 
 def _sources(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, list]:
-    """Whether tiles come by TMA, and what they come from: its descriptors, else the tensors. Bits
-    are the same."""
+    """Whether tiles come by TMA, and their sources: its descriptors, else the tensors. Bits are the
+    same."""
     tensors = {"BLOCK_P": hidden, "BLOCK_V": weight}
     aligned = hidden.shape[1] * hidden.element_size() % 16 == 0 and all(
         x.data_ptr() % 16 == 0 for x in tensors.values()
