@@ -39,7 +39,7 @@ from .unwrap import unwrap
 from .verify import prove_fused, verified
 
 LONGEST_MESSAGE = 400
-# that is available: what weights in float32 may take, so that something is left for activations
+# share of the available memory that weights in float32 may take; activations need the rest
 MOST_OF_MEMORY = 0.8
 # buffers of earlier releases that carry no weights: causal masks, position tables, rotary
 # frequencies

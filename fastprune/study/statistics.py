@@ -80,13 +80,13 @@ def compare_calibrations(
 ) -> list[dict]:
     """The effect of the choice of calibration set, beside that of the algorithm.
 
-    objectives: by label, what is searched for: labels with the same differ in their calibration
-    sets alone. judges: by label, the names of the objectives whose losses are compared. For each
-    model, budget, objective with several sets and algorithm: the mean Jaccard overlap of its
-    removals on two sets ("sets"), and with those of another algorithm on the same set
-    ("algorithms"); and of the same pairs, under each judge,
-    the mean difference of their losses and of their metrics, as an absolute value. None where there
-    is no such pair. Searches that found nothing, and losses that are not finite, are left out.
+    objectives: by label, the objective of the searches: labels with the same differ in their
+    calibration sets alone. judges: by label, the names of the objectives whose losses are compared.
+    For each model, budget, objective with several sets and algorithm: the mean Jaccard overlap of
+    its removals on two sets ("sets"), and with those of another algorithm on the same set
+    ("algorithms"); and of the same pairs, under each judge, the mean difference of their losses and
+    of their metrics, as an absolute value. None without such a pair. Searches that found nothing,
+    and losses that are not finite, are left out.
     """
     found = []
     groups: dict[tuple, list[Cell]] = {}
@@ -132,7 +132,7 @@ def summarise_similarity(matrix: np.ndarray) -> dict | None:
     """The similarity of states on a calibration set, its redundancy score (RLS) and clusters (arXiv
     2605.27786).
 
-    matrix: as Evaluator.similarity gives it. None where the states are not finite.
+    matrix: as Evaluator.similarity gives it. None if the states are not finite.
     """
     if not np.isfinite(matrix).all():
         return None
@@ -172,7 +172,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's rho; None where it is not defined (fewer than 3 values, or all equal)."""
+    """Spearman's rho; None if it is not defined (fewer than 3 values, or all equal)."""
     from scipy.stats import spearmanr
 
     if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2 or not np.isfinite([*a, *b]).all():
