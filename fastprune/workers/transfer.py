@@ -54,8 +54,7 @@ class _Unpacker(pickle.Unpickler):
 def pack(hf: nn.Module) -> tuple[bytes, list[torch.Tensor]]:
     """The modules of a transformers model, and its tensors, which they name by number.
 
-    Raises InputError for what no other process can have: code that was made in this one, open
-    files.
+    Raises InputError for objects that no other process can have: code made in this one, open files.
     """
     file = io.BytesIO()
     packer = _Packer(file)
@@ -73,7 +72,7 @@ def unpack(modules: bytes, tensors: Sequence[torch.Tensor]) -> nn.Module:
     return _Unpacker(io.BytesIO(modules), tensors).load()
 
 
-Place = tuple[int, tuple[int, ...], torch.dtype]  # where a tensor begins, in bytes; its shape
+Place = tuple[int, tuple[int, ...], torch.dtype]  # a tensor's first byte; its shape
 
 
 def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
@@ -87,7 +86,7 @@ def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
     for tensor in tensors:
         if (
             not tensor.is_contiguous()
-        ):  # as one that is, it may go another way through a matrix product
+        ):  # a contiguous copy may take another way through a matrix product
             raise InputError(
                 "this model cannot be handed to other processes: a tensor of it is not contiguous"
             )

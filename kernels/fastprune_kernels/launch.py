@@ -3,7 +3,7 @@ configuration per architecture.
 
 A configuration is picked by kernel, variant (element size, head size, row size) and architecture.
 To tune, pass `config=Config(...)` to a launcher: the defaults are never searched for at run time,
-so that a result does not depend on what a timing gave.
+so that a result does not depend on a timing.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class Config:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations serve a device. Raises ValueError where there is
-    none."""
+    """The architecture whose configurations serve a device. Raises ValueError if none do."""
     if INTERPRETED:
         return "interpreter"
     if device.type != "cuda":
@@ -75,8 +74,8 @@ def architecture(device: torch.device) -> str:
 
 
 def has_tma(x: torch.Tensor) -> bool:
-    """Whether tiles of x come by the tensor memory accelerator: those of 16-bit elements, where
-    there is one."""
+    """Whether tiles of x come by the tensor memory accelerator: those of 16-bit elements, if the
+    device has one."""
     return x.element_size() == 2 and (INTERPRETED or architecture(x.device) in TMA)
 
 
@@ -86,8 +85,8 @@ def on_device(x: torch.Tensor) -> AbstractContextManager:
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:
-    """message: made only where it is needed, since a launch checks a dozen conditions and the host
-    may be the limit."""
+    """message: made only if needed, since a launch checks a dozen conditions and the host may be
+    the limit."""
     if not condition:
         raise ValueError(message())
 

@@ -5,8 +5,8 @@ No mask needs a [P, V] tensor; the dense model's logits, with which each diverge
 made once. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on the
 configuration alone. One program runs the head for BLOCK_P positions and one split, and leaves a
 partial result; a second, small kernel combines the splits in order. So a few positions fill a GPU
-too, and a position's bits depend on its own numbers only: nor is the code compiled anew for a
-number of positions that is 1, or a multiple of 16.
+too, and a position's bits depend on its own numbers only: nor is the code compiled again for one
+position, or a multiple of 16.
 """
 
 from __future__ import annotations
