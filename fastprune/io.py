@@ -165,7 +165,7 @@ def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
 def _rename_to_new(partial: Path, path: Path) -> None:
     """Rename a finished file to a free name. Raises InputError if the name is taken.
 
-    A rename replaces what has the name, so one writer at a time looks, then renames. The lock of a
+    A rename replaces a file of the name, so one writer at a time looks, then renames. The lock of a
     killed writer is gone with it.
     """
     import fcntl

@@ -95,7 +95,7 @@ class Objective:
         Args:
             loss: what `Evaluator.score` returns for one mask.
             error: the standard error of the loss. The metric's is |slope| times that (the delta
-                method). None, or one that is not finite, prints no error.
+                method). None, infinity and NaN print no error.
             named: False leaves out the metric's name, for a table whose column has `header`.
 
         Examples:

@@ -47,7 +47,7 @@ def say(what: RenderableType, style: str | None = None) -> None:
     reads it whole."""
     out = (
         Terminal()
-    )  # a new one each time: one whose stream has failed would print what it holds again
+    )  # a new one each time: one whose stream has failed would print its buffer again
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = WIDE
     elif out.width < 1:  # COLUMNS=0, upon which rich prints nothing

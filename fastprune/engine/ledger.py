@@ -15,8 +15,8 @@ from .store import SumStore, units_key
 class Ledger:
     """Sums of a problem over each continuation, for the sequences of one call.
 
-    sums float64[M, V, C]: M sequences, V values of the measure, C continuations of the batch; 0
-    where nothing was asked for. from_store bool[M]: every sum asked for came from the store.
+    sums float64[M, V, C]: M sequences, V values of the measure, C continuations of the batch; 0 for
+    values not asked for. from_store bool[M]: every sum asked for came from the store.
     """
 
     def __init__(self, problem: Problem, sequences: Sequence[Units], store: SumStore | None):
@@ -31,7 +31,7 @@ class Ledger:
         """Fill in the sums that the store holds.
 
         Args:
-            chunks: numbers of the chunks that are asked for.
+            chunks: numbers of the requested chunks.
 
         Returns:
             By chunk, the places of the sequences whose sums are missing there, int64[n]; chunks

@@ -43,7 +43,7 @@ class Measure:
         compute: (head, states [P, D], targets, reference or None) -> [V, M], the values at the
             targets.
         values: The names of the V values.
-        position_bytes: Of a head, about the bytes that `compute` holds for each position.
+        position_bytes: About the bytes that `compute` holds for each position of a head.
         reference: None for a measure that compares with nothing.
     """
 
@@ -82,7 +82,7 @@ def _direction(head: Head, states: torch.Tensor, keep: bool = True) -> torch.Ten
 def _cosine(
     head: Head, states: torch.Tensor, targets: Targets, reference: torch.Tensor
 ) -> torch.Tensor:
-    # half the squared distance of unit vectors is 1 - cosine: exact where they are equal, and never
+    # half the squared distance of unit vectors is 1 - cosine: exact if they are equal, and never
     # below 0
     distance = (_direction(head, states) - reference).square().sum(dim=-1) / 2
     return distance[targets.rows][None]

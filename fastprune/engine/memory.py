@@ -126,7 +126,7 @@ class MemoryLimit:
         return None
 
     def room_for_references(self, tokens: int, positions: int) -> int:
-        """Bytes for references of the dense model beside a walk; 0 where one chunk's do not fit.
+        """Bytes for references of the dense model beside a walk; 0 if one chunk's do not fit.
 
         If states wait between bands, one chunk's at most: the rest is for the states.
 

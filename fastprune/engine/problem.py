@@ -23,7 +23,7 @@ class Problem:
     """The data, measure and settings under which one call computes its sums.
 
     numerics: plain values that decide bits besides data and weights (path, dtype, device,
-    software). digest: of the model; None where neither a store nor workers need it.
+    software). digest: of the model; None if neither a store nor workers need it.
     """
 
     batch: TokenBatch

@@ -134,7 +134,7 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
         config._attn_implementation = getattr(model.config, "_attn_implementation", None)
     except InputError as error:
         return str(error)
-    except Exception as error:  # of whatever kind: the family's own code refuses
+    except Exception as error:  # of any kind: the family's own code refuses
         line = (str(error).splitlines() or [""])[0]
         return f"its config cannot describe these blocks ({type(error).__name__}: {line})"
     try:

@@ -288,7 +288,7 @@ class MaskedLM(HFLM):
     def _inputs(
         self, what: Any, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens to run and the tokens to predict; a context that is too long loses its
+        """The tokens to run and the tokens to predict; a longer context than fits loses its
         beginning, as in `hf`."""
         if not context or not 1 <= len(continuation) <= self.max_length:
             named = f" of {shown(what[1])}" if what else ""

@@ -8,8 +8,8 @@ def import_transformers() -> None:
     the time, torch's included.
 
     Transformers wants them for speculative decoding, object detection and models spread over
-    devices, and works without them if they are not installed. In this process, which does none of
-    these, they are hidden from it.
+    devices, and works without them if they are not installed. This process does none of these, so
+    Transformers is told that they are missing.
 
     Most of the remaining time is torch's compiler with SymPy: transformers makes a model on the
     device "meta" first, whose operators (torch._refs) import it when the first of them is called.

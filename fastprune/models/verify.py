@@ -235,8 +235,8 @@ def check_trees(
     states that its sequences give one by one.
 
     The default is a short tree. Behaviour that depends on length (local attention of some kind)
-    shows in the longest tree of a calibration set. Of very many branches, as many are compared as a
-    mask of [T, T] can be held for.
+    shows in the longest tree of a calibration set. From very many branches, as many are compared as
+    a mask of [T, T] can be held for.
     """
     model = runner.model
     implementation = getattr(model.config, "_attn_implementation", None)

@@ -70,8 +70,8 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
     them empty.
 
     head: the cost of a sequence besides its nodes, in unit runs. A range runs the nodes on the way
-    to its sequences, those that it shares with the range before once more; so a cut is made at a
-    place near its due one at which little is shared.
+    to its sequences, those that it shares with the range before once more; so a cut is made near
+    its due place, between neighbours that share little.
     """
     shared, own = _shared(trie)
     work = np.concatenate([[0.0], np.cumsum(own + head)])

@@ -18,7 +18,7 @@ def protected_units(
 ) -> tuple[int, ...]:
     """The protected units, ascending, of a collection of indices or the name of a preset.
 
-    Of sublayers, a preset protects both halves of its blocks. Raises InputError for an unknown
+    With sublayers, a preset protects both halves of its blocks. Raises InputError for an unknown
     preset, and for an index out of range or given twice.
     """
     if not isinstance(protect, str):

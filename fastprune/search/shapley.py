@@ -53,8 +53,8 @@ def shapley_values(
 ) -> np.ndarray:
     """The value of each unit that may go, float64[candidates].
 
-    It is +inf for units removed already, that break the loss alone, or that no drawn network
-    lacked.
+    It is +inf for units that were removed before, that break the loss alone, or that no drawn
+    network lacked.
     """
     units = [unit for unit in search.candidates if unit not in removed]
     present_units = search.num_units - len(removed)

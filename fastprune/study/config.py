@@ -365,7 +365,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _name_of(table: object, number: int) -> str:
-    """A table in a list: its name, or its number from 1 where it has no fitting one."""
+    """A table in a list: its name, or its number from 1 if it has no fitting one."""
     name = table.get("name") if isinstance(table, dict) else None
     return _key(name) if isinstance(name, str) and name else str(number)
 

@@ -2,7 +2,7 @@
 2604.24938).
 
 Each search is a cell, written as soon as it is finished. Every score is kept in the store, so an
-interrupted study continues where it stopped. At the end, every chosen mask is scored under every
+interrupted study continues from its last score. At the end, every chosen mask is scored under every
 objective.
 """
 

@@ -16,8 +16,8 @@ LAST = ("ready", "opened", "done", "memory", "wrong", "failed", "stopped", "lost
 class Open(NamedTuple):
     """Be ready to run a problem.
 
-    number: of the problem. digest: of its model. model: how to get the model, None where the worker
-    has it. setup: a token of `Setup`. alive: numbers of problems that are still in use.
+    number: of the problem. digest: of its model. model: how to get the model, None if the worker
+    has it. setup: a token of `Setup`. alive: numbers of problems still in use.
     """
 
     number: int

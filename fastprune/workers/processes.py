@@ -104,11 +104,11 @@ class Workers:
         raise NotImplementedError
 
     def device(self, worker: int, device: torch.device) -> str:
-        """The device of a worker, where this process has one of that kind."""
+        """The device of a worker, if this process has one of that kind."""
         return str(device)
 
     def per_device(self, device: torch.device) -> int:
-        """How many share the memory of one device, where this process has one of that kind."""
+        """How many share the memory of one device, if this process has one of that kind."""
         return self.per_machine
 
     def _start(self, worker: int) -> None:

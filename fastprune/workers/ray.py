@@ -2,7 +2,7 @@
 for so many cores.
 
 Ray places the actors, carries large objects (calibration sets, models in memory, sums) in its
-object store, and says when one dies. Who runs what is decided by `split`, as for processes of one
+object store, and says when one dies. `split` decides the work of each, as for processes of one
 machine.
 """
 
@@ -259,7 +259,7 @@ def _connect(ray: Any, address: str) -> bool:
         # their sys.path, and a torch.py there would run as torch
         job = {"runtime_env": {"working_dir": empty.name}}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **job, **own)
-    except Exception as error:  # of whatever kind: Ray raises many, a bare Exception among them
+    except Exception as error:  # of any kind: Ray raises many, a bare Exception among them
         kind = RuntimeError if own else InputError
         raise kind(f"no Ray at {address}: {brief(str(error), 200)}") from None
     finally:

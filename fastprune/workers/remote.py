@@ -271,7 +271,7 @@ class RemoteRuns:
         self._send_open(worker, self._problem, setup)
 
     def _send_rest(self, worker: int, call: _Call) -> None:
-        """Send a restarted worker what its part lacks."""
+        """Send a restarted worker the missing rest of its part."""
         rest = {
             number: rows[np.isin(rows, call.left[number])]
             for number, rows in call.parts[worker].items()

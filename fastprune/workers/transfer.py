@@ -60,9 +60,7 @@ def pack(hf: nn.Module) -> tuple[bytes, list[torch.Tensor]]:
     packer = _Packer(file)
     try:
         packer.dump(hf)
-    except (
-        Exception
-    ) as error:  # of whatever kind: each class has its own way of not being serialised
+    except Exception as error:  # of any kind: each class has its own way of not being serialised
         raise InputError(f"this model cannot be handed to other processes: {error}") from error
     return file.getvalue(), packer.tensors
 

@@ -187,7 +187,7 @@ def finish_nll_kernel(
     m_own = tl.arange(0, BLOCK_P)[:, None] == tl.arange(0, BLOCK_P)[None, :]
     b_logit = soft_cap(tl.sum(tl.where(m_own, b_products, 0.0), axis=0), SOFT_CAP)
 
-    o_row = tl.minimum(o_p, num_rows - 1)  # what stands beyond them is computed and not kept
+    o_row = tl.minimum(o_p, num_rows - 1)  # rows beyond them are computed and not kept
     b_max = tl.full([BLOCK_P], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_P], tl.float32)
     for i_split in range(0, num_splits, BLOCK_S):
@@ -332,11 +332,14 @@ def linear_kl_kernel(
 
 
 # With logits a of the dense model and b of the masked one, each taken relative to its own maximum,
-# and d = a - b: sum    = sum_v exp(a) excess = sum_v exp(b) - exp(a) cross  = sum_v exp(a) (d +
-# exp(-d) - 1) KL     = cross / sum - (x - log(1 + x)),  x = excess / sum Every term of cross and
-# the bracket are of second order where the models agree, as the divergence itself is. The textbook
-# form, sum_v p (a - b) - logsumexp(a) + logsumexp(b), is a difference of numbers as great as the
-# logits.
+# and d = a - b:
+#     sum    = sum_v exp(a)
+#     excess = sum_v exp(b) - exp(a)
+#     cross  = sum_v exp(a) (d + exp(-d) - 1)
+#     KL     = cross / sum - (x - log(1 + x)),  x = excess / sum
+# If the models agree, every term of cross and the bracket are of second order, as the divergence
+# itself is. The textbook form, sum_v p (a - b) - logsumexp(a) + logsumexp(b), is a difference of
+# numbers as great as the logits.
 
 
 @triton.jit
@@ -372,7 +375,7 @@ def combine_kl_kernel(
     p_partial, p_kl, num_rows, num_splits, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_row = tl.minimum(o_p, num_rows - 1)  # what stands beyond them is computed and not kept
+    o_row = tl.minimum(o_p, num_rows - 1)  # rows beyond them are computed and not kept
     b_max_a = tl.full([BLOCK_P], LEAST, tl.float32)
     b_max_b = tl.full([BLOCK_P], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_P], tl.float32)

@@ -1,7 +1,7 @@
 """Every kernel in every shipped configuration, compiled ahead of time: its registers and shared
 memory.
 
-Needs no GPU: Triton compiles for a named target. Not under the interpreter, where kernels are
+Needs no GPU: Triton compiles for a named target. Not under the interpreter, whose kernels are
 Python functions.
 """
 
@@ -59,7 +59,7 @@ class Resources:
     bytes of a thread's registers kept in memory. matrix_unit: the instruction by which products are
     made, "" without any.
 
-    Of NVIDIA's targets also: shapes of Hopper's products. instructions of the whole kernel, a
+    NVIDIA's targets also have: shapes of Hopper's products. instructions of the whole kernel, a
     warp's. stalls: innermost loops in which nothing is on its way while products are made.
     serialised: whether the assembler says that it runs products one by one.
     """
