@@ -210,7 +210,7 @@ class Match(NamedTuple):
     """The states that the cache holds of a chunk.
 
     Attributes:
-        prefixes: Of the K states.
+        prefixes: The prefixes of the K states.
         likelihood: float64[K], how likely a later call needs each, see `retention`.
     """
 

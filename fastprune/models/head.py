@@ -285,7 +285,7 @@ def nll(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
 
 
 def greedy(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
-    """`nll`, and 1 if a target is not the most likely token, [2, M]. Of equals, the first token is
+    """`nll`, and 1 if a target is not the most likely token, [2, M]. The first of equal tokens is
     the most likely one."""
     best, token = None, None
 

@@ -29,8 +29,8 @@ def switch_length(config: Any) -> int | None:
 
 def with_unrounded_frequencies(hf: nn.Module) -> nn.Module:
     """The model; if `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a
-    shallow copy that has them as its own code makes them. Frequencies with more than a rounding
-    changed were set on purpose, and stay.
+    shallow copy that has them as its own code makes them. Frequencies changed by more than rounding
+    were set on purpose, and stay.
     """
     if not isinstance(hf, nn.Module):
         return hf

@@ -105,8 +105,8 @@ class Snapshot:
     """All compared values of a model, as they are now.
 
     Attributes:
-        samples: Of its tensors.
-        values: Of the samples.
+        samples: The `Samples` of its tensors.
+        values: The values of these samples.
     """
 
     def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):

@@ -5,14 +5,14 @@ The weights of blocks that do not fit are loaded a band of consecutive blocks at
 group of chunks. The model of cost behind the choice:
 
 - Half of the room is for the band that computes, half for the next, which is read meanwhile. The
-size of bands does not change how often a block is read, so they are as large as that allows:
+  size of bands does not change how often a block is read, so they are as large as that allows:
   then fewest states go from one to the next.
 - A group of chunks reads every block once, so groups are as large as the states between bands may
   be. If these fit into memory only in more groups than with a slower tier (a GPU's host, a disk),
   the cheaper way is taken: loading costs its bytes as far as it is longer than computing,
   FLOPS_PER_BYTE operations to a byte; a state in a slower tier costs its bytes twice.
 - Masks are split only if the states of a single chunk do not fit: splitting chunks repeats no unit,
-splitting masks repeats their shared units.
+  splitting masks repeats their shared units.
 """
 
 from __future__ import annotations
