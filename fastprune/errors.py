@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 
 
 class InputError(ValueError):
-    """A file, flag or argument is wrong. The message is one line: what is wrong, and what would be
-    right.
+    """A file, flag or argument is wrong. The message is one line: the error, and the remedy.
 
     Args:
-        message: Spells arguments as Python does; it begins with `argument` where that is known.
+        message: Spells arguments as Python does; it begins with `argument` if known.
         argument: The name of the wrong argument, such as "memory_bytes".
-        least: The smallest value that is right.
-        most: The largest value that is right.
+        least: The smallest valid value.
+        most: The largest valid value.
         fits: Values that would be right, any one of them, by the names of arguments. They end the
             text of the error.
 
@@ -73,7 +72,7 @@ def shown(value: object, limit: int = 40) -> str:
 
 
 def brief(text: str, limit: int) -> str:
-    """The text in one line of at most `limit` characters; what is too long loses its middle."""
+    """The text in one line of at most `limit` characters; a longer text loses its middle."""
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     if len(text) <= limit:
         return text

@@ -54,7 +54,7 @@ BACKENDS = get_args(Backend)
 
 @dataclass
 class Stats:
-    """What an evaluator's calls have cost so far.
+    """The cost of an evaluator's calls so far.
 
     Runs are counted over the whole calibration set: one on half of its tokens counts one half.
 
@@ -76,13 +76,13 @@ class Stats:
     naive_unit_runs: float = 0  # unit runs of one forward pass per mask that was asked for
     head_runs: float = 0  # masks whose loss was computed
     store_hits: int = 0  # scores that were asked for and came from the store
-    peak_activation_bytes: int = 0  # the most that was held at once, besides the prefix cache
-    cache_bytes: int = 0  # what the prefix cache holds now
+    peak_activation_bytes: int = 0  # the most held at once, besides the prefix cache
+    cache_bytes: int = 0  # held by the prefix cache now
     cache_hits: dict[str, int] = field(
         default_factory=dict
     )  # states of chunks that it served, by tier
-    weight_loads: int = 0  # blocks that were read from files, where weights are streamed
-    weight_bytes: int = 0  # what was read for them
+    weight_loads: int = 0  # blocks read from files, with streamed weights
+    weight_bytes: int = 0  # read for them
     seconds: float = 0.0  # spent scoring
 
 
@@ -90,7 +90,7 @@ class Stats:
 class _Opened:
     """All that belongs to one version of the model.
 
-    problem: replaced by another where memory runs out, or where a switch of torch is changed.
+    problem: replaced by another when memory runs out or a switch of torch changes.
     """
 
     version: int
@@ -111,37 +111,36 @@ class _Part(NamedTuple):
 class Evaluator:
     """Scores depth masks of one model under one objective.
 
-    model: what load_model returns, or a transformers model in memory. objective: Perplexity,
+    model: a Model from load_model, or a transformers model in memory. objective: Perplexity,
     TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence, CosineDistance or NormalizedMSE.
     backend: "generic" runs any family by transformers' own code, "fused" the Llama-like ones on
-    fused operators, "auto" the fused path where it is the faster; `self.backend` says which one
-    runs.
+    fused operators, "auto" the fused path if it is faster; `self.backend` says which one runs.
     granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
     memory_bytes: byte budget of the activations of a call (4 GiB on a CPU, 16 GiB on a GPU by
     default); it decides how many tokens run at once. cache_bytes: budget of the prefix cache,
-    states that outlive a call: the next call runs only what no call before has run, as far as the
-    cache goes. By default a quarter of the memory that is free before each call (on a GPU, of the
+    states that outlive a call: the next call runs only units that no call before has run, as far as
+    the cache reaches. By default a quarter of the memory free before each call (on a GPU, of the
     device and of the host); 0 for none. cache_dir: a folder on a fast disk for states that do not
-    fit, in a file that goes with the process, up to a quarter of what is free there.
-    store: file of finished sums (or a SumStore): what is in it is not computed again, whichever
-    objective had measured the same on the same tokens (margin and accuracy do), and what is
-    finished is kept chunk by chunk.
-    workers: that many processes of this machine, each with a model of its own, or `Workers` that
-    are started already, run a call together; None for this process alone. Each runs with as many
-    threads as this process, and a score has the bits that it has here. memory_bytes is then of each
-    worker, cache_bytes of all of a machine.
+    fit, in a file deleted with the process, up to a quarter of its free bytes.
+    store: file of finished sums (or a SumStore): its sums are not computed again, whichever
+    objective measured the same on the same tokens (margin and accuracy do), and new sums are kept
+    chunk by chunk.
+    workers: that many processes of this machine, each with a model of its own, or started
+    `Workers`, run a call together; None for this process alone. Each runs with as many threads as
+    this process, and a score has the bits that it has here. memory_bytes is then of each worker,
+    cache_bytes of all of a machine.
     progress: called with a `ProgressEvent` while masks are scored.
     layout: how the calibration set is cut, `layout` of another evaluator, so that scores have its
     bits under another budget; None: as fits memory_bytes.
 
-    A mask's score does not depend, to the bit, on what else is scored in the same call or was
-    before. Threads may share an evaluator or a model: their calls take turns.
+    A mask's score does not depend, to the bit, on other masks, in the same call or before. Threads
+    may share an evaluator or a model: their calls take turns.
 
     The model is scored as it is at each call: one that has changed is verified and opened again
     (`Model.version` says which changes are seen). The version before is kept beside it, and its
-    states have half of the cache, so that a model that is put back runs no prefix again; they are
-    the first to go when memory runs out. Workers keep the last version only. Where the fused path
-    no longer applies, "auto" goes on with the generic one and warns once.
+    states have half of the cache, so that a restored model runs no prefix again; they are evicted
+    first when memory runs out. Workers keep the last version only. If the fused path no longer
+    applies, "auto" continues with the generic one and warns once.
 
     Raises InputError for an argument of another kind or out of its range, for tokens that the model
     does not take, for a backend or a granularity that the family cannot run on, and for
@@ -201,7 +200,7 @@ class Evaluator:
                     self._opened.runs.open(self._problem)
 
     def _open(self, layout: Layout | None) -> _Opened:
-        """The model as it is now: what runs its units, and under which problem."""
+        """The model as it is now: the runner of its units, and its problem."""
         backend, memory_bytes = self._options
         batch, measure = self.objective.batch, self.objective.measure
         keyed = self._store is not None or self._workers is not None
@@ -258,7 +257,7 @@ class Evaluator:
 
     @cached_property
     def sample_tokens(self) -> np.ndarray:
-        """Tokens of each sample's row, int64[S]: what scoring a mask on that sample reads."""
+        """Tokens of each sample's row, int64[S], all read to score a mask on that sample."""
         batch = self.objective.batch
         pairs = np.unique(
             np.stack([self.objective.sample, batch.continuation_row]), axis=1
@@ -346,7 +345,7 @@ class Evaluator:
     def sums(
         self, masks: ArrayLike | None = None, *, sequences: Sequences | None = None
     ) -> np.ndarray:
-        """What the objective's measure gives on each continuation of its batch, float64[N, V, C]:
+        """The sums of the objective's measure on each continuation of its batch, float64[N, V, C]:
         the sums over its targets of each of the measure's V values (`measures.MEASURES`), before
         the objective weighs them. Takes masks or sequences, and raises InputError, as `score`
         does."""
@@ -394,10 +393,10 @@ class Evaluator:
         """Find the `keep` masks of lowest loss; clearly worse masks leave before the last samples.
 
         All masks are scored on the first look: a sixteenth of the samples, but at least 8, and up
-        to 16 where they are short. Masks that `keep` others surely beat (`plan.racing.beaten`)
-        leave. The others go on to the next look, which adds two fifths to the samples seen, and so
-        on to the last, where losses are exact: the bits that `score` gives. Sets of fewer than 32
-        samples are scored whole.
+        to 16 if they are short. Masks that `keep` others surely beat (`plan.racing.beaten`) leave.
+        The others go on to the next look, which adds two fifths to the samples seen, and so on to
+        the last, whose losses are exact: the bits that `score` gives. Sets of fewer than 32 samples
+        are scored whole.
 
         The evaluator keeps what every look finds, in a sixteenth of memory_bytes at most. A later
         race or score of the same masks runs only the samples that are missing.
@@ -433,7 +432,7 @@ class Evaluator:
             problem = None
             while (
                 problem is not self._problem
-            ):  # where memory ran out, sums before and after differ in their bits
+            ):  # memory ran out: sums before and after differ in their bits
                 problem = self._problem
                 alive, losses = self._race(distinct, keep, confidence, tolerance)
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
@@ -458,12 +457,11 @@ class Evaluator:
         return probes.angular_distance(self.model, self.objective.batch, self.granularity)
 
     def unit_gradients(self) -> np.ndarray:
-        """float64[S, U]: dL_s/da_i at a = 1 for each sample, where a_i scales unit i's residual
-        branches.
+        """float64[S, U]: dL_s/da_i at a = 1 for each sample; a_i scales unit i's residual branches.
 
         For blocks, a_i scales both branches (CBO, arXiv 2602.00161). Raises InputError for an
-        objective without a gradient (TaskAccuracy, and what is compared with the dense model, whose
-        gradient vanishes there).
+        objective without a gradient (TaskAccuracy, and objectives that compare with the dense
+        model, whose gradient vanishes there).
         """
         return probes.unit_gradients(self.model, self.objective, self.granularity)
 
@@ -550,8 +548,8 @@ class Evaluator:
         return ledger.sums
 
     def _refresh(self) -> None:
-        """Open the model again where it has changed since the last call, or take up the version
-        before where it was put back."""
+        """Open the model again if it has changed since the last call, or return to the version
+        before if that was restored."""
         version, opened = self.model.begin_version(), self._opened
         if version != opened.version:
             layout = self._problem.layout
@@ -580,7 +578,7 @@ class Evaluator:
             self._idle = None
 
     def _warn_of_path(self, before: Runner) -> None:
-        """Warn where the fused path served the version before and cannot serve this one."""
+        """Warn if the fused path served the version before and cannot serve this one."""
         generic = GenericRunner.path_name
         if before.path_name == generic or self.backend != generic:
             return
@@ -748,7 +746,7 @@ class Evaluator:
 
 
 def _make_folder(folder: Path) -> Path:
-    """The folder, made where it is missing. Raises InputError where no file can be made in it."""
+    """The folder, made if it is missing. Raises InputError if no file can be made in it."""
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

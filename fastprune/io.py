@@ -1,6 +1,6 @@
 """Records in and out: JSON, JSON lines, and arrays from .npy files.
 
-Numbers that are not finite are written as strings ("nan", "inf"), never dropped.
+Infinite numbers and NaN are written as strings ("nan", "inf"), never dropped.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for each line of a .jsonl file (a BOM at its start is skipped)
-    that is not blank."""
+    """Yield (line number, value) for each line of a .jsonl file but blank ones (a BOM at its start
+    is skipped)."""
     with path.open(encoding="utf-8-sig") as lines:
         yield from parse_jsonl(lines, str(path))
 
 
 def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for each line that is not blank; errors name the file and the
+    """Yield (line number, value) for each line but blank ones; errors name the file and the
     line."""
     try:
         for number, line in enumerate(lines, 1):
@@ -85,17 +85,16 @@ def parse_json(text: str | bytes, place: str, finite: bool = True) -> Any:
         raise InputError(f"{place}: not valid JSON ({error.msg})") from None
     except UnicodeDecodeError:
         raise InputError(f"{place}: not valid JSON (not text in UTF-8)") from None
-    except ValueError:  # what Python says of an integer of more than 4,300 digits
+    except ValueError:  # Python refuses an integer of more than 4,300 digits
         raise InputError(f"{place}: not valid JSON (a number has too many digits)") from None
     return value
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file. What its header promises is compared with the file before memory is
-    taken for it.
+    """The array of a .npy file. The sizes in its header are compared with the file before memory is
+    allocated.
 
-    Raises InputError for another kind of file, one that is cut short, and an array of Python
-    objects.
+    Raises InputError for another kind of file, a truncated one, and an array of Python objects.
     """
     import numpy as np
 
@@ -111,7 +110,7 @@ def read_npy(path: Path) -> np.ndarray:
 def file_marks(place: str) -> str | None:
     """A text that changes when a file or the files of a folder change: of names, sizes and times.
 
-    None where nothing is at the place, such as a hub id.
+    None if nothing is at the place, such as a hub id.
     """
     path = Path(place)
     try:
@@ -137,14 +136,14 @@ def write_json(path: Path, value: dict, replace: bool = False) -> None:
 
 
 def json_text(value: object) -> str:
-    """A value as indented JSON with a line end; numbers that are not finite are strings."""
+    """A value as indented JSON with a line end; infinite numbers and NaN are strings."""
     return json.dumps(_plain(value), indent=1) + "\n"
 
 
 def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
     """Write a file that appears only when it is complete: written, flushed to the disk, then named.
 
-    Raises InputError where something is there already, unless `replace` asks for its place.
+    Raises InputError if the path is taken, unless `replace` is true.
     """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,9 +163,9 @@ def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
 
 
 def _rename_to_new(partial: Path, path: Path) -> None:
-    """Rename a finished file to a name that nothing has. Raises InputError where something has.
+    """Rename a finished file to a free name. Raises InputError if the name is taken.
 
-    A rename replaces what has the name, so one writer at a time looks, then renames. The lock of a
+    A rename replaces a file of the name, so one writer at a time looks, then renames. The lock of a
     killed writer is gone with it.
     """
     import fcntl

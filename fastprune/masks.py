@@ -1,4 +1,4 @@
-"""Depth masks: bool[N, U], True where a unit is kept."""
+"""Depth masks: bool[N, U], True for a kept unit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def as_masks(masks: Any, num_units: int) -> np.ndarray:
     """Check masks and return them as bool[N, U].
 
     masks: bool or 0/1 array-like of shape [N, U], or [U] for a single one (torch tensors included).
-    Raises InputError for another length, other values than 0 and 1, or an array that is not 2-D.
+    Raises InputError for another length, other values than 0 and 1, or an array of other
+    dimensions.
     """
     if hasattr(masks, "detach"):
         masks = masks.detach().cpu()
@@ -61,7 +62,7 @@ def check_removed(
     removed: Iterable[int] | str, num_units: int, what: str = "removed"
 ) -> tuple[int, ...]:
     """The removed units as a sorted tuple, given as indices or as text such as "9-11" or "all";
-    `what` they are is said in errors.
+    errors call them `what`.
 
     Raises InputError for an index out of range or given twice.
     """
@@ -92,8 +93,8 @@ MAX_LENGTH = 4096  # units of a sequence
 
 
 def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[tuple[int, ...]]:
-    """Sequences of unit indices as tuples. Raises InputError for an index that is out of range or
-    no integer, and for a sequence of more than 4,096 units."""
+    """Sequences of unit indices as tuples. Raises InputError for an index out of range or no
+    integer, and for a sequence of more than 4,096 units."""
     if not isinstance(sequences, Iterable):
         raise InputError(f"sequences are given as a list such as [(0, 1, 1, 2)], not {sequences!r}")
     checked = []
@@ -119,7 +120,7 @@ def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[
 def from_removed(removed: Iterable[Iterable[int] | str], num_units: int) -> np.ndarray:
     """Masks bool[N, U] from N collections of removed unit indices, or texts such as "9-11".
 
-    Raises InputError for an index that is out of range, given twice, or no integer.
+    Raises InputError for an index out of range, given twice, or no integer.
 
     >>> import fastprune as fp
     >>> fp.from_removed([(1, 2), ()], 4).astype(int)
@@ -136,7 +137,7 @@ def from_removed(removed: Iterable[Iterable[int] | str], num_units: int) -> np.n
 def to_removed(mask: Any) -> tuple[int, ...]:
     """The sorted tuple of unit indices that a mask (bool or 0/1 [U]) removes.
 
-    Raises InputError for what is not one mask of 0 and 1.
+    Raises InputError for anything but one mask of 0 and 1.
 
     >>> import fastprune as fp
     >>> fp.to_removed([1, 0, 0, 1])
@@ -184,8 +185,8 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
     """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed) or .jsonl rows {"removed":
     [9, 10]}.
 
-    Raises InputError, with the file's name, for one that is missing, of another kind, damaged or
-    empty, and for masks of another number of units or other values.
+    Raises InputError, with the file's name, for a file missing, of another kind, damaged or empty,
+    and for masks of another number of units or other values.
 
     >>> import tempfile
     >>> from pathlib import Path

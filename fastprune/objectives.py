@@ -1,10 +1,10 @@
-"""Objectives: which tokens count, what is measured at each, and how the measurements reduce to a
+"""Objectives: which tokens count, which measure each has, and how the measurements reduce to a
 loss.
 
 An objective asks the engine for one number per target (`measure`): the negative log-likelihood of
 the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl") or
 in state ("cosine", "nmse"). The engine sums these over each continuation, float64[N, C], and all
-that follows here is small and plain NumPy.
+further steps here are small and plain NumPy.
 
 Searches minimise a loss; people read its metric. `Objective.format` is the one function that prints
 a loss: under its metric, with the standard error and the unit. Text has "accuracy 54.0 ± 2.2 %";
@@ -29,8 +29,8 @@ MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2 of final states, h the dense model's
 
 
 class Objective:
-    """A loss per sample that is linear in the sums over continuations: L_s = sum over c in s of
-    weight_c * sum_c.
+    """A loss per sample, linear in the sums over continuations: L_s = sum over c in s of weight_c *
+    sum_c.
 
     batch: the tokens. measure: a name of `measures.MEASURES`. sample int64[C]: the sample of each
     continuation, ascending. weight float64[C] as above. sample_weight float64[S]: the loss is the
@@ -41,8 +41,8 @@ class Objective:
     words, for those who read a study.
     metric_name, unit, higher_is_better: the quantity that users know the loss by, with its unit
     ("", "%" or "nats") and direction; `metric` computes it. meaning: of the metric, in words.
-    digits: printed behind its point. chance: the metric's value of a model that guesses, or None
-    where guessing has no value.
+    digits: printed behind its point. chance: the metric's value of a model that guesses, or None if
+    guessing has no value.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Objective:
         Args:
             loss: what `Evaluator.score` returns for one mask.
             error: the standard error of the loss. The metric's is |slope| times that (the delta
-                method). None, or one that is not finite, prints no error.
+                method). None, infinity and NaN print no error.
             named: False leaves out the metric's name, for a table whose column has `header`.
 
         Examples:
@@ -170,8 +170,8 @@ class Objective:
         )
 
     def describe(self) -> dict[str, object]:
-        """Plain values: name, settings, metric, what it is calibrated on, whether it compares with
-        the dense model."""
+        """Plain values: name, settings, metric, calibration data, whether it compares with the
+        dense model."""
         return {
             "name": self.name,
             "settings": {name: getattr(self, name) for name in self.settings},
@@ -188,7 +188,7 @@ class Objective:
 
     @property
     def content_hash(self) -> str:
-        """Of the calibration data; with `name` it determines what a score means."""
+        """The hash of the calibration data; with `name` it determines the meaning of a score."""
         return self.batch.content_hash
 
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:
@@ -249,7 +249,7 @@ class Objective:
 
         Samples count as drawn independently. Their weights w sum to 1, so that the loss is the mean
         L = sum of w_s L_s, and its error is sqrt(S / (S - 1) sum of w_s^2 (L_s - L)^2): the usual
-        one where weights are equal, and that of a ratio estimator where they are token counts.
+        one for equal weights, and that of a ratio estimator for token counts.
 
         Args:
             sample_losses: of all samples, float64[N, S], as `Evaluator.score_samples` returns them.
@@ -266,7 +266,7 @@ class Objective:
         """
         if self.num_samples < 2:
             return np.full(len(sample_losses), np.nan)
-        with np.errstate(invalid="ignore"):  # inf - inf: a loss that is not finite has no error
+        with np.errstate(invalid="ignore"):  # inf - inf: an infinite loss has no error
             rest = (sample_losses - self.mean(sample_losses)[:, None]) * self.sample_weight
         return np.sqrt((rest**2).sum(axis=1) * (self.num_samples / (self.num_samples - 1)))
 
@@ -320,8 +320,8 @@ class Difference:
 
     @property
     def samples_needed(self) -> int | None:
-        """About how many such samples would make the difference two standard errors; None where no
-        number would, or none can be said."""
+        """About how many such samples would make the difference two standard errors; None if no
+        number would, or none is known."""
         if not self.value or not math.isfinite(self.value + self.error):
             return None
         needed = self.num_samples * (2 * self.error / abs(self.value)) ** 2
@@ -331,8 +331,8 @@ class Difference:
 class Perplexity(Objective):
     """Mean over target tokens of -log p(x_t | x_<t), in nats; perplexity is its exponential.
 
-    A sample is a row; its loss is the mean over its own targets. Raises InputError for what is no
-    TokenBatch of plain text.
+    A sample is a row; its loss is the mean over its own targets. Raises InputError for anything but
+    a TokenBatch of plain text.
 
     >>> import numpy as np
     >>> import fastprune as fp
@@ -369,7 +369,7 @@ class KLDivergence(Objective):
     the masked one.
 
     batch: text, or Tasks. The positions are those that predict a target. A sample is a row. The
-    objective of EvoPress (arXiv 2410.14649). Raises InputError for what is neither.
+    objective of EvoPress (arXiv 2410.14649). Raises InputError for any other batch.
 
     >>> import numpy as np
     >>> import fastprune as fp
@@ -387,9 +387,7 @@ class KLDivergence(Objective):
     unit = "nats"
     measure = "kl"
     compares_with_dense = True
-    differentiable = (
-        False  # the gradient vanishes at the dense model, where the divergence is least
-    )
+    differentiable = False  # the gradient vanishes at the dense model, whose divergence is least
 
     def __init__(self, batch: TokenBatch | Tasks):
         batch = _check_batch(batch.batch if isinstance(batch, Tasks) else batch, type(self))
@@ -452,7 +450,7 @@ class CosineDistance(_StateDistance):
 
     @staticmethod
     def _distance(apart: np.ndarray, masked: np.ndarray, dense: np.ndarray) -> np.ndarray:
-        # 1 - (|h|^2 + |h'|^2 - |h - h'|^2) / (2 |h| |h'|), exactly 0 where h' = h
+        # 1 - (|h|^2 + |h'|^2 - |h - h'|^2) / (2 |h| |h'|), exactly 0 if h' = h
         lengths = np.sqrt(masked), np.sqrt(dense)
         return (apart - (lengths[0] - lengths[1]) ** 2) / (2 * lengths[0] * lengths[1])
 
@@ -499,9 +497,9 @@ class TaskMargin(Objective):
     weighting="question" gives every question the same weight; "choices" weighs one of C choices by
     C - 1, as that paper's code does by summing (C - 1) ll(correct) - sum ll(wrong). The sum is
     divided by the sum of C - 1, so that the loss is a mean, comparable with the other, and equal to
-    it where all questions have as many choices.
+    it if all questions have as many choices.
 
-    Raises InputError for what is no Tasks, and for another normalization or weighting.
+    Raises InputError for anything but Tasks, and for another normalization or weighting.
 
     >>> import numpy as np
     >>> import fastprune as fp
@@ -547,7 +545,7 @@ class TaskLikelihood(Objective):
     """Minus the mean over questions of ll(correct), ll as in TaskMargin (PuDDing's other loss,
     arXiv 2502.04348).
 
-    Wrong choices are not run. A sample is a question. Raises InputError for what is no Tasks, and
+    Wrong choices are not run. A sample is a question. Raises InputError for anything but Tasks, and
     for another normalization.
 
     >>> import numpy as np
@@ -595,7 +593,7 @@ class TaskAccuracy(Objective):
     normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness);
     "characters" divides each by its choice's length in characters (`acc_norm`), "bytes" by that in
     UTF-8 bytes (`acc_bytes`), without the delimiter before it; "mean" by its number of tokens. A
-    sample is a question (0 or 1). Raises InputError for what is no Tasks, and for another
+    sample is a question (0 or 1). Raises InputError for anything but Tasks, and for another
     normalization.
 
     >>> import numpy as np
@@ -673,15 +671,14 @@ OBJECTIVES = {
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The objective of this name; for one that is not ours, `Objective`, whose metric is the
-    loss."""
+    """The objective of this name; for a foreign name, `Objective`, whose metric is the loss."""
     return OBJECTIVES.get(name, Objective)
 
 
 def no_judge(described: Mapping[str, Any], dense_loss: float) -> str:
-    """Why an objective judges no mask on its data, as a sentence; '' where nothing speaks against.
+    """Why an objective judges no mask on its data, as a sentence; '' if it does judge.
 
-    A whole model that is not two standard errors above chance says nothing about masks.
+    A whole model less than two standard errors above chance says nothing about masks.
 
     Args:
         described: `Objective.describe()`, or its entries name, chance and num_samples.
@@ -720,7 +717,7 @@ def _sum_by_sample(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
 
 
 def _sequence(batch: TokenBatch, continuation: int) -> tuple[np.ndarray, int]:
-    """The tokens of one continuation, trunk included, and where its targets begin."""
+    """The tokens of one continuation, trunk included, and the index of its first target."""
     row = batch.continuation_row[continuation]
     number = continuation - np.searchsorted(batch.continuation_row, row) + 1  # of its branch
     inside = slice(batch.row_starts[row], batch.row_starts[row + 1])
@@ -729,8 +726,7 @@ def _sequence(batch: TokenBatch, continuation: int) -> tuple[np.ndarray, int]:
 
 
 def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
-    """The same rows, where every position that predicts something counts once, towards its own
-    row."""
+    """The same rows; every position that predicts something counts once, towards its own row."""
     source, first = np.unique(batch.target_source, return_index=True)
     rows = np.arange(batch.num_rows)
     return dataclasses.replace(
@@ -743,7 +739,7 @@ def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
 
 
 def _moments_as_targets(batch: TokenBatch) -> TokenBatch:
-    """The same rows, where every position is a target of each moment of its row.
+    """The same rows; every position is a target of each moment of its row.
 
     A row has a continuation for each moment, and the token of a target is the moment's number:
 

@@ -1,5 +1,5 @@
-"""For tests of search algorithms: an evaluator that needs no model, and what every algorithm must
-do.
+"""For tests of search algorithms: an evaluator that needs no model, and the checks that every
+algorithm must pass.
 
 Your own algorithm is a function with `@fastprune.search.algorithm`, in a module that an entry point
 of the group `fastprune.algorithms` names. Its tests, with pytest:
@@ -144,8 +144,7 @@ class SyntheticEvaluator:
 def check_algorithm(name: str, **options: Any) -> None:
     """Run every check of CHECKS on a registered algorithm, with these options for all of them.
 
-    Raises InputError for a name that is not registered, AssertionError for what the algorithm does
-    wrong.
+    Raises InputError for an unregistered name, AssertionError for a check that fails.
     """
     find_algorithm(name)
     for check in CHECKS:
@@ -206,7 +205,7 @@ def check_history(name: str, **options: Any) -> None:
 
 
 def check_protection(name: str, **options: Any) -> None:
-    """It never scores a subset with a protected unit, and takes every budget that is left."""
+    """It never scores a subset with a protected unit, and takes every budget that remains."""
     for protect in ((0, 2, 5), (1, 3, 8), (0, 8)):
         for num_remove in range(10 - len(protect)):
             result = run_search(
@@ -220,11 +219,11 @@ def check_protection(name: str, **options: Any) -> None:
 
 
 def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
-    """Such a loss never wins and breaks no arithmetic, and where no other is found ArithmeticError
+    """Such a loss never wins and breaks no arithmetic, and if no other is found ArithmeticError
     says so.
 
-    An algorithm that scores a single subset may find none where there are some; where a single one
-    of 35 is finite, any may miss it.
+    An algorithm that scores a single subset may find none although some exist; if a single one of
+    35 is finite, any may miss it.
     """
     evaluator = SyntheticEvaluator(8, seed=6, broken=(1, 4))
     found = _finite(evaluator, name, options)
@@ -244,12 +243,12 @@ def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
 
 
 def check_ties(name: str, **options: Any) -> None:
-    """Losses that are all equal break no arithmetic."""
+    """Equal losses of all masks break no arithmetic."""
     assert len(run_search(SyntheticEvaluator(7, flat=True), name, 3, **options).removed) == 3
 
 
 def check_gap(name: str, **options: Any) -> float:
-    """It finds nothing below the optimum. Returns how far above it stays, for what it is worth."""
+    """It finds nothing below the optimum. Returns how far above it stays, for information."""
     evaluator = SyntheticEvaluator(10, seed=7)
     optimum = float(evaluator.score(from_removed(list(combinations(range(10), 4)), 10)).min())
     gap = run_search(evaluator, name, 4, **options).loss - optimum
@@ -258,10 +257,10 @@ def check_gap(name: str, **options: Any) -> float:
 
 
 def check_races(name: str, **options: Any) -> None:
-    """Racing, it needs no loss but those of what a race keeps, has its result's exact loss, and
-    finds it once more.
+    """Racing, it needs no loss but those of subsets that a race keeps, has its result's exact loss,
+    and finds it once more.
 
-    One that is not registered with races=True refuses to race.
+    One registered without races=True refuses to race.
     """
     if not find_algorithm(name).races:
         _refused(SyntheticEvaluator(9), name, 4, {**options, "racing": 0.99}, "does not race")
@@ -335,15 +334,15 @@ CHECKS: tuple[Callable, ...] = (
 
 
 def outcome(name: str, **options: Any) -> list:
-    """What a search finds for one seed: the removed units, the loss to the bit, and the history.
-    Plain values."""
+    """The outcome of a search for one seed: the removed units, the loss to the bit, and the
+    history. Plain values."""
     result = run_search(SyntheticEvaluator(9, seed=8, num_samples=20), name, 4, seed=11, **options)
     history = [[list(removed), loss.hex()] for removed, loss in result.history]
     return [list(result.removed), result.loss.hex(), history]
 
 
 def _finite(evaluator: SyntheticEvaluator, name: str, options: dict) -> tuple[int, ...] | None:
-    """The 3 units that the search removes, None where it found no finite loss."""
+    """The 3 units that the search removes, None if it found no finite loss."""
     try:
         result = run_search(evaluator, name, 3, **options)
     except ArithmeticError:

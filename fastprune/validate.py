@@ -17,7 +17,7 @@ from .errors import InputError, brief, shown
 
 Kind = TypeVar("Kind")
 
-LONGEST_NAME = 240  # bytes: what file systems take, less what the names of partial files add
+LONGEST_NAME = 240  # bytes: the limit of file systems, less the suffix of partial files
 
 
 def check_path(text: str) -> str:
@@ -73,9 +73,9 @@ def check_integer(
     Args:
         name: The argument's, for the error.
         value: The argument.
-        least: The smallest integer that is right.
-        most: The largest integer that is right.
-        of: Words that say where the limits come from, such as "the number of masks".
+        least: The smallest valid integer.
+        most: The largest valid integer.
+        of: The origin of the limits, in words, such as "the number of masks".
 
     Returns:
         The value, as Python's integer.
@@ -137,7 +137,7 @@ def check_probability(name: str, value: Any) -> float:
 
 def refuse_special(paths: Iterable[Path]) -> None:
     """Raise InputError for a FIFO, a socket or a device: who reads one may wait for ever. A path
-    where nothing is passes."""
+    without a file passes."""
     for path in paths:
         try:
             mode = path.stat().st_mode
@@ -180,7 +180,7 @@ def check_bytes(name: str, value: Any, least: int) -> int | None:
 
 def check_one_of(name: str, value: Any, known: Iterable[str], also: str = "") -> str:
     """Check that a value is one of those known. Raises InputError, which suggests the nearest;
-    `also` says there what else would be right.
+    `also` adds other valid values to its text.
 
     >>> check_one_of("backend", "fused", ("auto", "fused"))
     'fused'
@@ -198,7 +198,7 @@ def check_one_of(name: str, value: Any, known: Iterable[str], also: str = "") ->
 
 
 def check_kind(name: str, value: object, kind: type[Kind], right: str) -> Kind:
-    """Check that a value is of a class; `right` says in the error what would be. Raises InputError.
+    """Check that a value is of a class; `right` names valid values in the error. Raises InputError.
 
     >>> check_kind("path", "a.txt", str, "the path of a file")
     'a.txt'
@@ -209,7 +209,7 @@ def check_kind(name: str, value: object, kind: type[Kind], right: str) -> Kind:
 
 
 def check_callable(name: str, value: Any, right: str) -> Any:
-    """Check that a value can be called; `right` says in the error what would be. Raises InputError.
+    """Check that a value can be called; `right` names valid values in the error. Raises InputError.
 
     >>> check_callable("progress", print, "a function")
     <built-in function print>

@@ -19,8 +19,9 @@ from ..errors import InputError
 from . import commands, environment, evaluation, stores, studies
 from .output import cannot_print, is_of_printing, prepare_streams
 
-# How threads wait for each other at barriers. By default they spin: where another process takes a
-# core, one that spins keeps from running what it waits for, and all takes twenty times as long.
+# How threads wait for each other at barriers. By default they spin: when another process takes a
+# core, a spinning thread keeps the one it waits for from running, and the work takes twenty times
+# as long.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 LONGEST = 400  # characters of an error's line
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def _how_to_continue(arguments: list[str]) -> str:
-    """The end of the line upon Ctrl-C: where finished work is kept."""
+    """The end of the line upon Ctrl-C: the place of finished work."""
     command = arguments[0] if arguments else ""
     if command == "study":
         return "the same command continues from its folder"
@@ -88,7 +89,7 @@ def _fail(message: str, status: int) -> None:
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     if (
         len(line) > LONGEST
-    ):  # a value of thousands of characters: what is wrong stands before it, what is right after
+    ):  # a value of thousands of characters: the error is named before it, the remedy after
         line = f"{line[: LONGEST // 2]} ... {line[5 - LONGEST // 2 :]}"
     with suppress(OSError):
         print(line, file=sys.stderr)

@@ -364,11 +364,12 @@ def _search_record(
 def _print_search(
     record: Mapping[str, Any], target: Path | None, as_json: bool, written: bool = True
 ) -> None:
-    """Print a search's record. target: its file, if it has one; written: whether that is new."""
+    """Print a search's record. target: its file, if it has one; written: whether the file is
+    new."""
     objective = objective_class(record["objective"])
     algorithm, removed, num_units = record["algorithm"], record["removed"], record["num_units"]
     loss, error, dense_loss, dense_error = (
-        float(record[name])  # a number that is not finite is a text in a file
+        float(record[name])  # inf and nan are texts in a file
         for name in ("loss", "standard_error", "dense_loss", "dense_standard_error")
     )
     title = (
@@ -507,8 +508,8 @@ def export(
 def _read_result(
     path: Path,
 ) -> tuple[list[int], dict[str, tuple[float, float]], list[str], object, str]:
-    """The removed blocks of a search's result.json, its losses (before, after) by objective and
-    what that was calibrated on, notes on these, how many units the model had, and its name."""
+    """The removed blocks of a search's result.json, its losses (before, after) by objective and its
+    calibration data, notes on these, how many units the model had, and its name."""
     if not path.is_file():
         raise InputError(
             f"{path}: {'a folder; name its result.json' if path.is_dir() else 'no such file'}"
@@ -547,7 +548,7 @@ def _read_result(
 
 def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
     """Whether the whole model is scored beside so many masks: several are compared with it, and an
-    accuracy judges nothing where the whole model only guesses."""
+    accuracy judges nothing if the whole model only guesses."""
     objective = evaluator.objective
     several = num_masks > 1 and not objective.compares_with_dense
     return several or objective.chance is not None
@@ -555,9 +556,9 @@ def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
 
 @dataclasses.dataclass
 class _Scores:
-    """The losses of masks, with those of the whole model where they help.
+    """The losses of masks, with those of the whole model if they help.
 
-    losses float64[N]; sample_losses float64[N, S], empty where only losses were asked for; dense
+    losses float64[N]; sample_losses float64[N, S], empty if only losses were asked for; dense
     float64[S], or None. added: the whole model was scored besides the masks.
     """
 
@@ -576,7 +577,7 @@ class _Scores:
 
     @classmethod
     def by_sample(cls, evaluator: Evaluator, masks: np.ndarray) -> _Scores:
-        """Score masks on every sample, and the whole model beside them where that helps."""
+        """Score masks on every sample, and the whole model beside them if it helps."""
         removed = [to_removed(mask) for mask in masks]
         whole = _needs_whole_model(evaluator, len(masks))
         added = whole and () not in removed
@@ -633,7 +634,7 @@ class _Scores:
         }
 
     def say_all(self) -> None:
-        """Print the metrics with their errors, beside the whole model where that helps."""
+        """Print the metrics with their errors, beside the whole model if it helps."""
         say(self._table())
         if self.dense is not None:
             objective = self.evaluator.objective
@@ -643,8 +644,7 @@ class _Scores:
         self.say_cost()
 
     def _table(self) -> Table:
-        """A row for each mask, with the difference to the whole model where its losses are
-        known."""
+        """A row for each mask, with the difference to the whole model if its losses are known."""
         evaluator, objective = self.evaluator, self.evaluator.objective
         halves = evaluator.granularity == "sublayer"
         compares = self.dense is not None and len(self.removed) > 1

@@ -175,8 +175,7 @@ def open_tasks(
 ) -> tuple[list[str], object]:
     """The names in a text, and the harness's manager that knows them.
 
-    Raises InputError for one that is not known, and, where weights are streamed, for one that
-    generates.
+    Raises InputError for an unknown one, and, if weights are streamed, for one that generates.
     """
     from ..integrations import require_harness
 
@@ -199,11 +198,11 @@ def evaluate_study(
     granularity: str,
     **settings: Any,
 ) -> dict[str, list[dict]]:
-    """Run tasks on each model of a study, whole and under every mask that was chosen: rows by the
-    model's name.
+    """Run tasks on each model of a study, whole and under every chosen mask: rows by the model's
+    name.
 
-    found: what `run_study` returned. Writes tasks.json into its folder, whose store keeps what was
-    computed.
+    found: the study that `run_study` returned. Writes tasks.json into its folder, whose store keeps
+    all computed values.
     """
     from ..integrations.lm_eval import evaluate_masks, plain
 
@@ -265,8 +264,8 @@ def _number(value: object) -> str:
 
 @contextlib.contextmanager
 def harness_on_stderr(quiet: bool) -> Iterator[None]:
-    """What the harness prints goes to stderr, and only its errors; no bars where nobody sees them
-    move."""
+    """Send the harness's output to stderr, errors only; hide its bars if nobody sees
+    them move."""
     if quiet or not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

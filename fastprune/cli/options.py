@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from ..evaluator import Backend, Evaluator
     from ..models import Granularity, Model
 
-MOST = 2**31 - 1  # of what is counted
+MOST = 2**31 - 1  # of any count
 MOST_SEED = 2**63 - 1
 
-# Headings of help: what options are about.
+# Headings of help: the subjects of options.
 MODEL, DATA, RUNNING, OUTPUT = "Model", "Data", "Running", "Output"
 
 
@@ -65,8 +65,8 @@ def _to_bytes(
 
 
 class Command(click.Command):
-    """A command that spells the arguments of errors as its flags, and takes no option twice but
-    those that are lists: the last would win unseen."""
+    """A command that spells the arguments of errors as its flags, and takes no option twice except
+    lists: the last would win unseen."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -221,7 +221,7 @@ class Folder(click.ParamType):
 
 @contextmanager
 def naming(flag: str) -> Iterator[None]:
-    """Errors that are raised inside begin with the flag that they are about."""
+    """Errors raised inside begin with the name of their flag."""
     try:
         yield
     except InputError as error:
@@ -443,8 +443,8 @@ def _check_store(store: str | None) -> str | None:
 
 
 def check_store(path: Path) -> None:
-    """Raise InputError for a file that cannot be a store of scores; nothing is made where there is
-    none."""
+    """Raise InputError for a file that cannot be a store of scores; a missing file is not
+    created."""
     folder = path.parent
     if not folder.is_dir():
         raise InputError(f"{path}: its folder does not exist")
@@ -548,7 +548,7 @@ def open_model(
     logging.set_verbosity_error()
     try:
         device and torch.device(device)
-    except (RuntimeError, ValueError, TypeError):  # the last two of text that is no UTF-8
+    except (RuntimeError, ValueError, TypeError):  # the last two of text not in UTF-8
         raise InputError(
             f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0"
         ) from None
@@ -558,8 +558,7 @@ def open_model(
 
 
 def check_workers(workers: int | None, ray: str | None) -> None:
-    """Raise InputError for workers of two kinds, and for a Ray that is not installed or does not
-    answer."""
+    """Raise InputError for workers of two kinds, and for a Ray not installed or not answering."""
     if ray is None:
         return
     if workers is not None:
@@ -589,8 +588,7 @@ def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers 
 
 
 def check_calibration(model: str, objective: str, calibration: str | None) -> str:
-    """The calibration file, before the model is loaded; the demo model's own where none is
-    given."""
+    """The calibration file, before the model is loaded; the demo model's own if none is given."""
     from .. import demo
 
     check_one_of("--objective", objective, OBJECTIVES)
@@ -656,8 +654,8 @@ def open_objective(
 
 
 def check_reading(objective: str, **reading: Any) -> dict[str, Any]:
-    """The options that say how data is read, less those that are not given. Raises InputError for
-    one of text where questions are read, and the other way round."""
+    """The options for reading data, less those not given. Raises InputError for one of text if
+    questions are read, and the other way round."""
     given = {name: value for name, value in reading.items() if value is not None}
     kind = OBJECTIVES[objective].data
     for name in given:
@@ -669,7 +667,7 @@ def check_reading(objective: str, **reading: Any) -> dict[str, Any]:
 
 
 def refuse_text_sizes(objectives: Iterable[str], seq_len: int | None, seed: int) -> None:
-    """Raise InputError for what says how text is cut, where no objective is on text."""
+    """Raise InputError for options that cut text, if no objective is on text."""
     if any(OBJECTIVES[name].data == "text" for name in objectives):
         return
     for flag, given in (("--seq-len", seq_len is not None), ("--sample-seed", seed != 0)):
@@ -686,7 +684,7 @@ def _split_option(text: str) -> tuple[str, str]:
 
 
 def split_options(texts: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUEs by their names. Raises InputError for one that is given twice."""
+    """NAME=VALUEs by their names. Raises InputError for one given twice."""
     found: dict[str, str] = {}
     for text in texts:
         name, value = _split_option(text)

@@ -1,4 +1,4 @@
-"""What is printed: plain text whatever the terminal, and never a reason to lose a result.
+"""Printed output: plain text on every terminal, and never a reason to lose a result.
 
 Commands write their files first and print afterwards, inside `printing`.
 """
@@ -24,9 +24,9 @@ from ..errors import InputError
 from ..io import json_text
 from ..plan.progress import ProgressCallback, ProgressEvent
 
-LINE_SECONDS = 30  # between two lines of progress where no terminal shows a bar
-NARROWEST = 80  # columns where the environment names none
-WIDE = 240  # columns of a table that goes to a file or a program: enough for all of ours
+LINE_SECONDS = 30  # between two lines of progress if no terminal shows a bar
+NARROWEST = 80  # columns if the environment names none
+WIDE = 240  # columns of a table in a file or a pipe: enough for all of ours
 
 
 class Terminal(Console):
@@ -36,7 +36,7 @@ class Terminal(Console):
         super().__init__(markup=False, emoji=False, **settings)
 
     def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError that is being handled, for `printing` to see
+        raise  # the BrokenPipeError in hand, for `printing` to see
 
 
 err = Terminal(stderr=True)
@@ -47,7 +47,7 @@ def say(what: RenderableType, style: str | None = None) -> None:
     reads it whole."""
     out = (
         Terminal()
-    )  # a new one each time: one whose stream has failed would print what it holds again
+    )  # a new one each time: one whose stream has failed would print its buffer again
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = WIDE
     elif out.width < 1:  # COLUMNS=0, upon which rich prints nothing
@@ -64,18 +64,18 @@ def say_json(value: object) -> None:
 
 
 def note(message: str) -> None:
-    """Print a line on stderr, where it can be printed."""
+    """Print a line on stderr, if it can be printed."""
     with suppress(OSError):
         err.print(message, style="dim", highlight=False, soft_wrap=not err.is_terminal)
 
 
 @contextmanager
 def printing(written: object = None) -> Iterator[None]:
-    """Where all that is left to do is to print; `written` is the file or folder that has the
-    result, if one has.
+    """A context in which a command only prints; `written` is the file or folder with the
+    result, or None.
 
-    A reader that went away has seen enough. When stdout fails otherwise, the result that is written
-    stands, with a line on stderr; without one, click.ClickException is raised.
+    A reader that went away has seen enough. When stdout fails otherwise, a written result is kept,
+    with a line on stderr; without one, click.ClickException is raised.
     """
     try:
         yield
@@ -90,11 +90,11 @@ def printing(written: object = None) -> Iterator[None]:
 
 
 def written_somewhere(path: Path, write: Callable[[Path], None]) -> tuple[Path | None, str]:
-    """Write a finished result, by write(path), or beside it where that fails.
+    """Write a finished result, by write(path), or beside it if that fails.
 
     Places are tried in turn: the path, its folder's parent, the working folder, the folder for
-    temporary files. Returns the file (None where none could be written), and a line for the user
-    where it is not the path, else "".
+    temporary files. Returns the file (None if none could be written), and a line for the user if it
+    is not the path, else "".
     """
     why = ""
     for folder in (path.parent, path.parent.parent, Path.cwd(), Path(tempfile.gettempdir())):
@@ -142,7 +142,7 @@ def prepare_streams() -> None:
 
 
 def _silence() -> None:
-    """Send what stdout still holds, and all that follows, to nowhere."""
+    """Discard the text that stdout still holds, and all further text."""
     with suppress(OSError, ValueError):  # a stream without a file number
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -187,7 +187,7 @@ class Bar:
         return ", ".join(part for part in parts if part)
 
     def _time_left(self, event: ProgressEvent) -> str:
-        """How long the rest takes at the pace of the unit runs so far; '' where it is unknown."""
+        """How long the rest takes at the pace of the unit runs so far; '' if it is unknown."""
         if event.share is None or self._first is None:
             return ""
         seconds, share = self._clock() - self._first[0], event.share - self._first[1]
@@ -266,7 +266,7 @@ class _NoteHandler(logging.Handler):
 
 @contextmanager
 def decisions_noted(verbosity: int) -> Iterator[None]:
-    """What the library logs reaches stderr: from 1 on its decisions, from 2 on every call."""
+    """Send the library's log to stderr: from 1 on its decisions, from 2 on every call."""
     if not verbosity:
         yield
         return

@@ -1,4 +1,4 @@
-"""store info, export, prune: what lies in a file of finished sums."""
+"""store info, export, prune: the content of a file of finished sums."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class ChatEncoder:
         )
 
     def _render(self, messages: list, place: str, opened: bool = False) -> str:
-        """The text of messages; `opened`: up to where the next answer would begin."""
+        """The text of messages; `opened`: up to the beginning of the next answer."""
         if self._template is None:
             raise InputError(
                 f"{place}: messages need a chat template, which the tokenizer has not; name a file "

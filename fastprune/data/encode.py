@@ -1,4 +1,5 @@
-"""Texts as token ids: what a tokenizer puts around a text, and where a choice begins."""
+"""Texts as token ids: the tokens that a tokenizer puts around a text, and the first token of a
+choice."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Encoder:
 
     Args:
         tokenizer: One of transformers, or a function from texts to {"input_ids": ...}.
-        example: A text that is not blank, on which the encoder learns what the tokenizer adds.
+        example: A text, not blank, from which the encoder learns the tokens that the tokenizer
+            adds.
     """
 
     def __init__(self, tokenizer: Any, example: str):
@@ -52,7 +54,7 @@ class Encoder:
 
         Args:
             prompt: The text before the choice.
-            choice: The text that is scored, with its delimiter.
+            choice: The scored text, with its delimiter.
             place: File and line, for errors.
 
         Returns:

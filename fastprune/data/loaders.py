@@ -25,7 +25,7 @@ from .readers import Row, Source, open_rows, read_ids
 from .tokens import Tasks, TokenBatch
 
 MOST_COUNT = 2**63 - 1
-NUM_SAMPLES, SEQ_LEN = 64, 2048  # where nothing is said
+NUM_SAMPLES, SEQ_LEN = 64, 2048  # by default
 TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TASK_FILES = (".jsonl", ".json", ".parquet")
 ID_FILES = (".npy", ".safetensors")
@@ -52,12 +52,12 @@ def load_text(
         data: A .txt, .jsonl, .json, .csv or .parquet file, which may be compressed as .gz or .zst;
             the folder of a data set; the name of one of the hub, as "NAME:CONFIG:SPLIT"; a
             `datasets.Dataset`; a DataFrame or one of its columns; a list of strings or of rows; or
-            token ids: a .npy or .safetensors file of one array [S, T], or what
+            token ids: a .npy or .safetensors file of one array [S, T], or any value that
             `TokenBatch.from_ids` takes.
         tokenizer: One of transformers, such as `model.tokenizer`; token ids need none.
         num_samples: The number of windows, conversations or sequences, drawn without replacement
-            and kept in order; by default 64 of a text, or all where there are fewer, and all
-            sequences of token ids.
+            and kept in order; by default 64 of a text, or all if there are fewer, and all sequences
+            of token ids.
         seq_len: Tokens in a window, 2048 by default; sequences of token ids and conversations are
             cut to so many.
         seed: Decides which samples are drawn.
@@ -69,7 +69,7 @@ def load_text(
         loss_on: The targets of a conversation: "completion" (the last answer) or "all".
 
     Returns:
-        One row a sample. Its `source` says what was read.
+        One row a sample. Its `source` names the file or data set.
 
     Raises:
         InputError: The data is missing, empty or of another form, or holds fewer samples than
@@ -206,7 +206,7 @@ def _from_id_file(
 def _from_rows(
     name: str, rows: Sequence[IdRow], num_samples: int | None, seq_len: int | None, seed: int
 ) -> TokenBatch:
-    """Samples that are rows of their own: those that have a target within seq_len tokens."""
+    """Samples from rows of their own: those that have a target within seq_len tokens."""
     cut = [IdRow(ids[:seq_len], is_target[:seq_len]) for ids, is_target in rows]
     kept = [row for row in cut if row.is_target.any()]
     unit = "sequences" if seq_len is None else f"sequences with a target in {seq_len} tokens"
@@ -225,7 +225,7 @@ def _from_texts(
     seed: int,
     bos: bool | None,
 ) -> TokenBatch:
-    """Samples that are windows of a stream of texts."""
+    """Samples from windows of a stream of texts."""
     seq_len = seq_len or SEQ_LEN
     encoder = Encoder(tokenizer, next(text for text in texts if text.strip()))
     begin = encoder.window_begin(bos)
@@ -307,7 +307,7 @@ def _draw(
 
 
 def _read_texts(name: str, rows: Iterator[Row], column: str | None) -> list[str]:
-    """The texts of rows that are dicts, or texts themselves."""
+    """The texts of rows; a row is a dict, or a text itself."""
     texts = []
     for place, value in rows:
         text = value.get(column or "text") if isinstance(value, Mapping) else value
@@ -338,7 +338,7 @@ def _no_text(value: object, place: str, column: str | None) -> InputError:
 
 
 def _described(source: Source, first: Row, column: str | None) -> str:
-    """The name of the data, and the column that was read where the form does not say it."""
+    """The name of the data, and the column read, if the form does not name it."""
     plain = not isinstance(first.value, Mapping) or source.name.endswith((".txt", ".jsonl"))
     return source.name if plain and column is None else f"{source.name}, column {column or 'text'}"
 

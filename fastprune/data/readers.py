@@ -1,6 +1,6 @@
 """Rows from files and data sets: each format is one function that yields rows.
 
-A row is what one line, record or element holds, usually a dict. What rows mean is decided
+A row is the content of one line, record or element, usually a dict. The meaning of rows is decided
 elsewhere: `loaders` reads texts, `chats` conversations, `questions` questions.
 """
 
@@ -23,11 +23,11 @@ from ..errors import InputError, brief, shown
 from ..io import parse_json, parse_jsonl, read_npy
 from ..validate import check_path, require
 
-HUB_ROWS = 10_000  # documents that are read of a hub data set, from its beginning
+HUB_ROWS = 10_000  # documents read of a hub data set, from its beginning
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^/:]*){0,2}")
-SPLITS = ("train", "validation", "test")  # what "name:validation" names a split by, not a config
+SPLITS = ("train", "validation", "test")  # "name:validation" names a split, not a config
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # of datasets' save_to_disk
-MOST_EXPANSION = 200  # times its compressed size a file may expand to: ten times what text does
+MOST_EXPANSION = 200  # times its compressed size a file may expand to: ten times the ratio of text
 LEAST_EXPANDED = 2**26  # bytes that any compressed file may expand to
 
 
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Rows that are read one by one, and the name of the file or data set."""
+    """Rows, read one by one, and the name of the file or data set."""
 
     name: str
     rows: Iterator[Row]
@@ -83,7 +83,7 @@ def open_rows(data: object, what: str, formats: Sequence[str]) -> Source:
 
 def is_data(name: str) -> bool:
     """Whether a name is that of a file, of a folder that `datasets` saved, or of a data set of the
-    hub, which is not asked. Raises InputError where `datasets` is needed and missing."""
+    hub, which is not asked. Raises InputError if `datasets` is needed and missing."""
     path, _ = _split_of(name)
     if _is_hub_name(name) or (path.is_dir() and _is_saved(path)):
         require("data", "datasets")
@@ -330,7 +330,7 @@ def _read_saved(folder: Path, split: str | None) -> Iterator[Row]:
 
 
 def _one_split(name: str, loaded: Any, split: str | None = None) -> Iterable:
-    """The rows of a split; the only one where none is named."""
+    """The rows of a split; the only one if none is named."""
     if not isinstance(loaded, dict):
         if split:
             raise InputError(f"{name}: the data set has no splits; leave out {split!r}")

@@ -25,7 +25,7 @@ class TokenBatch:
     lengths (R rows, C continuations, M targets, T tokens in all).
 
     ids, positions, branch [T]: token id, position in its own sequence, branch in its row (0 =
-    trunk). row_starts [R + 1]: where each row begins in them. target_source, target_token,
+    trunk). row_starts [R + 1]: the first index of each row in them. target_source, target_token,
     target_continuation [M]: a target is a token whose probability counts: the state
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per
@@ -45,7 +45,7 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
-    source = ""  # where the data came from, in words; no field, because equal data is equal
+    source = ""  # the origin of the data, in words; no field, because equal data is equal
 
     @classmethod
     def from_ids(cls, ids: object) -> TokenBatch:
@@ -53,10 +53,10 @@ class TokenBatch:
 
         Args:
             ids: An int array or tensor [S, T]; sequences of ints, whose lengths may differ; a list
-                of tensors [1, T] or [B, T]; or dict batches, such as a BatchEncoding or what a
-                data loader yields, of input_ids, attention_mask (0 marks padding, which is left
-                out) and labels (-100 marks a token that is no target; others are the tokens
-                themselves, not shifted).
+                of tensors [1, T] or [B, T]; or dict batches, such as a BatchEncoding or a data
+                loader's, of input_ids, attention_mask (0 marks padding, which is left out) and
+                labels (-100 marks a token that is no target; others are the tokens themselves, not
+                shifted).
 
         Returns:
             One row a sequence. Every token but the first of its sequence is a target, unless a
@@ -91,8 +91,8 @@ class TokenBatch:
 
     @classmethod
     def from_continuations(cls, rows: Sequence[Sequence[tuple[Ids, int]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, start), where the tokens from `start` on
-        are targets.
+        """One tree per row from its sequences: (token ids, start); the tokens from `start` on are
+        targets.
 
         The trunk is the longest common prefix of a row's sequences; each sequence's remainder is a
         branch. Raises InputError when there are no rows, or a sequence has no token before or none
@@ -119,10 +119,10 @@ class TokenBatch:
 
     @classmethod
     def from_predictions(cls, rows: Sequence[Sequence[tuple[Ids, Ids]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, targets), where the last ids predict the
+        """One tree per row from its sequences: (token ids, targets); the last ids predict the
         targets.
 
-        What `from_continuations` makes of ids + targets[-1:], without running the last target,
+        The result of `from_continuations` on ids + targets[-1:], without running the last target,
         whose state predicts nothing: choices of one token each are one row without branches. Raises
         InputError when there are no rows, or more targets than tokens that could predict them.
         """
@@ -162,7 +162,7 @@ class TokenBatch:
             length = trunk
             for number, (sequence, predicting, targets) in enumerate(sequences, 1):
                 tail = len(sequence) - trunk
-                # where each token of this sequence lies in the row
+                # index in the row of each token of this sequence
                 place = base + np.concatenate([np.arange(trunk), length + np.arange(tail)])
                 sources.append(place[predicting])
                 tokens.append(targets)

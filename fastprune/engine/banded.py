@@ -1,6 +1,6 @@
 """Weights that do not fit: which chunks share the loading of a band, and whether a call fits.
 
-Where all weights stay loaded, one band holds every block and every chunk is a group of its own.
+If all weights stay loaded, one band holds every block and every chunk is a group of its own.
 """
 
 from __future__ import annotations

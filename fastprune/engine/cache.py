@@ -27,7 +27,7 @@ Key = tuple[int, Units]  # chunk, prefix
 
 
 class DeviceTier:
-    """States where they were made."""
+    """States on the device that made them."""
 
     name = "device"
 
@@ -91,7 +91,7 @@ class DiskTier:
         self._device = device
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as this tier lives)
         self._extents: dict[Key, _Extent] = {}
-        self._free: dict[int, list[int]] = {}  # by size, where a dropped state was
+        self._free: dict[int, list[int]] = {}  # by size, the offsets of dropped states
         self._end = 0
 
     def put(self, key: Key, state: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ class TieredStates:
         self._places: dict[Key, _Place] = {}
 
     def share_of(self, tier: str, sharers: int) -> int:
-        """Bytes that a tier may hold: a share of those that are free or its own, for each of the
+        """Bytes that a tier may hold: a share of its own and the free ones, for each of the
         processes that share them. None on a disk that failed."""
         if tier != "disk":
             free = available_bytes(self._device if tier == "device" else torch.device("cpu"))
@@ -202,7 +202,7 @@ class TieredStates:
         return None if place is None else place.tier
 
     def held(self) -> list[Key]:
-        """The states that are held."""
+        """The states held."""
         return list(self._places)
 
 
@@ -210,7 +210,7 @@ class Match(NamedTuple):
     """The states that the cache holds of a chunk.
 
     Attributes:
-        prefixes: Of the K states.
+        prefixes: The prefixes of the K states.
         likelihood: float64[K], how likely a later call needs each, see `retention`.
     """
 
@@ -224,7 +224,7 @@ class PrefixCache:
     Every chunk may hold the same number of prefixes.
 
     Args:
-        limit: Bytes in memory; None for a quarter of those that are free at each call; 0 for none.
+        limit: Bytes in memory; None for a quarter of the free ones at each call; 0 for none.
         folder: A folder for states beyond these, up to a quarter of its disk's free bytes; None
             for none.
         device: The device that the states are made on.
@@ -254,7 +254,7 @@ class PrefixCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes that are held now, in all tiers."""
+        """Bytes held now, in all tiers."""
         return sum(self._states.bytes.values())
 
     @property
@@ -268,7 +268,7 @@ class PrefixCache:
         return sum(self._rooms.values())
 
     def resize(self) -> None:
-        """Set the capacity from the bytes that are free now."""
+        """Set the capacity from the bytes free now."""
         self._rooms = {
             tier: int(self._share * limit) // self._state_bytes
             for tier, limit in self._limits().items()
@@ -294,8 +294,8 @@ class PrefixCache:
         return limits
 
     def share(self, sharers: int) -> None:
-        """Share the limit among so many caches of this process; the states that are least likely
-        needed and do not fit any more are evicted."""
+        """Share the limit among so many caches of this process; the states least likely needed that
+        no longer fit are evicted."""
         self._sharers = sharers
         self.resize()
         for chunk, match in list(self._matches.items()):
@@ -383,7 +383,7 @@ class Frontier:
 
     @property
     def bytes(self) -> int:
-        """Bytes that are held on the device."""
+        """Bytes held on the device."""
         return self._states.bytes["device"]
 
     @property

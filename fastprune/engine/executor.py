@@ -2,7 +2,7 @@
 of the measure.
 
 It decides nothing. `LocalRuns` says which chunks run, in which order, by which steps. Here units
-and heads run, and are counted where they run.
+and heads run, and are counted as they run.
 
 B rows, T tokens of a row, D columns of a state, V values of the measure, M targets.
 """
@@ -107,7 +107,7 @@ class Executor:
 
     def walks(self, schedules: dict[int, Schedule]) -> Iterator[tuple[int, Walk]]:
         """A group of chunks, band by band: (chunk, its walk while that band is loaded). Each is
-        walked before the next is asked for; broken off, the cache forgets what it has of these
+        walked before the next is asked for; broken off, the cache forgets its states of these
         chunks."""
         cache, weights, finished = self._cache, self._model.weights, False
         loads, read = weights.loads, weights.bytes

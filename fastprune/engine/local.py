@@ -46,8 +46,8 @@ Missing = Mapping[int, np.ndarray]  # by chunk, places of sequences, int64[n]
 
 
 class Opened(NamedTuple):
-    """A model opened for a calibration set: what runs its units, within which memory, and how the
-    set is cut."""
+    """A model opened for a calibration set: the runner of its units, the memory limit, and the
+    layout of the set."""
 
     runner: Runner
     limit: MemoryLimit
@@ -63,7 +63,7 @@ def open_for(
     memory_bytes: int | None,
     layout: Layout | None,
 ) -> Opened:
-    """Open a model's runner for a calibration set, and cut the set where no layout is given.
+    """Open a model's runner for a calibration set, and cut the set if no layout is given.
 
     Raises InputError for rows or units that the model cannot run, and for memory_bytes that a row
     does not fit into.
@@ -216,8 +216,8 @@ class LocalRuns:
         self._problem = problem
 
     def _give_back(self) -> bool:
-        """Give back what runs that wait hold, the prefix cache, then the kept references; False
-        where nothing is held."""
+        """Free the memory of waiting runs, the prefix cache, then the kept references; False if
+        nothing is held."""
         idle, self._idle = self._idle, None
         if idle is not None:
             idle.close()
@@ -240,7 +240,7 @@ class LocalRuns:
     def _walk_all(
         self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _Told
     ) -> Generator[PartialSums, None, None]:
-        """The missing sums, group of chunks by group, in two halves where they do not fit."""
+        """The missing sums, group of chunks by group, in two halves if they do not fit."""
         self._run_dense(problem, list(missing))
         schedules = self._schedules(problem, sequences, missing)
         room = self._room(problem, schedules)
@@ -277,7 +277,7 @@ class LocalRuns:
                     yield part._replace(rows=part.rows + start)
 
     def _run_dense(self, problem: Problem, chunks: list[int]) -> None:
-        """Hold the dense model's final states of these chunks, where the measure needs them."""
+        """Hold the dense model's final states of these chunks, if the measure needs them."""
         whole = [tuple(range(self._limit.num_units))]
         only = np.zeros(1, dtype=np.int64)
         lacking = dict.fromkeys(self._reference.missing(chunks), only)

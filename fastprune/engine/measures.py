@@ -1,5 +1,5 @@
-"""What is computed at every target, from a mask's final states: one or more values, which the
-engine sums over each continuation.
+"""Measures: one or more values at every target, computed from a mask's final states. The engine
+sums them over each continuation.
 
 To add one, write a function and register a `Measure` that names it. `Head.parts` gives logits, a
 part of the vocabulary at a time.
@@ -21,13 +21,13 @@ from ..models.head import Targets
 
 @dataclass(frozen=True)
 class Reference:
-    """What every mask is compared with, of the dense model.
+    """The part of the dense model's output that every mask is compared with.
 
     Attributes:
         compute: (head, dense final states [P, D], keep) -> a value that `Measure.compute` takes.
             keep: whether it may hold `position_bytes` for each position; else it is small, and
             `Measure.compute` computes the rest again. Both give the same bits.
-        position_bytes: Of a head, the bytes that are kept for each position.
+        position_bytes: The bytes that a head keeps for each position.
     """
 
     compute: Callable[[Head, torch.Tensor, bool], Any]
@@ -43,7 +43,7 @@ class Measure:
         compute: (head, states [P, D], targets, reference or None) -> [V, M], the values at the
             targets.
         values: The names of the V values.
-        position_bytes: Of a head, about the bytes that `compute` holds for each position.
+        position_bytes: About the bytes that `compute` holds for each position of a head.
         reference: None for a measure that compares with nothing.
     """
 
@@ -82,7 +82,7 @@ def _direction(head: Head, states: torch.Tensor, keep: bool = True) -> torch.Ten
 def _cosine(
     head: Head, states: torch.Tensor, targets: Targets, reference: torch.Tensor
 ) -> torch.Tensor:
-    # half the squared distance of unit vectors is 1 - cosine: exact where they are equal, and never
+    # half the squared distance of unit vectors is 1 - cosine: exact if they are equal, and never
     # below 0
     distance = (_direction(head, states) - reference).square().sum(dim=-1) / 2
     return distance[targets.rows][None]

@@ -1,8 +1,9 @@
-"""Memory of a call: how many bytes it may take, how many it takes, and what happens without more.
+"""Memory of a call: how many bytes it may take, how many it takes, and the way out when they do not
+suffice.
 
-`MemoryLimit` turns a byte budget into a `Layout`: chunks and tiles for which all that a call holds
-at once stays within the budget. It knows the weights of states from a `Footprint`, measured on one
-row of the model by `peak_bytes`.
+`MemoryLimit` turns a byte budget into a `Layout`: chunks and tiles with which all bytes of a call
+stay within the budget. It knows the weights of states from a `Footprint`, measured on one row of
+the model by `peak_bytes`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 LEAST_TILE = 8  # positions
-WEIGHED = 64  # positions of a tile that are run to know its weight
+WEIGHED = 64  # positions of a tile run to know its weight
 LIMIT_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 SUMS_SHARE = 8  # one eighth of the limit is for sums over continuations, half of it for a call's
 
@@ -49,7 +50,7 @@ class MemoryLimit:
     """The bytes that a call's activations may take, and the layouts that stay within them.
 
     The activations are states, the workspace of a unit, a tile of logits, sums, and the dense
-    model's final states where the measure compares with them.
+    model's final states if the measure compares with them.
 
     limit: bytes; None for a default by the kind of device. most_sums: of how many masks the sums
     fit at once. footprint: measured on the model, for the last tile.
@@ -87,7 +88,7 @@ class MemoryLimit:
     def layout(self) -> Layout:
         """Chunks of at most `CHUNK_TOKENS` and the largest tiles that stay within the limit.
 
-        Raises InputError where one row does not fit, even with the smallest tiles.
+        Raises InputError if one row does not fit, even with the smallest tiles.
         """
         per_position = self._measure.position_bytes(self._runner.head)
         room = min(TILE_BYTES[self._kind], self.limit // 4)
@@ -112,8 +113,8 @@ class MemoryLimit:
         return layout
 
     def smaller(self, layout: Layout) -> Layout | None:
-        """Chunks of half the size, or where chunks are single rows, smaller tiles; None where both
-        are as small as can be."""
+        """Chunks of half the size, or if chunks are single rows, smaller tiles; None if neither can
+        shrink."""
         lengths = self._batch.row_lengths
         divisible = [
             len(rows) * int(lengths[list(rows)].max()) for rows in layout.chunks if len(rows) > 1
@@ -125,9 +126,9 @@ class MemoryLimit:
         return None
 
     def room_for_references(self, tokens: int, positions: int) -> int:
-        """Bytes for references of the dense model beside a walk; 0 where one chunk's do not fit.
+        """Bytes for references of the dense model beside a walk; 0 if one chunk's do not fit.
 
-        Where states wait between bands, one chunk's at most: the rest is for these.
+        If states wait between bands, one chunk's at most: the rest is for the states.
 
         tokens, positions: of the largest chunk, and the most positions that predict in one.
         """
@@ -143,7 +144,7 @@ class MemoryLimit:
         """Bytes left for states between bands.
 
         tokens, num_slots: of the walk beside which they wait. references: bytes of the dense
-        references that are held.
+        references held.
         """
         walk = self.footprint.needed(tokens, num_slots) + self._dense_bytes()
         limit = self.limit - references
@@ -180,7 +181,7 @@ class MemoryLimit:
         return needed + (needed - 1) // (SUMS_SHARE - 1)  # plus the share of sums
 
     def _dense_bytes(self) -> int:
-        """The weight of the dense model's final states, where the measure compares with them."""
+        """The weight of the dense model's final states, if the measure compares with them."""
         if not self._measure.needs_dense:
             return 0
         return self._positions * self._model.hidden_size * self._model.dtype.itemsize
@@ -213,7 +214,7 @@ class Footprint:
         return math.ceil(((num_slots + 1) * self.state + self.workspace) * tokens) + self.head
 
     def tokens_within(self, budget_bytes: int, num_slots: int) -> int:
-        """The most tokens of a chunk that `needed` allows within the budget; 0 where not even the
+        """The most tokens of a chunk that `needed` allows within the budget; 0 if not even the
         longest row fits."""
         if self.needed(self.longest_row, num_slots) > budget_bytes:
             return 0
@@ -228,8 +229,8 @@ def measure_footprint(
     head: Callable[[torch.Tensor], object],
     tile: int,
 ) -> Footprint:
-    """Run the first units and one tile of the head on the longest rows of a batch, and note what
-    they hold."""
+    """Run the first units and one tile of the head on the longest rows of a batch, and measure the
+    bytes that they hold."""
     if not runner.bands[0]:
         return _measure(runner, batch, granularity, head, tile)
     (found,) = (
@@ -254,8 +255,8 @@ def _measure(
 
 
 def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], tile: int) -> int:
-    """Bytes that are held while a tile of positions goes from hidden states, like these [..., D],
-    to numbers."""
+    """Bytes held while a tile of positions goes from hidden states, like these [..., D], to
+    numbers."""
     hidden = hidden.flatten(0, -2)
     hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
     _, held = peak_bytes(lambda: head(hidden))
@@ -270,8 +271,8 @@ def _longest_rows(batch: TokenBatch) -> list[int]:
 
 def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[State, int, int]:
     """Open a chunk and run its first unit (with sublayers, one of each kind). The last state, the
-    bytes of the largest, and those held at the peak besides a unit's input: its workspace, and what
-    the layers are given (masks, angles)."""
+    bytes of the largest, and those held at the peak besides a unit's input: its workspace, and the
+    layers' arguments (masks, angles)."""
     largest = 0
 
     def run() -> State:
@@ -292,11 +293,11 @@ def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
     held at once.
 
     Every tensor that an operator returns is followed by the life of its storage, on any device:
-    bytes as they were asked for. What an allocator has in its caches, or rounds up to, is not among
-    them, so that the same work always counts the same, whatever the process did before; nor is
-    scratch space inside an operator, nor a copy of a parameter in another dtype, which belongs to
-    the weights. The collector of garbage rests meanwhile, since when it runs depends on the past,
-    too.
+    bytes as they were asked for. Bytes that an allocator caches, or adds by rounding up, are not
+    among them, so that the same work always counts the same, whatever the process did before; nor
+    is scratch space inside an operator, nor a copy of a parameter in another dtype, which belongs
+    to the weights. The collector of garbage rests meanwhile, since when it runs depends on the
+    past, too.
     """
     collects = gc.isenabled()
     gc.disable()

@@ -1,5 +1,5 @@
-"""What is read off the dense model without scoring a mask: similarity of states, gradients of units
-and weights."""
+"""Probes of the dense model, which score no mask: similarity of states, gradients of units and
+weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .chunks import Chunk, make_chunk
 TOKENS_AT_ONCE = 256
 STATES_BYTES = (
     1 << 30
-)  # of states of the rows that share the reading of weights, where these are read band by band
+)  # of states of the rows that share the reading of weights, if these are read band by band
 
 
 def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     """Mean token cosine between the states before each unit and after the last, float64[U + 1, U +
     1].
 
-    One row at a time: the states of every depth are held for that row (where weights are read band
-    by band, for as many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
+    One row at a time: the states of every depth are held for that row (if weights are read band by
+    band, for as many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
     """
     runner, num_units = (
         open_runner(model, "generic", granularity),
@@ -77,8 +77,8 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
 def _states(
     runner: GenericRunner, batch: TokenBatch, granularity: str
 ) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Of each row, the dense model's states before each unit and after the last: U + 1 of [T,
-    D]."""
+    """Yield each row with the dense model's states before each unit and after the last: U + 1 of
+    [T, D]."""
     model = runner.model
     per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
     for rows in _row_groups(model, batch, per_block * model.num_blocks + 1):
@@ -95,7 +95,7 @@ def _states(
 
 
 def _row_groups(model: Model, batch: TokenBatch, states_of_row: int) -> list[list[int]]:
-    """The rows that share the reading of weights: each alone where all stay loaded, else as many as
+    """The rows that share the reading of weights: each alone if all stay loaded, else as many as
     states fit."""
     if len(model.bands) == 1:
         return [[row] for row in range(batch.num_rows)]
@@ -120,12 +120,12 @@ def _open(
 
 def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.ndarray:
     """dL_s/da_i, float64[S, U], one sample at a time: the states before each block are kept, and
-    the blocks are run again backwards, one at a time, so that the graph of one block is the most
-    that is held.
+    the blocks are run again backwards, one at a time, so that at most the graph of one block is
+    held.
 
-    Where weights are read band by band, the states before each band are kept, of as many samples as
-    fit into STATES_BYTES: forwards through the bands, then backwards, each band's own states made
-    anew.
+    If weights are read band by band, the states before each band are kept, of as many samples as
+    fit into STATES_BYTES: forwards through the bands, then backwards, each band's own states
+    computed again.
     """
     _check_differentiable("unit gradients need", objective)
     runner = open_runner(model, "generic", "sublayer")

@@ -20,10 +20,10 @@ ARITHMETIC = 2  # raised by every change of the order or precision of operations
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What the sums of one call are computed under.
+    """The data, measure and settings under which one call computes its sums.
 
     numerics: plain values that decide bits besides data and weights (path, dtype, device,
-    software). digest: of the model; None where neither a store nor workers need it.
+    software). digest: of the model; None if neither a store nor workers need it.
     """
 
     batch: TokenBatch
@@ -59,7 +59,7 @@ class Problem:
 
 
 def numerics_of(model: Model, runner: Runner) -> dict[str, object]:
-    """What the bits of a sum depend on besides weights, chunk and units, by name."""
+    """The settings that decide the bits of a sum besides weights, chunk and units, by name."""
     return {
         "path": runner.numerics(),
         "dtype": str(model.dtype),

@@ -18,9 +18,9 @@ from .measures import Measure
 class DenseReference:
     """Final states of the whole model by chunk, and the references of tiles.
 
-    These outlive a call. Where those of all chunks do not fit, the ones that were computed first
-    stay, and the room of the latest serves the current chunk: calls take the chunks in one order,
-    so the latest is the one whose turn comes last.
+    These outlive a call. If those of all chunks do not fit, the ones that were computed first stay,
+    and the room of the latest serves the current chunk: calls take the chunks in one order, so the
+    latest is the one whose turn comes last.
 
     Args:
         runner: The runner, whose head computes them.
@@ -46,7 +46,7 @@ class DenseReference:
         return [chunk for chunk in chunks if chunk not in self._states]
 
     def put(self, chunk: int, states: torch.Tensor) -> None:
-        """Hold the final states of a chunk, [P, D], where a target is predicted."""
+        """Hold the final states of a chunk, [P, D], at the positions that predict a target."""
         self._states[chunk] = states
 
     def forget(self, chunk: int) -> None:
@@ -82,7 +82,7 @@ class DenseReference:
         return True
 
     def give_back(self) -> bool:
-        """Keep no references of tiles from now on; False where none were kept."""
+        """Keep no references of tiles from now on; False if none were kept."""
         kept, self.room = self.room > 0 and self._measure.needs_dense, 0
         self._tiles.clear()
         self._sizes.clear()

@@ -1,4 +1,4 @@
-"""What runs a call: one method to implement, here or on workers.
+"""The protocol that runs a call: one method to implement, in this process or on workers.
 
 `LocalRuns` (local.py) runs units on this process's model, `RemoteRuns` (workers/remote.py) shares
 the call out. The evaluator knows this protocol only.
@@ -31,10 +31,10 @@ class PartialSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Work, counted where it is done.
+    """Work, counted by the process that does it.
 
     unit_runs: one unit over the whole calibration set counts one. naive_unit_runs: those of one
-    forward pass for each mask that was asked for. heads: masks whose losses were computed.
+    forward pass for each requested mask. heads: masks whose losses were computed.
     weight_loads: blocks read from files, weight_bytes: their bytes. seconds: of wall time.
     """
 
@@ -76,7 +76,7 @@ class Held:
 
 
 class Runs(Protocol):
-    """Computes sums that are missing.
+    """Computes missing sums.
 
     cost: grows while a call runs, also when it is broken off. Its unit runs and heads count single
     tokens, so that they stay integers.
@@ -97,20 +97,20 @@ class Runs(Protocol):
         """The missing sums, in any order.
 
         Args:
-            problem: what the sums are computed under.
+            problem: the data, measure and settings of the sums.
             sequences: of units, distinct and sorted.
             missing: by number of the chunk (see `Chunks`), the places of the sequences to run
                 there, int64[n], ascending.
             progress: told of unit runs, done and in all.
 
-        Closing the iterator cancels the call. Raises OutOfMemory when nothing is left to give
-        back; sums that were yielded before stay right.
+        Closing the iterator cancels the call. Raises OutOfMemory when no memory is left to free;
+        sums that were yielded before stay right.
         """
 
     def close(self) -> None:
-        """Give back all that is held."""
+        """Free all memory held."""
 
 
 def whole(count: float) -> float:
-    """The count as an integer, where it is one."""
+    """The count as an integer, if it is one."""
     return int(count) if count == int(count) else count

@@ -39,16 +39,16 @@ _FAILURES = (
     UnicodeDecodeError,
     TypeError,
     ValueError,
-)  # what SQLite raises over a damaged file
+)  # raised by SQLite over a damaged file
 
 
 class SumStore:
     """Sums over the continuations of a chunk, by (context, chunk, units that ran).
 
-    A context is what determines a sum besides chunk and units: weights, measure, dtype, device,
-    software. So whatever objective asks for the same tokens under the same measure finds what
-    another has left. Sums are kept as their eight bytes with a checksum, so that they come back to
-    the bit or not at all; every `put` is one transaction, so that a killed run keeps all that it
+    A context holds all that determines a sum besides chunk and units: weights, measure, dtype,
+    device, software. So any objective that asks for the same tokens under the same measure finds
+    the sums of another. Sums are kept as their eight bytes with a checksum, so that they come back
+    to the bit or not at all; every `put` is one transaction, so that a killed run keeps all that it
     had finished. Threads and processes may share a file.
 
     Raises InputError for a file that is no store, is one of another version, or is damaged: none is
@@ -133,7 +133,7 @@ class SumStore:
                 return -1
 
     def get(self, context: int, chunk: bytes, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-        """The sums that are known of a chunk, float64[C], by the key of the units that ran."""
+        """The known sums of a chunk, float64[C], by the key of the units that ran."""
         known: dict[bytes, np.ndarray] = {}
         keys = iter(keys)
         with self._turn:
@@ -199,8 +199,7 @@ class SumStore:
     # -- looking at a file -------------------------------------------------------------------------
 
     def contexts(self) -> dict[int, tuple[dict, int]]:
-        """Each context in the file, by its number: what it is determined by, and how many sums it
-        holds."""
+        """Each context in the file, by its number: its settings, and its number of sums."""
         query = (
             "SELECT id, determined_by, (SELECT count(*) FROM sums WHERE context = id) FROM "
             "contexts ORDER BY id"
@@ -235,8 +234,8 @@ class SumStore:
                 yield context, number, chunk, units, values
 
     def prune(self, contexts: Iterable[int] = (), damaged: bool = False) -> int:
-        """Remove these contexts with their sums, or the rows that are damaged; how many sums
-        went."""
+        """Remove these contexts with their sums, or the damaged rows; return how many sums were
+        removed."""
         broken = []
         if damaged:
             broken = [
@@ -262,7 +261,7 @@ class SumStore:
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
-        """What SQLite raises over a damaged file becomes one line that names it."""
+        """Turn SQLite's exception over a damaged file into one line that names the file."""
         try:
             yield
         except _FAILURES as error:
@@ -284,7 +283,7 @@ class SumStore:
 
 
 def _objects(database: sqlite3.Connection) -> set[tuple]:
-    """Tables, indexes, views and triggers, with their definitions; not all where there are many."""
+    """Tables, indexes, views and triggers, with their definitions; not all if there are many."""
     return set(database.execute("SELECT type, name, sql FROM sqlite_master LIMIT 10").fetchall())
 
 

@@ -41,8 +41,8 @@ def export(
     """Write the model with other blocks as a safetensors checkpoint, and return its folder.
 
     `AutoModelForCausalLM.from_pretrained` loads it. Its config describes the blocks in their new
-    order. Its weights have the source's dtype where that loses nothing, and every file of the
-    source's tokenizer goes along. The folder appears only when it is complete, and when the written
+    order. Its weights have the source's dtype if that loses nothing, and every file of the source's
+    tokenizer goes along. The folder appears only when it is complete, and when the written
     checkpoint, loaded again, gives the logits of the same blocks run one by one. It can go to a hub
     as it is: README.md is its model card, and `recipes/` says the same for mergekit, llama.cpp,
     EvoPress and LLM-Drop (see `fastprune.exports.recipes`).
@@ -51,7 +51,7 @@ def export(
         model: A Model, a transformers model, or an Evaluator of blocks, whose metric the card then
             shows, with standard errors.
         out_dir: The new folder.
-        removed: Indices of the blocks that are left out.
+        removed: Indices of the blocks to leave out.
         sequence: Instead of `removed`: blocks in the order in which they run, as
             `Evaluator.score` scores `sequences`. A block that is named n times is written n
             times, as separate weights.
@@ -93,10 +93,10 @@ def export(
 
 
 def can_export(model: Model, sequence: Sequence[int] | None = None) -> str | None:
-    """Why a checkpoint with these blocks cannot be written, None where nothing is in the way.
+    """Why a checkpoint with these blocks cannot be written, None if nothing is in the way.
 
     Reads no weights: the family's own code is to make, from the config that an export would write,
-    the same tensors as the blocks have. What only the values tell, `export` checks.
+    the same tensors as the blocks have. `export` checks the values.
 
     Args:
         model: The model.
@@ -134,7 +134,7 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
         config._attn_implementation = getattr(model.config, "_attn_implementation", None)
     except InputError as error:
         return str(error)
-    except Exception as error:  # of whatever kind: the family's own code refuses
+    except Exception as error:  # of any kind: the family's own code refuses
         line = (str(error).splitlines() or [""])[0]
         return f"its config cannot describe these blocks ({type(error).__name__}: {line})"
     try:
@@ -172,15 +172,15 @@ def check_base_model(base_model: str | None) -> str | None:
 
 
 def llama_cpp_warning(model: Model) -> str | None:
-    """What must be known before blocks of this Model are left out with llama.cpp's own option; None
-    where nothing."""
+    """The warning to read before llama.cpp's own option drops blocks of this Model; None if none
+    applies."""
     from ..models.surgery import per_layer
 
     return recipes.llama_cpp_warning(per_layer(model))
 
 
 def _opened(model: Model | Evaluator | nn.Module) -> tuple[Model, Evaluator | None]:
-    """The Model, and the Evaluator where one was given."""
+    """The Model, and the Evaluator if one was passed."""
     from ..evaluator import Evaluator
     from ..models import Model, open_runner
 
@@ -238,7 +238,7 @@ def _export(
         _describe(model, sequence, base, results, notes, partial)
         for file in partial.rglob(
             "*"
-        ):  # safetensors makes its files private; the folder has what the umask leaves
+        ):  # safetensors makes its files private; the folder has the umask's mode
             if file.is_file():
                 file.chmod(partial.stat().st_mode & 0o666)
         if out.exists():
@@ -257,7 +257,8 @@ def _describe(
     notes: Sequence[str],
     folder: Path,
 ) -> None:
-    """Write the model card, and what other tools need to make the same of the base model."""
+    """Write the model card, and the recipes by which other tools make the same of the base
+    model."""
     warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
     notes = [*notes, *reader_notes(folder)]
     card = recipes.model_card(base, sequence, model.num_blocks, results, notes, warning)
@@ -268,7 +269,7 @@ def _describe(
         (folder / "recipes" / name).write_text(text, encoding="utf-8")
 
 
-Measured = tuple[float, float | None]  # a loss, and its standard error where it is known
+Measured = tuple[float, float | None]  # a loss, and its standard error if known
 
 
 def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, Measured]:
@@ -286,7 +287,7 @@ def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, M
 def _result(name: str, losses: tuple[float, float]) -> tuple[str, str, str]:
     """A row of the card: metric, direction and data, before and after.
 
-    name: of the objective; what it was measured on may follow behind a comma.
+    name: of the objective; the name of its data may follow behind a comma.
     """
     name, comma, data = name.partition(",")
     objective = objective_class(name)

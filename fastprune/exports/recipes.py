@@ -1,7 +1,7 @@
-"""What was done to a model, in the words of other tools: texts that their own loaders read, and a
+"""Recipes that describe a pruned model to other tools, as texts that their own loaders read, and a
 model card.
 
-Nothing here looks at weights. Each function says where its format is defined.
+Nothing here looks at weights. Each function names the definition of its format.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def mergekit(base: str, sequence: Sequence[int], dtype: str) -> str:
     """A mergekit configuration of method passthrough: slices of the base model, half-open
     `layer_range`s.
 
-    Consecutive blocks are one slice; a block that is repeated begins another. Format: `slices`,
-    `sources`, `layer_range` and `merge_method: passthrough` of arcee-ai/mergekit (README.md,
+    Consecutive blocks are one slice; a repeated block begins another. Format: `slices`, `sources`,
+    `layer_range` and `merge_method: passthrough` of arcee-ai/mergekit (README.md,
     docs/merge_methods.md, and `InputSliceDefinition` of mergekit/config.py, whose range leaves out
     its end).
     """
@@ -56,12 +56,12 @@ def llama_cpp(removed: Iterable[int], warning: str | None = None) -> str:
 
 
 def llama_cpp_warning(per_layer: Mapping[str, Sequence]) -> str | None:
-    """What a family with these per-layer lists in its config must know about --prune-layers; None
-    where nothing.
+    """The warning about --prune-layers for a family with these per-layer lists in its config; None
+    if none applies.
 
     llama-quantize lowers block_count and renumbers tensors, but leaves per-layer arrays of the
     metadata as long as they were, so that the file does not load (ggml-org/llama.cpp, issue 27976);
-    where the pattern is in llama.cpp's own code, each layer after the first removed one takes its
+    if the pattern is in llama.cpp's own code, each layer after the first removed one takes its
     neighbour's settings.
     """
     mixed = [
@@ -105,7 +105,7 @@ def model_card(
     notes: Sequence[str],
     warning: str | None,
 ) -> str:
-    """README.md of a hub repository: base model, what was done, results, how to heal.
+    """README.md of a hub repository: base model, removed blocks, results, how to heal.
 
     results: of each objective its metric with direction and data, and its value before and after.
     notes: sentences on these.
@@ -166,7 +166,7 @@ def is_mask(sequence: Sequence[int]) -> bool:
 def all_recipes(
     base: str, sequence: Sequence[int], num_blocks: int, dtype: str, warning: str | None
 ) -> dict[str, str]:
-    """Texts by file name. Drop lists are there where the blocks ascend, and some are left out."""
+    """Texts by file name. Drop lists are included if the blocks ascend, and some are left out."""
     recipes = {"mergekit.yaml": mergekit(base, sequence, dtype)}
     removed = sorted(set(range(num_blocks)) - set(sequence))
     if is_mask(sequence) and removed:

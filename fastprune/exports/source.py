@@ -1,5 +1,5 @@
-"""The folder that a model was opened from, and what an export takes along from it: the dtype of its
-weights, every file of its tokenizer, its own code, its generation config."""
+"""The folder that a model was opened from, and the parts that an export copies from it: the dtype
+of its weights, every file of its tokenizer, its own code, its generation config."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def source_folder(model: Model) -> Path | None:
 def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str | None]:
     """Weights for `save_pretrained` as narrow as the source's, and the dtype for the config.
 
-    A model may run in a wider dtype than its checkpoint holds. A tensor is narrowed only where that
+    A model may run in a wider dtype than its checkpoint holds. A tensor is narrowed only if that
     loses nothing.
 
     Returns:
-        The tensors by name and the source config's dtype; None, None where the model's own serve.
+        The tensors by name and the source config's dtype; None, None if the model's own serve.
     """
     import torch
 
@@ -114,8 +114,8 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def save_model(hf: Any, folder: Path, source: Path | None) -> None:
-    """Write weights, config and generation config; a generation config that is invalid is written
-    as it is, with a warning."""
+    """Write weights, config and generation config; an invalid generation config is written
+    unchanged, with a warning."""
     weights, dtype = narrowed(hf, source)
     generation, problem = getattr(hf, "generation_config", None), None
     if generation is not None:
@@ -138,7 +138,7 @@ def save_model(hf: Any, folder: Path, source: Path | None) -> None:
 
 
 def save_tokenizer(model: Model, folder: Path, source: Path | None) -> None:
-    """Write the tokenizer: the source's own files where the model has the source's tokenizer."""
+    """Write the tokenizer: the source's own files if the model has the source's tokenizer."""
     tokenizer = model.tokenizer
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -171,7 +171,7 @@ def save_code(model: Model, folder: Path, source: Path | None) -> None:
 
 
 def reader_notes(folder: Path) -> list[str]:
-    """What a reader on transformers 4 would misread in a checkpoint, in sentences for its card."""
+    """The parts of a checkpoint that transformers 4 would misread, in sentences for its card."""
     notes = []
     config = parse_json((folder / "config.json").read_bytes(), "config.json", finite=False)
     rope = _text_config(config).get("rope_parameters")
@@ -189,7 +189,7 @@ def reader_notes(folder: Path) -> list[str]:
 
 
 def _is_unchanged(tokenizer: Any, source: Path) -> bool:
-    """Whether a tokenizer is still what its files say."""
+    """Whether a tokenizer still equals the one in its files."""
     from transformers import AutoTokenizer
 
     own_code = type(tokenizer).__module__.startswith("transformers_modules.")
@@ -201,7 +201,7 @@ def _is_unchanged(tokenizer: Any, source: Path) -> bool:
             getattr(fresh, name) == getattr(tokenizer, name)
             for name in ("special_tokens_map", "chat_template", "model_max_length")
         ) and bool(fresh.get_vocab() == tokenizer.get_vocab())
-    except Exception:  # of whatever kind: then what is in memory is written
+    except Exception:  # of any kind: then the one in memory is written
         return False
 
 

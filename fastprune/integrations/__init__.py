@@ -7,6 +7,6 @@ from ..validate import require
 
 
 def require_harness() -> None:
-    """Raise InputError unless lm-evaluation-harness and what its model of transformers needs are
-    installed."""
+    """Raise InputError unless lm-evaluation-harness and the libraries of its model of transformers
+    are installed."""
     require("lm-eval", "lm_eval", "accelerate")

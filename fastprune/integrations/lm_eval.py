@@ -1,6 +1,6 @@
 """lm-evaluation-harness on masked models: one, as the harness's model `fastprune`, or many at once.
 
-The harness's own `hf` model does what it does for any model: it encodes texts, splits and truncates
+The harness's own `hf` model does the rest, as for any model: it encodes texts, splits and truncates
 them, cuts windows, generates. Only the likelihoods come from the engine: of all masks together,
 with shared prefixes.
 """
@@ -80,8 +80,7 @@ class MaskedLM(HFLM):
     masks: bool[N, U]; likelihoods are computed for all of them when they are first asked for.
     current: the one whose answers are given.
 
-    Raises InputError for a unit that is out of range, an argument that is not known, and a model
-    without a tokenizer.
+    Raises InputError for a unit out of range, an unknown argument, and a model without a tokenizer.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class MaskedLM(HFLM):
             check_workers(workers)
         if (
             device == "cuda:0" and not torch.cuda.is_available()
-        ):  # what the harness's command line says by itself
+        ):  # the default of the harness's command line
             device = None
         dtype = None if dtype == "auto" else dtype
         self.opened = load_model(
@@ -164,8 +163,8 @@ class MaskedLM(HFLM):
         return self._recall("loglikelihood_rolling", requests, self._roll)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """By transformers, on the model without the current mask's blocks. Raises InputError where
-        it cannot run."""
+        """Generate with transformers, on the model without the current mask's blocks. Raises
+        InputError if it cannot run."""
         try:
             with self.generating(self.current) as self._model:
                 return super().generate_until(requests, disable_tqdm=disable_tqdm)
@@ -177,8 +176,8 @@ class MaskedLM(HFLM):
         """The transformers model masked by mask `number`, once it has been seen to generate as it
         should.
 
-        Raises InputError where it does not: for half blocks, for weights that are streamed, and for
-        a family that needs its blocks as they are.
+        Raises InputError if it does not: for half blocks, for streamed weights, and for a family
+        that needs its blocks as they are.
         """
         kept, model = np.flatnonzero(self.masks[number]).tolist(), self.opened
         model.require_resident(WHOLE)
@@ -213,7 +212,7 @@ class MaskedLM(HFLM):
                 yield hf
 
     def get_model_info(self) -> dict:
-        """What the harness's results say about the model."""
+        """The description of the model in the harness's results."""
         return {
             "pretrained": self.opened.name,
             "removed": list(to_removed(self.masks[self.current])),
@@ -226,8 +225,7 @@ class MaskedLM(HFLM):
         return (self.tokenizer.name_or_path or self.opened.name).replace("/", "__")
 
     def _recall(self, kind: str, requests: list, ask: Callable[[list], list]) -> list:
-        """The current mask's answers; `ask` gives those of all masks to what was not asked
-        before."""
+        """The current mask's answers; `ask` gives those of all masks to the new requests."""
         known = self._known[kind]
         new = list(
             {request.args: request for request in requests if request.args not in known}.values()
@@ -290,8 +288,8 @@ class MaskedLM(HFLM):
     def _inputs(
         self, what: Any, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What is run and what it is to predict; a context that is too long loses its beginning, as
-        `hf` has it."""
+        """The tokens to run and the tokens to predict; a longer context than fits loses its
+        beginning, as in `hf`."""
         if not context or not 1 <= len(continuation) <= self.max_length:
             named = f" of {shown(what[1])}" if what else ""
             raise InputError(
@@ -369,7 +367,7 @@ def evaluate_masks(
     include_path: str | os.PathLike | None = None,
     **settings: Any,
 ) -> list[dict]:
-    """What `lm_eval.simple_evaluate` returns for the model under each mask, in their order.
+    """The results of `lm_eval.simple_evaluate` for the model under each mask, in their order.
 
     model: as `MaskedLM` takes it. masks: bool or 0/1 [N, U], True = kept. tasks: names as `lm_eval
     ls tasks` lists them, patterns such as "mmlu_*", or .yaml files; include_path: a folder with
@@ -378,12 +376,12 @@ def evaluate_masks(
     ...).
 
     Tasks are loaded once, and each likelihood is asked for once: all masks answer together, sharing
-    prefixes, and what a mask gets does not depend, to the bit, on the others. The harness is then
-    run for each mask on these answers. Text is generated mask by mask. `config` in each result says
-    what was removed.
+    prefixes, and a mask's answers do not depend, to the bit, on the others. The harness is then run
+    for each mask on these answers. Text is generated mask by mask. `config` in each result names
+    the removed units.
 
-    Raises InputError for a task or a setting that is not known, and before anything is scored where
-    a task generates and a mask cannot.
+    Raises InputError for an unknown task or setting, and before anything is scored if a task
+    generates and a mask cannot.
     """
     _check_names("settings", settings, (*OF_LM, *OF_EVALUATION))
     manager = find_tasks(tasks, include_path, settings.pop("task_manager", None))
@@ -401,7 +399,7 @@ def evaluate_masks(
         return []
     loading = _Loading(manager, check)
     first = simple_evaluate(model=lm, tasks=names, task_manager=loading, **settings)
-    # what the harness does once more for every model: seeds, loading, asking the machine about
+    # steps that the harness repeats for every model: seeds, loading, asking the machine about
     # itself
     defaults = {
         name: parameter.default
@@ -426,8 +424,8 @@ def find_tasks(
     include_path: str | os.PathLike | None = None,
     manager: TaskManager | None = None,
 ) -> TaskManager:
-    """A manager that knows the tasks. Raises InputError for one that is not known, and where none
-    is named."""
+    """A manager that knows the tasks. Raises InputError for an unknown task, and if none is
+    named."""
     if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks) or not len(tasks):
         raise InputError(
             f"tasks are given as a list of names such as ['arc_easy'], not {shown(tasks)}"
@@ -463,7 +461,7 @@ def refuse_generation(tasks: Sequence[str], manager: TaskManager) -> None:
 
 
 def _names(tasks: Sequence[str], manager: TaskManager) -> list[str]:
-    """The tasks that are named or match, each once."""
+    """The tasks named or matched, each once."""
     return list(
         dict.fromkeys(name for task in tasks for name in manager.match_tasks([task]) or [task])
     )
@@ -493,7 +491,7 @@ class _Loading:
         return self.found
 
     def rewind(self, fewshot_seed: int | None) -> None:
-        """Let the tasks draw once more what they drew when they had just been loaded."""
+        """Let the tasks repeat the draws that they made just after loading."""
         for (_, put_back), state in zip(RANDOM, self._states, strict=True):
             put_back(state)
         for task in self.found["tasks"].values():
@@ -504,8 +502,8 @@ class _Loading:
 
 
 def _gather(sequences: Sequence[np.ndarray]) -> list[list[int]]:
-    """Numbers of the sequences by row: what begins alike is one tree, where that spares a quarter
-    of a sequence."""
+    """Numbers of the sequences by row: sequences with a common beginning form one tree if that
+    spares a quarter of a sequence."""
     rows: list[list[int]] = []
     trunk = length = total = (
         0  # of the last row: tokens that all share, tokens in all, and those of its sequences

@@ -31,7 +31,7 @@ def suggest_removed(
     highest go.
 
     Every point of the parameters' cube is a subset of the right size, and samplers that model
-    parameters one by one (TPE) see what each unit is worth. Units in protect have no parameter.
+    parameters one by one (TPE) see the value of each unit. Units in protect have no parameter.
     (Random keys: Bean, 1994.)
     """
     free = [unit for unit in range(num_units) if unit not in set(protect)]
@@ -53,10 +53,10 @@ def optimize(
 ) -> None:
     """Run n_trials of an optuna study that minimizes the evaluator's loss, batch by batch.
 
-    What a trial removes stands in its user attribute `removed`, a list. num_remove units go, by
-    `suggest_removed`; or give suggest(trial) -> removed units, with any parameters. A subset that
-    an earlier batch has scored is told without being run again; a loss that is not finite makes its
-    trial FAIL.
+    The user attribute `removed` of a trial, a list, holds its removed units. num_remove units go,
+    by `suggest_removed`; or give suggest(trial) -> removed units, with any parameters. A subset
+    that an earlier batch has scored is told without being run again; an infinite loss or NaN makes
+    its trial FAIL.
     racing: a confidence such as 0.99 makes each batch a race (`Evaluator.race`): the `keep` best
     of it are told their exact losses, the others are told as PRUNED, which takes the place of
     optuna's pruners.
@@ -64,9 +64,9 @@ def optimize(
     left empty.
 
     Samplers choose the trials of a batch without knowing one another's losses:
-    TPESampler(constant_liar=True) keeps them apart, and a batch_size of 1 is optuna's own loop. A
-    batch that is interrupted is told as FAIL. Raises InputError for a study that does not minimize
-    one value, and for what run_search refuses.
+    TPESampler(constant_liar=True) keeps them apart, and a batch_size of 1 is optuna's own loop. An
+    interrupted batch is told as FAIL. Raises InputError for a study that does not minimize one
+    value, and for arguments that run_search refuses.
 
     >>> study = optuna.create_study()  # doctest: +SKIP
     >>> optimize(study, ev, num_remove=7, n_trials=256, racing=0.99)  # doctest: +SKIP
@@ -137,7 +137,8 @@ def _check(
     protect: Iterable[int] | str,
     suggest: Callable[..., Iterable[int]] | None,
 ) -> Callable[..., Iterable[int]]:
-    """The function that makes a subset of a trial. Raises InputError for what cannot be run."""
+    """The function that makes a subset of a trial. Raises InputError for arguments that cannot be
+    run."""
     import optuna
 
     check_kind("study", study, optuna.Study, "an optuna study")

@@ -1,5 +1,5 @@
 """The code that runs a model: its classes, the functions that they call, hooks, and forwards of
-single modules; and the part of it that is not its package's own.
+single modules; and the part of it from outside its package.
 
 A namespace is a dictionary of functions by name: of a class, a Python module, or a registry such as
 transformers' attention functions.
@@ -36,7 +36,7 @@ class Namespace(NamedTuple):
 
 
 def own_forward(module: nn.Module) -> Any:
-    """The forward that was set on a module itself; None where its class's runs.
+    """The forward that was set on a module itself; None if its class's runs.
 
     A forward that was taken from the class and put back is the class's.
     """
@@ -142,7 +142,7 @@ def foreign_code(hf: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_own(name: str, value: Any, owner: Any) -> bool:
-    """Whether a function is where the package that defines it has put it, as far as its code's file
+    """Whether a function is in the place in which its own package put it, as far as its code's file
     and its name tell."""
     function: Any = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
     code = getattr(function, "__code__", None)
@@ -173,7 +173,7 @@ def _folder(package: str) -> str:
 
 @cache
 def _package_of(home: types.ModuleType | None) -> tuple[str, ...]:
-    """The folder of a Python module's package, or its own file where it is in none."""
+    """The folder of a Python module's package, or its own file if it is in none."""
     if home is None:
         return ()
     file = getattr(home, "__file__", None)
@@ -187,7 +187,7 @@ def _package_of(home: types.ModuleType | None) -> tuple[str, ...]:
 
 @cache
 def _installed() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Where Python's own library is (generated code has no file), and installed packages."""
+    """The paths of Python's own library (generated code has no file) and of installed packages."""
     paths = sysconfig.get_paths()
     roots = {str(Path(_folder(package)).parent) for package in ("transformers", "torch")}
     return (paths["stdlib"], "<"), (*roots, paths["purelib"], paths["platlib"])

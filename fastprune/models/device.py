@@ -11,14 +11,14 @@ import torch
 
 
 def available_bytes(device: torch.device) -> int:
-    """What may still be allocated on a device: of a GPU, what is free or only cached; of a host,
-    what its kernel says is available, and no more than the limits of its control group leave."""
+    """The bytes that a device can still allocate: a GPU's free and cached memory; on a host, the
+    memory that its kernel reports as available, within the limits of its control group."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    )  # where nobody says more
+    )  # without better information
     with suppress(OSError):
         if said := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
             available = int(said[1]) << 10

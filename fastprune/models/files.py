@@ -1,5 +1,5 @@
-"""The files of a checkpoint: what they must be before anything of them is used, and where each
-tensor lies."""
+"""The files of a checkpoint: the checks before anything of them is used, and the place of each
+tensor."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ DTYPES |= {
     "U8": torch.uint8,
 }
 DTYPES |= {"BOOL": torch.bool}
-# what a config may call its sizes: each is found again in the weights
+# names that a config may give its sizes: each is found again in the weights
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 WIDTHS: tuple[str, ...] = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
 WIDTHS += ("num_key_value_heads", "num_experts", "num_local_experts", "moe_intermediate_size")
 WIDTHS += ("d_model", "n_embd", "n_inner", "n_head")
-MOST_POSITIONS = 1 << 15  # of families whose tables are computed, where the weights hold fewer rows
+MOST_POSITIONS = 1 << 15  # of families with computed tables, if the weights hold fewer rows
 MOST_CHUNK = 1 << 13  # of a state space model, which makes matrices of [chunk, chunk]
 MOST_LABELS = 1 << 14  # transformers makes a list of their names, for models without labels too
 MOST_DIMS = 64  # of a tensor; torch takes no more
@@ -65,7 +65,7 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every tensor that a model folder holds.
 
     Raises InputError unless there are a readable config.json, whole safetensors files that can hold
-    what it promises, and nothing else that would be opened for its weights.
+    the sizes it promises, and nothing else that would be opened for its weights.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, so it is not a model folder")
@@ -154,8 +154,8 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
 def _check_other_numbers(
     config: dict, known: set[str], num_tensors: int, total: int, path: Path
 ) -> None:
-    """Refuse integers, at any depth of a config, beyond what weights of `total` numbers can bear
-    out: transformers makes tables, lists and modules of such lengths."""
+    """Refuse integers, at any depth of a config, beyond the sizes that weights of `total` numbers
+    support: transformers makes tables, lists and modules of such lengths."""
     checked = [config, config.get("text_config")]
     for part in _parts(config):
         for key, value in part.items():
@@ -194,7 +194,7 @@ def wrong_dtype(place: str | Path, tensor: str, dtype: str) -> InputError:
 
 
 def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
-    """The dtype that transformers takes for a checkpoint's own: what its config says, else that of
+    """The dtype that transformers takes for a checkpoint's own: the one in its config, else that of
     its first weight."""
     config = _read_config(folder / "config.json")
     parts = [config, config["text_config"] if isinstance(config.get("text_config"), dict) else {}]
@@ -211,8 +211,8 @@ def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
 
 
 def names_other_attention(folder: Path) -> bool:
-    """Whether a config asks for attention that is neither sdpa nor eager: such kernels take no
-    masks of ours, and some are fetched from the hub."""
+    """Whether a config asks for attention other than sdpa and eager: such kernels take no masks of
+    ours, and some are fetched from the hub."""
     names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
     said = (
         part.get(name) for part in _parts(_read_config(folder / "config.json")) for name in names
@@ -266,7 +266,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
 
 
 def listed_shards(folder: Path) -> list[str]:
-    """The shards that a folder's index names; none where one file holds all weights."""
+    """The shards that a folder's index names; none if one file holds all weights."""
     if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
         return []
     return list(_read_index(folder / INDEX))
@@ -320,8 +320,8 @@ def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _read_header(path: Path) -> tuple[int, dict]:
-    """Where a safetensors file's tensors begin, and its header's entries, of which nothing is
-    checked yet."""
+    """The offset at which a safetensors file's tensors begin, and its header's entries, not checked
+    yet."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_length = int.from_bytes(file.read(8), "little")
@@ -344,7 +344,7 @@ def _are_counts(values: object) -> bool:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, the first byte there, dtype as safetensors names it, shape."""
+    """The place of a tensor: its file, its first byte, dtype as safetensors names it, shape."""
 
     path: Path
     offset: int
@@ -357,7 +357,7 @@ class Stored:
 
 
 def locate(folder: Path) -> dict[str, Stored]:
-    """Where every tensor of a model folder lies, which `check_checkpoint` has passed."""
+    """The place of every tensor of a model folder that `check_checkpoint` has passed."""
     paths, found = [folder / "model.safetensors"], {}
     if not paths[0].is_file():
         paths = [folder / shard for shard in _read_index(folder / INDEX)]
@@ -390,7 +390,7 @@ class Files:
         return [[path.name, *state] for path, state in self._states.items()]
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
-        """Raise InputError for a file that is not what it was when it was opened."""
+        """Raise InputError for a file that has changed since it was opened."""
         for path in self._open if paths is None else paths:
             try:
                 found = self._state(path.stat())

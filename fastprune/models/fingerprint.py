@@ -1,5 +1,5 @@
-"""What the bits of a result depend on besides weights, data and mask: device, software, and their
-switches."""
+"""The settings that decide the bits of a result besides weights, data and mask: device, software,
+and their switches."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def number_of(thing: object) -> int:
 
 
 def mark(thing: object) -> str:
-    """The same as a text that is no other object's in another process either."""
+    """The same as a text, unique to this object among all processes."""
     return f"{_PROCESS}-{os.getpid()}-{number_of(thing)}"
 
 

@@ -32,7 +32,7 @@ FAMILIES = (
     "qwen2",
     "qwen3",
 )  # pre-norm RMSNorm, rotary, gated MLP with SiLU
-MAX_HIDDEN, MAX_HEAD = 16384, 256  # what the kernels hold of a row
+MAX_HIDDEN, MAX_HEAD = 16384, 256  # limits of the kernels on a row
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class ChunkArguments:
-    """What every layer needs of a chunk: rotary tables [N, R], each token's row in them, attention
-    by layer."""
+    """The arguments of every layer for a chunk: rotary tables [N, R], each token's row in them,
+    attention by layer."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -95,7 +95,7 @@ class FusedRunner:
         positions: torch.Tensor | None = None,
         branch: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ChunkArguments]:
-        """Like `GenericRunner.open`: the embedded tokens [B, T, D], and what the layers need."""
+        """Like `GenericRunner.open`: the embedded tokens [B, T, D], and the layers' arguments."""
         state, arguments = self._generic.embed(ids, positions)
         cos, sin = arguments[0]["position_embeddings"]  # [1 or B, T, 2R], each angle twice
         half = cos.shape[-1] // 2
@@ -156,7 +156,7 @@ class FusedRunner:
         return self._norm(get_module(self.model.hf, self.model.path[:-1]).norm, states)
 
     def _attention(self, block: int, x: torch.Tensor, arguments: ChunkArguments) -> torch.Tensor:
-        """What a block's attention adds to x [T, D]."""
+        """The term that a block's attention adds to x [T, D]."""
         layer, ops = self._layers[block], self._operators
         qkv = _side_by_side(self._norm(layer.attention_norm, x), layer.qkv)
         q_weight, k_weight, eps = None, None, 0.0
@@ -211,7 +211,7 @@ def warn_of_missing_extension() -> None:
 
 
 def why_not_fused(model: Model) -> str | None:
-    """Why a model's layers, as they are now, cannot run on the fused operators; None where they
+    """Why a model's layers, as they are now, cannot run on the fused operators; None if they
     can."""
     return model.once("why not fused", lambda: _why_not(model))
 

@@ -34,7 +34,7 @@ DensePart = tuple[torch.Tensor, torch.Tensor]  # logits [P, N], and their log-su
 
 @dataclass(frozen=True)
 class Targets:
-    """What the head reads of the targets of a tile of P positions.
+    """The targets of a tile of P positions, as the head reads them.
 
     Attributes:
         num_positions: P.
@@ -97,12 +97,12 @@ class Head:
 
     Args:
         model: The model.
-        norm: Takes final states [P, D] to what the head reads of them, [P, D].
+        norm: Takes final states [P, D] to the states that the head reads, [P, D].
 
     Attributes:
         vocab_size: Tokens of the vocabulary, V.
-        part: Tokens whose logits are computed together, N. Where bias, scale or soft cap do not
-            act on each token by itself, `verify` sets it to V.
+        part: Tokens whose logits are computed together, N. If bias, scale or soft cap do not act on
+            each token by itself, `verify` sets it to V.
     """
 
     def __init__(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]):
@@ -163,11 +163,11 @@ class Head:
         return nll(self.parts(self.normed(states)), targets)
 
     def greedy(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
-        """-log p of the targets, and 1 where a target is not the most likely token, [2, M]."""
+        """-log p of the targets, and 1 if a target is not the most likely token, [2, M]."""
         return greedy(self.parts(self.normed(states)), targets)
 
     def dense(self, states: torch.Tensor, keep: bool) -> Iterable[DensePart]:
-        """What `kl` compares with, of the dense model's final states [P, D].
+        """The dense parts that `kl` compares with, from the dense model's final states [P, D].
 
         keep: whether the logits are held, [P, V], or computed again each time.
         """
@@ -191,7 +191,7 @@ class Head:
     @property
     def nll_bytes(self) -> int:
         """About the bytes that `nll` holds for each position: a part's logits, and float32 copies
-        where these are made."""
+        if these are made."""
         return self.part * (self.dtype.itemsize + (0 if self._native else 8))
 
     @property
@@ -206,7 +206,7 @@ class Head:
         return self.vocab_size * self.dtype.itemsize + 8 * -(-self.vocab_size // self.part)
 
     def numerics(self) -> str:
-        """What the bits of a result depend on besides what torch's depend on."""
+        """The settings that decide the bits of a result besides torch's own."""
         return f"parts of {self.part}, {native.instruction_set() if self._native else 'torch'}"
 
 
@@ -238,7 +238,7 @@ class TritonHead(Head):
 
     @property
     def kl_bytes(self) -> int:
-        """Like `nll_bytes`, with five results, and the dense logits where they are not kept."""
+        """Like `nll_bytes`, with five results, and the dense logits if they are not kept."""
         splits = 20 * (self.vocab_size // 1024 + 1)
         return 2 * self.hidden_size * self.dtype.itemsize + splits + self.dense_bytes
 
@@ -285,8 +285,8 @@ def nll(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
 
 
 def greedy(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
-    """`nll`, and 1 where a target is not the most likely token, [2, M]. Of equals, the first token
-    is the most likely one."""
+    """`nll`, and 1 if a target is not the most likely token, [2, M]. The first of equal tokens is
+    the most likely one."""
     best, token = None, None
 
     def noted() -> Iterator[Logits]:
@@ -388,7 +388,7 @@ class _BaseOutput(BaseModelOutput):
 class _RowsOfHead(nn.Module):
     """Stands in for a linear head and computes the logits of a range of tokens.
 
-    buffer: where these are put, [P, N or more], or None.
+    buffer: the tensor that receives them, [P, N or more], or None.
     """
 
     def __init__(self, head: nn.Module):
@@ -399,7 +399,7 @@ class _RowsOfHead(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[N, D], widened where the model's are."""
+        """[N, D], widened if the model's are."""
         head: Any = self._head
         weight = head._parameters["weight"][slice(*self.range)]
         return weight.float() if isinstance(head, Widening) else weight

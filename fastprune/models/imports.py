@@ -1,19 +1,18 @@
-"""Transformers without what it imports and scoring does not need, for processes that are this
-package's own."""
+"""Transformers without the imports that scoring does not need, for this package's own processes."""
 
 from __future__ import annotations
 
 
 def import_transformers() -> None:
-    """Import what opens a model, without scikit-learn, SciPy and accelerate: a fifth of the time,
-    torch's included.
+    """Import the classes that open a model, without scikit-learn, SciPy and accelerate: a fifth of
+    the time, torch's included.
 
     Transformers wants them for speculative decoding, object detection and models spread over
-    devices, and goes without where they are not installed. For this process, which does none of
-    these, it is told that they are not.
+    devices, and works without them if they are not installed. This process does none of these, so
+    Transformers is told that they are missing.
 
-    Most of what is left is torch's compiler with SymPy: transformers makes a model on the device
-    "meta" first, whose operators (torch._refs) import it when the first of them is called.
+    Most of the remaining time is torch's compiler with SymPy: transformers makes a model on the
+    device "meta" first, whose operators (torch._refs) import it when the first of them is called.
     """
     from transformers import utils
 

@@ -63,15 +63,15 @@ class Model:
 
     `load_model` opens one and verifies that it can be run block by block. This constructor finds
     the parts and leaves verification to the first evaluator. The transformers model is shared and
-    left as it was found. Rotary frequencies that `.to(dtype)` has rounded are taken unrounded, as a
+    left unchanged. Rotary frequencies that `.to(dtype)` has rounded are taken unrounded, as a
     folder's are.
 
     Args:
         hf: A causal language model of transformers, in memory.
         tokenizer: Its tokenizer, or None.
         name: A name for messages; by default the model's own.
-        weights: The blocks' weights where these are streamed from files; run a block inside of
-            `visit` only.
+        weights: The blocks' weights if these are streamed from files; run a block inside `visit`
+            only.
 
     Raises:
         InputError: The parts were not found, or the family cannot be run block by block.
@@ -167,7 +167,7 @@ class Model:
         return (block for band in self.visit() for block in band)
 
     def require_resident(self, why: str) -> None:
-        """Raise InputError, with this reason, where weights are streamed."""
+        """Raise InputError, with this reason, if weights are streamed."""
         if self.weights.streamed:
             raise InputError(f"{self.name}: {why}")
 
@@ -188,13 +188,13 @@ class Model:
 
     @property
     def version(self) -> int:
-        """A number that changes whenever the model's outputs could change, and comes back with
-        what is put back. Reads few weights.
+        """A number that changes whenever the model's outputs could change, and comes back when a
+        change is undone. Reads few weights.
 
         It covers module attributes, hooks, the functions that forward passes call, pointers, tensor
         versions and sampled values; of streamed weights, the size and time of their files. A write
-        that torch does not count (through `.data`) is seen where it changes a sampled value; one
-        that torch counts gives a new version even if it writes the same values.
+        that torch does not count (through `.data`) is seen if it changes a sampled value; one that
+        torch counts gives a new version even if it writes the same values.
 
         Raises:
             InputError: The blocks are not those that the model was opened with, or a file of
@@ -216,7 +216,7 @@ class Model:
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """The model's version, read once for all that is done inside."""
+        """The model's version, read once for all work inside."""
         with self.lock:
             version, outside = self.version, self._held
             self._held = True
@@ -226,7 +226,7 @@ class Model:
                 self._held = outside
 
     def _at(self, version: int) -> int:
-        """The version, for which the parts are taken again where they are of another one."""
+        """The version, for which the parts are taken again if they are of another one."""
         if version != self._version:
             self.check_whole()
             self._version = -1  # no version's, should the parts not be found
@@ -237,9 +237,9 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the config, every tensor (buffers that are not saved, too), the plain
-        attributes of every module, its hooks, and code that is not its package's own. Computed once
-        for each `version`."""
+        """SHA-256 over the config, every tensor (unsaved buffers, too), the plain attributes of
+        every module, its hooks, and code from outside its package. Computed once for each
+        `version`."""
         return self.once(
             "digest", lambda: digest_of(self.hf, self.config, self.dtype, self.weights)
         )
@@ -310,7 +310,7 @@ class Model:
 
 
 def layer_paths(hf: nn.Module) -> list[tuple[str, ...]]:
-    """Attribute paths from a transformers model to what may be its list of decoder layers."""
+    """Attribute paths from a transformers model to possible lists of decoder layers."""
     depth = getattr(hf.config, "num_hidden_layers", None)
     return [
         tuple(name.split("."))

@@ -2,8 +2,8 @@
 
 Tensors are float32 or bfloat16, on the CPU, contiguous; sums are float32 and results are rounded
 once. A row's result (in attention that of a row of tokens) depends on nothing but the row: not on
-the other rows, nor on the number of threads, which is torch's own. No gradient is recorded. What
-each computes is defined in fastprune_kernels.reference.
+the other rows, nor on the number of threads, which is torch's own. No gradient is recorded.
+fastprune_kernels.reference defines the result of each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ try:
 except ImportError:
     _native = None
 
-extension: Any = _native  # None where it is not built
+extension: Any = _native  # None if it is not built
 
 FLOATS = (torch.float32, torch.bfloat16)
 

@@ -39,7 +39,7 @@ from .unwrap import unwrap
 from .verify import prove_fused, verified
 
 LONGEST_MESSAGE = 400
-# that is available: what weights in float32 may take, so that something is left for activations
+# share of the available memory that weights in float32 may take; activations need the rest
 MOST_OF_MEMORY = 0.8
 # buffers of earlier releases that carry no weights: causal masks, position tables, rotary
 # frequencies
@@ -69,12 +69,12 @@ def load_model(
     """Open a language model for scoring.
 
     source: "demo", a folder of safetensors, a hub id, or a transformers causal language model in
-        memory (its weights are shared, and it is left as it was found; device and dtype must then
-        stay None). A Model, which is open already, is returned as it is.
-    device: by default "cuda" where there is a GPU, else "cpu".
+        memory (its weights are shared, and it is left unchanged; device and dtype must then stay
+        None). A Model, which is open already, is returned as it is.
+    device: by default "cuda" if the machine has a GPU, else "cpu".
     dtype: by default the checkpoint's own; but on a CPU without instructions for a 16-bit one it is
-        float32, to which the weights are widened as they are loaded, or, where that would not fit
-        into memory, as they are used (a UserWarning says so). "auto" is the checkpoint's own in any
+        float32, to which the weights are widened as they are loaded, or, if that would not fit into
+        memory, as they are used (a UserWarning says so). "auto" is the checkpoint's own in any
         case.
     tokenizer: a tokenizer of transformers; by default the folder's own, None for a model in memory.
     trust_remote_code: run code that comes with the checkpoint, for a family that transformers does
@@ -212,9 +212,9 @@ def open_runner(
 
     Args:
         model: The model.
-        backend: "generic", "fused", or "auto": the fused path where the model has the shape,
-            operators are made for its device, and they give what the generic path gives; where
-            they do not, a RuntimeWarning says so.
+        backend: "generic", "fused", or "auto": the fused path if the model has the shape, operators
+            exist for its device, and they agree with the generic path; if they do not, a
+            RuntimeWarning says so.
         granularity: "block", or "sublayer", whose halves are verified too.
 
     Returns:
@@ -239,7 +239,7 @@ def open_runner(
 
 
 def _failure(fused: FusedRunner, generic: GenericRunner) -> str | None:
-    """Why the fused runner does not hold; None where it does."""
+    """Why the fused runner does not hold; None if it does."""
     try:
         prove_fused(fused, generic)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -287,7 +287,7 @@ def _load_widened(
 
 
 def _fetch(name: str, trust_remote_code: bool) -> Path:
-    """The folder that holds a hub repository's files, fetched where they are not there yet."""
+    """The folder that holds a hub repository's files, fetched if they are missing."""
     from huggingface_hub import snapshot_download
 
     patterns = [*HUB_FILES, *["*.py"] * trust_remote_code]
@@ -333,7 +333,7 @@ def _from_pretrained(
                 found = load(config=config, attn_implementation="eager")  # it has no sdpa
         else:
             found = load()
-    except Exception as error:  # of whatever kind: what is in the folder brought it about
+    except Exception as error:  # of any kind: the folder's content brought it about
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise InputError(
                 f"{name}: brings code of its own, which runs only with --trust-remote-code "
@@ -367,13 +367,13 @@ def _from_pretrained(
 
 
 def _first_line(error: Exception) -> str:
-    """What an exception says first (transformers' messages run over many lines), or its kind."""
+    """The first line of an exception (transformers' messages run over many), or its type."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
-    """The checkpoint's tokenizer, or None where it has none (token ids can still be scored); and
-    why its files could not be read."""
+    """The checkpoint's tokenizer, or None if it has none (token ids can still be scored); and why
+    its files could not be read."""
     from transformers import AutoTokenizer
 
     file = folder / "tokenizer.json"
@@ -406,8 +406,8 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
 
 @contextmanager
 def _quiet_panics() -> Iterator[None]:
-    """Hold back what is written to this process's stderr, and drop it where an exception comes: a
-    panic of the tokenizers library prints lines of its own there, which its exception repeats."""
+    """Hold back text for this process's stderr, and drop it if an exception comes: a panic of the
+    tokenizers library prints lines of its own there, which its exception repeats."""
     try:
         stderr = os.dup(2)
     except OSError:  # it is closed

@@ -37,7 +37,7 @@ class Rows:
     device: torch.device
 
     def windowed(self, window: int | None) -> int | None:
-        """The sliding window, None where every row fits into it."""
+        """The sliding window, None if every row fits into it."""
         return None if window is None or window >= self.length else window
 
     @cached_property
@@ -56,8 +56,7 @@ class Segments:
     """A long row, positions and branch int64[1, T], cut into segments: (queries, keys, which of
     these they see).
 
-    What is seen is worked out anew each time it is gone through, so that one segment's mask at a
-    time is held.
+    Each iteration computes the masks again, so that one segment's mask at a time is held.
     """
 
     positions: torch.Tensor
@@ -78,7 +77,7 @@ class Segments:
 
 
 class TorchOperators:
-    """Plain torch: what the others must give."""
+    """Plain torch: the reference for the other sets."""
 
     name = "torch"
 
@@ -121,7 +120,7 @@ class TorchOperators:
     def plan_attention(
         self, rows: Rows, head_dim: int, grouped: bool, window: int | None
     ) -> object:
-        """What `attention` needs to know of a chunk's rows, once for all layers with this window.
+        """The plan of a chunk's rows for `attention`, made once for all layers with this window.
 
         grouped: whether several heads share a key head.
         """
@@ -164,7 +163,7 @@ class TorchOperators:
         return Head(model, norm)
 
     def numerics(self) -> str:
-        """What the bits of a result depend on besides what torch's depend on."""
+        """The settings that decide the bits of a result besides torch's own."""
         return self.name
 
 
@@ -285,7 +284,7 @@ class TritonOperators(TorchOperators):
     def plan_attention(
         self, rows: Rows, head_dim: int, grouped: bool, window: int | None
     ) -> object:
-        """Plain rows go to torch's flash attention where that serves them, and in float32 to its
+        """Plain rows go to torch's flash attention if it serves them, and in float32 to its
         memory-efficient kernel. This one takes no grouped heads: torch would hold all scores of a
         row, so they go to tree_attention, as trees and windows do."""
         window = rows.windowed(window)
@@ -325,7 +324,7 @@ OPERATORS = {
 
 
 def fast_operators(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The name of the set that was made for a device, None where there is none that can run."""
+    """The name of the set made for a device, None if none can run."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if device.type == "cuda":

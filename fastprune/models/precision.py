@@ -1,5 +1,5 @@
-"""In which dtype a CPU computes, and weights that are kept in 16 bits and widened one at a time as
-they are used.
+"""The dtype in which a CPU computes, and weights kept in 16 bits and widened one at a time as they
+are used.
 
 Without instructions for bfloat16, torch's matrix products in it are many times slower than in
 float32, while a 16-bit number is a float32 number as well: widened weights lose nothing.
@@ -43,8 +43,8 @@ def _widened(module: Any) -> torch.Tensor:
 
 
 class Widening:
-    """Of a module whose weight is kept in 16 bits: whoever reads the weight gets a float32 copy,
-    and lets go of it."""
+    """A mixin for a module that keeps its weight in 16 bits: each read of the weight makes a
+    float32 copy, which the reader drops."""
 
     weight: Any = property(_widened)
 
@@ -54,7 +54,7 @@ class WideningLinear(Widening, nn.Linear):
 
 
 class WideningEmbedding(nn.Embedding):
-    """Widens the rows that are looked up."""
+    """Widens the rows looked up."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input).float()
@@ -93,6 +93,6 @@ def _widening_kinds() -> dict[type, type]:
 
 
 def working_dtype(hf: nn.Module) -> torch.dtype:
-    """The dtype of a model's states: that of its weights, or float32 where these are widened."""
+    """The dtype of a model's states: that of its weights, or float32 if these are widened."""
     widened = any(isinstance(module, (Widening, WideningEmbedding)) for module in hf.modules())
     return torch.float32 if widened else next(hf.parameters()).dtype

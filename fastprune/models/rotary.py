@@ -1,5 +1,5 @@
-"""Rotary frequencies: unrounded whatever dtype a model was brought to, and where they change with
-the row length."""
+"""Rotary frequencies: unrounded in a model of any dtype, and the row length at which they
+change."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def switch_length(config: Any) -> int | None:
-    """The row length beyond which frequencies change for all that runs together; None where they do
-    not."""
+    """The row length beyond which frequencies change for all rows that run together; None if they
+    do not."""
     parameters = getattr(config, "rope_parameters", None) or {}  # one set, or one per layer type
     kinds = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p] or [
         parameters
@@ -28,9 +28,9 @@ def switch_length(config: Any) -> int | None:
 
 
 def with_unrounded_frequencies(hf: nn.Module) -> nn.Module:
-    """The model; where `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a
-    shallow copy that has them as its own code makes them. Those that are not just rounded were
-    changed on purpose, and stay.
+    """The model; if `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a
+    shallow copy that has them as its own code makes them. Frequencies changed by more than rounding
+    were set on purpose, and stay.
     """
     if not isinstance(hf, nn.Module):
         return hf

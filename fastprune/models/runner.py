@@ -18,7 +18,8 @@ class Runner(Protocol):
 
     A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these
     (`pack`, `unpack`). A unit leaves its input as it is, since other masks still need it. States
-    and arguments go back to the runner that made them. path_name: what runs, as users read it.
+    and arguments go back to the runner that made them. path_name: the path's name, as users read
+    it.
     """
 
     path_name: str
@@ -27,7 +28,7 @@ class Runner(Protocol):
 
     @property
     def bands(self) -> tuple[range, ...]:
-        """The blocks whose weights are loaded together: all of them, where all stay loaded."""
+        """The blocks whose weights are loaded together: all of them, if all stay loaded."""
 
     def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
         """Groups of blocks, each loaded while it is the current one; by default all bands. Units
@@ -36,7 +37,7 @@ class Runner(Protocol):
     def open(
         self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None
     ) -> tuple:
-        """The embedded tokens, and what every unit needs of a chunk besides them."""
+        """The embedded tokens, and the arguments of every unit for a chunk."""
 
     def run(self, unit: int, state: Any, arguments: Any, granularity: str) -> State:
         """The state after a unit. Skipping one is not calling this."""
@@ -48,4 +49,5 @@ class Runner(Protocol):
         """The state that was packed, after a unit."""
 
     def numerics(self) -> str:
-        """What the bits of a score depend on in this path, besides torch and transformers."""
+        """The settings that decide the bits of a score in this path, besides torch and
+        transformers."""

@@ -330,7 +330,7 @@ def masked(
 
     Args:
         model: The transformers model, or a `Model` of it, which saves the checks of opening one.
-        removed: Indices of the units that are left out.
+        removed: Indices of the units to leave out.
         sequence: Instead of `removed`: indices of blocks in the order in which they run. A block
             may repeat, and then shares its weights.
         granularity: "block", or "sublayer": `removed` then counts attentions and MLPs, attention 0,
@@ -466,8 +466,8 @@ def _check_masked(
 def _cut_in_place(
     model: Model, blocks: Sequence[int], units: Sequence[int], sublayers: Sequence[Sublayers]
 ) -> Iterator[None]:
-    """Inside, the caller's own model has only these blocks, and where there are sublayers, only
-    these of them."""
+    """Inside, the caller's own model has only these blocks, or with sublayers, only these of
+    them."""
     *above, last = model.path
     base = get_module(model.given, above)
     layers = base._modules[last]

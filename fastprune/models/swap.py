@@ -1,8 +1,8 @@
 """Stand-ins for parts of a transformers model, put in place on shallow copies that share every
 weight.
 
-The model itself is never changed. `Recorder` learns what a model's forward passes to its layers,
-and runs what it does after them. `Sublayers` runs one half of a layer without the other.
+The model itself is never changed. `Recorder` learns the arguments that a model's forward passes to
+its layers, and runs its steps after them. `Sublayers` runs one half of a layer without the other.
 (`head.Head` has two more.)
 """
 
@@ -25,8 +25,8 @@ class HalfBlock(NamedTuple):
 
     hidden: torch.Tensor  # [B, T, D], attention already added
     entry: torch.Tensor  # [B, T, D], the block's input
-    attention: torch.Tensor  # [B, T, D], what attention added
-    owner: Sublayers  # the block that it is inside of: to any other, `hidden` is the state
+    attention: torch.Tensor  # [B, T, D], the term that attention added
+    owner: Sublayers  # the block around it: to any other, `hidden` is the state
 
 
 State = torch.Tensor | HalfBlock
@@ -54,7 +54,7 @@ class Recorder:
         self._as_tuple: bool | None = None
         self._calls: list[tuple[tuple, dict]] = []
         self._state: Any = None  # the first layer's input, once it is known
-        self._final: torch.Tensor | None = None  # what the layers return, if not their input
+        self._final: torch.Tensor | None = None  # the layers' result, if not their input
         layers = nn.ModuleList(StandInLayer(layer, self._record) for layer in get_module(hf, path))
         replaced = with_replaced(hf, path, layers)
         # the causal-LM wrapper is left out: only the base model below it is run
@@ -66,7 +66,7 @@ class Recorder:
         return state, calls
 
     def after_layers(self, states: torch.Tensor) -> torch.Tensor:
-        """What the base model makes of final states [P, D], [P, D]: its norm, whatever its name.
+        """The base model's output [P, D] for final states [P, D]: its norm, under any name.
 
         Each position is a row of its own, of one token.
         """
@@ -130,8 +130,8 @@ class Sublayers:
     """The two halves of a decoder layer: the layer itself with the other half's module replaced.
 
     A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel block both
-    read the block's input, so the mlp half runs the layer with attention replaced by what attention
-    gave before.
+    read the block's input, so the mlp half runs the layer with attention replaced by its earlier
+    result.
     """
 
     def __init__(
@@ -170,13 +170,12 @@ class Sublayers:
             self._given.output = None
 
     def neither(self, state: torch.Tensor, arguments: dict) -> torch.Tensor:
-        """The layer with both halves replaced: what its residual branches add when they are
+        """The layer with both halves replaced: the terms that its residual branches add when
         skipped."""
         return first(self._neither(state, **arguments))
 
     def stand_ins(self, layer: nn.Module, kept: set[int]) -> list[tuple[str, nn.Module]]:
-        """What replaces the halves of this layer that are not kept (0 attention, 1 mlp), by
-        name."""
+        """The modules that replace this layer's removed halves (0 attention, 1 mlp), by name."""
         attention, mlp = self._names
         attention_skipped = SkippedAttention(layer.get_submodule(attention))
         both = [(attention, attention_skipped), (mlp, _NoMlp(self._mlp_as_tuple))]
@@ -198,7 +197,7 @@ class _NoMlp(nn.Module):
 
 
 class _GivenAttention(nn.Module):
-    """Attention that adds nothing, or what it was given."""
+    """Attention that adds nothing, or a term given before."""
 
     output: torch.Tensor | None = None
 
@@ -212,7 +211,7 @@ class _GivenAttention(nn.Module):
 
 class SkippedAttention(nn.Module):
     """Attention that adds nothing. A cache counts its tokens all the same, since models take the
-    length of what came before from their first layer."""
+    number of earlier tokens from their first layer."""
 
     def __init__(self, attention: nn.Module):
         super().__init__()

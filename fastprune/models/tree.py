@@ -42,11 +42,11 @@ def seen_runs(
 ) -> torch.Tensor | None:
     """`tree_mask` as two runs of places, int32[B, T, 4], begin and end of each.
 
-    The first is of the trunk, where a token is on a branch, the second of its own branch up to
-    itself. Padding (branch -1) sees at least itself, and nothing behind it.
+    The first is of the trunk, if a token is on a branch, the second of its own branch up to itself.
+    Padding (branch -1) sees at least itself, and nothing behind it.
 
-    None where the trunk and then each branch do not stand in one piece or, with a window, their
-    positions skip some.
+    None if the trunk and then each branch are not contiguous or, with a window, their positions
+    skip some.
     """
     place = torch.arange(branch.shape[1], device=branch.device)
     on_trunk = branch == 0
@@ -94,8 +94,8 @@ def few_branches(branch: torch.Tensor, most_tokens: int | None = None) -> torch.
     """Some of a row's branches, int64[N]: a few (the longest, the last), or as many as give a row
     of so many tokens.
 
-    The longest comes first, and is one of them in any case; the trunk alone is a branch where there
-    is no other.
+    The longest comes first, and is one of them in any case; the trunk alone is a branch if it has
+    no other.
     """
     numbers, lengths = branch.unique(return_counts=True)
     trunk = int(lengths[numbers == 0].sum())
@@ -113,7 +113,7 @@ def few_branches(branch: torch.Tensor, most_tokens: int | None = None) -> torch.
 
 
 def layer_windows(config: Any, num_blocks: int) -> list[int | None]:
-    """The sliding window of each layer, None where attention is full."""
+    """The sliding window of each layer, None if attention is full."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None

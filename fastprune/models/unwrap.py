@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import InputError
 
-# adapters of peft that are layers inside of the model, whatever the tokens are
+# adapters of peft in the form of layers inside the model, for any tokens
 INNER_ADAPTERS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING")
 
 
@@ -16,8 +16,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     """The model that torch.compile, DataParallel or peft has wrapped; any other is returned as it
     is.
 
-    Raises InputError for an adapter that acts outside of the model's layers, and for weights that
-    are no plain tensors, such as those that torchao has quantized.
+    Raises InputError for an adapter that acts outside of the model's layers, and for weights other
+    than plain tensors, such as those that torchao has quantized.
     """
     while True:
         kind = type(module).__name__

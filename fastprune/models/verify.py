@@ -3,7 +3,7 @@ one by one against its own forward pass, its head's losses against its logits, t
 their sequences, the halves of a block against the block, and the fused path against the generic
 one.
 
-Each raises InputError, with the reason, where a comparison fails.
+Each raises InputError, with the reason, if a comparison fails.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .tree import few_branches
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-LONGEST_CHECKED = 2048  # tokens of a tree that is compared with its sequences
+LONGEST_CHECKED = 2048  # tokens of a tree compared with its sequences
 
 
 def verified(model: Model, granularity: str = "block") -> GenericRunner:
     """The generic runner of a model, verified once for each version of the model.
 
-    Raises InputError where units of this granularity cannot be run.
+    Raises InputError if units of this granularity cannot be run.
     """
     model.unit_names(granularity)  # a known one
 
@@ -137,7 +137,7 @@ def _logits(hf: Any, ids: torch.Tensor) -> torch.Tensor:
 def _after(
     runner: GenericRunner, block: int, state: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    """The state after a block. Raises InputError where that has changed the one before it."""
+    """The state after a block. Raises InputError if the block has changed the one before it."""
     version = state._version
     following = runner.run(block, state, arguments)
     if state._version != version:
@@ -152,7 +152,7 @@ def prove_head(model: Model, head: Head, states: torch.Tensor, expected: torch.T
     """A head gives the losses that follow from the model's own logits, [P, V], of final states [P,
     D].
 
-    Where bias, scale or cap of the family do not act on each token by itself, the vocabulary is no
+    If bias, scale or cap of the family do not act on each token by itself, the vocabulary is no
     longer cut into parts. Positions whose logits are not finite say nothing about the head.
     """
     finite = expected.isfinite().all(dim=-1)
@@ -235,8 +235,8 @@ def check_trees(
     states that its sequences give one by one.
 
     The default is a short tree. Behaviour that depends on length (local attention of some kind)
-    shows in the longest tree of a calibration set. Of very many branches, as many are compared as a
-    mask of [T, T] can be held for.
+    shows in the longest tree of a calibration set. From very many branches, as many are compared as
+    a mask of [T, T] can be held for.
     """
     model = runner.model
     implementation = getattr(model.config, "_attn_implementation", None)

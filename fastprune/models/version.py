@@ -1,7 +1,7 @@
-"""Whether a model has changed, and what it contains.
+"""Whether a model has changed, and the digest of its content.
 
-A version is a number that is cheap to read before every call: equal as long as nothing was changed.
-A digest is a hash of everything, for the store and for workers.
+A version is a number, cheap to read before every call: equal as long as nothing was changed. A
+digest is a hash of everything, for the store and for workers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .code import (
 from .fingerprint import mark, number_of
 from .offload.weights import ResidentWeights, Weights
 
-SAMPLES = 32  # values of each tensor that are compared for a change; 16 at least
+SAMPLES = 32  # values of each tensor compared for a change; 16 at least
 # attributes that no result depends on
 NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
 _OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has, such as its hooks
@@ -45,11 +45,11 @@ class Watch:
 
     The model's dictionaries are compared with shallow copies, its tensors by address, count of
     writes and some values, its code by the functions in its namespaces (`code.namespaces`). Only a
-    model that differs is described in full. A description that was seen before has its number of
-    then, so that a change that is taken back gives the version of before.
+    model that differs is described in full. A description seen before keeps its number, so that a
+    change taken back gives the version of before.
 
     An edit that torch does not count, through `.data`, is seen if it changes one of the `SAMPLES`
-    values that are compared of each tensor.
+    values compared of each tensor.
 
     Args:
         hf: The transformers model.
@@ -102,11 +102,11 @@ class Watch:
 
 
 class Snapshot:
-    """All of a model that is compared, as it is now.
+    """All compared values of a model, as they are now.
 
     Attributes:
-        samples: Of its tensors.
-        values: Of the samples.
+        samples: The `Samples` of its tensors.
+        values: The values of these samples.
     """
 
     def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):
@@ -236,7 +236,7 @@ def _pinned(count: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of some values of a tensor, at least 16 where it has that many, as integers."""
+    """A view of some values of a tensor, at least 16 if it has that many, as integers."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
@@ -253,7 +253,7 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _states(tensors: Sequence[torch.Tensor]) -> list:
-    """Where each tensor is, and how often it was written to."""
+    """The address of each tensor, and its number of writes."""
     try:
         return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
     except RuntimeError:  # tensors made in inference mode count no writes
@@ -297,7 +297,7 @@ _KINDS = (type, nn.Module)
 
 
 def _identity(function: Any) -> Any:
-    """What is equal for the same function, of the same object."""
+    """A value that is equal for the same function of the same object."""
     if isinstance(function, types.MethodType):
         return number_of(function.__self__), number_of(function.__func__)
     return number_of(function)
@@ -319,7 +319,7 @@ def _copied(values: Any) -> Any:
 
 
 def _dictionaries_of(attributes: Iterable[dict[str, Any]]) -> list[Any]:
-    """What modules hold and is changed in place: their children, hooks and plain lists."""
+    """The members of modules that can change in place: their children, hooks and plain lists."""
     return [
         value
         for of_module in attributes

@@ -4,15 +4,15 @@ integers.
 The weights of blocks that do not fit are loaded a band of consecutive blocks at a time, for a whole
 group of chunks. The model of cost behind the choice:
 
-- Half of the room is for the band that computes, half for the next, which is read meanwhile. How
-  large bands are does not change how often a block is read, so they are as large as that allows:
+- Half of the room is for the band that computes, half for the next, which is read meanwhile. The
+  size of bands does not change how often a block is read, so they are as large as that allows:
   then fewest states go from one to the next.
 - A group of chunks reads every block once, so groups are as large as the states between bands may
-  be. Where these fit into memory only in more groups than with a slower tier (a GPU's host, a
-  disk), the cheaper way is taken: loading costs its bytes as far as it is longer than computing,
+  be. If these fit into memory only in more groups than with a slower tier (a GPU's host, a disk),
+  the cheaper way is taken: loading costs its bytes as far as it is longer than computing,
   FLOPS_PER_BYTE operations to a byte; a state in a slower tier costs its bytes twice.
-- Masks are split only where the states of a single chunk do not fit: splitting chunks repeats no
-  unit, splitting masks repeats what they share.
+- Masks are split only if the states of a single chunk do not fit: splitting chunks repeats no unit,
+  splitting masks repeats their shared units.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FLOPS_PER_BYTE = {"cpu": 50, "cuda": 50_000}
 
 @dataclass(frozen=True)
 class Room:
-    """What a limit on resident weights leaves for blocks.
+    """The space that a limit on resident weights leaves for blocks.
 
     num_blocks, block_bytes: of the model; the largest block, since every place for one takes any.
-    always: bytes that stay loaded (embeddings, final norm, head), and what reading needs. places:
-    blocks that fit at once.
+    always: bytes that stay loaded (embeddings, final norm, head), and the buffers for reading.
+    places: blocks that fit at once.
     """
 
     num_blocks: int
@@ -55,7 +55,7 @@ class Room:
 
 
 def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: str) -> Room:
-    """The room that `limit` bytes leave. Raises InputError, with the smallest that works, where no
+    """The room that `limit` bytes leave. Raises InputError, with the smallest that works, if no
     block fits."""
     least = always + block_bytes
     if limit < least:

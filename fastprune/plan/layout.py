@@ -2,8 +2,7 @@
 budget alone.
 
 Every mask is run over the same chunks, so that every matrix product has the same shape whatever
-else is scored in the same call: that is what makes a score bit-identical alone and in company.
-Integers only.
+else is scored in the same call. So a score has the same bits alone and in company. Integers only.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..errors import InputError, shown
 from .racing import look_of, look_rows
 
 RUN_TOKENS = (
-    32  # what each run of a chunk costs beside its tokens, in tokens: reading the weights above all
+    32  # cost of each run of a chunk beside its tokens, in tokens: mostly reading the weights
 )
 
 
@@ -45,7 +44,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """What `to_json` wrote. Raises InputError for anything else."""
+        """The layout that `to_json` wrote. Raises InputError for anything else."""
         try:
             found = json.loads(text)
             return cls(tuple(map(tuple, found["chunks"])), found["tile"], found["content_hash"])
@@ -55,7 +54,7 @@ class Layout:
     def looks(self, batch: TokenBatch) -> np.ndarray:
         """The number of each row's look in a race, int64[R]: every chunk runs in one look.
 
-        `racing.look_of`; 0 for all rows where a chunk would need two looks.
+        `racing.look_of`; 0 for all rows if a chunk would need two looks.
         """
         looks = look_of(batch)
         whole = all((looks[list(chunk)] == looks[chunk[0]]).all() for chunk in self.chunks)
@@ -103,7 +102,7 @@ def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int) -> list[li
         least, sizes = (
             np.zeros(count + 1),
             np.zeros(count, dtype=np.int64),
-        )  # of what is left from each row on
+        )  # of the remaining rows from each row on
         for start in reversed(range(count)):
             most = min(count - start, max(1, max_tokens // int(lengths[start])))
             costs = (

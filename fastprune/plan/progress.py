@@ -1,6 +1,6 @@
 """Reports of long work: one event type, from a call up to the race, search and study around it.
 
-A call counts its unit runs. Each stage of work around it adds what it knows, through `reporting`.
+A call counts its unit runs. Each stage of work around it adds its own fields, through `reporting`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """A report of long work: what `progress=` of Evaluator, `run_search` and `run_study` is called
-    with.
+    """A report of long work, passed to `progress=` of Evaluator, `run_search` and `run_study`.
 
     done, total: unit runs of the present call, each counted once for every chunk it runs on.
-    share: of the whole work that is done, from 0 to 1; None where nobody can know.
-    algorithm, round, rounds: of a search; its rounds where the algorithm knows how many there are.
+    share: the part of the whole work that has run, from 0 to 1; None if unknown.
+    algorithm, round, rounds: of a search; its rounds if the algorithm knows their number.
     best: of a search, its lowest loss so far, as the objective formats it.
     candidates: masks left in a race.
     cell: of a study, the search that runs now, such as "3/16 demo: perplexity-text, 3 removed,
@@ -50,7 +49,7 @@ ProgressCallback = Callable[[ProgressEvent], None]
 
 
 class _Stage(NamedTuple):
-    """Work around a call, such as a race or a search: what it knows, and who listens to it."""
+    """Work around a call, such as a race or a search: its fields, and its listener."""
 
     describe: Callable[[ProgressEvent], ProgressEvent]
     listener: ProgressCallback | None

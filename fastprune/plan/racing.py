@@ -22,7 +22,7 @@ from ..validate import check_integer, check_number, check_probability
 log = logging.getLogger(__name__)
 
 LEAST_ROWS_TO_RACE = 32  # fewer are scored whole
-FIRST_LOOK_ROWS = 8, 16  # the first look has at least 8 rows, up to 16 where rows are short
+FIRST_LOOK_ROWS = 8, 16  # the first look has at least 8 rows, up to 16 if rows are short
 FIRST_LOOK_TOKENS = 1024  # a matrix product of 1,024 rows runs at speed on a CPU
 FIRST_LOOK_SHARE = 16  # and at least one row in 16
 LEAST_SAMPLES = 3  # below, a skewness says nothing
@@ -69,9 +69,9 @@ def look_rows(batch: TokenBatch) -> list[np.ndarray]:
     """The rows of each look, in the order of the looks; one look of all rows for a small batch.
 
     Rows are in a random order, the same for every batch of as many rows. The first look takes a
-    sixteenth of them, but at least 8 rows, and up to 16 where these have fewer than 1,024 tokens.
-    Each later look adds two fifths to the rows seen: on the demo model's triples this took a tenth
-    less work than doubling. The last adds a quarter or more.
+    sixteenth of them, but at least 8 rows, and up to 16 if these have fewer than 1,024 tokens. Each
+    later look adds two fifths to the rows seen: on the demo model's triples this took a tenth less
+    work than doubling. The last adds a quarter or more.
     """
     num_rows = batch.num_rows
     order = np.random.default_rng(num_rows).permutation(num_rows)
@@ -192,8 +192,8 @@ def _statistics(losses: np.ndarray, num_samples: int, keep: int, tolerance: floa
         t + a (1 + 2 t^2) / 6
 
     The mean difference must also outweigh outliers among the samples not seen: one in 200, at least
-    one, each as large as the range of the better candidate's losses seen. A difference that is the
-    same on every sample decides nothing.
+    one, each as large as the range of the better candidate's losses seen. A difference equal on
+    every sample decides nothing.
 
     Two matrix products give the variances and third moments of all pairs, from deviations x of the
     differences from the best so far: sum (x - y)^3 = sum x^3 - 3 x^2 y + 3 x y^2 - y^3.

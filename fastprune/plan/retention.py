@@ -6,8 +6,8 @@ deepest cached prefix. So a state is worth the unit runs that it saves: how like
 at its node, or below it with no cached prefix in between, times the units from the next cached
 prefix above. Every state takes the same bytes, so the state of least worth is evicted first, and
 its likelihood passes on to the prefix above, until the states fit. The states that remain are
-spread over the trie: a chain of which few states fit keeps them at even distances, where a list of
-the most recently used would keep its beginning.
+spread over the trie: a chain of which few states fit keeps them at even distances; a list of the
+most recently used would keep its beginning.
 
 In a chain of nodes 1 to 4, all of likelihood 1, each state saves one unit run. The
 deepest of equals is evicted: 4, whose likelihood passes to 3, then 2, whose likelihood passes to 1.
@@ -24,7 +24,7 @@ import numpy as np
 from .trie import Trie, levels
 
 FADE = 0.9  # the factor of a likelihood for each call that does not pass the node
-MOST_CANDIDATES = 1 << 14  # states compared one by one; more only where more are retained
+MOST_CANDIDATES = 1 << 14  # states compared one by one; more only if more are retained
 
 
 def worth_retaining(
@@ -79,7 +79,7 @@ def _worth_most_alone(
 
 
 def _nearest_above(trie: Trie, by_depth: list[np.ndarray], candidate: np.ndarray) -> np.ndarray:
-    """Of each node, the nearest candidate strictly above it, or the root, int64[n]."""
+    """The nearest candidate strictly above each node, or the root, int64[n]."""
     above = np.zeros(len(trie.unit), dtype=np.int64)
     for level in by_depth:
         parent = trie.parent[level]
@@ -90,7 +90,7 @@ def _nearest_above(trie: Trie, by_depth: list[np.ndarray], candidate: np.ndarray
 def _least_worth_goes_first(
     nodes: np.ndarray, above: Any, depth: Any, weight: Any, capacity: int
 ) -> np.ndarray:
-    """The nodes that are left when all but `capacity` have gone, most worth first."""
+    """The nodes that remain when all but `capacity` are removed, most worth first."""
     gone: dict[int, int] = {}
     above, depth, weight = above.tolist(), depth.tolist(), weight.tolist()
 
@@ -111,7 +111,7 @@ def _least_worth_goes_first(
         worth, order, node = heap[0]
         up = nearest(node)
         now = weight[node] * (depth[node] - depth[up])
-        if now > worth:  # what lay above it has gone, or what lay below
+        if now > worth:  # a node above it was removed, or one below
             heapq.heapreplace(heap, (now, order, node))
             continue
         heapq.heappop(heap)

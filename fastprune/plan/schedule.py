@@ -63,7 +63,7 @@ class Step(NamedTuple):
 
     Attributes:
         source: The state to start from.
-        units: The units to run, in order; none where the source itself is kept or scored.
+        units: The units to run, in order; none if the source itself is kept or scored.
         end: The number of the sequence that ends here, or -1.
         target: The slot to keep the result in, or -1 if no later step reads it.
         last_use: Whether no later step reads `source`: its place is free once this step begins.
@@ -176,8 +176,8 @@ def make_schedule(
 
 
 def _visits(trie: Trie, band_of: Sequence[int]) -> np.ndarray:
-    """The visit that each wanted node is run in, int64[n]: the first one of its unit's band that is
-    not before its parent's.
+    """The visit that each wanted node is run in, int64[n]: the first one of its unit's band not
+    before its parent's.
 
     An ascending sequence needs each band once. One that turns back waits for the next round: with
     three bands, a unit of band 0 after one of band 2, in visit 2, runs in visit
@@ -209,7 +209,7 @@ def _last_uses(steps: list[Step]) -> list[Step]:
 
 
 def _frontier_peak(steps: list[Step]) -> int:
-    """The most frontier states that are held at once."""
+    """The most frontier states held at once."""
     count = peak = 0
     for step in steps:
         count -= step.last_use and step.source.kind == "frontier"
@@ -222,9 +222,9 @@ def _within(
     steps: list[Step], cached: Sequence[Units], retained: set[Units], capacity: int
 ) -> tuple[list[Step], set[Units], tuple[Units, ...]]:
     """The steps with the cache held within the capacity at all times; the prefixes that it holds
-    afterwards; the cached ones that are evicted before.
+    afterwards; the cached ones evicted before.
 
-    A cached state that is not retained is evicted with its last use, one that is retained has none.
+    A cached state is evicted with its last use, unless it is retained: then it has none.
     """
     used = {step.source.index for step in steps if step.source.kind == "cached"}
     held = {prefix for i, prefix in enumerate(cached) if i in used or prefix in retained}
@@ -302,7 +302,7 @@ class _Chain:
     chains that follow.
 
     A root has no units; its source is the embeddings, or a cached or frontier state. The others
-    start where their parent ends, and have ROOT as a source until `_order` gives them a slot.
+    start at the end of their parent, and have ROOT as a source until `_order` gives them a slot.
     """
 
     __slots__ = ("children", "end", "frontier", "need", "retained", "source", "units")
@@ -336,8 +336,9 @@ def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
     ascending. visit: see `_visits`."""
     end_of = np.full(len(trie.unit), -1, dtype=np.int64)
     end_of[trie.ends] = np.arange(len(trie.ends))
-    # a node continues the chain of the node before if that is its parent and ends nothing, has no
-    # other child and runs in the same visit; in the drawn trie 3 alone does, after 2, and 6 after 5
+    # a node continues the chain of the node before if the latter is its parent and ends nothing,
+    # has no other child and runs in the same visit; in the drawn trie 3 alone does, after 2, and 6
+    # after 5
     nodes = np.flatnonzero(trie.wanted)  # 1 2 3 4 5 6
     parents = trie.parent[nodes]
     branches = np.bincount(parents, minlength=len(trie.unit)) > 1  # of node 1

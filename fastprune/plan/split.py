@@ -1,4 +1,4 @@
-"""Work for each worker: chunks first, and parts of the trie where workers outnumber chunks. Pure
+"""Work for each worker: chunks first, and parts of the trie if workers outnumber chunks. Pure
 integers and NumPy.
 
 A continuation lies in one chunk, so that a worker's sums need nothing from another's, and as long
@@ -14,7 +14,7 @@ import numpy as np
 
 from .trie import Trie, shared_length
 
-# a cut may move by this share of a part's work, to where neighbours share less
+# a cut may move by this share of a part's work, to a place at which neighbours share less
 SLACK = 1 / 8
 
 
@@ -43,8 +43,7 @@ def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list
     """The workers of each chunk of a call: its owner alone, or, of fewer chunks than workers, a
     team by its weight.
 
-    loads, owner: of the chunks that are asked for. The same chunks have the same teams in every
-    call.
+    loads, owner: of the requested chunks. The same chunks have the same teams in every call.
     """
     weights = np.asarray(loads, dtype=np.float64)
     if not 0 < len(weights) < workers:
@@ -70,9 +69,9 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
     """At most `parts` ranges of the trie's sequences, of about the same work, in order; none of
     them empty.
 
-    head: what a sequence costs besides its nodes, in unit runs. A range runs the nodes on the way
-    to its sequences, those that it shares with the range before once more; so a cut is made where
-    little is shared, near where it is due.
+    head: the cost of a sequence besides its nodes, in unit runs. A range runs the nodes on the way
+    to its sequences, those that it shares with the range before once more; so a cut is made near
+    its due place, between neighbours that share little.
     """
     shared, own = _shared(trie)
     work = np.concatenate([[0.0], np.cumsum(own + head)])

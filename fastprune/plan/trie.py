@@ -2,7 +2,7 @@
 torch.
 
 The hidden state after a unit depends only on the units that ran so far and their order, so a batch
-of masks is a trie over sequences of kept units. The trie knows sequences, not masks: a unit that is
+of masks is a trie over sequences of kept units. The trie knows sequences, not masks: a unit
 repeated, or run in another order, is one more sequence. Every node is one unit run; the number of
 nodes is the least work that any exact evaluator can do.
 

@@ -60,7 +60,7 @@ def bayesian(
 
 
 def _pool(search: Search, prior: Prior, scored: list[Removed]) -> list[Removed]:
-    """Subsets that are not scored yet, in order: ties go to the lowest indices."""
+    """Subsets not scored yet, in order: ties go to the lowest indices."""
     losses = search.score(scored)
     pool = {*draws.distinct(prior.subset, PRIOR_DRAWS)}
     for i in losses.argsort(kind="stable")[:NEIGHBOURS_OF]:
@@ -72,5 +72,5 @@ def _pool(search: Search, prior: Prior, scored: list[Removed]) -> list[Removed]:
 
 
 def _features(search: Search, subsets: list[Removed]) -> np.ndarray:
-    """1 where a unit is removed, float64[N, U]."""
+    """1 for a removed unit, else 0, float64[N, U]."""
     return 1.0 - from_removed(subsets, search.num_units)

@@ -16,8 +16,8 @@ PATIENCE = 100  # draws in a row without a new subset after which there is taken
 def distinct(
     draw: Callable[[], Removed], count: int, known: Collection[Removed] = ()
 ) -> list[Removed]:
-    """`count` different subsets that are not known, in the order drawn; fewer when drawing finds
-    nothing new."""
+    """`count` different unknown subsets, in the order drawn; fewer when drawing finds nothing
+    new."""
     found: dict[Removed, None] = {}
     misses = 0
     while len(found) < count and misses < PATIENCE:
@@ -29,8 +29,7 @@ def distinct(
 
 
 def uniform(search: Search, count: int) -> list[Removed]:
-    """`count` different subsets of the full budget, uniform; all of them where there are not
-    more."""
+    """`count` different subsets of the full budget, uniform; all of them if they are fewer."""
     candidates, k = search.candidates, search.num_remove
     total = math.comb(len(candidates), k)
     if total <= 10 * count:  # few enough to list, and drawing would often repeat itself

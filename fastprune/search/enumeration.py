@@ -1,4 +1,4 @@
-"""Subsets that are known beforehand: all of them, a random sample, all windows."""
+"""Subsets known beforehand: all of them, a random sample, all windows."""
 
 from __future__ import annotations
 

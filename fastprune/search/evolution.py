@@ -176,7 +176,7 @@ def evopress(
 
 
 def _balanced(search: Search, types: Sequence[Sequence[int]]) -> Removed:
-    """As many units of each type, uniform. Raises InputError where protection leaves too few of
+    """As many units of each type, uniform. Raises InputError if protection leaves too few of
     one."""
     share = search.num_remove // len(types)
     for units, name in zip(types, ("attentions", "MLPs")):

@@ -45,7 +45,7 @@ class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
 
 class MaskProcess:
     """The posterior of a loss over masks: kernel s^2 exp(-hamming / l) + noise, s, l and the noise
-    by marginal likelihood, found from where the fit before left them.
+    by marginal likelihood, searched from those of the fit before.
 
     kernel: fitted by the last fit. regressor: scikit-learn's, of the last fit.
     """

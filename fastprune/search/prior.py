@@ -1,5 +1,5 @@
-"""What the loss of removing each unit alone says about subsets: the prior of genetic, bayesian and
-surrogate."""
+"""The prior of genetic, bayesian and surrogate: a guess about subsets from the loss of removing
+each unit alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prior:
         self.search = search
         self.singles = search.score(
             [(unit,) for unit in search.candidates]
-        )  # [candidates], +inf where not finite
+        )  # [candidates], +inf if not finite
         finite = np.isfinite(self.singles)
         single = penalised(self.singles)
         spread = single[finite].std() if finite.any() else 0.0
@@ -77,7 +77,7 @@ class LinearMean:
 
 
 def penalised(losses: np.ndarray) -> np.ndarray:
-    """Losses with those that are not finite set to the worst of the others (0 where there are
-    none): models of the loss stay away from them, and their arithmetic stays finite."""
+    """Losses, the infinite ones and NaN set to the worst of the others (0 if all are so): models of
+    the loss stay away from them, and their arithmetic stays finite."""
     finite = np.isfinite(losses)
     return np.where(finite, losses, losses[finite].max() if finite.any() else 0.0)

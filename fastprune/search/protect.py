@@ -1,5 +1,5 @@
-"""Budgets, and the units that must stay: given one by one, or as a preset, what a published method
-never tries to remove."""
+"""Budgets, and the units that must stay: given one by one, or as a preset: the units that a
+published method never tries to remove."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def protected_units(
 ) -> tuple[int, ...]:
     """The protected units, ascending, of a collection of indices or the name of a preset.
 
-    Of sublayers, a preset protects both halves of its blocks. Raises InputError for a name that is
-    no preset, and for an index that is out of range or given twice.
+    With sublayers, a preset protects both halves of its blocks. Raises InputError for an unknown
+    preset, and for an index out of range or given twice.
     """
     if not isinstance(protect, str):
         return check_removed(protect, num_units, "protected")
@@ -34,7 +34,7 @@ def protected_units(
 def check_budget(budget: int | str) -> float | None:
     """The percentage of a budget such as "25%"; None for an integer.
 
-    Raises InputError for another text, and for a percentage that is not between 0 and 100.
+    Raises InputError for another text, and for a percentage not between 0 and 100.
     """
     if not isinstance(budget, str):
         return None
@@ -50,7 +50,7 @@ def check_budget(budget: int | str) -> float | None:
 def units_to_remove(budget: int | str, num_units: int) -> int:
     """How many of the units a budget removes: a share is rounded down, to at least 1.
 
-    Raises InputError for a budget that is not from 0 to num_units - 1.
+    Raises InputError for a budget outside 0 to num_units - 1.
 
     >>> from fastprune.search import units_to_remove
     >>> units_to_remove("25%", 14), units_to_remove(3, 14)

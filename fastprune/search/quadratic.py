@@ -109,7 +109,7 @@ def surrogate(
 def _propose(
     search: Search, prior: Prior, subsets: list[Removed], count: int, known: set[Removed]
 ) -> list[Removed]:
-    """The `count` subsets that are best under the model fitted to `subsets` and are not known."""
+    """The `count` best unknown subsets under the model fitted to `subsets`."""
     total = math.comb(len(search.candidates), search.num_remove)
     if total == len(known):
         return []

@@ -52,7 +52,7 @@ Share = Annotated[float, Allowed(least=0, most=1)]
 
 @dataclass(frozen=True)
 class Option:
-    """An option of an algorithm: its type, its default, and what it may be (None: all of its
+    """An option of an algorithm: its type, its default, and its allowed values (None: all of its
     type)."""
 
     kind: type
@@ -165,7 +165,7 @@ def algorithm(
     """Register a search under its function's name, or another; its keyword parameters are its
     options.
 
-    What an option may be stands in its annotation: `trials: Count`, `variant: Annotated[str,
+    An option's annotation holds its allowed values: `trials: Count`, `variant: Annotated[str,
     Allowed(...)]`. check_size(candidates, num_remove, granularity, **options) raises InputError for
     a problem that it cannot take. Raises InputError for a name that another algorithm has.
     """
@@ -206,8 +206,8 @@ def algorithm(
 
 
 def load_plugins() -> None:
-    """Import what installed packages name in the entry point group `fastprune.algorithms`; that
-    registers theirs.
+    """Import the modules that installed packages name in the entry point group
+    `fastprune.algorithms`; the import registers their algorithms.
 
     One that cannot be imported is named in a warning and left out.
     """
@@ -232,7 +232,7 @@ def known_algorithms() -> Mapping[str, Algorithm]:
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The algorithm of this name. Raises InputError for one that is not known."""
+    """The algorithm of this name. Raises InputError for an unknown one."""
     if name in ALGORITHMS:  # one of ours needs no plugins
         return ALGORITHMS[name]
     known = known_algorithms()
@@ -242,11 +242,10 @@ def find_algorithm(name: str) -> Algorithm:
 def check_algorithm(
     name: str, options: Mapping[str, object]
 ) -> tuple[Algorithm, dict[str, object]]:
-    """The algorithm of this name, and all its options: everything that can be checked without a
-    model.
+    """The algorithm of this name, and all its options, checked as far as possible without a model.
 
-    Raises InputError for a name it does not know, an option that is unknown or out of its range,
-    and when the algorithm needs a library that is not installed.
+    Raises InputError for a name it does not know, an option unknown or out of its range, and when
+    the algorithm needs a missing library.
     """
     chosen = find_algorithm(name)
     options = chosen.check_options(options)
@@ -281,13 +280,13 @@ def require_sklearn(what: str) -> None:
 
 
 def describe_algorithms() -> list[dict]:
-    """What Algorithm.describe says of every algorithm, in the order of known_algorithms()."""
+    """The result of Algorithm.describe for every algorithm, in the order of known_algorithms()."""
     return [known.describe() for known in known_algorithms().values()]
 
 
 def _sections(doc: str) -> dict[str, str]:
-    """Of a docstring: its first line as Summary, what follows as Method, and the texts of Source:,
-    Cost:, Options:."""
+    """The sections of a docstring: its first line as Summary, the next paragraphs as Method, and
+    the texts of Source:, Cost:, Options:."""
     parts = re.split(r"^(Source|Cost|Options):", doc, flags=re.MULTILINE)
     method = parts[0].strip().partition("\n")[2].strip()
     sections = {

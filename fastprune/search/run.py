@@ -1,4 +1,4 @@
-"""Running a search: what an algorithm is given, and the result that comes out."""
+"""Running a search: the task that an algorithm receives, and the result."""
 
 from __future__ import annotations
 
@@ -79,13 +79,12 @@ class Scorer(Protocol):
 
 
 class Search:
-    """What an algorithm sees: the budget, the units that may go, `score` and `select`. Every exact
-    loss is remembered.
+    """The task as an algorithm sees it: the budget, the units to choose from, `score` and `select`.
+    Every exact loss is remembered.
 
-    num_remove: units to remove. candidates: units that are not protected, ascending. rng: the only
-    source of randomness. evaluator: for the probes (similarity, unit gradients). losses: by subset,
-    all that are known. racing: the confidence of races, or None, as on sets that are too small for
-    one.
+    num_remove: units to remove. candidates: unprotected units, ascending. rng: the only source of
+    randomness. evaluator: for the probes (similarity, unit gradients). losses: all known ones, by
+    subset. racing: the confidence of races, or None, as on sets too small for one.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Search:
             self._planned.append(self._planned[-1] + max(1, count))
 
     def describe(self, event: ProgressEvent) -> ProgressEvent:
-        """The event with what this search knows: algorithm, round, best loss and share."""
+        """The event with this search's own fields: algorithm, round, best loss and share."""
         rounds, share = len(self._planned) - 1, None
         if 0 < self._round <= rounds and event.share is not None:
             before, after = self._planned[self._round - 1 : self._round + 1]
@@ -157,11 +156,10 @@ class Search:
         log.info("round %d: best %s", self._round, self._format_best())
 
     def score(self, subsets: Sequence[Removed]) -> np.ndarray:
-        """The loss of removing each subset, float64[N], +inf where it is not finite, so that it
-        never wins.
+        """The loss of removing each subset, float64[N], +inf if it is not finite, so that it never
+        wins.
 
-        All subsets that are not known yet are scored in one call, so that they share their
-        prefixes.
+        All subsets not known yet are scored in one call, so that they share their prefixes.
         """
         subsets = [tuple(sorted(subset)) for subset in subsets]
         new = [subset for subset in dict.fromkeys(subsets) if subset not in self.losses]
@@ -174,8 +172,8 @@ class Search:
     def select(self, subsets: Iterable[Removed], keep: int) -> list[Removed]:
         """The `keep` subsets of lowest loss, best first; ties go to the lowest indices.
 
-        With racing, clearly worse subsets leave early, and only those kept have a loss that is
-        remembered, which is exact (`Evaluator.race`).
+        With racing, clearly worse subsets leave early, and only those kept have a remembered loss,
+        which is exact (`Evaluator.race`).
         """
         subsets = sorted({tuple(sorted(subset)) for subset in subsets})
         if (
@@ -213,7 +211,7 @@ class Search:
         return np.array([_rank(loss) for loss in losses.tolist()])
 
     def score_samples(self, subsets: Sequence[Removed], samples: np.ndarray) -> np.ndarray:
-        """The mean loss of each subset over some samples, float64[N], +inf where it is not finite.
+        """The mean loss of each subset over some samples, float64[N], +inf if it is not finite.
 
         It is no loss of the objective and is not remembered; over all samples it is the loss, as
         `score` gives it.
@@ -258,10 +256,10 @@ class SearchResult:
     """The outcome of a search.
 
     removed, mask (bool[U]), loss: the subset. choice: "best scored", of all subsets whose loss is
-    known exactly, or "method's", the one that the method's own rule ends with, even where a better
-    one was met on the way. metric: the objective's class, which reads losses. history: every
-    (removed, loss) whose exact loss is known, in order (not of what left a race, or was scored on
-    a share of the samples).
+    known exactly, or "method's", the one that the method's own rule ends with, even if a better one
+    was met on the way. metric: the objective's class, which reads losses. history: every (removed,
+    loss) whose exact loss is known, in order (not of subsets that left a race, or were scored on a
+    share of the samples).
     evaluations: how many. unit_runs, naive_unit_runs: as in Stats, for this search alone.
     seconds: of the whole search.
     racing: the confidence of its races, None without. decided_early: subsets that left one before
@@ -329,7 +327,7 @@ def run_search(
 
     algorithm: a name of known_algorithms(); options are its own. num_remove: how many units, or a
     share of them such as "25%", rounded down, at least 1. protect: units that must stay, or the
-    name of a preset, "sleb" or "shortened-llama": what those methods never remove.
+    name of a preset, "sleb" or "shortened-llama": the units that those methods never remove.
     progress: called with a `ProgressEvent` as the search runs. racing: a
     confidence such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each
     selection of an algorithm that races; the result's loss is exact all the same. Deterministic for

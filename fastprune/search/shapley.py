@@ -1,4 +1,4 @@
-"""Shapley values: what a unit's presence is worth, on the average over random networks."""
+"""Shapley values: the value of a unit's presence, on the average over random networks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def shapley_values(
 ) -> np.ndarray:
     """The value of each unit that may go, float64[candidates].
 
-    It is +inf for units that are removed already, that break the loss alone, or that no drawn
+    It is +inf for units that were removed before, that break the loss alone, or that no drawn
     network lacked.
     """
     units = [unit for unit in search.candidates if unit not in removed]

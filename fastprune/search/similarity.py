@@ -110,7 +110,7 @@ def _scored(search: Search, units: Iterable[int]) -> Removed:
 
 
 def redundancy_score(similarity: np.ndarray) -> float:
-    """RLS = -log2 of the mean of S over pairs; +inf where that mean is not above 0."""
+    """RLS = -log2 of the mean of S over pairs; +inf if that mean is not above 0."""
     mean = similarity[np.triu_indices(len(similarity), 1)].mean()
     return float(-math.log2(mean)) if mean > 0 else math.inf
 

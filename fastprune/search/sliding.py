@@ -1,4 +1,4 @@
-"""A window that slides down the model, and takes in what costs little."""
+"""A window that slides down the model, and takes in units of little cost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sliding_window_merge(
         subset = as_removed([*order, last][: search.num_remove])
         search.score([subset])
         return subset
-    search.score([(unit,) for unit in order])  # what the first windows begin with, in one call
+    search.score([(unit,) for unit in order])  # the first units of windows, in one call
     threshold = -math.inf
     while True:
         removed: Removed = ()

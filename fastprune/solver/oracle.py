@@ -1,5 +1,5 @@
-"""The search of csrc/solver in simple form, in NumPy: what runs without the compiled solver, and
-what tests it.
+"""The search of csrc/solver in simple form, in NumPy: it runs without the compiled solver, and
+tests it.
 
 It works on batches of nodes, so that NumPy's calls pay off.
 """
@@ -151,7 +151,7 @@ def best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
-    """Depth first, a batch of nodes at a time. Returns the least bound of what is left, inf when
+    """Depth first, a batch of nodes at a time. Returns the least bound of the open nodes, inf when
     complete."""
     h, g = best.h, best.g
     size = len(g)
@@ -238,8 +238,8 @@ def descend(
 def _child(
     is_open: np.ndarray, y: np.ndarray, branch: np.ndarray, value: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decides one variable a row and spreads what that adds or frees over the room of the open
-    ones."""
+    """Decides one variable a row and spreads the amount that this adds or frees over the room of
+    the open ones."""
     every = np.arange(len(y))
     is_open, y = is_open.copy(), y.copy()
     rest = y[every, branch] - value

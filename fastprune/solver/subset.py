@@ -62,10 +62,10 @@ def solve_subset(
 
     Args:
         H: real [N, N], N in 1..128, symmetric up to rounding (the mean with its transpose is used).
-            Positive semidefinite where it comes from gradients; an indefinite matrix is solved too,
+            Positive semidefinite if it comes from gradients; an indefinite matrix is solved too,
             with weaker bounds.
         k: size of the subsets, 0..N.
-        num_states: how many subsets, at least 1; all C(N, k) are returned where there are not more.
+        num_states: how many subsets, at least 1; all C(N, k) are returned if they are fewer.
         linear: real [N], in the units of H; None for zero.
         time_limit: seconds of wall time after which the best found is returned with its proven gap;
             None to search until the result is proven.

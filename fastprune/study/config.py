@@ -225,7 +225,7 @@ class Document:
 
     @property
     def models(self) -> dict[str, str]:
-        """What to load for each model, by the name that the document spells."""
+        """The path or name to load for each model, by the name in the document."""
         base, names = Path(self.config.base or self.folder), self.config.model.paths
         local = {name for name in names if name != "demo" and (base / name).exists()}
         return {name: str(base / name) if name in local else name for name in names}
@@ -365,7 +365,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _name_of(table: object, number: int) -> str:
-    """A table in a list: its name, or its number from 1 where it has no fitting one."""
+    """A table in a list: its name, or its number from 1 if it has no fitting one."""
     name = table.get("name") if isinstance(table, dict) else None
     return _key(name) if isinstance(name, str) and name else str(number)
 

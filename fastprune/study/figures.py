@@ -32,7 +32,7 @@ def check_installed() -> None:
 def pattern_figure(
     rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int, title: str
 ) -> Any:
-    """Which units each search removes: a row per search, a column per unit, a cell filled where
+    """Which units each search removes: a row per search, a column per unit, a cell filled if
     removed.
 
     rows: (objective, algorithm, removed units); those of one objective stand together and share a
@@ -130,7 +130,7 @@ def spread_figure(
 
     groups: {group: {chosen by: losses under `judged_by`}}; dense: by group, the loss of the whole
     model, a grey mark. objective: of `judged_by`; the axis has its metric, on a logarithmic scale
-    where positive values are more than a factor of 10 apart.
+    if positive values are more than a factor of 10 apart.
     """
     plt = _pyplot()
     choosers = list(dict.fromkeys(chooser for group in groups.values() for chooser in group))
@@ -168,7 +168,7 @@ def spread_figure(
 def calibration_figure(
     entries: Sequence[Mapping], title: str, objectives: Mapping[str, type[Objective]]
 ) -> Any:
-    """What another calibration set changes, beside what another algorithm changes: a row for each
+    """The effect of another calibration set beside that of another algorithm: a row for each
     algorithm.
 
     entries: of `compare_calibrations`, of one model, budget and objective. The first panel has
@@ -255,7 +255,7 @@ def as_svg(figure: Any) -> str:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure as PNG, in the place of one that is there."""
+    """Write the figure as PNG, in the place of an existing one."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     _pyplot().close(figure)

@@ -1,4 +1,4 @@
-"""A study's folder: its settings, its lock, and the cells that are finished.
+"""A study's folder: its settings, its lock, and the finished cells.
 
 study.toml is the document, inputs.json the settings that a continuing run must share, cells/ holds
 a file per finished search, scores.db the sums.
@@ -86,7 +86,7 @@ def check_study_folder(
 
     Args:
         folder: The study's folder; it need not exist.
-        settings: The new settings, or those that are known so far.
+        settings: The new settings, or those known so far.
         document: The document's text. A new study may start in a folder that holds just this.
 
     Raises:
@@ -160,7 +160,7 @@ def _changes(name: str, kept: object, new: object) -> Iterator[str]:
 def hold(folder: Path) -> Iterator[None]:
     """Create the folder and lock it; the lock ends with the process.
 
-    Raises InputError where another process holds the lock.
+    Raises InputError if another process holds the lock.
     """
     import fcntl
 

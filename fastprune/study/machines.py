@@ -1,4 +1,4 @@
-"""The machines of a study: their fingerprints, and a note where one table compares several.
+"""The machines of a study: their fingerprints, and a note if one table compares several.
 
 Two machines round differently, so their losses of one mask differ in the last digits, and a search
 may choose another mask.

@@ -58,7 +58,7 @@ def _objectives(study: Mapping) -> dict[str, type[Objective]]:
 
 
 def _data(objective: Mapping) -> str:
-    """What an objective is calibrated on, and how much of it."""
+    """The source of an objective's calibration data, and its size."""
     size = format_size(objective["num_samples"], objective["num_tokens"])
     return f"{objective['source']}, {size}" if objective["source"] else size
 

@@ -2,7 +2,7 @@
 2604.24938).
 
 Each search is a cell, written as soon as it is finished. Every score is kept in the store, so an
-interrupted study continues where it stopped. At the end, every chosen mask is scored under every
+interrupted study continues from its last score. At the end, every chosen mask is scored under every
 objective.
 """
 
@@ -52,7 +52,7 @@ from .folder import (
 from .machines import fingerprint
 from .statistics import cell_record, compare_calibrations, summarise, summarise_similarity
 
-if TYPE_CHECKING:  # what checks a study does without torch
+if TYPE_CHECKING:  # a study is checked without torch
     from ..evaluator import Evaluator
     from ..models import Model
 
@@ -83,9 +83,9 @@ def run_study(
 
     The folder keeps `inputs.json`, the score store and one file per finished cell. The same
     settings continue the study in it; further models, objectives, algorithms or budgets extend it.
-    Finished cells are used again, those of other machines too. A cell that is damaged, or of other
-    settings, is named in a RuntimeWarning and searched again. A search that finds no finite loss
-    is a cell with an error.
+    Finished cells are used again, those of other machines too. A damaged cell, or one of other
+    settings, is named in a RuntimeWarning and searched again. A search that finds no finite loss is
+    a cell with an error.
 
     Args:
         models: Models with distinct names.
@@ -379,7 +379,8 @@ class _Evaluators:
                     )
 
     def try_all(self) -> None:
-        """Make every evaluator once and keep none, so that what does not fit a model fails now."""
+        """Make every evaluator once and keep none, so that a setting that does not fit a model
+        fails now."""
         for (name, _), objective in self._objectives.items():
             (model,) = (model for model in self._models if model.name == name)
             self._evaluator(model, objective)
@@ -429,7 +430,7 @@ def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Ce
             masks=result.evaluations,
             decided_early=result.decided_early,
         )
-    except ArithmeticError as error:  # no finite loss, or a probe that is not finite
+    except ArithmeticError as error:  # no finite loss, or a probe with an infinite value
         cell = replace(cell, error=str(error), masks=evaluator.stats.masks - before["masks"])
     names = ("unit_runs", "asked_unit_runs", "naive_unit_runs")
     cost = {name: getattr(evaluator.stats, name) - before[name] for name in names}

@@ -1,4 +1,4 @@
-"""What a study asks of its cells and of its models' states."""
+"""The statistics of a study's cells and of its models' states."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cell_record(cell: Cell, names: Mapping[str, str]) -> dict:
 
 
 def summarise(cells: Sequence[Cell]) -> dict:
-    """What the study asks of its cells: overlap of removals, agreement of ranks, spread within an
+    """The statistics of a study's cells: overlap of removals, agreement of ranks, spread within an
     objective.
 
     jaccard: mean overlap |A n B| / |A u B| of the removed sets of two searches of one model and
@@ -78,15 +78,15 @@ def summarise(cells: Sequence[Cell]) -> dict:
 def compare_calibrations(
     cells: Sequence[Cell], objectives: Mapping[str, object], judges: Mapping[str, str]
 ) -> list[dict]:
-    """What the choice of calibration set is worth, beside that of algorithm.
+    """The effect of the choice of calibration set, beside that of the algorithm.
 
-    objectives: by label, what is searched for: labels with the same differ in their calibration
-    sets alone. judges: by label, the names of the objectives whose losses are compared. For each
-    model, budget, objective with several sets and algorithm: the mean Jaccard overlap of its
-    removals on two sets ("sets"), and with those of another algorithm on the same set
-    ("algorithms"); and of the same pairs, under each judge,
-    the mean difference of their losses and of their metrics, as an absolute value. None where there
-    is no such pair. Searches that found nothing, and losses that are not finite, are left out.
+    objectives: by label, the objective of the searches: labels with the same differ in their
+    calibration sets alone. judges: by label, the names of the objectives whose losses are compared.
+    For each model, budget, objective with several sets and algorithm: the mean Jaccard overlap of
+    its removals on two sets ("sets"), and with those of another algorithm on the same set
+    ("algorithms"); and of the same pairs, under each judge, the mean difference of their losses and
+    of their metrics, as an absolute value. None without such a pair. Searches that found nothing,
+    and losses that are not finite, are left out.
     """
     found = []
     groups: dict[tuple, list[Cell]] = {}
@@ -132,7 +132,7 @@ def summarise_similarity(matrix: np.ndarray) -> dict | None:
     """The similarity of states on a calibration set, its redundancy score (RLS) and clusters (arXiv
     2605.27786).
 
-    matrix: as Evaluator.similarity gives it. None where the states are not finite.
+    matrix: as Evaluator.similarity gives it. None if the states are not finite.
     """
     if not np.isfinite(matrix).all():
         return None
@@ -152,7 +152,8 @@ def _jaccard(a: Cell, b: Cell) -> float:
 
 
 def _differences(pairs: Sequence[tuple[Cell, Cell]], judge: str, name: str) -> list[float]:
-    """Of the metric of the objective of this name; of the losses themselves for ''."""
+    """The pairs' absolute differences in the metric of the objective `name`, finite ones only; ''
+    compares the losses themselves."""
     metric = objective_class(name).metric
     values = [(metric(_losses(a)[judge]), metric(_losses(b)[judge])) for a, b in pairs]
     return [abs(x - y) for x, y in values if math.isfinite(x) and math.isfinite(y)]
@@ -171,7 +172,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's rho; None where it is not defined (fewer than 3 values, or all equal)."""
+    """Spearman's rho; None if it is not defined (fewer than 3 values, or all equal)."""
     from scipy.stats import spearmanr
 
     if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2 or not np.isfinite([*a, *b]).all():

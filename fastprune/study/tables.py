@@ -25,7 +25,7 @@ def format_removed(removed: Sequence[int]) -> str:
 
 
 def format_saved(naive: float, runs: float) -> str:
-    """How many times fewer runs were made than one pass per mask takes; '' where they are not
+    """How many times fewer runs were made than one pass per mask takes; '' if they are not
     fewer."""
     return f"{naive / runs:.1f}x fewer" if 0 < runs < naive else ""
 
@@ -61,7 +61,7 @@ def best_cells(study: Mapping) -> list[dict]:
 def answers(study: Mapping) -> list[str]:
     """A line for each model and budget: the best mask under the first objective, in its metrics.
 
-    Held-out data judges it where the study has some, else its objectives do.
+    Held-out data judges it if the study has some, else its objectives do.
     """
     labels = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
@@ -99,7 +99,7 @@ def judge_notes(study: Mapping) -> list[str]:
 
 
 def format_races(decided_early: int) -> str:
-    """What races have left out of a table."""
+    """A note about the subsets that races left out of a table."""
     return (
         f"{decided_early} subsets left a race early; masks counts those whose loss is "
         f"remembered, exact"
@@ -133,9 +133,9 @@ def results_table(title: str, header: str, rows: Iterable[tuple]) -> Table:
 
 
 def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mapping]) -> Table:
-    """What another calibration set changes, and in brackets what another algorithm changes.
+    """A table of the effect of another calibration set, with that of another algorithm in brackets.
 
-    entries: of `compare_calibrations`. described: by label, what the objectives say of themselves.
+    entries: of `compare_calibrations`. described: by label, the objectives' descriptions.
     """
     table = Table(title="Another calibration set (another algorithm)", title_justify="left")
     table.add_column("sets")
@@ -168,8 +168,8 @@ def _both(values: Mapping, digits: int) -> str:
 
 
 def pattern_text(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int) -> str:
-    """The pattern figure in characters: a line per (objective, algorithm, removed), a full cell
-    where removed."""
+    """The pattern figure in characters: a line per (objective, algorithm, removed), a full cell if
+    removed."""
     names = [f"{objective}  {algorithm}" for objective, algorithm, _ in rows]
     width = max(map(len, names), default=0)
     return "\n".join(

@@ -16,8 +16,8 @@ LAST = ("ready", "opened", "done", "memory", "wrong", "failed", "stopped", "lost
 class Open(NamedTuple):
     """Be ready to run a problem.
 
-    number: of the problem. digest: of its model. model: how to get the model, None where the worker
-    has it. setup: a token of `Setup`. alive: numbers of problems that are still in use.
+    number: of the problem. digest: of its model. model: how to get the model, None if the worker
+    has it. setup: a token of `Setup`. alive: numbers of problems still in use.
     """
 
     number: int
@@ -41,7 +41,7 @@ class Stop(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What a worker makes its runs of, the same for all workers of an evaluator."""
+    """The settings of a worker's runs, the same for all workers of an evaluator."""
 
     problem: Any  # Problem
     backend: str
@@ -54,7 +54,7 @@ class Setup(NamedTuple):
 
 
 class Word(NamedTuple):
-    """What a worker says.
+    """A message from a worker.
 
     kind: "sums" (a `PartialSums`), "progress" (done, total), "warning" (text), or one of `LAST`.
     cost: of its work since the last word.

@@ -25,12 +25,12 @@ from ..errors import InputError, brief
 from ..validate import check_integer
 from .messages import LAST, Stop, Word
 
-if TYPE_CHECKING:  # what checks a command line does without torch
+if TYPE_CHECKING:  # a command line is checked without torch
     import torch
 
 MOST_WORKERS = 1024
-MOST_STARTS = 3  # of a worker that is killed before it is ready
-END_WITHIN = 2  # seconds that processes have, all together, to end by themselves
+MOST_STARTS = 3  # of a worker killed before it is ready
+END_WITHIN = 2  # seconds for all processes together to end by themselves
 START = Path(__file__).with_name("start.py")
 
 
@@ -57,7 +57,7 @@ class Workers:
         self._dead: set[int] = set()
 
     def send(self, worker: int, request: tuple) -> None:
-        """Send a request to a worker that is not busy."""
+        """Send a request to an idle worker."""
         self._send(worker, request)
         self.busy.add(worker)
 
@@ -80,7 +80,7 @@ class Workers:
             self.receive()
 
     def get_ready(self) -> None:
-        """Cancel what an earlier call left, and restart workers that died."""
+        """Cancel the remaining work of an earlier call, and restart workers that died."""
         self.cancel()
         for worker in sorted(self._dead):
             self.restart(worker)
@@ -104,11 +104,11 @@ class Workers:
         raise NotImplementedError
 
     def device(self, worker: int, device: torch.device) -> str:
-        """The device of a worker, where this process has one of that kind."""
+        """The device of a worker, if this process has one of that kind."""
         return str(device)
 
     def per_device(self, device: torch.device) -> int:
-        """How many share the memory of one device, where this process has one of that kind."""
+        """How many share the memory of one device, if this process has one of that kind."""
         return self.per_machine
 
     def _start(self, worker: int) -> None:
@@ -123,7 +123,7 @@ class Workers:
 
 @dataclass
 class _Member:
-    """A process, this end of its pipe, and what it prints."""
+    """A process, this end of its pipe, and its printed output."""
 
     process: subprocess.Popen
     pipe: connection.Connection
@@ -167,7 +167,7 @@ class Processes(Workers):
         try:
             os.posix_fallocate(
                 file.fileno(), 0, size
-            )  # a disk that is full says so now, not by a signal later
+            )  # a full disk says so now, not by a signal later
         except OSError as error:
             place = tempfile.gettempdir()
             raise InputError(
@@ -278,7 +278,7 @@ def _end(members: dict[int, _Member], owner: int) -> None:
         with suppress(subprocess.TimeoutExpired):
             member.process.wait(timeout=max(0.0, until - time.monotonic()))
     for member in members.values():
-        member.process.kill()  # nothing, where it has ended
+        member.process.kill()  # nothing, if it has ended
     for member in members.values():
         member.process.wait()
         member.printed.close()

@@ -1,8 +1,8 @@
 """Workers on Ray (extra `ray`): one actor with a model of its own for every GPU of a cluster, or
 for so many cores.
 
-Ray places the actors, carries what is large (calibration sets, models in memory, sums) in its
-object store, and says when one dies. Who runs what is decided by `split`, as for processes of one
+Ray places the actors, carries large objects (calibration sets, models in memory, sums) in its
+object store, and says when one dies. `split` decides the work of each, as for processes of one
 machine.
 """
 
@@ -28,11 +28,11 @@ from ..validate import require
 from .messages import LAST, Stop, Word
 from .processes import MOST_STARTS, MOST_WORKERS, Workers, check_workers, import_path
 
-if TYPE_CHECKING:  # what checks an address does without torch
+if TYPE_CHECKING:  # an address is checked without torch
     import torch
 
-ANSWER_WITHIN, START_WITHIN = 5, 300  # seconds: a cluster, and an actor that is being placed
-GIVEN_BACK_WITHIN = 5  # seconds until Ray counts as free what an actor that has ended had
+ANSWER_WITHIN, START_WITHIN = 5, 300  # seconds: a cluster, and an actor being placed
+GIVEN_BACK_WITHIN = 5  # seconds until Ray frees the resources of an ended actor
 LISTEN = 5  # seconds that one call waits for a word
 
 
@@ -64,12 +64,12 @@ class RayWorkers(Workers):
 
     address: see `check_address`; a Ray that this process is connected to already is taken as it is.
     device: of the model; on a GPU every worker has one to itself, elsewhere as many cores as this
-    process has threads. count: how many workers; default: as many as there is room for in what is
-    free, with a warning where others use a part of the cluster. Ray is asked to spread them over
-    its machines, which need fastprune, and a model's files in the same place.
+    process has threads. count: how many workers; default: as many as the free resources allow, with
+    a warning if others use a part of the cluster. Ray is asked to spread them over its machines,
+    which need fastprune, and a model's files in the same place.
 
-    Raises InputError for an address that nobody answers, and where fewer workers can be had than
-    asked for; RuntimeError when Ray, or an actor, cannot start.
+    Raises InputError for an address that nobody answers, and if fewer workers can be had than asked
+    for; RuntimeError when Ray, or an actor, cannot start.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class RayWorkers(Workers):
         self.per_machine = max(Counter(self._machines).values())
 
     def close(self) -> None:
-        """End the actors, and Ray where it was started here; the last use of this object."""
+        """End the actors, and Ray if it was started here; the last use of this object."""
         for actor in self._actors:
             with contextlib.suppress(Exception):  # gone already
                 self._ray.kill(actor)
@@ -188,7 +188,7 @@ class RayWorkers(Workers):
 
 
 class Actor:
-    """A `Worker` on Ray: one call does what is asked, another hands on its words, a third gives it
+    """A `Worker` on Ray: one call does the work, another hands on its words, a third gives it
     up."""
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ class Actor:
         self._worker.answer(request)
 
     def listen(self) -> list[Word]:
-        """What was said since the last time; waits for a word."""
+        """The words that arrived since the last call; waits for one."""
         with self._news:
             self._news.wait_for(lambda: self._words, timeout=LISTEN)
             words, self._words = self._words, []
@@ -243,7 +243,7 @@ def _fetch(token: Any) -> Any:
 
 
 def _connect(ray: Any, address: str) -> bool:
-    """Connect to Ray, where this process is not yet; whether it was started here."""
+    """Connect to Ray, unless this process is connected; return whether it was started here."""
     if ray.is_initialized():
         return False
     own = (
@@ -259,7 +259,7 @@ def _connect(ray: Any, address: str) -> bool:
         # their sys.path, and a torch.py there would run as torch
         job = {"runtime_env": {"working_dir": empty.name}}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **job, **own)
-    except Exception as error:  # of whatever kind: Ray raises many, a bare Exception among them
+    except Exception as error:  # of any kind: Ray raises many, a bare Exception among them
         kind = RuntimeError if own else InputError
         raise kind(f"no Ray at {address}: {brief(str(error), 200)}") from None
     finally:
@@ -279,9 +279,8 @@ def choose_count(
     """How many workers to start on machines with these resources, by Ray's names of them, free and
     in all.
 
-    count: as many as were asked for; None: as many as there is room for, with a warning where it is
-    not all there is.
-    gpus, cores: of each worker. Raises InputError where fewer can be had than asked for, or none.
+    count: as many as were asked for; None: as many as fit, with a warning if others use a part.
+    gpus, cores: of each worker. Raises InputError if fewer can be had than asked for, or none.
     """
     now, whole = _room(free, gpus, cores), _room(total, gpus, cores)
     each = "a GPU" if gpus else f"{cores} core{'s' * (cores > 1)}"
@@ -306,8 +305,8 @@ def _room(machines: Iterable[Mapping[str, float]], gpus: int, cores: int) -> int
 def _nodes(
     count: int | None, gpus: int, cores: int
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """What the cluster's machines have free, and in all; waits a little for what was just given
-    back."""
+    """The resources of the cluster's machines, free and in all; waits a little for resources that
+    were just given back."""
     from ray._private.state import (
         available_resources_per_node,
         total_resources_per_node,

@@ -1,5 +1,5 @@
-"""Runs on workers: a call is split, sent, and sent again where a worker died. Read `plan.split`
-first, then this.
+"""Runs on workers: a call is split, sent, and sent again if a worker died. Read `plan.split` first,
+then this.
 
 Every worker has a `LocalRuns` of its own for the same problem. A call becomes, for each worker,
 which sequences run on which chunks. Sums come back as they are finished, and each is the same
@@ -54,8 +54,8 @@ class RemoteRuns:
     memory_bytes bounds the activations of each worker, cache_bytes the prefix caches of all workers
     of a machine together. Workers run with as many threads as this process.
 
-    Raises InputError where a worker would compute other bits: another kind of device, other
-    software or switches, or a model that cannot be sent.
+    Raises InputError if a worker would compute other bits: another kind of device, other software
+    or switches, or a model that cannot be sent.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class RemoteRuns:
                     self._workers.cancel()
 
     def close(self) -> None:
-        """Let the workers drop what they hold for this evaluator, when they open the next."""
+        """Let the workers drop their objects for this evaluator, when they open the next."""
         self._problem = None
 
     # -- what the workers hold ---------------------------------------------------------------------
@@ -161,7 +161,7 @@ class RemoteRuns:
 
     def _setup(self, problem: Problem) -> Setup:
         return Setup(
-            # without what the problem and the batch have derived so far
+            # without the values that the problem and the batch have derived so far
             replace(problem, batch=replace(problem.batch)),
             self._backend,
             self._memory_bytes,
@@ -272,7 +272,7 @@ class RemoteRuns:
         self._send_open(worker, self._problem, setup)
 
     def _send_rest(self, worker: int, call: _Call) -> None:
-        """Send a restarted worker what its part lacks."""
+        """Send a restarted worker the missing rest of its part."""
         rest = {
             number: rows[np.isin(rows, call.left[number])]
             for number, rows in call.parts[worker].items()

@@ -54,16 +54,13 @@ class _Unpacker(pickle.Unpickler):
 def pack(hf: nn.Module) -> tuple[bytes, list[torch.Tensor]]:
     """The modules of a transformers model, and its tensors, which they name by number.
 
-    Raises InputError for what no other process can have: code that was made in this one, open
-    files.
+    Raises InputError for objects that no other process can have: code made in this one, open files.
     """
     file = io.BytesIO()
     packer = _Packer(file)
     try:
         packer.dump(hf)
-    except (
-        Exception
-    ) as error:  # of whatever kind: each class has its own way of not being serialised
+    except Exception as error:  # of any kind: each class has its own way of not being serialised
         raise InputError(f"this model cannot be handed to other processes: {error}") from error
     return file.getvalue(), packer.tensors
 
@@ -73,11 +70,11 @@ def unpack(modules: bytes, tensors: Sequence[torch.Tensor]) -> nn.Module:
     return _Unpacker(io.BytesIO(modules), tensors).load()
 
 
-Place = tuple[int, tuple[int, ...], torch.dtype]  # where a tensor begins, in bytes; its shape
+Place = tuple[int, tuple[int, ...], torch.dtype]  # a tensor's first byte; its shape
 
 
 def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
-    """Where each tensor stands in one buffer, and the bytes of all.
+    """The place of each tensor in one buffer, and the bytes of all.
 
     Each is as far from a multiple of 64 bytes as it is in memory: a matrix product may round
     otherwise elsewhere.
@@ -87,7 +84,7 @@ def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
     for tensor in tensors:
         if (
             not tensor.is_contiguous()
-        ):  # as one that is, it may go another way through a matrix product
+        ):  # a contiguous copy may take another way through a matrix product
             raise InputError(
                 "this model cannot be handed to other processes: a tensor of it is not contiguous"
             )

@@ -62,8 +62,7 @@ class Worker:
         self._counted = Cost()  # of it, in words so far
 
     def answer(self, request: Open | Run | Stop) -> None:
-        """Do what a request asks; the last word is one of `messages.LAST`. A late `Stop` has no
-        answer."""
+        """Serve a request; the last word is one of `messages.LAST`. A late `Stop` has no answer."""
         if isinstance(request, Stop):
             return
         opens = isinstance(request, Open)
@@ -158,7 +157,7 @@ class Worker:
 
 
 def _open_problem(model: Model, setup: Setup) -> _Open:
-    """Open a model for the caller's problem. Raises InputError where bits would differ."""
+    """Open a model for the caller's problem. Raises InputError if bits would differ."""
     problem: Problem = setup.problem
     opened = open_for(
         model,
@@ -176,8 +175,7 @@ def _open_problem(model: Model, setup: Setup) -> _Open:
 
 
 def _check_alike(found: Mapping, expected: Mapping) -> None:
-    """Raise InputError, naming what it is, where something that bits depend on is not the same as
-    at the caller's."""
+    """Raise InputError, with its name, if a setting that decides bits differs from the caller's."""
     for name in sorted({*found, *expected}):
         here, there = found.get(name), expected.get(name)
         if here == there:
@@ -195,7 +193,7 @@ def _use_threads(count: int) -> None:
 
 
 def serve(number: int) -> None:
-    """Answer what comes over the pipe of this file number, until the other end is closed."""
+    """Answer the requests from the pipe of this file number, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for who started this
     pipe = Connection(number)
     import_transformers()

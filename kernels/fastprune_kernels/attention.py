@@ -1,10 +1,9 @@
-"""Tree attention: causal over packed rows, where a token sees the trunk of its row and its own
-branch.
+"""Tree attention: causal over packed rows; a token sees the trunk of its row and its own branch.
 
 Tiles of queries and blocks of keys are cut from the beginning of each row, so that a row's bits do
-not depend on what it is packed with. Which blocks a tile sees is settled once for a batch of tokens
-(`TreePlan`), and serves every layer and every mask: a block that nothing in the tile sees is not in
-its list, and one that everything in it sees is visited without a mask.
+not depend on the rows packed with it. Which blocks a tile sees is settled once for a batch of
+tokens (`TreePlan`), and serves every layer and every mask: a block that nothing in the tile sees is
+not in its list, and one that everything in it sees is visited without a mask.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ def tree_attention_kernel(
     i_whole = tl.load(p_lists + 2 * i_tile)
     i_part = tl.load(p_lists + 2 * i_tile + 1)
     i_last = tl.load(p_lists + 2 * i_tile + 2)
-    # the next block's index is carried, not read where it is used: only so are the copies of a
-    # block issued while the blocks before it are worked on
+    # the next block's index is carried, not read at its use: only so are the copies of a block
+    # issued while the blocks before it are worked on
     i_key = tl.load(p_blocks + i_whole)
     for i_block in range(i_whole, i_part):
         i_next = tl.load(p_blocks + i_block + 1)
@@ -189,7 +188,7 @@ def plan_tree(
 ) -> TreePlan:
     """The blocks that tiles visit, for rows of packed tokens. Made on the CPU, once for a batch.
 
-    row_starts int64[R + 1]: where each row begins, ascending from 0 to T. branch, position
+    row_starts int64[R + 1]: the first index of each row, ascending from 0 to T. branch, position
     int64[T]: each token's branch in its row (0 = trunk) and position in its own sequence. window:
     keys less than that many positions away are seen. head_dim, dtype, device: of the attention it
     is for.
@@ -242,12 +241,12 @@ def plan_tree(
 
 def _numbers(counts: torch.Tensor) -> torch.Tensor:
     """0 counts[0] times, then 1 counts[1] times, and so on."""
-    # of 16,000 tokens in 0.01 ms, where torch's repeat_interleave took 8 ms, six times a plan
+    # of 16,000 tokens in 0.01 ms, while torch's repeat_interleave took 8 ms, six times a plan
     return torch.from_numpy(np.repeat(np.arange(len(counts)), counts.numpy()))
 
 
 class _Pieces:
-    """Rows cut into pieces of at most `size` tokens, and the bounds of what stands in each."""
+    """Rows cut into pieces of at most `size` tokens, and the bounds of the values in each."""
 
     def __init__(self, row_starts, lengths, size: int, branch, position):
         self.per_row = -(-lengths // size)

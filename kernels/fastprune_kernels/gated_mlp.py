@@ -33,7 +33,7 @@ def gated_mlp_kernel(
     if ACTIVATION == "silu":
         b_act = b_gate / (1.0 + tl.exp(-b_gate))
     elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which does not cancel where u is very negative
+        # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), which does not cancel for a very negative u
         b_u = 0.7978845608028654 * (b_gate + 0.044715 * b_gate * b_gate * b_gate)
         b_act = b_gate / (1.0 + tl.exp(-2.0 * b_u))
     else:

@@ -1,9 +1,9 @@
-"""What every launcher shares: argument checks, and block sizes, one default configuration per
-architecture.
+"""The parts that every launcher shares: argument checks, and block sizes, one default
+configuration per architecture.
 
 A configuration is picked by kernel, variant (element size, head size, row size) and architecture.
 To tune, pass `config=Config(...)` to a launcher: the defaults are never searched for at run time,
-so that a result does not depend on what a timing gave.
+so that a result does not depend on a timing.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class Config:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations serve a device. Raises ValueError where there is
-    none."""
+    """The architecture whose configurations serve a device. Raises ValueError if none do."""
     if INTERPRETED:
         return "interpreter"
     if device.type != "cuda":
@@ -75,8 +74,8 @@ def architecture(device: torch.device) -> str:
 
 
 def has_tma(x: torch.Tensor) -> bool:
-    """Whether tiles of x come by the tensor memory accelerator: those of 16-bit elements, where
-    there is one."""
+    """Whether tiles of x come by the tensor memory accelerator: those of 16-bit elements, if the
+    device has one."""
     return x.element_size() == 2 and (INTERPRETED or architecture(x.device) in TMA)
 
 
@@ -86,8 +85,8 @@ def on_device(x: torch.Tensor) -> AbstractContextManager:
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:
-    """message: made only where it is needed, since a launch checks a dozen conditions and the host
-    may be the limit."""
+    """message: made only if needed, since a launch checks a dozen conditions and the host may be
+    the limit."""
     if not condition:
         raise ValueError(message())
 
@@ -139,15 +138,15 @@ MAX_ROW = 16384
 
 @cache
 def norm_config(size: int) -> Config:
-    """Of add_rms_norm, by row size: the same on every architecture."""
+    """The configuration of add_rms_norm, by row size: the same on every architecture."""
     block = max(16, next_power_of_2(size))
     return Config.of(min(max(block // 512, 1), 16), 1, BLOCK_D=block)
 
 
 @cache
 def rotary_config(head_dim: int) -> Config:
-    """Of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same on every
-    architecture."""
+    """The configuration of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same
+    on every architecture."""
     return Config.of(
         4, 1, BLOCK_R=32 if INTERPRETED else 2048 // max(16, next_power_of_2(head_dim))
     )
@@ -155,7 +154,7 @@ def rotary_config(head_dim: int) -> Config:
 
 @cache
 def gated_mlp_config() -> Config:
-    """Of gated_mlp. The same on every architecture."""
+    """The configuration of gated_mlp. The same on every architecture."""
     return Config.of(4, 1, BLOCK_F=32 if INTERPRETED else 1024)
 
 

@@ -2,11 +2,11 @@
 model.
 
 No mask needs a [P, V] tensor; the dense model's logits, with which each divergence compares, are
-made once. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on nothing but
-the configuration. One program runs the head for BLOCK_P positions and one split, and leaves a
+made once. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on the
+configuration alone. One program runs the head for BLOCK_P positions and one split, and leaves a
 partial result; a second, small kernel combines the splits in order. So a few positions fill a GPU
-too, and a position's bits depend on its own numbers only: nor is the code compiled anew for a
-number of positions that is 1, or a multiple of 16.
+too, and a position's bits depend on its own numbers only: nor is the code compiled again for one
+position, or a multiple of 16.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _power(x, OF_TWO: tl.constexpr):
     return tl.exp2(x) if OF_TWO else tl.exp(x)
 
 
-# Maxima and exponents of linear_nll are in units of log(2) where operands have 16 bits: a power of
-# 2 of scaled logit minus scaled maximum is one fused operation a logit. Its rounding would show in
+# Maxima and exponents of linear_nll are in units of log(2) if operands have 16 bits: a power of 2
+# of scaled logit minus scaled maximum is one fused operation a logit. Its rounding would show in
 # float32.
 
 
@@ -170,8 +170,8 @@ def finish_nll_kernel(
     b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
     m_in = (b_target >= 0) & (b_target < vocab)
     # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a
-    # thousandth of the head. It sums a logit as linear_nll_kernel does, so that what is taken off
-    # is what was added up.
+    # thousandth of the head. It sums a logit as linear_nll_kernel does, so that it subtracts the
+    # very number that was added.
     p_w = (
         p_weight
         + tl.where(m_in, b_target, 0).to(tl.int64)[:, None] * D
@@ -187,7 +187,7 @@ def finish_nll_kernel(
     m_own = tl.arange(0, BLOCK_P)[:, None] == tl.arange(0, BLOCK_P)[None, :]
     b_logit = soft_cap(tl.sum(tl.where(m_own, b_products, 0.0), axis=0), SOFT_CAP)
 
-    o_row = tl.minimum(o_p, num_rows - 1)  # what stands beyond them is computed and not kept
+    o_row = tl.minimum(o_p, num_rows - 1)  # rows beyond them are computed and not kept
     b_max = tl.full([BLOCK_P], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_P], tl.float32)
     for i_split in range(0, num_splits, BLOCK_S):
@@ -255,7 +255,7 @@ def _kept(
     BLOCK_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Where a tile of kept logits is, and which of its rows there are."""
+    """The pointers to a tile of kept logits, and a mask of the rows that exist."""
     o_p = tl.arange(0, BLOCK_P)
     o_tile = o_p[:, None] * STRIDE + tl.arange(0, BLOCK_V)[None, :]
     return p_logits + i_row.to(tl.int64) * STRIDE + i_v + o_tile, (o_p < num_rows - i_row)[:, None]
@@ -332,17 +332,20 @@ def linear_kl_kernel(
 
 
 # With logits a of the dense model and b of the masked one, each taken relative to its own maximum,
-# and d = a - b: sum    = sum_v exp(a) excess = sum_v exp(b) - exp(a) cross  = sum_v exp(a) (d +
-# exp(-d) - 1) KL     = cross / sum - (x - log(1 + x)),  x = excess / sum Every term of cross and
-# the bracket are of second order where the models agree, as the divergence itself is. The textbook
-# form, sum_v p (a - b) - logsumexp(a) + logsumexp(b), is a difference of numbers as great as the
-# logits.
+# and d = a - b:
+#     sum    = sum_v exp(a)
+#     excess = sum_v exp(b) - exp(a)
+#     cross  = sum_v exp(a) (d + exp(-d) - 1)
+#     KL     = cross / sum - (x - log(1 + x)),  x = excess / sum
+# If the models agree, every term of cross and the bracket are of second order, as the divergence
+# itself is. The textbook form, sum_v p (a - b) - logsumexp(a) + logsumexp(b), is a difference of
+# numbers as great as the logits.
 
 
 @triton.jit
 def _differences(b_p, b_q, b_d):
     """exp(b) - exp(a) and exp(a) (d + exp(-d) - 1), given exp(a), exp(b) and d = a - b; by series
-    where d is small."""
+    if d is small."""
     b_series = 1.0 / 5040.0 - b_d * (1.0 / 40320.0)
     b_series = 1.0 / 720.0 - b_d * b_series
     b_series = 1.0 / 120.0 - b_d * b_series
@@ -372,7 +375,7 @@ def combine_kl_kernel(
     p_partial, p_kl, num_rows, num_splits, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_row = tl.minimum(o_p, num_rows - 1)  # what stands beyond them is computed and not kept
+    o_row = tl.minimum(o_p, num_rows - 1)  # rows beyond them are computed and not kept
     b_max_a = tl.full([BLOCK_P], LEAST, tl.float32)
     b_max_b = tl.full([BLOCK_P], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_P], tl.float32)
@@ -427,9 +430,9 @@ def linear_nll(
     float32 like target.
 
     hidden [P, D]: normed states of the positions that count; weight [V, D]: the head. target
-    int[P], or [P, K] where a position predicts up to K tokens (the first ones of a tree's
-    branches): -1 stands for none and gives 0, a token outside the vocabulary gives NaN. soft_cap:
-    logits become cap * tanh(logits / cap) (Gemma 2).
+    int[P], or [P, K] if a position predicts up to K tokens (the first ones of a tree's branches):
+    -1 stands for none and gives 0, a token outside the vocabulary gives NaN. soft_cap: logits
+    become cap * tanh(logits / cap) (Gemma 2).
     """
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     shape = tuple(target.shape)
@@ -589,8 +592,8 @@ def _check_head(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | No
 
 
 def _sources(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, list]:
-    """Whether tiles come by TMA, and what they come from: its descriptors, else the tensors. Bits
-    are the same."""
+    """Whether tiles come by TMA, and their sources: its descriptors, else the tensors. Bits are the
+    same."""
     tensors = {"BLOCK_P": hidden, "BLOCK_V": weight}
     aligned = hidden.shape[1] * hidden.element_size() % 16 == 0 and all(
         x.data_ptr() % 16 == 0 for x in tensors.values()

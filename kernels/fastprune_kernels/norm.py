@@ -38,7 +38,7 @@ def add_rms_norm_kernel(
     b_x = b_state.to(tl.float32)
     if p_branch is not None:
         b_x += tl.load(p_branch + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        # the norm reads what the next layer will read: the rounded sum
+        # the norm reads the same value as the next layer: the rounded sum
         b_x = cast(b_x, b_state.dtype).to(tl.float32)
     if p_residual is not None:
         tl.store(p_residual + i_row * D + o_d, cast(b_x, b_state.dtype), mask=m_d)
@@ -63,9 +63,10 @@ def add_rms_norm(
 ) -> torch.Tensor:
     """x = states + branch; residual = x; returns normed = x / rms(x) * weight.
 
-    states [M, D]; branch [M, D], what a unit adds; None adds nothing. The sum is rounded to the
-    dtype of the states before the norm. residual [M, D], where the sums go, may be `states` itself;
-    None keeps none. normed [M, D]: made when None. unit_offset: the scale is 1 + weight (Gemma).
+    states [M, D]; branch [M, D], the term that a unit adds; None adds nothing. The sum is rounded
+    to the dtype of the states before the norm. residual [M, D], which receives the sums, may be
+    `states` itself; None keeps none. normed [M, D]: made when None. unit_offset: the scale is 1 +
+    weight (Gemma).
     """
     check(states.dim() == 2, lambda: f"states must have shape [M, D], not {list(states.shape)}")
     (count, size), device = states.shape, states.device

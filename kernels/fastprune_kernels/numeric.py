@@ -9,7 +9,7 @@ from .launch import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Stands for minus infinity where a difference of two of them must not be NaN.
+# Stands for minus infinity if a difference of two of them must not be NaN.
 LEAST = tl.constexpr(-1e30)
 
 
@@ -37,7 +37,7 @@ def tanh(x):
 
 @triton.jit
 def soft_cap(x, CAP: tl.constexpr):
-    """CAP * tanh(x / CAP); x itself where CAP is None."""
+    """CAP * tanh(x / CAP); x itself if CAP is None."""
     if CAP is not None:
         x = CAP * tanh(x * (1.0 / CAP))
     return x

@@ -117,8 +117,9 @@ def tree_mask(
     """bool[T, T], True where query t sees key s: s is in t's row, not after it, in the trunk
     (branch 0) or t's branch.
 
-    row_starts int[R + 1]: where each row of packed tokens begins; branch, position int[T]: branch
-    in the row, position in its own sequence. window: only keys less than that many positions away.
+    row_starts int[R + 1]: the first index of each row of packed tokens; branch, position int[T]:
+    branch in the row, position in its own sequence. window: only keys less than that many positions
+    away.
     """
     steps = torch.arange(len(branch), device=branch.device)
     row = torch.searchsorted(row_starts.to(steps)[1:], steps, right=True)
@@ -140,8 +141,7 @@ def tree_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the keys that are seen, bool[T, T]. Returns [T, num_heads *
-    Dh].
+    """softmax(scale * q k^T) v over the visible keys, bool[T, T]. Returns [T, num_heads * Dh].
 
     qkv [T, (num_heads + 2 num_kv_heads) * Dh]; num_heads / num_kv_heads query heads share a key
     head. scale: 1 / sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores / cap) before the
@@ -161,7 +161,7 @@ def tree_attention(
 def head_logits(
     hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """hidden [P, D] @ weight [V, D]^T, then cap * tanh(logits / cap) where there is a cap."""
+    """hidden [P, D] @ weight [V, D]^T, then cap * tanh(logits / cap) if a cap is set."""
     logits = hidden @ weight.T
     return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
@@ -169,8 +169,8 @@ def head_logits(
 def linear_nll(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """Negative log-likelihood of target int[P] or [P, K] under the head's logits; 0 where the
-    target is -1."""
+    """Negative log-likelihood of target int[P] or [P, K] under the head's logits; 0 if the target
+    is -1."""
     logits = head_logits(hidden, weight, soft_cap)
     row = (
         torch.arange(len(target), device=target.device)

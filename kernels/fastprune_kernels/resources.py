@@ -1,7 +1,7 @@
-"""Every kernel in every shipped configuration, compiled ahead of time: what it takes of registers
-and shared memory.
+"""Every kernel in every shipped configuration, compiled ahead of time: its registers and shared
+memory.
 
-Needs no GPU: Triton compiles for a named target. Not under the interpreter, where kernels are
+Needs no GPU: Triton compiles for a named target. Not under the interpreter, whose kernels are
 Python functions.
 """
 
@@ -57,9 +57,9 @@ class Case:
 class Resources:
     """registers: vector registers of a thread (for gfx942 with the accumulation registers). spills:
     bytes of a thread's registers kept in memory. matrix_unit: the instruction by which products are
-    made, "" where there are none.
+    made, "" without any.
 
-    Of NVIDIA's targets also: shapes of Hopper's products. instructions of the whole kernel, a
+    NVIDIA's targets also have: shapes of Hopper's products. instructions of the whole kernel, a
     warp's. stalls: innermost loops in which nothing is on its way while products are made.
     serialised: whether the assembler says that it runs products one by one.
     """
@@ -170,7 +170,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             said = f"{variant} pointers".strip() if tma and not described else variant
 
             def tiles(config, described=described, **block):
-                """Types of what tiles come from, by the block size of their rows."""
+                """Types of the sources of tiles, by the block size of their rows."""
                 name = "tensordesc<{}[{}, {}]>"
                 if not described:
                     return dict.fromkeys(block, element)
@@ -254,7 +254,8 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
 
 
 def compile_case(case: Case) -> CompiledKernel:
-    """As the JIT compiles it: what torch allocates is aligned, and integers are not specialised."""
+    """As the JIT compiles it: tensors are aligned, as torch allocates them, and integers are not
+    specialised."""
     names = case.function.arg_names
     constants = {name: None for name in names if case.types.get(name) is None} | case.constants
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
@@ -269,7 +270,7 @@ def compile_case(case: Case) -> CompiledKernel:
 
 
 def measure(case: Case) -> Resources:
-    """Compiles it, and reads what the assembler says and what it made."""
+    """Compiles it, and reads the assembler's report and its output."""
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True

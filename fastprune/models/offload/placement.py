@@ -1,4 +1,4 @@
-"""Opening a model without the weights of its blocks: where each of them goes, once it is read.
+"""Opening a model without the weights of its blocks: the place of each, once it is read.
 
 transformers' own code opens the model, and its own rules say which stored tensors a parameter is
 made of.
@@ -29,8 +29,8 @@ def blocks_left_out(
     folder: Path, stored: dict[str, Stored], find_layers: Callable[[nn.Module], Sequence[str]]
 ) -> Iterator[list[Weights]]:
     """Inside, transformers' from_pretrained leaves the parameters of the blocks on the meta device;
-    what it makes is as it always is otherwise. The list then holds the `Weights` of the model that
-    was opened.
+    the rest of the model is as usual. The list then holds the `Weights` of the model that was
+    opened.
 
     stored: the checkpoint's tensors. find_layers: the attribute path to a model's list of layers.
     """
@@ -76,8 +76,7 @@ def blocks_left_out(
 
 
 class _Later:
-    """A stored tensor that is read when transformers asks for it, as it does of a safetensors
-    slice."""
+    """A stored tensor, read when transformers asks for it, as it does of a safetensors slice."""
 
     def __init__(self, files: Files, stored: Stored):
         self._files, self._stored = files, stored
@@ -155,7 +154,7 @@ def _lay_out(
 
 
 def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dtype:
-    """What transformers loads a parameter as: as it was made, but where a family keeps some in
+    """The dtype in which transformers loads a parameter: its own, unless the family keeps it in
     float32."""
     from transformers.core_model_loading import build_glob_alternation
 
@@ -169,8 +168,8 @@ def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dty
 
 
 def _pieces(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[Piece]:
-    """Where the tensors that a parameter is made of go. Raises ValueError for what is not just put
-    side by side."""
+    """The targets of the tensors that make up a parameter. Raises ValueError unless they are only
+    put side by side."""
     if len(sources) == 1 and sources[0][0] is None:
         (_, key, stored), offsets = sources[0], [0]
         if stored.shape != tuple(place.shape):
@@ -191,7 +190,7 @@ def _side_by_side(
 ) -> list[int]:
     """The first number of each source within a parameter that transformers merges from several.
 
-    Its own rule is run on one number in the place of each source, which shows where each goes.
+    Its own rule is run on one number in the place of each source, which shows the place of each.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 

@@ -2,10 +2,9 @@
 before computes.
 
 `placement` opens a model without the parameters of its blocks, which stay on the meta device, and
-says where each of them is read from and to; `Weights.visit` gives them storage for as long as their
-band is at hand.
-Files are read by plain reads into buffers that are used again, not mapped: pages of a mapped file
-count as resident.
+says from and to which place each of them is read; `Weights.visit` gives them storage for as long as
+their band is at hand. Files are read by plain reads into buffers that are used again, not mapped:
+pages of a mapped file count as resident.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from ...io import parse_json, read_bytes, write_json
 from ...plan.bands import Room, make_room
 from ..files import DTYPES, Files, Stored
 
-STAGING = (
-    8 << 20
-)  # bytes read at once where they cannot go to their place directly: another dtype, or a GPU
+STAGING = 8 << 20  # bytes read at once if they cannot be read into place: another dtype, or a GPU
 HASHES = ".fastprune-hashes.json"
 HASHES_BYTES = 1 << 16  # at most: eight hashes take about 1,100
 
@@ -54,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Block:
-    """A block's parameters, and what is read for them, in the order of the files. size: bytes of
+    """A block's parameters, and the pieces read for them, in the order of the files. size: bytes of
     its buffer."""
 
     places: tuple[Place, ...]
@@ -120,8 +117,8 @@ class Weights:
         self.waited = 0.0
 
     def start(self, limit: int, resident: int, device: torch.device, name: str) -> None:
-        """Take a limit in bytes, of which `resident` are for what stays loaded. Raises InputError
-        for one too small."""
+        """Take a limit in bytes, of which `resident` are for weights that stay loaded. Raises
+        InputError for one too small."""
         self._device = device
         direct = device.type == "cpu" and all(
             piece.dtype == DTYPES[piece.stored.dtype]
@@ -137,20 +134,21 @@ class Weights:
 
     @property
     def identity(self) -> list[list]:
-        """Of the files, equal as long as none changes. Raises InputError where one has."""
+        """The identity of the files, equal as long as none changes. Raises InputError if one
+        did."""
         self._files.check()
         return self._files.identity
 
     def block_of(self, name: str) -> int | None:
-        """The block that a parameter of the model belongs to; None for what stays loaded."""
+        """The block that a parameter of the model belongs to; None for one that stays loaded."""
         return self._block_of.get(name)
 
     def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
         """Bands, one after the other, each with its blocks' weights in place while it is the
         current one.
 
-        The next one is read meanwhile, as far as there is room. A block that is still there is not
-        read again. Raises InputError where a file has changed.
+        The next one is read meanwhile, as far as it fits. A block still in memory is not read
+        again. Raises InputError if a file has changed.
         """
         bands = list(bands)
         for band, following in zip(bands, [*bands[1:], ()]):
@@ -167,7 +165,7 @@ class Weights:
             yield band
 
     def release(self) -> None:
-        """Give back all that is loaded; what is needed again is read again."""
+        """Free all loaded blocks; a block needed again is read again."""
         self._settle()
         for block in list(self._loaded):
             self._release(block)
@@ -175,12 +173,12 @@ class Weights:
         self._made = 0
 
     def remembered(self, key: Callable[[], str], work: Callable[[], str]) -> str:
-        """The hash that is kept beside the files under a key; without one, the hash that `work`
-        gives, which is kept from then on."""
+        """The hash kept beside the files under a key; without one, the hash that `work` gives,
+        which is kept from then on."""
         name = key()
         path = self.folder / HASHES
         known: dict = {}
-        # anybody may have put a file there: one that is not ours is as good as none
+        # anybody may have put a file there: a foreign one counts as none
         with suppress(OSError, InputError):
             said = parse_json(read_bytes(path, HASHES_BYTES), str(path))
             known = said if isinstance(said, dict) else {}
@@ -205,7 +203,7 @@ class Weights:
                 if buffer is None:
                     break
                 places.append((block, buffer))
-        except BaseException:  # memory ran out: what was collected is of use the next time
+        except BaseException:  # memory ran out: the buffers collected serve the next time
             self._free += [buffer for _, buffer in places]
             raise
         if places:
@@ -217,8 +215,8 @@ class Weights:
             self._reading = _Reading(lambda: self._fill(places, ready), places)
 
     def _buffer(self, block: int, keep: Sequence[int]) -> torch.Tensor | None:
-        """Room for a block; where all is taken, that of the one not in `keep` that is needed last,
-        when blocks ascend and begin again: the one just before."""
+        """A buffer for a block; if all are taken, that of the block not in `keep` needed last, when
+        blocks ascend and begin again: the one just before."""
         if self._free:
             return self._free.pop()
         if self._made < self.room.places:
@@ -231,7 +229,7 @@ class Weights:
         return self._release(max(others, key=lambda other: (other - block) % len(self._blocks)))
 
     def _settle(self) -> None:
-        """Wait for what is being read, and put it in place."""
+        """Wait for the current read, and put its blocks in place."""
         if self._reading is None:
             return
         reading = self._reading
@@ -265,8 +263,8 @@ class Weights:
     def _fill(
         self, places: Sequence[tuple[int, torch.Tensor]], ready: torch.cuda.Event | None
     ) -> None:
-        """Read blocks into their buffers; on a GPU, on a stream of its own, once what runs now is
-        done with these."""
+        """Read blocks into their buffers; on a GPU, on a stream of its own, once the current work
+        is done with these."""
         if ready is not None:
             self._stream.wait_event(ready)
         for number, buffer in places:
@@ -321,8 +319,8 @@ class Weights:
 
 
 class _Reading(threading.Thread):
-    """A thread of its own for what is read meanwhile. A daemon: nobody waits for it at the end of a
-    process."""
+    """A thread of its own for reads in the background. A daemon: nobody waits for it at the end of
+    a process."""
 
     def __init__(self, work: Callable[[], None], places: Sequence[tuple[int, torch.Tensor]]):
         super().__init__(name="fastprune-reading", daemon=True)
