@@ -1,4 +1,4 @@
-"""What the kernels and the fused path reach on a GPU: `python bench/gpu.py`, from a source tree, in
+"""The speed of kernels and fused path on a GPU: `python bench/gpu.py`, from a source tree, in
 9 minutes.
 
 First the promise: scores are the same to the bit in whatever company. Then the card's own ceilings,

@@ -1,4 +1,4 @@
-"""What linear_nll is measured against: the other ways to get losses from states and a head. Each
+"""The baselines of linear_nll: other ways to get losses from states and a head. Each
 returns float[P]."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the parts of the GPU benchmark share: the clock, the results, timings, and the card's own
+"""Shared by the parts of the GPU benchmark: the clock, the results, timings, and the card's own
 ceilings."""
 
 from __future__ import annotations

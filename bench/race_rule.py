@@ -32,7 +32,7 @@ Make = Callable[[np.random.Generator], np.ndarray]
 
 
 def common(rng: np.random.Generator, num_samples: int) -> np.ndarray:
-    """What all candidates share: the difficulty of each sample."""
+    """The difficulty of each sample, which all candidates share."""
     return rng.gamma(4.0, 0.8, num_samples)
 
 

@@ -75,7 +75,7 @@ class RemoteRuns:
         self._problem: Problem | None = None
         self._number = -1
         self._model_sent: tuple[tuple, object] | None = None  # for workers; held as long as sent
-        self._cost, self._peak = Cost(), 0
+        self._cost = Cost()
         self._held: dict[int, Held] = {}  # by worker
         model.weights.release()  # no unit runs here
 
