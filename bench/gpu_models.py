@@ -16,9 +16,9 @@ import torch
 from gpu_measure import Bench, relative_error
 
 import fastprune as fp
-from fastprune.evaluator import Stats
 from fastprune.models import FusedRunner, open_runner
 from fastprune.models.surgery import without
+from fastprune.plan.cost import Cost
 from fastprune.plan.trie import Units, kept_units, make_trie
 
 SHAPES = {
@@ -376,14 +376,14 @@ class _Rounds:
             like.objective,
             like.granularity,
         )
-        self.stats = Stats()
+        self.stats = Cost()
         self._prefixes: set[Units] = set()
         self._weight = np.random.default_rng(0).random(like.num_units)
 
     def score(self, masks) -> np.ndarray:
         for sequence in kept_units(masks):
             self._prefixes.update(sequence[:i] for i in range(1, len(sequence) + 1))
-        self.stats.unit_runs = len(self._prefixes)
+        self.stats = Cost(unit_runs=len(self._prefixes))
         return ~masks @ self._weight
 
 
@@ -408,7 +408,7 @@ def beam(bench: Bench, name: str) -> dict:
     ev.score(np.ones((1, ev.num_units), dtype=bool))  # kernels for these shapes are compiled
     runs |= {"done": 0, "of_this_call": 0}
     chunks = chunk_shapes(ev)
-    expected = fp.run_search(_Rounds(ev), "beam", **options).unit_runs
+    expected = fp.run_search(_Rounds(ev), "beam", **options).cost.unit_runs
     found = {
         "items": f"{items} x {choices} choices, questions of {trunk} tokens, choices of {length}",
         **options,
@@ -420,10 +420,10 @@ def beam(bench: Bench, name: str) -> dict:
     try:
         result = fp.run_search(ev, "beam", **options)
         found |= {
-            "seconds": result.seconds,
+            "seconds": result.cost.seconds,
             "masks": result.evaluations,
-            "unit_runs": result.unit_runs,
-            "naive_unit_runs": result.naive_unit_runs,
+            "unit_runs": result.cost.unit_runs,
+            "naive_unit_runs": result.cost.naive_unit_runs,
             "cache_hits": ev.stats.cache_hits,
             "cache_bytes": ev.stats.cache_bytes,
         }
@@ -433,8 +433,8 @@ def beam(bench: Bench, name: str) -> dict:
         racer = evaluator(bench, name, fp.TaskMargin(tasks), progress, cache_bytes=None)
         raced = fp.run_search(racer, "beam", racing=0.99, **options)
         found["raced"] = {
-            "seconds": raced.seconds,
-            "unit_runs": raced.unit_runs,
+            "seconds": raced.cost.seconds,
+            "unit_runs": raced.cost.unit_runs,
             "decided_early": raced.decided_early,
             "same_removed": raced.removed == result.removed,
         }

@@ -14,7 +14,7 @@ _HOMES = {
     "data": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
     "errors": ["InputError"],
     "cli.output": ["progress_bar"],
-    "evaluator": ["Evaluator", "Stats"],
+    "evaluator": ["Evaluator"],
     "exports": ["export"],
     "masks": ["from_removed", "load_masks", "to_removed"],
     "models": ["Model", "load_model", "masked"],
@@ -28,6 +28,7 @@ _HOMES = {
         "TaskMargin",
     ],
     "solver": ["SubsetSolution", "solve_subset"],
+    "plan.cost": ["Cost", "Stats"],
     "plan.progress": ["ProgressEvent"],
     "plan.racing": ["Race"],
     "search": ["SearchResult", "run_search"],
@@ -44,7 +45,6 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .data import load_text as load_text
     from .errors import InputError as InputError
     from .evaluator import Evaluator as Evaluator
-    from .evaluator import Stats as Stats
     from .exports import export as export
     from .masks import from_removed as from_removed
     from .masks import load_masks as load_masks
@@ -59,6 +59,8 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .objectives import TaskAccuracy as TaskAccuracy
     from .objectives import TaskLikelihood as TaskLikelihood
     from .objectives import TaskMargin as TaskMargin
+    from .plan.cost import Cost as Cost
+    from .plan.cost import Stats as Stats
     from .plan.progress import ProgressEvent as ProgressEvent
     from .plan.racing import Race as Race
     from .search import SearchResult as SearchResult

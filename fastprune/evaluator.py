@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import os
-import time
-import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from .engine import probes
-from .engine.ledger import Ledger
-from .engine.local import LocalRuns, open_for
-from .engine.memory import MAX_SEQUENCES, MemoryLimit, OutOfMemory
-from .engine.problem import Problem, numerics_of
-from .engine.runs import Cost, whole
+from .engine.calls import Calls, MakeRuns
+from .engine.local import LocalRuns
+from .engine.looks import race_sequences
+from .engine.memory import MemoryLimit
+from .engine.parts import Part, check_samples, choose, tokens_of_samples
+from .engine.runs import Runs
 from .engine.store import SumStore
-from .engine.sums import SumMemory, Sums
 from .errors import InputError
 from .masks import as_masks, check_sequences
-from .models import GenericRunner, Granularity, Model, Runner, surgery
-from .models.fused import why_not_fused
+from .models import Granularity, Model, Runner, surgery
 from .models.unwrap import unwrap
 from .objectives import Objective
+from .plan.cost import Stats
 from .plan.layout import Layout
-from .plan.progress import ProgressCallback, ProgressEvent, event_reporter, reporting
-from .plan.racing import Race, check_race, race
-from .plan.trie import Trie, Units, kept_units, make_trie
+from .plan.progress import ProgressCallback
+from .plan.racing import Race, check_race
+from .plan.trie import Units, kept_units
 from .validate import (
     check_bytes,
     check_callable,
     check_folder,
-    check_integer,
     check_kind,
     check_one_of,
 )
@@ -50,62 +45,6 @@ if TYPE_CHECKING:
 Sequences = Iterable[Iterable[int]]  # of unit indices
 Backend = Literal["auto", "generic", "fused"]
 BACKENDS = get_args(Backend)
-
-
-@dataclass
-class Stats:
-    """The cost of an evaluator's calls so far.
-
-    Runs are counted over the whole calibration set: one on half of its tokens counts one half.
-
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
-    >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
-    >>> _ = ev.score(fp.from_removed([(3,), (3, 7)], ev.num_units))
-    >>> ev.stats.unit_runs, ev.stats.naive_unit_runs  # shared: 0, 1, 2, 4, 5, 6
-    (15, 21)
-    """
-
-    masks: int = 0  # scores that were asked for
-    unit_runs: float = (
-        0  # unit runs that were made, the dense model's to compare with too, counted as they happen
-    )
-    asked_unit_runs: float = (
-        0  # distinct prefixes of each call: its unit runs, had nothing been known before
-    )
-    naive_unit_runs: float = 0  # unit runs of one forward pass per mask that was asked for
-    head_runs: float = 0  # masks whose loss was computed
-    store_hits: int = 0  # scores that were asked for and came from the store
-    peak_activation_bytes: int = 0  # the most held at once, besides the prefix cache
-    cache_bytes: int = 0  # held by the prefix cache now
-    cache_hits: dict[str, int] = field(
-        default_factory=dict
-    )  # states of chunks that it served, by tier
-    weight_loads: int = 0  # blocks read from files, with streamed weights
-    weight_bytes: int = 0  # read for them
-    seconds: float = 0.0  # spent scoring
-
-
-@dataclass
-class _Opened:
-    """All that belongs to one version of the model.
-
-    problem: replaced by another when memory runs out or a switch of torch changes.
-    """
-
-    version: int
-    runner: Runner
-    limit: MemoryLimit
-    problem: Problem
-    runs: LocalRuns | RemoteRuns
-
-
-class _Part(NamedTuple):
-    """A part of the calibration set. wanted: bool[C], continuations whose chunks run. cut: a row
-    that runs besides, alone, and how many of its tokens are read."""
-
-    wanted: np.ndarray
-    cut: tuple[int, int] | None = None
 
 
 class Evaluator:
@@ -182,51 +121,29 @@ class Evaluator:
         self.objective = objective
         self.granularity = granularity
         self.progress = progress
-        self.stats = Stats()
-        self._token_cost = Cost()  # of all calls; runs count single tokens
         self._dense: tuple[int, float] | None = None  # version of the model, and its loss
-        self._store = store if isinstance(store, SumStore) or store is None else SumStore(store)
-        self._workers: Workers | None = None
-        if workers is not None:
-            self._workers = workers if isinstance(workers, Workers) else Processes(workers)
-        self._options = backend, memory_bytes
-        self._caches = cache_bytes, None if cache_dir is None else _make_folder(Path(cache_dir))
+        if store is not None and not isinstance(store, SumStore):
+            store = SumStore(store)
+        if workers is not None and not isinstance(workers, Workers):
+            workers = Processes(workers)
+        folder = None if cache_dir is None else _make_folder(Path(cache_dir))
         with self.model.lock:
-            self._opened = self._open(layout)
-            self._idle: _Opened | None = None  # of the version before
-            self._memory = SumMemory(self._opened.limit.race_bytes)
-            if isinstance(self._opened.runs, RemoteRuns):  # a worker that cannot help says so now
-                with self.model.evaluation():
-                    self._opened.runs.open(self._problem)
-
-    def _open(self, layout: Layout | None) -> _Opened:
-        """The model as it is now: the runner of its units, and its problem."""
-        backend, memory_bytes = self._options
-        batch, measure = self.objective.batch, self.objective.measure
-        keyed = self._store is not None or self._workers is not None
-        with self.model.held() as version:
-            runner, limit, layout = open_for(
+            self._calls = Calls(
                 self.model,
+                objective.batch,
+                objective.measure,
+                granularity,
                 backend,
-                batch,
-                measure,
-                self.granularity,
                 memory_bytes,
                 layout,
+                _runs_maker(self.model, backend, memory_bytes, cache_bytes, folder, workers),
+                store,
+                needs_digest=workers is not None,
             )
-            digest = self.model.digest if keyed else None
-            numerics = numerics_of(self.model, runner)
-            runs: LocalRuns | RemoteRuns
-            if self._workers is None:
-                runs = LocalRuns(self.model, runner, limit, *self._caches)
-            else:
-                runs = RemoteRuns(self._workers, self.model, backend, memory_bytes, *self._caches)
-        problem = Problem(batch, measure, self.granularity, layout, numerics, digest)
-        return _Opened(version, runner, limit, problem, runs)
-
-    @property
-    def _problem(self) -> Problem:
-        return self._opened.problem
+            runs = self._calls.opened.runs
+            if isinstance(runs, RemoteRuns):  # a worker that cannot help says so now
+                with self.model.evaluation():
+                    runs.open(self._calls.problem)
 
     def __repr__(self) -> str:
         units = f"{self.num_units} {'blocks' if self.granularity == 'block' else 'sublayers'}"
@@ -236,11 +153,11 @@ class Evaluator:
     @property
     def backend(self) -> str:
         """The path that runs the units: "generic", or "fused" with its operators."""
-        return self._opened.runner.path_name
+        return self._calls.opened.runner.path_name
 
     @property
     def num_units(self) -> int:
-        return self._opened.limit.num_units
+        return self._calls.opened.limit.num_units
 
     @property
     def layout(self) -> Layout:
@@ -249,7 +166,7 @@ class Evaluator:
 
         Another one after memory ran out.
         """
-        return self._problem.layout
+        return self._calls.problem.layout
 
     @property
     def num_samples(self) -> int:
@@ -258,12 +175,12 @@ class Evaluator:
     @cached_property
     def sample_tokens(self) -> np.ndarray:
         """Tokens of each sample's row, int64[S], all read to score a mask on that sample."""
-        batch = self.objective.batch
-        pairs = np.unique(
-            np.stack([self.objective.sample, batch.continuation_row]), axis=1
-        )  # (sample, row), once each
-        tokens = np.bincount(pairs[0], batch.row_lengths[pairs[1]], minlength=self.num_samples)
-        return tokens.astype(np.int64)
+        return tokens_of_samples(self.objective)
+
+    @property
+    def stats(self) -> Stats:
+        """The cost of all calls so far."""
+        return self._calls.stats
 
     @property
     def cuts_samples(self) -> bool:
@@ -282,7 +199,7 @@ class Evaluator:
             version = self.model.version
             if self._dense is None or self._dense[0] != version:
                 loss = float(self.score(np.ones((1, self.num_units), dtype=bool))[0])
-                self._dense = self._opened.version, loss
+                self._dense = self._calls.opened.version, loss
             return self._dense[1]
 
     def score(
@@ -328,19 +245,14 @@ class Evaluator:
         if samples is None and tokens is None:
             with self.model.lock:
                 return self._losses(checked)
-        chosen = self._check_samples(samples, distinct=True)
+        chosen = check_samples(samples, self.num_samples, distinct=True)
         with self.model.lock:
-            whole, cut = (chosen, None) if tokens is None else self._cut_last(chosen, tokens)
-            if len(whole) == self.num_samples:
+            choice = choose(self.objective, self._calls.problem.chunks, chosen, tokens)
+            if len(choice.samples) == self.num_samples and choice.cut_targets is None:
                 return self._losses(checked)
-            part = _Part(np.isin(self.objective.sample, whole), cut)
-            trie = self._ask(checked, part)
-            sums = self._run(trie, part)[:, 0]
-            ordered = np.sort(whole)  # the order of the samples decides no bit
-            if cut is None:
-                return self.objective.partial_loss(sums, ordered)[trie.index]
-            ordered = np.append(ordered, cut[0])
-            return self.objective.partial_loss(sums, ordered, self._num_targets(cut))[trie.index]
+            sums, index = self._sums(checked, choice.part)
+            losses = self.objective.partial_loss(sums[:, 0], choice.samples, choice.cut_targets)
+            return losses[index]
 
     def sums(
         self, masks: ArrayLike | None = None, *, sequences: Sequences | None = None
@@ -351,8 +263,8 @@ class Evaluator:
         does."""
         checked = self._check(masks, sequences)
         with self.model.lock:
-            trie = self._ask(checked)
-            return self._run(trie)[trie.index]
+            sums, index = self._sums(checked)
+            return sums[index]
 
     def score_samples(
         self,
@@ -367,13 +279,12 @@ class Evaluator:
         Only their chunks run, as in `score`, and every number has the same bits as with all. Takes
         sequences instead of masks, and raises InputError, as `score` does; samples may repeat.
         """
-        chosen = self._check_samples(samples)
-        part = _Part(np.isin(self.objective.sample, chosen))
+        chosen = check_samples(samples, self.num_samples, distinct=False)
+        part = Part(np.isin(self.objective.sample, chosen))
         checked = self._check(masks, sequences)
         with self.model.lock:
-            trie = self._ask(checked, part)
-            sums = self._run(trie, part)[:, 0]
-            return self.objective.sample_losses(sums)[:, chosen][trie.index]
+            sums, index = self._sums(checked, part)
+            return self.objective.sample_losses(sums[:, 0])[:, chosen][index]
 
     @property
     def num_looks(self) -> int:
@@ -428,22 +339,19 @@ class Evaluator:
         distinct = list(dict.fromkeys(asked))
         check_race(keep, len(distinct), confidence, tolerance)
         with self.model.lock:
-            runs, whole = self.stats.unit_runs, self._ask(asked)
-            problem = None
-            while (
-                problem is not self._problem
-            ):  # memory ran out: sums before and after differ in their bits
-                problem = self._problem
-                alive, losses = self._race(distinct, keep, confidence, tolerance)
+            before = self.stats
+            self._calls.ask(asked)
+            settings = keep, confidence, tolerance
+            alive, losses = race_sequences(
+                self._calls, self.objective, distinct, *settings, self.progress
+            )
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
             first = {sequence: i for i, sequence in reversed(list(enumerate(asked)))}
-            unit_runs = self.stats.unit_runs - runs
             return Race(
                 indices=np.array([first[distinct[i]] for i in alive[order]], dtype=np.int64),
                 losses=losses[order],
                 decided_early=len(distinct) - len(alive),
-                unit_runs=unit_runs,
-                share=unit_runs / max(1, whole.unit_runs),
+                cost=self.stats - before,
             )
 
     def similarity(self) -> np.ndarray:
@@ -492,257 +400,39 @@ class Evaluator:
             )
         return checked
 
-    def _ask(self, sequences: list[Units], part: _Part | None = None) -> Trie:
-        """The trie of sequences; notes what was asked for, on a part of the calibration set."""
-        trie, share = make_trie(sequences), self._share(part)
-        self.stats.masks += len(sequences)
-        self.stats.asked_unit_runs += whole(trie.unit_runs * share)
-        self.stats.naive_unit_runs += whole(trie.naive_unit_runs * share)
-        return trie
+    def _sums(
+        self, sequences: list[Units], part: Part | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The sums of the distinct sequences on each continuation, [M, V, C], and the place among
+        them of each sequence, int64[N]."""
+        trie = self._calls.ask(sequences, part)
+        return self._calls.run(trie, self.progress, part), trie.index
 
     def _losses(self, sequences: list[Units]) -> np.ndarray:
-        """The loss of each sequence, float64[N]; of so many at once that their sums stay within the
-        budget."""
-        trie, together = self._ask(sequences), self._opened.limit.most_sums
-        if len(trie.sequences) <= together:
-            return self.objective.loss(self._run(trie)[:, 0])[trie.index]
-        parts = (
-            make_trie(trie.sequences[i : i + together])
-            for i in range(0, len(trie.sequences), together)
-        )
-        return np.concatenate([self.objective.loss(self._run(part)[:, 0]) for part in parts])[
-            trie.index
-        ]
+        """The loss of each sequence, float64[N]; at once of as many as have room for their sums."""
+        trie = self._calls.ask(sequences)
+        together = self._calls.opened.limit.most_sums
+        parts = [trie] if len(trie.sequences) <= together else trie.parts(together)
+        losses = [self.objective.loss(self._calls.run(some, self.progress)[:, 0]) for some in parts]
+        return np.concatenate(losses)[trie.index]
 
-    def _run(
-        self, trie: Trie, part: _Part | None = None, keeps: SumMemory | None = None
-    ) -> np.ndarray:
-        """Sums of the trie's distinct sequences over each continuation, [M, V, C].
 
-        part: of the calibration set, which alone runs; sums outside of it are 0. Of a row that was
-        cut, the sums stand in one column more. keeps: the memory that takes the sums.
-        """
-        longest = max(map(len, trie.sequences), default=0)
-        together = self._opened.limit.most_together(longest)
-        if longest > self.num_units and len(trie.sequences) > together:
-            starts = range(0, len(trie.sequences), together)
-            parts = (make_trie(trie.sequences[start : start + together]) for start in starts)
-            return np.concatenate([self._run(some, part, keeps) for some in parts])
-        if len(trie.sequences) > MAX_SEQUENCES:
-            raise InputError(
-                f"{len(trie.sequences)} distinct masks in one call; at most {MAX_SEQUENCES} are "
-                "planned together"
-            )
-        started = time.perf_counter()
-        try:
-            with self.model.evaluation():
-                ledger = None
-                while ledger is None:
-                    self._refresh()
-                    ledger = self._complete(trie.sequences, part, keeps)
-                    if ledger is None:  # the states that the call made are of no version
-                        self._opened.runs.close()
-        finally:
-            self.stats.seconds += time.perf_counter() - started
-        self.stats.store_hits += int(ledger.from_store[trie.index].sum())
-        return ledger.sums
+def _runs_maker(
+    model: Model,
+    backend: str,
+    memory_bytes: int | None,
+    cache_bytes: int | None,
+    cache_dir: Path | None,
+    workers: Workers | None,
+) -> MakeRuns:
+    """A function that makes the runs of one version of the model: here, or on workers."""
 
-    def _refresh(self) -> None:
-        """Open the model again if it has changed since the last call, or return to the version
-        before if that was restored."""
-        version, opened = self.model.begin_version(), self._opened
-        if version != opened.version:
-            layout = self._problem.layout
-            if self._idle is not None and self._idle.version == version:
-                self._opened, self._idle = self._idle, opened
-                if self._problem.layout != layout:
-                    self._opened.problem = self._problem.with_layout(layout)
-            else:
-                self._opened = self._open(layout)
-                if self._idle is not None:
-                    self._idle.runs.close()
-                self._idle = opened
-            self._share_caches()
-            self._warn_of_path(opened.runner)
-        numerics = numerics_of(self.model, self._opened.runner)
-        if numerics != self._problem.numerics:
-            self._opened.problem = replace(self._problem, numerics=numerics)
+    def make(runner: Runner, limit: MemoryLimit) -> Runs:
+        if workers is None:
+            return LocalRuns(model, runner, limit, cache_bytes, cache_dir)
+        return RemoteRuns(workers, model, backend, memory_bytes, cache_bytes, cache_dir)
 
-    def _share_caches(self) -> None:
-        """Let the version before wait beside the one that runs."""
-        runs, idle = self._opened.runs, self._idle
-        if isinstance(runs, LocalRuns) and idle is not None and isinstance(idle.runs, LocalRuns):
-            runs.run_beside(idle.runs)
-        elif idle is not None:  # workers hold one model
-            idle.runs.close()
-            self._idle = None
-
-    def _warn_of_path(self, before: Runner) -> None:
-        """Warn if the fused path served the version before and cannot serve this one."""
-        generic = GenericRunner.path_name
-        if before.path_name == generic or self.backend != generic:
-            return
-        reason = why_not_fused(self.model)
-        if reason is not None:  # or `open_runner` has warned
-            warnings.warn(
-                f"{self.model.name} has changed, and the fused path cannot run it: {reason}; going "
-                "on with the generic one, which is slower",
-                RuntimeWarning,
-                stacklevel=6,
-            )
-
-    def _complete(
-        self, sequences: tuple[Units, ...], part: _Part | None, keeps: SumMemory | None
-    ) -> Ledger | None:
-        """The ledger of a call, with every sum; None where the model turns out to have changed.
-        Out of memory, the call begins again in smaller steps."""
-        while True:
-            problem, progress = self._problem, event_reporter(self.progress)
-            stores: list[tuple[Sums, int]] = []
-            if keeps is not None or self._memory:
-                stores.append((self._memory, self._memory.context(problem)))
-            if self._store is not None:
-                stores.append((self._store, self._store.context(problem.context)))
-            ledger = Ledger(problem, sequences, self._chunks_of(part), stores)
-            missing = ledger.missing()
-            if not missing:
-                return ledger if self._is_settled() else None
-            before = self._opened.runs.cost
-            try:
-                with closing(self._opened.runs.run(problem, sequences, missing, progress)) as parts:
-                    for sums in parts:
-                        if not self._is_settled():
-                            return None
-                        ledger.put(sums)
-                return ledger
-            except OutOfMemory as error:
-                if not self._take_smaller_steps():
-                    raise (error.__cause__ or error) from None
-            finally:  # interrupted work is work, too
-                self._note(self._opened.runs.cost - before)
-
-    def _is_settled(self) -> bool:
-        """Whether the model is of the version that the call began with, now that a GPU's values
-        have come with the first sums."""
-        return self.model.settle_version() == self._opened.version
-
-    def _take_smaller_steps(self) -> bool:
-        """Cut smaller chunks, or tiles; False when both are as small as can be."""
-        layout = self._opened.limit.smaller(self._problem.layout)
-        if layout is None:
-            return False
-        self._opened.problem = self._problem.with_layout(layout)
-        tokens = max(chunk.num_tokens for chunk in self._problem.chunks)
-        warnings.warn(
-            f"out of memory: going on with chunks of {tokens} tokens and tiles of {layout.tile} "
-            "positions; scores may differ in the last bits from those before",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-        return True
-
-    def _chunks_of(self, part: _Part | None) -> list[int]:
-        """The numbers of the chunks that a part of the calibration set runs."""
-        chunks = self._problem.chunks
-        if part is None:
-            return list(range(len(chunks)))
-        numbers = [
-            number for number, chunk in enumerate(chunks) if part.wanted[chunk.continuations].any()
-        ]
-        return numbers if part.cut is None else [*numbers, chunks.number_of(*part.cut)]
-
-    def _share(self, part: _Part | None) -> float:
-        """The share of the tokens that run for a part of the calibration set."""
-        if part is None:
-            return 1
-        chunks = self._problem.chunks
-        read = sum(chunks[number].num_read for number in self._chunks_of(part))
-        return read / self.objective.batch.num_tokens
-
-    def _num_targets(self, cut: tuple[int, int]) -> int:
-        """The targets in a part of a row."""
-        chunks = self._problem.chunks
-        return len(chunks[chunks.number_of(*cut)].target_token)
-
-    def _note(self, cost: Cost) -> None:
-        """Add the cost of a call to the stats."""
-        stats, held = self.stats, self._opened.runs.held
-        self._token_cost += cost
-        total = self._token_cost.of_tokens(self.objective.batch.num_tokens)
-        stats.unit_runs, stats.head_runs = total.unit_runs, total.heads
-        stats.weight_loads, stats.weight_bytes = total.weight_loads, total.weight_bytes
-        stats.peak_activation_bytes = max(stats.peak_activation_bytes, held.peak_bytes)
-        stats.cache_bytes, stats.cache_hits = held.cache_bytes, dict(held.cache_hits)
-
-    def _race(
-        self, sequences: Sequence[Units], keep: int, confidence: float, tolerance: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the sequences reach the last look, int64[K], and their losses."""
-        batch, objective = self.objective.batch, self.objective
-        looks = self.layout.looks(batch)[batch.continuation_row]  # of each continuation
-        num_looks = int(looks.max()) + 1
-        sums = np.zeros((len(sequences), batch.num_continuations))
-
-        def look(number: int, alive: np.ndarray) -> np.ndarray:
-            trie = make_trie(sequences[i] for i in alive)
-            before, now = (looks < number).mean(), (looks == number).mean()
-
-            def describe(event: ProgressEvent) -> ProgressEvent:
-                share = before + now * (event.share or 0)
-                return replace(event, share=share, candidates=len(alive))
-
-            part = _Part(looks == number)
-            with reporting(describe):
-                sums[alive] += self._run(trie, part, self._memory)[trie.index, 0]
-            samples = np.unique(objective.sample[looks <= number])
-            losses = objective.sample_losses(sums[alive])[:, samples]
-            return losses * objective.sample_weight[samples] * self.num_samples
-
-        alive = race(len(sequences), num_looks, look, self.num_samples, keep, confidence, tolerance)
-        return alive, objective.loss(sums[alive])
-
-    def _check_samples(self, samples: ArrayLike | None, distinct: bool = False) -> np.ndarray:
-        """The samples, all by default, int64[n]."""
-        if samples is None:
-            return np.arange(self.num_samples)
-        samples = np.asarray(samples)
-        if samples.ndim != 1 or samples.dtype.kind not in "iu" or not samples.size:
-            raise InputError("samples must be a list of sample indices that is not empty")
-        wrong = samples[(samples < 0) | (samples >= self.num_samples)]
-        if len(wrong):
-            raise InputError(
-                f"sample {wrong[0]} is out of range; the samples are 0 to {self.num_samples - 1}"
-            )
-        ordered = np.sort(samples)
-        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-        if distinct and len(repeated):
-            raise InputError(f"sample {repeated[0]} is given twice; each counts once in a loss")
-        return samples.astype(np.int64)
-
-    def _cut_last(
-        self, samples: np.ndarray, tokens: int
-    ) -> tuple[np.ndarray, tuple[int, int] | None]:
-        """The samples that are read whole, and the row of the last with its tokens that are read.
-
-        None in the place of these where the last is read whole, or holds no target in its part.
-        """
-        if not self.cuts_samples:
-            raise InputError(
-                f"tokens cuts a row of text; the samples of {self.objective.name!r} are questions, "
-                "which are read whole"
-            )
-        lengths = self.sample_tokens[samples]
-        before, total = int(lengths[:-1].sum()), int(lengths.sum())
-        of = "so that it cuts the last of the samples"
-        rest = check_integer("tokens", tokens, before + 1, total, of) - before
-        if rest == lengths[-1]:
-            return samples, None
-        cut = int(samples[-1]), rest
-        if self._num_targets(cut):
-            return samples[:-1], cut
-        if len(samples) == 1:
-            raise InputError(f"tokens is {tokens}, but no target is among these of sample {cut[0]}")
-        return samples[:-1], None
+    return make
 
 
 def _make_folder(folder: Path) -> Path:

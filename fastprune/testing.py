@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .evaluator import Stats
 from .masks import from_removed, to_removed
 from .objectives import Objective
+from .plan.cost import Cost
 from .plan.racing import Race, check_race
 from .search import find_algorithm, run_search
 
@@ -72,7 +72,7 @@ class SyntheticEvaluator:
         self._steps[1:] *= self.linear[:, None]
         self._broken, self.num_units, self._curvature = set(broken), num_units, curvature
         self.sample_tokens = np.full(num_samples, tokens)
-        self.stats, self.granularity = Stats(), "block"
+        self.stats, self.granularity = Cost(), "block"
         self.calls: list[int] = []
         self.sample_calls: list[tuple[int, int]] = []
         self.token_calls: list[tuple[int, int | None]] = []
@@ -115,7 +115,7 @@ class SyntheticEvaluator:
         losses = np.array([self.loss(np.flatnonzero(~mask)) for mask in rows[distinct]])
         best = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
         early = len(distinct) - keep if self.num_looks > 1 else 0
-        return Race(distinct[best], losses[best], decided_early=early, unit_runs=0.0, share=1.0)
+        return Race(distinct[best], losses[best], decided_early=early)
 
     def similarity(self) -> np.ndarray:
         states = self._steps.cumsum(axis=0)

@@ -26,6 +26,7 @@ from ..models import Model, Runner, open_runner
 from ..models.device import is_out_of_memory
 from ..models.rotary import switch_length
 from ..models.verify import check_trees
+from ..plan.cost import Cost
 from ..plan.layout import Layout
 from ..plan.progress import Progress
 from ..plan.schedule import Schedule, make_schedule
@@ -38,7 +39,7 @@ from .measures import MEASURES
 from .memory import MemoryLimit, OutOfMemory
 from .problem import Problem
 from .reference import DenseReference
-from .runs import MAX_SUMS, Cost, Held, PartialSums
+from .runs import MAX_SUMS, Held, PartialSums
 
 log = logging.getLogger(__name__)
 
@@ -120,22 +121,22 @@ class LocalRuns:
         self._problem: Problem | None = None
         self._idle: LocalRuns | None = None
 
-    def run_beside(self, idle: LocalRuns) -> None:
-        """Run from now on; the runs of another version wait. Each has half of the cache, and the
-        waiting one gives back all that it holds when memory runs out, or when its dense reference
-        has no room in its half."""
+    def run_beside(self, idle: LocalRuns) -> bool:
+        """See `Runs.run_beside`. Each has half of the cache. The waiting one gives back all that it
+        holds when memory runs out, or when its dense reference has no room in its half."""
         self._idle, idle._idle = idle, None
         for runs in (self, idle):
             runs._cache.share(2)
         if idle._problem is not None and idle._reference.bytes > idle._cache.free_bytes:
             idle.close()
+        return True
 
     @property
     def cost(self) -> Cost:
         counts = self._counts
         return Cost(
             unit_runs=counts.token_runs,
-            heads=counts.token_heads,
+            head_runs=counts.token_heads,
             weight_loads=counts.weight_loads,
             weight_bytes=counts.weight_bytes,
         )

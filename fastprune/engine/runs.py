@@ -7,11 +7,12 @@ the call out. The evaluator knows this protocol only.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..plan.cost import Cost
 from ..plan.progress import Progress
 from ..plan.trie import Units
 
@@ -30,39 +31,6 @@ class PartialSums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Work, counted by the process that does it.
-
-    unit_runs: one unit over the whole calibration set counts one. naive_unit_runs: those of one
-    forward pass for each requested mask. heads: masks whose losses were computed.
-    weight_loads: blocks read from files, weight_bytes: their bytes. seconds: of wall time.
-    """
-
-    unit_runs: float = 0
-    naive_unit_runs: float = 0
-    heads: float = 0
-    weight_loads: int = 0
-    weight_bytes: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return self._with(other, 1)
-
-    def __sub__(self, other: Cost) -> Cost:
-        return self._with(other, -1)
-
-    def _with(self, other: Cost, sign: int) -> Cost:
-        return Cost(
-            **{f.name: getattr(self, f.name) + sign * getattr(other, f.name) for f in fields(self)}
-        )
-
-    def of_tokens(self, num_tokens: int) -> Cost:
-        """Counts of single tokens as counts of the whole calibration set."""
-        unit_runs, heads = self.unit_runs / num_tokens, self.heads / num_tokens
-        return replace(self, unit_runs=whole(unit_runs), heads=whole(heads))
-
-
-@dataclass(frozen=True)
 class Held:
     """Bytes that a `Runs` holds now, and the peak of its last calls.
 
@@ -78,11 +46,12 @@ class Held:
 class Runs(Protocol):
     """Computes missing sums.
 
-    cost: grows while a call runs, also when it is broken off. Its unit runs and heads count single
-    tokens, so that they stay integers.
+    cost: grows while a call runs, also when it is broken off. Its unit runs and head runs count
+    single tokens, so that they stay integers.
     """
 
-    cost: Cost
+    @property
+    def cost(self) -> Cost: ...
 
     @property
     def held(self) -> Held: ...
@@ -107,10 +76,15 @@ class Runs(Protocol):
         sums that were yielded before stay right.
         """
 
+    def run_beside(self, idle: Any) -> bool:
+        """Run from now on, while the runs of another version of the model wait with their states.
+
+        Args:
+            idle: of the same class.
+
+        Returns:
+            Whether they can wait; False: their states are of no more use.
+        """
+
     def close(self) -> None:
         """Free all memory held."""
-
-
-def whole(count: float) -> float:
-    """The count as an integer, if it is one."""
-    return int(count) if count == int(count) else count

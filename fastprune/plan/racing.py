@@ -18,6 +18,7 @@ from scipy.special import stdtrit  # quantiles of Student's t distribution
 
 from ..data import TokenBatch
 from ..validate import check_integer, check_number, check_probability
+from .cost import Cost
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ class Race:
         indices: int64[K], positions among the masks raced (for equal masks, the first).
         losses: float64[K], exact: over all samples.
         decided_early: Number of masks that left before the last samples.
-        unit_runs: Unit runs that the race made.
-        share: unit_runs over those of scoring every mask on every sample.
+        cost: Of the race. Its `unit_runs` were made; `asked_unit_runs` score every mask on every
+            sample.
 
     Examples:
         >>> import fastprune as fp
@@ -54,8 +55,12 @@ class Race:
     indices: np.ndarray
     losses: np.ndarray = field(repr=False)
     decided_early: int
-    unit_runs: float
-    share: float
+    cost: Cost = field(default=Cost(), repr=False)
+
+    @property
+    def share(self) -> float:
+        """The unit runs that were made, over those of scoring every mask on every sample."""
+        return self.cost.unit_runs / max(1, self.cost.asked_unit_runs)
 
 
 def check_race(keep: int, count: int, confidence: float, tolerance: float) -> None:

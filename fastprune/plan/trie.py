@@ -21,7 +21,7 @@ Six unit runs instead of ten. If the state of (0, 1), node 2, is cached, five no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,11 @@ class Trie:
     def prefix(self, node: int) -> Units:
         """The units that run on the way to a node."""
         return self.through[node][: self.depth[node]]
+
+    def parts(self, size: int) -> Iterator[Trie]:
+        """Tries of at most `size` sequences each, in the order of the sequences."""
+        for start in range(0, len(self.sequences), size):
+            yield make_trie(self.sequences[start : start + size])
 
 
 def make_trie(requests: Iterable[Units], cached: Sequence[Units] = ()) -> Trie:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..masks import from_removed
+from ..plan.cost import Cost
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..validate import check_callable, check_integer
 from .protect import protected_units, units_to_remove
@@ -36,15 +37,6 @@ class Metric(Protocol):
     def record(self, loss: float, prefix: str = "") -> dict[str, float]: ...
 
 
-class RunCounts(Protocol):
-    """Unit runs so far: those made, and those of one forward pass per mask."""
-
-    @property
-    def unit_runs(self) -> float: ...
-    @property
-    def naive_unit_runs(self) -> float: ...
-
-
 class Scorer(Protocol):
     """All that a search asks of an evaluator. `Evaluator` documents each member; tests have another
     one (`fastprune.testing.SyntheticEvaluator`)."""
@@ -60,7 +52,7 @@ class Scorer(Protocol):
     @property
     def objective(self) -> Metric: ...
     @property
-    def stats(self) -> RunCounts: ...
+    def stats(self) -> Cost: ...
     @property
     def sample_tokens(self) -> np.ndarray: ...
     @property
@@ -260,8 +252,7 @@ class SearchResult:
     was met on the way. metric: the objective's class, which reads losses. history: every (removed,
     loss) whose exact loss is known, in order (not of subsets that left a race, or were scored on a
     share of the samples).
-    evaluations: how many. unit_runs, naive_unit_runs: as in Stats, for this search alone.
-    seconds: of the whole search.
+    evaluations: how many. cost: of this search alone, with the seconds of all of it.
     racing: the confidence of its races, None without. decided_early: subsets that left one before
     the last samples.
 
@@ -283,9 +274,7 @@ class SearchResult:
     metric: Metric
     history: list[tuple[Removed, float]]
     evaluations: int
-    unit_runs: float
-    naive_unit_runs: float
-    seconds: float
+    cost: Cost
     choice: str = "best scored"
     racing: float | None = None
     decided_early: int = 0
@@ -298,13 +287,16 @@ class SearchResult:
 
     def to_dict(self) -> dict:
         """Plain values, as written to result.json."""
-        hidden = ("mask", "history", "metric")
+        hidden = ("mask", "history", "metric", "cost")
         plain = {name: value for name, value in vars(self).items() if name not in hidden}
         history = [
             {"removed": list(removed), **self.metric.record(loss)} for removed, loss in self.history
         ]
         return {
             **plain,
+            "unit_runs": self.cost.unit_runs,
+            "naive_unit_runs": self.cost.naive_unit_runs,
+            "seconds": self.cost.seconds,
             **self.metric.record(self.loss),
             "removed": list(self.removed),
             "num_units": len(self.mask),
@@ -353,12 +345,11 @@ def run_search(
         chosen.check_size(
             len(search.candidates), search.num_remove, evaluator.granularity, **options
         )
-    before = evaluator.stats.unit_runs, evaluator.stats.naive_unit_runs
-    started = time.perf_counter()
+    before, started = evaluator.stats, time.perf_counter()
     with reporting(search.describe, progress):
         choice = chosen.function(search, **options)
     best = search.best() if choice is None else search.chosen(choice)
-    after = evaluator.stats
+    cost = replace(evaluator.stats - before, seconds=time.perf_counter() - started)
     reader: Any = type(evaluator.objective)  # the class, without the data
     return SearchResult(
         algorithm=algorithm,
@@ -372,9 +363,7 @@ def run_search(
         metric=reader,
         history=list(search.losses.items()),
         evaluations=len(search.losses),
-        unit_runs=after.unit_runs - before[0],
-        naive_unit_runs=after.naive_unit_runs - before[1],
-        seconds=time.perf_counter() - started,
+        cost=cost,
         choice="best scored" if choice is None else "method's",
         racing=racing,
         decided_early=search.decided_early,

@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..engine.store import SumStore
 from ..errors import InputError, shown
 from ..io import parse_json, write_json
+from ..plan.cost import Cost
 
 LOCK, INPUTS, DOCUMENT = ".lock", "inputs.json", "study.toml"
 _LEFT_BEHIND = re.compile(
@@ -39,16 +41,18 @@ _PLACES = {
     "granularity": ("search.granularity", False),
 }
 
+_COSTS = ("masks", "unit_runs", "asked_unit_runs", "naive_unit_runs", "seconds")  # kept of a cell
+
 
 @dataclass(frozen=True)
 class Cell:
     """One search of a study: its result, its cost, and the machine that ran it.
 
     error: why the search found nothing; `removed` and `loss` are then None. losses: of the chosen
-    mask under every objective of the study, by label. unit_runs: unit runs that were made;
-    asked_unit_runs: those it would have made alone, without scores that other searches had left in
-    the store. decided_early: subsets that left a race early. machine: the key of its fingerprint
-    in `machines` of inputs.json.
+    mask under every objective of the study, by label. cost: its unit runs were made; it would have
+    made its asked_unit_runs alone, without scores that other searches had left in the store; masks
+    are those whose loss is known exactly. decided_early: subsets that left a race early. machine:
+    the key of its fingerprint in `machines` of inputs.json.
     """
 
     model: str
@@ -58,14 +62,23 @@ class Cell:
     removed: tuple[int, ...] | None = None
     loss: float | None = None
     error: str | None = None
-    masks: int = 0
     decided_early: int = 0
-    unit_runs: float = 0
-    asked_unit_runs: float = 0
-    naive_unit_runs: float = 0
-    seconds: float = 0
+    cost: Cost = field(default_factory=Cost)
     machine: str = ""
     losses: Mapping[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with those of the cost that `_COSTS` names."""
+        plain = {name: value for name, value in vars(self).items() if name != "cost"}
+        return {**plain, **{name: getattr(self.cost, name) for name in _COSTS}}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Cell:
+        """The cell of such plain values."""
+        plain = dict(record)
+        cost = Cost(**{name: plain.pop(name) for name in _COSTS})
+        removed = plain.pop("removed")
+        return cls(**plain, removed=None if removed is None else tuple(removed), cost=cost)
 
 
 def check_label(label: str) -> None:
@@ -186,7 +199,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 def write_cell(path: Path, cell: Cell, made_with: Mapping[str, object]) -> None:
     """Write a finished search, with a checksum over its result and its settings."""
-    record = vars(cell)
+    record = cell.to_dict()
     write_json(path, {**record, "checksum": _checksum(record, made_with)}, replace=True)
 
 
@@ -195,14 +208,12 @@ def read_cell(path: Path, made_with: Mapping[str, object]) -> Cell | None:
     try:
         record = parse_json(path.read_bytes(), str(path))
         checksum = record.pop("checksum")
-        cell = Cell(**record)
+        cell = Cell.from_dict(record)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (InputError, AttributeError, LookupError, TypeError):
         return None
-    if checksum != _checksum(record, made_with):
-        return None
-    return cell if cell.removed is None else Cell(**{**record, "removed": tuple(cell.removed)})
+    return cell if checksum == _checksum(record, made_with) else None
 
 
 def _checksum(record: Mapping[str, object], made_with: Mapping[str, object]) -> str:

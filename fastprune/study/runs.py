@@ -420,21 +420,16 @@ class _Evaluators:
 
 def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Cell:
     """The cell with its result; settings: further arguments of `run_search`."""
-    before, started = vars(evaluator.stats).copy(), time.perf_counter()
+    before, started = evaluator.stats, time.perf_counter()
     try:
         result = run_search(evaluator, cell.algorithm, cell.num_remove, **settings)
-        cell = replace(
-            cell,
-            removed=result.removed,
-            loss=result.loss,
-            masks=result.evaluations,
-            decided_early=result.decided_early,
-        )
     except ArithmeticError as error:  # no finite loss, or a probe with an infinite value
-        cell = replace(cell, error=str(error), masks=evaluator.stats.masks - before["masks"])
-    names = ("unit_runs", "asked_unit_runs", "naive_unit_runs")
-    cost = {name: getattr(evaluator.stats, name) - before[name] for name in names}
-    return replace(cell, **cost, seconds=time.perf_counter() - started)
+        masks, cell = (evaluator.stats - before).masks, replace(cell, error=str(error))
+    else:
+        masks, early = result.evaluations, result.decided_early
+        cell = replace(cell, removed=result.removed, loss=result.loss, decided_early=early)
+    seconds = time.perf_counter() - started
+    return replace(cell, cost=replace(evaluator.stats - before, masks=masks, seconds=seconds))
 
 
 def _cross_evaluate(

@@ -22,7 +22,7 @@ def cell_record(cell: Cell, names: Mapping[str, str]) -> dict:
 
     names: of the objectives, by label.
     """
-    record: dict = {**vars(cell), "metrics": None}
+    record: dict = {**cell.to_dict(), "metrics": None}
     if cell.loss is not None:
         record |= objective_class(names[cell.objective]).record(cell.loss)
     if cell.losses is not None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engine.runs import Cost
+from ..plan.cost import Cost
 
 # a worker that has said one of these waits for the next request
 LAST = ("ready", "opened", "done", "memory", "wrong", "failed", "stopped", "lost")

@@ -19,9 +19,10 @@ import torch
 
 from ..engine.memory import OutOfMemory
 from ..engine.problem import Problem
-from ..engine.runs import Cost, Held, PartialSums
+from ..engine.runs import Held, PartialSums
 from ..errors import InputError
 from ..models import Model
+from ..plan.cost import Cost
 from ..plan.progress import Progress
 from ..plan.split import cut, owners, teams
 from ..plan.trie import Trie, Units, make_trie
@@ -115,6 +116,10 @@ class RemoteRuns:
             finally:
                 if not finished:
                     self._workers.cancel()
+
+    def run_beside(self, idle: object) -> bool:
+        """See `Runs.run_beside`. Workers hold one model."""
+        return False
 
     def close(self) -> None:
         """Let the workers drop their objects for this evaluator, when they open the next."""

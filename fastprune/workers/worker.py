@@ -19,11 +19,11 @@ import torch
 
 from ..engine.local import LocalRuns, Sharing, open_for
 from ..engine.problem import Problem, numerics_of
-from ..engine.runs import Cost
 from ..errors import InputError
 from ..models import Model, load_model
 from ..models.device import is_out_of_memory
 from ..models.imports import import_transformers
+from ..plan.cost import Cost
 from .messages import Open, Run, Setup, Stop, Word
 from .transfer import unpack, views
 

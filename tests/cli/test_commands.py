@@ -135,7 +135,7 @@ def test_search_writes_its_result(run, checkpoint, text_file, tmp_path, evaluato
     assert len(written["history"]) == written["evaluations"] == expected.evaluations
     assert "removed: " in out
     assert written["removed_names"] == [f"block {unit}" for unit in expected.removed]
-    assert written["unit_runs"] == expected.unit_runs < written["naive_unit_runs"]
+    assert written["unit_runs"] == expected.cost.unit_runs < written["naive_unit_runs"]
 
 
 def test_sublayer_search_and_protection(run, checkpoint, text_file):

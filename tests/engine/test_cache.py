@@ -96,7 +96,7 @@ def test_a_search_runs_each_prefix_once():
     found, without = (fp.run_search(each, "greedy", 3) for each in (ev, none))
     assert found.history == without.history
     masks = fp.from_removed([removed for removed, _ in found.history], 5)
-    assert found.unit_runs == count_prefixes(masks) < without.unit_runs
+    assert found.cost.unit_runs == count_prefixes(masks) < without.cost.unit_runs
 
 
 def test_changed_weights_and_switches_empty_it():

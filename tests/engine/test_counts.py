@@ -173,8 +173,8 @@ def test_evopress_reads_exactly_its_tokens(hf):
     kept = ev.num_units - 2
     read = 6 * 100 + 2 * (5 * 140 + 3 * 250)
     expected = kept * (read + batch.num_tokens)  # the last parent is scored on all
-    assert result.naive_unit_runs * batch.num_tokens == pytest.approx(expected, rel=1e-12)
-    assert result.unit_runs <= result.naive_unit_runs
+    assert result.cost.naive_unit_runs * batch.num_tokens == pytest.approx(expected, rel=1e-12)
+    assert result.cost.unit_runs <= result.cost.naive_unit_runs
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_a_repeated_race_costs_no_unit_runs(hf):
     alone = fp.Evaluator(hf, fp.Perplexity(batch), cache_bytes=0)
     fresh = alone.race(masks, keep=2, confidence=0.999999)
     assert surer.losses.tobytes() == fresh.losses.tobytes()
-    assert surer.unit_runs < fresh.unit_runs
+    assert surer.cost.unit_runs < fresh.cost.unit_runs
 
 
 def test_a_race_keeps_nothing_of_another_version_of_the_model():

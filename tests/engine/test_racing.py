@@ -66,7 +66,7 @@ def test_keeps_what_a_full_evaluation_keeps_with_its_bits_for_less():
             found = ev.race(masks, keep=keep)
             assert found.indices.tolist() == np.argsort(full, kind="stable")[:keep].tolist()
             assert found.losses.tobytes() == full[found.indices].tobytes()
-            assert found.unit_runs == ev.stats.unit_runs
+            assert found.cost.unit_runs == ev.stats.unit_runs
             assert 0 < found.decided_early <= len(masks) - keep
             shares.append(found.share)
     assert all(np.mean(shares) < 0.8 for shares in work.values())
@@ -78,7 +78,7 @@ def test_a_store_serves_a_race_and_what_comes_after(tmp_path):
     ev = evaluator(hf, store=tmp_path / "s.db")
     first = ev.race(masks, keep=2)
     again = ev.race(masks, keep=2)
-    assert again.unit_runs == 0
+    assert again.cost.unit_runs == 0
     assert again.losses.tobytes() == first.losses.tobytes()
     before = ev.stats.unit_runs
     assert ev.score(masks[first.indices]).tobytes() == first.losses.tobytes()
@@ -156,8 +156,8 @@ def test_searches_race_to_the_same_result(algorithm):
         )
         assert raced.removed == plain.removed
         assert raced.loss == plain.loss
-        assert raced.unit_runs <= plain.unit_runs
-        assert raced.naive_unit_runs == plain.naive_unit_runs
+        assert raced.cost.unit_runs <= plain.cost.unit_runs
+        assert raced.cost.naive_unit_runs == plain.cost.naive_unit_runs
         assert (raced.racing, plain.racing, plain.decided_early) == (0.99, None, 0)
 
 

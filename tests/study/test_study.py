@@ -63,7 +63,7 @@ def test_every_cell_is_the_search_itself(finished, model):
         assert cell["loss"] == result.loss
         assert cell["masks"] == result.evaluations
         assert cell["asked_unit_runs"] == evaluator.stats.asked_unit_runs
-        assert cell["naive_unit_runs"] == result.naive_unit_runs
+        assert cell["naive_unit_runs"] == result.cost.naive_unit_runs
         assert cell["unit_runs"] <= cell["asked_unit_runs"]
 
 

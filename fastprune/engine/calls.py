@@ -1,0 +1,298 @@
+"""Calls: the sums of sequences under the model as it is now. Read `runs` and `ledger` first.
+
+`Calls` opens the model, and again when its version has changed. A call takes known sums from the
+store, has the others run, and begins again in smaller steps when memory runs out.
+
+M distinct sequences of a call, V values of the measure, C continuations.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ..data import TokenBatch
+from ..errors import InputError
+from ..models import GenericRunner, Model, Runner
+from ..models.fused import why_not_fused
+from ..plan.cost import Cost, Stats, whole
+from ..plan.layout import Layout
+from ..plan.progress import ProgressCallback, event_reporter
+from ..plan.trie import Trie, Units, make_trie
+from .ledger import Ledger
+from .local import open_for
+from .memory import MAX_SEQUENCES, MemoryLimit, OutOfMemory
+from .parts import Part
+from .problem import Problem, numerics_of
+from .runs import Held, Runs
+from .store import SumStore
+from .sums import SumMemory, Sums
+
+MakeRuns = Callable[[Runner, MemoryLimit], Runs]
+
+
+@dataclass
+class Opened:
+    """All that belongs to one version of the model.
+
+    problem: replaced by another when memory runs out or a switch of torch changes.
+    """
+
+    version: int
+    runner: Runner
+    limit: MemoryLimit
+    problem: Problem
+    runs: Runs
+
+
+class Calls:
+    """Runs the calls of one evaluator, one after the other. The caller holds `model.lock`.
+
+    The version of the model before the present one waits beside it, where its runs can, so that a
+    model that is put back runs nothing again.
+
+    Args:
+        model: Read at each call: its version decides whether it is opened again.
+        batch: The calibration set.
+        measure_name: Of `measures.MEASURES`.
+        granularity: "block" or "sublayer".
+        backend: As `Evaluator` takes it.
+        memory_bytes: The limit of a call's activations; None for a default.
+        layout: The first one; None for one that fits the limit.
+        make_runs: Makes what runs units, for one version of the model.
+        store: Keeps finished sums, if given.
+        needs_digest: Whether runs tell models apart by their digest. The store does.
+
+    Attributes:
+        opened: The version of the model that the last call ran.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: TokenBatch,
+        measure_name: str,
+        granularity: str,
+        backend: str,
+        memory_bytes: int | None,
+        layout: Layout | None,
+        make_runs: MakeRuns,
+        store: SumStore | None,
+        needs_digest: bool,
+    ):
+        self._model, self._batch, self._store = model, batch, store
+        self._measure_name, self._granularity = measure_name, granularity
+        self._open_for = partial(
+            open_for, model, backend, batch, measure_name, granularity, memory_bytes
+        )
+        self._make_runs, self._needs_digest = make_runs, needs_digest or store is not None
+        self._asked, self._token_cost = Cost(), Cost()  # runs count single tokens
+        self._peak_bytes, self._held = 0, Held()
+        self._idle: Opened | None = None  # the version before
+        self.opened = self._open(layout)
+        self._memory = SumMemory(self.opened.limit.race_bytes)
+
+    def _open(self, layout: Layout | None) -> Opened:
+        """The model as it is now: the runner of its units, and its problem."""
+        with self._model.held() as version:
+            runner, limit, layout = self._open_for(layout)
+            digest = self._model.digest if self._needs_digest else None
+            numerics = numerics_of(self._model, runner)
+            runs = self._make_runs(runner, limit)
+        problem = Problem(
+            self._batch, self._measure_name, self._granularity, layout, numerics, digest
+        )
+        return Opened(version, runner, limit, problem, runs)
+
+    @property
+    def problem(self) -> Problem:
+        return self.opened.problem
+
+    @property
+    def stats(self) -> Stats:
+        """The cost of all calls so far."""
+        cost = self._asked + self._token_cost.of_tokens(self._batch.num_tokens)
+        return Stats(
+            **vars(cost),
+            peak_activation_bytes=self._peak_bytes,
+            cache_bytes=self._held.cache_bytes,
+            cache_hits=dict(self._held.cache_hits),
+        )
+
+    # -- a call ------------------------------------------------------------------------------------
+
+    def ask(self, sequences: Iterable[Units], part: Part | None = None) -> Trie:
+        """The trie of sequences; counts what was asked for, on a part of the calibration set."""
+        trie, share = make_trie(sequences), self._share(part)
+        self._asked += Cost(
+            masks=len(trie.index),
+            asked_unit_runs=whole(trie.unit_runs * share),
+            naive_unit_runs=whole(trie.naive_unit_runs * share),
+        )
+        return trie
+
+    def run(
+        self,
+        trie: Trie,
+        progress: ProgressCallback | None,
+        part: Part | None = None,
+        keep: bool = False,
+    ) -> np.ndarray:
+        """Run what is missing of a trie's distinct sequences.
+
+        Args:
+            trie: Of the sequences.
+            progress: Told of unit runs.
+            part: Of the calibration set, which alone runs; None for all of it.
+            keep: Keep the sums in memory, for a call that asks for more of the same sequences.
+
+        Returns:
+            Sums over each continuation, float64[M, V, C]: 0 outside of the part, and one column
+            more for a row that was cut.
+        """
+        longest = max(map(len, trie.sequences), default=0)
+        limit = self.opened.limit
+        together = limit.most_together(longest)
+        if longest > limit.num_units and len(trie.sequences) > together:
+            parts = trie.parts(together)
+            return np.concatenate([self.run(some, progress, part, keep) for some in parts])
+        if len(trie.sequences) > MAX_SEQUENCES:
+            raise InputError(
+                f"{len(trie.sequences)} distinct masks in one call; at most {MAX_SEQUENCES} are "
+                "planned together"
+            )
+        started = time.perf_counter()
+        try:
+            with self._model.evaluation():
+                ledger = None
+                while ledger is None:
+                    self._refresh()
+                    ledger = self._complete(trie.sequences, progress, part, keep)
+                    if ledger is None:  # the states that the call made are of no version
+                        self.opened.runs.close()
+        finally:
+            self._asked += Cost(seconds=time.perf_counter() - started)
+        self._asked += Cost(store_hits=int(ledger.from_store[trie.index].sum()))
+        return ledger.sums
+
+    def _complete(
+        self,
+        sequences: tuple[Units, ...],
+        progress: ProgressCallback | None,
+        part: Part | None,
+        keep: bool,
+    ) -> Ledger | None:
+        """The ledger of a call, with every sum; None where the model turns out to have changed.
+        Out of memory, the call begins again in smaller steps."""
+        report = event_reporter(progress)
+        while True:
+            problem, runs = self.opened.problem, self.opened.runs
+            ledger = Ledger(problem, sequences, self._numbers(part), self._stores(keep))
+            missing = ledger.missing()
+            if not missing:
+                return ledger if self._is_settled() else None
+            before = runs.cost
+            try:
+                with closing(runs.run(problem, sequences, missing, report)) as parts:
+                    for sums in parts:
+                        if not self._is_settled():
+                            return None
+                        ledger.put(sums)
+                return ledger
+            except OutOfMemory as error:
+                if not self._take_smaller_steps():
+                    raise (error.__cause__ or error) from None
+            finally:  # interrupted work is work, too
+                self._count(runs, before)
+
+    def _stores(self, keep: bool) -> list[tuple[Sums, int]]:
+        """All that keeps sums, the fastest first, each with its number of the problem."""
+        stores: list[tuple[Sums, int]] = []
+        if keep or self._memory:
+            stores.append((self._memory, self._memory.context(self.problem)))
+        if self._store is not None:
+            stores.append((self._store, self._store.context(self.problem.context)))
+        return stores
+
+    def _numbers(self, part: Part | None) -> list[int]:
+        """The numbers of the chunks that run for a part of the calibration set."""
+        chunks = self.problem.chunks
+        return list(range(len(chunks)) if part is None else part.numbers(chunks))
+
+    def _share(self, part: Part | None) -> float:
+        """The share of the tokens that run for a part of the calibration set."""
+        if part is None:
+            return 1
+        read = sum(self.problem.chunks[number].num_read for number in self._numbers(part))
+        return read / self._batch.num_tokens
+
+    def _count(self, runs: Runs, before: Cost) -> None:
+        """Add the work of a call."""
+        self._token_cost += runs.cost - before
+        self._held = runs.held
+        self._peak_bytes = max(self._peak_bytes, self._held.peak_bytes)
+
+    def _take_smaller_steps(self) -> bool:
+        """Cut smaller chunks, or tiles; False when both are as small as can be."""
+        layout = self.opened.limit.smaller(self.problem.layout)
+        if layout is None:
+            return False
+        self.opened.problem = self.problem.with_layout(layout)
+        tokens = max(chunk.num_tokens for chunk in self.problem.chunks)
+        warnings.warn(
+            f"out of memory: going on with chunks of {tokens} tokens and tiles of {layout.tile} "
+            "positions; scores may differ in the last bits from those before",
+            RuntimeWarning,
+            stacklevel=6,
+        )
+        return True
+
+    # -- versions of the model ---------------------------------------------------------------------
+
+    def _is_settled(self) -> bool:
+        """Whether the model is of the version that the call began with, now that a GPU's values
+        have come with the first sums."""
+        return self._model.settle_version() == self.opened.version
+
+    def _refresh(self) -> None:
+        """Open the model again if it has changed since the last call, or return to the version
+        before if that was restored."""
+        version, opened = self._model.begin_version(), self.opened
+        if version != opened.version:
+            layout = opened.problem.layout
+            if self._idle is not None and self._idle.version == version:
+                self.opened, self._idle = self._idle, opened
+                if self.problem.layout != layout:
+                    self.opened.problem = self.problem.with_layout(layout)
+            else:
+                self.opened = self._open(layout)
+                if self._idle is not None:
+                    self._idle.runs.close()
+                self._idle = opened
+            if not self.opened.runs.run_beside(self._idle.runs):
+                self._idle.runs.close()
+                self._idle = None
+            self._warn_of_path(opened.runner)
+        numerics = numerics_of(self._model, self.opened.runner)
+        if numerics != self.problem.numerics:
+            self.opened.problem = replace(self.problem, numerics=numerics)
+
+    def _warn_of_path(self, before: Runner) -> None:
+        """Warn if the fused path served the version before and cannot serve this one."""
+        generic = GenericRunner.path_name
+        if before.path_name == generic or self.opened.runner.path_name != generic:
+            return
+        reason = why_not_fused(self._model)
+        if reason is not None:  # or `open_runner` has warned
+            warnings.warn(
+                f"{self._model.name} has changed, and the fused path cannot run it: {reason}; "
+                "going on with the generic one, which is slower",
+                RuntimeWarning,
+                stacklevel=6,
+            )

@@ -1,0 +1,70 @@
+"""A race's looks: calls on growing parts of the calibration set. The rule is in `plan.racing`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..plan.progress import ProgressCallback, ProgressEvent, reporting
+from ..plan.racing import race
+from ..plan.trie import Units, make_trie
+from .calls import Calls
+from .parts import Part
+
+if TYPE_CHECKING:
+    from ..objectives import Objective
+
+
+def race_sequences(
+    calls: Calls,
+    objective: Objective,
+    sequences: Sequence[Units],
+    keep: int,
+    confidence: float,
+    tolerance: float,
+    progress: ProgressCallback | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The places of the sequences that reach the last look, int64[K], and their losses.
+
+    The race begins again when memory runs out: sums before and after differ in their bits.
+    """
+    settings = keep, confidence, tolerance
+    while True:
+        problem = calls.problem
+        alive, losses = _race(calls, objective, sequences, settings, progress)
+        if problem is calls.problem:
+            return alive, losses
+
+
+def _race(
+    calls: Calls,
+    objective: Objective,
+    sequences: Sequence[Units],
+    settings: tuple[int, float, float],
+    progress: ProgressCallback | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    batch, num_samples = objective.batch, objective.num_samples
+    looks = calls.problem.layout.looks(batch)[batch.continuation_row]  # of each continuation
+    num_looks = int(looks.max()) + 1
+    sums = np.zeros((len(sequences), batch.num_continuations))
+
+    def look(number: int, alive: np.ndarray) -> np.ndarray:
+        trie = make_trie(sequences[i] for i in alive)
+        before, now = (looks < number).mean(), (looks == number).mean()
+
+        def describe(event: ProgressEvent) -> ProgressEvent:
+            share = before + now * (event.share or 0)
+            return replace(event, share=share, candidates=len(alive))
+
+        with reporting(describe):
+            latest = calls.run(trie, progress, Part(looks == number), keep=True)
+        sums[alive] += latest[trie.index, 0]
+        samples = np.unique(objective.sample[looks <= number])
+        losses = objective.sample_losses(sums[alive])[:, samples]
+        return losses * objective.sample_weight[samples] * num_samples
+
+    alive = race(len(sequences), num_looks, look, num_samples, *settings)
+    return alive, objective.loss(sums[alive])
