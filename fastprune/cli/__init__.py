@@ -14,7 +14,7 @@ from contextlib import suppress
 import click
 from click.shell_completion import get_completion_class, shell_complete
 
-from .._version import __version__
+from .. import __version__
 from ..errors import InputError
 from . import commands, environment, evaluation, stores, studies
 from .output import cannot_print, is_of_printing, prepare_streams

@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from .._version import __version__
+from .. import __version__
 from ..errors import InputError
 from ..io import file_marks, json_text, parse_json, write_json, write_jsonl
 from ..masks import check_removed, check_sequences, from_removed, load_masks, to_removed

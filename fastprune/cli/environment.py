@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from .._version import __version__
+from .. import __version__
 from .options import Command, json_option, open_model
 from .output import printing, say, say_json
 

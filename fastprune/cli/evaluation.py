@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from .._version import __version__
+from .. import __version__
 from ..errors import InputError
 from ..io import write_json, write_jsonl
 from ..masks import from_removed, load_masks, to_removed

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
+from .. import __version__
 from .code import global_hooks
 
 _ENVIRONMENT = (

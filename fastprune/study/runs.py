@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._version import __version__
+from .. import __version__
 from ..engine.store import SumStore
 from ..errors import InputError
 from ..io import write_file, write_json

@@ -17,14 +17,14 @@ KERNELS = Path(fastprune_kernels.__file__).parent
 # layer 0 imports nothing of the package; a module may import from its own layer and from those
 # before it
 LAYERS = [
-    {"errors", "_version"},
+    {"errors"},
     {"validate", "solver"},
     {"io"},
     {"masks"},
     {"data"},
-    {"plan"},
+    {"plan", "objectives"},
     {"models"},
-    {"engine", "objectives"},
+    {"engine"},
     {"workers"},
     {"evaluator"},
     {"search"},
