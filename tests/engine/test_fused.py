@@ -1,22 +1,12 @@
 """The fused path, with each set of operators that runs on a CPU: what the generic path promises
 holds there too."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
-from families import (
-    build,
-    layers_of,
-    num_blocks,
-    random_rows,
-    reference_losses,
-    reference_model,
-    reference_token_nll,
-    some_masks,
-)
-from helpers import bfloat16_errors, make_tasks
+from families import build, layers_of, random_rows, reference_losses, some_masks
+from fused_suite import RELATIVE, FusedProperties, Scene
+from helpers import bfloat16_errors
 
 import fastprune as fp
 from fastprune.models import FusedRunner, fused, native
@@ -24,7 +14,6 @@ from fastprune.models.verify import probe_tree
 
 LLAMA_LIKE = ["llama", "llama-tied", "mistral", "phi3", "qwen2", "qwen2-window", "qwen3"]
 LENGTHS = [49, 13, 49, 12, 13]
-RELATIVE = 1e-5
 SETS = [
     "torch",
     pytest.param(
@@ -53,26 +42,35 @@ def perplexity(hf, lengths=LENGTHS) -> tuple[fp.Perplexity, list[list[int]]]:
     return fp.Perplexity(fp.TokenBatch.from_ids(rows)), rows
 
 
-@functools.cache
-def masks_and_losses(family: str, granularity: str) -> tuple[np.ndarray, np.ndarray]:
-    hf = build(family)
-    many = granularity == "block"
-    masks = some_masks(num_blocks(hf) * (1 if many else 2), 40 if many else 22, seed=1)
-    return masks, reference_losses(hf, masks, perplexity(hf)[1], granularity)
+SCENE = Scene(
+    build,
+    LENGTHS,
+    [(13, [1, 4, 9]), (17, [3] * 6), (5, [2, 8, 5, 1])],
+    lambda units: some_masks(units, 40 if units == 5 else 22, seed=1),
+    {"backend": "fused"},
+)
 
 
-@pytest.mark.parametrize("granularity", ["block", "sublayer"])
-@pytest.mark.parametrize("family", LLAMA_LIKE)
-def test_scores_equal_physical_removal(operators, family, granularity):
-    hf = build(family)
-    ev = evaluator(hf, perplexity(hf)[0], granularity=granularity)
-    masks, expected = masks_and_losses(family, granularity)
-    assert ev.backend == f"fused ({operators})"
-    np.testing.assert_allclose(ev.score(masks), expected, rtol=RELATIVE)
+@pytest.fixture
+def scene():
+    return SCENE
+
+
+@pytest.fixture(params=LLAMA_LIKE)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(params=["block", "sublayer"])
+def granularity(request):
+    return request.param
+
+
+class TestOperatorsOfACpu(FusedProperties):
+    pass
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_bfloat16_is_as_near_as_transformers_own(operators, family):
     found, own = bfloat16_errors(
         family, LENGTHS, lambda low, rows: evaluator(low, fp.Perplexity(rows))
@@ -80,51 +78,7 @@ def test_bfloat16_is_as_near_as_transformers_own(operators, family):
     assert found <= 1.5 * own
 
 
-@pytest.mark.parametrize("family", LLAMA_LIKE)
-def test_choices_in_a_tree_equal_choices_run_alone(operators, family):
-    """Questions longer than the sliding window; many choices, so that a position predicts several
-    tokens."""
-    hf = build(family)
-    tasks = make_tasks(hf.config.vocab_size, [(13, [1, 4, 9]), (17, [3] * 6), (5, [2, 8, 5, 1])])
-    ev = evaluator(hf, fp.TaskMargin(tasks))
-    mask = np.arange(ev.num_units) != 1
-    removed = reference_model(hf, mask)
-    batch = tasks.batch
-    rows, lengths = [], []
-    for continuation in range(batch.num_continuations):
-        of = np.flatnonzero(batch.target_continuation == continuation)
-        row = batch.continuation_row[continuation]
-        inside = np.arange(batch.row_starts[row], batch.row_starts[row + 1])
-        own = batch.branch[batch.target_source[of[-1]]]
-        path = inside[(batch.branch[inside] == 0) | (batch.branch[inside] == own)]
-        path = path[path <= batch.target_source[of[-1]]]
-        rows.append([*batch.ids[path].tolist(), int(batch.target_token[of[-1]])])
-        lengths.append(len(of))
-    nll = [
-        float(of[-length:].mean())
-        for of, length in zip(reference_token_nll(removed, rows), lengths)
-    ]
-    found = ev.score_samples(mask)[0]
-    for question, margin in enumerate(found):
-        choices = np.flatnonzero(tasks.question == question)
-        wrong = [nll[c] for c in choices if c != tasks.answer[question]]
-        expected = nll[tasks.answer[question]] - np.mean(wrong)
-        assert margin == pytest.approx(expected, abs=RELATIVE * max(nll))
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_kl_divergence_is_that_of_the_generic_path(operators, family):
-    hf = build(family)
-    objective = fp.KLDivergence(perplexity(hf)[0].batch)
-    masks = some_masks(num_blocks(hf), 20, seed=4)
-    expected = fp.Evaluator(hf, objective, backend="generic").score(masks)
-    np.testing.assert_allclose(
-        evaluator(hf, objective).score(masks), expected, rtol=RELATIVE, atol=1e-6
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_scores_keep_their_bits(operators, dtype, granularity):
     """Alone, together, shuffled, and again: and every distinct prefix is run once."""
     hf = build("qwen3", dtype)

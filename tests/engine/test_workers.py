@@ -24,7 +24,7 @@ from helpers import make_tasks
 from workers_for_tests import InThisProcess, set_trap
 
 import fastprune as fp
-from fastprune import evaluator
+from fastprune.engine import calls
 from fastprune.models import GenericRunner
 from fastprune.plan.trie import kept_units, make_trie
 from fastprune.study import run_study
@@ -292,9 +292,9 @@ def test_a_study_on_workers(hf, tmp_path):
 def test_bits_that_would_differ_are_refused(hf, batch, monkeypatch):
     workers = InThisProcess(1)
     many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers)
-    numerics = evaluator.numerics_of
+    numerics = calls.numerics_of
     other = lambda *of: {**numerics(*of), "dtype": "torch.float8"}  # noqa: E731
-    monkeypatch.setattr(evaluator, "numerics_of", other)
+    monkeypatch.setattr(calls, "numerics_of", other)
     with pytest.raises(
         fp.InputError, match=r"worker 0: its dtype is torch.float32, not torch.float8"
     ):

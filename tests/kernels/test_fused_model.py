@@ -1,7 +1,7 @@
 """The whole fused model on Triton's operators, on the device that the kernels' tests run on.
 
-The interpreter takes milliseconds for each program, so rows are short and masks few; the same
-properties are tested broadly, on the other operators, in tests/engine/test_fused.py.
+The interpreter takes milliseconds for each program, so rows are short and masks few; on the other
+operators, tests/engine/test_fused.py tests the same properties (`fused_suite`) broadly.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from engine.helpers import make_tasks
-from families import build, physically_removed, random_rows, reference_losses
+from families import build, physically_removed
+from fused_suite import FusedProperties, Scene
 from kernel_checks import DEVICE, INTERPRETED, random  # skips where triton is not installed
 
 import fastprune as fp
-from fastprune.models import fused, operators
+from fastprune.models import fused
+from fastprune.models.operators import Rows, TritonOperators
 from fastprune_kernels import attention, gated_mlp, linear_loss, norm, reference, rope
 from fastprune_kernels.attention import TreePlan
 
-FAMILIES = ["qwen3", "mistral"]  # with a norm of each head; with a window shorter than a row
 LENGTHS = [9, 8]
 MASKS = np.array([[1, 1, 0], [1, 0, 1]], dtype=bool)
-RELATIVE = 1e-5
 KERNELS = [
     norm.add_rms_norm_kernel,
     rope.rotary_kernel,
@@ -31,47 +31,43 @@ KERNELS = [
     attention.tree_attention_kernel,
 ]
 KERNELS += [linear_loss.linear_nll_kernel, linear_loss.finish_nll_kernel]
-BUDGET = 300_000 if INTERPRETED else None  # small tiles, one of which is run as a measurement
+# small tiles, one of which is run as a measurement
+OPTIONS = {"backend": "auto", "memory_bytes": 300_000 if INTERPRETED else None}
 
 
 @pytest.fixture(autouse=True)
-def triton_operators(monkeypatch):
+def operators(monkeypatch):
     monkeypatch.setattr(fused, "fast_operators", lambda device, dtype: "triton")
+    return "triton"
 
 
 def three_blocks(family: str):
     return physically_removed(build(family), (3, 4))
 
 
-def evaluator(hf, objective) -> fp.Evaluator:
-    ev = fp.Evaluator(hf, objective, backend="auto", memory_bytes=BUDGET)
-    assert ev.backend == "fused (triton)"
-    return ev
+SCENE = Scene(
+    three_blocks, LENGTHS, [(7, [1, 3]), (2, [1] * 18)], lambda units: MASKS, OPTIONS, DEVICE.type
+)
+
+
+@pytest.fixture
+def scene():
+    return SCENE
+
+
+@pytest.fixture(params=["qwen3", "mistral"])  # a norm of each head; a window shorter than a row
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def granularity():
+    return "block"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_physical_removal(family):
-    hf = three_blocks(family)
-    rows = random_rows(hf.config.vocab_size, LENGTHS)
-    expected = reference_losses(hf, MASKS, rows)
-    ev = evaluator(hf.to(DEVICE), fp.Perplexity(fp.TokenBatch.from_ids(rows)))
-    together = ev.score(MASKS)
-    np.testing.assert_allclose(together, expected, rtol=RELATIVE)
-    assert ev.score(MASKS[1])[0] == together[1]  # to the bit
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_choices_in_a_tree_equal_the_generic_path(family):
-    """One position predicts the first tokens of 18 choices."""
-    hf = three_blocks(family).to(DEVICE)
-    tasks = make_tasks(hf.config.vocab_size, [(7, [1, 3]), (2, [1] * 18)])
-    expected = fp.Evaluator(hf, fp.TaskMargin(tasks), backend="generic").score_samples(MASKS[:1])
-    found = evaluator(hf, fp.TaskMargin(tasks)).score_samples(MASKS[:1])
-    np.testing.assert_allclose(
-        found, expected, atol=5 * RELATIVE
-    )  # differences of numbers of about 5
+class TestOperatorsOfTriton(FusedProperties):
+    pass
 
 
 @pytest.mark.slow
@@ -100,7 +96,8 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
         monkeypatch.setattr(kernel, "pre_run_hooks", [note])
     hf = three_blocks("qwen3").to(DEVICE)
     for questions in ([(7, [1, 3]), (2, [1] * 18)], [(1, [1, 1])], [(10, [3, 3]), (3, [1] * 3)]):
-        evaluator(hf, fp.TaskMargin(make_tasks(hf.config.vocab_size, questions))).score(MASKS[:1])
+        tasks = make_tasks(hf.config.vocab_size, questions)
+        SCENE.evaluator(hf, fp.TaskMargin(tasks)).score(MASKS[:1])
     # a norm that keeps the sum is one more; the head's are two kernels
     expected = [
         "gated_mlp_kernel",
@@ -116,16 +113,6 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
 
 
 @pytest.mark.slow
-def test_divergence_equals_the_generic_path():
-    hf = three_blocks("qwen3").to(DEVICE)
-    objective = fp.KLDivergence(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [7])))
-    expected = fp.Evaluator(hf, objective, backend="generic").score(MASKS[:1])
-    np.testing.assert_allclose(
-        evaluator(hf, objective).score(MASKS[:1]), expected, rtol=RELATIVE, atol=1e-6
-    )
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "grouped", "tree"),
     [(torch.float32, True, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
@@ -134,12 +121,12 @@ def test_plain_rows_that_no_memory_efficient_kernel_takes_go_to_tree_attention(
     dtype, grouped, tree
 ):
     """Torch's takes no grouped heads in float32, and would hold all scores of a row."""
-    rows = operators.Rows(3, 9, None, None, DEVICE)
-    plan = operators.TritonOperators(dtype).plan_attention(rows, 16, grouped, None)
+    rows = Rows(3, 9, None, None, DEVICE)
+    plan = TritonOperators(dtype).plan_attention(rows, 16, grouped, None)
     assert isinstance(plan, TreePlan) == tree
     heads, kv_heads = (4, 2) if grouped else (3, 3)
     qkv = random(27, (heads + 2 * kv_heads) * 16, dtype=dtype)
-    found = operators.TritonOperators(dtype).attention(qkv, plan, heads, kv_heads, 0.25)
+    found = TritonOperators(dtype).attention(qkv, plan, heads, kv_heads, 0.25)
     truth = reference.tree_attention(
         qkv.double(),
         reference.tree_mask(torch.tensor([0, 9, 18, 27]), *plain(27, 9)).to(DEVICE),
