@@ -244,7 +244,7 @@ class LocalRuns:
         """The missing sums, group of chunks by group, in two halves if they do not fit."""
         self._run_dense(problem, list(missing))
         schedules = self._schedules(problem, sequences, missing)
-        room = self._room(problem, schedules)
+        room = self._start_frontier(problem, schedules)
         if len(sequences) > 1 and banded.is_too_large(schedules, problem.chunks, self._limit, room):
             log.info("%d sequences do not fit into one call; it runs in halves", len(sequences))
             yield from self._halves(problem, sequences, missing, tell)
@@ -285,7 +285,7 @@ class LocalRuns:
         schedules = self._schedules(problem, whole, lacking)
         if not schedules:
             return
-        room = self._room(problem, schedules)
+        room = self._start_frontier(problem, schedules)
         with closing(self._walks(problem, schedules, room)) as walks:
             for number, walk in walks:
                 for step in walk:
@@ -300,8 +300,8 @@ class LocalRuns:
         for group in groups:
             yield from self._executor.walks({number: schedules[number] for number in group})
 
-    def _room(self, problem: Problem, schedules: Mapping[int, Schedule]) -> banded.Room:
-        """Bytes for the states between bands of a call. Empties the frontier."""
+    def _start_frontier(self, problem: Problem, schedules: Mapping[int, Schedule]) -> banded.Room:
+        """Empty the frontier for a call; the bytes for its states between bands."""
         if len(self._runner.bands) == 1:
             return banded.Room(0, 0)  # no state waits for a band
         tokens, slots = banded.peak_tokens(schedules, problem.chunks)

@@ -1,7 +1,7 @@
 """The protocol that runs a call: one method to implement, in this process or on workers.
 
 `LocalRuns` (local.py) runs units on this process's model, `RemoteRuns` (workers/remote.py) shares
-the call out. The evaluator knows this protocol only.
+the call out. `Calls` (calls.py) knows this protocol only.
 """
 
 from __future__ import annotations
