@@ -20,6 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
+from fastprune.engine.calls import Calls
 from fastprune.engine.executor import Executor
 from fastprune.models import FusedRunner
 
@@ -76,7 +77,7 @@ def main() -> None:
     spent.wrap(FusedRunner, "open")
     spent.wrap(Executor, "values")
     version = Spent()
-    version.wrap(type(ev), "_refresh")
+    version.wrap(Calls, "_refresh")
     for number, mask in enumerate(masks):
         spent.seconds = version.seconds = 0.0
         before, started = ev.stats.unit_runs, time.perf_counter()

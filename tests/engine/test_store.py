@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sqlite3
 import warnings
@@ -323,25 +324,23 @@ def test_a_fifo_for_a_store_or_beside_it_is_not_waited_for(tmp_path, suffix, exi
 
 def test_a_store_that_was_given_up_is_not_asked_again(tmp_path, monkeypatch):
     """Each time, SQLite would wait a minute for another program's lock."""
-    store = SumStore(tmp_path / "store.db")
+    asked: list[str] = []
+    locked = False
 
-    class Locked:
-        asked = 0
-
-        def execute(self, *_):
-            self.asked += 1
+    class Lockable(sqlite3.Connection):
+        def execute(self, query, *values):
+            if not locked:
+                return super().execute(query, *values)
+            asked.append(query)
             raise sqlite3.OperationalError("database is locked")
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-    monkeypatch.setattr(store, "_db", Locked())
+    connect = functools.partial(sqlite3.connect, factory=Lockable)
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    store = SumStore(tmp_path / "store.db")
+    locked = True
     with pytest.warns(RuntimeWarning, match="going on without the store: database is locked"):
         assert store.context({"a": 1}) == -1
     assert store.context({"a": 1}) == -1
     assert store.get(-1, b"", [b""]) == {}
     store.put(-1, b"", {b"": np.zeros(1)})
-    assert store._db.asked == 1
+    assert len(asked) == 1

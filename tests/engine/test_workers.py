@@ -140,25 +140,25 @@ def test_a_share_is_done_again_by_a_new_worker(hf, batch, lose):
 
 
 def test_what_had_come_back_is_not_run_again(hf, batch):
-    workers = InThisProcess(1)
+    class DiesBeforeTheLastSums(InThisProcess):
+        sums = 0
+        dies_after = -1
+
+        def _receive(self):
+            worker, word = super()._receive()
+            self.sums += word.kind == "sums"
+            if self.sums == self.dies_after:
+                self.lose.add(self.heard + 1)
+                self.dies_after = -1
+            return worker, word
+
+    workers = DiesBeforeTheLastSums(1)
     many = fp.Evaluator(hf, fp.Perplexity(batch), workers=workers, cache_bytes=0)
     masks = some_masks(many.num_units, 40, seed=3)
     many.score(masks[:1])
     before = many.stats.unit_runs
-    workers.heard, chunks = 0, len(many.layout.chunks)
-    sums = 0
-    receive = workers._receive
-
-    def counted():
-        nonlocal sums
-        word = receive()
-        sums += word[1].kind == "sums"
-        if sums == chunks - 1:
-            workers.lose.add(workers.heard + 1)
-            sums += 1
-        return word
-
-    workers._receive = counted
+    workers.heard = workers.sums = 0
+    workers.dies_after = len(many.layout.chunks) - 1
     with pytest.warns(RuntimeWarning, match="died"):
         many.score(masks)
     all_of_it = make_trie(kept_units(masks)).unit_runs
