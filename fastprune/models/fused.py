@@ -23,7 +23,7 @@ from .head import LINEAR
 from .model import Model
 from .operators import OPERATORS, Rows, fast_operators
 from .swap import get_module
-from .tree import layer_windows
+from .windows import NO_WINDOW_FORM
 
 FAMILIES = (
     "llama",
@@ -83,7 +83,6 @@ class FusedRunner:
             raise InputError(f"{model.name}: the fused path cannot run this model: {reason}")
         chosen = operators or fast_operators(model.device, model.dtype) or "torch"
         self._operators = OPERATORS[chosen](model.dtype)
-        self._windows = layer_windows(model.config, model.num_blocks)
         self._layers = [_layer(layer) for layer in model.layers]
         self._generic = GenericRunner(model)  # for embeddings and angles
         self.head = self._operators.head(model, self._final_norm)
@@ -108,11 +107,11 @@ class FusedRunner:
         layer = self._layers[0]
         head_dim = layer.output.in_features // layer.num_heads
         grouped = any(layer.num_heads != layer.num_kv_heads for layer in self._layers)
+        windows = self._generic.windows(length if positions is None else int(positions.max()) + 1)
         plans = {
-            w: self._operators.plan_attention(rows, head_dim, grouped, w)
-            for w in set(self._windows)
+            w: self._operators.plan_attention(rows, head_dim, grouped, w) for w in set(windows)
         }
-        return state, ChunkArguments(cos, sin, position, [plans[w] for w in self._windows])
+        return state, ChunkArguments(cos, sin, position, [plans[w] for w in windows])
 
     @property
     def bands(self) -> tuple[range, ...]:
@@ -249,6 +248,12 @@ def _why_not(model: Model) -> str | None:
     head = model.hf.get_output_embeddings()
     if type(head) not in LINEAR or head.bias is not None:
         return "its head is not a linear map without bias"
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation not in ("sdpa", "eager"):
+        return f"its attention is {implementation!r}, neither 'sdpa' nor 'eager'"
+    generic = GenericRunner(model)
+    if NO_WINDOW_FORM in generic.windows(1):
+        return "its layers' masks are not those of causal windows"
     if model.hidden_size > MAX_HIDDEN:
         return f"its states have more than {MAX_HIDDEN} columns"
     return None
