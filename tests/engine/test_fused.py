@@ -2,11 +2,13 @@
 holds there too."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from families import (
+    FUSED_CONFIGS,
     build,
     layers_of,
     num_blocks,
@@ -23,6 +25,8 @@ from fastprune.models import FusedRunner, fused, native
 from fastprune.models.verify import probe_tree
 
 LLAMA_LIKE = ["llama", "llama-tied", "mistral", "phi3", "qwen2", "qwen2-window", "qwen3"]
+OTHERS = ["gemma2-eager", "gemma2-sdpa", "gemma3", "olmo2", *sorted(FUSED_CONFIGS)]
+FUSED = LLAMA_LIKE + OTHERS
 LENGTHS = [49, 13, 49, 12, 13]
 RELATIVE = 1e-5
 SETS = [
@@ -62,7 +66,7 @@ def masks_and_losses(family: str, granularity: str) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
-@pytest.mark.parametrize("family", LLAMA_LIKE)
+@pytest.mark.parametrize("family", FUSED)
 def test_scores_equal_physical_removal(operators, family, granularity):
     hf = build(family)
     ev = evaluator(hf, perplexity(hf)[0], granularity=granularity)
@@ -72,7 +76,7 @@ def test_scores_equal_physical_removal(operators, family, granularity):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", LLAMA_LIKE)
+@pytest.mark.parametrize("family", FUSED)
 def test_bfloat16_is_as_near_as_transformers_own(operators, family):
     found, own = bfloat16_errors(
         family, LENGTHS, lambda low, rows: evaluator(low, fp.Perplexity(rows))
@@ -80,7 +84,7 @@ def test_bfloat16_is_as_near_as_transformers_own(operators, family):
     assert found <= 1.5 * own
 
 
-@pytest.mark.parametrize("family", LLAMA_LIKE)
+@pytest.mark.parametrize("family", FUSED)
 def test_choices_in_a_tree_equal_choices_run_alone(operators, family):
     """Questions longer than the sliding window; many choices, so that a position predicts several
     tokens."""
@@ -178,7 +182,8 @@ def test_auto_takes_the_fused_path_where_it_can():
     for family, path in [
         ("llama", "fused (native)"),
         ("gpt2", "generic"),
-        ("gemma2-sdpa", "generic"),
+        ("mixtral", "generic"),
+        *((family, "fused (native)") for family in OTHERS),
     ]:
         hf = build(family)
         assert fp.Evaluator(hf, perplexity(hf)[0]).backend == path
@@ -202,7 +207,7 @@ def with_hook(hf):
 
 
 def with_other_activation(hf):
-    hf.config.hidden_act = "gelu"
+    layers_of(hf)[2].mlp.act_fn = torch.nn.GELU()
     return hf
 
 
@@ -219,7 +224,7 @@ def with_wrapped_projection(hf):
     [
         ("gpt2", lambda hf: hf, "family 'gpt2'"),
         ("llama", with_hook, "forward hooks"),
-        ("llama", with_other_activation, "activation is 'gelu'"),
+        ("llama", with_other_activation, "activation is GELU, neither"),
         ("qwen3", with_wrapped_projection, "up_proj' is not transformers' own"),
     ],
 )
@@ -230,14 +235,25 @@ def test_what_cannot_be_fused_says_why(family, change, why):
     assert fp.Evaluator(hf, perplexity(hf)[0]).backend == "generic"
 
 
+def test_attention_whose_masks_say_nothing_of_windows_is_not_fused():
+    hf = build("llama")
+    hf.config._attn_implementation = "flash_attention_2"
+    assert "'flash_attention_2', neither" in str(fused.why_not_fused(fp.Model(hf)))
+
+
+def test_norms_of_each_head_by_itself_are_not_fused():
+    """Command R+ has a weight for each head and column."""
+    hf = build("cohere", use_qk_norm=True)
+    assert "norms of their own" in str(fused.why_not_fused(fp.Model(hf)))
+    assert fp.Evaluator(hf, perplexity(hf)[0]).backend == "generic"
+
+
 def test_a_block_that_computes_something_else_is_refused(monkeypatch):
     """The check against the generic path is not idle: here attention has another scale."""
-    layer = fused.Layer
-
-    def with_another_scale(**parts):
-        return layer(**{**parts, "scale": 2 * parts["scale"]})
-
-    monkeypatch.setattr(fused, "Layer", with_another_scale)
+    layers_of = fused.layers_of
+    monkeypatch.setattr(
+        fused, "layers_of", lambda model: [replace(x, scale=2 * x.scale) for x in layers_of(model)]
+    )
     hf = build("llama")
     with pytest.raises(fp.InputError, match="block 0 gives something else"):
         fp.Evaluator(hf, perplexity(hf)[0], backend="fused")
