@@ -146,8 +146,24 @@ def test_scores_keep_their_bits(operators, dtype, granularity):
     )
 
 
-def test_the_input_of_a_unit_is_left_as_it_is(operators):
-    hf = build("llama")
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_scores_of_every_family_keep_their_bits(family, granularity):
+    """In bfloat16: alone, together and shuffled, with states from the cache and without."""
+    hf = build(family, torch.bfloat16)
+    objective = perplexity(hf)[0]
+    ev = evaluator(hf, objective, granularity=granularity)
+    masks = some_masks(ev.num_units, 20, seed=5)
+    together = ev.score(masks)
+    order = np.random.default_rng(0).permutation(len(masks))
+    assert np.array_equal(ev.score(masks[order]), together[order])
+    uncached = evaluator(hf, objective, granularity=granularity, cache_bytes=0)
+    assert np.array_equal(np.concatenate([uncached.score(mask) for mask in masks]), together)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "exaone4", "gemma3", "ministral3", "olmo2"])
+def test_the_input_of_a_unit_is_left_as_it_is(operators, family):
+    hf = build(family)
     model = fp.Model(hf)
     runner = FusedRunner(model)
     with model.evaluation():
