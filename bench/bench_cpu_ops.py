@@ -58,7 +58,7 @@ def add_rms_norm(shape: Shape, tokens: int, dtype: torch.dtype) -> Case:
     norm = LlamaRMSNorm(shape.width, EPS).to(dtype)
     residual = torch.empty_like(states)
     return Case(
-        lambda: native.add_rms_norm(states, norm.weight, EPS, branch, residual),
+        lambda: native.add_rms_norm(states, norm.weight, EPS, branch=branch, residual=residual),
         lambda: norm(states + branch),
         reference.rms_norm((states + branch).double(), norm.weight.double(), EPS),
     )

@@ -77,24 +77,28 @@ fastprune::Dtype dtype_of(bool bfloat16) {
 }
 
 void add_rms_norm(Address states, Address branch, Address weight, Address residual, Address normed,
-                  std::int64_t rows, std::int64_t columns, double eps, bool bfloat16, int threads) {
+                  std::int64_t rows, std::int64_t columns, double eps, bool centered, float offset, bool bfloat16,
+                  int threads) {
     fastprune::add_rms_norm({at<const void>(states), at<const void>(branch), at<const void>(weight),
-                             at<void>(residual), at<void>(normed), columns, eps},
+                             at<void>(residual), at<void>(normed), columns, eps, centered, offset},
                             rows, dtype_of(bfloat16), threads);
 }
 
 void rotary(Address qkv, Address cos, Address sin, Address position, Address q_weight, Address k_weight,
             std::int64_t rows, std::int64_t positions, std::int64_t heads, std::int64_t kv_heads,
-            std::int64_t head_dim, std::int64_t half, double eps, bool bfloat16, int threads) {
+            std::int64_t head_dim, std::int64_t half, double eps, float offset, bool interleaved,
+            bool norm_after, bool bfloat16, int threads) {
     fastprune::rotary(
         {at<void>(qkv), at<const float>(cos), at<const float>(sin), at<const std::int64_t>(position),
-         at<const void>(q_weight), at<const void>(k_weight), heads, kv_heads, head_dim, half, eps},
+         at<const void>(q_weight), at<const void>(k_weight), heads, kv_heads, head_dim, half, eps, offset,
+         interleaved, norm_after},
         rows, positions, dtype_of(bfloat16), threads);
 }
 
-void gated_mlp(Address gate_up, Address out, std::int64_t rows, std::int64_t columns, bool bfloat16,
-               int threads) {
-    fastprune::gated_mlp({at<const void>(gate_up), at<void>(out), columns}, rows, dtype_of(bfloat16),
+void gated_mlp(Address gate_up, Address out, std::int64_t rows, std::int64_t columns, bool gelu_tanh,
+               bool bfloat16, int threads) {
+    const auto activation = gelu_tanh ? fastprune::Activation::gelu_tanh : fastprune::Activation::silu;
+    fastprune::gated_mlp({at<const void>(gate_up), at<void>(out), columns, activation}, rows, dtype_of(bfloat16),
                          threads);
 }
 
@@ -105,10 +109,11 @@ void log_sum_exp(Address logits, Address out, std::int64_t rows, std::int64_t co
 }
 
 void attention(Address qkv, Address seen, Address out, std::int64_t rows, bool rows_differ, std::int64_t length,
-               std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, double scale, bool bfloat16,
-               int threads) {
+               std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, double scale, double soft_cap,
+               bool bfloat16, int threads) {
     fastprune::attention({at<const void>(qkv), at<void>(out), at<const fastprune::Attention::Seen>(seen),
-                          rows_differ, length, heads, kv_heads, head_dim, static_cast<float>(scale)},
+                          rows_differ, length, heads, kv_heads, head_dim, static_cast<float>(scale),
+                          static_cast<float>(soft_cap)},
                          rows, dtype_of(bfloat16), threads);
 }
 

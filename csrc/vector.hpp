@@ -176,6 +176,18 @@ inline Vec exp(Vec x) {
     return p * reinterpret_cast<Vec>(reinterpret_cast<Bits>(shifted) << 23);
 }
 
+// Within a few roundings everywhere; NaN stays NaN. Near 0, where the quotient would cancel, it is a series.
+inline Vec tanh(Vec x) {
+    const Vec square = x * x;
+    Vec tail = square * (62.0F / 2835.0F) - 17.0F / 315.0F;
+    tail = tail * square + 2.0F / 15.0F;
+    tail = tail * square - 1.0F / 3.0F;
+    const Vec size = x < Vec{} ? -x : x;
+    const Vec e = exp(greatest(broadcast(-87.0F), size * -2.0F));
+    const Vec large = (1.0F - e) / (1.0F + e);
+    return square < 0.0625F ? x + x * square * tail : (x < Vec{} ? -large : large);
+}
+
 }  // namespace
 }  // namespace FASTPRUNE_ISA
 }  // namespace fastprune

@@ -136,6 +136,69 @@ CONFIGS = {
     ),
 }
 FAMILIES = sorted(CONFIGS)
+
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+MIXED.append("full_attention")
+SQUARE = LLAMA_LIKE | {"head_dim": 12}
+# more families whose blocks run on fused operators, beside those above
+FUSED_CONFIGS = {
+    "cohere": lambda: tf.CohereConfig(**SQUARE, logit_scale=0.25),
+    "cohere2": lambda: tf.Cohere2Config(
+        **SQUARE, logit_scale=0.25, sliding_window=WINDOW, layer_types=MIXED
+    ),
+    "ernie4_5": lambda: tf.Ernie4_5Config(**LLAMA_LIKE, use_bias=True),
+    "exaone4": lambda: tf.Exaone4Config(**LLAMA_LIKE, sliding_window=WINDOW, layer_types=MIXED),
+    "exaone4-full": lambda: tf.Exaone4Config(
+        **LLAMA_LIKE, sliding_window=None, layer_types=["full_attention"] * 5
+    ),
+    "gemma": lambda: tf.GemmaConfig(**LLAMA_LIKE),
+    "glm": lambda: tf.GlmConfig(
+        **(LLAMA_LIKE | {"head_dim": 12}),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "glm4": lambda: tf.Glm4Config(
+        **(LLAMA_LIKE | {"head_dim": 12}),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "granite": lambda: tf.GraniteConfig(
+        **LLAMA_LIKE,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.4,
+        logits_scaling=2.0,
+        mlp_bias=True,
+    ),
+    "helium": lambda: tf.HeliumConfig(**(SQUARE | {"num_key_value_heads": 3})),
+    "hunyuan": lambda: tf.HunYuanDenseV1Config(**LLAMA_LIKE),
+    "ministral": lambda: tf.MinistralConfig(**LLAMA_LIKE, sliding_window=WINDOW, layer_types=MIXED),
+    "ministral3": lambda: tf.Ministral3Config(
+        **LLAMA_LIKE,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        },
+    ),
+    "olmo": lambda: tf.OlmoConfig(**SQUARE, clip_qkv=1.5),
+    "olmo3": lambda: tf.Olmo3Config(**SQUARE, sliding_window=WINDOW, layer_types=MIXED),
+    "seed_oss": lambda: tf.SeedOssConfig(**LLAMA_LIKE, attention_out_bias=True),
+    "smollm3": lambda: tf.SmolLM3Config(
+        **LLAMA_LIKE,
+        no_rope_layers=[1, 0, 1, 1, 0],
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+    ),
+}
 WINDOWED = ["gemma2-eager", "gemma2-sdpa", "gemma3", "mistral", "qwen2-window"]
 
 # where a layer's residual branches end: the last modules before each sum
@@ -144,6 +207,9 @@ BRANCHES = {
     "gemma2": POST_NORMS,
     "gemma3_text": POST_NORMS,
     "olmo2": POST_NORMS,
+    "olmo3": POST_NORMS,
+    "exaone4": POST_NORMS,
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
     "gpt_neox": ("attention", "mlp"),
     "gpt2": ("attn", "mlp"),
 }
@@ -155,7 +221,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **change
 
     changes: attributes of its config that are to be others.
     """
-    config = CONFIGS[name]()
+    config = (CONFIGS | FUSED_CONFIGS)[name]()
     config, attn_implementation = config if isinstance(config, tuple) else (config, "sdpa")
     for attribute, value in changes.items():
         setattr(config, attribute, value)

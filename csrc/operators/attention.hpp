@@ -156,7 +156,10 @@ inline void score(const Attention& a, const Tile& tile, long panel, const Copies
                  a.head_dim, sums);
         for (long r = 0; r < kTile; ++r) {
             float* to = copies.scores + (tile.first + r) * copies.padded + panel;
-            for (int v = 0; v < n; ++v) store(to + v * kWidth, sums[r][v], All{});
+            for (int v = 0; v < n; ++v) {
+                const Vec sum = sums[r][v];
+                store(to + v * kWidth, a.soft_cap > 0.0F ? tanh(sum / a.soft_cap) * a.soft_cap : sum, All{});
+            }
         }
     });
 }

@@ -10,6 +10,18 @@ namespace {
 
 constexpr float kInf = __builtin_inff();
 
+// Lanes behind the end of a row, for which load gives 0, take another value.
+inline Vec fill(Vec v, float, All) {
+    return v;
+}
+
+inline Vec fill(Vec v, float value, First lanes) {
+    float part[kWidth];
+    store(part, v, All{});
+    for (long i = lanes.count; i < kWidth; ++i) part[i] = value;
+    return load(part, All{});
+}
+
 // 1 / sqrt(mean of squares + eps) of a row, from sums over lanes.
 inline float inverse_rms(Vec squares, long columns, double eps) {
     return static_cast<float>(1.0 / __builtin_sqrt(sum(squares) / static_cast<double>(columns) + eps));
@@ -48,9 +60,22 @@ inline Vec squares_of(const T* x, long columns) {
     });
 }
 
+// A row's mean, and the squares of what is left without it as sums over lanes.
+template <class T>
+inline float center(const T* x, long columns, Vec& squares) {
+    const float mean = sum(lane_sums(columns, [=](long i, auto lanes) { return load(x + i, lanes); })) /
+                       static_cast<float>(columns);
+    squares = lane_sums(columns, [=](long i, auto lanes) {
+        const Vec v = fill(load(x + i, lanes) - mean, 0.0F, lanes);
+        return v * v;
+    });
+    return mean;
+}
+
 template <class T>
 void add_rms_norm(const AddRmsNorm& a, long begin, long end) {
     const auto* weight = static_cast<const T*>(a.weight);
+    const float offset = a.offset;
     for (long row = begin; row < end; ++row) {
         const long base = row * a.columns;
         const T* x = static_cast<const T*>(a.states) + base;
@@ -72,16 +97,65 @@ void add_rms_norm(const AddRmsNorm& a, long begin, long end) {
             }
             squares = squares_of(x, a.columns);
         }
+        const float mean = a.centered ? center(x, a.columns, squares) : 0.0F;
         const float scale = inverse_rms(squares, a.columns, a.eps);
         for_each_vector(a.columns, [=](long i, auto lanes) {
-            store(normed + i, load(x + i, lanes) * scale * load(weight + i, lanes), lanes);
+            const Vec v = a.centered ? load(x + i, lanes) - mean : load(x + i, lanes);
+            store(normed + i, weight == nullptr ? v * scale : v * scale * (load(weight + i, lanes) + offset), lanes);
         });
     }
+}
+
+// RMSNorm of one head, in place.
+template <class T>
+void norm_head(T* head, const T* weight, const Rotary& a) {
+    const float scale = inverse_rms(squares_of(head, a.head_dim), a.head_dim, a.eps);
+    for_each_vector(a.head_dim, [=](long i, auto lanes) {
+        store(head + i, load(head + i, lanes) * scale * (load(weight + i, lanes) + a.offset), lanes);
+    });
+}
+
+// Columns 2i and 2i + 1 by the angle i, a vector of pairs at a time.
+template <class T>
+void rotate_neighbours(T* head, const float* cos, const float* sin, long half) {
+    for_each_vector(half, [=](long i, auto lanes) {
+        T* pairs = head + 2 * i;
+        const long count = half - i < kWidth ? half - i : kWidth;
+        float even[kWidth] = {};
+        float odd[kWidth] = {};
+        for (long l = 0; l < count; ++l) {
+            even[l] = to_float(pairs[2 * l]);
+            odd[l] = to_float(pairs[2 * l + 1]);
+        }
+        const Vec c = load(cos + i, lanes);
+        const Vec s = load(sin + i, lanes);
+        const Vec first = load(even, All{});
+        const Vec second = load(odd, All{});
+        store(even, first * c - second * s, All{});
+        store(odd, second * c + first * s, All{});
+        float both[2 * kWidth];
+        for (long l = 0; l < kWidth; ++l) {
+            both[2 * l] = even[l];
+            both[2 * l + 1] = odd[l];
+        }
+        const float* from = both;
+        for_each_vector(2 * count, [=](long j, auto some) { store(pairs + j, load(from + j, some), some); });
+    });
 }
 
 template <class T>
 void rotate_head(T* head, const float* cos, const float* sin, const T* weight, const Rotary& a) {
     const long half = a.half;
+    if (weight != nullptr && (a.interleaved || a.norm_after)) {  // one after the other
+        if (!a.norm_after) norm_head(head, weight, a);
+        rotate_head<T>(head, cos, sin, nullptr, a);
+        if (a.norm_after) norm_head(head, weight, a);
+        return;
+    }
+    if (a.interleaved) {
+        rotate_neighbours(head, cos, sin, half);
+        return;
+    }
     if (weight == nullptr) {
         for_each_vector(half, [=](long i, auto lanes) {
             const Vec c = load(cos + i, lanes);
@@ -97,14 +171,14 @@ void rotate_head(T* head, const float* cos, const float* sin, const T* weight, c
     for_each_vector(half, [=](long i, auto lanes) {
         const Vec c = load(cos + i, lanes);
         const Vec s = load(sin + i, lanes);
-        const Vec first = load(head + i, lanes) * scale * load(weight + i, lanes);
-        const Vec second = load(head + half + i, lanes) * scale * load(weight + half + i, lanes);
+        const Vec first = load(head + i, lanes) * scale * (load(weight + i, lanes) + a.offset);
+        const Vec second = load(head + half + i, lanes) * scale * (load(weight + half + i, lanes) + a.offset);
         store(head + i, first * c - second * s, lanes);
         store(head + half + i, second * c + first * s, lanes);
     });
     for_each_vector(a.head_dim - 2 * half, [=](long i, auto lanes) {
         const long at = 2 * half + i;
-        store(head + at, load(head + at, lanes) * scale * load(weight + at, lanes), lanes);
+        store(head + at, load(head + at, lanes) * scale * (load(weight + at, lanes) + a.offset), lanes);
     });
 }
 
@@ -128,28 +202,33 @@ inline Vec silu(Vec g) {
     return g < low ? g * 0.0F : g / (e + 1.0F);
 }
 
+// g / (1 + exp(-2u)) with u of GELU's approximation by tanh; like silu far from zero.
+inline Vec gelu_tanh(Vec g) {
+    const Vec twice = (g + g * g * g * 0.044715F) * 1.59576912F;
+    const Vec low = broadcast(-87.0F);
+    const Vec e = exp(greatest(low, least(broadcast(87.0F), -twice)));
+    return twice < low ? g * 0.0F : g / (e + 1.0F);
+}
+
+template <class Act, class T>
+inline void multiply_activated(const T* gate, const T* up, T* out, long columns, Act activate) {
+    for_each_vector(columns, [=](long i, auto lanes) {
+        store(out + i, activate(load(gate + i, lanes)) * load(up + i, lanes), lanes);
+    });
+}
+
 template <class T>
 void gated_mlp(const GatedMlp& a, long begin, long end) {
     for (long row = begin; row < end; ++row) {
         const T* gate = static_cast<const T*>(a.gate_up) + row * 2 * a.columns;
         const T* up = gate + a.columns;
         T* out = static_cast<T*>(a.out) + row * a.columns;
-        for_each_vector(a.columns, [=](long i, auto lanes) {
-            store(out + i, silu(load(gate + i, lanes)) * load(up + i, lanes), lanes);
-        });
+        if (a.activation == Activation::silu) {
+            multiply_activated(gate, up, out, a.columns, [](Vec g) { return silu(g); });
+        } else {
+            multiply_activated(gate, up, out, a.columns, [](Vec g) { return gelu_tanh(g); });
+        }
     }
-}
-
-// Lanes behind the end of a row, for which load gives 0, take another value.
-inline Vec fill(Vec v, float, All) {
-    return v;
-}
-
-inline Vec fill(Vec v, float value, First lanes) {
-    float part[kWidth];
-    store(part, v, All{});
-    for (long i = lanes.count; i < kWidth; ++i) part[i] = value;
-    return load(part, All{});
 }
 
 // The greatest element that is not NaN, -inf where there is none.

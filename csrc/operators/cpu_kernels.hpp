@@ -11,11 +11,13 @@ namespace fastprune {
 struct AddRmsNorm {
     const void* states;  // [M, columns]
     const void* branch;  // [M, columns] or null
-    const void* weight;  // [columns]
+    const void* weight;  // [columns] or null: 1
     void* residual;      // [M, columns] or null: states + branch, rounded
     void* normed;        // [M, columns]
     long columns;
     double eps;
+    bool centered = false;  // the mean is taken off first (LayerNorm)
+    float offset = 0.0F;    // added to the weight
 };
 
 struct Rotary {
@@ -30,12 +32,18 @@ struct Rotary {
     long head_dim;
     long half;
     double eps;
+    float offset = 0.0F;       // added to the norms' weights
+    bool interleaved = false;  // pairs are columns 2i and 2i + 1, not i and half + i
+    bool norm_after = false;   // heads are normed after the rotation, not before
 };
+
+enum class Activation { silu, gelu_tanh };
 
 struct GatedMlp {
     const void* gate_up;  // [T, 2 columns], gate first
     void* out;            // [T, columns]
     long columns;
+    Activation activation = Activation::silu;
 };
 
 struct LogSumExp {
@@ -62,6 +70,7 @@ struct Attention {
     long kv_heads;
     long head_dim;
     float scale;
+    float soft_cap = 0.0F;  // scores become cap tanh(score / cap); 0: none
 
     // Of queries, of one head and row.
     long blocks() const { return (length + kBlock - 1) / kBlock; }

@@ -1,4 +1,5 @@
-"""The fused path: the units of Llama-like models on fused operators, with the model's own weights.
+"""The fused path: the units of families that `blocks` describes on fused operators, with the
+model's own weights.
 
 It reads the same parameters as the generic path, which embeds the tokens and works out rotary
 angles for it. `open_runner` compares it with the generic path, block by block, before it is used.
@@ -10,62 +11,45 @@ import functools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import InputError
 from . import native
+from .blocks import ACTIVATIONS, FAMILIES, Layer, Norm, layer_of, norm_of
 from .code import foreign_code, global_hooks, hooks_of, own_forward
 from .generic import GenericRunner
 from .head import LINEAR
 from .model import Model
 from .operators import OPERATORS, Rows, fast_operators
-from .swap import get_module
-from .tree import layer_windows
+from .swap import Arguments, HalfBlock, State, get_module, hidden_of
+from .windows import NO_WINDOW_FORM
 
-FAMILIES = (
-    "llama",
-    "mistral",
-    "phi3",
-    "qwen2",
-    "qwen3",
-)  # pre-norm RMSNorm, rotary, gated MLP with SiLU
 MAX_HIDDEN, MAX_HEAD = 16384, 256  # limits of the kernels on a row
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The parts of one decoder layer. qkv, gate_up: linear maps whose outputs stand side by
-    side."""
-
-    attention_norm: nn.Module
-    qkv: tuple[nn.Linear, ...]
-    q_norm: Any  # the family's RMSNorm, or None
-    k_norm: Any
-    output: nn.Linear
-    mlp_norm: nn.Module
-    gate_up: tuple[nn.Linear, ...]
-    down: nn.Linear
-    num_heads: int
-    num_kv_heads: int
-    scale: float
+Table = tuple[torch.Tensor, torch.Tensor]  # cos and sin, float32[N, R]
 
 
 @dataclass(frozen=True)
 class ChunkArguments:
-    """The arguments of every layer for a chunk: rotary tables [N, R], each token's row in them,
-    attention by layer."""
+    """The arguments of every layer for a chunk.
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    position: torch.Tensor  # int64[B * T]
+    Attributes:
+        tables: Rotary tables by layer; None for one that neither rotates nor norms its heads.
+        position: Each token's row in the tables, int64[B * T].
+        query_scale: The factor of each token's query, [B * T, 1]; None: 1.
+        attention: Plans of attention by layer.
+    """
+
+    tables: list[Table | None]
+    position: torch.Tensor
+    query_scale: torch.Tensor | None
     attention: list[object]
 
 
 class FusedRunner:
-    """Runs the units of a Llama-like model on fused operators (see `Runner`).
+    """Runs the units of a model on fused operators, as the row of its family in `blocks.FAMILIES`
+    says (see `Runner`).
 
     Args:
         model: The model.
@@ -73,7 +57,7 @@ class FusedRunner:
             else torch's.
 
     Raises:
-        InputError: The model does not have that shape.
+        InputError: The family has no row, or the model is not as it says.
     """
 
     def __init__(self, model: Model, operators: str | None = None):
@@ -83,10 +67,17 @@ class FusedRunner:
             raise InputError(f"{model.name}: the fused path cannot run this model: {reason}")
         chosen = operators or fast_operators(model.device, model.dtype) or "torch"
         self._operators = OPERATORS[chosen](model.dtype)
-        self._windows = layer_windows(model.config, model.num_blocks)
-        self._layers = [_layer(layer) for layer in model.layers]
+        self._block = FAMILIES[model.family]
+        self._layers = layers_of(model)
         self._generic = GenericRunner(model)  # for embeddings and angles
-        self.head = self._operators.head(model, self._final_norm)
+        final = get_module(model.hf, model.path[:-1]).norm
+        self._last_norm = norm_of(self._block, final)
+        self.head = self._operators.head(
+            model,
+            self._final_norm,
+            self._block.logit_scale(model.hf),
+            self._block.logit_cap(model.hf),
+        )
         self.path_name = f"fused ({self._operators.name})"
 
     def open(
@@ -97,22 +88,46 @@ class FusedRunner:
     ) -> tuple[torch.Tensor, ChunkArguments]:
         """Like `GenericRunner.open`: the embedded tokens [B, T, D], and the layers' arguments."""
         state, arguments = self._generic.embed(ids, positions)
-        cos, sin = arguments[0]["position_embeddings"]  # [1 or B, T, 2R], each angle twice
-        half = cos.shape[-1] // 2
-        cos, sin = (
-            table[..., :half].reshape(-1, half).float().contiguous() for table in (cos, sin)
-        )
-        position = torch.arange(ids.numel(), device=ids.device) % len(cos)
         num_rows, length = ids.shape
+        tables, count = self._tables(arguments)
+        position = torch.arange(ids.numel(), device=ids.device) % count
+        scale = self._block.query_scale(self._layers[0].attention, arguments[0]["position_ids"])
+        if scale is not None:
+            scale = scale.expand(num_rows, -1).reshape(-1, 1).to(state.dtype)
         rows = Rows(num_rows, length, positions, branch, ids.device)
+        windows = self._generic.windows(length if positions is None else int(positions.max()) + 1)
+        plans = {window: self._plan(rows, window) for window in set(windows)}
+        return state, ChunkArguments(tables, position, scale, [plans[w] for w in windows])
+
+    def _plan(self, rows: Rows, window: int | None) -> object:
         layer = self._layers[0]
         head_dim = layer.output.in_features // layer.num_heads
         grouped = any(layer.num_heads != layer.num_kv_heads for layer in self._layers)
-        plans = {
-            w: self._operators.plan_attention(rows, head_dim, grouped, w)
-            for w in set(self._windows)
-        }
-        return state, ChunkArguments(cos, sin, position, [plans[w] for w in self._windows])
+        capped = layer.soft_cap is not None
+        return self._operators.plan_attention(rows, head_dim, grouped, window, capped)
+
+    def _tables(self, arguments: Arguments) -> tuple[list[Table | None], int]:
+        """Each layer's rotary tables, from what the model's own forward hands to it, and their
+        number of rows."""
+        known: dict[tuple[int, bool], Table] = {}
+        tables: list[Table | None] = []
+        for layer, handed in zip(self._layers, arguments, strict=True):
+            if not layer.rotates and layer.q_norm is None:
+                tables.append(None)
+                continue
+            key = id(handed["position_embeddings"][0]), layer.rotates
+            if key not in known:
+                cos, sin = handed["position_embeddings"]  # [1 or B, T, 2R], each angle twice
+                half = cos.shape[-1] // 2
+                angles = slice(None, None, 2) if self._block.doubled_angles else slice(half)
+                cos, sin = (
+                    table[..., angles].reshape(-1, half).float().contiguous()
+                    for table in (cos, sin)
+                )
+                turns = layer.rotates  # or by no angle
+                known[key] = (cos, sin) if turns else (torch.ones_like(cos), torch.zeros_like(sin))
+            tables.append(known[key])
+        return tables, max((len(table[0]) for table in known.values()), default=1)
 
     @property
     def bands(self) -> tuple[range, ...]:
@@ -124,68 +139,153 @@ class FusedRunner:
         return self.model.visit(bands)
 
     def run(
-        self, unit: int, state: torch.Tensor, arguments: ChunkArguments, granularity: str = "block"
-    ) -> torch.Tensor:
+        self, unit: int, state: State, arguments: ChunkArguments, granularity: str = "block"
+    ) -> State:
         """Like `GenericRunner.run`, on states [B, T, D]. The input is left as it is."""
-        x = state.flatten(0, 1)
+        entry = hidden_of(state)
+        x = entry.flatten(0, 1)
         if granularity == "block":
-            layer, residual = self._layers[unit], torch.empty_like(x)
-            branch = self._attention(unit, x, arguments)
-            normed = self._norm(layer.mlp_norm, x, branch, residual)
-            del branch
-            return self._add_mlp(layer, normed, residual).view_as(state)
+            return self._run_block(unit, x, arguments).view_as(entry)
         block, is_mlp = divmod(unit, 2)
-        if is_mlp:
-            layer = self._layers[block]
-            return self._add_mlp(layer, self._norm(layer.mlp_norm, x), x.clone()).view_as(state)
-        return (x + self._attention(block, x, arguments)).view_as(state)
+        layer, parallel = self._layers[block], self._block.parallel
+        if not is_mlp:
+            branch = self._attention(block, self._norm(layer.attention_norm, x), arguments)
+            hidden = (x + branch).view_as(entry)
+            return HalfBlock(hidden, entry, branch.view_as(entry), layer) if parallel else hidden
+        if parallel:
+            begun = isinstance(state, HalfBlock) and state.owner is layer
+            source = state.entry.flatten(0, 1) if begun else x
+            normed = self._norm(layer.attention_norm, source)
+        else:
+            normed = self._norm(layer.mlp_norm, x)
+        return self._add_mlp(layer, normed, x.clone()).view_as(entry)
 
-    def pack(self, state: torch.Tensor) -> torch.Tensor:
-        """Like `GenericRunner.pack`: states of these families are plain tensors."""
-        return state
+    def pack(self, state: State) -> torch.Tensor:
+        """Like `GenericRunner.pack`."""
+        return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
 
-    def unpack(self, packed: torch.Tensor, unit: int) -> torch.Tensor:
+    def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """Like `GenericRunner.unpack`."""
-        return packed
+        if packed.dim() == 3:
+            return packed
+        hidden, entry, attention = packed
+        return HalfBlock(hidden, entry, attention, self._layers[unit // 2])
 
     def numerics(self) -> str:
         return f"fused {self._operators.numerics()}, {self.head.numerics()}"
 
     def _final_norm(self, states: torch.Tensor) -> torch.Tensor:
         """Final states [P, D] as the head reads them."""
-        return self._norm(get_module(self.model.hf, self.model.path[:-1]).norm, states)
+        return self._norm(self._last_norm, states)
 
-    def _attention(self, block: int, x: torch.Tensor, arguments: ChunkArguments) -> torch.Tensor:
-        """The term that a block's attention adds to x [T, D]."""
-        layer, ops = self._layers[block], self._operators
-        qkv = _side_by_side(self._norm(layer.attention_norm, x), layer.qkv)
-        q_weight, k_weight, eps = None, None, 0.0
-        if layer.q_norm is not None:
-            q_weight, k_weight, eps = (
-                layer.q_norm.weight,
-                layer.k_norm.weight,
-                layer.q_norm.variance_epsilon,
-            )
+    def _run_block(self, number: int, x: torch.Tensor, arguments: ChunkArguments) -> torch.Tensor:
+        """The state [T, D] after a block."""
+        layer, residual = self._layers[number], torch.empty_like(x)
+        normed = self._norm(layer.attention_norm, x)
+        branch = self._attention(number, normed, arguments)
+        if layer.mlp_norm is not None:
+            normed = self._norm(layer.mlp_norm, x, branch, residual)
+        else:
+            torch.add(x, branch, out=residual)
+            normed = normed if self._block.parallel else residual
+        del branch
+        return self._add_mlp(layer, normed, residual)
+
+    def _attention(
+        self, number: int, normed: torch.Tensor, arguments: ChunkArguments
+    ) -> torch.Tensor:
+        """The term that a block's attention adds to the state [T, D], from its normed input."""
+        layer, block, ops = self._layers[number], self._block, self._operators
         heads = layer.num_heads, layer.num_kv_heads
-        qkv = ops.rotary(
-            qkv, arguments.cos, arguments.sin, arguments.position, *heads, q_weight, k_weight, eps
-        )
-        return layer.output(ops.attention(qkv, arguments.attention[block], *heads, layer.scale))
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        if block.whole_norms:
+            qkv = self._side_by_side(normed, layer.qkv, (q_norm, k_norm, None))
+            q_norm = k_norm = None
+        else:
+            qkv = self._side_by_side(normed, layer.qkv)
+        if layer.clip is not None:
+            qkv.clamp_(-layer.clip, layer.clip)
+        table = arguments.tables[number]
+        if table is not None:
+            qkv = ops.rotary(
+                qkv,
+                *table,
+                arguments.position,
+                *heads,
+                q_weight=q_norm and q_norm.weight,
+                k_weight=k_norm and k_norm.weight,
+                eps=q_norm.eps if q_norm else 0.0,
+                unit_offset=block.unit_offset,
+                interleaved=block.interleaved,
+                norm_after=block.norm_after,
+            )
+        if arguments.query_scale is not None:
+            qkv[:, : layer.output.in_features] *= arguments.query_scale
+        plan = arguments.attention[number]
+        branch = layer.output(ops.attention(qkv, plan, *heads, layer.scale, layer.soft_cap))
+        if layer.after_attention is not None:
+            branch = self._norm(layer.after_attention, branch)
+        return branch if layer.multiplier == 1 else branch.mul_(layer.multiplier)
 
     def _add_mlp(self, layer: Layer, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add the MLP's output to the residual, in place: the matrix product accumulates there."""
-        active = self._operators.gated_mlp(_side_by_side(normed, layer.gate_up))
-        residual.addmm_(active, layer.down.weight.T)
-        return residual if layer.down.bias is None else residual.add_(layer.down.bias)
+        gate_up = self._side_by_side(normed, layer.gate_up)
+        active = self._operators.gated_mlp(gate_up, layer.activation)
+        if layer.after_mlp is not None:
+            branch = self._norm(layer.after_mlp, layer.down(active))
+            return residual.add_(branch, alpha=layer.multiplier)
+        residual.addmm_(active, layer.down.weight.T, alpha=layer.multiplier)
+        bias = layer.down.bias
+        return residual if bias is None else residual.add_(bias, alpha=layer.multiplier)
 
     def _norm(
         self,
-        norm: Any,
+        norm: Norm | None,
         x: torch.Tensor,
         branch: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._operators.add_rms_norm(x, norm.weight, norm.variance_epsilon, branch, residual)
+        """The norm of x + branch, which goes to `residual`; without a norm, x itself."""
+        if norm is None:
+            return x
+        return self._operators.add_rms_norm(
+            x,
+            norm.weight,
+            norm.eps,
+            branch=branch,
+            residual=residual,
+            unit_offset=self._block.unit_offset,
+            centered=self._block.centered,
+        )
+
+    def _side_by_side(
+        self,
+        x: torch.Tensor,
+        linears: tuple[nn.Linear, ...],
+        norms: tuple[Norm | None, ...] | None = None,
+    ) -> torch.Tensor:
+        """The outputs of several linear maps of x [T, D], normed or not, as columns of one tensor;
+        no weight is copied for it."""
+        if len(linears) == 1:
+            return linears[0](x)
+        out = x.new_empty(len(x), sum(linear.out_features for linear in linears))
+        start = 0
+        for linear, norm in zip(linears, norms or (None,) * len(linears), strict=True):
+            columns = out[:, start : start + linear.out_features]
+            if norm is not None:
+                columns.copy_(self._norm(norm, linear(x)))
+            elif linear.bias is None:
+                torch.mm(x, linear.weight.T, out=columns)
+            else:
+                torch.addmm(linear.bias, x, linear.weight.T, out=columns)
+            start += linear.out_features
+        return out
+
+
+def layers_of(model: Model) -> list[Layer]:
+    """The parts of a model's decoder layers. Raises AttributeError if one was not found."""
+    block, is_eager = FAMILIES[model.family], model.config._attn_implementation == "eager"
+    return [layer_of(block, layer, is_eager) for layer in model.layers]
 
 
 def prefers_fused(model: Model) -> bool:
@@ -234,62 +334,31 @@ def _why_not(model: Model) -> str | None:
         return "torch has hooks on all modules"
     for place, _ in foreign_code(model.hf):
         return f"{place} is not transformers' own"
-    if getattr(model.config, "hidden_act", None) not in ("silu", "swish"):
-        return f"its activation is {getattr(model.config, 'hidden_act', None)!r}, not 'silu'"
-    for layer in model.layers:
-        try:
-            parts = _layer(layer)
-        except AttributeError as error:
-            return f"a part was not found ({error})"
-        linears = (*parts.qkv, parts.output, *parts.gate_up, parts.down)
+    try:
+        layers = layers_of(model)
+        norm_of(FAMILIES[model.family], get_module(model.hf, model.path[:-1]).norm)
+    except AttributeError as error:
+        return f"a part was not found ({error})"
+    for layer in layers:
+        linears = (*layer.qkv, layer.output, *layer.gate_up, layer.down)
         if any(type(linear) not in LINEAR for linear in linears):
             return "its projections are not plain nn.Linear"
-        if parts.output.in_features // parts.num_heads > MAX_HEAD:
+        if layer.activation not in ACTIVATIONS.values():
+            return f"its activation is {layer.activation}, neither SiLU nor GELU by tanh"
+        if layer.output.in_features // layer.num_heads > MAX_HEAD:
             return f"its heads have more than {MAX_HEAD} columns"
+        norms = (layer.q_norm, layer.k_norm)
+        if any(norm and norm.weight is not None and norm.weight.dim() != 1 for norm in norms):
+            return "its heads have norms of their own each"
     head = model.hf.get_output_embeddings()
     if type(head) not in LINEAR or head.bias is not None:
         return "its head is not a linear map without bias"
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation not in ("sdpa", "eager"):
+        return f"its attention is {implementation!r}, neither 'sdpa' nor 'eager'"
+    generic = GenericRunner(model)
+    if NO_WINDOW_FORM in generic.windows(1):
+        return "its layers' masks are not those of causal windows"
     if model.hidden_size > MAX_HIDDEN:
         return f"its states have more than {MAX_HIDDEN} columns"
     return None
-
-
-def _layer(module: Any) -> Layer:
-    attention, mlp = module.self_attn, module.mlp
-    packed = hasattr(attention, "qkv_proj")
-    qkv = (
-        (attention.qkv_proj,) if packed else (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    gate_up = (mlp.gate_up_proj,) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj)
-    num_heads = attention.o_proj.in_features // attention.head_dim
-    all_heads = sum(linear.out_features for linear in qkv) // attention.head_dim
-    return Layer(
-        attention_norm=module.input_layernorm,
-        qkv=qkv,
-        q_norm=getattr(attention, "q_norm", None),
-        k_norm=getattr(attention, "k_norm", None),
-        output=attention.o_proj,
-        mlp_norm=module.post_attention_layernorm,
-        gate_up=gate_up,
-        down=mlp.down_proj,
-        num_heads=num_heads,
-        num_kv_heads=(all_heads - num_heads) // 2,
-        scale=attention.scaling,
-    )
-
-
-def _side_by_side(x: torch.Tensor, linears: tuple[nn.Linear, ...]) -> torch.Tensor:
-    """The outputs of several linear maps of x [T, D] as columns of one tensor; no weight is copied
-    for it."""
-    if len(linears) == 1:
-        return linears[0](x)
-    out = x.new_empty(len(x), sum(linear.out_features for linear in linears))
-    start = 0
-    for linear in linears:
-        columns = out[:, start : start + linear.out_features]
-        if linear.bias is None:
-            torch.mm(x, linear.weight.T, out=columns)
-        else:
-            torch.addmm(linear.bias, x, linear.weight.T, out=columns)
-        start += linear.out_features
-    return out

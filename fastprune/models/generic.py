@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import overload
 
 import torch
@@ -19,7 +20,8 @@ import torch
 from .head import Head
 from .model import Model
 from .swap import Arguments, HalfBlock, Recorder, State, Sublayers, first
-from .tree import layer_windows, tree_mask
+from .tree import tree_mask
+from .windows import longest_window, probe_length, windows_of
 
 
 class GenericRunner:
@@ -96,7 +98,7 @@ class GenericRunner:
             state, calls = self._recorder(input_ids=ids)
             return state, [self._by_name(args, kwargs) for args, kwargs in calls]
         assert positions is not None
-        windows = layer_windows(self.model.config, self.model.num_blocks)
+        windows = [window or None for window in self.windows(int(positions.max()) + 1)]
         masks = {
             window: self._layer_mask(tree_mask(positions, branch, window))
             for window in {None, *windows}
@@ -118,6 +120,32 @@ class GenericRunner:
         nothing = nothing.expand(len(ids), 1, ids.shape[1], ids.shape[1])
         state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
         return state, [self._by_name(args, kwargs) for args, kwargs in calls]
+
+    def windows(self, length: int) -> list[int | None]:
+        """Each layer's sliding window, as the model's own forward masks a row of this length.
+
+        None: the layer sees all earlier tokens. `windows.NO_WINDOW_FORM`: its mask has another
+        form. Windows that no row of this length exceeds may be missing.
+        """
+        probed, longest, windows = self._probe
+        if length <= probed or longest < probed:
+            return windows
+        return self._windows_at(min(length, longest + 1))
+
+    @cached_property
+    def _probe(self) -> tuple[int, int, list[int | None]]:
+        """The length of the probed row, the longest window that it had to show, and its windows."""
+
+        def probe() -> tuple[int, int, list[int | None]]:
+            length = probe_length(self.model)
+            return length, longest_window(self.model.hf), self._windows_at(length)
+
+        return self.model.once("windows", probe)
+
+    def _windows_at(self, length: int) -> list[int | None]:
+        ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
+        _, calls = self._recorder(input_ids=ids)
+        return windows_of([self._by_name(*call).get("attention_mask") for call in calls])
 
     def _by_name(self, args: tuple, kwargs: dict) -> dict:
         """The arguments that the model passed to a layer after the hidden states, all by name."""

@@ -211,24 +211,40 @@ class Head:
 
 
 class TritonHead(Head):
-    """A linear head without bias, scale or cap, whose losses are Triton's."""
+    """A linear head without bias, whose losses are Triton's. scale, soft_cap: of its logits."""
 
-    def __init__(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(
+        self,
+        model: Model,
+        norm: Callable[[torch.Tensor], torch.Tensor],
+        scale: float = 1.0,
+        soft_cap: float | None = None,
+    ):
         from fastprune_kernels import linear_loss
 
         super().__init__(model, norm)
         self._loss, self._head = linear_loss, model.hf.get_output_embeddings()
+        self._scale, self._cap = scale, soft_cap
 
     def nll(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
-        nll = self._loss.linear_nll(self.normed(states), self._head.weight, targets.table)
+        nll = self._loss.linear_nll(
+            self._scaled(states), self._head.weight, targets.table, soft_cap=self._cap
+        )
         return nll.flatten()[targets.places]
 
     def dense(self, states: torch.Tensor, keep: bool) -> Any:
         """Logits, float32[P, V]."""
-        return self._loss.linear_logits(self.normed(states), self._head.weight)
+        return self._loss.linear_logits(self._scaled(states), self._head.weight, soft_cap=self._cap)
 
     def kl(self, dense: Any, states: torch.Tensor) -> torch.Tensor:
-        return self._loss.linear_kl(dense, self.normed(states), self._head.weight)
+        return self._loss.linear_kl(
+            dense, self._scaled(states), self._head.weight, soft_cap=self._cap
+        )
+
+    def _scaled(self, states: torch.Tensor) -> torch.Tensor:
+        """Normed states times the factor of the logits."""
+        normed = self.normed(states)
+        return normed if self._scale == 1 else normed * self._scale
 
     @property
     def nll_bytes(self) -> int:

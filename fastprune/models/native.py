@@ -20,6 +20,7 @@ except ImportError:
 extension: Any = _native  # None if it is not built
 
 FLOATS = (torch.float32, torch.bfloat16)
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def available() -> bool:
@@ -34,17 +35,21 @@ def instruction_set() -> str:
 
 def add_rms_norm(
     states: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
+    *,
     branch: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     normed: torch.Tensor | None = None,
+    unit_offset: bool = False,
+    centered: bool = False,
 ) -> torch.Tensor:
     """normed = x / sqrt(mean(x^2) + eps) * weight, x = states + branch, rounded; residual = x.
     Returns normed.
 
-    states, branch [M, D]; weight [D]; outputs residual, normed [M, D]. residual may be states:
-    added in place.
+    states, branch [M, D]; weight [D], None: 1; outputs residual, normed [M, D]. residual may be
+    states: added in place. unit_offset: the scale is 1 + weight. centered: the norm is taken of x
+    without its mean (LayerNorm).
     """
     _check_matrix("states", states)
     rows, columns = shape = states.shape
@@ -56,12 +61,14 @@ def add_rms_norm(
     extension.add_rms_norm(
         states.data_ptr(),
         0 if branch is None else _address("branch", branch, shape, dtype),
-        _address("weight", weight, (columns,), dtype),
+        0 if weight is None else _address("weight", weight, (columns,), dtype),
         0 if residual is None else _address("residual", residual, shape, dtype),
         _address("normed", normed, shape, dtype),
         rows,
         columns,
         eps,
+        centered,
+        float(unit_offset),
         dtype is torch.bfloat16,
         torch.get_num_threads(),
     )
@@ -75,15 +82,20 @@ def rotary(
     position: torch.Tensor,
     num_heads: int,
     num_kv_heads: int,
+    *,
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    unit_offset: bool = False,
+    interleaved: bool = False,
+    norm_after: bool = False,
 ) -> torch.Tensor:
     """Rotates q and k in place, each head's first 2 * R columns as pairs (i, R + i); returns qkv.
 
     qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int64[T]: each token's
     row of the tables cos and sin, float32 [N, R], R <= Dh / 2. q_weight, k_weight [Dh]: RMSNorm of
-    each head before the rotation.
+    each head before the rotation, or after it (norm_after); unit_offset: its scale is 1 + weight.
+    interleaved: pairs are (2i, 2i + 1).
     """
     _check_matrix("qkv", qkv)
     rows, dtype = len(qkv), qkv.dtype
@@ -108,6 +120,9 @@ def rotary(
         head_dim,
         half,
         eps,
+        float(unit_offset),
+        interleaved,
+        norm_after,
         dtype is torch.bfloat16,
         torch.get_num_threads(),
     )
@@ -120,6 +135,8 @@ def attention(
     num_heads: int,
     num_kv_heads: int,
     scale: float,
+    *,
+    soft_cap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out = softmax(scale * q k^T) v over the keys of its row that each query sees. Returns out.
@@ -127,7 +144,7 @@ def attention(
     out [B * L, num_heads * Dh], qkv [B * L, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v;
     num_heads / num_kv_heads query heads share a key head. seen int32[B or 1, L, 4]: begin and end
     of two runs of places in the row, the first before the second; 1: all rows alike. A query that
-    sees no key gets NaN.
+    sees no key gets NaN. soft_cap: scores become cap * tanh(score / cap).
     """
     _check_matrix("qkv", qkv)
     dtype = qkv.dtype
@@ -156,19 +173,27 @@ def attention(
         num_kv_heads,
         head_dim,
         scale,
+        soft_cap or 0.0,
         dtype is torch.bfloat16,
         torch.get_num_threads(),
     )
     return out
 
 
-def gated_mlp(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """out [T, F] = silu(gate) * up from gate_up [T, 2F], gate first. Returns out."""
+def gated_mlp(
+    gate_up: torch.Tensor, activation: str = "silu", *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """out [T, F] = act(gate) * up from gate_up [T, 2F], gate first. Returns out.
+
+    activation: "silu" or "gelu_tanh".
+    """
     _check_matrix("gate_up", gate_up)
     rows, width = gate_up.shape
     dtype = gate_up.dtype
     if width % 2:
         raise ValueError(f"gate_up must have shape [T, 2F], not {list(gate_up.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be {' or '.join(ACTIVATIONS)}, not {activation!r}")
     shape = (rows, width // 2)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
@@ -177,6 +202,7 @@ def gated_mlp(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.T
         _address("out", out, shape, dtype),
         rows,
         width // 2,
+        activation == "gelu_tanh",
         dtype is torch.bfloat16,
         torch.get_num_threads(),
     )

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastprune_kernels import reference
 
+from . import native
 from .head import Head, TritonHead
 from .model import Model
 from .tree import seen_by, seen_runs, segments, tree_mask
@@ -76,53 +77,43 @@ class Segments:
             )
 
 
+def add_rms_norm(
+    states: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    branch: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    unit_offset: bool = False,
+    centered: bool = False,
+) -> torch.Tensor:
+    """norm(states + branch) * weight; the sum goes to `residual` as well."""
+    x, normed = reference.add_rms_norm(states, weight, eps, branch, unit_offset, centered)
+    if residual is not None:
+        residual.copy_(x)
+    return normed
+
+
 class TorchOperators:
-    """Plain torch: the reference for the other sets."""
+    """Plain torch: the reference for the other sets.
+
+    `reference` says what each operator computes; those on states and heads may work in place.
+    """
 
     name = "torch"
+    add_rms_norm: Callable[..., torch.Tensor] = staticmethod(add_rms_norm)
+    rotary: Callable[..., torch.Tensor] = staticmethod(reference.rotary)
+    gated_mlp: Callable[..., torch.Tensor] = staticmethod(reference.gated_mlp)
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
 
-    def add_rms_norm(
-        self,
-        states: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        branch: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """norm(states + branch) * weight; the sum goes to `residual` as well."""
-        x, normed = reference.add_rms_norm(states, weight, eps, branch)
-        if residual is not None:
-            residual.copy_(x)
-        return normed
-
-    def rotary(
-        self,
-        qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        position: torch.Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        q_weight: torch.Tensor | None,
-        k_weight: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
-        return reference.rotary(
-            qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps
-        )
-
-    def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return reference.gated_mlp(gate_up)
-
     def plan_attention(
-        self, rows: Rows, head_dim: int, grouped: bool, window: int | None
+        self, rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
     ) -> object:
         """The plan of a chunk's rows for `attention`, made once for all layers with this window.
 
-        grouped: whether several heads share a key head.
+        grouped: whether several heads share a key head. capped: whether scores have a soft cap.
         """
         window = rows.windowed(window)
         if rows.branch is None and window is None:
@@ -133,7 +124,13 @@ class TorchOperators:
         return rows, [Segments(pos[None], br[None], window) for pos, br in zip(position, branch)]
 
     def attention(
-        self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float
+        self,
+        qkv: torch.Tensor,
+        plan: Any,
+        num_heads: int,
+        num_kv_heads: int,
+        scale: float,
+        soft_cap: float | None = None,
     ) -> torch.Tensor:
         """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused
         kernels."""
@@ -145,6 +142,8 @@ class TorchOperators:
         attend = partial(
             F.scaled_dot_product_attention, scale=scale, enable_gqa=num_heads != num_kv_heads
         )
+        if soft_cap is not None:
+            attend = partial(_capped_attention, scale=scale, soft_cap=soft_cap)
         if not isinstance(seen, list):
             out = attend(q, k, v, attn_mask=seen, is_causal=seen is None).transpose(1, 2)
             return out.reshape(len(qkv), -1)
@@ -158,8 +157,14 @@ class TorchOperators:
                 out[of, queries] = part.transpose(1, 2)
         return out.view(len(qkv), -1)
 
-    def head(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]) -> Head:
-        """A model's head, for these operators."""
+    def head(
+        self,
+        model: Model,
+        norm: Callable[[torch.Tensor], torch.Tensor],
+        scale: float,
+        soft_cap: float | None,
+    ) -> Head:
+        """A model's head, for these operators. scale, soft_cap: of its logits."""
         return Head(model, norm)
 
     def numerics(self) -> str:
@@ -167,64 +172,61 @@ class TorchOperators:
         return self.name
 
 
+def _capped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float,
+    soft_cap: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """softmax(cap * tanh(scale * q k^T / cap)) v, [B, H, Q, Dh]; several heads may share keys."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = soft_cap * torch.tanh(q @ k.transpose(2, 3) * (scale / soft_cap))
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v
+
+
 class NativeOperators(TorchOperators):
     """csrc's, on a CPU; matrix products are torch's."""
 
     name = "native"
-
-    def __init__(self, dtype: torch.dtype):
-        from . import native
-
-        super().__init__(dtype)
-        self._ops = native
-
-    def add_rms_norm(
-        self,
-        states: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        branch: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self._ops.add_rms_norm(states, weight, eps, branch, residual)
-
-    def rotary(
-        self,
-        qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        position: torch.Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        q_weight: torch.Tensor | None,
-        k_weight: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
-        return self._ops.rotary(
-            qkv, cos, sin, position, num_heads, num_kv_heads, q_weight, k_weight, eps
-        )
-
-    def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._ops.gated_mlp(gate_up)
+    add_rms_norm = staticmethod(native.add_rms_norm)
+    rotary = staticmethod(native.rotary)
+    gated_mlp = staticmethod(native.gated_mlp)
 
     def plan_attention(
-        self, rows: Rows, head_dim: int, grouped: bool, window: int | None
+        self, rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
     ) -> object:
         """Two runs of places for each token; rows whose branches do not each stand in one piece go
         to torch."""
         branch, position = rows.trees
         seen = seen_runs(position, branch, rows.windowed(window))
-        return super().plan_attention(rows, head_dim, grouped, window) if seen is None else seen
+        if seen is None:
+            return super().plan_attention(rows, head_dim, grouped, window, capped)
+        return seen
 
     def attention(
-        self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float
+        self,
+        qkv: torch.Tensor,
+        plan: Any,
+        num_heads: int,
+        num_kv_heads: int,
+        scale: float,
+        soft_cap: float | None = None,
     ) -> torch.Tensor:
+        heads = num_heads, num_kv_heads
         if isinstance(plan, torch.Tensor):
-            return self._ops.attention(qkv, plan, num_heads, num_kv_heads, scale)
-        return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
+            return native.attention(qkv, plan, *heads, scale, soft_cap=soft_cap)
+        return super().attention(qkv, plan, *heads, scale, soft_cap)
 
     def numerics(self) -> str:
-        return f"{self.name} {self._ops.instruction_set()}"
+        return f"{self.name} {native.instruction_set()}"
 
 
 class TritonOperators(TorchOperators):
@@ -238,57 +240,18 @@ class TritonOperators(TorchOperators):
 
         super().__init__(dtype)
         self._attention = attention
-        self._norm, self._rope, self._gated_mlp = (
-            norm.add_rms_norm,
-            rope.rotary,
-            gated_mlp.gated_mlp,
-        )
-
-    def add_rms_norm(
-        self,
-        states: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        branch: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self._norm(states, weight, eps, branch=branch, residual=residual)
-
-    def rotary(
-        self,
-        qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        position: torch.Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        q_weight: torch.Tensor | None,
-        k_weight: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
-        return self._rope(
-            qkv,
-            cos,
-            sin,
-            position,
-            num_heads,
-            num_kv_heads,
-            q_weight=q_weight,
-            k_weight=k_weight,
-            eps=eps,
-        )
-
-    def gated_mlp(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._gated_mlp(gate_up)
+        self.add_rms_norm = norm.add_rms_norm
+        self.rotary, self.gated_mlp = rope.rotary, gated_mlp.gated_mlp
 
     def plan_attention(
-        self, rows: Rows, head_dim: int, grouped: bool, window: int | None
+        self, rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
     ) -> object:
         """Plain rows go to torch's flash attention if it serves them, and in float32 to its
         memory-efficient kernel. This one takes no grouped heads: torch would hold all scores of a
-        row, so they go to tree_attention, as trees and windows do."""
+        row, so they go to tree_attention, as trees, windows and soft caps do."""
         window = rows.windowed(window)
-        if rows.branch is None and window is None and not (grouped and self.dtype is torch.float32):
+        plain = rows.branch is None and window is None and not capped
+        if plain and not (grouped and self.dtype is torch.float32):
             return super().plan_attention(rows, head_dim, grouped, window)
         branch, position = (x.expand(rows.num_rows, -1).flatten() for x in rows.trees)
         starts = torch.arange(0, len(branch) + 1, rows.length)
@@ -303,14 +266,27 @@ class TritonOperators(TorchOperators):
         )
 
     def attention(
-        self, qkv: torch.Tensor, plan: Any, num_heads: int, num_kv_heads: int, scale: float
+        self,
+        qkv: torch.Tensor,
+        plan: Any,
+        num_heads: int,
+        num_kv_heads: int,
+        scale: float,
+        soft_cap: float | None = None,
     ) -> torch.Tensor:
+        heads = num_heads, num_kv_heads
         if isinstance(plan, self._attention.TreePlan):
-            return self._attention.tree_attention(qkv, plan, num_heads, num_kv_heads, scale=scale)
-        return super().attention(qkv, plan, num_heads, num_kv_heads, scale)
+            return self._attention.tree_attention(qkv, plan, *heads, scale=scale, soft_cap=soft_cap)
+        return super().attention(qkv, plan, *heads, scale, soft_cap)
 
-    def head(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]) -> Head:
-        return TritonHead(model, norm)
+    def head(
+        self,
+        model: Model,
+        norm: Callable[[torch.Tensor], torch.Tensor],
+        scale: float,
+        soft_cap: float | None,
+    ) -> Head:
+        return TritonHead(model, norm, scale, soft_cap)
 
     def numerics(self) -> str:
         import triton
@@ -336,7 +312,5 @@ def fast_operators(device: torch.device, dtype: torch.dtype) -> str | None:
             return None
         return "triton"
     if device.type == "cpu" and dtype != torch.float16:
-        from . import native
-
         return "native" if native.available() else None
     return None

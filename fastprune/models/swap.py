@@ -26,7 +26,7 @@ class HalfBlock(NamedTuple):
     hidden: torch.Tensor  # [B, T, D], attention already added
     entry: torch.Tensor  # [B, T, D], the block's input
     attention: torch.Tensor  # [B, T, D], the term that attention added
-    owner: Sublayers  # the block around it: to any other, `hidden` is the state
+    owner: object  # the block around it: to any other, `hidden` is the state
 
 
 State = torch.Tensor | HalfBlock

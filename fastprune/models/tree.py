@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn import functional as F
 
@@ -110,14 +108,3 @@ def few_branches(branch: torch.Tensor, most_tokens: int | None = None) -> torch.
     fits = trunk + lengths[order].cumsum(0) <= most_tokens
     fits[0] = True
     return numbers[order[fits]].unique()
-
-
-def layer_windows(config: Any, num_blocks: int) -> list[int | None]:
-    """The sliding window of each layer, None if attention is full."""
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return [window] * num_blocks
-    return [window if kind == "sliding_attention" else None for kind in types]

@@ -29,6 +29,7 @@ def add_rms_norm_kernel(
     eps,
     D: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
+    CENTERED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -42,23 +43,28 @@ def add_rms_norm_kernel(
         b_x = cast(b_x, b_state.dtype).to(tl.float32)
     if p_residual is not None:
         tl.store(p_residual + i_row * D + o_d, cast(b_x, b_state.dtype), mask=m_d)
-    b_scale = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
-    if UNIT_OFFSET:
-        b_scale += 1.0
+    if CENTERED:
+        b_x = tl.where(m_d, b_x - tl.sum(b_x, axis=0) / D, 0.0)
     b_mean_square = tl.sum(b_x * b_x, axis=0) / D
-    b_normed = b_x * tl.rsqrt(b_mean_square + eps) * b_scale
+    b_normed = b_x * tl.rsqrt(b_mean_square + eps)
+    if p_weight is not None:
+        b_scale = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+        if UNIT_OFFSET:
+            b_scale += 1.0
+        b_normed *= b_scale
     tl.store(p_normed + i_row * D + o_d, cast(b_normed, p_normed.dtype.element_ty), mask=m_d)
 
 
 def add_rms_norm(
     states: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
     *,
     branch: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     normed: torch.Tensor | None = None,
     unit_offset: bool = False,
+    centered: bool = False,
     config: Config | None = None,
 ) -> torch.Tensor:
     """x = states + branch; residual = x; returns normed = x / rms(x) * weight.
@@ -66,13 +72,14 @@ def add_rms_norm(
     states [M, D]; branch [M, D], the term that a unit adds; None adds nothing. The sum is rounded
     to the dtype of the states before the norm. residual [M, D], which receives the sums, may be
     `states` itself; None keeps none. normed [M, D]: made when None. unit_offset: the scale is 1 +
-    weight (Gemma).
+    weight (Gemma). centered: the norm is taken of x without its mean (LayerNorm). weight None: 1.
     """
     check(states.dim() == 2, lambda: f"states must have shape [M, D], not {list(states.shape)}")
     (count, size), device = states.shape, states.device
     check(0 < size <= MAX_ROW, lambda: f"states must have 1 to {MAX_ROW} columns, not {size}")
     check_tensor("states", states, (count, size), FLOATS, device)
-    check_tensor("weight", weight, (size,), FLOATS, device)
+    if weight is not None:
+        check_tensor("weight", weight, (size,), FLOATS, device)
     if branch is not None:
         check_tensor("branch", branch, (count, size), states.dtype, device)
     if residual is not None:
@@ -94,6 +101,7 @@ def add_rms_norm(
                 eps,
                 D=size,
                 UNIT_OFFSET=unit_offset,
+                CENTERED=centered,
                 **config.launch,
             )
     return normed

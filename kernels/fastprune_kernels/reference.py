@@ -40,26 +40,36 @@ def kl_from(log_p: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
 
 def add_rms_norm(
     states: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     eps: float,
     branch: torch.Tensor | None = None,
     unit_offset: bool = False,
+    centered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x, norm(x)), x = states + branch, norm(x) = x / sqrt(mean(x^2) + eps) * weight.
 
-    states, branch [M, D]. unit_offset: the scale is 1 + weight (Gemma).
+    states, branch [M, D]. unit_offset: the scale is 1 + weight (Gemma). centered: the norm is taken
+    of x without its mean (LayerNorm). weight None: 1.
     """
     x = states if branch is None else states + branch
-    return x, rms_norm(x, weight, eps, unit_offset)
+    return x, rms_norm(x, weight, eps, unit_offset, centered)
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    unit_offset: bool = False,
+    centered: bool = False,
 ) -> torch.Tensor:
     """Over the last dimension, in at least float32; but weight multiplies in x's dtype (Gemma's
     does not)."""
     wide = _at_least_float32(x)
+    if centered:
+        wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return wide.to(x.dtype)
     if unit_offset:
         return (wide * (1 + _at_least_float32(weight))).to(x.dtype)
     return wide.to(x.dtype) * weight
@@ -76,26 +86,39 @@ def rotary(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     unit_offset: bool = False,
+    interleaved: bool = False,
+    norm_after: bool = False,
 ) -> torch.Tensor:
     """qkv with its q and k heads rotated: columns i and R + i of a head, i < R, by the angle of cos
     and sin [N, R].
 
     qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: each token's row
-    of the tables. q_weight, k_weight [Dh]: RMSNorm of each head before the rotation. Columns from
-    2R on are not rotated.
+    of the tables. q_weight, k_weight [Dh]: RMSNorm of each head before the rotation, or after it
+    (norm_after). Columns from 2R on are not rotated. interleaved: columns 2i and 2i + 1 instead.
     """
     heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if q_weight is not None:
-        q, k = rms_norm(q, q_weight, eps, unit_offset), rms_norm(k, k_weight, eps, unit_offset)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return x if weight is None else rms_norm(x, weight, eps, unit_offset)
+
+    if not norm_after:
+        q, k = norm(q, q_weight), norm(k, k_weight)
     half = cos.shape[1]
     cos, sin = (table[position].to(qkv.dtype)[:, None] for table in (cos, sin))  # [T, 1, R]
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+        pairs, rest = x[..., : 2 * half], x[..., 2 * half :]
+        pairs = pairs.unflatten(-1, (half, 2) if interleaved else (2, half))
+        axis = -1 if interleaved else -2
+        first, second = pairs.unbind(axis)
+        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], axis)
+        return torch.cat([turned.flatten(-2), rest], dim=-1)
 
-    return torch.cat([rotate(q), rotate(k), v], dim=1).flatten(1)
+    q, k = rotate(q), rotate(k)
+    if norm_after:
+        q, k = norm(q, q_weight), norm(k, k_weight)
+    return torch.cat([q, k, v], dim=1).flatten(1)
 
 
 def gated_mlp(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:

@@ -116,6 +116,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             types,
             D=size,
             UNIT_OFFSET=False,
+            CENTERED=False,
         )
 
     config = launch.gated_mlp_config()
@@ -144,6 +145,8 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
         ("Dh=128 norm", 128, 64, element),
         ("Dh=256 partial norm", 256, 32, element),
         ("Dh=256 norm", 256, 128, element),
+        ("Dh=128 neighbours", 128, 64, None),
+        ("Dh=128 norm after", 128, 64, element),
     ):
         shape = {
             "STRIDE": 48 * size,
@@ -152,6 +155,8 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             "DH": size,
             "HALF": half,
             "UNIT_OFFSET": False,
+            "INTERLEAVED": variant.endswith("neighbours"),
+            "NORM_AFTER": variant.endswith("norm after"),
         }
         blocks = {"BLOCK_HALF": half, "BLOCK_REST": triton.next_power_of_2(max(size - 2 * half, 1))}
         weights = {"p_q_weight": weight, "p_k_weight": weight}

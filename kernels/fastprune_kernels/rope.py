@@ -28,6 +28,8 @@ def rotary_kernel(
     DH: tl.constexpr,
     HALF: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    NORM_AFTER: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -42,13 +44,22 @@ def rotary_kernel(
 
     o_half = tl.arange(0, BLOCK_HALF)
     m_half = m_r[:, None] & (o_half < HALF)[None, :]
-    p_first = p_qkv + o_base[:, None] + o_half[None, :]
+    # the columns of a pair
+    if INTERLEAVED:
+        o_first = 2 * o_half
+        NEXT: tl.constexpr = 1
+    else:
+        o_first = o_half
+        NEXT: tl.constexpr = HALF
+    p_first = p_qkv + o_base[:, None] + o_first[None, :]
     b_first = tl.load(p_first, mask=m_half, other=0.0).to(tl.float32)  # [R, HALF]
-    b_second = tl.load(p_first + HALF, mask=m_half, other=0.0).to(tl.float32)
+    b_second = tl.load(p_first + NEXT, mask=m_half, other=0.0).to(tl.float32)
     o_table = i_position[:, None] * HALF + o_half[None, :]
     b_cos = tl.load(p_cos + o_table, mask=m_half, other=0.0).to(tl.float32)
     b_sin = tl.load(p_sin + o_table, mask=m_half, other=0.0).to(tl.float32)
 
+    if NORM_AFTER:
+        b_first, b_second = _rotate(b_first, b_second, b_cos, b_sin, p_qkv.dtype.element_ty)
     if p_q_weight is not None:
         b_square = tl.sum(b_first * b_first, axis=1) + tl.sum(b_second * b_second, axis=1)
         if DH > 2 * HALF:
@@ -62,12 +73,12 @@ def rotary_kernel(
         b_first = (
             b_first
             * b_scale
-            * _head_weight(p_q_weight, p_k_weight, o_half, o_half < HALF, m_q, UNIT_OFFSET)
+            * _head_weight(p_q_weight, p_k_weight, o_first, o_half < HALF, m_q, UNIT_OFFSET)
         )
         b_second = (
             b_second
             * b_scale
-            * _head_weight(p_q_weight, p_k_weight, HALF + o_half, o_half < HALF, m_q, UNIT_OFFSET)
+            * _head_weight(p_q_weight, p_k_weight, NEXT + o_first, o_half < HALF, m_q, UNIT_OFFSET)
         )
         if DH > 2 * HALF:
             b_rest = (
@@ -77,10 +88,21 @@ def rotary_kernel(
             )
             tl.store(p_rest, cast(b_rest, p_qkv.dtype.element_ty), mask=m_rest)
 
+    if not NORM_AFTER:
+        b_first, b_second = (
+            b_first * b_cos - b_second * b_sin,
+            b_second * b_cos + b_first * b_sin,
+        )
+    tl.store(p_first, cast(b_first, p_qkv.dtype.element_ty), mask=m_half)
+    tl.store(p_first + NEXT, cast(b_second, p_qkv.dtype.element_ty), mask=m_half)
+
+
+@triton.jit
+def _rotate(b_first, b_second, b_cos, b_sin, dtype: tl.constexpr):
+    """The rotated pairs as float32, rounded as if they were stored: the norm reads these."""
     b_new_first = b_first * b_cos - b_second * b_sin
     b_new_second = b_second * b_cos + b_first * b_sin
-    tl.store(p_first, cast(b_new_first, p_qkv.dtype.element_ty), mask=m_half)
-    tl.store(p_first + HALF, cast(b_new_second, p_qkv.dtype.element_ty), mask=m_half)
+    return cast(b_new_first, dtype).to(tl.float32), cast(b_new_second, dtype).to(tl.float32)
 
 
 @triton.jit
@@ -106,6 +128,8 @@ def rotary(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     unit_offset: bool = False,
+    interleaved: bool = False,
+    norm_after: bool = False,
     config: Config | None = None,
 ) -> torch.Tensor:
     """Rotates q and k in place, each head's first 2 * R columns as pairs (i, R + i); returns qkv.
@@ -113,7 +137,8 @@ def rotary(
     qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: the row of each
     token in the tables cos and sin [N, R], R <= Dh / 2 (fewer: partial rotary; the other columns
     stay). Positions must be in range. q_weight, k_weight [Dh]: RMSNorm of each head before the
-    rotation (Qwen3). unit_offset: the scale is 1 + weight.
+    rotation (Qwen3), or after it (norm_after). unit_offset: the scale is 1 + weight. interleaved:
+    pairs are (2i, 2i + 1).
     """
     check(
         num_heads > 0 and num_kv_heads > 0,
@@ -164,6 +189,8 @@ def rotary(
                 DH=head_dim,
                 HALF=half,
                 UNIT_OFFSET=unit_offset,
+                INTERLEAVED=interleaved,
+                NORM_AFTER=norm_after,
                 BLOCK_HALF=next_power_of_2(half),
                 BLOCK_REST=next_power_of_2(max(head_dim - 2 * half, 1)),
                 **config.launch,

@@ -1,10 +1,19 @@
 """The fused path, with each set of operators that runs on a CPU: what the generic path promises
 holds there too."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from families import build, layers_of, random_rows, reference_losses, some_masks
+from families import (
+    FUSED_CONFIGS,
+    build,
+    layers_of,
+    random_rows,
+    reference_losses,
+    some_masks,
+)
 from fused_suite import RELATIVE, FusedProperties, Scene
 from helpers import bfloat16_errors
 
@@ -13,6 +22,8 @@ from fastprune.models import FusedRunner, fused, native
 from fastprune.models.verify import probe_tree
 
 LLAMA_LIKE = ["llama", "llama-tied", "mistral", "phi3", "qwen2", "qwen2-window", "qwen3"]
+OTHERS = ["gemma2-eager", "gemma2-sdpa", "gemma3", "olmo2", *sorted(FUSED_CONFIGS)]
+FUSED = LLAMA_LIKE + OTHERS
 LENGTHS = [49, 13, 49, 12, 13]
 SETS = [
     "torch",
@@ -46,7 +57,7 @@ SCENE = Scene(
     build,
     LENGTHS,
     [(13, [1, 4, 9]), (17, [3] * 6), (5, [2, 8, 5, 1])],
-    lambda units: some_masks(units, 40 if units == 5 else 22, seed=1),
+    lambda units: some_masks(units, 40 if units < 8 else 22, seed=1),
     {"backend": "fused"},
 )
 
@@ -56,7 +67,7 @@ def scene():
     return SCENE
 
 
-@pytest.fixture(params=LLAMA_LIKE)
+@pytest.fixture(params=FUSED)
 def family(request):
     return request.param
 
@@ -71,6 +82,7 @@ class TestOperatorsOfACpu(FusedProperties):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FUSED)
 def test_bfloat16_is_as_near_as_transformers_own(operators, family):
     found, own = bfloat16_errors(
         family, LENGTHS, lambda low, rows: evaluator(low, fp.Perplexity(rows))
@@ -96,8 +108,24 @@ def test_scores_keep_their_bits(operators, dtype, granularity):
     )
 
 
-def test_the_input_of_a_unit_is_left_as_it_is(operators):
-    hf = build("llama")
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_scores_of_every_family_keep_their_bits(family, granularity):
+    """In bfloat16: alone, together and shuffled, with states from the cache and without."""
+    hf = build(family, torch.bfloat16)
+    objective = perplexity(hf)[0]
+    ev = evaluator(hf, objective, granularity=granularity)
+    masks = some_masks(ev.num_units, 20, seed=5)
+    together = ev.score(masks)
+    order = np.random.default_rng(0).permutation(len(masks))
+    assert np.array_equal(ev.score(masks[order]), together[order])
+    uncached = evaluator(hf, objective, granularity=granularity, cache_bytes=0)
+    assert np.array_equal(np.concatenate([uncached.score(mask) for mask in masks]), together)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "exaone4", "gemma3", "ministral3", "olmo2"])
+def test_the_input_of_a_unit_is_left_as_it_is(operators, family):
+    hf = build(family)
     model = fp.Model(hf)
     runner = FusedRunner(model)
     with model.evaluation():
@@ -132,7 +160,8 @@ def test_auto_takes_the_fused_path_where_it_can():
     for family, path in [
         ("llama", "fused (native)"),
         ("gpt2", "generic"),
-        ("gemma2-sdpa", "generic"),
+        ("mixtral", "generic"),
+        *((family, "fused (native)") for family in OTHERS),
     ]:
         hf = build(family)
         assert fp.Evaluator(hf, perplexity(hf)[0]).backend == path
@@ -156,7 +185,7 @@ def with_hook(hf):
 
 
 def with_other_activation(hf):
-    hf.config.hidden_act = "gelu"
+    layers_of(hf)[2].mlp.act_fn = torch.nn.GELU()
     return hf
 
 
@@ -173,7 +202,7 @@ def with_wrapped_projection(hf):
     [
         ("gpt2", lambda hf: hf, "family 'gpt2'"),
         ("llama", with_hook, "forward hooks"),
-        ("llama", with_other_activation, "activation is 'gelu'"),
+        ("llama", with_other_activation, "activation is GELU, neither"),
         ("qwen3", with_wrapped_projection, "up_proj' is not transformers' own"),
     ],
 )
@@ -184,14 +213,25 @@ def test_what_cannot_be_fused_says_why(family, change, why):
     assert fp.Evaluator(hf, perplexity(hf)[0]).backend == "generic"
 
 
+def test_attention_whose_masks_say_nothing_of_windows_is_not_fused():
+    hf = build("llama")
+    hf.config._attn_implementation = "flash_attention_2"
+    assert "'flash_attention_2', neither" in str(fused.why_not_fused(fp.Model(hf)))
+
+
+def test_norms_of_each_head_by_itself_are_not_fused():
+    """Command R+ has a weight for each head and column."""
+    hf = build("cohere", use_qk_norm=True)
+    assert "norms of their own" in str(fused.why_not_fused(fp.Model(hf)))
+    assert fp.Evaluator(hf, perplexity(hf)[0]).backend == "generic"
+
+
 def test_a_block_that_computes_something_else_is_refused(monkeypatch):
     """The check against the generic path is not idle: here attention has another scale."""
-    layer = fused.Layer
-
-    def with_another_scale(**parts):
-        return layer(**{**parts, "scale": 2 * parts["scale"]})
-
-    monkeypatch.setattr(fused, "Layer", with_another_scale)
+    layers_of = fused.layers_of
+    monkeypatch.setattr(
+        fused, "layers_of", lambda model: [replace(x, scale=2 * x.scale) for x in layers_of(model)]
+    )
     hf = build("llama")
     with pytest.raises(fp.InputError, match="block 0 gives something else"):
         fp.Evaluator(hf, perplexity(hf)[0], backend="fused")

@@ -54,7 +54,8 @@ def perplexity(model) -> fp.Perplexity:
     return fp.Perplexity(fp.TokenBatch.from_ids(random_rows(model.vocab_size, LENGTHS)))
 
 
-FAMILIES = ["gemma2-sdpa", "gpt2", "llama-tied", "mixtral", "qwen3-moe"]
+FAMILIES = ["cohere", "gemma2-sdpa", "gemma3", "gpt2", "granite", "llama-tied", "mixtral", "olmo2"]
+FAMILIES += ["qwen3-moe"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

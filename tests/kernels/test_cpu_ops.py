@@ -72,22 +72,27 @@ def positions(tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
-def test_adds_and_norms(rows, size, dtype):
+@pytest.mark.parametrize(
+    "kind", [{}, {"unit_offset": True}, {"centered": True}], ids=lambda kind: "".join(kind) or "rms"
+)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_adds_and_norms(rows, size, dtype, kind, weighted):
     states, branch = (
         random(rows, size, dtype=dtype, seed=1),
         random(rows, size, dtype=dtype, seed=2),
     )
-    weight = random(size, dtype=dtype, seed=3)
+    weight = random(size, dtype=dtype, seed=3) if weighted else None
     residual, normed = nans(rows, size, dtype=dtype), nans(rows, size, dtype=dtype)
-    assert native.add_rms_norm(states, weight, EPS, branch, residual, normed) is normed
-    same_sum, same = reference.add_rms_norm(states, weight, EPS, branch)
+    out = {"residual": residual, "normed": normed}
+    assert native.add_rms_norm(states, weight, EPS, branch=branch, **out, **kind) is normed
+    same_sum, same = reference.add_rms_norm(states, weight, EPS, branch, **kind)
     assert torch.equal(residual, same_sum)
-    truth = reference.rms_norm(
-        same_sum.double(), weight.double(), EPS
-    )  # the norm is taken of the rounded sum
+    # the norm is taken of the rounded sum
+    wide = None if weight is None else weight.double()
+    truth = reference.rms_norm(same_sum.double(), wide, EPS, **kind)
     assert_as_exact(normed, same, truth)
-    assert torch.equal(native.add_rms_norm(states, weight, EPS, branch), normed)
-    assert torch.equal(native.add_rms_norm(same_sum, weight, EPS), normed)
+    assert torch.equal(native.add_rms_norm(states, weight, EPS, branch=branch, **kind), normed)
+    assert torch.equal(native.add_rms_norm(same_sum, weight, EPS, **kind), normed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +101,7 @@ def test_residual_in_place_and_without_a_branch(dtype):
         random(*shape, dtype=dtype, seed=1) for shape in ((9, 60), (9, 60), (60,))
     )
     expected = states + branch
-    normed = native.add_rms_norm(states, weight, EPS, branch, residual=states)
+    normed = native.add_rms_norm(states, weight, EPS, branch=branch, residual=states)
     assert torch.equal(states, expected)
     residual = nans(9, 60, dtype=dtype)
     assert torch.equal(native.add_rms_norm(states, weight, EPS, residual=residual), normed)
@@ -104,7 +109,8 @@ def test_residual_in_place_and_without_a_branch(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("norm", [None, "weight", "unit_offset", "after"])
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim", "half"),
     [
@@ -116,20 +122,31 @@ def test_residual_in_place_and_without_a_branch(dtype):
         (3, 1, 1, 80, 12),
     ],
 )
-def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, with_norm, dtype):
+def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, norm, interleaved, dtype):
     qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
     cos, sin = rotary_tables(half)
     arguments = (positions(tokens), heads, kv_heads)
-    weights = [random(head_dim, dtype=dtype, seed=seed) if with_norm else None for seed in (3, 4)]
-    same = reference.rotary(qkv, cos, sin, *arguments, *weights)
-    wide = [None if w is None else w.double() for w in weights]
-    truth = reference.rotary(qkv.double(), cos.double(), sin.double(), *arguments, *wide)
+    kind = {
+        "interleaved": interleaved,
+        "unit_offset": norm == "unit_offset",
+        "norm_after": norm == "after",
+    }
+    weights, wide = {}, {}
+    if norm is not None:
+        weights = {
+            f"{name}_weight": random(head_dim, dtype=dtype, seed=seed)
+            for name, seed in (("q", 3), ("k", 4))
+        }
+        wide = {name: weight.double() for name, weight in weights.items()}
+    same = reference.rotary(qkv, cos, sin, *arguments, **weights, **kind)
+    tables = cos.double(), sin.double()
+    truth = reference.rotary(qkv.double(), *tables, *arguments, **wide, **kind)
     result = qkv.clone()
-    assert native.rotary(result, cos, sin, *arguments, *weights) is result
+    assert native.rotary(result, cos, sin, *arguments, **weights, **kind) is result
     assert_as_exact(result, same, truth)
     values = (heads + kv_heads) * head_dim
     assert torch.equal(result[:, values:], qkv[:, values:])
-    if not with_norm:
+    if norm is None:
         rest, before = (x.unflatten(1, (-1, head_dim))[..., 2 * half :] for x in (result, qkv))
         assert torch.equal(rest, before)
 
@@ -154,7 +171,12 @@ def causal_runs(length: int) -> torch.Tensor:
 
 
 def attention_by_rows(
-    qkv: torch.Tensor, seen: torch.Tensor, heads: int, kv_heads: int, scale: float
+    qkv: torch.Tensor,
+    seen: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """The reference, row by row, under the mask that `seen` stands for."""
     key = torch.arange(seen.shape[1])
@@ -163,7 +185,7 @@ def attention_by_rows(
     rows = qkv.split(seen.shape[1])
     masks = mask.expand(len(rows), -1, -1)
     parts = [
-        reference.tree_attention(row, mask, heads, kv_heads, scale)
+        reference.tree_attention(row, mask, heads, kv_heads, scale, soft_cap)
         for row, mask in zip(rows, masks, strict=True)
     ]
     return torch.cat(parts)
@@ -171,6 +193,7 @@ def attention_by_rows(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("runs", ["causal", "random"])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize(
     ("rows", "length", "heads", "kv_heads", "head_dim"),
     [
@@ -183,13 +206,15 @@ def attention_by_rows(
         (1, 600, 2, 1, 24),
     ],
 )
-def test_attends_to_the_keys_that_are_seen(rows, length, heads, kv_heads, head_dim, runs, dtype):
+def test_attends_to_the_keys_that_are_seen(
+    rows, length, heads, kv_heads, head_dim, runs, soft_cap, dtype
+):
     qkv = random(rows * length, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1, scale=2.0)
     seen = causal_runs(length) if runs == "causal" else random_runs(rows, length)
     arguments = (seen, heads, kv_heads, head_dim**-0.5)
     out = nans(rows * length, heads * head_dim, dtype=dtype)
-    assert native.attention(qkv, *arguments, out) is out
-    truth = attention_by_rows(qkv.double(), *arguments)
+    assert native.attention(qkv, *arguments, soft_cap=soft_cap, out=out) is out
+    truth = attention_by_rows(qkv.double(), *arguments, soft_cap)
     # float32 roundings of the greatest score that there may be count twice in a weight; then the
     # result is rounded once
     q, k, v = qkv.double().unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
@@ -198,10 +223,9 @@ def test_attends_to_the_keys_that_are_seen(rows, length, heads, kv_heads, head_d
         2 * (score + 2) * 2.0**-24 * v.abs().max() + torch.finfo(dtype).eps / 2 * truth.abs().max()
     )
     assert (out.double() - truth).abs().max() <= allowed
-    assert torch.equal(native.attention(qkv, *arguments), out)
-    assert torch.equal(
-        native.attention(qkv, seen.expand(rows, -1, -1).contiguous(), *arguments[1:]), out
-    )
+    assert torch.equal(native.attention(qkv, *arguments, soft_cap=soft_cap), out)
+    each = seen.expand(rows, -1, -1).contiguous()
+    assert torch.equal(native.attention(qkv, each, *arguments[1:], soft_cap=soft_cap), out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -289,21 +313,26 @@ def test_attention_with_scores_far_apart():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (3, 1), (2, 129)])
-def test_activates_and_multiplies(rows, size, dtype):
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_activates_and_multiplies(rows, size, activation, dtype):
     gate_up = random(rows, 2 * size, dtype=dtype, seed=1, scale=3.0)
     out = nans(rows, size, dtype=dtype)
-    assert native.gated_mlp(gate_up, out) is out
-    assert_as_exact(out, reference.gated_mlp(gate_up), reference.gated_mlp(gate_up.double()))
-    assert torch.equal(native.gated_mlp(gate_up), out)
+    assert native.gated_mlp(gate_up, activation, out=out) is out
+    truth = reference.gated_mlp(gate_up.double(), activation)
+    assert_as_exact(out, reference.gated_mlp(gate_up, activation), truth)
+    assert torch.equal(native.gated_mlp(gate_up, activation), out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activation_far_from_zero(dtype):
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_activation_far_from_zero(activation, dtype):
     gate = torch.tensor(
         [[-INF, -1e30, -200.0, -89.0, -88.0, -20.0, -0.0, 20.0, 88.0, 1e30, INF, NAN]]
     ).to(dtype)
-    out = native.gated_mlp(torch.cat([gate, torch.ones_like(gate)], dim=1))
-    truth = gate.double() * torch.sigmoid(gate.double())
+    out = native.gated_mlp(torch.cat([gate, torch.ones_like(gate)], dim=1), activation)
+    wide = gate.double()
+    twice = wide if activation == "silu" else 1.5957691216057308 * (wide + 0.044715 * wide**3)
+    truth = wide * torch.sigmoid(twice)
     torch.testing.assert_close(
         out.double(), truth, rtol=torch.finfo(dtype).eps * 2, atol=1e-36, equal_nan=True
     )
@@ -355,12 +384,22 @@ def operators(dtype: torch.dtype):
     return {
         "add_rms_norm": (
             (random(2000, 60, dtype=dtype, seed=1), random(2000, 60, dtype=dtype, seed=2)),
-            lambda states, branch: native.add_rms_norm(states, weight, EPS, branch),
+            lambda states, branch: native.add_rms_norm(states, weight, EPS, branch=branch),
+        ),
+        "centered norm": (
+            (random(2000, 60, dtype=dtype, seed=1),),
+            lambda states: native.add_rms_norm(states, weight, EPS, centered=True),
         ),
         "rotary": (
             (random(2000, 80, dtype=dtype, seed=1), positions(2000)),
             lambda qkv, position: native.rotary(
-                qkv.clone(), cos, sin, position, 2, 1, weight[:20], weight[:20]
+                qkv.clone(), cos, sin, position, 2, 1, q_weight=weight[:20], k_weight=weight[:20]
+            ),
+        ),
+        "rotary of neighbours": (
+            (random(2000, 80, dtype=dtype, seed=1), positions(2000)),
+            lambda qkv, position: native.rotary(
+                qkv.clone(), cos, sin, position, 2, 1, interleaved=True
             ),
         ),
         "gated_mlp": ((random(2000, 120, dtype=dtype, seed=1),), native.gated_mlp),
@@ -369,7 +408,7 @@ def operators(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["add_rms_norm", "rotary", "gated_mlp", "log_sum_exp"])
+@pytest.mark.parametrize("name", list(operators(torch.float32)))
 def test_rows_have_the_same_bits_alone_and_together_on_any_number_of_threads(name, dtype, threads):
     inputs, operator = operators(dtype)[name]
     threads(1)
@@ -503,8 +542,12 @@ def attention_with(**change):
             r"gate_up must have shape \[T, 2F\], not \[3, 5\]",
         ),
         (
-            lambda: native.gated_mlp(random(3, 4), random(3, 4)),
+            lambda: native.gated_mlp(random(3, 4), out=random(3, 4)),
             r"out must have shape \[3, 2\], not \[3, 4\]",
+        ),
+        (
+            lambda: native.gated_mlp(random(3, 4), "relu"),
+            "activation must be silu or gelu_tanh, not 'relu'",
         ),
         (lambda: native.log_sum_exp(random(4, 6).T), "logits must be contiguous within a row"),
         (

@@ -21,7 +21,8 @@ def make(tokens: int, heads: int, kv_heads: int, head_dim: int, half: int, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", [None, "weight", "unit_offset"])
+@pytest.mark.parametrize("norm", [None, "weight", "unit_offset", "after"])
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim", "half"),
     [
@@ -33,15 +34,16 @@ def make(tokens: int, heads: int, kv_heads: int, head_dim: int, half: int, dtype
         (3, 1, 1, 80, 12),
     ],
 )
-def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, norm, dtype):
+def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, norm, interleaved, dtype):
     arguments = make(tokens, heads, kv_heads, head_dim, half, dtype)
-    extra = {}
+    extra = {"interleaved": interleaved}
     if norm is not None:
         weights = {
             "q_weight": random(head_dim, dtype=dtype, seed=3),
             "k_weight": random(head_dim, dtype=dtype, seed=4),
         }
-        extra = {**weights, "eps": 1e-6, "unit_offset": norm == "unit_offset"}
+        extra |= {**weights, "eps": 1e-6, "unit_offset": norm == "unit_offset"}
+        extra |= {"norm_after": norm == "after"}
     same = reference.rotary(*arguments, **extra)
     wide = {name: double(x) if torch.is_tensor(x) else x for name, x in extra.items()}
     truth = reference.rotary(*double(*arguments[:4]), heads, kv_heads, **wide)

@@ -1,0 +1,107 @@
+"""The fused path against the generic one for every family that it runs: CPU seconds of the same
+call, in one process, on one thread, in turn; medians of 5.
+
+    OMP_NUM_THREADS=1 python bench/families.py [--out bench/results/families.json] [family ...]
+
+Random models of 8 blocks, 384 columns wide, with 6 heads of 64 columns (2 of keys) and 1,024
+columns in the mlp; 3 masks on 4 rows of 256 tokens, nothing kept between calls. Scores are compared
+before anything is timed. The file is written after every family, and families in it are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as tf
+
+import fastprune as fp
+from fastprune.models.blocks import FAMILIES
+
+ROUNDS, BLOCKS, ROWS, LENGTH = 5, 8, 4, 256
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "sliding_window": 128,
+}
+# families in which a layer type says where the window counts
+MIXED = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
+
+
+def build(family: str) -> torch.nn.Module:
+    kind = tf.CONFIG_MAPPING[family]
+    sizes = dict(SIZES)
+    if family == "helium":
+        sizes["num_key_value_heads"] = 6
+    if family in ("ministral", "cohere2", "exaone4", "gemma2", "gemma3_text", "olmo3"):
+        sizes["layer_types"] = MIXED
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attention = "eager" if family == "gemma2" else "sdpa"  # the cap of its scores
+        return tf.AutoModelForCausalLM.from_config(
+            kind(**sizes), attn_implementation=attention
+        ).eval()
+
+
+def measure(family: str) -> dict:
+    rows = np.random.default_rng(0).integers(3, SIZES["vocab_size"], (ROWS, LENGTH))
+    objective = fp.Perplexity(fp.TokenBatch.from_ids(rows))
+    model = build(family)
+    paths = {
+        path: fp.Evaluator(model, objective, path, cache_bytes=0) for path in ("generic", "fused")
+    }
+    masks = np.ones((3, BLOCKS), dtype=bool)
+    masks[1, 2] = masks[2, 5] = False
+    np.testing.assert_allclose(*(ev.score(masks) for ev in paths.values()), rtol=1e-5)
+    seconds: dict[str, list[float]] = {path: [] for path in paths}
+    for _ in range(ROUNDS):
+        for path, ev in paths.items():
+            started = time.process_time()
+            ev.score(masks)
+            seconds[path].append(time.process_time() - started)
+    generic, fused = (statistics.median(seconds[path]) for path in paths)
+    return {
+        "path": paths["fused"].backend,
+        "generic_s": round(generic, 4),
+        "fused_s": round(fused, 4),
+        "ratio": round(generic / fused, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--machine", default="", help="words that name the machine, for --out")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    if options.out and options.out.exists():
+        results = json.loads(options.out.read_text())["families"]
+    for family in options.families:
+        results[family] = measure(family)
+        print(f"{family:18}", *results[family].values(), flush=True)
+        if options.out:
+            content = {"machine": options.machine, "threads": 1, "families": results}
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+    print("median", statistics.median(result["ratio"] for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The families whose blocks run on fused operators: each is a row of `FAMILIES`.
+
+A `Block` names a family's parts and the order in which they run. All values (weights, sizes,
+windows, multipliers) come from the modules. A family is added by a row; the fused path compares
+every block with the family's own code before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUTanh, SiLUActivation
+
+ACTIVATIONS = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of a family's blocks, by the names of modules and attributes.
+
+    Attributes:
+        attention_norm: The norm of attention's input; None if attention reads the state itself.
+        after_attention: The norm of attention's output, before it is added to the state.
+        mlp_norm: The norm of the mlp's input; None if the mlp reads the state itself.
+        after_mlp: The norm of the mlp's output, before it is added to the state.
+        parallel: The mlp reads what attention reads, `attention_norm` of the block's input.
+        centered: Norms take the mean off first (LayerNorm without bias).
+        unit_offset: Norms scale by 1 + weight.
+        eps: The norms' epsilon, where no attribute of theirs holds it.
+        head_norms: The norms of q and k; families without them have no modules of these names.
+        whole_norms: The norms of q and k run over all heads together.
+        norm_after: The norms of q and k come after the rotation.
+        interleaved: Columns 2i and 2i + 1 of a head rotate together, not i and R + i.
+        doubled_angles: Rotary tables hold each angle twice in a row, not all angles twice.
+        rotates: Whether an attention module rotates its heads.
+        query_scale: A factor of each token's query, [B or 1, T], from the attention module and
+            positions int64[B or 1, T]; None: 1.
+        clip: The limit to which an attention module clips q, k and v; None: none.
+        soft_cap: The attention module's attribute for the cap of scores, read by "eager" alone.
+        multiplier: The layer's attribute for the factor of both branches.
+        logit_scale: The factor of logits, from the causal language model.
+        logit_cap: The cap of logits, from the causal language model; None: none.
+    """
+
+    attention_norm: str | None = "input_layernorm"
+    after_attention: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+    parallel: bool = False
+    centered: bool = False
+    unit_offset: bool = False
+    eps: float | None = None
+    head_norms: tuple[str, str] = ("q_norm", "k_norm")
+    whole_norms: bool = False
+    norm_after: bool = False
+    interleaved: bool = False
+    doubled_angles: bool = False
+    rotates: Callable[[Any], bool] = lambda attention: True
+    query_scale: Callable[[Any, torch.Tensor], torch.Tensor | None] = lambda *_: None
+    clip: Callable[[Any], float | None] = lambda attention: None
+    soft_cap: str | None = None
+    multiplier: str | None = None
+    logit_scale: Callable[[Any], float] = lambda hf: 1.0
+    logit_cap: Callable[[Any], float | None] = lambda hf: None
+
+
+def _scale_by_length(attention: Any, positions: torch.Tensor) -> torch.Tensor | None:
+    """Queries grow with the logarithm of their position, from the length of training on."""
+    parameters = attention.config.rope_parameters
+    beta = parameters.get("llama_4_scaling_beta")
+    if not beta:
+        return None
+    return 1 + beta * torch.log1p(positions // parameters["original_max_position_embeddings"])
+
+
+LLAMA = Block()
+GEMMA = Block(unit_offset=True)
+GEMMA_2 = replace(
+    GEMMA,
+    after_attention="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+    soft_cap="attn_logit_softcapping",
+    logit_cap=lambda hf: hf.config.final_logit_softcapping,
+)
+NORMS_AFTER = Block(
+    attention_norm=None,
+    after_attention="post_attention_layernorm",
+    mlp_norm=None,
+    after_mlp="post_feedforward_layernorm",
+)
+GLM = Block(interleaved=True)
+COHERE = Block(
+    mlp_norm=None,
+    parallel=True,
+    centered=True,
+    interleaved=True,
+    doubled_angles=True,
+    logit_scale=lambda hf: hf.logit_scale,
+)
+
+FAMILIES = {
+    "cohere": COHERE,
+    "cohere2": replace(COHERE, rotates=lambda attention: attention.sliding_window is not None),
+    "ernie4_5": GLM,
+    "exaone4": replace(
+        NORMS_AFTER,
+        rotates=lambda attention: attention.sliding_window is None or attention.is_sliding,
+    ),
+    "gemma": GEMMA,
+    "gemma2": GEMMA_2,
+    "gemma3_text": replace(GEMMA_2, soft_cap=None),
+    "glm": GLM,
+    "glm4": replace(
+        GLM, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"
+    ),
+    "granite": replace(
+        LLAMA,
+        multiplier="residual_multiplier",
+        logit_scale=lambda hf: 1 / hf.config.logits_scaling,
+    ),
+    "helium": GLM,
+    "hunyuan_v1_dense": replace(
+        LLAMA, head_norms=("query_layernorm", "key_layernorm"), norm_after=True
+    ),
+    "llama": LLAMA,
+    "ministral": LLAMA,
+    "ministral3": replace(LLAMA, query_scale=_scale_by_length),
+    "mistral": LLAMA,
+    "olmo": replace(
+        LLAMA, centered=True, eps=1e-5, clip=lambda attention: attention.config.clip_qkv
+    ),
+    "olmo2": replace(NORMS_AFTER, whole_norms=True),
+    "olmo3": replace(NORMS_AFTER, whole_norms=True),
+    "phi3": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "seed_oss": LLAMA,
+    "smollm3": replace(LLAMA, rotates=lambda attention: attention.use_rope),
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the last dimension. Its weight is read when it runs, since weights may be
+    streamed."""
+
+    module: Any
+    eps: float
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        return getattr(self.module, "weight", None)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of one decoder layer. qkv, gate_up: linear maps whose outputs stand side by
+    side."""
+
+    attention: Any  # the family's module
+    attention_norm: Norm | None
+    qkv: tuple[nn.Linear, ...]
+    q_norm: Norm | None
+    k_norm: Norm | None
+    output: nn.Linear
+    after_attention: Norm | None
+    mlp_norm: Norm | None
+    gate_up: tuple[nn.Linear, ...]
+    activation: str
+    down: nn.Linear
+    after_mlp: Norm | None
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    soft_cap: float | None
+    multiplier: float
+    clip: float | None
+    rotates: bool
+
+
+def layer_of(block: Block, module: Any, is_eager: bool) -> Layer:
+    """The parts of a family's decoder layer. Raises AttributeError if one was not found."""
+    attention, mlp = module.self_attn, module.mlp
+    packed = hasattr(attention, "qkv_proj")
+    qkv = (
+        (attention.qkv_proj,) if packed else (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    gate_up = (mlp.gate_up_proj,) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj)
+    act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+    num_heads = attention.o_proj.in_features // attention.head_dim
+    all_heads = sum(linear.out_features for linear in qkv) // attention.head_dim
+
+    def norm(name: str | None) -> Norm | None:
+        return None if name is None else norm_of(block, getattr(module, name))
+
+    q_norm, k_norm = (
+        norm_of(block, getattr(attention, name)) if hasattr(attention, name) else None
+        for name in block.head_norms
+    )
+    return Layer(
+        attention=attention,
+        attention_norm=norm(block.attention_norm),
+        qkv=qkv,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        output=attention.o_proj,
+        after_attention=norm(block.after_attention),
+        mlp_norm=norm(block.mlp_norm),
+        gate_up=gate_up,
+        activation=ACTIVATIONS.get(type(act), type(act).__name__),
+        down=mlp.down_proj,
+        after_mlp=norm(block.after_mlp),
+        num_heads=num_heads,
+        num_kv_heads=(all_heads - num_heads) // 2,
+        scale=attention.scaling,
+        soft_cap=getattr(attention, block.soft_cap) if block.soft_cap and is_eager else None,
+        multiplier=getattr(module, block.multiplier) if block.multiplier else 1.0,
+        clip=block.clip(attention),
+        rotates=block.rotates(attention),
+    )
+
+
+def norm_of(block: Block, module: Any) -> Norm:
+    """A family's norm, by its module."""
+    eps = block.eps
+    if eps is None:
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return Norm(module, eps)
