@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import InputError, brief, shown
 from ..validate import check_bytes, is_number, tokenizing
+from .alignment import align
 from .device import available_bytes
 from .files import (
     FLOATS,
@@ -174,6 +175,7 @@ def _load(
             f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
         )
         warnings.warn(f"{lacks}: {how}", stacklevel=3)
+    align(hf)
     problem = ""
     if tokenizer is None:
         tokenizer, problem = _load_tokenizer(folder, trust_remote_code)
