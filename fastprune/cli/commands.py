@@ -79,7 +79,7 @@ def info(
     With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
     from ..exports import can_export
-    from ..models import open_runner
+    from ..models import Needs, open_runner
     from ..models.surgery import runs_without_blocks
     from ..models.verify import check_trees
 
@@ -101,7 +101,7 @@ def info(
         "backend": open_runner(opened).path_name,
         "units": f"0 to {len(blocks) - 1}: {blocks[0]} to {blocks[-1]}",
         "sublayers": _can(
-            lambda: open_runner(opened, "generic", "sublayer"),
+            lambda: open_runner(opened, "generic", Needs("sublayer")),
             f"0 to {len(halves) - 1}: {halves[0]}, {halves[1]} to {halves[-2]}, {halves[-1]}",
         ),
         "token trees": _can(lambda: check_trees(open_runner(opened, "generic"))),

@@ -22,7 +22,7 @@ import torch
 
 from ..data import TokenBatch
 from ..errors import InputError
-from ..models import Model, Runner, open_runner
+from ..models import Model, Needs, Runner, open_runner
 from ..models.device import is_out_of_memory
 from ..models.rotary import switch_length
 from ..models.verify import check_trees
@@ -33,10 +33,10 @@ from ..plan.schedule import Schedule, make_schedule
 from ..plan.trie import Units, make_trie
 from . import banded
 from .cache import Frontier, PrefixCache
-from .chunks import ChunkRows, make_chunk
+from .chunks import Chunk, ChunkRows, make_chunk
 from .executor import Counts, Executor, Walk
 from .measures import MEASURES
-from .memory import MemoryLimit, OutOfMemory
+from .memory import MemoryLimit, OutOfMemory, runs_together
 from .problem import Problem
 from .reference import DenseReference
 from .runs import MAX_SUMS, Held, PartialSums
@@ -70,7 +70,7 @@ def open_for(
     does not fit into.
     """
     batch.check_fits(model.vocab_size, model.max_positions)
-    runner = open_runner(model, backend, granularity)
+    runner = open_runner(model, backend, _needs(model, batch, granularity))
     _check_rows(model, batch)
     measure = MEASURES[measure_name]
     limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity)
@@ -375,6 +375,31 @@ def _sum(chunk: ChunkRows, number: int, rows: list[int], values: list[torch.Tens
     return PartialSums(number, np.array(rows, dtype=np.int64), sums)
 
 
+def _needs(model: Model, batch: TokenBatch, granularity: str) -> Needs:
+    """Needs of a calibration set: its longest plain row, or tree with the longest of its
+    sequences."""
+    plain, trees = (np.flatnonzero(batch.row_is_tree == is_tree) for is_tree in (False, True))
+    row, together, tree = None, False, None
+    if len(plain):
+        row = _longest(batch, plain, model).ids
+        together = runs_together(model.device, row.shape[1])
+    if len(trees):
+        chunk = _longest(batch, trees, model)
+        assert chunk.positions is not None
+        assert chunk.branch is not None
+        tree = (chunk.ids, chunk.positions, chunk.branch)
+        branches, lengths = chunk.branch[chunk.branch > 0].unique(return_counts=True)
+        inside = (chunk.branch == 0) | (chunk.branch == branches[lengths.argmax()])
+        if row is None or inside.sum() > row.shape[1]:
+            row = chunk.ids[inside][None]
+    return Needs(granularity, row, together, tree)
+
+
+def _longest(batch: TokenBatch, rows: np.ndarray, model: Model) -> Chunk:
+    """The longest of these rows of a batch, alone in a chunk."""
+    return make_chunk(batch, [rows[batch.row_lengths[rows].argmax()]], model.device)
+
+
 def _check_rows(model: Model, batch: TokenBatch) -> None:
     """Raise InputError for rows that the model cannot run together with others."""
     switch, longest = switch_length(model.config), int(batch.positions.max()) + 1
@@ -389,6 +414,5 @@ def _check_rows(model: Model, batch: TokenBatch) -> None:
         )
     trees = np.flatnonzero(batch.row_is_tree)
     if len(trees):
-        row = trees[batch.row_lengths[trees].argmax()]
-        tree = make_chunk(batch, [row], model.device)
+        tree = _longest(batch, trees, model)
         check_trees(open_runner(model, "generic"), tree.ids, tree.positions, tree.branch)

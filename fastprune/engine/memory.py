@@ -42,6 +42,11 @@ SUMS_SHARE = 8  # one eighth of the limit is for sums over continuations, half o
 Result = TypeVar("Result")
 
 
+def runs_together(device: torch.device, tokens: int) -> bool:
+    """Whether two rows of so many tokens run in one chunk, where memory allows."""
+    return 2 * tokens <= CHUNK_TOKENS["cuda" if device.type == "cuda" else "cpu"]
+
+
 class OutOfMemory(RuntimeError):
     """Memory ran out, and every cache was given back. The cause is the allocator's own error."""
 

@@ -11,7 +11,7 @@ import torch
 
 from ..data import TokenBatch
 from ..errors import InputError
-from ..models import GenericRunner, Model, open_runner
+from ..models import GenericRunner, Model, Needs, open_runner
 from ..models.swap import Arguments, HalfBlock, State, hidden_of
 from ..objectives import Objective
 from .chunks import Chunk, make_chunk
@@ -31,7 +31,7 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     band, for as many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
     """
     runner, num_units = (
-        open_runner(model, "generic", granularity),
+        open_runner(model, "generic", Needs(granularity)),
         len(model.unit_names(granularity)),
     )
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
@@ -54,7 +54,7 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
     al., arXiv 2403.17887).
     """
     runner, num_units = (
-        open_runner(model, "generic", granularity),
+        open_runner(model, "generic", Needs(granularity)),
         len(model.unit_names(granularity)),
     )
     count = 0
@@ -128,7 +128,7 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
     computed again.
     """
     _check_differentiable("unit gradients need", objective)
-    runner = open_runner(model, "generic", "sublayer")
+    runner = open_runner(model, "generic", Needs("sublayer"))
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)
     gradients = np.zeros((objective.num_samples, 2 * model.num_blocks))
@@ -161,7 +161,7 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
         "unit salience holds a gradient of every weight, more than where weights are streamed "
         "(weights_bytes) may fit; open it without"
     )
-    runner = open_runner(model, "generic", granularity)
+    runner = open_runner(model, "generic", Needs(granularity))
     batch = objective.batch
     batch.check_fits(model.vocab_size, model.max_positions)
     per_block = 2 if granularity == "sublayer" else 1

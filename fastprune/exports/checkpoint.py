@@ -82,6 +82,7 @@ def export(
 
     check_target(out_dir)
     model, evaluator = _opened(model)
+    model = _merged(model)
     blocks = kept_blocks(model.num_blocks, removed, sequence)
     if not blocks and sequence is not None:
         raise InputError("a sequence without blocks leaves nothing to export")
@@ -108,6 +109,7 @@ def can_export(model: Model, sequence: Sequence[int] | None = None) -> str | Non
         >>> print(can_export(fp.load_model("demo")))
         None
     """
+    model = _merged(model)
     if sequence is not None:
         return _misfit(model, sequence)
     blocks = list(range(model.num_blocks))
@@ -183,9 +185,10 @@ def _opened(model: Model | Evaluator | nn.Module) -> tuple[Model, Evaluator | No
     """The Model, and the Evaluator if one was passed."""
     from ..evaluator import Evaluator
     from ..models import Model, open_runner
+    from ..models.unwrap import unwrap
 
     if not isinstance(model, Evaluator):
-        opened = model if isinstance(model, Model) else Model(model)
+        opened = model if isinstance(model, Model) else Model(unwrap(model))
         open_runner(opened, "generic")  # verified before anything is written
         return opened, None
     if model.granularity != "block":
@@ -193,6 +196,15 @@ def _opened(model: Model | Evaluator | nn.Module) -> tuple[Model, Evaluator | No
             "half a block cannot be left out of a checkpoint; give an evaluator of blocks"
         )
     return model.model, model
+
+
+def _merged(model: Model) -> Model:
+    """The model as a checkpoint holds it: without adapters, which are merged."""
+    from ..models import Model
+    from ..models.unwrap import without_adapters
+
+    hf = without_adapters(model.hf)
+    return model if hf is model.hf else Model(hf, model.tokenizer, model.name)
 
 
 def _export(
@@ -265,7 +277,11 @@ def _describe(
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "recipes").mkdir()
     dtype = str(model.dtype).removeprefix("torch.")
-    for name, text in recipes.all_recipes(base, sequence, model.num_blocks, dtype, warning).items():
+    # tools look for a folder from wherever they run
+    source = source_folder(model)
+    place = base if recipes.HUB_ID.fullmatch(base) or source is None else str(source.absolute())
+    texts = recipes.all_recipes(place, sequence, model.num_blocks, dtype, warning)
+    for name, text in texts.items():
         (folder / "recipes" / name).write_text(text, encoding="utf-8")
 
 

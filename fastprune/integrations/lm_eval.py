@@ -28,7 +28,7 @@ from ..data import TokenBatch, common_prefix
 from ..errors import InputError, shown
 from ..evaluator import Backend, Evaluator
 from ..masks import as_masks, from_removed, to_removed
-from ..models import Granularity, Model, load_model, masked, open_runner
+from ..models import Granularity, Model, Needs, load_model, masked, open_runner
 from ..models.verify import agree, probe_ids
 from ..objectives import Objective
 from ..validate import check_one_of, refuse_special
@@ -117,7 +117,7 @@ class MaskedLM(HFLM):
             trust_remote_code=trust_remote_code,
             weights_bytes=weights_bytes,
         )
-        open_runner(self.opened, "generic", granularity)
+        open_runner(self.opened, "generic", Needs(granularity))
         self._granularity = granularity
         self._running: dict[str, Any] = {
             "granularity": granularity,

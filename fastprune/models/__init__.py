@@ -7,6 +7,7 @@ from .model import Granularity, Model
 from .open import load_model, open_runner
 from .runner import Runner
 from .surgery import masked
+from .verify import Needs
 
 __all__ = [
     "FusedRunner",
@@ -14,6 +15,7 @@ __all__ = [
     "Granularity",
     "Head",
     "Model",
+    "Needs",
     "Runner",
     "load_model",
     "masked",

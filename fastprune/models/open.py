@@ -20,7 +20,8 @@ from torch import nn
 
 from ..errors import InputError, brief, shown
 from ..validate import check_bytes, is_number, tokenizing
-from .device import available_bytes, is_out_of_memory
+from .alignment import align
+from .device import available_bytes
 from .files import (
     FLOATS,
     check_checkpoint,
@@ -36,7 +37,7 @@ from .model import Model, layer_paths
 from .offload.placement import blocks_left_out, resident_bytes, to_device
 from .precision import has_instructions, widen
 from .unwrap import unwrap
-from .verify import prove_fused, verified
+from .verify import SHORT_ROWS, Needs, check_needs, fused_failure, verified
 
 LONGEST_MESSAGE = 400
 # share of the available memory that weights in float32 may take; activations need the rest
@@ -174,6 +175,7 @@ def _load(
             f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
         )
         warnings.warn(f"{lacks}: {how}", stacklevel=3)
+    align(hf)
     problem = ""
     if tokenizer is None:
         tokenizer, problem = _load_tokenizer(folder, trust_remote_code)
@@ -195,60 +197,50 @@ def _load(
 
 @overload
 def open_runner(
-    model: Model, backend: Literal["generic"], granularity: str = "block"
+    model: Model, backend: Literal["generic"], needs: Needs = SHORT_ROWS
 ) -> GenericRunner: ...
 
 
 @overload
 def open_runner(
-    model: Model, backend: str = "auto", granularity: str = "block"
+    model: Model, backend: str = "auto", needs: Needs = SHORT_ROWS
 ) -> GenericRunner | FusedRunner: ...
 
 
 def open_runner(
-    model: Model, backend: str = "auto", granularity: str = "block"
+    model: Model, backend: str = "auto", needs: Needs = SHORT_ROWS
 ) -> GenericRunner | FusedRunner:
-    """Open a runner of a model's units; it is verified once for each version of the model.
+    """Open a runner of a model's units; it is verified once for each version and need.
 
     Args:
         model: The model.
         backend: "generic", "fused", or "auto": the fused path if the model has the shape, operators
             exist for its device, and they agree with the generic path; if they do not, a
             RuntimeWarning says so.
-        granularity: "block", or "sublayer", whose halves are verified too.
+        needs: The units, and the longest row and tree to be run. By default blocks are run, on rows
+            of a few tokens.
 
     Returns:
         The generic runner, or the fused one.
 
     Raises:
-        InputError: The model cannot be run by units of this granularity, or on the fused path that
-            was asked for.
+        InputError: The model cannot be run for these needs, or not on the fused path that was asked
+            for.
     """
     with model.held():
-        generic = verified(model, granularity)
+        generic = verified(model, needs.granularity)
         if backend == "generic" or (backend == "auto" and not prefers_fused(model)):
+            check_needs(generic, needs)
             return generic
         fused = FusedRunner(model)
-        failure = model.once(fused.path_name, lambda: _failure(fused, generic))
+        failure = fused_failure(fused, generic, needs)
         if failure is None:
             return fused
         if backend == "fused":
             raise InputError(failure)
+        check_needs(generic, needs)
         model.once("without the fused path", lambda: _warn_of_generic(failure))
         return generic
-
-
-def _failure(fused: FusedRunner, generic: GenericRunner) -> str | None:
-    """Why the fused runner does not hold; None if it does."""
-    try:
-        prove_fused(fused, generic)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        if is_out_of_memory(error):
-            raise
-        if isinstance(error, InputError):
-            return error.message
-        return f"{generic.model.name}: the fused path failed ({type(error).__name__}: {error})"
-    return None
 
 
 def _warn_of_generic(failure: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import InputError
+from .swap import with_replaced
 
 # adapters of peft in the form of layers inside the model, for any tokens
 INNER_ADAPTERS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING")
@@ -34,6 +38,21 @@ def unwrap(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Module):
         _refuse_other_tensors(module)
     return module
+
+
+def without_adapters(hf: nn.Module) -> nn.Module:
+    """The model with adapters of peft merged into copies of the weights that they change; the model
+    itself if it has none."""
+    merged = hf
+    for name, module in hf.named_modules():
+        if callable(getattr(module, "get_base_layer", None)) and hasattr(module, "merged_adapters"):
+            layer: Any = copy.deepcopy(module)
+            layer.merge(safe_merge=True)
+            merged = with_replaced(merged, name.split("."), layer.get_base_layer())
+    if merged is not hf:
+        # set by transformers' own add_adapter, by which save_pretrained writes adapters alone
+        vars(merged)["_hf_peft_config_loaded"] = False
+    return merged
 
 
 def _without_peft(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .alignment import placement
 from .code import (
     HOOK_FLAGS,
     HOOKS,
@@ -366,7 +367,8 @@ def _digest(hf: nn.Module, config: Any, tensors: Iterable[tuple[str, torch.Tenso
     code = [*sources(hf), *(f"{place}: {mark(function)}" for place, function in foreign_code(hf))]
     digest.update(json.dumps(code).encode())
     for name, tensor in tensors:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        described = f"{name}{tuple(tensor.shape)}{tensor.dtype}{placement(tensor)}"
+        digest.update(described.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -330,13 +330,13 @@ class _Evaluators:
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Check the searches' settings against every model and objective. Raises InputError."""
-        from ..models import open_runner  # only now: it brings torch
+        from ..models import Needs, open_runner  # only now: it brings torch
 
         algorithms, budgets = settings["algorithms"], settings["budgets"]
         if len(set(budgets)) < len(budgets):
             raise InputError(f"a budget is given twice: {', '.join(map(str, budgets))}")
         for model in self._models:
-            open_runner(model, "generic", self._granularity)
+            open_runner(model, "generic", Needs(self._granularity))
             units = self.num_units(model)
             protected = protected_units(settings["protect"], units, self._granularity)
             counts = [

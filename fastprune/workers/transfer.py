@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-
-ALIGNED = 64  # bytes
+from ..models.alignment import CPU_ALIGNMENT
 
 
 class _Packer(pickle.Pickler):
@@ -88,7 +87,7 @@ def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
             raise InputError(
                 "this model cannot be handed to other processes: a tensor of it is not contiguous"
             )
-        start = end + (tensor.data_ptr() - end) % ALIGNED
+        start = end + (tensor.data_ptr() - end) % CPU_ALIGNMENT
         found.append((start, tuple(tensor.shape), tensor.dtype))
         end = start + tensor.numel() * tensor.dtype.itemsize
     return found, max(end, 1)

@@ -122,6 +122,15 @@ def test_mergekit_makes_the_same_model(sequence, tmp_path):
     )
 
 
+def test_mergekit_finds_the_base_model_from_any_folder(tmp_path, monkeypatch):
+    yaml = pytest.importorskip("yaml")
+    build("qwen3").save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    folder = fp.export(fp.load_model("base"), "x", removed=(1,))
+    config = yaml.safe_load((folder / "recipes" / "mergekit.yaml").read_text())
+    assert {piece["sources"][0]["model"] for piece in config["slices"]} == {str(tmp_path / "base")}
+
+
 def test_drop_lists(tmp_path):
     folder = fp.export(build("llama"), tmp_path / "x", removed=(3, 1)) / "recipes"
     assert (folder / "llama.cpp.txt").read_text() == "--prune-layers 1,3\n"

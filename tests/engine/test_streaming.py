@@ -221,17 +221,17 @@ def test_a_checkpoint_that_changes(change, tmp_path):
 
 
 def test_how_often_a_model_is_read_before_the_first_mask(folder):
-    """As docs/scale.md counts it: to prove it, then trees, then the fused path, and a block to
-    measure; each once."""
+    """As docs/scale.md counts it: to prove it, then trees, then the fused path on short rows and on
+    the longest one, and a block to measure; each once."""
     model = streamed(folder, 1)
     assert model.weights.loads == 5
     check_trees(open_runner(model, "generic"))
     assert model.weights.loads == 10
     fp.Evaluator(model, perplexity(model), "fused", cache_bytes=0)
-    assert model.weights.loads == 16
+    assert model.weights.loads == 21
     check_trees(open_runner(model, "generic"))
     fp.Evaluator(model, perplexity(model), "fused", cache_bytes=0)
-    assert model.weights.loads <= 17
+    assert model.weights.loads <= 22
 
 
 def test_the_hash_is_kept_beside_the_files(tmp_path):

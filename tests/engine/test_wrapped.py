@@ -2,13 +2,23 @@
 for attention that takes no masks."""
 
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
-from families import build, random_rows, some_masks
-from helpers import refuses
+import transformers as tf
+from families import (
+    build,
+    physically_removed,
+    random_rows,
+    reference_loss,
+    reference_losses,
+    some_masks,
+)
+from helpers import make_tasks, refuses
 from torch import nn
+from transformers.masking_utils import AttentionMaskInterface
 
 import fastprune as fp
 
@@ -74,6 +84,56 @@ def test_a_model_of_peft(target):
     found = fp.Evaluator(wrapped.eval(), target).score(mask)
     merged = fp.Evaluator(wrapped.merge_and_unload(), target).score(mask)
     np.testing.assert_allclose(found, merged, rtol=1e-5)
+
+
+def test_an_export_holds_the_adapters_merged(tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "down_proj"])
+    wrapped = peft.get_peft_model(build("llama"), lora).eval()
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    before = {name: weight.clone() for name, weight in wrapped.state_dict().items()}
+    exported = [
+        fp.load_model(fp.export(given, tmp_path / str(place), removed=(1,))).hf
+        for place, given in enumerate((wrapped, fp.load_model(wrapped)))
+    ]
+    after = wrapped.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
+    rows = random_rows(97, [23])
+    expected = reference_loss(physically_removed(wrapped.merge_and_unload(), (1,)), rows)
+    for hf in exported:
+        assert reference_loss(hf, rows) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "generic"])
+def test_attention_of_ones_own_is_never_given_a_mask(backend, monkeypatch):
+    """Text is scored; questions, whose trees need a mask, are refused in one line."""
+    shapes = []
+
+    def causal(module, query, key, value, attention_mask, scaling=None, **_):
+        shapes.append(None if attention_mask is None else tuple(attention_mask.shape))
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    tf.AttentionInterface.register("no_masks", causal)
+    AttentionMaskInterface.register("no_masks", lambda *_, attention_mask=None, **__: None)
+    hf = build("llama")
+    rows, masks = random_rows(97, [23, 9]), some_masks(5, 12, seed=0)
+    expected = reference_losses(hf, masks, rows)
+    hf.set_attn_implementation("no_masks")
+    text = fp.Perplexity(fp.TokenBatch.from_ids(rows))
+    losses = fp.Evaluator(hf, text, backend=backend).score(masks)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    questions = fp.TaskMargin(make_tasks(97, [(7, [3, 2])]))
+    with suppress(fp.InputError):
+        fp.Evaluator(hf, questions, backend=backend).score(masks)
+    assert set(shapes) == {None}
 
 
 def test_weights_that_are_no_plain_tensors_are_refused(target):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..alignment import ALIGNMENT
 from ..files import Files, Stored
 from .weights import Block, Piece, Place, Weights, nothing
 
-ALIGNMENT = 64  # bytes, as torch's own allocator aligns
 _PATCHING = threading.RLock()  # one thread at a time opens a model whose weights stay in files
 
 
