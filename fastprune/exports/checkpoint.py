@@ -40,7 +40,7 @@ def export(
 ) -> Path:
     """Write the model with other blocks as a safetensors checkpoint, and return its folder.
 
-    `AutoModelForCausalLM.from_pretrained` loads it. Its config describes the blocks in their new
+    `AutoModelForCausalLM.from_pretrained` loads it, or the auto class of its family. Its config describes the blocks in their new
     order. Its weights have the source's dtype if that loses nothing, and every file of the source's
     tokenizer goes along. The folder appears only when it is complete, and when the written
     checkpoint, loaded again, gives the logits of the same blocks run one by one. It can go to a hub
@@ -338,8 +338,9 @@ def _refusal(model: Model, how: str, reason: object) -> InputError:
 
 def _check_written(model: Model, expected: torch.Tensor, how: str, folder: Path) -> None:
     """The written checkpoint, as transformers loads it, gives the expected logits [T, V]."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from ..models.text import auto_class
     from ..models.verify import agree, probe_ids
 
     # code that was written along is the model's own, which has run already
@@ -351,7 +352,8 @@ def _check_written(model: Model, expected: torch.Tensor, how: str, folder: Path)
     }
     ids = probe_ids(model)
     try:
-        written = AutoModelForCausalLM.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+        written = auto_class(config).from_pretrained(folder, **options)
         logits = written.eval().to(model.device)(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
         line = next(iter(str(error).splitlines()), "")

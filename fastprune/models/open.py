@@ -32,9 +32,10 @@ from .files import (
 )
 from .fused import FusedRunner, prefers_fused
 from .generic import GenericRunner
-from .model import Model, layer_paths
+from .model import Model
 from .offload.placement import blocks_left_out, resident_bytes, to_device
 from .precision import has_instructions, widen
+from .text import auto_class, layer_paths
 from .unwrap import unwrap
 from .verify import prove_fused, verified
 
@@ -307,11 +308,12 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
 def _from_pretrained(
     folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    def load(**attention: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+    def load(config: Any, **attention: Any) -> Any:
+        return auto_class(config).from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
@@ -321,18 +323,18 @@ def _from_pretrained(
         )
 
     try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         if names_other_attention(folder):
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
             try:
-                found = load(config=config, attn_implementation="sdpa")
+                found = load(config, attn_implementation="sdpa")
             except ValueError as error:
                 if "scaled_dot_product_attention" not in str(error):
                     raise
-                found = load(config=config, attn_implementation="eager")  # it has no sdpa
+                found = load(config, attn_implementation="eager")  # it has no sdpa
         else:
-            found = load()
+            found = load(config)
     except Exception as error:  # of any kind: the folder's content brought it about
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise InputError(

@@ -249,7 +249,7 @@ class _KeepAttention(nn.Module):
 
 
 def first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def get_module(module: nn.Module, path: Sequence[str]) -> Any:
