@@ -205,7 +205,7 @@ class Evaluator:
         batch, measure = self.objective.batch, self.objective.measure
         keyed = self._store is not None or self._workers is not None
         with self.model.held() as version:
-            runner, limit, layout = open_for(
+            batch, runner, limit, layout = open_for(
                 self.model,
                 backend,
                 batch,
@@ -258,11 +258,11 @@ class Evaluator:
     @cached_property
     def sample_tokens(self) -> np.ndarray:
         """Tokens of each sample's row, int64[S], all read to score a mask on that sample."""
-        batch = self.objective.batch
+        batch = self._problem.batch
         pairs = np.unique(
             np.stack([self.objective.sample, batch.continuation_row]), axis=1
         )  # (sample, row), once each
-        tokens = np.bincount(pairs[0], batch.row_lengths[pairs[1]], minlength=self.num_samples)
+        tokens = np.bincount(pairs[0], batch.read_tokens[pairs[1]], minlength=self.num_samples)
         return tokens.astype(np.int64)
 
     @property
@@ -657,7 +657,7 @@ class Evaluator:
             return 1
         chunks = self._problem.chunks
         read = sum(chunks[number].num_read for number in self._chunks_of(part))
-        return read / self.objective.batch.num_tokens
+        return read / self._problem.num_tokens
 
     def _num_targets(self, cut: tuple[int, int]) -> int:
         """The targets in a part of a row."""
@@ -668,7 +668,7 @@ class Evaluator:
         """Add the cost of a call to the stats."""
         stats, held = self.stats, self._opened.runs.held
         self._token_cost += cost
-        total = self._token_cost.of_tokens(self.objective.batch.num_tokens)
+        total = self._token_cost.of_tokens(self._problem.num_tokens)
         stats.unit_runs, stats.head_runs = total.unit_runs, total.heads
         stats.weight_loads, stats.weight_bytes = total.weight_loads, total.weight_bytes
         stats.peak_activation_bytes = max(stats.peak_activation_bytes, held.peak_bytes)

@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,9 +47,10 @@ Missing = Mapping[int, np.ndarray]  # by chunk, places of sequences, int64[n]
 
 
 class Opened(NamedTuple):
-    """A model opened for a calibration set: the runner of its units, the memory limit, and the
-    layout of the set."""
+    """A model opened for a calibration set: the set as it runs, the runner of the model's units,
+    the memory limit, and the layout of the set."""
 
+    batch: TokenBatch
     runner: Runner
     limit: MemoryLimit
     layout: Layout
@@ -70,7 +72,7 @@ def open_for(
     """
     batch.check_fits(model.vocab_size, model.max_positions)
     runner = open_runner(model, backend, granularity)
-    _check_rows(model, batch)
+    batch = _runnable(model, batch)
     measure = MEASURES[measure_name]
     limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity)
     cut = limit.layout() if layout is None else limit.check(layout)
@@ -78,7 +80,7 @@ def open_for(
         "%s runs on the %s path (backend %s): %d rows in %d chunks, tiles of %d positions",
         *(model.name, runner.path_name, backend, batch.num_rows, len(cut.chunks), cut.tile),
     )
-    return Opened(runner, limit, cut)
+    return Opened(batch, runner, limit, cut)
 
 
 class Sharing(NamedTuple):
@@ -374,8 +376,11 @@ def _sum(chunk: ChunkRows, number: int, rows: list[int], values: list[torch.Tens
     return PartialSums(number, np.array(rows, dtype=np.int64), sums)
 
 
-def _check_rows(model: Model, batch: TokenBatch) -> None:
-    """Raise InputError for rows that the model cannot run together with others."""
+def _runnable(model: Model, batch: TokenBatch) -> TokenBatch:
+    """The calibration set as the model runs it: with its trees, or each branch as a row.
+
+    Raises InputError for rows that the model cannot run together with others.
+    """
     switch, longest = switch_length(model.config), int(batch.positions.max()) + 1
     if (
         switch is not None
@@ -387,7 +392,13 @@ def _check_rows(model: Model, batch: TokenBatch) -> None:
             f"so that longer and shorter ones cannot run together; the longest here has {longest}"
         )
     trees = np.flatnonzero(batch.row_is_tree)
-    if len(trees):
-        row = trees[batch.row_lengths[trees].argmax()]
-        tree = make_chunk(batch, [row], model.device)
+    if not len(trees) or batch.split_trees:
+        return batch
+    row = trees[batch.row_lengths[trees].argmax()]
+    tree = make_chunk(batch, [row], model.device)
+    try:
         check_trees(open_runner(model, "generic"), tree.ids, tree.positions, tree.branch)
+    except InputError as error:
+        log.info("%s; each choice of a question runs as a row of its own", error.message)
+        return replace(batch, split_trees=True)
+    return batch

@@ -40,7 +40,8 @@ def export(
 ) -> Path:
     """Write the model with other blocks as a safetensors checkpoint, and return its folder.
 
-    `AutoModelForCausalLM.from_pretrained` loads it, or the auto class of its family. Its config describes the blocks in their new
+    `AutoModelForCausalLM.from_pretrained` loads it, or the auto class that owns a config with
+    towers. Its config describes the blocks in their new
     order. Its weights have the source's dtype if that loses nothing, and every file of the source's
     tokenizer goes along. The folder appears only when it is complete, and when the written
     checkpoint, loaded again, gives the logits of the same blocks run one by one. It can go to a hub

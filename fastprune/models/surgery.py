@@ -27,7 +27,7 @@ from .generic import GenericRunner
 from .model import Model, evaluating, lock_of
 from .swap import INDEX_NAMES, Sublayers, get_module, twin, with_replaced
 from .text import depths, with_text_config
-from .verify import ATTENTION_NAMES, MLP_NAMES, agree, probe_ids, verified
+from .verify import agree, probe_ids, verified
 
 
 class Cut(NamedTuple):
@@ -215,10 +215,11 @@ def unit_parameters(model: Model, granularity: str) -> list[int]:
     """The parameters of each unit."""
     parts: list[nn.Module] = list(model.layers)
     if granularity == "sublayer":
+        halves = zip(model.layers, verified(model, granularity).sublayers, strict=True)
         parts = [
-            next(getattr(layer, name) for name in names if hasattr(layer, name))
-            for layer in model.layers
-            for names in (ATTENTION_NAMES, MLP_NAMES)
+            nn.ModuleList(sublayers.modules(layer, half))
+            for layer, sublayers in halves
+            for half in (0, 1)
         ]
     return [sum(weights.numel() for weights in part.parameters()) for part in parts]
 

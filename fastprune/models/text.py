@@ -57,10 +57,14 @@ def depths(config: Any) -> dict[str, int]:
     own = vars(config)
     stated = {name: own[name] for name in DEPTHS if type(own.get(name)) is int}
     depth = getattr(config, "num_hidden_layers", None)  # by a name of the family's own
-    return stated if "num_hidden_layers" in stated or depth is None else {
-        "num_hidden_layers": depth,
-        **stated,
-    }
+    return (
+        stated
+        if "num_hidden_layers" in stated or depth is None
+        else {
+            "num_hidden_layers": depth,
+            **stated,
+        }
+    )
 
 
 def layer_paths(hf: nn.Module) -> list[tuple[str, ...]]:

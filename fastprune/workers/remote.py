@@ -312,4 +312,4 @@ def _head_cost(model: Model, problem: Problem) -> float:
     num_units = len(model.unit_names(problem.granularity))
     head = sum(p.numel() for p in model.output_head.parameters())
     positions = len(np.unique(problem.batch.target_source))  # that predict
-    return head / max(1, blocks / num_units) * positions / problem.batch.num_tokens
+    return head / max(1, blocks / num_units) * positions / problem.num_tokens
