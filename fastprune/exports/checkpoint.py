@@ -132,7 +132,7 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             pruned.config.save_pretrained(folder)
             config = type(pruned.config).from_pretrained(folder)
-        config._attn_implementation = getattr(model.config, "_attn_implementation", None)
+        config._attn_implementation = getattr(model.hf.config, "_attn_implementation", None)
     except InputError as error:
         return str(error)
     except Exception as error:  # of any kind: the family's own code refuses
@@ -348,7 +348,7 @@ def _check_written(model: Model, expected: torch.Tensor, how: str, folder: Path)
     own_code = type(model.hf).__module__.startswith("transformers_modules.")
     options = {
         "dtype": model.dtype,
-        "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        "attn_implementation": getattr(model.hf.config, "_attn_implementation", None),
         "trust_remote_code": own_code,
     }
     ids = probe_ids(model)
