@@ -260,7 +260,11 @@ def _describe(
 ) -> None:
     """Write the model card, and the recipes by which other tools make the same of the base
     model."""
+    from ..models.text import has_towers
+
     warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
+    if has_towers(model.hf):
+        notes = [*notes, "Blocks were chosen by text alone; its other inputs were not run"]
     notes = [*notes, *reader_notes(folder)]
     card = recipes.model_card(base, sequence, model.num_blocks, results, notes, warning)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -170,6 +170,10 @@ def _load(
         model = _load(base, device, dtype, tokenizer, trust_remote_code, None)
         return _with_adapter(model, folder, name, tokenizer, trust_remote_code)
     tensors = check_checkpoint(folder)
+    if weights_bytes is not None and is_quantized(folder):
+        raise InputError(
+            f"{name}: quantized weights are dequantized whole; leave weights_bytes out"
+        )
     wanted = stored_dtype(folder, tensors) if dtype is None else dtype
     slow = device.type == "cpu" and isinstance(wanted, torch.dtype) and not has_instructions(wanted)
     weights = None
