@@ -126,18 +126,16 @@ HALF_MROPE = {
         "partial_rotary_factor": 0.5,
     }
 }
+BY_WINDOW, BY_LINEAR = {"layer_types": MIXED}, {"layer_types": LINEAR}
 # fields that a family needs beyond the patterns; its own names, by model_type
 FAMILIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), LATENT),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu", "mistral4"), LATENT),
-    **dict.fromkeys(("afmoe", "cohere2", "cwm", "exaone4", "gemma2"), {"layer_types": MIXED}),
-    **dict.fromkeys(("gemma3_text", "gpt_oss", "ministral", "olmo3"), {"layer_types": MIXED}),
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), {"layer_types": LINEAR}),
-    **dict.fromkeys(("qwen3_next", "olmo_hybrid", "granitemoehybrid"), {"layer_types": LINEAR}),
-    **{
-        name: MROPE
-        for name in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm_ocr_text")
-    },
+    **dict.fromkeys(("afmoe", "cohere2", "cwm", "exaone4", "gemma2"), BY_WINDOW),
+    **dict.fromkeys(("gemma3_text", "gpt_oss", "ministral", "olmo3"), BY_WINDOW),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), BY_LINEAR),
+    **dict.fromkeys(("qwen3_next", "olmo_hybrid", "granitemoehybrid"), BY_LINEAR),
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "glm_ocr_text"), MROPE),
     **dict.fromkeys(("qwen3_vl_moe_text", "qwen2_5_omni_text", "qwen3_omni_moe_text"), MROPE),
     **dict.fromkeys(("paddleocr_vl_text", "cosmos3_edge_text", "cosmos3_omni_text"), MROPE),
     **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm46v_text"), HALF_MROPE),

@@ -33,6 +33,15 @@ def has_towers(hf: Any) -> bool:
     return text_config(hf.config) is not hf.config
 
 
+def failure_of(hf: Any, error: Exception) -> str:
+    """A line on why a model's own code failed on tokens."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    kind = type(error).__name__
+    if has_towers(hf):
+        return f"it does not run on text alone ({kind}: {line})"
+    return f"running its layers one by one failed ({kind}: {line})"
+
+
 def with_text_config(owned: Any, text: Any) -> Any:
     """A config with another decoder of text: `text` itself, or a copy of the composite around
     it."""

@@ -21,6 +21,7 @@ from .head import Head, Targets
 from .model import Model
 from .runner import Runner
 from .swap import Arguments, StandInLayer, Sublayers, hidden_of, split_layer, with_replaced
+from .text import failure_of
 from .tree import few_branches
 
 LONGEST_CHECKED = 2048  # tokens of a tree compared with its sequences
@@ -89,7 +90,7 @@ def prove_blocks(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
     except InputError:
         raise
     except Exception as error:
-        why = f"running its layers one by one failed ({type(error).__name__}: {error})"
+        why = failure_of(model.hf, error)
         raise model.refusal(why) from error
     if not agree(one_by_one, expected, model.dtype):
         raise model.refusal(
