@@ -106,7 +106,7 @@ TOWER = [
     (r"head_dim", 16),
     (r"image_size", 32),
     (r"patch_size", 8),
-    (r"num_position_embeddings|num_mel_bins|base_channels", 16),
+    (r"num_position_embeddings|num_mel_bins", 16),
     (r"max_(source_positions|position_embeddings)|vocab_size", 64),
     (r"fullatt_block_indexes", [1]),
     (r"deepstack_visual_indexes", [0, 1]),
@@ -183,6 +183,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": [*MIXED[:-1], "full_attention"],
         "num_kv_shared_layers": 0,
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": MOE},
+    "cohere_compass_text": {
+        "layer_types": MIXED,
+        "rope_parameters": dict.fromkeys(
+            ("sliding_attention", "full_attention"), MROPE["rope_parameters"]
+        ),
+    },
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+        "moe_intermediate_size": [32, 16],
+        "moe_num_experts": 4,
+        "mlp_layer_types": MOE,
+    },
+    "chameleon_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 16},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": []},
     "chameleon": {"vocabulary_map": {"<image>": 3, "IMGIMGAA": 4}},
     "emu3": {"vocabulary_map": {"<image>": 3, "<|visual token 000000|>": 4}},
     "hunyuan_vl_text": {

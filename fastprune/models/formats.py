@@ -65,7 +65,7 @@ def quantization_method(config: dict, place: str | Path) -> str | None:
 
 def ask_to_dequantize(config: Any) -> None:
     """Let transformers dequantize the weights of a checkpoint with this config as it loads them."""
-    text = getattr(config, "text_config", None)
+    text: Any = getattr(config, "text_config", None)
     inner = getattr(text, "quantization_config", None)
     if inner is not None:  # transformers reads the outer one only
         config.quantization_config = getattr(config, "quantization_config", None) or inner

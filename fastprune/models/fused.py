@@ -246,7 +246,7 @@ def _why_not(model: Model) -> str | None:
             return "its projections are not plain nn.Linear"
         if parts.output.in_features // parts.num_heads > MAX_HEAD:
             return f"its heads have more than {MAX_HEAD} columns"
-    head: Any = model.output_head
+    head = model.output_head
     if type(head) not in LINEAR or head.bias is not None:
         return "its head is not a linear map without bias"
     if model.hidden_size > MAX_HIDDEN:

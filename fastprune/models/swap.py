@@ -287,7 +287,8 @@ def _as_returned(term: torch.Tensor, kind: int | None) -> Any:
 def _zeros(args: tuple, kwargs: dict) -> torch.Tensor:
     """A term of zeros for a module that was called with these arguments."""
     tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-    return torch.zeros_like(kwargs.get("hidden_states", next(tensors, None)))
+    states: Any = kwargs.get("hidden_states", next(tensors, None))
+    return torch.zeros_like(states)
 
 
 class _GivenTerm(nn.Module):

@@ -106,8 +106,8 @@ def config_above(hf: nn.Module, path: tuple[str, ...]) -> Any:
     return config
 
 
-def output_head(hf: Any, path: tuple[str, ...]) -> nn.Module | None:
-    """The module that gives logits: that of the model, or of one above its layers."""
+def output_head(hf: Any, path: tuple[str, ...]) -> Any:
+    """The module that gives logits: that of the model, or of one above its layers; or None."""
     module = hf
     for name in path:
         head = getattr(module, "get_output_embeddings", lambda: None)
@@ -130,11 +130,13 @@ def auto_class(config: Any) -> Any:
     """
     import transformers
 
-    classes = [
+    classes: list[Any] = [
         transformers.AutoModelForCausalLM,
         transformers.AutoModelForImageTextToText,
         transformers.AutoModelForMultimodalLM,
     ]
+    if text_config(config) is not config:  # the class of the whole before that of its text
+        classes = [*classes[1:], classes[0]]
     remote = getattr(config, "auto_map", None) or {}
     for chosen in classes:
         if chosen.__name__ in remote:
