@@ -175,7 +175,7 @@ class Evaluator:
     @cached_property
     def sample_tokens(self) -> np.ndarray:
         """Tokens of each sample's row, int64[S], all read to score a mask on that sample."""
-        return tokens_of_samples(self.objective)
+        return tokens_of_samples(self.objective, self._calls.problem.batch)
 
     @property
     def stats(self) -> Stats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -78,18 +78,13 @@ def info(
 
     With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
-    from ..exports import can_export
-    from ..models import Needs, open_runner
-    from ..models.surgery import runs_without_blocks
-    from ..models.verify import check_trees
+    from .support import support_of
 
     opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
     table = Table(show_header=False, box=None)
-    blocks, halves = opened.unit_names("block"), opened.unit_names("sublayer")
     rows: dict[str, object] = {
         "model": opened.name,
         "family": opened.family,
-        "blocks": opened.num_blocks,
         "hidden size": opened.hidden_size,
         "vocabulary": opened.vocab_size,
         "positions": opened.max_positions or "unlimited",
@@ -98,15 +93,7 @@ def info(
         "device": str(opened.device),
         "tokenizer": opened.tokenizer_problem
         or ("yes" if opened.tokenizer is not None else "none: give token ids"),
-        "backend": open_runner(opened).path_name,
-        "units": f"0 to {len(blocks) - 1}: {blocks[0]} to {blocks[-1]}",
-        "sublayers": _can(
-            lambda: open_runner(opened, "generic", Needs("sublayer")),
-            f"0 to {len(halves) - 1}: {halves[0]}, {halves[1]} to {halves[-2]}, {halves[-1]}",
-        ),
-        "token trees": _can(lambda: check_trees(open_runner(opened, "generic"))),
-        "without blocks": "yes" if runs_without_blocks(opened) else "no",
-        "export": "yes" if (reason := can_export(opened)) is None else f"no: {reason}",
+        **support_of(opened),
     }
     if opened.weights.streamed:
         rows |= _streaming_rows(opened, opened.weights.room)
@@ -684,11 +671,3 @@ class _Scores:
 
 def _names(evaluator: Evaluator, units: Iterable[int]) -> str:
     return ", ".join(evaluator.unit_names[unit] for unit in units) or "-"
-
-
-def _can(check: Callable[[], object], what: str = "yes") -> str:
-    try:
-        check()
-    except InputError as error:
-        return f"no: {error}"
-    return what

@@ -30,6 +30,8 @@ class TokenBatch:
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per
     choice).
+    split_trees: whether each branch runs as a row of its own, behind a copy of the trunk, for
+        models that cannot run trees. The content, and its hash, are the same.
     source: the file or data set that the rows came from and the column that was read, for people.
 
     >>> import fastprune as fp
@@ -45,6 +47,7 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
+    split_trees: bool = False
     source = ""  # the origin of the data, in words; no field, because equal data is equal
 
     @classmethod
@@ -208,6 +211,28 @@ class TokenBatch:
         return np.diff(self.row_starts)
 
     @cached_property
+    def read_tokens(self) -> np.ndarray:
+        """Tokens that run for each row, padding left out, int64[R]: `row_lengths`, unless trees
+        are split."""
+        return self._as_it_runs[0]
+
+    @cached_property
+    def run_sizes(self) -> np.ndarray:
+        """Places of the rectangle in which each row runs alone, padding included, int64[R]."""
+        return self._as_it_runs[1]
+
+    @cached_property
+    def _as_it_runs(self) -> tuple[np.ndarray, np.ndarray]:
+        read, sizes = self.row_lengths.copy(), self.row_lengths.copy()
+        for row in np.flatnonzero(self.row_is_tree) if self.split_trees else ():
+            branch = self.branch[self.row_starts[row] : self.row_starts[row + 1]]
+            trunk, *tails = np.bincount(branch)
+            tails = [tail for tail in tails if tail]  # one that ends with the trunk runs with it
+            read[row] = len(tails) * trunk + sum(tails)
+            sizes[row] = len(tails) * (trunk + max(tails))
+        return read, sizes
+
+    @cached_property
     def target_counts(self) -> np.ndarray:
         """Targets of each continuation, int64[C]."""
         return np.bincount(self.target_continuation, minlength=self.num_continuations)
@@ -229,6 +254,8 @@ class TokenBatch:
         """SHA-256 of every array: equal for equal calibration data, whatever file it came from."""
         digest = hashlib.sha256()
         for item in fields(self):
+            if item.name == "split_trees":  # how it runs, not what it holds
+                continue
             array = np.ascontiguousarray(getattr(self, item.name), dtype="<i8")
             digest.update(f"{item.name}{array.shape}".encode())
             digest.update(array.tobytes())

@@ -86,7 +86,7 @@ class Calls:
         store: SumStore | None,
         needs_digest: bool,
     ):
-        self._model, self._batch, self._store = model, batch, store
+        self._model, self._store = model, store
         self._measure_name, self._granularity = measure_name, granularity
         self._open_for = partial(
             open_for, model, backend, batch, measure_name, granularity, memory_bytes
@@ -101,13 +101,11 @@ class Calls:
     def _open(self, layout: Layout | None) -> Opened:
         """The model as it is now: the runner of its units, and its problem."""
         with self._model.held() as version:
-            runner, limit, layout = self._open_for(layout)
+            batch, runner, limit, layout = self._open_for(layout)
             digest = self._model.digest if self._needs_digest else None
             numerics = numerics_of(self._model, runner)
             runs = self._make_runs(runner, limit)
-        problem = Problem(
-            self._batch, self._measure_name, self._granularity, layout, numerics, digest
-        )
+        problem = Problem(batch, self._measure_name, self._granularity, layout, numerics, digest)
         return Opened(version, runner, limit, problem, runs)
 
     @property
@@ -117,7 +115,7 @@ class Calls:
     @property
     def stats(self) -> Stats:
         """The cost of all calls so far."""
-        cost = self._asked + self._token_cost.of_tokens(self._batch.num_tokens)
+        cost = self._asked + self._token_cost.of_tokens(self.problem.num_tokens)
         return Stats(
             **vars(cost),
             peak_activation_bytes=self._peak_bytes,
@@ -230,7 +228,7 @@ class Calls:
         if part is None:
             return 1
         read = sum(self.problem.chunks[number].num_read for number in self._numbers(part))
-        return read / self._batch.num_tokens
+        return read / self.problem.num_tokens
 
     def _count(self, runs: Runs, before: Cost) -> None:
         """Add the work of a call."""

@@ -139,8 +139,11 @@ class Tile(Targets):
 def chunk_rows(batch: TokenBatch, rows: Sequence[int] | np.ndarray) -> ChunkRows:
     """One chunk of these rows of a batch, which must be all trees or all plain."""
     rows = np.asarray(rows)
-    width = int(batch.row_lengths[rows].max())
     is_tree = bool(batch.row_is_tree[rows[0]])
+    if is_tree and batch.split_trees:
+        (row,) = rows
+        return _split_tree(batch, int(row))
+    width = int(batch.row_lengths[rows].max())
     # padding comes last, in a branch of its own: it sees itself and the trunk, nothing sees it
     ids, positions, branch = np.zeros((3, len(rows), width), dtype=np.int64)
     branch -= 1
@@ -167,6 +170,46 @@ def chunk_rows(batch: TokenBatch, rows: Sequence[int] | np.ndarray) -> ChunkRows
         target_source=np.concatenate(target_sources),
         target_token=np.concatenate(tokens),
         continuation=np.concatenate(continuations),
+    )
+
+
+def _split_tree(batch: TokenBatch, row: int) -> ChunkRows:
+    """A chunk of one tree, each of its branches a plain row behind a copy of the trunk.
+
+    A trunk of [a b c] with branches [d e] and [f] runs as
+
+        a b c d e        places of the tree's tokens  0 1 2 3 4
+        a b c f .                                     0 1 2 5 .
+
+    A target that a token of the trunk predicts is read in the first row.
+    """
+    start, stop = batch.row_starts[row], batch.row_starts[row + 1]
+    branch = batch.branch[start:stop]
+    sequences = [
+        np.flatnonzero((branch == 0) | (branch == number))
+        for number in np.unique(branch[branch > 0])
+    ]
+    width = max(map(len, sequences))
+    ids = np.zeros((len(sequences), width), dtype=np.int64)
+    flat = np.full(stop - start, -1)  # of each token, its first place in the rectangle
+    for i, places in enumerate(sequences):
+        ids[i, : len(places)] = batch.ids[start + places]
+        unseen = flat[places] < 0
+        flat[places[unseen]] = i * width + np.flatnonzero(unseen)
+    targets = batch.targets_by_row[row]
+    source = flat[batch.target_source[targets] - start]
+    order = np.argsort(source, kind="stable")
+    sources, inverse = np.unique(source[order], return_inverse=True)
+    return ChunkRows(
+        rows=np.array([row]),
+        num_read=sum(map(len, sequences)),
+        ids=ids,
+        positions=None,
+        branch=None,
+        sources=sources,
+        target_source=inverse,
+        target_token=batch.target_token[targets][order],
+        continuation=batch.target_continuation[targets][order],
     )
 
 

@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +48,10 @@ Missing = Mapping[int, np.ndarray]  # by chunk, places of sequences, int64[n]
 
 
 class Opened(NamedTuple):
-    """A model opened for a calibration set: the runner of its units, the memory limit, and the
-    layout of the set."""
+    """A model opened for a calibration set: the set as it runs, the runner of the model's units,
+    the memory limit, and the layout of the set."""
 
+    batch: TokenBatch
     runner: Runner
     limit: MemoryLimit
     layout: Layout
@@ -70,8 +72,8 @@ def open_for(
     does not fit into.
     """
     batch.check_fits(model.vocab_size, model.max_positions)
+    batch = _runnable(model, batch)
     runner = open_runner(model, backend, _needs(model, batch, granularity))
-    _check_rows(model, batch)
     measure = MEASURES[measure_name]
     limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity)
     cut = limit.layout() if layout is None else limit.check(layout)
@@ -79,7 +81,7 @@ def open_for(
         "%s runs on the %s path (backend %s): %d rows in %d chunks, tiles of %d positions",
         *(model.name, runner.path_name, backend, batch.num_rows, len(cut.chunks), cut.tile),
     )
-    return Opened(runner, limit, cut)
+    return Opened(batch, runner, limit, cut)
 
 
 class Sharing(NamedTuple):
@@ -384,14 +386,16 @@ def _needs(model: Model, batch: TokenBatch, granularity: str) -> Needs:
         row = _longest(batch, plain, model).ids
         together = runs_together(model.device, row.shape[1])
     if len(trees):
-        chunk = _longest(batch, trees, model)
-        assert chunk.positions is not None
-        assert chunk.branch is not None
-        tree = (chunk.ids, chunk.positions, chunk.branch)
-        branches, lengths = chunk.branch[chunk.branch > 0].unique(return_counts=True)
-        inside = (chunk.branch == 0) | (chunk.branch == branches[lengths.argmax()])
-        if row is None or inside.sum() > row.shape[1]:
-            row = chunk.ids[inside][None]
+        sequence = _longest_sequence(batch, trees)
+        if row is None or len(sequence) > row.shape[1]:
+            row = torch.from_numpy(sequence).to(model.device)[None]
+        if batch.split_trees:
+            together = True
+        else:
+            chunk = _longest(batch, trees, model)
+            assert chunk.positions is not None
+            assert chunk.branch is not None
+            tree = (chunk.ids, chunk.positions, chunk.branch)
     return Needs(granularity, row, together, tree)
 
 
@@ -400,8 +404,20 @@ def _longest(batch: TokenBatch, rows: np.ndarray, model: Model) -> Chunk:
     return make_chunk(batch, [rows[batch.row_lengths[rows].argmax()]], model.device)
 
 
-def _check_rows(model: Model, batch: TokenBatch) -> None:
-    """Raise InputError for rows that the model cannot run together with others."""
+def _longest_sequence(batch: TokenBatch, trees: np.ndarray) -> np.ndarray:
+    """The token ids int64[T] of the longest sequence of the longest of these trees."""
+    row = trees[batch.row_lengths[trees].argmax()]
+    inside = slice(batch.row_starts[row], batch.row_starts[row + 1])
+    branch = batch.branch[inside]
+    longest = 1 + np.bincount(branch)[1:].argmax()
+    return batch.ids[inside][(branch == 0) | (branch == longest)]
+
+
+def _runnable(model: Model, batch: TokenBatch) -> TokenBatch:
+    """The calibration set as the model runs it: with its trees, or each branch as a row.
+
+    Raises InputError for rows that the model cannot run together with others.
+    """
     switch, longest = switch_length(model.config), int(batch.positions.max()) + 1
     if (
         switch is not None
@@ -413,6 +429,12 @@ def _check_rows(model: Model, batch: TokenBatch) -> None:
             f"so that longer and shorter ones cannot run together; the longest here has {longest}"
         )
     trees = np.flatnonzero(batch.row_is_tree)
-    if len(trees):
-        tree = _longest(batch, trees, model)
+    if not len(trees) or batch.split_trees:
+        return batch
+    tree = _longest(batch, trees, model)
+    try:
         check_trees(open_runner(model, "generic"), tree.ids, tree.positions, tree.branch)
+    except InputError as error:
+        log.info("%s; each choice of a question runs as a row of its own", error.message)
+        return replace(batch, split_trees=True)
+    return batch

@@ -111,7 +111,7 @@ class MemoryLimit:
         layout.check(self._batch)
         self.weigh(layout.tile)
         widest = max(
-            len(rows) * int(self._batch.row_lengths[list(rows)].max()) for rows in layout.chunks
+            len(rows) * int(self._batch.run_sizes[list(rows)].max()) for rows in layout.chunks
         )
         if self._least_bytes(widest) > self.limit:
             raise self._too_small("the largest chunk of the layout", widest)
@@ -120,7 +120,7 @@ class MemoryLimit:
     def smaller(self, layout: Layout) -> Layout | None:
         """Chunks of half the size, or if chunks are single rows, smaller tiles; None if neither can
         shrink."""
-        lengths = self._batch.row_lengths
+        lengths = self._batch.run_sizes
         divisible = [
             len(rows) * int(lengths[list(rows)].max()) for rows in layout.chunks if len(rows) > 1
         ]
@@ -271,7 +271,7 @@ def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], t
 def _longest_rows(batch: TokenBatch) -> list[int]:
     """The longest plain row and the longest tree, as far as there are any."""
     kinds = [np.flatnonzero(batch.row_is_tree == is_tree) for is_tree in (False, True)]
-    return [int(rows[batch.row_lengths[rows].argmax()]) for rows in kinds if len(rows)]
+    return [int(rows[batch.run_sizes[rows].argmax()]) for rows in kinds if len(rows)]
 
 
 def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[State, int, int]:

@@ -17,6 +17,7 @@ from .chunks import Chunks
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from ..data import TokenBatch
     from ..objectives import Objective
 
 
@@ -78,7 +79,7 @@ def _cut_of(objective: Objective, samples: np.ndarray, tokens: int) -> tuple[int
             f"tokens cuts a row of text; the samples of {objective.name!r} are questions, which "
             "are read whole"
         )
-    lengths = tokens_of_samples(objective)[samples]
+    lengths = tokens_of_samples(objective, objective.batch)[samples]
     before, total = int(lengths[:-1].sum()), int(lengths.sum())
     of = "so that it cuts the last of the samples"
     rest = check_integer("tokens", tokens, before + 1, total, of) - before
@@ -104,10 +105,9 @@ def check_samples(samples: ArrayLike | None, num_samples: int, distinct: bool) -
     return samples.astype(np.int64)
 
 
-def tokens_of_samples(objective: Objective) -> np.ndarray:
-    """Tokens of each sample's row, int64[S]."""
-    batch = objective.batch
+def tokens_of_samples(objective: Objective, batch: TokenBatch) -> np.ndarray:
+    """Tokens that run for each sample, int64[S]. batch: the objective's, as the model runs it."""
     # (sample, row), once each
     pairs = np.unique(np.stack([objective.sample, batch.continuation_row]), axis=1)
-    counts = np.bincount(pairs[0], batch.row_lengths[pairs[1]], minlength=objective.num_samples)
+    counts = np.bincount(pairs[0], batch.read_tokens[pairs[1]], minlength=objective.num_samples)
     return counts.astype(np.int64)

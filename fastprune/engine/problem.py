@@ -37,6 +37,12 @@ class Problem:
     def measure(self) -> Measure:
         return MEASURES[self.measure_name]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that run for a unit run: those of the calibration set, and the copies of trunks
+        where trees are split."""
+        return int(self.batch.read_tokens.sum())
+
     @cached_property
     def chunks(self) -> Chunks:
         """The rows of the calibration set that run together, and parts of rows."""

@@ -40,7 +40,8 @@ def export(
 ) -> Path:
     """Write the model with other blocks as a safetensors checkpoint, and return its folder.
 
-    `AutoModelForCausalLM.from_pretrained` loads it. Its config describes the blocks in their new
+    `AutoModelForCausalLM.from_pretrained` loads it, or the auto class that owns a config with
+    towers. Its config describes the blocks in their new
     order. Its weights have the source's dtype if that loses nothing, and every file of the source's
     tokenizer goes along. The folder appears only when it is complete, and when the written
     checkpoint, loaded again, gives the logits of the same blocks run one by one. It can go to a hub
@@ -133,7 +134,7 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             pruned.config.save_pretrained(folder)
             config = type(pruned.config).from_pretrained(folder)
-        config._attn_implementation = getattr(model.config, "_attn_implementation", None)
+        config._attn_implementation = getattr(model.hf.config, "_attn_implementation", None)
     except InputError as error:
         return str(error)
     except Exception as error:  # of any kind: the family's own code refuses
@@ -271,7 +272,11 @@ def _describe(
 ) -> None:
     """Write the model card, and the recipes by which other tools make the same of the base
     model."""
+    from ..models.text import has_towers
+
     warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
+    if has_towers(model.hf):
+        notes = [*notes, "Blocks were chosen by text alone; its other inputs were not run"]
     notes = [*notes, *reader_notes(folder)]
     card = recipes.model_card(base, sequence, model.num_blocks, results, notes, warning)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -354,20 +359,22 @@ def _refusal(model: Model, how: str, reason: object) -> InputError:
 
 def _check_written(model: Model, expected: torch.Tensor, how: str, folder: Path) -> None:
     """The written checkpoint, as transformers loads it, gives the expected logits [T, V]."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from ..models.text import auto_class
     from ..models.verify import agree, probe_ids
 
     # code that was written along is the model's own, which has run already
     own_code = type(model.hf).__module__.startswith("transformers_modules.")
     options = {
         "dtype": model.dtype,
-        "attn_implementation": getattr(model.config, "_attn_implementation", None),
+        "attn_implementation": getattr(model.hf.config, "_attn_implementation", None),
         "trust_remote_code": own_code,
     }
     ids = probe_ids(model)
     try:
-        written = AutoModelForCausalLM.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+        written = auto_class(config).from_pretrained(folder, **options)
         logits = written.eval().to(model.device)(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
         line = next(iter(str(error).splitlines()), "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,14 +46,20 @@ def mergekit(base: str, sequence: Sequence[int], dtype: str) -> str:
     return f"slices:\n{slices}merge_method: passthrough\ndtype: {dtype}\n"
 
 
-def llama_cpp(removed: Iterable[int], warning: str | None = None) -> str:
+def llama_cpp(removed: Iterable[int], warning: str | None = None, base: str = "") -> str:
     """The option of llama-quantize that leaves these blocks out of a GGUF file, as the last line of
-    a text.
+    a text; for a base model that is such a file, the complete command, which copies all tensors
+    that stay.
 
-    Format: `--prune-layers L0,L1,...` of ggml-org/llama.cpp, tools/quantize (its README and usage).
+    Format: `--prune-layers L0,L1,...` and the type COPY of ggml-org/llama.cpp, tools/quantize (its
+    README and usage).
     """
     comment = f"# {warning}\n" if warning else ""
-    return f"{comment}--prune-layers {','.join(map(str, sorted(removed)))}\n"
+    option = f"--prune-layers {','.join(map(str, sorted(removed)))}"
+    if base.endswith(".gguf"):
+        files = shlex.join([base, f"{base.removesuffix('.gguf')}-pruned.gguf"])
+        return f"{comment}llama-quantize {option} {files} COPY\n"
+    return f"{comment}{option}\n"
 
 
 def llama_cpp_warning(per_layer: Mapping[str, Sequence]) -> str | None:
@@ -170,7 +177,7 @@ def all_recipes(
     recipes = {"mergekit.yaml": mergekit(base, sequence, dtype)}
     removed = sorted(set(range(num_blocks)) - set(sequence))
     if is_mask(sequence) and removed:
-        recipes["llama.cpp.txt"] = llama_cpp(removed, warning)
+        recipes["llama.cpp.txt"] = llama_cpp(removed, warning, base)
         recipes["evopress.txt"] = evopress(removed, num_blocks)
         recipes["llm-drop.json"] = llm_drop(removed)
     return recipes

@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template*",
     "additional_chat_templates",
+    "*processor_config.json",
 )
 
 
@@ -43,8 +44,8 @@ def source_folder(model: Model) -> Path | None:
         from ..demo import MODEL_DIR
 
         return MODEL_DIR
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(name).exists():  # an adapter's folder and a GGUF file are no checkpoint's
+        return Path(name) if (Path(name) / "config.json").is_file() else None
     from huggingface_hub import snapshot_download
 
     try:

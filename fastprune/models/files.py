@@ -16,6 +16,7 @@ import torch
 from ..errors import InputError, brief, shown
 from ..io import parse_json, read_bytes
 from ..validate import refuse_special
+from .formats import quantization_method
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 INDEX = "model.safetensors.index.json"
@@ -68,6 +69,8 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     the sizes it promises, and nothing else that would be opened for its weights.
     """
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"{folder}: holds an adapter and no model")
         raise InputError(f"{folder}: holds no config.json, so it is not a model folder")
     # transformers and the tokenizers library open any of them
     refuse_special(
@@ -79,8 +82,10 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     config = _read_config(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise InputError(
-            f"{folder}: holds an adapter (adapter_config.json); merge it into the weights first"
+            f"{folder}: holds an adapter (adapter_config.json) beside a whole model; merge it into "
+            f"the weights first"
         )
+    quantized = quantization_method(config, folder / "config.json") is not None
     index = folder / INDEX
     tensors = {}
     if (folder / "model.safetensors").is_file():  # transformers, too, looks for it first
@@ -107,7 +112,7 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     else:
         raise InputError(f"{folder}: holds no model.safetensors and no shard index")
     for name, (dtype, _) in tensors.items():
-        if dtype not in FLOATS and name.endswith(".weight"):
+        if dtype not in FLOATS and name.endswith(".weight") and not quantized:
             raise wrong_dtype(folder, name, dtype)
     _check_sizes(config, tensors, folder / "config.json")
     return tensors
@@ -210,6 +215,12 @@ def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
     )
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether a checkpoint's weights are quantized, by a method that transformers dequantizes."""
+    path = folder / "config.json"
+    return quantization_method(_read_config(path), path) is not None
+
+
 def names_other_attention(folder: Path) -> bool:
     """Whether a config asks for attention other than sdpa and eager: such kernels take no masks of
     ours, and some are fetched from the hub."""
@@ -226,11 +237,6 @@ def _read_config(path: Path) -> dict:
     )  # some families write an infinite limit
     if not isinstance(config, dict):
         raise InputError(f"{path}: a model's config is a JSON object, not {type(config).__name__}")
-    if config.get("quantization_config") is not None:
-        raise InputError(
-            f"{path}: the weights are quantized (quantization_config), and only floating ones are "
-            f"scored"
-        )
     if config.get("transformers_weights") is not None:
         raise InputError(
             f"{path}: transformers_weights names a file of weights; they are read from "

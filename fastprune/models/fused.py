@@ -153,8 +153,9 @@ class FusedRunner:
             hidden = (x + branch).view_as(entry)
             return HalfBlock(hidden, entry, branch.view_as(entry), layer) if parallel else hidden
         if parallel:
-            begun = isinstance(state, HalfBlock) and state.owner is layer
-            source = state.entry.flatten(0, 1) if begun else x
+            source = x
+            if isinstance(state, HalfBlock) and state.owner is layer:
+                source = state.entry.flatten(0, 1)
             normed = self._norm(layer.attention_norm, source)
         else:
             normed = self._norm(layer.mlp_norm, x)
@@ -350,7 +351,7 @@ def _why_not(model: Model) -> str | None:
         norms = (layer.q_norm, layer.k_norm)
         if any(norm and norm.weight is not None and norm.weight.dim() != 1 for norm in norms):
             return "its heads have norms of their own each"
-    head = model.hf.get_output_embeddings()
+    head = model.output_head
     if type(head) not in LINEAR or head.bias is not None:
         return "its head is not a linear map without bias"
     implementation = getattr(model.config, "_attn_implementation", None)

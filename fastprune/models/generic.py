@@ -96,6 +96,11 @@ class GenericRunner:
         """
         if branch is None:
             state, calls = self._recorder(input_ids=ids)
+            if state.dim() != 3:
+                raise self.model.refusal(
+                    f"its states have {state.dim()} dimensions, and only [rows, tokens, hidden "
+                    f"size] are run"
+                )
             return state, [self._by_name(args, kwargs) for args, kwargs in calls]
         assert positions is not None
         windows = [window or None for window in self.windows(int(positions.max()) + 1)]

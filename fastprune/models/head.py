@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from . import native
 from .model import Model
 from .precision import Widening, WideningLinear
-from .swap import with_replaced
+from .swap import get_module, with_replaced
 
 LINEAR = (nn.Linear, WideningLinear)
 PART = {"cpu": 4096, "cuda": 16384}  # tokens whose logits are held at once
@@ -108,14 +108,14 @@ class Head:
     def __init__(self, model: Model, norm: Callable[[torch.Tensor], torch.Tensor]):
         self.normed = norm
         self.dtype, self.hidden_size = model.dtype, model.hidden_size
-        head = model.hf.get_output_embeddings()
+        head = model.output_head
         linear = type(head) in LINEAR and not head._forward_hooks and not head._forward_pre_hooks
         self.vocab_size = len(head._parameters["weight"]) if linear else model.vocab_size
         self.part = self.vocab_size
         self._native = (
             model.device.type == "cpu" and model.dtype in native.FLOATS and native.available()
         )
-        self._base = _GivenStates()
+        self._base = _GivenStates(get_module(model.hf, model.path[:-1]))
         self._whole = with_replaced(model.hf, model.path[:-1], self._base)
         path = next((name for name, module in self._whole.named_modules() if module is head), None)
         if path is not None and linear:
@@ -223,7 +223,7 @@ class TritonHead(Head):
         from fastprune_kernels import linear_loss
 
         super().__init__(model, norm)
-        self._loss, self._head = linear_loss, model.hf.get_output_embeddings()
+        self._loss, self._head = linear_loss, model.output_head
         self._scale, self._cap = scale, soft_cap
 
     def nll(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -382,9 +382,18 @@ class _Recomputed:
 
 
 class _GivenStates(nn.Module):
-    """Stands in for the base model below a causal-LM wrapper and returns given normed states."""
+    """Stands in for the base model below a causal-LM wrapper and returns given normed states.
 
-    states: torch.Tensor | None = None
+    The wrapper may read any attribute of the base, such as a multiplier or its embeddings.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.states: torch.Tensor | None = None
+        self.__dict__["_base"] = base  # hidden from nn.Module, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         # transformers calls any tensor a FloatTensor

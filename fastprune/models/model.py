@@ -18,9 +18,9 @@ from .offload.weights import ResidentWeights, Weights
 from .precision import working_dtype
 from .rotary import with_unrounded_frequencies
 from .swap import get_module
+from .text import config_above, depths, layer_paths, output_head, text_config
 from .version import Watch, digest_of
 
-LAYERS_NAMES = ("layers", "h", "blocks")
 Granularity = Literal["block", "sublayer"]
 GRANULARITIES = get_args(Granularity)
 
@@ -106,7 +106,7 @@ class Model:
     def _take_apart(self, given: nn.Module, name: str | None) -> None:
         self.given: Any = given  # the caller's own model
         self._take_module()
-        self.config: Any = getattr(self.hf, "config", None)
+        self.config: Any = getattr(self.hf, "config", None)  # until the layers are known
         self.family = getattr(self.config, "model_type", type(given).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
         self.path = self._find_layers()
@@ -125,7 +125,8 @@ class Model:
 
     def _take_parts(self) -> None:
         """The parts as they are now."""
-        self.config = self.hf.config
+        composite = text_config(self.hf.config) is not self.hf.config
+        self.config = config_above(self.hf, self.path) if composite else self.hf.config
         self.layers: list[nn.Module] = list(self._list)
         self.device, self.dtype = next(self.hf.parameters()).device, working_dtype(self.hf)
         self.vocab_size = int(self.config.vocab_size)
@@ -148,6 +149,11 @@ class Model:
         if granularity == "block":
             return [f"block {i}" for i in range(self.num_blocks)]
         return [f"{part} {i}" for i in range(self.num_blocks) for part in ("attn", "mlp")]
+
+    @property
+    def output_head(self) -> Any:
+        """The module that gives logits."""
+        return output_head(self.hf, self.path)
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -287,35 +293,24 @@ class Model:
             what = type(self.hf).__name__
             hint = "; load_model opens folders, hub ids and 'demo'" * isinstance(self.hf, str)
             raise InputError(f"expected a transformers causal language model, not {what}{hint}")
-        if getattr(self.config, "is_encoder_decoder", False):
+        text = text_config(self.config)
+        if any(getattr(config, "is_encoder_decoder", False) for config in (self.config, text)):
             raise self.refusal("it is an encoder-decoder")
-        if getattr(self.config, "num_kv_shared_layers", 0):
+        if getattr(text, "num_kv_shared_layers", 0):
             raise self.refusal("its layers share keys and values across depth")
         if any(hasattr(module, "_hf_hook") for module in self.hf.modules()):
             raise InputError(
                 f"{self.name}: load the model on one device, without device_map offloading"
             )
-        if (
-            not callable(getattr(self.hf, "get_output_embeddings", None))
-            or self.hf.get_output_embeddings() is None
-        ):
-            raise self.refusal("it has no language-model head")
         paths = layer_paths(self.hf)
         if len(paths) != 1:
-            depth = getattr(self.config, "num_hidden_layers", None)
+            stated = " or ".join(map(str, dict.fromkeys(depths(text).values())))
+            if not stated:
+                raise self.refusal("its config states no number of decoder layers")
             raise self.refusal(
-                f"{'no' if not paths else 'more than one'} list of {depth} decoder layers was found"
+                f"{'no' if not paths else 'more than one'} list of {stated} decoder layers was "
+                f"found"
             )
+        if output_head(self.hf, paths[0]) is None:
+            raise self.refusal("it has no language-model head")
         return paths[0]
-
-
-def layer_paths(hf: nn.Module) -> list[tuple[str, ...]]:
-    """Attribute paths from a transformers model to possible lists of decoder layers."""
-    depth = getattr(hf.config, "num_hidden_layers", None)
-    return [
-        tuple(name.split("."))
-        for name, module in hf.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and name.split(".")[-1] in LAYERS_NAMES
-    ]

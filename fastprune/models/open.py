@@ -25,17 +25,28 @@ from .device import available_bytes
 from .files import (
     FLOATS,
     check_checkpoint,
+    is_quantized,
     listed_shards,
     locate,
     names_other_attention,
     stored_dtype,
     wrong_dtype,
 )
+from .formats import (
+    adapter_base,
+    ask_to_dequantize,
+    check_gguf,
+    common_prefix,
+    forget_form,
+    is_gguf,
+    merged,
+)
 from .fused import FusedRunner, prefers_fused
 from .generic import GenericRunner
-from .model import Model, layer_paths
+from .model import Model
 from .offload.placement import blocks_left_out, resident_bytes, to_device
 from .precision import has_instructions, widen
+from .text import auto_class, layer_paths, text_config
 from .unwrap import unwrap
 from .verify import SHORT_ROWS, Needs, check_needs, fused_failure, verified
 
@@ -69,7 +80,8 @@ def load_model(
 ) -> Model:
     """Open a language model for scoring.
 
-    source: "demo", a folder of safetensors, a hub id, or a transformers causal language model in
+    source: "demo", a folder of safetensors, a .gguf file, a hub id, a folder of a peft adapter
+        (merged into its base), or a transformers causal language model in
         memory (its weights are shared, and it is left unchanged; device and dtype must then stay
         None). A Model, which is open already, is returned as it is.
     device: by default "cuda" if the machine has a GPU, else "cpu".
@@ -141,13 +153,28 @@ def _load(
     except OSError as error:
         raise InputError(f"{name}: cannot be looked at ({error.strerror})") from None
     if exists and not is_folder:
-        raise InputError(f"{name}: a model is a folder, a hub id or 'demo', not a file")
+        if not is_gguf(folder):
+            raise InputError(
+                f"{name}: a model is a folder, a .gguf file, a hub id or 'demo', not another file"
+            )
+        if weights_bytes is not None:
+            raise InputError(f"{name}: a GGUF file is dequantized whole; leave weights_bytes out")
+        return _load_gguf(folder, _check_device(device), _check_dtype(dtype), tokenizer)
     if not exists and (not _HUB_ID.fullmatch(name) or name.startswith(".")):
         raise InputError(f"{name}: no such model folder")
     device, dtype = _check_device(device), _check_dtype(dtype)
     if not exists:
         folder = _fetch(name, trust_remote_code)
+    if (base := adapter_base(folder)) is not None:
+        if weights_bytes is not None:
+            raise InputError(f"{name}: an adapter is merged into its base; leave weights_bytes out")
+        model = _load(base, device, dtype, tokenizer, trust_remote_code, None)
+        return _with_adapter(model, folder, name, tokenizer, trust_remote_code)
     tensors = check_checkpoint(folder)
+    if weights_bytes is not None and is_quantized(folder):
+        raise InputError(
+            f"{name}: quantized weights are dequantized whole; leave weights_bytes out"
+        )
     wanted = stored_dtype(folder, tensors) if dtype is None else dtype
     slow = device.type == "cpu" and isinstance(wanted, torch.dtype) and not has_instructions(wanted)
     weights = None
@@ -192,6 +219,46 @@ def _load(
     with model.held() as version:
         verified(model)
         model.opened = (place, dtype, trust_remote_code, weights_bytes), version
+    return model
+
+
+def _load_gguf(
+    path: Path, device: torch.device, dtype: str | torch.dtype | None, tokenizer: Any
+) -> Model:
+    """A GGUF file's weights, dequantized by transformers' own reader, and its tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    check_gguf(path)
+    place = {"gguf_file": path.name, "local_files_only": True}
+    wanted = torch.float32 if dtype in (None, "auto") else dtype  # the reader's own
+    try:
+        config = AutoConfig.from_pretrained(path.parent, **place)
+        hf = auto_class(config).from_pretrained(path.parent, dtype=wanted, **place)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+    except Exception as error:  # of any kind: the file's content brought it about
+        raise InputError(f"{path}: cannot be read as GGUF: {_first_line(error)}") from error
+    forget_form(hf)
+    model = Model(hf.to(device).eval(), tokenizer, str(path))
+    with model.held() as version:
+        verified(model)
+        model.opened = (str(path.absolute()), dtype, False, None), version
+    return model
+
+
+def _with_adapter(
+    base: Model, folder: Path, name: str, tokenizer: Any, trust_remote_code: bool
+) -> Model:
+    """The base model with an adapter merged into its weights."""
+    opened = base.opened
+    assert opened is not None
+    hf = merged(base.given, folder).eval()
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(folder, trust_remote_code)[0] or base.tokenizer
+    model = Model(hf, tokenizer, name)
+    with model.held() as version:
+        verified(model)
+        model.opened = (str(folder.absolute()), *opened[0][1:]), version
     return model
 
 
@@ -299,12 +366,16 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
 def _from_pretrained(
     folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    def load(**attention: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+    quantized = is_quantized(folder)
+
+    def load(config: Any, **attention: Any) -> Any:
+        return auto_class(config).from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
+            key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
@@ -313,18 +384,21 @@ def _from_pretrained(
         )
 
     try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        prefix = common_prefix(tensors, text_config(config) is not config)
+        if quantized:
+            ask_to_dequantize(config)
         if names_other_attention(folder):
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
             try:
-                found = load(config=config, attn_implementation="sdpa")
+                found = load(config, attn_implementation="sdpa")
             except ValueError as error:
                 if "scaled_dot_product_attention" not in str(error):
                     raise
-                found = load(config=config, attn_implementation="eager")  # it has no sdpa
+                found = load(config, attn_implementation="eager")  # it has no sdpa
         else:
-            found = load()
+            found = load(config)
     except Exception as error:  # of any kind: the folder's content brought it about
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise InputError(
@@ -333,6 +407,13 @@ def _from_pretrained(
             ) from error
         raise InputError(f"{name}: cannot be loaded: {_first_line(error)}") from error
     hf, report = found
+    if quantized or prefix:
+        forget_form(hf)
+    if prefix:
+        warnings.warn(
+            f"{name}: the names of its tensors begin with {prefix!r}, which is left out",
+            stacklevel=5,
+        )
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):
             tensor = sorted(report[problem], key=str)[0]
@@ -353,7 +434,7 @@ def _from_pretrained(
         is_buffer = BUFFERS.search(tensor) or any(
             f".{buffer}".endswith(f".{tensor}") for buffer in own
         )
-        if kind not in FLOATS and not is_buffer:
+        if kind not in FLOATS and not is_buffer and not quantized:
             raise wrong_dtype(name, tensor, kind)
     return hf
 

@@ -26,7 +26,8 @@ from ..masks import check_removed, check_sequences
 from .generic import GenericRunner
 from .model import Model, evaluating, lock_of
 from .swap import INDEX_NAMES, Sublayers, get_module, twin, with_replaced
-from .verify import ATTENTION_NAMES, MLP_NAMES, agree, probe_ids, verified
+from .text import depths, with_text_config
+from .verify import agree, probe_ids, verified
 
 
 class Cut(NamedTuple):
@@ -161,7 +162,9 @@ def config_of(model: Model, sequence: Sequence[int]) -> Any:
             values.update(zip(names, remap(cut, *before), strict=True))
     config = copy.deepcopy(old)
     overrides = values.pop("per_layer_config", None)
-    config.num_hidden_layers = len(sequence)
+    for name, depth in depths(old).items():  # some families state a multiple of it besides
+        if depth % model.num_blocks == 0:
+            setattr(config, name, depth // model.num_blocks * len(sequence))
     for name, value in values.items():
         setattr(config, name, value)
     if overrides is not None:  # last: transformers checks it against the others
@@ -199,17 +202,6 @@ def _has_further_predictions(model: Model) -> bool:
     )
 
 
-def _replaced_config(owned: Any, old: Any, new: Any) -> Any:
-    """The config of an owner of blocks: the new one, or a composite that holds it."""
-    sub_configs = getattr(owned, "sub_configs", None) or {}
-    for name in sub_configs:
-        if getattr(owned, name, None) is old:
-            composite = copy.copy(owned)
-            setattr(composite, name, new)
-            return composite
-    return new
-
-
 # -- on a shallow copy -----------------------------------------------------------------------------
 
 
@@ -223,10 +215,11 @@ def unit_parameters(model: Model, granularity: str) -> list[int]:
     """The parameters of each unit."""
     parts: list[nn.Module] = list(model.layers)
     if granularity == "sublayer":
+        halves = zip(model.layers, verified(model, granularity).sublayers, strict=True)
         parts = [
-            next(getattr(layer, name) for name in names if hasattr(layer, name))
-            for layer in model.layers
-            for names in (ATTENTION_NAMES, MLP_NAMES)
+            nn.ModuleList(sublayers.modules(layer, half))
+            for layer, sublayers in halves
+            for half in (0, 1)
         ]
     return [sum(weights.numel() for weights in part.parameters()) for part in parts]
 
@@ -257,7 +250,7 @@ def ordered(model: Model, sequence: Sequence[int], copies: bool = False) -> Any:
     config = config_of(model, sequence)
     for owner in _owners(model, result):
         if getattr(owner, "config", None) is not None:
-            owner.config = _replaced_config(owner.config, model.config, config)
+            owner.config = with_text_config(owner.config, config)
         for attribute, entries in _own_lists(model, owner):
             setattr(owner, attribute, type(entries)(entries[block] for block in sequence))
     return result
@@ -476,7 +469,7 @@ def _cut_in_place(
         config = config_of(model, blocks)
         for owner in _owners(model, model.given):
             if getattr(owner, "config", None) is not None:
-                _set(undo, owner, "config", _replaced_config(owner.config, model.config, config))
+                _set(undo, owner, "config", with_text_config(owner.config, config))
             for attribute, entries in _own_lists(model, owner):
                 kept = type(entries)(entries[block] for block in blocks)
                 _set(undo, owner, attribute, kept)

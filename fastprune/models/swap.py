@@ -9,12 +9,13 @@ its layers, and runs its steps after them. `Sublayers` runs one half of a layer 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 # attributes of a layer's modules that hold its index, by which a cache has its entries
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "block_idx")
@@ -127,129 +128,228 @@ class StandInLayer(nn.Module):
 
 
 class Sublayers:
-    """The two halves of a decoder layer: the layer itself with the other half's module replaced.
+    """The two halves of a decoder layer: the layer itself with the other half's modules replaced.
 
-    A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel block both
-    read the block's input, so the mlp half runs the layer with attention replaced by its earlier
-    result.
+    A half is all modules whose results the layer adds to its states before, or after, the state in
+    between. A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel
+    block both read the block's input, so the mlp half runs the layer with attention replaced by its
+    earlier result.
+
+    Args:
+        layer: The layer.
+        halves: Names of the modules of each half, all children of the layer.
+        kinds: By name, how many values a module returns in a tuple; None: it returns a tensor.
+        parallel: Whether both halves read the block's input; the first is then one module.
     """
 
     def __init__(
         self,
         layer: nn.Module,
-        attention_name: str,
-        mlp_name: str,
+        halves: tuple[tuple[str, ...], tuple[str, ...]],
+        kinds: Mapping[str, int | None],
         parallel: bool,
-        mlp_as_tuple: bool,
     ):
-        self._parallel = parallel
-        self._names, self._mlp_as_tuple = (attention_name, mlp_name), mlp_as_tuple
-        self._given, self._kept = _GivenAttention(), _KeepAttention(getattr(layer, attention_name))
-        without_mlp = with_replaced(layer, (mlp_name,), _NoMlp(mlp_as_tuple))
-        self._attention_only = with_replaced(without_mlp, (attention_name,), self._kept)
-        self._mlp_only = with_replaced(layer, (attention_name,), self._given)
-        self._neither = with_replaced(without_mlp, (attention_name,), _GivenAttention())
+        self.halves, self._kinds, self._parallel = halves, kinds, parallel
+        attention, mlp = halves
+        without_mlp = self._without(layer, mlp)
+        self._attention_only, self._mlp_only = without_mlp, self._without(layer, attention)
+        self._neither = self._without(without_mlp, attention)
+        if parallel:
+            (name,) = attention
+            self._kept, self._given = _KeepTerm(getattr(layer, name)), _GivenTerm(kinds[name])
+            self._attention_only = with_replaced(without_mlp, (name,), self._kept)
+            self._mlp_only = with_replaced(layer, (name,), self._given)
+
+    def _without(self, layer: nn.Module, names: Iterable[str]) -> nn.Module:
+        for name in names:
+            layer = with_replaced(layer, (name,), _GivenTerm(self._kinds[name]))
+        return layer
 
     def attention(self, state: State, arguments: dict) -> State:
         entry = hidden_of(state)
+        if not self._parallel:
+            return first(self._attention_only(entry, **arguments))
         try:
             hidden = first(self._attention_only(entry, **arguments))
-            return HalfBlock(hidden, entry, self._kept.output, self) if self._parallel else hidden
+            return HalfBlock(hidden, entry, self._kept.term, self)
         finally:
-            self._kept.output = None
+            self._kept.term = None
 
     def mlp(self, state: State, arguments: dict) -> torch.Tensor:
-        if isinstance(state, HalfBlock) and state.owner is self:
-            entry, self._given.output = state.entry, state.attention
-        # attention was skipped; the state may have been left by an earlier block whose mlp was
-        else:
-            entry = hidden_of(state)
+        # if attention was skipped, the state may have been left by an earlier block whose mlp was
+        if not (isinstance(state, HalfBlock) and state.owner is self):
+            return first(self._mlp_only(hidden_of(state), **arguments))
         try:
-            return first(self._mlp_only(entry, **arguments))
+            self._given.term = state.attention
+            return first(self._mlp_only(state.entry, **arguments))
         finally:
-            self._given.output = None
+            self._given.term = None
 
     def neither(self, state: torch.Tensor, arguments: dict) -> torch.Tensor:
         """The layer with both halves replaced: the terms that its residual branches add when
         skipped."""
         return first(self._neither(state, **arguments))
 
+    def modules(self, layer: nn.Module, half: int) -> list[nn.Module]:
+        """The modules of a half: 0 attention, 1 mlp."""
+        return [getattr(layer, name) for name in self.halves[half]]
+
     def stand_ins(self, layer: nn.Module, kept: set[int]) -> list[tuple[str, nn.Module]]:
         """The modules that replace this layer's removed halves (0 attention, 1 mlp), by name."""
-        attention, mlp = self._names
-        attention_skipped = SkippedAttention(layer.get_submodule(attention))
-        both = [(attention, attention_skipped), (mlp, _NoMlp(self._mlp_as_tuple))]
-        return [pair for half, pair in enumerate(both) if half not in kept]
+        return [
+            (name, SkippedTerm(getattr(layer, name), self._kinds[name]))
+            for half, names in enumerate(self.halves)
+            if half not in kept
+            for name in names
+        ]
 
 
-class _NoMlp(nn.Module):
-    """An mlp that adds nothing; some families' return a tuple."""
+def split_layer(
+    layer: nn.Module, state: torch.Tensor, arguments: dict, whole: torch.Tensor
+) -> Sublayers | None:
+    """The two halves of a layer, which give its own output `whole` to the bit; None if it has not
+    two.
 
-    def __init__(self, as_tuple: bool):
+    Its terms are the results of modules that hold a matrix and return states, in the order in which
+    the layer calls them. A cut between two of them is right if the halves, run one after the other,
+    give the layer's output, leave their inputs alone, and the layer without either half adds
+    nothing.
+    """
+    kinds = _terms(layer, state, arguments)
+    names = tuple(kinds)
+    for cut in range(1, len(names)):
+        halves = names[:cut], names[cut:]
+        for parallel in (False, True)[: 2 if cut == 1 else 1]:
+            sublayers = Sublayers(layer, halves, kinds, parallel)
+            try:
+                if _adds_up(sublayers, state, arguments, whole):
+                    return sublayers
+            except (TypeError, ValueError, AttributeError, RuntimeError):
+                continue  # a module of this family returns something else
+    return None
+
+
+def _terms(layer: nn.Module, state: torch.Tensor, arguments: dict) -> dict[str, int | None]:
+    """The modules of a layer that may add to its states, by name in the order of their calls, with
+    the number of values that each returns in a tuple."""
+    kinds: dict[str, int | None] = {}
+    watched = layer
+    for name, module in layer.named_children():
+        # norms and scales hold vectors only
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and any(
+            weights.dim() > 1 for weights in module.parameters()
+        ):
+            watched = with_replaced(watched, (name,), _Watched(module, name, state, kinds))
+    watched(state, **arguments)
+    return kinds
+
+
+def _adds_up(
+    sublayers: Sublayers, state: torch.Tensor, arguments: dict, whole: torch.Tensor
+) -> bool:
+    middle = sublayers.attention(state, arguments)
+    inputs = (
+        [t for t in middle if isinstance(t, torch.Tensor)]
+        if isinstance(middle, HalfBlock)
+        else [middle]
+    )
+    versions = [tensor._version for tensor in inputs]
+    after, nothing = sublayers.mlp(middle, arguments), sublayers.neither(state, arguments)
+    return versions == [tensor._version for tensor in inputs] and all(
+        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        for a, b in ((after, whole), (nothing, state))
+    )
+
+
+class _Watched(nn.Module):
+    """A module that notes the kind of its result if that has the size of the layer's states."""
+
+    def __init__(self, module: nn.Module, name: str, state: torch.Tensor, kinds: dict):
         super().__init__()
-        self._as_tuple = as_tuple
-
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, None]:
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if self._as_tuple else nothing
-
-
-class _GivenAttention(nn.Module):
-    """Attention that adds nothing, or a term given before."""
-
-    output: torch.Tensor | None = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        if self.output is not None:
-            return self.output, None
-        return torch.zeros_like(hidden_states), None
-
-
-class SkippedAttention(nn.Module):
-    """Attention that adds nothing. A cache counts its tokens all the same, since models take the
-    number of earlier tokens from their first layer."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        # read by models and caches, such as layer_idx; hidden from nn.Module, as in StandInLayer
-        self.__dict__["_attention"] = attention
+        self.__dict__["_watched"] = module, name, state.numel(), kinds
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_attention"], name)
-
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        for cache in (*args, *kwargs.values()):
-            if isinstance(cache, Cache):
-                own = vars(self._attention)
-                index = next(own[name] for name in INDEX_NAMES if name in own)
-                rows, tokens, _ = hidden_states.shape
-                nothing = hidden_states.new_zeros(rows, 1, tokens, 1)
-                cache.update(nothing, nothing, index)
-        return torch.zeros_like(hidden_states), None
-
-
-class _KeepAttention(nn.Module):
-    """Attention that also keeps its output."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.attention = attention
-        self.output: Any = None  # of the last call
+        return getattr(self.__dict__["_watched"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.attention(*args, **kwargs)
-        self.output = result[0]
+        module, name, size, kinds = self.__dict__["_watched"]
+        result = module(*args, **kwargs)
+        term = first(result)
+        if isinstance(term, torch.Tensor) and term.numel() == size:
+            kinds.setdefault(name, len(result) if isinstance(result, (tuple, list)) else None)
+        return result
+
+
+def _as_returned(term: torch.Tensor, kind: int | None) -> Any:
+    return term if kind is None else (term, *[None] * (kind - 1))
+
+
+def _zeros(args: tuple, kwargs: dict) -> torch.Tensor:
+    """A term of zeros for a module that was called with these arguments."""
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    states: Any = kwargs.get("hidden_states", next(tensors, None))
+    return torch.zeros_like(states)
+
+
+class _GivenTerm(nn.Module):
+    """A module that adds nothing, or a term given before."""
+
+    def __init__(self, kind: int | None):
+        super().__init__()
+        self._kind = kind
+        self.term: torch.Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _as_returned(_zeros(args, kwargs) if self.term is None else self.term, self._kind)
+
+
+class SkippedTerm(nn.Module):
+    """A module that adds nothing, in place of a layer's own. A cache counts the tokens of a skipped
+    attention all the same, since models take the number of earlier tokens from their first
+    layer."""
+
+    def __init__(self, module: nn.Module, kind: int | None):
+        super().__init__()
+        # read by models and caches, such as layer_idx; hidden from nn.Module, as in StandInLayer
+        self.__dict__["_module"], self.__dict__["_kind"] = module, kind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        nothing = _zeros(args, kwargs)
+        own = vars(self.__dict__["_module"])
+        index = next((own[name] for name in INDEX_NAMES if name in own), None)
+        for cache in (*args, *kwargs.values()):
+            if isinstance(cache, Cache) and index is not None and _keeps_keys(cache, index):
+                rows, tokens, _ = nothing.shape
+                no_keys = nothing.new_zeros(rows, 1, tokens, 1)
+                cache.update(no_keys, no_keys, index)
+        return _as_returned(nothing, self.__dict__["_kind"])
+
+
+def _keeps_keys(cache: Cache, index: int) -> bool:
+    """Whether a layer's entry of a cache is one of keys and values; recurrent ones have others."""
+    layers = cache.layers
+    return index >= len(layers) or isinstance(layers[index], CacheLayerMixin)
+
+
+class _KeepTerm(nn.Module):
+    """A module that also keeps the term that it adds."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.term: Any = None  # of the last call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.module(*args, **kwargs)
+        self.term = first(result)
         return result
 
 
 def first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def get_module(module: nn.Module, path: Sequence[str]) -> Any:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,18 +28,17 @@ from .model import Model
 from .runner import Runner
 from .swap import (
     Arguments,
-    HalfBlock,
     StandInLayer,
     Sublayers,
     first,
     get_module,
     hidden_of,
+    split_layer,
     with_replaced,
 )
+from .text import failure_of
 from .tree import few_branches
 
-ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 # ids, positions and branch, int64[B, T], as `Runner.open` takes them
 Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 LONGEST_CHECKED = 2048  # tokens of a tree compared with its sequences
@@ -271,8 +269,7 @@ def prove_blocks(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        why = f"running its layers one by one failed ({type(error).__name__}: {error})"
-        raise runner.model.refusal(why) from error
+        raise runner.model.refusal(failure_of(runner.model.hf, error)) from error
     if not agree(one_by_one, expected, runner.model.dtype):
         raise runner.model.refusal(
             "its layers, run one by one, do not give the logits of its own forward pass"
@@ -582,58 +579,19 @@ def _final_states(
 
 
 def find_sublayers(runner: GenericRunner) -> list[Sublayers]:
-    """The two halves of every block, of a kind that adds up to it."""
-    model, pairs = runner.model, []
-    for layer in model.layers:
-        names = [
-            [n for n, _ in layer.named_children() if n in known]
-            for known in (ATTENTION_NAMES, MLP_NAMES)
-        ]
-        if any(len(matches) != 1 for matches in names):
-            raise model.refusal(
-                "its attention and mlp sublayers were not found; use granularity='block'"
-            )
-        pairs.append((layer, names[0][0], names[1][0]))
+    """The two halves of every block, which add up to it."""
+    model, found = runner.model, []
     state, arguments = runner.open(probe_ids(model))
-    for parallel, mlp_as_tuple in itertools.product((False, True), repeat=2):
-        sublayers = [Sublayers(*pair, parallel, mlp_as_tuple) for pair in pairs]
-        if _add_up(runner, sublayers, state, arguments):
-            return sublayers
-    raise model.refusal(
-        "its attention and mlp sublayers do not add up to its blocks; use granularity='block'"
-    )
-
-
-def _add_up(
-    runner: GenericRunner, sublayers: list[Sublayers], state: torch.Tensor, arguments: Arguments
-) -> bool:
-    """Whether the halves of every block, run one after the other, give the block's own output to
-    the bit, leave their inputs alone, and a block without either half adds nothing."""
-    for block in runner.model.visited_blocks():
-        halves = sublayers[block]
+    for block in model.visited_blocks():
         whole = runner.run(block, state, arguments)
-        try:
-            middle = halves.attention(state, arguments[block])
-            inputs = (
-                [t for t in middle if isinstance(t, torch.Tensor)]
-                if isinstance(middle, HalfBlock)
-                else [middle]
+        sublayers = split_layer(model.layers[block], state, arguments[block], whole)
+        if sublayers is None:
+            raise model.refusal(
+                f"block {block} is not the sum of two sublayers; use granularity='block'"
             )
-            versions = [tensor._version for tensor in inputs]
-            after = halves.mlp(middle, arguments[block])
-            nothing = halves.neither(state, arguments[block])
-            pairs = ((after, whole), (nothing, state))
-            same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-        ):  # this family's modules return something else
-            return False
-        if not same or versions != [tensor._version for tensor in inputs]:
-            return False
-        state = after
-    return True
+        found.append(sublayers)
+        state = whole
+    return found
 
 
 # -- the fused path --------------------------------------------------------------------------------

@@ -98,6 +98,9 @@ def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int) -> list[li
     for kind in (False, True):
         alike = rows[batch.row_is_tree[rows] == kind]
         alike = alike[np.lexsort((alike, -batch.row_lengths[alike]))]
+        if kind and batch.split_trees:  # the branches of one tree are rows enough
+            groups += [[int(row)] for row in alike]
+            continue
         lengths, count = batch.row_lengths[alike], len(alike)
         least, sizes = (
             np.zeros(count + 1),

@@ -315,7 +315,6 @@ def _head_cost(model: Model, problem: Problem) -> float:
     """The cost of one mask's head in unit runs, from numbers of weights and of positions."""
     blocks = sum(p.numel() for layer in model.layers for p in layer.parameters())
     num_units = len(model.unit_names(problem.granularity))
-    embeddings: Any = model.hf.get_output_embeddings
-    head = sum(p.numel() for p in embeddings().parameters())
+    head = sum(p.numel() for p in model.output_head.parameters())
     positions = len(np.unique(problem.batch.target_source))  # that predict
-    return head / max(1, blocks / num_units) * positions / problem.batch.num_tokens
+    return head / max(1, blocks / num_units) * positions / problem.num_tokens

@@ -31,7 +31,7 @@ def test_info(run, checkpoint):
     backend = fp.Evaluator(
         fp.load_model(checkpoint), fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))
     ).backend
-    for word in ("llama", "blocks", "5", backend, "sublayers", "token trees"):
+    for word in ("llama", "blocks", "5", backend, "sublayers", "questions"):
         assert word in out
 
 

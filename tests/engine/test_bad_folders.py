@@ -190,7 +190,7 @@ def test_sizes_that_some_families_write(folder):
 def test_quantized_weights(folder, build_nothing):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "fp8"}})
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
     )
     refuses("config.json: the weights are quantized", fp.load_model, folder)
 

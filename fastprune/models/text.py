@@ -1,0 +1,154 @@
+"""The text stack of a transformers model: the config that describes its decoder layers, and the
+place of their list.
+
+A model of images, audio or any kinds of input holds a decoder of text beside its towers. Its sizes
+are those of a config inside its own, `config.get_text_config(decoder=True)`. Everything here reads
+that config; for a model of text alone it is the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from .files import DEPTHS
+
+LAYERS_NAMES = ("layers", "h", "blocks")
+
+
+def text_config(config: Any) -> Any:
+    """The config of the decoder of text: one inside a composite config, or the config itself."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except (AttributeError, ValueError):  # several are named, or the class has another idea of it
+        return config
+    # of an encoder-decoder, transformers returns a copy that renames the decoder's fields
+    return config if getattr(config, "is_encoder_decoder", False) else text
+
+
+def has_towers(hf: Any) -> bool:
+    """Whether a model takes other inputs than text, which nothing here runs."""
+    return text_config(hf.config) is not hf.config
+
+
+def failure_of(hf: Any, error: Exception) -> str:
+    """A line on why a model's own code failed on tokens."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    kind = type(error).__name__
+    if has_towers(hf):
+        return f"it does not run on text alone ({kind}: {line})"
+    return f"running its layers one by one failed ({kind}: {line})"
+
+
+def with_text_config(owned: Any, text: Any) -> Any:
+    """A config with another decoder of text: `text` itself, or a copy of the composite around
+    it."""
+    old = text_config(owned)
+    return text if old is owned else _replaced(owned, old, text)
+
+
+def _replaced(owned: Any, old: Any, new: Any) -> Any:
+    for name in getattr(owned, "sub_configs", None) or {}:
+        inner = getattr(owned, name, None)
+        result = new if inner is old else inner and _replaced(inner, old, new)
+        if result is not None and result is not inner:
+            composite = copy.copy(owned)
+            setattr(composite, name, result)
+            return composite
+    return owned
+
+
+def depths(config: Any) -> dict[str, int]:
+    """The numbers of layers that a config states, by name. Some families state two, of layers and
+    of the caches that these fill."""
+    own = vars(config)
+    stated = {name: own[name] for name in DEPTHS if type(own.get(name)) is int}
+    depth = getattr(config, "num_hidden_layers", None)  # by a name of the family's own
+    return (
+        stated
+        if "num_hidden_layers" in stated or depth is None
+        else {
+            "num_hidden_layers": depth,
+            **stated,
+        }
+    )
+
+
+def layer_paths(hf: nn.Module) -> list[tuple[str, ...]]:
+    """Attribute paths from a transformers model to possible lists of decoder layers.
+
+    A tower's list may have the same name and length as the decoder's; the config of the module
+    that holds it tells them apart.
+    """
+    text = text_config(hf.config)
+    lengths = set(depths(text).values())
+    paths = [
+        tuple(name.split("."))
+        for name, module in hf.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) in lengths
+        and name.split(".")[-1] in LAYERS_NAMES
+    ]
+    if text is hf.config:
+        return paths
+    kind = type(text)
+    return [path for path in paths if type(config_above(hf, path)) is kind]
+
+
+def config_above(hf: nn.Module, path: tuple[str, ...]) -> Any:
+    """The config of the innermost module above a list of layers that has one."""
+    module, config = hf, None
+    for name in path:
+        config = getattr(module, "config", None) or config
+        module = getattr(module, name)
+    return config
+
+
+def output_head(hf: Any, path: tuple[str, ...]) -> Any:
+    """The module that gives logits: that of the model, or of one above its layers; or None."""
+    module = hf
+    for name in path:
+        head = getattr(module, "get_output_embeddings", lambda: None)
+        try:
+            found = head()
+        except (AttributeError, NotImplementedError):
+            found = None
+        if found is not None:
+            return found
+        module = getattr(module, name)
+    return None
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that opens a checkpoint with this config, as the class that
+    wrote it where the config says so.
+
+    Raises:
+        ValueError: The family has no model that gives logits of text.
+    """
+    import transformers
+
+    classes: list[Any] = [
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForMultimodalLM,
+    ]
+    if text_config(config) is not config:  # the class of the whole before that of its text
+        classes = [*classes[1:], classes[0]]
+    remote = getattr(config, "auto_map", None) or {}
+    for chosen in classes:
+        if chosen.__name__ in remote:
+            return chosen
+    wrote = getattr(config, "architectures", None) or []
+    owning = [chosen for chosen in classes if type(config) in chosen._model_mapping]
+    for chosen in owning:
+        if chosen._model_mapping[type(config)].__name__ in wrote:
+            return chosen
+    if not owning:
+        raise ValueError(
+            f"the family {config.model_type!r} has no model in transformers "
+            f"{transformers.__version__} that continues text"
+        )
+    return owning[0]

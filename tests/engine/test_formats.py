@@ -1,0 +1,251 @@
+"""Checkpoints in other forms: quantized weights, adapters, names behind a prefix, GGUF files. Each
+gives the losses of the weights that it holds, written out as a plain checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from families import physically_removed, reference_loss
+from helpers import refuses
+from safetensors.torch import load_file, save_file
+
+import fastprune as fp
+
+REMOVED = (1, 3)
+
+
+def loss_of(model, batch):
+    ev = fp.Evaluator(model, fp.Perplexity(batch))
+    return ev.score(fp.from_removed([REMOVED], ev.num_units))[0]
+
+
+def expected_loss(hf, batch):
+    rows = np.split(batch.ids, batch.row_starts[1:-1])
+    return reference_loss(physically_removed(hf, REMOVED), rows)
+
+
+def edit_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+# -- quantized weights -----------------------------------------------------------------------------
+
+
+def save_fp8(hf, folder):
+    """Write a checkpoint whose linear maps are FP8 in blocks of 8 x 8 with a scale each, and give
+    the weights of these numbers to the model itself."""
+    hf.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors[name]
+        rows, columns = weight.shape
+        blocks = weight.view(rows // 8, 8, columns // 8, 8)
+        scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / 448
+        numbers = (blocks / scale).to(torch.float8_e4m3fn)
+        tensors[name] = numbers.view(rows, columns)
+        tensors[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
+        with torch.no_grad():
+            hf.get_parameter(name).copy_((numbers.float() * scale).view(rows, columns))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
+
+
+@pytest.fixture
+def aligned():
+    config = tf.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_fp8_weights_are_dequantized(aligned, batch, tmp_path):
+    pytest.importorskip("accelerate")
+    quantization = save_fp8(aligned, tmp_path / "fp8")
+    edit_config(tmp_path / "fp8", quantization_config=quantization)
+    model = fp.load_model(tmp_path / "fp8", device="cpu", dtype="float32")
+    assert loss_of(model, batch) == pytest.approx(expected_loss(aligned, batch), rel=1e-5)
+    fp.export(model, tmp_path / "pruned", removed=REMOVED)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="float32")
+    rows = np.split(batch.ids, batch.row_starts[1:-1])
+    assert reference_loss(again, rows) == pytest.approx(expected_loss(aligned, batch), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("gptq", "open the checkpoint that it was quantized from"),
+        ("awq", "open the checkpoint that it was quantized from"),
+        ("bitsandbytes", "dequantize"),
+        ("compressed-tensors", "run_compressed=False"),
+        ("new", "open the checkpoint that it was quantized from"),
+    ],
+)
+def test_other_methods_name_the_way(hf, tmp_path, method, way):
+    hf.save_pretrained(tmp_path / method)
+    edit_config(tmp_path / method, quantization_config={"quant_method": method})
+    refuses(f"quantized by {method}.*{way}", fp.load_model, tmp_path / method)
+    # of a model with towers, the config of its text may hold it
+    edit_config(
+        tmp_path / method,
+        quantization_config=None,
+        text_config={"quantization_config": {"quant_method": method}},
+    )
+    refuses(f"quantized by {method}", fp.load_model, tmp_path / method)
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "language_model.", "module._orig_mod."]
+)
+def test_a_prefix_of_all_names_is_left_out(hf, ev, batch, tmp_path, prefix):
+    hf.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = {prefix + name: tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=f"begin with '{prefix}', which is left out"):
+        model = fp.load_model(tmp_path / "model", device="cpu")
+    assert fp.Evaluator(model, fp.Perplexity(batch)).dense_loss == ev.dense_loss
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(hf, tmp_path):
+    peft = pytest.importorskip("peft")
+    hf.save_pretrained(tmp_path / "base")
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", adapted.merge_and_unload().eval()
+
+
+def test_an_adapter_opens_merged_into_its_base(hf, batch, adapter):
+    folder, merged = adapter
+    model = fp.load_model(folder, device="cpu")
+    expected = expected_loss(merged, batch)
+    assert loss_of(model, batch) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - expected_loss(hf, batch)) > 1e-3
+
+
+def test_an_adapter_beside_its_base(batch, adapter):
+    folder, merged = adapter
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "../base"})
+    )
+    assert loss_of(fp.load_model(folder, device="cpu"), batch) == pytest.approx(
+        expected_loss(merged, batch), rel=1e-5
+    )
+
+
+def test_adapters_that_cannot_be_merged(adapter):
+    folder, _ = adapter
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    refuses("base_model_name_or_path must be a folder or a hub id", fp.load_model, folder)
+    path.write_text(json.dumps({**config, "peft_type": "PROMPT_TUNING"}))
+    refuses("'PROMPT_TUNING' are not merged", fp.load_model, folder)
+    path.write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refuses("pickles are never opened", fp.load_model, folder)
+
+
+# -- GGUF ------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_opens_dequantized(aligned, batch, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    config = aligned.config
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(94))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 97)
+    writer.add_token_types([2, 3, 3] + [1] * 94)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in aligned.state_dict().items():
+        path = name.removesuffix(".weight")
+        if path.startswith("model.layers."):
+            _, _, block, own = path.split(".", 3)
+            target = f"blk.{block}.{names[own]}"
+        else:
+            target = names[path]
+        values = tensor.numpy()
+        if (count := heads.get(target.rpartition(".")[2])) is not None:  # llama.cpp's own order
+            half = values.shape[0] // count // 2
+            values = values.reshape(count, 2, half, -1).swapaxes(1, 2).reshape(values.shape)
+        if values.ndim == 2:  # into blocks of 32 numbers with a scale each, and back
+            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            restored = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"{target}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            if count is not None:
+                restored = restored.reshape(count, half, 2, -1).swapaxes(1, 2)
+            with torch.no_grad():
+                tensor.copy_(torch.tensor(restored.reshape(tensor.shape)))
+        else:
+            writer.add_tensor(f"{target}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = fp.load_model(tmp_path / "tiny.gguf", device="cpu")
+    assert model.tokenizer is not None
+    assert model.tokenizer.convert_ids_to_tokens(5) == "t2"
+    assert loss_of(model, batch) == pytest.approx(expected_loss(aligned, batch), rel=1e-5)
+    fp.export(model, tmp_path / "pruned", removed=REMOVED)
+    command = (tmp_path / "pruned" / "recipes" / "llama.cpp.txt").read_text()
+    assert command == ("llama-quantize --prune-layers 1,3 tiny.gguf tiny-pruned.gguf COPY\n")
+
+
+def test_files_that_are_no_gguf(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGML....")
+    refuses("x.gguf: not a GGUF file", fp.load_model, tmp_path / "x.gguf")
+    (tmp_path / "x.bin").write_bytes(b"")
+    refuses("a folder, a .gguf file, a hub id or 'demo'", fp.load_model, tmp_path / "x.bin")

@@ -1,0 +1,192 @@
+"""Models that take images or audio beside text: their decoder of text is scored, masked, streamed
+and exported, and the rest is kept."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from families import random_rows
+from helpers import refuses
+from safetensors.torch import load_file
+
+import fastprune as fp
+
+TEXT = {
+    "vocab_size": 97,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+REMOVED = (1, 3)
+
+
+def llava():
+    """Its tower has as many layers as its text."""
+    tower = tf.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    text = tf.LlamaConfig(**TEXT)
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=tower, text_config=text, image_token_index=3)
+    )
+
+
+def gemma3():
+    """A window that repeats irregularly, and a norm with an offset."""
+    tower = tf.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = tf.Gemma3TextConfig(
+        **TEXT,
+        sliding_window=6,
+        query_pre_attn_scalar=12,
+        layer_types=[*kinds, "sliding_attention", "full_attention"],
+    )
+    return tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(vision_config=tower, text_config=text, mm_tokens_per_image=4)
+    )
+
+
+def qwen2_audio():
+    tower = tf.Qwen2AudioEncoderConfig(
+        d_model=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        num_mel_bins=8,
+        max_source_positions=8,
+    )
+    text = tf.Qwen2Config(**{k: v for k, v in TEXT.items() if k != "head_dim"})
+    return tf.Qwen2AudioForConditionalGeneration(
+        tf.Qwen2AudioConfig(audio_config=tower, text_config=text, audio_token_index=3)
+    )
+
+
+@pytest.fixture(scope="module", params=[llava, gemma3, qwen2_audio])
+def hf(request):
+    torch.manual_seed(0)
+    hf = request.param().eval()
+    with torch.no_grad():
+        for weights in hf.parameters():
+            if weights.dim() == 1:
+                weights += 0.2 * torch.randn(weights.shape)
+    return hf
+
+
+ROWS = random_rows(97, [13, 9])
+
+
+def text_stack(hf):
+    return hf.model.language_model
+
+
+def loss(hf):
+    """The loss of full logits, each row alone."""
+    losses = []
+    for row in ROWS:
+        with torch.no_grad():
+            logits = hf(input_ids=torch.tensor([row]), use_cache=False).logits[0].double()
+        losses.append(-logits.log_softmax(-1)[range(len(row) - 1), row[1:]].numpy())
+    return float(np.concatenate(losses).mean())
+
+
+def loss_without(hf, removed):
+    """The loss of the model itself while its list of text layers lacks these, and their kinds."""
+    stack = text_stack(hf)
+    layers, config = stack.layers, stack.config
+    kept = [i for i in range(len(layers)) if i not in removed]
+    kinds = getattr(config, "layer_types", None)
+    stack.layers, config.num_hidden_layers = torch.nn.ModuleList(layers[i] for i in kept), len(kept)
+    if kinds is not None:
+        config.layer_types = [kinds[i] for i in kept]
+    try:
+        return loss(hf)
+    finally:
+        stack.layers, config.num_hidden_layers = layers, len(layers)
+        if kinds is not None:
+            config.layer_types = kinds
+
+
+def scores(model, removed):
+    ev = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(ROWS)))
+    return ev.score(fp.from_removed(removed, ev.num_units))
+
+
+def test_masks_in_memory_and_from_a_folder(hf, tmp_path):
+    removed = [(), REMOVED, (0, 4), (2,)]
+    expected = [loss_without(hf, gone) for gone in removed]
+    np.testing.assert_allclose(scores(hf, removed), expected, rtol=1e-5)
+    hf.save_pretrained(tmp_path / "model")
+    model = fp.load_model(tmp_path / "model", device="cpu")
+    assert model.num_blocks == 5
+    assert model.hidden_size == 36
+    np.testing.assert_array_equal(scores(model, removed), scores(hf, removed))
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    streamed = fp.load_model(tmp_path / "model", device="cpu", weights_bytes=size)
+    np.testing.assert_array_equal(scores(streamed, removed), scores(hf, removed))
+
+
+def test_exports_cut_the_text_and_keep_the_rest(hf, tmp_path):
+    hf.save_pretrained(tmp_path / "model")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / "model" / name).write_text(json.dumps({"of": name}))
+    fp.export(fp.load_model(tmp_path / "model", device="cpu"), tmp_path / "out", removed=REMOVED)
+    again = type(hf).from_pretrained(tmp_path / "out").eval()
+    assert len(text_stack(again).layers) == 3
+    assert loss(again) == pytest.approx(loss_without(hf, REMOVED), rel=1e-6)
+    before, after = (
+        {n: t for n, t in load_file(tmp_path / f / "model.safetensors").items() if "tower" in n}
+        for f in ("model", "out")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == {"of": name}
+    assert "by text alone" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_masked_in_place(hf):
+    dense, expected = loss(hf), loss_without(hf, REMOVED)
+    config = hf.config
+    with fp.masked(hf, REMOVED) as pruned:
+        assert pruned.config.get_text_config(decoder=True).num_hidden_layers == 3
+        assert loss(pruned) == pytest.approx(expected, rel=1e-6)
+    assert loss(hf) == dense
+    assert hf.config is config
+
+
+def test_families_that_need_an_image_say_so():
+    config = tf.Kosmos2Config(
+        text_config={"embed_dim": 32, "layers": 2, "ffn_dim": 48, "attention_heads": 4},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+    )
+    refuses(
+        "the family 'kosmos-2' cannot be run block by block: it does not run on text alone",
+        fp.load_model,
+        tf.Kosmos2ForConditionalGeneration(config).eval(),
+    )
