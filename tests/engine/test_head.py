@@ -221,6 +221,19 @@ OTHER_ENDS = {
     "opt-350m": lambda: tf.OPTConfig(
         **SIZES, **WIDE, ffn_dim=40, word_embed_proj_dim=20, do_layer_norm_before=False
     ),
+    "ctrl": lambda: tf.CTRLConfig(
+        vocab_size=97, n_positions=64, n_embd=32, dff=40, n_layer=4, n_head=4
+    ),
+    "trocr": lambda: tf.TrOCRConfig(
+        **SIZES, d_model=32, decoder_layers=4, decoder_attention_heads=4, decoder_ffn_dim=40
+    ),
+    "xlstm": lambda: tf.xLSTMConfig(
+        **{key: SIZES[key] for key in SIZES if key != "max_position_embeddings"},
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_heads=4,
+        chunk_size=16,
+    ),
 }
 
 
