@@ -149,7 +149,7 @@ def run(
     masks = fp.from_removed([pairs[i] for i in sorted(chosen)], BLOCKS)
     ev = fp.Evaluator(hf, objective, backend=path, cache_bytes=0)
     _, own_bytes = peak_bytes(lambda: ev.score(masks[:1]))
-    loop, loop_bytes = peak_bytes(lambda: Loop(hf, rows, objective))
+    loop, loop_bytes = peak_bytes(lambda: Loop(hf, rows, objective, masks))
     _, pass_bytes = peak_bytes(lambda: loop.score(masks[:1]))
     held = sum(part.nbytes for part in loop.log_p)
     ways = {"fastprune": lambda: ev.score(masks), "loop": lambda: loop.score(masks)}

@@ -93,7 +93,7 @@ def against_loop(
     objective = fp.KLDivergence(batch) if measure == "kl" else fp.Perplexity(batch)
     ev = fp.Evaluator(model, objective, cache_bytes=0)
     ev.score(masks[:1])  # the dense reference, and torch's own caches
-    loop = Loop(model, [(row, 1) for row in ids], objective)
+    loop = Loop(model, [(row, 1) for row in ids], objective, masks)
     ways = {"fastprune": lambda: ev.score(masks), "loop": lambda: loop.score(masks)}
     return {"path": ev.backend, "masks": len(masks), **compare(ways, repeats)}
 

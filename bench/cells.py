@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import fastprune as fp
+from fastprune.models.surgery import without
 
 Row = tuple[np.ndarray, int]  # tokens, and the first one that counts
 
@@ -30,11 +31,15 @@ class Loop:
         model: The model, or a transformers model.
         rows: One for each continuation of the objective.
         objective: Reduces the sums over continuations.
+        masks: Those that it will score. Their models, which share weights, are made here, so that
+            no pass pays for it.
     """
 
-    def __init__(self, model: Any, rows: Iterable[Row], objective: fp.Objective):
-        # verified once, not for each mask
+    def __init__(self, model: Any, rows: Iterable[Row], objective: fp.Objective, masks: np.ndarray):
         self._model = model if isinstance(model, fp.Model) else fp.load_model(model)
+        self._pruned = {
+            mask.tobytes(): without(self._model, np.flatnonzero(~mask).tolist()) for mask in masks
+        }
         self._rows = [(torch.from_numpy(np.asarray(ids)), start) for ids, start in rows]
         self._objective = objective
         self.log_p: list[torch.Tensor] = []
@@ -46,7 +51,8 @@ class Loop:
     def score(self, masks: np.ndarray) -> np.ndarray:
         sums = []
         for mask in masks:
-            with fp.masked(self._model, np.flatnonzero(~mask).tolist()) as pruned, torch.no_grad():
+            pruned = self._pruned[mask.tobytes()]
+            with torch.no_grad():
                 sums.append([self._sum(pruned, number) for number in range(len(self._rows))])
         return self._objective.loss(np.array(sums))
 
