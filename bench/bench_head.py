@@ -1,25 +1,26 @@
-"""The head of each family at its real vocabulary: `python bench/bench_head.py grid [FAMILY ...]`,
-`python bench/bench_head.py singles FOLDER`, or `python bench/bench_head.py one FAMILY`.
+"""The head of each family at its real vocabulary.
 
-CPU seconds of fastprune and of the loop, the median of some runs that take turns. The loop removes
-the blocks, runs rows one at a time, and holds full logits; for KL it holds the dense model's
-log-probabilities. grid: random models of 12 blocks of width 384, a third of the blocks removed; the
-dense reference is warm. singles: every mask that lacks one block. one: one KL mask after another.
+    OMP_NUM_THREADS=1 python bench/bench_head.py [--cells TEXT ...] [--folders NAME=FOLDER ...]
+
+CPU seconds of fastprune and of the loop (`cells.py`), in turns, as the median of the ratios. Each
+cell is saved as soon as it is known, and one that the file has is not run again. FAMILY nll,
+FAMILY kl: random models of 12 blocks of width 384, a third of the blocks removed; the dense
+reference is warm. FAMILY one kl mask: one mask after another. NAME singles: every mask of a
+checkpoint that lacks one block, on 4 x 128 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers as tf
+from cells import Loop, compare, run_cells
 
 import fastprune as fp
 
@@ -84,122 +85,59 @@ def random_model(family: str) -> Any:
     return tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(kind, **options)).eval()
 
 
-class Loop:
-    """Each mask's loss by a forward pass of the model without its blocks."""
-
-    def __init__(self, hf: Any, ids: np.ndarray, measure: str):
-        self._model = fp.load_model(hf)  # verified once, not for each mask
-        hf, self._ids = self._model.hf, torch.from_numpy(ids)
-        self._dense: list[torch.Tensor] = []
-        if measure == "kl":
-            with torch.no_grad():
-                for row in self._ids:
-                    logits = hf(input_ids=row[None], use_cache=False).logits[0, :-1]
-                    self._dense.append(torch.log_softmax(logits.float(), dim=-1))
-
-    def score(self, masks: np.ndarray) -> np.ndarray:
-        losses = []
-        for mask in masks:
-            with fp.masked(self._model, np.flatnonzero(~mask).tolist()) as pruned, torch.no_grad():
-                losses.append(np.mean([self._loss(pruned, row) for row in range(len(self._ids))]))
-        return np.array(losses)
-
-    def _loss(self, pruned: Any, row: int) -> float:
-        ids = self._ids[row]
-        logits = pruned(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        if not self._dense:
-            return float(torch.nn.functional.cross_entropy(logits, ids[1:]))
-        log_q = torch.log_softmax(logits, dim=-1)
-        divergence = torch.nn.functional.kl_div(
-            log_q, self._dense[row], reduction="sum", log_target=True
-        )
-        return float(divergence) / len(logits)
-
-
-def compare(name: str, ways: dict[str, Callable[[], np.ndarray]], repeats: int) -> dict:
-    """CPU seconds of fastprune and the loop, in turns, and their ratio."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    losses = {}
-    for _ in range(repeats):
-        for way, score in ways.items():
-            started = time.process_time()
-            losses[way] = score()
-            seconds[way].append(time.process_time() - started)
-    medians = {f"{way}_s": statistics.median(times) for way, times in seconds.items()}
-    found = {
-        "cell": name,
-        **medians,
-        "times_faster": medians["loop_s"] / medians["fastprune_s"],
-        "greatest_difference": float(np.abs(losses["loop"] - losses["fastprune"]).max()),
-    }
-    print(json.dumps(found), flush=True)
-    return found
-
-
-def objective(measure: str, ids: np.ndarray) -> fp.Objective:
+def against_loop(
+    model: Any, ids: np.ndarray, masks: np.ndarray, measure: str, repeats: int
+) -> dict:
+    """One cell: the masks' scores, the evaluator and the loop warm."""
     batch = fp.TokenBatch.from_ids(ids)
-    return fp.KLDivergence(batch) if measure == "kl" else fp.Perplexity(batch)
+    objective = fp.KLDivergence(batch) if measure == "kl" else fp.Perplexity(batch)
+    ev = fp.Evaluator(model, objective, cache_bytes=0)
+    ev.score(masks[:1])  # the dense reference, and torch's own caches
+    loop = Loop(model, [(row, 1) for row in ids], objective, masks)
+    ways = {"fastprune": lambda: ev.score(masks), "loop": lambda: loop.score(masks)}
+    return {"path": ev.backend, "masks": len(masks), **compare(ways, repeats)}
 
 
-def grid(families: Sequence[str], repeats: int) -> None:
-    for family in families:
-        hf = random_model(family)
-        ids = np.random.default_rng(0).integers(3, hf.config.vocab_size, (ROWS, LENGTH))
-        rng = np.random.default_rng(1)
-        removed = [tuple(sorted(rng.choice(BLOCKS, BLOCKS // 3, replace=False))) for _ in range(2)]
-        masks = fp.from_removed(removed, BLOCKS)
-        for measure in ("nll", "kl"):
-            ev = fp.Evaluator(hf, objective(measure, ids), cache_bytes=0)
-            ev.score(masks[:1])  # the dense reference, and torch's own caches
-            loop = Loop(hf, ids, measure)
-            compare(
-                f"{family} {measure}, {ev.backend}",
-                {"fastprune": lambda: ev.score(masks), "loop": lambda: loop.score(masks)},  # noqa: B023
-                repeats,
-            )
+def of_family(family: str, removed: list, measure: str, repeats: int) -> dict:
+    hf = random_model(family)
+    ids = np.random.default_rng(0).integers(3, hf.config.vocab_size, (ROWS, LENGTH))
+    return against_loop(hf, ids, fp.from_removed(removed, BLOCKS), measure, repeats)
 
 
-def singles(folder: str, repeats: int) -> None:
+def singles(folder: str, repeats: int) -> dict:
     model = fp.load_model(folder, dtype="float32")
     ids = np.random.default_rng(0).integers(3, model.vocab_size, (ROWS, LENGTH))
     masks = fp.from_removed([(block,) for block in range(model.num_blocks)], model.num_blocks)
-    ev = fp.Evaluator(model, objective("nll", ids), cache_bytes=0)
-    ev.score(masks[:1])
-    loop = Loop(model, ids, "nll")
-    compare(
-        f"all singles, {ev.backend}",
-        {"fastprune": lambda: ev.score(masks), "loop": lambda: loop.score(masks)},
-        repeats,
-    )
-
-
-def one(families: Sequence[str], repeats: int) -> None:
-    for family in families:
-        hf = random_model(family)
-        ids = np.random.default_rng(0).integers(3, hf.config.vocab_size, (ROWS, LENGTH))
-        ev = fp.Evaluator(hf, objective("kl", ids), cache_bytes=0)
-        loop = Loop(hf, ids, "kl")
-        mask = fp.from_removed([(1, 4, 7, 10)], BLOCKS)
-        ev.score(mask)
-        compare(
-            f"{family}, one kl mask, {ev.backend}",
-            {"fastprune": lambda: ev.score(mask), "loop": lambda: loop.score(mask)},  # noqa: B023
-            repeats,
-        )
+    return against_loop(model, ids, masks, "nll", repeats)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["grid", "singles", "one"])
-    parser.add_argument("names", nargs="*", help="families, or a folder")
-    parser.add_argument("--repeats", type=int, default=3)
-    part, names, repeats = vars(parser.parse_args()).values()
+    parser.add_argument("--cells", nargs="+", metavar="TEXT", help="only cells with one of these")
+    parser.add_argument("--folders", nargs="+", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--again", action="store_true", help="also cells that the file has")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/head.json")
+    options = parser.parse_args()
+    rng, removed = np.random.default_rng(1), []
+    for _ in range(2):
+        removed.append(tuple(sorted(rng.choice(BLOCKS, BLOCKS // 3, replace=False).tolist())))
+    cells = {
+        f"{family} {measure}": partial(of_family, family, removed, measure, options.repeats)
+        for family in FAMILIES
+        for measure in ("nll", "kl")
+    }
+    for family in ("llama", "qwen3"):
+        name = f"{family} one kl mask"
+        cells[name] = partial(of_family, family, [(1, 4, 7, 10)], "kl", options.repeats)
+    for folder in options.folders:
+        name, path = folder.split("=", 1)
+        cells[f"{name} singles"] = partial(singles, path, options.repeats)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if part == "singles":
-        singles(names[0], repeats)
-    else:
-        {"grid": grid, "one": one}[part](names or list(FAMILIES), repeats)
+    texts = options.cells or [""]
+    chosen = {name: run for name, run in cells.items() if any(text in name for text in texts)}
+    run_cells(chosen, options.out, options.again)
 
 
 if __name__ == "__main__":

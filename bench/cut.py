@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastprune as fp
 from fastprune.plan.layout import Layout
 
-TOKENS, ROW_TOKENS, CHUNK_TOKENS, REFERENCE = 2048, (32, 128), (1, 128, 256, 512, 1024, 4096), 1024
+TOKENS, ROW_TOKENS, REFERENCE = 2048, (32, 128), 1024
+CHUNK_TOKENS = (1, 128, 256, 384, 512, 1024, 4096)
 SHAPES = {  # hidden size: intermediate size, heads, key and value heads; of SmolLM2 135M and 360M
     576: (1536, 9, 3),
     960: (2560, 15, 5),

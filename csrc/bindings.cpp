@@ -108,6 +108,14 @@ void log_sum_exp(Address logits, Address out, std::int64_t rows, std::int64_t co
                            dtype_of(bfloat16), threads);
 }
 
+void divergence(Address logits, Address dense, Address dense_sums, Address sums, Address means,
+                std::int64_t rows, std::int64_t columns, std::int64_t stride, std::int64_t dense_stride,
+                bool bfloat16, int threads) {
+    fastprune::divergence({at<const void>(logits), at<const void>(dense), at<const double>(dense_sums),
+                           at<double>(sums), at<double>(means), columns, stride, dense_stride},
+                          rows, dtype_of(bfloat16), threads);
+}
+
 void attention(Address qkv, Address seen, Address out, std::int64_t rows, bool rows_differ, std::int64_t length,
                std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, double scale, double soft_cap,
                bool bfloat16, int threads) {
@@ -140,5 +148,6 @@ NB_MODULE(_native, m) {
     m.def("rotary", &rotary, Free());
     m.def("gated_mlp", &gated_mlp, Free());
     m.def("log_sum_exp", &log_sum_exp, Free());
+    m.def("divergence", &divergence, Free());
     m.def("attention", &attention, Free());
 }

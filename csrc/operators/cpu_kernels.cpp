@@ -268,6 +268,56 @@ void log_sum_exp(const LogSumExp& a, long begin, long end) {
     }
 }
 
+// Sum of term(i, lanes) for the vectors of a row: short chains of float32, the rest in double.
+template <class Term>
+inline double exact_sum(long columns, Term term) {
+    constexpr long kBlock = 64 * kWidth;
+    double total = 0.0;
+    for (long i = 0; i < columns; i += kBlock) {
+        Vec four[4] = {};
+        accumulate(i, i + kBlock < columns ? i + kBlock : columns, four,
+                   [=](Vec& s, long j, auto lanes) { s += term(j, lanes); });
+        for (const Vec& s : four) {
+            for (int l = 0; l < kWidth; ++l) total += static_cast<double>(s[l]);
+        }
+    }
+    return total;
+}
+
+template <class T>
+double exact_log_sum_exp(const T* x, long columns) {
+    const float most = maximum(x, columns);
+    if (most == kInf || most == -kInf) {
+        return most + exact_sum(columns, [=](long i, auto lanes) {
+                   const Vec v = load(x + i, lanes);
+                   return v == v ? Vec{} : v;
+               });
+    }
+    const Vec low = broadcast(-87.0F);
+    return most + __builtin_log(exact_sum(columns, [=](long i, auto lanes) {
+               return exp(greatest(low, fill(load(x + i, lanes), -kInf, lanes) - most));
+           }));
+}
+
+template <class T>
+void divergence(const Divergence& a, long begin, long end) {
+    for (long row = begin; row < end; ++row) {
+        const T* x = static_cast<const T*>(a.logits) + row * a.stride;
+        a.sums[row] = exact_log_sum_exp(x, a.columns);
+        if (a.dense == nullptr) continue;
+        const T* dense = static_cast<const T*>(a.dense) + row * a.dense_stride;
+        const Vec sum = broadcast(static_cast<float>(a.dense_sums[row]));
+        const Vec low = broadcast(-87.0F);
+        a.means[row] = exact_sum(a.columns, [=](long i, auto lanes) {
+            const Vec l = load(dense + i, lanes);
+            const Vec log_p = l - sum;
+            const Vec p = exp(greatest(low, log_p));
+            // behind the end of a row both are 0
+            return (log_p < low ? Vec{} : p) * (l - load(x + i, lanes));
+        });
+    }
+}
+
 }  // namespace
 
 extern const CpuKernels cpu_table;
@@ -276,6 +326,7 @@ const CpuKernels cpu_table = {
     {rotary<float>, rotary<Bfloat16>},
     {gated_mlp<float>, gated_mlp<Bfloat16>},
     {log_sum_exp<float>, log_sum_exp<Bfloat16>},
+    {divergence<float>, divergence<Bfloat16>},
     attention<float>,
     attention<Bfloat16>,
 };

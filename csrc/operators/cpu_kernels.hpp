@@ -53,6 +53,18 @@ struct LogSumExp {
     long stride;  // elements from one row to the next
 };
 
+// A part of the vocabulary in a Kullback-Leibler divergence, whose sums must not show their rounding.
+struct Divergence {
+    const void* logits;        // [P, columns], of the masked model
+    const void* dense;         // [P, columns], of the dense one, or null: no means
+    const double* dense_sums;  // [P], log-sum-exps of dense
+    double* sums;              // [P], log-sum-exps of logits
+    double* means;             // [P], sums of exp(dense - float(dense_sums)) (dense - logits), or null
+    long columns;
+    long stride;        // of logits: elements from one row to the next
+    long dense_stride;  // likewise
+};
+
 struct Attention {
     // The keys that a query sees: two runs of places in its row, the first before the second.
     struct Seen {
@@ -98,6 +110,7 @@ struct CpuKernels {
     ForDtype<Rotary> rotary;
     ForDtype<GatedMlp> gated_mlp;
     ForDtype<LogSumExp> log_sum_exp;
+    ForDtype<Divergence> divergence;
     AttentionFn attention_float32;
     AttentionFn attention_bfloat16;
 };

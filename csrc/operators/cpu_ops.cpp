@@ -75,6 +75,10 @@ void log_sum_exp(const LogSumExp& a, std::int64_t rows, Dtype dtype, int threads
     over_rows(instruction_set().cpu.log_sum_exp, a, rows, a.columns, dtype, threads);
 }
 
+void divergence(const Divergence& a, std::int64_t rows, Dtype dtype, int threads) {
+    over_rows(instruction_set().cpu.divergence, a, rows, a.columns, dtype, threads);
+}
+
 void attention(const Attention& a, std::int64_t rows, Dtype dtype, int threads) {
     for (std::int64_t i = 0; i < (a.rows_differ ? rows : 1) * a.length; ++i) {
         const Attention::Seen& s = a.seen[i];

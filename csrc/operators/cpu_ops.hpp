@@ -20,6 +20,8 @@ void gated_mlp(const GatedMlp& arguments, std::int64_t rows, Dtype dtype, int th
 
 void log_sum_exp(const LogSumExp& arguments, std::int64_t rows, Dtype dtype, int threads);
 
+void divergence(const Divergence& arguments, std::int64_t rows, Dtype dtype, int threads);
+
 // rows: of tokens, each of `length`. Throws std::invalid_argument where seen holds anything but runs of places.
 void attention(const Attention& arguments, std::int64_t rows, Dtype dtype, int threads);
 

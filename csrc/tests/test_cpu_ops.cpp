@@ -344,6 +344,82 @@ void log_sum_exp(const std::string& name, size_t rows, size_t columns, size_t st
     check(same_bits(alone, slice(out, rows - 1, rows)), name + ": a row alone");
 }
 
+struct Divergences {
+    std::vector<double> sums, means;
+};
+
+template <class T>
+Divergences divergences(const Rows<T>& logits, const Rows<T>& dense, const std::vector<double>& dense_sums,
+                        size_t columns, size_t stride, size_t rows, int threads) {
+    Divergences out{std::vector<double>(rows, kNan), std::vector<double>(rows, kNan)};
+    fastprune::divergence({logits.data(), dense.empty() ? nullptr : dense.data(), dense_sums.data(),
+                           out.sums.data(), out.means.data(), static_cast<long>(columns),
+                           static_cast<long>(stride), static_cast<long>(columns)},
+                          static_cast<std::int64_t>(rows), kDtype<T>, threads);
+    return out;
+}
+
+// A float32 exponential and a sum of at most 16 of them in a lane, of which the errors even out.
+constexpr double kSumRounding = 0x1p-22;
+
+template <class T>
+void divergence(const std::string& name, size_t rows, size_t columns, size_t stride) {
+    const auto logits = random<T>((rows - 1) * stride + columns, 1, 5.0F);
+    const auto dense = random<T>(rows * columns, 2, 5.0F);
+    const auto dense_sums = divergences<T>(dense, {}, {}, columns, columns, rows, 1).sums;
+    const auto out = divergences(logits, dense, dense_sums, columns, stride, rows, 1);
+    for (size_t row = 0; row < rows; ++row) {
+        double sum = 0.0;
+        double mean = 0.0;
+        double magnitude = 0.0;
+        for (size_t c = 0; c < columns; ++c) {
+            const double l = to_float(logits[row * stride + c]);
+            const double d = to_float(dense[row * columns + c]);
+            const double p = std::exp(d - static_cast<double>(static_cast<float>(dense_sums[row])));
+            sum += std::exp(l);
+            mean += p * (d - l);
+            magnitude += p * (std::fabs(d - l) + 4.0);  // d - s, rounded, is up to 50
+        }
+        check(std::fabs(out.sums[row] - std::log(sum)) <= 2 * kSumRounding, name + ": a log-sum-exp");
+        check(std::fabs(out.means[row] - mean) <= 4 * kSumRounding * magnitude, name + ": a mean");
+    }
+    const auto whole = divergences(dense, dense, dense_sums, columns, columns, rows, 1);
+    check(same_bits(whole.sums, dense_sums), name + ": the sums of the dense model itself");
+    for (const double mean : whole.means) check(mean == 0.0, name + ": the mean of the dense model itself");
+    const auto two = divergences(logits, dense, dense_sums, columns, stride, rows, 2);
+    check(same_bits(two.sums, out.sums) && same_bits(two.means, out.means), name + ": on 2 threads");
+    const auto alone = divergences(slice(logits, (rows - 1) * stride, logits.size()),
+                                   slice(dense, (rows - 1) * columns, dense.size()),
+                                   {dense_sums[rows - 1]}, columns, columns, 1, 1);
+    check(alone.sums[0] == out.sums[rows - 1] && alone.means[0] == out.means[rows - 1], name + ": a row alone");
+}
+
+void test_divergence() {
+    for_each_set([](const std::string& set) {
+        for (const size_t stride : {size_t{1021}, size_t{1500}}) {
+            divergence<float>("divergence, " + set + ", float32", 63, 1021, stride);
+            divergence<Bfloat16>("divergence, " + set + ", bfloat16", 63, 1021, stride);
+        }
+        divergence<float>("divergence, " + set, 1, 1, 1);
+        divergence<float>("divergence, " + set + ", many logits", 2, 40001, 40001);
+        for (const size_t columns : {size_t{3}, size_t{1025}}) {
+            Rows<float> rows(columns, 0.0F);
+            const auto of = [&](const Rows<float>& logits, const Rows<float>& dense) {
+                const auto sums = divergences<float>(dense, {}, {}, columns, columns, 1, 1).sums;
+                return divergences(logits, dense, sums, columns, columns, 1, 1);
+            };
+            auto changed = rows;
+            changed.back() = kNan;
+            check(std::isnan(of(changed, rows).sums[0]) && std::isnan(of(changed, rows).means[0]),
+                  set + ": a logit that is no number");
+            check(std::isnan(of(rows, changed).means[0]), set + ": a dense logit that is no number");
+            changed.back() = -1e30F;
+            check(of(changed, rows).means[0] > 1e26, set + ": a token lost");
+            check(of(rows, changed).means[0] == 0.0, set + ": a token that was never there");
+        }
+    });
+}
+
 void test_log_sum_exp() {
     for_each_set([](const std::string& set) {
         for (const size_t stride : {size_t{1021}, size_t{1500}}) {
@@ -491,6 +567,7 @@ int main() {
     run("test_rotary", test_rotary);
     run("test_gated_mlp", test_gated_mlp);
     run("test_log_sum_exp", test_log_sum_exp);
+    run("test_divergence", test_divergence);
     run("test_attention", test_attention);
     std::printf("all native operator tests passed (up to %s)\n", fastprune::instruction_set().name);
 }

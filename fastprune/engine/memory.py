@@ -32,7 +32,9 @@ from .measures import Measure
 
 MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
 # short rows run together up to these tokens, so that one sample costs little; bench/cut.py
-CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
+# of a unit, beyond which rows run apart: a larger workspace leaves the processor's caches
+WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 4 << 30}
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 LEAST_TILE = 8  # positions
 WEIGHED = 64  # positions of a tile run to know its weight
@@ -91,7 +93,8 @@ class MemoryLimit:
         return MAX_SEQUENCES if longest <= self.num_units else (1 << self._slots) - 1
 
     def layout(self) -> Layout:
-        """Chunks of at most `CHUNK_TOKENS` and the largest tiles that stay within the limit.
+        """Chunks of at most `CHUNK_TOKENS` and `WORKSPACE_BYTES`, and the largest tiles that stay
+        within the limit.
 
         Raises InputError if one row does not fit, even with the smallest tiles.
         """
@@ -103,7 +106,9 @@ class MemoryLimit:
             room = self.limit - self.limit // SUMS_SHARE - self._dense_bytes()
             tokens = self.footprint.tokens_within(room, self._slots)
             if tokens:
-                return make_layout(self._batch, min(CHUNK_TOKENS[self._kind], tokens), size)
+                few = int(WORKSPACE_BYTES[self._kind] / max(self.footprint.workspace, 1))
+                most = min(CHUNK_TOKENS[self._kind], few, tokens)
+                return make_layout(self._batch, max(most, 1), size)
         raise self._too_small("one row of the batch", self.footprint.longest_row)
 
     def check(self, layout: Layout) -> Layout:

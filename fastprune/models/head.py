@@ -196,9 +196,9 @@ class Head:
 
     @property
     def kl_bytes(self) -> int:
-        """About the bytes that `kl` holds for each position besides `dense`: two parts' logits,
-        their difference and the dense probabilities."""
-        return self.nll_bytes + self.part * (self.dtype.itemsize + 16)
+        """About the bytes that `kl` holds for each position besides `dense`: two parts' logits, and
+        without csrc's operators their difference and the dense probabilities."""
+        return self.nll_bytes + self.part * (self.dtype.itemsize + (0 if self._native else 16))
 
     @property
     def dense_bytes(self) -> int:
@@ -268,19 +268,16 @@ class TritonHead(Head):
 
 def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
     """log(sum(exp(row))) of logits [P, N], in float32 at least, [P]."""
-    if (
-        logits.is_cpu
-        and logits.dtype in native.FLOATS
-        and native.available()
-        and not logits.requires_grad
-    ):
+    if _in_native(logits):
         return native.log_sum_exp(logits)
     return torch.logsumexp(_wide(logits), dim=-1)
 
 
 def exact_log_sum_exp(logits: torch.Tensor, work: torch.Tensor | None = None) -> torch.Tensor:
     """`log_sum_exp` as float64[P]: not rounded to float32, of which a small divergence would show
-    the roundings. work: overwritten, [P, N]."""
+    the roundings. work: may be overwritten, [P, N]."""
+    if _in_native(logits):
+        return native.exact_log_sum_exp(logits)
     wide = _wide(logits)
     most = wide.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).min)
     exponentials = torch.sub(wide, most, out=work).exp_()
@@ -328,22 +325,28 @@ def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
     The log-sum-exps come off at the end: sum_v p (l_p - l_q) - lse_p + lse_q. Equal logits give 0.
     """
     dense_sums, scales, sums, means = [], [], [], []
+    dtype = torch.float32
     work: list[torch.Tensor] = []  # p, and l_p - l_q, of a part
     for (dense_part, dense_sum), (_, part) in zip(dense, parts, strict=True):
-        if not work:
-            work = [torch.empty_like(part, dtype=_wide(part).dtype) for _ in range(2)]
-        p, difference = (tensor[:, : part.shape[1]] for tensor in work)
-        rounded = dense_sum.to(p.dtype)
-        torch.sub(_wide(dense_part), rounded[:, None], out=p).exp_()
-        torch.sub(_wide(dense_part), _wide(part), out=difference)
-        means.append(torch.linalg.vecdot(p, difference))
+        dtype = _wide(part).dtype
+        rounded = dense_sum.to(dtype)
+        if _in_native(part):
+            mean, part_sum = native.divergence(dense_part, dense_sum, part)
+        else:
+            if not work:
+                work = [torch.empty_like(part, dtype=dtype) for _ in range(2)]
+            p, difference = (tensor[:, : part.shape[1]] for tensor in work)
+            torch.sub(_wide(dense_part), rounded[:, None], out=p).exp_()
+            torch.sub(_wide(dense_part), _wide(part), out=difference)
+            mean, part_sum = torch.linalg.vecdot(p, difference), exact_log_sum_exp(part, work=p)
+        means.append(mean)
         dense_sums.append(dense_sum)
         scales.append(rounded.double())
-        sums.append(exact_log_sum_exp(part, work=p))
+        sums.append(part_sum)
     total = _total(dense_sums)
     weights = (torch.stack(scales) - total).exp()  # of each part, [S, P]
     mean = (weights * torch.stack(means)).sum(dim=0)
-    return (mean - total + _total(sums)).to(means[0].dtype)
+    return (mean - total + _total(sums)).to(dtype)
 
 
 def _total(sums: list[torch.Tensor]) -> torch.Tensor:
@@ -361,6 +364,16 @@ def _targets_logits(
     inside = (place >= 0) & (place < part.shape[1])
     here = part[targets.rows, place.clamp(0, part.shape[1] - 1)]
     return torch.where(inside, here.double(), logits)
+
+
+def _in_native(logits: torch.Tensor) -> bool:
+    """Whether csrc's operators sum these logits."""
+    return (
+        logits.is_cpu
+        and logits.dtype in native.FLOATS
+        and native.available()
+        and not logits.requires_grad
+    )
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -214,10 +214,7 @@ def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.
 
     Rows may stand apart (a slice of wider rows); within a row the logits are contiguous.
     """
-    _check_matrix("logits", logits, contiguous=False)
-    rows, columns = logits.shape
-    if columns > 1 and logits.stride(1) != 1:
-        raise ValueError("logits must be contiguous within a row")
+    rows, columns = _check_rows("logits", logits)
     if out is None:
         out = torch.empty(rows, dtype=torch.float32)
     extension.log_sum_exp(
@@ -230,6 +227,65 @@ def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.
         torch.get_num_threads(),
     )
     return out
+
+
+def exact_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp(row))) of each row of logits [P, V], float64[P], not rounded to float32."""
+    rows, columns = _check_rows("logits", logits)
+    sums = torch.empty(rows, dtype=torch.float64)
+    extension.divergence(
+        logits.data_ptr(),
+        0,
+        0,
+        sums.data_ptr(),
+        0,
+        rows,
+        columns,
+        logits.stride(0),
+        0,
+        logits.dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return sums
+
+
+def divergence(
+    dense: torch.Tensor, dense_sums: torch.Tensor, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """means = sum(exp(dense - s) * (dense - logits)) of each row, s dense_sums rounded to float32,
+    and sums = exact_log_sum_exp(logits). Returns means, sums, float64[P].
+
+    dense, logits [P, V], whose rows may stand apart; dense_sums float64[P]: log-sum-exps of dense.
+    """
+    rows, columns = _check_rows("logits", logits)
+    if _check_rows("dense", dense, (logits.dtype,)) != (rows, columns):
+        raise ValueError(f"dense must have shape {[rows, columns]}, not {list(dense.shape)}")
+    means, sums = torch.empty(2, rows, dtype=torch.float64)
+    extension.divergence(
+        logits.data_ptr(),
+        dense.data_ptr(),
+        _address("dense_sums", dense_sums, (rows,), torch.float64),
+        sums.data_ptr(),
+        means.data_ptr(),
+        rows,
+        columns,
+        logits.stride(0),
+        dense.stride(0),
+        logits.dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return means, sums
+
+
+def _check_rows(
+    name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> tuple[int, int]:
+    """The shape of a matrix whose rows may stand apart."""
+    _check_matrix(name, x, dtypes, contiguous=False)
+    rows, columns = x.shape
+    if columns > 1 and x.stride(1) != 1:
+        raise ValueError(f"{name} must be contiguous within a row")
+    return rows, columns
 
 
 def _head_dim(qkv: torch.Tensor, num_heads: int, num_kv_heads: int) -> int:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import gc
 import json
 
+import numpy as np
 import pytest
 import torch
+from families import build, random_rows, reference_losses, some_masks
 from helpers import run_python
 
+import fastprune as fp
+from fastprune.engine import memory
 from fastprune.engine.memory import peak_bytes
 
 MEASURE = """
@@ -100,3 +104,15 @@ def test_the_collector_is_left_as_it_was():
     with pytest.raises(ZeroDivisionError):
         peak_bytes(lambda: 1 / 0)
     assert gc.isenabled()
+
+
+def test_rows_run_apart_if_their_workspace_would_be_large(monkeypatch):
+    hf = build("llama")
+    rows = random_rows(hf.config.vocab_size, [17] * 30)
+    objective = fp.Perplexity(fp.TokenBatch.from_ids(rows))
+    assert len(fp.Evaluator(hf, objective).layout.chunks) < 30
+    monkeypatch.setitem(memory.WORKSPACE_BYTES, "cpu", 1)
+    ev = fp.Evaluator(hf, objective)
+    assert len(ev.layout.chunks) == 30
+    masks = some_masks(ev.num_units, 24, seed=1)[::4]
+    np.testing.assert_allclose(ev.score(masks), reference_losses(hf, masks, rows), rtol=1e-5)

@@ -62,6 +62,15 @@ def test_losses_of_targets_equal_those_of_whole_logits(size, part, dtype):
     assert torch.equal(both[1].double(), misses)
 
 
+@pytest.fixture(params=["csrc", "torch"])
+def divergence_by(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(heads.native, "extension", None)
+    elif not heads.native.available():
+        pytest.skip("the extension is not built")
+
+
+@pytest.mark.usefixtures("divergence_by")
 @pytest.mark.parametrize("size_of_change", [1e-3, 0.1, 1.0])
 @pytest.mark.parametrize(("size", "part"), [(61, 61), (61, 7), (5000, 512)])
 def test_divergence_is_as_near_to_float64_as_log_probabilities_are(size, part, size_of_change):
@@ -80,12 +89,14 @@ def test_divergence_is_as_near_to_float64_as_log_probabilities_are(size, part, s
     assert own <= 1.1 * of_usual
 
 
+@pytest.mark.usefixtures("divergence_by")
 @pytest.mark.parametrize("part", [61, 7])
 def test_equal_logits_have_no_divergence(part):
     logits = random_logits(61, torch.float32, 3)
     assert not heads.kl(dense_parts(logits, part), in_parts(logits.clone(), part)).any()
 
 
+@pytest.mark.usefixtures("divergence_by")
 @pytest.mark.parametrize("part", [61, 7])
 def test_logits_that_are_not_numbers_show(part):
     logits = random_logits(61, torch.float32, 3)
@@ -209,6 +220,19 @@ OTHER_ENDS = {
     "xglm": lambda: tf.XGLMConfig(**SIZES, d_model=32, num_layers=4, attention_heads=4, ffn_dim=40),
     "opt-350m": lambda: tf.OPTConfig(
         **SIZES, **WIDE, ffn_dim=40, word_embed_proj_dim=20, do_layer_norm_before=False
+    ),
+    "ctrl": lambda: tf.CTRLConfig(
+        vocab_size=97, n_positions=64, n_embd=32, dff=40, n_layer=4, n_head=4
+    ),
+    "trocr": lambda: tf.TrOCRConfig(
+        **SIZES, d_model=32, decoder_layers=4, decoder_attention_heads=4, decoder_ffn_dim=40
+    ),
+    "xlstm": lambda: tf.xLSTMConfig(
+        **{key: SIZES[key] for key in SIZES if key != "max_position_embeddings"},
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_heads=4,
+        chunk_size=16,
     ),
 }
 

@@ -378,6 +378,39 @@ def test_logits_that_are_not_finite_or_huge(everywhere, there, size, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(63, 1021), (1, 60), (3, 1), (2, 8192)])
+def test_sums_of_a_divergence(rows, size, dtype):
+    dense, logits = (random(rows, size, dtype=dtype, seed=i, scale=4.0) for i in (1, 2))
+    dense_sums = native.exact_log_sum_exp(dense)
+    assert dense_sums.dtype == torch.float64
+    torch.testing.assert_close(
+        dense_sums, torch.logsumexp(dense.double(), dim=-1), rtol=0, atol=3e-7
+    )
+    means, sums = native.divergence(dense, dense_sums, logits)
+    assert torch.equal(sums, native.exact_log_sum_exp(logits))
+    p = (dense.double() - dense_sums.float().double()[:, None]).exp()
+    truth = (p * (dense.double() - logits.double())).sum(dim=-1)
+    torch.testing.assert_close(means, truth, rtol=1e-5, atol=1e-5)
+    wider = torch.cat([logits, nans(rows, 7, dtype=dtype)], dim=1)
+    apart = native.divergence(torch.cat([dense] * 2, dim=1)[:, :size], dense_sums, wider[:, :size])
+    assert all(map(torch.equal, apart, (means, sums)))
+    means, sums = native.divergence(dense, dense_sums, dense.clone())
+    assert torch.equal(sums, dense_sums)
+    assert not means.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 3, 1025])
+@pytest.mark.parametrize("there", [NAN, INF, -INF, 1e38, -1e38])
+def test_exact_sums_of_logits_that_are_not_finite_or_huge(there, size, dtype):
+    logits = torch.zeros(3, size, dtype=dtype)
+    for row, column in enumerate((0, size // 2, size - 1)):
+        logits[row, column] = there
+    truth = torch.logsumexp(logits.double(), dim=-1)
+    torch.testing.assert_close(native.exact_log_sum_exp(logits), truth, equal_nan=True)
+
+
 def operators(dtype: torch.dtype):
     """name -> (inputs with one row a token, function of them)."""
     weight, cos, sin = random(60, dtype=dtype, seed=3), *rotary_tables(5)
@@ -404,6 +437,12 @@ def operators(dtype: torch.dtype):
         ),
         "gated_mlp": ((random(2000, 120, dtype=dtype, seed=1),), native.gated_mlp),
         "log_sum_exp": ((random(2000, 61, dtype=dtype, seed=1),), native.log_sum_exp),
+        "divergence": (
+            (random(2000, 61, dtype=dtype, seed=1), random(2000, 61, dtype=dtype, seed=2)),
+            lambda dense, logits: torch.stack(
+                native.divergence(dense, native.exact_log_sum_exp(dense), logits), dim=1
+            ),
+        ),
     }
 
 
@@ -553,6 +592,19 @@ def attention_with(**change):
         (
             lambda: native.log_sum_exp(random(4, 6), random(4).double()),
             "out must be float32, not float64",
+        ),
+        (lambda: native.exact_log_sum_exp(random(4, 6).T), "logits must be contiguous within"),
+        (
+            lambda: native.divergence(random(4, 5), random(4).double(), random(4, 6)),
+            r"dense must have shape \[4, 6\], not \[4, 5\]",
+        ),
+        (
+            lambda: native.divergence(random(4, 6).bfloat16(), random(4).double(), random(4, 6)),
+            "dense must be float32, not bfloat16",
+        ),
+        (
+            lambda: native.divergence(random(4, 6), random(4), random(4, 6)),
+            "dense_sums must be float64, not float32",
         ),
     ],
 )
