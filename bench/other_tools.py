@@ -186,7 +186,7 @@ TOOLS: dict[str, tuple[str, Callable]] = {
 
 
 def random_model() -> LlamaForCausalLM:
-    """32 blocks of width 256."""
+    """32 blocks of width 256, of weights large enough that subsets differ beyond rounding."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -195,6 +195,7 @@ def random_model() -> LlamaForCausalLM:
         num_hidden_layers=32,
         num_attention_heads=4,
         num_key_value_heads=4,
+        initializer_range=0.1,
     )
     return LlamaForCausalLM(config).eval()
 
