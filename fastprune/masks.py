@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError, shown
-from .io import read_jsonl, read_npy
+from .io import read_bytes, read_jsonl, read_npy
 from .validate import is_integer
 
 ALL = "all"  # as text, every unit of the model
@@ -182,8 +182,11 @@ def parse_removed(text: str) -> tuple[int, ...]:
 
 
 def load_masks(path: str | Path, num_units: int) -> np.ndarray:
-    """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed) or .jsonl rows {"removed":
-    [9, 10]}.
+    """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed), .jsonl rows {"removed":
+    [9, 10]}, or a configuration file of EvoPress (.txt).
+
+    Such a file holds one mask. Each line names the removed parts of a block: none, attn, mlp or
+    attn+mlp. It has a line for each block: where units are blocks, none or attn+mlp.
 
     Raises InputError, with the file's name, for a file missing, of another kind, damaged or empty,
     and for masks of another number of units or other values.
@@ -204,8 +207,10 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
         masks = _named(path, as_masks, read_npy(path), num_units)
     elif path.suffix == ".jsonl":
         masks = _named(path, from_removed, _removed_rows(path), num_units)
+    elif path.suffix == ".txt":
+        masks = _named(path, _of_drop_config, path, num_units)
     else:
-        raise InputError(f"{path}: masks are read from .npy or .jsonl files")
+        raise InputError(f"{path}: masks are read from .npy, .jsonl or .txt files")
     if len(masks) == 0:
         raise InputError(f"{path}: holds no masks")
     return masks
@@ -216,6 +221,30 @@ def _named(path: Path, function: Callable[..., np.ndarray], *args: Any) -> np.nd
         return function(*args)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _of_drop_config(path: Path, num_units: int) -> np.ndarray:
+    """The mask of EvoPress's configuration, bool[1, U]."""
+    halves = {"none": (), "attn": (0,), "mlp": (1,), "attn+mlp": (0, 1)}
+    lines = read_bytes(path, 16 * MAX_UNITS).decode(errors="replace").split()
+    for number, line in enumerate(lines, 1):
+        if line not in halves:
+            raise InputError(
+                f"line {number} must be none, attn, mlp or attn+mlp, not {shown(line)}"
+            )
+    if 2 * len(lines) == num_units:
+        return from_removed(
+            [[2 * i + h for i, s in enumerate(lines) for h in halves[s]]], num_units
+        )
+    if len(lines) != num_units:
+        raise InputError(
+            f"holds {len(lines)} lines; {num_units} units need a line for each block, or for each "
+            "two sublayers"
+        )
+    for number, line in enumerate(lines, 1):
+        if line in ("attn", "mlp"):
+            raise InputError(f"line {number} removes {line} alone, which needs sublayers as units")
+    return from_removed([[i for i, line in enumerate(lines) if halves[line]]], num_units)
 
 
 def _removed_rows(path: Path) -> Sequence[Sequence[int]]:

@@ -154,7 +154,8 @@ def algorithms(names: tuple[str, ...]) -> None:
     "--masks",
     "masks_file",
     type=FileName(),
-    help='.npy [N, U] of 1 = kept, 0 = removed, or .jsonl rows {"removed": [9, 10]}.',
+    help='.npy [N, U] of 1 = kept, 0 = removed; .jsonl rows {"removed": [9, 10]}; or a .txt '
+    "configuration of EvoPress.",
 )
 @click.option(
     "--removed",

@@ -7,8 +7,10 @@ state comes back with the bits that it had.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,9 +21,11 @@ import numpy as np
 import torch
 
 from ..models.device import available_bytes
+from ..plan.retention import Prefixes
 from ..plan.trie import Units
 
 SHARE = 4  # by default states may take one part in so many of the free bytes
+FREE_SECONDS = 1.0  # free bytes are read at most once in this time
 
 Key = tuple[int, Units]  # chunk, prefix
 
@@ -146,13 +150,14 @@ class TieredStates:
             self._tiers["disk"] = DiskTier(folder, device)
         self.bytes = dict.fromkeys(self._tiers, 0)
         self._places: dict[Key, _Place] = {}
+        self._rooms: dict[str, tuple[float, int]] = {}  # of memories, and when they were read
 
     def share_of(self, tier: str, sharers: int) -> int:
         """Bytes that a tier may hold: a share of its own and the free ones, for each of the
         processes that share them. None on a disk that failed."""
         if tier != "disk":
-            free = available_bytes(self._device if tier == "device" else torch.device("cpu"))
-        elif self._folder is not None:
+            return self._room(tier) // (SHARE * sharers)
+        if self._folder is not None:
             try:
                 free = shutil.disk_usage(self._folder).free
             except OSError as error:  # the folder was removed
@@ -161,6 +166,15 @@ class TieredStates:
         else:
             return 0
         return (free + self.bytes[tier]) // (SHARE * sharers)
+
+    def _room(self, tier: str) -> int:
+        """A memory's own and free bytes, as they were at most `FREE_SECONDS` ago."""
+        now, (read, room) = time.monotonic(), self._rooms.get(tier, (-math.inf, 0))
+        if now - read > FREE_SECONDS:
+            device = self._device if tier == "device" else torch.device("cpu")
+            room = available_bytes(device) + self.bytes[tier]
+            self._rooms[tier] = now, room
+        return room
 
     def put(self, key: Key, state: torch.Tensor, has_room: Callable[[str], bool]) -> str | None:
         """Hold a state in the first tier that has room and takes it.
@@ -206,16 +220,7 @@ class TieredStates:
         return list(self._places)
 
 
-class Match(NamedTuple):
-    """The states that the cache holds of a chunk.
-
-    Attributes:
-        prefixes: The prefixes of the K states.
-        likelihood: float64[K], how likely a later call needs each, see `retention`.
-    """
-
-    prefixes: tuple[Units, ...] = ()
-    likelihood: np.ndarray = np.zeros(0)
+NONE_HELD = Prefixes()
 
 
 class PrefixCache:
@@ -245,7 +250,7 @@ class PrefixCache:
         self._rooms = dict.fromkeys(self._states.bytes, 0)  # prefixes of each chunk, by tier
         self._counts: Counter[tuple[int, str]] = Counter()  # prefixes held, by chunk and tier
         self._share, self._state_bytes = 1.0, 1
-        self._matches: dict[int, Match] = {}
+        self._matches: dict[int, Prefixes] = {}
 
     def start(self, state_bytes: int) -> None:
         """Begin empty, with chunks over all of which one prefix's states take these bytes."""
@@ -303,19 +308,22 @@ class PrefixCache:
             kept = set(ranked[: self.capacity].tolist())
             self.evict(chunk, [p for i, p in enumerate(match.prefixes) if i not in kept])
             inside = sorted(kept)
-            self.commit(chunk, tuple(match.prefixes[i] for i in inside), match.likelihood[inside])
+            self.commit(
+                chunk, Prefixes([match.prefixes[i] for i in inside], match.likelihood[inside])
+            )
 
-    def match(self, chunk: int) -> Match:
+    def match(self, chunk: int) -> Prefixes:
         """The prefixes of a chunk whose states are held, and their likelihoods."""
-        return self._matches.get(chunk, Match())
+        return self._matches.get(chunk, NONE_HELD)
 
     def insert(self, chunk: int, prefix: Units, state: torch.Tensor) -> None:
         """Hold a state, in the fastest tier that has room."""
+        counts, rooms = self._counts, self._rooms
         tier = self._states.put(
-            (chunk, prefix), state, lambda tier: self._counts[chunk, tier] < self._rooms[tier]
+            (chunk, prefix), state, lambda tier: counts[chunk, tier] < rooms[tier]
         )
         if tier is not None:
-            self._counts[chunk, tier] += 1
+            counts[chunk, tier] += 1
 
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
         """A state that is held, on the device."""
@@ -332,13 +340,17 @@ class PrefixCache:
                 self._states.drop((chunk, prefix))
                 self._counts[chunk, tier] -= 1
 
-    def commit(self, chunk: int, prefixes: tuple[Units, ...], likelihood: np.ndarray) -> None:
-        """Let later calls match the states that a finished walk of a chunk retained."""
+    def commit(self, chunk: int, prefixes: Prefixes) -> None:
+        """Let later calls match the states that the cache holds after a finished walk."""
         count = sum(self._counts[chunk, tier] for tier in self._states.bytes)
         if count < len(prefixes):  # the disk has failed meanwhile
-            held = [i for i, prefix in enumerate(prefixes) if self._states.tier_of((chunk, prefix))]
-            prefixes, likelihood = tuple(prefixes[i] for i in held), likelihood[held]
-        self._matches[chunk] = Match(prefixes, likelihood)
+            held = [
+                i
+                for i, prefix in enumerate(prefixes.prefixes)
+                if self._states.tier_of((chunk, prefix))
+            ]
+            prefixes = Prefixes([prefixes.prefixes[i] for i in held], prefixes.likelihood[held])
+        self._matches[chunk] = prefixes
 
     def forget(self, chunk: int) -> None:
         """Evict all states of a chunk, whose walk was broken off."""

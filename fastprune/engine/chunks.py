@@ -48,6 +48,11 @@ class ChunkRows:
         return np.unique(self.continuation)
 
     @cached_property
+    def places(self) -> np.ndarray:
+        """The place in `continuations` of each target's, int64[M]."""
+        return np.searchsorted(self.continuations, self.continuation)
+
+    @cached_property
     def key(self) -> bytes:
         """SHA-256 of the shape, the tokens, and the targets by continuation."""
         digest = hashlib.sha256()
@@ -58,7 +63,7 @@ class ChunkRows:
             self.sources,
             self.target_source,
             self.target_token,
-            np.searchsorted(self.continuations, self.continuation),
+            self.places,
         ):
             digest.update(
                 b"none"

@@ -18,12 +18,13 @@ from typing import NamedTuple
 import torch
 
 from ..models import Model, Runner
-from ..models.swap import State, hidden_of, state_bytes
+from ..models.swap import HalfBlock, State, hidden_of, state_bytes
 from ..plan.schedule import Schedule, Step, Visit
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk, Chunks, Tile
 from .measures import Measure
 from .memory import Footprint
+from .openings import Openings
 from .reference import DenseReference
 
 
@@ -63,9 +64,9 @@ class Counts:
 class Executor:
     """Runs schedules on the chunks of one problem.
 
-    chunks: by number; they become tensors when they first run. cache, frontier: states that outlive
-    a walk, and states that wait for a later band. reference: the dense model's side of the measure.
-    counts: of the work done.
+    chunks: by number; they become tensors when they first run. openings: of chunks. cache,
+    frontier: states that outlive a walk, and states that wait for a later band. reference: the
+    dense model's side of the measure. counts: of the work done.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Executor:
         chunks: Chunks,
         tile: int,
         footprint: Footprint,
+        openings: Openings,
         cache: PrefixCache,
         frontier: Frontier,
         reference: DenseReference,
@@ -85,7 +87,7 @@ class Executor:
         self._model, self._runner, self._measure = model, runner, measure
         self._granularity, self._footprint = granularity, footprint
         self._cache, self._frontier, self._reference = cache, frontier, reference
-        self._counts = counts
+        self._counts, self._openings = counts, openings
         self._chunks, self._tile = chunks, tile
         self._opened: dict[int, tuple[Chunk, list[Tile]]] = {}  # by number
         self._per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
@@ -100,6 +102,7 @@ class Executor:
     def forget(self, number: int) -> None:
         """Drop all that is held of a chunk."""
         self._opened.pop(number, None)
+        self._openings.forget(number)
         self._cache.forget(number)
         self._reference.forget(number)
 
@@ -125,7 +128,7 @@ class Executor:
                     with closing(self._walk(schedules[number], part, number)) as walk:
                         yield number, walk
             for number, schedule in schedules.items():
-                cache.commit(number, schedule.retained, schedule.likelihood)
+                cache.commit(number, schedule.held)
             finished = True
         finally:
             self._frontier.clear()
@@ -153,7 +156,7 @@ class Executor:
     def _walk(self, schedule: Schedule, visit: Visit, number: int) -> Walk:
         """Run a visit's steps on one chunk."""
         chunk, _ = self._open(number)
-        embedded, arguments = self._runner.open(chunk.ids, chunk.positions, chunk.branch)
+        embedded, arguments = self._openings.open(number, chunk)
         slots: list[State | None] = [None] * schedule.num_slots
         for step in schedule.steps[visit.start : visit.stop]:
             kind, index = step.source
@@ -167,7 +170,9 @@ class Executor:
                 state = self._take(schedule, step, number)
             retained = dict(step.retained)
             for count, unit in enumerate(step.units, start=1):
-                self._note_peak(slots, state, chunk)
+                # within a step, all else that is held stays the same
+                if count == 1 or isinstance(state, HalfBlock):
+                    self._note_peak(slots, state, chunk)
                 state = self._runner.run(unit, state, arguments, self._granularity)
                 self._counts.token_runs += chunk.num_read
                 if count in retained:
@@ -179,6 +184,7 @@ class Executor:
             if step.target >= 0:
                 slots[step.target] = state
             yield Reached(step.end, hidden_of(state), len(step.units))
+        self._openings.weigh(number)
 
     def _take(self, schedule: Schedule, step: Step, number: int) -> State:
         """The state that a step starts from, of the prefix cache or of the frontier."""
@@ -197,7 +203,7 @@ class Executor:
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
         alive = {id(s): s for s in (*slots, state) if s is not None}
         held = sum(map(state_bytes, alive.values())) + self._frontier.bytes
-        held += self._reference.bytes
+        held += self._reference.bytes + self._openings.bytes
         peak = held + int(self._footprint.workspace * chunk.num_tokens) + self._footprint.head
         self._counts.peak_bytes = max(self._counts.peak_bytes, peak)
 

@@ -59,10 +59,11 @@ class Ledger:
     def put(self, part: PartialSums) -> None:
         """Enter sums, and keep them in the stores: one transaction each."""
         chunk = self._problem.chunks[part.chunk]
-        values = np.arange(self.sums.shape[1])
-        self.sums[np.ix_(part.rows, values, chunk.continuations)] = part.sums
+        rows = part.rows.tolist()
+        for row, sums in zip(rows, part.sums):
+            self.sums[row][:, chunk.continuations] = sums
         if self._stores:
-            finished = {self._keys[row]: sums for row, sums in zip(part.rows.tolist(), part.sums)}
+            finished = {self._keys[row]: sums for row, sums in zip(rows, part.sums)}
             for store, context in self._stores:
                 store.put(context, chunk.key, finished)
 

@@ -30,14 +30,15 @@ from ..models.verify import check_trees
 from ..plan.cost import Cost
 from ..plan.layout import Layout
 from ..plan.progress import Progress
-from ..plan.schedule import Schedule, make_schedule
-from ..plan.trie import Units, make_trie
+from ..plan.schedule import Schedule, plan_call
+from ..plan.trie import Units
 from . import banded
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk, ChunkRows, make_chunk
 from .executor import Counts, Executor, Walk
 from .measures import MEASURES
 from .memory import MemoryLimit, OutOfMemory, runs_together
+from .openings import Openings
 from .problem import Problem
 from .reference import DenseReference
 from .runs import MAX_SUMS, Held, PartialSums
@@ -168,12 +169,11 @@ class LocalRuns:
         self, problem: Problem, sequences: Sequence[Units], left: dict[int, np.ndarray], tell: _Told
     ) -> Generator[PartialSums, None, None]:
         while left:
+            done: dict[int, list[np.ndarray]] = {}
             try:
                 with closing(self._walk_all(problem, sequences, left, tell)) as parts:
                     for part in parts:
-                        rows = left[part.chunk]
-                        rows = rows[~np.isin(rows, part.rows)]
-                        left = {**left, part.chunk: rows}
+                        done.setdefault(part.chunk, []).append(part.rows)
                         yield part
                 return
             except (RuntimeError, MemoryError) as error:
@@ -181,6 +181,8 @@ class LocalRuns:
                     raise
                 if not self._give_back():
                     raise OutOfMemory(str(error)) from error
+            for number, rows in done.items():
+                left[number] = left[number][~np.isin(left[number], np.concatenate(rows))]
             left = {number: rows for number, rows in left.items() if len(rows)}
 
     def close(self) -> None:
@@ -189,7 +191,7 @@ class LocalRuns:
         self._frontier.clear()
         if self._problem is not None:
             self._problem = None
-            del self._executor, self._reference
+            del self._executor, self._reference, self._openings
 
     # -- one problem -------------------------------------------------------------------------------
 
@@ -202,6 +204,7 @@ class LocalRuns:
         most = max(len(chunk.sources) for chunk in chunks)  # positions of a chunk
         room = self._limit.room_for_references(widest, most) if self._may_keep_references else 0
         self._reference = DenseReference(self._runner, problem.measure, room)
+        self._openings = Openings(self._runner, self._limit.opening_bytes)
         self._executor = Executor(
             self._model,
             self._runner,
@@ -210,6 +213,7 @@ class LocalRuns:
             chunks,
             problem.layout.tile,
             self._limit.footprint,
+            self._openings,
             self._cache,
             self._frontier,
             self._reference,
@@ -220,7 +224,8 @@ class LocalRuns:
 
     def _give_back(self) -> bool:
         """Free the memory of waiting runs, the prefix cache, then the kept references; False if
-        nothing is held."""
+        nothing is held. Opened chunks, which are small, go with the first of them."""
+        self._openings.give_back()
         idle, self._idle = self._idle, None
         if idle is not None:
             idle.close()
@@ -244,6 +249,7 @@ class LocalRuns:
         self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _Told
     ) -> Generator[PartialSums, None, None]:
         """The missing sums, group of chunks by group, in two halves if they do not fit."""
+        self._cache.resize()
         self._run_dense(problem, list(missing))
         schedules = self._schedules(problem, sequences, missing)
         room = self._start_frontier(problem, schedules)
@@ -281,12 +287,11 @@ class LocalRuns:
 
     def _run_dense(self, problem: Problem, chunks: list[int]) -> None:
         """Hold the dense model's final states of these chunks, if the measure needs them."""
-        whole = [tuple(range(self._limit.num_units))]
-        only = np.zeros(1, dtype=np.int64)
-        lacking = dict.fromkeys(self._reference.missing(chunks), only)
-        schedules = self._schedules(problem, whole, lacking)
-        if not schedules:
+        lacking = self._reference.missing(chunks)
+        if not lacking:
             return
+        whole, only = [tuple(range(self._limit.num_units))], np.zeros(1, dtype=np.int64)
+        schedules = self._schedules(problem, whole, dict.fromkeys(lacking, only))
         room = self._start_frontier(problem, schedules)
         with closing(self._walks(problem, schedules, room)) as walks:
             for number, walk in walks:
@@ -319,17 +324,16 @@ class LocalRuns:
         Chunks that lack the same and cache the same share a schedule, and so cache the same
         afterwards. A part of a row caches nothing.
         """
-        self._cache.resize()
         shared: dict[tuple, Schedule] = {}
         schedules = {}
         num_chunks = len(problem.chunks)
         for number, rows in missing.items():
-            cached, likelihood = self._cache.match(number)
+            held = self._cache.match(number)
             capacity = self._cache.capacity if number < num_chunks else 0
-            key = rows.tobytes(), id(cached), capacity
+            key = rows.tobytes(), id(held), capacity
             if key not in shared:
-                trie = make_trie([sequences[row] for row in rows.tolist()], cached)
-                shared[key] = make_schedule(trie, likelihood, capacity, self._band_of)
+                lacking = [sequences[row] for row in rows.tolist()]
+                shared[key] = plan_call(lacking, held, capacity, self._band_of)
             schedules[number] = shared[key]
         return schedules
 
@@ -368,12 +372,12 @@ class _Told:
 
 def _sum(chunk: ChunkRows, number: int, rows: list[int], values: list[torch.Tensor]) -> PartialSums:
     """Sum values over continuations in target order: one fetch from the device."""
-    fetched = torch.stack(values).cpu().double().numpy()  # [n, V, targets]
-    place = np.searchsorted(chunk.continuations, chunk.continuation)
+    stacked = torch.stack(values) if len(values) > 1 else values[0][None]
+    fetched = stacked.cpu().double().numpy()  # [n, V, targets]
     sums = np.empty((*fetched.shape[:2], len(chunk.continuations)))
     for of_sequence, into in zip(fetched, sums):
         for weights, total in zip(of_sequence, into):
-            total[:] = np.bincount(place, weights=weights, minlength=len(total))
+            total[:] = np.bincount(chunk.places, weights=weights, minlength=len(total))
     return PartialSums(number, np.array(rows, dtype=np.int64), sums)
 
 

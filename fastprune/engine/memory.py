@@ -40,6 +40,7 @@ LEAST_TILE = 8  # positions
 WEIGHED = 64  # positions of a tile run to know its weight
 LIMIT_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
 SUMS_SHARE = 8  # one eighth of the limit is for sums over continuations, half of it for a call's
+OPENINGS_SHARE = 128  # of the limit, taken from the share of races
 
 Result = TypeVar("Result")
 
@@ -84,8 +85,13 @@ class MemoryLimit:
 
     @property
     def race_bytes(self) -> int:
-        """Bytes for the sums that races keep: half of the share of sums."""
-        return self.limit // SUMS_SHARE // 2
+        """Bytes for the sums that races keep: half of the share of sums, less `opening_bytes`."""
+        return self.limit // SUMS_SHARE // 2 - self.opening_bytes
+
+    @property
+    def opening_bytes(self) -> int:
+        """Bytes for opened chunks that are kept."""
+        return self.limit // OPENINGS_SHARE
 
     def most_together(self, longest: int) -> int:
         """The most sequences of at most `longest` units that one call can schedule within the

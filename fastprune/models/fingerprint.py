@@ -63,7 +63,7 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
     return {
         "fastprune": __version__,
         "torch": torch.__version__,
-        "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
+        "build": _build(),
         "transformers": transformers.__version__,
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "float32_matmul": _float32_precision(),
@@ -75,6 +75,12 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
         "hooks": _global_hooks(),
         **(_gpu(device) if device.type == "cuda" else _cpu()),
     }
+
+
+@functools.cache
+def _build() -> str:
+    """Of torch, which no switch changes."""
+    return hashlib.sha256(torch.__config__.show().encode()).hexdigest()
 
 
 def _float32_precision() -> str:

@@ -17,14 +17,74 @@ If two states fit, 1 and 3 remain, worth 2 * (1 - 0) and 2 * (3 - 1) unit runs.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from .trie import Trie, levels
+from .trie import Trie, Units, levels
 
 FADE = 0.9  # the factor of a likelihood for each call that does not pass the node
 MOST_CANDIDATES = 1 << 14  # states compared one by one; more only if more are retained
+
+
+class Prefixes:
+    """The prefixes whose states a cache holds of a chunk, and how likely a later call needs each.
+
+    Immutable: each call makes another one. Chunks that hold the same share one.
+
+    Args:
+        prefixes: K distinct prefixes.
+        likelihood: float64[K], of each; 0 by default.
+
+    Examples:
+        >>> from fastprune.plan.retention import Prefixes
+        >>> held = Prefixes([(0, 1), (2,)], [1.0, 1.0])
+        >>> held.on_the_way([(0, 1, 3)]).prefixes
+        ((0, 1),)
+        >>> held.followed_by(Prefixes([(0, 1), (0, 1, 3)], [1.9, 1.0])).likelihood.tolist()
+        [1.9, 0.9, 1.0]
+    """
+
+    def __init__(self, prefixes: Iterable[Units] = (), likelihood: Iterable[float] | None = None):
+        prefixes = list(prefixes)
+        values = [0.0] * len(prefixes) if likelihood is None else [float(x) for x in likelihood]
+        self._call = 0
+        # by prefix: its likelihood, and the call after which it was that. It fades with every call.
+        self._noted = {prefix: (value, 0) for prefix, value in zip(prefixes, values, strict=True)}
+
+    def __len__(self) -> int:
+        return len(self._noted)
+
+    @cached_property
+    def prefixes(self) -> tuple[Units, ...]:
+        """The K prefixes."""
+        return tuple(self._noted)
+
+    @cached_property
+    def likelihood(self) -> np.ndarray:
+        """float64[K], of `prefixes`."""
+        noted = self._noted.values()
+        return np.array([value * FADE ** (self._call - call) for value, call in noted])
+
+    def on_the_way(self, sequences: Iterable[Units]) -> Prefixes:
+        """The ones with which a sequence begins."""
+        noted = self._noted
+        begun = (s[:length] for s in sequences for length in range(1, len(s) + 1))
+        inside = {prefix: noted[prefix] for prefix in begun if prefix in noted}
+        return Prefixes(
+            inside, [value * FADE ** (self._call - call) for value, call in inside.values()]
+        )
+
+    def followed_by(self, retained: Prefixes) -> Prefixes:
+        """The prefixes held after a call that evicts none. retained: the ones on its way, all."""
+        following = Prefixes()
+        following._call = call = self._call + 1
+        following._noted = dict(self._noted)
+        for prefix, value in zip(retained.prefixes, retained.likelihood.tolist()):
+            following._noted[prefix] = value, call
+        return following
 
 
 def worth_retaining(

@@ -25,13 +25,15 @@ If (0, 1) is cached, [3] takes the place of [2, 3], and its source is cached sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .retention import worth_retaining
-from .trie import Trie, Units, levels
+from .retention import Prefixes, worth_retaining
+from .trie import Trie, Units, levels, make_trie
+
+FREED_SHARE = 16  # one state in so many is evicted at once when a small call fills the cache
 
 
 class Source(NamedTuple):
@@ -105,8 +107,7 @@ class Schedule:
         evicted: Cached prefixes that this call does not use; evicted before it starts.
         num_slots: States held at once, besides cached and frontier states and the one that runs.
         unit_runs: Units that all steps run.
-        retained: The prefixes whose states the cache holds afterwards, most worth first.
-        likelihood: float64[R], of these: see `worth_retaining`.
+        held: The prefixes whose states the cache holds afterwards.
         visits: The steps by visit, ascending; no slot is held from one to the next.
         frontier: The prefixes whose states wait for later visits.
         frontier_peak: The most of these at once.
@@ -117,11 +118,56 @@ class Schedule:
     evicted: tuple[Units, ...]
     num_slots: int
     unit_runs: int
-    retained: tuple[Units, ...]
-    likelihood: np.ndarray
+    held: Prefixes
     visits: tuple[Visit, ...]
     frontier: tuple[Units, ...]
     frontier_peak: int
+
+    @property
+    def retained(self) -> tuple[Units, ...]:
+        """The R prefixes of `held`; if some were evicted, most worth first."""
+        return self.held.prefixes
+
+    @property
+    def likelihood(self) -> np.ndarray:
+        """float64[R], of these: see `worth_retaining`."""
+        return self.held.likelihood
+
+
+def plan_call(
+    sequences: Sequence[Units], held: Prefixes, capacity: int, band_of: Sequence[int] = ()
+) -> Schedule:
+    """Plan one call on a chunk.
+
+    The work follows the sequences, not the cache, while the cache has room for all of their states.
+    A call of few units that finds it full frees more than it needs, so that the next ones find
+    room.
+
+    Args:
+        sequences: The ones whose sums are missing.
+        held: The prefixes whose states the cache holds.
+        capacity: The most states that the cache may hold at any time.
+        band_of: See `make_schedule`.
+
+    Returns:
+        The schedule.
+
+    Examples:
+        >>> from fastprune.plan.schedule import plan_call
+        >>> from fastprune.plan.retention import Prefixes
+        >>> schedule = plan_call([(0, 1, 3)], Prefixes([(0, 1), (2,)]), capacity=8)
+        >>> schedule.unit_runs, schedule.retained
+        (1, ((0, 1), (2,), (0, 1, 3)))
+    """
+    most_runs, freed = sum(map(len, sequences)), capacity // FREED_SHARE
+    if len(held) + most_runs <= capacity:
+        begun = held.on_the_way(sequences)
+        trie = make_trie(sequences, begun.prefixes)
+        schedule = make_schedule(trie, begun.likelihood, capacity, band_of)
+        return replace(schedule, held=held.followed_by(schedule.held))
+    trie = make_trie(sequences, held.prefixes)
+    room = capacity - freed if most_runs <= freed else capacity
+    return make_schedule(trie, held.likelihood, room, band_of)
 
 
 def make_schedule(
@@ -167,8 +213,7 @@ def make_schedule(
         evicted=evicted,
         num_slots=num_slots,
         unit_runs=trie.wanted_runs,
-        retained=tuple(prefixes[i] for i in kept),
-        likelihood=likelihood[kept],
+        held=Prefixes([prefixes[i] for i in kept], likelihood[kept]),
         visits=tuple(visits),
         frontier=tuple(trie.prefix(node) for node in chains.frontier),
         frontier_peak=_frontier_peak(steps),

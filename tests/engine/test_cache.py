@@ -11,6 +11,7 @@ import fastprune as fp
 from fastprune.engine.cache import DiskTier, Frontier, HostTier, PrefixCache, TieredStates
 from fastprune.models import Head
 from fastprune.models.surgery import without
+from fastprune.plan.retention import Prefixes
 from fastprune.workers.processes import Processes
 
 LENGTHS = [93, 9, 47, 93, 46, 9, 91]
@@ -275,7 +276,7 @@ def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_
     for chunk in (0, 1):
         for prefix in prefixes:
             cache.insert(chunk, prefix, state + prefix[0] + chunk)
-        cache.commit(chunk, tuple(prefixes), np.arange(5.0))
+        cache.commit(chunk, Prefixes(prefixes, np.arange(5.0)))
     assert cache.bytes == 10 * state.nbytes
     for chunk in (0, 1):
         for prefix in prefixes:
@@ -285,7 +286,8 @@ def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_
     cache.insert(0, (5,), state)
     assert torch.equal(cache.get(0, (5,)), state)
     assert cache.hits == {"device": 7, "disk": 4}
-    cache.commit(0, (*prefixes[1:], (5,), (8,)), np.arange(6.0))  # (8,) found no room
+    # (8,) found no room
+    cache.commit(0, Prefixes([*prefixes[1:], (5,), (8,)], np.arange(6.0)))
     assert cache.match(0).prefixes == (*prefixes[1:], (5,))
     assert cache.match(0).likelihood.tolist() == [0, 1, 2, 3, 4]
     cache.forget(0)

@@ -85,6 +85,25 @@ def test_a_store_serves_a_race_and_what_comes_after(tmp_path):
     assert ev.stats.unit_runs == before
 
 
+def test_what_a_race_has_scored_no_later_race_or_score_pays_again():
+    hf = uneven_model()
+    masks = fp.from_removed(PAIRS, 6)
+    ev, surer, part = (evaluator(hf) for _ in range(3))
+    ev.race(masks, keep=2, confidence=0.7)
+    heads = ev.stats.head_runs
+    ev.race(masks, keep=2, confidence=0.7)
+    assert ev.stats.head_runs == heads
+    found, expected = (each.race(masks, keep=2, confidence=0.99) for each in (ev, surer))
+    assert found.losses.tobytes() == expected.losses.tobytes()
+    assert heads < ev.stats.head_runs == pytest.approx(surer.stats.head_runs)
+    part.race(masks[:8], keep=3)  # a search of its own: other candidates, another number to keep
+    heads = ev.stats.head_runs
+    ev.race(masks[:8], keep=3)
+    assert ev.stats.head_runs - heads < part.stats.head_runs
+    ev.score(masks)
+    assert ev.stats.head_runs == pytest.approx(len(masks))
+
+
 def test_few_samples_are_scored_whole_and_equal_masks_count_once():
     hf = uneven_model()
     ev = evaluator(hf, rows=31)

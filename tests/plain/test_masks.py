@@ -209,7 +209,7 @@ def npy_header(shape) -> bytes:
         ("masks.npy", npy_header((2, 5)) + bytes(9), "not a readable .npy"),
         ("masks.npy", npy_header((0, 5)), "holds no masks|not a readable .npy"),
         ("masks.npy", b"PK\x03\x04" + bytes(99), "not a readable .npy"),
-        ("masks.txt", b"1 0 1", "read from .npy or .jsonl"),
+        ("masks.csv", b"1 0 1", "read from .npy, .jsonl or .txt"),
     ],
     ids=lambda value: repr(value[:40]),
 )
@@ -243,3 +243,19 @@ def test_missing_and_pickled_mask_files(tmp_path):
     np.save(tmp_path / "wide.npy", np.ones((2, 6)))
     with pytest.raises(fp.InputError, match=r"wide\.npy: a mask has 6 entries"):
         fp.load_masks(tmp_path / "wide.npy", 5)
+
+
+def test_a_configuration_of_evopress_is_a_mask_of_blocks_or_of_sublayers(tmp_path):
+    path = tmp_path / "layer_drop_config.txt"
+    path.write_text("none\nattn\nattn+mlp\nmlp\n")
+    removed = [fp.to_removed(mask) for mask in fp.load_masks(path, 8)]
+    assert removed == [(2, 4, 5, 7)]  # 2i is block i's attention, 2i + 1 its MLP
+    with pytest.raises(fp.InputError, match="line 2 removes attn alone, which needs sublayers"):
+        fp.load_masks(path, 4)
+    with pytest.raises(fp.InputError, match="holds 4 lines; 5 units need a line for each block"):
+        fp.load_masks(path, 5)
+    path.write_text("none\nattn+mlp\nnone\n")
+    assert fp.load_masks(path, 3).tolist() == [[True, False, True]]
+    path.write_text("none\nboth\n")
+    with pytest.raises(fp.InputError, match=r"line 2 must be none, attn, mlp or attn\+mlp, not"):
+        fp.load_masks(path, 2)

@@ -2,12 +2,14 @@
 states retained."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import fastprune as fp
-from fastprune.plan.schedule import make_schedule, max_slots
+from fastprune.plan.retention import Prefixes
+from fastprune.plan.schedule import make_schedule, max_slots, plan_call
 from fastprune.plan.trie import kept_units, make_trie
 from fastprune.testing import SyntheticEvaluator
 
@@ -224,6 +226,62 @@ def test_calls_one_after_the_other_reach_every_end_within_the_capacity(capacity)
             if capacity == 1000:
                 assert schedule.unit_runs == len(new)
             known, likelihood = schedule.retained, schedule.likelihood
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 8, 40, 1000])
+def test_calls_planned_by_what_they_ask_reach_every_end_within_the_capacity(capacity):
+    rng = np.random.default_rng(capacity)
+    for _ in range(20):
+        held, cache, ever = Prefixes(), set(), set()
+        for _ in range(12):
+            asked = sorted(
+                {
+                    tuple(rng.integers(0, 4, rng.integers(0, 6)).tolist())
+                    for _ in range(rng.integers(1, 5))
+                }
+            )
+            relevant = {p for s in asked for p in prefixes_of(s)} & cache
+            schedule = plan_call(asked, held, capacity)
+            bystanders = cache - set(schedule.cached)
+            cache -= bystanders
+            trie = make_trie(asked, schedule.cached)
+            assert relevant <= set(schedule.cached)
+            after = set(schedule.retained)
+            assert bystanders <= after
+            schedule_alone = replace(
+                schedule, held=Prefixes([p for p in schedule.retained if p not in bystanders])
+            )
+            assert execute(schedule_alone, trie, cache, capacity) == dict(enumerate(asked))
+            cache |= bystanders
+            assert cache == after
+            assert len(cache) <= capacity
+            new = {prefix for sequence in asked for prefix in prefixes_of(sequence)} - ever
+            ever |= new
+            if capacity == 1000:
+                assert schedule.unit_runs == len(new)
+                assert not schedule.evicted
+            held = schedule.held
+
+
+def test_likelihoods_are_those_of_plans_over_the_whole_cache():
+    rng = np.random.default_rng(5)
+    held, known, likelihood = Prefixes(), (), None
+    for _ in range(30):
+        asked = [tuple(rng.integers(0, 3, 5).tolist()) for _ in range(2)]
+        held = plan_call(sorted(set(asked)), held, 10**4).held
+        whole = make_schedule(make_trie(asked, known), likelihood, 10**4)
+        known, likelihood = whole.retained, whole.likelihood
+        found = dict(zip(held.prefixes, held.likelihood))
+        assert found == pytest.approx(dict(zip(known, likelihood)), rel=1e-12)
+
+
+def test_a_small_call_on_a_full_cache_frees_room_for_the_next_ones():
+    full = Prefixes([(unit,) for unit in range(160)], np.ones(160))
+    schedule = plan_call([(200, 201)], full, capacity=160)
+    assert len(schedule.retained) == 150  # a sixteenth is free
+    assert len(plan_call([(200, 202)], schedule.held, capacity=160).retained) == 151
+    many = [(unit, 0) for unit in range(200, 300)]
+    assert len(plan_call(many, full, capacity=160).retained) == 160
 
 
 class Recorder(SyntheticEvaluator):

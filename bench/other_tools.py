@@ -1,0 +1,250 @@
+"""Other tools' own scripts beside the same scripts with fastprune's recipes: CPU seconds.
+
+    git clone https://github.com/IST-DASLab/EvoPress CLONES/EvoPress    # and SLEB, BlockPruner,
+                                                                        # shortened-llm
+    OMP_NUM_THREADS=1 python bench/other_tools.py CLONES [--model FOLDER] [--tools evopress ...]
+        [--rows 8] [--length 128] [--write bench/results/tools.json]
+
+The scripts run from their clones: on a CPU, on rows that are given, without their evaluations
+afterwards, and with the return values of layers that the installed transformers expects. Nothing
+else of them is changed. `examples/recipes.py` has the lines that replace their loops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import io
+import json
+import platform
+import random
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import recipes
+
+# newer releases of transformers: a layer returns a tensor, its attention two values
+LAYER = (
+    ("hidden_states, self_attn_weights, present_key_value = self", "hidden_states, _ = self"),
+    ("outputs = (hidden_states,)", "return hidden_states"),
+    ("return 0, None, None", "return 0, None"),
+)
+ON_CPU = (
+    ("assert torch.cuda.is_available()", ""),
+    ('device = f"cuda"', 'device = "cpu"'),
+    ('torch.device("cuda:0")', 'torch.device("cpu")'),
+)
+
+
+def load(path: Path, name: str, changes=(), **values: Any) -> types.ModuleType:
+    """A file of a clone as a module, with changes of its text, and values set before it runs."""
+    text = path.read_text()
+    for old, new in (*LAYER, *ON_CPU, *changes):
+        text = text.replace(old, new)
+    module = types.ModuleType(name)
+    vars(module).update(values)
+    sys.modules[name] = module
+    exec(compile(text, str(path), "exec"), vars(module))
+    return module
+
+
+def stub(name: str, **values: Any) -> None:
+    """A module of these values in place of one of the script's."""
+    module = types.ModuleType(name)
+    vars(module).update(values)
+    sys.modules[name] = module
+
+
+def nothing(*args: Any, **kwargs: Any) -> float:
+    return 0.0
+
+
+class Given:
+    """Stands in for a class of transformers: from_pretrained returns the model."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
+
+
+def run_evopress(clone: Path, model, rows, entire: bool, with_recipe: bool) -> Any:
+    """The last lines that the script prints: a line for each block."""
+    data = [row[None] for row in rows]
+    removed = [("target_logits.append", "pass  # ")] if with_recipe else []
+    sys.path.insert(0, str(clone))
+    stub("src")
+    sys.modules["src"].__path__ = [str(clone / "src")]
+    stub("src.data_utils", get_data=lambda *args, **kwargs: data)
+    load(clone / "src/model_utils.py", "src.model_utils")
+    script = load(clone / "evo_drop_search.py", "evo_drop_search", removed)
+    script.AutoModelForCausalLM, script.AutoTokenizer = Given(model), Given(None)
+    script.compute_perplexity = nothing
+    if with_recipe:
+        script.load_states = nothing
+        script.selection = recipes.evopress(model, data, entire)
+    total = rows.numel()
+    command = (
+        "x --model_name_or_path x --calibration_data x --eval_datasets x --no_eval "
+        f"--calibration_tokens {total} --calibration_sequence_length {rows.shape[1]} "
+        "--sparsity 0.25 --generations 4 --offspring 16 --initially_generated 16 "
+        f"--initial_tokens {total // 2} --survivors_per_selection 4 1 "
+        f"--tokens_per_selection {total // 8} {total} --dtype float32"
+    )
+    sys.argv = command.split() + ["--drop_entire_block"] * entire
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        script.main()
+    sys.path.remove(str(clone))
+    return printed.getvalue().split("Final configuration:\n")[1].split()[: len(model.model.layers)]
+
+
+def run_sleb(clone: Path, model, rows, with_recipe: bool) -> Any:
+    if with_recipe:
+        return recipes.sleb(model, rows, 2)
+    model = copy.copy(model)
+    model.name, model.seqlen = "llama", rows.shape[1]
+    loader = types.SimpleNamespace(input_ids=rows.reshape(1, -1))
+    stub("fire")
+    for name in ("utils", "utils.onoff_utils", "utils.onoff_utils.onoff_opt"):
+        stub(name)
+    onoff = load(clone / "utils/onoff_utils/onoff_llama.py", "utils.onoff_utils.onoff_llama")
+    sys.modules["utils.onoff_utils"].onoff_llama = onoff
+    sys.modules["utils.onoff_utils"].onoff_opt = None
+    load(clone / "utils/onoff_utils/onoff.py", "utils.onoff_utils.onoff")
+    stub("utils.model_utils", get_llm=lambda name: model)
+    stub("utils.data_utils", get_trainloaders=lambda *args, **kwargs: loader)
+    stub("utils.block_remove", block_remove=nothing)
+    stub("utils.eval_utils", load_and_eval_ppl=nothing, eval_zero_shot=nothing)
+    script = load(clone / "sleb.py", "sleb_script", [("fire.Fire(sleb)", "pass")])
+    layers = list(model.model.layers)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        script.sleb("llama", len(layers), 2, eval_ppl=False, result_folder=folder)
+        text = Path(folder, "sleb_results.txt").read_text()
+    for i, layer in enumerate(layers):
+        model.model.layers[i] = layer
+    return json.loads(text.split("Removal Order: ")[1].split("\n")[0])
+
+
+def run_block_pruner(clone: Path, model, rows, with_recipe: bool, racing=None) -> Any:
+    if with_recipe:
+        return recipes.block_pruner(model, rows, 1, racing)
+    load(clone / "utils.py", "utils", [("import datasets", "import types as datasets")])
+    sys.modules["utils"].datasets.Dataset = object
+    script = load(clone / "block_search.py", "block_search")
+    loader = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(8)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        options = types.SimpleNamespace(
+            block_type="mix", del_block_num=1, cal_dataset="x", ppl_search_path=folder,
+            model_path="x", cal_nsamples=0,
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.block_search_by_ppl(options, model, loader)
+        (path,) = Path(folder).glob("*.json")
+        return [tuple(half) for half in json.loads(path.read_text())["1"]]
+
+
+def run_shortened_llama(clone: Path, model, rows, with_recipe: bool) -> Any:
+    if with_recipe:
+        return np.argsort(recipes.shortened_llama(model, rows), kind="stable").tolist()
+    for name in ("LLMPruner", "LLMPruner.peft"):
+        stub(name, PeftModel=None)
+    load(clone / "src/utils.py", "utils", get_model=None)
+    sys.modules["utils"].get_model = lambda **options: (model, None, "")
+    stub("dataset", get_examples=lambda **options: rows)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        sys.argv = ["x", "--device", "cpu", "--num_calib_data", str(len(rows))]
+        sys.argv += ["--output_dir", folder]
+        script = clone / "src/anal_block_sensitivity_ppl.py"
+        load(script, "sensitivity", [('if __name__ == "__main__":', "if True:")])
+        with Path(folder, "block_order.csv").open() as file:
+            return [int(block) for block in next(csv.reader(file))]
+
+
+TOOLS: dict[str, tuple[str, Callable]] = {
+    "evopress, blocks": ("EvoPress", lambda *a: run_evopress(*a[:3], True, a[3])),
+    "evopress, sublayers": ("EvoPress", lambda *a: run_evopress(*a[:3], False, a[3])),
+    "sleb": ("SLEB", run_sleb),
+    "blockpruner": ("BlockPruner", run_block_pruner),
+    "shortened llama": ("shortened-llm", run_shortened_llama),
+}
+
+
+def random_model() -> LlamaForCausalLM:
+    """32 blocks of width 256, of weights large enough that subsets differ beyond rounding."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=32,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        initializer_range=0.1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("clones", type=Path, help="the folder that holds the clones")
+    parser.add_argument("--model", help="a folder of a Llama-like model; a random one by default")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    command = " ".join(["python", *sys.argv])
+    if options.model:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    else:
+        model = random_model()
+    model.config.use_cache = False
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.integers(5, 4000, (options.rows, options.length)))
+    results = []
+    log = io.StringIO()  # the scripts' progress bars
+    for name in options.tools:
+        folder, run = TOOLS[name]
+        seconds, chosen = [], []
+        for with_recipe in (False, True):
+            random.seed(0)
+            started = time.process_time()
+            with torch.no_grad(), contextlib.redirect_stderr(log):
+                chosen.append(run(options.clones / folder, model, rows, with_recipe))
+            seconds.append(time.process_time() - started)
+        row = {
+            "tool": name,
+            "theirs": round(seconds[0], 1),
+            "fastprune": round(seconds[1], 1),
+            "ratio": round(seconds[0] / seconds[1], 2),
+            "same": chosen[0] == chosen[1],
+        }
+        results.append(row)
+        print(json.dumps(row), *([] if row["same"] else chosen), flush=True)
+    if options.write:
+        machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
+        before = json.loads(options.write.read_text()) if options.write.exists() else []
+        before.append(
+            {"command": command, "machine": machine, "torch": torch.__version__, "rows": results}
+        )
+        options.write.write_text(json.dumps(before, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

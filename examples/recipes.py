@@ -1,0 +1,69 @@
+"""Recipes: the lines that go into other tools' own scripts, in place of the loops that they have.
+
+Each function takes the place of one loop, and returns the choice that the loop makes.
+`bench/other_tools.py` runs the scripts with and without them.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+import fastprune as fp
+
+
+def evopress(model, calibration_data, drop_entire_block: bool):
+    """EvoPress, `selection` of evo_drop_search.py. The lines that load a mask onto the model, and
+    those that compute the dense logits, go: an evaluator scores the model as it is."""
+    objective = fp.KLDivergence(fp.TokenBatch.from_ids(calibration_data))
+    ev = fp.Evaluator(model, objective, granularity="block" if drop_entire_block else "sublayer")
+
+    def selection(candidates, num_survive: int, num_tokens: int, **unused):
+        samples, tokens = [], 0
+        while tokens < num_tokens:  # the draws of the script
+            sample = random.randint(0, len(calibration_data) - 1)
+            if sample not in samples:
+                samples.append(sample)
+                tokens += calibration_data[sample].shape[1]
+        halves = ("attn",) if drop_entire_block else ("attn", "mlp")
+        removed = np.stack([np.array([c[half] for half in halves]).T.ravel() for c in candidates])
+        fitnesses = ev.score(~removed, samples=samples, tokens=num_tokens)
+        best = np.argsort(fitnesses)[:num_survive]
+        return [candidates[i] for i in best], fitnesses[best].tolist()
+
+    return selection
+
+
+def sleb(model, rows, num_remove: int, early_barrier: int = 1, latter_barrier: int = 1):
+    """SLEB, the two loops of sleb.py: the blocks removed, in order."""
+    ev = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(rows)))
+    alive, removed = list(range(ev.num_units)), []
+    for _ in range(num_remove):
+        inside = alive[early_barrier : len(alive) - latter_barrier]
+        losses = ev.score(fp.from_removed([[*removed, block] for block in inside], ev.num_units))
+        removed.append(inside[losses.argmin()])
+        alive.remove(removed[-1])
+    return removed
+
+
+def block_pruner(model, rows, num_remove: int, racing: float | None = None):
+    """BlockPruner, the loops of block_search.py: ("mha" or "mlp", block) of each half removed."""
+    ev = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(rows)), granularity="sublayer")
+    removed: list[int] = []
+    for _ in range(num_remove):
+        order = [*range(0, ev.num_units, 2), *range(1, ev.num_units, 2)]  # attentions first
+        tried = [[*removed, half] for half in order if half not in removed]
+        masks = fp.from_removed(tried, ev.num_units)
+        best = ev.score(masks).argmin() if racing is None else ev.race(masks, 1, racing).indices[0]
+        removed = tried[best]
+    return [("mlp" if half % 2 else "mha", half // 2) for half in sorted(removed)]
+
+
+def shortened_llama(model, rows):
+    """Shortened LLaMA, the loop of anal_block_sensitivity_ppl.py: the perplexity without each
+    block."""
+    ev = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(rows)))
+    return np.exp(
+        ev.score(fp.from_removed([[block] for block in range(ev.num_units)], ev.num_units))
+    )
