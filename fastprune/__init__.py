@@ -16,7 +16,7 @@ _HOMES = {
     "cli.output": ["progress_bar"],
     "evaluator": ["Evaluator", "Stats"],
     "exports": ["export"],
-    "masks": ["from_removed", "load_masks", "to_removed"],
+    "masks": ["from_removed", "load_masks", "load_sequences", "to_removed"],
     "models": ["Model", "load_model", "masked"],
     "objectives": [
         "CosineDistance",
@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .exports import export as export
     from .masks import from_removed as from_removed
     from .masks import load_masks as load_masks
+    from .masks import load_sequences as load_sequences
     from .masks import to_removed as to_removed
     from .models import Model as Model
     from .models import load_model as load_model

@@ -23,7 +23,6 @@ from .engine.runs import Cost, whole
 from .engine.store import SumStore
 from .engine.sums import SumMemory, Sums
 from .errors import InputError
-from .masks import as_masks, check_sequences
 from .models import GenericRunner, Granularity, Model, Runner, surgery
 from .models.fused import why_not_fused
 from .models.unwrap import unwrap
@@ -31,7 +30,7 @@ from .objectives import Objective
 from .plan.layout import Layout
 from .plan.progress import ProgressCallback, ProgressEvent, event_reporter, reporting
 from .plan.racing import Race, check_race, race
-from .plan.trie import Trie, Units, kept_units, make_trie
+from .plan.trie import Trie, Units, make_trie, units_of
 from .validate import (
     check_bytes,
     check_callable,
@@ -479,12 +478,7 @@ class Evaluator:
 
     def _check(self, masks: ArrayLike | None, sequences: Sequences | None) -> list[Units]:
         """The units that run of each mask or sequence, in order."""
-        if (masks is None) == (sequences is None):
-            raise InputError("give either masks or sequences=, one of them")
-        if sequences is None:
-            checked = kept_units(as_masks(masks, self.num_units))
-        else:
-            checked = check_sequences(sequences, self.num_units)
+        checked = units_of(masks, sequences, self.num_units)
         if not all(checked) and not surgery.runs_without_blocks(self.model):
             raise InputError(
                 f"a mask keeps nothing, and the family {self.model.family!r} cannot run without "
