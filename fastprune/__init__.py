@@ -19,6 +19,7 @@ _HOMES = {
     "masks": ["from_removed", "load_masks", "load_sequences", "to_removed"],
     "models": ["Model", "load_model", "masked"],
     "objectives": [
+        "Agreement",
         "CosineDistance",
         "KLDivergence",
         "NormalizedMSE",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .models import Model as Model
     from .models import load_model as load_model
     from .models import masked as masked
+    from .objectives import Agreement as Agreement
     from .objectives import CosineDistance as CosineDistance
     from .objectives import KLDivergence as KLDivergence
     from .objectives import NormalizedMSE as NormalizedMSE

@@ -111,7 +111,8 @@ class Evaluator:
     """Scores depth masks of one model under one objective.
 
     model: a Model from load_model, or a transformers model in memory. objective: Perplexity,
-    TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence, CosineDistance or NormalizedMSE.
+    TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence, Agreement, CosineDistance or
+    NormalizedMSE.
     backend: "generic" runs any family by transformers' own code, "fused" the Llama-like ones on
     fused operators, "auto" the fused path if it is faster; `self.backend` says which one runs.
     granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).

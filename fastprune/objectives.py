@@ -2,9 +2,10 @@
 loss.
 
 An objective asks the engine for one number per target (`measure`): the negative log-likelihood of
-the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl") or
-in state ("cosine", "nmse"). The engine sums these over each continuation, float64[N, C], and all
-further steps here are small and plain NumPy.
+the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl",
+"rejection"), in the most likely token ("other_token") or in state ("cosine", "nmse"). The engine
+sums these over each continuation, float64[N, C], and all further steps here are small and plain
+NumPy.
 
 Searches minimise a loss; people read its metric. `Objective.format` is the one function that prints
 a loss: under its metric, with the standard error and the unit. Text has "accuracy 54.0 ± 2.2 %";
@@ -395,6 +396,55 @@ class KLDivergence(Objective):
         self._average(self.batch.target_counts)
 
 
+class Agreement(KLDivergence):
+    """The share of draft tokens that the whole model does not accept, the masked model drafting.
+
+    Positions and samples are those of KLDivergence, each with the text's own tokens before it.
+
+    decoding="sampling": a token drawn from the draft's distribution q is accepted with probability
+    sum_v min(p(v), q(v)), p the whole model's (Leviathan et al., arXiv 2211.17192). "greedy": a
+    draft's most likely token is accepted where it is the whole model's. Self-speculative decoding
+    looks for the draft that agrees most (arXiv 2309.08168). The metric is the acceptance in %.
+    Raises InputError as KLDivergence does, and for another decoding.
+
+    >>> import numpy as np
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> objective = fp.Agreement(batch)
+    >>> objective.format(objective.loss(np.array([[0.5, 0.25]]))[0])
+    'acceptance 75.0 %'
+    """
+
+    name = "agreement"
+    meaning = (
+        "the share of tokens drafted without the removed units that the whole model accepts; 100 "
+        "where nothing is removed"
+    )
+    metric_name = "acceptance"
+    unit = "%"
+    higher_is_better = True
+    digits = 1
+    settings = ("decoding",)
+
+    def __init__(self, batch: TokenBatch | Tasks, decoding: str = "sampling"):
+        super().__init__(batch)
+        check_one_of("decoding", decoding, ("sampling", "greedy"))
+        self.decoding = decoding
+        self.measure = "rejection" if decoding == "sampling" else "other_token"
+
+    @property
+    def content_hash(self) -> str:
+        return f"{self.batch.content_hash}-{self.decoding}"
+
+    @classmethod
+    def metric(cls, loss: float) -> float:
+        return 100 * (1 - loss)
+
+    @classmethod
+    def slope(cls, loss: float) -> float:
+        return -100.0
+
+
 class _StateDistance(KLDivergence):
     """A distance of final states, position by position, or flattened: of a sample's states as one
     vector."""
@@ -664,6 +714,7 @@ OBJECTIVES = {
         TaskLikelihood,
         TaskAccuracy,
         KLDivergence,
+        Agreement,
         CosineDistance,
         NormalizedMSE,
     )

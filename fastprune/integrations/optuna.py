@@ -1,5 +1,5 @@
-"""Optuna studies over depth masks and sequences, by ask and tell in batches: the trials of a batch share their
-prefixes.
+"""Optuna studies over depth masks and sequences, by ask and tell in batches: the trials of a batch
+share their prefixes.
 
 A study asks for one trial after the other and scores each before it asks for the next, so that
 nothing is shared. Here a batch of trials is asked for, scored in one call, and told; a race may
@@ -59,8 +59,8 @@ def optimize(
     The user attribute `removed` of a trial, a list, holds its removed units. num_remove units go,
     by `suggest_removed`; or give suggest(trial) -> removed units, with any parameters, or
     suggest_sequence(trial) -> units in the order in which they run. A sequence that is no mask is
-    the attribute `sequence`. A subset that an earlier batch has scored is told without being run again; an infinite loss or NaN makes
-    its trial FAIL.
+    the attribute `sequence`. A subset that an earlier batch has scored is told without being run
+    again; an infinite loss or NaN makes its trial FAIL.
     racing: a confidence such as 0.99 makes each batch a race (`Evaluator.race`): the `keep` best
     of it are told their exact losses, the others are told as PRUNED, which takes the place of
     optuna's pruners.
@@ -104,8 +104,8 @@ def _run_batch(
     sequences = []
     for trial in open_trials:
         sequences.append(units_of_trial(trial))
-        for name, units in record_units(sequences[-1], evaluator.num_units).items():
-            trial.set_user_attr(name, units)
+        for name, listed in record_units(sequences[-1], evaluator.num_units).items():
+            trial.set_user_attr(name, listed)
     new = list(dict.fromkeys(units for units in sequences if units not in known))
     if new:
         if racing is None:
