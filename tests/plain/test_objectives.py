@@ -112,7 +112,7 @@ def test_every_objective_says_what_it_takes():
         "accuracy",
     }
     without = {name for name, objective in OBJECTIVES.items() if not objective.differentiable}
-    assert without == {"accuracy", "kl", "cosine", "nmse"}
+    assert without == {"accuracy", "kl", "agreement", "cosine", "nmse"}
 
 
 @pytest.mark.parametrize("normalization", ["mean", "sum", "characters", "bytes"])
