@@ -1,8 +1,8 @@
 """Calibration text from the model's own continuations.
 
 A draft is judged while the whole model writes, and a pruned model drifts where it reads what it
-wrote itself: long chains break first. So prompts are continued greedily by the whole model, and only
-the tokens that it wrote are targets.
+wrote itself: long chains break first. So the whole model continues prompts greedily, and only the
+tokens that it wrote are targets.
 """
 
 from __future__ import annotations

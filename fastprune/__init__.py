@@ -32,6 +32,7 @@ _HOMES = {
     "plan.progress": ["ProgressEvent"],
     "plan.racing": ["Race"],
     "search": ["SearchResult", "run_search"],
+    "study.groups": ["Winners", "best_by_group"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -68,6 +69,8 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .search import run_search as run_search
     from .solver import SubsetSolution as SubsetSolution
     from .solver import solve_subset as solve_subset
+    from .study.groups import Winners as Winners
+    from .study.groups import best_by_group as best_by_group
 
 
 def __getattr__(name: str) -> object:
