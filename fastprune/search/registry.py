@@ -272,6 +272,16 @@ def check_algorithm(
     return chosen, options
 
 
+def check_over_masks(name: str) -> None:
+    """Raise InputError for an algorithm that a study cannot take: its cells are masks of one
+    size."""
+    if find_algorithm(name).over_sequences:
+        raise InputError(
+            f"{name} searches sequences, and a study compares masks of one size; `fastprune "
+            f"search` and run_search run it"
+        )
+
+
 def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
     """Raise InputError for a confidence outside (0, 1), or algorithms none of which races."""
     if racing is None:
