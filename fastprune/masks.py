@@ -254,7 +254,7 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
     [9, 10]}.
 
     Raises InputError, with the file's name, for a file missing, of another kind, damaged or empty,
-    for masks of another number of units or other values, and for a sequence that is no mask.
+    for masks of another number of units or other values, and for a sequence other than a mask.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -292,8 +292,8 @@ def load_sequences(path: str | Path, num_units: int) -> list[tuple[int, ...]]:
         N sequences. One that ascends is a mask.
 
     Raises:
-        InputError: As `load_masks` does, but not for sequences that are no masks; for one that
-            names no unit.
+        InputError: As `load_masks` does, but not for other sequences than masks; for a sequence
+            without units.
 
     Examples:
         >>> import tempfile

@@ -397,15 +397,15 @@ class KLDivergence(Objective):
 
 
 class Agreement(KLDivergence):
-    """The share of draft tokens that the whole model does not accept, the masked model drafting.
+    """The share of the masked model's draft tokens that the whole model does not accept.
 
     Positions and samples are those of KLDivergence, each with the text's own tokens before it.
 
     decoding="sampling": a token drawn from the draft's distribution q is accepted with probability
     sum_v min(p(v), q(v)), p the whole model's (Leviathan et al., arXiv 2211.17192). "greedy": a
-    draft's most likely token is accepted where it is the whole model's. Self-speculative decoding
-    looks for the draft that agrees most (arXiv 2309.08168). The metric is the acceptance in %.
-    Raises InputError as KLDivergence does, and for another decoding.
+    draft's most likely token is accepted if the whole model's is the same. Self-speculative
+    decoding looks for the draft that agrees most (arXiv 2309.08168). The metric is the acceptance
+    in %. Raises InputError as KLDivergence does, and for another decoding.
 
     >>> import numpy as np
     >>> import fastprune as fp
@@ -417,8 +417,8 @@ class Agreement(KLDivergence):
 
     name = "agreement"
     meaning = (
-        "the share of tokens drafted without the removed units that the whole model accepts; 100 "
-        "where nothing is removed"
+        "the share of tokens, drafted without the removed units, that the whole model accepts; "
+        "100 if nothing is removed"
     )
     metric_name = "acceptance"
     unit = "%"

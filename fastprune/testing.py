@@ -12,7 +12,7 @@ of the group `fastprune.algorithms` names. Its tests, with pytest:
         check("my_algorithm")
 
 or `check_algorithm("my_algorithm")`, which runs all of them. A check fails with AssertionError. An
-algorithm over sequences gets no budget; the checks ask of its sequences what they ask of masks.
+algorithm over sequences gets no budget; the checks hold for its sequences as for masks.
 """
 
 from __future__ import annotations

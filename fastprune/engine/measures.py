@@ -157,7 +157,7 @@ MEASURES = {
         Measure(
             "other_token",
             _other_token,
-            ("1 where the most likely tokens of dense and masked differ",),
+            ("1 if the most likely tokens of dense and masked differ",),
             lambda head: head.nll_bytes,
             Reference(_most_likely, lambda head: 8),
         ),

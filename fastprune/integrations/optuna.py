@@ -58,9 +58,9 @@ def optimize(
 
     The user attribute `removed` of a trial, a list, holds its removed units. num_remove units go,
     by `suggest_removed`; or give suggest(trial) -> removed units, with any parameters, or
-    suggest_sequence(trial) -> units in the order in which they run. A sequence that is no mask is
-    the attribute `sequence`. A subset that an earlier batch has scored is told without being run
-    again; an infinite loss or NaN makes its trial FAIL.
+    suggest_sequence(trial) -> units in the order in which they run. A sequence other than a mask
+    goes into the attribute `sequence`. A subset that an earlier batch has scored is told without
+    being run again; an infinite loss or NaN makes its trial FAIL.
     racing: a confidence such as 0.99 makes each batch a race (`Evaluator.race`): the `keep` best
     of it are told their exact losses, the others are told as PRUNED, which takes the place of
     optuna's pruners.

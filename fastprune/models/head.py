@@ -192,8 +192,8 @@ class Head:
         return rejection(dense, self.parts(self.normed(states)))
 
     def most_likely(self, states: torch.Tensor) -> torch.Tensor:
-        """The most likely token at each position, int64[P], of final states [P, D]; -1 where no
-        token has a probability."""
+        """The most likely token at each position, int64[P], of final states [P, D]; -1 if a logit
+        is NaN."""
         return most_likely(self.parts(self.normed(states)))
 
     # -- memory, bits ------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def greedy(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
 
 
 def most_likely(parts: Iterable[Logits]) -> torch.Tensor:
-    """The most likely token, int64[P], the first of equals; -1 where a logit is NaN."""
+    """The most likely token, int64[P], the first of equals; -1 if a logit is NaN."""
     noted = _NotingBest(parts)
     for _ in noted:
         pass
@@ -377,7 +377,7 @@ def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
 def rejection(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
     """1 - sum_v min(p(v), q(v)), [P], q from logits in parts.
 
-    Computed as the sum of p - q over the tokens where p is higher, so that equal logits give 0. No
+    Computed as the sum of p - q over the tokens with the higher p, so equal logits give 0. No
     probability is known before the log-sum-exps of all parts, so that the logits of q are held, and
     `dense` is iterated twice.
     """

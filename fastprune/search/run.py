@@ -167,7 +167,7 @@ class Search:
             self._best = subset if better else self._best
         log.info("round %d: best %s", self._round, self._format_best())
 
-    # -- what a candidate is, which SequenceSearch answers in its own way --------------------------
+    # -- the kind of candidate, subsets here -------------------------------------------------------
 
     def _key(self, units: Iterable[int]) -> tuple[int, ...]:
         """A candidate as `losses` knows it."""
@@ -185,7 +185,7 @@ class Search:
         """Sorts candidates: the largest subsets first, then the lowest losses."""
         return -len(candidate), _rank(self.losses[candidate])
 
-    # -- what an algorithm calls -------------------------------------------------------------------
+    # -- for algorithms ----------------------------------------------------------------------------
 
     def score(self, subsets: Sequence[Removed]) -> np.ndarray:
         """The loss of removing each subset, float64[N], +inf if it is not finite, so that it never

@@ -34,8 +34,8 @@ from ..search import (
     PRESETS,
     Allowed,
     check_algorithm,
-    check_over_masks,
     check_budget,
+    check_over_masks,
     check_racing,
     find_algorithm,
 )

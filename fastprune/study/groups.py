@@ -1,4 +1,4 @@
-"""The best candidate for each group of samples, and the gain over the one that is best for all."""
+"""The best candidate for each group of samples, and the gain over the best one for all."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class GroupWinner:
     Attributes:
         group: The group's label.
         candidate: Its row among the losses.
-        gain: How much lower its loss is than that of the candidate that is best for all, on the
-            group's judging samples, with the paired standard error.
+        gain: The loss of the best candidate for all, less this one's, on the group's judging
+            samples, with the paired standard error.
     """
 
     group: Hashable
@@ -36,10 +36,10 @@ class GroupWinner:
 
 @dataclass(frozen=True)
 class Winners:
-    """The candidate that is best for all samples, and those that are best for each group.
+    """The best candidate for all samples, and the best one for each group.
 
     Attributes:
-        best: The candidate that is best for all, a row of the losses.
+        best: The best candidate for all, a row of the losses.
         groups: A winner for each group, in the order in which their labels first occur.
         gain: The gain on all judging samples when each goes to its group's winner.
     """
@@ -59,7 +59,7 @@ def best_by_group(sample_losses: ArrayLike, groups: Iterable[Hashable], seed: in
 
     Args:
         sample_losses: float64[N, S], as `Evaluator.score_samples` returns them. Samples count
-            alike. A candidate with a loss that is not finite among the choosing samples never wins.
+            alike. A candidate without finite losses on the choosing samples never wins.
         groups: S labels, such as the domain of each text or the kind of each question.
         seed: Decides the halves.
 
@@ -68,7 +68,7 @@ def best_by_group(sample_losses: ArrayLike, groups: Iterable[Hashable], seed: in
 
     Raises:
         InputError: For losses of another shape, another number of labels, a group of fewer than 4
-            samples, and where no candidate has finite losses.
+            samples, and if no candidate has finite losses.
 
     Examples:
         >>> import numpy as np
