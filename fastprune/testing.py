@@ -97,16 +97,15 @@ class SyntheticEvaluator:
         asked = self._asked(masks, sequences)
         if samples is not None:
             self.token_calls.append((len(asked), tokens))
-            return self._score_samples(asked, samples).mean(axis=1)
+            named = {} if sequences is None else {"sequences": sequences}
+            return self.score_samples(masks, samples, **named).mean(axis=1)
         self.calls.append(len(asked))
         return np.array([self.loss_of(units) for units in asked])
 
     def score_samples(
         self, masks: Any = None, samples: Any = None, *, sequences: Any = None
     ) -> np.ndarray:
-        return self._score_samples(self._asked(masks, sequences), samples)
-
-    def _score_samples(self, asked: list[tuple[int, ...]], samples: Any) -> np.ndarray:
+        asked = self._asked(masks, sequences)
         noise = self._noise if samples is None else self._noise[samples]
         self.sample_calls.append((len(asked), len(noise)))
         return np.array(

@@ -62,7 +62,7 @@ def check_candidates(masks_file: str | None, removed: Removed, sequences: Sequen
     """Raise InputError unless candidates are named in one way, in a file that exists."""
     if sum(map(bool, (masks_file, removed, sequences))) != 1:
         raise InputError(
-            "give masks as --masks FILE, or as --removed or --sequence, once per mask: one of them"
+            "give masks either as --masks FILE, or as --removed or --sequence, once per mask"
         )
     with naming("--masks"):
         if masks_file and not Path(masks_file).is_file():

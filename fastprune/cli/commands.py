@@ -18,7 +18,7 @@ from rich.text import Text
 from .._version import __version__
 from ..errors import InputError
 from ..io import file_marks, json_text, parse_json, write_json, write_jsonl
-from ..masks import check_removed, check_sequence, record_units, removed_by
+from ..masks import check_removed, check_sequences, record_units, removed_by
 from ..objectives import Difference, no_judge, objective_class
 from ..plan.progress import ProgressEvent, reporting
 from ..study.tables import (
@@ -230,6 +230,7 @@ def score(
 @click.option(
     "--num-remove",
     type=Budget(),
+    callback=lambda context, parameter, value: _check_num_remove(context, value),
     help="How many units to remove, or a share of them such as 25%, rounded down. Not for a search "
     "over sequences, such as repeat.",
 )
@@ -297,6 +298,18 @@ def search(
     _print_search(record, target, as_json, written=not trouble)
     if trouble:
         raise click.ClickException(trouble)
+
+
+def _check_num_remove(context: click.Context, num_remove: int | str | None) -> int | str | None:
+    """The option's value. One that is missing is named before the options that need files."""
+    if num_remove is None:  # then click has read the algorithm before
+        from ..search import find_algorithm
+
+        try:
+            find_algorithm(context.params["algorithm"]).check_num_remove(None)
+        except InputError as error:
+            raise InputError(error.message.replace("num_remove", "--num-remove")) from None
+    return num_remove
 
 
 def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, object]:
@@ -467,7 +480,7 @@ def export(
     gone = None
     if sequence is not None:
         with naming("--sequence" if result is None else "--result"):
-            sequence = check_sequence(sequence, opened.num_blocks)
+            (sequence,) = check_sequences([sequence], opened.num_blocks)
         what = (
             f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
         )

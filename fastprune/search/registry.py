@@ -92,11 +92,13 @@ class Algorithm:
         """Raise InputError if the number of units to remove is missing, or has no meaning here."""
         if self.over_sequences and num_remove is not None:
             raise InputError(
-                f"{self.name} searches sequences and removes nothing: leave out num_remove"
+                f"num_remove has no meaning for {self.name}, which removes nothing: leave it out",
+                argument="num_remove",
             )
         if not self.over_sequences and num_remove is None:
             raise InputError(
-                f"num_remove is missing: how many units {self.name} removes, such as 3 or '25%'"
+                f"num_remove is missing: how many units {self.name} removes, such as 3 or '25%'",
+                argument="num_remove",
             )
 
     def describe(self) -> dict:
