@@ -396,7 +396,23 @@ class KLDivergence(Objective):
         self._average(self.batch.target_counts)
 
 
-class Agreement(KLDivergence):
+class _Share(Objective):
+    """The loss is a share of failures; its metric is the share of successes in %."""
+
+    unit = "%"
+    higher_is_better = True
+    digits = 1
+
+    @classmethod
+    def metric(cls, loss: float) -> float:
+        return 100 * (1 - loss)
+
+    @classmethod
+    def slope(cls, loss: float) -> float:
+        return -100.0
+
+
+class Agreement(_Share, KLDivergence):
     """The share of the masked model's draft tokens that the whole model does not accept.
 
     Positions and samples are those of KLDivergence, each with the text's own tokens before it.
@@ -421,9 +437,6 @@ class Agreement(KLDivergence):
         "100 if nothing is removed"
     )
     metric_name = "acceptance"
-    unit = "%"
-    higher_is_better = True
-    digits = 1
     settings = ("decoding",)
 
     def __init__(self, batch: TokenBatch | Tasks, decoding: str = "sampling"):
@@ -435,14 +448,6 @@ class Agreement(KLDivergence):
     @property
     def content_hash(self) -> str:
         return f"{self.batch.content_hash}-{self.decoding}"
-
-    @classmethod
-    def metric(cls, loss: float) -> float:
-        return 100 * (1 - loss)
-
-    @classmethod
-    def slope(cls, loss: float) -> float:
-        return -100.0
 
 
 class _StateDistance(KLDivergence):
@@ -636,7 +641,7 @@ class TaskLikelihood(Objective):
         return f"{self.batch.content_hash}-{self.normalization}"
 
 
-class TaskAccuracy(Objective):
+class TaskAccuracy(_Share):
     """1 - accuracy: the share of questions whose most likely choice is wrong; ties go to the lower
     index.
 
@@ -660,9 +665,6 @@ class TaskAccuracy(Objective):
     name = "accuracy"
     meaning = "the share of questions whose likeliest choice is right"
     metric_name = "accuracy"
-    unit = "%"
-    higher_is_better = True
-    digits = 1
     data = "tasks"
     settings = ("normalization",)
     differentiable = False
@@ -685,14 +687,6 @@ class TaskAccuracy(Objective):
     @property
     def content_hash(self) -> str:
         return f"{self.tasks.content_hash}-{self.normalization}"
-
-    @classmethod
-    def metric(cls, loss: float) -> float:
-        return 100 * (1 - loss)
-
-    @classmethod
-    def slope(cls, loss: float) -> float:
-        return -100.0
 
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:
         nll = sums * self.weight

@@ -42,6 +42,13 @@ class Winners:
         best: The best candidate for all, a row of the losses.
         groups: A winner for each group, in the order in which their labels first occur.
         gain: The gain on all judging samples when each goes to its group's winner.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> losses = np.array([[1.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
+        >>> fp.best_by_group(losses, ["a"] * 4).best
+        0
     """
 
     best: int

@@ -116,13 +116,15 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_rows(monkeypatch):
 
 
 @pytest.mark.slow
-def test_divergence_equals_the_generic_path():
+@pytest.mark.parametrize("made", [fp.KLDivergence, fp.Agreement])
+def test_divergence_equals_the_generic_path(made):
     hf = three_blocks("qwen3").to(DEVICE)
-    objective = fp.KLDivergence(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [7])))
+    objective = made(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [7])))
     expected = fp.Evaluator(hf, objective, backend="generic").score(MASKS[:1])
     np.testing.assert_allclose(
         evaluator(hf, objective).score(MASKS[:1]), expected, rtol=RELATIVE, atol=1e-6
     )
+    assert evaluator(hf, objective).dense_loss == 0
 
 
 @pytest.mark.slow
