@@ -16,9 +16,10 @@ _HOMES = {
     "cli.output": ["progress_bar"],
     "evaluator": ["Evaluator"],
     "exports": ["export"],
-    "masks": ["from_removed", "load_masks", "to_removed"],
+    "masks": ["from_removed", "load_masks", "load_sequences", "to_removed"],
     "models": ["Model", "load_model", "masked"],
     "objectives": [
+        "Agreement",
         "CosineDistance",
         "KLDivergence",
         "NormalizedMSE",
@@ -32,6 +33,7 @@ _HOMES = {
     "plan.progress": ["ProgressEvent"],
     "plan.racing": ["Race"],
     "search": ["SearchResult", "run_search"],
+    "study.groups": ["Winners", "best_by_group"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -48,10 +50,12 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .exports import export as export
     from .masks import from_removed as from_removed
     from .masks import load_masks as load_masks
+    from .masks import load_sequences as load_sequences
     from .masks import to_removed as to_removed
     from .models import Model as Model
     from .models import load_model as load_model
     from .models import masked as masked
+    from .objectives import Agreement as Agreement
     from .objectives import CosineDistance as CosineDistance
     from .objectives import KLDivergence as KLDivergence
     from .objectives import NormalizedMSE as NormalizedMSE
@@ -67,6 +71,8 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .search import run_search as run_search
     from .solver import SubsetSolution as SubsetSolution
     from .solver import solve_subset as solve_subset
+    from .study.groups import Winners as Winners
+    from .study.groups import best_by_group as best_by_group
 
 
 def __getattr__(name: str) -> object:

@@ -19,7 +19,6 @@ from .engine.parts import Part, check_samples, choose, tokens_of_samples
 from .engine.runs import Runs
 from .engine.store import SumStore
 from .errors import InputError
-from .masks import as_masks, check_sequences
 from .models import Granularity, Model, Runner, surgery
 from .models.unwrap import unwrap
 from .objectives import Objective
@@ -27,7 +26,7 @@ from .plan.cost import Stats
 from .plan.layout import Layout
 from .plan.progress import ProgressCallback
 from .plan.racing import Race, check_race
-from .plan.trie import Units, kept_units
+from .plan.trie import Units, units_of
 from .validate import (
     check_bytes,
     check_callable,
@@ -51,7 +50,8 @@ class Evaluator:
     """Scores depth masks of one model under one objective.
 
     model: a Model from load_model, or a transformers model in memory. objective: Perplexity,
-    TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence, CosineDistance or NormalizedMSE.
+    TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence, Agreement, CosineDistance or
+    NormalizedMSE.
     backend: "generic" runs any family by transformers' own code, "fused" the Llama-like ones on
     fused operators, "auto" the fused path if it is faster; `self.backend` says which one runs.
     granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
@@ -387,12 +387,7 @@ class Evaluator:
 
     def _check(self, masks: ArrayLike | None, sequences: Sequences | None) -> list[Units]:
         """The units that run of each mask or sequence, in order."""
-        if (masks is None) == (sequences is None):
-            raise InputError("give either masks or sequences=, one of them")
-        if sequences is None:
-            checked = kept_units(as_masks(masks, self.num_units))
-        else:
-            checked = check_sequences(sequences, self.num_units)
+        checked = units_of(masks, sequences, self.num_units)
         if not all(checked) and not surgery.runs_without_blocks(self.model):
             raise InputError(
                 f"a mask keeps nothing, and the family {self.model.family!r} cannot run without "

@@ -1,10 +1,15 @@
-"""Depth masks: bool[N, U], True for a kept unit."""
+"""Depth masks: bool[N, U], True for a kept unit. Sequences: tuples of units in the order in which
+they run.
+
+A mask is a sequence that ascends. Records and tables name a mask by the units that it removes, and
+any other sequence by its units.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +101,33 @@ def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[
     """Sequences of unit indices as tuples. Raises InputError for an index out of range or no
     integer, and for a sequence of more than 4,096 units."""
     if not isinstance(sequences, Iterable):
-        raise InputError(f"sequences are given as a list such as [(0, 1, 1, 2)], not {sequences!r}")
-    checked = []
-    for number, sequence in enumerate(sequences):
-        if not isinstance(sequence, Iterable) or isinstance(sequence, (str, bytes)):
+        raise InputError(
+            f"sequences are given as a list such as [(0, 1, 1, 2)], not {shown(sequences)}"
+        )
+    return [
+        check_sequence(sequence, num_units, f"sequence {number}")
+        for number, sequence in enumerate(sequences)
+    ]
+
+
+def check_sequence(
+    sequence: Iterable[int], num_units: int, what: str = "sequence"
+) -> tuple[int, ...]:
+    """One sequence of unit indices as a tuple; errors call it `what`. Raises InputError as
+    `check_sequences` does."""
+    if not isinstance(sequence, Iterable) or isinstance(sequence, (str, bytes)):
+        raise InputError(
+            f"{what} must be a list of unit indices such as (0, 1, 1, 2), not {shown(sequence)}"
+        )
+    units = tuple(itertools.islice(sequence, MAX_LENGTH + 1))
+    if len(units) > MAX_LENGTH:
+        raise InputError(f"{what} has more than {MAX_LENGTH} units")
+    for unit in units:
+        if not is_integer(unit) or not 0 <= unit < num_units:
             raise InputError(
-                f"sequence {number} must be a list of unit indices such as (0, 1, 1, 2), not "
-                f"{sequence!r}"
+                f"{what}: {shown(unit)} is no unit; the model's units are 0 to {num_units - 1}"
             )
-        units = tuple(itertools.islice(sequence, MAX_LENGTH + 1))
-        if len(units) > MAX_LENGTH:
-            raise InputError(f"sequence {number} has more than {MAX_LENGTH} units")
-        for unit in units:
-            if not is_integer(unit) or not 0 <= unit < num_units:
-                raise InputError(
-                    f"sequence {number}: {unit!r} is no unit; the model's units are 0 to "
-                    f"{num_units - 1}"
-                )
-        checked.append(tuple(map(int, units)))
-    return checked
+    return tuple(map(int, units))
 
 
 def from_removed(removed: Iterable[Iterable[int] | str], num_units: int) -> np.ndarray:
@@ -147,6 +160,61 @@ def to_removed(mask: Any) -> tuple[int, ...]:
     if array.ndim != 1:
         raise InputError(f"to_removed takes one mask of shape [U], not {list(array.shape)}")
     return tuple(np.flatnonzero(~as_masks(array, len(array))[0]).tolist())
+
+
+def is_mask(sequence: Sequence[int]) -> bool:
+    """Whether the units ascend, so that the sequence is the model with units left out."""
+    return all(a < b for a, b in itertools.pairwise(sequence))
+
+
+def removed_by(sequence: Sequence[int], num_units: int) -> tuple[int, ...] | None:
+    """The units that a mask, given as a sequence, leaves out; None for any other sequence.
+
+    >>> from fastprune.masks import removed_by
+    >>> removed_by((0, 3), 4), removed_by((0, 1, 1), 4)
+    ((1, 2), None)
+    """
+    if not is_mask(sequence):
+        return None
+    return tuple(sorted(set(range(num_units)) - set(sequence)))
+
+
+def kept_by(removed: Iterable[int], num_units: int) -> tuple[int, ...]:
+    """The sequence of units that stay when these are removed.
+
+    >>> from fastprune.masks import kept_by
+    >>> kept_by((1, 2), 4)
+    (0, 3)
+    """
+    return tuple(sorted(set(range(num_units)) - set(removed)))
+
+
+def record_units(sequence: Sequence[int], num_units: int) -> dict[str, list[int]]:
+    """A candidate as files name it: {"removed": [1, 2]} if it is a mask, else {"sequence": [0, 1,
+    1]}."""
+    removed = removed_by(sequence, num_units)
+    return {"sequence": list(sequence)} if removed is None else {"removed": list(removed)}
+
+
+def repeated(num_units: int, windows: Iterable[tuple[int, int]], times: int = 2) -> tuple[int, ...]:
+    """The sequence of the whole model with some windows of units run several times in a row.
+
+    Args:
+        num_units: U.
+        windows: The first unit of each window, and the unit after its last. They do not overlap.
+        times: How many times each window runs.
+
+    Examples:
+        >>> from fastprune.masks import repeated
+        >>> repeated(5, [(1, 3)])
+        (0, 1, 2, 1, 2, 3, 4)
+    """
+    sequence: list[int] = []
+    end = 0
+    for first, stop in sorted(windows):
+        sequence += [*range(end, first), *list(range(first, stop)) * times]
+        end = stop
+    return (*sequence, *range(end, num_units))
 
 
 def parse_removed(text: str) -> tuple[int, ...]:
@@ -189,7 +257,7 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
     attn+mlp. It has a line for each block: where units are blocks, none or attn+mlp.
 
     Raises InputError, with the file's name, for a file missing, of another kind, damaged or empty,
-    and for masks of another number of units or other values.
+    for masks of another number of units or other values, and for a sequence other than a mask.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -200,57 +268,123 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
     ...     fp.load_masks(path, 4).astype(int)
     array([[1, 0, 0, 1]])
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such masks file")
-    if path.suffix == ".npy":
-        masks = _named(path, as_masks, read_npy(path), num_units)
-    elif path.suffix == ".jsonl":
-        masks = _named(path, from_removed, _removed_rows(path), num_units)
-    elif path.suffix == ".txt":
-        masks = _named(path, _of_drop_config, path, num_units)
-    else:
-        raise InputError(f"{path}: masks are read from .npy, .jsonl or .txt files")
-    if len(masks) == 0:
-        raise InputError(f"{path}: holds no masks")
+    if _is_npy(path):
+        return _read_npy(Path(path), num_units)
+    sequences = load_sequences(path, num_units)
+    for number, sequence in enumerate(sequences):
+        if not is_mask(sequence):
+            raise InputError(
+                f"{path}: row {number} is a sequence that repeats or reorders units, and no mask; "
+                f"load_sequences reads it"
+            )
+    masks = np.zeros((len(sequences), num_units), dtype=bool)
+    for mask, units in zip(masks, sequences, strict=True):
+        mask[list(units)] = True
     return masks
 
 
-def _named(path: Path, function: Callable[..., np.ndarray], *args: Any) -> np.ndarray:
+def load_sequences(path: str | Path, num_units: int) -> list[tuple[int, ...]]:
+    """Masks and sequences of a file, each as the tuple of units that run, in order.
+
+    Args:
+        path: As `load_masks` takes it; a row of a .jsonl file may be {"sequence": [0, 1, 1, 2]}
+            instead.
+        num_units: U.
+
+    Returns:
+        N sequences. One that ascends is a mask.
+
+    Raises:
+        InputError: As `load_masks` does, but not for other sequences than masks; for a sequence
+            without units.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import fastprune as fp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "masks.jsonl")
+        ...     _ = path.write_text('{"removed": [1]}\\n{"sequence": [0, 1, 1, 2]}')
+        ...     fp.load_sequences(path, 3)
+        [(0, 2), (0, 1, 1, 2)]
+    """
+    path = Path(path)
+    if _is_npy(path):
+        return [tuple(np.flatnonzero(mask).tolist()) for mask in _read_npy(path, num_units)]
+    if not path.is_file():
+        raise InputError(f"{path}: no such masks file")
+    if path.suffix == ".txt":
+        return [_of_drop_config(path, num_units)]
+    if path.suffix != ".jsonl":
+        raise InputError(f"{path}: masks are read from .npy, .jsonl or .txt files")
+    sequences = [_read_row(path, number, row, num_units) for number, row in read_jsonl(path)]
+    return _not_empty(path, sequences)
+
+
+def _is_npy(path: str | Path) -> bool:
+    return Path(path).suffix == ".npy" and Path(path).is_file()
+
+
+def _read_npy(path: Path, num_units: int) -> np.ndarray:
+    array = read_npy(path)
     try:
-        return function(*args)
+        masks = as_masks(array, num_units)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    return _not_empty(path, masks)
 
 
-def _of_drop_config(path: Path, num_units: int) -> np.ndarray:
-    """The mask of EvoPress's configuration, bool[1, U]."""
+def _of_drop_config(path: Path, num_units: int) -> tuple[int, ...]:
+    """The units that EvoPress's configuration keeps."""
     halves = {"none": (), "attn": (0,), "mlp": (1,), "attn+mlp": (0, 1)}
     lines = read_bytes(path, 16 * MAX_UNITS).decode(errors="replace").split()
     for number, line in enumerate(lines, 1):
         if line not in halves:
             raise InputError(
-                f"line {number} must be none, attn, mlp or attn+mlp, not {shown(line)}"
+                f"{path}: line {number} must be none, attn, mlp or attn+mlp, not {shown(line)}"
             )
     if 2 * len(lines) == num_units:
-        return from_removed(
-            [[2 * i + h for i, s in enumerate(lines) for h in halves[s]]], num_units
-        )
+        removed = [2 * i + half for i, line in enumerate(lines) for half in halves[line]]
+        return kept_by(removed, num_units)
     if len(lines) != num_units:
         raise InputError(
-            f"holds {len(lines)} lines; {num_units} units need a line for each block, or for each "
-            "two sublayers"
+            f"{path}: holds {len(lines)} lines; {num_units} units need a line for each block, or "
+            f"for each two sublayers"
         )
     for number, line in enumerate(lines, 1):
         if line in ("attn", "mlp"):
-            raise InputError(f"line {number} removes {line} alone, which needs sublayers as units")
-    return from_removed([[i for i, line in enumerate(lines) if halves[line]]], num_units)
+            raise InputError(
+                f"{path}: line {number} removes {line} alone, which needs sublayers as units"
+            )
+    return kept_by([i for i, line in enumerate(lines) if halves[line]], num_units)
 
 
-def _removed_rows(path: Path) -> Sequence[Sequence[int]]:
-    rows = []
-    for number, row in read_jsonl(path):
-        if not isinstance(row, dict) or not isinstance(row.get("removed"), list):
-            raise InputError(f'{path}:{number}: expected a row like {{"removed": [9, 10]}}')
-        rows.append(row["removed"])
-    return rows
+def _read_row(path: Path, number: int, row: object, num_units: int) -> tuple[int, ...]:
+    """The units that run, of a row {"removed": [...]} or {"sequence": [...]}."""
+    units = row if isinstance(row, dict) else {}
+    removed, sequence = units.get("removed"), units.get("sequence")
+    try:
+        if isinstance(removed, list) and sequence is None:
+            return kept_by(check_removed(removed, num_units), num_units)
+        if isinstance(sequence, list) and removed is None:
+            return check_named(check_sequence(sequence, num_units))
+    except InputError as error:
+        raise InputError(f"{path}:{number}: {error}") from None
+    raise InputError(
+        f'{path}:{number}: expected a row like {{"removed": [9, 10]}} or '
+        f'{{"sequence": [0, 1, 1, 2]}}, one of them'
+    )
+
+
+def check_named(sequence: tuple[int, ...]) -> tuple[int, ...]:
+    """The sequence, if it names a unit: an empty one is more likely a mistake than the model
+    without units."""
+    if not sequence:
+        raise InputError("a sequence names at least one unit; a mask may remove all")
+    return sequence
+
+
+def _not_empty(path: Path, masks: Any) -> Any:
+    if len(masks) == 0:
+        raise InputError(f"{path}: holds no masks")
+    return masks

@@ -2,9 +2,10 @@
 loss.
 
 An objective asks the engine for one number per target (`measure`): the negative log-likelihood of
-the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl") or
-in state ("cosine", "nmse"). The engine sums these over each continuation, float64[N, C], and all
-further steps here are small and plain NumPy.
+the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl",
+"rejection"), in the most likely token ("other_token") or in state ("cosine", "nmse"). The engine
+sums these over each continuation, float64[N, C], and all further steps here are small and plain
+NumPy.
 
 Searches minimise a loss; people read its metric. `Objective.format` is the one function that prints
 a loss: under its metric, with the standard error and the unit. Text has "accuracy 54.0 ± 2.2 %";
@@ -395,6 +396,60 @@ class KLDivergence(Objective):
         self._average(self.batch.target_counts)
 
 
+class _Share(Objective):
+    """The loss is a share of failures; its metric is the share of successes in %."""
+
+    unit = "%"
+    higher_is_better = True
+    digits = 1
+
+    @classmethod
+    def metric(cls, loss: float) -> float:
+        return 100 * (1 - loss)
+
+    @classmethod
+    def slope(cls, loss: float) -> float:
+        return -100.0
+
+
+class Agreement(_Share, KLDivergence):
+    """The share of the masked model's draft tokens that the whole model does not accept.
+
+    Positions and samples are those of KLDivergence, each with the text's own tokens before it.
+
+    decoding="sampling": a token drawn from the draft's distribution q is accepted with probability
+    sum_v min(p(v), q(v)), p the whole model's (Leviathan et al., arXiv 2211.17192). "greedy": a
+    draft's most likely token is accepted if the whole model's is the same. Self-speculative
+    decoding looks for the draft that agrees most (arXiv 2309.08168). The metric is the acceptance
+    in %. Raises InputError as KLDivergence does, and for another decoding.
+
+    >>> import numpy as np
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> objective = fp.Agreement(batch)
+    >>> objective.format(objective.loss(np.array([[0.5, 0.25]]))[0])
+    'acceptance 75.0 %'
+    """
+
+    name = "agreement"
+    meaning = (
+        "the share of tokens, drafted without the removed units, that the whole model accepts; "
+        "100 if nothing is removed"
+    )
+    metric_name = "acceptance"
+    settings = ("decoding",)
+
+    def __init__(self, batch: TokenBatch | Tasks, decoding: str = "sampling"):
+        super().__init__(batch)
+        check_one_of("decoding", decoding, ("sampling", "greedy"))
+        self.decoding = decoding
+        self.measure = "rejection" if decoding == "sampling" else "other_token"
+
+    @property
+    def content_hash(self) -> str:
+        return f"{self.batch.content_hash}-{self.decoding}"
+
+
 class _StateDistance(KLDivergence):
     """A distance of final states, position by position, or flattened: of a sample's states as one
     vector."""
@@ -586,7 +641,7 @@ class TaskLikelihood(Objective):
         return f"{self.batch.content_hash}-{self.normalization}"
 
 
-class TaskAccuracy(Objective):
+class TaskAccuracy(_Share):
     """1 - accuracy: the share of questions whose most likely choice is wrong; ties go to the lower
     index.
 
@@ -610,9 +665,6 @@ class TaskAccuracy(Objective):
     name = "accuracy"
     meaning = "the share of questions whose likeliest choice is right"
     metric_name = "accuracy"
-    unit = "%"
-    higher_is_better = True
-    digits = 1
     data = "tasks"
     settings = ("normalization",)
     differentiable = False
@@ -636,14 +688,6 @@ class TaskAccuracy(Objective):
     def content_hash(self) -> str:
         return f"{self.tasks.content_hash}-{self.normalization}"
 
-    @classmethod
-    def metric(cls, loss: float) -> float:
-        return 100 * (1 - loss)
-
-    @classmethod
-    def slope(cls, loss: float) -> float:
-        return -100.0
-
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:
         nll = sums * self.weight
         starts = np.flatnonzero(np.diff(self.sample, prepend=-1))
@@ -664,6 +708,7 @@ OBJECTIVES = {
         TaskLikelihood,
         TaskAccuracy,
         KLDivergence,
+        Agreement,
         CosineDistance,
         NormalizedMSE,
     )

@@ -11,7 +11,8 @@ of the group `fastprune.algorithms` names. Its tests, with pytest:
     def test_my_algorithm(check):
         check("my_algorithm")
 
-or `check_algorithm("my_algorithm")`, which runs all of them. A check fails with AssertionError.
+or `check_algorithm("my_algorithm")`, which runs all of them. A check fails with AssertionError. An
+algorithm over sequences gets no budget; the checks hold for its sequences as for masks.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 
 from .errors import InputError
-from .masks import from_removed, to_removed
+from .masks import as_masks, check_sequences, from_removed, removed_by, repeated, to_removed
 from .objectives import Objective
 from .plan.cost import Cost
 from .plan.racing import Race, check_race
-from .search import find_algorithm, run_search
+from .search import SearchResult, find_algorithm, run_search
 
 __all__ = ["CHECKS", "SyntheticEvaluator", "check_algorithm", "outcome"]
 
@@ -85,34 +86,61 @@ class SyntheticEvaluator:
 
     cuts_samples = True
 
-    def score(self, masks: Any, *, samples: Any = None, tokens: int | None = None) -> np.ndarray:
+    def score(
+        self,
+        masks: Any = None,
+        *,
+        sequences: Any = None,
+        samples: Any = None,
+        tokens: int | None = None,
+    ) -> np.ndarray:
+        asked = self._asked(masks, sequences)
         if samples is not None:
-            self.token_calls.append((len(masks), tokens))
-            return self.score_samples(masks, samples).mean(axis=1)
-        removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
-        self.calls.append(len(removed))
-        return np.array([self.loss(units) for units in removed])
+            self.token_calls.append((len(asked), tokens))
+            named = {} if sequences is None else {"sequences": sequences}
+            return self.score_samples(masks, samples, **named).mean(axis=1)
+        self.calls.append(len(asked))
+        return np.array([self.loss_of(units) for units in asked])
 
-    def score_samples(self, masks: Any, samples: Any = None) -> np.ndarray:
-        removed = [np.flatnonzero(~mask) for mask in np.asarray(masks, dtype=bool)]
+    def score_samples(
+        self, masks: Any = None, samples: Any = None, *, sequences: Any = None
+    ) -> np.ndarray:
+        asked = self._asked(masks, sequences)
         noise = self._noise if samples is None else self._noise[samples]
-        self.sample_calls.append((len(removed), len(noise)))
-        return np.array([self.loss(units) + noise[:, units].sum(axis=1) for units in removed])
+        self.sample_calls.append((len(asked), len(noise)))
+        return np.array(
+            [self.loss_of(units) + noise @ (1 - self._counts(units)) for units in asked]
+        )
+
+    def _asked(self, masks: Any, sequences: Any) -> list[tuple[int, ...]]:
+        """The units that run of each mask or sequence."""
+        if sequences is not None:
+            return [tuple(units) for units in sequences]
+        return [tuple(np.flatnonzero(mask).tolist()) for mask in as_masks(masks, self.num_units)]
+
+    def _counts(self, sequence: tuple[int, ...]) -> np.ndarray:
+        """How many times each unit runs, int64[U]."""
+        return np.bincount(np.array(sequence, dtype=np.int64), minlength=self.num_units)
 
     @property
     def num_looks(self) -> int:
         return 1 if self.num_samples < 32 else 2
 
     def race(
-        self, masks: Any, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
+        self,
+        masks: Any = None,
+        keep: int = 1,
+        confidence: float = 0.99,
+        tolerance: float = 0.0,
+        *,
+        sequences: Any = None,
     ) -> Race:
-        rows = np.asarray(masks, dtype=bool)
-        distinct = np.sort(
-            np.unique(rows, axis=0, return_index=True)[1]
-        )  # of equal masks the first
+        asked = self._asked(masks, sequences)
+        first = {units: number for number, units in reversed(list(enumerate(asked)))}
+        distinct = np.sort(np.array(list(first.values()), dtype=np.int64))
         check_race(keep, len(distinct), confidence, tolerance)
         self.races.append((len(distinct), keep))
-        losses = np.array([self.loss(np.flatnonzero(~mask)) for mask in rows[distinct]])
+        losses = np.array([self.loss_of(asked[number]) for number in distinct])
         best = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
         early = len(distinct) - keep if self.num_looks > 1 else 0
         return Race(distinct[best], losses[best], decided_early=early)
@@ -132,6 +160,23 @@ class SyntheticEvaluator:
 
     def unit_salience(self, power: int = 1) -> np.ndarray:
         return np.abs(self.unit_gradients().mean(axis=0)) ** power
+
+    def loss_of(self, sequence: tuple[int, ...]) -> float:
+        """The loss of running these units in this order.
+
+        Running a unit once more counts as removing it less than once, and each step that does not
+        lead to the next unit has a small loss of its own.
+        """
+        removed = removed_by(sequence, self.num_units)
+        if removed is not None:
+            return self.loss(np.array(removed, dtype=np.int64))
+        more = self._counts(sequence) - 1
+        if more[list(self._broken)].any():
+            return np.nan
+        jumps = sum(
+            0.01 * abs(self.linear[a] - self.linear[b]) for a, b in pairwise(sequence) if b != a + 1
+        )
+        return float(more @ self.pairs @ more - more @ self.linear + jumps)
 
     def loss(self, units: np.ndarray) -> float:
         """The loss of removing these units int64[N]."""
@@ -171,10 +216,17 @@ def check_description(name: str, **options: Any) -> None:
 
 def check_budgets(name: str, **options: Any) -> None:
     """It removes as many units as it was asked to, from none to all but one, in small models
-    too."""
+    too; over sequences, it runs units of the model, and its result is no mask."""
     for num_units in (2, 3, 7):
+        if _is_over_sequences(name):
+            result = run_search(SyntheticEvaluator(num_units), name, seed=1, **options)
+            assert [result.sequence] == check_sequences([result.sequence], num_units)
+            assert result.removed is None, f"{name} is over sequences and removes units"
+            assert result.mask is None, f"{name} is over sequences and has a mask"
+            continue
         for num_remove in range(num_units):
             result = run_search(SyntheticEvaluator(num_units), name, num_remove, seed=1, **options)
+            assert result.removed is not None, f"{name} removed no units"
             assert len(result.removed) == num_remove, (
                 f"{name} removed {result.removed}, not {num_remove} units"
             )
@@ -182,36 +234,50 @@ def check_budgets(name: str, **options: Any) -> None:
 
 
 def check_best(name: str, **options: Any) -> None:
-    """Its result is the best subset of the full budget that it scored, or its method's choice."""
+    """Its result is the best subset of the full budget, or the best sequence, that it scored, or
+    its method's choice."""
     evaluator = SyntheticEvaluator(9, seed=3)
-    result = run_search(evaluator, name, 4, **options)
-    complete: dict[tuple[int, ...], float] = {r: loss for r, loss in result.history if len(r) == 4}
-    assert result.loss == complete[result.removed]
+    result = _run(evaluator, name, 4, options)
+    complete: dict[tuple[int, ...], float] = {
+        units: loss for units, loss in result.history if _is_over_sequences(name) or len(units) == 4
+    }
+    assert result.loss == complete[_chosen(result)]
     assert result.choice == "method's" or result.loss == min(complete.values()), (
-        f"{name} scored a better subset"
+        f"{name} scored a better candidate"
     )
-    assert result.loss == evaluator.score(result.mask[None])[0]
+    assert result.loss == evaluator.score(sequences=[result.sequence])[0]
 
 
 def check_history(name: str, **options: Any) -> None:
-    """It scores through its Search alone, so that every subset is scored, counted and remembered
+    """It scores through its Search alone, so that every candidate is scored, counted and remembered
     once."""
     evaluator = SyntheticEvaluator(9, seed=4)
-    result = run_search(evaluator, name, 3, **options)
+    result = _run(evaluator, name, 3, options)
     assert len(result.history) == len(dict(result.history)) == result.evaluations
     assert result.evaluations == sum(evaluator.calls), f"{name} scores past its Search, or twice"
-    for removed, loss in result.history:
-        assert loss == evaluator.score(from_removed([removed], 9))[0]
+    for units, loss in result.history:
+        if _is_over_sequences(name):
+            assert loss == evaluator.score(sequences=[units])[0]
+        else:
+            assert loss == evaluator.score(from_removed([units], 9))[0]
 
 
 def check_protection(name: str, **options: Any) -> None:
-    """It never scores a subset with a protected unit, and takes every budget that remains."""
+    """It never scores a subset with a protected unit, and takes every budget that remains; over
+    sequences, a protected unit runs once."""
     for protect in ((0, 2, 5), (1, 3, 8), (0, 8)):
+        if _is_over_sequences(name):
+            evaluator = SyntheticEvaluator(9, seed=5)
+            for sequence, _ in run_search(evaluator, name, protect=protect, **options).history:
+                assert all(sequence.count(unit) == 1 for unit in protect), (
+                    f"{name} tried {sequence}, where {protect} are protected"
+                )
+            continue
         for num_remove in range(10 - len(protect)):
             result = run_search(
                 SyntheticEvaluator(9, seed=5), name, num_remove, protect=protect, **options
             )
-            assert len(result.removed) == num_remove
+            assert len(_chosen(result)) == num_remove
             tried = {unit for removed, _ in result.history for unit in removed}
             assert not tried & set(protect), (
                 f"{name} tried to remove units of {protect}, which are protected"
@@ -230,13 +296,14 @@ def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
     assert found is not None or sum(evaluator.calls) == 1, (
         f"{name} found no finite loss where most are"
     )
-    assert found is None or not set(found) & {1, 4}
-    assert _finite(SyntheticEvaluator(7, seed=6, broken=(0, 1, 2, 6)), name, options) in (
-        None,
-        (3, 4, 5),
-    )
+    if not _is_over_sequences(name):
+        assert found is None or not set(found) & {1, 4}
+        assert _finite(SyntheticEvaluator(7, seed=6, broken=(0, 1, 2, 6)), name, options) in (
+            None,
+            (3, 4, 5),
+        )
     try:
-        run_search(SyntheticEvaluator(4, broken=(0, 1, 2, 3)), name, 2, **options)
+        _run(SyntheticEvaluator(4, broken=(0, 1, 2, 3)), name, 2, options)
     except ArithmeticError:
         return
     raise AssertionError(f"{name} found a finite loss where there is none")
@@ -244,12 +311,19 @@ def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
 
 def check_ties(name: str, **options: Any) -> None:
     """Equal losses of all masks break no arithmetic."""
-    assert len(run_search(SyntheticEvaluator(7, flat=True), name, 3, **options).removed) == 3
+    result = _run(SyntheticEvaluator(7, flat=True), name, 3, options)
+    assert result.removed is None or len(result.removed) == 3
 
 
 def check_gap(name: str, **options: Any) -> float:
-    """It finds nothing below the optimum. Returns how far above it stays, for information."""
+    """It finds nothing below the optimum. Returns how far above it stays, for information. Over
+    sequences, there is no end of candidates, and the gap is to the best repeated window."""
     evaluator = SyntheticEvaluator(10, seed=7)
+    if _is_over_sequences(name):
+        windows = [[window] for window in combinations(range(11), 2)]
+        sequences = [repeated(10, window) for window in windows]
+        optimum = float(evaluator.score(sequences=sequences).min())
+        return run_search(evaluator, name, **options).loss - optimum
     optimum = float(evaluator.score(from_removed(list(combinations(range(10), 4)), 10)).min())
     gap = run_search(evaluator, name, 4, **options).loss - optimum
     assert gap >= 0, f"{name} reports a loss that no subset has"
@@ -269,14 +343,15 @@ def check_races(name: str, **options: Any) -> None:
     for _ in range(2):
         evaluator = SyntheticEvaluator(9, seed=9, num_samples=64)
         try:
-            result = run_search(evaluator, name, 4, seed=2, protect=(1,), racing=0.99, **options)
+            racing = {"seed": 2, "protect": (1,), "racing": 0.99}
+            result = _run(evaluator, name, 4, {**options, **racing})
         except KeyError as error:
             raise AssertionError(
                 f"{name} needs the loss of {error}, which has left a race"
             ) from error
         assert result.decided_early > 0, f"{name} is registered as one that races, and does not"
-        assert result.loss == evaluator.score(result.mask[None])[0]
-        assert 1 not in result.removed, f"{name} removed a protected unit"
+        assert result.loss == evaluator.score(sequences=[result.sequence])[0]
+        assert result.sequence.count(1) == 1, f"{name} removed or repeated a protected unit"
         found.append(result.history)
     assert found[0] == found[1], f"{name} finds something else when it is run again"
 
@@ -311,7 +386,11 @@ def check_refusals(name: str, **options: Any) -> None:
     anything is scored."""
     evaluator = SyntheticEvaluator(4)
     _refused(evaluator, name, 1, {**options, "no_such_option": 1}, "has no option 'no_such_option'")
-    for num_remove in (-1, 4, 1.0, True):
+    if _is_over_sequences(name):
+        _refused(evaluator, name, 1, options, "removes nothing")
+        assert not evaluator.calls, f"{name} scores before it refuses"
+        return
+    for num_remove in (None, -1, 4, 1.0, True):
         _refused(evaluator, name, num_remove, options, "num_remove")
     _refused(evaluator, name, 3, {**options, "protect": (0, 1)}, "units are not protected")
     assert not evaluator.calls, f"{name} scores before it refuses"
@@ -334,21 +413,36 @@ CHECKS: tuple[Callable, ...] = (
 
 
 def outcome(name: str, **options: Any) -> list:
-    """The outcome of a search for one seed: the removed units, the loss to the bit, and the
-    history. Plain values."""
-    result = run_search(SyntheticEvaluator(9, seed=8, num_samples=20), name, 4, seed=11, **options)
-    history = [[list(removed), loss.hex()] for removed, loss in result.history]
-    return [list(result.removed), result.loss.hex(), history]
+    """The outcome of a search for one seed: the removed units or the sequence, the loss to the bit,
+    and the history. Plain values."""
+    evaluator = SyntheticEvaluator(9, seed=8, num_samples=20)
+    result = _run(evaluator, name, 4, {**options, "seed": 11})
+    history = [[list(units), loss.hex()] for units, loss in result.history]
+    return [list(_chosen(result)), result.loss.hex(), history]
+
+
+def _is_over_sequences(name: str) -> bool:
+    return find_algorithm(name).over_sequences
+
+
+def _run(evaluator: SyntheticEvaluator, name: str, num_remove: int, options: dict) -> SearchResult:
+    """A search for num_remove units, or over sequences."""
+    return run_search(evaluator, name, None if _is_over_sequences(name) else num_remove, **options)
+
+
+def _chosen(result: SearchResult) -> tuple[int, ...]:
+    """The result's key in its history."""
+    return result.sequence if result.removed is None else result.removed
 
 
 def _finite(evaluator: SyntheticEvaluator, name: str, options: dict) -> tuple[int, ...] | None:
-    """The 3 units that the search removes, None if it found no finite loss."""
+    """The 3 units that the search removes, or its sequence; None if it found no finite loss."""
     try:
-        result = run_search(evaluator, name, 3, **options)
+        result = _run(evaluator, name, 3, options)
     except ArithmeticError:
         return None
     assert math.isfinite(result.loss), f"{name} let a loss that is not finite win"
-    return result.removed
+    return _chosen(result)
 
 
 def _refused(

@@ -18,19 +18,22 @@ from rich.text import Text
 from .. import __version__
 from ..errors import InputError
 from ..io import file_marks, json_text, parse_json, write_json, write_jsonl
-from ..masks import check_removed, check_sequences, from_removed, load_masks, to_removed
+from ..masks import check_removed, check_sequences, record_units, removed_by
 from ..objectives import Difference, no_judge, objective_class
 from ..plan.progress import ProgressEvent, reporting
 from ..study.tables import (
     TABLE_NOTE,
     format_dense,
     format_races,
+    format_record,
     format_removed,
     format_saved,
     pattern_text,
     results_table,
+    units_header,
 )
 from ..validate import refuse_existing
+from .candidates import UnitSequence, candidate_options, check_candidates, read_candidates
 from .options import (
     MOST_SEED,
     Budget,
@@ -150,24 +153,13 @@ def algorithms(names: tuple[str, ...]) -> None:
 
 
 @click.command(cls=Command)
-@click.option(
-    "--masks",
-    "masks_file",
-    type=FileName(),
-    help='.npy [N, U] of 1 = kept, 0 = removed; .jsonl rows {"removed": [9, 10]}; or a .txt '
-    "configuration of EvoPress.",
-)
-@click.option(
-    "--removed",
-    multiple=True,
-    type=Units(),
-    help="Units to remove, such as 9,10 or 9-11; - for none, all for all; once per mask.",
-)
+@candidate_options
 @click.option(
     "--out",
     "out_file",
     type=FileName(),
-    help='Write rows {"removed", "loss", METRIC}, such as "perplexity", to this new .jsonl file.',
+    help='Write rows {"removed" or "sequence", "loss", METRIC}, such as "perplexity", to this new '
+    ".jsonl file.",
 )
 @json_option
 @evaluates
@@ -175,39 +167,33 @@ def score(
     make_evaluator: MakeEvaluator,
     masks_file: str | None,
     removed: tuple[tuple[int, ...] | str, ...],
+    sequences: tuple[tuple[int, ...], ...],
     out_file: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Score depth masks of MODEL.
+    """Score depth masks of MODEL, or sequences of its units.
 
-    A mask's score is how good the model is without the units that it removes. It is printed as the
+    A mask's score is how good the model is without the units that it removes; a sequence runs units
+    in any order, some of them several times. It is printed as the
     objective's metric with its standard error over samples; of several masks also as the difference
     to the whole model, with the paired standard error. A difference below two of them is marked.
     """
-    if bool(masks_file) == bool(removed):
-        raise InputError("give masks either as --masks FILE or as --removed, once per mask")
-    with naming("--masks"):
-        if masks_file and not Path(masks_file).is_file():
-            raise InputError(f"{masks_file}: no such masks file")
+    check_candidates(masks_file, removed, sequences)
     if out_file:
         with naming("--out"):
             refuse_existing(Path(out_file))
     with progress_bar(quiet) as progress:
         evaluator = make_evaluator(progress)
-        if masks_file:
-            masks = load_masks(masks_file, evaluator.num_units)
-        else:
-            with naming("--removed"):
-                masks = from_removed(removed, evaluator.num_units)
+        chosen = read_candidates(masks_file, removed, sequences, evaluator.num_units)
         score_all = _Scores.only_losses if out_file and not as_json else _Scores.by_sample
-        scores = score_all(evaluator, masks)
+        scores = score_all(evaluator, chosen)
     written, trouble = None, ""
     if out_file:
         rows = scores.rows()
         written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
         if trouble:  # all is printed instead
-            scores = _Scores.by_sample(evaluator, masks)
+            scores = _Scores.by_sample(evaluator, chosen)
     with printing(written):
         if as_json:
             say_json(scores.to_dict())
@@ -231,8 +217,9 @@ def score(
 @click.option(
     "--num-remove",
     type=Budget(),
-    required=True,
-    help="How many units to remove, or a share of them such as 25%, rounded down.",
+    callback=lambda context, parameter, value: _check_num_remove(context, value),
+    help="How many units to remove, or a share of them such as 25%, rounded down. Not for a search "
+    "over sequences, such as repeat.",
 )
 @click.option(
     "--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5."
@@ -258,7 +245,7 @@ def score(
 def search(
     make_evaluator: MakeEvaluator,
     algorithm: str,
-    num_remove: int | str,
+    num_remove: int | str | None,
     options: tuple[str, ...],
     protect: str | tuple[int, ...],
     seed: int,
@@ -267,11 +254,13 @@ def search(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Search MODEL for the units whose removal hurts least."""
+    """Search MODEL for the units whose removal hurts least, or for a sequence of units that
+    helps."""
     from ..search import check_algorithm, check_racing, protected_units, run_search
 
     given: dict[str, Any] = dict(split_options(options))
-    _, settings = check_algorithm(algorithm, given)
+    chosen, settings = check_algorithm(algorithm, given)
+    chosen.check_num_remove(num_remove)
     check_racing([algorithm], racing)
     parameters = click.get_current_context().params
     check_gradients([algorithm], parameters["objective"])
@@ -296,6 +285,18 @@ def search(
     _print_search(record, target, as_json, written=not trouble)
     if trouble:
         raise click.ClickException(trouble)
+
+
+def _check_num_remove(context: click.Context, num_remove: int | str | None) -> int | str | None:
+    """The option's value. One that is missing is named before the options that need files."""
+    if num_remove is None:  # then click has read the algorithm before
+        from ..search import find_algorithm
+
+        try:
+            find_algorithm(context.params["algorithm"]).check_num_remove(None)
+        except InputError as error:
+            raise InputError(error.message.replace("num_remove", "--num-remove")) from None
+    return num_remove
 
 
 def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, object]:
@@ -329,8 +330,8 @@ def _search_record(
 ) -> dict:
     """A search's result.json: the result, the whole model beside it, and the arguments."""
     objective = evaluator.objective
-    pair = np.stack([result.mask, np.ones(evaluator.num_units, dtype=bool)])
-    sample_losses = evaluator.score_samples(pair)
+    pair = [result.sequence, range(evaluator.num_units)]
+    sample_losses = evaluator.score_samples(sequences=pair)
     dense_loss = float(objective.mean(sample_losses)[1])
     error, dense_error = objective.standard_error(sample_losses).tolist()
     calibration = {"file": arguments["calibration"], "num_samples": evaluator.num_samples}
@@ -342,7 +343,7 @@ def _search_record(
         "dense_standard_error": dense_error,
         "difference": dataclasses.asdict(objective.compare(*sample_losses)),
         "chance": objective.chance,
-        "removed_names": [evaluator.unit_names[unit] for unit in result.removed],
+        "removed_names": [evaluator.unit_names[unit] for unit in result.removed or ()],
         "calibration": calibration | {name: arguments[name] for name in ("seq_len", "sample_seed")},
         "fastprune": __version__,
         "arguments": dict(arguments),
@@ -355,28 +356,34 @@ def _print_search(
     """Print a search's record. target: its file, if it has one; written: whether the file is
     new."""
     objective = objective_class(record["objective"])
-    algorithm, removed, num_units = record["algorithm"], record["removed"], record["num_units"]
+    algorithm, num_units = record["algorithm"], record["num_units"]
+    is_sequence = "sequence" in record
+    units = record["sequence" if is_sequence else "removed"]
+    shape = f"{len(units)} unit runs" if is_sequence else f"{len(units)} of {num_units} removed"
     loss, error, dense_loss, dense_error = (
         float(record[name])  # inf and nan are texts in a file
         for name in ("loss", "standard_error", "dense_loss", "dense_standard_error")
     )
     title = (
-        f"{record['model']}, {record['objective']}, {len(removed)} of {num_units} removed "
+        f"{record['model']}, {record['objective']}, {shape} "
         f"({format_dense(objective, dense_loss, dense_error)})"
     )
     counts = (record[name] for name in ("evaluations", "unit_runs", "naive_unit_runs"))
-    row = (algorithm, removed, objective.format(loss, error, named=False), *counts)
+    row = (algorithm, units, objective.format(loss, error, named=False), *counts)
     dense_pass = f" Under {record['objective']}, runs include one pass of the whole model."
     dense_pass *= objective.compares_with_dense
     with printing(target):
         if as_json:
             say_json(record)
             return
-        say(results_table(title, objective.header(), [row]))
+        say(results_table(title, objective.header(), [row], units_header([record])))
         say(f"{TABLE_NOTE}{dense_pass} {record['seconds']:.1f} s.", style="dim")
-        say(pattern_text([(record["objective"], algorithm, removed)], num_units))
-        say(f"removed: {format_removed(removed)}")
-        if removed and not objective.compares_with_dense:
+        if is_sequence:
+            say(f"sequence: {format_removed(units)}")
+        else:
+            say(pattern_text([(record["objective"], algorithm, units)], num_units))
+            say(f"removed: {format_removed(units)}")
+        if units and not objective.compares_with_dense:
             values = {name: float(value) for name, value in record["difference"].items()}
             samples = int(values["num_samples"])
             difference = Difference(values["value"], values["error"], samples)
@@ -388,7 +395,7 @@ def _print_search(
             say(note_)
         if record["racing"]:
             say(format_races(record["decided_early"]))
-        if record["granularity"] == "sublayer":
+        if record["granularity"] == "sublayer" and not is_sequence:
             say(f"sublayers: {', '.join(record['removed_names']) or '-'}")
         if target and written:
             say(f"written: {target}")
@@ -403,13 +410,14 @@ def _print_search(
 )
 @click.option(
     "--sequence",
-    type=Units(),
+    type=UnitSequence(),
     help="Blocks in the order in which they are to run, such as 0-8,8-11.",
 )
 @click.option(
     "--result",
     type=FileName(),
-    help="A search's result.json: its blocks are removed, its losses reported.",
+    help="A search's result.json: its blocks are removed, or run in its sequence, and its losses "
+    "reported.",
 )
 @click.option(
     "--base-model", help="Hub id of the base model, for the model card; default: the name of MODEL."
@@ -423,8 +431,8 @@ def export(
     device: str | None,
     dtype: str | None,
     trust_remote_code: bool,
-    removed: Sequence[int] | str | None,
-    sequence: tuple[int, ...] | None,
+    removed: Iterable[int] | str | None,
+    sequence: Sequence[int] | None,
     result: str | None,
     base_model: str | None,
     out_dir: str,
@@ -449,33 +457,34 @@ def export(
     notes: list[str] = []
     if result is not None:
         with naming("--result"):
-            removed, losses, notes, num_units, searched = _read_result(Path(result))
+            removed, sequence, losses, notes, num_units, searched = _read_result(Path(result))
     opened = open_model(model, device, dtype or "auto", trust_remote_code)
+    if result is not None and num_units != opened.num_blocks:
+        raise InputError(
+            f"--result: {result}: of a model of {num_units} blocks; {opened.name} has "
+            f"{opened.num_blocks}"
+        )
+    gone = None
     if sequence is not None:
-        with naming("--sequence"):
-            check_sequences([sequence], opened.num_blocks)
-        folder = checkpoint.export(opened, out_dir, sequence=sequence, base_model=base_model)
+        with naming("--sequence" if result is None else "--result"):
+            (sequence,) = check_sequences([sequence], opened.num_blocks)
         what = (
             f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
         )
     elif removed is not None:
         with naming("--removed" if result is None else "--result"):
-            if result is not None and num_units != opened.num_blocks:
-                raise InputError(
-                    f"{result}: of a model of {num_units} blocks; {opened.name} has "
-                    f"{opened.num_blocks}"
-                )
-            removed = check_removed(removed, opened.num_blocks)
-        folder = checkpoint.export(
-            opened,
-            out_dir,
-            removed=removed,
-            base_model=base_model,
-            losses=losses,
-            notes=notes,
-        )
-        left = opened.num_blocks - len(removed)
-        what = f"{left} blocks of {opened.num_blocks}, without {format_removed(removed)}"
+            gone = check_removed(removed, opened.num_blocks)
+        left = opened.num_blocks - len(gone)
+        what = f"{left} blocks of {opened.num_blocks}, without {format_removed(gone)}"
+    folder = checkpoint.export(
+        opened,
+        out_dir,
+        removed=gone,
+        sequence=sequence,
+        base_model=base_model,
+        losses=losses,
+        notes=notes,
+    )
     warning = (
         checkpoint.llama_cpp_warning(opened)
         if (folder / "recipes" / "llama.cpp.txt").exists()
@@ -495,21 +504,29 @@ def export(
 
 def _read_result(
     path: Path,
-) -> tuple[list[int], dict[str, tuple[float, float]], list[str], object, str]:
-    """The removed blocks of a search's result.json, its losses (before, after) by objective and its
-    calibration data, notes on these, how many units the model had, and its name."""
+) -> tuple[
+    list[int] | None,
+    list[int] | None,
+    dict[str, tuple[float, float]],
+    list[str],
+    object,
+    str,
+]:
+    """The removed blocks of a search's result.json, or its sequence of blocks, its losses (before,
+    after) by objective and its calibration data, notes on these, how many units the model had, and
+    its name."""
     if not path.is_file():
         raise InputError(
             f"{path}: {'a folder; name its result.json' if path.is_dir() else 'no such file'}"
         )
     value = parse_json(path.read_bytes(), str(path))
-    names = ("removed", "objective", "granularity", "dense_loss", "loss", "num_units")
-    if (
-        not isinstance(value, dict)
-        or not set(names) <= set(value)
-        or not isinstance(value["removed"], list)
-    ):
-        raise InputError(f"{path}: not the result.json of a search (it has {', '.join(names)})")
+    names = ("objective", "granularity", "dense_loss", "loss", "num_units")
+    units = [value.get(name) for name in ("removed", "sequence")] if isinstance(value, dict) else []
+    if [isinstance(listed, list) for listed in units].count(True) != 1 or not set(names) <= {
+        *value
+    }:
+        needed = ", ".join(("removed or sequence", *names))
+        raise InputError(f"{path}: not the result.json of a search (it has {needed})")
     if value["granularity"] != "block":
         raise InputError(
             f"{path}: its units are sublayers, and half a block cannot be left out of a checkpoint"
@@ -531,7 +548,8 @@ def _read_result(
             f" of {Path(str(found['file'])).name}" if found["file"] else ""
         )
     searched = str(value.get("model", ""))
-    return value["removed"], {name: losses}, notes, value["num_units"], searched
+    removed, sequence = units
+    return removed, sequence, {name: losses}, notes, value["num_units"], searched
 
 
 def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
@@ -544,34 +562,36 @@ def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
 
 @dataclasses.dataclass
 class _Scores:
-    """The losses of masks, with those of the whole model if they help.
+    """The losses of masks and sequences, with those of the whole model if they help.
+
+    chosen: the units that run of each, in order.
 
     losses float64[N]; sample_losses float64[N, S], empty if only losses were asked for; dense
     float64[S], or None. added: the whole model was scored besides the masks.
     """
 
     evaluator: Evaluator
-    removed: list[tuple[int, ...]]
+    chosen: list[tuple[int, ...]]
     losses: np.ndarray
     sample_losses: np.ndarray
     dense: np.ndarray | None = None
     added: bool = False
 
     @classmethod
-    def only_losses(cls, evaluator: Evaluator, masks: np.ndarray) -> _Scores:
+    def only_losses(cls, evaluator: Evaluator, chosen: list[tuple[int, ...]]) -> _Scores:
         """Score any number of masks, without their errors and the whole model."""
-        removed = [to_removed(mask) for mask in masks]
-        return cls(evaluator, removed, evaluator.score(masks), np.empty((0, 0)))
+        return cls(evaluator, chosen, evaluator.score(sequences=chosen), np.empty((0, 0)))
 
     @classmethod
-    def by_sample(cls, evaluator: Evaluator, masks: np.ndarray) -> _Scores:
+    def by_sample(cls, evaluator: Evaluator, chosen: list[tuple[int, ...]]) -> _Scores:
         """Score masks on every sample, and the whole model beside them if it helps."""
-        removed = [to_removed(mask) for mask in masks]
-        whole = _needs_whole_model(evaluator, len(masks))
-        added = whole and () not in removed
-        if added:
-            masks = np.concatenate([masks, np.ones((1, evaluator.num_units), dtype=bool)])
-        parts = np.array_split(masks, -(-len(masks) // MOST_TOGETHER))
+        whole_model = tuple(range(evaluator.num_units))
+        whole = _needs_whole_model(evaluator, len(chosen))
+        added = whole and whole_model not in chosen
+        asked = [*chosen, whole_model] if added else chosen
+        parts = [
+            asked[start : start + MOST_TOGETHER] for start in range(0, len(asked), MOST_TOGETHER)
+        ]
         by_part = []
         for number, part in enumerate(parts):
 
@@ -579,19 +599,19 @@ class _Scores:
                 return replace(event, share=(before + (event.share or 0)) / len(parts))
 
             with reporting(describe):
-                by_part.append(evaluator.score_samples(part))
+                by_part.append(evaluator.score_samples(sequences=part))
         sample_losses = np.concatenate(by_part)
-        dense = sample_losses[(*removed, ()).index(())] if whole else None
-        sample_losses = sample_losses[: len(removed)]
+        dense = sample_losses[asked.index(whole_model)] if whole else None
+        sample_losses = sample_losses[: len(chosen)]
         losses = evaluator.objective.mean(sample_losses)
-        return cls(evaluator, removed, losses, sample_losses, dense, added)
+        return cls(evaluator, chosen, losses, sample_losses, dense, added)
 
     def rows(self) -> list[dict]:
         """For each mask its loss and metric."""
         record = self.evaluator.objective.record
         return [
-            {"removed": list(units), **record(loss)}
-            for units, loss in zip(self.removed, self.losses.tolist())
+            {**record_units(units, self.evaluator.num_units), **record(loss)}
+            for units, loss in zip(self.chosen, self.losses.tolist())
         ]
 
     def to_dict(self) -> dict:
@@ -635,39 +655,52 @@ class _Scores:
         """A row for each mask, with the difference to the whole model if its losses are known."""
         evaluator, objective = self.evaluator, self.evaluator.objective
         halves = evaluator.granularity == "sublayer"
-        compares = self.dense is not None and len(self.removed) > 1
-        table = Table("removed", *["sublayers"] * halves, objective.header())
+        compares = self.dense is not None and len(self.chosen) > 1
+        records = [record_units(units, evaluator.num_units) for units in self.chosen]
+        table = Table(units_header(records), *["sublayers"] * halves, objective.header())
         if compares:
             table.add_column("difference to the whole model")
         errors = objective.standard_error(self.sample_losses)
-        for i, units in enumerate(self.removed):
-            row = [format_removed(units), *[_names(evaluator, units)] * halves]
+        for i, record in enumerate(records):
+            names = _names(evaluator, record.get("removed", ()))
+            row = [format_record(record), *[names] * halves]
             loss, error = float(self.losses[i]), float(errors[i])
             row.append(objective.format(loss, error, named=False))
             if compares and self.dense is not None:
                 difference = objective.compare(self.sample_losses[i], self.dense)
-                row.append(objective.format_difference(difference) if units else "-")
+                is_whole = record.get("removed") == []
+                row.append("-" if is_whole else objective.format_difference(difference))
             table.add_row(*row)
         return table
 
     def say_cost(self) -> None:
         """Print the cost of the scores."""
         evaluator, stats = self.evaluator, self.evaluator.stats
-        sizes, count = [len(units) for units in self.removed], len(self.removed)
-        least, most = min(sizes), max(sizes)
-        removed = f"{least}" if least == most else f"{least} to {most}"
+        num_units = evaluator.num_units
+        removed = [removed_by(units, num_units) for units in self.chosen]
+        sizes = [len(units) for units in removed if units is not None]
+        asked = [_counted(sizes, "mask", "remove", f" of {num_units} units")] if sizes else []
+        if None in removed:
+            lengths = [len(units) for units, gone in zip(self.chosen, removed) if gone is None]
+            asked.append(_counted(lengths, "sequence", "run", f" units of {num_units}"))
         saved = format_saved(stats.naive_unit_runs, stats.unit_runs)
         compares = evaluator.objective.compares_with_dense and stats.unit_runs
         dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
         known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
         say(
-            f"{count} mask{'s' * (count != 1)} that remove{'s' * (count == 1)} {removed} of "
-            f"{evaluator.num_units} units{', and the whole model' * self.added}: "
+            f"{', '.join(asked)}{', and the whole model' * self.added}: "
             f"{stats.unit_runs:.0f} unit runs where one pass per mask takes "
             f"{stats.naive_unit_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
             f"{stats.seconds:.1f} s; "
             f"{stats.cache_bytes / 2**20:.0f} MiB of states were kept"
         )
+
+
+def _counted(sizes: Sequence[int], name: str, verb: str, of: str) -> str:
+    """How many masks or sequences, and how many units they remove or run."""
+    count, least, most = len(sizes), min(sizes), max(sizes)
+    size = f"{least}" if least == most else f"{least} to {most}"
+    return f"{count} {name}{'s' * (count != 1)} that {verb}{'s' * (count == 1)} {size}{of}"
 
 
 def _names(evaluator: Evaluator, units: Iterable[int]) -> str:

@@ -14,15 +14,14 @@ import click
 from rich.table import Table
 
 from .. import __version__
-from ..errors import InputError
 from ..io import write_json, write_jsonl
-from ..masks import from_removed, load_masks, to_removed
+from ..masks import kept_by, record_units
 from ..validate import refuse_existing
+from .candidates import candidate_options, check_candidates, read_candidates
 from .options import (
     MOST,
     Command,
     FileName,
-    Units,
     check_workers,
     group,
     json_option,
@@ -60,18 +59,7 @@ task_settings = group(
     required=True,
     help="Names or patterns, such as arc_easy,mmlu_*; `lm_eval ls tasks` has them.",
 )
-@click.option(
-    "--removed",
-    multiple=True,
-    type=Units(),
-    help="Units to remove, such as 9,10 or 9-11; - for none, all for all.",
-)
-@click.option(
-    "--masks",
-    "masks_file",
-    type=FileName(),
-    help="A file of masks instead, as `fastprune score` takes it.",
-)
+@candidate_options
 @task_settings
 @click.option(
     "--batch-size",
@@ -97,7 +85,7 @@ task_settings = group(
     "--out",
     "out_file",
     type=FileName(),
-    help='Write rows {"removed", "results", ...} to this new .jsonl file.',
+    help='Write rows {"removed" or "sequence", "results", ...} to this new .jsonl file.',
 )
 @json_option
 @store_option
@@ -112,8 +100,9 @@ def evaluate(
     dtype: str | None,
     trust_remote_code: bool,
     tasks: str,
-    removed: tuple[tuple[int, ...] | str, ...],
     masks_file: str | None,
+    removed: tuple[tuple[int, ...] | str, ...],
+    sequences: tuple[tuple[int, ...], ...],
     include_path: str | None,
     out_file: str | None,
     weights_bytes: int | None,
@@ -123,17 +112,13 @@ def evaluate(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on MODEL without some units.
+    """Run tasks of lm-evaluation-harness on MODEL without some units, or with others repeated.
 
     Metrics are the harness's own, as it computes them for the exported checkpoints. All masks are
     run together. Workers and streamed weights are for likelihoods: text is generated in one
     process, by the whole model.
     """
-    if bool(masks_file) == bool(removed):
-        raise InputError("give masks either as --masks FILE or as --removed, once per mask")
-    with naming("--masks"):
-        if masks_file and not Path(masks_file).is_file():
-            raise InputError(f"{masks_file}: no such masks file")
+    check_candidates(masks_file, removed, sequences)
     if out_file:
         with naming("--out"):
             refuse_existing(Path(out_file))
@@ -144,16 +129,15 @@ def evaluate(
 
         opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
         num_units = len(opened.unit_names(settings["granularity"]))
-        if masks_file:
-            masks = load_masks(masks_file, num_units)
-        else:
-            with naming("--removed"):
-                masks = from_removed(removed, num_units)
+        chosen = read_candidates(masks_file, removed, sequences, num_units)
         settings["workers"] = open_workers(workers, ray, opened)
         with progress_bar(quiet) as progress:
-            results = evaluate_masks(opened, masks, names, progress=progress, **settings)
+            results = evaluate_masks(
+                opened, None, names, sequences=chosen, progress=progress, **settings
+            )
     rows = [
-        {"removed": list(to_removed(mask)), **plain(result)} for mask, result in zip(masks, results)
+        {**record_units(units, num_units), **plain(result)}
+        for units, result in zip(chosen, results)
     ]
     written, trouble = None, ""
     if out_file:
@@ -213,10 +197,10 @@ def evaluate_study(
             if cell["model"] == model.name and not cell["error"]:
                 chosen = {name: cell[name] for name in ("objective", "num_remove", "algorithm")}
                 by.setdefault(tuple(cell["removed"]), []).append(chosen)
-        masks = from_removed(by, found["num_units"][model.name])
+        masks = [kept_by(removed, found["num_units"][model.name]) for removed in by]
         store = out_dir / "scores.db"
         settings |= {"granularity": granularity, "store": store, "log_samples": False}
-        results = evaluate_masks(model, masks, names, **settings)
+        results = evaluate_masks(model, None, names, sequences=masks, **settings)
         rows[model.name] = [
             {
                 "removed": list(removed),
@@ -233,7 +217,7 @@ def evaluate_study(
 def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
     """One task's metrics: a row for each mask. Metrics are named as the harness names them, with
     their filter and the direction that it knows."""
-    from ..study.tables import format_removed
+    from ..study.tables import format_record, units_header
 
     metrics = [name for name in rows[0]["results"][task] if "," in name and "_stderr," not in name]
     higher = rows[0]["higher_is_better"].get(task, {})
@@ -242,7 +226,7 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
         name.removesuffix(",none") + directions.get(higher.get(name.partition(",")[0]), "")
         for name in metrics
     ]
-    table = Table("removed", title=title, title_justify="left")
+    table = Table(units_header(rows), title=title, title_justify="left")
     for header in headers:
         table.add_column(header, justify="right")
     for row in rows:
@@ -254,7 +238,7 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
             cells.append(
                 f"{_number(found[name])} ± {_number(error)}" if known else _number(found[name])
             )
-        table.add_row(format_removed(row["removed"]), *cells)
+        table.add_row(format_record(row), *cells)
     return table
 
 

@@ -70,6 +70,23 @@ def _kl(head: Head, states: torch.Tensor, targets: Targets, reference: Any) -> t
     return head.kl(reference, states)[targets.rows][None]
 
 
+def _rejection(head: Head, states: torch.Tensor, targets: Targets, reference: Any) -> torch.Tensor:
+    return head.rejection(reference, states)[targets.rows][None]
+
+
+def _other_token(
+    head: Head, states: torch.Tensor, targets: Targets, reference: torch.Tensor
+) -> torch.Tensor:
+    token = head.most_likely(states)
+    differs = (token != reference).to(torch.float32)
+    differs[(token < 0) | (reference < 0)] = torch.nan
+    return differs[targets.rows][None]
+
+
+def _most_likely(head: Head, states: torch.Tensor, keep: bool) -> torch.Tensor:
+    return head.most_likely(states)
+
+
 def _normed(head: Head, states: torch.Tensor, keep: bool = True) -> torch.Tensor:
     """States as the head reads them, float64[P, D]."""
     return head.normed(states).double()
@@ -129,6 +146,20 @@ MEASURES = {
             ("KL(dense || masked)",),
             lambda head: head.kl_bytes,
             Reference(lambda head, dense, keep: head.dense(dense, keep), lambda h: h.dense_bytes),
+        ),
+        Measure(
+            "rejection",
+            _rejection,
+            ("1 - sum of min(dense, masked) probabilities",),
+            lambda head: head.rejection_bytes,
+            Reference(lambda head, dense, keep: head.dense(dense, keep), lambda h: h.dense_bytes),
+        ),
+        Measure(
+            "other_token",
+            _other_token,
+            ("1 if the most likely tokens of dense and masked differ",),
+            lambda head: head.nll_bytes,
+            Reference(_most_likely, lambda head: 8),
         ),
         Measure(
             "cosine",

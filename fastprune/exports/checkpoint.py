@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..errors import InputError, shown
+from ..masks import is_mask
 from ..objectives import Objective, format_size, no_judge, objective_class
 from ..validate import check_folder
 from . import recipes
@@ -274,7 +273,7 @@ def _describe(
     model."""
     from ..models.text import has_towers
 
-    warning = llama_cpp_warning(model) if recipes.is_mask(sequence) else None
+    warning = llama_cpp_warning(model) if is_mask(sequence) else None
     if has_towers(model.hf):
         notes = [*notes, "Blocks were chosen by text alone; its other inputs were not run"]
     notes = [*notes, *reader_notes(folder)]
@@ -294,12 +293,9 @@ Measured = tuple[float, float | None]  # a loss, and its standard error if known
 
 
 def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, Measured]:
-    """The losses of the whole model and of these blocks; of blocks that ascend with errors."""
-    if not recipes.is_mask(sequence):
-        return (evaluator.dense_loss, None), (float(evaluator.score(sequences=[sequence])[0]), None)
-    masks = np.ones((2, evaluator.num_units), dtype=bool)
-    masks[1] = np.isin(np.arange(evaluator.num_units), sequence)
-    sample_losses = evaluator.score_samples(masks)
+    """The losses of the whole model and of these blocks."""
+    whole = range(evaluator.num_units)
+    sample_losses = evaluator.score_samples(sequences=[whole, sequence])
     losses = evaluator.objective.mean(sample_losses).tolist()
     before, after = zip(losses, evaluator.objective.standard_error(sample_losses).tolist())
     return before, after

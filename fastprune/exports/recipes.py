@@ -6,11 +6,12 @@ Nothing here looks at weights. Each function names the definition of its format.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+
+from ..masks import is_mask
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HEALING = """\
@@ -163,11 +164,6 @@ def model_card(
     if warning:
         lines += ["", f"For llama.cpp: {warning}."]
     return "\n".join(lines) + "\n"
-
-
-def is_mask(sequence: Sequence[int]) -> bool:
-    """Whether these blocks ascend, so that the model is one with blocks left out."""
-    return all(a < b for a, b in itertools.pairwise(sequence))
 
 
 def all_recipes(

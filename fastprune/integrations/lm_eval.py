@@ -27,10 +27,19 @@ import torch
 from ..data import TokenBatch, common_prefix
 from ..errors import InputError, shown
 from ..evaluator import Backend, Evaluator
-from ..masks import as_masks, from_removed, to_removed
+from ..masks import (
+    check_named,
+    check_removed,
+    check_sequence,
+    is_mask,
+    kept_by,
+    parse_removed,
+    record_units,
+)
 from ..models import Granularity, Model, Needs, load_model, masked, open_runner
 from ..models.verify import agree, probe_ids
 from ..objectives import Objective
+from ..plan.trie import units_of
 from ..validate import check_one_of, refuse_special
 from ..workers.processes import Processes, Workers, check_workers
 from . import require_harness
@@ -67,27 +76,31 @@ NOT_FOR_MASKS = (
 
 
 class MaskedLM(HFLM):
-    """A model without some of its blocks, as lm-evaluation-harness takes it: `--model fastprune`.
+    """A model without some of its blocks, or with blocks repeated, as lm-evaluation-harness takes
+    it: `--model fastprune`.
 
     pretrained: "demo", a folder, a hub id, or a model in memory. removed: units to leave out, such
-    as "9-11" or [9, 10]. granularity, backend, memory_bytes, store, workers, progress: as
+    as "9-11" or [9, 10]. sequence: instead, the units in the order in which they run, such as
+    "0-8 8-11". granularity, backend, memory_bytes, store, workers, progress: as
     `Evaluator` takes them. weights_bytes: as `load_model` takes it; such a model generates no text.
     tokenizer (a name, or one in memory), dtype, device, max_length, add_bos_token, prefix_token_id,
     truncation, think_end_token, enable_thinking and chat_template_args: as the harness's `hf` takes
     them; batch_size and max_batch_size are those of generation, likelihoods are batched by the byte
     budget.
 
-    masks: bool[N, U]; likelihoods are computed for all of them when they are first asked for.
-    current: the one whose answers are given.
+    sequences: the units that run of each of N masks or sequences; likelihoods are computed for all
+    of them when they are first asked for. current: the one whose answers are given. num_units: U.
 
-    Raises InputError for a unit out of range, an unknown argument, and a model without a tokenizer.
+    Raises InputError for a unit out of range, for removed and sequence together, an unknown
+    argument, and a model without a tokenizer.
     """
 
     def __init__(
         self,
         pretrained: str | os.PathLike | Model | torch.nn.Module,
-        removed: str | int | Iterable[int] = (),
+        removed: str | int | Iterable[int] | None = None,
         *,
+        sequence: str | int | Iterable[int] | None = None,
         tokenizer: Any = None,
         dtype: str | torch.dtype | None = "auto",
         device: str | None = None,
@@ -127,8 +140,8 @@ class MaskedLM(HFLM):
             "store": store,
             "progress": progress,
         }
-        units = len(self.opened.unit_names(granularity))
-        self.masks = from_removed([_units(removed)], units)
+        self.num_units = len(self.opened.unit_names(granularity))
+        self.sequences = [_sequence(removed, sequence, self.num_units)]
         with self.opened.evaluation():
             super().__init__(
                 pretrained=self.opened,  # no module: the harness would change its flags and ties
@@ -143,12 +156,12 @@ class MaskedLM(HFLM):
         self._running["workers"] = started
 
     @property
-    def masks(self) -> np.ndarray:
-        return self._masks
+    def sequences(self) -> list[tuple[int, ...]]:
+        return self._sequences
 
-    @masks.setter
-    def masks(self, masks: ArrayLike) -> None:
-        self._masks = as_masks(masks, len(self.opened.unit_names(self._granularity)))
+    @sequences.setter
+    def sequences(self, sequences: Iterable[Iterable[int]]) -> None:
+        self._sequences = units_of(None, sequences, self.num_units)
         self._known: dict[str, dict[tuple, list]] = {
             "loglikelihood": {},
             "loglikelihood_rolling": {},
@@ -163,7 +176,7 @@ class MaskedLM(HFLM):
         return self._recall("loglikelihood_rolling", requests, self._roll)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Generate with transformers, on the model without the current mask's blocks. Raises
+        """Generate with transformers, on the model with the current sequence's blocks. Raises
         InputError if it cannot run."""
         try:
             with self.generating(self.current) as self._model:
@@ -173,30 +186,31 @@ class MaskedLM(HFLM):
 
     @contextmanager
     def generating(self, number: int) -> Iterator[Any]:
-        """The transformers model masked by mask `number`, once it has been seen to generate as it
-        should.
+        """The transformers model with the blocks of sequence `number`, once it has been seen to
+        generate as it should.
 
         Raises InputError if it does not: for half blocks, for streamed weights, and for a family
         that needs its blocks as they are.
         """
-        kept, model = np.flatnonzero(self.masks[number]).tolist(), self.opened
+        blocks, model = self.sequences[number], self.opened
         model.require_resident(WHOLE)
         if self._granularity != "block":
             raise InputError(
                 "text is generated without whole blocks only; half a block can be scored, not "
                 "left out"
             )
-        removed = to_removed(self.masks[number])
-        refusal = (
-            f"{model.name}: the family {model.family!r} cannot generate without blocks {removed}"
-        )
+        how = f"with the blocks {blocks}"
+        if is_mask(blocks):
+            gone = record_units(blocks, self.num_units)["removed"]
+            how = f"without blocks {tuple(gone)}"
+        refusal = f"{model.name}: the family {model.family!r} cannot generate {how}"
         with model.evaluation():
             runner, ids = open_runner(model, "generic"), probe_ids(model)
             state, arguments = runner.open(ids)
-            for block in kept:
+            for block in blocks:
                 state = runner.run(block, state, arguments)
             expected = runner.head.logits(state.flatten(0, 1))
-            with masked(model, removed) as hf:
+            with masked(model, sequence=blocks) as hf:
                 try:
                     before = hf(input_ids=ids[:, :-1], use_cache=True)
                     after = hf(
@@ -215,7 +229,7 @@ class MaskedLM(HFLM):
         """The description of the model in the harness's results."""
         return {
             "pretrained": self.opened.name,
-            "removed": list(to_removed(self.masks[self.current])),
+            **record_units(self.sequences[self.current], self.num_units),
             "granularity": self._granularity,
             "model_dtype": str(self.opened.dtype).removeprefix("torch."),
         }
@@ -247,7 +261,7 @@ class MaskedLM(HFLM):
                 context_len=1,
             )
             windows += [(number, *utils.make_disjoint_window(window)) for window in rolling]
-        sums = np.zeros((len(requests), len(self.masks)))
+        sums = np.zeros((len(requests), len(self.sequences)))
         answers = self._loglikelihood_tokens([(None, *tokens) for _, *tokens in windows])
         for (number, *_), by_mask in zip(windows, answers, strict=True):
             sums[number] += [likelihood for likelihood, _ in by_mask]
@@ -282,7 +296,7 @@ class MaskedLM(HFLM):
         the rows."""
         batch = TokenBatch.from_predictions([[pairs[number] for number in row] for row in rows])
         evaluator = Evaluator(self.opened, _Sums(batch), **self._running)
-        nll, misses = np.moveaxis(evaluator.sums(self.masks), 1, 0)
+        nll, misses = np.moveaxis(evaluator.sums(sequences=self.sequences), 1, 0)
         return -nll, misses == 0
 
     def _inputs(
@@ -361,15 +375,17 @@ class _Sums(Objective):
 
 def evaluate_masks(
     model: str | os.PathLike | Model | torch.nn.Module,
-    masks: ArrayLike,
+    masks: ArrayLike | None,
     tasks: Sequence[str],
     *,
+    sequences: Iterable[Iterable[int]] | None = None,
     include_path: str | os.PathLike | None = None,
     **settings: Any,
 ) -> list[dict]:
     """The results of `lm_eval.simple_evaluate` for the model under each mask, in their order.
 
-    model: as `MaskedLM` takes it. masks: bool or 0/1 [N, U], True = kept. tasks: names as `lm_eval
+    model: as `MaskedLM` takes it. masks: bool or 0/1 [N, U], True = kept; or None, and sequences: N
+    collections of unit indices in the order in which they run. tasks: names as `lm_eval
     ls tasks` lists them, patterns such as "mmlu_*", or .yaml files; include_path: a folder with
     more. settings: of MaskedLM (granularity, backend, tokenizer, max_length, ...) and of
     simple_evaluate (limit, num_fewshot, bootstrap_iters, log_samples, gen_kwargs, task_manager,
@@ -378,7 +394,7 @@ def evaluate_masks(
     Tasks are loaded once, and each likelihood is asked for once: all masks answer together, sharing
     prefixes, and a mask's answers do not depend, to the bit, on the others. The harness is then run
     for each mask on these answers. Text is generated mask by mask. `config` in each result names
-    the removed units.
+    the removed units, or the sequence.
 
     Raises InputError for an unknown task or setting, and before anything is scored if a task
     generates and a mask cannot.
@@ -387,15 +403,15 @@ def evaluate_masks(
     manager = find_tasks(tasks, include_path, settings.pop("task_manager", None))
     names = _names(tasks, manager)
     lm = MaskedLM(model, **{name: settings.pop(name) for name in OF_LM if name in settings})
-    lm.masks = masks
+    lm.sequences = units_of(masks, sequences, lm.num_units)
 
     def check(loaded: Mapping) -> None:
         if any(task.OUTPUT_TYPE == "generate_until" for task in loaded.values()):
-            for number in range(len(lm.masks)):
+            for number in range(len(lm.sequences)):
                 with lm.generating(number):
                     pass
 
-    if not len(lm.masks):
+    if not lm.sequences:
         return []
     loading = _Loading(manager, check)
     first = simple_evaluate(model=lm, tasks=names, task_manager=loading, **settings)
@@ -411,7 +427,7 @@ def evaluate_masks(
     }
     arguments["log_samples"] = given["predict_only"] or given["log_samples"]
     results = [first]
-    for number in range(1, len(lm.masks)):
+    for number in range(1, len(lm.sequences)):
         lm.current = number
         loading.rewind(given["fewshot_random_seed"])
         found = evaluate(lm=lm, task_dict=loading.found, **arguments)
@@ -523,9 +539,22 @@ def _gather(sequences: Sequence[np.ndarray]) -> list[list[int]]:
     return rows
 
 
-def _units(removed: str | int | Iterable[int]) -> Iterable[int] | str:
-    """Units as the harness's command line hands them over: text, one number, or a list."""
-    return (removed,) if isinstance(removed, int) else removed
+def _sequence(
+    removed: str | int | Iterable[int] | None,
+    sequence: str | int | Iterable[int] | None,
+    num_units: int,
+) -> tuple[int, ...]:
+    """The units that run. Units come as the harness's command line hands them over: text, one
+    number, or a list."""
+    if sequence is None:
+        units = () if removed is None else (removed,) if isinstance(removed, int) else removed
+        return kept_by(check_removed(units, num_units), num_units)
+    if removed is not None:
+        raise InputError("give either removed or sequence, one of them")
+    if isinstance(sequence, str):
+        sequence = parse_removed(sequence)
+    units = (sequence,) if isinstance(sequence, int) else sequence
+    return check_named(check_sequence(units, num_units))
 
 
 def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:

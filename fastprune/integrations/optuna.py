@@ -1,5 +1,5 @@
-"""Optuna studies over depth masks, by ask and tell in batches: the trials of a batch share their
-prefixes.
+"""Optuna studies over depth masks and sequences, by ask and tell in batches: the trials of a batch
+share their prefixes.
 
 A study asks for one trial after the other and scores each before it asks for the next, so that
 nothing is shared. Here a batch of trials is asked for, scored in one call, and told; a race may
@@ -16,12 +16,14 @@ import numpy as np
 
 from ..errors import InputError
 from ..evaluator import Evaluator
-from ..masks import check_removed, from_removed
+from ..masks import check_named, check_removed, check_sequence, kept_by, record_units
 from ..search import protected_units
 from ..validate import check_integer, check_kind, check_probability, require
 
 if TYPE_CHECKING:
     import optuna
+
+Suggest = Callable[..., Iterable[int]]  # units of an optuna trial
 
 
 def suggest_removed(
@@ -49,19 +51,21 @@ def optimize(
     racing: float | None = None,
     keep: int = 4,
     protect: Iterable[int] | str = (),
-    suggest: Callable[..., Iterable[int]] | None = None,
+    suggest: Suggest | None = None,
+    suggest_sequence: Suggest | None = None,
 ) -> None:
     """Run n_trials of an optuna study that minimizes the evaluator's loss, batch by batch.
 
     The user attribute `removed` of a trial, a list, holds its removed units. num_remove units go,
-    by `suggest_removed`; or give suggest(trial) -> removed units, with any parameters. A subset
-    that an earlier batch has scored is told without being run again; an infinite loss or NaN makes
-    its trial FAIL.
+    by `suggest_removed`; or give suggest(trial) -> removed units, with any parameters, or
+    suggest_sequence(trial) -> units in the order in which they run. A sequence other than a mask
+    goes into the attribute `sequence`. A subset that an earlier batch has scored is told without
+    being run again; an infinite loss or NaN makes its trial FAIL.
     racing: a confidence such as 0.99 makes each batch a race (`Evaluator.race`): the `keep` best
     of it are told their exact losses, the others are told as PRUNED, which takes the place of
     optuna's pruners.
-    protect: units that stay, or the name of a preset, as in `run_search`; with suggest they must be
-    left empty.
+    protect: units that stay, or the name of a preset, as in `run_search`; with suggest or
+    suggest_sequence they must be left empty.
 
     Samplers choose the trials of a batch without knowing one another's losses:
     TPESampler(constant_liar=True) keeps them apart, and a batch_size of 1 is optuna's own loop. An
@@ -73,16 +77,15 @@ def optimize(
     >>> study.best_trial.user_attrs["removed"]  # doctest: +SKIP
     """
     require("optuna", "optuna")
-    suggest = _check(
-        study, evaluator, num_remove, n_trials, batch_size, racing, keep, protect, suggest
-    )
+    _check(study, evaluator, n_trials, batch_size, racing, keep)
+    units_of_trial = _units_of_trial(evaluator, num_remove, protect, suggest, suggest_sequence)
     known: dict[tuple[int, ...], float] = {}
     for start in range(0, n_trials, batch_size):
         open_trials = []
         try:
             for _ in range(min(batch_size, n_trials - start)):
                 open_trials.append(study.ask())
-            _run_batch(study, evaluator, open_trials, suggest, known, racing, keep)
+            _run_batch(study, evaluator, open_trials, units_of_trial, known, racing, keep)
         finally:
             for trial in open_trials:  # those that were not told
                 study.tell(trial, state=_state("FAIL"))
@@ -92,26 +95,27 @@ def _run_batch(
     study: optuna.Study,
     evaluator: Evaluator,
     open_trials: list[optuna.Trial],
-    suggest: Callable[..., Iterable[int]],
+    units_of_trial: Callable[..., tuple[int, ...]],
     known: dict[tuple[int, ...], float],
     racing: float | None,
     keep: int,
 ) -> None:
     """Score the trials of a batch and tell the study; those that were told leave the list."""
-    subsets = []
+    sequences = []
     for trial in open_trials:
-        subsets.append(check_removed(suggest(trial), evaluator.num_units))
-        trial.set_user_attr("removed", list(subsets[-1]))
-    new = list(dict.fromkeys(subset for subset in subsets if subset not in known))
+        sequences.append(units_of_trial(trial))
+        for name, listed in record_units(sequences[-1], evaluator.num_units).items():
+            trial.set_user_attr(name, listed)
+    new = list(dict.fromkeys(units for units in sequences if units not in known))
     if new:
-        masks = from_removed(new, evaluator.num_units)
         if racing is None:
-            known.update(zip(new, evaluator.score(masks).tolist()))
+            known.update(zip(new, evaluator.score(sequences=new).tolist()))
         else:
-            result = evaluator.race(masks, min(keep, len(new)), racing)
+            kept = min(keep, len(new))
+            result = evaluator.race(sequences=new, keep=kept, confidence=racing)
             known.update((new[i], loss) for i, loss in zip(result.indices, result.losses.tolist()))
-    for subset in subsets:
-        loss, trial = known.get(subset), open_trials.pop(0)
+    for units in sequences:
+        loss, trial = known.get(units), open_trials.pop(0)
         if loss is None:
             study.tell(trial, state=_state("PRUNED"))
         elif math.isfinite(loss):
@@ -129,16 +133,12 @@ def _state(name: str) -> optuna.trial.TrialState:
 def _check(
     study: optuna.Study,
     evaluator: Evaluator,
-    num_remove: int | None,
     n_trials: int,
     batch_size: int,
     racing: float | None,
     keep: int,
-    protect: Iterable[int] | str,
-    suggest: Callable[..., Iterable[int]] | None,
-) -> Callable[..., Iterable[int]]:
-    """The function that makes a subset of a trial. Raises InputError for arguments that cannot be
-    run."""
+) -> None:
+    """Raise InputError for arguments that cannot be run."""
     import optuna
 
     check_kind("study", study, optuna.Study, "an optuna study")
@@ -151,11 +151,27 @@ def _check(
         check_integer(name, count, least=1)
     if racing is not None:
         check_probability("racing", racing)
+
+
+def _units_of_trial(
+    evaluator: Evaluator,
+    num_remove: int | None,
+    protect: Iterable[int] | str,
+    suggest: Suggest | None,
+    suggest_sequence: Suggest | None,
+) -> Callable[..., tuple[int, ...]]:
+    """The function from a trial to the units that run, in order. Raises InputError for arguments
+    that do not go together."""
+    num_units = evaluator.num_units
+    if suggest_sequence is not None:
+        if suggest is not None or num_remove is not None or tuple(protect):
+            raise InputError("give suggest_sequence alone, without suggest, num_remove and protect")
+        return lambda trial: check_named(check_sequence(suggest_sequence(trial), num_units))
     if suggest is not None:
         if num_remove is not None or tuple(protect):
             raise InputError("give either suggest or num_remove and protect")
-        return suggest
-    stay = protected_units(protect, evaluator.num_units, evaluator.granularity)
-    most = min(evaluator.num_units - 1, evaluator.num_units - len(stay))
+        return lambda trial: kept_by(check_removed(suggest(trial), num_units), num_units)
+    stay = protected_units(protect, num_units, evaluator.granularity)
+    most = min(num_units - 1, num_units - len(stay))
     count = check_integer("num_remove", num_remove, 0, most)
-    return lambda trial: suggest_removed(trial, evaluator.num_units, count, stay)
+    return lambda trial: kept_by(suggest_removed(trial, num_units, count, stay), num_units)

@@ -186,6 +186,16 @@ class Head:
         """KL(dense || masked) at each position, [P], from the masked model's states [P, D]."""
         return kl(dense, self.parts(self.normed(states)))
 
+    def rejection(self, dense: Iterable[DensePart], states: torch.Tensor) -> torch.Tensor:
+        """1 - sum_v min(p, q) at each position, [P], p the dense model's distribution and q that of
+        the masked model's states [P, D]."""
+        return rejection(dense, self.parts(self.normed(states)))
+
+    def most_likely(self, states: torch.Tensor) -> torch.Tensor:
+        """The most likely token at each position, int64[P], of final states [P, D]; -1 if a logit
+        is NaN."""
+        return most_likely(self.parts(self.normed(states)))
+
     # -- memory, bits ------------------------------------------------------------------------------
 
     @property
@@ -199,6 +209,12 @@ class Head:
         """About the bytes that `kl` holds for each position besides `dense`: two parts' logits, and
         without csrc's operators their difference and the dense probabilities."""
         return self.nll_bytes + self.part * (self.dtype.itemsize + (0 if self._native else 16))
+
+    @property
+    def rejection_bytes(self) -> int:
+        """About the bytes that `rejection` holds for each position besides `dense`: the logits of
+        all tokens, and two parts' probabilities."""
+        return self.kl_bytes + self.vocab_size * self.dtype.itemsize
 
     @property
     def dense_bytes(self) -> int:
@@ -246,6 +262,10 @@ class TritonHead(Head):
         normed = self.normed(states)
         return normed if self._scale == 1 else normed * self._scale
 
+    def rejection(self, dense: Any, states: torch.Tensor) -> torch.Tensor:
+        masked = self._loss.linear_logits(self.normed(states), self._head.weight)
+        return (dense.softmax(dim=-1) - masked.softmax(dim=-1)).relu().sum(dim=-1)
+
     @property
     def nll_bytes(self) -> int:
         """Normed states, and two float32 results for each split of the vocabulary, of 1,024
@@ -257,6 +277,11 @@ class TritonHead(Head):
         """Like `nll_bytes`, with five results, and the dense logits if they are not kept."""
         splits = 20 * (self.vocab_size // 1024 + 1)
         return 2 * self.hidden_size * self.dtype.itemsize + splits + self.dense_bytes
+
+    @property
+    def rejection_bytes(self) -> int:
+        """Both models' logits and probabilities, and their difference."""
+        return self.kl_bytes + 4 * self.dense_bytes
 
     @property
     def dense_bytes(self) -> int:
@@ -300,23 +325,42 @@ def nll(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
 def greedy(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
     """`nll`, and 1 if a target is not the most likely token, [2, M]. The first of equal tokens is
     the most likely one."""
-    best, token = None, None
+    noted = _NotingBest(parts)
+    losses = nll(noted, targets)
+    return torch.stack([losses, (noted.token[targets.rows] != targets.tokens).to(losses.dtype)])
 
-    def noted() -> Iterator[Logits]:
-        nonlocal best, token
-        for start, part in parts:
+
+def most_likely(parts: Iterable[Logits]) -> torch.Tensor:
+    """The most likely token, int64[P], the first of equals; -1 if a logit is NaN."""
+    noted = _NotingBest(parts)
+    for _ in noted:
+        pass
+    return torch.where(noted.best.isnan(), -1, noted.token)
+
+
+class _NotingBest:
+    """Logits in parts, whose highest logit and its token are noted as they pass: the first of
+    equals, and NaN above all.
+
+    best, token: [P] each, when all parts have passed.
+    """
+
+    best: torch.Tensor
+    token: torch.Tensor
+
+    def __init__(self, parts: Iterable[Logits]):
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[Logits]:
+        for start, part in self._parts:
             values, index = part.max(dim=-1)
-            if best is None or token is None:
-                best, token = values, index
+            if start == 0:
+                self.best, self.token = values, index
             else:
-                better = (values > best) | (values.isnan() & ~best.isnan())
-                best = torch.where(better, values, best)
-                token = torch.where(better, index + start, token)
+                better = (values > self.best) | (values.isnan() & ~self.best.isnan())
+                self.best = torch.where(better, values, self.best)
+                self.token = torch.where(better, index + start, self.token)
             yield start, part
-
-    losses = nll(noted(), targets)
-    assert token is not None
-    return torch.stack([losses, (token[targets.rows] != targets.tokens).to(losses.dtype)])
 
 
 def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
@@ -347,6 +391,27 @@ def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
     weights = (torch.stack(scales) - total).exp()  # of each part, [S, P]
     mean = (weights * torch.stack(means)).sum(dim=0)
     return (mean - total + _total(sums)).to(dtype)
+
+
+def rejection(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
+    """1 - sum_v min(p(v), q(v)), [P], q from logits in parts.
+
+    Computed as the sum of p - q over the tokens with the higher p, so equal logits give 0. No
+    probability is known before the log-sum-exps of all parts, so that the logits of q are held, and
+    `dense` is iterated twice.
+    """
+    logits, sums, dense_sums = [], [], []
+    for (_, dense_sum), (_, part) in zip(dense, parts, strict=True):
+        logits.append(part.clone())  # the next part overwrites it
+        sums.append(exact_log_sum_exp(part))
+        dense_sums.append(dense_sum)
+    dtype = _wide(logits[0]).dtype
+    dense_total, total = (_total(of)[:, None].to(dtype) for of in (dense_sums, sums))
+    higher = []
+    for (dense_part, _), part in zip(dense, logits, strict=True):
+        p, q = (_wide(dense_part) - dense_total).exp_(), (_wide(part) - total).exp_()
+        higher.append(p.sub_(q).relu_().sum(dim=-1))
+    return torch.stack(higher).sum(dim=0)
 
 
 def _total(sums: list[torch.Tensor]) -> torch.Tensor:

@@ -23,8 +23,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from ..errors import InputError
+from ..masks import as_masks, check_sequences
 
 Units = tuple[int, ...]
 
@@ -171,6 +175,18 @@ def levels(trie: Trie) -> list[np.ndarray]:
     depths = np.arange(1, int(trie.depth.max()) + 1)
     starts = np.searchsorted(trie.depth[by_depth], depths)  # 1 2 4 6
     return np.split(by_depth, starts)[1:]
+
+
+def units_of(masks: Any, sequences: Any, num_units: int) -> list[Units]:
+    """The units that run of each mask, or of each sequence, in order, checked.
+
+    Raises InputError if both or none are given, and as `as_masks` and `check_sequences` do.
+    """
+    if (masks is None) == (sequences is None):
+        raise InputError("give either masks or sequences=, one of them")
+    if sequences is None:
+        return kept_units(as_masks(masks, num_units))
+    return check_sequences(sequences, num_units)
 
 
 def kept_units(masks: np.ndarray) -> list[Units]:

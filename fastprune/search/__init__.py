@@ -4,7 +4,7 @@ methods."""
 # Importing a family registers its algorithms, in the order in which they are listed.
 # isort: off
 from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding  # noqa: F401 (as above)
-from . import similarity, enumeration  # noqa: F401 (as above)
+from . import similarity, enumeration, repeat  # noqa: F401 (as above)
 
 # isort: on
 from .protect import PRESETS, check_budget, protected_units, units_to_remove
@@ -16,6 +16,7 @@ from .registry import (
     Share,
     algorithm,
     check_algorithm,
+    check_over_masks,
     check_racing,
     describe_algorithms,
     find_algorithm,
@@ -23,7 +24,7 @@ from .registry import (
     load_plugins,
     require_sklearn,
 )
-from .run import Scorer, Search, SearchResult, run_search
+from .run import Scorer, Search, SearchResult, SequenceSearch, run_search
 
 __all__ = [
     "ALGORITHMS",
@@ -34,10 +35,12 @@ __all__ = [
     "Scorer",
     "Search",
     "SearchResult",
+    "SequenceSearch",
     "Share",
     "algorithm",
     "check_algorithm",
     "check_budget",
+    "check_over_masks",
     "check_racing",
     "describe_algorithms",
     "find_algorithm",

@@ -2,7 +2,8 @@
 
 An algorithm is a function whose keyword parameters are its options. Its docstring is its
 description: a first line, then `Source:`, `Cost:` (in masks, for U units of which k are removed)
-and `Options:` with a line per option.
+and `Options:` with a line per option. A search over sequences removes nothing; its cost counts
+sequences.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Algorithm:
     it cannot take.
     needs_gradients: of the objective at the dense model (Objective.differentiable). needs_weights:
     all at once, so that none can stay in files. races: whether its selections may be races.
+    over_sequences: whether its candidates are sequences; it then takes no num_remove, and its
+    function gets a SequenceSearch.
     studied: whether a study runs it unless others are named.
     """
 
@@ -82,7 +85,21 @@ class Algorithm:
     needs_gradients: bool
     needs_weights: bool
     races: bool
+    over_sequences: bool
     studied: bool
+
+    def check_num_remove(self, num_remove: object) -> None:
+        """Raise InputError if the number of units to remove is missing, or has no meaning here."""
+        if self.over_sequences and num_remove is not None:
+            raise InputError(
+                f"num_remove has no meaning for {self.name}, which removes nothing: leave it out",
+                argument="num_remove",
+            )
+        if not self.over_sequences and num_remove is None:
+            raise InputError(
+                f"num_remove is missing: how many units {self.name} removes, such as 3 or '25%'",
+                argument="num_remove",
+            )
 
     def describe(self) -> dict:
         """Plain values: name, summary, source, cost, and for each option its name, type, default
@@ -160,6 +177,7 @@ def algorithm(
     needs_gradients: bool = False,
     needs_weights: bool = False,
     races: bool = False,
+    over_sequences: bool = False,
     studied: bool = False,
 ) -> Callable:
     """Register a search under its function's name, or another; its keyword parameters are its
@@ -176,6 +194,7 @@ def algorithm(
             "needs_gradients": needs_gradients,
             "needs_weights": needs_weights,
             "races": races,
+            "over_sequences": over_sequences,
             "studied": studied,
         }
         return partial(algorithm, name=name, **given)
@@ -198,6 +217,7 @@ def algorithm(
         "needs_sklearn": needs_sklearn,
         "needs_gradients": needs_gradients,
         "needs_weights": needs_weights,
+        "over_sequences": over_sequences,
     }
     ALGORITHMS[name] = Algorithm(
         name, function, options, check_size, **needs, races=races, studied=studied
@@ -252,6 +272,16 @@ def check_algorithm(
     if chosen.needs_sklearn:
         require_sklearn(name)
     return chosen, options
+
+
+def check_over_masks(name: str) -> None:
+    """Raise InputError for an algorithm that a study cannot take: its cells are masks of one
+    size."""
+    if find_algorithm(name).over_sequences:
+        raise InputError(
+            f"{name} searches sequences, and a study compares masks of one size; `fastprune "
+            f"search` and run_search run it"
+        )
 
 
 def check_racing(algorithms: Sequence[str], racing: float | None) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ..errors import InputError
-from ..masks import from_removed
+from ..masks import from_removed, kept_by
 from ..plan.cost import Cost
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..validate import check_callable, check_integer
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..plan.racing import Race
 
 Removed = tuple[int, ...]
+Units = tuple[int, ...]  # in the order in which they run
 log = logging.getLogger(__name__)
 
 
@@ -58,11 +59,24 @@ class Scorer(Protocol):
     @property
     def cuts_samples(self) -> bool: ...
     def score(
-        self, masks: np.ndarray, *, samples: Any = None, tokens: int | None = None
+        self,
+        masks: Any = None,
+        *,
+        sequences: Any = None,
+        samples: Any = None,
+        tokens: int | None = None,
     ) -> np.ndarray: ...
-    def score_samples(self, masks: np.ndarray, samples: Any = None) -> np.ndarray: ...
+    def score_samples(
+        self, masks: Any = None, samples: Any = None, *, sequences: Any = None
+    ) -> np.ndarray: ...
     def race(
-        self, masks: np.ndarray, keep: int = 1, confidence: float = 0.99, tolerance: float = 0.0
+        self,
+        masks: Any = None,
+        keep: int = 1,
+        confidence: float = 0.99,
+        tolerance: float = 0.0,
+        *,
+        sequences: Any = None,
     ) -> Race: ...
     def similarity(self) -> np.ndarray: ...
     def angular_distance(self) -> np.ndarray: ...
@@ -78,6 +92,8 @@ class Search:
     randomness. evaluator: for the probes (similarity, unit gradients). losses: all known ones, by
     subset. racing: the confidence of races, or None, as on sets too small for one.
     """
+
+    candidates_name = "subsets"
 
     def __init__(
         self,
@@ -134,18 +150,34 @@ class Search:
         if self._best not in self.losses:
             return None
         best = self.evaluator.objective.format(self.losses[self._best])
-        size = len(self._best)
-        return best if size == self.num_remove else f"{best} ({size} removed)"
+        return best if self._is_complete(self._best) else f"{best} ({len(self._best)} removed)"
 
     def _remember(self, losses: Iterable[tuple[Removed, float]]) -> None:
         for subset, loss in losses:
             self.losses[subset] = loss
-            better = self._best not in self.losses or (-len(subset), _rank(loss)) < (
-                -len(self._best),
-                _rank(self.losses[self._best]),
-            )
+            better = self._best not in self.losses or self._order(subset) < self._order(self._best)
             self._best = subset if better else self._best
         log.info("round %d: best %s", self._round, self._format_best())
+
+    # -- the kind of candidate, subsets here -------------------------------------------------------
+
+    def _key(self, units: Iterable[int]) -> tuple[int, ...]:
+        """A candidate as `losses` knows it."""
+        return tuple(sorted(units))
+
+    def _asked(self, candidates: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        """Candidates as arguments of the evaluator's methods."""
+        return {"masks": from_removed(candidates, self.num_units)}
+
+    def _is_complete(self, candidate: tuple[int, ...]) -> bool:
+        """Whether a candidate may be the result: one of the full budget."""
+        return len(candidate) == self.num_remove
+
+    def _order(self, candidate: tuple[int, ...]) -> tuple:
+        """Sorts candidates: the largest subsets first, then the lowest losses."""
+        return -len(candidate), _rank(self.losses[candidate])
+
+    # -- for algorithms ----------------------------------------------------------------------------
 
     def score(self, subsets: Sequence[Removed]) -> np.ndarray:
         """The loss of removing each subset, float64[N], +inf if it is not finite, so that it never
@@ -153,11 +185,11 @@ class Search:
 
         All subsets not known yet are scored in one call, so that they share their prefixes.
         """
-        subsets = [tuple(sorted(subset)) for subset in subsets]
+        subsets = [self._key(subset) for subset in subsets]
         new = [subset for subset in dict.fromkeys(subsets) if subset not in self.losses]
         if new:
             self._round += 1
-            losses = self.evaluator.score(from_removed(new, self.num_units))
+            losses = self.evaluator.score(**self._asked(new))
             self._remember(zip(new, losses.tolist()))
         return np.array([_rank(self.losses[subset]) for subset in subsets])
 
@@ -167,7 +199,7 @@ class Search:
         With racing, clearly worse subsets leave early, and only those kept have a remembered loss,
         which is exact (`Evaluator.race`).
         """
-        subsets = sorted({tuple(sorted(subset)) for subset in subsets})
+        subsets = sorted({self._key(subset) for subset in subsets})
         if (
             self.racing is None
             or keep >= len(subsets)
@@ -176,7 +208,7 @@ class Search:
             order = self.score(subsets).argsort(kind="stable")[:keep]
             return [subsets[i] for i in order]
         self._round += 1
-        result = self.evaluator.race(from_removed(subsets, self.num_units), keep, self.racing)
+        result = self.evaluator.race(**self._asked(subsets), keep=keep, confidence=self.racing)
         kept = [subsets[i] for i in result.indices]
         self._remember(zip(kept, result.losses.tolist()))
         self.decided_early += result.decided_early
@@ -196,7 +228,7 @@ class Search:
         samples = order[: np.searchsorted(held, tokens) + 1]
         self._round += 1
         losses = self.evaluator.score(
-            from_removed(subsets, self.num_units),
+            **self._asked(subsets),
             samples=samples,
             tokens=tokens if self.evaluator.cuts_samples else None,
         )
@@ -211,18 +243,18 @@ class Search:
         if len(samples) == self.evaluator.num_samples:
             return self.score(subsets)
         self._round += 1
-        losses = self.evaluator.score_samples(
-            from_removed(subsets, self.num_units), samples=samples
-        )
+        losses = self.evaluator.score_samples(**self._asked(subsets), samples=samples)
         return np.array([_rank(loss) for loss in losses.mean(axis=1)])
 
     def best(self) -> Removed:
         """The subset of the full budget with the lowest loss so far; ties go to the lowest
         indices."""
-        complete = [subset for subset in self.losses if len(subset) == self.num_remove]
+        complete = [subset for subset in self.losses if self._is_complete(subset)]
         best = min(complete, key=lambda subset: (_rank(self.losses[subset]), subset))
         if not math.isfinite(self.losses[best]):
-            raise ArithmeticError(f"none of the {len(complete)} subsets scored has a finite loss")
+            raise ArithmeticError(
+                f"none of the {len(complete)} {self.candidates_name} scored has a finite loss"
+            )
         return best
 
     def chosen(self, subset: Removed) -> Removed:
@@ -243,15 +275,48 @@ class Search:
         return num_remove
 
 
+class SequenceSearch(Search):
+    """The task of an algorithm over sequences: its candidates are tuples of units in the order in
+    which they run, for `score` and `select` alike, and nothing is removed.
+
+    candidates: the unprotected units, ascending; protected ones run once, in their place.
+    """
+
+    candidates_name = "sequences"
+
+    def __init__(
+        self,
+        evaluator: Scorer,
+        seed: int,
+        protect: Iterable[int] | str,
+        racing: float | None = None,
+        algorithm: str | None = None,
+    ):
+        super().__init__(evaluator, 0, seed, protect, racing, algorithm)
+
+    def _key(self, units: Iterable[int]) -> Units:
+        return tuple(units)
+
+    def _asked(self, candidates: Sequence[Units]) -> dict[str, Any]:
+        return {"sequences": candidates}
+
+    def _is_complete(self, candidate: Units) -> bool:
+        return True
+
+    def _order(self, candidate: Units) -> tuple:
+        return (_rank(self.losses[candidate]),)
+
+
 @dataclass(frozen=True, repr=False)
 class SearchResult:
     """The outcome of a search.
 
-    removed, mask (bool[U]), loss: the subset. choice: "best scored", of all subsets whose loss is
-    known exactly, or "method's", the one that the method's own rule ends with, even if a better one
-    was met on the way. metric: the objective's class, which reads losses. history: every (removed,
-    loss) whose exact loss is known, in order (not of subsets that left a race, or were scored on a
-    share of the samples).
+    sequence: the units that run, in order. removed, mask (bool[U]): the units that do not, and the
+    subset as a mask; None of a search over sequences. loss: its loss. choice: "best scored", of all
+    candidates whose loss is known exactly, or "method's", the one that the method's own rule ends
+    with, even if a better one was met on the way. metric: the objective's class, which reads
+    losses. history: every (removed, loss), or (sequence, loss), whose exact loss is known, in order
+    (not of those that left a race, or were scored on a share of the samples).
     evaluations: how many. cost: of this search alone, with the seconds of all of it.
     racing: the confidence of its races, None without. decided_early: subsets that left one before
     the last samples.
@@ -268,11 +333,13 @@ class SearchResult:
     seed: int
     objective: str
     granularity: str
-    removed: Removed
-    mask: np.ndarray
+    num_units: int
+    sequence: Units
+    removed: Removed | None
+    mask: np.ndarray | None
     loss: float
     metric: Metric
-    history: list[tuple[Removed, float]]
+    history: list[tuple[tuple[int, ...], float]]
     evaluations: int
     cost: Cost
     choice: str = "best scored"
@@ -280,26 +347,25 @@ class SearchResult:
     decided_early: int = 0
 
     def __repr__(self) -> str:
-        return (
-            f"SearchResult({self.algorithm}: removed {self.removed}, "
-            f"{self.metric.format(self.loss)}, {self.evaluations} masks)"
-        )
+        over_sequences = self.removed is None
+        chosen = f"sequence {self.sequence}" if over_sequences else f"removed {self.removed}"
+        count = f"{self.evaluations} {'sequences' if over_sequences else 'masks'}"
+        return f"SearchResult({self.algorithm}: {chosen}, {self.metric.format(self.loss)}, {count})"
 
     def to_dict(self) -> dict:
-        """Plain values, as written to result.json."""
-        hidden = ("mask", "history", "metric", "cost")
+        """Plain values, as written to result.json: the units under "removed", or under "sequence"
+        if the search was over sequences."""
+        hidden = ("mask", "history", "metric", "removed", "sequence", "cost")
         plain = {name: value for name, value in vars(self).items() if name not in hidden}
-        history = [
-            {"removed": list(removed), **self.metric.record(loss)} for removed, loss in self.history
-        ]
+        name = "sequence" if self.removed is None else "removed"
+        history = [{name: list(units), **self.metric.record(loss)} for units, loss in self.history]
         return {
             **plain,
             "unit_runs": self.cost.unit_runs,
             "naive_unit_runs": self.cost.naive_unit_runs,
             "seconds": self.cost.seconds,
             **self.metric.record(self.loss),
-            "removed": list(self.removed),
-            "num_units": len(self.mask),
+            name: list(getattr(self, name)),
             "history": history,
         }
 
@@ -307,7 +373,7 @@ class SearchResult:
 def run_search(
     evaluator: Scorer,
     algorithm: str,
-    num_remove: int | str,
+    num_remove: int | str | None = None,
     seed: int = 0,
     protect: Iterable[int] | str = (),
     racing: float | None = None,
@@ -315,32 +381,42 @@ def run_search(
     progress: ProgressCallback | None = None,
     **options: object,
 ) -> SearchResult:
-    """Search for the num_remove units whose removal gives the lowest loss.
+    """Search for the num_remove units whose removal gives the lowest loss, or for the sequence of
+    units with the lowest loss.
 
     algorithm: a name of known_algorithms(); options are its own. num_remove: how many units, or a
-    share of them such as "25%", rounded down, at least 1. protect: units that must stay, or the
+    share of them such as "25%", rounded down, at least 1; left out for a search over sequences,
+    such as "repeat". protect: units that must stay (in a sequence, units that run once), or the
     name of a preset, "sleb" or "shortened-llama": the units that those methods never remove.
     progress: called with a `ProgressEvent` as the search runs. racing: a
     confidence such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each
     selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
-    a seed. Raises InputError for an unknown algorithm, option or preset, for a budget outside
-    0..U-1, and for racing outside (0, 1) or with an algorithm that does not race; ArithmeticError
-    when no subset has a finite loss.
+    a seed. Raises InputError for an unknown algorithm, option or preset, for a budget missing,
+    without meaning or outside 0..U-1, and for racing outside (0, 1) or with an algorithm that does
+    not race; ArithmeticError when no candidate has a finite loss.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator
     >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "greedy", num_remove=3)
     >>> len(result.removed), result.evaluations  # 8 + 7 + 6 masks
     (3, 21)
+    >>> fp.run_search(SyntheticEvaluator(num_units=4, seed=1), "repeat", lengths="1-2").sequence
+    (0, 1, 2, 1, 2, 3)
     """
     chosen, options = check_algorithm(algorithm, options)
+    chosen.check_num_remove(num_remove)
     check_racing([algorithm], racing)
     if not hasattr(evaluator, "num_units"):
         raise InputError(f"a search takes an Evaluator, not {type(evaluator).__name__}")
     check_integer("seed", seed, least=0)
     if progress is not None:
         check_callable("progress", progress, "a function of a ProgressEvent")
-    search = Search(evaluator, num_remove, seed, protect, racing, algorithm)
+    settings = (seed, protect, racing, algorithm)
+    search = (
+        SequenceSearch(evaluator, *settings)
+        if num_remove is None
+        else Search(evaluator, num_remove, *settings)
+    )
     if chosen.check_size:
         chosen.check_size(
             len(search.candidates), search.num_remove, evaluator.granularity, **options
@@ -349,6 +425,7 @@ def run_search(
     with reporting(search.describe, progress):
         choice = chosen.function(search, **options)
     best = search.best() if choice is None else search.chosen(choice)
+    num_units, is_mask = search.num_units, not chosen.over_sequences
     cost = replace(evaluator.stats - before, seconds=time.perf_counter() - started)
     reader: Any = type(evaluator.objective)  # the class, without the data
     return SearchResult(
@@ -357,8 +434,10 @@ def run_search(
         seed=seed,
         objective=evaluator.objective.name,
         granularity=evaluator.granularity,
-        removed=best,
-        mask=from_removed([best], search.num_units)[0],
+        num_units=num_units,
+        sequence=kept_by(best, num_units) if is_mask else best,
+        removed=best if is_mask else None,
+        mask=from_removed([best], num_units)[0] if is_mask else None,
         loss=search.losses[best],
         metric=reader,
         history=list(search.losses.items()),

@@ -35,6 +35,7 @@ from ..search import (
     Allowed,
     check_algorithm,
     check_budget,
+    check_over_masks,
     check_racing,
     find_algorithm,
 )
@@ -193,9 +194,11 @@ class StudyConfig:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        """The algorithms by their names, `all` spelled out."""
+        """The algorithms by their names, `all` spelled out: every one that searches masks."""
         names = self.search.algorithms
-        return tuple(ALGORITHMS) if isinstance(names, str) else names
+        if not isinstance(names, str):
+            return names
+        return tuple(name for name, known in ALGORITHMS.items() if not known.over_sequences)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -443,7 +446,7 @@ def _check_search(config: StudyConfig) -> None:
     _once("search.num_remove", search.num_remove, least=1)
     for name in _once("search.algorithms", config.algorithms, least=1):
         with at("search.algorithms"):
-            find_algorithm(name)
+            check_over_masks(name)
     for name, options in search.options.items():
         with at(f"search.options.{_key(name)}"):
             find_algorithm(name)

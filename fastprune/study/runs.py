@@ -30,6 +30,7 @@ from ..objectives import Objective, objective_class
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..search import (
     check_algorithm,
+    check_over_masks,
     check_racing,
     find_algorithm,
     protected_units,
@@ -244,6 +245,7 @@ def check_study(
         raise InputError(f"an algorithm is given twice: {', '.join(algorithms)}")
     for algorithm in dict.fromkeys([*algorithms, *options]):
         check_algorithm(algorithm, options.get(algorithm, {}))
+        check_over_masks(algorithm)
         if algorithm not in algorithms:
             raise InputError(
                 f"options are given for {algorithm}, which is not among the algorithms"

@@ -14,7 +14,8 @@ FULL, EMPTY = "#", "."
 
 
 def format_removed(removed: Sequence[int]) -> str:
-    """Unit indices with runs shortened: (3, 4, 5, 9) is '3-5 9'; '-' when nothing is removed."""
+    """Unit indices with runs shortened: (3, 4, 5, 9) is '3-5 9', and the sequence (0, 1, 1, 2) is
+    '0-1 1-2'; '-' when nothing is removed."""
     runs: list[list[int]] = []
     for unit in removed:
         if runs and unit == runs[-1][-1] + 1:
@@ -22,6 +23,18 @@ def format_removed(removed: Sequence[int]) -> str:
         else:
             runs.append([unit])
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "-"
+
+
+def format_record(record: Mapping) -> str:
+    """The units of a record of one mask or sequence, as `masks.record_units` makes it."""
+    if "sequence" in record:
+        return f"sequence {format_removed(record['sequence'])}"
+    return format_removed(record["removed"])
+
+
+def units_header(records: Iterable[Mapping]) -> str:
+    """The head of a column of `format_record`."""
+    return "removed, or sequence" if any("sequence" in row for row in records) else "removed"
 
 
 def format_saved(naive: float, runs: float) -> str:
@@ -113,14 +126,17 @@ TABLE_NOTE = (
 )
 
 
-def results_table(title: str, header: str, rows: Iterable[tuple]) -> Table:
+def results_table(
+    title: str, header: str, rows: Iterable[tuple], units_header: str = "removed"
+) -> Table:
     """A table of searches; rows (algorithm, removed, result, masks, unit runs, naive unit runs).
 
     header: of the results, `Objective.header`; a result is text, `Objective.format`. A search that
-    found nothing has None removed and the reason as its result.
+    found nothing has None removed and the reason as its result. units_header: of the column of
+    units, "sequence" of searches over these.
     """
     table = Table(title=Text(title, "table.title"), title_justify="left")  # names are no markup
-    for name in ("algorithm", "removed"):
+    for name in ("algorithm", units_header):
         table.add_column(name, no_wrap=True)
     for name in (header, "masks", "runs", "naive", "saved"):
         table.add_column(name, justify="right", no_wrap=name != header)

@@ -93,10 +93,11 @@ def test_score_reads_mask_files(run, checkpoint, text_file, tmp_path, evaluator,
     assert losses == evaluator.score(fp.from_removed(subsets, 5)).tolist()
 
 
-@pytest.mark.parametrize("objective", ["margin", "likelihood", "accuracy", "kl"])
+@pytest.mark.parametrize("objective", ["margin", "likelihood", "accuracy", "kl", "agreement"])
 def test_score_under_every_objective(run, checkpoint, text_file, questions, objective):
-    calibration = text_file if objective == "kl" else questions
-    extra = ("--num-samples", 4, "--seq-len", 16) if objective == "kl" else ()
+    on_text = objective in ("kl", "agreement")
+    calibration = text_file if on_text else questions
+    extra = ("--num-samples", 4, "--seq-len", 16) if on_text else ()
     status, out, _ = run(
         "score",
         checkpoint,

@@ -105,6 +105,34 @@ def test_metrics_are_those_of_hf_on_the_exported_checkpoint(family, folder, mana
 
 
 @pytest.mark.slow
+def test_sequences_have_the_metrics_of_their_exported_checkpoints(folder, manager, tmp_path):
+    model = fp.load_model(folder("llama"))
+    sequences = [(0, 1, 2, 1, 2, 3, 4), (0, 2, 4)]
+    found = evaluate_masks(
+        model, None, NAMES, sequences=sequences, task_manager=manager, **SETTINGS
+    )
+    named = [result["config"] for result in found]
+    assert named[0]["sequence"] == [0, 1, 2, 1, 2, 3, 4]
+    assert named[1]["removed"] == [1, 3]
+    for sequence, result in zip(sequences, found, strict=True):
+        exported = fp.export(model, tmp_path / f"{len(sequence)}", sequence=sequence)
+        close(result, by_hf(exported, manager))
+
+
+def test_the_harness_model_takes_a_sequence(folder):
+    lm = MaskedLM(str(folder("llama")), sequence="0-2 1-4")
+    assert lm.sequences == [(0, 1, 2, 1, 2, 3, 4)]
+    assert lm.get_model_info()["sequence"] == [0, 1, 2, 1, 2, 3, 4]
+    for arguments, message in [
+        ({"sequence": "0-1", "removed": "2"}, "give either removed or sequence"),
+        ({"sequence": []}, "a sequence names at least one unit"),
+        ({"sequence": "0-9"}, "is no unit"),
+    ]:
+        with pytest.raises(fp.InputError, match=message):
+            MaskedLM(lm.opened, **arguments)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -165,3 +165,23 @@ def test_a_subset_has_the_highest_keys():
     np.testing.assert_array_equal(
         fp.from_removed([suggest_removed(trial, 4, 1)], 4), [[1, 0, 1, 1]]
     )
+
+
+def test_sequences_are_suggested(hf):
+    ev = evaluator(hf)
+
+    def suggest(trial):
+        first = trial.suggest_int("first", 0, ev.num_units - 1)
+        return (*range(first + 1), *range(first, ev.num_units))
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=5))
+    optimize(study, ev, n_trials=6, batch_size=3, suggest_sequence=suggest)
+    for trial in study.trials:
+        assert trial.value == ev.score(sequences=[trial.user_attrs["sequence"]])[0]
+        assert "removed" not in trial.user_attrs
+    wrong = {"suggest": suggest}, {"num_remove": 1}, {"protect": (0,)}
+    for more in wrong:
+        with pytest.raises(fp.InputError, match="give suggest_sequence alone"):
+            optimize(study, ev, suggest_sequence=suggest, **more)
+    with pytest.raises(fp.InputError, match="99 is no unit"):
+        optimize(study, ev, n_trials=1, suggest_sequence=lambda trial: (0, 99))

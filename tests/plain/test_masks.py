@@ -245,6 +245,36 @@ def test_missing_and_pickled_mask_files(tmp_path):
         fp.load_masks(tmp_path / "wide.npy", 5)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"sequence": []}', "masks.jsonl:1: a sequence names at least one unit"),
+        ('{"sequence": [0, 5]}', "masks.jsonl:1: sequence: 5 is no unit; the model's units are"),
+        ('{"sequence": ["0-4"]}', "masks.jsonl:1: sequence: '0-4' is no unit"),
+        ('{"sequence": 3}', "masks.jsonl:1: expected a row like"),
+        ('{"sequence": [0], "removed": [1]}', "masks.jsonl:1: expected a row like .* one of them"),
+        (json.dumps({"sequence": [0] * 10_001}), "sequence has more than 4096 units"),
+    ],
+)
+def test_refused_sequences_of_files(tmp_path, line, message):
+    path = tmp_path / "masks.jsonl"
+    path.write_text(line)
+    with pytest.raises(fp.InputError, match=message):
+        fp.load_sequences(path, 5)
+
+
+def test_masks_are_read_as_sequences_and_sequences_are_no_masks(tmp_path):
+    np.save(tmp_path / "masks.npy", [[1, 0, 1], [0, 0, 0]])
+    assert fp.load_sequences(tmp_path / "masks.npy", 3) == [(0, 2), ()]
+    path = tmp_path / "masks.jsonl"
+    path.write_text('{"sequence": [0, 2]}')
+    assert fp.load_masks(path, 3).tolist() == [[True, False, True]]
+    path.write_text('{"removed": [0]}\n{"sequence": [0, 0, 1]}')
+    assert fp.load_sequences(path, 3) == [(1, 2), (0, 0, 1)]
+    with pytest.raises(fp.InputError, match="row 1 is a sequence that repeats or reorders units"):
+        fp.load_masks(path, 3)
+
+
 def test_a_configuration_of_evopress_is_a_mask_of_blocks_or_of_sublayers(tmp_path):
     path = tmp_path / "layer_drop_config.txt"
     path.write_text("none\nattn\nattn+mlp\nmlp\n")

@@ -112,7 +112,7 @@ def test_every_objective_says_what_it_takes():
         "accuracy",
     }
     without = {name for name, objective in OBJECTIVES.items() if not objective.differentiable}
-    assert without == {"accuracy", "kl", "cosine", "nmse"}
+    assert without == {"accuracy", "kl", "agreement", "cosine", "nmse"}
 
 
 @pytest.mark.parametrize("normalization", ["mean", "sum", "characters", "bytes"])
@@ -225,6 +225,8 @@ def test_names_and_hashes_tell_objectives_apart():
         fp.Perplexity(batch),
         fp.KLDivergence(batch),
         fp.KLDivergence(tasks),
+        fp.Agreement(batch),
+        fp.Agreement(batch, "greedy"),
         fp.CosineDistance(batch),
         fp.NormalizedMSE(batch),
         fp.TaskMargin(tasks),
@@ -301,6 +303,14 @@ READ = {  # objective: (loss, metric, text, text with an error of 0.01, header, 
         "KL divergence 0.25000 ± 0.01000 nats",
         "KL divergence, nats (lower is better)",
         "kl_divergence",
+    ),
+    "agreement": (
+        0.25,
+        75.0,
+        "acceptance 75.0 %",
+        "acceptance 75.0 ± 1.0 %",
+        "acceptance, % (higher is better)",
+        "acceptance",
     ),
     "cosine": (
         0.5,

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 import fastprune as fp
-from fastprune.search import ALGORITHMS, Search, find_algorithm, units_to_remove
+from fastprune.search import (
+    ALGORITHMS,
+    Search,
+    SequenceSearch,
+    find_algorithm,
+    units_to_remove,
+)
 from fastprune.testing import SyntheticEvaluator
 
 
@@ -37,10 +43,14 @@ def test_planned_rounds_hold_what_is_asked_for(name):
     rounds than it said."""
     evaluator = SyntheticEvaluator(9, num_samples=64)
     planned: list[list[int]] = []
-    search = Search(evaluator, 3, 0, (), None, name)
+    chosen = find_algorithm(name)
+    settings = (0, (), None, name)
+    over_sequences = chosen.over_sequences
+    search = (
+        SequenceSearch(evaluator, *settings) if over_sequences else Search(evaluator, 3, *settings)
+    )
     told = search.plan
     search.plan = lambda masks: (planned.append(list(masks)), told(planned[-1]))[1]
-    chosen = find_algorithm(name)
     _, options = fp.search.check_algorithm(name, {})
     chosen.function(search, **options)
     if not planned:
@@ -53,5 +63,5 @@ def test_planned_rounds_hold_what_is_asked_for(name):
     if not evaluator.sample_calls:
         assert sum(evaluator.calls) <= sum(planned[0])
     assert event.best == evaluator.objective.format(
-        min(search.losses[s] for s in search.losses if len(s) == 3)
+        min(search.losses[s] for s in search.losses if over_sequences or len(s) == 3)
     )

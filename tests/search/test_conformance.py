@@ -23,6 +23,7 @@ BLIND = (
     "streamline",
     "taylor",
 )  # score nothing but the subset that they choose
+OVER_SEQUENCES = ("repeat",)
 ALL_AT_ONCE = """
 import json
 from fastprune.search import ALGORITHMS
@@ -32,6 +33,7 @@ print(json.dumps({name: outcome(name, **OPTIONS.get(name, {})) for name in ALGOR
 
 
 def run(evaluator, name, k, **arguments) -> fp.SearchResult:
+    k = None if name in OVER_SEQUENCES else k
     return fp.run_search(evaluator, name, k, **OPTIONS.get(name, {}), **arguments)
 
 
@@ -47,11 +49,14 @@ def test_checks(name, check, record_property):
     gap = check(name, **OPTIONS.get(name, {}))
     if check is testing.check_gap:
         record_property("gap", gap)
-        assert gap == 0 or name not in ("exhaustive", "surrogate")
+        assert gap == 0 or name not in ("exhaustive", "surrogate", "repeat")
 
 
 def test_the_only_subset_of_finite_loss_is_found(name):
     evaluator = testing.SyntheticEvaluator(7, seed=6, broken=(0, 1, 2, 6))
+    if name in OVER_SEQUENCES:
+        assert set(run(evaluator, name, 3).sequence) == set(range(7))
+        return
     try:
         assert run(evaluator, name, 3).removed == (3, 4, 5)
     except ArithmeticError:
@@ -115,8 +120,11 @@ def test_any_objective_and_granularity(name, evaluator):
             run(evaluator, name, 2)
         return
     result = run(evaluator, name, 2, protect=(1,))
-    assert len(result.removed) == 2
-    assert result.loss == evaluator.score(result.mask[None])[0]
+    assert result.loss == evaluator.score(sequences=[result.sequence])[0]
+    if name in OVER_SEQUENCES:
+        assert result.removed is None
+    else:
+        assert len(result.removed) == 2
     assert (result.objective, result.granularity) == (
         evaluator.objective.name,
         evaluator.granularity,

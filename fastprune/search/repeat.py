@@ -1,0 +1,85 @@
+"""Windows of units that run several times in a row."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from ..errors import InputError, shown
+from ..masks import ALL, parse_removed, repeated
+from .registry import Allowed, Count, algorithm
+from .run import SequenceSearch
+
+Window = tuple[int, int]  # its first unit, and the unit after its last
+
+
+@algorithm(races=True, over_sequences=True)
+def repeat(
+    search: SequenceSearch,
+    lengths: str = ALL,
+    times: Annotated[int, Allowed(least=2, most=16)] = 2,
+    num_windows: Count = 1,
+    beam_width: Count = 5,
+) -> None:
+    """Run a window of adjacent units several times in a row: the window that lowers the loss most.
+
+    The first round scores every window. Each further round adds a window to each of the beam_width
+    best sequences, apart from the windows that they have. The result is the best of all rounds, so
+    that it has at most num_windows windows. The whole model is no candidate: compare with it. A
+    window with a protected unit is no candidate either.
+
+    Source: RYS (github.com/dnhkng/RYS), which runs a window twice.
+    Cost: U (U + 1) / 2, and at most beam_width times that for each further window.
+    Options:
+        lengths: units of a window, such as 1-8 or 1,2,4; all for every length.
+        times: how many times a window runs.
+        num_windows: the most windows that run several times.
+        beam_width: sequences to which a round adds a window.
+    """
+    windows = _windows(search.candidates, _lengths(lengths, search.num_units))
+    if not windows:
+        raise InputError(
+            f"option lengths of repeat is {shown(lengths)}, but no such window is without a "
+            f"protected unit"
+        )
+    kept: list[tuple[Window, ...]] = [()]
+    search.plan([len(windows), *[beam_width * len(windows)] * (num_windows - 1)])
+    for number in range(num_windows):
+        extended = {
+            repeated(search.num_units, chosen, times): chosen
+            for before in kept
+            for window in windows
+            if all(window[1] <= first or stop <= window[0] for first, stop in before)
+            for chosen in [(*before, window)]
+        }
+        if not extended:
+            return
+        is_last = number + 1 == num_windows
+        kept = [extended[units] for units in search.select(extended, 1 if is_last else beam_width)]
+
+
+def _lengths(text: str, num_units: int) -> list[int]:
+    """The lengths that a text names, ascending. Raises InputError for others than 1 to
+    num_units."""
+    if text == ALL:
+        return list(range(1, num_units + 1))
+    try:
+        lengths = sorted(set(parse_removed(text)))
+    except InputError:
+        lengths = []
+    if not lengths or lengths[0] < 1 or lengths[-1] > num_units:
+        raise InputError(
+            f"option lengths of repeat must be all, or lengths from 1 to {num_units} such as 1-3, "
+            f"not {shown(text)}"
+        )
+    return lengths
+
+
+def _windows(candidates: list[int], lengths: list[int]) -> list[Window]:
+    """All windows of these lengths that hold candidates only."""
+    allowed = set(candidates)
+    return [
+        (first, first + length)
+        for length in lengths
+        for first in candidates
+        if allowed.issuperset(range(first, first + length))
+    ]
