@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__ as __version__
 
 _HOMES = {
+    "costs": ["Budget"],
     "data": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
     "errors": ["InputError"],
     "cli.output": ["progress_bar"],
@@ -38,6 +39,7 @@ __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:  # the same once more, for editors and type checkers, which run nothing
     from .cli.output import progress_bar as progress_bar
+    from .costs import Budget as Budget
     from .data import Tasks as Tasks
     from .data import TokenBatch as TokenBatch
     from .data import load_tasks as load_tasks

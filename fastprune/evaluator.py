@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from .costs import UnitCosts, unit_costs
 from .engine import probes
 from .engine.ledger import Ledger
 from .engine.local import LocalRuns, open_for
@@ -476,6 +477,13 @@ class Evaluator:
         if power not in (1, 2):
             raise InputError(f"power must be 1 or 2, not {power!r}")
         return probes.unit_salience(self.model, self.objective, self.granularity, power)
+
+    def unit_costs(
+        self, kind: str = "params", batch_size: int = 1, seq_len: int | None = None
+    ) -> UnitCosts:
+        """The cost of the model and of each unit, of a kind that `fp.Budget` names; "latency_ms" is
+        measured on rows of these sizes."""
+        return unit_costs(self.model, self.granularity, kind, batch_size, seq_len)
 
     def _check(self, masks: ArrayLike | None, sequences: Sequences | None) -> list[Units]:
         """The units that run of each mask or sequence, in order."""

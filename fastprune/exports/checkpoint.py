@@ -37,6 +37,7 @@ def export(
     base_model: str | None = None,
     losses: Mapping[str, tuple[float, float]] | None = None,
     notes: Sequence[str] = (),
+    measure_speed: bool = False,
 ) -> Path:
     """Write the model with other blocks as a safetensors checkpoint, and return its folder.
 
@@ -60,6 +61,8 @@ def export(
         losses: (before, after) by objective, for the card, which shows them through the
             objective's metric; the calibration set may follow the name behind a comma.
         notes: Sentences for the card, below the metrics.
+        measure_speed: Whether the card says the tokens per second that transformers' own code
+            reads, measured on this machine.
 
     Returns:
         The folder.
@@ -89,7 +92,8 @@ def export(
         raise InputError("removing every block leaves nothing to export")
     gone = tuple(sorted(set(range(model.num_blocks)) - set(blocks)))
     how = f"without blocks {gone}" if sequence is None else f"with the blocks {tuple(blocks)}"
-    return _export(model, evaluator, blocks, out_dir, how, base_model, losses, notes)
+    speed = bool(measure_speed)
+    return _export(model, evaluator, blocks, out_dir, how, base_model, losses, notes, speed)
 
 
 def can_export(model: Model, sequence: Sequence[int] | None = None) -> str | None:
@@ -204,6 +208,7 @@ def _export(
     base_model: str | None,
     losses: Mapping[str, tuple[float, float]] | None,
     notes: Sequence[str] = (),
+    measure_speed: bool = False,
 ) -> Path:
     from ..models.surgery import logits_by_blocks, ordered
 
@@ -226,6 +231,7 @@ def _export(
         )
         if note := no_judge(objective.describe(), dense_loss):
             notes.append(note)
+    results += _sizes(model, sequence, measure_speed)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
@@ -267,6 +273,26 @@ def _describe(
     dtype = str(model.dtype).removeprefix("torch.")
     for name, text in recipes.all_recipes(base, sequence, model.num_blocks, dtype, warning).items():
         (folder / "recipes" / name).write_text(text, encoding="utf-8")
+
+
+def _sizes(
+    model: Model, sequence: Sequence[int], measure_speed: bool
+) -> list[tuple[str, str, str]]:
+    """Rows of the card: parameters, bytes and measured speed, before and after."""
+    from ..costs import tokens_per_second
+    from ..models.surgery import ordered
+
+    rows = []
+    with model.evaluation():
+        models = model.hf, ordered(model, sequence, copies=True)
+        weights = [list(hf.parameters()) for hf in models]
+        counts = [[f"{sum(w.numel() for w in of):,}" for of in weights]]
+        counts += [[f"{sum(w.nbytes for w in of):,}" for of in weights]]
+        rows += [(name, *of) for name, of in zip(("parameters", "bytes"), counts)]
+        if measure_speed:
+            before, after = (f"{tokens_per_second(model, hf):,.0f}" for hf in models)
+            rows.append(("tokens per second, measured", before, after))
+    return rows
 
 
 Measured = tuple[float, float | None]  # a loss, and its standard error if known

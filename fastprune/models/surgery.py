@@ -26,7 +26,7 @@ from ..masks import check_removed, check_sequences
 from .generic import GenericRunner
 from .model import Model, evaluating, lock_of
 from .swap import INDEX_NAMES, Sublayers, get_module, twin, with_replaced
-from .verify import ATTENTION_NAMES, MLP_NAMES, agree, probe_ids, verified
+from .verify import agree, probe_ids, verified
 
 
 class Cut(NamedTuple):
@@ -217,18 +217,6 @@ def without(model: Model, removed: Iterable[int]) -> Any:
     """The transformers model without these blocks, see `ordered`."""
     gone = set(removed)
     return ordered(model, [i for i in range(model.num_blocks) if i not in gone])
-
-
-def unit_parameters(model: Model, granularity: str) -> list[int]:
-    """The parameters of each unit."""
-    parts: list[nn.Module] = list(model.layers)
-    if granularity == "sublayer":
-        parts = [
-            next(getattr(layer, name) for name in names if hasattr(layer, name))
-            for layer in model.layers
-            for names in (ATTENTION_NAMES, MLP_NAMES)
-        ]
-    return [sum(weights.numel() for weights in part.parameters()) for part in parts]
 
 
 def ordered(model: Model, sequence: Sequence[int], copies: bool = False) -> Any:

@@ -71,7 +71,8 @@ class Algorithm:
     it cannot take.
     needs_gradients: of the objective at the dense model (Objective.differentiable). needs_weights:
     all at once, so that none can stay in files. races: whether its selections may be races.
-    studied: whether a study runs it unless others are named.
+    limits: whether it keeps a budget of units that save unlike amounts. studied: whether a study
+    runs it unless others are named.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Algorithm:
     needs_weights: bool
     races: bool
     studied: bool
+    limits: bool
 
     def describe(self) -> dict:
         """Plain values: name, summary, source, cost, and for each option its name, type, default
@@ -161,6 +163,7 @@ def algorithm(
     needs_weights: bool = False,
     races: bool = False,
     studied: bool = False,
+    limits: bool = False,
 ) -> Callable:
     """Register a search under its function's name, or another; its keyword parameters are its
     options.
@@ -177,6 +180,7 @@ def algorithm(
             "needs_weights": needs_weights,
             "races": races,
             "studied": studied,
+            "limits": limits,
         }
         return partial(algorithm, name=name, **given)
     name = name or function.__name__
@@ -200,7 +204,7 @@ def algorithm(
         "needs_weights": needs_weights,
     }
     ALGORITHMS[name] = Algorithm(
-        name, function, options, check_size, **needs, races=races, studied=studied
+        name, function, options, check_size, **needs, races=races, studied=studied, limits=limits
     )
     return function
 
@@ -268,6 +272,17 @@ def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
         )
         raise InputError(
             f"{', '.join(algorithms)} {what}; these do: {', '.join(racers)}", argument="racing"
+        )
+
+
+def check_limits(chosen: Algorithm) -> None:
+    """Raise InputError for an algorithm that only removes a number of units."""
+    if not chosen.limits:
+        able = [known.name for known in known_algorithms().values() if known.limits]
+        raise InputError(
+            f"{chosen.name} removes a number of units and cannot keep a budget of units that save "
+            f"unlike amounts; these can: {', '.join(able)}",
+            argument="budget",
         )
 
 
