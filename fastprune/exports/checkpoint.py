@@ -279,19 +279,20 @@ def _sizes(
     model: Model, sequence: Sequence[int], measure_speed: bool
 ) -> list[tuple[str, str, str]]:
     """Rows of the card: parameters, bytes and measured speed, before and after."""
+    import torch
+
     from ..costs import tokens_per_second
     from ..models.surgery import ordered
 
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     with model.evaluation():
         models = model.hf, ordered(model, sequence, copies=True)
-        weights = [list(hf.parameters()) for hf in models]
-        counts = [[f"{sum(w.numel() for w in of):,}" for of in weights]]
-        counts += [[f"{sum(w.nbytes for w in of):,}" for of in weights]]
-        rows += [(name, *of) for name, of in zip(("parameters", "bytes"), counts)]
+        before, after = (list(hf.parameters()) for hf in models)
+        for name, size in (("parameters", torch.numel), ("bytes", lambda of: of.nbytes)):
+            rows.append((name, f"{sum(map(size, before)):,}", f"{sum(map(size, after)):,}"))
         if measure_speed:
-            before, after = (f"{tokens_per_second(model, hf):,.0f}" for hf in models)
-            rows.append(("tokens per second, measured", before, after))
+            slow, fast = (f"{tokens_per_second(model, hf):,.0f}" for hf in models)
+            rows.append(("tokens per second, measured", slow, fast))
     return rows
 
 
