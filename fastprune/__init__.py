@@ -18,7 +18,7 @@ _HOMES = {
     "evaluator": ["Evaluator", "Stats"],
     "exports": ["export"],
     "masks": ["from_removed", "load_masks", "to_removed"],
-    "models": ["Model", "load_model", "masked"],
+    "models": ["Library", "Model", "load_model", "masked"],
     "objectives": [
         "CosineDistance",
         "KLDivergence",
@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .masks import from_removed as from_removed
     from .masks import load_masks as load_masks
     from .masks import to_removed as to_removed
+    from .models import Library as Library
     from .models import Model as Model
     from .models import load_model as load_model
     from .models import masked as masked

@@ -25,7 +25,7 @@ from .engine.store import SumStore
 from .engine.sums import SumMemory, Sums
 from .errors import InputError
 from .masks import as_masks, check_sequences
-from .models import GenericRunner, Granularity, Model, Runner, surgery
+from .models import GenericRunner, Granularity, Library, Model, Runner, surgery
 from .models.fused import why_not_fused
 from .models.unwrap import unwrap
 from .objectives import Objective
@@ -447,6 +447,13 @@ class Evaluator:
                 share=unit_runs / max(1, whole.unit_runs),
             )
 
+    def replace_one(self) -> np.ndarray:
+        """The loss of the whole model with each variant of a `Library` in its block's place,
+        float64[blocks, names]: the columns are `Library.variant_names`, nan if a block has no
+        variant of that name."""
+        library = check_kind("model", self.model, Library, "a Library, for replace_one")
+        return library.table(self.score(sequences=library.replacements()))
+
     def similarity(self) -> np.ndarray:
         """float64[U + 1, U + 1]: mean over tokens of the cosine between the states before each unit
         of the dense model, and after the last (before the final norm)."""
@@ -492,7 +499,7 @@ class Evaluator:
         if sequences is None:
             checked = kept_units(as_masks(masks, self.num_units))
         else:
-            checked = check_sequences(sequences, self.num_units)
+            checked = check_sequences(sequences, self.num_units + self.model.num_variants)
         if not all(checked) and not surgery.runs_without_blocks(self.model):
             raise InputError(
                 f"a mask keeps nothing, and the family {self.model.family!r} cannot run without "

@@ -69,7 +69,7 @@ def open_for(
     does not fit into.
     """
     batch.check_fits(model.vocab_size, model.max_positions)
-    runner = open_runner(model, backend, granularity)
+    runner = model.extended(open_runner(model, backend, granularity), granularity)
     _check_rows(model, batch)
     measure = MEASURES[measure_name]
     limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity)
@@ -117,6 +117,7 @@ class LocalRuns:
             for number, band in enumerate(runner.bands)
             for _ in range(len(band) * units_of_block)
         ]
+        self._band_of += [0] * model.num_variants
         self._problem: Problem | None = None
         self._idle: LocalRuns | None = None
 

@@ -81,10 +81,13 @@ def export(
         ...     fp.load_model(pruned).num_blocks, fp.load_model(grown).num_blocks
         (10, 4)
     """
+    from ..models import Library
     from ..models.surgery import kept_blocks
 
     check_target(out_dir)
     model, evaluator = _opened(model)
+    if isinstance(model, Library) and sequence is not None:
+        model.check_exportable(sequence)
     blocks = kept_blocks(model.num_blocks, removed, sequence)
     if not blocks and sequence is not None:
         raise InputError("a sequence without blocks leaves nothing to export")

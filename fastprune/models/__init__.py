@@ -3,6 +3,7 @@
 from .fused import FusedRunner
 from .generic import GenericRunner
 from .head import Head
+from .library import Library
 from .model import Granularity, Model
 from .open import load_model, open_runner
 from .runner import Runner
@@ -13,6 +14,7 @@ __all__ = [
     "GenericRunner",
     "Granularity",
     "Head",
+    "Library",
     "Model",
     "Runner",
     "load_model",

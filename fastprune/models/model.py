@@ -84,6 +84,7 @@ class Model:
 
     # of a model that load_model opened: its arguments, and the version that the model then had
     opened: tuple[tuple, int] | None = None
+    num_variants: int = 0  # units besides those of `unit_names`, see `Library`
     tokenizer_problem = ""  # why the folder's tokenizer could not be read
 
     def __init__(
@@ -148,6 +149,10 @@ class Model:
         if granularity == "block":
             return [f"block {i}" for i in range(self.num_blocks)]
         return [f"{part} {i}" for i in range(self.num_blocks) for part in ("attn", "mlp")]
+
+    def extended(self, runner: T, granularity: str) -> T:
+        """A runner of this model, with its variants as further units if it has any."""
+        return runner
 
     # -- weights -----------------------------------------------------------------------------------
 

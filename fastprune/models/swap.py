@@ -142,6 +142,8 @@ class Sublayers:
         parallel: bool,
         mlp_as_tuple: bool,
     ):
+        # what each half runs, attention and MLP
+        self.modules = getattr(layer, attention_name), getattr(layer, mlp_name)
         self._parallel = parallel
         self._names, self._mlp_as_tuple = (attention_name, mlp_name), mlp_as_tuple
         self._given, self._kept = _GivenAttention(), _KeepAttention(getattr(layer, attention_name))
