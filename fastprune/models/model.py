@@ -84,7 +84,6 @@ class Model:
 
     # of a model that load_model opened: its arguments, and the version that the model then had
     opened: tuple[tuple, int] | None = None
-    num_variants: int = 0  # units besides those of `unit_names`, see `Library`
     tokenizer_problem = ""  # why the folder's tokenizer could not be read
 
     def __init__(
@@ -149,6 +148,11 @@ class Model:
         if granularity == "block":
             return [f"block {i}" for i in range(self.num_blocks)]
         return [f"{part} {i}" for i in range(self.num_blocks) for part in ("attn", "mlp")]
+
+    @property
+    def num_variants(self) -> int:
+        """Units besides those of `unit_names`, see `Library`."""
+        return 0
 
     def extended(self, runner: T, granularity: str) -> T:
         """A runner of this model, with its variants as further units if it has any."""
