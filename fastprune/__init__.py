@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"  # which the build reads, too
 
 _HOMES = {
+    "costs": ["Budget"],
     "data": ["Tasks", "TokenBatch", "load_tasks", "load_text"],
     "errors": ["InputError"],
     "cli.output": ["progress_bar"],
     "evaluator": ["Evaluator"],
     "exports": ["export"],
     "masks": ["from_removed", "load_masks", "load_sequences", "to_removed"],
-    "models": ["Model", "load_model", "masked"],
+    "models": ["Library", "Model", "load_model", "masked"],
     "objectives": [
         "Agreement",
         "CosineDistance",
@@ -41,6 +42,7 @@ __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:  # the same once more, for editors and type checkers, which run nothing
     from .cli.output import progress_bar as progress_bar
+    from .costs import Budget as Budget
     from .data import Tasks as Tasks
     from .data import TokenBatch as TokenBatch
     from .data import load_tasks as load_tasks
@@ -52,6 +54,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .masks import load_masks as load_masks
     from .masks import load_sequences as load_sequences
     from .masks import to_removed as to_removed
+    from .models import Library as Library
     from .models import Model as Model
     from .models import load_model as load_model
     from .models import masked as masked

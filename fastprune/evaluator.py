@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
+from .costs import UnitCosts, unit_costs
 from .engine import probes
 from .engine.calls import Calls, MakeRuns
 from .engine.local import LocalRuns
@@ -19,7 +20,7 @@ from .engine.parts import Part, check_samples, choose, tokens_of_samples
 from .engine.runs import Runs
 from .engine.store import SumStore
 from .errors import InputError
-from .models import Granularity, Model, Runner, surgery
+from .models import Granularity, Library, Model, Runner, surgery
 from .models.unwrap import unwrap
 from .objectives import Objective
 from .plan.cost import Stats
@@ -354,6 +355,13 @@ class Evaluator:
                 cost=self.stats - before,
             )
 
+    def replace_one(self) -> np.ndarray:
+        """The loss of the whole model with each variant of a `Library` in its block's place,
+        float64[blocks, names]: the columns are `Library.variant_names`, nan if a block has no
+        variant of that name."""
+        library = check_kind("model", self.model, Library, "a Library, for replace_one")
+        return library.table(self.score(sequences=library.replacements()))
+
     def similarity(self) -> np.ndarray:
         """float64[U + 1, U + 1]: mean over tokens of the cosine between the states before each unit
         of the dense model, and after the last (before the final norm)."""
@@ -385,9 +393,16 @@ class Evaluator:
             raise InputError(f"power must be 1 or 2, not {power!r}")
         return probes.unit_salience(self.model, self.objective, self.granularity, power)
 
+    def unit_costs(
+        self, kind: str = "params", batch_size: int = 1, seq_len: int | None = None
+    ) -> UnitCosts:
+        """The cost of the model and of each unit, of a kind that `fp.Budget` names; "latency_ms" is
+        measured on rows of these sizes."""
+        return unit_costs(self.model, self.granularity, kind, batch_size, seq_len)
+
     def _check(self, masks: ArrayLike | None, sequences: Sequences | None) -> list[Units]:
         """The units that run of each mask or sequence, in order."""
-        checked = units_of(masks, sequences, self.num_units)
+        checked = units_of(masks, sequences, self.num_units, self.model.num_variants)
         if not all(checked) and not surgery.runs_without_blocks(self.model):
             raise InputError(
                 f"a mask keeps nothing, and the family {self.model.family!r} cannot run without "

@@ -22,12 +22,13 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 
+from .costs import UnitCosts
 from .errors import InputError
 from .masks import as_masks, check_sequences, from_removed, removed_by, repeated, to_removed
 from .objectives import Objective
@@ -46,7 +47,8 @@ class SyntheticEvaluator:
     Removing a broken unit makes the loss not finite. curvature: of a term cubic in the units
     removed, which no quadratic model can hold. flat: every unit costs 1, so that subsets of one
     size tie. There are `num_samples` samples of `tokens` tokens each; with 32 or more it races, and
-    never errs: it keeps the best. calls: masks of each call of `score`; sample_calls: (masks,
+    never errs: it keeps the best. costs: of the units, of any kind, 1 each by default; all else
+    costs 10. calls: masks of each call of `score`; sample_calls: (masks,
     samples) of each call on some of the samples; token_calls: (masks, tokens) of each call of
     `score` on some; races: (masks, kept) of each of `race`. linear
     float64[U], pairs float64[U, U]: the formula's terms, which may be changed.
@@ -61,7 +63,9 @@ class SyntheticEvaluator:
         num_samples: int = 16,
         tokens: int = 2048,
         flat: bool = False,
+        costs: Sequence[float] | None = None,
     ):
+        self._costs = (1.0,) * num_units if costs is None else tuple(map(float, costs))
         rng = np.random.default_rng(seed)
         self.linear = rng.random(num_units)
         self.pairs = np.triu(rng.normal(size=(num_units, num_units)), 1)
@@ -177,6 +181,9 @@ class SyntheticEvaluator:
             0.01 * abs(self.linear[a] - self.linear[b]) for a, b in pairwise(sequence) if b != a + 1
         )
         return float(more @ self.pairs @ more - more @ self.linear + jumps)
+
+    def unit_costs(self, kind: str, batch_size: int = 1, seq_len: int | None = None) -> UnitCosts:
+        return UnitCosts(kind, 10.0 + sum(self._costs), self._costs)
 
     def loss(self, units: np.ndarray) -> float:
         """The loss of removing these units int64[N]."""

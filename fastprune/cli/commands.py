@@ -38,7 +38,9 @@ from .options import (
     MOST_SEED,
     Budget,
     Command,
+    CostBudget,
     FileName,
+    LossIncrease,
     MakeEvaluator,
     Name,
     Protected,
@@ -57,6 +59,7 @@ from .options import (
 from .output import note, printing, progress_bar, say, say_json, written_somewhere
 
 if TYPE_CHECKING:
+    from ..costs import Budget as RemovalBudget
     from ..evaluator import Evaluator
     from ..models import Model
     from ..plan.bands import Room
@@ -217,9 +220,17 @@ def score(
 @click.option(
     "--num-remove",
     type=Budget(),
-    callback=lambda context, parameter, value: _check_num_remove(context, value),
+    callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
     help="How many units to remove, or a share of them such as 25%, rounded down. Not for a search "
     "over sequences, such as repeat.",
+)
+@click.option(
+    "--budget",
+    type=CostBudget(),
+    callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
+    help="Instead: the most that the pruned model may have, of params, bytes, kv_bytes (of the "
+    "key-value cache, per token) or latency_ms (measured); a number or a share of the whole "
+    "model's, such as params=75% or bytes=1.5G.",
 )
 @click.option(
     "--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5."
@@ -239,6 +250,22 @@ def score(
     help="Write result.json into this folder. A result of the same arguments there is printed "
     "again.",
 )
+@click.option(
+    "--max-loss",
+    type=LossIncrease(),
+    help="Exit with status 1, after all is written, if the loss is above this: a loss, or an "
+    "increase over the whole model's such as +5%.",
+)
+@click.option(
+    "--measure-speed",
+    is_flag=True,
+    help="Measure the tokens per second of the whole and of the pruned model.",
+)
+@click.option(
+    "--table",
+    is_flag=True,
+    help="Print the loss and the cost after each unit that greedy or beam removed.",
+)
 @racing_option
 @json_option
 @evaluates
@@ -246,6 +273,10 @@ def search(
     make_evaluator: MakeEvaluator,
     algorithm: str,
     num_remove: int | str | None,
+    budget: RemovalBudget | None,
+    max_loss: str | None,
+    measure_speed: bool,
+    table: bool,
     options: tuple[str, ...],
     protect: str | tuple[int, ...],
     seed: int,
@@ -257,10 +288,12 @@ def search(
     """Search MODEL for the units whose removal hurts least, or for a sequence of units that
     helps."""
     from ..search import check_algorithm, check_racing, protected_units, run_search
+    from .budgets import check_gate, check_table, cost_record
 
+    check_table(table, algorithm)
     given: dict[str, Any] = dict(split_options(options))
     chosen, settings = check_algorithm(algorithm, given)
-    chosen.check_num_remove(num_remove)
+    chosen.check_num_remove(num_remove, budget)
     check_racing([algorithm], racing)
     parameters = click.get_current_context().params
     check_gradients([algorithm], parameters["objective"])
@@ -269,34 +302,43 @@ def search(
     if target:
         with naming("--out"):
             if kept := _kept_result(target, arguments):
-                _print_search(kept, target, as_json, written=False)
+                _print_search(kept, target, as_json, written=False, table=table)
                 note(f"{target} holds the result of the same arguments; nothing was computed")
+                check_gate(kept, max_loss)
                 return
             refuse_existing(target)
     with progress_bar(quiet) as progress:
         evaluator = make_evaluator(progress)
         with naming("--protect"):
             protected_units(protect, evaluator.num_units, evaluator.granularity)
-        result = run_search(evaluator, algorithm, num_remove, seed, protect, racing, **given)
+        result = run_search(
+            evaluator, algorithm, num_remove, seed, protect, racing, budget=budget, **given
+        )
         record = _search_record(evaluator, result, arguments)
+        record |= cost_record(evaluator, result.removed, measure_speed)
     trouble = ""
     if target:
         target, trouble = written_somewhere(target, lambda path: write_json(path, record))
-    _print_search(record, target, as_json, written=not trouble)
+    _print_search(record, target, as_json, written=not trouble, table=table)
     if trouble:
         raise click.ClickException(trouble)
+    check_gate(record, max_loss)
 
 
-def _check_num_remove(context: click.Context, num_remove: int | str | None) -> int | str | None:
-    """The option's value. One that is missing is named before the options that need files."""
-    if num_remove is None:  # then click has read the algorithm before
+def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """The option's value. If --num-remove and --budget are both missing, or both given, this is
+    said before the options that need files."""
+    (other,) = {"num_remove", "budget"} - {parameter.name}
+    if other in context.params:  # then click has read both, and the algorithm if they are missing
         from ..search import find_algorithm
 
-        try:
-            find_algorithm(context.params["algorithm"]).check_num_remove(None)
-        except InputError as error:
-            raise InputError(error.message.replace("num_remove", "--num-remove")) from None
-    return num_remove
+        sizes = {parameter.name: value, other: context.params[other]}
+        if (value is None) == (sizes[other] is None) and "algorithm" in context.params:
+            try:
+                find_algorithm(context.params["algorithm"]).check_num_remove(**sizes)
+            except InputError as error:
+                raise InputError(error.message.replace("num_remove", "--num-remove")) from None
+    return value
 
 
 def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, object]:
@@ -307,10 +349,12 @@ def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) ->
     names = (
         *("model", "device", "dtype", "trust_remote_code", "objective", "calibration"),
         *("num_samples", "seq_len", "sample_seed", "granularity", "backend", "algorithm"),
-        *("num_remove", "protect", "seed", "racing"),
+        *("num_remove", "protect", "seed", "racing", "measure_speed"),
     )
     files = {name: file_marks(str(parameters[name])) for name in ("model", "calibration")}
-    return {name: parameters[name] for name in names} | {"options": settings, "files": files}
+    budget = parameters["budget"] and str(parameters["budget"])
+    plain = {name: parameters[name] for name in names} | {"budget": budget}
+    return plain | {"options": settings, "files": files}
 
 
 def _kept_result(path: Path, arguments: Mapping[str, object]) -> dict | None:
@@ -351,10 +395,16 @@ def _search_record(
 
 
 def _print_search(
-    record: Mapping[str, Any], target: Path | None, as_json: bool, written: bool = True
+    record: Mapping[str, Any],
+    target: Path | None,
+    as_json: bool,
+    written: bool = True,
+    table: bool = False,
 ) -> None:
-    """Print a search's record. target: its file, if it has one; written: whether the file is
-    new."""
+    """Print a search's record. target: its file, if it has one; written: whether the file is new;
+    table: with the loss and cost of each size."""
+    from .budgets import cost_lines, path_table
+
     objective = objective_class(record["objective"])
     algorithm, num_units = record["algorithm"], record["num_units"]
     is_sequence = "sequence" in record
@@ -389,6 +439,10 @@ def _print_search(
             difference = Difference(values["value"], values["error"], samples)
             said = objective.format_difference(difference)
             say(f"{objective.metric_name}, difference to the whole model: {said}")
+        for line in cost_lines(record):
+            say(line)
+        if table:
+            say(path_table(record))
         num_samples = record["calibration"]["num_samples"]
         judged = {"name": record["objective"], "chance": record["chance"]}
         if note_ := no_judge(judged | {"num_samples": num_samples}, dense_loss):
@@ -425,6 +479,11 @@ def _print_search(
 @click.option(
     "--out", "out_dir", required=True, type=FileName(), help="The new checkpoint's folder."
 )
+@click.option(
+    "--measure-speed",
+    is_flag=True,
+    help="Measure the tokens per second of both models, for the model card.",
+)
 @model_options
 def export(
     model: str,
@@ -436,6 +495,7 @@ def export(
     result: str | None,
     base_model: str | None,
     out_dir: str,
+    measure_speed: bool,
 ) -> None:
     """Write MODEL without some blocks, or with others repeated, for transformers.
 
@@ -484,6 +544,7 @@ def export(
         base_model=base_model,
         losses=losses,
         notes=notes,
+        measure_speed=measure_speed,
     )
     warning = (
         checkpoint.llama_cpp_warning(opened)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..errors import InputError
+from ..costs import Budget as RemovalBudget
+from ..errors import InputError, shown
 from ..masks import ALL, parse_removed
 from ..objectives import OBJECTIVES, Objective, Perplexity
 from ..plan.progress import ProgressCallback
@@ -145,6 +146,37 @@ class Budget(click.ParamType):
                 raise InputError(error.message.replace("num_remove", parameter.opts[0])) from None
             return value.strip()
         return click.IntRange(0, MOST).convert(value, parameter, context)
+
+
+class CostBudget(click.ParamType):
+    """The most that the pruned model may have, as KIND=AMOUNT."""
+
+    name = "kind=amount"
+
+    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
+        with naming(parameter.opts[0]):
+            return RemovalBudget.parse(value)
+
+
+class LossIncrease(click.ParamType):
+    """A loss, or an increase over the whole model's loss such as +5%."""
+
+    name = "loss or increase"
+
+    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
+        text = value.strip()
+        number = text.removeprefix("+").removesuffix("%")
+        is_share = text.startswith("+") and text.endswith("%")
+        try:
+            amount = float(number)
+        except ValueError:
+            amount = math.nan
+        if not math.isfinite(amount) or (is_share and amount < 0) or ("%" in text) != is_share:
+            raise InputError(
+                f"{parameter.opts[0]} must be an increase over the whole model's loss such as +5%, "
+                f"or a loss such as 2.5, not {shown(value)}"
+            )
+        return f"+{number}%" if is_share else number
 
 
 class Name(click.ParamType):

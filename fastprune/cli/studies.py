@@ -162,7 +162,7 @@ def _run(
                 for label, (name, data) in config.objectives.items()
             },
             config.algorithms,
-            config.search.num_remove,
+            [*config.search.num_remove, *config.search.budget],
             out_dir,
             options=config.search.options,
             seed=config.search.seed,

@@ -74,7 +74,8 @@ def open_for(
     """
     batch.check_fits(model.vocab_size, model.max_positions)
     batch = _runnable(model, batch)
-    runner = open_runner(model, backend, _needs(model, batch, granularity))
+    needs = _needs(model, batch, granularity)
+    runner = model.extended(open_runner(model, backend, needs), granularity)
     measure = MEASURES[measure_name]
     limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity)
     cut = limit.layout() if layout is None else limit.check(layout)
@@ -121,6 +122,7 @@ class LocalRuns:
             for number, band in enumerate(runner.bands)
             for _ in range(len(band) * units_of_block)
         ]
+        self._band_of += [0] * model.num_variants
         self._problem: Problem | None = None
         self._idle: LocalRuns | None = None
 

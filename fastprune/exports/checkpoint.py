@@ -36,6 +36,7 @@ def export(
     base_model: str | None = None,
     losses: Mapping[str, tuple[float, float]] | None = None,
     notes: Sequence[str] = (),
+    measure_speed: bool = False,
 ) -> Path:
     """Write the model with other blocks as a safetensors checkpoint, and return its folder.
 
@@ -60,6 +61,8 @@ def export(
         losses: (before, after) by objective, for the card, which shows them through the
             objective's metric; the calibration set may follow the name behind a comma.
         notes: Sentences for the card, below the metrics.
+        measure_speed: Whether the card says the tokens per second that transformers' own code
+            reads, measured on this machine.
 
     Returns:
         The folder.
@@ -78,10 +81,13 @@ def export(
         ...     fp.load_model(pruned).num_blocks, fp.load_model(grown).num_blocks
         (10, 4)
     """
+    from ..models import Library
     from ..models.surgery import kept_blocks
 
     check_target(out_dir)
     model, evaluator = _opened(model)
+    if isinstance(model, Library) and sequence is not None:
+        model.check_exportable(sequence)
     model = _merged(model)
     blocks = kept_blocks(model.num_blocks, removed, sequence)
     if not blocks and sequence is not None:
@@ -90,7 +96,8 @@ def export(
         raise InputError("removing every block leaves nothing to export")
     gone = tuple(sorted(set(range(model.num_blocks)) - set(blocks)))
     how = f"without blocks {gone}" if sequence is None else f"with the blocks {tuple(blocks)}"
-    return _export(model, evaluator, blocks, out_dir, how, base_model, losses, notes)
+    speed = bool(measure_speed)
+    return _export(model, evaluator, blocks, out_dir, how, base_model, losses, notes, speed)
 
 
 def can_export(model: Model, sequence: Sequence[int] | None = None) -> str | None:
@@ -216,6 +223,7 @@ def _export(
     base_model: str | None,
     losses: Mapping[str, tuple[float, float]] | None,
     notes: Sequence[str] = (),
+    measure_speed: bool = False,
 ) -> Path:
     from ..models.surgery import logits_by_blocks, ordered
 
@@ -238,6 +246,7 @@ def _export(
         )
         if note := no_judge(objective.describe(), dense_loss):
             notes.append(note)
+    results += _sizes(model, sequence, measure_speed)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
@@ -287,6 +296,27 @@ def _describe(
     texts = recipes.all_recipes(place, sequence, model.num_blocks, dtype, warning)
     for name, text in texts.items():
         (folder / "recipes" / name).write_text(text, encoding="utf-8")
+
+
+def _sizes(
+    model: Model, sequence: Sequence[int], measure_speed: bool
+) -> list[tuple[str, str, str]]:
+    """Rows of the card: parameters, bytes and measured speed, before and after."""
+    import torch
+
+    from ..costs import tokens_per_second
+    from ..models.surgery import ordered
+
+    rows: list[tuple[str, str, str]] = []
+    with model.evaluation():
+        models = model.hf, ordered(model, sequence, copies=True)
+        before, after = (list(hf.parameters()) for hf in models)
+        for name, size in (("parameters", torch.numel), ("bytes", lambda of: of.nbytes)):
+            rows.append((name, f"{sum(map(size, before)):,}", f"{sum(map(size, after)):,}"))
+        if measure_speed:
+            slow, fast = (f"{tokens_per_second(model, hf):,.0f}" for hf in models)
+            rows.append(("tokens per second, measured", slow, fast))
+    return rows
 
 
 Measured = tuple[float, float | None]  # a loss, and its standard error if known

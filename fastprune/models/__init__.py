@@ -3,6 +3,7 @@
 from .fused import FusedRunner
 from .generic import GenericRunner
 from .head import Head
+from .library import Library
 from .model import Granularity, Model
 from .open import load_model, open_runner
 from .runner import Runner
@@ -14,6 +15,7 @@ __all__ = [
     "GenericRunner",
     "Granularity",
     "Head",
+    "Library",
     "Model",
     "Needs",
     "Runner",

@@ -158,6 +158,15 @@ class Model:
         """The module that gives logits."""
         return output_head(self.hf, self.path)
 
+    @property
+    def num_variants(self) -> int:
+        """Units besides those of `unit_names`, see `Library`."""
+        return 0
+
+    def extended(self, runner: T, granularity: str) -> T:
+        """A runner of this model, with its variants as further units if it has any."""
+        return runner
+
     # -- weights -----------------------------------------------------------------------------------
 
     @property

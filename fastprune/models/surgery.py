@@ -211,19 +211,6 @@ def without(model: Model, removed: Iterable[int]) -> Any:
     return ordered(model, [i for i in range(model.num_blocks) if i not in gone])
 
 
-def unit_parameters(model: Model, granularity: str) -> list[int]:
-    """The parameters of each unit."""
-    parts: list[nn.Module] = list(model.layers)
-    if granularity == "sublayer":
-        halves = zip(model.layers, verified(model, granularity).sublayers, strict=True)
-        parts = [
-            nn.ModuleList(sublayers.modules(layer, half))
-            for layer, sublayers in halves
-            for half in (0, 1)
-        ]
-    return [sum(weights.numel() for weights in part.parameters()) for part in parts]
-
-
 def ordered(model: Model, sequence: Sequence[int], copies: bool = False) -> Any:
     """The transformers model with these blocks in this order: a shallow copy that shares all
     weights.

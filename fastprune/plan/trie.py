@@ -177,16 +177,17 @@ def levels(trie: Trie) -> list[np.ndarray]:
     return np.split(by_depth, starts)[1:]
 
 
-def units_of(masks: Any, sequences: Any, num_units: int) -> list[Units]:
+def units_of(masks: Any, sequences: Any, num_units: int, num_variants: int = 0) -> list[Units]:
     """The units that run of each mask, or of each sequence, in order, checked.
 
-    Raises InputError if both or none are given, and as `as_masks` and `check_sequences` do.
+    num_variants: units that sequences may name besides (`Library`). Raises InputError if both or
+    none are given, and as `as_masks` and `check_sequences` do.
     """
     if (masks is None) == (sequences is None):
         raise InputError("give either masks or sequences=, one of them")
     if sequences is None:
         return kept_units(as_masks(masks, num_units))
-    return check_sequences(sequences, num_units)
+    return check_sequences(sequences, num_units + num_variants)
 
 
 def kept_units(masks: np.ndarray) -> list[Units]:

@@ -29,8 +29,17 @@ def distinct(
 
 
 def uniform(search: Search, count: int) -> list[Removed]:
-    """`count` different subsets of the full budget, uniform; all of them if they are fewer."""
+    """`count` different complete subsets, uniform; all of them if they are fewer.
+
+    Under a budget of units that save unlike amounts, units are removed in a uniform order until it
+    is met, and those not needed are put back.
+    """
     candidates, k = search.candidates, search.num_remove
+    if search.limit is not None:
+        some = list(itertools.islice(search.limit.every(candidates), 10 * count + 1))
+        if len(some) <= 10 * count:
+            return [some[i] for i in search.rng.permutation(len(some))[:count]]
+        return distinct(lambda: search.repaired(()), count)
     total = math.comb(len(candidates), k)
     if total <= 10 * count:  # few enough to list, and drawing would often repeat itself
         every = list(itertools.combinations(candidates, k))

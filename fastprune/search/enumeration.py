@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 from ..errors import InputError
 from . import draws
@@ -40,25 +41,36 @@ def _few_enough(candidates: int, num_remove: int, granularity: str, max_masks: i
         )
 
 
-@algorithm(check_size=_few_enough, races=True)
+@algorithm(check_size=_few_enough, races=True, limits=True)
 def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     """Score every subset of k units: the optimum, and proof of it.
+
+    Under a budget of units that save unlike amounts: every subset that meets it, and of which no
+    unit could be put back.
 
     Source: the definition of the problem.
     Cost: C(U, k).
     Options:
         max_masks: refuse to score more subsets than this.
     """
-    total = math.comb(len(search.candidates), search.num_remove)
+    subsets: Iterator[Removed]
+    if search.limit is not None:
+        every = sorted(itertools.islice(search.limit.every(search.candidates), max_masks + 1))
+        if len(every) > max_masks:
+            raise InputError(
+                f"exhaustive would score more subsets than its option max_masks={max_masks}"
+            )
+        total, subsets = len(every), iter(every)
+    else:
+        total = math.comb(len(search.candidates), search.num_remove)
+        subsets = itertools.combinations(search.candidates, search.num_remove)
+    # in order: prefixes lie together
     search.plan(min(AT_ONCE, total - start) for start in range(0, total, AT_ONCE))
-    subsets = itertools.combinations(
-        search.candidates, search.num_remove
-    )  # in order: prefixes lie together
     while part := list(itertools.islice(subsets, AT_ONCE)):
         search.select(part, 1)
 
 
-@algorithm(name="random", races=True)
+@algorithm(name="random", races=True, limits=True)
 def random_subsets(search: Search, num_masks: Count = 100) -> None:
     """Score num_masks different subsets of k units, drawn uniformly.
 

@@ -13,7 +13,7 @@ from .registry import Allowed, Count, CountOrAuto, Share, algorithm
 from .run import Removed, Search
 
 
-@algorithm(races=True, studied=True)
+@algorithm(races=True, studied=True, limits=True)
 def genetic(
     search: Search,
     population: Count = 16,
@@ -30,7 +30,9 @@ def genetic(
     a child keeps the intersection and fills up from the rest of the union by w; a mutated child
     swaps one removed unit for one drawn by w. Duplicates within a generation are redrawn; where
     breeding finds nothing new, the prior fills up. With racing, the better half of a generation is
-    found by a race, and the others stand behind it in no order.
+    found by a race, and the others stand behind it in no order. Under a budget of units that save
+    unlike amounts, d_i is the increase of the loss for what i saves; units are drawn until the
+    budget is met, and those then not needed are put back.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most population + (generations - 1) (population - elites).
@@ -73,11 +75,13 @@ def _child(
         {*members[search.rng.choice(len(members), size, replace=False).min()]} for _ in range(2)
     )
     child = one & other
-    child |= {*prior.draw(sorted(one ^ other), search.num_remove - len(child))}
+    rest = sorted(one ^ other)
+    child = {*search.fill(sorted(child), prior.draw(rest, len(rest)))}
     kept = [unit for unit in search.candidates if unit not in child]
     if search.rng.random() < mutation and child and kept:
-        child.remove(search.rng.choice(sorted(child)))
-        child |= {*prior.draw(kept, 1)}
+        gone = search.rng.choice(sorted(child))
+        child.remove(gone)  # and comes back if the others are not enough
+        return search.fill(sorted(child), [*prior.draw(kept, len(kept)), gone])
     return draws.as_removed(child)
 
 
@@ -92,7 +96,7 @@ def _halves_to_remove(
         )
 
 
-@algorithm(check_size=_halves_to_remove, races=True)
+@algorithm(check_size=_halves_to_remove, races=True, limits=True)
 def evopress(
     search: Search,
     initial: Count = 64,
@@ -118,6 +122,10 @@ def evopress(
     Binomial(n, 1/2) remain. A child that equals its parent is drawn again, and a type with nothing
     left to swap is not flipped. With flips=free a child swaps n pairs of different units, of
     whatever type, and sublayers are removed in any mix.
+
+    Under a budget of units that save unlike amounts, subsets are uniform orders of units up to the
+    budget, with as many attentions as come. After the flips, units drawn uniformly are removed
+    until the budget is met, and those then not needed are put back.
 
     Every step draws samples afresh, one by one and without repetition, until they hold its tokens;
     the last is cut to fit, unless it is a question. Where the calibration set holds no more, it
@@ -145,7 +153,10 @@ def evopress(
         types = [
             [unit for unit in search.candidates if unit % 2 == half] for half in (0, 1)
         ]  # attentions, MLPs
-        first = draws.distinct(lambda: _balanced(search, types), initial)
+        if search.limit is None:
+            first = draws.distinct(lambda: _balanced(search, types), initial)
+        else:
+            first = draws.uniform(search, initial)
         k, size = k // 2, size / 2
     else:
         types = [
@@ -160,7 +171,7 @@ def evopress(
 
     def child() -> Removed:
         count = search.rng.integers(1, max_swaps + 1, 2).min()
-        return (
+        return search.repaired(
             draws.swapped(search, parent, count)
             if flips == "free"
             else _flipped(search, parent, count, types)

@@ -7,21 +7,23 @@ from typing import Annotated
 
 import numpy as np
 
-from .draws import as_removed
 from .registry import Allowed, algorithm
 from .run import Removed, Search
 
 
-@algorithm(races=True, studied=True)
+@algorithm(races=True, studied=True, limits=True)
 def one_shot(search: Search) -> Removed:
     """Remove the k units whose removal alone hurts least: the k lowest d_i = loss({i}).
+
+    Under a budget of units that save unlike amounts, by the increase of the loss for what they
+    save, until the budget is met; units then not needed are put back, the worst first.
 
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: U + 1.
     """
     search.plan([len(search.candidates), 1])
-    singles = search.select([(unit,) for unit in search.candidates], max(1, search.num_remove))
-    subset = as_removed(unit for (unit,) in singles[: search.num_remove])
+    singles = search.extend([((), unit) for unit in search.candidates], max(1, search.num_remove))
+    subset = search.fill((), (unit for (unit,) in singles))
     search.score([subset])
     return subset
 
@@ -48,8 +50,6 @@ def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) 
 
 
 def lowest(search: Search, values: np.ndarray) -> Removed:
-    """The full budget of the candidates whose values [candidates] are lowest; ties go to the lowest
-    index."""
-    return as_removed(
-        search.candidates[i] for i in values.argsort(kind="stable")[: search.num_remove]
-    )
+    """A complete subset of the candidates whose values [candidates] are lowest; ties go to the
+    lowest index."""
+    return search.fill((), (search.candidates[i] for i in values.argsort(kind="stable")))

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .draws import as_removed
 from .one_shot import lowest
 from .run import Removed, Search
 
@@ -19,14 +18,16 @@ UNLIKELY = (
 class Prior:
     """Weights w_i = softmax(-z_i), z the standardised d_i = loss({i}) of the candidates.
 
+    Under a budget of units that save unlike amounts, d_i is the harm of i (`Search.harm`).
+
     A unit whose loss is not finite is drawn last, and counts in sums as the worst of the others.
     Asks for the candidates' losses, one batch.
     """
 
     def __init__(self, search: Search):
         self.search = search
-        self.singles = search.score(
-            [(unit,) for unit in search.candidates]
+        self.singles = search.harm(
+            [((), unit) for unit in search.candidates]
         )  # [candidates], +inf if not finite
         finite = np.isfinite(self.singles)
         single = penalised(self.singles)
@@ -46,11 +47,12 @@ class Prior:
         return [units[i] for i in np.argsort(-keys, kind="stable")[:count]]
 
     def subset(self) -> Removed:
-        """A subset of the full budget, drawn by w."""
-        return as_removed(self.draw(self.search.candidates, self.search.num_remove))
+        """A complete subset, drawn by w."""
+        candidates = self.search.candidates
+        return self.search.fill((), self.draw(candidates, len(candidates)))
 
     def one_shot(self) -> Removed:
-        """The full budget of units with the lowest d_i; ties go to the lowest index."""
+        """A complete subset of the units with the lowest d_i; ties go to the lowest index."""
         return lowest(self.search, self.singles)
 
     def sums(self, subsets: Iterable[Removed]) -> np.ndarray:

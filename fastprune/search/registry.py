@@ -74,7 +74,8 @@ class Algorithm:
     all at once, so that none can stay in files. races: whether its selections may be races.
     over_sequences: whether its candidates are sequences; it then takes no num_remove, and its
     function gets a SequenceSearch.
-    studied: whether a study runs it unless others are named.
+    limits: whether it keeps a budget of units that save unlike amounts. studied: whether a study
+    runs it unless others are named.
     """
 
     name: str
@@ -87,17 +88,24 @@ class Algorithm:
     races: bool
     over_sequences: bool
     studied: bool
+    limits: bool
 
-    def check_num_remove(self, num_remove: object) -> None:
-        """Raise InputError if the number of units to remove is missing, or has no meaning here."""
-        if self.over_sequences and num_remove is not None:
+    def check_num_remove(self, num_remove: object, budget: object = None) -> None:
+        """Raise InputError unless the size of the removal is given as one of the two, or as none
+        where it has no meaning."""
+        sizes = {"num_remove": num_remove, "budget": budget}
+        given = [name for name, value in sizes.items() if value is not None]
+        if self.over_sequences and given:
             raise InputError(
-                f"num_remove has no meaning for {self.name}, which removes nothing: leave it out",
-                argument="num_remove",
+                f"{given[0]} has no meaning for {self.name}, which removes nothing: leave it out",
+                argument=given[0],
             )
-        if not self.over_sequences and num_remove is None:
+        if len(given) == 2:
+            raise InputError("num_remove and budget are two sizes; give one", argument="num_remove")
+        if not self.over_sequences and not given:
             raise InputError(
-                f"num_remove is missing: how many units {self.name} removes, such as 3 or '25%'",
+                f"num_remove is missing: how many units {self.name} removes, such as 3 or '25%'; "
+                f"or give a budget",
                 argument="num_remove",
             )
 
@@ -179,6 +187,7 @@ def algorithm(
     races: bool = False,
     over_sequences: bool = False,
     studied: bool = False,
+    limits: bool = False,
 ) -> Callable:
     """Register a search under its function's name, or another; its keyword parameters are its
     options.
@@ -196,6 +205,7 @@ def algorithm(
             "races": races,
             "over_sequences": over_sequences,
             "studied": studied,
+            "limits": limits,
         }
         return partial(algorithm, name=name, **given)
     name = name or function.__name__
@@ -220,7 +230,7 @@ def algorithm(
         "over_sequences": over_sequences,
     }
     ALGORITHMS[name] = Algorithm(
-        name, function, options, check_size, **needs, races=races, studied=studied
+        name, function, options, check_size, **needs, races=races, studied=studied, limits=limits
     )
     return function
 
@@ -298,6 +308,17 @@ def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
         )
         raise InputError(
             f"{', '.join(algorithms)} {what}; these do: {', '.join(racers)}", argument="racing"
+        )
+
+
+def check_limits(chosen: Algorithm) -> None:
+    """Raise InputError for an algorithm that only removes a number of units."""
+    if not chosen.limits:
+        able = [known.name for known in known_algorithms().values() if known.limits]
+        raise InputError(
+            f"{chosen.name} removes a number of units and cannot keep a budget of units that save "
+            f"unlike amounts; these can: {', '.join(able)}",
+            argument="budget",
         )
 
 

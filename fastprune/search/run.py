@@ -6,24 +6,26 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ..costs import Budget, UnitCosts
 from ..errors import InputError
 from ..masks import from_removed, kept_by
 from ..plan.cost import Cost
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
-from ..validate import check_callable, check_integer
+from ..validate import check_callable, check_integer, check_kind
 from .protect import protected_units, units_to_remove
-from .registry import check_algorithm, check_racing
+from .registry import check_algorithm, check_limits, check_racing
+from .sizes import CostLimit, Removed, Size, UnitCount, less_one, size_within
 
 if TYPE_CHECKING:
     from ..plan.racing import Race
 
-Removed = tuple[int, ...]
 Units = tuple[int, ...]  # in the order in which they run
+Step = tuple[Removed, int]  # a subset, and the unit that it loses besides
 log = logging.getLogger(__name__)
 
 
@@ -82,15 +84,22 @@ class Scorer(Protocol):
     def angular_distance(self) -> np.ndarray: ...
     def unit_gradients(self) -> np.ndarray: ...
     def unit_salience(self, power: int = 1) -> np.ndarray: ...
+    def unit_costs(
+        self, kind: str, batch_size: int = 1, seq_len: int | None = None
+    ) -> UnitCosts: ...
 
 
 class Search:
-    """The task as an algorithm sees it: the budget, the units to choose from, `score` and `select`.
-    Every exact loss is remembered.
+    """The task as an algorithm sees it: the size of the removal, the units to choose from, `score`
+    and `select`. Every exact loss is remembered.
 
-    num_remove: units to remove. candidates: unprotected units, ascending. rng: the only source of
-    randomness. evaluator: for the probes (similarity, unit gradients). losses: all known ones, by
-    subset. racing: the confidence of races, or None, as on sets too small for one.
+    num_remove: units to remove. Under a budget of units that save unlike amounts: the most that a
+    complete subset has; `size` then says which are complete. candidates: unprotected units,
+    ascending; under a budget, those that save anything. rng: the only source of randomness.
+    evaluator: for the probes (similarity, unit gradients). losses: all known ones, by subset.
+    orders: by subset, its units in the order in which a search removed them one by one. racing: the
+    confidence of races, or None, as on sets too small for one. costs: of the units, of the budget's
+    kind.
     """
 
     candidates_name = "subsets"
@@ -98,11 +107,12 @@ class Search:
     def __init__(
         self,
         evaluator: Scorer,
-        num_remove: int | str,
+        num_remove: int | str | None,
         seed: int,
         protect: Iterable[int] | str,
         racing: float | None = None,
         algorithm: str | None = None,
+        budget: Budget | None = None,
     ):
         self.racing = racing if racing is not None and evaluator.num_looks > 1 else None
         self.decided_early = 0
@@ -110,7 +120,19 @@ class Search:
         self.num_units = evaluator.num_units
         protected = protected_units(protect, self.num_units, evaluator.granularity)
         self.candidates = [unit for unit in range(self.num_units) if unit not in protected]
-        self.num_remove = self._check_budget(num_remove)
+        self.costs: UnitCosts | None = None
+        self.size: Size
+        if budget is not None:
+            self.size, self.candidates, self.costs = size_within(
+                budget,
+                lambda of: evaluator.unit_costs(of.kind, of.batch_size, of.seq_len),
+                self.candidates,
+            )
+        else:
+            assert num_remove is not None
+            self.size = UnitCount(self._check_number(num_remove))
+        self.num_remove = self.size.most
+        self.orders: dict[Removed, Removed] = {}
         self.rng = np.random.default_rng(seed)
         self.losses: dict[Removed, float] = {}  # of every subset scored, in order
         self._algorithm = algorithm
@@ -146,7 +168,8 @@ class Search:
         )
 
     def _format_best(self) -> str | None:
-        """The lowest loss so far among the largest subsets, as the objective formats it."""
+        """The lowest loss so far among the complete or else the largest subsets, as the objective
+        formats it."""
         if self._best not in self.losses:
             return None
         best = self.evaluator.objective.format(self.losses[self._best])
@@ -155,8 +178,9 @@ class Search:
     def _remember(self, losses: Iterable[tuple[Removed, float]]) -> None:
         for subset, loss in losses:
             self.losses[subset] = loss
-            better = self._best not in self.losses or self._order(subset) < self._order(self._best)
-            self._best = subset if better else self._best
+            known = self._best in self.losses and self._best != subset
+            if not known or self._order(subset) < self._order(self._best):
+                self._best = subset
         log.info("round %d: best %s", self._round, self._format_best())
 
     # -- the kind of candidate, subsets here -------------------------------------------------------
@@ -170,12 +194,13 @@ class Search:
         return {"masks": from_removed(candidates, self.num_units)}
 
     def _is_complete(self, candidate: tuple[int, ...]) -> bool:
-        """Whether a candidate may be the result: one of the full budget."""
-        return len(candidate) == self.num_remove
+        """Whether a candidate may be the result: one that removes enough, and no unit too many."""
+        return self.size.is_complete(candidate)
 
     def _order(self, candidate: tuple[int, ...]) -> tuple:
-        """Sorts candidates: the largest subsets first, then the lowest losses."""
-        return -len(candidate), _rank(self.losses[candidate])
+        """Sorts candidates: complete subsets first, then the largest, then the lowest losses."""
+        complete = self._is_complete(candidate)
+        return not complete, 0 if complete else -len(candidate), _rank(self.losses[candidate])
 
     # -- for algorithms ----------------------------------------------------------------------------
 
@@ -214,6 +239,97 @@ class Search:
         self.decided_early += result.decided_early
         return kept
 
+    @property
+    def limit(self) -> CostLimit | None:
+        """The budget, if its units save unlike amounts, so that it is no number of units."""
+        return self.size if isinstance(self.size, CostLimit) else None
+
+    def harm(self, steps: Sequence[Step]) -> np.ndarray:
+        """The values by which steps from a subset to one with a unit more are compared, float64[N]:
+        the loss after the step.
+
+        Under a budget of units that save unlike amounts: the loss that the budget would end with if
+        all that remains to be saved cost as much as this step; a step that does not raise the loss
+        counts with its loss. +inf if the loss is not finite.
+        """
+        after = [_with(subset, unit) for subset, unit in steps]
+        if self.limit is None:
+            return self.score(after)
+        before = [subset for subset, _ in steps]
+        losses = self.score([*before, *after])
+        old, new = losses[: len(steps)], losses[len(steps) :]
+        spent = [self.limit.costs.after(subset) for subset in before]
+        saved = np.array(spent) - [self.limit.costs.after(subset) for subset in after]
+        missing = np.array(spent) - self.limit.limit
+        with np.errstate(divide="ignore", invalid="ignore"):
+            projected = old + (new - old) * (missing / saved)
+        projected = np.where(np.isfinite(projected), projected, np.inf)
+        return np.where(new > old, projected, new)
+
+    def extend(self, steps: Sequence[Step], keep: int) -> list[Removed]:
+        """The `keep` best subsets that steps lead to, best first, with their `orders`.
+
+        They are selected by loss, or, under a budget of units that save unlike amounts, by `harm`,
+        of which every value is needed, so that they do not race.
+        """
+        harm = None
+        if self.limit is not None:
+            if self.racing is not None:
+                raise InputError(
+                    f"{self._algorithm} compares losses by what is saved, which does not race, "
+                    "under a budget of units that save unlike amounts; leave out racing",
+                    argument="racing",
+                )
+            harm = self.harm(steps)
+            steps = [steps[i] for i in harm.argsort(kind="stable")]
+            harm.sort()
+        best: dict[Removed, int] = {}
+        for number, (subset, unit) in enumerate(steps):
+            after = _with(subset, unit)
+            if after not in best:
+                best[after] = number
+                self.orders[after] = (*self.orders.get(subset, subset), unit)
+        if harm is None:
+            return self.select(best, keep)
+        ranked = sorted(
+            best, key=lambda after: (harm[best[after]], _rank(self.losses[after]), after)
+        )
+        return ranked[:keep]
+
+    def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
+        """A complete subset, see `Size.fill`."""
+        return self.size.fill(subset, order)
+
+    def repaired(self, subset: Removed) -> Removed:
+        """The subset itself if it is complete; else units drawn uniformly are added, and those not
+        needed are put back."""
+        if self.size.is_complete(subset):
+            return subset
+        drawn = self.rng.permutation([u for u in self.candidates if u not in subset]).tolist()
+        return self.fill(self.rng.permutation(subset).tolist(), drawn)
+
+    def trimmed(self, subset: Removed) -> Removed:
+        """A complete part of a subset that removes enough: one by one, the unit is put back that
+        leaves the lowest loss."""
+        while not self.size.is_complete(subset):
+            smaller = [part for part in less_one(subset) if self.size.meets(part)]
+            best = smaller[int(self.score(smaller).argmin())]
+            (gone,) = {*subset} - {*best}
+            order = self.orders.get(subset)
+            if order is not None:
+                self.orders.setdefault(best, tuple(unit for unit in order if unit != gone))
+            subset = best
+        return subset
+
+    def path(self, subset: Removed) -> list[Removed]:
+        """The subsets by which a search came to this one, unit by unit, each of which contains
+        those before; empty if the algorithm does not remove units one by one."""
+        order = self.orders.get(subset, ())
+        path = [tuple(sorted(order[:size])) for size in range(1, len(order) + 1)]
+        if not all(part in self.losses for part in path):  # units were put back
+            self.score(path)
+        return path
+
     def score_on_tokens(self, subsets: Sequence[Removed], tokens: int) -> np.ndarray:
         """The loss of each subset on fresh samples, float64[N], +inf where it is not finite.
 
@@ -247,8 +363,7 @@ class Search:
         return np.array([_rank(loss) for loss in losses.mean(axis=1)])
 
     def best(self) -> Removed:
-        """The subset of the full budget with the lowest loss so far; ties go to the lowest
-        indices."""
+        """The complete candidate with the lowest loss so far; ties go to the lowest indices."""
         complete = [subset for subset in self.losses if self._is_complete(subset)]
         best = min(complete, key=lambda subset: (_rank(self.losses[subset]), subset))
         if not math.isfinite(self.losses[best]):
@@ -263,8 +378,8 @@ class Search:
             raise ArithmeticError(f"the subset that was chosen, {subset}, has no finite loss")
         return subset
 
-    def _check_budget(self, budget: int | str) -> int:
-        num_remove = units_to_remove(budget, self.num_units)
+    def _check_number(self, number: int | str) -> int:
+        num_remove = units_to_remove(number, self.num_units)
         if num_remove > len(self.candidates):
             free = "1 unit is" if len(self.candidates) == 1 else f"{len(self.candidates)} units are"
             raise InputError(
@@ -320,6 +435,9 @@ class SearchResult:
     evaluations: how many. cost: of this search alone, with the seconds of all of it.
     racing: the confidence of its races, None without. decided_early: subsets that left one before
     the last samples.
+    budget: the budget as text, None without. costs: the kind of cost of `path`, and the whole
+    model's and the pruned model's. path: of greedy and beam, (removed, loss, cost of what remains)
+    for each unit that went, in order; each contains those before, and the last is the result.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator
@@ -345,6 +463,9 @@ class SearchResult:
     choice: str = "best scored"
     racing: float | None = None
     decided_early: int = 0
+    budget: str | None = None
+    costs: dict[str, object] = field(default_factory=dict)
+    path: list[tuple[Removed, float, float]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         over_sequences = self.removed is None
@@ -355,15 +476,20 @@ class SearchResult:
     def to_dict(self) -> dict:
         """Plain values, as written to result.json: the units under "removed", or under "sequence"
         if the search was over sequences."""
-        hidden = ("mask", "history", "metric", "removed", "sequence", "cost")
+        hidden = ("mask", "history", "metric", "removed", "sequence", "cost", "path")
         plain = {name: value for name, value in vars(self).items() if name not in hidden}
         name = "sequence" if self.removed is None else "removed"
         history = [{name: list(units), **self.metric.record(loss)} for units, loss in self.history]
+        path = [
+            {"removed": list(removed), **self.metric.record(loss), "cost": cost}
+            for removed, loss, cost in self.path
+        ]
         return {
             **plain,
             "unit_runs": self.cost.unit_runs,
             "naive_unit_runs": self.cost.naive_unit_runs,
             "seconds": self.cost.seconds,
+            "path": path,
             **self.metric.record(self.loss),
             name: list(getattr(self, name)),
             "history": history,
@@ -378,22 +504,27 @@ def run_search(
     protect: Iterable[int] | str = (),
     racing: float | None = None,
     *,
+    budget: Budget | None = None,
     progress: ProgressCallback | None = None,
     **options: object,
 ) -> SearchResult:
-    """Search for the num_remove units whose removal gives the lowest loss, or for the sequence of
-    units with the lowest loss.
+    """Search for the units whose removal gives the lowest loss, or for the sequence of units with
+    the lowest loss.
 
     algorithm: a name of known_algorithms(); options are its own. num_remove: how many units, or a
     share of them such as "25%", rounded down, at least 1; left out for a search over sequences,
-    such as "repeat". protect: units that must stay (in a sequence, units that run once), or the
-    name of a preset, "sleb" or "shortened-llama": the units that those methods never remove.
-    progress: called with a `ProgressEvent` as the search runs. racing: a
+    such as "repeat". budget: instead, the most that the pruned model may have, such as
+    `fp.Budget(params="75%")`: the result is within it, and putting back any of its units would
+    exceed it. If all units save the same, it is a number of units, as num_remove; otherwise only
+    some algorithms take it, and others refuse. protect: units that must stay (in a sequence, units
+    that run once), or the name of a preset, "sleb" or "shortened-llama": the units that those
+    methods never remove. progress: called with a `ProgressEvent` as the search runs. racing: a
     confidence such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each
     selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
-    a seed. Raises InputError for an unknown algorithm, option or preset, for a budget missing,
-    without meaning or outside 0..U-1, and for racing outside (0, 1) or with an algorithm that does
-    not race; ArithmeticError when no candidate has a finite loss.
+    a seed. Raises InputError for an unknown algorithm, option or preset, for a number missing,
+    without meaning or outside 0..U-1, for a budget that no removal meets, and for racing outside
+    (0, 1) or with an algorithm that does not race; ArithmeticError when no candidate has a finite
+    loss.
 
     >>> import fastprune as fp
     >>> from fastprune.testing import SyntheticEvaluator
@@ -404,20 +535,23 @@ def run_search(
     (0, 1, 2, 1, 2, 3)
     """
     chosen, options = check_algorithm(algorithm, options)
-    chosen.check_num_remove(num_remove)
+    chosen.check_num_remove(num_remove, budget)
     check_racing([algorithm], racing)
     if not hasattr(evaluator, "num_units"):
         raise InputError(f"a search takes an Evaluator, not {type(evaluator).__name__}")
     check_integer("seed", seed, least=0)
     if progress is not None:
         check_callable("progress", progress, "a function of a ProgressEvent")
-    settings = (seed, protect, racing, algorithm)
+    if budget is not None:
+        check_kind("budget", budget, Budget, 'a Budget, such as fp.Budget(params="75%")')
     search = (
-        SequenceSearch(evaluator, *settings)
-        if num_remove is None
-        else Search(evaluator, num_remove, *settings)
+        SequenceSearch(evaluator, seed, protect, racing, algorithm)
+        if chosen.over_sequences
+        else Search(evaluator, num_remove, seed, protect, racing, algorithm, budget)
     )
-    if chosen.check_size:
+    if search.limit is not None:
+        check_limits(chosen)
+    elif chosen.check_size:
         chosen.check_size(
             len(search.candidates), search.num_remove, evaluator.granularity, **options
         )
@@ -426,6 +560,8 @@ def run_search(
         choice = chosen.function(search, **options)
     best = search.best() if choice is None else search.chosen(choice)
     num_units, is_mask = search.num_units, not chosen.over_sequences
+    path = search.path(best) if is_mask else []
+    costs = search.costs or evaluator.unit_costs("params")
     cost = replace(evaluator.stats - before, seconds=time.perf_counter() - started)
     reader: Any = type(evaluator.objective)  # the class, without the data
     return SearchResult(
@@ -446,7 +582,16 @@ def run_search(
         choice="best scored" if choice is None else "method's",
         racing=racing,
         decided_early=search.decided_early,
+        budget=None if budget is None else str(budget),
+        costs={"kind": costs.kind, "before": costs.total, "after": costs.after(best)}
+        if is_mask
+        else {},
+        path=[(part, search.losses[part], costs.after(part)) for part in path],
     )
+
+
+def _with(subset: Removed, unit: int) -> Removed:
+    return tuple(sorted((*subset, unit)))
 
 
 def _rank(loss: float) -> float:

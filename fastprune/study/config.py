@@ -26,6 +26,7 @@ else:
     import tomli as tomllib
 
 from .. import demo
+from ..costs import Budget as RemovalBudget
 from ..errors import InputError, nearest, shown
 from ..masks import parse_removed
 from ..objectives import OBJECTIVES
@@ -120,9 +121,11 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """[search]: every algorithm runs for every objective and every number of units to remove."""
+    """[search]: every algorithm runs for every objective and every number of units to remove, given
+    as a number, a share, or a budget on the pruned model."""
 
-    num_remove: tuple[Budget, ...]
+    num_remove: tuple[Budget, ...] = ()
+    budget: tuple[str, ...] = ()  # such as "params=75%"
     algorithms: str | tuple[str, ...] = STUDIED
     racing: Annotated[float, Between(least=0, most=1)] | None = None
     seed: Seed = 0
@@ -208,7 +211,7 @@ class StudyConfig:
             "algorithms": {
                 name: check_algorithm(name, options.get(name, {}))[1] for name in self.algorithms
             },
-            "budgets": list(search.num_remove),
+            "budgets": [*search.num_remove, *search.budget],
             "seed": search.seed,
             "racing": search.racing,
             "protect": search.protect if isinstance(search.protect, str) else [*search.protect],
@@ -443,7 +446,10 @@ def _check_search(config: StudyConfig) -> None:
             f"search.protect: unknown preset {shown(search.protect)}; "
             f"{nearest(search.protect, PRESETS)}; or a list of units, such as [0, 1]"
         )
-    _once("search.num_remove", search.num_remove, least=1)
+    for text in search.budget:
+        with at("search.budget"):
+            RemovalBudget.parse(text)
+    _once("search.num_remove", [*search.num_remove, *search.budget], least=1)
     for name in _once("search.algorithms", config.algorithms, least=1):
         with at("search.algorithms"):
             check_over_masks(name)

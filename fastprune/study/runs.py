@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..costs import Budget
 from ..engine.store import SumStore
 from ..errors import InputError
 from ..io import write_file, write_json
@@ -38,6 +39,7 @@ from ..search import (
     run_search,
     units_to_remove,
 )
+from ..search.sizes import UnitCount, size_within
 from ..validate import check_callable, check_folder
 from ..workers.processes import Processes, Workers
 from .folder import (
@@ -93,7 +95,8 @@ def run_study(
         objectives: By label, functions from a model to an objective on its calibration set. One
             objective on several sets, each under a label, compares the sets.
         algorithms: Names of algorithms.
-        budgets: Numbers of units to remove, or shares of them such as "25%".
+        budgets: Numbers of units to remove, shares of them such as "25%", or budgets such as
+            "params=75%" if all units save the same.
         out_dir: The study's folder.
         options: Options of algorithms, by the algorithms' names.
         seed: The seed of every search.
@@ -160,7 +163,7 @@ def _run(
     cells = []
     searches = list(product(models, objectives, identity["budgets"], identity["algorithms"]))
     for number, (model, label, budget, algorithm) in enumerate(searches, 1):
-        num_remove = units_to_remove(budget, evaluators.num_units(model))
+        num_remove = evaluators.number_to_remove(model, budget, identity["protect"])
         path = out / "cells" / f"{_slug(model.name)}-{label}-{num_remove}-{algorithm}.json"
         made_with = _made_with(identity, model.name, label, num_remove, algorithm)
         cell = None
@@ -342,7 +345,9 @@ class _Evaluators:
             units = self.num_units(model)
             protected = protected_units(settings["protect"], units, self._granularity)
             counts = [
-                budget if isinstance(budget, int) else units_to_remove(budget, units)
+                budget
+                if isinstance(budget, int)
+                else self.number_to_remove(model, budget, settings["protect"])
                 for budget in budgets
             ]
             if len(set(counts)) < len(counts):
@@ -412,9 +417,33 @@ class _Evaluators:
     def num_units(self, model: Model) -> int:
         return len(model.unit_names(self._granularity))
 
+    def number_to_remove(
+        self, model: Model, budget: int | str, protect: Iterable[int] | str
+    ) -> int:
+        """The units that a number, a share or a text such as "params=75%" removes. Raises
+        InputError for a budget of units that save unlike amounts, or of measured times."""
+        units = self.num_units(model)
+        if isinstance(budget, int) or "=" not in budget:
+            return units_to_remove(budget, units)
+        from ..costs import unit_costs
+
+        limit = Budget.parse(budget)
+        if limit.kind == "latency_ms":
+            raise InputError("a study takes budgets of params, bytes or kv_bytes, not of times")
+        gone = {*protected_units(protect, units, self._granularity)}
+        candidates = [unit for unit in range(units) if unit not in gone]
+        costs = unit_costs(model, self._granularity, limit.kind)
+        size, useful, _ = size_within(limit, lambda _: costs, candidates)
+        if not isinstance(size, UnitCount) or useful != candidates:
+            raise InputError(
+                f"budget {budget}: a study takes budgets of units that all save the same, and "
+                f"those of {model.name} do not; name a number of units, or run single searches"
+            )
+        return size.most
+
     def parameters(self, model: Model) -> dict[str, object]:
         """Parameters of a model in all, and of each unit."""
-        from ..models.surgery import unit_parameters
+        from ..costs import unit_parameters
 
         total = sum(weights.numel() for weights in model.hf.parameters())
         return {"total": total, "units": unit_parameters(model, self._granularity)}

@@ -68,6 +68,11 @@ class RemoteRuns:
         cache_bytes: int | None = None,
         cache_dir: Path | None = None,
     ):
+        if model.num_variants:
+            raise InputError(
+                "workers open the model alone, without a library's variants; leave workers out",
+                argument="workers",
+            )
         self._workers, self._model = workers, model
         self._backend, self._memory_bytes = backend, memory_bytes
         self._cache_bytes = None if cache_bytes is None else cache_bytes // workers.per_machine

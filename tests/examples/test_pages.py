@@ -9,7 +9,10 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["index", "scoring", "racing", "questions", "sequences", "optuna"])
+@pytest.mark.parametrize(
+    "name",
+    ["index", "scoring", "racing", "questions", "sequences", "budgets", "variants", "optuna"],
+)
 def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
     if name == "optuna":
         pytest.importorskip("optuna")

@@ -24,6 +24,7 @@ LAYERS = [
     {"data"},
     {"plan", "objectives"},
     {"models"},
+    {"costs"},
     {"engine"},
     {"workers"},
     {"evaluator"},
@@ -148,7 +149,7 @@ def test_files_of_a_folder_have_no_cycles(folder):
 
 
 def test_search_knows_its_scorer_only():
-    known = {"plan", "masks", "errors", "validate", "search", "solver"}
+    known = {"plan", "masks", "costs", "errors", "validate", "search", "solver"}
     for path in modules(PACKAGE / "search"):
         assert own_parts(path) <= known, path
         for module, _ in imports(path, PACKAGE):

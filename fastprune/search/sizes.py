@@ -1,0 +1,130 @@
+"""The size of a removal: a number of units, or as many as bring the model within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+from ..costs import UNITS, Budget, UnitCosts
+from ..errors import InputError
+
+Removed = tuple[int, ...]
+
+
+class Size(Protocol):
+    """Says which subsets of the candidates are complete, and completes others.
+
+    most: units of the largest complete subset.
+    """
+
+    most: int
+
+    def meets(self, subset: Removed) -> bool:
+        """Whether enough is removed."""
+
+    def is_complete(self, subset: Removed) -> bool:
+        """Whether enough is removed, and no unit of it could be put back."""
+
+    def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
+        """A complete subset: units are added in this order until enough are removed; then each one
+        not needed is put back, the latest first."""
+
+
+class UnitCount:
+    """A number of units."""
+
+    def __init__(self, count: int):
+        self.most = count
+
+    def meets(self, subset: Removed) -> bool:
+        return len(subset) >= self.most
+
+    def is_complete(self, subset: Removed) -> bool:
+        return len(subset) == self.most
+
+    def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
+        units = list(subset)
+        return tuple(sorted([*units, *list(order)[: self.most - len(units)]]))
+
+
+class CostLimit:
+    """The most that the model may cost, for units that save unlike amounts.
+
+    costs: of all units. limit: the most. candidates: units that may go.
+    """
+
+    def __init__(self, costs: UnitCosts, limit: float, candidates: Sequence[int]):
+        self.costs, self.limit = costs, limit
+        cheapest = sorted(candidates, key=lambda unit: costs.own[unit])
+        self.most = next(
+            count for count in range(len(cheapest) + 1) if self.meets(tuple(cheapest[:count]))
+        )
+
+    def meets(self, subset: Removed) -> bool:
+        return self.costs.after(subset) <= self.limit
+
+    def is_complete(self, subset: Removed) -> bool:
+        return self.meets(subset) and not any(self.meets(smaller) for smaller in less_one(subset))
+
+    def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
+        units, waiting = [int(unit) for unit in subset], iter(order)
+        while not self.meets(tuple(units)):
+            units.append(int(next(waiting)))
+        for unit in reversed(list(units)):
+            fewer = [other for other in units if other != unit]
+            if self.meets(tuple(fewer)):
+                units = fewer
+        return tuple(sorted(units))
+
+    def every(self, candidates: Sequence[int]) -> Iterator[Removed]:
+        """All complete subsets of the candidates, each once.
+
+        Units are tried from the costliest down, so that the last one added is the cheapest: a
+        subset that was not enough without it is enough with no unit less.
+        """
+        order = sorted(candidates, key=lambda unit: (-self.costs.own[unit], unit))
+
+        def extend(subset: Removed, start: int) -> Iterator[Removed]:
+            if self.meets(subset):
+                if self.is_complete(subset):  # shared weights may break the rule above
+                    yield tuple(sorted(subset))
+                return
+            for place in range(start, len(order)):
+                if not self.meets((*subset, *order[place:])):
+                    return
+                yield from extend((*subset, order[place]), place + 1)
+
+        return extend((), 0)
+
+
+def less_one(subset: Removed) -> list[Removed]:
+    """The subsets with one unit less."""
+    return [subset[:i] + subset[i + 1 :] for i in range(len(subset))]
+
+
+def size_within(
+    budget: Budget, costs_of: Callable[[Budget], UnitCosts], candidates: Sequence[int]
+) -> tuple[Size, list[int], UnitCosts]:
+    """The size of a removal that keeps a budget, the candidates that save anything, and the costs.
+
+    If all of them save the same, the size is a number of units.
+
+    Raises InputError for a budget that no removal can meet.
+    """
+    costs = costs_of(budget)
+    limit = budget.limit(costs.total)
+    useful = [unit for unit in candidates if costs.saves(unit)]
+    all_go = tuple(useful)
+    most = less_one(all_go) if len(useful) == len(costs.own) else [all_go]  # one unit stays
+    least = min(costs.after(units) for units in most)
+    if least > limit:
+        raise InputError(
+            f"budget {budget} cannot be met: without all units that may go, the model has "
+            f"{least:,.10g} {UNITS[costs.kind]}",
+            argument="budget",
+            least=least,
+        )
+    if not costs.alike(useful):
+        return CostLimit(costs, limit, useful), useful, costs
+    count = next(n for n in range(len(useful) + 1) if costs.after(useful[:n]) <= limit)
+    return UnitCount(count), useful, costs
