@@ -19,6 +19,7 @@ _HOMES = {
     "masks": ["from_removed", "load_masks", "to_removed"],
     "models": ["Model", "load_model", "masked"],
     "objectives": [
+        "BytePerplexity",
         "CosineDistance",
         "KLDivergence",
         "NormalizedMSE",
@@ -26,6 +27,7 @@ _HOMES = {
         "TaskAccuracy",
         "TaskLikelihood",
         "TaskMargin",
+        "WordPerplexity",
     ],
     "solver": ["SubsetSolution", "solve_subset"],
     "plan.progress": ["ProgressEvent"],
@@ -52,6 +54,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .models import Model as Model
     from .models import load_model as load_model
     from .models import masked as masked
+    from .objectives import BytePerplexity as BytePerplexity
     from .objectives import CosineDistance as CosineDistance
     from .objectives import KLDivergence as KLDivergence
     from .objectives import NormalizedMSE as NormalizedMSE
@@ -59,6 +62,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .objectives import TaskAccuracy as TaskAccuracy
     from .objectives import TaskLikelihood as TaskLikelihood
     from .objectives import TaskMargin as TaskMargin
+    from .objectives import WordPerplexity as WordPerplexity
     from .plan.progress import ProgressEvent as ProgressEvent
     from .plan.racing import Race as Race
     from .search import SearchResult as SearchResult

@@ -12,7 +12,7 @@ import click
 from ..demo import QUICK_STUDY, STUDY
 from ..errors import InputError
 from ..study import check_study, check_study_folder, figures, read_document, run_study, write_report
-from ..study.config import EXAMPLE, Document, at
+from ..study.config import EXAMPLE, DataConfig, Document, at
 from ..study.tables import answers, best_cells, format_removed
 from ..validate import check_folder
 from .evaluation import evaluate_study, harness_on_stderr, open_tasks, task_table
@@ -129,8 +129,8 @@ def _run(
     """Run a document's study: its results, and the harness's rows by model."""
     config, resources, tasks = document.config, document.config.resources, document.config.evaluate
     with at(str(document.path)):
-        for label, (name, _) in config.objectives.items():
-            check_gradients(config.algorithms, name, label)
+        for label, (objective, _) in config.objectives.items():
+            check_gradients(config.algorithms, objective.name, label)
     with naming("--out"):
         check_study(config.algorithms, config.search.options, out_dir)
         check_study_folder(out_dir, config.settings, document.text_for(out_dir))
@@ -158,8 +158,8 @@ def _run(
         found = run_study(
             models,
             {
-                label: partial(_open, f"calibration.{data.name}", name, data)
-                for label, (name, data) in config.objectives.items()
+                label: partial(_open, f"calibration.{data.name}", of.name, of.settings, data)
+                for label, (of, data) in config.objectives.items()
             },
             config.algorithms,
             config.search.num_remove,
@@ -170,7 +170,9 @@ def _run(
             protect=config.search.protect,
             notify=notify,
             held_out={
-                data.name: partial(_open, f"held_out.{data.name}", data.objective, data)
+                data.name: partial(
+                    _open, f"held_out.{data.name}", data.objective, data.settings, data
+                )
                 for data in config.held_out
             },
             document=document.text_for(out_dir),
@@ -191,9 +193,18 @@ def _run(
     return found, rows
 
 
-def _open(place: str, name: str, data: Any, model: Model) -> Objective:
+def _open(
+    place: str, name: str, settings: Mapping[str, object], data: DataConfig, model: Model
+) -> Objective:
     """An objective of a model on the data of a table in the document."""
     with naming(place):
         return open_objective(
-            name, data.file, data.num_samples, data.seq_len, data.seed or 0, model
+            name,
+            data.file,
+            data.num_samples,
+            data.seq_len,
+            data.seed or 0,
+            model,
+            data.reading,
+            settings,
         )
