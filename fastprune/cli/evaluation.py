@@ -51,6 +51,18 @@ task_settings = group(
     click.option(
         "--num-fewshot", type=click.IntRange(0, MOST), help="Worked examples before each question."
     ),
+    click.option(
+        "--apply-chat-template",
+        is_flag=True,
+        help="Write prompts through the tokenizer's chat template, as `lm_eval` does.",
+    ),
+    click.option("--system-instruction", help="A text in front of every prompt."),
+    click.option(
+        "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+        default=True,
+        show_default=True,
+        help="With a chat template: each worked example is a turn of its own.",
+    ),
 )
 
 

@@ -187,7 +187,7 @@ def _run(
         return found, {}
     notify("running tasks on every chosen mask")
     with harness_on_stderr(quiet):
-        settings = {"limit": tasks.limit, "num_fewshot": tasks.num_fewshot, "task_manager": manager}
+        settings = {**tasks.settings, "task_manager": manager}
         granularity = config.search.granularity
         rows = evaluate_study(models, found, out_dir, names, granularity, **settings, **shared)
     return found, rows

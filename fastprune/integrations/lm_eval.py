@@ -348,6 +348,18 @@ if (
     model_registry.register("fastprune")(MaskedLM)
 
 
+def _check_chat_template(lm: MaskedLM, template: bool | str) -> None:
+    """Raise InputError for a chat template that the tokenizer does not have."""
+    own = getattr(lm.tokenizer, "chat_template", None)
+    if template and own is None:
+        raise InputError(
+            f"apply_chat_template: the tokenizer of {lm.opened.name} has no chat template",
+            argument="apply_chat_template",
+        )
+    if isinstance(template, str) and isinstance(own, dict):
+        check_one_of("apply_chat_template", template, own)
+
+
 class _Sums(Objective):
     """Sums over continuations as they are: a sample is a continuation."""
 
@@ -372,15 +384,16 @@ def evaluate_masks(
     model: as `MaskedLM` takes it. masks: bool or 0/1 [N, U], True = kept. tasks: names as `lm_eval
     ls tasks` lists them, patterns such as "mmlu_*", or .yaml files; include_path: a folder with
     more. settings: of MaskedLM (granularity, backend, tokenizer, max_length, ...) and of
-    simple_evaluate (limit, num_fewshot, bootstrap_iters, log_samples, gen_kwargs, task_manager,
-    ...).
+    simple_evaluate (limit, num_fewshot, apply_chat_template, system_instruction,
+    fewshot_as_multiturn, bootstrap_iters, log_samples, gen_kwargs, task_manager, ...).
 
     Tasks are loaded once, and each likelihood is asked for once: all masks answer together, sharing
     prefixes, and a mask's answers do not depend, to the bit, on the others. The harness is then run
     for each mask on these answers. Text is generated mask by mask. `config` in each result names
     the removed units.
 
-    Raises InputError for an unknown task or setting, and before anything is scored if a task
+    Raises InputError for an unknown task or setting, for a chat template that the tokenizer does
+    not have, and before anything is scored if a task
     generates and a mask cannot.
     """
     _check_names("settings", settings, (*OF_LM, *OF_EVALUATION))
@@ -388,6 +401,7 @@ def evaluate_masks(
     names = _names(tasks, manager)
     lm = MaskedLM(model, **{name: settings.pop(name) for name in OF_LM if name in settings})
     lm.masks = masks
+    _check_chat_template(lm, settings.get("apply_chat_template", False))
 
     def check(loaded: Mapping) -> None:
         if any(task.OUTPUT_TYPE == "generate_until" for task in loaded.values()):

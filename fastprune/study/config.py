@@ -200,6 +200,15 @@ class EvaluateConfig:
     include_path: str | None = None
     limit: Annotated[float, Between(least=0, most=MOST)] | None = None
     num_fewshot: Number | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The harness's settings, less the tasks and the folder that holds them."""
+        names = {of.name for of in dataclasses.fields(self)} - {"tasks", "include_path"}
+        return {name: getattr(self, name) for name in sorted(names)}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -122,6 +123,49 @@ def test_settings_mean_what_they_mean_to_hf(settings, folder, manager, tmp_path)
         model, fp.from_removed([(2,)], 5), tasks, task_manager=manager, **SETTINGS, **settings
     )
     close(found, by_hf(exported, manager, tasks, **settings))
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"system_instruction": "Answer."},
+        {"num_fewshot": 2, "fewshot_as_multiturn": True},
+        {"num_fewshot": 2, "fewshot_as_multiturn": False, "system_instruction": "Answer."},
+    ],
+)
+def test_chat_templates_are_those_of_the_harness(settings, manager, tmp_path):
+    build("llama", vocab_size=832).save_pretrained(tmp_path / "m")
+    tokenizer = copy.deepcopy(fp.load_model("demo").tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "m")
+    model = fp.load_model(tmp_path / "m")
+    exported = fp.export(model, tmp_path / "without", removed=(2,))
+    masks = fp.from_removed([(2,)], 5)
+    settings = {**settings, "apply_chat_template": True}
+    (found,) = evaluate_masks(
+        model, masks, ["demo_choices"], task_manager=manager, **SETTINGS, **settings
+    )
+    assert "<assistant>" in found["samples"]["demo_choices"][0]["arguments"][0][0]
+    close(found, by_hf(exported, manager, ["demo_choices"], **settings))
+
+
+def test_a_chat_template_that_is_missing_is_refused(folder):
+    model = fp.load_model(folder("llama"))
+    with pytest.raises(fp.InputError, match=r"apply_chat_template: the tokenizer of .* has no chat"):
+        evaluate_masks(
+            model,
+            fp.from_removed([(2,)], 5),
+            ["demo_choices"],
+            include_path=TASKS,
+            apply_chat_template=True,
+        )
 
 
 @pytest.mark.slow

@@ -77,7 +77,13 @@ def test_keys_shown_in_the_examples_comments_are_right(tmp_path):
     assert config.search.protect == (0, 1)
     assert config.search.racing == 0.99
     assert config.resources.in_bytes("weights") == 8 * 2**30
-    assert config.evaluate.num_fewshot == 0
+    assert config.evaluate.settings == {
+        "limit": 100.0,
+        "num_fewshot": 0,
+        "apply_chat_template": False,
+        "system_instruction": "Answer briefly.",
+        "fewshot_as_multiturn": True,
+    }
     assert config.evaluate.include_path == str(tmp_path / "my_tasks")
 
 
