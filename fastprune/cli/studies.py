@@ -13,7 +13,7 @@ from ..demo import QUICK_STUDY, STUDY
 from ..errors import InputError
 from ..study import check_study, check_study_folder, figures, read_document, run_study, write_report
 from ..study.config import EXAMPLE, DataConfig, Document, at
-from ..study.tables import answers, best_cells, format_removed
+from ..study.tables import answers, best_cells, comparison_lines, format_removed
 from ..validate import check_folder
 from .evaluation import evaluate_study, harness_on_stderr, open_tasks, task_table
 from .options import (
@@ -78,6 +78,8 @@ def study(
         print_cells(found)
         if found["held_out"]:
             say(held_out_table(found))
+        for line in comparison_lines(found):
+            say(line)
         for line in answers(found):
             say(line, style="bold")
         for model, rows in evaluated.items():
@@ -113,6 +115,8 @@ def demo(out_dir: Path | None, quick: bool, quiet: bool) -> None:
         print_pattern(found)
         say(held_out_table(found))
         say("")
+        for line in comparison_lines(found):
+            say(line)
         for line in answers(found):
             say(line, style="bold")
         say(f"written to {out_dir}: report.html, study.json, study.toml")

@@ -158,7 +158,7 @@ def test_chat_templates_are_those_of_the_harness(settings, manager, tmp_path):
 
 def test_a_chat_template_that_is_missing_is_refused(folder):
     model = fp.load_model(folder("llama"))
-    with pytest.raises(fp.InputError, match=r"apply_chat_template: the tokenizer of .* has no chat"):
+    with pytest.raises(fp.InputError, match="apply_chat_template: the tokenizer"):
         evaluate_masks(
             model,
             fp.from_removed([(2,)], 5),
