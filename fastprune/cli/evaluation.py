@@ -17,6 +17,7 @@ from .._version import __version__
 from ..errors import InputError
 from ..io import write_json, write_jsonl
 from ..masks import from_removed, load_masks, to_removed
+from ..objectives import Difference, Objective
 from ..validate import refuse_existing
 from .options import (
     MOST,
@@ -176,6 +177,8 @@ def evaluate(
         else:
             for task in rows[0]["results"]:
                 say(task_table(task, task, rows))
+                if table := difference_table(task, rows):
+                    say(table)
             if written and not trouble:
                 say(f"written: {written}")
     if trouble:
@@ -234,6 +237,7 @@ def evaluate_study(
                 "removed": list(removed),
                 "chosen": chosen,
                 "results": plain(result["results"]),
+                "differences": plain(result["differences"]),
                 "higher_is_better": plain(result["higher_is_better"]),
             }
             for (removed, chosen), result in zip(by.items(), results)
@@ -266,6 +270,35 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
             cells.append(
                 f"{_number(found[name])} ± {_number(error)}" if known else _number(found[name])
             )
+        table.add_row(format_removed(row["removed"]), *cells)
+    return table
+
+
+class _TaskMetric(Objective):
+    """A metric of the harness, printed as `_number` prints it."""
+
+    digits = 4
+
+
+def difference_table(task: str, rows: Sequence[dict]) -> Table | None:
+    """How the metrics of a task differ from those of the first row, paired over documents; None
+    for a single row, and for a task whose metrics are no means."""
+    metrics = list(rows[0].get("differences", {}).get(task, {}))
+    if len(rows) < 2 or not metrics:
+        return None
+    from ..study.tables import format_removed
+
+    title = f"{task}: difference to the first row, paired over documents"
+    table = Table("removed", title=title, title_justify="left")
+    for name in metrics:
+        table.add_column(name.removesuffix(",none"))
+    for row in rows[1:]:
+        cells = []
+        for name in metrics:
+            values = {key: float(value) for key, value in row["differences"][task][name].items()}
+            count = int(values["num_samples"])
+            difference = Difference(values["value"], values["error"], count)
+            cells.append(_TaskMetric.format_difference(difference))
         table.add_row(format_removed(row["removed"]), *cells)
     return table
 

@@ -15,7 +15,13 @@ from ..study import check_study, check_study_folder, figures, read_document, run
 from ..study.config import EXAMPLE, DataConfig, Document, at
 from ..study.tables import answers, best_cells, comparison_lines, format_removed
 from ..validate import check_folder
-from .evaluation import evaluate_study, harness_on_stderr, open_tasks, task_table
+from .evaluation import (
+    difference_table,
+    evaluate_study,
+    harness_on_stderr,
+    open_tasks,
+    task_table,
+)
 from .options import (
     Command,
     FileName,
@@ -85,6 +91,8 @@ def study(
         for model, rows in evaluated.items():
             for task in rows[0]["results"]:
                 say(task_table(f"{Path(model).name}, {task}", task, rows))
+                if table := difference_table(task, rows):
+                    say(table)
         say(f"written to {out_dir}: report.html, {'tasks.json, ' * bool(evaluated)}study.json")
 
 

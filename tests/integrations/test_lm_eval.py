@@ -199,6 +199,29 @@ def test_what_a_mask_gets_does_not_depend_on_the_others(family, folder, manager)
 
 
 @pytest.mark.slow
+def test_differences_are_paired_over_documents(folder, manager):
+    model = fp.load_model(folder("llama"))
+    masks = fp.from_removed([(), (1,), (2, 4)], model.num_blocks)
+    settings = {"task_manager": manager, **SETTINGS, "limit": 12}
+    found = evaluate_masks(model, masks, ["demo_choices", "demo_text"], **settings)
+    accuracy = np.array([[s["acc"] for s in r["samples"]["demo_choices"]] for r in found])
+    for result, own in zip(found, accuracy, strict=True):
+        difference = own - accuracy[0]
+        expected = {
+            "value": pytest.approx(difference.mean()),
+            "error": pytest.approx(difference.std(ddof=1) / np.sqrt(12)),
+            "num_samples": 12,
+        }
+        assert result["differences"]["demo_choices"]["acc,none"] == expected
+        assert "demo_text" not in result["differences"]  # its metrics are no means
+    settings["log_samples"] = False
+    again = evaluate_masks(model, masks, ["demo_choices"], **settings)
+    assert all("samples" not in result for result in again)
+    key = "demo_choices"
+    assert [r["differences"][key] for r in again] == [r["differences"][key] for r in found]
+
+
+@pytest.mark.slow
 def test_a_family_that_runs_no_trees_is_run_row_by_row(folder, manager, tmp_path):
     """Beyond 8 tokens this one's rotary frequencies change, so that trees are refused."""
     factors = {
