@@ -91,7 +91,7 @@ test-portable-quick: .venv/installed
 
 # docs/ and the API reference as a site, in build/site; links and names that lead nowhere are errors.
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The sdist, and the wheel that is built from it, installed where nothing else is: it must import, and run the demo.
 package: .venv/installed

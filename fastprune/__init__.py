@@ -21,6 +21,7 @@ _HOMES = {
     "models": ["Library", "Model", "load_model", "masked"],
     "objectives": [
         "Agreement",
+        "BytePerplexity",
         "CosineDistance",
         "KLDivergence",
         "NormalizedMSE",
@@ -28,6 +29,7 @@ _HOMES = {
         "TaskAccuracy",
         "TaskLikelihood",
         "TaskMargin",
+        "WordPerplexity",
     ],
     "solver": ["SubsetSolution", "solve_subset"],
     "plan.cost": ["Cost", "Stats"],
@@ -59,6 +61,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .models import load_model as load_model
     from .models import masked as masked
     from .objectives import Agreement as Agreement
+    from .objectives import BytePerplexity as BytePerplexity
     from .objectives import CosineDistance as CosineDistance
     from .objectives import KLDivergence as KLDivergence
     from .objectives import NormalizedMSE as NormalizedMSE
@@ -66,6 +69,7 @@ if TYPE_CHECKING:  # the same once more, for editors and type checkers, which ru
     from .objectives import TaskAccuracy as TaskAccuracy
     from .objectives import TaskLikelihood as TaskLikelihood
     from .objectives import TaskMargin as TaskMargin
+    from .objectives import WordPerplexity as WordPerplexity
     from .plan.cost import Cost as Cost
     from .plan.cost import Stats as Stats
     from .plan.progress import ProgressEvent as ProgressEvent

@@ -15,10 +15,11 @@ cells of tables leave out the name, and the column has it, with the direction, a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,8 +39,8 @@ class Objective:
     sum of sample_weight_s * L_s.
     data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense
     model is run once, to compare with. differentiable: whether it has a gradient at the dense model
-    that says something. settings: the names of its own options. source: where its data is from, in
-    words, for those who read a study.
+    that says something. settings: the values that each of its own options may have.
+    source: the origin of its data, in words, for those who read a study.
     metric_name, unit, higher_is_better: the quantity that users know the loss by, with its unit
     ("", "%" or "nats") and direction; `metric` computes it. meaning: of the metric, in words.
     digits: printed behind its point. chance: the metric's value of a model that guesses, or None if
@@ -57,7 +58,7 @@ class Objective:
     higher_is_better = False
     digits = 5
     chance: float | None = None
-    settings: tuple[str, ...] = ()
+    settings: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     source = ""
     batch: TokenBatch
     sample: np.ndarray
@@ -365,6 +366,93 @@ class Perplexity(Objective):
         return cls.metric(loss)
 
 
+class _TextPerplexity(Perplexity):
+    """Perplexity per unit of text, which models of unlike tokenizers share."""
+
+    cuts_samples = False  # a part of a row has no known share of its text
+
+    def __init__(self, batch: TokenBatch):
+        super().__init__(batch)
+        counts = self._text_counts(batch)
+        if counts is None:
+            raise InputError(
+                f"{type(self).__name__} takes text that load_text has read; token ids have no "
+                f"known number of words and bytes"
+            )
+        if not counts.all():
+            raise InputError(f"row {counts.argmin()} of the batch holds no text to count")
+        self._average(counts)
+
+    @staticmethod
+    def _text_counts(batch: TokenBatch) -> np.ndarray | None:
+        """Units of text of each row, int64[R]."""
+        raise NotImplementedError
+
+    @property
+    def content_hash(self) -> str:
+        counts = np.asarray(self.sample_weight / self.weight, dtype="<f8").tobytes()
+        return f"{self.batch.content_hash}-{hashlib.sha256(counts).hexdigest()[:16]}"
+
+
+class WordPerplexity(_TextPerplexity):
+    """Sum over targets of -log p, divided by the words of their text.
+
+    The metric is its exponential, word_perplexity of lm-evaluation-harness. A word is a run of
+    characters without white space. Words and bytes do not depend on a tokenizer, so models of
+    unlike tokenizers can be compared on the same text. A sample is a window.
+
+    Args:
+        batch: Text from `load_text`, which counts words and bytes.
+
+    Raises:
+        InputError: The batch holds questions, or was made from token ids.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune import demo
+        >>> tokenizer = fp.load_model("demo").tokenizer
+        >>> fp.WordPerplexity(fp.load_text(demo.TEXT, tokenizer, num_samples=4, seq_len=64))
+        WordPerplexity(4 samples, 256 tokens)
+    """
+
+    name = "word_perplexity"
+    meaning = "the exponential of the negative log-likelihood of the text per word"
+    metric_name = "perplexity per word"
+
+    @staticmethod
+    def _text_counts(batch: TokenBatch) -> np.ndarray | None:
+        return batch.row_words
+
+
+class BytePerplexity(_TextPerplexity):
+    """Sum over targets of -log p, divided by the UTF-8 bytes of their text, as WordPerplexity.
+
+    The metric is its exponential, byte_perplexity of lm-evaluation-harness.
+
+    Args:
+        batch: Text from `load_text`, which counts words and bytes.
+
+    Raises:
+        InputError: The batch holds questions, or was made from token ids.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune import demo
+        >>> tokenizer = fp.load_model("demo").tokenizer
+        >>> fp.BytePerplexity(fp.load_text(demo.TEXT, tokenizer, num_samples=4, seq_len=64))
+        BytePerplexity(4 samples, 256 tokens)
+    """
+
+    name = "byte_perplexity"
+    meaning = "the exponential of the negative log-likelihood of the text per byte of UTF-8"
+    metric_name = "perplexity per byte"
+    digits = 4
+
+    @staticmethod
+    def _text_counts(batch: TokenBatch) -> np.ndarray | None:
+        return batch.row_bytes
+
+
 class KLDivergence(Objective):
     """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q
     the masked one.
@@ -437,7 +525,7 @@ class Agreement(_Share, KLDivergence):
         "100 if nothing is removed"
     )
     metric_name = "acceptance"
-    settings = ("decoding",)
+    settings: ClassVar = {"decoding": ("sampling", "greedy")}
 
     def __init__(self, batch: TokenBatch | Tasks, decoding: str = "sampling"):
         super().__init__(batch)
@@ -454,7 +542,7 @@ class _StateDistance(KLDivergence):
     """A distance of final states, position by position, or flattened: of a sample's states as one
     vector."""
 
-    settings = ("flatten",)
+    settings: ClassVar = {"flatten": (False, True)}
 
     def __init__(self, batch: TokenBatch | Tasks, flatten: bool = False):
         super().__init__(batch)
@@ -575,12 +663,12 @@ class TaskMargin(Objective):
     higher_is_better = True
     digits = 4
     data = "tasks"
-    settings = ("normalization", "weighting")
+    settings: ClassVar = {"normalization": ("mean", "sum"), "weighting": ("question", "choices")}
 
     def __init__(self, tasks: Tasks, normalization: str = "mean", weighting: str = "question"):
         tasks = _check_tasks(tasks, type(self))
-        check_one_of("normalization", normalization, ("mean", "sum"))
-        check_one_of("weighting", weighting, ("question", "choices"))
+        check_one_of("normalization", normalization, self.settings["normalization"])
+        check_one_of("weighting", weighting, self.settings["weighting"])
         self.tasks, self.normalization, self.weighting = tasks, normalization, weighting
         self.batch, self.sample = tasks.batch, tasks.question
         wrong = np.bincount(tasks.question) - 1
@@ -619,11 +707,11 @@ class TaskLikelihood(Objective):
     higher_is_better = True
     digits = 4
     data = "tasks"
-    settings = ("normalization",)
+    settings: ClassVar = {"normalization": ("mean", "sum")}
 
     def __init__(self, tasks: Tasks, normalization: str = "mean"):
         tasks = _check_tasks(tasks, type(self))
-        check_one_of("normalization", normalization, ("mean", "sum"))
+        check_one_of("normalization", normalization, self.settings["normalization"])
         self.tasks, self.normalization = tasks, normalization
         self.batch = TokenBatch.from_continuations(
             [[_sequence(tasks.batch, answer)] for answer in tasks.answer]
@@ -666,7 +754,7 @@ class TaskAccuracy(_Share):
     meaning = "the share of questions whose likeliest choice is right"
     metric_name = "accuracy"
     data = "tasks"
-    settings = ("normalization",)
+    settings: ClassVar = {"normalization": ("sum", "characters", "bytes", "mean")}
     differentiable = False
 
     def __init__(self, tasks: Tasks, normalization: str = "sum"):
@@ -677,7 +765,7 @@ class TaskAccuracy(_Share):
             "bytes": tasks.choice_bytes,
             "mean": tasks.batch.target_counts,
         }
-        check_one_of("normalization", normalization, lengths)
+        check_one_of("normalization", normalization, self.settings["normalization"])
         self.tasks, self.normalization = tasks, normalization
         self.batch, self.sample = tasks.batch, tasks.question
         self.weight = np.ones(len(tasks.question)) / lengths[normalization]
@@ -711,6 +799,8 @@ OBJECTIVES = {
         Agreement,
         CosineDistance,
         NormalizedMSE,
+        WordPerplexity,
+        BytePerplexity,
     )
 }
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
+from ..data import TASKS_READING, TEXT_READING
 from ..errors import InputError
 from ..io import file_marks, json_text, parse_json, write_json, write_jsonl
 from ..masks import check_removed, check_sequences, record_units, removed_by
@@ -348,8 +349,10 @@ def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) ->
     """
     names = (
         *("model", "device", "dtype", "trust_remote_code", "objective", "calibration"),
-        *("num_samples", "seq_len", "sample_seed", "granularity", "backend", "algorithm"),
-        *("num_remove", "protect", "seed", "racing", "measure_speed"),
+        *TEXT_READING,
+        *TASKS_READING,
+        *("normalization", "num_samples", "seq_len", "sample_seed", "granularity", "backend"),
+        *("algorithm", "num_remove", "protect", "seed", "racing", "measure_speed"),
     )
     files = {name: file_marks(str(parameters[name])) for name in ("model", "calibration")}
     budget = parameters["budget"] and str(parameters["budget"])

@@ -16,6 +16,7 @@ from rich.table import Table
 from .. import __version__
 from ..io import write_json, write_jsonl
 from ..masks import kept_by, record_units
+from ..objectives import Difference, Objective
 from ..validate import refuse_existing
 from .candidates import candidate_options, check_candidates, read_candidates
 from .options import (
@@ -49,6 +50,18 @@ task_settings = group(
     ),
     click.option(
         "--num-fewshot", type=click.IntRange(0, MOST), help="Worked examples before each question."
+    ),
+    click.option(
+        "--apply-chat-template",
+        is_flag=True,
+        help="Write prompts through the tokenizer's chat template, as `lm_eval` does.",
+    ),
+    click.option("--system-instruction", help="A text in front of every prompt."),
+    click.option(
+        "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+        default=True,
+        show_default=True,
+        help="With a chat template: each worked example is a turn of its own.",
     ),
 )
 
@@ -148,6 +161,8 @@ def evaluate(
         else:
             for task in rows[0]["results"]:
                 say(task_table(task, task, rows))
+                if table := difference_table(task, rows):
+                    say(table)
             if written and not trouble:
                 say(f"written: {written}")
     if trouble:
@@ -206,6 +221,7 @@ def evaluate_study(
                 "removed": list(removed),
                 "chosen": chosen,
                 "results": plain(result["results"]),
+                "differences": plain(result["differences"]),
                 "higher_is_better": plain(result["higher_is_better"]),
             }
             for (removed, chosen), result in zip(by.items(), results)
@@ -239,6 +255,35 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
                 f"{_number(found[name])} ± {_number(error)}" if known else _number(found[name])
             )
         table.add_row(format_record(row), *cells)
+    return table
+
+
+class _TaskMetric(Objective):
+    """A metric of the harness, printed as `_number` prints it."""
+
+    digits = 4
+
+
+def difference_table(task: str, rows: Sequence[dict]) -> Table | None:
+    """How the metrics of a task differ from those of the first row, paired over documents; None
+    for a single row, and for a task whose metrics are no means."""
+    metrics = list(rows[0].get("differences", {}).get(task, {}))
+    if len(rows) < 2 or not metrics:
+        return None
+    from ..study.tables import format_removed
+
+    title = f"{task}: difference to the first row, paired over documents"
+    table = Table("removed", title=title, title_justify="left")
+    for name in metrics:
+        table.add_column(name.removesuffix(",none"))
+    for row in rows[1:]:
+        cells = []
+        for name in metrics:
+            values = {key: float(value) for key, value in row["differences"][task][name].items()}
+            count = int(values["num_samples"])
+            difference = Difference(values["value"], values["error"], count)
+            cells.append(_TaskMetric.format_difference(difference))
+        table.add_row(format_removed(row["removed"]), *cells)
     return table
 
 

@@ -462,6 +462,13 @@ _objective_options = group(
         "--delimiter",
         help="Text between prompt and choice, no part of a choice's length; default a space.",
     ),
+    click.option(
+        "--normalization",
+        type=Known(["sum", "mean", "characters", "bytes"]),
+        help="Divide a choice's log-likelihood by nothing, its tokens, characters or bytes. "
+        "accuracy: sum (acc, default), characters (acc_norm), bytes (acc_bytes), mean; margin and "
+        "likelihood: mean (default), sum.",
+    ),
     store_option,
     concern=DATA,
 )
@@ -517,7 +524,7 @@ def evaluates(command: Callable) -> Callable:
         model: str, device: str | None, dtype: str | None, trust_remote_code: bool,
         objective: str, calibration: str | None,
         bos: bool | None, column: str | None, chat_template: str | None, loss_on: str | None,
-        delimiter: str | None, store: str | None,
+        delimiter: str | None, normalization: str | None, store: str | None,
         num_samples: int | None, seq_len: int | None, sample_seed: int,
         granularity: Granularity, backend: Backend,
         memory_bytes: int | None, weights_bytes: int | None,
@@ -534,6 +541,7 @@ def evaluates(command: Callable) -> Callable:
             loss_on=loss_on,
             delimiter=delimiter,
         )
+        settings = check_normalization(objective, normalization)
         check_workers(workers, ray)
 
         def make(progress: ProgressCallback | None) -> Evaluator:
@@ -541,7 +549,8 @@ def evaluates(command: Callable) -> Callable:
 
             opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
             on_data = open_objective(
-                objective, calibration, num_samples, seq_len, sample_seed, opened, reading
+                *(objective, calibration, num_samples, seq_len, sample_seed, opened),
+                *(reading, settings),
             )
             return Evaluator(
                 opened,
@@ -644,14 +653,17 @@ def open_objective(
     seed: int,
     model: Model,
     reading: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Objective:
     """The objective on its calibration data. Text gets the defaults of the field, 64 samples of
-    2048 tokens, and the demo's own text its own. `reading`: further arguments of the loader."""
+    2048 tokens, and the demo's own text its own. `reading`: further arguments of the loader;
+    `settings`: of the objective."""
     from .. import demo
     from ..data import load_tasks, load_text
 
     file = Path(calibration).name
-    make: Callable[[Any], Objective] = OBJECTIVES[name]  # each takes the data of its kind
+    kind: Any = OBJECTIVES[name]
+    make: Callable[[Any], Objective] = functools.partial(kind, **settings or {})
     if OBJECTIVES[name].data == "tasks":
         tasks = load_tasks(calibration, model.tokenizer, limit=num_samples, **reading or {})
         if num_samples is not None and tasks.num_questions < num_samples:
@@ -696,6 +708,18 @@ def check_reading(objective: str, **reading: Any) -> dict[str, Any]:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} is of {own}; {objective} reads {read}")
     return given
+
+
+def check_normalization(objective: str, normalization: str | None) -> dict[str, str]:
+    """The objective's settings. Raises InputError where it cannot be normalised so."""
+    if normalization is None:
+        return {}
+    allowed = OBJECTIVES[objective].settings.get("normalization")
+    if allowed is None:
+        having = [name for name, of in OBJECTIVES.items() if "normalization" in of.settings]
+        raise InputError(f"--normalization is for {', '.join(having)}, not for {objective}")
+    check_one_of("--normalization", normalization, allowed)
+    return {"normalization": normalization}
 
 
 def refuse_text_sizes(objectives: Iterable[str], seq_len: int | None, seed: int) -> None:

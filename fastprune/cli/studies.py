@@ -12,10 +12,16 @@ import click
 from ..demo import QUICK_STUDY, STUDY
 from ..errors import InputError
 from ..study import check_study, check_study_folder, figures, read_document, run_study, write_report
-from ..study.config import EXAMPLE, Document, at
-from ..study.tables import answers, best_cells, format_removed
+from ..study.config import EXAMPLE, DataConfig, Document, at
+from ..study.tables import answers, best_cells, comparison_lines, format_removed
 from ..validate import check_folder
-from .evaluation import evaluate_study, harness_on_stderr, open_tasks, task_table
+from .evaluation import (
+    difference_table,
+    evaluate_study,
+    harness_on_stderr,
+    open_tasks,
+    task_table,
+)
 from .options import (
     Command,
     FileName,
@@ -78,11 +84,15 @@ def study(
         print_cells(found)
         if found["held_out"]:
             say(held_out_table(found))
+        for line in comparison_lines(found):
+            say(line)
         for line in answers(found):
             say(line, style="bold")
         for model, rows in evaluated.items():
             for task in rows[0]["results"]:
                 say(task_table(f"{Path(model).name}, {task}", task, rows))
+                if table := difference_table(task, rows):
+                    say(table)
         say(f"written to {out_dir}: report.html, {'tasks.json, ' * bool(evaluated)}study.json")
 
 
@@ -113,6 +123,8 @@ def demo(out_dir: Path | None, quick: bool, quiet: bool) -> None:
         print_pattern(found)
         say(held_out_table(found))
         say("")
+        for line in comparison_lines(found):
+            say(line)
         for line in answers(found):
             say(line, style="bold")
         say(f"written to {out_dir}: report.html, study.json, study.toml")
@@ -129,8 +141,8 @@ def _run(
     """Run a document's study: its results, and the harness's rows by model."""
     config, resources, tasks = document.config, document.config.resources, document.config.evaluate
     with at(str(document.path)):
-        for label, (name, _) in config.objectives.items():
-            check_gradients(config.algorithms, name, label)
+        for label, (objective, _) in config.objectives.items():
+            check_gradients(config.algorithms, objective.name, label)
     with naming("--out"):
         check_study(config.algorithms, config.search.options, out_dir)
         check_study_folder(out_dir, config.settings, document.text_for(out_dir))
@@ -158,8 +170,8 @@ def _run(
         found = run_study(
             models,
             {
-                label: partial(_open, f"calibration.{data.name}", name, data)
-                for label, (name, data) in config.objectives.items()
+                label: partial(_open, f"calibration.{data.name}", of.name, of.settings, data)
+                for label, (of, data) in config.objectives.items()
             },
             config.algorithms,
             [*config.search.num_remove, *config.search.budget],
@@ -170,7 +182,9 @@ def _run(
             protect=config.search.protect,
             notify=notify,
             held_out={
-                data.name: partial(_open, f"held_out.{data.name}", data.objective, data)
+                data.name: partial(
+                    _open, f"held_out.{data.name}", data.objective, data.settings, data
+                )
                 for data in config.held_out
             },
             document=document.text_for(out_dir),
@@ -185,15 +199,24 @@ def _run(
         return found, {}
     notify("running tasks on every chosen mask")
     with harness_on_stderr(quiet):
-        settings = {"limit": tasks.limit, "num_fewshot": tasks.num_fewshot, "task_manager": manager}
+        settings = {**tasks.settings, "task_manager": manager}
         granularity = config.search.granularity
         rows = evaluate_study(models, found, out_dir, names, granularity, **settings, **shared)
     return found, rows
 
 
-def _open(place: str, name: str, data: Any, model: Model) -> Objective:
+def _open(
+    place: str, name: str, settings: Mapping[str, object], data: DataConfig, model: Model
+) -> Objective:
     """An objective of a model on the data of a table in the document."""
     with naming(place):
         return open_objective(
-            name, data.file, data.num_samples, data.seq_len, data.seed or 0, model
+            name,
+            data.file,
+            data.num_samples,
+            data.seq_len,
+            data.seed or 0,
+            model,
+            data.reading,
+            settings,
         )

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..objectives import objective_class
+from ..study.judging import format_judged, judgement
 from ..study.machines import machines_note
 from ..study.tables import (
     TABLE_NOTE,
@@ -70,7 +71,9 @@ def print_pattern(study: Mapping) -> None:
 
 def held_out_table(study: Mapping) -> Table:
     """The chosen masks on the held-out data, each loss through its metric."""
-    table = Table(title="\nOn held-out data, which no search has seen", title_justify="left")
+    unseen = not any(described["shared_rows"] for described in study["held_out"].values())
+    title = "\nOn held-out data" + ", which no search has seen" * unseen
+    table = Table(title=title, title_justify="left")
     table.add_column("removed")
     table.add_column("chosen by")
     read = []
@@ -78,17 +81,19 @@ def held_out_table(study: Mapping) -> Table:
         known = objective_class(described["name"])
         read.append((label, known))
         table.add_column(Text(f"{label}: {known.header()}"), justify="right")
-    for model, dense in study["dense"].items():
+    for model in study["dense"]:
         prefix = f"{Path(model).name}: " * (len(study["dense"]) > 1)
-        whole = {label: record["loss"] for label, record in dense.items()}
-        chosen: dict[tuple[int, ...], tuple[dict, dict]] = {(): ({}, whole)}
+        chosen: dict[tuple[int, ...], dict[str, list[str]]] = {(): {}}
         for cell in study["cells"]:
             if cell["model"] == model and not cell["error"]:
-                searches, _ = chosen.setdefault(tuple(cell["removed"]), ({}, cell["losses"]))
+                searches = chosen.setdefault(tuple(cell["removed"]), {})
                 names = searches.setdefault(cell["objective"], [])
                 names += [cell["algorithm"]] * (cell["algorithm"] not in names)
-        for removed, (searches, losses) in chosen.items():
+        for removed, searches in chosen.items():
             by = "; ".join(f"{label}: {', '.join(names)}" for label, names in searches.items())
-            values = [known.format(losses[label], named=False) for label, known in read]
+            values = [
+                format_judged(known, judgement(study, model, label, removed))
+                for label, known in read
+            ]
             table.add_row(Text(prefix + format_removed(removed)), Text(by or "(dense)"), *values)
     return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ NUM_SAMPLES, SEQ_LEN = 64, 2048  # by default
 TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TASK_FILES = (".jsonl", ".json", ".parquet")
 ID_FILES = (".npy", ".safetensors")
+# Arguments that say how text and tasks are read
+TEXT_READING = ("bos", "column", "chat_template", "loss_on")
+TASKS_READING = ("delimiter",)
 
 
 def load_text(
@@ -109,7 +113,7 @@ def load_text(
         chats = [encoder.row(row.value, row.place) for row in rows]
         seq_len = seq_len or SEQ_LEN
         num_samples = num_samples or min(NUM_SAMPLES, len(chats))
-        batch = _from_rows(source.name, chats, num_samples, seq_len, seed)
+        batch = _from_rows(source.name, chats, num_samples, seq_len, seed, tokenizer)
         return _named(batch, f"{source.name}, conversations, loss on {loss_on}")
     if chat_template is not None:
         raise InputError(
@@ -204,7 +208,12 @@ def _from_id_file(
 
 
 def _from_rows(
-    name: str, rows: Sequence[IdRow], num_samples: int | None, seq_len: int | None, seed: int
+    name: str,
+    rows: Sequence[IdRow],
+    num_samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    tokenizer: Any = None,
 ) -> TokenBatch:
     """Samples from rows of their own: those that have a target within seq_len tokens."""
     cut = [IdRow(ids[:seq_len], is_target[:seq_len]) for ids, is_target in rows]
@@ -213,7 +222,7 @@ def _from_rows(
     if not kept:
         raise InputError(f"{name}: holds no {unit}")
     drawn = _draw(name, unit, len(kept), num_samples or len(kept), seed)
-    return TokenBatch.from_ids([_labelled(*kept[i]) for i in drawn])
+    return _to_batch([kept[i] for i in drawn], tokenizer)
 
 
 def _from_texts(
@@ -244,7 +253,25 @@ def _from_texts(
     longer = f"; what fits: a longer text (this one has {len(stream)} tokens)" if not fits else ""
     unit = f"windows of {seq_len} tokens"
     drawn = _draw(name, unit, len(windows), num_samples, seed, fits, longer)
-    return TokenBatch.from_ids([_labelled(*windows[i]) for i in drawn])
+    return _to_batch([windows[i] for i in drawn], tokenizer)
+
+
+def _to_batch(rows: Sequence[IdRow], tokenizer: Any) -> TokenBatch:
+    """A batch of rows, with the words and bytes of their targets' text if a tokenizer decodes
+    them."""
+    batch = TokenBatch.from_ids([_labelled(*row) for row in rows])
+    if not hasattr(tokenizer, "batch_decode"):
+        return batch
+    texts = tokenizer.batch_decode(
+        [row.ids[row.is_target] for row in rows],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    return replace(
+        batch,
+        row_words=np.array([len(text.split()) for text in texts]),
+        row_bytes=np.array([len(text.encode()) for text in texts]),
+    )
 
 
 def _places(documents: Sequence[np.ndarray], begin: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..errors import InputError
 from .ids import to_rows
 
 Ids = Sequence[int] | np.ndarray  # of tokens
+NOT_TOKENS = {"tokens": False}  # marks fields that are no part of the content
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,6 +33,8 @@ class TokenBatch:
     choice).
     split_trees: whether each branch runs as a row of its own, behind a copy of the trunk, for
         models that cannot run trees. The content, and its hash, are the same.
+    row_words, row_bytes [R]: words and UTF-8 bytes of the text of each row's targets; None unless
+        the rows were read from text.
     source: the file or data set that the rows came from and the column that was read, for people.
 
     >>> import fastprune as fp
@@ -47,7 +50,9 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
-    split_trees: bool = False
+    split_trees: bool = field(default=False, metadata=NOT_TOKENS)
+    row_words: np.ndarray | None = field(default=None, metadata=NOT_TOKENS)
+    row_bytes: np.ndarray | None = field(default=None, metadata=NOT_TOKENS)
     source = ""  # the origin of the data, in words; no field, because equal data is equal
 
     @classmethod
@@ -254,7 +259,7 @@ class TokenBatch:
         """SHA-256 of every array: equal for equal calibration data, whatever file it came from."""
         digest = hashlib.sha256()
         for item in fields(self):
-            if item.name == "split_trees":  # how it runs, not what it holds
+            if item.metadata == NOT_TOKENS:
                 continue
             array = np.ascontiguousarray(getattr(self, item.name), dtype="<i8")
             digest.update(f"{item.name}{array.shape}".encode())

@@ -8,9 +8,11 @@ with shared prefixes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -38,7 +40,7 @@ from ..masks import (
 )
 from ..models import Granularity, Model, Needs, load_model, masked, open_runner
 from ..models.verify import agree, probe_ids
-from ..objectives import Objective
+from ..objectives import Difference, Objective
 from ..plan.trie import units_of
 from ..validate import check_one_of, refuse_special
 from ..workers.processes import Processes, Workers, check_workers
@@ -362,6 +364,18 @@ if (
     model_registry.register("fastprune")(MaskedLM)
 
 
+def _check_chat_template(lm: MaskedLM, template: bool | str) -> None:
+    """Raise InputError for a chat template that the tokenizer does not have."""
+    own = getattr(lm.tokenizer, "chat_template", None)
+    if template and own is None:
+        raise InputError(
+            f"apply_chat_template: the tokenizer of {lm.opened.name} has no chat template",
+            argument="apply_chat_template",
+        )
+    if isinstance(template, str) and isinstance(own, dict):
+        check_one_of("apply_chat_template", template, own)
+
+
 class _Sums(Objective):
     """Sums over continuations as they are: a sample is a continuation."""
 
@@ -388,15 +402,18 @@ def evaluate_masks(
     collections of unit indices in the order in which they run. tasks: names as `lm_eval
     ls tasks` lists them, patterns such as "mmlu_*", or .yaml files; include_path: a folder with
     more. settings: of MaskedLM (granularity, backend, tokenizer, max_length, ...) and of
-    simple_evaluate (limit, num_fewshot, bootstrap_iters, log_samples, gen_kwargs, task_manager,
-    ...).
+    simple_evaluate (limit, num_fewshot, apply_chat_template, system_instruction,
+    fewshot_as_multiturn, bootstrap_iters, log_samples, gen_kwargs, task_manager, ...).
 
     Tasks are loaded once, and each likelihood is asked for once: all masks answer together, sharing
     prefixes, and a mask's answers do not depend, to the bit, on the others. The harness is then run
     for each mask on these answers. Text is generated mask by mask. `config` in each result names
-    the removed units, or the sequence.
+    the removed units, or the sequence. `differences` in each result has, by task and metric, how
+    much the mean over documents is above that of the first mask, with the paired standard error:
+    `value`, `error` and `num_samples`. Metrics that are no means over documents have none.
 
-    Raises InputError for an unknown task or setting, and before anything is scored if a task
+    Raises InputError for an unknown task or setting, for a chat template that the tokenizer does
+    not have, and before anything is scored if a task
     generates and a mask cannot.
     """
     _check_names("settings", settings, (*OF_LM, *OF_EVALUATION))
@@ -404,6 +421,7 @@ def evaluate_masks(
     names = _names(tasks, manager)
     lm = MaskedLM(model, **{name: settings.pop(name) for name in OF_LM if name in settings})
     lm.sequences = units_of(masks, sequences, lm.num_units)
+    _check_chat_template(lm, settings.get("apply_chat_template", False))
 
     def check(loaded: Mapping) -> None:
         if any(task.OUTPUT_TYPE == "generate_until" for task in loaded.values()):
@@ -414,7 +432,12 @@ def evaluate_masks(
     if not lm.sequences:
         return []
     loading = _Loading(manager, check)
-    first = simple_evaluate(model=lm, tasks=names, task_manager=loading, **settings)
+    keeps_samples = settings.pop("log_samples", True) or settings.get("predict_only", False)
+    first = simple_evaluate(
+        model=lm, tasks=names, task_manager=loading, log_samples=True, **settings
+    )
+    reference = _document_values(first)
+    _finish(first, reference, reference, keeps_samples)
     # steps that the harness repeats for every model: seeds, loading, asking the machine about
     # itself
     defaults = {
@@ -425,14 +448,58 @@ def evaluate_masks(
     arguments = {
         name: given[name] for name in inspect.signature(evaluate).parameters if name in given
     }
-    arguments["log_samples"] = given["predict_only"] or given["log_samples"]
+    arguments["log_samples"] = True
     results = [first]
     for number in range(1, len(lm.sequences)):
         lm.current = number
         loading.rewind(given["fewshot_random_seed"])
         found = evaluate(lm=lm, task_dict=loading.found, **arguments)
+        _finish(found, _document_values(found), reference, keeps_samples)
         results.append({**first, **found, "config": {**first["config"], **lm.get_model_info()}})
     return results
+
+
+Values = dict[str, dict[str, np.ndarray]]  # by task and "metric,filter": float64 by document
+
+
+def _document_values(result: Mapping) -> Values:
+    """The metrics of each document, where a task's metric is their mean."""
+    values: Values = {}
+    for task, samples in result["samples"].items():
+        by_metric: dict[str, list] = {}
+        for sample in samples:
+            for metric in sample["metrics"]:
+                by_metric.setdefault(f"{metric},{sample['filter']}", []).append(sample[metric])
+        for name, of_documents in by_metric.items():
+            total = result["results"].get(task, {}).get(name)
+            if not all(isinstance(value, (int, float, np.number)) for value in of_documents):
+                continue
+            array = np.asarray(of_documents, dtype=np.float64)
+            if isinstance(total, (int, float)) and np.isclose(array.mean(), total, rtol=1e-9):
+                values.setdefault(task, {})[name] = array
+    return values
+
+
+def _finish(result: dict, values: Values, reference: Values, keeps_samples: bool) -> None:
+    """Give a result its differences to the first one, and drop its samples unless wanted."""
+    result["differences"] = {
+        task: {
+            name: _paired(array, reference[task][name])
+            for name, array in by_metric.items()
+            if name in reference.get(task, {})
+        }
+        for task, by_metric in values.items()
+    }
+    if not keeps_samples:
+        del result["samples"]
+
+
+def _paired(values: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """The mean difference of two masks' metrics by document, and its standard error."""
+    difference = values - reference
+    count = len(difference)
+    error = difference.std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
+    return dataclasses.asdict(Difference(float(difference.mean()), float(error), count))
 
 
 def find_tasks(

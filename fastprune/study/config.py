@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ else:
 
 from .. import demo
 from ..costs import Budget as RemovalBudget
+from ..data import LOSS_ON, TASKS_READING, TEXT_READING, is_data
 from ..errors import InputError, nearest, shown
 from ..masks import parse_removed
 from ..objectives import OBJECTIVES
@@ -75,6 +76,12 @@ def _one_of(*choices: str) -> Allowed:
     return Allowed(choices=choices)
 
 
+def _values_of(table: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The values of those keys that a table has."""
+    values = {name: getattr(table, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 Samples = Annotated[int, Allowed(least=1, most=MOST)]
 Tokens = Annotated[int, Allowed(least=2, most=MOST)]
 Seed = Annotated[int, Allowed(least=0, most=MOST_SEED)]
@@ -99,20 +106,54 @@ class ModelConfig:
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """[[calibration]]: data that searches score on. seq_len and seed are for text."""
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A table of data: its file, how many samples are drawn, and how they are read.
+
+    `delimiter` is for tasks; seq_len, seed, bos, column, chat_template and loss_on are for text.
+    """
 
     name: str
-    kind: Annotated[str, _one_of("text", "tasks")]
     file: str = ""
     num_samples: Samples | None = None
     seq_len: Tokens | None = None
     seed: Seed | None = None
+    bos: bool | None = None
+    column: str | None = None
+    chat_template: str | None = None
+    loss_on: Annotated[str, _one_of(*LOSS_ON)] | None = None
+    delimiter: str | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The arguments of the loader that the table has."""
+        return _values_of(self, (*TEXT_READING, *TASKS_READING))
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The settings of an objective: which ones depends on the objective."""
+
+    normalization: str | None = None
+    weighting: str | None = None
+    flatten: bool | None = None
+    decoding: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the table has."""
+        return _values_of(self, (of.name for of in dataclasses.fields(LossConfig)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(DataConfig):
+    """[[calibration]]: data that searches score on."""
+
+    kind: Annotated[str, _one_of("text", "tasks")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(LossConfig):
     """[[objective]]: a loss, on the calibration sets named by `on`; on all of its kind if none."""
 
     name: str
@@ -134,16 +175,11 @@ class SearchConfig:
     options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class HeldOutConfig:
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig(DataConfig, LossConfig):
     """[[held_out]]: an objective that no search sees; it judges every chosen mask."""
 
-    name: str
     objective: str
-    file: str = ""
-    num_samples: Samples | None = None
-    seq_len: Tokens | None = None
-    seed: Seed | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +205,15 @@ class EvaluateConfig:
     include_path: str | None = None
     limit: Annotated[float, Between(least=0, most=MOST)] | None = None
     num_fewshot: Number | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The harness's settings, less the tasks and the folder that holds them."""
+        names = {of.name for of in dataclasses.fields(self)} - {"tasks", "include_path"}
+        return {name: getattr(self, name) for name in sorted(names)}
 
 
 @dataclass(frozen=True)
@@ -186,11 +231,11 @@ class StudyConfig:
     base: str | None = None
 
     @property
-    def objectives(self) -> dict[str, tuple[str, CalibrationConfig]]:
-        """By label, such as perplexity-c4: an objective's name and its calibration set."""
+    def objectives(self) -> dict[str, tuple[ObjectiveConfig, CalibrationConfig]]:
+        """By label, such as perplexity-c4: an objective and its calibration set."""
         sets = {data.name: data for data in self.calibration}
         return {
-            f"{objective.name}-{name}": (objective.name, sets[name])
+            f"{objective.name}-{name}": (objective, sets[name])
             for objective in self.objective
             for name in objective.on
         }
@@ -477,17 +522,16 @@ def _check_data(data: Any, table: str, config: StudyConfig, base: Path) -> Any:
     place, held_out = f"{table}.{data.name}", isinstance(data, HeldOutConfig)
     if held_out:
         _known_objective(f"{place}.objective", data.objective)
+        _check_settings(place, data.objective, data.settings)
     kind = OBJECTIVES[data.objective].data if held_out else data.kind
-    if kind == "tasks":
-        for name in ("seq_len", "seed"):
-            if getattr(data, name) is not None:
-                raise InputError(
-                    f"{place}.{name} is for text; num_samples says how many questions are used"
-                )
+    _check_reading(place, kind, data)
+    if data.chat_template is not None and (base / data.chat_template).is_file():
+        data = replace(data, chat_template=str(base / data.chat_template))
     if data.file:
         with at(f"{place}.file"):
             file = os.path.join(base, check_path(data.file))
-            if not os.path.isfile(file):
+            file = file if is_data(file) else data.file  # a data set of the hub
+            if not is_data(file):
                 raise InputError(f"{data.file}: no such file")
     elif set(config.model.paths) != {"demo"}:
         raise InputError(f"{place}.file is missing; only the demo model has data of its own")
@@ -500,17 +544,39 @@ def _check_data(data: Any, table: str, config: StudyConfig, base: Path) -> Any:
     return replace(data, file=file)
 
 
+def _check_reading(place: str, kind: str, data: DataConfig) -> None:
+    """Raise InputError for a key of text in a table of tasks, and the other way round."""
+    foreign = TASKS_READING if kind == "text" else ("seq_len", "seed", *TEXT_READING)
+    for name in _values_of(data, foreign):
+        own = f"for {'tasks' if kind == 'text' else 'text'}"
+        hint = "; num_samples says how many questions are used" * (name in ("seq_len", "seed"))
+        raise InputError(f"{place}.{name} is {own}{hint}")
+
+
+def _check_settings(place: str, name: str, settings: Mapping[str, object]) -> None:
+    """Raise InputError for a setting that the objective does not have, or a wrong value of it."""
+    known = OBJECTIVES[name].settings
+    for key, value in settings.items():
+        if key not in known:
+            own = f"; it has {', '.join(known)}" if known else ""
+            raise InputError(f"{place}.{key}: {name} has no such setting{own}")
+        if value not in known[key]:
+            fits = nearest(str(value), [str(choice) for choice in known[key]])
+            raise InputError(f"{place}.{key}: unknown value {shown(value)}; {fits}")
+
+
 def _objectives_on_sets(config: StudyConfig) -> tuple[ObjectiveConfig, ...]:
     """Every objective with its sets; without any, one objective for each kind of data."""
     sets = {data.name: data.kind for data in config.calibration}
     first: dict[str, str] = {}  # of each kind
     for name, known in OBJECTIVES.items():
         first.setdefault(known.data, name)
-    default = [ObjectiveConfig(first[kind]) for kind in dict.fromkeys(sets.values())]
+    default = [ObjectiveConfig(name=first[kind]) for kind in dict.fromkeys(sets.values())]
     objectives = []
     for objective in config.objective or default:
         _known_objective("objective", objective.name)
         place, kind = f"objective.{objective.name}", OBJECTIVES[objective.name].data
+        _check_settings(place, objective.name, objective.settings)
         for name in objective.on:
             if name not in sets:
                 raise InputError(

@@ -9,6 +9,7 @@ from ..io import write_file
 from ..objectives import Objective, format_size, objective_class
 from ..search import describe_algorithms
 from . import figures
+from .judging import format_judged, judgement, to_difference
 from .machines import machines_note
 from .tables import (
     answers,
@@ -17,6 +18,7 @@ from .tables import (
     format_removed,
     judge_notes,
     short_name,
+    unseen_notes,
 )
 
 
@@ -39,6 +41,13 @@ def write_report(study: Mapping, path: Path) -> None:
         machines=machines_note(study),
         notes=judge_notes(study),
         measures=objectives,
+        judged=lambda model, label, removed: format_judged(
+            objectives[label], judgement(study, model, label, removed)
+        ),
+        to_best=lambda model, label, removed: _to_best(
+            objectives[label], judgement(study, model, label, removed)
+        ),
+        unseen=not unseen_notes(study),
         differences={label: difference_header(label, of) for label, of in objectives.items()},
         figures={
             kind: [figures.as_svg(figure) for figure in made]
@@ -55,6 +64,12 @@ def _objectives(study: Mapping) -> dict[str, type[Objective]]:
     """The objective of each label, which reads its losses as their metric."""
     described = {**study["objectives"], **study["held_out"]}
     return {label: objective_class(entry["name"]) for label, entry in described.items()}
+
+
+def _to_best(objective: type[Objective], entry: Mapping) -> str:
+    """How far a mask is from the best one of as many units; "best" for that one."""
+    difference = to_difference(entry["to_best"])
+    return objective.format_difference(difference) if difference.value else "best"
 
 
 def _data(objective: Mapping) -> str:

@@ -52,6 +52,7 @@ from .folder import (
     read_cell,
     write_cell,
 )
+from .judging import compare_masks, shared_rows
 from .machines import fingerprint
 from .statistics import cell_record, compare_calibrations, summarise, summarise_similarity
 
@@ -203,7 +204,11 @@ def _run(
         cells.append(cell)
     notify("scoring every chosen mask under every objective")
     judges = [*objectives, *held_out]
-    cells = [cell for model in models for cell in _cross_evaluate(evaluators, model, judges, cells)]
+    judgements = {
+        model.name: _judge(evaluators, model, judges, [c for c in cells if c.model == model.name])
+        for model in models
+    }
+    cells = [_with_losses(cell, judgements[cell.model]) for cell in cells]
     described = evaluators.describe_objectives()
     kinds = {
         label: (described[label]["name"], described[label]["settings"]) for label in objectives
@@ -217,7 +222,11 @@ def _run(
         "inputs": identity,
         "machine": evaluators.machines,
         "objectives": {label: described[label] for label in objectives},
-        "held_out": {label: described[label] for label in held_out},
+        "held_out": {
+            label: {**described[label], "shared_rows": evaluators.shared_rows(label)}
+            for label in held_out
+        },
+        "judgements": judgements,
         "dense": {
             model.name: {
                 label: objective_class(names[label]).record(evaluators.get(model, label).dense_loss)
@@ -396,6 +405,15 @@ class _Evaluators:
         """By label, the description of an objective."""
         return {label: objective.describe() for (_, label), objective in self._objectives.items()}
 
+    def shared_rows(self, label: str) -> int:
+        """The rows of a held-out objective that share tokens with a calibration set, of the model
+        for which they are most."""
+        counts = []
+        for model in self._models:
+            searched = [self._objectives[model.name, other].batch for other in self._searched]
+            counts.append(shared_rows(self._objectives[model.name, label].batch, searched))
+        return max(counts)
+
     def open_store(self, path: Path) -> None:
         self._store = SumStore(path)
 
@@ -463,16 +481,26 @@ def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Ce
     return replace(cell, cost=replace(evaluator.stats - before, masks=masks, seconds=seconds))
 
 
-def _cross_evaluate(
-    evaluators: _Evaluators, model: Model, objectives: Sequence[str], cells: Sequence[Cell]
-) -> list[Cell]:
-    """The cells of one model, with the loss of each chosen mask under every objective."""
-    own = [cell for cell in cells if cell.model == model.name]
-    chosen = list(dict.fromkeys(cell.removed for cell in own if cell.removed is not None))
-    masks = from_removed(chosen, evaluators.num_units(model))
-    columns = {label: evaluators.get(model, label).score(masks).tolist() for label in objectives}
-    losses: dict[tuple[int, ...] | None, dict[str, float]] = {
-        removed: {label: columns[label][i] for label in objectives}
-        for i, removed in enumerate(chosen)
+def _judge(
+    evaluators: _Evaluators, model: Model, labels: Sequence[str], cells: Sequence[Cell]
+) -> dict[str, list[dict]]:
+    """By label, how the masks that a model's cells chose compare under that objective."""
+    chosen = list(dict.fromkeys(cell.removed for cell in cells if cell.removed is not None))
+    masks = from_removed([*chosen, ()], evaluators.num_units(model))
+    judgements = {}
+    for label in labels:
+        evaluator = evaluators.get(model, label)
+        sample_losses = evaluator.score_samples(masks)
+        judgements[label] = compare_masks(evaluator.objective, [*chosen, ()], sample_losses)
+    return judgements
+
+
+def _with_losses(cell: Cell, judgements: Mapping[str, Sequence[Mapping[str, Any]]]) -> Cell:
+    """The cell with the loss of its mask under every objective."""
+    if cell.removed is None:
+        return cell
+    losses = {
+        label: next(e["loss"] for e in entries if tuple(e["removed"]) == cell.removed)
+        for label, entries in judgements.items()
     }
-    return [replace(cell, losses=losses.get(cell.removed)) for cell in own]
+    return replace(cell, losses=losses)

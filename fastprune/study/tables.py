@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from ..objectives import Objective, no_judge, objective_class
+from .judging import WINDOW, format_judged, to_difference
 
 FULL, EMPTY = "#", "."
 
@@ -101,14 +103,59 @@ def answers(study: Mapping) -> list[str]:
 
 
 def judge_notes(study: Mapping) -> list[str]:
-    """A line for each objective of a study that judges nothing on a model: `no_judge`."""
+    """A line for each objective of a study that judges nothing on a model (`no_judge`), and for
+    each held-out one that shares text with a calibration set."""
     described = {**study["objectives"], **study["held_out"]}
     notes = []
     for model, results in study["dense"].items():
         for label, result in results.items():
             if note := no_judge(described[label], result["loss"]):
                 notes.append(f"{Path(model).name}, {label}: {note}")
-    return notes
+    return notes + unseen_notes(study)
+
+
+def unseen_notes(study: Mapping[str, Any]) -> list[str]:
+    """A line for each held-out objective of a study that shares text with a calibration set."""
+    return [
+        f"{label}: {described['shared_rows']} of its {described['num_samples']} samples share "
+        f"{WINDOW} tokens in a row with a calibration set; it is not unseen"
+        for label, described in study["held_out"].items()
+        if described["shared_rows"]
+    ]
+
+
+def comparison_lines(study: Mapping[str, Any]) -> list[str]:
+    """For each model, judge and number of units removed: the best mask, and how the others differ.
+
+    Held-out objectives judge, or if a study has none, its own. Differences below two standard
+    errors are marked.
+    """
+    judges = list(study["held_out"] or study["objectives"])
+    described = {**study["objectives"], **study["held_out"]}
+    lines = []
+    for model, by_label in study["judgements"].items():
+        start = f"{short_name(model)}, " * (len(study["judgements"]) > 1)
+        for label in judges:
+            objective = objective_class(described[label]["name"])
+            groups: dict[int, list[Mapping[str, Any]]] = {}
+            for entry in by_label[label]:
+                groups.setdefault(len(entry["removed"]), []).append(entry)
+            for num_remove, entries in groups.items():
+                if len(entries) < 2:
+                    continue
+                ordered = sorted(entries, key=lambda entry: float(entry["loss"]))
+                best = ordered[0]
+                others = [
+                    f"{format_removed(entry['removed'])} "
+                    f"{objective.format_difference(to_difference(entry['to_best']))}"
+                    for entry in ordered[1:]
+                ]
+                lines.append(
+                    f"{start}{label}, {num_remove} removed: best {format_removed(best['removed'])} "
+                    f"({objective.metric_name} {format_judged(objective, best)}); "
+                    f"others: {'; '.join(others)}"
+                )
+    return lines
 
 
 def format_races(decided_early: int) -> str:

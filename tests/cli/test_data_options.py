@@ -116,6 +116,34 @@ def test_options_of_other_data_are_refused(refused, text_file, questions):
     assert "did you mean 'completion'" in refused(*text, "--loss-on", "completions")
 
 
+def test_choices_are_normalised_as_asked(score, checkpoint, questions):
+    data = ("--calibration", questions, "--objective", "accuracy")
+    model = fp.load_model(checkpoint)
+    tasks = fp.load_tasks(questions, model.tokenizer)
+    for normalization in ("sum", "characters", "bytes", "mean"):
+        evaluator = fp.Evaluator(model, fp.TaskAccuracy(tasks, normalization))
+        loss, _ = score(*data, "--normalization", normalization)
+        assert loss == evaluator.score(fp.from_removed([(1,)], evaluator.num_units))[0]
+
+
+def test_normalizations_that_an_objective_has_not_are_refused(refused, text_file, questions):
+    message = refused("--calibration", text_file, "--normalization", "sum")
+    assert "--normalization is for margin, likelihood, accuracy, not for perplexity" in message
+    tasks = ("--calibration", questions, "--objective", "margin")
+    message = refused(*tasks, "--normalization", "bytes")
+    assert "--normalization must be one of mean, sum, not 'bytes'" in message
+
+
+def test_a_search_is_printed_again_only_for_the_same_reading(run, checkpoint, text_file, tmp_path):
+    search = ("search", checkpoint, "--algorithm", "one_shot", "--num-remove", 1)
+    search = (*search, "--calibration", text_file, *SIZE, "--out", tmp_path / "out")
+    assert run(*search)[0] == 0
+    assert "nothing was computed" in run(*search)[2]
+    status, _, err = run(*search, "--column", "text")
+    assert status == 2
+    assert "exists" in err
+
+
 def test_wrong_columns_and_templates(run, checkpoint, text_file, tmp_path):
     def fails(*arguments):
         status, _, err = run("score", checkpoint, "--removed", 1, *arguments, *SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -152,6 +153,49 @@ def test_settings_mean_what_they_mean_to_hf(settings, folder, manager, tmp_path)
     close(found, by_hf(exported, manager, tasks, **settings))
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"system_instruction": "Answer."},
+        {"num_fewshot": 2, "fewshot_as_multiturn": True},
+        {"num_fewshot": 2, "fewshot_as_multiturn": False, "system_instruction": "Answer."},
+    ],
+)
+def test_chat_templates_are_those_of_the_harness(settings, manager, tmp_path):
+    build("llama", vocab_size=832).save_pretrained(tmp_path / "m")
+    tokenizer = copy.deepcopy(fp.load_model("demo").tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "m")
+    model = fp.load_model(tmp_path / "m")
+    exported = fp.export(model, tmp_path / "without", removed=(2,))
+    masks = fp.from_removed([(2,)], 5)
+    settings = {**settings, "apply_chat_template": True}
+    (found,) = evaluate_masks(
+        model, masks, ["demo_choices"], task_manager=manager, **SETTINGS, **settings
+    )
+    assert "<assistant>" in found["samples"]["demo_choices"][0]["arguments"][0][0]
+    close(found, by_hf(exported, manager, ["demo_choices"], **settings))
+
+
+def test_a_chat_template_that_is_missing_is_refused(folder):
+    model = fp.load_model(folder("llama"))
+    with pytest.raises(fp.InputError, match="apply_chat_template: the tokenizer"):
+        evaluate_masks(
+            model,
+            fp.from_removed([(2,)], 5),
+            ["demo_choices"],
+            include_path=TASKS,
+            apply_chat_template=True,
+        )
+
+
 @pytest.mark.slow
 def test_the_demo_model_answers_as_under_hf(manager, tmp_path):
     """A trained model without its second block: its flags are not all alike, and it generates
@@ -180,6 +224,29 @@ def test_what_a_mask_gets_does_not_depend_on_the_others(family, folder, manager)
             assert result["results"][task] == alone["results"][task]
             for mine, theirs in zip(result["samples"][task], alone["samples"][task], strict=True):
                 assert mine["resps"] == theirs["resps"]
+
+
+@pytest.mark.slow
+def test_differences_are_paired_over_documents(folder, manager):
+    model = fp.load_model(folder("llama"))
+    masks = fp.from_removed([(), (1,), (2, 4)], model.num_blocks)
+    settings = {"task_manager": manager, **SETTINGS, "limit": 12}
+    found = evaluate_masks(model, masks, ["demo_choices", "demo_text"], **settings)
+    accuracy = np.array([[s["acc"] for s in r["samples"]["demo_choices"]] for r in found])
+    for result, own in zip(found, accuracy, strict=True):
+        difference = own - accuracy[0]
+        expected = {
+            "value": pytest.approx(difference.mean()),
+            "error": pytest.approx(difference.std(ddof=1) / np.sqrt(12)),
+            "num_samples": 12,
+        }
+        assert result["differences"]["demo_choices"]["acc,none"] == expected
+        assert "demo_text" not in result["differences"]  # its metrics are no means
+    settings["log_samples"] = False
+    again = evaluate_masks(model, masks, ["demo_choices"], **settings)
+    assert all("samples" not in result for result in again)
+    key = "demo_choices"
+    assert [r["differences"][key] for r in again] == [r["differences"][key] for r in found]
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Objectives reduce sums over continuations to losses; checked against plain loops over samples."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from tokenizers_for_tests import make_tokenizer
 
 import fastprune as fp
 from fastprune.objectives import OBJECTIVES, Difference, Objective, no_judge
@@ -219,6 +221,29 @@ def test_kl_counts_each_predicting_position_once():
     np.testing.assert_allclose(objective.loss(sums), sums.sum(1) / counts.sum(), rtol=1e-14)
 
 
+def test_perplexity_per_word_and_byte_count_the_targets_text(tmp_path):
+    """Windows of 9 tokens; the first token of each is no target."""
+    tokenizer = make_tokenizer(adds_bos=False)
+    (tmp_path / "t.txt").write_text("the sea is blue and the sky is blue, 42 and 4 to the end")
+    batch = fp.load_text(tmp_path / "t.txt", tokenizer, num_samples=2, seq_len=9)
+    pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in batch.ids.reshape(2, 9)[:, 1:]]
+    texts = ["".join(row).replace("\u0120", " ") for row in pieces]  # \u0120 is a space
+    words = np.array([len(text.split()) for text in texts])
+    num_bytes = np.array([len(text) for text in texts])
+    assert batch.row_words.tolist() == words.tolist()
+    assert batch.row_bytes.tolist() == num_bytes.tolist()
+    sums = np.array([[3.0, 6.0]])
+    assert fp.WordPerplexity(batch).loss(sums) == pytest.approx(9 / words.sum())
+    assert fp.BytePerplexity(batch).loss(sums) == pytest.approx(9 / num_bytes.sum())
+    assert fp.BytePerplexity(batch).sample_losses(sums) == pytest.approx(sums / num_bytes)
+    assert not fp.BytePerplexity(batch).cuts_samples
+    keys = {fp.WordPerplexity(batch).content_hash, fp.BytePerplexity(batch).content_hash}
+    assert len(keys | {batch.content_hash}) == 3
+    no_text = dataclasses.replace(batch, row_words=np.array([3, 0]))
+    with pytest.raises(fp.InputError, match="row 1 of the batch holds no text"):
+        fp.WordPerplexity(no_text)
+
+
 def test_names_and_hashes_tell_objectives_apart():
     tasks, batch = make_tasks(), make_batch()
     objectives = [
@@ -244,7 +269,8 @@ def test_names_and_hashes_tell_objectives_apart():
     assert len(keys) == len(objectives)
     again = fp.TaskMargin(make_tasks())
     assert (again.name, again.content_hash) in keys
-    assert {objective.name for objective in objectives} == set(OBJECTIVES)
+    per_text = {"word_perplexity", "byte_perplexity"}  # need text, which token ids have not
+    assert {objective.name for objective in objectives} | per_text == set(OBJECTIVES)
 
 
 def test_what_is_printed_is_a_line_of_counts_and_settings():
@@ -279,6 +305,9 @@ def test_what_is_printed_is_a_line_of_counts_and_settings():
         (lambda: fp.TaskLikelihood(make_batch()), "TaskLikelihood takes Tasks.* not TokenBatch"),
         (lambda: fp.TaskLikelihood(make_tasks(), normalization="bytes"), "'bytes'"),
         (lambda: fp.TaskAccuracy(make_tasks(), normalization="acc"), "'acc'"),
+        (lambda: fp.WordPerplexity(make_batch()), "WordPerplexity takes text that load_text"),
+        (lambda: fp.BytePerplexity(make_batch()), "BytePerplexity takes text that load_text"),
+        (lambda: fp.BytePerplexity(make_tasks()), "BytePerplexity takes a TokenBatch"),
     ],
 )
 def test_refused(make, culprit):
@@ -295,6 +324,22 @@ READ = {  # objective: (loss, metric, text, text with an error of 0.01, header, 
         "perplexity 9.000 ± 0.090",
         "perplexity (lower is better)",
         "perplexity",
+    ),
+    "word_perplexity": (
+        math.log(9.0),
+        9.0,
+        "perplexity per word 9.000",
+        "perplexity per word 9.000 ± 0.090",
+        "perplexity per word (lower is better)",
+        "perplexity_per_word",
+    ),
+    "byte_perplexity": (
+        math.log(2.0),
+        2.0,
+        "perplexity per byte 2.0000",
+        "perplexity per byte 2.0000 ± 0.0200",
+        "perplexity per byte (lower is better)",
+        "perplexity_per_byte",
     ),
     "kl": (
         0.25,

@@ -57,16 +57,33 @@ def test_keys_shown_in_the_examples_comments_are_right(tmp_path):
         line[2:] if line.startswith(("# [", "# ")) and (" = " in line or line[2] == "[") else line
         for line in lines[head:]
     ]
-    for name in ("c4.jsonl", "questions.jsonl"):
+    for name in ("c4.jsonl", "questions.jsonl", "chat.jinja"):
         (tmp_path / name).write_text("{}")
     text = "\n".join(keys).replace("/fast/disk", str(tmp_path / "disk"))
     (tmp_path / "study.toml").write_text(text)
     config = read_document(tmp_path / "study.toml").config
     assert config.model.dtype == "bfloat16"
+    text, tasks = config.calibration
+    assert text.reading == {
+        "bos": False,
+        "column": "text",
+        "chat_template": str(tmp_path / "chat.jinja"),
+        "loss_on": "completion",
+    }
+    assert tasks.reading == {"delimiter": " "}
+    margin = config.objective[1]
+    assert margin.settings == {"normalization": "mean", "weighting": "question"}
+    assert config.held_out[1].settings == {"normalization": "sum"}
     assert config.search.protect == (0, 1)
     assert config.search.racing == 0.99
     assert config.resources.in_bytes("weights") == 8 * 2**30
-    assert config.evaluate.num_fewshot == 0
+    assert config.evaluate.settings == {
+        "limit": 100.0,
+        "num_fewshot": 0,
+        "apply_chat_template": False,
+        "system_instruction": "Answer briefly.",
+        "fewshot_as_multiturn": True,
+    }
     assert config.evaluate.include_path == str(tmp_path / "my_tasks")
 
 
@@ -167,7 +184,15 @@ def test_mistakes_in_data(refused, text_file, questions):
     data("a label is made of", {**text, "name": "x" * 55})  # with the objective's name
     data("calibration.q.seq_len is for text; num_samples says how many", {**tasks, "seq_len": 8})
     data("calibration.q.seed is for text", {**tasks, "seed": 0})
+    data("calibration.q.column is for text", {**tasks, "column": "text"})
+    data("calibration.a.delimiter is for tasks", {**text, "delimiter": ""})
+    data("calibration.a.bos must be true or false", {**text, "bos": "no"})
+    data("calibration.a.loss_on: unknown value 'every'", {**text, "loss_on": "every"})
     data("calibration must name at least one")
+    data("objective.perplexity.flatten: perplexity has no such setting", text,
+         objective=[{"name": "perplexity", "flatten": True}])  # fmt: skip
+    data("objective.margin.normalization: unknown value 'bytes'; known: mean, sum", tasks,
+         objective=[{"name": "margin", "normalization": "bytes"}])  # fmt: skip
     perplexity, margin = {"name": "perplexity"}, {"name": "margin"}
     data("calibration.q: no [[objective]] uses it", text, tasks, objective=[perplexity])
     data("objective.margin: takes tasks, of which no", text, objective=[perplexity, margin])
@@ -183,6 +208,8 @@ def test_mistakes_in_data(refused, text_file, questions):
     data("held_out.h.objective: unknown objective 'acuracy'", text,
          held_out=[{**held, "objective": "acuracy"}])  # fmt: skip
     data("held_out.h.seed is for text", text, held_out=[{**held, "seed": 1}])
+    data("held_out.h.weighting: accuracy has no such setting; it has normalization", text,
+         held_out=[{**held, "weighting": "choices"}])  # fmt: skip
     data("held_out: 'h' is given twice", text, held_out=[held, held])
     data("'perplexity-a' is searched with", text, held_out=[{**held, "name": "perplexity-a"}])
 
