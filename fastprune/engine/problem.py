@@ -15,7 +15,7 @@ from ..plan.layout import Layout
 from .chunks import Chunks
 from .measures import MEASURES, Measure
 
-ARITHMETIC = 2  # raised by every change of the order or precision of operations
+ARITHMETIC = 3  # raised by every change of the order or precision of operations
 
 
 @dataclass(frozen=True, eq=False)
