@@ -157,8 +157,30 @@ void norm(const std::string& name, size_t rows, size_t columns) {
     }
 }
 
+// LayerNorm without a weight.
+void centered_norm(const std::string& name, size_t rows, size_t columns) {
+    const auto states = random<float>(rows * columns, 1);
+    auto normed = nans<float>(rows * columns);
+    fastprune::add_rms_norm(
+        {states.data(), nullptr, nullptr, nullptr, normed.data(), static_cast<long>(columns), kEps, true},
+        static_cast<std::int64_t>(rows), Dtype::float32, 1);
+    for (size_t row = 0; row < rows; ++row) {
+        double mean = 0.0;
+        double squares = 0.0;
+        for (size_t i = row * columns; i < (row + 1) * columns; ++i) mean += states[i];
+        mean /= static_cast<double>(columns);
+        for (size_t i = row * columns; i < (row + 1) * columns; ++i)
+            squares += (states[i] - mean) * (states[i] - mean);
+        const double scale = 1.0 / std::sqrt(squares / static_cast<double>(columns) + kEps);
+        for (size_t i = row * columns; i < (row + 1) * columns; ++i)
+            check_close(normed[i], (states[i] - mean) * scale, 1.0, 16.0, name);
+    }
+}
+
 void test_norm() {
     for_each_set([](const std::string& set) {
+        for (const size_t columns : {size_t{1}, size_t{60}, size_t{128}, size_t{1025}})
+            centered_norm("centered norm, " + set, 5, columns);
         for (const auto& [rows, columns] :
              {std::pair<size_t, size_t>{63, 60}, {1, 1}, {5, 128}, {2, 1025}, {1200, 60}}) {
             norm<float>("add_rms_norm, " + set + ", float32", rows, columns);
@@ -240,7 +262,53 @@ void rotary(const std::string& name, size_t tokens, Heads h, bool with_norm) {
     check(same_bits(alone, slice(result, last, qkv.size())), name + ": a token alone");
 }
 
+// Neighbours rotate as the same columns do in two halves; a norm of each head before or after.
+void neighbours(const std::string& name, Heads h, bool with_norm, bool after) {
+    const size_t tokens = 7;
+    const auto qkv = random<float>(tokens * h.width(), 1);
+    const auto weight = random<float>(h.size, 2);
+    Rows<float> cos = random<float>(kPositions * h.half, 3);
+    Rows<float> sin = random<float>(kPositions * h.half, 4);
+    std::vector<std::int64_t> position(tokens, 5);
+    const float* scale = with_norm ? weight.data() : nullptr;
+    auto found = qkv;
+    fastprune::rotary({found.data(), cos.data(), sin.data(), position.data(), scale, scale,
+                       static_cast<long>(h.q), static_cast<long>(h.kv), static_cast<long>(h.size),
+                       static_cast<long>(h.half), kEps, 1.0F, true, after},
+                      static_cast<std::int64_t>(tokens), kPositions, Dtype::float32, 1);
+    const size_t heads = h.q + 2 * h.kv;
+    for (size_t head = 0; head < tokens * heads; ++head) {
+        const size_t base = head * h.size;
+        std::vector<double> x(qkv.begin() + static_cast<std::ptrdiff_t>(base),
+                              qkv.begin() + static_cast<std::ptrdiff_t>(base + h.size));
+        const auto norm = [&] {
+            double squares = 0.0;
+            for (const double value : x) squares += value * value;
+            const double factor = 1.0 / std::sqrt(squares / static_cast<double>(h.size) + kEps);
+            for (size_t i = 0; i < h.size; ++i) x[i] *= factor * (1.0 + weight[i]);
+        };
+        const bool rotates = head % heads < h.q + h.kv;
+        if (rotates && with_norm && !after) norm();
+        for (size_t i = 0; rotates && i < h.half; ++i) {
+            const double c = cos[5 * h.half + i];
+            const double s = sin[5 * h.half + i];
+            const double first = x[2 * i] * c - x[2 * i + 1] * s;
+            x[2 * i + 1] = x[2 * i + 1] * c + x[2 * i] * s;
+            x[2 * i] = first;
+        }
+        if (rotates && with_norm && after) norm();
+        for (size_t i = 0; i < h.size; ++i) check_close(found[base + i], x[i], 10.0, 8.0, name);
+    }
+}
+
 void test_rotary() {
+    for_each_set([](const std::string& set) {
+        for (const Heads h : {Heads{4, 2, 16, 8}, Heads{2, 1, 20, 5}, Heads{1, 1, 80, 12}, Heads{1, 1, 2, 1}}) {
+            neighbours("neighbours, " + set, h, false, false);
+            neighbours("neighbours, norm, " + set, h, true, false);
+            neighbours("neighbours, norm after, " + set, h, true, true);
+        }
+    });
     for_each_set([](const std::string& set) {
         for (const bool with_norm : {false, true}) {
             for (const Heads h :
@@ -272,9 +340,10 @@ void test_rotary() {
 }
 
 template <class T>
-Rows<T> gated(const Rows<T>& gate_up, size_t columns, int threads) {
+Rows<T> gated(const Rows<T>& gate_up, size_t columns, int threads,
+              fastprune::Activation activation = fastprune::Activation::silu) {
     auto out = nans<T>(gate_up.size() / 2);
-    fastprune::gated_mlp({gate_up.data(), out.data(), static_cast<long>(columns)},
+    fastprune::gated_mlp({gate_up.data(), out.data(), static_cast<long>(columns), activation},
                          static_cast<std::int64_t>(out.size() / columns), kDtype<T>, threads);
     return out;
 }
@@ -311,6 +380,18 @@ void test_gated_mlp() {
         for (size_t i = 0; i < count; ++i) {
             const double gate = gates[i];
             check_close(silu[i], gate / (1.0 + std::exp(-gate)), 0.0, 5.0, set + ": silu");
+        }
+        const auto gelu = gated(gates, count, 1, fastprune::Activation::gelu_tanh);
+        for (size_t i = 0; i < count; ++i) {
+            const double gate = gates[i];
+            const double twice = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate);
+            if (twice < -87.0) {
+                check(gelu[i] == 0.0F, set + ": gelu far below 0");
+                continue;
+            }
+            // a rounding of the exponent counts as often as the exponent is large
+            check_close(gelu[i], gate / (1.0 + std::exp(-twice)), 0.0, 5.0 + 5.0 * std::max(0.0, -twice),
+                        set + ": gelu");
         }
         const auto ends =
             gated<float>({-kInf, -1e30F, -100.0F, 100.0F, 1e30F, kInf, kNan, 1, 1, 1, 1, 1, 1, 1}, 7, 1);

@@ -153,10 +153,10 @@ class FusedRunner:
             hidden = (x + branch).view_as(entry)
             return HalfBlock(hidden, entry, branch.view_as(entry), layer) if parallel else hidden
         if parallel:
-            source = x
+            source = entry  # attention was skipped, or belongs to an earlier block
             if isinstance(state, HalfBlock) and state.owner is layer:
-                source = state.entry.flatten(0, 1)
-            normed = self._norm(layer.attention_norm, source)
+                source = state.entry
+            normed = self._norm(layer.attention_norm, source.flatten(0, 1))
         else:
             normed = self._norm(layer.mlp_norm, x)
         return self._add_mlp(layer, normed, x.clone()).view_as(entry)
