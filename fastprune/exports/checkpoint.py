@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import InputError, shown
+from ..errors import InputError, brief, shown
 from ..objectives import Objective, format_size, no_judge, objective_class
 from ..validate import check_folder
 from . import recipes
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from ..evaluator import Evaluator
     from ..models import Model
+
+
+LONGEST_REASON = 300  # characters of a family's own error
 
 
 def export(
@@ -137,8 +140,8 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
     except InputError as error:
         return str(error)
     except Exception as error:  # of any kind: the family's own code refuses
-        line = (str(error).splitlines() or [""])[0]
-        return f"its config cannot describe these blocks ({type(error).__name__}: {line})"
+        text = brief(str(error), LONGEST_REASON)  # a validator's reason follows
+        return f"its config cannot describe these blocks ({type(error).__name__}: {text})"
     try:
         with torch.device("meta"):
             fresh = type(pruned)(config)
