@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, shown
+from ..errors import InputError, brief, shown
 from ..masks import is_mask
 from ..objectives import Objective, format_size, no_judge, objective_class
 from ..validate import check_folder
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from ..evaluator import Evaluator
     from ..models import Model
+
+
+LONGEST_REASON = 300  # characters of a family's own error
 
 
 def export(
@@ -144,8 +147,8 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
     except InputError as error:
         return str(error)
     except Exception as error:  # of any kind: the family's own code refuses
-        line = (str(error).splitlines() or [""])[0]
-        return f"its config cannot describe these blocks ({type(error).__name__}: {line})"
+        text = brief(str(error), LONGEST_REASON)  # a validator's reason follows
+        return f"its config cannot describe these blocks ({type(error).__name__}: {text})"
     try:
         with torch.device("meta"):
             fresh = type(pruned)(config)
