@@ -56,7 +56,7 @@ def test_families_of_unlike_kinds(sweep, name):
         ("bert", "list of 6 decoder layers was found"),
         ("t5gemma2", "it is an encoder-decoder"),
         ("deepseek_v4", "its states have 4 dimensions"),
-        ("kosmos-2", "it does not run on text alone"),
+        ("blip-2", "it does not run on text alone"),
     ],
 )
 def test_refusals_name_the_family_and_the_reason(sweep, name, reason):
