@@ -30,8 +30,6 @@ class TokenBatch:
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per
     choice).
-    split_trees: whether each branch runs as a row of its own, behind a copy of the trunk, for
-        models that cannot run trees. The content, and its hash, are the same.
     source: the file or data set that the rows came from and the column that was read, for people.
 
     >>> import fastprune as fp
@@ -47,7 +45,7 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
-    split_trees: bool = False
+    split_trees = False  # whether each branch runs as a row of its own; see `SplitTrees`
     source = ""  # the origin of the data, in words; no field, because equal data is equal
 
     @classmethod
@@ -254,8 +252,6 @@ class TokenBatch:
         """SHA-256 of every array: equal for equal calibration data, whatever file it came from."""
         digest = hashlib.sha256()
         for item in fields(self):
-            if item.name == "split_trees":  # how it runs, not what it holds
-                continue
             array = np.ascontiguousarray(getattr(self, item.name), dtype="<i8")
             digest.update(f"{item.name}{array.shape}".encode())
             digest.update(array.tobytes())
@@ -277,6 +273,19 @@ class TokenBatch:
                 f"a sequence of {longest} tokens is longer than the model's {max_positions} "
                 f"positions"
             )
+
+
+@dataclass(frozen=True, repr=False)
+class SplitTrees(TokenBatch):
+    """The same rows for a model that cannot run trees: each branch runs as a row of its own, behind
+    a copy of the trunk. The content, and its hash, are the same."""
+
+    split_trees = True
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> SplitTrees:
+        """The rows of a batch."""
+        return cls(**{item.name: getattr(batch, item.name) for item in fields(batch)})
 
 
 @dataclass(frozen=True, repr=False)

@@ -103,7 +103,10 @@ class Recorder:
     def _check_shape(self, states: torch.Tensor) -> None:
         """A model that takes the first entry of a tuple takes the first row of a tensor, without an
         error."""
-        if self._state is not None and states.shape[:2] != self._state.shape[:2]:
+        first_state = self._state
+        if first_state is None or first_state.dim() != 3:
+            return
+        if states.shape[:2] != first_state.shape[:2]:
             raise ValueError("its layers were given states of another shape")
 
     def _record(
@@ -226,7 +229,7 @@ def split_layer(
     kinds = _terms(layer, state, arguments)
     names = tuple(kinds)
     ways = [(cut, False) for cut in range(1, len(names))]
-    # of a parallel block any cut adds up, so only that of two terms says which belongs where
+    # of a parallel block any cut adds up, so only two terms say which belongs to which
     ways += [(1, True)] * (len(names) == 2)
     for cut, parallel in ways:
         sublayers = Sublayers(layer, (names[:cut], names[cut:]), kinds, parallel)
