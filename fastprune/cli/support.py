@@ -20,10 +20,8 @@ def support_of(model: Model) -> dict[str, str]:
     from ..models import Needs, open_runner
     from ..models.surgery import runs_without_blocks
     from ..models.text import has_towers
-    from ..models.verify import check_trees
 
     blocks, halves = model.unit_names("block"), model.unit_names("sublayer")
-    generic = open_runner(model, "generic")
     return {
         "inputs": TEXT_ONLY if has_towers(model.hf) else "text",
         "blocks": f"{len(blocks)}: {_ends(blocks)}",
@@ -31,7 +29,7 @@ def support_of(model: Model) -> dict[str, str]:
             lambda: open_runner(model, "generic", Needs("sublayer")),
             f"{len(halves)}: {_ends(halves)}",
         ),
-        "questions": "token trees" if _holds(lambda: check_trees(generic)) else QUESTIONS_AS_ROWS,
+        "questions": "token trees" if _runs_trees(model) else QUESTIONS_AS_ROWS,
         "path": open_runner(model).path_name,
         "streaming": _streaming(model),
         "without blocks": "yes" if runs_without_blocks(model) else "no",
@@ -56,9 +54,21 @@ def _ends(names: list[str]) -> str:
     return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} to {names[-1]}"
 
 
-def _holds(check: Callable[[], object]) -> bool:
+def _runs_trees(model: Model) -> bool:
+    """Whether a question of up to 40 tokens with two choices runs as a tree."""
+    import torch
+
+    from ..models import open_runner
+    from ..models.verify import check_trees
+
+    trunk = min(40, (model.max_positions or 64) * 5 // 8)
+    ends = (trunk, trunk + trunk // 4, trunk + trunk // 3)
+    positions = torch.tensor([*range(ends[0]), *range(trunk, ends[1]), *range(trunk, ends[2])])
+    branch = torch.tensor([0] * trunk + [1] * (ends[1] - trunk) + [2] * (ends[2] - trunk))
+    ids = torch.arange(1, len(branch) + 1) * 7919 % model.vocab_size
+    tree = [part[None].to(model.device) for part in (ids, positions, branch)]
     try:
-        check()
+        check_trees(open_runner(model, "generic"), *tree)
     except InputError:
         return False
     return True

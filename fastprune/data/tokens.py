@@ -31,8 +31,6 @@ class TokenBatch:
         at `target_source` predicts `target_token`, for continuation `target_continuation`.
     continuation_row [C]: the row of each continuation (a text row has one, a question one per
     choice).
-    split_trees: whether each branch runs as a row of its own, behind a copy of the trunk, for
-        models that cannot run trees. The content, and its hash, are the same.
     row_words, row_bytes [R]: words and UTF-8 bytes of the text of each row's targets; None unless
         the rows were read from text.
     source: the file or data set that the rows came from and the column that was read, for people.
@@ -50,9 +48,9 @@ class TokenBatch:
     target_token: np.ndarray
     target_continuation: np.ndarray
     continuation_row: np.ndarray
-    split_trees: bool = field(default=False, metadata=NOT_TOKENS)
     row_words: np.ndarray | None = field(default=None, metadata=NOT_TOKENS)
     row_bytes: np.ndarray | None = field(default=None, metadata=NOT_TOKENS)
+    split_trees = False  # whether each branch runs as a row of its own; see `SplitTrees`
     source = ""  # the origin of the data, in words; no field, because equal data is equal
 
     @classmethod
@@ -282,6 +280,19 @@ class TokenBatch:
                 f"a sequence of {longest} tokens is longer than the model's {max_positions} "
                 f"positions"
             )
+
+
+@dataclass(frozen=True, repr=False)
+class SplitTrees(TokenBatch):
+    """The same rows for a model that cannot run trees: each branch runs as a row of its own, behind
+    a copy of the trunk. The content, and its hash, are the same."""
+
+    split_trees = True
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> SplitTrees:
+        """The rows of a batch."""
+        return cls(**{item.name: getattr(batch, item.name) for item in fields(batch)})
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,7 +14,6 @@ import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from ..data import TokenBatch
+from ..data.tokens import SplitTrees
 from ..errors import InputError
 from ..models import Model, Needs, Runner, open_runner
 from ..models.device import is_out_of_memory
@@ -442,5 +442,5 @@ def _runnable(model: Model, batch: TokenBatch) -> TokenBatch:
         check_trees(open_runner(model, "generic"), tree.ids, tree.positions, tree.branch)
     except InputError as error:
         log.info("%s; each choice of a question runs as a row of its own", error.message)
-        return replace(batch, split_trees=True)
+        return SplitTrees.of(batch)
     return batch

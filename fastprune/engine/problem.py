@@ -40,7 +40,7 @@ class Problem:
     @property
     def num_tokens(self) -> int:
         """Tokens that run for a unit run: those of the calibration set, and the copies of trunks
-        where trees are split."""
+        if trees are split."""
         return int(self.batch.read_tokens.sum())
 
     @cached_property

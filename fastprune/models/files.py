@@ -48,7 +48,7 @@ DTYPES |= {
 }
 DTYPES |= {"BOOL": torch.bool}
 # names that a config may give its sizes: each is found again in the weights
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers")
 WIDTHS: tuple[str, ...] = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
 WIDTHS += ("num_key_value_heads", "num_experts", "num_local_experts", "moe_intermediate_size")
 WIDTHS += ("d_model", "n_embd", "n_inner", "n_head")
@@ -57,6 +57,7 @@ MOST_CHUNK = 1 << 13  # of a state space model, which makes matrices of [chunk, 
 MOST_LABELS = 1 << 14  # transformers makes a list of their names, for models without labels too
 MOST_DIMS = 64  # of a tensor; torch takes no more
 POSITION_TABLE = re.compile(r"wpe\.|embed_positions|position_embeddings")
+TOWER = re.compile(r"vision|visual|image|audio|speech|tower")  # beside the text
 # integers that no size in memory follows, and the largest of all others that any weights may have
 FREE_KEYS = re.compile(r"token|_id$|_ids$|_index$|max_|seq_len|length|window|seed|version|scale")
 LARGEST = 1 << 20
@@ -135,7 +136,7 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
     limits += [("rotary_dim", longest, "rows in the largest of them")]
     limits += [("n_positions", max(longest, MOST_POSITIONS), "positions")]
     limits += [("chunk_size", MOST_CHUNK, "positions")]
-    learned = any(POSITION_TABLE.search(name) for name in tensors)
+    learned = any(POSITION_TABLE.search(name) and not TOWER.search(name) for name in tensors)
     limits += [("max_position_embeddings", longest if learned else math.inf, "positions")]
     _check_other_numbers(config, {key for key, _, _ in limits}, len(filled), total, path)
     for part in (config, config.get("text_config")):

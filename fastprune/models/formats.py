@@ -161,9 +161,6 @@ def merged(hf: Any, folder: Path) -> Any:
     """The model with an adapter's weights merged into its own."""
     from peft import PeftModel
 
-    from .files import check_shard
-
-    check_shard(folder / ADAPTER_WEIGHTS)
     try:
         adapted = PeftModel.from_pretrained(hf, os.fspath(folder), is_trainable=False)
         return adapted.merge_and_unload(safe_merge=True)

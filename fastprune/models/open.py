@@ -25,6 +25,7 @@ from .device import available_bytes
 from .files import (
     FLOATS,
     check_checkpoint,
+    check_shard,
     is_quantized,
     listed_shards,
     locate,
@@ -33,6 +34,7 @@ from .files import (
     wrong_dtype,
 )
 from .formats import (
+    ADAPTER_WEIGHTS,
     adapter_base,
     ask_to_dequantize,
     check_gguf,
@@ -252,6 +254,7 @@ def _with_adapter(
     """The base model with an adapter merged into its weights."""
     opened = base.opened
     assert opened is not None
+    check_shard(folder / ADAPTER_WEIGHTS)
     hf = merged(base.given, folder).eval()
     if tokenizer is None:
         tokenizer = _load_tokenizer(folder, trust_remote_code)[0] or base.tokenizer

@@ -95,15 +95,26 @@ class Recorder:
         self._calls, self._state, self._gives_tuples = [], None, as_tuple
         try:
             output = base(**inputs, use_cache=False)
+            self._check_shape(output[0])
             return output, self._state, self._calls
         finally:
             self._calls, self._state = [], None
+
+    def _check_shape(self, states: torch.Tensor) -> None:
+        """A model that takes the first entry of a tuple takes the first row of a tensor, without an
+        error."""
+        first_state = self._state
+        if first_state is None or first_state.dim() != 3:
+            return
+        if states.shape[:2] != first_state.shape[:2]:
+            raise ValueError("its layers were given states of another shape")
 
     def _record(
         self, hidden: torch.Tensor, args: tuple, kwargs: dict
     ) -> torch.Tensor | tuple[torch.Tensor, None]:
         if self._state is None:
             self._state = hidden
+        self._check_shape(hidden)
         self._calls.append((args, kwargs))
         state = hidden if self._final is None else self._final
         return (state, None) if self._gives_tuples else state
@@ -217,15 +228,16 @@ def split_layer(
     """
     kinds = _terms(layer, state, arguments)
     names = tuple(kinds)
-    for cut in range(1, len(names)):
-        halves = names[:cut], names[cut:]
-        for parallel in (False, True)[: 2 if cut == 1 else 1]:
-            sublayers = Sublayers(layer, halves, kinds, parallel)
-            try:
-                if _adds_up(sublayers, state, arguments, whole):
-                    return sublayers
-            except (TypeError, ValueError, AttributeError, RuntimeError):
-                continue  # a module of this family returns something else
+    ways = [(cut, False) for cut in range(1, len(names))]
+    # of a parallel block any cut adds up, so only two terms say which belongs to which
+    ways += [(1, True)] * (len(names) == 2)
+    for cut, parallel in ways:
+        sublayers = Sublayers(layer, (names[:cut], names[cut:]), kinds, parallel)
+        try:
+            if _adds_up(sublayers, state, arguments, whole):
+                return sublayers
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            continue  # a module of this family returns something else
     return None
 
 

@@ -123,7 +123,7 @@ def output_head(hf: Any, path: tuple[str, ...]) -> Any:
 
 def auto_class(config: Any) -> Any:
     """The auto class of transformers that opens a checkpoint with this config, as the class that
-    wrote it where the config says so.
+    wrote it if the config names that.
 
     Raises:
         ValueError: The family has no model that gives logits of text.

@@ -9,6 +9,7 @@ from families import build
 from helpers import make_tasks
 
 import fastprune as fp
+from fastprune.data.tokens import SplitTrees
 
 COMMON = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.2}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -137,8 +138,6 @@ def test_families_that_take_trees_run_trees(tasks):
 
 
 def test_the_content_of_a_batch_is_the_same_however_it_runs(tasks):
-    from dataclasses import replace
-
-    split = replace(tasks.batch, split_trees=True)
+    split = SplitTrees.of(tasks.batch)
     assert split.content_hash == tasks.batch.content_hash
     assert split.read_tokens.sum() > tasks.batch.num_tokens
