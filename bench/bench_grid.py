@@ -71,7 +71,7 @@ def grid() -> dict[str, tuple[str, str, str, str, str]]:
     paths = [(family, "fused") for family in FUSED] + [(family, "generic") for family in FAMILIES]
     cells = []
     for number, (family, path) in enumerate(paths):
-        questions = ("margin", "accuracy")[number % 2]
+        questions = ("margin", "accuracy")[number // 2 % 2]
         if family in NO_TREES:
             questions = "perplexity"
         for i, objective in enumerate(("perplexity", "kl", questions)):
