@@ -5,7 +5,7 @@
     OMP_NUM_THREADS=1 python bench/other_tools.py CLONES [--model FOLDER] [--tools evopress ...]
         [--rows 8] [--length 128] [--write bench/results/tools.json]
 
-The scripts run from their clones: on a CPU, on rows that are given, without their evaluations
+The scripts run from their clones: on a CPU, on the same rows, without their evaluations
 afterwards, and with the return values of layers that the installed transformers expects. Nothing
 else of them is changed. `examples/recipes.py` has the lines that replace their loops.
 """

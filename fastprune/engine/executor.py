@@ -170,7 +170,7 @@ class Executor:
                 state = self._take(schedule, step, number)
             retained = dict(step.retained)
             for count, unit in enumerate(step.units, start=1):
-                # within a step, all else that is held stays the same
+                # within a step, everything else stays the same
                 if count == 1 or isinstance(state, HalfBlock):
                     self._note_peak(slots, state, chunk)
                 state = self._runner.run(unit, state, arguments, self._granularity)

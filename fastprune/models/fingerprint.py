@@ -79,7 +79,7 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
 
 @functools.cache
 def _build() -> str:
-    """Of torch, which no switch changes."""
+    """The hash of torch's build, which no switch changes."""
     return hashlib.sha256(torch.__config__.show().encode()).hexdigest()
 
 
