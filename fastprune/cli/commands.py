@@ -106,7 +106,8 @@ def info(
         rows |= _streaming_rows(opened, opened.weights.room)
     with printing():
         if as_json:
-            say_json({name.replace(" ", "_"): value for name, value in rows.items()})
+            sizes = {"blocks": opened.num_blocks}
+            say_json({name.replace(" ", "_"): value for name, value in (rows | sizes).items()})
             return
         for name, value in rows.items():
             table.add_row(name, f"{value:,}" if name == "parameters" else str(value))

@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import GELUTanh, SiLUActivation
 
-ACTIVATIONS = {nn.SiLU: "silu", SiLUActivation: "silu", GELUTanh: "gelu_tanh"}
+# By class, whose module is not imported here: it brings packages that opening a model does not need
+ACTIVATIONS = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def layer_of(block: Block, module: Any, is_eager: bool) -> Layer:
         after_attention=norm(block.after_attention),
         mlp_norm=norm(block.mlp_norm),
         gate_up=gate_up,
-        activation=ACTIVATIONS.get(type(act), type(act).__name__),
+        activation=ACTIVATIONS.get(_full_name(type(act)), type(act).__name__),
         down=mlp.down_proj,
         after_mlp=norm(block.after_mlp),
         num_heads=num_heads,
@@ -231,3 +235,7 @@ def norm_of(block: Block, module: Any) -> Norm:
     if eps is None:
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return Norm(module, eps)
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -327,12 +327,11 @@ class _Arguments:
     asks for them."""
 
     inner: Any
-    inputs: tuple
-    generic: GenericRunner
+    open_layers: Callable[[], list[dict]]
 
     @cached_property
     def of_layers(self) -> list[dict]:
-        return self.generic.open(*self.inputs)[1]
+        return self.open_layers()
 
 
 class LibraryRunner:
@@ -370,7 +369,7 @@ class LibraryRunner:
                         "cannot score questions"
                     )
         state, arguments = self._inner.open(ids, positions, branch)
-        return state, _Arguments(arguments, (ids, positions, branch), self._generic)
+        return state, _Arguments(arguments, lambda: self._generic.open(ids, positions, branch)[1])
 
     def run(
         self, unit: int, state: Any, arguments: _Arguments, granularity: str = "block"

@@ -93,6 +93,7 @@ class Recorder:
 
     def _run(self, base: nn.Module, inputs: dict, as_tuple: bool) -> tuple[Any, Any, list]:
         self._calls, self._state, self._gives_tuples = [], None, as_tuple
+        self._rows = inputs["input_ids"].shape
         try:
             output = base(**inputs, use_cache=False)
             self._check_shape(output[0])
@@ -106,6 +107,10 @@ class Recorder:
         first_state = self._state
         if first_state is None or first_state.dim() != 3:
             return
+        if first_state.shape[:2] != self._rows:
+            raise ValueError(
+                f"its states have the shape {list(first_state.shape)}, not [rows, tokens, width]"
+            )
         if states.shape[:2] != first_state.shape[:2]:
             raise ValueError("its layers were given states of another shape")
 

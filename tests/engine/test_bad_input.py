@@ -161,12 +161,9 @@ def test_unsupported_models(name, batch):
     refuses(culprit, fp.Evaluator, model, fp.Perplexity(batch))
 
 
-def test_state_space_models_take_no_questions():
-    """Their blocks can be run one by one on text; branches of a tree cannot be kept apart in a
-    recurrent state."""
+def test_state_space_models_have_no_sublayers():
     config = tf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=3, state_size=4)
     hf = tf.MambaForCausalLM(config).eval()
-    refuses("'mamba'.* plain text", fp.Evaluator, hf, fp.TaskMargin(make_tasks(60, [(5, [2, 3])])))
     batch = fp.TokenBatch.from_ids(random_rows(60, [9]))
     refuses("'mamba'.* sublayers", fp.Evaluator, hf, fp.Perplexity(batch), granularity="sublayer")
 

@@ -83,11 +83,11 @@ def test_a_row_that_reads_its_company_is_refused():
             return states
         return states + 0.1 * (states.mean(dim=0, keepdim=True) - states)
 
-    hf = wrapped(build("llama", max_position_embeddings=256), {1: change})
+    hf = wrapped(build("llama", max_position_embeddings=512), {1: change})
     refuses("a row has other states beside another row", fp.Evaluator, hf, text(hf))
-    alone = text(hf, (200,))  # too long for company
+    alone = text(hf, (400,))  # too long for company
     assert fp.Evaluator(hf, alone).dense_loss == pytest.approx(
-        reference_loss(hf, random_rows(hf.config.vocab_size, (200,))), rel=1e-5
+        reference_loss(hf, random_rows(hf.config.vocab_size, (400,))), rel=1e-5
     )
 
 

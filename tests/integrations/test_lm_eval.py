@@ -622,7 +622,7 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
     ("arguments", "message"),
     [
         (("--removed", "1"), "--tasks"),
-        (("--tasks", "demo_choices"), "either as --masks FILE or as --removed"),
+        (("--tasks", "demo_choices"), "either as --masks FILE, or as --removed"),
         pytest.param(
             ("--tasks", "demo_choics", "--removed", "1"),
             "--tasks: unknown task 'demo_choics'",

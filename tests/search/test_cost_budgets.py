@@ -18,6 +18,8 @@ ABLE = ["one_shot", "greedy", "beam", "genetic", "evopress", "exhaustive", "rand
 UNLIKE = [5, 2, 2, 1, 3, 3, 1, 4, 2]
 OPTIONS = {"bayesian": {"trials": 12}}
 
+REMOVING = sorted(name for name, known in ALGORITHMS.items() if not known.over_sequences)
+
 
 def complete_subsets(costs, limit: float) -> list[tuple[int, ...]]:
     """Every subset that saves enough, and does not without any one of its units."""
@@ -34,7 +36,7 @@ def complete_subsets(costs, limit: float) -> list[tuple[int, ...]]:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize("name", REMOVING)
 @pytest.mark.parametrize(("amount", "count"), [("75%", 5), (15.5, 4), (1e6, 0)])
 def test_equal_units_are_a_number_of_units(name, amount, count):
     """19 parameters, 1 a unit."""
@@ -102,7 +104,7 @@ def test_the_path_of_a_number_of_units_is_greedys_own():
     assert not fp.run_search(evaluator, "random", 3).path
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ABLE])
+@pytest.mark.parametrize("name", [name for name in REMOVING if name not in ABLE])
 def test_others_say_that_they_cannot(name):
     assert not find_algorithm(name).limits
     evaluator = SyntheticEvaluator(9, costs=UNLIKE)

@@ -107,13 +107,13 @@ def test_all_windows_cost_the_nodes_of_their_trie_and_are_exact(tmp_path):
     units = ev.num_units
     nodes = units + sum((units - first) ** 2 for first in range(units))
     # the window that ends the model shares its first pass with the whole model
-    assert result.unit_runs == nodes
-    assert result.naive_unit_runs == sum(units + stop - first for first, stop in all_windows(units))
+    assert result.cost.unit_runs == nodes
+    assert result.cost.naive_unit_runs == sum(units + stop - first for first, stop in all_windows(units))
     physical = families.physically_ordered(hf, result.sequence)
     np.testing.assert_allclose(result.loss, families.reference_loss(physical, rows), rtol=1e-5)
     again = fp.run_search(fp.Evaluator(hf, fp.Perplexity(batch), store=tmp_path / "s.db"), "repeat")
     assert again.history == result.history
-    assert again.unit_runs == 0
+    assert again.cost.unit_runs == 0
 
 
 def test_counts_for_30_blocks():
@@ -133,7 +133,7 @@ def test_a_race_to_the_best_five_takes_a_third_of_one_pass_each():
     ev = fp.Evaluator(model, fp.Perplexity(batch))
     sequences = [repeated(ev.num_units, [window]) for window in all_windows(ev.num_units)]
     race = ev.race(sequences=sequences, keep=5, confidence=0.99)
-    assert 3 * race.unit_runs < sum(map(len, sequences))
+    assert 3 * race.cost.unit_runs < sum(map(len, sequences))
     best = [sequences[i] for i in race.indices]
     again = fp.Evaluator(model, fp.Perplexity(batch)).score(sequences=best)
     assert race.losses.tolist() == again.tolist()
