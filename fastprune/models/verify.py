@@ -452,7 +452,7 @@ def _parts_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> bo
 
 
 def _losses_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether nll, greedy and kl are those of the logits, at the probes' edges and of each part."""
+    """Whether nll, greedy, kl and rejection are those of the logits, at the edges of each part."""
     expected, count = expected.double(), len(expected)
     tokens = sorted(
         {
@@ -470,6 +470,7 @@ def _losses_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> b
     # each position's masked model is another position's
     other, log_q = states.roll(1, dims=0), log_p.roll(1, dims=0)
     divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    rejection = (log_p.exp() - log_q.exp()).relu().sum(dim=-1)
     # logits are off by their own rounding
     allowed = _tolerance(head.dtype) * (1 + float(expected[expected.isfinite()].abs().max()))
 
@@ -487,7 +488,9 @@ def _losses_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> b
         and bool(((misses == 0) <= best).all())
         and not misses.view(count, -1).all(dim=1)[clear].any()
         and all(
-            close(head.kl(head.dense(states, keep), other), divergence) for keep in (True, False)
+            close(head.kl(head.dense(states, keep), other), divergence)
+            and close(head.rejection(head.dense(states, keep), other), rejection)
+            for keep in (True, False)
         )
     )
 
