@@ -254,7 +254,7 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
     [9, 10]}, or a configuration file of EvoPress (.txt).
 
     Such a file holds one mask. Each line names the removed parts of a block: none, attn, mlp or
-    attn+mlp. It has a line for each block: where units are blocks, none or attn+mlp.
+    attn+mlp. It has a line for each block: if units are blocks, none or attn+mlp.
 
     Raises InputError, with the file's name, for a file missing, of another kind, damaged or empty,
     for masks of another number of units or other values, and for a sequence other than a mask.

@@ -126,7 +126,7 @@ class Calls:
     # -- a call ------------------------------------------------------------------------------------
 
     def ask(self, sequences: Iterable[Units], part: Part | None = None) -> Trie:
-        """The trie of sequences; counts what was asked for, on a part of the calibration set."""
+        """The trie of sequences; counts the masks asked for, on a part of the calibration set."""
         trie, share = make_trie(sequences), self._share(part)
         self._asked += Cost(
             masks=len(trie.index),
@@ -142,7 +142,7 @@ class Calls:
         part: Part | None = None,
         keep: bool = False,
     ) -> np.ndarray:
-        """Run what is missing of a trie's distinct sequences.
+        """Run the missing sums of a trie's distinct sequences.
 
         Args:
             trie: Of the sequences.
@@ -186,7 +186,7 @@ class Calls:
         part: Part | None,
         keep: bool,
     ) -> Ledger | None:
-        """The ledger of a call, with every sum; None where the model turns out to have changed.
+        """The ledger of a call, with every sum; None if the model turns out to have changed.
         Out of memory, the call begins again in smaller steps."""
         report = event_reporter(progress)
         while True:

@@ -90,7 +90,7 @@ class MemoryLimit:
 
     @property
     def opening_bytes(self) -> int:
-        """Bytes for opened chunks that are kept."""
+        """Bytes for kept openings of chunks."""
         return self.limit // OPENINGS_SHARE
 
     def most_together(self, longest: int) -> int:

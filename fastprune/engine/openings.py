@@ -45,7 +45,7 @@ class Openings:
         return opening
 
     def weigh(self, number: int) -> None:
-        """Weigh a chunk's opening again: units may add what they compute once."""
+        """Weigh a chunk's opening again: units may add values that they compute once."""
         if number in self._kept and number not in self._weighed:
             opening, _ = self._kept[number]
             self.forget(number)

@@ -44,7 +44,7 @@ class Choice(NamedTuple):
     """Samples that a loss is asked on.
 
     samples: int64[n], ascending, the cut one last. part: theirs. cut_targets: targets in the part
-    of the last sample that is read; None where it is read whole.
+    of the last sample that is read; None if it is read whole.
     """
 
     samples: np.ndarray

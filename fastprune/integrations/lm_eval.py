@@ -410,7 +410,7 @@ def evaluate_masks(
     for each mask on these answers. Text is generated mask by mask. `config` in each result names
     the removed units, or the sequence. `differences` in each result has, by task and metric, how
     much the mean over documents is above that of the first mask, with the paired standard error:
-    `value`, `error` and `num_samples`. Metrics that are no means over documents have none.
+    `value`, `error` and `num_samples`. Metrics other than means over documents have none.
 
     Raises InputError for an unknown task or setting, for a chat template that the tokenizer does
     not have, and before anything is scored if a task
@@ -463,7 +463,7 @@ Values = dict[str, dict[str, np.ndarray]]  # by task and "metric,filter": float6
 
 
 def _document_values(result: Mapping) -> Values:
-    """The metrics of each document, where a task's metric is their mean."""
+    """The metrics of each document, if a task's metric is their mean."""
     values: Values = {}
     for task, samples in result["samples"].items():
         by_metric: dict[str, list] = {}

@@ -1,4 +1,4 @@
-"""Addresses of weights: a matrix product may round otherwise where a tensor begins off a multiple
+"""Addresses of weights: a matrix product may round otherwise if a tensor begins off a multiple
 of its alignment. Weights that we load are aligned; of others the remainders are part of the
 digest."""
 
@@ -26,7 +26,7 @@ def placement(tensor: torch.Tensor) -> str:
 
 
 def align(hf: nn.Module) -> None:
-    """Move each parameter and buffer that is not aligned to an address that is. Tied ones stay
+    """Move each unaligned parameter and buffer to an aligned address. Tied ones stay
     tied."""
     for tensor in (*hf.parameters(), *hf.buffers()):
         if remainder(tensor):

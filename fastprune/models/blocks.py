@@ -34,7 +34,7 @@ class Block:
         parallel: The mlp reads what attention reads, `attention_norm` of the block's input.
         centered: Norms take the mean off first (LayerNorm without bias).
         unit_offset: Norms scale by 1 + weight.
-        eps: The norms' epsilon, where no attribute of theirs holds it.
+        eps: The norms' epsilon, if no attribute of theirs holds it.
         head_norms: The norms of q and k; families without them have no modules of these names.
         whole_norms: The norms of q and k run over all heads together.
         norm_after: The norms of q and k come after the rotation.

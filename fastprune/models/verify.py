@@ -109,7 +109,7 @@ def continued_otherwise(model: Model, ids: torch.Tensor, kept: int) -> torch.Ten
 
 
 def same_bits(result: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors are equal to the bit, places that are not numbers included."""
+    """Whether two tensors are equal to the bit, NaN included."""
     if result.shape != expected.shape or result.dtype != expected.dtype:
         return False
     if torch.equal(result, expected):
@@ -368,7 +368,7 @@ def _prove_row(
     # Of the third pass, batches of rows, each with the number of tokens that it shares with the
     # row. One shares two thirds, one all but the last: so neither a look at the next token nor one
     # at the rest of a segment is missed. Rows that never run in company run one by one. A fused
-    # path is causal; if it agrees with the generic one, that is, too.
+    # path is causal; if it agrees with the generic one, so is the generic one.
     shared = [length - max(1, length // 3), length - 1]
     if together:
         shares = [[length, *shared]]

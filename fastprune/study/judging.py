@@ -55,7 +55,7 @@ def compare_masks(
 def shared_rows(judge: TokenBatch, calibration: Iterable[TokenBatch]) -> int:
     """The number of a judge's rows that share a window of tokens with calibration data.
 
-    A window is 32 tokens in a row, or the whole row where it is shorter.
+    A window is 32 tokens in a row, or the whole row if it is shorter.
 
     Examples:
         >>> import fastprune as fp
@@ -99,6 +99,6 @@ def format_judged(objective: type[Objective], entry: Mapping[str, Any]) -> str:
 
 
 def to_difference(record: Mapping[str, Any]) -> Difference:
-    """A `Difference` from its record, in which a value that is not finite may be text."""
+    """A `Difference` from its record, whose values may be texts if they are not finite."""
     values = float(record["value"]), float(record["error"])
     return Difference(*values, int(record["num_samples"]))

@@ -108,7 +108,8 @@ def test_all_windows_cost_the_nodes_of_their_trie_and_are_exact(tmp_path):
     nodes = units + sum((units - first) ** 2 for first in range(units))
     # the window that ends the model shares its first pass with the whole model
     assert result.cost.unit_runs == nodes
-    assert result.cost.naive_unit_runs == sum(units + stop - first for first, stop in all_windows(units))
+    naive = sum(units + stop - first for first, stop in all_windows(units))
+    assert result.cost.naive_unit_runs == naive
     physical = families.physically_ordered(hf, result.sequence)
     np.testing.assert_allclose(result.loss, families.reference_loss(physical, rows), rtol=1e-5)
     again = fp.run_search(fp.Evaluator(hf, fp.Perplexity(batch), store=tmp_path / "s.db"), "repeat")
