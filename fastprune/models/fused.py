@@ -107,8 +107,8 @@ class FusedRunner:
         return self._operators.plan_attention(rows, head_dim, grouped, window, capped)
 
     def _tables(self, arguments: Arguments) -> tuple[list[Table | None], int]:
-        """Each layer's rotary tables, from the arguments that the model's own forward hands to it, and their
-        number of rows."""
+        """Each layer's rotary tables, from the arguments that the model's own forward hands to it,
+        and their number of rows."""
         known: dict[tuple[int, bool], Table] = {}
         tables: list[Table | None] = []
         for layer, handed in zip(self._layers, arguments, strict=True):
