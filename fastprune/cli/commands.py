@@ -339,7 +339,8 @@ def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any)
             try:
                 find_algorithm(context.params["algorithm"]).check_num_remove(**sizes)
             except InputError as error:
-                raise InputError(error.message.replace("num_remove", "--num-remove")) from None
+                message = error.message.replace("num_remove", "--num-remove")
+                raise InputError(message.replace(" budget", " --budget")) from None
     return value
 
 

@@ -34,7 +34,7 @@ def test_a_budget_with_its_table_gate_and_record(run, tmp_path):
     ("arguments", "message"),
     [
         ((), "--num-remove is missing: how many units"),
-        (("--num-remove", 2, "--budget", "params=75%"), "--num-remove and budget are two sizes"),
+        (("--num-remove", 2, "--budget", "params=75%"), "--num-remove and --budget are two sizes"),
         (("--budget", "75%"), "--budget: budget takes KIND=AMOUNT, such as params=75%"),
         (("--budget", "params=101%"), "--budget: params must be a number of at least 0 or a share"),
         (("--budget", "params=-1"), "--budget: params must be a number of at least 0 or a share"),
