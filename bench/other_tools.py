@@ -1,7 +1,8 @@
 """Other tools' own scripts beside the same scripts with fastprune's recipes: CPU seconds.
 
-    git clone https://github.com/IST-DASLab/EvoPress CLONES/EvoPress    # and SLEB, BlockPruner,
-                                                                        # shortened-llm
+    git clone https://github.com/IST-DASLab/EvoPress CLONES/EvoPress
+    # likewise jiwonsong-dev/SLEB, MrGGLS/BlockPruner, Nota-NetsPresso/shortened-llm,
+    # YaNgZhAnG-V5/llm_dissect (FinerCut) and dnhkng/RYS
     OMP_NUM_THREADS=1 python bench/other_tools.py CLONES [--model FOLDER] [--tools evopress ...]
         [--rows 8] [--length 128] [--write bench/results/tools.json]
 
@@ -16,7 +17,9 @@ import argparse
 import contextlib
 import copy
 import csv
+import importlib
 import io
+import itertools
 import json
 import platform
 import random
@@ -27,10 +30,12 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import recipes
@@ -176,12 +181,111 @@ def run_shortened_llama(clone: Path, model, rows, with_recipe: bool) -> Any:
             return [int(block) for block in next(csv.reader(file))]
 
 
+class Settings(dict):
+    """Stands in for mmengine's configuration: keys are attributes, too."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Registry(dict):
+    """Stands in for mmengine's registry of classes by name."""
+
+    def __init__(self, name: str):
+        super().__init__()
+
+    def register_module(self) -> Callable[[type], type]:
+        return lambda of: self.setdefault(of.__name__, of)
+
+    def build(self, settings: dict[str, Any], default_args: Any = None) -> Any:
+        values = dict(settings)
+        return self[values.pop("type")](**values)
+
+
+def run_finercut(clone: Path, model, rows, with_recipe: bool, perplexity: bool = False) -> Any:
+    """The first 2 halves removed; the script's loop, which removes them all, ends there."""
+    if with_recipe:
+        return recipes.finercut(model, rows, 2, perplexity=perplexity)
+    data = [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows
+    ]
+    output = {"type": "Output", "distance_metric": "kl_divergence"}
+    config = Settings(
+        model=None,
+        pruning_dataset=data,
+        test_dataset=data,
+        data_loader={"batch_size": 1},
+        test_cfg=Settings(
+            evaluator={"type": "Perplexity"} if perplexity else output,
+            testing_manager={
+                "type": "ForwardPrunerTestingManager", "prune_input": ["NoItem"], "in_place": False
+            },
+        ),
+    )  # fmt: skip
+    for name in ("mmengine.device", "mmengine.dist.utils", "dissect.dissectors"):
+        sys.modules[name] = mock.MagicMock()
+    sys.modules["mmengine"] = mock.MagicMock(Registry=Registry, DictAction=argparse.Action)
+    sys.modules["mmengine"].Config.fromfile.return_value = config
+    stub("alive_progress", alive_it=lambda steps, **options: steps)
+    for name in ("dissect", "dissect.models", "dissect.pruners", "dissect.evaluators"):
+        stub(name, __path__=[str(clone / name.replace(".", "/"))])
+    stub("dissect.datasets", build_dataset=lambda dataset, **options: dataset)
+    models = sys.modules["dissect.models"]
+    models.build_model_and_tokenizer = lambda *args, **options: (model, None)
+    models.MaskingHook = importlib.import_module("dissect.models.masking_hook").MaskingHook
+    modeling_llama.LlamaSdpaAttention = None  # older releases of transformers
+    pruner = importlib.import_module("dissect.pruners.forward_pruner")
+    sys.modules["dissect.pruners"].TESTING_MANAGER = pruner.TESTING_MANAGER
+    for name in ("perplexity", "output"):
+        evaluators = importlib.import_module(f"dissect.evaluators.{name}").EVALUATORS
+    sys.modules["dissect.evaluators"].EVALUATORS = evaluators
+    script = load(
+        clone / "scripts/prune_layer.py",
+        "prune_layer",
+        [("range(5, 100, 5)", "()"), ('torch.device(f"cuda:{args.gpu_id}")', '"cpu"')],
+    )
+    script.alive_it = lambda steps, **options: itertools.islice(steps, 2)
+    greedy, removed = script.greedy_pruning, []
+
+    def noted(target_layers: list[str], **options: Any) -> int:
+        index = greedy(target_layers=target_layers, **options)
+        _, _, block, _, half = target_layers[index].split(".")
+        removed.append(2 * int(block) + (half == "down_proj"))
+        return index
+
+    script.greedy_pruning = noted
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = ["x", "--workdir", folder, "--eval", ""]
+        sys.argv += ["--layer-dim", str(model.config.hidden_size)]
+        script.main()
+    return removed
+
+
+def run_rys(clone: Path, model, rows, with_recipe: bool) -> Any:
+    """The 10 windows of least loss. RYS asks probes, so the loop around its own models is ours."""
+    if with_recipe:
+        losses = recipes.rys(model, rows)
+    else:
+        for name in ("src", "src.core"):
+            stub(name, __path__=[str(clone / name.replace(".", "/"))])
+        sys.modules.pop("src.core.layer_duplicator", None)
+        rys = importlib.import_module("src.core.layer_duplicator")
+        losses = {}
+        for window, layers in rys.generate_layer_dict(len(model.model.layers)).items():
+            relayered = rys.build_model_with_layers(model, layers)
+            each = [relayered(row[None], labels=row[None]).loss.item() for row in rows]
+            losses[window] = np.mean(each)
+    return sorted(losses, key=losses.get)[:10]
+
+
 TOOLS: dict[str, tuple[str, Callable]] = {
     "evopress, blocks": ("EvoPress", lambda *a: run_evopress(*a[:3], True, a[3])),
     "evopress, sublayers": ("EvoPress", lambda *a: run_evopress(*a[:3], False, a[3])),
     "sleb": ("SLEB", run_sleb),
     "blockpruner": ("BlockPruner", run_block_pruner),
     "shortened llama": ("shortened-llm", run_shortened_llama),
+    "finercut, kl": ("llm_dissect", run_finercut),
+    "finercut, perplexity": ("llm_dissect", lambda *a: run_finercut(*a, perplexity=True)),
+    "rys": ("RYS", run_rys),
 }
 
 
@@ -224,9 +328,10 @@ def main() -> None:
         seconds, chosen = [], []
         for with_recipe in (False, True):
             random.seed(0)
+            own = copy.deepcopy(model)  # a script leaves its last mask on the model
             started = time.process_time()
             with torch.no_grad(), contextlib.redirect_stderr(log):
-                chosen.append(run(options.clones / folder, model, rows, with_recipe))
+                chosen.append(run(options.clones / folder, own, rows, with_recipe))
             seconds.append(time.process_time() - started)
         row = {
             "tool": name,

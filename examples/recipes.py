@@ -67,3 +67,28 @@ def shortened_llama(model, rows):
     return np.exp(
         ev.score(fp.from_removed([[block] for block in range(ev.num_units)], ev.num_units))
     )
+
+
+def finercut(model, rows, num_remove: int, exclude: float = 0.0, perplexity: bool = False):
+    """FinerCut, `greedy_pruning` and its loop in prune_layer.py: the halves removed, in order (2 i
+    is the attention of block i, 2 i + 1 its MLP). Its evaluators "kl_divergence" and Perplexity."""
+    batch = fp.TokenBatch.from_ids(rows)
+    objective = fp.Perplexity(batch) if perplexity else fp.KLDivergence(batch, positions="all")
+    ev, removed = fp.Evaluator(model, objective, granularity="sublayer"), []
+    front = 2 * (int(ev.num_units * exclude / 2) + 1)  # halves that stay at first
+    for _ in range(num_remove):
+        first = 0 if len(removed) > int(ev.num_units * exclude) else front
+        tried = [[*removed, half] for half in range(first, ev.num_units) if half not in removed]
+        losses = ev.score_samples(fp.from_removed(tried, ev.num_units))
+        losses = np.exp(losses).mean(axis=1) if perplexity else ev.objective.mean(losses)
+        removed = tried[losses.argmin()]
+    return removed
+
+
+def rys(model, rows):
+    """RYS, its scan of all windows: the loss of each (i, j), whose blocks i to j - 1 run twice."""
+    ev = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(rows)))
+    windows = [(0, 0), *((i, j) for j in range(ev.num_units + 1) for i in range(j))]
+    order = range(ev.num_units)
+    losses = ev.score(sequences=[[*order[:j], *order[i:]] for i, j in windows])
+    return dict(zip(windows, losses.tolist(), strict=True))

@@ -457,14 +457,24 @@ class KLDivergence(Objective):
     """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q
     the masked one.
 
-    batch: text, or Tasks. The positions are those that predict a target. A sample is a row. The
-    objective of EvoPress (arXiv 2410.14649). Raises InputError for any other batch.
+    A sample is a row. The objective of EvoPress (arXiv 2410.14649).
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.KLDivergence(batch).loss(np.array([[0.5, 0.25]]))
-    array([0.25])
+    Args:
+        batch: Text, or Tasks.
+        positions: "targets" counts the positions that predict a target, as EvoPress does. "all"
+            counts every position of a row of text, the last too, as FinerCut's code does.
+
+    Raises:
+        InputError: Another batch or value of positions, or positions="all" for questions.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])  # 3 targets, 5 tokens
+        >>> fp.KLDivergence(batch).loss(np.array([[0.5, 0.25]]))
+        array([0.25])
+        >>> fp.KLDivergence(batch, positions="all").loss(np.array([[0.5, 0.25]]))
+        array([0.15])
     """
 
     name = "kl"
@@ -477,10 +487,16 @@ class KLDivergence(Objective):
     measure = "kl"
     compares_with_dense = True
     differentiable = False  # the gradient vanishes at the dense model, whose divergence is least
+    settings: ClassVar = {"positions": ("targets", "all")}
 
-    def __init__(self, batch: TokenBatch | Tasks):
+    def __init__(self, batch: TokenBatch | Tasks, positions: str = "targets"):
+        questions = isinstance(batch, Tasks)
         batch = _check_batch(batch.batch if isinstance(batch, Tasks) else batch, type(self))
-        self.batch = _positions_as_targets(batch)
+        check_one_of("positions", positions, ("targets", "all"))
+        if positions == "all" and (questions or batch.row_is_tree.any()):
+            raise InputError('positions="all" takes plain text, not questions')
+        self.positions = positions
+        self.batch = _positions_as_targets(batch, every=positions == "all")
         self._average(self.batch.target_counts)
 
 
@@ -860,14 +876,19 @@ def _sequence(batch: TokenBatch, continuation: int) -> tuple[np.ndarray, int]:
     return ids, len(ids) - int(batch.target_counts[continuation])
 
 
-def _positions_as_targets(batch: TokenBatch) -> TokenBatch:
-    """The same rows; every position that predicts something counts once, towards its own row."""
+def _positions_as_targets(batch: TokenBatch, every: bool = False) -> TokenBatch:
+    """The same rows; every position that predicts something (every: each position) counts once,
+    towards its own row."""
     source, first = np.unique(batch.target_source, return_index=True)
+    tokens = batch.target_token[first]
+    if every:
+        source = np.arange(batch.num_tokens)
+        tokens = np.zeros_like(source)  # a row's last position has none
     rows = np.arange(batch.num_rows)
     return dataclasses.replace(
         batch,
         target_source=source,
-        target_token=batch.target_token[first],
+        target_token=tokens,
         target_continuation=np.searchsorted(batch.row_starts, source, side="right") - 1,
         continuation_row=rows,
     )

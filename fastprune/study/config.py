@@ -138,6 +138,7 @@ class LossConfig:
     weighting: str | None = None
     flatten: bool | None = None
     decoding: str | None = None
+    positions: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -84,3 +84,46 @@ def test_evopress_selects_by_the_divergence_on_as_many_tokens(setting, entire):
     order = np.argsort(expected)[:2]
     assert kept == [candidates[i] for i in order]
     assert fitnesses == pytest.approx([expected[i] for i in order], rel=1e-4, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("perplexity", [False, True])
+def test_finercut_counts_every_position_and_the_front_comes_late(setting, perplexity):
+    recipes, shared, hf, rows = setting
+    halves, exclude = 2 * len(hf.model.layers), 0.1
+    enough, front = int(halves * exclude), 2 * (int(halves * exclude / 2) + 1)
+
+    def logits():
+        return [hf(row[None], use_cache=False).logits[0].log_softmax(-1) for row in rows]
+
+    dense, removed = logits(), []
+    for _ in range(enough + 2):
+        distances = {}
+        for half in range(0 if len(removed) > enough else front, halves):
+            if half in removed:
+                continue
+            with shared.without_halves(hf, [*removed, half]):
+                pruned = logits()
+            if perplexity:
+                each = [-q[:-1].gather(-1, row[1:, None]) for q, row in zip(pruned, rows)]
+                distances[half] = np.mean([loss.mean().exp().item() for loss in each])
+            else:
+                each = [(p.exp() * (p - q)).sum(-1) for p, q in zip(dense, pruned)]
+                distances[half] = torch.cat(each).mean().item()
+        removed.append(min(distances, key=distances.get))
+    assert recipes.finercut(hf, rows, enough + 2, exclude, perplexity) == removed
+
+
+def test_rys_runs_each_window_twice(setting):
+    recipes, shared, hf, rows = setting
+    losses = recipes.rys(hf, rows)
+    layers, blocks = hf.model.layers, len(hf.model.layers)
+    assert len(losses) == 1 + blocks * (blocks + 1) // 2
+    try:
+        for i, j in ((0, 0), (0, 1), (1, 3), (blocks - 2, blocks)):
+            order = [*range(j), *range(i, blocks)]
+            hf.model.layers = torch.nn.ModuleList(layers[block] for block in order)
+            hf.config.num_hidden_layers = len(order)
+            assert losses[i, j] == pytest.approx(shared.loss(hf, rows), rel=1e-5)
+    finally:
+        hf.model.layers, hf.config.num_hidden_layers = layers, blocks
