@@ -116,6 +116,7 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_at
 MIXED += ["full_attention", "sliding_attention"]
 LINEAR = [kind.replace("sliding", "linear") for kind in MIXED]
 MOE = ["dense", "sparse", "sparse", "dense", "sparse", "sparse"]
+KOSMOS = {"embed_dim": 64, "layers": BLOCKS, "ffn_dim": 96, "attention_heads": 4}
 LATENT = {"num_key_value_heads": 4}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
 HALF_MROPE = {
@@ -183,7 +184,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": [*MIXED[:-1], "full_attention"],
         "num_kv_shared_layers": 0,
     },
-    "deepseek_ocr2_text": {"mlp_layer_types": MOE},
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": MOE,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    **dict.fromkeys(("kosmos_2_text_model", "kosmos_2_5_text_model"), KOSMOS),
+    "janus_vqgan": {
+        "base_channels": 32,
+        "embed_dim": 8,
+        "num_embeddings": 16,
+        "latent_channels": 8,
+        "channel_multiplier": [1, 1],
+        "num_patches": 16,
+    },
     "cohere_compass_text": {
         "layer_types": MIXED,
         "rope_parameters": dict.fromkeys(

@@ -188,19 +188,12 @@ def _split_tree(batch: TokenBatch, row: int) -> ChunkRows:
 
     A target that a token of the trunk predicts is read in the first row.
     """
-    start, stop = batch.row_starts[row], batch.row_starts[row + 1]
-    branch = batch.branch[start:stop]
-    sequences = [
-        np.flatnonzero((branch == 0) | (branch == number))
-        for number in np.unique(branch[branch > 0])
-    ]
-    width = max(map(len, sequences))
-    ids = np.zeros((len(sequences), width), dtype=np.int64)
-    flat = np.full(stop - start, -1)  # of each token, its first place in the rectangle
+    start = batch.row_starts[row]
+    sequences = _sequences(batch, row)
+    ids = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
     for i, places in enumerate(sequences):
         ids[i, : len(places)] = batch.ids[start + places]
-        unseen = flat[places] < 0
-        flat[places[unseen]] = i * width + np.flatnonzero(unseen)
+    flat = places_of(batch, row)
     targets = batch.targets_by_row[row]
     source = flat[batch.target_source[targets] - start]
     order = np.argsort(source, kind="stable")
@@ -216,6 +209,28 @@ def _split_tree(batch: TokenBatch, row: int) -> ChunkRows:
         target_token=batch.target_token[targets][order],
         continuation=batch.target_continuation[targets][order],
     )
+
+
+def _sequences(batch: TokenBatch, row: int) -> list[np.ndarray]:
+    """The tokens of the trunk and of a branch, as indices into a tree's row, for each branch."""
+    branch = batch.branch[batch.row_starts[row] : batch.row_starts[row + 1]]
+    numbers = np.unique(branch[branch > 0])
+    return [np.flatnonzero((branch == 0) | (branch == number)) for number in numbers]
+
+
+def places_of(batch: TokenBatch, row: int) -> np.ndarray:
+    """The first place of each token of a row, int64[T], in the rectangle [B * T'] in which the row
+    runs alone."""
+    length = int(batch.row_lengths[row])
+    if not (batch.split_trees and batch.row_is_tree[row]):
+        return np.arange(length)
+    sequences = _sequences(batch, row)
+    width = max(map(len, sequences))
+    first = np.full(length, -1)
+    for i, places in enumerate(sequences):
+        unseen = first[places] < 0
+        first[places[unseen]] = i * width + np.flatnonzero(unseen)
+    return first
 
 
 def cut_row(batch: TokenBatch, row: int, num_tokens: int) -> ChunkRows:

@@ -72,10 +72,8 @@ def open_for(
     Raises InputError for rows or units that the model cannot run, and for memory_bytes that a row
     does not fit into.
     """
-    batch.check_fits(model.vocab_size, model.max_positions)
-    batch = _runnable(model, batch)
-    needs = _needs(model, batch, granularity)
-    runner = model.extended(open_runner(model, backend, needs), granularity)
+    batch, opened = verified_for(model, backend, batch, granularity)
+    runner = model.extended(opened, granularity)
     measure = MEASURES[measure_name]
     limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity)
     cut = limit.layout() if layout is None else limit.check(layout)
@@ -84,6 +82,18 @@ def open_for(
         *(model.name, runner.path_name, backend, batch.num_rows, len(cut.chunks), cut.tile),
     )
     return Opened(batch, runner, limit, cut)
+
+
+def verified_for(
+    model: Model, backend: str, batch: TokenBatch, granularity: str
+) -> tuple[TokenBatch, Runner]:
+    """A calibration set as the model runs it, and a runner verified on its longest rows.
+
+    Raises InputError for rows or units that the model cannot run.
+    """
+    batch.check_fits(model.vocab_size, model.max_positions)
+    batch = _runnable(model, batch)
+    return batch, open_runner(model, backend, _needs(model, batch, granularity))
 
 
 class Sharing(NamedTuple):

@@ -11,10 +11,11 @@ import torch
 
 from ..data import TokenBatch
 from ..errors import InputError
-from ..models import GenericRunner, Model, Needs, open_runner
+from ..models import GenericRunner, Model
 from ..models.swap import Arguments, HalfBlock, State, hidden_of
 from ..objectives import Objective
-from .chunks import Chunk, make_chunk
+from .chunks import Chunk, make_chunk, places_of
+from .local import verified_for
 
 # positions whose states of all depths are compared, or whose logits are differentiated, together
 TOKENS_AT_ONCE = 256
@@ -30,10 +31,8 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     One row at a time: the states of every depth are held for that row (if weights are read band by
     band, for as many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
     """
-    runner, num_units = (
-        open_runner(model, "generic", Needs(granularity)),
-        len(model.unit_names(granularity)),
-    )
+    batch, runner = _opened(model, batch, granularity)
+    num_units = len(model.unit_names(granularity))
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
         for _, flat in _states(runner, batch, granularity):
@@ -53,10 +52,8 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
     1, U + 1], over the last token of each sequence: of a row of text, or of each branch (Gromov et
     al., arXiv 2403.17887).
     """
-    runner, num_units = (
-        open_runner(model, "generic", Needs(granularity)),
-        len(model.unit_names(granularity)),
-    )
+    batch, runner = _opened(model, batch, granularity)
+    num_units = len(model.unit_names(granularity))
     count = 0
     total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
@@ -91,7 +88,8 @@ def _states(
                 ):
                     of.append(runner.run(unit, of[-1], arguments, granularity))
         for row, of in zip(rows, states, strict=True):
-            yield row, [hidden_of(state)[0] for state in of]
+            places = torch.as_tensor(places_of(batch, row), device=model.device)
+            yield row, [hidden_of(state).flatten(0, 1)[places] for state in of]
 
 
 def _row_groups(model: Model, batch: TokenBatch, states_of_row: int) -> list[list[int]]:
@@ -99,7 +97,7 @@ def _row_groups(model: Model, batch: TokenBatch, states_of_row: int) -> list[lis
     states fit."""
     if len(model.bands) == 1:
         return [[row] for row in range(batch.num_rows)]
-    sizes = batch.row_lengths * states_of_row * model.hidden_size * model.dtype.itemsize
+    sizes = batch.run_sizes * states_of_row * model.hidden_size * model.dtype.itemsize
     groups: list[list[int]] = [[]]
     total = 0
     for row, size in enumerate(sizes.tolist()):
@@ -109,6 +107,14 @@ def _row_groups(model: Model, batch: TokenBatch, states_of_row: int) -> list[lis
         groups[-1].append(row)
         total += size
     return groups
+
+
+def _opened(model: Model, batch: TokenBatch, granularity: str) -> tuple[TokenBatch, GenericRunner]:
+    """A calibration set as the model runs it, and the generic runner, verified on its rows."""
+    with model.held():
+        batch, runner = verified_for(model, "generic", batch, granularity)
+    assert isinstance(runner, GenericRunner)
+    return batch, runner
 
 
 def _open(
@@ -128,13 +134,11 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
     computed again.
     """
     _check_differentiable("unit gradients need", objective)
-    runner = open_runner(model, "generic", Needs("sublayer"))
-    batch = objective.batch
-    batch.check_fits(model.vocab_size, model.max_positions)
+    batch, runner = _opened(model, objective.batch, "sublayer")
     gradients = np.zeros((objective.num_samples, 2 * model.num_blocks))
     with model.evaluation():
         for rows in _row_groups(model, batch, len(model.bands)):
-            samples = [_Sample(runner, objective, row) for row in rows]
+            samples = [_Sample(runner, objective, batch, row) for row in rows]
             *before, last = model.bands
             for number, band in enumerate(model.visit([*before, last, *reversed(before)])):
                 for sample in samples:
@@ -161,9 +165,7 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
         "unit salience holds a gradient of every weight, more than where weights are streamed "
         "(weights_bytes) may fit; open it without"
     )
-    runner = open_runner(model, "generic", Needs(granularity))
-    batch = objective.batch
-    batch.check_fits(model.vocab_size, model.max_positions)
+    batch, runner = _opened(model, objective.batch, granularity)
     per_block = 2 if granularity == "sublayer" else 1
     weights = [
         _weights(model.layers[unit // per_block])
@@ -253,9 +255,9 @@ class _Sample:
     """dL/da of one row for every sublayer, [2 * blocks], L = sum of weight_m * nll_m over its
     targets."""
 
-    def __init__(self, runner: GenericRunner, objective: Objective, row: int):
+    def __init__(self, runner: GenericRunner, objective: Objective, batch: TokenBatch, row: int):
         self._runner = runner
-        self._chunk, state, self._arguments = _open(runner, objective.batch, row)
+        self._chunk, state, self._arguments = _open(runner, batch, row)
         (self.number,) = set(objective.sample[self._chunk.continuation].tolist())
         self._weight = torch.as_tensor(
             objective.weight[self._chunk.continuation], device=runner.device
@@ -304,15 +306,16 @@ class _Sample:
 def _head_gradient(
     runner: GenericRunner, chunk: Chunk, hidden: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """dL/d hidden, [1, T, D], tile by tile over the positions that count."""
-    gradient = torch.zeros_like(hidden)
+    """dL/d hidden, [B, T, D], tile by tile over the positions that count."""
+    gradient = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    flat, flat_gradient = hidden.flatten(0, 1), gradient.flatten(0, 1)
     first = 0
     for tile in chunk.tiles(TOKENS_AT_ONCE):
-        states = hidden[0, tile.sources].requires_grad_()
+        states = flat[tile.sources].requires_grad_()
         last = first + len(tile.tokens)
         with torch.enable_grad():
             losses = runner.head.nll(states, tile).double()
-            (gradient[0, tile.sources],) = torch.autograd.grad(
+            (flat_gradient[tile.sources],) = torch.autograd.grad(
                 (losses * weight[first:last]).sum(), states
             )
         first = last

@@ -172,13 +172,15 @@ class Sublayers:
         self._neither = self._without(without_mlp, attention)
         if parallel:
             (name,) = attention
-            self._kept, self._given = _KeepTerm(getattr(layer, name)), _GivenTerm(kinds[name])
+            module = getattr(layer, name)
+            self._kept, self._given = _KeepTerm(module), _GivenTerm(module, kinds[name])
             self._attention_only = with_replaced(without_mlp, (name,), self._kept)
             self._mlp_only = with_replaced(layer, (name,), self._given)
 
     def _without(self, layer: nn.Module, names: Iterable[str]) -> nn.Module:
         for name in names:
-            layer = with_replaced(layer, (name,), _GivenTerm(self._kinds[name]))
+            given = _GivenTerm(getattr(layer, name), self._kinds[name])
+            layer = with_replaced(layer, (name,), given)
         return layer
 
     def attention(self, state: State, arguments: dict) -> State:
@@ -231,7 +233,10 @@ def split_layer(
     give the layer's output, leave their inputs alone, and the layer without either half adds
     nothing.
     """
-    kinds = _terms(layer, state, arguments)
+    try:
+        kinds = _terms(layer, state, arguments)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return None  # the layer does not run with other modules in the place of its own
     names = tuple(kinds)
     ways = [(cut, False) for cut in range(1, len(names))]
     # of a parallel block any cut adds up, so only two terms say which belongs to which
@@ -278,19 +283,41 @@ def _adds_up(
     )
 
 
-class _Watched(nn.Module):
+class _InPlaceOf(nn.Module):
+    """A module in the place of another. Layers may read its attributes, and ask for its class."""
+
+    def __init__(self, module: nn.Module):
+        # hidden from nn.Module, as in StandInLayer
+        self.__dict__["_module"] = module
+        super().__init__()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what isinstance asks for
+        return type(self.__dict__["_module"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle asks for the class, too
+        return _restored, (type(self), self.__dict__)
+
+
+def _restored(kind: type[_InPlaceOf], state: dict[str, Any]) -> _InPlaceOf:
+    module = kind.__new__(kind)
+    module.__dict__.update(state)
+    return module
+
+
+class _Watched(_InPlaceOf):
     """A module that notes the kind of its result if that has the size of the layer's states."""
 
     def __init__(self, module: nn.Module, name: str, state: torch.Tensor, kinds: dict):
-        super().__init__()
-        self.__dict__["_watched"] = module, name, state.numel(), kinds
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_watched"][0], name)
+        super().__init__(module)
+        self.__dict__["_watched"] = name, state.numel(), kinds
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        module, name, size, kinds = self.__dict__["_watched"]
-        result = module(*args, **kwargs)
+        name, size, kinds = self.__dict__["_watched"]
+        result = self.__dict__["_module"](*args, **kwargs)
         term = first(result)
         if isinstance(term, torch.Tensor) and term.numel() == size:
             kinds.setdefault(name, len(result) if isinstance(result, (tuple, list)) else None)
@@ -308,30 +335,28 @@ def _zeros(args: tuple, kwargs: dict) -> torch.Tensor:
     return torch.zeros_like(states)
 
 
-class _GivenTerm(nn.Module):
+class _GivenTerm(_InPlaceOf):
     """A module that adds nothing, or a term given before."""
 
-    def __init__(self, kind: int | None):
-        super().__init__()
-        self._kind = kind
-        self.term: torch.Tensor | None = None
+    term: torch.Tensor | None
+
+    def __init__(self, module: nn.Module, kind: int | None):
+        super().__init__(module)
+        self.__dict__["_kind"], self.__dict__["term"] = kind, None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _as_returned(_zeros(args, kwargs) if self.term is None else self.term, self._kind)
+        term = self.__dict__["term"]
+        return _as_returned(_zeros(args, kwargs) if term is None else term, self.__dict__["_kind"])
 
 
-class SkippedTerm(nn.Module):
+class SkippedTerm(_InPlaceOf):
     """A module that adds nothing, in place of a layer's own. A cache counts the tokens of a skipped
     attention all the same, since models take the number of earlier tokens from their first
     layer."""
 
     def __init__(self, module: nn.Module, kind: int | None):
-        super().__init__()
-        # read by models and caches, such as layer_idx; hidden from nn.Module, as in StandInLayer
-        self.__dict__["_module"], self.__dict__["_kind"] = module, kind
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
+        super().__init__(module)
+        self.__dict__["_kind"] = kind
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         nothing = _zeros(args, kwargs)
@@ -351,17 +376,18 @@ def _keeps_keys(cache: Cache, index: int) -> bool:
     return index >= len(layers) or isinstance(layers[index], CacheLayerMixin)
 
 
-class _KeepTerm(nn.Module):
+class _KeepTerm(_InPlaceOf):
     """A module that also keeps the term that it adds."""
 
+    term: Any  # of the last call
+
     def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-        self.term: Any = None  # of the last call
+        super().__init__(module)
+        self.__dict__["term"] = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.module(*args, **kwargs)
-        self.term = first(result)
+        result = self.__dict__["_module"](*args, **kwargs)
+        self.__dict__["term"] = first(result)
         return result
 
 

@@ -141,3 +141,80 @@ def test_the_content_of_a_batch_is_the_same_however_it_runs(tasks):
     split = SplitTrees.of(tasks.batch)
     assert split.content_hash == tasks.batch.content_hash
     assert split.read_tokens.sum() > tasks.batch.num_tokens
+
+
+def one_by_one(batch):
+    """The choices of a batch as plain rows, and for each the mask of its tokens that no choice of
+    the same question before it had."""
+    rows = [ids for ids, _ in choices_of(batch)]
+    is_new = []
+    for choice, row in enumerate(batch.continuation_row):
+        inside = slice(batch.row_starts[row], batch.row_starts[row + 1])
+        trunk = int((batch.branch[inside] == 0).sum())
+        first = np.flatnonzero(batch.continuation_row == row)[0] == choice
+        is_new.append((np.arange(len(rows[choice])) >= trunk) | first)
+    return rows, is_new
+
+
+def states_of(hf, ids):
+    """The states before each block and after the last, float64[T, U + 1, D]."""
+    layers = hf.base_model.h if hasattr(hf.base_model, "h") else hf.base_model.layers
+    states = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        for layer in layers
+    ]
+    hooks.append(
+        layers[-1].register_forward_hook(
+            lambda _, args, output: states.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+    )
+    with torch.no_grad():
+        hf(input_ids=torch.tensor(ids[None]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(states).double().numpy().transpose(1, 0, 2)
+
+
+def cosines(states):
+    unit = states / np.linalg.norm(states, axis=-1, keepdims=True)
+    return unit @ unit.transpose(0, 2, 1)
+
+
+def test_similarity_is_the_mean_over_the_tokens_of_a_question(hf, tasks):
+    rows, is_new = one_by_one(tasks.batch)
+    states = np.concatenate([states_of(hf, ids)[new] for ids, new in zip(rows, is_new)])
+    assert len(states) == tasks.batch.num_tokens
+    ev = fp.Evaluator(hf, fp.TaskMargin(tasks))
+    np.testing.assert_allclose(ev.similarity(), cosines(states).mean(axis=0), atol=1e-5)
+
+
+def test_angular_distance_is_taken_at_the_end_of_each_choice(hf, tasks):
+    rows, _ = one_by_one(tasks.batch)
+    last = np.stack([states_of(hf, ids)[-1] for ids in rows])
+    expected = np.arccos(np.clip(cosines(last), -1, 1)).mean(axis=0) / np.pi
+    np.fill_diagonal(expected, 0)
+    ev = fp.Evaluator(hf, fp.TaskMargin(tasks))
+    np.testing.assert_allclose(ev.angular_distance(), expected, atol=1e-4)
+
+
+def test_gradients_are_those_of_choices_run_alone(tasks):
+    torch.manual_seed(0)
+    hf = tf.AutoModelForCausalLM.from_config(CONFIGS["lfm2"]()).eval()
+    batch = tasks.batch
+    # the same losses from rows of their own, each a question with one choice
+    alone = fp.TokenBatch.from_continuations([[choice] for choice in choices_of(batch)])
+    number = np.arange(batch.num_continuations)
+    sizes = tasks.choice_characters
+    ones = fp.Tasks(alone, number, number, sizes, sizes)
+    trees = fp.Evaluator(hf, fp.TaskLikelihood(tasks))
+    rows = fp.Evaluator(hf, fp.TaskLikelihood(ones))
+    gradients, expected = trees.unit_gradients(), rows.unit_gradients()[tasks.answer]
+    np.testing.assert_allclose(gradients, expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(gradients).max() > 1e-3
+    assert trees.unit_salience().shape == (4,)

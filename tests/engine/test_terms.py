@@ -1,11 +1,15 @@
 """Sublayers of layers whose parts have other names: a half is every module that the layer adds to
 its states before, or after, the state in between."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 from helpers import refuses
+from transformers.models.llama import modeling_llama as llama
 
 import fastprune as fp
 
@@ -91,3 +95,64 @@ def test_layers_of_one_part_have_no_halves():
         fp.Perplexity(batch),
         granularity="sublayer",
     )
+
+
+class ByKind(llama.LlamaDecoderLayer):
+    """A layer that runs its mlp according to its class, as layers with and without experts do."""
+
+    def forward(self, *args, **kwargs):
+        if not isinstance(self.mlp, llama.LlamaMLP):
+            raise TypeError(f"no way to run {type(self.mlp).__name__}")
+        return super().forward(*args, **kwargs)
+
+
+class ByVeryKind(llama.LlamaDecoderLayer):
+    """A layer that runs with one class of mlp alone, whatever else passes for it."""
+
+    def forward(self, *args, **kwargs):
+        if type(self.mlp) is not llama.LlamaMLP:
+            raise TypeError(f"no way to run {type(self.mlp).__name__}")
+        return super().forward(*args, **kwargs)
+
+
+def of_layers(kind):
+    hf = make(tf.LlamaConfig(**COMMON, **ATTENTION))
+    for layer in hf.model.layers:
+        layer.__class__ = kind
+    return hf
+
+
+def test_layers_that_ask_for_the_class_of_their_parts_have_halves():
+    masks = fp.from_removed([(), (0,), (3,), (1, 4)], 6)
+    losses = [
+        fp.Evaluator(
+            of_layers(kind),
+            fp.Perplexity(fp.TokenBatch.from_ids(ROWS)),
+            "generic",
+            granularity="sublayer",
+        ).score(masks)
+        for kind in (llama.LlamaDecoderLayer, ByKind)
+    ]
+    assert losses[0].tolist() == losses[1].tolist()
+
+
+def test_layers_that_run_with_their_own_parts_alone_have_blocks():
+    hf, batch = of_layers(ByVeryKind), fp.TokenBatch.from_ids(ROWS)
+    assert np.isfinite(fp.Evaluator(hf, fp.Perplexity(batch), "generic").dense_loss)
+    refuses(
+        "block 0 is not the sum of two sublayers; use granularity='block'",
+        fp.Evaluator,
+        hf,
+        fp.Perplexity(batch),
+        granularity="sublayer",
+    )
+
+
+def test_a_masked_model_is_copied_and_pickled():
+    ids = torch.tensor([ROWS[0]])
+    with fp.masked(fp.load_model(of_layers(ByKind)), (1, 2), granularity="sublayer") as hf:
+        logits = [
+            each(input_ids=ids, use_cache=False).logits
+            for each in (hf, copy.deepcopy(hf), pickle.loads(pickle.dumps(hf)))
+        ]
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
