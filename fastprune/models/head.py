@@ -263,7 +263,7 @@ class TritonHead(Head):
         return normed if self._scale == 1 else normed * self._scale
 
     def rejection(self, dense: Any, states: torch.Tensor) -> torch.Tensor:
-        masked = self._loss.linear_logits(self.normed(states), self._head.weight)
+        masked = self.dense(states, False)
         return (dense.softmax(dim=-1) - masked.softmax(dim=-1)).relu().sum(dim=-1)
 
     @property

@@ -55,7 +55,9 @@ def scene():
     return SCENE
 
 
-@pytest.fixture(params=["qwen3", "mistral"])  # a norm of each head; a window shorter than a row
+# A norm of each head. A window shorter than a row. Norms of branches, and GELU. LayerNorm, pairs of
+# neighbours, and scaled logits.
+@pytest.fixture(params=["qwen3", "mistral", "gemma3", "cohere"])
 def family(request):
     return request.param
 
