@@ -59,9 +59,10 @@ class Evaluator:
     memory_bytes: byte budget of the activations of a call (4 GiB on a CPU, 16 GiB on a GPU by
     default); it decides how many tokens run at once. cache_bytes: budget of the prefix cache,
     states that outlive a call: the next call runs only units that no call before has run, as far as
-    the cache reaches. By default a quarter of the memory free before each call (on a GPU, of the
-    device and of the host); 0 for none. cache_dir: a folder on a fast disk for states that do not
-    fit, in a file deleted with the process, up to a quarter of its free bytes.
+    the cache reaches. By default a quarter of the memory free before each call; on a GPU, all of
+    the device but a reserve of memory_bytes, then a quarter of the host. 0 for none. cache_dir: a
+    folder on a fast disk for states that do not fit, in a file deleted with the process, up to a
+    quarter of its free bytes.
     store: file of finished sums (or a SumStore): its sums are not computed again, whichever
     objective measured the same on the same tokens (margin and accuracy do), and new sums are kept
     chunk by chunk.

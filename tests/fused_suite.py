@@ -79,9 +79,10 @@ class FusedProperties:
             expected = nll[tasks.answer[question]] - np.mean(wrong)
             assert margin == pytest.approx(expected, abs=RELATIVE * max(nll))
 
-    def test_kl_divergence_is_that_of_the_generic_path(self, scene, operators, family):
+    @pytest.mark.parametrize("distance", [fp.KLDivergence, fp.Agreement])
+    def test_distances_are_those_of_the_generic_path(self, scene, operators, family, distance):
         hf = scene.build(family)
-        objective = fp.KLDivergence(scene.batch(hf))
+        objective = distance(scene.batch(hf))
         masks = scene.make_masks(hf.config.num_hidden_layers)
         losses = scene.evaluator(hf, objective).score(masks)
         expected = fp.Evaluator(hf, objective, backend="generic").score(masks)

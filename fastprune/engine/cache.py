@@ -25,6 +25,7 @@ from ..plan.retention import Prefixes
 from ..plan.trie import Units
 
 SHARE = 4  # by default states may take one part in so many of the free bytes
+MARGIN = 16  # one part in so many of a GPU's free bytes is for what allocators and libraries lose
 FREE_SECONDS = 1.0  # free bytes are read at most once in this time
 
 Key = tuple[int, Units]  # chunk, prefix
@@ -152,11 +153,19 @@ class TieredStates:
         self._places: dict[Key, _Place] = {}
         self._rooms: dict[str, tuple[float, int]] = {}  # of memories, and when they were read
 
-    def share_of(self, tier: str, sharers: int) -> int:
+    def share_of(self, tier: str, sharers: int, reserve: int | None = None) -> int:
         """Bytes that a tier may hold: a share of its own and the free ones, for each of the
-        processes that share them. None on a disk that failed."""
+        processes that share them. None on a disk that failed.
+
+        reserve: bytes of the device that this process needs besides; then the tier may hold all but
+        these and a margin, if that is more.
+        """
         if tier != "disk":
-            return self._room(tier) // (SHARE * sharers)
+            room = self._room(tier) // sharers
+            share = room // SHARE
+            if tier == "device" and reserve is not None:
+                share = max(share, room - room // MARGIN - reserve)
+            return share
         if self._folder is not None:
             try:
                 free = shutil.disk_usage(self._folder).free
@@ -229,10 +238,12 @@ class PrefixCache:
     Every chunk may hold the same number of prefixes.
 
     Args:
-        limit: Bytes in memory; None for a quarter of the free ones at each call; 0 for none.
+        limit: Bytes in memory; None for a quarter of the free ones at each call (of a device with
+            a reserve, for all but that); 0 for none.
         folder: A folder for states beyond these, up to a quarter of its disk's free bytes; None
             for none.
         device: The device that the states are made on.
+        reserve: Bytes of a GPU that a call may take besides; None if they are not known.
 
     Attributes:
         hits: States that were read, by the name of the tier.
@@ -243,8 +254,14 @@ class PrefixCache:
     per_machine = per_device = 1
     _sharers = 1  # caches of this process that share the limit
 
-    def __init__(self, limit: int | None, folder: Path | None, device: torch.device):
-        self._limit = limit
+    def __init__(
+        self,
+        limit: int | None,
+        folder: Path | None,
+        device: torch.device,
+        reserve: int | None = None,
+    ):
+        self._limit, self._reserve = limit, reserve
         self._states = TieredStates(folder, device)
         self.hits = dict.fromkeys(self._states.bytes, 0)
         self._rooms = dict.fromkeys(self._states.bytes, 0)  # prefixes of each chunk, by tier
@@ -285,6 +302,7 @@ class PrefixCache:
             tier: self._states.share_of(
                 tier,
                 self._sharers * (self.per_device if tier == "device" else self.per_machine),
+                self._reserve,
             )
             for tier in self._states.bytes
         }

@@ -120,7 +120,10 @@ class LocalRuns:
         sharing: Sharing = Sharing(),  # noqa: B008  (a tuple of two numbers)
     ):
         self._model, self._runner, self._limit = model, runner, limit
-        self._cache = PrefixCache(cache_bytes, cache_dir, model.device)
+        # a host has other tenants; and between two bands, a device has room that the next one takes
+        has_reserve = model.device.type == "cuda" and len(runner.bands) == 1
+        reserve = limit.limit if has_reserve else None
+        self._cache = PrefixCache(cache_bytes, cache_dir, model.device, reserve)
         self._frontier = Frontier(cache_dir, model.device)
         self._cache.per_machine = self._frontier.per_machine = sharing.per_machine
         self._cache.per_device = sharing.per_device

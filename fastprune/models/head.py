@@ -243,8 +243,23 @@ class TritonHead(Head):
         self._scale, self._cap = scale, soft_cap
 
     def nll(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
+        return self._nll(states, targets)
+
+    def greedy(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
+        misses = torch.empty(targets.table.shape, dtype=torch.float32, device=states.device)
+        nll = self._nll(states, targets, misses)
+        return torch.stack([nll, misses.flatten()[targets.places]])
+
+    def _nll(
+        self, states: torch.Tensor, targets: Targets, misses: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`nll`; misses, like the targets' table, receives whether each is not the most likely."""
         nll = self._loss.linear_nll(
-            self._scaled(states), self._head.weight, targets.table, soft_cap=self._cap
+            self._scaled(states),
+            self._head.weight,
+            targets.table,
+            soft_cap=self._cap,
+            misses=misses,
         )
         return nll.flatten()[targets.places]
 
@@ -268,9 +283,9 @@ class TritonHead(Head):
 
     @property
     def nll_bytes(self) -> int:
-        """Normed states, and two float32 results for each split of the vocabulary, of 1,024
+        """Normed states, and up to four float32 results for each split of the vocabulary, of 1,024
         tokens."""
-        return self.hidden_size * self.dtype.itemsize + 8 * (self.vocab_size // 1024 + 1)
+        return self.hidden_size * self.dtype.itemsize + 16 * (self.vocab_size // 1024 + 1)
 
     @property
     def kl_bytes(self) -> int:

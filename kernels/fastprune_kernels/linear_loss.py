@@ -34,6 +34,8 @@ from .numeric import LEAST, LOG2_E, dot, soft_cap
 # Kept logits: a row takes a multiple of so many numbers, so that it begins aligned and holds whole
 # tiles.
 ROW_UNIT = 256
+# Above every token. Tokens up to it are exact in float32, the dtype of partial results.
+NO_TOKEN = tl.constexpr(2**24)
 
 
 @triton.jit
@@ -102,6 +104,7 @@ def linear_nll_kernel(
     D: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     POWERS: tl.constexpr,
+    BEST: tl.constexpr,
     TMA: tl.constexpr,
     SPLIT_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -109,10 +112,14 @@ def linear_nll_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_P: tl.constexpr,
 ):
+    PARTS: tl.constexpr = 4 if BEST else 2
     FACTOR: tl.constexpr = LOG2_E if POWERS else 1.0
     i_p, i_split = _grouped(num_rows, tl.cdiv(vocab, SPLIT_V), BLOCK_P, GROUP_P)
     b_max = tl.full([BLOCK_P], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_P], tl.float32)
+    if BEST:
+        b_best = tl.full([BLOCK_P], float("-inf"), tl.float32)
+        b_token = tl.full([BLOCK_P], NO_TOKEN, tl.int32)
     for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
         b_logits = _logits(
             hidden,
@@ -132,14 +139,24 @@ def linear_nll_kernel(
             b_logits = tl.where(
                 (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf")
             )
-        b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1) * FACTOR)
+        b_high = tl.max(b_logits, axis=1)
+        if BEST:
+            o_v = i_v + tl.arange(0, BLOCK_V)
+            m_high = b_logits == b_high[:, None]
+            b_first = tl.min(tl.where(m_high, o_v[None, :], NO_TOKEN), axis=1)
+            b_token = tl.where(b_high > b_best, b_first, b_token)  # of equals, the first stays
+            b_best = tl.maximum(b_best, b_high)
+        b_new_max = tl.maximum(b_max, b_high * FACTOR)
         b_powers = _power(tl.fma(b_logits, FACTOR, -b_new_max[:, None]), POWERS)
         b_sum = b_sum * _power(b_max - b_new_max, POWERS) + tl.sum(b_powers, axis=1)
         b_max = b_new_max
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    p_part = p_partial + i_split.to(tl.int64) * 2 * num_rows + o_p
+    p_part = p_partial + i_split.to(tl.int64) * PARTS * num_rows + o_p
     tl.store(p_part, b_max, mask=o_p < num_rows)
     tl.store(p_part + num_rows, b_sum, mask=o_p < num_rows)
+    if BEST:
+        tl.store(p_part + num_rows * 2, b_best, mask=o_p < num_rows)
+        tl.store(p_part + num_rows * 3, b_token.to(tl.float32), mask=o_p < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows", "vocab", "num_splits", "num_targets"])
@@ -149,6 +166,7 @@ def finish_nll_kernel(
     p_target,
     p_partial,
     p_nll,
+    p_misses,
     num_rows,
     vocab,
     num_splits,
@@ -162,12 +180,20 @@ def finish_nll_kernel(
 ):
     """The targets' logits, and the splits combined. One program takes one target of each of BLOCK_P
     positions."""
+    PARTS: tl.constexpr = 2 if p_misses is None else 4
     FACTOR: tl.constexpr = LOG2_E if POWERS else 1.0
     i_p = tl.program_id(0) * BLOCK_P
     o_p = i_p + tl.arange(0, BLOCK_P)
     m_p = o_p < num_rows
     o_target = o_p.to(tl.int64) * num_targets + tl.program_id(1)
     b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
+    if tl.max(b_target, axis=0) < 0:
+        # few positions of a tree have as many targets as the one that has most
+        b_none = tl.zeros([BLOCK_P], tl.float32)
+        tl.store(p_nll + o_target, b_none, mask=m_p)
+        if p_misses is not None:
+            tl.store(p_misses + o_target, b_none, mask=m_p)
+        return
     m_in = (b_target >= 0) & (b_target < vocab)
     # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a
     # thousandth of the head. It sums a logit as linear_nll_kernel does, so that it subtracts the
@@ -190,22 +216,36 @@ def finish_nll_kernel(
     o_row = tl.minimum(o_p, num_rows - 1)  # rows beyond them are computed and not kept
     b_max = tl.full([BLOCK_P], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_P], tl.float32)
+    if p_misses is not None:
+        b_best = tl.full([BLOCK_P], float("-inf"), tl.float32)
+        b_token = tl.full([BLOCK_P], NO_TOKEN, tl.float32)
     for i_split in range(0, num_splits, BLOCK_S):
         o_s = i_split + tl.arange(0, BLOCK_S)
         m_part = (o_s < num_splits)[:, None]
-        p_part = p_partial + o_s.to(tl.int64)[:, None] * 2 * num_rows + o_row[None, :]
+        p_part = p_partial + o_s.to(tl.int64)[:, None] * PARTS * num_rows + o_row[None, :]
         b_part_max = tl.load(p_part, mask=m_part, other=LEAST)
         b_part_sum = tl.load(p_part + num_rows, mask=m_part, other=0.0)
         b_new_max = tl.maximum(b_max, tl.max(b_part_max, axis=0))
         b_part_sum *= _power(b_part_max - b_new_max[None, :], POWERS)
         b_sum = b_sum * _power(b_max - b_new_max, POWERS) + tl.sum(b_part_sum, axis=0)
         b_max = b_new_max
+        if p_misses is not None:
+            b_part_best = tl.load(p_part + num_rows * 2, mask=m_part, other=float("-inf"))
+            b_part_token = tl.load(p_part + num_rows * 3, mask=m_part, other=NO_TOKEN)
+            b_high = tl.max(b_part_best, axis=0)
+            m_high = b_part_best == b_high[None, :]
+            b_first = tl.min(tl.where(m_high, b_part_token, NO_TOKEN), axis=0)
+            b_token = tl.where(b_high > b_best, b_first, b_token)
+            b_best = tl.maximum(b_best, b_high)
     # as linear_nll_kernel has it: with a product rounded by itself, the target's own term in the
     # sum would be another
     b_below = -tl.fma(b_logit, FACTOR, -b_max)
     b_nll = (b_below + tl.log2(b_sum)) * (1.0 / LOG2_E) if POWERS else b_below + tl.log(b_sum)
     b_nll = tl.where(b_target < 0, 0.0, tl.where(m_in, b_nll, float("nan")))
     tl.store(p_nll + o_target, b_nll, mask=m_p)
+    if p_misses is not None:
+        m_miss = (b_target >= 0) & (b_target.to(tl.int32).to(tl.float32) != b_token)
+        tl.store(p_misses + o_target, m_miss.to(tl.float32), mask=m_p)
 
 
 @triton.jit(do_not_specialize=["num_rows", "vocab"])
@@ -424,6 +464,7 @@ def linear_nll(
     *,
     soft_cap: float | None = None,
     out: torch.Tensor | None = None,
+    misses: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood, in nats, of target tokens under softmax(hidden @ weight.T). Returns
@@ -432,7 +473,8 @@ def linear_nll(
     hidden [P, D]: normed states of the positions that count; weight [V, D]: the head. target
     int[P], or [P, K] if a position predicts up to K tokens (the first ones of a tree's branches):
     -1 stands for none and gives 0, a token outside the vocabulary gives NaN. soft_cap: logits
-    become cap * tanh(logits / cap) (Gemma 2).
+    become cap * tanh(logits / cap) (Gemma 2). misses: float32 like target, receives 1 where another
+    token than the target is the most likely one, the first of equals, else 0.
     """
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     shape = tuple(target.shape)
@@ -444,11 +486,16 @@ def linear_nll(
     )
     check_tensor("target", target, (count, *shape[1:]), (torch.int32, torch.int64), device)
     out = check_output("out", out, shape, torch.float32, device)
+    if misses is not None:
+        check_tensor("misses", misses, shape, torch.float32, device)
+        most = NO_TOKEN.value
+        check(vocab <= most, lambda: f"weight must have at most {most} rows, not {vocab}")
     config = config or linear_nll_config(architecture(device), hidden.element_size())
     _check_splits(config)
     if count:
         num_splits = cdiv(vocab, config["SPLIT_V"])
-        partial = hidden.new_empty(num_splits, 2, count, dtype=torch.float32)
+        parts = 2 if misses is None else 4
+        partial = hidden.new_empty(num_splits, parts, count, dtype=torch.float32)
         powers = hidden.dtype != torch.float32
         with on_device(hidden):
             tma, sources = _sources(config, hidden, weight)
@@ -460,6 +507,7 @@ def linear_nll(
                 D=size,
                 SOFT_CAP=soft_cap,
                 POWERS=powers,
+                BEST=misses is not None,
                 TMA=tma,
                 **config.launch,
             )
@@ -469,6 +517,7 @@ def linear_nll(
                 target,
                 partial,
                 out,
+                misses,
                 count,
                 vocab,
                 num_splits,

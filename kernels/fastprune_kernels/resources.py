@@ -46,7 +46,7 @@ class Case:
     arch: str
     config: Config
     function: object
-    types: dict[str, str]
+    types: dict[str, str | None]
     constants: dict[str, object]
 
     def __str__(self) -> str:
@@ -106,18 +106,23 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
         ("p_states", "p_branch", "p_weight", "p_residual", "p_normed"), element
     )
     types = {**pointers, "eps": "fp32"}
+    kinds: tuple[tuple[str, dict[str, str | None], bool], ...] = (
+        ("", {}, False),
+        ("centered", {}, True),
+        ("without weight", {"p_weight": None}, True),
+    )
     for size in (128, 4096, launch.MAX_ROW):
-        config = launch.norm_config(size)
-        yield case(
-            "add_rms_norm",
-            f"D={size}",
-            config,
-            norm.add_rms_norm_kernel,
-            types,
-            D=size,
-            UNIT_OFFSET=False,
-            CENTERED=False,
-        )
+        for kind, weight, centered in kinds:
+            yield case(
+                "add_rms_norm",
+                f"D={size} {kind}".strip(),
+                launch.norm_config(size),
+                norm.add_rms_norm_kernel,
+                types | weight,
+                D=size,
+                UNIT_OFFSET=False,
+                CENTERED=centered,
+            )
 
     config = launch.gated_mlp_config()
     for activation in gated_mlp.ACTIVATIONS:
@@ -188,10 +193,18 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             types = (
                 tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_partial": "*fp32"} | counts
             )
-            powers = {"TMA": described, "POWERS": itemsize == 2}
-            yield case(
-                "linear_nll", said, config, linear_loss.linear_nll_kernel, types, **shape, **powers
-            )
+            for best in (False, True):
+                yield case(
+                    "linear_nll",
+                    f"{said} best".strip() if best else said,
+                    config,
+                    linear_loss.linear_nll_kernel,
+                    types,
+                    **shape,
+                    TMA=described,
+                    POWERS=itemsize == 2,
+                    BEST=best,
+                )
             config = launch.linear_kl_config(arch, itemsize)
             types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {
                 "p_logits": "*fp32",
@@ -233,14 +246,15 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             "POWERS": itemsize == 2,
             "BLOCK_D": launch.linear_nll_config(arch, itemsize)["BLOCK_D"],
         }
-        yield case(
-            "finish_nll",
-            variant,
-            linear_loss.FINISH,
-            linear_loss.finish_nll_kernel,
-            types | splits,
-            **shape,
-        )
+        for misses in (None, "*fp32"):
+            yield case(
+                "finish_nll",
+                variant if misses is None else f"{variant} best".strip(),
+                linear_loss.FINISH,
+                linear_loss.finish_nll_kernel,
+                types | splits | {"p_misses": misses},
+                **shape,
+            )
     if itemsize == 4:
         types = {"p_partial": "*fp32", "p_kl": "*fp32", "num_rows": "i32", "num_splits": "i32"}
         yield case("combine_kl", "", linear_loss.FINISH, linear_loss.combine_kl_kernel, types)

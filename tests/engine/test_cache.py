@@ -224,6 +224,34 @@ def test_processes_with_a_gpu_each_share_the_host_only(monkeypatch):
     assert found == [200 + 2000, 200 + 500, 100 + 500]
 
 
+def test_a_gpu_holds_states_in_all_but_a_reserve(monkeypatch):
+    """With 1,600 bytes free on the GPU and 8,000 on the host. States are pinned on the host only
+    when a chunk's room on the device is full."""
+    room = {"cuda": 1600, "cpu": 8000}
+    monkeypatch.setattr("fastprune.engine.cache.available_bytes", lambda device: room[device.type])
+
+    def capacity(limit, reserve, per_device=1):
+        cache = PrefixCache(limit, None, torch.device("cuda"), reserve)
+        cache.per_device = per_device
+        cache.start(1)
+        cache.resize()
+        return cache.capacity
+
+    assert capacity(None, 500) == 1600 - 100 - 500 + 2000
+    assert capacity(None, 500, per_device=2) == 800 - 50 - 500 + 2000
+    assert capacity(None, 1500) == 400 + 2000  # a quarter at least
+    assert capacity(900, 500) == 900
+
+    state = torch.zeros(25)
+    cache = PrefixCache(10 * state.nbytes, None, torch.device("cuda"), 500)
+    cache.start(state.nbytes)
+    cache.resize()
+    for i in range(10):
+        cache.insert(0, (i,), state)
+        cache.get(0, (i,))
+    assert cache.hits == {"device": 10, "host": 0}
+
+
 def test_gpus_are_shared_by_turns(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     shared = {}

@@ -557,49 +557,55 @@ def _store(kernel, instruction, match):
 _MATRICES = r"matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16"
 
 
-def _rows(places: np.ndarray, number: int) -> np.ndarray:
-    """Of the matrix that 8 lanes of a warp have the rows' addresses of: where each lane's two
-    elements are, lane // 4 the row, lane % 4 the pair of columns."""
-    lane = np.arange(len(places)) % 32
-    return places[np.arange(len(places)) - lane + 8 * number + lane // 4] + 4 * (lane % 4)
+def _matrix(program, places: np.ndarray, number: int, transposed: bool) -> list[np.ndarray]:
+    """Of the matrix that 8 lanes of a warp have the rows' addresses of: where each lane's elements
+    are. A pair of columns lane % 4 of the row lane // 4, in one piece; transposed, the pair of rows
+    of that column, one by one."""
+    lane = np.arange(program.threads) % 32
+    first = np.arange(program.threads) - lane + 8 * number
+    if not transposed:
+        return [places[first + lane // 4] + 4 * (lane % 4)]
+    return [places[first + 2 * (lane % 4) + i] + 2 * (lane // 4) for i in range(2)]
 
 
 @operation(rf"ld{_MATRICES}")
 def _load_matrices(kernel, instruction, match):
-    if match[2]:
-        raise Fault(f"{kernel.name}: unknown opcode {instruction.opcode}")
-    count = int(match[1])
+    count, transposed = int(match[1]), match[2] is not None
     where = address(kernel, instruction.operands[1], "shared")
     writes = [writer(kernel, name, "b32") for name in members(instruction.operands[0])]
 
     def step(program, active):
         everyone(active, instruction.opcode)
-        places = where(program)
-        program.shared_memory.check(places[program.thread % 32 < 8 * count], 16, "loads")
+        memory, places = program.shared_memory, where(program)
+        memory.check(places[program.thread % 32 < 8 * count], 16, "loads")
         for i, write in enumerate(writes):
-            pairs = _rows(places, i)
-            program.shared_memory.note_reads(pairs, 4, program.warp)
-            write(program, program.shared_memory.load(pairs, 4), None)
+            elements = _matrix(program, places, i, transposed)
+            size = 4 // len(elements)
+            for at in elements:
+                memory.note_reads(at, size, program.warp)
+            loaded = np.stack([memory.load(at, size) for at in elements], axis=1)
+            write(program, loaded.view(np.uint32)[:, 0], None)
 
     return step
 
 
 @operation(rf"st{_MATRICES}")
 def _store_matrices(kernel, instruction, match):
-    if match[2]:
-        raise Fault(f"{kernel.name}: unknown opcode {instruction.opcode}")
-    count = int(match[1])
+    count, transposed = int(match[1]), match[2] is not None
     where = address(kernel, instruction.operands[0], "shared")
     reads = [reader(kernel, name, "b32") for name in members(instruction.operands[1])]
 
     def step(program, active):
         everyone(active, instruction.opcode)
-        places = where(program)
-        program.shared_memory.check(places[program.thread % 32 < 8 * count], 16, "stores")
+        memory, places = program.shared_memory, where(program)
+        memory.check(places[program.thread % 32 < 8 * count], 16, "stores")
         for i, read in enumerate(reads):
-            pairs = _rows(places, i)
-            program.shared_memory.note_writes(pairs, 4, program.warp)
-            program.shared_memory.store(pairs, 4, read(program))
+            elements = _matrix(program, places, i, transposed)
+            size = 4 // len(elements)
+            values = np.ascontiguousarray(read(program)).view(UNSIGNED[size])
+            for at, stored in zip(elements, values.reshape(program.threads, -1).T, strict=True):
+                memory.note_writes(at, size, program.warp)
+                memory.store(at, size, stored)
 
     return step
 

@@ -91,6 +91,37 @@ def test_nll_of_several_targets(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_misses_are_targets_that_are_not_the_most_likely_token(soft_cap, dtype):
+    """Of equal logits, in one tile, in one split, or in two of them, the first is the most likely.
+    The loss keeps its bits."""
+    hidden, weight = make(70, 60, 131, dtype)
+    likely = reference.head_logits(*double(hidden, weight)).argmax(dim=1)
+    weight = torch.cat([weight, weight, weight])
+    target = torch.stack([likely, likely + 131, (likely + 1) % 131, -torch.ones_like(likely)], 1)
+    target[3] = -1
+    misses = nans(70, 4)
+    out = linear_nll(hidden, weight, target, soft_cap=soft_cap, misses=misses)
+    assert torch.equal(out, linear_nll(hidden, weight, target, soft_cap=soft_cap))
+    expected = torch.tensor([0.0, 1.0, 1.0, 0.0], device=DEVICE).expand(70, 4).clone()
+    expected[3] = 0
+    assert torch.equal(misses, expected)
+
+
+def test_positions_without_a_target_are_zero_wherever_they_are():
+    """Whole blocks of positions have no second or third target: their programs end at once."""
+    hidden, weight = make(200, 60, 131, torch.float32)
+    target = torch.full((200, 3), -1, device=DEVICE)
+    target[150:, 0] = integers(50, high=131, seed=3)
+    target[199, 1] = 7
+    found = linear_nll(hidden, weight, target, out=nans(200, 3), misses=nans(200, 3))
+    assert (found[target < 0] == 0).all()
+    alone = linear_nll(hidden[150:], weight, target[150:, 0].contiguous())
+    assert torch.equal(found[150:, 0], alone)
+    assert torch.equal(found[199:, 1], linear_nll(hidden[199:], weight, target[199:, 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_certain_target_gives_zero(dtype):
     """What is taken off is the number that was added up, however great the logits are."""
     hidden = random(5, 48, dtype=dtype, seed=1, scale=7)
@@ -212,6 +243,8 @@ def test_wrong_arguments_are_named():
         linear_nll(hidden, weight, target[1:])
     with pytest.raises(ValueError, match="soft_cap must be above 0, not 0"):
         linear_nll(hidden, weight, target, soft_cap=0)
+    with pytest.raises(ValueError, match=r"misses must have shape \[5\], not \[4\]"):
+        linear_nll(hidden, weight, target, misses=nans(4))
     dense = linear_logits(hidden, weight)
     with pytest.raises(
         ValueError, match=r"dense must be float32\[5, 131\] on \S+, not torch.float32\[4, 131\]"
