@@ -2,12 +2,15 @@
 in 14 minutes.
 
 First the promise: scores are the same to the bit in whatever company. Then the card's own ceilings,
-one block, the loss kernels, every other kernel against its floor and against torch, the tests, and
-whole searches with random weights: pairs and margins against one transformers forward pass per
-mask, a beam search. Last comes what may be cut: another model, and torch.compile. Sections run in a process of their own, and every finding is on disk as it is
-made: one that hangs is killed at its limit, and the others go on in a new process. Sections that
-time does not allow are skipped, and said to be; `--resume` runs those that the file lacks. A table is printed at the end. `--device cpu
---tiny` runs every line of it at shapes that Triton's interpreter can run; its times mean nothing.
+one block, the loss kernels, every other kernel against its floor and against torch, and the tests.
+Then whole searches with random weights: pairs and margins against one transformers forward pass per
+mask, and a beam search. Last comes what may be cut: another model, and torch.compile.
+
+Sections run in a process of their own, and every finding is on disk as it is made: one that hangs
+is killed at its limit, and the others go on in a new process. Sections that time does not allow are
+skipped, and said to be. The same command runs later what the file lacks. A table is printed at the
+end. `--device cpu --tiny` runs every line of it at shapes that Triton's interpreter can run; its
+times mean nothing.
 """
 
 from __future__ import annotations
@@ -66,8 +69,9 @@ def main() -> int:
         return work(arguments)
     from gpu_watch import watch
 
-    if not resumes(arguments):
-        save(arguments.out, {})
+    held = json.loads(arguments.out.read_text()) if resumes(arguments) else {}
+    again = {name for name in arguments.only if is_whole(held.get(name, {}))}
+    save(arguments.out, {name: found for name, found in held.items() if name not in again})
     started = time.monotonic()
 
     def command(sections: list[str], descriptor: int) -> list[str]:
@@ -387,9 +391,11 @@ def table(results: dict) -> str:
             f"({said.get('status')})"
         )
     rows = [["kernel", "floor ms", "ms", "of floor", "beside it, ms"]]
+    compiled = results.get("compiled", {})
     for name, found in (results.get("loss", {}) | results.get("kernels", {})).items():
         if isinstance(found, dict):
-            rows.append(_timing_row(name, found))
+            beside = {"torch.compile": compiled[name]} if name in compiled else {}
+            rows.append(_timing_row(name, found | beside))
     if "ms" in results.get("block", {}):
         rows.append(_timing_row("one block", results["block"]))
     lines += ["", *_aligned(rows)]

@@ -12,29 +12,17 @@ from pathlib import Path
 import pytest
 from kernel_checks import DTYPES  # noqa: F401 (skips where triton is not installed)
 
-SECTIONS = ("bits", "ceilings", "block", "loss", "beam", "kernels")
-SECTIONS += ("margin", "pairs", "margin, Qwen3", "pairs, Qwen3")
+SECTIONS = ("bits", "ceilings", "block", "loss", "kernels", "pairs", "margin", "beam")
+SECTIONS += ("margin, Qwen3", "pairs, Qwen3", "compiled")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-@pytest.mark.nightly
-def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
-    out = tmp_path / "gpu.json"
-    command = [
-        sys.executable,
-        "bench/gpu.py",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--minutes",
-        "4",
-        "--out",
-        str(out),
-    ]
+def run_bench(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
-        cwd=pytestconfig.rootpath,
+        cwd=root,
         env=environment,
         capture_output=True,
         text=True,
@@ -42,6 +30,33 @@ def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.slow
+def test_what_was_cut_short_is_resumed(tmp_path, pytestconfig):
+    """By the same command: a section that is whole stays, what one lacks is run."""
+    out = tmp_path / "gpu.json"
+    whole = {name: {"section_s": 1.0} for name in SECTIONS}
+    kept = {"shape": "kept", "ms": 2.0}
+    compiled = {"add_rms_norm": kept, "rotary": {"failed": "cut"}, "section_s": 1.0}
+    cut = {"ceilings": {"skipped": "no time"}, "compiled": compiled}
+    out.write_text(json.dumps(whole | cut))
+    run_bench(pytestconfig.rootpath, "--resume", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert {name: found[name] for name in SECTIONS if name not in cut} == {
+        name: whole[name] for name in SECTIONS if name not in cut
+    }
+    assert found["ceilings"]["copy_bytes_per_s"] > 0
+    assert found["compiled"]["add_rms_norm"] == kept
+    assert found["compiled"]["rotary"]["ms"] > 0
+    assert found["compiled"]["gated_mlp"]["ms"] > 0
+
+
+@pytest.mark.nightly
+def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
+    out = tmp_path / "gpu.json"
+    done = run_bench(pytestconfig.rootpath, "--minutes", "4", "--out", str(out))
     found = json.loads(out.read_text())
     assert [name for name in found if name in SECTIONS] == list(
         SECTIONS
