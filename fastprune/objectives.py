@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from .data import Tasks, TokenBatch
 from .errors import InputError
 from .validate import check_one_of
 
+Normalization = Literal["mean", "sum"]
+AccuracyNormalization = Literal["sum", "characters", "bytes", "mean"]
+Weighting = Literal["question", "choices"]
+Decoding = Literal["sampling", "greedy"]
 MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2 of final states, h the dense model's
 
 
@@ -541,9 +545,9 @@ class Agreement(_Share, KLDivergence):
         "100 if nothing is removed"
     )
     metric_name = "acceptance"
-    settings: ClassVar = {"decoding": ("sampling", "greedy")}
+    settings: ClassVar = {"decoding": get_args(Decoding)}
 
-    def __init__(self, batch: TokenBatch | Tasks, decoding: str = "sampling"):
+    def __init__(self, batch: TokenBatch | Tasks, decoding: Decoding = "sampling"):
         super().__init__(batch)
         check_one_of("decoding", decoding, ("sampling", "greedy"))
         self.decoding = decoding
@@ -679,9 +683,17 @@ class TaskMargin(Objective):
     higher_is_better = True
     digits = 4
     data = "tasks"
-    settings: ClassVar = {"normalization": ("mean", "sum"), "weighting": ("question", "choices")}
+    settings: ClassVar = {
+        "normalization": get_args(Normalization),
+        "weighting": get_args(Weighting),
+    }
 
-    def __init__(self, tasks: Tasks, normalization: str = "mean", weighting: str = "question"):
+    def __init__(
+        self,
+        tasks: Tasks,
+        normalization: Normalization = "mean",
+        weighting: Weighting = "question",
+    ):
         tasks = _check_tasks(tasks, type(self))
         check_one_of("normalization", normalization, self.settings["normalization"])
         check_one_of("weighting", weighting, self.settings["weighting"])
@@ -723,9 +735,9 @@ class TaskLikelihood(Objective):
     higher_is_better = True
     digits = 4
     data = "tasks"
-    settings: ClassVar = {"normalization": ("mean", "sum")}
+    settings: ClassVar = {"normalization": get_args(Normalization)}
 
-    def __init__(self, tasks: Tasks, normalization: str = "mean"):
+    def __init__(self, tasks: Tasks, normalization: Normalization = "mean"):
         tasks = _check_tasks(tasks, type(self))
         check_one_of("normalization", normalization, self.settings["normalization"])
         self.tasks, self.normalization = tasks, normalization
@@ -770,10 +782,10 @@ class TaskAccuracy(_Share):
     meaning = "the share of questions whose likeliest choice is right"
     metric_name = "accuracy"
     data = "tasks"
-    settings: ClassVar = {"normalization": ("sum", "characters", "bytes", "mean")}
+    settings: ClassVar = {"normalization": get_args(AccuracyNormalization)}
     differentiable = False
 
-    def __init__(self, tasks: Tasks, normalization: str = "sum"):
+    def __init__(self, tasks: Tasks, normalization: AccuracyNormalization = "sum"):
         tasks = _check_tasks(tasks, type(self))
         lengths: dict[str, Any] = {
             "sum": 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from .encode import Encoder
 from .ids import Row
 from .tokens import common_prefix
 
-LOSS_ON = ("completion", "all")
+LossOn = Literal["completion", "all"]
+LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
 
 
 def is_chat(value: object) -> bool:

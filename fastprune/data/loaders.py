@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import InputError, shown
 from ..validate import check_integer, check_kind, check_one_of
-from .chats import LOSS_ON, ChatEncoder, is_chat
+from .chats import LOSS_ON, ChatEncoder, LossOn, is_chat
 from .encode import Encoder, check_tokenizer
 from .ids import IGNORED_LABEL, to_rows
 from .ids import Row as IdRow
@@ -44,7 +44,7 @@ def load_text(
     bos: bool | None = None,
     column: str | None = None,
     chat_template: str | None = None,
-    loss_on: str = "completion",
+    loss_on: LossOn = "completion",
 ) -> TokenBatch:
     """Load calibration text as `num_samples` sequences of `seq_len` tokens.
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -25,6 +25,28 @@ if TYPE_CHECKING:
     from ..plan.racing import Race
 
 Units = tuple[int, ...]  # in the order in which they run
+# for completion in editors; packages add others
+AlgorithmName = Literal[
+    "one_shot",
+    "taylor",
+    "greedy",
+    "beam",
+    "genetic",
+    "evopress",
+    "bayesian",
+    "cbo",
+    "surrogate",
+    "fast_block_select",
+    "shapley",
+    "sliding_window_merge",
+    "contiguous",
+    "exhaustive",
+    "random",
+    "lorp",
+    "shortgpt",
+    "streamline",
+    "repeat",
+]
 Step = tuple[Removed, int]  # a subset, and the unit that it loses besides
 log = logging.getLogger(__name__)
 
@@ -498,7 +520,7 @@ class SearchResult:
 
 def run_search(
     evaluator: Scorer,
-    algorithm: str,
+    algorithm: AlgorithmName | str,
     num_remove: int | str | None = None,
     seed: int = 0,
     protect: Iterable[int] | str = (),

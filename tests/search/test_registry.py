@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 import fastprune as fp
 from fastprune.search import ALGORITHMS, check_algorithm, describe_algorithms
+from fastprune.search.run import AlgorithmName
 from fastprune.testing import SyntheticEvaluator
 
 
@@ -140,3 +142,7 @@ def test_the_documentation_lists_every_algorithm_and_option_with_its_default():
         for option in row["options"]:
             default = str(option["default"]).lower()
             assert f"`{option['name']}={default}`" in lines[row["name"]]
+
+
+def test_editors_complete_the_names_of_all_algorithms():
+    assert typing.get_args(AlgorithmName) == tuple(ALGORITHMS)
