@@ -23,6 +23,7 @@ import itertools
 import json
 import platform
 import random
+import shlex
 import sys
 import tempfile
 import time
@@ -313,7 +314,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    command = " ".join(["python", *sys.argv])
+    arguments = ["CLONES" if arg == str(options.clones) else arg for arg in sys.argv]
+    command = shlex.join(["python", *arguments])
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     else:
@@ -321,7 +323,10 @@ def main() -> None:
     model.config.use_cache = False
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.integers(5, 4000, (options.rows, options.length)))
-    results = []
+    before = []
+    if options.write and options.write.exists():
+        before = json.loads(options.write.read_text())
+    results: list[dict[str, Any]] = []
     log = io.StringIO()  # the scripts' progress bars
     for name in options.tools:
         folder, run = TOOLS[name]
@@ -342,13 +347,11 @@ def main() -> None:
         }
         results.append(row)
         print(json.dumps(row), *([] if row["same"] else chosen), flush=True)
-    if options.write:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
-        before = json.loads(options.write.read_text()) if options.write.exists() else []
-        before.append(
-            {"command": command, "machine": machine, "torch": torch.__version__, "rows": results}
-        )
-        options.write.write_text(json.dumps(before, indent=1) + "\n")
+        if options.write:  # after each tool: an interrupted run keeps those before
+            machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
+            entry = {"command": command, "machine": machine, "torch": torch.__version__}
+            text = json.dumps([*before, {**entry, "rows": results}], indent=1)
+            options.write.write_text(text + "\n")
 
 
 if __name__ == "__main__":

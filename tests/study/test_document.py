@@ -193,6 +193,8 @@ def test_mistakes_in_data(refused, text_file, questions):
          objective=[{"name": "perplexity", "flatten": True}])  # fmt: skip
     data("objective.margin.normalization: unknown value 'bytes'; known: mean, sum", tasks,
          objective=[{"name": "margin", "normalization": "bytes"}])  # fmt: skip
+    data("objective.kl.positions: unknown value 'last'; known: all, targets", text,
+         objective=[{"name": "kl", "positions": "last"}])  # fmt: skip
     perplexity, margin = {"name": "perplexity"}, {"name": "margin"}
     data("calibration.q: no [[objective]] uses it", text, tasks, objective=[perplexity])
     data("objective.margin: takes tasks, of which no", text, objective=[perplexity, margin])

@@ -1,0 +1,66 @@
+"""Would races of a beam decide earlier on each candidate's loss less its own parent's?
+
+    OMP_NUM_THREADS=1 python bench/race_parents.py [--model demo] [--shuffles 100] [--samples 250]
+        [--length 128] [--text FILE]
+
+Losses of every child of a beam's parents are computed once, round by round. Then races run on them
+in many orders of the samples, as in `race_rule.py`: on the losses, and on the losses less those of
+the parent plus the parent's mean, which every sample of the round before has told. Both have the
+same means.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from race_rule import looks_of, measure, shuffled
+
+import fastprune as fp
+from fastprune import demo
+from fastprune.plan.racing import race
+
+WIDTH = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--text", default=demo.TEXT)
+    parser.add_argument("--samples", type=int, default=250)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shuffles", type=int, default=100)
+    options = parser.parse_args()
+    model = fp.load_model(options.model)
+    text = fp.load_text(
+        options.text,
+        model.tokenizer,
+        num_samples=options.samples,
+        seq_len=options.length,
+        bos=False,
+    )
+    ev = fp.Evaluator(model, fp.Perplexity(text))
+    looks = looks_of(ev.num_samples, options.length)
+    parents, parent_losses = [()], ev.score_samples([[True] * ev.num_units])
+    for number in range(1, options.rounds + 1):
+        parent_of: dict[tuple[int, ...], int] = {}
+        for rank, parent in enumerate(parents):  # best first: a child of several has the best
+            for unit in set(range(ev.num_units)) - set(parent):
+                parent_of.setdefault(tuple(sorted((*parent, unit))), rank)
+        children, ranks = list(parent_of), np.array(list(parent_of.values()))
+        losses = ev.score_samples(fp.from_removed(children, ev.num_units))
+        own = parent_losses[ranks]
+        less = losses - own + own.mean(axis=1, keepdims=True)
+        row = {
+            name: measure(shuffled(of, looks, options.shuffles), WIDTH, {"": race})
+            for name, of in (("losses", losses), ("less_parents", less))
+        }
+        ratio = row["less_parents"]["work"] / row["losses"]["work"]
+        print(f"round {number}, {len(children)} candidates", row, f"{ratio:.3f}", flush=True)
+        best = np.argsort(losses.mean(axis=1), kind="stable")[:WIDTH]
+        parents, parent_losses = [children[i] for i in best], losses[best]
+
+
+if __name__ == "__main__":
+    main()
