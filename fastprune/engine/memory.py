@@ -263,7 +263,13 @@ def _measure(
     longest = 0
     for row in _longest_rows(batch):
         chunk = make_chunk(batch, [row], runner.device)
-        state, largest, peak = _run_first_units(runner, chunk, granularity)
+        try:
+            state, largest, peak = _run_first_units(runner, chunk, granularity)
+        except NotImplementedError:  # of torch, for compiled operators such as flex_attention
+            raise InputError(
+                "memory cannot be measured inside of the compiled operators that this model runs; "
+                "open it with attn_implementation='sdpa'"
+            ) from None
         state_size = max(state_size, largest / chunk.num_tokens)
         workspace = max(workspace, peak / chunk.num_tokens)
         longest = max(longest, chunk.num_tokens)

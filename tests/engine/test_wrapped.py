@@ -18,6 +18,7 @@ from families import (
 )
 from helpers import make_tasks, refuses
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers.masking_utils import AttentionMaskInterface
 
 import fastprune as fp
@@ -164,3 +165,22 @@ def test_a_config_that_asks_for_other_attention_opens_with_sdpa(
     assert model.config._attn_implementation == "sdpa"
     found = fp.Evaluator(model, target).score(some_masks(5, 20, seed=0))
     assert found.tobytes() == expected.tobytes()
+
+
+def flexible(module, query, key, value, attention_mask=None, scaling=None, **others):
+    """Causal attention by an operator that torch compiles."""
+
+    def causal(score, batch, head, position, other):
+        return torch.where(position >= other, score, -float("inf"))
+
+    result = flex_attention(query, key, value, score_mod=causal, scale=scaling, enable_gqa=True)
+    return result.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, that it is not compiled here
+def test_attention_that_torch_compiles_is_refused(target):
+    tf.AttentionInterface.register("flexible", flexible)
+    AttentionMaskInterface.register("flexible", lambda *args, attention_mask=None, **_: None)
+    model = build("llama")
+    model.config._attn_implementation = "flexible"
+    refuses("open it with attn_implementation='sdpa'", fp.Evaluator, model, target, "generic")
