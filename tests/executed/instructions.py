@@ -444,6 +444,23 @@ def _shuffle(kernel, instruction, match):
     return step
 
 
+@operation(r"redux\.sync\.(max|min)\.s32")
+def _reduce(kernel, instruction, match):
+    """The extreme of all lanes of a warp, for each of them."""
+    to, source, mask = instruction.operands
+    read, members_of = reader(kernel, source, "s32"), reader(kernel, mask, "u32")
+    write, extreme = writer(kernel, to, "s32"), getattr(np, match[1])
+
+    def step(program, active):
+        everyone(active, instruction.opcode)
+        if (members_of(program) != 0xFFFFFFFF).any():
+            raise Fault(f"{kernel.name}: {instruction} is not for whole warps")
+        of_warps = extreme(read(program).reshape(-1, 32), axis=1)
+        write(program, np.repeat(of_warps, 32), None)
+
+    return step
+
+
 @operation(r"elect\.sync")
 def _elect(kernel, instruction, match):
     """One thread of each warp: the first."""
