@@ -21,6 +21,13 @@ def test_the_picture_of_the_prefix_tree_is_up_to_date():
     assert "9 block runs instead of 16" in tool.draw()
 
 
+def test_tables_of_pages_are_those_of_the_results():
+    tool = load("tables")
+    page = tool.PAGE.read_text(encoding="utf-8")
+    assert {found[2] for found in tool.PLACE.finditer(page)} == set(tool.TABLES)
+    assert tool.updated(page) == page
+
+
 SOURCE = '''"""What a module does.
 
 >>> what = 1
