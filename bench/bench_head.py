@@ -56,6 +56,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "q_lora_rank": 96,
             "kv_lora_rank": 64,
             "qk_rope_head_dim": 32,
+            "head_dim": 32,  # that of the rotated part
             "qk_nope_head_dim": 32,
             "v_head_dim": 64,
             "num_key_value_heads": 6,

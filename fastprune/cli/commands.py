@@ -331,16 +331,16 @@ def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any)
     """The option's value. If --num-remove and --budget are both missing, or both given, this is
     said before the options that need files."""
     (other,) = {"num_remove", "budget"} - {parameter.name}
-    if other in context.params:  # then click has read both, and the algorithm if they are missing
-        from ..search import find_algorithm
+    if value is not None and context.params.get(other) is not None:
+        raise InputError("--num-remove and --budget are two sizes; give one")
+    if value is None and other in context.params and context.params[other] is None:
+        from ..search import find_algorithm  # click reads the algorithm before missing options
 
-        sizes = {parameter.name: value, other: context.params[other]}
-        if (value is None) == (sizes[other] is None) and "algorithm" in context.params:
-            try:
-                find_algorithm(context.params["algorithm"]).check_num_remove(**sizes)
-            except InputError as error:
-                message = error.message.replace("num_remove", "--num-remove")
-                raise InputError(message.replace(" budget", " --budget")) from None
+        try:
+            find_algorithm(context.params["algorithm"]).check_num_remove(None)
+        except InputError as error:
+            message = error.message.replace("num_remove", "--num-remove")
+            raise InputError(message.replace(" budget", " --budget")) from None
     return value
 
 
