@@ -97,4 +97,7 @@ def check_gate(record: Mapping[str, Any], max_loss: str | None) -> None:
             f", {max_loss} over the whole model's {dense:.6g}",
         )
     if loss > most:
-        raise click.ClickException(f"--max-loss: the loss is {loss:.6g}, above {most:.6g}{of}")
+        read = objective_class(record["objective"]).format(loss)
+        raise click.ClickException(
+            f"--max-loss: the loss is {loss:.6g} ({read}), above {most:.6g}{of}"
+        )

@@ -359,8 +359,8 @@ def _no_text(value: object, place: str, column: str | None) -> InputError:
     if field in value:
         return InputError(f"{start}; {field} must be text, not {shown(value[field])}")
     named = ", ".join(map(str, value)) or "none"
-    columns = [str(key) for key, item in value.items() if isinstance(item, str)]
-    fits = {"column": columns[0]} if columns else {}
+    lengths = {str(key): len(item) for key, item in value.items() if isinstance(item, str)}
+    fits = {"column": max(lengths, key=lambda key: lengths[key])} if lengths else {}
     return InputError(f"{start}; its fields are {named}", fits=fits)
 
 

@@ -68,7 +68,7 @@ def test_data_frames_and_their_columns(expected):
     assert batch.content_hash == expected
     assert batch.source == "DataFrame, column body"
     message = refused(load, renamed)
-    assert "its fields are id, body; what fits: column=id" in message
+    assert "its fields are id, body; what fits: column=body" in message
     assert "DataFrame: row 3" in refused(load, pd.DataFrame({"text": ["a", "b", None]}))
 
 
@@ -148,7 +148,7 @@ def test_csv_files(tmp_path, expected):
     path.write_text("id,body\nn0,a sum\n")
     message = refused(load, path)
     assert f"{path}:2: expected a row" in message
-    assert "its fields are id, body; what fits: column=id" in message
+    assert "its fields are id, body; what fits: column=body" in message
     path.write_text('text\n"a "quoted" text"\n')
     assert "not a readable .csv file" in refused(load, path)
     path.write_bytes(b"text\ncaf\xe9\n")
