@@ -115,7 +115,7 @@ def calibration(objective: str, length: int, tokens: int) -> tuple[fp.Objective,
 
 
 def flops_per_token(family: str, length: int) -> tuple[list[float], float]:
-    """Of matrix products, for a token of a row: of each block, and of the head."""
+    """FLOPs of the matrix products that a token takes: of each block, and of the head."""
     hf = random_model(family)
     if hasattr(hf, "set_experts_implementation"):
         hf.set_experts_implementation("eager")  # grouped products are not counted

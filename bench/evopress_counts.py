@@ -4,7 +4,7 @@ the authors' code runs them. Counts alone: no model runs.
     python bench/evopress_counts.py
 
 32 blocks of which 8 go, 64 samples of 2,048 tokens, the published steps, on random losses. Each
-sample is a chunk with a prefix cache of its own, of so many states.
+sample is a chunk with a prefix cache of its own; its capacity is printed, in states.
 """
 
 from __future__ import annotations

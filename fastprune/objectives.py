@@ -31,6 +31,7 @@ Normalization = Literal["mean", "sum"]
 AccuracyNormalization = Literal["sum", "characters", "bytes", "mean"]
 Weighting = Literal["question", "choices"]
 Decoding = Literal["sampling", "greedy"]
+Positions = Literal["targets", "all"]
 MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2 of final states, h the dense model's
 
 
@@ -374,10 +375,11 @@ class _TextPerplexity(Perplexity):
     """Perplexity per unit of text, which models of unlike tokenizers share."""
 
     cuts_samples = False  # a part of a row has no known share of its text
+    counts: str  # the batch's attribute that counts the units of text of each row
 
     def __init__(self, batch: TokenBatch):
         super().__init__(batch)
-        counts = self._text_counts(batch)
+        counts: np.ndarray | None = getattr(batch, self.counts)
         if counts is None:
             raise InputError(
                 f"{type(self).__name__} takes text that load_text has read; token ids have no "
@@ -386,11 +388,6 @@ class _TextPerplexity(Perplexity):
         if not counts.all():
             raise InputError(f"row {counts.argmin()} of the batch holds no text to count")
         self._average(counts)
-
-    @staticmethod
-    def _text_counts(batch: TokenBatch) -> np.ndarray | None:
-        """Units of text of each row, int64[R]."""
-        raise NotImplementedError
 
     @property
     def content_hash(self) -> str:
@@ -422,10 +419,7 @@ class WordPerplexity(_TextPerplexity):
     name = "word_perplexity"
     meaning = "the exponential of the negative log-likelihood of the text per word"
     metric_name = "perplexity per word"
-
-    @staticmethod
-    def _text_counts(batch: TokenBatch) -> np.ndarray | None:
-        return batch.row_words
+    counts = "row_words"
 
 
 class BytePerplexity(_TextPerplexity):
@@ -451,10 +445,7 @@ class BytePerplexity(_TextPerplexity):
     meaning = "the exponential of the negative log-likelihood of the text per byte of UTF-8"
     metric_name = "perplexity per byte"
     digits = 4
-
-    @staticmethod
-    def _text_counts(batch: TokenBatch) -> np.ndarray | None:
-        return batch.row_bytes
+    counts = "row_bytes"
 
 
 class KLDivergence(Objective):
@@ -491,12 +482,12 @@ class KLDivergence(Objective):
     measure = "kl"
     compares_with_dense = True
     differentiable = False  # the gradient vanishes at the dense model, whose divergence is least
-    settings: ClassVar = {"positions": ("targets", "all")}
+    settings: ClassVar = {"positions": get_args(Positions)}
 
-    def __init__(self, batch: TokenBatch | Tasks, positions: str = "targets"):
+    def __init__(self, batch: TokenBatch | Tasks, positions: Positions = "targets"):
         questions = isinstance(batch, Tasks)
         batch = _check_batch(batch.batch if isinstance(batch, Tasks) else batch, type(self))
-        check_one_of("positions", positions, ("targets", "all"))
+        check_one_of("positions", positions, get_args(Positions))
         if positions == "all" and (questions or batch.row_is_tree.any()):
             raise InputError('positions="all" takes plain text, not questions')
         self.positions = positions
@@ -549,7 +540,7 @@ class Agreement(_Share, KLDivergence):
 
     def __init__(self, batch: TokenBatch | Tasks, decoding: Decoding = "sampling"):
         super().__init__(batch)
-        check_one_of("decoding", decoding, ("sampling", "greedy"))
+        check_one_of("decoding", decoding, self.settings["decoding"])
         self.decoding = decoding
         self.measure = "rejection" if decoding == "sampling" else "other_token"
 

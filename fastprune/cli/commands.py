@@ -619,7 +619,7 @@ def _read_result(
 
 
 def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
-    """Whether the whole model is scored beside so many masks: several are compared with it, and an
+    """Whether the whole model is scored beside the masks: several are compared with it, and an
     accuracy judges nothing if the whole model only guesses."""
     objective = evaluator.objective
     several = num_masks > 1 and not objective.compares_with_dense

@@ -63,7 +63,7 @@ def load_text(
             and kept in order; by default 64 of a text, or all if there are fewer, and all sequences
             of token ids.
         seq_len: Tokens in a window, 2048 by default; sequences of token ids and conversations are
-            cut to so many.
+            cut to this length.
         seed: Decides which samples are drawn.
         bos: Put the token that begins a text in front of each window, as its first token: True,
             False, or None for tokenizers that put one before a text. It is never a target then.

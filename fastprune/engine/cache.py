@@ -24,8 +24,8 @@ from ..models.device import available_bytes
 from ..plan.retention import Prefixes
 from ..plan.trie import Units
 
-SHARE = 4  # by default states may take one part in so many of the free bytes
-MARGIN = 16  # one part in so many of a GPU's free bytes is for what allocators and libraries lose
+SHARE = 4  # states may take 1 / SHARE of the free bytes by default
+MARGIN = 16  # 1 / MARGIN of a GPU's free bytes stays free, for allocators and libraries
 FREE_SECONDS = 1.0  # free bytes are read at most once in this time
 
 Key = tuple[int, Units]  # chunk, prefix
@@ -317,8 +317,8 @@ class PrefixCache:
         return limits
 
     def share(self, sharers: int) -> None:
-        """Share the limit among so many caches of this process; the states least likely needed that
-        no longer fit are evicted."""
+        """Divide the limit by the number of caches that share it, and evict the states that no
+        longer fit, the least likely needed first."""
         self._sharers = sharers
         self.resize()
         for chunk, match in list(self._matches.items()):

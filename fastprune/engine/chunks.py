@@ -283,7 +283,7 @@ class Chunks:
         return self._cut[1]
 
     def number_of(self, row: int, num_tokens: int) -> int:
-        """The number of a row cut after so many tokens."""
+        """The number of the chunk that holds the first `num_tokens` tokens of a row."""
         return len(self) + int(self._batch.row_starts[row]) + num_tokens - 1
 
     def home(self, number: int) -> int:

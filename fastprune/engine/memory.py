@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 
 
 def runs_together(device: torch.device, tokens: int) -> bool:
-    """Whether two rows of so many tokens run in one chunk, where memory allows."""
+    """Whether two rows of `tokens` tokens each may run in one chunk."""
     return 2 * tokens <= CHUNK_TOKENS["cuda" if device.type == "cuda" else "cpu"]
 
 
@@ -225,7 +225,7 @@ class Footprint:
     longest_row: int
 
     def needed(self, tokens: int, num_slots: int) -> int:
-        """Bytes of a walk with chunks of so many tokens: the slots, a unit's input, its workspace,
+        """Bytes of a walk with chunks of `tokens` tokens: the slots, a unit's input, its workspace,
         and the head."""
         return math.ceil(((num_slots + 1) * self.state + self.workspace) * tokens) + self.head
 

@@ -37,7 +37,8 @@ class Runner(Protocol):
     def open(
         self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None
     ) -> tuple:
-        """The embedded tokens, and the arguments of every unit for a chunk."""
+        """The embedded tokens, and the arguments of every unit for a chunk. Arguments hold tensors
+        and functions, never a runner or a model: their tensors are weighed and kept."""
 
     def run(self, unit: int, state: Any, arguments: Any, granularity: str) -> State:
         """The state after a unit. Skipping one is not calling this."""

@@ -90,7 +90,7 @@ def segments(
 
 def few_branches(branch: torch.Tensor, most_tokens: int | None = None) -> torch.Tensor:
     """Some of a row's branches, int64[N]: a few (the longest, the last), or as many as give a row
-    of so many tokens.
+    of `most_tokens` tokens.
 
     The longest comes first, and is one of them in any case; the trunk alone is a branch if it has
     no other.

@@ -365,7 +365,7 @@ def _prove_row(
     model, length = generic.model, ids.shape[1]
     state, arguments = _opened(generic, ids)
     following = state
-    # Of the third pass, batches of rows, each with the number of tokens that it shares with the
+    # The third pass runs batches of rows, each with the number of tokens that it shares with the
     # row. One shares two thirds, one all but the last: so neither a look at the next token nor one
     # at the rest of a segment is missed. Rows that never run in company run one by one. A fused
     # path is causal; if it agrees with the generic one, so is the generic one.

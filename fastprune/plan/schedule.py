@@ -33,7 +33,7 @@ import numpy as np
 from .retention import Prefixes, worth_retaining
 from .trie import Trie, Units, levels, make_trie
 
-FREED_SHARE = 16  # one state in so many is evicted at once when a small call fills the cache
+FREED_SHARE = 16  # a small call that fills the cache evicts 1 / FREED_SHARE of its states
 
 
 class Source(NamedTuple):

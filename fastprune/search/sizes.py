@@ -118,7 +118,7 @@ def size_within(
     most = less_one(all_go) if len(useful) == len(costs.own) else [all_go]  # one unit stays
     least = min(costs.after(units) for units in most)
     if least > limit:
-        is_share = not isinstance(budget.amount, str) and limit <= 100
+        is_share = budget.amount == limit <= 100 and budget.kind in ("params", "bytes")
         raise InputError(
             f"budget {budget} cannot be met: without all units that may go, the model has "
             f"{least:,.10g} {UNITS[costs.kind]}"

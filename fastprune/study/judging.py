@@ -11,7 +11,7 @@ import numpy as np
 from ..data import TokenBatch
 from ..objectives import Difference, Objective
 
-WINDOW = 32  # tokens; two rows that share so many in a row hold the same text
+WINDOW = 32  # tokens; two rows that share such a window hold the same text
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -52,10 +52,18 @@ def compare_masks(
     return entries
 
 
-def shared_rows(judge: TokenBatch, calibration: Iterable[TokenBatch]) -> int:
+def shared_rows(
+    judge: TokenBatch, calibration: Iterable[TokenBatch], questions: bool = False
+) -> int:
     """The number of a judge's rows that share a window of tokens with calibration data.
 
-    A window is 32 tokens in a row, or the whole row if it is shorter.
+    A window is 32 tokens in a row, or the whole row if it is shorter. A question's row is compared
+    by its prompt, which is the same whatever choices run behind it.
+
+    Args:
+        judge: The rows to look for.
+        calibration: The data to look in.
+        questions: Whether the judge's rows are questions.
 
     Examples:
         >>> import fastprune as fp
@@ -64,25 +72,29 @@ def shared_rows(judge: TokenBatch, calibration: Iterable[TokenBatch]) -> int:
         >>> shared_rows(seen, [seen]), shared_rows(new, [seen])
         (1, 0)
     """
-    lengths = np.minimum(judge.row_lengths, WINDOW)
-    shared = np.zeros(judge.num_rows, dtype=bool)
-    for batch in calibration:
-        for length in np.unique(lengths).tolist():
-            seen = np.unique(np.concatenate(_windows(batch, length, range(batch.num_rows))))
-            rows = np.flatnonzero(lengths == length)
-            for row, hashes in zip(rows, _windows(judge, length, rows.tolist()), strict=True):
-                shared[row] |= bool(np.isin(hashes, seen).any())
-    return int(shared.sum())
+    stops = judge.row_starts[1:]
+    if questions:  # the first target is predicted by the last token of the prompt
+        stops = np.array([judge.target_source[t].min() + 1 for t in judge.targets_by_row])
+    lengths = np.minimum(stops - judge.row_starts[:-1], WINDOW)
+    data = list(calibration)
+    shared = 0
+    for length in np.unique(lengths).tolist():
+        windows = [part for of in data for part in _windows(of, length, of.row_starts[1:])]
+        seen = np.unique(np.concatenate([np.zeros(0, dtype=np.uint64), *windows]))
+        own = _windows(judge, length, stops)
+        rows = np.flatnonzero(lengths == length).tolist()
+        shared += sum(bool(np.isin(own[row], seen).any()) for row in rows)
+    return shared
 
 
-def _windows(batch: TokenBatch, length: int, rows: Iterable[int]) -> list[np.ndarray]:
-    """A 64-bit hash of each window of `length` tokens, uint64, by row."""
+def _windows(batch: TokenBatch, length: int, stops: np.ndarray) -> list[np.ndarray]:
+    """A 64-bit hash of each window of `length` tokens before a row's stop, uint64, by row."""
     ids = batch.ids.astype(np.uint64) + np.uint64(1)
     hashes = np.zeros(max(0, len(ids) - length + 1), dtype=np.uint64)
     for place in range(length):  # a polynomial modulo 2^64
         hashes = hashes * _PRIME + ids[place : place + len(hashes)]
-    starts, stops = batch.row_starts[:-1], batch.row_starts[1:]
-    return [hashes[starts[row] : max(starts[row], stops[row] - length + 1)] for row in rows]
+    ends = np.maximum(batch.row_starts[:-1], stops - length + 1)
+    return [hashes[start:end] for start, end in zip(batch.row_starts[:-1], ends)]
 
 
 def judgement(

@@ -229,8 +229,11 @@ def _run(
         "judgements": judgements,
         "dense": {
             model.name: {
-                label: objective_class(names[label]).record(evaluators.get(model, label).dense_loss)
-                for label in judges
+                label: objective_class(names[label]).record(entry["loss"])
+                | {"standard_error": entry["standard_error"]}
+                for label, entries in judgements[model.name].items()
+                for entry in entries
+                if not entry["removed"]
             }
             for model in models
         },
@@ -411,7 +414,8 @@ class _Evaluators:
         counts = []
         for model in self._models:
             searched = [self._objectives[model.name, other].batch for other in self._searched]
-            counts.append(shared_rows(self._objectives[model.name, label].batch, searched))
+            judge = self._objectives[model.name, label]
+            counts.append(shared_rows(judge.batch, searched, judge.data == "tasks"))
         return max(counts)
 
     def open_store(self, path: Path) -> None:

@@ -31,7 +31,7 @@ from .launch import (
 )
 from .numeric import LEAST, LOG2_E, dot, soft_cap
 
-# Kept logits: a row takes a multiple of so many numbers, so that it begins aligned and holds whole
+# Kept logits: a row takes a multiple of ROW_UNIT numbers, so that it begins aligned and holds whole
 # tiles.
 ROW_UNIT = 256
 # Above every token. Tokens up to it are exact in float32, the dtype of partial results.

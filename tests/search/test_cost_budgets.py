@@ -147,6 +147,8 @@ def test_searches_refuse_what_no_removal_meets():
     evaluator = SyntheticEvaluator(4)
     with pytest.raises(fp.InputError, match=r"params=10 cannot be met: .* has 11 parameters"):
         fp.run_search(evaluator, "greedy", budget=fp.Budget(params=10))
+    with pytest.raises(fp.InputError, match="a share of the whole model is written"):
+        fp.run_search(evaluator, "greedy", budget=fp.Budget(params=0.9))
     with pytest.raises(fp.InputError, match=r"params=12 cannot be met: .* has 13 parameters"):
         fp.run_search(evaluator, "greedy", budget=fp.Budget(params=12), protect=(0, 2, 3))
     with pytest.raises(fp.InputError, match=r"num_remove is missing: .* or give a budget"):

@@ -50,6 +50,23 @@ def test_windows_of_other_lengths_and_places_are_found(shift):
     assert shared_rows(judge, [judge]) == 3
 
 
+@pytest.mark.parametrize("judge", [fp.TaskAccuracy, fp.TaskLikelihood])
+@pytest.mark.parametrize("searched", [fp.TaskMargin, fp.TaskLikelihood, fp.KLDivergence])
+def test_a_question_is_seen_whatever_choices_run_behind_it(judge, searched):
+    def tasks(*prompts):
+        rows = [[([*p, 90], len(p)), ([*p, 91, 92], len(p))] for p in prompts]
+        question = np.repeat(np.arange(len(rows)), 2)
+        answers = np.arange(len(rows)) * 2 + 1  # the second choice
+        lengths = np.ones(len(question), dtype=np.int64)
+        batch = fp.TokenBatch.from_continuations(rows)
+        return fp.Tasks(batch, question, answers, lengths, lengths)
+
+    seen, new = [1, 2, 3], [1, 2, 4, 5]
+    calibration = [searched(tasks(seen, [7, 8])).batch]
+    assert shared_rows(judge(tasks(new, seen)).batch, calibration, questions=True) == 1
+    assert shared_rows(judge(tasks(new)).batch, calibration, questions=True) == 0
+
+
 def test_windows_do_not_cross_rows():
     stream = np.random.default_rng(1).integers(0, 1000, 64)
     judge = batch_of(stream[16:48])
