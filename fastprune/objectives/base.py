@@ -1,0 +1,356 @@
+"""Objectives: which tokens count, which measure each has, and how the measurements reduce to a
+loss.
+
+An objective asks the engine for one number per target (`measure`): the negative log-likelihood of
+the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl",
+"rejection"), in the most likely token ("other_token") or in state ("cosine", "nmse"). The engine
+sums these over each continuation, float64[N, C], and all further steps here are small and plain
+NumPy.
+
+Searches minimise a loss; people read its metric. `Objective.format` is the one function that prints
+a loss: under its metric, with the standard error and the unit. Text has "accuracy 54.0 ± 2.2 %";
+cells of tables leave out the name, and the column has it, with the direction, as `header`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..data import TokenBatch
+from ..errors import InputError
+
+
+class Objective:
+    """A loss per sample, linear in the sums over continuations: L_s = sum over c in s of weight_c *
+    sum_c.
+
+    batch: the tokens. measure: a name of `measures.MEASURES`. sample int64[C]: the sample of each
+    continuation, ascending. weight float64[C] as above. sample_weight float64[S]: the loss is the
+    sum of sample_weight_s * L_s.
+    data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense
+    model is run once, to compare with. differentiable: whether it has a gradient at the dense model
+    that says something. settings: the values that each of its own options may have.
+    source: the origin of its data, in words, for those who read a study.
+    metric_name, unit, higher_is_better: the quantity that users know the loss by, with its unit
+    ("", "%" or "nats") and direction; `metric` computes it. meaning: of the metric, in words.
+    digits: printed behind its point. chance: the metric's value of a model that guesses, or None if
+    guessing has no value.
+    """
+
+    name: str
+    data = "text"
+    measure = "nll"
+    compares_with_dense = False
+    differentiable = True
+    meaning = ""
+    metric_name = "loss"
+    unit = ""
+    higher_is_better = False
+    digits = 5
+    chance: float | None = None
+    settings: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    source = ""
+    batch: TokenBatch
+    sample: np.ndarray
+    weight: np.ndarray
+    sample_weight: np.ndarray
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_weight)
+
+    @classmethod
+    def metric(cls, loss: float) -> float:
+        """The value of the metric, in its unit.
+
+        Args:
+            loss: what `Evaluator.score` returns for one mask.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.TaskAccuracy.metric(0.25), fp.Perplexity.metric(0.0)
+            (75.0, 1.0)
+        """
+        return 0.0 - loss if cls.higher_is_better else loss
+
+    @classmethod
+    def slope(cls, loss: float) -> float:
+        """The derivative of `metric` at a loss."""
+        return -1.0 if cls.higher_is_better else 1.0
+
+    @classmethod
+    def format(cls, loss: float, error: float | None = None, named: bool = True) -> str:
+        """A loss as users read it: the metric's name, value, standard error and unit.
+
+        Args:
+            loss: what `Evaluator.score` returns for one mask.
+            error: the standard error of the loss. The metric's is |slope| times that (the delta
+                method). None, infinity and NaN print no error.
+            named: False leaves out the metric's name, for a table whose column has `header`.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.TaskAccuracy.format(0.46, 0.022)
+            'accuracy 54.0 ± 2.2 %'
+            >>> fp.Perplexity.format(0.9523, named=False)
+            '2.592'
+        """
+        name = f"{cls.metric_name} " * named
+        if not math.isfinite(loss):
+            return f"{name}{loss} (not finite)"
+        text = cls._number(cls.metric(loss))
+        if error is not None and math.isfinite(metric_error := abs(cls.slope(loss)) * error):
+            text += f" ± {cls._number(metric_error)}"
+        return f"{name}{text} {cls.unit}".rstrip()
+
+    @classmethod
+    def format_difference(cls, difference: Difference) -> str:
+        """A difference of two masks' metrics, with its standard error.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> from fastprune.objectives import Difference
+            >>> fp.TaskAccuracy.format_difference(Difference(-1.5, 1.0, num_samples=400))
+            '-1.5 ± 1.0 points (not told apart; about 712 samples would tell)'
+        """
+        if not math.isfinite(difference.value):
+            return "not finite"
+        sign = "-" if difference.value < 0 else "+"
+        text = f"{sign}{cls._number(abs(difference.value))}"
+        if not math.isfinite(difference.error):
+            return f"{text} {cls.difference_unit()}".rstrip()
+        text = f"{text} ± {cls._number(difference.error)} {cls.difference_unit()}".rstrip()
+        if difference.told_apart:
+            return text
+        needed = difference.samples_needed
+        hint = "" if needed is None else f"; about {needed:,} samples would tell"
+        return f"{text} (not told apart{hint})"
+
+    @classmethod
+    def header(cls) -> str:
+        """The metric and its direction, for a column of a table or an axis of a figure."""
+        unit = f", {cls.unit}" * bool(cls.unit)
+        direction = "higher" if cls.higher_is_better else "lower"
+        return f"{cls.metric_name}{unit} ({direction} is better)"
+
+    @classmethod
+    def record(cls, loss: float, prefix: str = "") -> dict[str, float]:
+        """The loss and the metric, each under its own name, for a machine-readable file.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.TaskAccuracy.record(0.25)
+            {'loss': 0.25, 'accuracy': 75.0}
+        """
+        key = cls.metric_name.lower().replace(" ", "_").replace("-", "_")
+        return {f"{prefix}loss": loss, f"{prefix}{key}": cls.metric(loss)}
+
+    @classmethod
+    def _number(cls, value: float) -> str:
+        return f"{value:.{cls.digits}f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+    @classmethod
+    def difference_unit(cls) -> str:
+        """The unit of a difference of two metrics."""
+        return "points" if cls.unit == "%" else cls.unit
+
+    def __repr__(self) -> str:
+        settings = "".join(f", {name}={getattr(self, name)!r}" for name in self.settings)
+        return (
+            f"{type(self).__name__}({self.num_samples} samples, {self.batch.num_tokens} "
+            f"tokens{settings})"
+        )
+
+    def describe(self) -> dict[str, object]:
+        """Plain values: name, settings, metric, calibration data, whether it compares with the
+        dense model."""
+        return {
+            "name": self.name,
+            "settings": {name: getattr(self, name) for name in self.settings},
+            "metric": self.metric_name,
+            "unit": self.unit,
+            "higher_is_better": self.higher_is_better,
+            "chance": self.chance,
+            "meaning": self.meaning,
+            "source": self.source,
+            "num_samples": self.num_samples,
+            "num_tokens": self.batch.num_tokens,
+            "compares_with_dense": self.compares_with_dense,
+        }
+
+    @property
+    def content_hash(self) -> str:
+        """The hash of the calibration data; with `name` it determines the meaning of a score."""
+        return self.batch.content_hash
+
+    def sample_losses(self, sums: np.ndarray) -> np.ndarray:
+        """Loss of each sample, float64[N, S], from sums over continuations, float64[N, C]."""
+        return sum_by_sample(sums * self.weight, self.sample)
+
+    def loss(self, sums: np.ndarray) -> np.ndarray:
+        """The loss of each mask, float64[N]."""
+        return self.mean(self.sample_losses(sums))
+
+    def mean(self, sample_losses: np.ndarray) -> np.ndarray:
+        """The loss of each mask, float64[N], from the losses of all samples, float64[N, S]."""
+        # one mask at a time: the order of summation must not depend on how many masks there are
+        return np.array([np.sum(row * self.sample_weight) for row in sample_losses])
+
+    @property
+    def cuts_samples(self) -> bool:
+        """Whether a sample can be read in part: a row of plain text, not a question."""
+        batch = self.batch
+        one_each = np.array_equal(batch.continuation_row, np.arange(batch.num_rows))
+        return self.data == "text" and one_each and not batch.row_is_tree.any()
+
+    def partial_loss(
+        self, sums: np.ndarray, samples: np.ndarray, cut_targets: int | None = None
+    ) -> np.ndarray:
+        """The loss of each mask on some of the samples, float64[N], weighted by their own targets.
+
+        Args:
+            sums: Over all continuations, float64[N, C]; 0 for those of other samples. Where the
+                last sample was cut, one column more holds the sum of its part.
+            samples: int64[n], distinct.
+            cut_targets: Targets in the part of the last sample that was read; None where it was
+                read whole.
+
+        Examples:
+            >>> import numpy as np
+            >>> import fastprune as fp
+            >>> objective = fp.Perplexity(fp.TokenBatch.from_ids([[5, 6, 7], [5, 8], [5, 9, 6]]))
+            >>> objective.partial_loss(np.array([[4.0, 5.0, 0.0]]), np.array([0, 1]))
+            array([3.])
+            >>> sums = np.array([[0.0, 5.0, 0.0, 1.0]])  # one target of the last row
+            >>> objective.partial_loss(sums, np.array([1, 2]), cut_targets=1)
+            array([3.])
+        """
+        num_continuations = len(self.sample)
+        losses = self.sample_losses(sums[:, :num_continuations])[:, samples]
+        weights = self.sample_weight[samples]
+        if cut_targets is not None:
+            row = samples[-1]
+            share = cut_targets / self.batch.target_counts[row]
+            losses[:, -1] = sums[:, num_continuations] * (self.weight[row] / share)
+            weights[-1] *= share
+        weights = weights / weights.sum()
+        return np.array([np.sum(row * weights) for row in losses])
+
+    def standard_error(self, sample_losses: np.ndarray) -> np.ndarray:
+        """The standard error of each mask's loss over samples, float64[N].
+
+        Samples count as drawn independently. Their weights w sum to 1, so that the loss is the mean
+        L = sum of w_s L_s, and its error is sqrt(S / (S - 1) sum of w_s^2 (L_s - L)^2): the usual
+        one for equal weights, and that of a ratio estimator for token counts.
+
+        Args:
+            sample_losses: of all samples, float64[N, S], as `Evaluator.score_samples` returns them.
+
+        Returns:
+            NaN for a single sample.
+
+        Examples:
+            >>> import numpy as np
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8, 9]])
+            >>> fp.Perplexity(batch).standard_error(np.array([[1.0, 3.0]]))
+            array([1.])
+        """
+        if self.num_samples < 2:
+            return np.full(len(sample_losses), np.nan)
+        with np.errstate(invalid="ignore"):  # inf - inf: an infinite loss has no error
+            rest = (sample_losses - self.mean(sample_losses)[:, None]) * self.sample_weight
+        return np.sqrt((rest**2).sum(axis=1) * (self.num_samples / (self.num_samples - 1)))
+
+    def _average(self, counts: np.ndarray) -> None:
+        """Every sample averages over its own `counts` [S]; the loss averages over all of them
+        together."""
+        self.sample = np.arange(len(counts))
+        self.weight = 1 / counts
+        self.sample_weight = counts / counts.sum()
+
+    def compare(self, sample_losses: np.ndarray, reference: np.ndarray) -> Difference:
+        """How much a mask's metric is above another mask's on the same samples.
+
+        The standard error is paired: of the differences by sample, after each loss is multiplied by
+        the metric's slope at its own mask (the delta method).
+
+        Args:
+            sample_losses: of the mask on all samples, float64[S].
+            reference: of the other mask, such as the whole model's, float64[S].
+        """
+        pair = np.stack([sample_losses, reference])
+        losses = self.mean(pair)
+        if not np.isfinite(losses).all():
+            return Difference(math.nan, math.nan, self.num_samples)
+        slopes = [self.slope(loss) for loss in losses.tolist()]
+        value, base = (self.metric(loss) for loss in losses.tolist())
+        errors = self.standard_error((pair[0] * slopes[0] - pair[1] * slopes[1])[None])
+        return Difference(value - base, float(errors[0]), self.num_samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much the metric of one mask is above that of another, on the same samples.
+
+    value, error: the difference and its paired standard error, in the metric's unit.
+    num_samples: that both were measured on.
+
+    >>> from fastprune.objectives import Difference
+    >>> Difference(-1.5, 1.0, num_samples=400).told_apart
+    False
+    """
+
+    value: float
+    error: float
+    num_samples: int
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the difference is above two standard errors."""
+        return abs(self.value) > 2 * self.error
+
+    @property
+    def samples_needed(self) -> int | None:
+        """About how many such samples would make the difference two standard errors; None if no
+        number would, or none is known."""
+        if not self.value or not math.isfinite(self.value + self.error):
+            return None
+        needed = self.num_samples * (2 * self.error / abs(self.value)) ** 2
+        return math.ceil(needed) if needed < 1e9 else None
+
+
+class Share(Objective):
+    """The loss is a share of failures; its metric is the share of successes in %."""
+
+    unit = "%"
+    higher_is_better = True
+    digits = 1
+
+    @classmethod
+    def metric(cls, loss: float) -> float:
+        return 100 * (1 - loss)
+
+    @classmethod
+    def slope(cls, loss: float) -> float:
+        return -100.0
+
+
+def sum_by_sample(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Sums of values [N, C] over the continuations of each sample, [N, S]."""
+    starts = np.flatnonzero(np.diff(sample, prepend=-1))
+    return np.add.reduceat(values, starts, axis=1)
+
+
+def check_batch(batch: object, objective: type) -> TokenBatch:
+    if not isinstance(batch, TokenBatch):
+        raise InputError(
+            f"{objective.__name__} takes a TokenBatch (load_text, TokenBatch.from_ids), not "
+            f"{type(batch).__name__}"
+        )
+    return batch

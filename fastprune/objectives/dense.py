@@ -1,0 +1,232 @@
+"""Objectives that compare with the whole model: in distribution, in choice of tokens, in states."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+
+from ..data import Tasks, TokenBatch
+from ..errors import InputError
+from ..validate import check_one_of
+from .base import Objective, Share, check_batch
+
+Decoding = Literal["sampling", "greedy"]
+Positions = Literal["targets", "all"]
+MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2 of final states, h the dense model's
+
+
+class KLDivergence(Objective):
+    """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q
+    the masked one.
+
+    A sample is a row. The objective of EvoPress (arXiv 2410.14649).
+
+    Args:
+        batch: Text, or Tasks.
+        positions: "targets" counts the positions that predict a target, as EvoPress does. "all"
+            counts every position of a row of text, the last too, as FinerCut's code does.
+
+    Raises:
+        InputError: Another batch or value of positions, or positions="all" for questions.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])  # 3 targets, 5 tokens
+        >>> fp.KLDivergence(batch).loss(np.array([[0.5, 0.25]]))
+        array([0.25])
+        >>> fp.KLDivergence(batch, positions="all").loss(np.array([[0.5, 0.25]]))
+        array([0.15])
+    """
+
+    name = "kl"
+    meaning = (
+        "mean divergence of the next-token distribution from that of the whole model; "
+        "0 where nothing is removed"
+    )
+    metric_name = "KL divergence"
+    unit = "nats"
+    measure = "kl"
+    compares_with_dense = True
+    differentiable = False  # the gradient vanishes at the dense model, whose divergence is least
+    settings: ClassVar = {"positions": get_args(Positions)}
+
+    def __init__(self, batch: TokenBatch | Tasks, positions: Positions = "targets"):
+        questions = isinstance(batch, Tasks)
+        batch = check_batch(batch.batch if isinstance(batch, Tasks) else batch, type(self))
+        check_one_of("positions", positions, get_args(Positions))
+        if positions == "all" and (questions or batch.row_is_tree.any()):
+            raise InputError('positions="all" takes plain text, not questions')
+        self.positions = positions
+        self.batch = _positions_as_targets(batch, every=positions == "all")
+        self._average(self.batch.target_counts)
+
+
+class Agreement(Share, KLDivergence):
+    """The share of the masked model's draft tokens that the whole model does not accept.
+
+    Positions and samples are those of KLDivergence, each with the text's own tokens before it.
+
+    decoding="sampling": a token drawn from the draft's distribution q is accepted with probability
+    sum_v min(p(v), q(v)), p the whole model's (Leviathan et al., arXiv 2211.17192). "greedy": a
+    draft's most likely token is accepted if the whole model's is the same. Self-speculative
+    decoding looks for the draft that agrees most (arXiv 2309.08168). The metric is the acceptance
+    in %. Raises InputError as KLDivergence does, and for another decoding.
+
+    >>> import numpy as np
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> objective = fp.Agreement(batch)
+    >>> objective.format(objective.loss(np.array([[0.5, 0.25]]))[0])
+    'acceptance 75.0 %'
+    """
+
+    name = "agreement"
+    meaning = (
+        "the share of tokens, drafted without the removed units, that the whole model accepts; "
+        "100 if nothing is removed"
+    )
+    metric_name = "acceptance"
+    settings: ClassVar = {"decoding": get_args(Decoding)}
+
+    def __init__(self, batch: TokenBatch | Tasks, decoding: Decoding = "sampling"):
+        super().__init__(batch)
+        check_one_of("decoding", decoding, self.settings["decoding"])
+        self.decoding = decoding
+        self.measure = "rejection" if decoding == "sampling" else "other_token"
+
+    @property
+    def content_hash(self) -> str:
+        return f"{self.batch.content_hash}-{self.decoding}"
+
+
+class _StateDistance(KLDivergence):
+    """A distance of final states, position by position, or flattened: of a sample's states as one
+    vector."""
+
+    settings: ClassVar = {"flatten": (False, True)}
+
+    def __init__(self, batch: TokenBatch | Tasks, flatten: bool = False):
+        super().__init__(batch)
+        self.flatten = flatten
+        if flatten:
+            self.measure = "moments"
+            self.batch = _moments_as_targets(self.batch)
+            self.sample = np.repeat(np.arange(self.batch.num_rows), MOMENTS)
+            self.weight = np.ones(len(self.sample))
+            self.sample_weight = np.full(self.batch.num_rows, 1 / self.batch.num_rows)
+
+    def sample_losses(self, sums: np.ndarray) -> np.ndarray:
+        if not self.flatten:
+            return super().sample_losses(sums)
+        moments = sums.reshape(len(sums), -1, MOMENTS)
+        with np.errstate(divide="ignore", invalid="ignore"):  # samples that were not asked for
+            return self._distance(*np.moveaxis(moments, -1, 0))
+
+    @staticmethod
+    def _distance(apart: np.ndarray, masked: np.ndarray, dense: np.ndarray) -> np.ndarray:
+        """The distance from |h - h'|^2, |h'|^2 and |h|^2, [N, S] each."""
+        raise NotImplementedError
+
+
+class CosineDistance(_StateDistance):
+    """Mean over positions of 1 - cosine between the masked model's final state and the dense one's.
+
+    Final states are those that the head reads, after the final norm. Positions and samples as in
+    KLDivergence. Among the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt); with
+    flatten=True, as its code has it, all states of a sample are one vector, the last position too,
+    and every sample counts alike. Raises InputError as KLDivergence does.
+
+    >>> import numpy as np
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))
+    array([0.25])
+    """
+
+    name = "cosine"
+    meaning = (
+        "mean of 1 - cosine between the final states and those of the whole model; 0 where "
+        "nothing is removed"
+    )
+    metric_name = "cosine distance"
+    unit = ""
+    measure = "cosine"
+
+    @staticmethod
+    def _distance(apart: np.ndarray, masked: np.ndarray, dense: np.ndarray) -> np.ndarray:
+        # 1 - (|h|^2 + |h'|^2 - |h - h'|^2) / (2 |h| |h'|), exactly 0 if h' = h
+        lengths = np.sqrt(masked), np.sqrt(dense)
+        return (apart - (lengths[0] - lengths[1]) ** 2) / (2 * lengths[0] * lengths[1])
+
+
+class NormalizedMSE(_StateDistance):
+    """Mean over positions of |h - h'|^2 / |h|^2, h the dense model's final state and h' the masked
+    one's.
+
+    Final states, positions and samples as in CosineDistance. Every position counts alike. With
+    flatten=True a sample's loss is the sum over all its positions of the one by that of the other,
+    as in Puzzletron (NVIDIA ModelOpt), and every sample counts alike. Nemotron Elastic (arXiv
+    2511.16664) does so with the models' predictions in the place of states. Raises InputError as
+    KLDivergence does.
+
+    >>> import numpy as np
+    >>> import fastprune as fp
+    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+    >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))
+    array([0.25])
+    """
+
+    name = "nmse"
+    meaning = (
+        "mean squared distance of the final states from those of the whole model, by the square "
+        "of their length; "
+        "0 where nothing is removed"
+    )
+    metric_name = "normalized MSE"
+    unit = ""
+    measure = "nmse"
+
+    @staticmethod
+    def _distance(apart: np.ndarray, masked: np.ndarray, dense: np.ndarray) -> np.ndarray:
+        return apart / dense
+
+
+def _positions_as_targets(batch: TokenBatch, every: bool = False) -> TokenBatch:
+    """The same rows; every position that predicts something (every: each position) counts once,
+    towards its own row."""
+    source, first = np.unique(batch.target_source, return_index=True)
+    tokens = batch.target_token[first]
+    if every:
+        source = np.arange(batch.num_tokens)
+        tokens = np.zeros_like(source)  # a row's last position has none
+    rows = np.arange(batch.num_rows)
+    return dataclasses.replace(
+        batch,
+        target_source=source,
+        target_token=tokens,
+        target_continuation=np.searchsorted(batch.row_starts, source, side="right") - 1,
+        continuation_row=rows,
+    )
+
+
+def _moments_as_targets(batch: TokenBatch) -> TokenBatch:
+    """The same rows; every position is a target of each moment of its row.
+
+    A row has a continuation for each moment, and the token of a target is the moment's number:
+
+        row of 2 tokens:   source 0 1 0 1 0 1   token 0 0 1 1 2 2   continuation 0 0 1 1 2 2
+    """
+    lengths = np.diff(batch.row_starts)
+    spans = [np.arange(*span) for span in itertools.pairwise(batch.row_starts)]
+    moments = np.tile(np.arange(MOMENTS), batch.num_rows)
+    return dataclasses.replace(
+        batch,
+        target_source=np.concatenate([np.tile(span, MOMENTS) for span in spans]),
+        target_token=np.repeat(moments, np.repeat(lengths, MOMENTS)),
+        target_continuation=np.repeat(np.arange(len(moments)), np.repeat(lengths, MOMENTS)),
+        continuation_row=np.repeat(np.arange(batch.num_rows), MOMENTS),
+    )
