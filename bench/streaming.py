@@ -89,7 +89,7 @@ def measure(folder: str, limit: int, rows: int, length: int, masks: int) -> dict
         "loads": ev.stats.weight_loads - loads,
         "read_bytes": ev.stats.weight_bytes - read,
         "waited_seconds": model.weights.waited - waited,
-        "bands": list(map(len, model.bands)),
+        "bands": list(map(len, model.weights.bands)),
         "backend": ev.backend,
         "chunks": len(ev.layout.chunks),
         "losses": [loss.hex() for loss in losses.tolist()],

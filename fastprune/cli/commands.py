@@ -116,7 +116,7 @@ def info(
 
 def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
     """The weights that stay loaded, and the bands that the others are read in."""
-    bands = opened.bands
+    bands = opened.weights.bands
     return {
         "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
         "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for "

@@ -1,5 +1,5 @@
 """The prefix cache: states that outlive a call, by chunk and prefix. And the frontier: states that
-wait for a later band of weights. Both keep them in tiers, from fast to slow.
+wait within a call until weights are loaded. Both keep them in tiers, from fast to slow.
 
 Which states are worth keeping is decided before a call, in integers (`retention`, `schedule`). A
 state comes back with the bits that it had.
@@ -389,7 +389,7 @@ class PrefixCache:
 
 
 class Frontier:
-    """States that wait from one visit of a band for later ones, by chunk and prefix.
+    """States that wait within a call for units that are loaded later, by chunk and prefix.
 
     No state is ever lost: memory takes those that no other tier has room for.
 

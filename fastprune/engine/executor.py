@@ -9,8 +9,7 @@ B rows, T tokens of a row, D columns of a state, V values of the measure, M targ
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import torch
 from ..models import Model, Runner
 from ..models.swap import HalfBlock, State, hidden_of, state_bytes
 from ..plan.schedule import Schedule, Step, Visit
+from . import loading
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk, Chunks, Tile
 from .measures import Measure
@@ -65,7 +65,7 @@ class Executor:
     """Runs schedules on the chunks of one problem.
 
     chunks: by number; they become tensors when they first run. openings: of chunks. cache,
-    frontier: states that outlive a walk, and states that wait for a later band. reference: the
+    frontier: states that outlive a walk, and states that wait for a later one. reference: the
     dense model's side of the measure. counts: of the work done.
     """
 
@@ -109,23 +109,17 @@ class Executor:
     # -- walks -------------------------------------------------------------------------------------
 
     def walks(self, schedules: dict[int, Schedule]) -> Iterator[tuple[int, Walk]]:
-        """A group of chunks, band by band: (chunk, its walk while that band is loaded). Each is
-        walked before the next is asked for; broken off, the cache forgets its states of these
+        """A group of chunks, visit by visit: (chunk, its walk while the weights are loaded). Each
+        is walked before the next is asked for; broken off, the cache forgets its states of these
         chunks."""
         cache, weights, finished = self._cache, self._model.weights, False
         loads, read = weights.loads, weights.bytes
         try:
             for number, schedule in schedules.items():
                 cache.evict(number, schedule.evicted)
-            visits: dict[int, dict[int, Visit]] = {}
-            for number, schedule in schedules.items():
-                for visit in schedule.visits:
-                    visits.setdefault(visit.number, {})[number] = visit
-            order = sorted(visits)
-            bands = [self._needed(schedules, visits[now]) for now in order]
-            for now, _ in zip(order, self._runner.visit(bands)):
-                for number, part in visits[now].items():
-                    with closing(self._walk(schedules[number], part, number)) as walk:
+            for visits in loading.visits(schedules, self._model, self._per_block):
+                for number, visit in visits.items():
+                    with closing(self._walk(schedules[number], visit, number)) as walk:
                         yield number, walk
             for number, schedule in schedules.items():
                 cache.commit(number, schedule.held)
@@ -137,21 +131,6 @@ class Executor:
                     cache.forget(number)
             self._counts.weight_loads += weights.loads - loads
             self._counts.weight_bytes += weights.bytes - read
-
-    def _needed(self, schedules: dict[int, Schedule], visits: dict[int, Visit]) -> Sequence[int]:
-        """The blocks that a visit runs."""
-        if len(self._runner.bands) == 1:
-            return self._runner.bands[0]
-        steps = (
-            schedules[number].steps[visit.start : visit.stop] for number, visit in visits.items()
-        )
-        return sorted(
-            {
-                unit // self._per_block
-                for step in itertools.chain.from_iterable(steps)
-                for unit in step.units
-            }
-        )
 
     def _walk(self, schedule: Schedule, visit: Visit, number: int) -> Walk:
         """Run a visit's steps on one chunk."""

@@ -32,10 +32,10 @@ from ..plan.layout import Layout
 from ..plan.progress import Progress
 from ..plan.schedule import Schedule, plan_call
 from ..plan.trie import Units
-from . import banded
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk, ChunkRows, make_chunk
 from .executor import Counts, Executor, Walk
+from .loading import Loading
 from .measures import MEASURES
 from .memory import MemoryLimit, OutOfMemory, runs_together
 from .openings import Openings
@@ -120,8 +120,8 @@ class LocalRuns:
         sharing: Sharing = Sharing(),  # noqa: B008  (a tuple of two numbers)
     ):
         self._model, self._runner, self._limit = model, runner, limit
-        # a host has other tenants; and between two bands, a device has room that the next one takes
-        has_reserve = model.device.type == "cuda" and len(runner.bands) == 1
+        # a host has other tenants; and weights that take turns need the room that a device has
+        has_reserve = model.device.type == "cuda" and not model.weights.take_turns
         reserve = limit.limit if has_reserve else None
         self._cache = PrefixCache(cache_bytes, cache_dir, model.device, reserve)
         self._frontier = Frontier(cache_dir, model.device)
@@ -129,13 +129,7 @@ class LocalRuns:
         self._cache.per_device = sharing.per_device
         self._counts = Counts()
         self._may_keep_references = True
-        units_of_block = limit.num_units // max(1, model.num_blocks)
-        self._band_of = [
-            number
-            for number, band in enumerate(runner.bands)
-            for _ in range(len(band) * units_of_block)
-        ]
-        self._band_of += [0] * model.num_variants
+        self._loading = Loading(model, limit, self._frontier)
         self._problem: Problem | None = None
         self._idle: LocalRuns | None = None
 
@@ -267,8 +261,8 @@ class LocalRuns:
         self._cache.resize()
         self._run_dense(problem, list(missing))
         schedules = self._schedules(problem, sequences, missing)
-        room = self._start_frontier(problem, schedules)
-        if len(sequences) > 1 and banded.is_too_large(schedules, problem.chunks, self._limit, room):
+        shared = self._loading.groups(schedules, problem.chunks, self._reference.room)
+        if len(sequences) > 1 and not shared.fit:
             log.info("%d sequences do not fit into one call; it runs in halves", len(sequences))
             yield from self._halves(problem, sequences, missing, tell)
             return
@@ -278,7 +272,7 @@ class LocalRuns:
             *(len(sequences), len(missing), unit_runs, self._cache.bytes),
         )
         tell.expect(unit_runs)
-        with closing(self._walks(problem, schedules, room)) as walks:
+        with closing(self._walks(schedules, shared.groups)) as walks:
             for number, walk in walks:
                 chunk, rows = problem.chunks[number], missing[number]
                 yield from self._sums_of(chunk, number, rows, walk, tell)
@@ -307,29 +301,19 @@ class LocalRuns:
             return
         whole, only = [tuple(range(self._limit.num_units))], np.zeros(1, dtype=np.int64)
         schedules = self._schedules(problem, whole, dict.fromkeys(lacking, only))
-        room = self._start_frontier(problem, schedules)
-        with closing(self._walks(problem, schedules, room)) as walks:
+        groups, _ = self._loading.groups(schedules, problem.chunks, self._reference.room)
+        with closing(self._walks(schedules, groups)) as walks:
             for number, walk in walks:
                 for step in walk:
                     if step.end >= 0:
                         self._executor.keep_dense(step.hidden, number)
 
     def _walks(
-        self, problem: Problem, schedules: Mapping[int, Schedule], room: banded.Room
+        self, schedules: Mapping[int, Schedule], groups: Sequence[Sequence[int]]
     ) -> Generator[tuple[int, Walk], None, None]:
         """The walks of all chunks, group by group, see `Executor.walks`."""
-        groups = banded.groups_of(schedules, problem.chunks, self._limit, room, self._model)
         for group in groups:
             yield from self._executor.walks({number: schedules[number] for number in group})
-
-    def _start_frontier(self, problem: Problem, schedules: Mapping[int, Schedule]) -> banded.Room:
-        """Empty the frontier for a call; the bytes for its states between bands."""
-        if len(self._runner.bands) == 1:
-            return banded.Room(0, 0)  # no state waits for a band
-        tokens, slots = banded.peak_tokens(schedules, problem.chunks)
-        memory = self._limit.beside(tokens, slots, self._reference.room)
-        self._frontier.start(memory)
-        return banded.Room(memory, self._frontier.slower_bytes)
 
     def _schedules(
         self, problem: Problem, sequences: Sequence[Units], missing: Missing
@@ -348,7 +332,7 @@ class LocalRuns:
             key = rows.tobytes(), id(held), capacity
             if key not in shared:
                 lacking = [sequences[row] for row in rows.tolist()]
-                shared[key] = plan_call(lacking, held, capacity, self._band_of)
+                shared[key] = plan_call(lacking, held, capacity, self._loading.visits_of)
             schedules[number] = shared[key]
         return schedules
 

@@ -144,7 +144,7 @@ class MemoryLimit:
     def room_for_references(self, tokens: int, positions: int) -> int:
         """Bytes for references of the dense model beside a walk; 0 if one chunk's do not fit.
 
-        If states wait between bands, one chunk's at most: the rest is for the states.
+        If weights take turns, one chunk's at most: the rest is for states that wait.
 
         tokens, positions: of the largest chunk, and the most positions that predict in one.
         """
@@ -154,10 +154,10 @@ class MemoryLimit:
         room = self.limit - self._least_bytes(tokens)
         if chunk > room:
             return 0
-        return room if len(self._runner.bands) == 1 else chunk
+        return chunk if self._model.weights.take_turns else room
 
     def beside(self, tokens: int, num_slots: int, references: int) -> int:
-        """Bytes left for states between bands.
+        """Bytes left for states that wait.
 
         tokens, num_slots: of the walk beside which they wait. references: bytes of the dense
         references held.
@@ -178,8 +178,9 @@ class MemoryLimit:
         tile = min(tile, self._positions)
         few = min(tile, WEIGHED)
         with self._model.evaluation():
-            footprint = measure_footprint(
-                self._runner, self._batch, self._granularity, self._run_head, few
+            (footprint,) = (  # while the first block is loaded
+                measure_footprint(self._runner, self._batch, self._granularity, self._run_head, few)
+                for _ in self._model.weights.visit([range(min(1, self._model.num_blocks))])
             )
         self.footprint = replace(footprint, head=-(-footprint.head * tile // few))
 
@@ -247,18 +248,6 @@ def measure_footprint(
 ) -> Footprint:
     """Run the first units and one tile of the head on the longest rows of a batch, and measure the
     bytes that they hold."""
-    if not runner.bands[0]:
-        return _measure(runner, batch, granularity, head, tile)
-    (found,) = (
-        _measure(runner, batch, granularity, head, tile)
-        for _ in runner.visit([runner.bands[0][:1]])
-    )
-    return found
-
-
-def _measure(
-    runner: Runner, batch: TokenBatch, granularity: str, head: Callable, tile: int
-) -> Footprint:
     state_size = workspace = 0.0
     longest = 0
     for row in _longest_rows(batch):

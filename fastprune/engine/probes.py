@@ -15,21 +15,19 @@ from ..models import GenericRunner, Model
 from ..models.swap import Arguments, HalfBlock, State, hidden_of
 from ..objectives import Objective
 from .chunks import Chunk, make_chunk, places_of
+from .loading import row_groups, there_and_back
 from .local import verified_for
 
 # positions whose states of all depths are compared, or whose logits are differentiated, together
 TOKENS_AT_ONCE = 256
-STATES_BYTES = (
-    1 << 30
-)  # of states of the rows that share the reading of weights, if these are read band by band
 
 
 def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     """Mean token cosine between the states before each unit and after the last, float64[U + 1, U +
     1].
 
-    One row at a time: the states of every depth are held for that row (if weights are read band by
-    band, for as many rows as fit into STATES_BYTES). Each pair's mean is over all tokens.
+    One row at a time: the states of every depth are held for that row (if weights take turns,
+    for as many rows as fit into `loading.STATES_BYTES`). Each pair's mean is over all tokens.
     """
     batch, runner = _opened(model, batch, granularity)
     num_units = len(model.unit_names(granularity))
@@ -78,35 +76,16 @@ def _states(
     [T, D]."""
     model = runner.model
     per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
-    for rows in _row_groups(model, batch, per_block * model.num_blocks + 1):
+    for rows in row_groups(model, batch, per_block * model.num_blocks + 1):
         walks = [_open(runner, batch, row) for row in rows]
         states: list[list] = [[state] for _, state, _ in walks]
-        for band in runner.visit():
+        for block in model.weights.blocks():
             for (_, _, arguments), of in zip(walks, states, strict=True):
-                for unit in (
-                    per_block * block + half for block in band for half in range(per_block)
-                ):
+                for unit in range(per_block * block, per_block * (block + 1)):
                     of.append(runner.run(unit, of[-1], arguments, granularity))
         for row, of in zip(rows, states, strict=True):
             places = torch.as_tensor(places_of(batch, row), device=model.device)
             yield row, [hidden_of(state).flatten(0, 1)[places] for state in of]
-
-
-def _row_groups(model: Model, batch: TokenBatch, states_of_row: int) -> list[list[int]]:
-    """The rows that share the reading of weights: each alone if all stay loaded, else as many as
-    states fit."""
-    if len(model.bands) == 1:
-        return [[row] for row in range(batch.num_rows)]
-    sizes = batch.run_sizes * states_of_row * model.hidden_size * model.dtype.itemsize
-    groups: list[list[int]] = [[]]
-    total = 0
-    for row, size in enumerate(sizes.tolist()):
-        if groups[-1] and total + size > STATES_BYTES:
-            groups.append([])
-            total = 0
-        groups[-1].append(row)
-        total += size
-    return groups
 
 
 def _opened(model: Model, batch: TokenBatch, granularity: str) -> tuple[TokenBatch, GenericRunner]:
@@ -129,23 +108,22 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
     the blocks are run again backwards, one at a time, so that at most the graph of one block is
     held.
 
-    If weights are read band by band, the states before each band are kept, of as many samples as
-    fit into STATES_BYTES: forwards through the bands, then backwards, each band's own states
-    computed again.
+    If weights take turns, the states before each group of blocks that are loaded together are kept,
+    of as many samples as fit into `loading.STATES_BYTES`; a group's own states are computed again
+    on the way back.
     """
     _check_differentiable("unit gradients need", objective)
     batch, runner = _opened(model, objective.batch, "sublayer")
     gradients = np.zeros((objective.num_samples, 2 * model.num_blocks))
     with model.evaluation():
-        for rows in _row_groups(model, batch, len(model.bands)):
+        for rows in row_groups(model, batch):
             samples = [_Sample(runner, objective, batch, row) for row in rows]
-            *before, last = model.bands
-            for number, band in enumerate(model.visit([*before, last, *reversed(before)])):
+            for blocks, is_back in there_and_back(model):
                 for sample in samples:
-                    if number < len(before):
-                        sample.forward(band)
+                    if is_back:
+                        sample.backward(blocks)
                     else:
-                        sample.backward(band)
+                        sample.forward(blocks)
             for sample in samples:
                 gradients[sample.number] = sample.gradient
     if granularity == "sublayer":
@@ -262,23 +240,23 @@ class _Sample:
         self._weight = torch.as_tensor(
             objective.weight[self._chunk.continuation], device=runner.device
         )
-        self._starts = [state]  # before each band
+        self._starts = [state]  # before each call of `forward`
         self._grad: torch.Tensor | None = None
         self.gradient = np.zeros(2 * runner.model.num_blocks)
 
-    def forward(self, band: Sequence[int]) -> None:
-        self._starts.append(self._through(band)[-1])
+    def forward(self, blocks: Sequence[int]) -> None:
+        self._starts.append(self._through(blocks)[-1])
 
-    def backward(self, band: Sequence[int]) -> None:
-        runner, entries = self._runner, self._through(band)
+    def backward(self, blocks: Sequence[int]) -> None:
+        runner, entries = self._runner, self._through(blocks)
         self._starts.pop()
-        after_band = entries.pop()
+        final = entries.pop()
         grad = (
-            _head_gradient(runner, self._chunk, after_band, self._weight)
+            _head_gradient(runner, self._chunk, final, self._weight)
             if self._grad is None
             else self._grad
         )
-        for block in reversed(band):
+        for block in reversed(blocks):
             entry = entries.pop().requires_grad_()
             with torch.enable_grad():
                 middle = runner.run(2 * block, entry, self._arguments, "sublayer")
@@ -295,10 +273,10 @@ class _Sample:
             grad = grad_entry
         self._grad = grad
 
-    def _through(self, band: Sequence[int]) -> list[torch.Tensor]:
-        """The states before each block of the band that comes next, and after its last."""
+    def _through(self, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """The states before each of the blocks that come next, and after the last."""
         states = [self._starts[-1]]
-        for block in band:
+        for block in blocks:
             states.append(self._runner.run(block, states[-1], self._arguments))
         return states
 

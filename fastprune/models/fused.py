@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,15 +127,6 @@ class FusedRunner:
                 known[key] = (cos, sin) if turns else (torch.ones_like(cos), torch.zeros_like(sin))
             tables.append(known[key])
         return tables, max((len(table[0]) for table in known.values()), default=1)
-
-    @property
-    def bands(self) -> tuple[range, ...]:
-        """Like `Model.bands`."""
-        return self.model.bands
-
-    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
-        """Like `Model.visit`."""
-        return self.model.visit(bands)
 
     def run(
         self, unit: int, state: State, arguments: ChunkArguments, granularity: str = "block"

@@ -11,7 +11,6 @@ Shapes: B rows of T tokens, D the hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import overload
 
@@ -42,15 +41,6 @@ class GenericRunner:
         self._names = [name for name in signature.parameters if name != "self"][1:]
 
     # -- units -------------------------------------------------------------------------------------
-
-    @property
-    def bands(self) -> tuple[range, ...]:
-        """Like `Model.bands`."""
-        return self.model.bands
-
-    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
-        """Like `Model.visit`."""
-        return self.model.visit(bands)
 
     @overload
     def run(self, unit: int, state: State, arguments: Arguments) -> torch.Tensor: ...

@@ -348,13 +348,6 @@ class LibraryRunner:
         self._num_blocks, self._variants = num_blocks, variants
         self.path_name, self.device, self.head = inner.path_name, inner.device, inner.head
 
-    @property
-    def bands(self) -> tuple[range, ...]:
-        return self._inner.bands
-
-    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
-        return self._inner.visit(bands)
-
     def open(
         self,
         ids: torch.Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args
 
@@ -73,8 +73,8 @@ class Model:
         hf: A causal language model of transformers, in memory.
         tokenizer: Its tokenizer, or None.
         name: A name for messages; by default the model's own.
-        weights: The blocks' weights if these are streamed from files; run a block inside `visit`
-            only.
+        weights: The blocks' weights if these are streamed from files; run a block inside
+            `weights.visit` or `weights.blocks` only.
 
     Raises:
         InputError: The parts were not found, or the family cannot be run block by block.
@@ -168,21 +168,6 @@ class Model:
         return runner
 
     # -- weights -----------------------------------------------------------------------------------
-
-    @property
-    def bands(self) -> tuple[range, ...]:
-        """The blocks whose weights are loaded together: one band of all blocks, unless weights are
-        streamed."""
-        return self.weights.bands
-
-    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
-        """Groups of blocks, by default all `bands`, each with its weights loaded while it is the
-        current one."""
-        return self.weights.visit(self.bands if bands is None else bands)
-
-    def visited_blocks(self) -> Iterator[int]:
-        """All blocks, each with its weights loaded while it is the current one."""
-        return (block for band in self.visit() for block in band)
 
     def require_resident(self, why: str) -> None:
         """Raise InputError, with this reason, if weights are streamed."""

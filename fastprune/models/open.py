@@ -95,7 +95,7 @@ def load_model(
     trust_remote_code: run code that comes with the checkpoint, for a family that transformers does
     not know.
     weights_bytes: for a checkpoint larger than memory, or than this: its blocks stay in their
-        files, and are read a band at a time. At most these bytes are loaded, embeddings and head
+        files, and are read by turns. At most these bytes are loaded, embeddings and head
         included.
         Scores have the same bits.
     Raises InputError for a missing or truncated shard, a folder of pickles, or a family that cannot

@@ -3,7 +3,6 @@ operators (`FusedRunner`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,8 @@ class Runner(Protocol):
     model.
 
     A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these
-    (`pack`, `unpack`). A unit leaves its input as it is, since other masks still need it. States
+    (`pack`, `unpack`). A unit leaves its input as it is, since other masks still need it. It runs
+    while its weights are loaded (`Model.weights`). States
     and arguments go back to the runner that made them. path_name: the path's name, as users read
     it.
     """
@@ -25,14 +25,6 @@ class Runner(Protocol):
     path_name: str
     device: torch.device
     head: Head
-
-    @property
-    def bands(self) -> tuple[range, ...]:
-        """The blocks whose weights are loaded together: all of them, if all stay loaded."""
-
-    def visit(self, bands: Iterable[Sequence[int]] | None = None) -> Iterator[Sequence[int]]:
-        """Groups of blocks, each loaded while it is the current one; by default all bands. Units
-        run inside only."""
 
     def open(
         self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None

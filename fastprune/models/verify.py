@@ -164,7 +164,7 @@ def _own_pass(
 ) -> torch.Tensor:
     """The model's own forward pass, with a function before and after each block, whose weights are
     loaded then. Returns the logits [B * T, V], or of the base model alone the normed states."""
-    blocks = model.visited_blocks()
+    blocks = model.weights.blocks()
     num_called = 0
 
     def calling(number: int, layer: nn.Module) -> Callable:
@@ -573,7 +573,7 @@ def _final_states(
     """Normed final states [B * T, D] of the dense model for each chunk that `open` gave, layer by
     layer."""
     states = [state for state, _ in opened]
-    for block in runner.model.visited_blocks():  # once for all chunks: a file may be read for it
+    for block in runner.model.weights.blocks():  # once for all chunks: a file may be read for it
         states = [
             _after(runner, block, state, arguments)
             for state, (_, arguments) in zip(states, opened, strict=True)
@@ -588,7 +588,7 @@ def find_sublayers(runner: GenericRunner) -> list[Sublayers]:
     """The two halves of every block, which add up to it."""
     model, found = runner.model, []
     state, arguments = runner.open(probe_ids(model))
-    for block in model.visited_blocks():
+    for block in model.weights.blocks():
         whole = runner.run(block, state, arguments)
         sublayers = split_layer(model.layers[block], state, arguments[block], whole)
         if sublayers is None:
@@ -652,7 +652,7 @@ def _prove_fused_on(
     their final states, [B, T, D]."""
     model = generic.model
     opened = [(*generic.open(*inputs), fused.open(*inputs)[1]) for inputs in probes]
-    for block in model.visited_blocks():
+    for block in model.weights.blocks():
         for probe, (state, generic_arguments, arguments) in enumerate(opened):
             expected = generic.run(block, state, generic_arguments)
             result = hidden_of(fused.run(block, state, arguments, "block"))

@@ -377,8 +377,7 @@ def _all_tensors(
     hf: nn.Module, weights: Weights | ResidentWeights
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor by name; a streamed one has storage while it is the current one."""
-    blocks = (block for band in weights.visit(weights.bands) for block in band)
-    current = None
+    blocks, current = weights.blocks(), None
     for name, tensor in list(hf.named_parameters(remove_duplicate=False)):
         block = weights.block_of(name)
         if block is not None:

@@ -21,7 +21,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import InputError
+from .trie import Trie, levels
 
 # operations in the time that a byte takes to be read: about 50 GFLOP/s over 1 GB/s, and 400 TFLOP/s
 # over 8 GB/s
@@ -68,6 +71,26 @@ def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: 
         )
     places = num_blocks if not block_bytes else min(num_blocks, (limit - always) // block_bytes)
     return Room(num_blocks, block_bytes, always, places)
+
+
+def visits_of(trie: Trie, band_of: Sequence[int]) -> np.ndarray:
+    """The visit that each wanted node is run in, int64[n]: the first one of its unit's band not
+    before its parent's.
+
+    An ascending sequence needs each band once. One that turns back waits for the next round: with
+    three bands, a unit of band 0 after one of band 2, in visit 2, runs in visit
+    2 + (0 - 2) % 3 = 3.
+
+    band_of: the band of each unit, from 0 on.
+    """
+    num_bands = max(band_of, default=0) + 1
+    band = np.append(np.asarray(band_of, dtype=np.int64), 0)[trie.unit]  # the root's unit is -1
+    visit = band.copy()
+    for level in levels(trie):
+        parent = trie.parent[level]
+        below = visit[parent] + (band[level] - band[parent]) % num_bands
+        visit[level] = np.where(trie.wanted[parent], below, band[level])
+    return visit
 
 
 @dataclass(frozen=True)

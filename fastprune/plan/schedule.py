@@ -6,9 +6,9 @@ first, at every branching the child that needs most slots last, when its parent'
 free (Sethi and Ullman's order for register allocation): M sequences of at most L units then never
 need more than min(L + 1, 1 + log2(M)) slots. Cached states need no slot; the cache holds them.
 
-If units are loaded band by band, the walk is cut into visits: the steps that run while one band
-is loaded, depth first as above. States that a later visit reads are the frontier: kept beside the
-slots, and read as cached states are.
+If weights take turns, the walk is cut into visits: the steps that run while some units are loaded,
+depth first as above. States that a later visit reads are the frontier: kept beside the slots, and
+read as cached states are.
 
 The trie drawn in `trie` needs one slot. Its chains are [1], [2, 3], [4] and [5, 6]:
 
@@ -24,15 +24,17 @@ If (0, 1) is cached, [3] takes the place of [2, 3], and its source is cached sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .retention import Prefixes, worth_retaining
-from .trie import Trie, Units, levels, make_trie
+from .trie import Trie, Units, make_trie
 
+# the visit that each node is run in, int64[n], not before its parent's
+VisitsOf = Callable[[Trie], np.ndarray]
 FREED_SHARE = 16  # a small call that fills the cache evicts 1 / FREED_SHARE of its states
 
 
@@ -84,10 +86,10 @@ class Step(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """Schedule.steps[start:stop], which run while one band is loaded.
+    """Schedule.steps[start:stop], which run while their units' weights are loaded.
 
     Attributes:
-        number: The band, plus the number of bands for each round that all have had before.
+        number: Visits of several schedules that have the same one run together.
         start: The first step.
         stop: The step after the last one.
     """
@@ -135,7 +137,7 @@ class Schedule:
 
 
 def plan_call(
-    sequences: Sequence[Units], held: Prefixes, capacity: int, band_of: Sequence[int] = ()
+    sequences: Sequence[Units], held: Prefixes, capacity: int, visits_of: VisitsOf | None = None
 ) -> Schedule:
     """Plan one call on a chunk.
 
@@ -147,7 +149,7 @@ def plan_call(
         sequences: The ones whose sums are missing.
         held: The prefixes whose states the cache holds.
         capacity: The most states that the cache may hold at any time.
-        band_of: See `make_schedule`.
+        visits_of: See `make_schedule`.
 
     Returns:
         The schedule.
@@ -163,15 +165,18 @@ def plan_call(
     if len(held) + most_runs <= capacity:
         begun = held.on_the_way(sequences)
         trie = make_trie(sequences, begun.prefixes)
-        schedule = make_schedule(trie, begun.likelihood, capacity, band_of)
+        schedule = make_schedule(trie, begun.likelihood, capacity, visits_of)
         return replace(schedule, held=held.followed_by(schedule.held))
     trie = make_trie(sequences, held.prefixes)
     room = capacity - freed if most_runs <= freed else capacity
-    return make_schedule(trie, held.likelihood, room, band_of)
+    return make_schedule(trie, held.likelihood, room, visits_of)
 
 
 def make_schedule(
-    trie: Trie, likelihood: np.ndarray | None = None, capacity: int = 0, band_of: Sequence[int] = ()
+    trie: Trie,
+    likelihood: np.ndarray | None = None,
+    capacity: int = 0,
+    visits_of: VisitsOf | None = None,
 ) -> Schedule:
     """Plan the steps that reach every end of a trie, by running its wanted nodes once each.
 
@@ -179,7 +184,7 @@ def make_schedule(
         trie: The sequences and the cached prefixes.
         likelihood: float64[K], of trie.cached, as the last schedule left them.
         capacity: The most states that the cache may hold at any time.
-        band_of: The band of each unit, from 0 on; all one band by default.
+        visits_of: Cuts the walk into visits, one visit by default.
 
     Returns:
         The schedule, the same for equal tries.
@@ -195,7 +200,8 @@ def make_schedule(
     """
     likelihood = np.zeros(len(trie.cached)) if likelihood is None else likelihood
     nodes, likelihood = worth_retaining(trie, likelihood, capacity)
-    chains = _chains(trie, np.sort(nodes[trie.wanted[nodes]]), _visits(trie, band_of))
+    visit = np.zeros(len(trie.unit), np.int64) if visits_of is None else visits_of(trie)
+    chains = _chains(trie, np.sort(nodes[trie.wanted[nodes]]), visit)
     steps: list[Step] = []
     visits, num_slots = [], 0
     for number in sorted(chains.roots):
@@ -218,26 +224,6 @@ def make_schedule(
         frontier=tuple(trie.prefix(node) for node in chains.frontier),
         frontier_peak=_frontier_peak(steps),
     )
-
-
-def _visits(trie: Trie, band_of: Sequence[int]) -> np.ndarray:
-    """The visit that each wanted node is run in, int64[n]: the first one of its unit's band not
-    before its parent's.
-
-    An ascending sequence needs each band once. One that turns back waits for the next round: with
-    three bands, a unit of band 0 after one of band 2, in visit 2, runs in visit
-    2 + (0 - 2) % 3 = 3.
-    """
-    num_bands = max(band_of, default=0) + 1
-    if num_bands == 1:
-        return np.zeros(len(trie.unit), dtype=np.int64)
-    band = np.append(np.asarray(band_of, dtype=np.int64), 0)[trie.unit]  # the root's unit is -1
-    visit = band.copy()
-    for level in levels(trie):
-        parent = trie.parent[level]
-        below = visit[parent] + (band[level] - band[parent]) % num_bands
-        visit[level] = np.where(trie.wanted[parent], below, band[level])
-    return visit
 
 
 def _last_uses(steps: list[Step]) -> list[Step]:
@@ -378,7 +364,7 @@ class _Chains(NamedTuple):
 
 def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
     """Cut the wanted nodes into chains. retained: the ones of them that outlive the call,
-    ascending. visit: see `_visits`."""
+    ascending. visit: of each node, see `VisitsOf`."""
     end_of = np.full(len(trie.unit), -1, dtype=np.int64)
     end_of[trie.ends] = np.arange(len(trie.ends))
     # a node continues the chain of the node before if the latter is its parent and ends nothing,

@@ -62,7 +62,7 @@ FAMILIES += ["qwen3-moe"]
 def test_families_have_the_bits_of_the_model_in_memory(family, tmp_path):
     make_folder(family, tmp_path)
     whole, model = fp.load_model(tmp_path), streamed(tmp_path, 2)
-    assert len(model.bands) == model.num_blocks
+    assert len(model.weights.bands) == model.num_blocks
     masks = some_masks(model.num_blocks, 30, seed=1)
     ev = fp.Evaluator(model, perplexity(model), cache_bytes=0)
     assert np.array_equal(ev.score(masks), fp.Evaluator(whole, perplexity(whole)).score(masks))
@@ -76,7 +76,7 @@ def test_bits_counts_and_loads(folder, backend, blocks):
     masks = some_masks(5, 40, seed=2)
     expected = fp.Evaluator(whole, perplexity(whole), backend, cache_bytes=0)
     ev = fp.Evaluator(model, perplexity(model), backend, cache_bytes=0)
-    assert len(model.bands) == {1: 5, 4: 3, 5: 1}[blocks]
+    assert len(model.weights.bands) == {1: 5, 4: 3, 5: 1}[blocks]
     assert np.array_equal(ev.score(masks), expected.score(masks))
     assert ev.stats.unit_runs == expected.stats.unit_runs
     assert ev.stats.weight_loads <= 5  # each block once, but for those that were still there

@@ -3,11 +3,13 @@ states retained."""
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 import fastprune as fp
+from fastprune.plan.bands import visits_of
 from fastprune.plan.retention import Prefixes
 from fastprune.plan.schedule import make_schedule, max_slots, plan_call
 from fastprune.plan.trie import kept_units, make_trie
@@ -391,7 +393,7 @@ def test_bands_run_every_node_once_and_ascending_sequences_in_one_round():
         )
         for prefixes in ([], known):
             trie = make_trie(sequences, prefixes)
-            schedule = make_schedule(trie, band_of=band_of)
+            schedule = make_schedule(trie, visits_of=partial(visits_of, band_of=band_of))
             found = execute_by_bands(schedule, trie, band_of)
             assert [found[i] for i in range(len(trie.sequences))] == list(trie.sequences)
             assert all(visit.number <= max(band_of, default=0) for visit in schedule.visits)
@@ -403,7 +405,9 @@ def test_bands_come_round_again_for_units_that_go_back():
     sequences = [tuple(rng.integers(0, 6, rng.integers(0, 9)).tolist()) for _ in range(60)]
     band_of = [0, 0, 1, 1, 2, 2]
     trie = make_trie(sequences)
-    found = execute_by_bands(make_schedule(trie, band_of=band_of), trie, band_of)
+    found = execute_by_bands(
+        make_schedule(trie, visits_of=partial(visits_of, band_of=band_of)), trie, band_of
+    )
     assert [found[i] for i in range(len(trie.sequences))] == list(trie.sequences)
 
 
@@ -412,7 +416,7 @@ def test_one_band_is_the_schedule_without_bands():
         trie = make_trie(kept_units(masks))
         plain, banded = (
             make_schedule(trie, None, 3),
-            make_schedule(trie, None, 3, [0] * masks.shape[1]),
+            make_schedule(trie, None, 3, partial(visits_of, band_of=[0] * masks.shape[1])),
         )
         assert plain.steps == banded.steps
         assert plain.frontier == banded.frontier == ()

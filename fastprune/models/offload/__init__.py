@@ -1,1 +1,1 @@
-"""Models whose blocks stay in their files and are loaded a band at a time."""
+"""Models whose blocks stay in their files and are loaded by turns."""

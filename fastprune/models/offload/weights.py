@@ -59,7 +59,35 @@ class Block:
     size: int
 
 
-class ResidentWeights:
+class _InBands:
+    """The bands of blocks that are loaded together.
+
+    room: for blocks.
+    """
+
+    room: Room
+
+    @property
+    def bands(self) -> tuple[range, ...]:
+        """Consecutive blocks that are loaded together, ascending: one band of all if they fit."""
+        return self.room.bands
+
+    @property
+    def take_turns(self) -> bool:
+        """Whether blocks have to wait until others have run."""
+        return len(self.bands) > 1
+
+    def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """Bands, one after the other, each with its blocks' weights in place while it is the
+        current one."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[int]:
+        """All blocks, each with its weights in place while it is the current one."""
+        return (block for band in self.visit(self.bands) for block in band)
+
+
+class ResidentWeights(_InBands):
     """The blocks of a model whose weights all stay loaded: one band, and nothing is ever read. It
     answers as `Weights` does, so that no caller needs to ask which of the two a model has."""
 
@@ -71,17 +99,11 @@ class ResidentWeights:
     def __init__(self, num_blocks: int):
         self.room = Room(num_blocks, 0, 0, num_blocks)
 
-    @property
-    def bands(self) -> tuple[range, ...]:
-        """One band of all blocks."""
-        return self.room.bands
-
     def block_of(self, name: str) -> None:
         """Like `Weights.block_of`: every parameter stays loaded."""
         return None
 
     def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """The bands, one after the other."""
         return iter(bands)
 
     def release(self) -> None:
@@ -92,7 +114,7 @@ class ResidentWeights:
         return work()
 
 
-class Weights:
+class Weights(_InBands):
     """The blocks of a model whose weights stay in files; `visit` brings them in, band by band.
 
     loads: blocks that were read so far; bytes: of files; waited: seconds that computing stood still
@@ -129,10 +151,6 @@ class Weights:
         self.room = make_room(limit, len(self._blocks), self.room.block_bytes, always, name)
 
     @property
-    def bands(self) -> tuple[range, ...]:
-        return self.room.bands
-
-    @property
     def identity(self) -> list[list]:
         """The identity of the files, equal as long as none changes. Raises InputError if one
         did."""
@@ -144,10 +162,9 @@ class Weights:
         return self._block_of.get(name)
 
     def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """Bands, one after the other, each with its blocks' weights in place while it is the
-        current one.
+        """See `_InBands.visit`.
 
-        The next one is read meanwhile, as far as it fits. A block still in memory is not read
+        The next band is read meanwhile, as far as it fits. A block still in memory is not read
         again. Raises InputError if a file has changed.
         """
         bands = list(bands)

@@ -1,0 +1,152 @@
+"""Weights that do not fit: which chunks share the loading of a band, and whether a call fits.
+
+If all weights stay loaded, every chunk is a group of its own, and no state waits. Nobody else asks
+which of the two holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data import TokenBatch
+from ..models import Model
+from ..plan.bands import FLOPS_PER_BYTE, make_groups, visits_of
+from ..plan.schedule import Schedule, Visit
+from ..plan.trie import Trie
+from .cache import Frontier
+from .chunks import ChunkRows, Chunks
+from .memory import MemoryLimit
+
+STATES_BYTES = 1 << 30  # of the rows that share the reading of weights, see `row_groups`
+
+
+class Groups(NamedTuple):
+    """The chunks that share the loading of weights, and whether the states of each chunk fit."""
+
+    groups: Sequence[Sequence[int]]
+    fit: bool
+
+
+class Loading:
+    """The loading of weights for the calls of one model.
+
+    frontier: of states that wait. visits_of: for `make_schedule`; None if weights stay loaded.
+    """
+
+    def __init__(self, model: Model, limit: MemoryLimit, frontier: Frontier):
+        self._model, self._limit, self._frontier = model, limit, frontier
+        self.visits_of: Callable[[Trie], np.ndarray] | None = None
+        if model.weights.take_turns:
+            units_of_block = limit.num_units // model.num_blocks
+            band_of = [
+                number
+                for number, band in enumerate(model.weights.bands)
+                for _ in range(len(band) * units_of_block)
+            ]
+            self.visits_of = functools.partial(visits_of, band_of=band_of)
+
+    def groups(self, schedules: Mapping[int, Schedule], chunks: Chunks, references: int) -> Groups:
+        """The groups of a call, for which the frontier starts. references: bytes that are held."""
+        numbers, model = list(schedules), self._model
+        if not model.weights.take_turns or not numbers:
+            return Groups([[number] for number in numbers], True)
+        tokens = max(chunks[number].num_tokens for number in numbers)
+        slots = max(schedule.num_slots for schedule in schedules.values())
+        memory = self._limit.beside(tokens, slots, references)
+        self._frontier.start(memory)
+        slower = self._frontier.slower_bytes
+        waiting = [self._waiting_bytes(schedules[number], chunks[number]) for number in numbers]
+        blocks = model.weights.room
+        weights_of_block = blocks.block_bytes // model.dtype.itemsize
+        flops_per_token = 2 * weights_of_block * blocks.num_blocks // self._limit.num_units
+        groups = make_groups(
+            waiting,
+            [
+                schedules[number].unit_runs * chunks[number].num_tokens * flops_per_token
+                for number in numbers
+            ],
+            blocks.num_blocks * blocks.block_bytes,
+            memory,
+            slower,
+            FLOPS_PER_BYTE["cuda" if model.device.type == "cuda" else "cpu"],
+        )
+        return Groups(
+            [[numbers[place] for place in group] for group in groups.groups],
+            max(waiting) <= memory + slower,
+        )
+
+    def _waiting_bytes(self, schedule: Schedule, chunk: ChunkRows) -> int:
+        """The most that a chunk's states between bands weigh at once."""
+        return schedule.frontier_peak * self._limit.state_bytes(chunk.num_tokens)
+
+
+def visits(
+    schedules: Mapping[int, Schedule], model: Model, units_of_block: int
+) -> Iterator[dict[int, Visit]]:
+    """The visits of a group of chunks that run together, by chunk, while their weights are
+    loaded."""
+    by_number: dict[int, dict[int, Visit]] = {}
+    for chunk, schedule in schedules.items():
+        for visit in schedule.visits:
+            by_number.setdefault(visit.number, {})[chunk] = visit
+    together = [by_number[number] for number in sorted(by_number)]
+    bands: list[Sequence[int]] = [*model.weights.bands] * len(together)
+    if model.weights.take_turns:
+        bands = [_blocks_of(schedules, parts, units_of_block) for parts in together]
+    for parts, _ in zip(together, model.weights.visit(bands)):
+        yield parts
+
+
+def _blocks_of(
+    schedules: Mapping[int, Schedule], parts: Mapping[int, Visit], units_of_block: int
+) -> list[int]:
+    """The blocks that visits run."""
+    steps = (schedules[chunk].steps[visit.start : visit.stop] for chunk, visit in parts.items())
+    return sorted(
+        {
+            unit // units_of_block
+            for step in itertools.chain.from_iterable(steps)
+            for unit in step.units
+        }
+    )
+
+
+# -- probes ----------------------------------------------------------------------------------------
+
+
+def there_and_back(model: Model) -> Iterator[tuple[Sequence[int], bool]]:
+    """Blocks that are loaded together, from the first to the last and back, and whether this is on
+    the way back. The last ones come once, as the first on the way back."""
+    *before, last = model.weights.bands
+    way = [*before, last, *reversed(before)]
+    for number, blocks in enumerate(model.weights.visit(way)):
+        yield blocks, number >= len(before)
+
+
+def row_groups(
+    model: Model, batch: TokenBatch, states_of_row: int | None = None
+) -> list[list[int]]:
+    """The rows that share the reading of weights: each alone if all stay loaded, else as many as
+    states fit into STATES_BYTES.
+
+    states_of_row: states that are held of a row; by default as many as `there_and_back` has steps
+    on the way back.
+    """
+    if not model.weights.take_turns:
+        return [[row] for row in range(batch.num_rows)]
+    states_of_row = states_of_row or len(model.weights.bands)
+    sizes = batch.run_sizes * states_of_row * model.hidden_size * model.dtype.itemsize
+    groups: list[list[int]] = [[]]
+    total = 0
+    for row, size in enumerate(sizes.tolist()):
+        if groups[-1] and total + size > STATES_BYTES:
+            groups.append([])
+            total = 0
+        groups[-1].append(row)
+        total += size
+    return groups
