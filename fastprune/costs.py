@@ -250,7 +250,7 @@ def _of_parameters(
 def _of_cache(model: Model, granularity: str) -> UnitCosts:
     """Bytes of keys and values that the second token adds, by layer: states of a fixed size add
     none."""
-    from .models.verify import probe_ids
+    from .models.compare import probe_ids
 
     ids = probe_ids(model)
     one, two = (_cache_bytes(model, ids[:, :length]) for length in (1, 2))

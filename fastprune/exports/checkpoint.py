@@ -390,8 +390,8 @@ def _check_written(model: Model, expected: torch.Tensor, how: str, folder: Path)
     """The written checkpoint, as transformers loads it, gives the expected logits [T, V]."""
     from transformers import AutoConfig
 
+    from ..models.compare import agree, probe_ids
     from ..models.text import auto_class
-    from ..models.verify import agree, probe_ids
 
     # code that was written along is the model's own, which has run already
     own_code = type(model.hf).__module__.startswith("transformers_modules.")

@@ -39,7 +39,7 @@ from ..masks import (
     record_units,
 )
 from ..models import Granularity, Model, Needs, load_model, masked, open_runner
-from ..models.verify import agree, probe_ids
+from ..models.compare import agree, probe_ids
 from ..objectives import Difference, Objective
 from ..plan.trie import units_of
 from ..validate import check_one_of, refuse_special

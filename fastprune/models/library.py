@@ -21,12 +21,13 @@ from torch import nn
 
 from ..errors import InputError, shown
 from ..validate import check_integer, check_number
+from .compare import agree, probe_ids, probe_tree
 from .generic import GenericRunner
 from .model import Model
 from .offload.weights import ResidentWeights
 from .swap import State, first, hidden_of
 from .unwrap import unwrap
-from .verify import agree, probe_ids, probe_tree, verified
+from .verify import verified
 from .version import Watch, digest_of
 
 HALVES = {"no attention": 1, "no mlp": 0}  # the half that stays: 0 attention, 1 MLP

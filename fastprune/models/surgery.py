@@ -23,11 +23,12 @@ from torch import nn
 
 from ..errors import InputError
 from ..masks import check_removed, check_sequences
+from .compare import agree, probe_ids
 from .generic import GenericRunner
 from .model import Model, evaluating, lock_of
 from .swap import INDEX_NAMES, Sublayers, get_module, twin, with_replaced
 from .text import depths, with_text_config
-from .verify import agree, probe_ids, verified
+from .verify import verified
 
 
 class Cut(NamedTuple):

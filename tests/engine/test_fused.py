@@ -19,7 +19,7 @@ from helpers import bfloat16_errors
 
 import fastprune as fp
 from fastprune.models import FusedRunner, fused, native
-from fastprune.models.verify import probe_tree
+from fastprune.models.compare import probe_tree
 
 LLAMA_LIKE = ["llama", "llama-tied", "mistral", "phi3", "qwen2", "qwen2-window", "qwen3"]
 OTHERS = ["gemma2-eager", "gemma2-sdpa", "gemma3", "olmo2", *sorted(FUSED_CONFIGS)]

@@ -1,0 +1,290 @@
+"""A model's blocks, run one by one, against its own forward pass: on two short rows at every
+opening, and on a row as long as the longest to be scored.
+
+Equal code at equal shapes must give equal bits. A tolerance serves a row beside others and the
+fused path, whose shapes or code are others.
+
+Each raises InputError, with the reason, if a comparison fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .compare import agree, agreeing_share, continued_otherwise, probe_ids, same_bits
+from .device import is_out_of_memory
+from .generic import GenericRunner
+from .model import Model
+from .runner import Runner
+from .swap import Arguments, StandInLayer, first, get_module, with_replaced
+from .text import failure_of
+
+# -- the model's own forward pass ------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """A layer's call in the own forward pass. run: the layer on its input once more."""
+
+    entry: torch.Tensor
+    output: torch.Tensor
+    run: Callable[[], Any]
+
+
+def _own_pass(
+    model: Model,
+    ids: torch.Tensor,
+    before: Callable[[int], object],
+    after: Callable[[int, _Call], object],
+    base_only: bool = False,
+) -> torch.Tensor:
+    """The model's own forward pass, with a function before and after each block, whose weights are
+    loaded then. Returns the logits [B * T, V], or of the base model alone the normed states."""
+    blocks = model.weights.blocks()
+    num_called = 0
+
+    def calling(number: int, layer: nn.Module) -> Callable:
+        def call(entry: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+            nonlocal num_called
+            if number != num_called or next(blocks) != number:
+                raise model.refusal("it does not run its blocks in order, each once")
+            num_called += 1
+            before(number)
+            output = layer(entry, *args, **kwargs)
+            after(number, _Call(entry, first(output), lambda: layer(entry, *args, **kwargs)))
+            return output
+
+        return call
+
+    stand_ins = [StandInLayer(layer, calling(i, layer)) for i, layer in enumerate(model.layers)]
+    own = with_replaced(model.hf, model.path, nn.ModuleList(stand_ins))
+    base = get_module(own, model.path[:1]) if base_only else own
+    output = base(input_ids=ids, use_cache=False)
+    if num_called != model.num_blocks:
+        raise model.refusal("it does not run its blocks in order, each once")
+    return (output[0] if base_only else output.logits).flatten(0, 1)
+
+
+def _recorded(model: Model, ids: torch.Tensor, calls: list[_Call]) -> torch.Tensor:
+    """The logits [B * T, V] of the own forward pass, whose layers' calls join a list."""
+    return _own_pass(model, ids, lambda _: None, lambda _, call: calls.append(call))
+
+
+def _opened(runner: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Like `Runner.open`, for plain rows. Raises InputError for states of another form."""
+    state, arguments = runner.open(ids)
+    if state.dim() != 3 or state.shape[:2] != ids.shape:
+        raise runner.model.refusal(
+            f"its states have the shape {list(state.shape)}, not [rows, tokens, width]"
+        )
+    return state, arguments
+
+
+def run_block(
+    runner: GenericRunner, block: int, state: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
+    """The state after a block. Raises InputError if the block has changed the one before it."""
+    version = state._version
+    following = runner.run(block, state, arguments)
+    if state._version != version:
+        raise runner.model.refusal("its layers overwrite their input, which other masks still need")
+    return following
+
+
+def _checked(
+    model: Model, block: int, before: torch.Tensor, after: torch.Tensor, own: _Call
+) -> torch.Tensor:
+    """A block's states in the own forward pass. Raises InputError unless those of the runner,
+    before and after it, have the same bits.
+
+    A module whose own two runs differ is compared with tolerance.
+    """
+    if not same_bits(before, own.entry):
+        raise model.refusal(f"its own forward pass changes the states in front of block {block}")
+    if same_bits(after, own.output):
+        return after
+    if not same_bits(first(own.run()), own.output) and agree(after, own.output, model.dtype):
+        return own.output
+    raise model.refusal(
+        f"block {block} gives other states in the model's own forward pass: it reads more than the "
+        f"states of the block before it, such as results of other blocks (tied across depth)"
+    )
+
+
+def _require_causal(model: Model, other: torch.Tensor, states: torch.Tensor) -> None:
+    """Raise InputError unless the states of equal tokens, [B, T, D], are equal, at equal shapes,
+    though other tokens follow."""
+    if not same_bits(other, states) and agreeing_share(other, states, model.dtype) < 1:
+        raise model.refusal("it is not causal: states depend on later tokens")
+
+
+def _require_alone(model: Model, beside: torch.Tensor, alone: torch.Tensor) -> None:
+    """Raise InputError unless a row's states beside another row, [B, T, D], are those alone."""
+    if agreeing_share(beside, alone, model.dtype) < MOST_POSITIONS:
+        raise model.refusal("a row has other states beside another row")
+
+
+# -- blocks ----------------------------------------------------------------------------------------
+
+# share of positions at which a row beside another must agree with the row alone: other shapes round
+# otherwise, which lets a router near a tie take another expert
+MOST_POSITIONS = 0.75
+
+
+def prove_blocks(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two short rows, run block by block, have the states of the model's own forward pass to the
+    bit; no state depends on later tokens or on another row.
+
+    Returns their final states, [P, D], and the logits of the own forward pass, [P, V].
+    """
+    try:
+        finals, expected = _prove_short(runner)
+        one_by_one = runner.head.logits(finals)
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise runner.model.refusal(failure_of(runner.model.hf, error)) from error
+    if not agree(one_by_one, expected, runner.model.dtype):
+        raise runner.model.refusal(
+            "its layers, run one by one, do not give the logits of its own forward pass"
+        )
+    return finals, expected
+
+
+def _prove_short(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
+    model = runner.model
+    row = probe_ids(model)
+    kept = row.shape[1] - max(1, row.shape[1] // 3)
+    other = continued_otherwise(model, row, kept)
+    padded = other.clone()
+    padded[:, -1] = 0  # as a shorter row is padded in a chunk
+    opened = [_opened(runner, ids) for ids in (row, other)]
+    states = [state for state, _ in opened]
+    beside, arguments = _opened(runner, torch.cat([row, padded]))
+    following = states
+
+    def run_all(block: int) -> None:
+        # in turn: a block that keeps something for a later one is caught
+        nonlocal following, beside
+        following = [
+            run_block(runner, block, state, arguments)
+            for state, (_, arguments) in zip(states, opened, strict=True)
+        ]
+        beside = run_block(runner, block, beside, arguments)
+
+    def compare(block: int, *own: _Call) -> None:
+        nonlocal states, beside
+        pairs = list(zip(states, following))
+        states = [_checked(model, block, *pair, call) for pair, call in zip(pairs, own)]
+        states += following[len(own) :]
+        _require_causal(model, states[1][:, :kept], states[0][:, :kept])
+        alone = torch.cat(states)
+        _require_alone(model, beside[:, :-1], alone[:, :-1])
+        beside = alone  # each block by itself: no rounding grows over the depth
+
+    if model.weights.streamed:  # a block is read once for all
+        logits = _own_pass(model, row, run_all, compare)
+        return states[0].flatten(0, 1), logits
+    calls: tuple[list[_Call], list[_Call]] = [], []
+    both = [_recorded(model, ids, of_row) for ids, of_row in zip((row, other), calls)]
+    for block, own in enumerate(zip(*calls, strict=True)):
+        run_all(block)
+        compare(block, *own)
+    return torch.cat(states).flatten(0, 1), torch.cat(both)
+
+
+def check_row(
+    generic: GenericRunner, ids: torch.Tensor, together: bool, fused: Runner | None = None
+) -> None:
+    """Verify a model on a plain row as long as the longest to be scored, once for each length.
+
+    The generic path's states equal those of the own forward pass to the bit, later tokens change no
+    earlier state, and the row agrees with itself beside another. Three passes over the row: the own
+    forward pass, the generic path, and the path to be used.
+
+    Args:
+        generic: The generic runner.
+        ids: The row, int64[1, T].
+        together: Whether rows of this length run in company.
+        fused: The fused runner, if it is to be used.
+
+    Raises:
+        InputError: The model cannot be run on such rows block by block, or on the fused path.
+    """
+    model, path = generic.model, "generic" if fused is None else fused.path_name
+    if ids.shape[1] <= probe_ids(model).shape[1]:
+        return
+
+    def work() -> None:
+        try:
+            _prove_row(generic, ids, together, fused)
+        except Exception as error:
+            if isinstance(error, InputError) or is_out_of_memory(error):
+                raise
+            why = f"a row of {ids.shape[1]} tokens failed ({type(error).__name__}: {error})"
+            raise model.refusal(why) from error
+
+    model.once(("row", path, ids.shape[1], together), work)
+
+
+def _prove_row(
+    generic: GenericRunner, ids: torch.Tensor, together: bool, fused: Runner | None
+) -> None:
+    model, length = generic.model, ids.shape[1]
+    state, arguments = _opened(generic, ids)
+    following = state
+    # The third pass runs batches of rows, each with the number of tokens that it shares with the
+    # row. One shares two thirds, one all but the last: so neither a look at the next token nor one
+    # at the rest of a segment is missed. Rows that never run in company run one by one. A fused
+    # path is causal; if it agrees with the generic one, so is the generic one.
+    shared = [length - max(1, length // 3), length - 1]
+    if together:
+        shares = [[length, *shared]]
+    else:
+        shares = [[kept] for kept in shared] if fused is None else [[length]]
+    path: Any = generic if fused is None else fused
+    opened = [
+        path.open(torch.cat([continued_otherwise(model, ids, kept) for kept in batch]))
+        for batch in shares
+    ]
+    batches = [states for states, _ in opened]
+
+    def before(block: int) -> None:
+        nonlocal following, batches
+        following = run_block(generic, block, state, arguments)
+        batches = [
+            path.run(block, states, rest, "block")
+            for states, (_, rest) in zip(batches, opened, strict=True)
+        ]
+
+    def after(block: int, own: _Call) -> None:
+        nonlocal state, batches
+        state = _checked(model, block, state, following, own)
+        for number, (states, batch) in enumerate(zip(batches, shares, strict=True)):
+            if batch[0] == length and fused is None:
+                _require_alone(model, states[:1], state)
+            elif batch[0] == length and not agree(states[:1], state, model.dtype):
+                raise fused_differs(model, block)
+            same = states[:1] if together else state  # run at the same shapes
+            for place, kept in enumerate(batch):
+                if kept < length:
+                    _require_causal(model, states[place : place + 1, :kept], same[:, :kept])
+            # each block by itself: no rounding grows over the depth
+            batches[number] = torch.stack(
+                [
+                    torch.cat([state[0, :kept], states[place, kept:]])
+                    for place, kept in enumerate(batch)
+                ]
+            )
+
+    _own_pass(model, ids, before, after, base_only=True)
+
+
+def fused_differs(model: Model, block: int) -> InputError:
+    return InputError(f"{model.name}: block {block} gives something else on the fused path")
