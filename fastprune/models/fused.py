@@ -21,7 +21,8 @@ from .code import foreign_code, global_hooks, hooks_of, own_forward
 from .generic import GenericRunner
 from .head import LINEAR
 from .model import Model
-from .operators import OPERATORS, Rows, fast_operators
+from .operators import fast_operators, operators_named
+from .operators.rows import Rows
 from .swap import Arguments, HalfBlock, State, get_module, hidden_of
 from .windows import NO_WINDOW_FORM
 
@@ -65,7 +66,7 @@ class FusedRunner:
         if reason:
             raise InputError(f"{model.name}: the fused path cannot run this model: {reason}")
         chosen = operators or fast_operators(model.device, model.dtype) or "torch"
-        self._operators = OPERATORS[chosen](model.dtype)
+        self._operators = operators_named(chosen)
         self._block = FAMILIES[model.family]
         self._layers = layers_of(model)
         self._generic = GenericRunner(model)  # for embeddings and angles
@@ -93,7 +94,7 @@ class FusedRunner:
         scale = self._block.query_scale(self._layers[0].attention, arguments[0]["position_ids"])
         if scale is not None:
             scale = scale.expand(num_rows, -1).reshape(-1, 1).to(state.dtype)
-        rows = Rows(num_rows, length, positions, branch, ids.device)
+        rows = Rows(num_rows, length, positions, branch, ids.device, self.model.dtype)
         windows = self._generic.windows(length if positions is None else int(positions.max()) + 1)
         plans = {window: self._plan(rows, window) for window in set(windows)}
         return state, ChunkArguments(tables, position, scale, [plans[w] for w in windows])

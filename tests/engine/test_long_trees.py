@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import fastprune as fp
 from fastprune.models import FusedRunner, fused, native, open_runner
-from fastprune.models.operators import OPERATORS, Rows
+from fastprune.models.operators import operators_named
+from fastprune.models.operators.rows import Rows
 from fastprune.models.tree import seen_by, seen_runs, segments, tree_mask
 
 SIZES = {
@@ -140,11 +141,11 @@ def test_runs_are_the_mask(window):
 def test_rows_whose_branches_are_not_in_one_piece_go_to_torch(branch, positions, window):
     branch, positions = torch.tensor([branch]), torch.tensor([positions])
     assert seen_runs(positions, branch, window) is None
-    rows = Rows(1, 4, positions, branch, torch.device("cpu"))
+    rows = Rows(1, 4, positions, branch, torch.device("cpu"), torch.float32)
     qkv = torch.randn(4, 3 * 16, generator=torch.Generator().manual_seed(0))
     found, expected = (
         ops.attention(qkv, ops.plan_attention(rows, 16, False, window), 1, 1, 0.25)
-        for ops in (OPERATORS["native"](qkv.dtype), OPERATORS["torch"](qkv.dtype))
+        for ops in map(operators_named, ("native", "torch"))
     )
     assert torch.equal(found, expected)
 

@@ -18,7 +18,8 @@ from kernel_checks import DEVICE, INTERPRETED, random  # skips where triton is n
 
 import fastprune as fp
 from fastprune.models import fused
-from fastprune.models.operators import Rows, TritonOperators
+from fastprune.models.operators import kernels
+from fastprune.models.operators.rows import Rows
 from fastprune_kernels import attention, gated_mlp, linear_loss, norm, reference, rope
 from fastprune_kernels.attention import TreePlan
 
@@ -141,12 +142,12 @@ def test_plain_rows_that_no_memory_efficient_kernel_takes_go_to_tree_attention(
     dtype, grouped, tree
 ):
     """Torch's takes no grouped heads in float32, and would hold all scores of a row."""
-    rows = Rows(3, 9, None, None, DEVICE)
-    plan = TritonOperators(dtype).plan_attention(rows, 16, grouped, None)
+    rows = Rows(3, 9, None, None, DEVICE, dtype)
+    plan = kernels.plan_attention(rows, 16, grouped, None)
     assert isinstance(plan, TreePlan) == tree
     heads, kv_heads = (4, 2) if grouped else (3, 3)
     qkv = random(27, (heads + 2 * kv_heads) * 16, dtype=dtype)
-    found = TritonOperators(dtype).attention(qkv, plan, heads, kv_heads, 0.25)
+    found = kernels.attention(qkv, plan, heads, kv_heads, 0.25)
     truth = reference.tree_attention(
         qkv.double(),
         reference.tree_mask(torch.tensor([0, 9, 18, 27]), *plain(27, 9)).to(DEVICE),

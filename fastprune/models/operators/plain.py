@@ -1,0 +1,128 @@
+"""Plain torch: the reference for the other sets.
+
+`fastprune_kernels.reference` says what each operator computes; those on states and heads may work
+in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from fastprune_kernels import reference
+from fastprune_kernels.reference import gated_mlp, rotary
+
+from ..head import Head
+from ..model import Model
+from ..tree import tree_mask
+from .rows import Rows, Segments
+
+__all__ = ["add_rms_norm", "attention", "gated_mlp", "head", "numerics", "plan_attention", "rotary"]
+
+name = "torch"
+# tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
+DENSE = 512
+
+
+def add_rms_norm(
+    states: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    branch: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    unit_offset: bool = False,
+    centered: bool = False,
+) -> torch.Tensor:
+    """norm(states + branch) * weight; the sum goes to `residual` as well."""
+    x, normed = reference.add_rms_norm(states, weight, eps, branch, unit_offset, centered)
+    if residual is not None:
+        residual.copy_(x)
+    return normed
+
+
+def plan_attention(
+    rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
+) -> object:
+    """The plan of a chunk's rows for `attention`, made once for all layers with this window.
+
+    grouped: whether several heads share a key head. capped: whether scores have a soft cap.
+    """
+    window = rows.windowed(window)
+    if rows.branch is None and window is None:
+        return rows, None
+    branch, position = rows.trees
+    if rows.length <= DENSE:
+        return rows, tree_mask(position, branch, window)
+    return rows, [Segments(pos[None], br[None], window) for pos, br in zip(position, branch)]
+
+
+def attention(
+    qkv: torch.Tensor,
+    plan: Any,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused
+    kernels."""
+    rows, seen = plan
+    heads = qkv.view(rows.num_rows, rows.length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    attend = partial(
+        F.scaled_dot_product_attention, scale=scale, enable_gqa=num_heads != num_kv_heads
+    )
+    if soft_cap is not None:
+        attend = partial(_capped_attention, scale=scale, soft_cap=soft_cap)
+    if not isinstance(seen, list):
+        out = attend(q, k, v, attn_mask=seen, is_causal=seen is None).transpose(1, 2)
+        return out.reshape(len(qkv), -1)
+    out = qkv.new_empty(rows.num_rows, rows.length, num_heads, q.shape[-1])
+    for row, pieces in enumerate(seen):
+        of = slice(row, row + 1) if rows.branch is not None else slice(None)
+        for queries, keys, mask in pieces:
+            part = attend(
+                q[of][:, :, queries], k[of][:, :, keys], v[of][:, :, keys], attn_mask=mask
+            )
+            out[of, queries] = part.transpose(1, 2)
+    return out.view(len(qkv), -1)
+
+
+def head(
+    model: Model,
+    norm: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+    soft_cap: float | None,
+) -> Head:
+    """A model's head, for these operators. scale, soft_cap: of its logits."""
+    return Head(model, norm)
+
+
+def numerics() -> str:
+    """The settings that decide the bits of a result besides torch's own."""
+    return name
+
+
+def _capped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float,
+    soft_cap: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """softmax(cap * tanh(scale * q k^T / cap)) v, [B, H, Q, Dh]; several heads may share keys."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = soft_cap * torch.tanh(q @ k.transpose(2, 3) * (scale / soft_cap))
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v
