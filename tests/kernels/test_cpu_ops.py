@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_suite import MlpProperties, NormProperties, Operators, RotaryProperties, check_rows
 
 from fastprune.models import native
 from fastprune_kernels import reference
@@ -61,94 +62,42 @@ def assert_as_exact(result: torch.Tensor, same: torch.Tensor, truth: torch.Tenso
     )
 
 
-def rotary_tables(half: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.arange(50)[:, None] * 100.0 ** -(torch.arange(half) / half)
-    return angles.cos(), angles.sin()
-
-
-def positions(tokens: int) -> torch.Tensor:
-    return torch.randint(50, (tokens,), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
-@pytest.mark.parametrize(
-    "kind", [{}, {"unit_offset": True}, {"centered": True}], ids=lambda kind: "".join(kind) or "rms"
+CSRC = Operators(
+    native.add_rms_norm,
+    native.rotary,
+    native.gated_mlp,
+    lambda result, same, truth, _: assert_as_exact(result, same, truth),
+    torch.device("cpu"),
+    tokens=2000,
+    threads=(1, 2, 3),
 )
-@pytest.mark.parametrize("weighted", [True, False])
-def test_adds_and_norms(rows, size, dtype, kind, weighted):
-    states, branch = (
-        random(rows, size, dtype=dtype, seed=1),
-        random(rows, size, dtype=dtype, seed=2),
-    )
-    weight = random(size, dtype=dtype, seed=3) if weighted else None
-    residual, normed = nans(rows, size, dtype=dtype), nans(rows, size, dtype=dtype)
-    out = {"residual": residual, "normed": normed}
-    assert native.add_rms_norm(states, weight, EPS, branch=branch, **out, **kind) is normed
-    same_sum, same = reference.add_rms_norm(states, weight, EPS, branch, **kind)
-    assert torch.equal(residual, same_sum)
-    # the norm is taken of the rounded sum
-    wide = None if weight is None else weight.double()
-    truth = reference.rms_norm(same_sum.double(), wide, EPS, **kind)
-    assert_as_exact(normed, same, truth)
-    assert torch.equal(native.add_rms_norm(states, weight, EPS, branch=branch, **kind), normed)
-    assert torch.equal(native.add_rms_norm(same_sum, weight, EPS, **kind), normed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_residual_in_place_and_without_a_branch(dtype):
-    states, branch, weight = (
-        random(*shape, dtype=dtype, seed=1) for shape in ((9, 60), (9, 60), (60,))
-    )
-    expected = states + branch
-    normed = native.add_rms_norm(states, weight, EPS, branch=branch, residual=states)
-    assert torch.equal(states, expected)
-    residual = nans(9, 60, dtype=dtype)
-    assert torch.equal(native.add_rms_norm(states, weight, EPS, residual=residual), normed)
-    assert torch.equal(residual, expected)
+@pytest.fixture
+def ops():
+    return CSRC
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", [None, "weight", "unit_offset", "after"])
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "head_dim", "half"),
-    [
-        (63, 4, 2, 16, 8),
-        (1, 3, 1, 64, 32),
-        (5, 2, 1, 80, 40),
-        (3, 3, 3, 128, 64),
-        (7, 2, 1, 20, 5),
-        (3, 1, 1, 80, 12),
-    ],
-)
-def test_rotates_q_and_k(tokens, heads, kv_heads, head_dim, half, norm, interleaved, dtype):
-    qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
-    cos, sin = rotary_tables(half)
-    arguments = (positions(tokens), heads, kv_heads)
-    kind = {
-        "interleaved": interleaved,
-        "unit_offset": norm == "unit_offset",
-        "norm_after": norm == "after",
-    }
-    weights, wide = {}, {}
-    if norm is not None:
-        weights = {
-            f"{name}_weight": random(head_dim, dtype=dtype, seed=seed)
-            for name, seed in (("q", 3), ("k", 4))
-        }
-        wide = {name: weight.double() for name, weight in weights.items()}
-    same = reference.rotary(qkv, cos, sin, *arguments, **weights, **kind)
-    tables = cos.double(), sin.double()
-    truth = reference.rotary(qkv.double(), *tables, *arguments, **wide, **kind)
-    result = qkv.clone()
-    assert native.rotary(result, cos, sin, *arguments, **weights, **kind) is result
-    assert_as_exact(result, same, truth)
-    values = (heads + kv_heads) * head_dim
-    assert torch.equal(result[:, values:], qkv[:, values:])
-    if norm is None:
-        rest, before = (x.unflatten(1, (-1, head_dim))[..., 2 * half :] for x in (result, qkv))
-        assert torch.equal(rest, before)
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=native.ACTIVATIONS)
+def activation(request):
+    return request.param
+
+
+class TestNorm(NormProperties):
+    pass
+
+
+class TestRotary(RotaryProperties):
+    pass
+
+
+class TestGatedMlp(MlpProperties):
+    pass
 
 
 def random_runs(rows: int, length: int, seed: int = 5) -> torch.Tensor:
@@ -191,7 +140,6 @@ def attention_by_rows(
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("runs", ["causal", "random"])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize(
@@ -228,7 +176,6 @@ def test_attends_to_the_keys_that_are_seen(
     assert torch.equal(native.attention(qkv, each, *arguments[1:], soft_cap=soft_cap), out)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_depends_on_what_is_seen_alone(dtype, threads):
     """A row alone and among others, on any number of threads; a query without what it does not see,
     and beside queries that see something else."""
@@ -311,20 +258,6 @@ def test_attention_with_scores_far_apart():
     assert torch.equal(out, qkv[:, 16:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (3, 1), (2, 129)])
-@pytest.mark.parametrize("activation", native.ACTIVATIONS)
-def test_activates_and_multiplies(rows, size, activation, dtype):
-    gate_up = random(rows, 2 * size, dtype=dtype, seed=1, scale=3.0)
-    out = nans(rows, size, dtype=dtype)
-    assert native.gated_mlp(gate_up, activation, out=out) is out
-    truth = reference.gated_mlp(gate_up.double(), activation)
-    assert_as_exact(out, reference.gated_mlp(gate_up, activation), truth)
-    assert torch.equal(native.gated_mlp(gate_up, activation), out)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", native.ACTIVATIONS)
 def test_activation_far_from_zero(activation, dtype):
     gate = torch.tensor(
         [[-INF, -1e30, -200.0, -89.0, -88.0, -20.0, -0.0, 20.0, 88.0, 1e30, INF, NAN]]
@@ -338,7 +271,6 @@ def test_activation_far_from_zero(activation, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(63, 1021), (1, 60), (3, 1), (2, 8192)])
 def test_sums_exponentials(rows, size, dtype):
     logits = random(rows, size, dtype=dtype, seed=1, scale=4.0)
@@ -350,7 +282,6 @@ def test_sums_exponentials(rows, size, dtype):
     assert torch.equal(native.log_sum_exp(wider[:, :size]), out)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 100, 1025])
 @pytest.mark.parametrize(
     ("everywhere", "there"),
@@ -378,7 +309,6 @@ def test_logits_that_are_not_finite_or_huge(everywhere, there, size, dtype):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(63, 1021), (1, 60), (3, 1), (2, 8192)])
 def test_sums_of_a_divergence(rows, size, dtype):
     dense, logits = (random(rows, size, dtype=dtype, seed=i, scale=4.0) for i in (1, 2))
@@ -400,7 +330,6 @@ def test_sums_of_a_divergence(rows, size, dtype):
     assert not means.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 1025])
 @pytest.mark.parametrize("there", [NAN, INF, -INF, 1e38, -1e38])
 def test_exact_sums_of_logits_that_are_not_finite_or_huge(there, size, dtype):
@@ -411,55 +340,17 @@ def test_exact_sums_of_logits_that_are_not_finite_or_huge(there, size, dtype):
     torch.testing.assert_close(native.exact_log_sum_exp(logits), truth, equal_nan=True)
 
 
-def operators(dtype: torch.dtype):
-    """name -> (inputs with one row a token, function of them)."""
-    weight, cos, sin = random(60, dtype=dtype, seed=3), *rotary_tables(5)
-    return {
-        "add_rms_norm": (
-            (random(2000, 60, dtype=dtype, seed=1), random(2000, 60, dtype=dtype, seed=2)),
-            lambda states, branch: native.add_rms_norm(states, weight, EPS, branch=branch),
+def test_rows_of_logits_have_the_same_bits_alone_and_together(dtype):
+    dense, logits = (random(2000, 61, dtype=dtype, seed=seed) for seed in (1, 2))
+    check_rows(CSRC, native.log_sum_exp, logits)
+    check_rows(
+        CSRC,
+        lambda dense, logits: torch.stack(
+            native.divergence(dense, native.exact_log_sum_exp(dense), logits), dim=1
         ),
-        "centered norm": (
-            (random(2000, 60, dtype=dtype, seed=1),),
-            lambda states: native.add_rms_norm(states, weight, EPS, centered=True),
-        ),
-        "rotary": (
-            (random(2000, 80, dtype=dtype, seed=1), positions(2000)),
-            lambda qkv, position: native.rotary(
-                qkv.clone(), cos, sin, position, 2, 1, q_weight=weight[:20], k_weight=weight[:20]
-            ),
-        ),
-        "rotary of neighbours": (
-            (random(2000, 80, dtype=dtype, seed=1), positions(2000)),
-            lambda qkv, position: native.rotary(
-                qkv.clone(), cos, sin, position, 2, 1, interleaved=True
-            ),
-        ),
-        "gated_mlp": ((random(2000, 120, dtype=dtype, seed=1),), native.gated_mlp),
-        "log_sum_exp": ((random(2000, 61, dtype=dtype, seed=1),), native.log_sum_exp),
-        "divergence": (
-            (random(2000, 61, dtype=dtype, seed=1), random(2000, 61, dtype=dtype, seed=2)),
-            lambda dense, logits: torch.stack(
-                native.divergence(dense, native.exact_log_sum_exp(dense), logits), dim=1
-            ),
-        ),
-    }
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", list(operators(torch.float32)))
-def test_rows_have_the_same_bits_alone_and_together_on_any_number_of_threads(name, dtype, threads):
-    inputs, operator = operators(dtype)[name]
-    threads(1)
-    together = operator(*inputs)
-    for number in (2, 3):
-        threads(number)
-        assert torch.equal(operator(*inputs), together)
-    order = torch.randperm(2000, generator=torch.Generator().manual_seed(6))
-    assert torch.equal(operator(*(x[order] for x in inputs)), together[order])
-    for row in (0, 7, 1999):
-        assert torch.equal(operator(*(x[row : row + 1] for x in inputs)), together[row : row + 1])
-    assert len(operator(*(x[:0] for x in inputs))) == 0
+        dense,
+        logits,
+    )
 
 
 def norm_with(**change):
@@ -467,8 +358,8 @@ def norm_with(**change):
 
 
 def rotary_with(**change):
-    cos, sin = rotary_tables(8)
-    arguments = {"qkv": random(5, 128), "cos": cos, "sin": sin, "position": positions(5)}
+    cos, sin = CSRC.tables(8)
+    arguments = {"qkv": random(5, 128), "cos": cos, "sin": sin, "position": CSRC.positions(5)}
     native.rotary(**{**arguments, "num_heads": 4, "num_kv_heads": 2, **change})
 
 
@@ -499,48 +390,38 @@ def attention_with(**change):
             lambda: norm_with(states=random(5, 60).to("meta")),
             "states must be on the CPU, not on meta",
         ),
-        (lambda: norm_with(weight=random(61)), r"weight must have shape \[60\], not \[61\]"),
         (
             lambda: norm_with(branch=random(5, 60, dtype=torch.bfloat16)),
             "branch must be float32, not bfloat16",
         ),
-        (lambda: norm_with(branch=random(60, 5).T), "branch must be contiguous"),
         (
             lambda: norm_with(branch=random(5, 60).to("meta")),
             "branch must be on the CPU, not on meta",
         ),
         (
-            lambda: norm_with(residual=random(4, 60)),
-            r"residual must have shape \[5, 60\], not \[4, 60\]",
-        ),
-        (
             lambda: norm_with(**dict.fromkeys(("residual", "normed"), random(5, 60))),
             "must be two tensors, not one",
         ),
-        (lambda: rotary_with(num_heads=5), r"qkv must have shape \[T, 9 \* Dh\], not \[5, 128\]"),
         (
             lambda: rotary_with(num_kv_heads=0),
             "num_heads and num_kv_heads must be at least 1, not 4 and 0",
         ),
         (
-            lambda: rotary_with(cos=random(50, 9)),
-            r"cos must have shape \[N, 1 to 8\], not \[50, 9\]",
-        ),
-        (
             lambda: rotary_with(cos=random(50, 8, dtype=torch.bfloat16)),
             "cos must be float32, not bfloat16",
         ),
-        (lambda: rotary_with(sin=random(49, 8)), r"sin must have shape \[50, 8\], not \[49, 8\]"),
-        (lambda: rotary_with(position=positions(5).int()), "position must be int64, not int32"),
         (
-            lambda: rotary_with(position=positions(5) + 50),
+            lambda: rotary_with(position=CSRC.positions(5).int()),
+            "position must be int64, not int32",
+        ),
+        (
+            lambda: rotary_with(position=CSRC.positions(5) + 50),
             r"position must lie in 0\.\.49, the rows of cos, not",
         ),
         (
-            lambda: rotary_with(position=positions(5) - 51),
+            lambda: rotary_with(position=CSRC.positions(5) - 51),
             r"position must lie in 0\.\.49, the rows of cos, not -",
         ),
-        (lambda: rotary_with(q_weight=random(16)), "q_weight and k_weight must be given together"),
         (
             lambda: attention_with(qkv=random(10, 63)),
             r"qkv must have shape \[T, 8 \* Dh\], not \[10, 63\]",
@@ -575,14 +456,6 @@ def attention_with(**change):
         (
             lambda: attention_with(out=random(10, 64)),
             r"out must have shape \[10, 32\], not \[10, 64\]",
-        ),
-        (
-            lambda: native.gated_mlp(random(3, 5)),
-            r"gate_up must have shape \[T, 2F\], not \[3, 5\]",
-        ),
-        (
-            lambda: native.gated_mlp(random(3, 4), out=random(3, 4)),
-            r"out must have shape \[3, 2\], not \[3, 4\]",
         ),
         (
             lambda: native.gated_mlp(random(3, 4), "relu"),
