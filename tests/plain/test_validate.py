@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +113,15 @@ def test_folders_are_made_below_folders_only(tmp_path):
     for folder in (file, file / "below", file / "below" / "x"):
         with pytest.raises(fp.InputError, match=f"{file} is a file, not a folder"):
             validate.check_folder(folder)
+
+
+def test_folders_that_cannot_be_written_to_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    for folder in (tmp_path, tmp_path / "new" / "below"):
+        with pytest.raises(fp.InputError, match=f"{folder}: {tmp_path} cannot be written to"):
+            validate.check_folder(folder)
+    (tmp_path / "other").mkdir()
+    assert validate.check_folder(tmp_path / "other" / "new") == tmp_path / "other" / "new"
 
 
 def test_errors_say_what_fits():
