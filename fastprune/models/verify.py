@@ -395,7 +395,7 @@ def _prove_row(
         for number, (states, batch) in enumerate(zip(batches, shares, strict=True)):
             if batch[0] == length and fused is None:
                 _require_alone(model, states[:1], state)
-            elif batch[0] == length and not agree(states[:1], state, model.dtype):
+            elif batch[0] == length and not _fused_agrees(model, block, states[:1], state):
                 raise _fused_differs(model, block)
             same = states[:1] if together else state  # run at the same shapes
             for place, kept in enumerate(batch):
@@ -656,10 +656,24 @@ def _prove_fused_on(
         for probe, (state, generic_arguments, arguments) in enumerate(opened):
             expected = generic.run(block, state, generic_arguments)
             result = hidden_of(fused.run(block, state, arguments, "block"))
-            if not agree(result, expected, model.dtype):
+            if not _fused_agrees(model, block, result, expected):
                 raise _fused_differs(model, block)
             opened[probe] = expected, generic_arguments, arguments
     return [state for state, _, _ in opened]
+
+
+def _fused_agrees(
+    model: Model, block: int, result: torch.Tensor, expected: torch.Tensor
+) -> bool:
+    """Whether a block's states on the fused path are the generic path's, up to a few roundings.
+
+    These let a router near a tie take another expert, so that of a block with experts (stacks of
+    matrices) most positions are to agree.
+    """
+    if agree(result, expected, model.dtype):
+        return True
+    has_experts = any(weights.dim() == 3 for weights in model.layers[block].parameters())
+    return has_experts and agreeing_share(result, expected, model.dtype) >= MOST_POSITIONS
 
 
 def _fused_differs(model: Model, block: int) -> InputError:
