@@ -250,7 +250,9 @@ BRANCHES = {
     "olmo2": POST_NORMS,
     "olmo3": POST_NORMS,
     "exaone4": POST_NORMS,
+    "flex_olmo": POST_NORMS,
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "granitemoe": ("self_attn", "block_sparse_moe"),
     "gpt_neox": ("attention", "mlp"),
     "gpt2": ("attn", "mlp"),
 }

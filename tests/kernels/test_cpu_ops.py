@@ -73,7 +73,9 @@ def positions(tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
 @pytest.mark.parametrize(
-    "kind", [{}, {"unit_offset": True}, {"centered": True}], ids=lambda kind: "".join(kind) or "rms"
+    "kind",
+    [{}, {"unit_offset": True}, {"centered": True}, {"bias": True, "centered": True}],
+    ids=lambda kind: "".join(kind) or "rms",
 )
 @pytest.mark.parametrize("weighted", [True, False])
 def test_adds_and_norms(rows, size, dtype, kind, weighted):
@@ -82,6 +84,8 @@ def test_adds_and_norms(rows, size, dtype, kind, weighted):
         random(rows, size, dtype=dtype, seed=2),
     )
     weight = random(size, dtype=dtype, seed=3) if weighted else None
+    if "bias" in kind:
+        kind = kind | {"bias": random(size, dtype=dtype, seed=4)}
     residual, normed = nans(rows, size, dtype=dtype), nans(rows, size, dtype=dtype)
     out = {"residual": residual, "normed": normed}
     assert native.add_rms_norm(states, weight, EPS, branch=branch, **out, **kind) is normed
@@ -89,7 +93,8 @@ def test_adds_and_norms(rows, size, dtype, kind, weighted):
     assert torch.equal(residual, same_sum)
     # the norm is taken of the rounded sum
     wide = None if weight is None else weight.double()
-    truth = reference.rms_norm(same_sum.double(), wide, EPS, **kind)
+    exact = kind | {"bias": kind["bias"].double()} if "bias" in kind else kind
+    truth = reference.rms_norm(same_sum.double(), wide, EPS, **exact)
     assert_as_exact(normed, same, truth)
     assert torch.equal(native.add_rms_norm(states, weight, EPS, branch=branch, **kind), normed)
     assert torch.equal(native.add_rms_norm(same_sum, weight, EPS, **kind), normed)
@@ -500,6 +505,7 @@ def attention_with(**change):
             "states must be on the CPU, not on meta",
         ),
         (lambda: norm_with(weight=random(61)), r"weight must have shape \[60\], not \[61\]"),
+        (lambda: norm_with(bias=random(61)), r"bias must have shape \[60\], not \[61\]"),
         (
             lambda: norm_with(branch=random(5, 60, dtype=torch.bfloat16)),
             "branch must be float32, not bfloat16",

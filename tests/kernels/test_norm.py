@@ -22,9 +22,11 @@ def approximations(truth: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
-@pytest.mark.parametrize("unit_offset", [False, True])
-@pytest.mark.parametrize("centered", [False, True])
-def test_adds_and_norms(rows, size, dtype, unit_offset, centered):
+@pytest.mark.parametrize(
+    ("unit_offset", "centered", "biased"),
+    [(False, False, False), (True, False, False), (False, True, False), (True, True, True)],
+)
+def test_adds_and_norms(rows, size, dtype, unit_offset, centered, biased):
     states, branch = (
         random(rows, size, dtype=dtype, seed=1),
         random(rows, size, dtype=dtype, seed=2),
@@ -33,11 +35,13 @@ def test_adds_and_norms(rows, size, dtype, unit_offset, centered):
     residual, normed = nans(rows, size, dtype=dtype), nans(rows, size, dtype=dtype)
     out = {"residual": residual, "normed": normed}
     kind = {"unit_offset": unit_offset, "centered": centered}
-    assert add_rms_norm(states, weight, EPS, branch=branch, **out, **kind) is normed
-    same_sum, same = reference.add_rms_norm(states, weight, EPS, branch, **kind)
+    bias = random(size, dtype=dtype, seed=4) if biased else None
+    assert add_rms_norm(states, weight, EPS, branch=branch, bias=bias, **out, **kind) is normed
+    same_sum, same = reference.add_rms_norm(states, weight, EPS, branch, bias=bias, **kind)
     assert torch.equal(residual, same_sum)  # one addition in float32, rounded once
     # the norm is taken of the rounded sum
-    _, truth = reference.add_rms_norm(*double(same_sum, weight), EPS, **kind)
+    exact = None if bias is None else bias.double()
+    _, truth = reference.add_rms_norm(*double(same_sum, weight), EPS, bias=exact, **kind)
     cancelled = 0.0
     if centered:  # the mean is off by a rounding, and so is each difference from it
         spread = same_sum.double().std(dim=-1, correction=0).min().clamp(min=EPS**0.5)
@@ -85,6 +89,7 @@ def test_no_rows():
         ({"weight": random(61)}, r"weight must have shape \[60\], not \[61\]"),
         ({"branch": random(5, 60, dtype=torch.float16)}, "branch must be float32, not float16"),
         ({"branch": random(60, 5).T}, "branch must be contiguous"),
+        ({"bias": random(61)}, r"bias must have shape \[60\], not \[61\]"),
         ({"residual": random(4, 60)}, r"residual must have shape \[5, 60\], not \[4, 60\]"),
         ({"branch": random(6, 60)}, r"branch must have shape \[5, 60\], not \[6, 60\]"),
     ],
