@@ -150,7 +150,9 @@ class FusedRunner:
         if not is_mlp:
             branch = self._attention(block, self._norm(layer.attention_norm, x), arguments)
             hidden = (x + branch).view_as(entry)
-            return HalfBlock(hidden, entry, branch.view_as(entry), layer) if layer.parallel else hidden
+            if not layer.parallel:
+                return hidden
+            return HalfBlock(hidden, entry, branch.view_as(entry), layer)
         if layer.parallel:
             source = entry  # attention was skipped, or belongs to an earlier block
             if isinstance(state, HalfBlock) and state.owner is layer:

@@ -45,12 +45,12 @@ def add_rms_norm(
     centered: bool = False,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """normed = x / sqrt(mean(x^2) + eps) * weight + bias, x = states + branch, rounded; residual = x.
-    Returns normed.
+    """normed = x / sqrt(mean(x^2) + eps) * weight + bias, x = states + branch, rounded; residual =
+    x. Returns normed.
 
-    states, branch [M, D]; weight [D], None: 1; bias [D], None: 0; outputs residual, normed [M, D]. residual may be
-    states: added in place. unit_offset: the scale is 1 + weight. centered: the norm is taken of x
-    without its mean (LayerNorm).
+    states, branch [M, D]; weight [D], None: 1; bias [D], None: 0; outputs residual, normed [M, D].
+    residual may be states: added in place. unit_offset: the scale is 1 + weight. centered: the norm
+    is taken of x without its mean (LayerNorm).
     """
     _check_matrix("states", states)
     rows, columns = shape = states.shape

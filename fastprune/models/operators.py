@@ -89,9 +89,7 @@ def add_rms_norm(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """norm(states + branch) * weight + bias; the sum goes to `residual` as well."""
-    x, normed = reference.add_rms_norm(
-        states, weight, eps, branch, unit_offset, centered, bias
-    )
+    x, normed = reference.add_rms_norm(states, weight, eps, branch, unit_offset, centered, bias)
     if residual is not None:
         residual.copy_(x)
     return normed

@@ -662,9 +662,7 @@ def _prove_fused_on(
     return [state for state, _, _ in opened]
 
 
-def _fused_agrees(
-    model: Model, block: int, result: torch.Tensor, expected: torch.Tensor
-) -> bool:
+def _fused_agrees(model: Model, block: int, result: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether a block's states on the fused path are the generic path's, up to a few roundings.
 
     These let a router near a tie take another expert, so that of a block with experts (stacks of

@@ -76,8 +76,8 @@ def add_rms_norm(
     states [M, D]; branch [M, D], the term that a unit adds; None adds nothing. The sum is rounded
     to the dtype of the states before the norm. residual [M, D], which receives the sums, may be
     `states` itself; None keeps none. normed [M, D]: made when None. unit_offset: the scale is 1 +
-    weight (Gemma). centered: the norm is taken of x without its mean (LayerNorm). weight None: 1. bias [D];
-    None: 0.
+    weight (Gemma). centered: the norm is taken of x without its mean (LayerNorm). weight None: 1.
+    bias [D]; None: 0.
     """
     check(states.dim() == 2, lambda: f"states must have shape [M, D], not {list(states.shape)}")
     (count, size), device = states.shape, states.device
