@@ -4,8 +4,9 @@ call, in one process, on one thread, in turn; medians of 5.
     OMP_NUM_THREADS=1 python bench/families.py [--out bench/results/families.json] [family ...]
 
 Random models of 8 blocks, 384 columns wide, with 6 heads of 64 columns (2 of keys) and 1,024
-columns in the mlp; 3 masks on 4 rows of 256 tokens, nothing kept between calls. Scores are compared
-before anything is timed. The file is written after every family, and families in it are kept.
+columns in the mlp, or 8 experts of 256 columns of which 2 run; 3 masks on 4 rows of 256 tokens,
+nothing kept between calls. Scores are compared before anything is timed. The file is written after
+every family, and families in it are kept.
 """
 
 from __future__ import annotations
@@ -39,6 +40,28 @@ SIZES = {
     "pad_token_id": 0,
     "sliding_window": 128,
 }
+EXPERTS = {
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+}
+# families with experts, with the names that only they read
+OWN = {
+    "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {"num_experts_per_tok": 0, "moe_num_experts": 8, "moe_k": 2},
+    "flex_olmo": {},
+    "glm4_moe": {"first_k_dense_replace": 1},
+    "granitemoe": {},
+    "hunyuan_v1_moe": {"num_experts_per_tok": 0, "moe_topk": 2},
+    "minimax_m2": {},
+    "mixtral": {},
+    "olmoe": {},
+    "phimoe": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 256},
+    "qwen3_moe": {},
+}
 # families in which a layer type says where the window counts
 MIXED = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 
@@ -46,6 +69,8 @@ MIXED = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 def build(family: str) -> torch.nn.Module:
     kind = tf.CONFIG_MAPPING[family]
     sizes = dict(SIZES)
+    if family in OWN:
+        sizes |= EXPERTS | {"intermediate_size": 256} | OWN[family]
     if family == "helium":
         sizes["num_key_value_heads"] = 6
     if family in ("ministral", "cohere2", "exaone4", "gemma2", "gemma3_text", "olmo3"):

@@ -77,10 +77,11 @@ fastprune::Dtype dtype_of(bool bfloat16) {
 }
 
 void add_rms_norm(Address states, Address branch, Address weight, Address residual, Address normed,
-                  std::int64_t rows, std::int64_t columns, double eps, bool centered, float offset, bool bfloat16,
-                  int threads) {
+                  Address bias, std::int64_t rows, std::int64_t columns, double eps, bool centered, float offset,
+                  bool bfloat16, int threads) {
     fastprune::add_rms_norm({at<const void>(states), at<const void>(branch), at<const void>(weight),
-                             at<void>(residual), at<void>(normed), columns, eps, centered, offset},
+                             at<void>(residual), at<void>(normed), columns, eps, centered, offset,
+                             at<const void>(bias)},
                             rows, dtype_of(bfloat16), threads);
 }
 

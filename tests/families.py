@@ -140,33 +140,48 @@ FAMILIES = sorted(CONFIGS)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 MIXED.append("full_attention")
 SQUARE = LLAMA_LIKE | {"head_dim": 12}
+EXPERTS = {**SQUARE, **ALIGNED, "head_dim": 10, "num_attention_heads": 4}
+EXPERTS |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+PARTLY_ROTATED = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+}
 # more families whose blocks run on fused operators, beside those above
 FUSED_CONFIGS = {
+    "arcee": lambda: tf.ArceeConfig(**LLAMA_LIKE),
     "cohere": lambda: tf.CohereConfig(**SQUARE, logit_scale=0.25),
+    "cohere-norms": lambda: tf.CohereConfig(**SQUARE, logit_scale=0.25, use_qk_norm=True),
     "cohere2": lambda: tf.Cohere2Config(
         **SQUARE, logit_scale=0.25, sliding_window=WINDOW, layer_types=MIXED
     ),
+    "dots1": lambda: tf.Dots1Config(
+        **EXPERTS, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1
+    ),
     "ernie4_5": lambda: tf.Ernie4_5Config(**LLAMA_LIKE, use_bias=True),
+    "ernie4_5-moe": lambda: tf.Ernie4_5_MoeConfig(
+        **(EXPERTS | {"num_experts_per_tok": 0}), moe_num_experts=4, moe_k=2
+    ),
     "exaone4": lambda: tf.Exaone4Config(**LLAMA_LIKE, sliding_window=WINDOW, layer_types=MIXED),
     "exaone4-full": lambda: tf.Exaone4Config(
         **LLAMA_LIKE, sliding_window=None, layer_types=["full_attention"] * 5
     ),
+    "flex_olmo": lambda: tf.FlexOlmoConfig(**EXPERTS, num_experts=4),
     "gemma": lambda: tf.GemmaConfig(**LLAMA_LIKE),
     "glm": lambda: tf.GlmConfig(
         **(LLAMA_LIKE | {"head_dim": 12}),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-        },
+        rope_parameters=PARTLY_ROTATED,
     ),
     "glm4": lambda: tf.Glm4Config(
         **(LLAMA_LIKE | {"head_dim": 12}),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-        },
+        rope_parameters=PARTLY_ROTATED,
+    ),
+    "glm4-moe": lambda: tf.Glm4MoeConfig(
+        **EXPERTS,
+        n_routed_experts=4,
+        first_k_dense_replace=1,
+        use_qk_norm=True,
+        rope_parameters=PARTLY_ROTATED,
     ),
     "granite": lambda: tf.GraniteConfig(
         **LLAMA_LIKE,
@@ -176,8 +191,22 @@ FUSED_CONFIGS = {
         logits_scaling=2.0,
         mlp_bias=True,
     ),
+    "granite-moe": lambda: tf.GraniteMoeConfig(
+        **EXPERTS,
+        num_local_experts=4,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.4,
+        logits_scaling=2.0,
+    ),
     "helium": lambda: tf.HeliumConfig(**(SQUARE | {"num_key_value_heads": 3})),
     "hunyuan": lambda: tf.HunYuanDenseV1Config(**LLAMA_LIKE),
+    "hunyuan-moe": lambda: tf.HunYuanMoEV1Config(
+        **(EXPERTS | {"num_experts_per_tok": 0}), num_experts=4, moe_topk=2
+    ),
+    "minimax-m2": lambda: tf.MiniMaxM2Config(
+        **EXPERTS, num_local_experts=4, rope_parameters=PARTLY_ROTATED
+    ),
     "ministral": lambda: tf.MinistralConfig(**LLAMA_LIKE, sliding_window=WINDOW, layer_types=MIXED),
     "ministral3": lambda: tf.Ministral3Config(
         **LLAMA_LIKE,
@@ -189,8 +218,15 @@ FUSED_CONFIGS = {
             "llama_4_scaling_beta": 0.5,
         },
     ),
+    "nemotron": lambda: tf.NemotronConfig(**LLAMA_LIKE, rope_parameters=PARTLY_ROTATED),
     "olmo": lambda: tf.OlmoConfig(**SQUARE, clip_qkv=1.5),
     "olmo3": lambda: tf.Olmo3Config(**SQUARE, sliding_window=WINDOW, layer_types=MIXED),
+    "olmoe": lambda: tf.OlmoeConfig(**EXPERTS, num_experts=4, clip_qkv=1.5),
+    "phi": lambda: tf.PhiConfig(**SQUARE, qk_layernorm=True, rope_parameters=PARTLY_ROTATED),
+    "phimoe": lambda: tf.PhimoeConfig(**EXPERTS, num_local_experts=4, lm_head_bias=True),
+    "qwen2-moe": lambda: tf.Qwen2MoeConfig(
+        **EXPERTS, num_experts=4, shared_expert_intermediate_size=16
+    ),
     "seed_oss": lambda: tf.SeedOssConfig(**LLAMA_LIKE, attention_out_bias=True),
     "smollm3": lambda: tf.SmolLM3Config(
         **LLAMA_LIKE,
@@ -198,6 +234,11 @@ FUSED_CONFIGS = {
         use_sliding_window=True,
         sliding_window=WINDOW,
     ),
+    "stablelm": lambda: tf.StableLmConfig(**SQUARE, rope_parameters=PARTLY_ROTATED),
+    "stablelm-parallel": lambda: tf.StableLmConfig(
+        **SQUARE, use_parallel_residual=True, use_qkv_bias=True, rope_parameters=PARTLY_ROTATED
+    ),
+    "starcoder2": lambda: tf.Starcoder2Config(**SQUARE, sliding_window=WINDOW),
 }
 WINDOWED = ["gemma2-eager", "gemma2-sdpa", "gemma3", "mistral", "qwen2-window"]
 
@@ -209,7 +250,9 @@ BRANCHES = {
     "olmo2": POST_NORMS,
     "olmo3": POST_NORMS,
     "exaone4": POST_NORMS,
+    "flex_olmo": POST_NORMS,
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "granitemoe": ("self_attn", "block_sparse_moe"),
     "gpt_neox": ("attention", "mlp"),
     "gpt2": ("attn", "mlp"),
 }

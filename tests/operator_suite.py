@@ -86,21 +86,24 @@ def check_rows(ops: Operators, operator: Callable, *inputs: torch.Tensor) -> Non
 
 class NormProperties:
     @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
-    @pytest.mark.parametrize("unit_offset", [False, True])
-    @pytest.mark.parametrize("centered", [False, True])
+    @pytest.mark.parametrize(
+        ("unit_offset", "centered", "biased"),
+        [(False, False, False), (True, False, False), (False, True, False), (True, True, True)],
+    )
     @pytest.mark.parametrize("weighted", [True, False])
-    def test_adds_and_norms(self, ops, rows, size, dtype, unit_offset, centered, weighted):
+    def test_adds_and_norms(self, ops, rows, size, dtype, unit_offset, centered, biased, weighted):
         states, branch = (ops.random(rows, size, dtype=dtype, seed=seed) for seed in (1, 2))
         weight = ops.random(size, dtype=dtype, seed=3) if weighted else None
+        bias = ops.random(size, dtype=dtype, seed=4) if biased else None
         out = {name: ops.nans(rows, size, dtype=dtype) for name in ("residual", "normed")}
-        kind = {"unit_offset": unit_offset, "centered": centered}
+        kind = {"unit_offset": unit_offset, "centered": centered, "bias": bias}
         normed = ops.add_rms_norm(states, weight, EPS, branch=branch, **out, **kind)
         assert normed is out["normed"]
         same_sum, same = reference.add_rms_norm(states, weight, EPS, branch, **kind)
         assert torch.equal(out["residual"], same_sum)  # one addition in float32, rounded once
         # the norm is taken of the rounded sum
         exact = None if weight is None else weight.double()
-        truth = reference.rms_norm(same_sum.double(), exact, EPS, **kind)
+        truth = reference.rms_norm(same_sum.double(), exact, EPS, **wide(kind))
         # x / root(sum / D): the root halves the error of the division, and adds a unit
         approximations = 1.5 * truth.abs().max().item()
         if centered:  # the mean is off by a rounding, and so is each difference from it
@@ -134,6 +137,7 @@ class NormProperties:
         ("name", "shape", "message"),
         [
             ("weight", (61,), r"weight must have shape \[60\], not \[61\]"),
+            ("bias", (61,), r"bias must have shape \[60\], not \[61\]"),
             ("residual", (4, 60), r"residual must have shape \[5, 60\], not \[4, 60\]"),
             ("branch", (6, 60), r"branch must have shape \[5, 60\], not \[6, 60\]"),
         ],

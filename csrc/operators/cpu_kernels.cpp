@@ -75,6 +75,7 @@ inline float center(const T* x, long columns, Vec& squares) {
 template <class T>
 void add_rms_norm(const AddRmsNorm& a, long begin, long end) {
     const auto* weight = static_cast<const T*>(a.weight);
+    const auto* bias = static_cast<const T*>(a.bias);
     const float offset = a.offset;
     for (long row = begin; row < end; ++row) {
         const long base = row * a.columns;
@@ -100,8 +101,9 @@ void add_rms_norm(const AddRmsNorm& a, long begin, long end) {
         const float mean = a.centered ? center(x, a.columns, squares) : 0.0F;
         const float scale = inverse_rms(squares, a.columns, a.eps);
         for_each_vector(a.columns, [=](long i, auto lanes) {
-            const Vec v = a.centered ? load(x + i, lanes) - mean : load(x + i, lanes);
-            store(normed + i, weight == nullptr ? v * scale : v * scale * (load(weight + i, lanes) + offset), lanes);
+            Vec v = (a.centered ? load(x + i, lanes) - mean : load(x + i, lanes)) * scale;
+            if (weight != nullptr) v = v * (load(weight + i, lanes) + offset);
+            store(normed + i, bias == nullptr ? v : v + load(bias + i, lanes), lanes);
         });
     }
 }

@@ -16,8 +16,9 @@ struct AddRmsNorm {
     void* normed;        // [M, columns]
     long columns;
     double eps;
-    bool centered = false;  // the mean is taken off first (LayerNorm)
-    float offset = 0.0F;    // added to the weight
+    bool centered = false;       // the mean is taken off first (LayerNorm)
+    float offset = 0.0F;         // added to the weight
+    const void* bias = nullptr;  // [columns] or null: 0
 };
 
 struct Rotary {

@@ -157,12 +157,14 @@ void norm(const std::string& name, size_t rows, size_t columns) {
     }
 }
 
-// LayerNorm without a weight.
+// LayerNorm without a weight, with a bias.
 void centered_norm(const std::string& name, size_t rows, size_t columns) {
     const auto states = random<float>(rows * columns, 1);
+    const auto bias = random<float>(columns, 2);
     auto normed = nans<float>(rows * columns);
     fastprune::add_rms_norm(
-        {states.data(), nullptr, nullptr, nullptr, normed.data(), static_cast<long>(columns), kEps, true},
+        {states.data(), nullptr, nullptr, nullptr, normed.data(), static_cast<long>(columns), kEps, true, 0.0F,
+         bias.data()},
         static_cast<std::int64_t>(rows), Dtype::float32, 1);
     for (size_t row = 0; row < rows; ++row) {
         double mean = 0.0;
@@ -173,7 +175,7 @@ void centered_norm(const std::string& name, size_t rows, size_t columns) {
             squares += (states[i] - mean) * (states[i] - mean);
         const double scale = 1.0 / std::sqrt(squares / static_cast<double>(columns) + kEps);
         for (size_t i = row * columns; i < (row + 1) * columns; ++i)
-            check_close(normed[i], (states[i] - mean) * scale, 1.0, 16.0, name);
+            check_close(normed[i], (states[i] - mean) * scale + bias[i - row * columns], 1.0, 16.0, name);
     }
 }
 

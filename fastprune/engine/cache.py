@@ -27,6 +27,10 @@ from ..plan.trie import Units
 SHARE = 4  # states may take 1 / SHARE of the free bytes by default
 MARGIN = 16  # 1 / MARGIN of a GPU's free bytes stays free, for allocators and libraries
 FREE_SECONDS = 1.0  # free bytes are read at most once in this time
+# bytes of a piece of pinned memory: of the first one, and at most. Both are powers of two, to which
+# torch's allocator rounds up.
+FIRST_PIECE, LARGEST_PIECE = 64 << 20, 1 << 30
+ALIGNMENT = 256  # bytes, of a state in a piece
 
 Key = tuple[int, Units]  # chunk, prefix
 
@@ -50,32 +54,51 @@ class DeviceTier:
 
 
 class HostTier(DeviceTier):
-    """States of a GPU in the host's pinned memory, whose buffers are used again."""
+    """States of a GPU in the host's pinned memory, for those that its own has no room for.
+
+    Pinning takes milliseconds, and rounds a state up to a power of two. So states are cut from a
+    few large pieces, each as large as all before, and a dropped state's place is used again.
+
+    Args:
+        device: The device of the states.
+        pin: Makes a piece of pinned memory, uint8[size]; by default torch does.
+    """
 
     name = "host"
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, pin: Callable[[int], torch.Tensor] | None = None):
         super().__init__()
-        self._device = device
-        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self._device, self._pin = device, pin or self._pinned
+        self._piece = torch.empty(0, dtype=torch.uint8)  # the rest of the last one
+        self._total = 0  # bytes of all pieces
+        self._free: dict[int, list[torch.Tensor]] = {}  # places of dropped states, by size
+
+    def _pinned(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def put(self, key: Key, state: torch.Tensor) -> None:
-        kind = state.shape, state.dtype
-        if self._free.get(kind):
-            buffer = self._free[kind].pop()
-        else:
-            buffer = torch.empty(
-                state.shape, dtype=state.dtype, pin_memory=self._device.type == "cuda"
-            )
+        free = self._free.get(state.nbytes)
+        place = free.pop() if free else self._cut(state.nbytes)
+        buffer = place.view(state.dtype).view(state.shape)
         # the copies of a stream keep their order, so that a later read finds this state
         self._states[key] = buffer.copy_(state, non_blocking=True)
+
+    def _cut(self, size: int) -> torch.Tensor:
+        """A new place for a state, uint8[size]."""
+        if size > len(self._piece):
+            wanted = min(max(self._total, FIRST_PIECE), LARGEST_PIECE)
+            self._piece = self._pin(max(wanted, 1 << (size - 1).bit_length()))
+            self._total += len(self._piece)
+        place = self._piece[:size]
+        self._piece = self._piece[-(-size // ALIGNMENT) * ALIGNMENT :]
+        return place
 
     def get(self, key: Key) -> torch.Tensor:
         return self._states[key].to(self._device, non_blocking=True)
 
     def drop(self, key: Key) -> None:
-        buffer = self._states.pop(key)
-        self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+        place = self._states.pop(key).flatten().view(torch.uint8)
+        self._free.setdefault(len(place), []).append(place)
 
 
 class _Extent(NamedTuple):

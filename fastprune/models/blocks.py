@@ -3,6 +3,9 @@
 A `Block` names a family's parts and the order in which they run. All values (weights, sizes,
 windows, multipliers) come from the modules. A family is added by a row; the fused path compares
 every block with the family's own code before it is used.
+
+Attention always runs on fused operators. The mlp does if it is a gated one of plain linear maps;
+any other one, such as a mixture of experts, runs as the family's own module.
 """
 
 from __future__ import annotations
@@ -31,8 +34,11 @@ class Block:
         after_attention: The norm of attention's output, before it is added to the state.
         mlp_norm: The norm of the mlp's input; None if the mlp reads the state itself.
         after_mlp: The norm of the mlp's output, before it is added to the state.
-        parallel: The mlp reads what attention reads, `attention_norm` of the block's input.
-        centered: Norms take the mean off first (LayerNorm without bias).
+        mlp: The mlp.
+        final_norm: The norm behind the last block.
+        parallel: The mlp reads what attention reads, `attention_norm` of the block's input. So it
+            does, too, in a layer whose `mlp_norm` is None.
+        centered: Norms take the mean off first (LayerNorm).
         unit_offset: Norms scale by 1 + weight.
         eps: The norms' epsilon, if no attribute of theirs holds it.
         head_norms: The norms of q and k; families without them have no modules of these names.
@@ -54,6 +60,8 @@ class Block:
     after_attention: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
+    mlp: str = "mlp"
+    final_norm: str = "norm"
     parallel: bool = False
     centered: bool = False
     unit_offset: bool = False
@@ -98,6 +106,13 @@ NORMS_AFTER = Block(
     after_mlp="post_feedforward_layernorm",
 )
 GLM = Block(interleaved=True)
+LAYER_NORMS = Block(centered=True)
+GRANITE = replace(
+    LLAMA,
+    multiplier="residual_multiplier",
+    logit_scale=lambda hf: 1 / hf.config.logits_scaling,
+)
+HUNYUAN = replace(LLAMA, head_norms=("query_layernorm", "key_layernorm"), norm_after=True)
 COHERE = Block(
     mlp_norm=None,
     parallel=True,
@@ -108,13 +123,17 @@ COHERE = Block(
 )
 
 FAMILIES = {
+    "arcee": LLAMA,
     "cohere": COHERE,
     "cohere2": replace(COHERE, rotates=lambda attention: attention.sliding_window is not None),
+    "dots1": LLAMA,
     "ernie4_5": GLM,
+    "ernie4_5_moe": GLM,
     "exaone4": replace(
         NORMS_AFTER,
         rotates=lambda attention: attention.sliding_window is None or attention.is_sliding,
     ),
+    "flex_olmo": replace(NORMS_AFTER, whole_norms=True),
     "gemma": GEMMA,
     "gemma2": GEMMA_2,
     "gemma3_text": replace(GEMMA_2, soft_cap=None),
@@ -122,29 +141,42 @@ FAMILIES = {
     "glm4": replace(
         GLM, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"
     ),
-    "granite": replace(
-        LLAMA,
-        multiplier="residual_multiplier",
-        logit_scale=lambda hf: 1 / hf.config.logits_scaling,
-    ),
+    "glm4_moe": LLAMA,
+    "granite": GRANITE,
+    "granitemoe": replace(GRANITE, mlp="block_sparse_moe"),
     "helium": GLM,
-    "hunyuan_v1_dense": replace(
-        LLAMA, head_norms=("query_layernorm", "key_layernorm"), norm_after=True
-    ),
+    "hunyuan_v1_dense": HUNYUAN,
+    "hunyuan_v1_moe": HUNYUAN,
     "llama": LLAMA,
     "ministral": LLAMA,
     "ministral3": replace(LLAMA, query_scale=_scale_by_length),
     "mistral": LLAMA,
+    "mixtral": LLAMA,
+    "minimax_m2": replace(LLAMA, whole_norms=True),
+    "nemotron": replace(LAYER_NORMS, unit_offset=True),
     "olmo": replace(
         LLAMA, centered=True, eps=1e-5, clip=lambda attention: attention.config.clip_qkv
     ),
     "olmo2": replace(NORMS_AFTER, whole_norms=True),
     "olmo3": replace(NORMS_AFTER, whole_norms=True),
+    "olmoe": replace(LLAMA, whole_norms=True, clip=lambda attention: attention.config.clip_qkv),
+    "phi": replace(
+        LAYER_NORMS,
+        mlp_norm=None,
+        parallel=True,
+        final_norm="final_layernorm",
+        head_norms=("q_layernorm", "k_layernorm"),
+    ),
     "phi3": LLAMA,
+    "phimoe": LAYER_NORMS,
     "qwen2": LLAMA,
+    "qwen2_moe": LLAMA,
     "qwen3": LLAMA,
+    "qwen3_moe": LLAMA,
     "seed_oss": LLAMA,
     "smollm3": replace(LLAMA, rotates=lambda attention: attention.use_rope),
+    "stablelm": replace(LAYER_NORMS, head_norms=("q_layernorm", "k_layernorm")),
+    "starcoder2": LAYER_NORMS,
 }
 
 
@@ -160,11 +192,19 @@ class Norm:
     def weight(self) -> torch.Tensor | None:
         return getattr(self.module, "weight", None)
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return getattr(self.module, "bias", None)
+
 
 @dataclass(frozen=True)
 class Layer:
-    """The parts of one decoder layer. qkv, gate_up: linear maps whose outputs stand side by
-    side."""
+    """The parts of one decoder layer.
+
+    qkv, gate_up: linear maps whose outputs stand side by side. own_mlp: the family's module, which
+    runs as it is; None if gate_up, activation and down take its place. parallel: the mlp reads what
+    attention reads. norms_apart: q and k are normed by themselves, before `rotary`.
+    """
 
     attention: Any  # the family's module
     attention_norm: Norm | None
@@ -174,10 +214,13 @@ class Layer:
     output: nn.Linear
     after_attention: Norm | None
     mlp_norm: Norm | None
+    own_mlp: Any | None
     gate_up: tuple[nn.Linear, ...]
     activation: str
-    down: nn.Linear
+    down: Any  # a linear map
     after_mlp: Norm | None
+    parallel: bool
+    norms_apart: bool
     num_heads: int
     num_kv_heads: int
     scale: float
@@ -186,39 +229,51 @@ class Layer:
     clip: float | None
     rotates: bool
 
+    @property
+    def mlp_maps(self) -> tuple[nn.Linear, ...]:
+        """The linear maps of a mlp that the operators run."""
+        return () if self.own_mlp is not None else (*self.gate_up, self.down)
+
 
 def layer_of(block: Block, module: Any, is_eager: bool) -> Layer:
     """The parts of a family's decoder layer. Raises AttributeError if one was not found."""
-    attention, mlp = module.self_attn, module.mlp
+    attention, mlp = module.self_attn, getattr(module, block.mlp)
     packed = hasattr(attention, "qkv_proj")
     qkv = (
         (attention.qkv_proj,) if packed else (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    gate_up = (mlp.gate_up_proj,) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj)
-    act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
-    num_heads = attention.o_proj.in_features // attention.head_dim
+    output = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
+    gated = _gated_parts(mlp)
+    gate_up, activation, down = gated or ((), "", None)
+    num_heads = output.in_features // attention.head_dim
     all_heads = sum(linear.out_features for linear in qkv) // attention.head_dim
 
     def norm(name: str | None) -> Norm | None:
-        return None if name is None else norm_of(block, getattr(module, name))
+        held = None if name is None else getattr(module, name)
+        return None if held is None else norm_of(block, held)
 
     q_norm, k_norm = (
         norm_of(block, getattr(attention, name)) if hasattr(attention, name) else None
         for name in block.head_norms
     )
+    mlp_norm = norm(block.mlp_norm)
     return Layer(
         attention=attention,
         attention_norm=norm(block.attention_norm),
         qkv=qkv,
         q_norm=q_norm,
         k_norm=k_norm,
-        output=attention.o_proj,
+        output=output,
         after_attention=norm(block.after_attention),
-        mlp_norm=norm(block.mlp_norm),
+        mlp_norm=mlp_norm,
+        own_mlp=None if gated else mlp,
         gate_up=gate_up,
-        activation=ACTIVATIONS.get(_full_name(type(act)), type(act).__name__),
-        down=mlp.down_proj,
+        activation=activation,
+        down=down,
         after_mlp=norm(block.after_mlp),
+        parallel=block.parallel or (block.mlp_norm is not None and mlp_norm is None),
+        norms_apart=q_norm is not None
+        and (block.whole_norms or block.centered or _dimensions(q_norm.weight) == 2),
         num_heads=num_heads,
         num_kv_heads=(all_heads - num_heads) // 2,
         scale=attention.scaling,
@@ -227,6 +282,23 @@ def layer_of(block: Block, module: Any, is_eager: bool) -> Layer:
         clip=block.clip(attention),
         rotates=block.rotates(attention),
     )
+
+
+def _gated_parts(mlp: Any) -> tuple[tuple[nn.Linear, ...], str, nn.Linear] | None:
+    """The maps of a gated mlp that `gated_mlp` runs, and its activation; None for another one."""
+    act = mlp.act_fn if hasattr(mlp, "act_fn") else getattr(mlp, "activation_fn", None)
+    activation = ACTIVATIONS.get(_full_name(type(act)))
+    packed = hasattr(mlp, "gate_up_proj")
+    names = ("gate_up_proj", "down_proj") if packed else ("gate_proj", "up_proj", "down_proj")
+    parts = [getattr(mlp, name, None) for name in names]
+    if activation is None or not all(isinstance(part, nn.Linear) for part in parts):
+        return None
+    *gate_up, down = parts
+    return tuple(gate_up), activation, down
+
+
+def _dimensions(weight: torch.Tensor | None) -> int:
+    return 0 if weight is None else weight.dim()
 
 
 def norm_of(block: Block, module: Any) -> Norm:

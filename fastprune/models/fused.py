@@ -16,14 +16,14 @@ from torch import nn
 
 from ..errors import InputError
 from . import native
-from .blocks import ACTIVATIONS, FAMILIES, Layer, Norm, layer_of, norm_of
+from .blocks import FAMILIES, Layer, Norm, layer_of, norm_of
 from .code import foreign_code, global_hooks, hooks_of, own_forward
 from .generic import GenericRunner
 from .head import LINEAR
 from .model import Model
 from .operators import fast_operators, operators_named
 from .operators.rows import Rows
-from .swap import Arguments, HalfBlock, State, get_module, hidden_of
+from .swap import Arguments, HalfBlock, State, first, get_module, hidden_of
 from .windows import NO_WINDOW_FORM
 
 MAX_HIDDEN, MAX_HEAD = 16384, 256  # limits of the kernels on a row
@@ -70,8 +70,7 @@ class FusedRunner:
         self._block = FAMILIES[model.family]
         self._layers = layers_of(model)
         self._generic = GenericRunner(model)  # for embeddings and angles
-        final = get_module(model.hf, model.path[:-1]).norm
-        self._last_norm = norm_of(self._block, final)
+        self._last_norm = _final_norm_of(model)
         self.head = self._operators.head(
             model,
             self._final_norm,
@@ -112,7 +111,7 @@ class FusedRunner:
         known: dict[tuple[int, bool], Table] = {}
         tables: list[Table | None] = []
         for layer, handed in zip(self._layers, arguments, strict=True):
-            if not layer.rotates and layer.q_norm is None:
+            if not layer.rotates and (layer.q_norm is None or layer.norms_apart):
                 tables.append(None)
                 continue
             key = id(handed["position_embeddings"][0]), layer.rotates
@@ -138,12 +137,14 @@ class FusedRunner:
         if granularity == "block":
             return self._run_block(unit, x, arguments).view_as(entry)
         block, is_mlp = divmod(unit, 2)
-        layer, parallel = self._layers[block], self._block.parallel
+        layer = self._layers[block]
         if not is_mlp:
             branch = self._attention(block, self._norm(layer.attention_norm, x), arguments)
             hidden = (x + branch).view_as(entry)
-            return HalfBlock(hidden, entry, branch.view_as(entry), layer) if parallel else hidden
-        if parallel:
+            if not layer.parallel:
+                return hidden
+            return HalfBlock(hidden, entry, branch.view_as(entry), layer)
+        if layer.parallel:
             source = entry  # attention was skipped, or belongs to an earlier block
             if isinstance(state, HalfBlock) and state.owner is layer:
                 source = state.entry
@@ -179,7 +180,7 @@ class FusedRunner:
             normed = self._norm(layer.mlp_norm, x, branch, residual)
         else:
             torch.add(x, branch, out=residual)
-            normed = normed if self._block.parallel else residual
+            normed = normed if layer.parallel else residual
         del branch
         return self._add_mlp(layer, normed, residual)
 
@@ -190,7 +191,7 @@ class FusedRunner:
         layer, block, ops = self._layers[number], self._block, self._operators
         heads = layer.num_heads, layer.num_kv_heads
         q_norm, k_norm = layer.q_norm, layer.k_norm
-        if block.whole_norms:
+        if layer.norms_apart:
             qkv = self._side_by_side(normed, layer.qkv, (q_norm, k_norm, None))
             q_norm = k_norm = None
         else:
@@ -220,7 +221,11 @@ class FusedRunner:
         return branch if layer.multiplier == 1 else branch.mul_(layer.multiplier)
 
     def _add_mlp(self, layer: Layer, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Add the MLP's output to the residual, in place: the matrix product accumulates there."""
+        """Add the MLP's output to the residual, in place: where the operators run it, the matrix
+        product accumulates there."""
+        if layer.own_mlp is not None:
+            branch = self._norm(layer.after_mlp, first(layer.own_mlp(normed[None]))[0])
+            return residual.add_(branch, alpha=layer.multiplier)
         gate_up = self._side_by_side(normed, layer.gate_up)
         active = self._operators.gated_mlp(gate_up, layer.activation)
         if layer.after_mlp is not None:
@@ -248,7 +253,20 @@ class FusedRunner:
             residual=residual,
             unit_offset=self._block.unit_offset,
             centered=self._block.centered,
+            bias=norm.bias,
         )
+
+    def _norm_heads(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        """The norm of q or k [T, H * Dh]: over all columns of a weight, or with a weight [H, Dh]
+        over each head's."""
+        weight = norm.weight
+        if weight is None or weight.dim() == 1:
+            width = x.shape[1] if weight is None else len(weight)
+            return self._norm(norm, x.view(-1, width)).view_as(x)
+        heads = self._operators.add_rms_norm(
+            x.view(-1, weight.shape[1]), None, norm.eps, centered=self._block.centered
+        )
+        return heads.view_as(x).mul_(weight.flatten())
 
     def _side_by_side(
         self,
@@ -265,7 +283,7 @@ class FusedRunner:
         for linear, norm in zip(linears, norms or (None,) * len(linears), strict=True):
             columns = out[:, start : start + linear.out_features]
             if norm is not None:
-                columns.copy_(self._norm(norm, linear(x)))
+                columns.copy_(self._norm_heads(norm, linear(x)))
             elif linear.bias is None:
                 torch.mm(x, linear.weight.T, out=columns)
             else:
@@ -278,6 +296,12 @@ def layers_of(model: Model) -> list[Layer]:
     """The parts of a model's decoder layers. Raises AttributeError if one was not found."""
     block, is_eager = FAMILIES[model.family], model.config._attn_implementation == "eager"
     return [layer_of(block, layer, is_eager) for layer in model.layers]
+
+
+def _final_norm_of(model: Model) -> Norm:
+    """The norm behind the last block. Raises AttributeError if it was not found."""
+    block = FAMILIES[model.family]
+    return norm_of(block, getattr(get_module(model.hf, model.path[:-1]), block.final_norm))
 
 
 def prefers_fused(model: Model) -> bool:
@@ -328,23 +352,18 @@ def _why_not(model: Model) -> str | None:
         return f"{place} is not transformers' own"
     try:
         layers = layers_of(model)
-        norm_of(FAMILIES[model.family], get_module(model.hf, model.path[:-1]).norm)
+        _final_norm_of(model)
     except AttributeError as error:
         return f"a part was not found ({error})"
     for layer in layers:
-        linears = (*layer.qkv, layer.output, *layer.gate_up, layer.down)
+        linears = (*layer.qkv, layer.output, *layer.mlp_maps)
         if any(type(linear) not in LINEAR for linear in linears):
             return "its projections are not plain nn.Linear"
-        if layer.activation not in ACTIVATIONS.values():
-            return f"its activation is {layer.activation}, neither SiLU nor GELU by tanh"
         if layer.output.in_features // layer.num_heads > MAX_HEAD:
             return f"its heads have more than {MAX_HEAD} columns"
-        norms = (layer.q_norm, layer.k_norm)
-        if any(norm and norm.weight is not None and norm.weight.dim() != 1 for norm in norms):
-            return "its heads have norms of their own each"
     head = model.output_head
-    if type(head) not in LINEAR or head.bias is not None:
-        return "its head is not a linear map without bias"
+    if type(head) not in LINEAR:
+        return "its head is not a linear map"
     implementation = getattr(model.config, "_attn_implementation", None)
     if implementation not in ("sdpa", "eager"):
         return f"its attention is {implementation!r}, neither 'sdpa' nor 'eager'"

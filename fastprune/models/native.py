@@ -43,13 +43,14 @@ def add_rms_norm(
     normed: torch.Tensor | None = None,
     unit_offset: bool = False,
     centered: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """normed = x / sqrt(mean(x^2) + eps) * weight, x = states + branch, rounded; residual = x.
-    Returns normed.
+    """normed = x / sqrt(mean(x^2) + eps) * weight + bias, x = states + branch, rounded; residual =
+    x. Returns normed.
 
-    states, branch [M, D]; weight [D], None: 1; outputs residual, normed [M, D]. residual may be
-    states: added in place. unit_offset: the scale is 1 + weight. centered: the norm is taken of x
-    without its mean (LayerNorm).
+    states, branch [M, D]; weight [D], None: 1; bias [D], None: 0; outputs residual, normed [M, D].
+    residual may be states: added in place. unit_offset: the scale is 1 + weight. centered: the norm
+    is taken of x without its mean (LayerNorm).
     """
     _check_matrix("states", states)
     rows, columns = shape = states.shape
@@ -64,6 +65,7 @@ def add_rms_norm(
         0 if weight is None else _address("weight", weight, (columns,), dtype),
         0 if residual is None else _address("residual", residual, shape, dtype),
         _address("normed", normed, shape, dtype),
+        0 if bias is None else _address("bias", bias, (columns,), dtype),
         rows,
         columns,
         eps,

@@ -21,7 +21,7 @@ from .device import is_out_of_memory
 from .generic import GenericRunner
 from .head import Head, Targets
 from .model import Model
-from .own_pass import check_row, fused_differs, prove_blocks, run_block
+from .own_pass import check_row, fused_agrees, fused_differs, prove_blocks, run_block
 from .runner import Runner
 from .swap import Arguments, Sublayers, hidden_of, split_layer
 from .tree import few_branches
@@ -321,7 +321,7 @@ def _prove_fused_on(
         for probe, (state, generic_arguments, arguments) in enumerate(opened):
             expected = generic.run(block, state, generic_arguments)
             result = hidden_of(fused.run(block, state, arguments, "block"))
-            if not agree(result, expected, model.dtype):
+            if not fused_agrees(model, block, result, expected):
                 raise fused_differs(model, block)
             opened[probe] = expected, generic_arguments, arguments
     return [state for state, _, _ in opened]

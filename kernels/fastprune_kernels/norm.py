@@ -24,6 +24,7 @@ def add_rms_norm_kernel(
     p_states,
     p_branch,
     p_weight,
+    p_bias,
     p_residual,
     p_normed,
     eps,
@@ -52,6 +53,8 @@ def add_rms_norm_kernel(
         if UNIT_OFFSET:
             b_scale += 1.0
         b_normed *= b_scale
+    if p_bias is not None:
+        b_normed += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     tl.store(p_normed + i_row * D + o_d, cast(b_normed, p_normed.dtype.element_ty), mask=m_d)
 
 
@@ -65,14 +68,16 @@ def add_rms_norm(
     normed: torch.Tensor | None = None,
     unit_offset: bool = False,
     centered: bool = False,
+    bias: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """x = states + branch; residual = x; returns normed = x / rms(x) * weight.
+    """x = states + branch; residual = x; returns normed = x / rms(x) * weight + bias.
 
     states [M, D]; branch [M, D], the term that a unit adds; None adds nothing. The sum is rounded
     to the dtype of the states before the norm. residual [M, D], which receives the sums, may be
     `states` itself; None keeps none. normed [M, D]: made when None. unit_offset: the scale is 1 +
     weight (Gemma). centered: the norm is taken of x without its mean (LayerNorm). weight None: 1.
+    bias [D]; None: 0.
     """
     check(states.dim() == 2, lambda: f"states must have shape [M, D], not {list(states.shape)}")
     (count, size), device = states.shape, states.device
@@ -80,6 +85,8 @@ def add_rms_norm(
     check_tensor("states", states, (count, size), FLOATS, device)
     if weight is not None:
         check_tensor("weight", weight, (size,), FLOATS, device)
+    if bias is not None:
+        check_tensor("bias", bias, (size,), FLOATS, device)
     if branch is not None:
         check_tensor("branch", branch, (count, size), states.dtype, device)
     if residual is not None:
@@ -96,6 +103,7 @@ def add_rms_norm(
                 states,
                 branch,
                 weight,
+                bias,
                 residual,
                 normed,
                 eps,

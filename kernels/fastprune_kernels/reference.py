@@ -45,14 +45,15 @@ def add_rms_norm(
     branch: torch.Tensor | None = None,
     unit_offset: bool = False,
     centered: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, norm(x)), x = states + branch, norm(x) = x / sqrt(mean(x^2) + eps) * weight.
+    """(x, norm(x)), x = states + branch, norm(x) = x / sqrt(mean(x^2) + eps) * weight + bias.
 
     states, branch [M, D]. unit_offset: the scale is 1 + weight (Gemma). centered: the norm is taken
-    of x without its mean (LayerNorm). weight None: 1.
+    of x without its mean (LayerNorm). weight None: 1. bias None: 0.
     """
     x = states if branch is None else states + branch
-    return x, rms_norm(x, weight, eps, unit_offset, centered)
+    return x, rms_norm(x, weight, eps, unit_offset, centered, bias)
 
 
 def rms_norm(
@@ -61,17 +62,21 @@ def rms_norm(
     eps: float,
     unit_offset: bool = False,
     centered: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Over the last dimension, in at least float32; but weight multiplies in x's dtype (Gemma's
-    does not)."""
+    """Over the last dimension, in at least float32; but weight multiplies in x's dtype. (Gemma's
+    does not, nor does one beside a bias.)"""
     wide = _at_least_float32(x)
     if centered:
         wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None and (unit_offset or bias is not None):
+        wide = wide * (_at_least_float32(weight) + unit_offset)
+        weight = None
+    if bias is not None:
+        wide = wide + _at_least_float32(bias)
     if weight is None:
         return wide.to(x.dtype)
-    if unit_offset:
-        return (wide * (1 + _at_least_float32(weight))).to(x.dtype)
     return wide.to(x.dtype) * weight
 
 

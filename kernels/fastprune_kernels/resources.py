@@ -103,22 +103,23 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
         )
 
     pointers = dict.fromkeys(
-        ("p_states", "p_branch", "p_weight", "p_residual", "p_normed"), element
+        ("p_states", "p_branch", "p_weight", "p_bias", "p_residual", "p_normed"), element
     )
     types = {**pointers, "eps": "fp32"}
     kinds: tuple[tuple[str, dict[str, str | None], bool], ...] = (
-        ("", {}, False),
-        ("centered", {}, True),
-        ("without weight", {"p_weight": None}, True),
+        ("", {"p_bias": None}, False),
+        ("centered", {"p_bias": None}, True),
+        ("without weight", {"p_bias": None, "p_weight": None}, True),
+        ("with bias", {}, True),
     )
     for size in (128, 4096, launch.MAX_ROW):
-        for kind, weight, centered in kinds:
+        for kind, absent, centered in kinds:
             yield case(
                 "add_rms_norm",
                 f"D={size} {kind}".strip(),
                 launch.norm_config(size),
                 norm.add_rms_norm_kernel,
-                types | weight,
+                types | absent,
                 D=size,
                 UNIT_OFFSET=False,
                 CENTERED=centered,

@@ -390,6 +390,7 @@ def attention_with(**change):
             lambda: norm_with(states=random(5, 60).to("meta")),
             "states must be on the CPU, not on meta",
         ),
+        (lambda: norm_with(bias=random(61)), r"bias must have shape \[60\], not \[61\]"),
         (
             lambda: norm_with(branch=random(5, 60, dtype=torch.bfloat16)),
             "branch must be float32, not bfloat16",

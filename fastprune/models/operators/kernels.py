@@ -67,6 +67,8 @@ def head(
     scale: float,
     soft_cap: float | None,
 ) -> Head:
+    if model.output_head.bias is not None:
+        return Head(model, norm)
     return TritonHead(model, norm, scale, soft_cap)
 
 

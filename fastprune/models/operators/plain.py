@@ -37,9 +37,10 @@ def add_rms_norm(
     residual: torch.Tensor | None = None,
     unit_offset: bool = False,
     centered: bool = False,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """norm(states + branch) * weight; the sum goes to `residual` as well."""
-    x, normed = reference.add_rms_norm(states, weight, eps, branch, unit_offset, centered)
+    """norm(states + branch) * weight + bias; the sum goes to `residual` as well."""
+    x, normed = reference.add_rms_norm(states, weight, eps, branch, unit_offset, centered, bias)
     if residual is not None:
         residual.copy_(x)
     return normed
