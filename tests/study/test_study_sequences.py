@@ -57,7 +57,7 @@ def test_it_is_judged_and_shown_as_a_sequence(finished, model, tmp_path):
     _, _, study = finished
     first, second = (cell for cell in study["cells"] if cell["algorithm"] == "repeat")
     entries = [e for e in study["judgements"]["tiny"]["new"] if "sequence" in e]
-    assert entries[0]["sequence"] == first["sequence"]
+    assert tuple(entries[0]["sequence"]) == first["sequence"]
     assert entries[0]["size"] is None
     differences = fp.Evaluator(model, text(3)(model)).score_samples(
         sequences=[first["sequence"], range(num_blocks(model.given))]
