@@ -126,9 +126,7 @@ def controls_table(study: Mapping) -> Table:
     return table
 
 
-def _judges(
-    table: Table, described: Mapping[str, Mapping]
-) -> list[tuple[str, type[Objective]]]:
+def _judges(table: Table, described: Mapping[str, Mapping]) -> list[tuple[str, type[Objective]]]:
     """A column for each judge, and the judges."""
     read = [(label, objective_class(of["name"])) for label, of in described.items()]
     for label, known in read:

@@ -320,7 +320,9 @@ def _searches(
     """The cells of a study: model, objective, size and algorithm of each."""
     for model, label in product(models, objectives):
         sizes = evaluators.sizes(model, identity).values()
-        over_sequences = {name: find_algorithm(name).over_sequences for name in identity["algorithms"]}
+        over_sequences = {
+            name: find_algorithm(name).over_sequences for name in identity["algorithms"]
+        }
         for size, name in product(sizes, over_sequences):
             if not over_sequences[name]:
                 yield model, label, size, name
@@ -533,9 +535,7 @@ class _Evaluators:
         return units, [unit for unit in range(units) if unit not in stay]
 
     def _costs_of(self, model: Model) -> Callable[[Budget], UnitCosts]:
-        return lambda of: unit_costs(
-            model, self._granularity, of.kind, of.batch_size, of.seq_len
-        )
+        return lambda of: unit_costs(model, self._granularity, of.kind, of.batch_size, of.seq_len)
 
     def place(
         self,

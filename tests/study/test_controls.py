@@ -42,8 +42,10 @@ def finished(model, tmp_path_factory):
     first = run_study(*arguments)
     said: list[str] = []
     held_out = {"new": text(3)}
-    return first, said, run_study(
-        *arguments, controls=CONTROLS, held_out=held_out, notify=said.append
+    return (
+        first,
+        said,
+        run_study(*arguments, controls=CONTROLS, held_out=held_out, notify=said.append),
     )
 
 
