@@ -197,7 +197,7 @@ def evaluate_study(
     granularity: str,
     **settings: Any,
 ) -> dict[str, list[dict]]:
-    """Run tasks on each model of a study, whole and as every search chose: rows by the model's name.
+    """Run tasks on each model of a study, whole and as each search chose: rows by the model's name.
 
     found: the study that `run_study` returned. Writes tasks.json into its folder, whose store keeps
     all computed values.

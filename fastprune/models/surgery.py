@@ -304,8 +304,8 @@ def masked(
     blocks run one by one. Half a block is replaced by a module that adds nothing.
 
     Afterwards, also after an exception, the model has its own list, config object and indices
-    again. Variants of a `Library` run in their blocks' places. May be nested: the indices then count
-    the remaining blocks. The model's lock is held
+    again. Variants of a `Library` run in their blocks' places. May be nested: the indices then
+    count the remaining blocks. The model's lock is held
     throughout, so that evaluators in other threads wait. A `Model` that was opened outside is
     refused inside, and a cache that was filled outside is of no use there.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -112,7 +113,7 @@ def place_controls(
             if control.random is not None:
                 stream = zlib.crc32(f"{control.name} {key}".encode())
                 rng = np.random.default_rng([seed, stream])
-                for mask in distinct(lambda: _random(rng, size_of, candidates), control.random):
+                for mask in distinct(partial(_random, rng, size_of, candidates), control.random):
                     yield Placed(control.name, Candidate(removed=mask), key)
             elif control.reverse == "one_shot":
                 for label in labels:

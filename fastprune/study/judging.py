@@ -1,4 +1,5 @@
-"""How chosen candidates compare under an objective: paired differences, and data that searches saw."""
+"""How chosen candidates compare under an objective: paired differences, and data that searches
+saw."""
 
 from __future__ import annotations
 

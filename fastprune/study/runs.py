@@ -306,8 +306,8 @@ def check_sizes(
     for control in controls:
         if control.of_sizes and not budgets:
             raise InputError(
-                f"control {control.name!r} has masks of each studied size, and no algorithm removes "
-                f"units"
+                f"control {control.name!r} has masks of each studied size, and no algorithm "
+                f"removes units"
             )
 
 

@@ -90,9 +90,9 @@ def compare_calibrations(
     calibration sets alone. judges: by label, the names of the objectives whose losses are compared.
     For each model, budget, objective with several sets and algorithm: the mean Jaccard overlap of
     its removals on two sets ("sets"), and with those of another algorithm on the same set
-    ("algorithms"), None of sequences; and of the same pairs, under each judge, the mean difference of their losses and
-    of their metrics, as an absolute value. None without such a pair. Searches that found nothing,
-    and losses that are not finite, are left out.
+    ("algorithms"), None of sequences; and of the same pairs, under each judge, the mean difference
+    of their losses and of their metrics, as an absolute value. None without such a pair. Searches
+    that found nothing, and losses that are not finite, are left out.
     """
     found = []
     groups: dict[tuple, list[Cell]] = {}

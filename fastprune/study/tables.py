@@ -156,8 +156,8 @@ def unseen_notes(study: Mapping[str, Any]) -> list[str]:
 def comparison_lines(study: Mapping[str, Any]) -> list[str]:
     """For each model, judge and size: the best chosen mask or sequence, and how the others differ.
 
-    Controls are marked. Held-out objectives judge, or if a study has none, its own. Differences below two standard
-    errors are marked.
+    Held-out objectives judge, or if a study has none, its own. Controls are marked, and differences
+    below two standard errors.
     """
     judges = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}

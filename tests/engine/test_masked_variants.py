@@ -104,7 +104,8 @@ def test_a_module_without_keys_still_counts_tokens():
         assert torch.equal(generated(inside), generated(inside, use_cache=False))
         ids = torch.tensor(random_rows(hf.config.vocab_size, [9]))
         inside(input_ids=ids).logits.sum().backward()
-    assert weights.grad is not None and layers_of(hf)[1].mlp.up_proj.weight.grad is not None
+    assert weights.grad is not None
+    assert layers_of(hf)[1].mlp.up_proj.weight.grad is not None
     assert layers_of(hf)[0].mlp.up_proj.weight.grad is None  # it did not run
 
 
