@@ -35,6 +35,7 @@ SEQ_LEN = 512  # tokens of a timed row, if the model takes as many
 REPEATS = 5  # timed passes, of which the median counts
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
 _AMOUNT = re.compile(r"(\d{1,18}(?:\.\d{1,9})?(?:e\d{1,2})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SETTING = re.compile(r"(batch_size|seq_len)\s*=\s*(\d{1,9})")
 _PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _PREFIXES |= {f"{name}i": 2.0 ** (10 * power) for power, name in enumerate("kmgt", 1)}
 
@@ -87,11 +88,13 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """The budget of a text such as "params=75%", "bytes=1.5G" or "kv_bytes=64Ki".
+        """The budget of a text such as "params=75%", "bytes=1.5G", "kv_bytes=64Ki" or
+        "latency_ms=75%,batch_size=4,seq_len=128".
 
         Raises InputError for another text.
         """
-        kind, equals, amount = (part.strip() for part in str(text).partition("="))
+        first, *settings = str(text).split(",")
+        kind, equals, amount = (part.strip() for part in first.partition("="))
         if not equals:
             raise InputError(
                 f"budget takes KIND=AMOUNT, such as params=75% or bytes=1.5G, not {shown(text)}",
@@ -99,15 +102,29 @@ class Budget:
             )
         check_one_of("budget", kind.replace("-", "_"), KINDS)
         number = _AMOUNT.fullmatch(amount)
-        value: float | str = amount
+        values: dict[str, Any] = {kind.replace("-", "_"): amount}
         if number:
-            value = float(number[1]) * _PREFIXES[(number[2] or "").lower()]
-        return cls(**{kind.replace("-", "_"): value})  # type: ignore[arg-type]
+            values[kind.replace("-", "_")] = float(number[1]) * _PREFIXES[(number[2] or "").lower()]
+        for setting in settings:
+            of = _SETTING.fullmatch(setting.strip())
+            if of is None:
+                raise InputError(
+                    f"budget takes batch_size=ROWS and seq_len=TOKENS behind its amount, not "
+                    f"{shown(setting.strip())}",
+                    argument="budget",
+                )
+            values[of[1]] = int(of[2])
+        return cls(**values)
 
     @property
     def kind(self) -> str:
         """The kind of cost: "params", "bytes", "kv_bytes" or "latency_ms"."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the costs are measured times, which another run measures otherwise."""
+        return self.kind == "latency_ms"
 
     @property
     def amount(self) -> float | str:
@@ -130,7 +147,9 @@ class Budget:
 
     def __str__(self) -> str:
         amount = self.amount if isinstance(self.amount, str) else f"{self.amount:.12g}"
-        return f"{self.kind}={amount}"
+        rows = f",batch_size={self.batch_size}" * (self.batch_size != 1)
+        tokens = "" if self.seq_len is None else f",seq_len={self.seq_len}"
+        return f"{self.kind}={amount}{rows}{tokens}"
 
 
 @dataclass(frozen=True)

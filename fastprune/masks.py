@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,40 @@ def record_units(sequence: Sequence[int], num_units: int) -> dict[str, list[int]
     1]}."""
     removed = removed_by(sequence, num_units)
     return {"sequence": list(sequence)} if removed is None else {"removed": list(removed)}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mask or another sequence, as records name it: by the units that a mask removes, or by those
+    that run, in order. One of the two is None.
+
+    >>> from fastprune.masks import Candidate
+    >>> Candidate.of({"removed": [1, 2]}).units(4), Candidate(sequence=(0, 0)).record
+    ((0, 3), {'sequence': [0, 0]})
+    """
+
+    removed: tuple[int, ...] | None = None
+    sequence: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Candidate:
+        """The candidate of a record with "removed" or "sequence"."""
+        values = (record.get("removed"), record.get("sequence"))
+        removed, sequence = (None if units is None else tuple(units) for units in values)
+        return cls(removed, sequence)
+
+    @property
+    def record(self) -> dict[str, list[int]]:
+        """The candidate as files name it."""
+        if self.removed is not None:
+            return {"removed": list(self.removed)}
+        return {"sequence": list(self.sequence or ())}
+
+    def units(self, num_units: int) -> tuple[int, ...]:
+        """The units that run, in order."""
+        if self.removed is not None:
+            return kept_by(self.removed, num_units)
+        return self.sequence or ()
 
 
 def repeated(num_units: int, windows: Iterable[tuple[int, int]], times: int = 2) -> tuple[int, ...]:

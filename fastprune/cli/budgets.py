@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from ..costs import UNITS
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..objectives import objective_class
-from ..study.tables import format_removed
+from ..study.figures import check_installed, path_figure, save
+from ..study.tables import format_removed, short_name
+from ..validate import check_folder
+from .options import naming
+from .output import note
 
 if TYPE_CHECKING:
     from ..evaluator import Evaluator
@@ -20,13 +25,48 @@ STEPWISE = ("greedy", "beam")  # algorithms that remove unit by unit
 NAMES = {"params": "parameters", "bytes": "bytes", "tokens_per_second": "tokens per second"}
 
 
-def check_table(table: bool, algorithm: str) -> None:
-    """Raise InputError for a table of an algorithm that does not remove unit by unit."""
-    if table and algorithm not in STEPWISE:
-        raise InputError(
-            f"--table is of an algorithm that removes unit by unit, {' or '.join(STEPWISE)}, not "
-            f"{algorithm}"
-        )
+def check_stepwise(flags: Mapping[str, object], algorithm: str) -> None:
+    """Raise InputError for a flag of steps, if the algorithm does not remove unit by unit."""
+    for flag, value in flags.items():
+        if value and algorithm not in STEPWISE:
+            raise InputError(
+                f"{flag} is of an algorithm that removes unit by unit, {' or '.join(STEPWISE)}, "
+                f"not {algorithm}"
+            )
+
+
+def check_figure(figure: str | None) -> None:
+    """Raise InputError, before any work, for a figure that could not be written."""
+    if figure is None:
+        return
+    place = Path(figure)
+    if place.suffix not in (".png", ".svg") or place.is_dir():
+        raise InputError(f"--figure must be a .png or .svg file, not {shown(figure)}")
+    with naming("--figure"):
+        check_folder(place.absolute().parent)
+    check_installed()
+
+
+def write_path_figure(record: Mapping[str, Any], figure: str | None) -> None:
+    """Draw the loss and cost of each size of a search's record, if there is a file for it. Raises
+    click.ClickException if it cannot be written."""
+    if figure is None:
+        return
+    objective = objective_class(record["objective"])
+    costs = record["costs"]
+    whole = {"cost": costs["before"], "loss": record["dense_loss"]}
+    steps = [whole | {"removed": [], "standard_error": record["dense_standard_error"]}]
+    points = [
+        (len(s["removed"]), float(s["cost"]), float(s["loss"]), float(s["standard_error"]))
+        for s in [*steps, *record["path"]]
+    ]
+    title = f"{short_name(record['model'])}, {record['algorithm']}"
+    drawn = path_figure(points, objective, UNITS[costs["kind"]], title)
+    try:
+        save(drawn, Path(figure))
+    except OSError as error:
+        raise click.ClickException(f"{figure}: cannot be written ({error.strerror})") from None
+    note(f"written: {figure}")
 
 
 def cost_record(
@@ -63,13 +103,15 @@ def path_table(record: Mapping[str, Any]) -> Table:
     kind = record["costs"]["kind"]
     table = Table("removed", "units", objective.header(), UNITS[kind], "of the whole")
     whole = float(record["costs"]["before"])
-    dense = float(record["dense_loss"])
-    table.add_row("0", "-", objective.format(dense, named=False), _format(kind, whole), "100.0%")
+    dense = objective.format(
+        float(record["dense_loss"]), float(record["dense_standard_error"]), named=False
+    )
+    table.add_row("0", "-", dense, _format(kind, whole), "100.0%")
     for step in record["path"]:
         table.add_row(
             str(len(step["removed"])),
             format_removed(step["removed"]),
-            objective.format(float(step["loss"]), named=False),
+            objective.format(float(step["loss"]), float(step["standard_error"]), named=False),
             _format(kind, step["cost"]),
             f"{float(step['cost']) / whole:.1%}",
         )

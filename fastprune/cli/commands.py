@@ -19,7 +19,7 @@ from .. import __version__
 from ..data import TASKS_READING, TEXT_READING
 from ..errors import InputError
 from ..io import file_marks, json_text, parse_json, write_json, write_jsonl
-from ..masks import check_removed, check_sequences, record_units, removed_by
+from ..masks import check_removed, check_sequences, kept_by, record_units, removed_by
 from ..objectives import Difference, no_judge, objective_class
 from ..plan.progress import ProgressEvent, reporting
 from ..study.tables import (
@@ -268,6 +268,12 @@ def score(
     is_flag=True,
     help="Print the loss and the cost after each unit that greedy or beam removed.",
 )
+@click.option(
+    "--figure",
+    type=FileName(),
+    help="Write the same as a figure, loss against cost with standard errors, into this .png or "
+    ".svg file.",
+)
 @racing_option
 @json_option
 @evaluates
@@ -279,6 +285,7 @@ def search(
     max_loss: str | None,
     measure_speed: bool,
     table: bool,
+    figure: str | None,
     options: tuple[str, ...],
     protect: str | tuple[int, ...],
     seed: int,
@@ -290,9 +297,10 @@ def search(
     """Search MODEL for the units whose removal hurts least, or for a sequence of units that
     helps."""
     from ..search import check_algorithm, check_racing, protected_units, run_search
-    from .budgets import check_gate, check_table, cost_record
+    from .budgets import check_figure, check_gate, check_stepwise, cost_record, write_path_figure
 
-    check_table(table, algorithm)
+    check_stepwise({"--table": table, "--figure": figure}, algorithm)
+    check_figure(figure)
     given: dict[str, Any] = dict(split_options(options))
     chosen, settings = check_algorithm(algorithm, given)
     chosen.check_num_remove(num_remove, budget)
@@ -305,6 +313,7 @@ def search(
         with naming("--out"):
             if kept := _kept_result(target, arguments):
                 _print_search(kept, target, as_json, written=False, table=table)
+                write_path_figure(kept, figure)
                 note(f"{target} holds the result of the same arguments; nothing was computed")
                 check_gate(kept, max_loss)
                 return
@@ -322,6 +331,7 @@ def search(
     if target:
         target, trouble = written_somewhere(target, lambda path: write_json(path, record))
     _print_search(record, target, as_json, written=not trouble, table=table)
+    write_path_figure(record, figure)
     if trouble:
         raise click.ClickException(trouble)
     check_gate(record, max_loss)
@@ -378,19 +388,22 @@ def _search_record(
     evaluator: Evaluator, result: SearchResult, arguments: Mapping[str, object]
 ) -> dict:
     """A search's result.json: the result, the whole model beside it, and the arguments."""
-    objective = evaluator.objective
-    pair = [result.sequence, range(evaluator.num_units)]
-    sample_losses = evaluator.score_samples(sequences=pair)
+    objective, plain, num_units = evaluator.objective, result.to_dict(), evaluator.num_units
+    path = [kept_by(removed, num_units) for removed, _, _ in result.path]
+    sequences = [result.sequence, range(num_units), *path]
+    sample_losses = evaluator.score_samples(sequences=sequences)
     dense_loss = float(objective.mean(sample_losses)[1])
-    error, dense_error = objective.standard_error(sample_losses).tolist()
+    error, dense_error, *path_errors = objective.standard_error(sample_losses).tolist()
+    for step, step_error in zip(plain["path"], path_errors, strict=True):
+        step["standard_error"] = step_error
     calibration = {"file": arguments["calibration"], "num_samples": evaluator.num_samples}
     return {
-        **result.to_dict(),
+        **plain,
         "standard_error": error,
         "model": evaluator.model.name,
         **objective.record(dense_loss, "dense_"),
         "dense_standard_error": dense_error,
-        "difference": dataclasses.asdict(objective.compare(*sample_losses)),
+        "difference": dataclasses.asdict(objective.compare(*sample_losses[:2])),
         "chance": objective.chance,
         "removed_names": [evaluator.unit_names[unit] for unit in result.removed or ()],
         "calibration": calibration | {name: arguments[name] for name in ("seq_len", "sample_seed")},

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..io import write_json, write_jsonl
-from ..masks import kept_by, record_units
+from ..masks import Candidate, record_units
 from ..objectives import Difference, Objective
 from ..validate import refuse_existing
 from .candidates import candidate_options, check_candidates, read_candidates
@@ -197,8 +197,7 @@ def evaluate_study(
     granularity: str,
     **settings: Any,
 ) -> dict[str, list[dict]]:
-    """Run tasks on each model of a study, whole and under every chosen mask: rows by the model's
-    name.
+    """Run tasks on each model of a study, whole and as each search chose: rows by the model's name.
 
     found: the study that `run_study` returned. Writes tasks.json into its folder, whose store keeps
     all computed values.
@@ -207,24 +206,24 @@ def evaluate_study(
 
     rows: dict[str, list[dict]] = {}
     for model in models:
-        by: dict[tuple[int, ...], list] = {(): []}
+        by: dict[Candidate, list] = {Candidate(removed=()): []}
         for cell in found["cells"]:
             if cell["model"] == model.name and not cell["error"]:
                 chosen = {name: cell[name] for name in ("objective", "num_remove", "algorithm")}
-                by.setdefault(tuple(cell["removed"]), []).append(chosen)
-        masks = [kept_by(removed, found["num_units"][model.name]) for removed in by]
+                by.setdefault(Candidate.of(cell), []).append(chosen)
+        sequences = [candidate.units(found["num_units"][model.name]) for candidate in by]
         store = out_dir / "scores.db"
         settings |= {"granularity": granularity, "store": store, "log_samples": False}
-        results = evaluate_masks(model, None, names, sequences=masks, **settings)
+        results = evaluate_masks(model, None, names, sequences=sequences, **settings)
         rows[model.name] = [
             {
-                "removed": list(removed),
+                **candidate.record,
                 "chosen": chosen,
                 "results": plain(result["results"]),
                 "differences": plain(result["differences"]),
                 "higher_is_better": plain(result["higher_is_better"]),
             }
-            for (removed, chosen), result in zip(by.items(), results)
+            for (candidate, chosen), result in zip(by.items(), results)
         ]
     write_json(out_dir / "tasks.json", rows, replace=True)
     return rows
@@ -270,10 +269,10 @@ def difference_table(task: str, rows: Sequence[dict]) -> Table | None:
     metrics = list(rows[0].get("differences", {}).get(task, {}))
     if len(rows) < 2 or not metrics:
         return None
-    from ..study.tables import format_removed
+    from ..study.tables import format_record, units_header
 
     title = f"{task}: difference to the first row, paired over documents"
-    table = Table("removed", title=title, title_justify="left")
+    table = Table(units_header(rows), title=title, title_justify="left")
     for name in metrics:
         table.add_column(name.removesuffix(",none"))
     for row in rows[1:]:
@@ -283,7 +282,7 @@ def difference_table(task: str, rows: Sequence[dict]) -> Table | None:
             count = int(values["num_samples"])
             difference = Difference(values["value"], values["error"], count)
             cells.append(_TaskMetric.format_difference(difference))
-        table.add_row(format_removed(row["removed"]), *cells)
+        table.add_row(format_record(row), *cells)
     return table
 
 

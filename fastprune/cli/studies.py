@@ -37,7 +37,7 @@ from .options import (
     workers_options,
 )
 from .output import note, printing, progress_bar, say, say_json
-from .study_tables import held_out_table, print_cells, print_pattern
+from .study_tables import controls_table, held_out_table, print_cells, print_pattern
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -84,6 +84,8 @@ def study(
         print_cells(found)
         if found["held_out"]:
             say(held_out_table(found))
+        if found["controls"]:
+            say(controls_table(found))
         for line in comparison_lines(found):
             say(line)
         for line in answers(found):
@@ -187,6 +189,7 @@ def _run(
                 )
                 for data in config.held_out
             },
+            controls=config.control,
             document=document.text_for(out_dir),
             granularity=config.search.granularity,
             cache_bytes=resources.in_bytes("cache"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ..objectives import objective_class
+from ..masks import Candidate
+from ..objectives import Objective, objective_class
 from ..study.judging import format_judged, judgement
 from ..study.machines import machines_note
 from ..study.tables import (
@@ -16,10 +17,13 @@ from ..study.tables import (
     calibration_table,
     format_dense,
     format_races,
-    format_removed,
+    format_record,
     judge_notes,
     pattern_text,
+    removed_share,
     results_table,
+    size_name,
+    units_header,
 )
 from .output import say
 
@@ -36,10 +40,14 @@ def print_cells(study: Mapping) -> None:
         for cell in cells:
             cost = (cell["masks"], cell["asked_unit_runs"], cell["naive_unit_runs"])
             result = cell["error"] or measured.format(cell["loss"], named=False)
-            rows.append((cell["algorithm"], cell["removed"], result, *cost))
-        units = f"{num_remove} of {study['num_units'][model]} removed"
-        title = f"{Path(model).name}, {objective}, {units} ({dense})"
-        say(results_table(title, measured.header(), rows))
+            chosen = cell["sequence"] if cell["removed"] is None else cell["removed"]
+            rows.append((cell["algorithm"], chosen, result, *cost))
+        title = f"{Path(model).name}, {objective}, {size_name(study, model, num_remove)} ({dense})"
+        head = "sequence" if num_remove is None else "removed"
+        shares = None
+        if isinstance(num_remove, str):  # each mask removes another share within a budget
+            shares = [removed_share(study, cell) for cell in cells]
+        say(results_table(title, measured.header(), rows, head, shares))
     say(TABLE_NOTE, style="dim")
     if machines := machines_note(study):
         say(machines)
@@ -63,37 +71,64 @@ def print_pattern(study: Mapping) -> None:
         rows = [
             (cell["objective"], cell["algorithm"], cell["removed"])
             for cell in study["cells"]
-            if cell["model"] == model and not cell["error"]
+            if cell["model"] == model and cell["removed"] is not None
         ]
+        if not rows:
+            continue
         say(f"\nRemoved units of {Path(model).name} (filled), by objective and algorithm:\n")
         say(pattern_text(rows, units))
 
 
 def held_out_table(study: Mapping) -> Table:
-    """The chosen masks on the held-out data, each loss through its metric."""
+    """All that searches chose on the held-out data, each loss through its metric."""
     unseen = not any(described["shared_rows"] for described in study["held_out"].values())
     title = "\nOn held-out data" + ", which no search has seen" * unseen
     table = Table(title=title, title_justify="left")
-    table.add_column("removed")
+    table.add_column(units_header(study["cells"]))
     table.add_column("chosen by")
-    read = []
-    for label, described in study["held_out"].items():
-        known = objective_class(described["name"])
-        read.append((label, known))
-        table.add_column(Text(f"{label}: {known.header()}"), justify="right")
+    read = _judges(table, study["held_out"])
     for model in study["dense"]:
         prefix = f"{Path(model).name}: " * (len(study["dense"]) > 1)
-        chosen: dict[tuple[int, ...], dict[str, list[str]]] = {(): {}}
+        whole = [format_judged(known, judgement(study, model, label)) for label, known in read]
+        table.add_row(Text(f"{prefix}-"), "(dense)", *whole)
+        chosen: dict[Candidate, dict[str, list[str]]] = {}
+        cells = {}
         for cell in study["cells"]:
             if cell["model"] == model and not cell["error"]:
-                searches = chosen.setdefault(tuple(cell["removed"]), {})
+                cells[Candidate.of(cell)] = cell
+                searches = chosen.setdefault(Candidate.of(cell), {})
                 names = searches.setdefault(cell["objective"], [])
                 names += [cell["algorithm"]] * (cell["algorithm"] not in names)
-        for removed, searches in chosen.items():
+        for candidate, searches in chosen.items():
             by = "; ".join(f"{label}: {', '.join(names)}" for label, names in searches.items())
             values = [
-                format_judged(known, judgement(study, model, label, removed))
+                format_judged(known, judgement(study, model, label, cells[candidate]))
                 for label, known in read
             ]
-            table.add_row(Text(prefix + format_removed(removed)), Text(by or "(dense)"), *values)
+            table.add_row(Text(prefix + format_record(candidate.record)), Text(by), *values)
     return table
+
+
+def controls_table(study: Mapping) -> Table:
+    """The controls, which no search chose, under every objective."""
+    table = Table(title="\nControls, which no search chose", title_justify="left")
+    table.add_column("control")
+    table.add_column(units_header(study["controls"]))
+    read = _judges(table, {**study["objectives"], **study["held_out"]})
+    for control in study["controls"]:
+        model = control["model"]
+        prefix = f"{Path(model).name}: " * (len(study["dense"]) > 1)
+        under = f", {control['under']}" * bool(control["under"])
+        values = [
+            format_judged(known, judgement(study, model, label, control)) for label, known in read
+        ]
+        table.add_row(Text(f"{prefix}{control['name']}{under}"), format_record(control), *values)
+    return table
+
+
+def _judges(table: Table, described: Mapping[str, Mapping]) -> list[tuple[str, type[Objective]]]:
+    """A column for each judge, and the judges."""
+    read = [(label, objective_class(of["name"])) for label, of in described.items()]
+    for label, known in read:
+        table.add_column(Text(f"{label}: {known.header()}"), justify="right")
+    return read

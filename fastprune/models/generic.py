@@ -40,6 +40,11 @@ class GenericRunner:
         # the parameters of a layer after self and the hidden states
         self._names = [name for name in signature.parameters if name != "self"][1:]
 
+    @property
+    def takes_tuples(self) -> bool:
+        """Whether the model takes a tuple from each layer."""
+        return self._recorder.takes_tuples
+
     # -- units -------------------------------------------------------------------------------------
 
     @overload

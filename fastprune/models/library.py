@@ -25,7 +25,7 @@ from .compare import agree, probe_ids, probe_tree
 from .generic import GenericRunner
 from .model import Model
 from .offload.weights import ResidentWeights
-from .swap import State, first, hidden_of
+from .swap import Exchanged, Place, State, accepted_of, first, hidden_of, twin
 from .unwrap import unwrap
 from .verify import verified
 from .version import Watch, digest_of
@@ -216,9 +216,20 @@ class Library(Model):
             )
         if any(variant.module is None for variant in self.variants):
             verified(self, "sublayer")
-        generic = verified(self)
+        generic = runner if isinstance(runner, GenericRunner) else verified(self)
         extended: Any = LibraryRunner(runner, generic, self.num_blocks, tuple(self.variants))
         return extended
+
+    def place_of(self, unit: int) -> Place:
+        if not self._is_new(unit):
+            return super().place_of(unit)
+        variant = self.variants[unit - self.num_blocks]
+        layer = self.layers[variant.block]
+        if variant.module is None:
+            return Place(variant.block, twin(layer), frozenset((variant.half,)))
+        as_tuple = verified(self).takes_tuples
+        module = Exchanged(layer, variant.module, variant.accepted, as_tuple)
+        return Place(variant.block, module)
 
     def _is_new(self, unit: int) -> bool:
         return self.num_blocks <= unit < self.num_blocks + len(self.variants)
@@ -295,7 +306,7 @@ def _probe(
     for entry in (state, other):
         version = entry._version
         try:
-            output = first(module(entry, **_accepted(arguments[block], accepted)))
+            output = first(module(entry, **accepted_of(arguments[block], accepted)))
         except Exception as error:  # of any kind: the module's own code fails
             line = (str(error).splitlines() or [""])[0]
             raise InputError(f"{refusal}: {type(error).__name__}: {line}") from error
@@ -310,12 +321,6 @@ def _probe(
             raise InputError(f"{refusal}: it changes its input")
         outputs.append(output)
     return outputs[0], outputs[1]
-
-
-def _accepted(arguments: dict, names: frozenset[str] | None) -> dict:
-    if names is None:
-        return arguments
-    return {name: value for name, value in arguments.items() if name in names}
 
 
 def _parameters(module: nn.Module) -> float:
@@ -374,7 +379,7 @@ class LibraryRunner:
         if variant.module is None:
             half = 2 * variant.block + variant.half
             return hidden_of(self._inner.run(half, state, arguments.inner, "sublayer"))
-        own = _accepted(arguments.of_layers[variant.block], variant.accepted)
+        own = accepted_of(arguments.of_layers[variant.block], variant.accepted)
         return first(variant.module(state, **own)).contiguous()
 
     def pack(self, state: Any) -> torch.Tensor:

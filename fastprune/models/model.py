@@ -17,7 +17,7 @@ from .attention import pinned_attention
 from .offload.weights import ResidentWeights, Weights
 from .precision import working_dtype
 from .rotary import with_unrounded_frequencies
-from .swap import get_module
+from .swap import Place, get_module
 from .text import config_above, depths, layer_paths, output_head, text_config
 from .version import Watch, digest_of
 
@@ -166,6 +166,10 @@ class Model:
     def extended(self, runner: T, granularity: str) -> T:
         """A runner of this model, with its variants as further units if it has any."""
         return runner
+
+    def place_of(self, unit: int) -> Place:
+        """The module that runs as a block, or as a variant of one, in a list of layers."""
+        return Place(unit, self.layers[unit])
 
     # -- weights -----------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from ..masks import check_removed, check_sequences
 from .compare import agree, probe_ids
 from .generic import GenericRunner
 from .model import Model, evaluating, lock_of
-from .swap import INDEX_NAMES, Sublayers, get_module, twin, with_replaced
+from .swap import INDEX_NAMES, Exchanged, Place, Sublayers, get_module, twin, with_replaced
 from .text import depths, with_text_config
 from .verify import verified
 
@@ -305,7 +305,8 @@ def masked(
     blocks run one by one. Half a block is replaced by a module that adds nothing.
 
     Afterwards, also after an exception, the model has its own list, config object and indices
-    again. May be nested: the indices then count the remaining blocks. The model's lock is held
+    again. Variants of a `Library` run in their blocks' places. May be nested: the indices then
+    count the remaining blocks. The model's lock is held
     throughout, so that evaluators in other threads wait. A `Model` that was opened outside is
     refused inside, and a cache that was filled outside is of no use there.
 
@@ -313,7 +314,7 @@ def masked(
         model: The transformers model, or a `Model` of it, which saves the checks of opening one.
         removed: Indices of the units to leave out.
         sequence: Instead of `removed`: indices of blocks in the order in which they run. A block
-            may repeat, and then shares its weights.
+            may repeat, and then shares its weights. Of a `Library`, a variant may be named, too.
         granularity: "block", or "sublayer": `removed` then counts attentions and MLPs, attention 0,
             MLP 0, attention 1, ...
 
@@ -341,18 +342,19 @@ def masked(
         model.require_resident(
             "its weights are streamed (weights_bytes); open it without, to mask it in place"
         )
-        runner = verified(model, granularity)
+        verified(model, granularity)
         units = _units(model, removed, sequence, granularity)
-        blocks = units if granularity == "block" else list(dict.fromkeys(u // 2 for u in units))
-        if not blocks and not runs_without_blocks(model):
+        places = _places(model, units, granularity)
+        if not places and not runs_without_blocks(model):
             raise InputError(
                 f"nothing is kept, and the family {model.family!r} cannot run without blocks"
             )
         ids = probe_ids(model)
-        expected = _logits_by_units(model, ids, units, granularity) if blocks else None
-        caches = bool(blocks) and model.once("caches", lambda: _caches(model.given, ids))
-        sublayers = runner.sublayers if granularity == "sublayer" else []
-        with _cut_in_place(model, blocks, units, sublayers):
+        expected = _logits_by_units(model, ids, units, granularity) if places else None
+        caches = bool(places) and model.once("caches", lambda: _caches(model.given, ids))
+        is_halved = any(len(place.halves) < 2 for place in places)
+        sublayers = verified(model, "sublayer").sublayers if is_halved else []
+        with _cut_in_place(model, places, sublayers):
             if expected is not None:
                 with evaluating(hf, model.device):
                     _check_masked(model, hf, ids, expected, caches)
@@ -360,15 +362,19 @@ def masked(
 
 
 def kept_blocks(
-    num_blocks: int, removed: Iterable[int] | None, sequence: Sequence[int] | None
+    num_blocks: int,
+    removed: Iterable[int] | None,
+    sequence: Sequence[int] | None,
+    num_variants: int = 0,
 ) -> list[int]:
-    """The blocks that run, from either argument. Raises InputError unless just one is given."""
+    """The blocks that run, from either argument; a sequence may name variants besides. Raises
+    InputError unless just one is given."""
     if (removed is None) == (sequence is None):
         raise InputError(
             "give either removed, such as (9, 10), or sequence, such as (0, 1, 1, 2), and not both"
         )
     if sequence is not None:
-        return list(check_sequences([sequence], num_blocks)[0])
+        return list(check_sequences([sequence], num_blocks + num_variants)[0])
     assert removed is not None
     gone = set(check_removed(removed, num_blocks))
     return [block for block in range(num_blocks) if block not in gone]
@@ -381,10 +387,20 @@ def _units(
     granularity: str,
 ) -> list[int]:
     if granularity == "block":
-        return kept_blocks(model.num_blocks, removed, sequence)
+        return kept_blocks(model.num_blocks, removed, sequence, model.num_variants)
     if sequence is not None:
         raise InputError("sequence counts blocks; with granularity='sublayer' give removed")
     return kept_blocks(2 * model.num_blocks, removed, None)
+
+
+def _places(model: Model, units: Sequence[int], granularity: str) -> list[Place]:
+    """The list of layers in which these units run."""
+    if granularity == "block":
+        return [model.place_of(unit) for unit in units]
+    halves: dict[int, set[int]] = {}
+    for unit in units:
+        halves.setdefault(unit // 2, set()).add(unit % 2)
+    return [Place(block, model.layers[block], frozenset(of)) for block, of in halves.items()]
 
 
 def logits_by_blocks(model: Model, blocks: Sequence[int]) -> torch.Tensor:
@@ -395,12 +411,13 @@ def logits_by_blocks(model: Model, blocks: Sequence[int]) -> torch.Tensor:
 def _logits_by_units(
     model: Model, ids: torch.Tensor, units: Sequence[int], granularity: str
 ) -> torch.Tensor:
-    runner = verified(model, granularity)
+    own = of_model = verified(model, granularity)
     if model.given is not model.hf:  # the caller's own, with the frequencies that it has
-        own = copy.copy(model)
-        own.hf = model.given
-        sublayers, runner = runner.sublayers, GenericRunner(own)
-        runner.sublayers = sublayers
+        given = copy.copy(model)
+        given.hf = model.given
+        own = GenericRunner(given)
+    runner = model.extended(own, granularity) if granularity == "block" else own
+    own.sublayers = of_model.sublayers
     with model.evaluation():
         state: Any
         state, arguments = runner.open(ids)
@@ -445,10 +462,10 @@ def _check_masked(
 
 @contextmanager
 def _cut_in_place(
-    model: Model, blocks: Sequence[int], units: Sequence[int], sublayers: Sequence[Sublayers]
+    model: Model, places: Sequence[Place], sublayers: Sequence[Sublayers]
 ) -> Iterator[None]:
-    """Inside, the caller's own model has only these blocks, or with sublayers, only these of
-    them."""
+    """Inside, the caller's own model has this list of layers."""
+    blocks = [place.block for place in places]
     *above, last = model.path
     base = get_module(model.given, above)
     layers = base._modules[last]
@@ -462,8 +479,7 @@ def _cut_in_place(
                 kept = type(entries)(entries[block] for block in blocks)
                 _set(undo, owner, attribute, kept)
         placed: list[nn.Module] = []
-        for place, block in enumerate(blocks):  # a cache has its entries by these indices
-            layer = model.layers[block]
+        for index, (block, layer, halves) in enumerate(places):  # by which a cache has its entries
             # one module at two places would have one entry in a cache
             shared = {id(m) for earlier in placed for m in earlier.modules()}
             if any(id(m) in shared for m in layer.modules()):
@@ -472,10 +488,11 @@ def _cut_in_place(
             for module in layer.modules():
                 for name in INDEX_NAMES:
                     if type(vars(module).get(name)) is int:
-                        _set(undo, module, name, place)
-            if sublayers:
-                kept_halves = {unit % 2 for unit in units if unit // 2 == block}
-                for name, stand_in in sublayers[block].stand_ins(layer, kept_halves):
+                        _set(undo, module, name, index)
+                if module.training != model.given.training and isinstance(layer, Exchanged):
+                    _set(undo, module, "training", model.given.training)
+            if len(halves) < 2:
+                for name, stand_in in sublayers[block].stand_ins(layer, {*halves}):
                     undo.callback(layer._modules.__setitem__, name, layer._modules[name])
                     layer._modules[name] = stand_in
         base._modules[last] = nn.ModuleList(placed)

@@ -9,6 +9,7 @@ its layers, and runs its steps after them. `Sublayers` runs one half of a layer 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,6 +61,11 @@ class Recorder:
         replaced = with_replaced(hf, path, layers)
         # the causal-LM wrapper is left out: only the base model below it is run
         self._base, self._owner = get_module(replaced, path[:1]), get_module(replaced, path[:-1])
+
+    @property
+    def takes_tuples(self) -> bool:
+        """Whether the model takes a tuple from each layer, known after a forward pass."""
+        return bool(self._as_tuple)
 
     def __call__(self, **inputs: Any) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """The embeddings, and the arguments of each layer."""
@@ -141,6 +147,62 @@ class StandInLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._call(hidden_states, args, kwargs)
+
+
+class Place(NamedTuple):
+    """A place in a list of layers: the block whose settings it has, the module that runs there, and
+    those of its halves that run (0 attention, 1 mlp)."""
+
+    block: int
+    layer: nn.Module
+    halves: frozenset[int] = frozenset((0, 1))
+
+
+class Exchanged(nn.Module):
+    """A module in the place of a layer, whose attributes a model may read.
+
+    It gets those of the layer's arguments that it accepts. A cache counts its tokens all the same.
+
+    Args:
+        layer: The layer.
+        module: The module that runs.
+        accepted: Names of the arguments that it accepts; None: all.
+        as_tuple: Whether the model takes a tuple from each layer.
+    """
+
+    def __init__(
+        self, layer: nn.Module, module: nn.Module, accepted: frozenset[str] | None, as_tuple: bool
+    ):
+        super().__init__()
+        # hidden from nn.Module, so that the layer's weights are none of this module
+        self.__dict__["_layer"] = layer
+        self.module, self._accepted, self._as_tuple = module, accepted, as_tuple
+        self.layer_idx = 0  # of its entry in a cache
+        names = list(inspect.signature(type(layer).forward).parameters)
+        self._names = [name for name in names if name != "self"][1:]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        caches = [value for value in arguments.values() if isinstance(value, Cache)]
+        lengths = [_length(cache, self.layer_idx) for cache in caches]
+        output = first(self.module(hidden_states, **accepted_of(arguments, self._accepted)))
+        for cache, length in zip(caches, lengths, strict=True):
+            if _length(cache, self.layer_idx) == length:
+                _count_tokens(cache, self.layer_idx, hidden_states)
+        return (output, None) if self._as_tuple else output
+
+
+def accepted_of(arguments: dict, names: frozenset[str] | None) -> dict:
+    """Those of a layer's arguments that a module accepts; None: all."""
+    if names is None:
+        return arguments
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 class Sublayers:
@@ -363,11 +425,22 @@ class SkippedTerm(_InPlaceOf):
         own = vars(self.__dict__["_module"])
         index = next((own[name] for name in INDEX_NAMES if name in own), None)
         for cache in (*args, *kwargs.values()):
-            if isinstance(cache, Cache) and index is not None and _keeps_keys(cache, index):
-                rows, tokens, _ = nothing.shape
-                no_keys = nothing.new_zeros(rows, 1, tokens, 1)
-                cache.update(no_keys, no_keys, index)
+            if isinstance(cache, Cache) and index is not None:
+                _count_tokens(cache, index, nothing)
         return _as_returned(nothing, self.__dict__["_kind"])
+
+
+def _count_tokens(cache: Cache, index: int, states: torch.Tensor) -> None:
+    """Let a layer's entry of a cache grow by the tokens of states [B, T, D] that left no keys."""
+    if _keeps_keys(cache, index):
+        rows, tokens, _ = states.shape
+        no_keys = states.new_zeros(rows, 1, tokens, 1)
+        cache.update(no_keys, no_keys, index)
+
+
+def _length(cache: Cache, index: int) -> int:
+    """The tokens that a layer's entry of a cache has counted."""
+    return int(cache.get_seq_length(index)) if _keeps_keys(cache, index) else 0
 
 
 def _keeps_keys(cache: Cache, index: int) -> bool:

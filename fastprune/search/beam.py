@@ -6,7 +6,7 @@ from .registry import Count, algorithm
 from .run import Removed, Search
 
 
-@algorithm(races=True, studied=True, limits=True)
+@algorithm(races=True, studied=True, limits=True, weighs=True)
 def greedy(search: Search) -> None:
     """k rounds; each removes the unit whose additional removal gives the lowest loss.
 
@@ -18,7 +18,7 @@ def greedy(search: Search) -> None:
     beam(search, beam_width=1)
 
 
-@algorithm(races=True, studied=True, limits=True)
+@algorithm(races=True, studied=True, limits=True, weighs=True)
 def beam(search: Search, beam_width: Count = 5) -> None:
     """k rounds; each extends every kept subset by every unit and keeps the beam_width lowest.
 

@@ -11,7 +11,7 @@ from .registry import Allowed, algorithm
 from .run import Removed, Search
 
 
-@algorithm(races=True, studied=True, limits=True)
+@algorithm(races=True, studied=True, limits=True, weighs=True)
 def one_shot(search: Search) -> Removed:
     """Remove the k units whose removal alone hurts least: the k lowest d_i = loss({i}).
 

@@ -74,8 +74,9 @@ class Algorithm:
     all at once, so that none can stay in files. races: whether its selections may be races.
     over_sequences: whether its candidates are sequences; it then takes no num_remove, and its
     function gets a SequenceSearch.
-    limits: whether it keeps a budget of units that save unlike amounts. studied: whether a study
-    runs it unless others are named.
+    limits: whether it keeps a budget of units that save unlike amounts. weighs: whether it then
+    compares losses by what is saved, which does not race. studied: whether a study runs it unless
+    others are named.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Algorithm:
     over_sequences: bool
     studied: bool
     limits: bool
+    weighs: bool
 
     def check_num_remove(self, num_remove: object, budget: object = None) -> None:
         """Raise InputError unless the size of the removal is given as one of the two, or as none
@@ -188,6 +190,7 @@ def algorithm(
     over_sequences: bool = False,
     studied: bool = False,
     limits: bool = False,
+    weighs: bool = False,
 ) -> Callable:
     """Register a search under its function's name, or another; its keyword parameters are its
     options.
@@ -206,6 +209,7 @@ def algorithm(
             "over_sequences": over_sequences,
             "studied": studied,
             "limits": limits,
+            "weighs": weighs,
         }
         return partial(algorithm, name=name, **given)
     name = name or function.__name__
@@ -229,8 +233,9 @@ def algorithm(
         "needs_weights": needs_weights,
         "over_sequences": over_sequences,
     }
+    budgets = {"limits": limits, "weighs": weighs}
     ALGORITHMS[name] = Algorithm(
-        name, function, options, check_size, **needs, races=races, studied=studied, limits=limits
+        name, function, options, check_size, **needs, races=races, studied=studied, **budgets
     )
     return function
 
@@ -284,16 +289,6 @@ def check_algorithm(
     return chosen, options
 
 
-def check_over_masks(name: str) -> None:
-    """Raise InputError for an algorithm that a study cannot take: its cells are masks of one
-    size."""
-    if find_algorithm(name).over_sequences:
-        raise InputError(
-            f"{name} searches sequences, and a study compares masks of one size; `fastprune "
-            f"search` and run_search run it"
-        )
-
-
 def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
     """Raise InputError for a confidence outside (0, 1), or algorithms none of which races."""
     if racing is None:
@@ -311,14 +306,21 @@ def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
         )
 
 
-def check_limits(chosen: Algorithm) -> None:
-    """Raise InputError for an algorithm that only removes a number of units."""
+def check_limits(chosen: Algorithm, racing: float | None) -> None:
+    """Raise InputError for an algorithm that only removes a number of units, and for a race of one
+    that compares losses by what is saved."""
     if not chosen.limits:
         able = [known.name for known in known_algorithms().values() if known.limits]
         raise InputError(
             f"{chosen.name} removes a number of units and cannot keep a budget of units that save "
             f"unlike amounts; these can: {', '.join(able)}",
             argument="budget",
+        )
+    if chosen.weighs and racing is not None:
+        raise InputError(
+            f"{chosen.name} compares losses by what is saved, which does not race, under a budget "
+            f"of units that save unlike amounts; leave out racing",
+            argument="racing",
         )
 
 

@@ -12,7 +12,11 @@ from .run import SequenceSearch
 Window = tuple[int, int]  # its first unit, and the unit after its last
 
 
-@algorithm(races=True, over_sequences=True)
+def _fits(candidates: int, num_remove: int, granularity: str, lengths: str, **_: object) -> None:
+    _lengths(lengths, candidates)
+
+
+@algorithm(check_size=_fits, races=True, over_sequences=True)
 def repeat(
     search: SequenceSearch,
     lengths: str = ALL,
@@ -35,7 +39,7 @@ def repeat(
         num_windows: the most windows that run several times.
         beam_width: sequences to which a round adds a window.
     """
-    windows = _windows(search.candidates, _lengths(lengths, search.num_units))
+    windows = _windows(search.candidates, _lengths(lengths, len(search.candidates)))
     if not windows:
         raise InputError(
             f"option lengths of repeat is {shown(lengths)}, but no such window is without a "
@@ -57,18 +61,17 @@ def repeat(
         kept = [extended[units] for units in search.select(extended, 1 if is_last else beam_width)]
 
 
-def _lengths(text: str, num_units: int) -> list[int]:
-    """The lengths that a text names, ascending. Raises InputError for others than 1 to
-    num_units."""
+def _lengths(text: str, most: int) -> list[int]:
+    """The lengths that a text names, ascending. Raises InputError for others than 1 to `most`."""
     if text == ALL:
-        return list(range(1, num_units + 1))
+        return list(range(1, most + 1))
     try:
         lengths = sorted(set(parse_removed(text)))
     except InputError:
         lengths = []
-    if not lengths or lengths[0] < 1 or lengths[-1] > num_units:
+    if not lengths or lengths[0] < 1 or lengths[-1] > most:
         raise InputError(
-            f"option lengths of repeat must be all, or lengths from 1 to {num_units} such as 1-3, "
+            f"option lengths of repeat must be all, or lengths from 1 to {most} such as 1-3, "
             f"not {shown(text)}"
         )
     return lengths

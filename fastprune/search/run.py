@@ -17,9 +17,9 @@ from ..masks import from_removed, kept_by
 from ..plan.cost import Cost
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..validate import check_callable, check_integer, check_kind
-from .protect import protected_units, units_to_remove
+from .protect import protected_units
 from .registry import check_algorithm, check_limits, check_racing
-from .sizes import CostLimit, Removed, Size, UnitCount, less_one, size_within
+from .sizes import CostLimit, RemovalSize, Removed, less_one
 
 if TYPE_CHECKING:
     from ..plan.racing import Race
@@ -141,18 +141,11 @@ class Search:
         self.evaluator = evaluator
         self.num_units = evaluator.num_units
         protected = protected_units(protect, self.num_units, evaluator.granularity)
-        self.candidates = [unit for unit in range(self.num_units) if unit not in protected]
-        self.costs: UnitCosts | None = None
-        self.size: Size
-        if budget is not None:
-            self.size, self.candidates, self.costs = size_within(
-                budget,
-                lambda of: evaluator.unit_costs(of.kind, of.batch_size, of.seq_len),
-                self.candidates,
-            )
-        else:
-            assert num_remove is not None
-            self.size = UnitCount(self._check_number(num_remove))
+        self.size, self.candidates, self.costs = RemovalSize(num_remove, budget).resolve(
+            self.num_units,
+            [unit for unit in range(self.num_units) if unit not in protected],
+            lambda of: evaluator.unit_costs(of.kind, of.batch_size, of.seq_len),
+        )
         self.num_remove = self.size.most
         self.orders: dict[Removed, Removed] = {}
         self.rng = np.random.default_rng(seed)
@@ -296,12 +289,6 @@ class Search:
         """
         harm = None
         if self.limit is not None:
-            if self.racing is not None:
-                raise InputError(
-                    f"{self._algorithm} compares losses by what is saved, which does not race, "
-                    "under a budget of units that save unlike amounts; leave out racing",
-                    argument="racing",
-                )
             harm = self.harm(steps)
             steps = [steps[i] for i in harm.argsort(kind="stable")]
             harm.sort()
@@ -400,17 +387,6 @@ class Search:
             raise ArithmeticError(f"the subset that was chosen, {subset}, has no finite loss")
         return subset
 
-    def _check_number(self, number: int | str) -> int:
-        num_remove = units_to_remove(number, self.num_units)
-        if num_remove > len(self.candidates):
-            free = "1 unit is" if len(self.candidates) == 1 else f"{len(self.candidates)} units are"
-            raise InputError(
-                f"num_remove is {num_remove}, but only {free} not protected",
-                argument="num_remove",
-                most=len(self.candidates),
-            )
-        return num_remove
-
 
 class SequenceSearch(Search):
     """The task of an algorithm over sequences: its candidates are tuples of units in the order in
@@ -429,7 +405,7 @@ class SequenceSearch(Search):
         racing: float | None = None,
         algorithm: str | None = None,
     ):
-        super().__init__(evaluator, 0, seed, protect, racing, algorithm)
+        super().__init__(evaluator, None, seed, protect, racing, algorithm)
 
     def _key(self, units: Iterable[int]) -> Units:
         return tuple(units)
@@ -572,7 +548,7 @@ def run_search(
         else Search(evaluator, num_remove, seed, protect, racing, algorithm, budget)
     )
     if search.limit is not None:
-        check_limits(chosen)
+        check_limits(chosen, search.racing)
     elif chosen.check_size:
         chosen.check_size(
             len(search.candidates), search.num_remove, evaluator.granularity, **options

@@ -3,12 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from ..costs import UNITS, Budget, UnitCosts
 from ..errors import InputError
+from .protect import units_to_remove
 
 Removed = tuple[int, ...]
+Key = int | str | None  # a size as files name it
+
+
+@dataclass(frozen=True)
+class RemovalSize:
+    """The size of a removal as a caller asks for it: a number of units or a budget. A search over
+    sequences, which removes nothing, has neither.
+
+    >>> from fastprune.search.sizes import RemovalSize
+    >>> [RemovalSize.of(key).describe(12) for key in (3, "params=75%", None)]
+    ['3 of 12 removed', 'within params=75%', 'sequences']
+    """
+
+    num_remove: int | str | None = None
+    budget: Budget | None = None
+
+    @classmethod
+    def of(cls, value: int | str | Budget | None) -> RemovalSize:
+        """The size of a number, a text such as "25%" or "params=75%", a Budget, or None. Raises
+        InputError for a text that is no budget."""
+        if isinstance(value, str) and "=" in value:
+            value = Budget.parse(value)
+        return cls(budget=value) if isinstance(value, Budget) else cls(num_remove=value)
+
+    @property
+    def key(self) -> Key:
+        """The plain value that names the size in files; `of` reads it."""
+        return self.num_remove if self.budget is None else str(self.budget)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The size as arguments of `run_search`."""
+        return {"num_remove": self.num_remove, "budget": self.budget}
+
+    def describe(self, num_units: int | None = None) -> str:
+        """The size in words, with the number of all units if it is given."""
+        if self.budget is not None:
+            return f"within {self.budget}"
+        if self.num_remove is None:
+            return "sequences"
+        return f"{self.num_remove}{'' if num_units is None else f' of {num_units}'} removed"
+
+    def resolve(
+        self, num_units: int, candidates: Sequence[int], costs_of: Callable[[Budget], UnitCosts]
+    ) -> tuple[Size, list[int], UnitCosts | None]:
+        """Which removals are complete, the candidates among which they are, and the costs if a
+        budget asks for them.
+
+        Raises InputError for a number of units that may not go, and for a budget that no removal
+        can meet.
+        """
+        if self.budget is not None:
+            return size_within(self.budget, costs_of, candidates)
+        count = 0 if self.num_remove is None else units_to_remove(self.num_remove, num_units)
+        if count > len(candidates):
+            free = "1 unit is" if len(candidates) == 1 else f"{len(candidates)} units are"
+            raise InputError(
+                f"num_remove is {count}, but only {free} not protected",
+                argument="num_remove",
+                most=len(candidates),
+            )
+        return UnitCount(count), list(candidates), None
+
+    def as_number(
+        self, num_units: int, candidates: Sequence[int], costs_of: Callable[[Budget], UnitCosts]
+    ) -> RemovalSize:
+        """The number of units that this size is on a model, or the budget itself where it is more
+        than a number: units save unlike amounts or nothing, or their times are measured, which
+        another run measures otherwise."""
+        if self.budget is None:
+            if self.num_remove is None:
+                return self
+            return RemovalSize(units_to_remove(self.num_remove, num_units))
+        size, useful, _ = self.resolve(num_units, candidates, costs_of)
+        is_number = isinstance(size, UnitCount) and useful == list(candidates)
+        return RemovalSize(size.most) if is_number and not self.budget.is_measured else self
 
 
 class Size(Protocol):

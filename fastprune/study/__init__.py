@@ -4,6 +4,7 @@ Imported without torch, so that the command line can refuse a wrong folder at on
 """
 
 from .config import Document, StudyConfig, read_document
+from .controls import Control
 from .folder import Cell, check_study_folder
 from .report import write_report
 from .runs import check_study, run_study
@@ -11,6 +12,7 @@ from .statistics import summarise
 
 __all__ = [
     "Cell",
+    "Control",
     "Document",
     "StudyConfig",
     "check_study",

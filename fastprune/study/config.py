@@ -37,11 +37,11 @@ from ..search import (
     Allowed,
     check_algorithm,
     check_budget,
-    check_over_masks,
     check_racing,
     find_algorithm,
 )
 from ..validate import check_folder, check_path
+from .controls import Control
 from .folder import check_label
 
 EXAMPLE = Path(__file__).with_name("example.toml")
@@ -164,7 +164,8 @@ class ObjectiveConfig(LossConfig):
 @dataclass(frozen=True)
 class SearchConfig:
     """[search]: every algorithm runs for every objective and every number of units to remove, given
-    as a number, a share, or a budget on the pruned model."""
+    as a number, a share, or a budget on the pruned model. Algorithms over sequences, which remove
+    nothing, run once for every objective."""
 
     num_remove: tuple[Budget, ...] = ()
     budget: tuple[str, ...] = ()  # such as "params=75%"
@@ -178,7 +179,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig(DataConfig, LossConfig):
-    """[[held_out]]: an objective that no search sees; it judges every chosen mask."""
+    """[[held_out]]: an objective that no search sees; it judges all that searches chose."""
 
     objective: str
 
@@ -227,6 +228,7 @@ class StudyConfig:
     search: SearchConfig
     objective: tuple[ObjectiveConfig, ...] = ()
     held_out: tuple[HeldOutConfig, ...] = ()
+    control: tuple[Control, ...] = ()
     resources: ResourcesConfig = ResourcesConfig()
     evaluate: EvaluateConfig | None = None
     base: str | None = None
@@ -243,7 +245,7 @@ class StudyConfig:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        """The algorithms by their names, `all` spelled out: every one that searches masks."""
+        """The algorithms by their names, `all` spelled out: every one that removes units."""
         names = self.search.algorithms
         if not isinstance(names, str):
             return names
@@ -457,6 +459,14 @@ def _check(config: StudyConfig, folder: Path) -> StudyConfig:
     for label in _once("held_out", [data.name for data in held_out]):
         if label in config.objectives:
             raise InputError(f"held_out.{label}: {label!r} is searched with; name it differently")
+    for name in _once("control", [control.name for control in config.control]):
+        with at("control"):
+            check_label(name)
+    for control in config.control:
+        with at(f"control.{control.name}"):
+            control.check()
+            if control.of_sizes and not (config.search.num_remove or config.search.budget):
+                raise InputError("has masks of each studied size, and [search] names none")
     resources, evaluate = config.resources, config.evaluate
     if resources.cache_dir is not None:
         with at("resources.cache_dir"):
@@ -495,10 +505,15 @@ def _check_search(config: StudyConfig) -> None:
     for text in search.budget:
         with at("search.budget"):
             RemovalBudget.parse(text)
-    _once("search.num_remove", [*search.num_remove, *search.budget], least=1)
+    sizes = [*search.num_remove, *search.budget]
     for name in _once("search.algorithms", config.algorithms, least=1):
         with at("search.algorithms"):
-            check_over_masks(name)
+            find_algorithm(name)
+    removing = [name for name in config.algorithms if not find_algorithm(name).over_sequences]
+    _once("search.num_remove", sizes, least=1 if removing else 0)
+    if sizes and not removing:
+        with at("search.num_remove"):
+            find_algorithm(config.algorithms[0]).check_num_remove(sizes[0])
     for name, options in search.options.items():
         with at(f"search.options.{_key(name)}"):
             find_algorithm(name)

@@ -254,10 +254,39 @@ def as_svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
+def path_figure(
+    points: Sequence[tuple[int, float, float, float]],
+    objective: type[Objective],
+    unit: str,
+    title: str,
+) -> Any:
+    """The metric of nested results against their cost, with standard errors.
+
+    points: (units removed, cost, loss, standard error of the loss), the whole model first; losses
+    that are not finite are left out. unit: of the costs.
+    """
+    plt = _pyplot()
+    finite = [point for point in points if np.isfinite(point[2])]
+    _, costs, losses, loss_errors = (np.array(values) for values in zip(*finite))
+    values = np.array([objective.metric(loss) for loss in losses])
+    slopes = np.array([abs(objective.slope(loss)) for loss in losses])  # the delta method
+    errors = np.nan_to_num(slopes * loss_errors)
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    axes.errorbar(costs, values, yerr=errors, color="C0", marker="o", markersize=4, capsize=2)
+    for (removed, *_), cost, value in zip(finite, costs, values):
+        axes.annotate(str(removed), (cost, value), xytext=(3, 5), textcoords="offset points")
+    axes.set(xlabel=f"{unit}; numbers: units removed", ylabel=objective.header())
+    axes.set_title(title, loc="left")
+    axes.invert_xaxis()  # the whole model is on the left
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def save(figure: Any, path: Path) -> None:
-    """Write the figure as PNG, in the place of an existing one."""
+    """Write the figure as PNG or SVG, as its name ends, in the place of an existing one."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
+    kind = path.suffix.lstrip(".")
+    figure.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     _pyplot().close(figure)
     write_file(path, buffer.getvalue(), replace=True)
 

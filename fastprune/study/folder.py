@@ -19,7 +19,9 @@ from typing import Any
 from ..engine.store import SumStore
 from ..errors import InputError, shown
 from ..io import parse_json, write_json
+from ..masks import Candidate
 from ..plan.cost import Cost
+from ..search.sizes import Key
 
 LOCK, INPUTS, DOCUMENT = ".lock", "inputs.json", "study.toml"
 _LEFT_BEHIND = re.compile(
@@ -48,16 +50,18 @@ _COSTS = ("masks", "unit_runs", "asked_unit_runs", "naive_unit_runs", "seconds")
 class Cell:
     """One search of a study: its result, its cost, and the machine that ran it.
 
-    error: why the search found nothing; `removed` and `loss` are then None. losses: of the chosen
-    mask under every objective of the study, by label. cost: its unit runs were made; it would have
-    made its asked_unit_runs alone, without scores that other searches had left in the store; masks
-    are those whose loss is known exactly. decided_early: subsets that left a race early. machine:
-    the key of its fingerprint in `machines` of inputs.json.
+    num_remove: the size of the removal: a number of units, or the text of a budget; None of a
+    search over sequences, which has a `sequence` in place of `removed`. error: why the search found
+    nothing; `removed`, `sequence` and `loss` are then None. losses: of the chosen candidate under
+    every objective of the study, by label. cost: its unit runs were made; it would have made its
+    asked_unit_runs alone, without scores that other searches had left in the store; masks are those
+    whose loss is known exactly. decided_early: subsets that left a race early. machine: the key of
+    its fingerprint in `machines` of inputs.json. costs: under a budget, `SearchResult.costs`.
     """
 
     model: str
     objective: str
-    num_remove: int
+    num_remove: Key
     algorithm: str
     removed: tuple[int, ...] | None = None
     loss: float | None = None
@@ -66,6 +70,13 @@ class Cell:
     cost: Cost = field(default_factory=Cost)
     machine: str = ""
     losses: Mapping[str, float] | None = None
+    sequence: tuple[int, ...] | None = None
+    costs: Mapping[str, Any] | None = None
+
+    @property
+    def candidate(self) -> Candidate | None:
+        """The mask or sequence that the search chose; None if it found nothing."""
+        return None if self.error else Candidate(self.removed, self.sequence)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with those of the cost that `_COSTS` names."""
@@ -77,8 +88,8 @@ class Cell:
         """The cell of such plain values."""
         plain = dict(record)
         cost = Cost(**{name: plain.pop(name) for name in _COSTS})
-        removed = plain.pop("removed")
-        return cls(**plain, removed=None if removed is None else tuple(removed), cost=cost)
+        chosen = vars(Candidate.of(plain))
+        return cls(**{**plain, **chosen}, cost=cost)
 
 
 def check_label(label: str) -> None:

@@ -1,40 +1,58 @@
-"""How chosen masks compare under an objective: paired differences, and data that searches saw."""
+"""How chosen candidates compare under an objective: paired differences, and data that searches
+saw."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..data import TokenBatch
+from ..masks import Candidate
 from ..objectives import Difference, Objective
+from ..search.sizes import Key
 
 WINDOW = 32  # tokens; two rows that share such a window hold the same text
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
-def compare_masks(
-    objective: Objective, removed: Sequence[tuple[int, ...]], sample_losses: np.ndarray
+class Judged(NamedTuple):
+    """A mask or sequence, and the size of removal that it is compared within.
+
+    is_control: whether no search chose it.
+    """
+
+    candidate: Candidate
+    size: Key
+    is_control: bool = False
+
+
+WHOLE = Judged(Candidate(removed=()), 0)  # the whole model
+
+
+def compare_candidates(
+    objective: Objective, judged: Sequence[Judged], sample_losses: np.ndarray
 ) -> list[dict]:
-    """Each mask's loss with its standard error, and its paired differences in the metric.
+    """Each candidate's loss with its standard error, and its paired differences in the metric.
 
     Args:
         objective: The judge.
-        removed: The units that each mask removes; the last one is the whole model.
-        sample_losses: Of these masks on all samples, float64[N, S].
+        judged: The candidates; the last one is the whole model.
+        sample_losses: Of these candidates on all samples, float64[N, S].
 
     Returns:
-        For each mask: `removed`, `loss`, `standard_error`, and the differences `to_whole` and
-        `to_best` (`Difference`, as dicts). The best is the mask of lowest loss among those that
-        remove as many units.
+        For each one: `removed` or `sequence`, `size`, `is_control`, `loss`, `standard_error`, and
+        the differences `to_whole` and `to_best` (`Difference`, as dicts). The best has the lowest
+        loss among those of its size that a search chose; among controls, if no search chose one.
     """
     losses = objective.mean(sample_losses)
     errors = objective.standard_error(sample_losses)
     entries = []
-    for i, units in enumerate(removed):
-        alike = [j for j, other in enumerate(removed) if len(other) == len(units)]
+    for i, (candidate, size, is_control) in enumerate(judged):
+        alike = [j for j, other in enumerate(judged) if other.size == size]
+        alike = [j for j in alike if not judged[j].is_control] or alike
         best = min(alike, key=lambda j: (not np.isfinite(losses[j]), losses[j]))
         to_whole, to_best = (
             dataclasses.asdict(objective.compare(sample_losses[i], sample_losses[reference]))
@@ -42,7 +60,9 @@ def compare_masks(
         )
         entries.append(
             {
-                "removed": list(units),
+                **candidate.record,
+                "size": size,
+                "is_control": is_control,
                 "loss": float(losses[i]),
                 "standard_error": float(errors[i]),
                 "to_whole": to_whole,
@@ -98,11 +118,15 @@ def _windows(batch: TokenBatch, length: int, stops: np.ndarray) -> list[np.ndarr
 
 
 def judgement(
-    study: Mapping[str, Any], model: str, label: str, removed: Sequence[int]
+    study: Mapping[str, Any], model: str, label: str, cell: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """The entry of `compare_masks` for a mask that a study chose, or for the whole model."""
+    """The entry of `compare_candidates` for a cell's or control's candidate; without one, for the
+    whole model."""
     entries = study["judgements"][model][label]
-    return next(entry for entry in entries if entry["removed"] == list(removed))
+    if cell is None:
+        return entries[-1]
+    candidate, size = Candidate.of(cell), cell["num_remove"]
+    return next(e for e in entries if Candidate.of(e) == candidate and e["size"] == size)
 
 
 def format_judged(objective: type[Objective], entry: Mapping[str, Any]) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..io import write_file
+from ..masks import Candidate
 from ..objectives import Objective, format_size, objective_class
 from ..search import describe_algorithms
+from ..search.sizes import RemovalSize
 from . import figures
 from .judging import format_judged, judgement, to_difference
 from .machines import machines_note
@@ -15,9 +17,11 @@ from .tables import (
     answers,
     best_cells,
     difference_header,
-    format_removed,
+    format_record,
     judge_notes,
+    removed_share,
     short_name,
+    size_name,
     unseen_notes,
 )
 
@@ -28,7 +32,14 @@ def write_report(study: Mapping, path: Path) -> None:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True)
-    environment.filters.update(removed=format_removed, data=_data, name=short_name)
+    environment.filters.update(
+        units=format_record,
+        data=_data,
+        name=short_name,
+        size=lambda key: "-" if key is None else key,
+        asked=lambda budget: RemovalSize.of(budget).describe(),
+        share=lambda cell: removed_share(study, cell) or "-",
+    )
     objectives = _objectives(study)
     found = [cell for cell in study["cells"] if not cell["error"]]
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
@@ -41,11 +52,11 @@ def write_report(study: Mapping, path: Path) -> None:
         machines=machines_note(study),
         notes=judge_notes(study),
         measures=objectives,
-        judged=lambda model, label, removed: format_judged(
-            objectives[label], judgement(study, model, label, removed)
+        judged=lambda model, label, cell=None: format_judged(
+            objectives[label], judgement(study, model, label, cell)
         ),
-        to_best=lambda model, label, removed: _to_best(
-            objectives[label], judgement(study, model, label, removed)
+        to_best=lambda model, label, cell: _to_best(
+            objectives[label], judgement(study, model, label, cell)
         ),
         unseen=not unseen_notes(study),
         differences={label: difference_header(label, of) for label, of in objectives.items()},
@@ -67,7 +78,7 @@ def _objectives(study: Mapping) -> dict[str, type[Objective]]:
 
 
 def _to_best(objective: type[Objective], entry: Mapping) -> str:
-    """How far a mask is from the best one of as many units; "best" for that one."""
+    """How far a candidate is from the best one of its size; "best" for that one."""
     difference = to_difference(entry["to_best"])
     return objective.format_difference(difference) if difference.value else "best"
 
@@ -84,8 +95,8 @@ def study_figures(study: Mapping) -> dict[str, list]:
     cells = [cell for cell in study["cells"] if not cell["error"]]
     names = {
         (model, num_remove): f"{short_name(model)}, " * (len(study["num_units"]) > 1)
-        + f"{num_remove} of {units} removed"
-        for model, units in study["num_units"].items()
+        + size_name(study, model, num_remove)
+        for model in study["num_units"]
         for num_remove in dict.fromkeys(
             cell["num_remove"] for cell in study["cells"] if cell["model"] == model
         )
@@ -101,7 +112,11 @@ def study_figures(study: Mapping) -> dict[str, list]:
         group = [
             cell for cell in cells if (cell["model"], cell["num_remove"]) == (model, num_remove)
         ]
-        rows = [(cell["objective"], cell["algorithm"], cell["removed"]) for cell in group]
+        rows = [
+            (cell["objective"], cell["algorithm"], cell["removed"])
+            for cell in group
+            if cell["removed"] is not None  # the figure is of removed units
+        ]
         if rows:
             found["patterns"].append(figures.pattern_figure(rows, study["num_units"][model], name))
         for chosen_by in labels:
@@ -111,10 +126,10 @@ def study_figures(study: Mapping) -> dict[str, list]:
                 if (entry["model"], entry["num_remove"], entry["chosen_by"])
                 == (model, num_remove, chosen_by)
             }
-            by_mask: dict[tuple, list[Mapping]] = {}
+            by_mask: dict[Candidate, list[Mapping]] = {}
             for cell in group:
                 if cell["objective"] == chosen_by:
-                    by_mask.setdefault(tuple(cell["removed"]), []).append(cell)
+                    by_mask.setdefault(Candidate.of(cell), []).append(cell)
             losses = {
                 tuple(cell["algorithm"] for cell in same): [
                     same[0]["losses"][label] for label in (chosen_by, *others)

@@ -2,8 +2,8 @@
 2604.24938).
 
 Each search is a cell, written as soon as it is finished. Every score is kept in the store, so an
-interrupted study continues from its last score. At the end, every chosen mask is scored under every
-objective.
+interrupted study continues from its last score. At the end, every chosen mask or sequence, and
+every control, is scored under every objective.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..costs import Budget
+from ..costs import Budget, UnitCosts, unit_costs
 from ..engine.store import SumStore
 from ..errors import InputError
 from ..io import write_file, write_json
-from ..masks import from_removed
+from ..masks import Candidate, kept_by
 from ..objectives import Objective, objective_class
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..search import (
     check_algorithm,
-    check_over_masks,
     check_racing,
     find_algorithm,
     protected_units,
     require_sklearn,
     run_search,
-    units_to_remove,
 )
-from ..search.sizes import UnitCount, size_within
+from ..search.registry import check_limits
+from ..search.sizes import CostLimit, Key, RemovalSize, Size
 from ..validate import check_callable, check_folder
 from ..workers.processes import Processes, Workers
+from .controls import Control, Placed, place_controls
 from .folder import (
     DOCUMENT,
     INPUTS,
@@ -52,9 +52,15 @@ from .folder import (
     read_cell,
     write_cell,
 )
-from .judging import compare_masks, shared_rows
+from .judging import WHOLE, Judged, compare_candidates, shared_rows
 from .machines import fingerprint
-from .statistics import cell_record, compare_calibrations, summarise, summarise_similarity
+from .statistics import (
+    cell_record,
+    compare_calibrations,
+    metric_records,
+    summarise,
+    summarise_similarity,
+)
 
 if TYPE_CHECKING:  # a study is checked without torch
     from ..evaluator import Evaluator
@@ -70,7 +76,7 @@ def run_study(
     models: Sequence[Model],
     objectives: Makers,
     algorithms: Sequence[str],
-    budgets: Sequence[int | str],
+    budgets: Sequence[int | str | Budget],
     out_dir: str | Path,
     *,
     options: Mapping[str, Mapping[str, object]] | None = None,
@@ -79,11 +85,12 @@ def run_study(
     protect: Iterable[int] | str = (),
     notify: Notify = lambda message: None,
     held_out: Makers | None = None,
+    controls: Sequence[Control] = (),
     document: str | None = None,
     progress: ProgressCallback | None = None,
     **evaluator_options: Any,
 ) -> dict:
-    """Run every search, score every chosen mask under every objective, and write `study.json`.
+    """Run every search, score all that they choose under every objective, and write `study.json`.
 
     The folder keeps `inputs.json`, the score store and one file per finished cell. The same
     settings continue the study in it; further models, objectives, algorithms or budgets extend it.
@@ -95,16 +102,17 @@ def run_study(
         models: Models with distinct names.
         objectives: By label, functions from a model to an objective on its calibration set. One
             objective on several sets, each under a label, compares the sets.
-        algorithms: Names of algorithms.
+        algorithms: Names of algorithms. One over sequences runs once for each objective.
         budgets: Numbers of units to remove, shares of them such as "25%", or budgets such as
-            "params=75%" if all units save the same.
+            "params=75%" or `fp.Budget(params="75%")`. None, if all algorithms are over sequences.
         out_dir: The study's folder.
         options: Options of algorithms, by the algorithms' names.
         seed: The seed of every search.
         racing: A confidence, as of `run_search`, for the algorithms that race.
         protect: Units that no search removes, or a preset's name.
         notify: Called with a line about each step.
-        held_out: Further objectives; they judge every chosen mask, and no search sees them.
+        held_out: Further objectives; they judge every chosen candidate, and no search sees them.
+        controls: Masks and sequences that no search chose, judged beside those that were.
         document: The study's document, kept as study.toml.
         progress: Called with a `ProgressEvent` as the study runs.
         evaluator_options: Options of `Evaluator`; its workers are started once, for all.
@@ -122,19 +130,22 @@ def run_study(
     out = Path(out_dir)
     check_study(algorithms, options, out)
     check_racing(algorithms, racing)
-    if not (models and objectives and budgets):
+    if not (models and objectives):
         raise InputError("a study needs at least one model, objective, algorithm and budget")
+    check_sizes(algorithms, budgets, controls)
+    for control in controls:
+        control.check()
     evaluators = _Evaluators(models, objectives, held_out, evaluator_options)
     identity: dict[str, Any] = {
         "algorithms": {
             name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms
         },
-        "budgets": list(budgets),
+        "budgets": [RemovalSize.of(budget).key for budget in budgets],
         "seed": seed,
         "racing": racing,
         "protect": protect if isinstance(protect, str) else [*protect],
     }
-    evaluators.check(identity)
+    evaluators.check(identity, controls)
     identity |= evaluators.identity()
     kept = check_study_folder(out, identity, document)
     identity["machines"] = {**(kept or {}).get("machines", {}), **identity["machines"]}
@@ -146,7 +157,8 @@ def run_study(
             write_json(out / INPUTS, identity, replace=True)
         if document is not None:
             write_file(out / DOCUMENT, document, replace=True)
-        return _run(evaluators, models, objectives, held_out, identity, out, notify, progress)
+        makers = objectives, held_out, controls
+        return _run(evaluators, models, *makers, identity, out, notify, progress)
 
 
 def _run(
@@ -154,6 +166,7 @@ def _run(
     models: Sequence[Model],
     objectives: Makers,
     held_out: Makers,
+    controls: Sequence[Control],
     identity: dict,
     out: Path,
     notify: Notify,
@@ -162,11 +175,11 @@ def _run(
     """The study of these settings, in a folder that this process holds."""
     evaluators.open_store(out / "scores.db")
     cells = []
-    searches = list(product(models, objectives, identity["budgets"], identity["algorithms"]))
-    for number, (model, label, budget, algorithm) in enumerate(searches, 1):
-        num_remove = evaluators.number_to_remove(model, budget, identity["protect"])
-        path = out / "cells" / f"{_slug(model.name)}-{label}-{num_remove}-{algorithm}.json"
-        made_with = _made_with(identity, model.name, label, num_remove, algorithm)
+    searches = list(_searches(evaluators, models, objectives, identity))
+    for number, (model, label, size, algorithm) in enumerate(searches, 1):
+        place = f"{_slug(model.name)}-{label}-{_size_slug(size.key)}-{algorithm}"
+        path = out / "cells" / f"{place}.json"
+        made_with = _made_with(identity, model.name, label, size.key, algorithm)
         cell = None
         if path.exists() and not (cell := read_cell(path, made_with)):
             warnings.warn(
@@ -175,7 +188,7 @@ def _run(
                 stacklevel=3,
             )
         if not cell:
-            name = f"{model.name}: {label}, {num_remove} removed, {algorithm}"
+            name = f"{model.name}: {label}, {size.describe()}, {algorithm}"
             notify(f"{number}/{len(searches)}  {name}")
 
             def describe(
@@ -191,7 +204,7 @@ def _run(
                 "racing": identity["racing"] if find_algorithm(algorithm).races else None,
             }
             empty = Cell(
-                model.name, label, num_remove, algorithm, machine=evaluators.machines[model.name]
+                model.name, label, size.key, algorithm, machine=evaluators.machines[model.name]
             )
             # the evaluator has no name here, which would keep it while the next one is made
             with reporting(describe, progress):
@@ -204,10 +217,12 @@ def _run(
         cells.append(cell)
     notify("scoring every chosen mask under every objective")
     judges = [*objectives, *held_out]
-    judgements = {
-        model.name: _judge(evaluators, model, judges, [c for c in cells if c.model == model.name])
-        for model in models
-    }
+    judgements, placed = {}, []
+    for model in models:
+        own = [cell for cell in cells if cell.model == model.name]
+        of_model = evaluators.place(model, controls, objectives, identity)
+        judgements[model.name] = _judge(evaluators, model, judges, own, of_model)
+        placed += [(model.name, control) for control in of_model]
     cells = [_with_losses(cell, judgements[cell.model]) for cell in cells]
     described = evaluators.describe_objectives()
     kinds = {
@@ -232,15 +247,24 @@ def _run(
                 label: objective_class(names[label]).record(entry["loss"])
                 | {"standard_error": entry["standard_error"]}
                 for label, entries in judgements[model.name].items()
-                for entry in entries
-                if not entry["removed"]
+                for entry in entries[-1:]
             }
             for model in models
         },
         "num_units": {model.name: evaluators.num_units(model) for model in models},
+        "sizes": {
+            model.name: [
+                {"size": size.key, "asked": budget}
+                for budget, size in evaluators.sizes(model, identity).items()
+            ]
+            for model in models
+        },
         "parameters": {model.name: evaluators.parameters(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
         "cells": [cell_record(cell, names) for cell in cells],
+        "controls": [
+            _control_record(model, control, judgements[model], names) for model, control in placed
+        ],
         **summarise(cells),
         "calibration": compare_calibrations(
             cells, kinds, {label: names[label] for label in held_out or objectives}
@@ -260,7 +284,6 @@ def check_study(
         raise InputError(f"an algorithm is given twice: {', '.join(algorithms)}")
     for algorithm in dict.fromkeys([*algorithms, *options]):
         check_algorithm(algorithm, options.get(algorithm, {}))
-        check_over_masks(algorithm)
         if algorithm not in algorithms:
             raise InputError(
                 f"options are given for {algorithm}, which is not among the algorithms"
@@ -269,12 +292,51 @@ def check_study(
     check_folder(Path(out_dir))
 
 
-def _made_with(identity: dict, model: str, label: str, num_remove: int, algorithm: str) -> dict:
+def check_sizes(
+    algorithms: Sequence[str],
+    budgets: Sequence[int | str | Budget],
+    controls: Sequence[Control] = (),
+) -> None:
+    """Raise InputError unless there are sizes of removals exactly if algorithms remove units."""
+    removing = [name for name in algorithms if not find_algorithm(name).over_sequences]
+    if removing and not budgets:
+        raise InputError("a study needs at least one model, objective, algorithm and budget")
+    if budgets and not removing:
+        find_algorithm(algorithms[0]).check_num_remove(budgets[0])
+    for control in controls:
+        if control.of_sizes and not budgets:
+            raise InputError(
+                f"control {control.name!r} has masks of each studied size, and no algorithm "
+                f"removes units"
+            )
+
+
+def _searches(
+    evaluators: _Evaluators,
+    models: Sequence[Model],
+    objectives: Iterable[str],
+    identity: Mapping[str, Any],
+) -> Iterator[tuple[Model, str, RemovalSize, str]]:
+    """The cells of a study: model, objective, size and algorithm of each."""
+    for model, label in product(models, objectives):
+        sizes = evaluators.sizes(model, identity).values()
+        over_sequences = {
+            name: find_algorithm(name).over_sequences for name in identity["algorithms"]
+        }
+        for size, name in product(sizes, over_sequences):
+            if not over_sequences[name]:
+                yield model, label, size, name
+        for name in over_sequences:
+            if over_sequences[name]:
+                yield model, label, RemovalSize(), name
+
+
+def _made_with(identity: dict, model: str, label: str, size: Key, algorithm: str) -> dict:
     """The settings that a cell depends on. Its machine is not one of them."""
     return {
         "model": [model, identity["models"][model], identity["dtype"][model]],
         "objective": [label, *identity["objectives"][f"{model} {label}"]],
-        "num_remove": num_remove,
+        "num_remove": size,
         "algorithm": [algorithm, identity["algorithms"][algorithm]],
         "seed": identity["seed"],
         "racing": identity["racing"],
@@ -288,6 +350,13 @@ def _slug(name: str) -> str:
     """A short part of file names for a model's name, distinct within a study."""
     readable = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(name).name)[:30]
     return f"{readable}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
+
+
+def _size_slug(size: Key) -> str:
+    """A size as a part of file names."""
+    if size is None:
+        return "sequences"
+    return str(size) if isinstance(size, int) else _slug(size)
 
 
 class _Evaluators:
@@ -345,7 +414,7 @@ class _Evaluators:
         """By model, the key of this machine's fingerprint."""
         return {name: key for name, (key, _) in self._fingerprints.items()}
 
-    def check(self, settings: Mapping[str, Any]) -> None:
+    def check(self, settings: Mapping[str, Any], controls: Sequence[Control]) -> None:
         """Check the searches' settings against every model and objective. Raises InputError."""
         from ..models import Needs, open_runner  # only now: it brings torch
 
@@ -356,18 +425,11 @@ class _Evaluators:
             open_runner(model, "generic", Needs(self._granularity))
             units = self.num_units(model)
             protected = protected_units(settings["protect"], units, self._granularity)
-            counts = [
-                budget
-                if isinstance(budget, int)
-                else self.number_to_remove(model, budget, settings["protect"])
-                for budget in budgets
-            ]
-            if len(set(counts)) < len(counts):
-                raise InputError(
-                    f"budgets {', '.join(map(str, budgets))} name one number of units of "
-                    f"{model.name} twice"
-                )
-            for num_remove in counts:
+            for control in controls:
+                control.fixed(units)
+            for num_remove in budgets:
+                if isinstance(num_remove, str):
+                    continue
                 if not 0 <= num_remove < units:
                     raise InputError(
                         f"num_remove {num_remove} must be from 0 to {units - 1} ({model.name} has "
@@ -379,16 +441,26 @@ class _Evaluators:
                         f"num_remove {num_remove} must be at most {units - len(protected)}, the "
                         f"units of {model.name} that are not protected"
                     )
-                for algorithm, values in algorithms.items():
-                    chosen = find_algorithm(algorithm)
-                    if chosen.needs_weights and model.weights.streamed:
-                        raise InputError(
-                            f"{algorithm} needs all weights at once, and {model.name} reads them "
-                            f"in bands"
-                        )
-                    if chosen.check_size:
-                        candidates = units - len(protected)
-                        chosen.check_size(candidates, num_remove, self._granularity, **values)
+            sizes = list(self.sizes(model, settings).values())
+            if len({size.key for size in sizes}) < len(sizes):
+                raise InputError(
+                    f"budgets {', '.join(map(str, budgets))} name one number of units of "
+                    f"{model.name} twice"
+                )
+            for algorithm, values in algorithms.items():
+                chosen = find_algorithm(algorithm)
+                if chosen.needs_weights and model.weights.streamed:
+                    raise InputError(
+                        f"{algorithm} needs all weights at once, and {model.name} reads them in "
+                        f"bands"
+                    )
+                for asked in [RemovalSize()] if chosen.over_sequences else sizes:
+                    size, candidates = self.resolve(model, asked, settings["protect"])
+                    if isinstance(size, CostLimit):
+                        check_limits(chosen, settings["racing"] if chosen.races else None)
+                    elif chosen.check_size:
+                        number = len(candidates), size.most
+                        chosen.check_size(*number, self._granularity, **values)
         for (_, label), objective in self._objectives.items():
             for algorithm in algorithms if label in self._searched else ():
                 if find_algorithm(algorithm).needs_gradients and not objective.differentiable:
@@ -439,29 +511,55 @@ class _Evaluators:
     def num_units(self, model: Model) -> int:
         return len(model.unit_names(self._granularity))
 
-    def number_to_remove(
-        self, model: Model, budget: int | str, protect: Iterable[int] | str
-    ) -> int:
-        """The units that a number, a share or a text such as "params=75%" removes. Raises
-        InputError for a budget of units that save unlike amounts, or of measured times."""
-        units = self.num_units(model)
-        if isinstance(budget, int) or "=" not in budget:
-            return units_to_remove(budget, units)
-        from ..costs import unit_costs
+    def sizes(self, model: Model, settings: Mapping[str, Any]) -> dict[int | str, RemovalSize]:
+        """By the budgets of a study's settings, the size that each is for a model: its `key` is
+        that of the cells. Raises InputError for a budget that no removal can meet."""
+        units = self._units_that_may_go(model, settings["protect"])
+        return {
+            budget: RemovalSize.of(budget).as_number(*units, self._costs_of(model))
+            for budget in settings["budgets"]
+        }
 
-        limit = Budget.parse(budget)
-        if limit.kind == "latency_ms":
-            raise InputError("a study takes budgets of params, bytes or kv_bytes, not of times")
-        gone = {*protected_units(protect, units, self._granularity)}
-        candidates = [unit for unit in range(units) if unit not in gone]
-        costs = unit_costs(model, self._granularity, limit.kind)
-        size, useful, _ = size_within(limit, lambda _: costs, candidates)
-        if not isinstance(size, UnitCount) or useful != candidates:
-            raise InputError(
-                f"budget {budget}: a study takes budgets of units that all save the same, and "
-                f"those of {model.name} do not; name a number of units, or run single searches"
-            )
-        return size.most
+    def resolve(
+        self, model: Model, size: RemovalSize, protect: Iterable[int] | str
+    ) -> tuple[Size, list[int]]:
+        """Which removals are complete, and the candidates among which they are."""
+        units = self._units_that_may_go(model, protect)
+        return size.resolve(*units, self._costs_of(model))[:2]
+
+    def _units_that_may_go(
+        self, model: Model, protect: Iterable[int] | str
+    ) -> tuple[int, list[int]]:
+        units = self.num_units(model)
+        stay = {*protected_units(protect, units, self._granularity)}
+        return units, [unit for unit in range(units) if unit not in stay]
+
+    def _costs_of(self, model: Model) -> Callable[[Budget], UnitCosts]:
+        return lambda of: unit_costs(model, self._granularity, of.kind, of.batch_size, of.seq_len)
+
+    def place(
+        self,
+        model: Model,
+        controls: Sequence[Control],
+        labels: Iterable[str],
+        settings: Mapping[str, Any],
+    ) -> list[Placed]:
+        """The candidates of a model's controls."""
+        sizes = {
+            size.key: self.resolve(model, size, settings["protect"])
+            for size in self.sizes(model, settings).values()
+        }
+        units, candidates = self._units_that_may_go(model, settings["protect"])
+
+        def singles(label: str) -> dict[int, float]:
+            sequences = [kept_by((unit,), units) for unit in candidates]
+            losses = self.get(model, label).score(sequences=sequences)
+            return dict(zip(candidates, losses.tolist(), strict=True))
+
+        placed = place_controls(
+            controls, units, sizes, list(labels), cache(singles), settings["seed"]
+        )
+        return list(placed)
 
     def parameters(self, model: Model) -> dict[str, object]:
         """Parameters of a model in all, and of each unit."""
@@ -474,37 +572,82 @@ class _Evaluators:
 def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Cell:
     """The cell with its result; settings: further arguments of `run_search`."""
     before, started = evaluator.stats, time.perf_counter()
+    size = RemovalSize.of(cell.num_remove)
     try:
-        result = run_search(evaluator, cell.algorithm, cell.num_remove, **settings)
+        result = run_search(evaluator, cell.algorithm, **size.arguments, **settings)
     except ArithmeticError as error:  # no finite loss, or a probe with an infinite value
         masks, cell = (evaluator.stats - before).masks, replace(cell, error=str(error))
     else:
         masks, early = result.evaluations, result.decided_early
-        cell = replace(cell, removed=result.removed, loss=result.loss, decided_early=early)
+        sequence = result.sequence if result.removed is None else None
+        cell = replace(
+            cell,
+            removed=result.removed,
+            sequence=sequence,
+            loss=result.loss,
+            decided_early=early,
+            costs=result.costs if size.budget is not None else None,
+        )
     seconds = time.perf_counter() - started
     return replace(cell, cost=replace(evaluator.stats - before, masks=masks, seconds=seconds))
 
 
 def _judge(
-    evaluators: _Evaluators, model: Model, labels: Sequence[str], cells: Sequence[Cell]
+    evaluators: _Evaluators,
+    model: Model,
+    labels: Sequence[str],
+    cells: Sequence[Cell],
+    controls: Sequence[Placed],
 ) -> dict[str, list[dict]]:
-    """By label, how the masks that a model's cells chose compare under that objective."""
-    chosen = list(dict.fromkeys(cell.removed for cell in cells if cell.removed is not None))
-    masks = from_removed([*chosen, ()], evaluators.num_units(model))
+    """By label, how the candidates of a model's cells and controls compare under that objective;
+    the whole model is the last one."""
+    chosen = {Judged(cell.candidate, cell.num_remove) for cell in cells if cell.candidate}
+    ordered = [Judged(c.candidate, c.num_remove) for c in cells if c.candidate]
+    for control in controls:
+        as_chosen = Judged(control.candidate, control.size)
+        ordered.append(as_chosen if as_chosen in chosen else as_chosen._replace(is_control=True))
+    judged = [of for of in dict.fromkeys(ordered) if of[:2] != WHOLE[:2]] + [WHOLE]
+    units = evaluators.num_units(model)
+    sequences = [of.candidate.units(units) for of in judged]
     judgements = {}
     for label in labels:
         evaluator = evaluators.get(model, label)
-        sample_losses = evaluator.score_samples(masks)
-        judgements[label] = compare_masks(evaluator.objective, [*chosen, ()], sample_losses)
+        sample_losses = evaluator.score_samples(sequences=sequences)
+        judgements[label] = compare_candidates(evaluator.objective, judged, sample_losses)
     return judgements
 
 
-def _with_losses(cell: Cell, judgements: Mapping[str, Sequence[Mapping[str, Any]]]) -> Cell:
-    """The cell with the loss of its mask under every objective."""
-    if cell.removed is None:
-        return cell
-    losses = {
-        label: next(e["loss"] for e in entries if tuple(e["removed"]) == cell.removed)
+def _losses_of(
+    candidate: Candidate, judgements: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, float]:
+    """By label, the loss of a judged candidate."""
+    return {
+        label: next(e["loss"] for e in entries if Candidate.of(e) == candidate)
         for label, entries in judgements.items()
     }
-    return replace(cell, losses=losses)
+
+
+def _with_losses(cell: Cell, judgements: Mapping[str, Sequence[Mapping[str, Any]]]) -> Cell:
+    """The cell with the loss of its candidate under every objective."""
+    if cell.candidate is None:
+        return cell
+    return replace(cell, losses=_losses_of(cell.candidate, judgements))
+
+
+def _control_record(
+    model: str,
+    control: Placed,
+    judgements: Mapping[str, Sequence[Mapping[str, Any]]],
+    names: Mapping[str, str],
+) -> dict[str, Any]:
+    """A control's candidate as study.json has it. names: of the objectives, by label."""
+    losses = _losses_of(control.candidate, judgements)
+    return {
+        "model": model,
+        "name": control.name,
+        "under": control.under,
+        "num_remove": control.size,
+        **control.candidate.record,
+        "losses": losses,
+        "metrics": metric_records(losses, names),
+    }

@@ -14,6 +14,7 @@ from ..objectives import objective_class
 from ..search.similarity import cluster_units, clusters_for, redundancy_score
 
 if TYPE_CHECKING:
+    from ..search.sizes import Key
     from .folder import Cell
 
 
@@ -26,10 +27,13 @@ def cell_record(cell: Cell, names: Mapping[str, str]) -> dict:
     if cell.loss is not None:
         record |= objective_class(names[cell.objective]).record(cell.loss)
     if cell.losses is not None:
-        record["metrics"] = {
-            label: objective_class(names[label]).record(loss) for label, loss in cell.losses.items()
-        }
+        record["metrics"] = metric_records(cell.losses, names)
     return record
+
+
+def metric_records(losses: Mapping[str, float], names: Mapping[str, str]) -> dict[str, dict]:
+    """By label, a loss under its metric's own name. names: of the objectives, by label."""
+    return {label: objective_class(names[label]).record(loss) for label, loss in losses.items()}
 
 
 def summarise(cells: Sequence[Cell]) -> dict:
@@ -37,14 +41,15 @@ def summarise(cells: Sequence[Cell]) -> dict:
     objective.
 
     jaccard: mean overlap |A n B| / |A u B| of the removed sets of two searches of one model and
-    budget, within an objective (two algorithms) and across objectives. spearman: for masks chosen
+    budget, within an objective (two algorithms) and across objectives; not of sequences, which
+    remove nothing. spearman: for masks chosen
     under one objective, the rank correlation of their losses under it and under another, over
     algorithms, and how many distinct masks these chose.
     spread: for each group, the least and the greatest of each objective's finite losses over its
     masks. Searches
     that found nothing are left out.
     """
-    groups: dict[tuple[str, int], list[Cell]] = {}
+    groups: dict[tuple[str, Key], list[Cell]] = {}
     for cell in cells:
         if not cell.error:
             groups.setdefault((cell.model, cell.num_remove), []).append(cell)
@@ -52,9 +57,10 @@ def summarise(cells: Sequence[Cell]) -> dict:
     for (model, num_remove), group in groups.items():
         where = {"model": model, "num_remove": num_remove}
         pairs = list(combinations(group, 2))
-        within = [_jaccard(a, b) for a, b in pairs if a.objective == b.objective]
-        across = [_jaccard(a, b) for a, b in pairs if a.objective != b.objective]
-        jaccard.append({**where, "within": _mean(within), "across": _mean(across)})
+        if num_remove is not None:
+            within = [_jaccard(a, b) for a, b in pairs if a.objective == b.objective]
+            across = [_jaccard(a, b) for a, b in pairs if a.objective != b.objective]
+            jaccard.append({**where, "within": _mean(within), "across": _mean(across)})
         labels = list(dict.fromkeys(cell.objective for cell in group))
         for chosen_by in labels:
             chosen = [cell for cell in group if cell.objective == chosen_by]
@@ -65,7 +71,7 @@ def summarise(cells: Sequence[Cell]) -> dict:
                 least, most = min(finite, default=None), max(finite, default=None)
                 spread.append({**entry, "least_loss": least, "most_loss": most})
                 if judged_by != chosen_by:
-                    distinct = len({cell.removed for cell in chosen})
+                    distinct = len({cell.candidate for cell in chosen})
                     rho = (
                         _spearman([_losses(cell)[chosen_by] for cell in chosen], losses)
                         if distinct > 2
@@ -84,9 +90,9 @@ def compare_calibrations(
     calibration sets alone. judges: by label, the names of the objectives whose losses are compared.
     For each model, budget, objective with several sets and algorithm: the mean Jaccard overlap of
     its removals on two sets ("sets"), and with those of another algorithm on the same set
-    ("algorithms"); and of the same pairs, under each judge, the mean difference of their losses and
-    of their metrics, as an absolute value. None without such a pair. Searches that found nothing,
-    and losses that are not finite, are left out.
+    ("algorithms"), None of sequences; and of the same pairs, under each judge, the mean difference
+    of their losses and of their metrics, as an absolute value. None without such a pair. Searches
+    that found nothing, and losses that are not finite, are left out.
     """
     found = []
     groups: dict[tuple, list[Cell]] = {}
@@ -114,7 +120,10 @@ def compare_calibrations(
                     "sets": sets,
                     "algorithm": algorithm,
                 }
-                overlap = {by: _mean([_jaccard(a, b) for a, b in of]) for by, of in pairs.items()}
+                overlap = {
+                    by: _mean([_jaccard(a, b) for a, b in of if num_remove is not None])
+                    for by, of in pairs.items()
+                }
                 losses, metrics = (
                     {
                         judge: {

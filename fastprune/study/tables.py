@@ -9,7 +9,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..costs import UNITS
+from ..masks import Candidate
 from ..objectives import Objective, no_judge, objective_class
+from ..search.sizes import Key, RemovalSize
 from .judging import WINDOW, format_judged, to_difference
 
 FULL, EMPTY = "#", "."
@@ -29,14 +32,15 @@ def format_removed(removed: Sequence[int]) -> str:
 
 def format_record(record: Mapping) -> str:
     """The units of a record of one mask or sequence, as `masks.record_units` makes it."""
-    if "sequence" in record:
+    if record.get("sequence") is not None:
         return f"sequence {format_removed(record['sequence'])}"
     return format_removed(record["removed"])
 
 
 def units_header(records: Iterable[Mapping]) -> str:
     """The head of a column of `format_record`."""
-    return "removed, or sequence" if any("sequence" in row for row in records) else "removed"
+    is_mixed = any(row.get("sequence") is not None for row in records)
+    return "removed, or sequence" if is_mixed else "removed"
 
 
 def format_saved(naive: float, runs: float) -> str:
@@ -57,6 +61,27 @@ def short_name(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() else model
 
 
+def size_name(study: Mapping[str, Any], model: str, size: Key) -> str:
+    """A size of removals of a model in words, with the share or budget that asked for it."""
+    name = RemovalSize.of(size).describe(study["num_units"][model])
+    asked = [entry["asked"] for entry in study["sizes"][model] if entry["size"] == size]
+    return f"{name} ({asked[0]})" if asked and asked[0] != size else name
+
+
+def removed_share(study: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """The share of the model that a mask removes, in the costs of its budget, else in parameters;
+    '' of a sequence."""
+    if cell["removed"] is None:
+        return ""
+    if costs := cell.get("costs"):
+        kind, share = UNITS[costs["kind"]], 1 - float(costs["after"]) / float(costs["before"])
+    else:
+        parameters = study["parameters"][cell["model"]]
+        saved = sum(parameters["units"][unit] for unit in cell["removed"])
+        kind, share = UNITS["params"], saved / parameters["total"]
+    return f"{100 * share:.{0 if share >= 0.1 else 1}f} % fewer {kind}"
+
+
 def best_cells(study: Mapping) -> list[dict]:
     """For each model, budget and objective, the search of lowest loss, with `algorithms`: the names
     of those that chose its mask."""
@@ -68,19 +93,20 @@ def best_cells(study: Mapping) -> list[dict]:
         entry = best.setdefault(place, {**cell, "algorithms": []})
         if cell["loss"] < entry["loss"]:
             entry.update(cell, algorithms=[])
-        if tuple(cell["removed"]) == tuple(entry["removed"]):
+        if Candidate.of(cell) == Candidate.of(entry):
             entry["algorithms"].append(cell["algorithm"])
     return list(best.values())
 
 
 def answers(study: Mapping) -> list[str]:
-    """A line for each model and budget: the best mask under the first objective, in its metrics.
+    """A line for each model and budget: the best mask under the first objective, in its metrics;
+    and for searches over sequences, the best sequence.
 
     Held-out data judges it if the study has some, else its objectives do.
     """
     labels = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
-    lines: dict[tuple[str, int], str] = {}
+    lines: dict[tuple[str, Key], str] = {}
     for cell in best_cells(study):
         model, dense = cell["model"], study["dense"][cell["model"]]
         names: list[str] = []
@@ -92,12 +118,15 @@ def answers(study: Mapping) -> list[str]:
             after = metric.format(cell["losses"][label], named=False)
             name = metric.metric_name if names.count(names[-1]) == 1 else label
             changes.append(f"{name} {before.rstrip()} -> {after}")
-        parameters = study["parameters"][model]
-        saved = sum(parameters["units"][unit] for unit in cell["removed"]) / parameters["total"]
-        changes.append(f"{100 * saved:.{0 if saved >= 0.1 else 1}f} % fewer parameters")
+        if cell["removed"] is None:
+            runs = f"Run {format_removed(cell['sequence'])}"
+            changes.append(f"{len(cell['sequence'])} units in place of {study['num_units'][model]}")
+        else:
+            runs = f"Remove {format_removed(cell['removed'])}"
+            changes.append(removed_share(study, cell))
         start = f"{short_name(model)}: " * (len(study["num_units"]) > 1)
         judged = " (on held-out data)" * bool(study["held_out"])
-        line = f"{start}Remove {format_removed(cell['removed'])}: {', '.join(changes)}{judged}"
+        line = f"{start}{runs}: {', '.join(changes)}{judged}"
         lines.setdefault((model, cell["num_remove"]), line)
     return list(lines.values())
 
@@ -125,10 +154,10 @@ def unseen_notes(study: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_lines(study: Mapping[str, Any]) -> list[str]:
-    """For each model, judge and number of units removed: the best mask, and how the others differ.
+    """For each model, judge and size: the best chosen mask or sequence, and how the others differ.
 
-    Held-out objectives judge, or if a study has none, its own. Differences below two standard
-    errors are marked.
+    Held-out objectives judge, or if a study has none, its own. Controls are marked, and differences
+    below two standard errors.
     """
     judges = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
@@ -137,25 +166,33 @@ def comparison_lines(study: Mapping[str, Any]) -> list[str]:
         start = f"{short_name(model)}, " * (len(study["judgements"]) > 1)
         for label in judges:
             objective = objective_class(described[label]["name"])
-            groups: dict[int, list[Mapping[str, Any]]] = {}
+            groups: dict[Key, list[Mapping[str, Any]]] = {}
             for entry in by_label[label]:
-                groups.setdefault(len(entry["removed"]), []).append(entry)
-            for num_remove, entries in groups.items():
+                groups.setdefault(entry["size"], []).append(entry)
+            for size, entries in groups.items():
                 if len(entries) < 2:
                     continue
-                ordered = sorted(entries, key=lambda entry: float(entry["loss"]))
-                best = ordered[0]
+                # a control is the best only where no search chose anything
+                ordered = sorted(entries, key=lambda e: (e["is_control"], float(e["loss"])))
+                best, *rest = ordered
                 others = [
-                    f"{format_removed(entry['removed'])} "
+                    f"{_marked(entry)} "
                     f"{objective.format_difference(to_difference(entry['to_best']))}"
-                    for entry in ordered[1:]
+                    for entry in sorted(rest, key=lambda entry: float(entry["loss"]))
                 ]
                 lines.append(
-                    f"{start}{label}, {num_remove} removed: best {format_removed(best['removed'])} "
+                    f"{start}{label}, {RemovalSize.of(size).describe()}: best {_marked(best)} "
                     f"({objective.metric_name} {format_judged(objective, best)}); "
                     f"others: {'; '.join(others)}"
                 )
     return lines
+
+
+def _marked(entry: Mapping[str, Any]) -> str:
+    """The units of a judged candidate, and whether it is a control."""
+    candidate = Candidate.of(entry)
+    units = format_removed(candidate.sequence or candidate.removed or ())
+    return f"{units} (control)" if entry["is_control"] else units
 
 
 def format_races(decided_early: int) -> str:
@@ -174,24 +211,30 @@ TABLE_NOTE = (
 
 
 def results_table(
-    title: str, header: str, rows: Iterable[tuple], units_header: str = "removed"
+    title: str,
+    header: str,
+    rows: Iterable[tuple],
+    units_header: str = "removed",
+    shares: Sequence[str] | None = None,
 ) -> Table:
     """A table of searches; rows (algorithm, removed, result, masks, unit runs, naive unit runs).
 
     header: of the results, `Objective.header`; a result is text, `Objective.format`. A search that
     found nothing has None removed and the reason as its result. units_header: of the column of
-    units, "sequence" of searches over these.
+    units, "sequence" of searches over these. shares: the share that each row removes, such as
+    "25 % fewer parameters".
     """
     table = Table(title=Text(title, "table.title"), title_justify="left")  # names are no markup
-    for name in ("algorithm", units_header):
+    for name in ("algorithm", units_header, *["share"] * (shares is not None)):
         table.add_column(name, no_wrap=True)
     for name in (header, "masks", "runs", "naive", "saved"):
         table.add_column(name, justify="right", no_wrap=name != header)
-    for algorithm, removed, result, masks, unit_runs, naive in rows:
+    for number, (algorithm, removed, result, masks, unit_runs, naive) in enumerate(rows):
         units = "none" if removed is None else format_removed(removed)
         saved = f"{naive / unit_runs:.1f}x" if unit_runs else "-"
         counts = (str(masks), f"{unit_runs:.0f}", f"{naive:.0f}", saved)
-        table.add_row(algorithm, units, result, *counts)
+        share = () if shares is None else (shares[number],)
+        table.add_row(algorithm, units, *share, result, *counts)
     return table
 
 
@@ -212,7 +255,8 @@ def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mappin
         differences = [
             _both(entry["metrics"][judge], objective.digits) for judge, objective in judges.items()
         ]
-        row = (Text(", ".join(entry["sets"])), str(entry["num_remove"]), entry["algorithm"])
+        size = "-" if entry["num_remove"] is None else str(entry["num_remove"])
+        row = (Text(", ".join(entry["sets"])), size, entry["algorithm"])
         table.add_row(*row, _both(entry["overlap"], 3), *differences)
     return table
 

@@ -7,7 +7,8 @@ import pytest
 from documents import text_study, write_document
 
 import fastprune as fp
-from fastprune.study.judging import compare_masks, shared_rows
+from fastprune.masks import Candidate
+from fastprune.study.judging import Judged, compare_candidates, shared_rows
 from fastprune.study.tables import comparison_lines
 
 
@@ -15,11 +16,15 @@ def batch_of(*rows) -> fp.TokenBatch:
     return fp.TokenBatch.from_ids([np.asarray(row) for row in rows])
 
 
+def judged(removed) -> Judged:
+    return Judged(Candidate(removed=removed), len(removed))
+
+
 def test_masks_are_compared_with_the_best_of_their_size_and_with_the_whole_model():
     objective = fp.Perplexity(batch_of([1, 2, 3], [4, 5, 6], [7, 8, 9]))
     removed = [(1,), (2,), (0, 1), ()]
     losses = np.array([[3.0, 4.0, 5.0], [2.0, 3.0, 5.0], [6.0, 6.0, 7.0], [1.0, 1.0, 2.0]])
-    entries = compare_masks(objective, removed, losses)
+    entries = compare_candidates(objective, [judged(units) for units in removed], losses)
     assert [entry["removed"] for entry in entries] == [[1], [2], [0, 1], []]
     assert [entry["loss"] for entry in entries] == objective.mean(losses).tolist()
     errors = objective.standard_error(losses)
@@ -34,7 +39,7 @@ def test_masks_are_compared_with_the_best_of_their_size_and_with_the_whole_model
 def test_a_loss_that_is_not_finite_is_never_the_best():
     objective = fp.Perplexity(batch_of([1, 2], [3, 4]))
     losses = np.array([[np.nan, 1.0], [3.0, 3.0], [1.0, 1.0]])
-    entries = compare_masks(objective, [(0,), (1,), ()], losses)
+    entries = compare_candidates(objective, [judged(units) for units in ((0,), (1,), ())], losses)
     assert entries[1]["to_best"]["value"] == 0.0
 
 

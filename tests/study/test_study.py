@@ -318,7 +318,8 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
     refused(
         "shortgpt, shapley do not race; these do: one_shot", ["shortgpt", "shapley"], racing=0.9
     )
-    refused("repeat searches sequences, and a study compares masks of one size", ["repeat"])
+    refused("num_remove has no meaning for repeat, which removes nothing", ["repeat"])
+    refused("a study needs at least one model, objective, algorithm and budget", budgets=[])
     refused("num_remove must be even", ["evopress"], [1], granularity="sublayer")
     kl = {"divergence": lambda model: fp.KLDivergence(fp.TokenBatch.from_ids([[1, 2]]))}
     refused(
