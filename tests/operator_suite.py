@@ -88,7 +88,13 @@ class NormProperties:
     @pytest.mark.parametrize(("rows", "size"), [(63, 60), (1, 60), (5, 1), (7, 128), (3, 1025)])
     @pytest.mark.parametrize(
         ("unit_offset", "centered", "biased"),
-        [(False, False, False), (True, False, False), (False, True, False), (True, True, True)],
+        [
+            (False, False, False),
+            (True, False, False),
+            (False, True, False),
+            (True, True, False),
+            (False, True, True),
+        ],
     )
     @pytest.mark.parametrize("weighted", [True, False])
     def test_adds_and_norms(self, ops, rows, size, dtype, unit_offset, centered, biased, weighted):
