@@ -2,10 +2,11 @@
 
     python bench/healing.py MODEL --folder FOLDER [--text FILE --other FILE]
         [--num-remove 3,5,7 | --removed 14,17,26 ...] [--steps 60] [--rows 4] [--length 128]
-        [--rate 5e-4] [--windows 96] [--name NAME] [--out bench/results/healing.json]
+        [--rate 5e-4] [--choice-windows 16] [--windows 96] [--name NAME]
+        [--out bench/results/healing.json]
 
-The first half of --text trains. A greedy search under perplexity chooses the blocks on 16 x 128
-tokens of its third quarter, unless --removed names them. The last quarter judges, and so does
+The first half of --text trains. A greedy search under perplexity chooses the blocks on windows of
+128 tokens of its third quarter, unless --removed names them. The last quarter judges, and so does
 --other, of another domain: a text, by windows of 128 tokens, or .jsonl questions, by accuracy. The
 script counts the judges' samples that share 32 tokens with the other parts. MODEL is `demo`, whose
 texts and questions come with it, or a folder of a checkpoint. FOLDER keeps the choices, each
@@ -37,7 +38,6 @@ from fastprune.study.judging import shared_rows
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from heal import heal, read_text
 
-CHOICE_WINDOWS = 16
 LENGTH = 128  # tokens in a window of choice and judges
 Losses = dict[str, list[float]]  # by judge, of each sample
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--choice-windows", type=int, default=16)
     parser.add_argument("--windows", type=int, default=96, help="of each judge")
     parser.add_argument("--name")
     parser.add_argument("--out", type=Path)
@@ -69,7 +70,7 @@ def main() -> None:
     texts = [demo.TEXT, demo.TEXT_HELDOUT] if given.model == "demo" else [given.text]
     parts = split_text("\n".join(map(read_text, texts)))
     tokenizer = fp.load_model(given.model, dtype="float32").tokenizer
-    choice = load(parts["choice"], tokenizer, CHOICE_WINDOWS)
+    choice = load(parts["choice"], tokenizer, given.choice_windows)
     judges: dict[str, fp.Objective] = {
         "same domain": fp.Perplexity(load(parts["judge"], tokenizer, given.windows)),
         "other domain": other_judge(given, tokenizer),
@@ -93,7 +94,7 @@ def main() -> None:
         },
     }
     if not given.removed:
-        result["choice"] = f"greedy, perplexity, {CHOICE_WINDOWS} x {LENGTH} tokens"
+        result["choice"] = f"greedy, perplexity, {given.choice_windows} x {LENGTH} tokens"
     models = []
     for removed in [(), *(given.removed or given.num_remove)]:
         units = choose(given, choice, removed) if isinstance(removed, int) else removed

@@ -1,19 +1,34 @@
-"""Write the tables of docs/benchmarks.md from bench/results: `python tools/tables.py`.
+"""Write the tables of README and docs from bench/results: `python tools/tables.py`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. A test finds every one up to date.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` in a page. A test finds every one
+up to date. `python tools/tables.py --evidence` prints where each measured table and figure comes
+from: its command, result file, time and machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "bench" / "README.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 RESULTS = ROOT / "bench" / "results"
+EVIDENCE = ROOT / "bench" / "evidence.toml"
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Row = Mapping[str, Any]
@@ -30,15 +45,20 @@ def with_error(key: str, error: str) -> Callable[[Row], str]:
     return lambda row: f"{row[key]:.2f}" + (f" ± {row[error]:.2f}" if row[error] else "")
 
 
+def load(name: str) -> Any:
+    """The results of a file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def cells(name: str) -> list[Row]:
     """The cells of a file, the slowest against the loop first."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())["cells"]
+    found = load(name)["cells"]
     return sorted(found, key=lambda row: row["times_faster"])
 
 
 def families() -> list[Row]:
     """The families of the fused path, the one that gains least first."""
-    found = json.loads((RESULTS / "families.json").read_text())["families"]
+    found = load("families")["families"]
     return sorted(
         ({"family": name, **row} for name, row in found.items()), key=lambda r: r["ratio"]
     )
@@ -46,7 +66,7 @@ def families() -> list[Row]:
 
 def tools() -> list[Row]:
     """The scripts of other tools, with the rows and tokens that they ran on."""
-    entries = json.loads((RESULTS / "tools.json").read_text())
+    entries = load("tools")
     size = re.compile(r"--rows (\d+) --length (\d+)")
     found = []
     for entry in entries:
@@ -54,6 +74,93 @@ def tools() -> list[Row]:
         assert match is not None
         found += [{**row, "size": f"{match[1]} x {match[2]}"} for row in entry["rows"]]
     return sorted(found, key=lambda row: row["size"])
+
+
+def bench_rows(title: str, file: str = "cpu") -> list[Row]:
+    """The rows of one benchmark in what `make bench-full` writes, by the begin of its title."""
+    tables = load(file)["tables"]
+    return next(rows for name, rows in tables.items() if name.startswith(title))
+
+
+def searches() -> list[Row]:
+    """Whole searches on a real model; of equal settings the last."""
+    entries = {}
+    for entry in load("search_real"):
+        search, runs = entry["search"], entry["unit_runs"]
+        row = {
+            **entry,
+            "algorithm": "beam, width 5" if search["algorithm"] == "beam" else search["algorithm"],
+            "k": search["num_remove"],
+            "racing": search["racing"] or "no",
+            "size": entry["text"].removesuffix(" tokens"),
+            "loop_runs": runs["loop"],
+            "within": runs["within calls"],
+            "made": f"{round(runs['made']):,} + {round(entry['head_runs']):,}",
+        }
+        entries[row["algorithm"], row["k"], row["size"], row["racing"]] = row
+    return [entries[key] for key in sorted(entries, key=str)]
+
+
+def speed() -> list[Row]:
+    """The rows of `searches` that README shows."""
+    sizes = {("16 x 256", "no"), ("128 x 256", 0.99)}
+    return [row for row in searches() if (row["size"], row["racing"]) in sizes]
+
+
+def races() -> list[Row]:
+    """Races on SmolLM2's losses, by how many they keep."""
+    entries = {name: row for name, row in load("races").items() if name.startswith("smollm2")}
+    return [{"keep": name.rpartition(" ")[2], **row} for name, row in entries.items()]
+
+
+def removed_blocks(row: Row) -> str:
+    return " ".join(map(str, row["removed"])) or "none"
+
+
+def healing() -> list[Row]:
+    """Each model on each judge, before and after training."""
+    entries = []
+    for model, result in load("healing").items():
+        for row in result["rows"]:
+            judge = result["judges"][row["judge"]]
+            unit = " %" if judge["metric"] == "accuracy" else ""
+            sampled = {"model": model, "unit": unit, "samples": judge["samples"]}
+            entries.append({**row, **sampled, "metric": judge["metric"]})
+    return entries
+
+
+def measured(key: str) -> Callable[[Row], str]:
+    """A column of a metric with its standard error and unit."""
+    return lambda row: f"{row[key]:.4g} ± {row[key + '_error']:.2g}{row['unit']}"
+
+
+def difference(key: str) -> Callable[[Row], str]:
+    """A column of a paired difference, marked where it is not told apart."""
+
+    def cell(row: Row) -> str:
+        value, error = row[key]["value"], row[key]["error"]
+        if not error:
+            return ""
+        apart = "" if abs(value) > 2 * error else " (not told apart)"
+        return f"{value:+.2g} ± {error:.1g}{row['unit']}{apart}"
+
+    return cell
+
+
+def evidence() -> list[Row]:
+    """Where each measured table and figure comes from."""
+    return tomllib.loads(EVIDENCE.read_text(encoding="utf-8"))["evidence"]
+
+
+def needs() -> list[Row]:
+    """What commands need that the repository does not hold."""
+    entries = tomllib.loads(EVIDENCE.read_text(encoding="utf-8"))["needs"]
+    return [{"name": name, "how": " ".join(text.split())} for name, text in entries.items()]
+
+
+def link(row: Row) -> str:
+    """What an entry shows, linked to its first page, from bench/."""
+    return f"[{row['shows']}](../{row['at'][0].removesuffix('#')})"
 
 
 AGAINST_LOOP: Columns = {
@@ -97,6 +204,106 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
             "same choice": lambda row: "yes" if row["same"] else "no",
         },
     ),
+    "sharing": (
+        lambda: bench_rows("Scoring fields"),
+        {
+            "dtype": lambda row: row["dtype"],
+            "field": lambda row: row["field"],
+            "masks": lambda row: str(row["masks"]),
+            "loop, s": fixed("loop_s", 0),
+            "fastprune, s": fixed("fastprune_s", 1),
+            "speed-up": fixed("speedup", 2),
+            "FLOP ratio": fixed("flop_ratio", 2),
+            "speed-up / ratio": fixed("beyond_sharing", 3),
+        },
+    ),
+    "paths": (
+        lambda: bench_rows("The fused path"),
+        {
+            "model": lambda row: row["model"],
+            "dtype": lambda row: row["dtype"],
+            "data": lambda row: row["data"],
+            "generic, s": fixed("generic_s", 3),
+            "fused, s": fixed("fused_s", 3),
+            "ratio": fixed("ratio", 2),
+        },
+    ),
+    "harness": (
+        lambda: bench_rows("lm-evaluation-harness", "harness"),
+        {
+            "masks": lambda row: row["field"],
+            "task": lambda row: row["task"],
+            "hf, CPU s": fixed("hf_cpu_s", 1),
+            "fastprune, CPU s": fixed("fastprune_cpu_s", 1),
+            "ratio": fixed("ratio", 2),
+            "of the likelihoods alone": fixed("answers_ratio", 2),
+            "shared blocks alone": fixed("blocks_ratio", 2),
+        },
+    ),
+    "searches": (
+        searches,
+        {
+            "search": lambda row: row["algorithm"],
+            "k": lambda row: str(row["k"]),
+            "text": lambda row: row["size"],
+            "racing": lambda row: str(row["racing"]),
+            "masks": lambda row: str(row["masks"]),
+            "unit runs: loop": fixed("loop_runs", 0),
+            "shared within calls": fixed("within", 0),
+            "made + heads": lambda row: row["made"],
+            "CPU s": fixed("cpu_s", 0),
+            "loop, CPU s": fixed("loop_cpu_s", 0),
+            "times faster": fixed("speedup", 2),
+            "FLOP ratio": fixed("flop_ratio", 2),
+        },
+    ),
+    "speed": (
+        speed,
+        {
+            "search": lambda row: (
+                f"{row['algorithm']}, {row['k']} blocks, {row['size']} tokens"
+                + (", raced" if row["racing"] != "no" else "")
+            ),
+            "masks": lambda row: str(row["masks"]),
+            "times faster": fixed("speedup", 1),
+        },
+    ),
+    "races": (
+        races,
+        {
+            "keep": lambda row: row["keep"],
+            "wrong": fixed("wrong", 2),
+            "work": fixed("work", 2),
+            "work of the old rule": fixed("old_work", 2),
+        },
+    ),
+    "healing": (
+        healing,
+        {
+            "model": lambda row: row["model"],
+            "removed": removed_blocks,
+            "judge": lambda row: f"{row['judge']}: {row['metric']}, n = {row['samples']}",
+            "untrained": measured("untrained"),
+            "trained": measured("trained"),
+            "trained, to the whole model untrained": difference("trained_to_whole_untrained"),
+            "trained, to the whole model trained alike": difference("trained_to_whole_trained"),
+        },
+    ),
+    "evidence": (
+        evidence,
+        {
+            "shows": link,
+            "command": lambda row: f"`{row['command']}`",
+            "result": lambda row: ", ".join(f"`{file}`" for file in row.get("result", ["printed"])),
+            "time": lambda row: row["time"],
+            "machine": lambda row: row["machine"],
+            "needs": lambda row: ", ".join(row.get("needs", [])),
+        },
+    ),
+    "needs": (
+        needs,
+        {"name": lambda row: row["name"], "how to have it": lambda row: row["how"]},
+    ),
 }
 
 
@@ -113,5 +320,30 @@ def updated(page: str) -> str:
     return PLACE.sub(lambda found: f"{found[1]}{write_table(found[2])}{found[4]}", page)
 
 
+def print_evidence() -> None:
+    """Print where each measured table and figure comes from, and how to have what it needs."""
+    for row in evidence():
+        print(f"{row['shows']}\n  on       {', '.join(row['at'])}\n  command  {row['command']}")
+        print(f"  result   {', '.join(row.get('result', ['printed']))}")
+        print(f"  took     {row['time']}; {row['machine']}")
+        if "needs" in row:
+            print(f"  needs    {', '.join(row['needs'])}")
+        print()
+    for row in needs():
+        print(f"{row['name']}: {row['how']}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--evidence", action="store_true", help="print the registry instead")
+    if parser.parse_args().evidence:
+        print_evidence()
+        return
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if updated(page) != page:
+            path.write_text(updated(page), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    main()
