@@ -143,6 +143,11 @@ def choose(given: argparse.Namespace, choice: fp.TokenBatch, num_remove: int) ->
     return tuple(chosen[str(num_remove)])
 
 
+def name_of(removed: tuple[int, ...]) -> str:
+    """Of a model's files."""
+    return "-".join(map(str, removed)) or "whole"
+
+
 def run(
     given: argparse.Namespace,
     training: str,
@@ -151,7 +156,7 @@ def run(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """A model judged, trained and judged again, unless the folder holds that."""
-    name = "-".join(map(str, removed)) or "whole"
+    name = name_of(removed)
     path = given.folder / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())
