@@ -35,6 +35,11 @@ Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]  # by header, the cell of a row
 
 
+def column(key: str) -> Callable[[Row], str]:
+    """A column of text."""
+    return lambda row: row[key]
+
+
 def fixed(key: str, digits: int) -> Callable[[Row], str]:
     """A column of a number with this many digits behind its point."""
     return lambda row: f"{row[key]:,.{digits}f}"
@@ -129,6 +134,24 @@ def healing() -> list[Row]:
     return entries
 
 
+def quality() -> list[Row]:
+    """A real model whole and pruned, and the same after a short training; none yet without a
+    file."""
+    if not (RESULTS / "quality.json").exists():
+        return []
+    entries = []
+    for row in load("quality")["rows"]:
+        entry = {"removed": row["removed"], "parameters": f"{row['parameters'] / 1e6:.0f}M"}
+        entry["speed"] = f"{row['tokens_per_cpu_second']:.1f}"
+        for state in ("untrained", "healed"):
+            for name, unit in (("perplexity", ""), ("accuracy", "%")):
+                judged = (row[state] or {}).get(name)
+                cell = f"{judged['value']:.1f}±{judged['error']:.1f}{unit}" if judged else ""
+                entry[f"{state} {name}"] = cell
+        entries.append(entry)
+    return entries
+
+
 def measured(key: str) -> Callable[[Row], str]:
     """A column of a metric with its standard error and unit."""
     return lambda row: f"{row[key]:.4g} ± {row[key + '_error']:.2g}{row['unit']}"
@@ -172,12 +195,12 @@ AGAINST_LOOP: Columns = {
 TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
     "head": (
         lambda: cells("head"),
-        {"cell": lambda row: row["cell"], "path": lambda row: row["path"], **AGAINST_LOOP},
+        {"cell": column("cell"), "path": column("path"), **AGAINST_LOOP},
     ),
     "grid": (
         lambda: cells("grid"),
         {
-            "cell": lambda row: row["cell"],
+            "cell": column("cell"),
             **AGAINST_LOOP,
             "FLOP ratio": fixed("flop_ratio", 2),
             "peak, MB": fixed("fastprune_peak_mb", 0),
@@ -187,7 +210,7 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
     "families": (
         families,
         {
-            "family": lambda row: row["family"],
+            "family": column("family"),
             "generic, CPU s": fixed("generic_s", 2),
             "fused, CPU s": fixed("fused_s", 2),
             "times faster": fixed("ratio", 2),
@@ -196,8 +219,8 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
     "tools": (
         tools,
         {
-            "script": lambda row: row["tool"],
-            "rows x tokens": lambda row: row["size"],
+            "script": column("tool"),
+            "rows x tokens": column("size"),
             "theirs, CPU s": fixed("theirs", 1),
             "with fastprune": fixed("fastprune", 1),
             "times faster": fixed("ratio", 1),
@@ -207,8 +230,8 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
     "sharing": (
         lambda: bench_rows("Scoring fields"),
         {
-            "dtype": lambda row: row["dtype"],
-            "field": lambda row: row["field"],
+            "dtype": column("dtype"),
+            "field": column("field"),
             "masks": lambda row: str(row["masks"]),
             "loop, s": fixed("loop_s", 0),
             "fastprune, s": fixed("fastprune_s", 1),
@@ -220,9 +243,9 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
     "paths": (
         lambda: bench_rows("The fused path"),
         {
-            "model": lambda row: row["model"],
-            "dtype": lambda row: row["dtype"],
-            "data": lambda row: row["data"],
+            "model": column("model"),
+            "dtype": column("dtype"),
+            "data": column("data"),
             "generic, s": fixed("generic_s", 3),
             "fused, s": fixed("fused_s", 3),
             "ratio": fixed("ratio", 2),
@@ -231,8 +254,8 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
     "harness": (
         lambda: bench_rows("lm-evaluation-harness", "harness"),
         {
-            "masks": lambda row: row["field"],
-            "task": lambda row: row["task"],
+            "masks": column("field"),
+            "task": column("task"),
             "hf, CPU s": fixed("hf_cpu_s", 1),
             "fastprune, CPU s": fixed("fastprune_cpu_s", 1),
             "ratio": fixed("ratio", 2),
@@ -243,14 +266,14 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
     "searches": (
         searches,
         {
-            "search": lambda row: row["algorithm"],
+            "search": column("algorithm"),
             "k": lambda row: str(row["k"]),
-            "text": lambda row: row["size"],
+            "text": column("size"),
             "racing": lambda row: str(row["racing"]),
             "masks": lambda row: str(row["masks"]),
             "unit runs: loop": fixed("loop_runs", 0),
             "shared within calls": fixed("within", 0),
-            "made + heads": lambda row: row["made"],
+            "made + heads": column("made"),
             "CPU s": fixed("cpu_s", 0),
             "loop, CPU s": fixed("loop_cpu_s", 0),
             "times faster": fixed("speedup", 2),
@@ -268,10 +291,22 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
             "times faster": fixed("speedup", 1),
         },
     ),
+    "quality": (
+        quality,
+        {
+            "blocks removed": removed_blocks,
+            "parameters": column("parameters"),
+            "perplexity": column("untrained perplexity"),
+            "ARC-Easy": column("untrained accuracy"),
+            "tokens/s": column("speed"),
+            "healed: perplexity": column("healed perplexity"),
+            "ARC-Easy, healed": column("healed accuracy"),
+        },
+    ),
     "races": (
         races,
         {
-            "keep": lambda row: row["keep"],
+            "keep": column("keep"),
             "wrong": fixed("wrong", 2),
             "work": fixed("work", 2),
             "work of the old rule": fixed("old_work", 2),
@@ -280,7 +315,7 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
     "healing": (
         healing,
         {
-            "model": lambda row: row["model"],
+            "model": column("model"),
             "removed": removed_blocks,
             "judge": lambda row: f"{row['judge']}: {row['metric']}, n = {row['samples']}",
             "untrained": measured("untrained"),
@@ -295,24 +330,26 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
             "shows": link,
             "command": lambda row: f"`{row['command']}`",
             "result": lambda row: ", ".join(f"`{file}`" for file in row.get("result", ["printed"])),
-            "time": lambda row: row["time"],
-            "machine": lambda row: row["machine"],
+            "time": column("time"),
+            "machine": column("machine"),
             "needs": lambda row: ", ".join(row.get("needs", [])),
         },
     ),
     "needs": (
         needs,
-        {"name": lambda row: row["name"], "how to have it": lambda row: row["how"]},
+        {"name": column("name"), "how to have it": column("how")},
     ),
 }
 
 
 def write_table(name: str) -> str:
-    """A table in Markdown."""
+    """A table in Markdown; nothing where no result is there yet."""
     rows, columns = TABLES[name]
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[cell(row) for cell in columns.values()] for row in rows()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[cell(row) for cell in columns.values()] for row in rows()]
+    if not lines:
+        return ""
+    lines = [list(columns), ["---"] * len(columns), *lines]
+    return "".join(f"|{'|'.join(line)}|\n" for line in lines)
 
 
 def updated(page: str) -> str:
