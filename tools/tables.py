@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -132,6 +133,94 @@ def healing() -> list[Row]:
             sampled = {"model": model, "unit": unit, "samples": judge["samples"]}
             entries.append({**row, **sampled, "metric": judge["metric"]})
     return entries
+
+
+SHAPES = {
+    f"d = {width}, T = {tokens:,}": (width, tokens)
+    for width in (128, 512)
+    for tokens in (1024, 2048)
+}
+
+
+def operators() -> list[Row]:
+    """The compiled operators, with all shapes of one in a row."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in bench_rows("The compiled operators"):
+        name = entry["operator"], entry["dtype"]
+        row = rows.setdefault(name, {"operator": name[0], "dtype": name[1]})
+        row[f"{entry['d']} {entry['tokens']}"] = entry
+    return list(rows.values())
+
+
+def against_torch(width: int, tokens: int) -> Callable[[Row], str]:
+    """A column of ratios to torch, and both times in microseconds to three digits."""
+
+    def digits(microseconds: float) -> str:
+        rounded = float(f"{microseconds:.3g}")
+        return f"{rounded:,.0f}"
+
+    def cell(row: Row) -> str:
+        entry = row[f"{width} {tokens}"]
+        times = f"{digits(entry['torch_us'])} / {digits(entry['native_us'])}"
+        return f"{entry['torch_ratio']:.1f} ({times})"
+
+    return cell
+
+
+def against_compiled(width: int, tokens: int) -> Callable[[Row], str]:
+    """A column of ratios to torch.compile."""
+    return lambda row: f"{row[f'{width} {tokens}']['compiled_ratio']:.2f}"
+
+
+def two_workers() -> list[Row]:
+    """What two workers cost."""
+    names = "1 process of 1 thread", "2 workers of 1 thread", "1 process of 2 threads"
+    found = load("workers_overhead")
+    rows = [{"name": name, **found[name]} for name in names]
+    return [*rows, {"name": "starting the two workers, once", **found["starting 2 workers"]}]
+
+
+def simulated_workers() -> list[Row]:
+    """Searches whose calls 64 workers share."""
+    names = {"beam": "beam, width 5", "genetic": "genetic, 50 x 10", "random": "500 random masks"}
+    return [{"search": names.get(name, name), **row} for name, row in load("workers").items()]
+
+
+def times(workers: int) -> Callable[[Row], str]:
+    """A column of how much faster this many workers are than one."""
+    return lambda row: f"{row[f'{workers} workers']['faster']:.1f}x"
+
+
+def real_costs() -> list[Row]:
+    """Each calibration set's searches on a real model, against the loop."""
+    found = load("real")
+    rows = []
+    for name, loop in found["loop_seconds"].items():
+        row: dict[str, Any] = {"calibration": name, "loop": loop}
+        for key in ("naive_unit_runs", "unit_runs", "seconds"):
+            row[key] = sum(cell[key] for cell in found["cells"] if cell["objective"] == name)
+        rows.append({**row, "ratio": loop / row["seconds"]})
+    return rows
+
+
+def real_cells(*names: str) -> list[Row]:
+    """The searches of these calibration sets."""
+    return [cell for cell in load("real_algorithms")["cells"] if cell["objective"] in names]
+
+
+def real_searches() -> list[Row]:
+    """What each algorithm chose on text and on questions, small sets."""
+    questions = real_cells("questions-margin")
+    pairs = zip(real_cells("text-4x32"), questions, strict=True)
+    return [{**text, "questions": other} for text, other in pairs]
+
+
+def perplexity(row: Row) -> str:
+    return f"{math.exp(row['loss']):.1f}"
+
+
+def margin(row: Row) -> str:
+    return f"{-row['loss']:.3f}"
 
 
 def quality() -> list[Row]:
@@ -301,6 +390,87 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
             "tokens/s": column("speed"),
             "healed: perplexity": column("healed perplexity"),
             "ARC-Easy, healed": column("healed accuracy"),
+        },
+    ),
+    "operators": (
+        operators,
+        {
+            "operator": column("operator"),
+            "dtype": column("dtype"),
+            **{head: against_torch(*shape) for head, shape in SHAPES.items()},
+        },
+    ),
+    "compiled": (
+        operators,
+        {
+            "operator": column("operator"),
+            "dtype": column("dtype"),
+            **{head: against_compiled(*shape) for head, shape in SHAPES.items()},
+        },
+    ),
+    "two_workers": (
+        two_workers,
+        {
+            "": column("name"),
+            "seconds of cores, of all": fixed("cores", 1),
+            "on the clock": fixed("seconds", 1),
+        },
+    ),
+    "simulated_workers": (
+        simulated_workers,
+        {
+            "search": column("search"),
+            "calls": fixed("calls", 0),
+            "masks": fixed("masks", 0),
+            "unit runs, one worker": fixed("runs", 0),
+            "8 workers": times(8),
+            "10": times(10),
+            "64": times(64),
+            "runs on 64, against one": lambda row: f"{100 * row['64 workers']['more_runs']:+.1f} %",
+        },
+    ),
+    "real_costs": (
+        real_costs,
+        {
+            "calibration": column("calibration"),
+            "unit runs of a loop": fixed("naive_unit_runs", 0),
+            "made": fixed("unit_runs", 0),
+            "seconds": fixed("seconds", 0),
+            "loop, seconds": fixed("loop", 0),
+            "ratio": fixed("ratio", 1),
+        },
+    ),
+    "real_searches": (
+        real_searches,
+        {
+            "removed": fixed("num_remove", 0),
+            "algorithm": column("algorithm"),
+            "text": removed_blocks,
+            "perplexity (lower is better)": perplexity,
+            "questions": lambda row: removed_blocks(row["questions"]),
+            "margin, nats (higher is better)": lambda row: margin(row["questions"]),
+        },
+    ),
+    "real_raced": (
+        lambda: real_cells("text-32x64"),
+        {
+            "algorithm": column("algorithm"),
+            "removed": removed_blocks,
+            "perplexity (lower is better)": perplexity,
+            "unit runs: made": fixed("unit_runs", 0),
+            "shared within calls": fixed("asked_unit_runs", 0),
+            "loop": fixed("naive_unit_runs", 0),
+        },
+    ),
+    "real_questions": (
+        lambda: real_cells("questions-margin, 64 questions"),
+        {
+            "removed": fixed("num_remove", 0),
+            "algorithm": column("algorithm"),
+            "blocks": removed_blocks,
+            "margin, nats (higher is better)": margin,
+            "unit runs: made": fixed("unit_runs", 0),
+            "loop": fixed("naive_unit_runs", 0),
         },
     ),
     "races": (
