@@ -241,9 +241,15 @@ def quality() -> list[Row]:
     return entries
 
 
+def rounded(value: float, error: float, sign: str = "") -> str:
+    """A value with its standard error, both to the error's second digit."""
+    digits = max(0, 1 - math.floor(math.log10(error))) if error else 1
+    return f"{value:{sign}.{digits}f} ± {error:.{digits}f}"
+
+
 def measured(key: str) -> Callable[[Row], str]:
     """A column of a metric with its standard error and unit."""
-    return lambda row: f"{row[key]:.4g} ± {row[key + '_error']:.2g}{row['unit']}"
+    return lambda row: rounded(row[key], row[f"{key}_error"]) + row["unit"]
 
 
 def difference(key: str) -> Callable[[Row], str]:
@@ -254,7 +260,7 @@ def difference(key: str) -> Callable[[Row], str]:
         if not error:
             return ""
         apart = "" if abs(value) > 2 * error else " (not told apart)"
-        return f"{value:+.2g} ± {error:.1g}{row['unit']}{apart}"
+        return f"{rounded(value, error, '+')}{row['unit']}{apart}"
 
     return cell
 

@@ -89,6 +89,12 @@ def test_every_file_of_results_has_its_command():
     assert {path.name for path in TABLES.RESULTS.glob("*.json")} <= named
 
 
+def test_the_judges_of_healing_were_seen_by_no_training_or_choice():
+    judges = [judge for run in TABLES.load("healing").values() for judge in run["judges"].values()]
+    assert judges
+    assert all(judge["seen"] == 0 for judge in judges)
+
+
 def test_the_list_names_every_entry(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tables.py", "--evidence"])
     TABLES.main()
