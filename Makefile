@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Workers of one thread each: threads that wait at barriers would take the cores from one another.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-compile test-executed torture test-fast test-portable test-portable-quick lint format bench bench-full native-test test-triton-3.6 package docs clean
+.PHONY: demo test test-all test-compile test-executed torture test-fast test-portable test-portable-quick lint format bench bench-full native-test test-triton-3.6 package docs evidence clean
 
 demo: .venv/demo-installed
 	$(BIN)/fastprune demo
@@ -88,6 +88,10 @@ test-portable: .venv/installed
 test-portable-quick: .venv/installed
 	ATEN_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott ONEDNN_MAX_CPU_ISA=SSE41 $(TESTS) $(PORTABLE) \
 	  -m "not slow" -k "(llama or gemma2-eager or mixtral or process or layout or nll or attention) and not bfloat16"
+
+# Where every measured table and figure comes from: command, result file, time, machine.
+evidence: .venv/installed
+	@$(BIN)/python tools/tables.py --evidence
 
 # docs/ and the API reference as a site, in build/site; links and names that lead nowhere are errors.
 docs: .venv/installed

@@ -1,13 +1,14 @@
 """Are races right, and what do they save? On synthetic losses, and on the demo model's.
 
-    python bench/race_rule.py [--trials 400] [--shuffles 200] [--losses FILE.npz]
+    python bench/race_rule.py [--trials 400] [--shuffles 200] [--model FOLDER --text FILE]
         [--old FILE.py] [--out bench/results/races.json]
 
 The losses of every candidate on every sample are computed once; races then run on them in many
 orders of the samples, with the code that `Evaluator.race` runs. `wrong` is the share of races whose
 result has a higher loss than the best `keep`; `work` is the share of (candidate, sample) pairs that
-were looked at. --losses: race on these instead, float64[masks, samples] under the name "losses".
---old: another racing.py, to compare with. --out: results are added to those in the file.
+were looked at. --model and --text: race instead on the losses of this model without each of its
+blocks, on 96 x 48 tokens of the text. --old: another racing.py, to compare with. --out: results are
+added to those in the file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastprune.plan.racing import look_rows, race
 CONFIDENCE = 0.99
 KEEPS = 1, 3, 5, 8
 RANDOM_MASKS = 500
+ROWS, LENGTH = 96, 48  # of a text given by name
 Make = Callable[[np.random.Generator], np.ndarray]
 
 
@@ -172,11 +174,20 @@ def demo_losses() -> Iterable[tuple[str, np.ndarray, list[np.ndarray]]]:
         yield name, losses, look_rows(objective.batch)
 
 
+def real_losses(folder: str, text: str) -> np.ndarray:
+    """Losses [masks, samples] of a model without each of its blocks."""
+    model = fp.load_model(folder, dtype="float32")
+    objective = fp.Perplexity(fp.load_text(text, model.tokenizer, ROWS, LENGTH))
+    ev = fp.Evaluator(model, objective)
+    return ev.score_samples(fp.from_removed([(i,) for i in range(ev.num_units)], ev.num_units))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--shuffles", type=int, default=200)
-    parser.add_argument("--losses", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--text")
     parser.add_argument("--old", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -198,12 +209,11 @@ def main() -> None:
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")
 
-    if args.losses:
-        with np.load(args.losses) as file:
-            losses = file["losses"]
-        looks = looks_of(losses.shape[1])
+    if args.model:
+        losses = real_losses(args.model, args.text)
+        looks = looks_of(losses.shape[1], LENGTH)
         for keep in KEEPS:
-            name = f"{args.losses.stem}, {len(losses)} masks, {losses.shape[1]} samples"
+            name = f"{Path(args.model).name}, {len(losses)} masks, {ROWS} x {LENGTH} tokens"
             note(name, keep, shuffled(losses, looks, args.shuffles))
         return
     for name, make, keeps in SETTINGS:

@@ -1,8 +1,8 @@
-"""Heal a pruned checkpoint: a few steps of LoRA (peft) on text, loss before and after on text that
-was held out.
+"""Heal a pruned checkpoint: a few steps of LoRA (peft) on one text, judged on texts of their own.
 
-heal.py PRUNED --text FILE --out HEALED: the last tenth of the text is held out. The adapters are
-merged into the weights, so that HEALED is a checkpoint as any other. See docs/healing.md.
+heal.py PRUNED --base MODEL --text FILE --judge FILE [--judge FILE] --out HEALED: the model that
+PRUNED was cut from is trained alike, for comparison. The adapters are merged into the weights, so
+that HEALED is a checkpoint as any other. See docs/healing.md.
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from shared import evaluator, open_model
-from transformers.utils import logging
+from shared import evaluator, open_model, read_rows
 
 from fastprune.exports.checkpoint import check_target
 
 
-def read_text(path: str) -> str:
+def read_text(path: str | Path) -> str:
     """A .txt file, or the texts of .jsonl rows {"text"}."""
     text = Path(path).read_text(encoding="utf-8")
-    return (
-        "\n".join(json.loads(line)["text"] for line in text.splitlines())
-        if path.endswith(".jsonl")
-        else text
-    )
+    if Path(path).suffix == ".jsonl":
+        text = "\n".join(json.loads(line)["text"] for line in text.splitlines())
+    return text
 
 
 def windows(ids: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -38,18 +35,20 @@ def windows(ids: torch.Tensor, rows: int, length: int, generator: torch.Generato
 
 def heal(
     hf,
-    ids: torch.Tensor,
-    steps: int,
-    rows: int,
-    length: int,
-    rank: int = 16,
+    tokenizer,
+    text: str,
+    steps: int = 30,
+    rows: int = 4,
+    length: int = 128,
     rate: float = 1e-3,
+    rank: int = 16,
     seed: int = 0,
 ):
     """The model with adapters on all of its linear layers trained for some steps, and merged into
     it."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     adapters = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -59,6 +58,7 @@ def heal(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=rate, total_steps=steps, pct_start=0.1
     )
+    started = time.process_time()
     for step in range(1, steps + 1):
         batch = windows(ids, rows, length, generator)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -68,41 +68,43 @@ def heal(
         schedule.step()
         optimizer.zero_grad()
         if step % 10 == 0 or step == steps:
-            print(f"step {step}: {loss.item():.4f}", flush=True)
+            seconds = time.process_time() - started
+            print(f"step {step}: loss {loss.item():.4f}, {seconds:.0f} s of CPU", flush=True)
     return model.merge_and_unload().eval()
 
 
-def report(when: str, hf, rows: torch.Tensor) -> None:
-    ev = evaluator(hf, rows)
-    print(f"held-out text, {when}: {ev.objective.format(ev.dense_loss)}", flush=True)
+def report(when: str, hf, judges: dict[str, torch.Tensor]) -> None:
+    """Print the model's perplexity on every text, with its standard error over windows."""
+    for name, rows in judges.items():
+        ev = evaluator(hf, rows)
+        losses = ev.score_samples([[True] * ev.num_units])
+        (loss,), (error,) = ev.objective.mean(losses), ev.objective.standard_error(losses)
+        print(f"{when}, {name}: {ev.objective.format(loss, error)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="heal.py")
     parser.add_argument("pruned", help="a folder that fastprune export has written")
-    parser.add_argument("--text", required=True, help="a .txt file, or .jsonl rows of texts")
+    parser.add_argument("--base", required=True, help="the whole model's folder; trained alike")
+    parser.add_argument("--text", required=True, help="trains: .txt, or .jsonl rows of texts")
+    parser.add_argument(
+        "--judge", required=True, action="append", help="another text, which trains nothing"
+    )
     parser.add_argument(
         "--out", required=True, type=check_target, help="the healed checkpoint's folder"
     )
-    parser.add_argument("--base", help="the whole model's folder, to report its loss too")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
     given = parser.parse_args()
-    logging.disable_progress_bar()
-    hf, tokenizer = open_model(given.pruned)
-    text = read_text(given.text)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    training, held_out = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
-    rows = windows(held_out, 16, given.length, torch.Generator().manual_seed(1))
-    if given.base:
-        report("whole model", open_model(given.base)[0], rows)
-    report("before", hf, rows)
-    started = time.process_time()
-    healed = heal(hf, training, given.steps, given.rows, given.length, rate=given.rate)
-    print(f"trained for {time.process_time() - started:.0f} s of CPU")
-    report("after", healed, rows)
+    for name, folder in (("whole", given.base), ("pruned", given.pruned)):
+        hf, tokenizer = open_model(folder)
+        judges = {path: read_rows(tokenizer, path, 32, given.length) for path in given.judge}
+        report(f"{name}, untrained", hf, judges)
+        settings = given.steps, given.rows, given.length, given.rate
+        healed = heal(hf, tokenizer, read_text(given.text), *settings)
+        report(f"{name}, trained", healed, judges)
     healed.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
 

@@ -23,9 +23,10 @@ def test_the_picture_of_the_prefix_tree_is_up_to_date():
 
 def test_tables_of_pages_are_those_of_the_results():
     tool = load("tables")
-    page = tool.PAGE.read_text(encoding="utf-8")
-    assert {found[2] for found in tool.PLACE.finditer(page)} == set(tool.TABLES)
-    assert tool.updated(page) == page
+    pages = [page.read_text(encoding="utf-8") for page in tool.PAGES]
+    assert {place[2] for page in pages for place in tool.PLACE.finditer(page)} == set(tool.TABLES)
+    for path, page in zip(tool.PAGES, pages, strict=True):
+        assert tool.updated(page) == page, path
 
 
 SOURCE = '''"""What a module does.
