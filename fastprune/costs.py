@@ -141,9 +141,10 @@ class UnitCosts:
     unit has. shared: sets of units that share weights, with the cost that goes when all of a set
     are removed.
 
-    >>> costs = UnitCosts("params", 10.0, (2.0, 3.0, 3.0), ((frozenset({1, 2}), 1.0),))
-    >>> costs.after([1]), costs.after([1, 2])
-    (7.0, 3.0)
+    Examples:
+        >>> costs = UnitCosts("params", 10.0, (2.0, 3.0, 3.0), ((frozenset({1, 2}), 1.0),))
+        >>> costs.after([1]), costs.after([1, 2])
+        (7.0, 3.0)
     """
 
     kind: str

@@ -83,8 +83,9 @@ def check_integer(
     Raises:
         InputError: The value is no integer, or outside the limits.
 
-    >>> check_integer("keep", 3, 1, 5)
-    3
+    Examples:
+        >>> check_integer("keep", 3, 1, 5)
+        3
     """
     low = -math.inf if least is None else least
     high = math.inf if most is None else most
@@ -104,8 +105,9 @@ def check_number(
 ) -> float:
     """Check a finite real number of Python or NumPy, within its limits. Raises InputError.
 
-    >>> check_number("tolerance", 0, least=0)
-    0.0
+    Examples:
+        >>> check_number("tolerance", 0, least=0)
+        0.0
     """
     low = -math.inf if least is None else least
     high = math.inf if most is None else most
@@ -122,8 +124,9 @@ def check_number(
 def check_probability(name: str, value: Any) -> float:
     """Check a number above 0 and below 1, such as a confidence. Raises InputError.
 
-    >>> check_probability("confidence", 0.99)
-    0.99
+    Examples:
+        >>> check_probability("confidence", 0.99)
+        0.99
     """
     if not is_number(value) or not 0 < value < 1:
         raise InputError(
@@ -164,8 +167,9 @@ def tokenizing(place: object) -> Iterator[None]:
 def check_bytes(name: str, value: Any, least: int) -> int | None:
     """Check a whole number of bytes, at least `least`; None stays None. Raises InputError.
 
-    >>> check_bytes("memory_bytes", 2.0**20, 1)
-    1048576
+    Examples:
+        >>> check_bytes("memory_bytes", 2.0**20, 1)
+        1048576
     """
     if value is None:
         return None
@@ -182,8 +186,9 @@ def check_one_of(name: str, value: Any, known: Iterable[str], also: str = "") ->
     """Check that a value is one of those known. Raises InputError, which suggests the nearest;
     `also` adds other valid values to its text.
 
-    >>> check_one_of("backend", "fused", ("auto", "fused"))
-    'fused'
+    Examples:
+        >>> check_one_of("backend", "fused", ("auto", "fused"))
+        'fused'
     """
     known = tuple(known)
     if not isinstance(value, str) or value not in known:
@@ -200,8 +205,9 @@ def check_one_of(name: str, value: Any, known: Iterable[str], also: str = "") ->
 def check_kind(name: str, value: object, kind: type[Kind], right: str) -> Kind:
     """Check that a value is of a class; `right` names valid values in the error. Raises InputError.
 
-    >>> check_kind("path", "a.txt", str, "the path of a file")
-    'a.txt'
+    Examples:
+        >>> check_kind("path", "a.txt", str, "the path of a file")
+        'a.txt'
     """
     if not isinstance(value, kind):
         raise InputError(f"{name} must be {right}, not {type(value).__name__}", argument=name)
@@ -211,8 +217,9 @@ def check_kind(name: str, value: object, kind: type[Kind], right: str) -> Kind:
 def check_callable(name: str, value: Any, right: str) -> Any:
     """Check that a value can be called; `right` names valid values in the error. Raises InputError.
 
-    >>> check_callable("progress", print, "a function")
-    <built-in function print>
+    Examples:
+        >>> check_callable("progress", print, "a function")
+        <built-in function print>
     """
     if not callable(value):
         raise InputError(f"{name} must be {right}, not {shown(value)}", argument=name)

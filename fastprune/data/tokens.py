@@ -35,9 +35,10 @@ class TokenBatch:
         the rows were read from text.
     source: the file or data set that the rows came from and the column that was read, for people.
 
-    >>> import fastprune as fp
-    >>> fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    TokenBatch(2 rows, 2 continuations, 5 tokens)
+    Examples:
+        >>> import fastprune as fp
+        >>> fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        TokenBatch(2 rows, 2 continuations, 5 tokens)
     """
 
     ids: np.ndarray
@@ -104,11 +105,12 @@ class TokenBatch:
         branch. Raises InputError when there are no rows, or a sequence has no token before or none
         after its start.
 
-        >>> import fastprune as fp
-        >>> question = [([1, 2, 3, 7], 3), ([1, 2, 3, 8, 9], 3)]
-        >>> batch = fp.TokenBatch.from_continuations([question])
-        >>> batch.ids.tolist(), batch.branch.tolist()
-        ([1, 2, 3, 7, 8, 9], [0, 0, 0, 1, 2, 2])
+        Examples:
+            >>> import fastprune as fp
+            >>> question = [([1, 2, 3, 7], 3), ([1, 2, 3, 8, 9], 3)]
+            >>> batch = fp.TokenBatch.from_continuations([question])
+            >>> batch.ids.tolist(), batch.branch.tolist()
+            ([1, 2, 3, 7, 8, 9], [0, 0, 0, 1, 2, 2])
         """
         for r, sequences in enumerate(rows):
             for sequence, start in sequences:
@@ -304,12 +306,13 @@ class Tasks:
     and in UTF-8 bytes, for length-normalised accuracy; the delimiter between prompt and choice does
     not count. source: the file or data set, for people.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
-    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
-    >>> fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    Tasks(1 questions, 2 choices, 5 tokens)
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
+        >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+        >>> fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+        Tasks(1 questions, 2 choices, 5 tokens)
     """
 
     batch: TokenBatch

@@ -72,9 +72,10 @@ def optimize(
     interrupted batch is told as FAIL. Raises InputError for a study that does not minimize one
     value, and for arguments that run_search refuses.
 
-    >>> study = optuna.create_study()  # doctest: +SKIP
-    >>> optimize(study, ev, num_remove=7, n_trials=256, racing=0.99)  # doctest: +SKIP
-    >>> study.best_trial.user_attrs["removed"]  # doctest: +SKIP
+    Examples:
+        >>> study = optuna.create_study()  # doctest: +SKIP
+        >>> optimize(study, ev, num_remove=7, n_trials=256, racing=0.99)  # doctest: +SKIP
+        >>> study.best_trial.user_attrs["removed"]  # doctest: +SKIP
     """
     require("optuna", "optuna")
     _check(study, evaluator, n_trials, batch_size, racing, keep)

@@ -301,9 +301,10 @@ class Difference:
     value, error: the difference and its paired standard error, in the metric's unit.
     num_samples: that both were measured on.
 
-    >>> from fastprune.objectives import Difference
-    >>> Difference(-1.5, 1.0, num_samples=400).told_apart
-    False
+    Examples:
+        >>> from fastprune.objectives import Difference
+        >>> Difference(-1.5, 1.0, num_samples=400).told_apart
+        False
     """
 
     value: float

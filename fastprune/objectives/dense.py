@@ -76,12 +76,13 @@ class Agreement(Share, KLDivergence):
     decoding looks for the draft that agrees most (arXiv 2309.08168). The metric is the acceptance
     in %. Raises InputError as KLDivergence does, and for another decoding.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> objective = fp.Agreement(batch)
-    >>> objective.format(objective.loss(np.array([[0.5, 0.25]]))[0])
-    'acceptance 75.0 %'
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> objective = fp.Agreement(batch)
+        >>> objective.format(objective.loss(np.array([[0.5, 0.25]]))[0])
+        'acceptance 75.0 %'
     """
 
     name = "agreement"
@@ -140,11 +141,12 @@ class CosineDistance(_StateDistance):
     flatten=True, as its code has it, all states of a sample are one vector, the last position too,
     and every sample counts alike. Raises InputError as KLDivergence does.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))
-    array([0.25])
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))
+        array([0.25])
     """
 
     name = "cosine"
@@ -173,11 +175,12 @@ class NormalizedMSE(_StateDistance):
     2511.16664) does so with the models' predictions in the place of states. Raises InputError as
     KLDivergence does.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))
-    array([0.25])
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))
+        array([0.25])
     """
 
     name = "nmse"

@@ -30,13 +30,14 @@ class TaskMargin(Objective):
 
     Raises InputError for anything but Tasks, and for another normalization or weighting.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
-    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
-    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskMargin(tasks).loss(np.array([[3.0, 4.0]]))
-    array([-1.])
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
+        >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+        >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+        >>> fp.TaskMargin(tasks).loss(np.array([[3.0, 4.0]]))
+        array([-1.])
     """
 
     name = "margin"
@@ -85,13 +86,14 @@ class TaskLikelihood(Objective):
     Wrong choices are not run. A sample is a question. Raises InputError for anything but Tasks, and
     for another normalization.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
-    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
-    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskLikelihood(tasks).loss(np.array([[4.0]]))
-    array([2.])
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
+        >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+        >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+        >>> fp.TaskLikelihood(tasks).loss(np.array([[4.0]]))
+        array([2.])
     """
 
     name = "likelihood"
@@ -133,15 +135,16 @@ class TaskAccuracy(Share):
     sample is a question (0 or 1). Raises InputError for anything but Tasks, and for another
     normalization.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
-    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
-    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskAccuracy(tasks).loss(np.array([[3.0, 4.0]]))
-    array([1.])
-    >>> fp.TaskAccuracy(tasks, "mean").loss(np.array([[3.0, 4.0]]))
-    array([0.])
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
+        >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+        >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+        >>> fp.TaskAccuracy(tasks).loss(np.array([[3.0, 4.0]]))
+        array([1.])
+        >>> fp.TaskAccuracy(tasks, "mean").loss(np.array([[3.0, 4.0]]))
+        array([0.])
     """
 
     name = "accuracy"

@@ -18,11 +18,12 @@ class Perplexity(Objective):
     A sample is a row; its loss is the mean over its own targets. Raises InputError for anything but
     a TokenBatch of plain text.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.Perplexity(batch).loss(np.array([[1.5, 0.75]]))
-    array([0.75])
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> fp.Perplexity(batch).loss(np.array([[1.5, 0.75]]))
+        array([0.75])
     """
 
     name = "perplexity"

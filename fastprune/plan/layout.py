@@ -29,10 +29,11 @@ class Layout:
     positions.
     content_hash: of the calibration set that it was made for, `TokenBatch.content_hash`.
 
-    >>> from fastprune.plan.layout import Layout
-    >>> layout = Layout(((0, 2), (1,)), tile=64, content_hash="")
-    >>> Layout.from_json(layout.to_json()) == layout
-    True
+    Examples:
+        >>> from fastprune.plan.layout import Layout
+        >>> layout = Layout(((0, 2), (1,)), tile=64, content_hash="")
+        >>> Layout.from_json(layout.to_json()) == layout
+        True
     """
 
     chunks: tuple[tuple[int, ...], ...]

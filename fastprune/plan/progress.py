@@ -24,13 +24,14 @@ class ProgressEvent:
     cell: of a study, the search that runs now, such as "3/16 demo: perplexity-text, 3 removed,
     beam".
 
-    >>> import fastprune as fp
-    >>> events = []
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
-    >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch), progress=events.append)
-    >>> _ = fp.run_search(ev, "greedy", num_remove=1)
-    >>> events[-1].algorithm, events[-1].share
-    ('greedy', 1.0)
+    Examples:
+        >>> import fastprune as fp
+        >>> events = []
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+        >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch), progress=events.append)
+        >>> _ = fp.run_search(ev, "greedy", num_remove=1)
+        >>> events[-1].algorithm, events[-1].share
+        ('greedy', 1.0)
     """
 
     done: int

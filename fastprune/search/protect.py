@@ -52,9 +52,10 @@ def units_to_remove(budget: int | str, num_units: int) -> int:
 
     Raises InputError for a budget outside 0 to num_units - 1.
 
-    >>> from fastprune.search import units_to_remove
-    >>> units_to_remove("25%", 14), units_to_remove(3, 14)
-    (3, 3)
+    Examples:
+        >>> from fastprune.search import units_to_remove
+        >>> units_to_remove("25%", 14), units_to_remove(3, 14)
+        (3, 3)
     """
     percentage = check_budget(budget)
     if percentage is not None:

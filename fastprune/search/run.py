@@ -461,11 +461,12 @@ class SearchResult:
     model's and the pruned model's. path: of greedy and beam, (removed, loss, cost of what remains)
     for each unit that went, in order; each contains those before, and the last is the result.
 
-    >>> import fastprune as fp
-    >>> from fastprune.testing import SyntheticEvaluator
-    >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "one_shot", num_remove=2)
-    >>> result.to_dict()["evaluations"]
-    9
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.testing import SyntheticEvaluator
+        >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "one_shot", num_remove=2)
+        >>> result.to_dict()["evaluations"]
+        9
     """
 
     algorithm: str
@@ -548,13 +549,14 @@ def run_search(
     (0, 1) or with an algorithm that does not race; ArithmeticError when no candidate has a finite
     loss.
 
-    >>> import fastprune as fp
-    >>> from fastprune.testing import SyntheticEvaluator
-    >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "greedy", num_remove=3)
-    >>> len(result.removed), result.evaluations  # 8 + 7 + 6 masks
-    (3, 21)
-    >>> fp.run_search(SyntheticEvaluator(num_units=4, seed=1), "repeat", lengths="1-2").sequence
-    (0, 1, 2, 1, 2, 3)
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.testing import SyntheticEvaluator
+        >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "greedy", num_remove=3)
+        >>> len(result.removed), result.evaluations  # 8 + 7 + 6 masks
+        (3, 21)
+        >>> fp.run_search(SyntheticEvaluator(num_units=4, seed=1), "repeat", lengths="1-2").sequence
+        (0, 1, 2, 1, 2, 3)
     """
     chosen, options = check_algorithm(algorithm, options)
     chosen.check_num_remove(num_remove, budget)

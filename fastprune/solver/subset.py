@@ -38,10 +38,11 @@ class SubsetSolution:
         gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned;
             0 when proven.
 
-    >>> import fastprune as fp
-    >>> found = fp.solve_subset([[1.0, 0.5], [0.5, 2.0]], k=1)
-    >>> found.subsets, found.gap
-    ([(0,)], 0.0)
+    Examples:
+        >>> import fastprune as fp
+        >>> found = fp.solve_subset([[1.0, 0.5], [0.5, 2.0]], k=1)
+        >>> found.subsets, found.gap
+        ([(0,)], 0.0)
     """
 
     subsets: list[tuple[int, ...]]
@@ -80,11 +81,12 @@ def solve_subset(
 
     Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
 
-    >>> import fastprune as fp
-    >>> energy = [[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]]
-    >>> found = fp.solve_subset(energy, k=2, num_states=2)
-    >>> found.subsets, found.energies.tolist(), found.proven
-    ([(0, 2), (1, 2)], [4.0, 4.0], True)
+    Examples:
+        >>> import fastprune as fp
+        >>> energy = [[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]]
+        >>> found = fp.solve_subset(energy, k=2, num_states=2)
+        >>> found.subsets, found.energies.tolist(), found.proven
+        ([(0, 2), (1, 2)], [4.0, 4.0], True)
     """
     h = _real_array("H", H, 2)
     size = h.shape[0]
