@@ -65,7 +65,7 @@ class Budget:
         >>> fp.Budget(params="75%").limit(whole=2_000_000)
         1500000.0
         >>> str(fp.Budget(bytes=1e9))
-        'bytes=1e+09'
+        'bytes=1000000000'
     """
 
     params: float | str | None = None

@@ -258,7 +258,7 @@ def check_description(name: str, **options: Any) -> None:
 
 
 def check_budgets(name: str, **options: Any) -> None:
-    """The algorithm removes exactly num_remove units, from none to all but one, in small models too.
+    """The algorithm removes exactly num_remove units, from none to all but one.
 
     Over sequences, it runs units of the model, and its result is no mask.
     """

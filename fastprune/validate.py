@@ -84,6 +84,7 @@ def check_integer(
         InputError: The value is no integer, or outside the limits.
 
     Examples:
+        >>> from fastprune.validate import check_integer
         >>> check_integer("keep", 3, 1, 5)
         3
     """
@@ -106,6 +107,7 @@ def check_number(
     """Check a finite real number of Python or NumPy, within its limits. Raises InputError.
 
     Examples:
+        >>> from fastprune.validate import check_number
         >>> check_number("tolerance", 0, least=0)
         0.0
     """
@@ -125,6 +127,7 @@ def check_probability(name: str, value: Any) -> float:
     """Check a number above 0 and below 1, such as a confidence. Raises InputError.
 
     Examples:
+        >>> from fastprune.validate import check_probability
         >>> check_probability("confidence", 0.99)
         0.99
     """
@@ -170,6 +173,7 @@ def check_bytes(name: str, value: Any, least: int) -> int | None:
     """Check a whole number of bytes, at least `least`; None stays None. Raises InputError.
 
     Examples:
+        >>> from fastprune.validate import check_bytes
         >>> check_bytes("memory_bytes", 2.0**20, 1)
         1048576
     """
@@ -192,6 +196,7 @@ def check_one_of(name: str, value: Any, known: Iterable[str], also: str = "") ->
             adds other valid values to it.
 
     Examples:
+        >>> from fastprune.validate import check_one_of
         >>> check_one_of("backend", "fused", ("auto", "fused"))
         'fused'
     """
@@ -211,6 +216,7 @@ def check_kind(name: str, value: object, kind: type[Kind], right: str) -> Kind:
     """Check that a value is of a class; `right` names valid values in the error. Raises InputError.
 
     Examples:
+        >>> from fastprune.validate import check_kind
         >>> check_kind("path", "a.txt", str, "the path of a file")
         'a.txt'
     """
@@ -223,6 +229,7 @@ def check_callable(name: str, value: Any, right: str) -> Any:
     """Check that a value can be called; `right` names valid values in the error. Raises InputError.
 
     Examples:
+        >>> from fastprune.validate import check_callable
         >>> check_callable("progress", print, "a function")
         <built-in function print>
     """
