@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastprune
+from fastprune.search import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ROOT, ROOT / "docs", ROOT / "examples", ROOT / "bench"
@@ -31,9 +32,14 @@ def test_examples_run(name):
         if not any(extra in str(error) for extra in EXTRAS):
             raise
         pytest.skip(str(error))
-    found = doctest.testmod(module, globs={})  # as copied, with its imports
-    assert found.attempted > 0
-    assert found.failed == 0
+    registered = dict(ALGORITHMS)
+    try:
+        examples = doctest.testmod(module, globs={})  # as copied, with their imports
+    finally:  # an example may register an algorithm
+        ALGORITHMS.clear()
+        ALGORITHMS.update(registered)
+    assert examples.attempted > 0
+    assert examples.failed == 0
 
 
 def test_type_checkers_see_the_public_names():
