@@ -77,8 +77,9 @@ def llama_cpp_warning(per_layer: Mapping[str, Sequence]) -> str | None:
     """The warning about --prune-layers for a config with per-layer lists; None if none applies.
 
     llama-quantize lowers block_count and renumbers tensors. It keeps the length of per-layer arrays
-    in the metadata, so that the file does not load (ggml-org/llama.cpp, issue 27976). If the pattern
-    is in llama.cpp's own code, each layer after the first removed one gets its neighbour's settings.
+    in the metadata, so that the file does not load (ggml-org/llama.cpp, issue 27976). If
+    llama.cpp's own code holds the pattern, layers after the first removed one get their
+    neighbours' settings.
     """
     mixed = [
         name for name, values in per_layer.items() if any(value != values[0] for value in values)

@@ -207,7 +207,7 @@ class RemoteRuns:
         self._workers.problems[worker].add(self._number)
 
     def _model_for_workers(self) -> tuple:
-        """The way for a worker to get the model: arguments of `load_model`, or modules and tensors."""
+        """The way to get the model: arguments of `load_model`, or modules and tensors."""
         if self._model_sent is None:
             model = self._model
             if model.opened is not None and model.opened[1] == model.version:
