@@ -88,7 +88,8 @@ class TokenBatch:
             >>> batch.num_rows, batch.num_tokens, batch.target_token.tolist()
             (2, 5, [6, 7, 8])
             >>> padded = {"input_ids": [[5, 6, 7, 0]], "attention_mask": [[1, 1, 1, 0]]}
-            >>> fp.TokenBatch.from_ids(padded | {"labels": [[-100, -100, 7, -100]]}).target_token
+            >>> labelled = padded | {"labels": [[-100, -100, 7, -100]]}
+            >>> fp.TokenBatch.from_ids(labelled).target_token
             array([7])
         """
         rows = to_rows(ids)
