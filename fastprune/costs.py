@@ -165,7 +165,7 @@ class UnitCosts:
         kind: One of `KINDS`.
         total: The cost of the whole model.
         own: For each unit, the cost of the weights that no other unit has.
-        shared: Sets of units that share weights, each with the cost that is saved when all units
+        shared: Sets of units that share weights, each with the cost saved when all units
             of the set are removed.
 
     Examples:

@@ -54,7 +54,7 @@ class Evaluator:
     may share an evaluator or a model: their calls take turns.
 
     Each call scores the model as it is. A model that has changed is verified and opened again
-    (`Model.version` lists the changes that are seen). The version before is kept with half of the
+    (`Model.version` lists the changes it sees). The version before is kept with half of the
     cache, so that a restored model runs no prefix again. Its states are evicted first when memory
     runs out. Workers keep the last version only. If the fused path no longer applies, "auto"
     continues with the generic path and warns once.
@@ -70,10 +70,10 @@ class Evaluator:
             16 GiB on a GPU. It decides how many tokens run at once. With workers, the limit is for
             each of them.
         cache_bytes: The limit on the prefix cache, in bytes; 0 for none. Its states outlive a call,
-            so that later calls run only new units. By default a quarter of the memory that is free
-            before each call; on a GPU, the device's memory except a reserve of memory_bytes, then a
+            so that later calls run only new units. By default a quarter of the free memory
+            at each call; on a GPU, the device's memory except a reserve of memory_bytes, then a
             quarter of the host's. With workers, the limit is for all of a machine.
-        cache_dir: A folder on a fast disk for states that do not fit, in a file that is deleted
+        cache_dir: A folder on a fast disk for states that do not fit, in a file deleted
             with the process. It takes at most a quarter of the disk's free bytes.
         store: The file of a store of finished sums, or a SumStore. Known sums are not computed
             again, also those of another objective that measured the same on the same tokens. New
@@ -234,7 +234,7 @@ class Evaluator:
                 is left out. Questions cannot be cut.
 
         Returns:
-            The loss of each mask, float64[N]. A loss that is not finite is returned unchanged.
+            The loss of each mask, float64[N]. A non-finite loss is returned unchanged.
 
         Raises:
             InputError: Masks have another shape or value, a unit is out of range, a mask keeps no
@@ -533,7 +533,7 @@ class Evaluator:
     def _sums(
         self, sequences: list[Units], part: Part | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sums of the distinct sequences, [M, V, C], and the index of each in them, int64[N]."""
+        """The sums of the distinct sequences, [M, V, C], and the index of each, int64[N]."""
         trie = self._calls.ask(sequences, part)
         return self._calls.run(trie, self.progress, part), trie.index
 

@@ -32,7 +32,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for each line that is not blank; errors name file and line."""
+    """Yield (line number, value) for each non-blank line; errors name file and line."""
     try:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -182,7 +182,7 @@ def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
 
 
 def _rename_to_new(partial: Path, path: Path) -> None:
-    """Rename a finished file to a name that is free.
+    """Rename a finished file to a free name.
 
     A rename replaces a file of that name, so writers take a lock, then look, then rename. The
     lock of a killed writer ends with its process.

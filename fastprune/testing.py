@@ -53,7 +53,7 @@ class SyntheticEvaluator:
     Args:
         num_units: U.
         seed: Decides the terms.
-        broken: Units whose removal gives a loss that is not finite.
+        broken: Units whose removal gives a non-finite loss.
         curvature: The factor of a further term, which no quadratic model can fit.
         num_samples: Samples. With 32 or more the evaluator races, and always keeps the best.
         tokens: Tokens of each sample.
@@ -333,7 +333,7 @@ def check_protection(name: str, **options: Any) -> None:
 
 
 def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
-    """A loss that is not finite never wins and breaks no arithmetic.
+    """A non-finite loss never wins and breaks no arithmetic.
 
     If no loss is finite, ArithmeticError says so. An algorithm that scores a single subset may miss
     the finite losses. If only one of 35 subsets has a finite loss, any algorithm may miss it.
@@ -506,7 +506,7 @@ def _finite(evaluator: SyntheticEvaluator, name: str, options: dict) -> tuple[in
         result = _run(evaluator, name, 3, options)
     except ArithmeticError:
         return None
-    assert math.isfinite(result.loss), f"{name} let a loss that is not finite win"
+    assert math.isfinite(result.loss), f"{name} let a non-finite loss win"
     return _chosen(result)
 
 

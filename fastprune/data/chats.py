@@ -43,7 +43,7 @@ class ChatEncoder:
         """Encode one conversation.
 
         Returns:
-            Its tokens, and the flags of those that are targets.
+            Its tokens, and the flags of its targets.
 
         Raises:
             InputError: The row holds no conversation that ends with an answer, or the template

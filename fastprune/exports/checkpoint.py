@@ -57,7 +57,7 @@ def export(
         out_dir: The new folder.
         removed: Indices of the blocks to leave out.
         sequence: Instead of removed, the blocks in the order in which they run, as in
-            `Evaluator.score`. A block that is named n times is written n times, with separate
+            `Evaluator.score`. A block named n times is written n times, with separate
             weights.
         base_model: The hub id of the base model, for card and recipes. By default the name by which
             the model was opened, or the last part of its folder.

@@ -330,7 +330,7 @@ class MaskedLM(HFLM):
     ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens to run and the tokens to predict.
 
-        A context that is too long loses its beginning, as in `hf`.
+        Too long a context loses its beginning, as in `hf`.
         """
         if not context or not 1 <= len(continuation) <= self.max_length:
             named = f" of {shown(texts[1])}" if texts else ""
@@ -496,7 +496,7 @@ Values = dict[str, dict[str, np.ndarray]]  # by task and "metric,filter": float6
 
 
 def _document_values(result: Mapping) -> Values:
-    """The metrics of each document, for metrics that are means over documents."""
+    """The metrics of each document, for means over documents."""
     values: Values = {}
     for task, samples in result["samples"].items():
         by_metric: dict[str, list] = {}

@@ -169,7 +169,7 @@ def _check(
     racing: float | None,
     keep: int,
 ) -> None:
-    """Raise InputError for arguments that are out of range or of another kind."""
+    """Raise InputError for arguments out of range or of another kind."""
     import optuna
 
     check_kind("study", study, optuna.Study, "an optuna study")

@@ -1,4 +1,4 @@
-"""Bands: the blocks that are loaded together, and the chunks that share each loading.
+"""Bands: the blocks loaded together, and the chunks that share each loading.
 
 Weights that do not fit are loaded a band of consecutive blocks at a time, for a whole group of
 chunks. The choices follow a model of cost, in bytes:
@@ -110,7 +110,7 @@ def make_groups(
         flops_per_byte: Operations in the time of reading a byte.
 
     Returns:
-        The groups. A chunk that is too large is a group of its own.
+        The groups. A too large chunk is a group of its own.
 
     Examples:
         >>> from fastprune.plan.bands import make_groups

@@ -27,7 +27,7 @@ import numpy as np
 from .trie import Trie, Units, levels
 
 FADE = 0.9  # the factor of a likelihood for each call that does not pass its node
-MOST_CANDIDATES = 1 << 14  # states that are compared one by one, unless more are retained
+MOST_CANDIDATES = 1 << 14  # states compared one by one, unless more are retained
 
 
 class Prefixes:
@@ -91,7 +91,7 @@ class Prefixes:
 def worth_retaining(
     trie: Trie, likelihood: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the states that are worth most.
+    """Choose the most valuable states.
 
     Args:
         trie: The sequences of the call, with K cached prefixes. These and the wanted nodes are

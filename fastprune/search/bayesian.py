@@ -10,7 +10,7 @@ from .prior import LinearMean, Prior, penalised
 from .registry import Count, algorithm
 from .run import Removed, Search
 
-PRIOR_DRAWS = 256  # subsets of the pool that are drawn by the prior
+PRIOR_DRAWS = 256  # subsets of the pool drawn by the prior
 NEIGHBOURS_OF = 3  # best subsets whose swaps are in the pool
 TWO_SWAPS = 100  # random 2-swaps of each of these; all would be too many
 
@@ -24,13 +24,13 @@ def bayesian(
     The kernel is s^2 exp(-hamming / l) + noise, with hyperparameters by marginal likelihood. The
     prior mean is a + b sum d_i with d_i = loss({i}), by least squares. The prior of `genetic` draws
     the first subsets. Expected improvement over the best loss is maximised over a pool: 256 prior
-    draws, and all 1-swaps and 100 2-swaps of each of the 3 best subsets. A loss that is not finite
+    draws, and all 1-swaps and 100 2-swaps of each of the 3 best subsets. A non-finite loss
     counts as the worst finite one. The search ends early when the pool has no new subset.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most trials.
     Options:
-        trials: subsets of the full budget that are scored, the initial ones included.
+        trials: scored subsets of the full budget, the initial ones included.
         initial: subsets drawn by the prior before the first fit.
         batch_size: subsets scored at once, by highest expected improvement.
     """

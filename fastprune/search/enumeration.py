@@ -1,4 +1,4 @@
-"""Searches over subsets that are known beforehand: all of them, a random sample, all windows."""
+"""Searches over subsets known beforehand: all of them, a random sample, all windows."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 from .one_shot import lowest
 from .run import Removed, Search
 
-UNLIKELY = 50.0  # log weight of units with a loss that is not finite, below the least likely other
+UNLIKELY = 50.0  # log weight of units with a non-finite loss, below the least likely other
 
 
 class Prior:
@@ -74,7 +74,7 @@ class LinearMean:
 
 
 def penalised(losses: np.ndarray) -> np.ndarray:
-    """Replace losses that are not finite by the worst finite one, or by 0 if none is finite.
+    """Replace non-finite losses by the worst finite one, or by 0 if none is finite.
 
     Models of the loss then stay away from them, with finite arithmetic.
     """

@@ -42,7 +42,7 @@ def cbo(
     Source: CBO (arXiv 2602.00161).
     Cost: num_states with rescore, else 1 (and one forward and backward pass of the dense model).
     Options:
-        num_states: subsets that are scored (fewer if there are not as many).
+        num_states: scored subsets (fewer if there are not as many).
         rescore: score them all; otherwise only the lowest.
         first_order: add -g^T z to the energy, for the mean gradient g.
     """

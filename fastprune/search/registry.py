@@ -301,7 +301,7 @@ def check_algorithm(
 
     Raises:
         InputError: The name or an option is unknown, an option is out of its range, or the
-            algorithm needs a library that is not installed.
+            algorithm needs a missing library.
     """
     chosen = find_algorithm(name)
     options = chosen.check_options(options)

@@ -252,7 +252,7 @@ class Search:
             subsets: N subsets of units to remove.
 
         Returns:
-            The loss of removing each subset, float64[N]. A loss that is not finite becomes +inf,
+            The loss of removing each subset, float64[N]. A non-finite loss becomes +inf,
             so that it never wins.
         """
         subsets = [self._key(subset) for subset in subsets]
@@ -366,7 +366,7 @@ class Search:
         Args:
             subset: The units that it begins with.
             order: Further units. They are added in this order until enough units are removed; then
-                each unit that is not needed is put back, the latest first.
+                each needless unit is put back, the latest first.
 
         Returns:
             The complete subset.

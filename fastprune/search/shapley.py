@@ -28,7 +28,7 @@ def shapley(
     removed. With `redraw`, one unit is removed at a time, and the values of the others are
     estimated again.
 
-    A protected unit is in every network. Losses that are not finite do not count. A unit that
+    A protected unit is in every network. Non-finite losses do not count. A unit that
     breaks the loss alone comes last. The result is the method's choice.
 
     Source: Siddiqui et al. (arXiv 2407.16286), with the objective as the score.

@@ -28,7 +28,7 @@ def sliding_window_merge(
 
     Source: the selection of Sliding-Window Merging (arXiv 2502.19159), with the loss instead of the
     similarity of final states (the objective cosine), and the budget instead of the threshold.
-    Cost: U - 1 for each threshold that is tried; many of these losses are known already.
+    Cost: U - 1 for each tried threshold; many of these losses are known already.
     Options:
         keep: the unit of a window that stays; the authors' merged layer has the projections of the
             highest.

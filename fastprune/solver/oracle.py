@@ -171,7 +171,7 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
     lin = g + diagonal
     curvature = twice.diagonal()
 
-    # a node a row: the variables that are still open, the point y, and a proven lower bound
+    # a node a row: the open variables, the point y, and a proven lower bound
     opened = np.ones((1, size), dtype=bool)
     points = np.full((1, size), k / size)
     lowers = np.full(1, -np.inf)

@@ -22,7 +22,7 @@ class Open(NamedTuple):
         model: The way to get the model; None if the worker has it.
         device: The device of the worker.
         setup: A token for a `Setup`.
-        alive: The numbers of problems that are still in use.
+        alive: The numbers of problems still in use.
     """
 
     number: int

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # a command line is checked without torch
     import torch
 
 MOST_WORKERS = 1024
-MOST_STARTS = 3  # starts of a worker that is killed before it is ready
+MOST_STARTS = 3  # starts of a worker killed before it is ready
 END_WITHIN = 2  # seconds in which all processes together end by themselves
 START = Path(__file__).with_name("start.py")
 
@@ -275,7 +275,7 @@ def _end_of(member: _Member) -> str:
 
 
 def _end(members: dict[int, _Member], owner: int) -> None:
-    """Close every pipe, so that the processes end; kill those that are too busy to notice."""
+    """Close every pipe, so that the processes end; kill those too busy to notice."""
     if os.getpid() != owner:  # this is a fork of the process that started them
         return
     for member in members.values():
