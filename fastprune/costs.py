@@ -1,8 +1,8 @@
 """The costs of units, budgets on the pruned model, and the measured speed of a model.
 
-A cost is a number of parameters, of their bytes, of bytes of the key-value cache per token, or of
-milliseconds of a forward pass. Weights that several units share are counted once, and they go when
-the last of these units goes.
+A cost counts parameters, their bytes, bytes of the key-value cache per token, or milliseconds of a
+forward pass. Weights that several units share count once. They are saved when the last of these
+units is removed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ UNITS = {
     "kv_bytes": "bytes of the key-value cache per token",
     "latency_ms": "ms of a forward pass",
 }
-SEQ_LEN = 512  # tokens of a timed row, if the model takes as many
-REPEATS = 5  # timed passes, of which the median counts
+SEQ_LEN = 512  # tokens of a timed row, unless the model takes fewer
+REPEATS = 5  # timed passes; their median counts
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
 _AMOUNT = re.compile(r"(\d{1,18}(?:\.\d{1,9})?(?:e\d{1,2})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _SETTING = re.compile(r"(batch_size|seq_len)\s*=\s*(\d{1,9})")
@@ -42,23 +42,23 @@ _PREFIXES |= {f"{name}i": 2.0 ** (10 * power) for power, name in enumerate("kmgt
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a pruned model may have, of one kind of cost.
+    """The most that a pruned model may cost, in one kind of cost.
 
-    A search removes units until the model that remains is within the budget. It never ends above
-    it, and putting any removed unit back would exceed it. Each amount is a number, or a share of
-    the whole model's such as "75%".
+    A search removes units until the remaining model is within the budget. The result never exceeds
+    it, and putting any removed unit back would exceed it. Give exactly one amount: a number, or a
+    share of the whole model's cost such as "75%".
 
     Args:
-        params: Parameters, embeddings and head included. Shared ones count once.
-        bytes: Bytes of the parameters, in the dtype that the model was opened in.
+        params: Parameters, with embeddings and head. Shared parameters count once.
+        bytes: Bytes of the parameters, in the dtype in which the model was opened.
         kv_bytes: Bytes of the key-value cache per token of context.
         latency_ms: Milliseconds of a forward pass of transformers' own code, measured on this
             machine.
-        batch_size: Rows of the pass that latency_ms is measured on.
-        seq_len: Tokens of each row; by default 512, or as many as the model takes.
+        batch_size: Rows of the timed pass, for latency_ms.
+        seq_len: Tokens of each timed row. By default 512, or fewer if the model takes fewer.
 
     Raises:
-        InputError: Not exactly one amount was given, or it is negative, not finite, or a share
+        InputError: There is not exactly one amount, or it is negative, not finite, or a share
             above 100 %.
 
     Examples:
@@ -66,7 +66,7 @@ class Budget:
         >>> fp.Budget(params="75%").limit(whole=2_000_000)
         1500000.0
         >>> str(fp.Budget(bytes=1e9))
-        'bytes=1e+09'
+        'bytes=1000000000'
     """
 
     params: float | str | None = None
@@ -88,10 +88,22 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """The budget of a text such as "params=75%", "bytes=1.5G", "kv_bytes=64Ki" or
-        "latency_ms=75%,batch_size=4,seq_len=128".
+        """Read a budget from text.
 
-        Raises InputError for another text.
+        Args:
+            text: KIND=AMOUNT, such as "params=75%", "bytes=1.5G", "kv_bytes=64Ki" or
+                "latency_ms=75%,batch_size=4,seq_len=128".
+
+        Returns:
+            The budget.
+
+        Raises:
+            InputError: The text has another form, or names another kind.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.Budget.parse("bytes=1.5G").amount
+            1500000000.0
         """
         first, *settings = str(text).split(",")
         kind, equals, amount = (part.strip() for part in first.partition("="))
@@ -128,11 +140,23 @@ class Budget:
 
     @property
     def amount(self) -> float | str:
-        """The amount as it was given."""
+        """The amount in the form in which it was written: a number or a share."""
         return getattr(self, self.kind)
 
     def limit(self, whole: float) -> float:
-        """The amount as a number, for a whole model of this cost."""
+        """Compute the amount as a number.
+
+        Args:
+            whole: The cost of the whole model, of which a share is taken.
+
+        Returns:
+            The most that the pruned model may cost.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.Budget(kv_bytes="50%").limit(whole=4096)
+            2048.0
+        """
         amount, share = self.amount, None
         if isinstance(amount, str):
             share = _PERCENT.fullmatch(amount.strip())
@@ -154,15 +178,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """The cost of a model, and the part of it that goes with each unit.
+    """The cost of a model, and the part of it that each unit's removal saves.
 
-    kind: of `KINDS`. total: of the whole model. own: for each unit, the cost of all that no other
-    unit has. shared: sets of units that share weights, with the cost that goes when all of a set
-    are removed.
+    Attributes:
+        kind: One of `KINDS`.
+        total: The cost of the whole model.
+        own: For each unit, the cost of the weights that no other unit has.
+        shared: Sets of units that share weights, each with the cost saved when all units
+            of the set are removed.
 
-    >>> costs = UnitCosts("params", 10.0, (2.0, 3.0, 3.0), ((frozenset({1, 2}), 1.0),))
-    >>> costs.after([1]), costs.after([1, 2])
-    (7.0, 3.0)
+    Examples:
+        >>> from fastprune.costs import UnitCosts
+        >>> costs = UnitCosts("params", 10.0, (2.0, 3.0, 3.0), ((frozenset({1, 2}), 1.0),))
+        >>> costs.after([1]), costs.after([1, 2])
+        (7.0, 3.0)
     """
 
     kind: str
@@ -172,17 +201,17 @@ class UnitCosts:
 
     def after(self, removed: Iterable[int]) -> float:
         """The cost of the model without these units."""
-        gone = frozenset(removed)
-        saved = math.fsum(self.own[unit] for unit in gone)
-        saved += math.fsum(cost for units, cost in self.shared if units <= gone)
+        units = frozenset(removed)
+        saved = math.fsum(self.own[unit] for unit in units)
+        saved += math.fsum(cost for sharing, cost in self.shared if sharing <= units)
         return self.total - saved
 
     def saves(self, unit: int) -> bool:
-        """Whether the removal of a unit can save anything."""
+        """Whether removing a unit can save anything."""
         return self.own[unit] > 0 or any(unit in units for units, _ in self.shared)
 
     def alike(self, units: Sequence[int]) -> bool:
-        """Whether the removal of each of these units saves the same."""
+        """Whether removing any one of these units saves the same amount."""
         own = {self.own[unit] for unit in units}
         return len(own) < 2 and not any(set(units) & shared for shared, _ in self.shared)
 
@@ -190,18 +219,21 @@ class UnitCosts:
 def unit_costs(
     model: Model, granularity: str, kind: str, batch_size: int = 1, seq_len: int | None = None
 ) -> UnitCosts:
-    """The costs of a model's units, computed or measured once for each version of the model.
+    """Compute or measure the costs of a model's units, once for each version of the model.
 
     Args:
         model: The model.
         granularity: "block" or "sublayer".
-        kind: Of `KINDS`.
+        kind: One of `KINDS`.
         batch_size: Rows of the timed pass.
         seq_len: Tokens of each timed row; None for `SEQ_LEN`.
 
+    Returns:
+        The cost of the model and of each unit.
+
     Raises:
-        InputError: The kind is unknown, the family has no key-value cache by layer, or weights are
-            streamed and the kind runs the model.
+        InputError: The kind is unknown, the family's key-value cache has no entry for each layer,
+            or the kind runs the model while its weights are streamed.
     """
     check_one_of("kind", kind, KINDS)
 
@@ -235,7 +267,7 @@ def unit_modules(model: Model, granularity: str) -> list[nn.Module]:
 
 
 def unit_parameters(model: Model, granularity: str) -> list[int]:
-    """The parameters of each unit's module, those that it shares included."""
+    """The number of parameters of each unit, shared ones included."""
     return [
         sum(weights.numel() for weights in part.parameters())
         for part in unit_modules(model, granularity)
@@ -252,7 +284,7 @@ def _of_parameters(
             owners.setdefault(id(weights), set()).add(unit)
     inside = {id(module) for part in parts for module in part.modules()}
     for module in model.hf.modules():
-        if id(module) not in inside:  # its weights stay, even those that a unit has, too
+        if id(module) not in inside:  # its weights stay, also those that it shares with a unit
             for weights in module.parameters(recurse=False):
                 owners.pop(id(weights), None)
     sizes = {id(weights): weigh(weights) for weights in model.hf.parameters()}
@@ -267,15 +299,17 @@ def _of_parameters(
 
 
 def _of_cache(model: Model, granularity: str) -> UnitCosts:
-    """Bytes of keys and values that the second token adds, by layer: states of a fixed size add
-    none."""
+    """The bytes of keys and values that a second token adds to each layer.
+
+    A state of fixed size adds none.
+    """
     from .models.compare import probe_ids
 
     ids = probe_ids(model)
     one, two = (_cache_bytes(model, ids[:, :length]) for length in (1, 2))
     own = [float(after - before) for before, after in zip(one, two, strict=True)]
     if granularity == "sublayer":
-        own = [size for of_block in own for size in (of_block, 0.0)]
+        own = [size for block_bytes in own for size in (block_bytes, 0.0)]
     return UnitCosts("kv_bytes", math.fsum(own), tuple(own))
 
 
@@ -300,8 +334,10 @@ def _cache_bytes(model: Model, ids: torch.Tensor) -> list[int]:
 
 
 def _of_time(model: Model, granularity: str, batch_size: int, seq_len: int | None) -> UnitCosts:
-    """Median milliseconds of each unit and of the whole pass. Units of one shape have the median
-    over all of them."""
+    """The median milliseconds of each unit and of the whole pass.
+
+    Units of equal shape get one value, the median over all of their runs.
+    """
     from .models.open import open_runner
     from .models.surgery import per_layer
     from .models.verify import Needs
@@ -327,13 +363,16 @@ def _of_time(model: Model, granularity: str, batch_size: int, seq_len: int | Non
         )
         for unit, part in enumerate(unit_modules(model, granularity))
     ]
-    like = {
+    medians = {
         shape: statistics.median(
-            value for unit, of in enumerate(times) if shapes[unit] == shape for value in of[1:]
+            seconds
+            for unit, unit_times in enumerate(times)
+            if shapes[unit] == shape
+            for seconds in unit_times[1:]  # the first one warms up
         )
         for shape in set(shapes)
     }
-    own = tuple(1000 * like[shape] for shape in shapes)
+    own = tuple(1000 * medians[shape] for shape in shapes)
     total = 1000 * _seconds_of(model, model.hf, ids)
     return UnitCosts("latency_ms", max(total, math.fsum(own)), own)
 
@@ -341,13 +380,16 @@ def _of_time(model: Model, granularity: str, batch_size: int, seq_len: int | Non
 def tokens_per_second(
     model: Model, hf: Any, batch_size: int = 1, seq_len: int | None = None
 ) -> float:
-    """The tokens that a transformers model reads per second, the median of 5 forward passes.
+    """Measure the tokens that a transformers model reads per second.
 
     Args:
-        model: The `Model` that it was made of.
-        hf: The transformers model, such as `fp.masked` gives it.
+        model: The `Model` from which hf was derived.
+        hf: The transformers model, such as the one that `fp.masked` yields.
         batch_size: Rows of a pass.
-        seq_len: Tokens of each row; None for 512, or as many as the model takes.
+        seq_len: Tokens of each row; None for 512, or fewer if the model takes fewer.
+
+    Returns:
+        Tokens per second, from the median time of 5 forward passes.
     """
     from .models.model import evaluating
 
@@ -394,13 +436,16 @@ def before_and_after(
     granularity: str = "block",
     measure_speed: bool = False,
 ) -> dict[str, tuple[float, float]]:
-    """Costs of the whole model and of the one without these units, by name.
+    """Compute the costs of the whole model and of the model without some units.
 
     Args:
         model: The model.
-        removed: Indices of units.
+        removed: Indices of the removed units.
         granularity: "block" or "sublayer".
-        measure_speed: Whether the tokens per second of both are measured, too.
+        measure_speed: Also measure the tokens per second of both models.
+
+    Returns:
+        (before, after) under "params", "bytes" and, if measured, "tokens_per_second".
     """
     sizes: dict[str, tuple[float, float]] = {}
     for kind in ("params", "bytes"):

@@ -10,24 +10,26 @@ class InputError(ValueError):
     """A file, flag or argument is wrong. The message is one line: the error, and the remedy.
 
     Args:
-        message: Spells arguments as Python does; it begins with `argument` if known.
+        message: The error in words. It spells arguments as Python does, and begins with
+            `argument` if that is known.
         argument: The name of the wrong argument, such as "memory_bytes".
         least: The smallest valid value.
         most: The largest valid value.
-        fits: Values that would be right, any one of them, by the names of arguments. They end the
-            text of the error.
+        fits: Valid values by the names of arguments; any one of them would do. The message ends
+            with them.
 
-    >>> import fastprune as fp
-    >>> try:
-    ...     fp.from_removed([(4,)], num_units=4)
-    ... except fp.InputError as error:
-    ...     print(type(error).__name__)
-    InputError
-    >>> try:
-    ...     fp.load_text("t.txt", None, num_samples=0)
-    ... except fp.InputError as error:
-    ...     print(error.argument, error.least)
-    num_samples 1
+    Examples:
+        >>> import fastprune as fp
+        >>> try:
+        ...     fp.from_removed([(4,)], num_units=4)
+        ... except fp.InputError as error:
+        ...     print(type(error).__name__)
+        InputError
+        >>> try:
+        ...     fp.load_text("t.txt", None, num_samples=0)
+        ... except fp.InputError as error:
+        ...     print(error.argument, error.least)
+        num_samples 1
     """
 
     def __init__(
@@ -41,16 +43,16 @@ class InputError(ValueError):
     ):
         self.message, self.argument, self.least, self.most = message, argument, least, most
         self.fits = dict(fits or {})
-        super().__init__(f"{message}{_what_fits(self.fits)}")
+        super().__init__(f"{message}{_valid_values(self.fits)}")
 
     def restated(self, message: str) -> InputError:
-        """The same error in other words."""
+        """Make the same error with another message."""
         return InputError(
             message, argument=self.argument, least=self.least, most=self.most, fits=self.fits
         )
 
 
-def _what_fits(fits: Mapping[str, object]) -> str:
+def _valid_values(fits: Mapping[str, object]) -> str:
     values = " or ".join(f"{name}={value}" for name, value in fits.items())
     return f"; what fits: {values}" if values else ""
 

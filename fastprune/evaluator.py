@@ -50,48 +50,52 @@ BACKENDS = get_args(Backend)
 class Evaluator:
     """Scores depth masks of one model under one objective.
 
-    model: a Model from load_model, or a transformers model in memory. objective: Perplexity,
-    TaskMargin, TaskLikelihood, TaskAccuracy, KLDivergence, Agreement, CosineDistance or
-    NormalizedMSE.
-    backend: "generic" runs any family by transformers' own code, "fused" the Llama-like ones on
-    fused operators, "auto" the fused path if it is faster; `self.backend` says which one runs.
-    granularity: "block", or "sublayer" (unit 2i is block i's attention, 2i + 1 its mlp).
-    memory_bytes: byte budget of the activations of a call (4 GiB on a CPU, 16 GiB on a GPU by
-    default); it decides how many tokens run at once. cache_bytes: budget of the prefix cache,
-    states that outlive a call: the next call runs only units that no call before has run, as far as
-    the cache reaches. By default a quarter of the memory free before each call; on a GPU, all of
-    the device but a reserve of memory_bytes, then a quarter of the host. 0 for none. cache_dir: a
-    folder on a fast disk for states that do not fit, in a file deleted with the process, up to a
-    quarter of its free bytes.
-    store: file of finished sums (or a SumStore): its sums are not computed again, whichever
-    objective measured the same on the same tokens (margin and accuracy do), and new sums are kept
-    chunk by chunk.
-    workers: that many processes of this machine, each with a model of its own, or started
-    `Workers`, run a call together; None for this process alone. Each runs with as many threads as
-    this process, and a score has the bits that it has here. memory_bytes is then of each worker,
-    cache_bytes of all of a machine.
-    progress: called with a `ProgressEvent` while masks are scored.
-    layout: how the calibration set is cut, `layout` of another evaluator, so that scores have its
-    bits under another budget; None: as fits memory_bytes.
-
-    A mask's score does not depend, to the bit, on other masks, in the same call or before. Threads
+    To the bit, a mask's score does not depend on other masks, in the same call or before. Threads
     may share an evaluator or a model: their calls take turns.
 
-    The model is scored as it is at each call: one that has changed is verified and opened again
-    (`Model.version` says which changes are seen). The version before is kept beside it, and its
-    states have half of the cache, so that a restored model runs no prefix again; they are evicted
-    first when memory runs out. Workers keep the last version only. If the fused path no longer
-    applies, "auto" continues with the generic one and warns once.
+    Each call scores the model as it is. A model that has changed is verified and opened again
+    (`Model.version` lists the changes it sees). The version before is kept with half of the
+    cache, so that a restored model runs no prefix again. Its states are evicted first when memory
+    runs out. Workers keep the last version only. If the fused path no longer applies, "auto"
+    continues with the generic path and warns once.
 
-    Raises InputError for an argument of another kind or out of its range, for tokens that the model
-    does not take, for a backend or a granularity that the family cannot run on, and for
-    memory_bytes that a row does not fit into.
+    Args:
+        model: A Model from `load_model`, or a transformers model in memory.
+        objective: The objective, such as Perplexity or TaskAccuracy.
+        backend: "generic" runs any family by transformers' own code. "fused" runs the Llama-like
+            families on fused operators. "auto" takes the fused path if it is faster.
+        granularity: "block", or "sublayer": unit 2i is the attention of block i, unit 2i + 1 its
+            MLP.
+        memory_bytes: The limit on the activations of a call, in bytes; by default 4 GiB on a CPU,
+            16 GiB on a GPU. It decides how many tokens run at once. With workers, the limit is for
+            each of them.
+        cache_bytes: The limit on the prefix cache, in bytes; 0 for none. Its states outlive a call,
+            so that later calls run only new units. By default a quarter of the free memory
+            at each call; on a GPU, the device's memory except a reserve of memory_bytes, then a
+            quarter of the host's. With workers, the limit is for all of a machine.
+        cache_dir: A folder on a fast disk for states that do not fit, in a file deleted
+            with the process. It takes at most a quarter of the disk's free bytes.
+        store: The file of a store of finished sums, or a SumStore. Known sums are not computed
+            again, also those of another objective that measured the same on the same tokens. New
+            sums are added chunk by chunk.
+        workers: The number of processes of this machine that run a call together, or started
+            `Workers`; None for this process alone. Each has a model of its own, and as many threads
+            as this process. Scores keep their bits.
+        progress: Called with a `ProgressEvent` while masks are scored.
+        layout: The `layout` of another evaluator, to get its bits under another memory limit. None
+            fits the layout to memory_bytes.
 
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
-    >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
-    >>> ev.score(fp.from_removed([(3,), (3, 7)], ev.num_units)).shape
-    (2,)
+    Raises:
+        InputError: An argument is of another kind or out of its range, the model does not take the
+            tokens, the family cannot run on the backend or in this granularity, or a row does not
+            fit into memory_bytes.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+        >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+        >>> ev.score(fp.from_removed([(3,), (3, 7)], ev.num_units)).shape
+        (2,)
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class Evaluator:
         self.objective = objective
         self.granularity = granularity
         self.progress = progress
-        self._dense: tuple[int, float] | None = None  # version of the model, and its loss
+        self._dense: tuple[int, float] | None = None  # the model's version, and its loss
         if store is not None and not isinstance(store, SumStore):
             store = SumStore(store)
         if workers is not None and not isinstance(workers, Workers):
@@ -143,14 +147,14 @@ class Evaluator:
                 needs_digest=workers is not None,
             )
             runs = self._calls.opened.runs
-            if isinstance(runs, RemoteRuns):  # a worker that cannot help says so now
+            if isinstance(runs, RemoteRuns):  # so that a worker refuses now, not at the first call
                 with self.model.evaluation():
                     runs.open(self._calls.problem)
 
     def __repr__(self) -> str:
         units = f"{self.num_units} {'blocks' if self.granularity == 'block' else 'sublayers'}"
-        what = f"{self.model.name!r}, {self.objective.name}, {units}, {self.num_samples} samples"
-        return f"Evaluator({what}, {self.backend})"
+        data = f"{self.objective.name}, {units}, {self.num_samples} samples"
+        return f"Evaluator({self.model.name!r}, {data}, {self.backend})"
 
     @property
     def backend(self) -> str:
@@ -159,24 +163,25 @@ class Evaluator:
 
     @property
     def num_units(self) -> int:
+        """U, the number of prunable units."""
         return self._calls.opened.limit.num_units
 
     @property
     def layout(self) -> Layout:
-        """How the calibration set is cut: plain integers, which can be written down
-        (`Layout.to_json`) and given again.
+        """The cut of the calibration set into chunks and tiles, as plain integers.
 
-        Another one after memory ran out.
+        `Layout.to_json` writes it, and another evaluator takes it. It changes when memory runs out.
         """
         return self._calls.problem.layout
 
     @property
     def num_samples(self) -> int:
+        """S, the number of samples: rows of text, or questions."""
         return self.objective.num_samples
 
     @cached_property
     def sample_tokens(self) -> np.ndarray:
-        """Tokens of each sample's row, int64[S], all read to score a mask on that sample."""
+        """The tokens of each sample's row, int64[S]. Scoring a mask on the sample reads all."""
         return tokens_of_samples(self.objective, self._calls.problem.batch)
 
     @property
@@ -186,17 +191,17 @@ class Evaluator:
 
     @property
     def cuts_samples(self) -> bool:
-        """Whether `score` takes `tokens=`: samples are rows of text, not questions."""
+        """Whether `score` takes `tokens=`: true for rows of text, false for questions."""
         return self.objective.cuts_samples
 
     @cached_property
     def unit_names(self) -> list[str]:
+        """The name of each unit, in order."""
         return self.model.unit_names(self.granularity)
 
     @property
     def dense_loss(self) -> float:
-        """The loss of the whole model, computed when it is first asked for, and again when the
-        model has changed."""
+        """The loss of the whole model, computed once for each version of the model."""
         with self.model.lock:
             version = self.model.version
             if self._dense is None or self._dense[0] != version:
@@ -218,23 +223,23 @@ class Evaluator:
         score. Sequences share their prefixes as masks do.
 
         Args:
-            masks: bool or 0/1 [N, U], True = kept.
-            sequences: N collections of unit indices, such as [(0, 1, 1, 2), (0, 2, 1)], instead of
-                masks.
-            samples: Distinct indices of samples. Only their chunks run: each row alone, or with the
-                other short rows of its chunk. The loss is then weighted by the targets of these
-                samples. Default: all.
-            tokens: Cut the last of the samples so that exactly this number of tokens is read. The
-                part that remains runs alone, with bits of its own; it is left out where it holds no
-                target. Not for questions.
+            masks: Bool or 0/1 [N, U], True for a kept unit.
+            sequences: Instead of masks, N collections of unit indices in running order, such as
+                [(0, 1, 1, 2), (0, 2, 1)].
+            samples: Distinct indices of samples; by default all. Only their chunks run: each row
+                alone, or with the other short rows of its chunk. The loss is weighted by the
+                targets of these samples.
+            tokens: Cut the last of the samples so that the call reads exactly this number of
+                tokens. The remaining part runs alone, with bits of its own. A part without targets
+                is left out. Questions cannot be cut.
 
         Returns:
-            The loss of each, float64[N]. A loss that is not finite is returned as it is.
+            The loss of each mask, float64[N]. A non-finite loss is returned unchanged.
 
         Raises:
-            InputError: For masks of another shape or value, for a unit out of range, for one that
-                keeps nothing where the family cannot run without blocks, for samples out of range
-                or repeated, and for tokens that end outside the last sample.
+            InputError: Masks have another shape or value, a unit is out of range, a mask keeps no
+                unit and the family cannot run without blocks, samples are out of range or repeated,
+                or tokens end outside the last sample.
 
         Examples:
             >>> import fastprune as fp
@@ -259,10 +264,26 @@ class Evaluator:
     def sums(
         self, masks: ArrayLike | None = None, *, sequences: Sequences | None = None
     ) -> np.ndarray:
-        """The sums of the objective's measure on each continuation of its batch, float64[N, V, C]:
-        the sums over its targets of each of the measure's V values (`measures.MEASURES`), before
-        the objective weighs them. Takes masks or sequences, and raises InputError, as `score`
-        does."""
+        """Sum the objective's measure over the targets of each continuation, without its weights.
+
+        Args:
+            masks: Bool or 0/1 [N, U], True for a kept unit.
+            sequences: Instead of masks, as in `score`.
+
+        Returns:
+            float64[N, V, C], for the V values of the measure (`measures.MEASURES`) and C
+            continuations.
+
+        Raises:
+            InputError: As in `score`.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> ev.sums(fp.from_removed([(3,)], ev.num_units)).shape
+            (1, 1, 2)
+        """
         checked = self._check(masks, sequences)
         with self.model.lock:
             sums, index = self._sums(checked)
@@ -275,11 +296,26 @@ class Evaluator:
         *,
         sequences: Sequences | None = None,
     ) -> np.ndarray:
-        """The loss of each mask on each sample (row of text, or question), float64[N, S].
+        """Score each mask on each sample: a row of text, or a question.
 
-        samples: indices of the samples that are wanted, in the order of the columns; default all.
-        Only their chunks run, as in `score`, and every number has the same bits as with all. Takes
-        sequences instead of masks, and raises InputError, as `score` does; samples may repeat.
+        Args:
+            masks: Bool or 0/1 [N, U], True for a kept unit.
+            samples: Indices of the n samples, in the order of the columns; by default all. They may
+                repeat. Only their chunks run, and losses have the same bits as with all samples.
+            sequences: Instead of masks, as in `score`.
+
+        Returns:
+            float64[N, n].
+
+        Raises:
+            InputError: As in `score`.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> ev.score_samples(fp.from_removed([(3,)], ev.num_units)).shape
+            (1, 2)
         """
         chosen = check_samples(samples, self.num_samples, distinct=False)
         part = Part(np.isin(self.objective.sample, chosen))
@@ -290,8 +326,7 @@ class Evaluator:
 
     @property
     def num_looks(self) -> int:
-        """Looks of a race over this calibration set; 1: it is too small to race on, and is scored
-        whole."""
+        """The number of looks of a race; 1 if the calibration set is too small to race."""
         return int(self.layout.looks(self.objective.batch).max()) + 1
 
     def race(
@@ -305,30 +340,30 @@ class Evaluator:
     ) -> Race:
         """Find the `keep` masks of lowest loss; clearly worse masks leave before the last samples.
 
-        All masks are scored on the first look: a sixteenth of the samples, but at least 8, and up
-        to 16 if they are short. Masks that `keep` others surely beat (`plan.racing.beaten`) leave.
-        The others go on to the next look, which adds two fifths to the samples seen, and so on to
-        the last, whose losses are exact: the bits that `score` gives. Sets of fewer than 32 samples
-        are scored whole.
+        The first look scores all masks on a sixteenth of the samples, but at least 8, and up to 16
+        if they are short. Masks that `keep` others surely beat (`plan.racing.beaten`) leave. Each
+        later look adds two fifths to the samples seen. The losses after the last look are exact,
+        with the bits of `score`. Sets of fewer than 32 samples are scored whole.
 
-        The evaluator keeps what every look finds, in a sixteenth of memory_bytes at most. A later
-        race or score of the same masks runs only the samples that are missing.
+        The evaluator keeps the sums of every look, in at most a sixteenth of memory_bytes. A later
+        race or score of the same masks runs only the missing samples.
 
         Args:
-            masks: bool or 0/1 [N, U], True = kept.
-            sequences: N collections of unit indices, instead of masks, as in `score`.
-            keep: Masks to keep, from 1 to the number of different masks.
-            confidence: Probability of keeping the `keep` best, in (0, 1). It assumes that a paired
-                mean difference, corrected for skewness to first order, is t distributed, and that
-                of the samples not seen at most one in 200 (at least one) is an outlier, none larger
-                than the range of the losses seen.
-            tolerance: A mask may also leave when it could be better by no more than this loss.
+            masks: Bool or 0/1 [N, U], True for a kept unit.
+            keep: The number of masks to keep, at most the number of different masks.
+            confidence: The probability of keeping the `keep` best, in (0, 1). It assumes that
+                paired mean differences, corrected for skewness to first order, are t distributed.
+                It also assumes that at most one unseen sample in 200 (at least one) is an outlier,
+                none larger than the range of the losses so far.
+            tolerance: A mask may also leave if it could be better by no more than this loss.
+            sequences: Instead of masks, as in `score`.
 
         Returns:
-            The masks kept, best first, with their exact losses and the cost of the race.
+            The kept masks, best first, with their exact losses and the cost of the race.
 
         Raises:
-            InputError: For masks as in `score`, and for keep, confidence or tolerance out of range.
+            InputError: Masks are wrong as in `score`, or keep, confidence or tolerance is out of
+                range.
 
         Examples:
             >>> import fastprune as fp
@@ -357,38 +392,103 @@ class Evaluator:
             )
 
     def replace_one(self) -> np.ndarray:
-        """The loss of the whole model with each variant of a `Library` in its block's place,
-        float64[blocks, names]: the columns are `Library.variant_names`, nan if a block has no
-        variant of that name."""
+        """Score the whole model with each variant of a `Library` in its block's place.
+
+        Returns:
+            float64[blocks, names], with `Library.variant_names` as columns; nan if a block has no
+            variant of that name.
+
+        Raises:
+            InputError: The model is no Library.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> library = fp.Library(fp.load_model("demo"))
+            >>> _ = library.add(3, "no attention")
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> fp.Evaluator(library, fp.Perplexity(batch)).replace_one().shape
+            (12, 1)
+        """
         library = check_kind("model", self.model, Library, "a Library, for replace_one")
         return library.table(self.score(sequences=library.replacements()))
 
     def similarity(self) -> np.ndarray:
-        """float64[U + 1, U + 1]: mean over tokens of the cosine between the states before each unit
-        of the dense model, and after the last (before the final norm)."""
+        """Measure the cosines between the states of the dense model.
+
+        Returns:
+            float64[U + 1, U + 1], the mean over tokens of the cosine between two states: those
+            before each unit, then the one after the last unit, before the final norm.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> ev.similarity().shape
+            (13, 13)
+        """
         return probes.similarity(self.model, self.objective.batch, self.granularity)
 
     def angular_distance(self) -> np.ndarray:
-        """float64[U + 1, U + 1]: the mean angle, in half turns, between the same states, at the
-        last token of each sequence only (Gromov et al., arXiv 2403.17887)."""
+        """Measure the angles between the states of `similarity`, at last tokens only.
+
+        Gromov et al. (arXiv 2403.17887) choose blocks by these angles.
+
+        Returns:
+            float64[U + 1, U + 1], the mean angle over the last token of each sequence, in half
+            turns.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> ev.angular_distance().shape
+            (13, 13)
+        """
         return probes.angular_distance(self.model, self.objective.batch, self.granularity)
 
     def unit_gradients(self) -> np.ndarray:
-        """float64[S, U]: dL_s/da_i at a = 1 for each sample; a_i scales unit i's residual branches.
+        """Compute the gradient of each sample's loss by the scale of each unit (CBO).
 
-        For blocks, a_i scales both branches (CBO, arXiv 2602.00161). Raises InputError for an
-        objective without a gradient (TaskAccuracy, and objectives that compare with the dense
-        model, whose gradient vanishes there).
+        The scale a_i = 1 multiplies the residual branches of unit i: both branches of a block
+        (arXiv 2602.00161).
+
+        Returns:
+            float64[S, U], dL_s/da_i.
+
+        Raises:
+            InputError: The objective has no useful gradient: TaskAccuracy, and objectives that
+                compare with the dense model, at which their gradient vanishes.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> ev.unit_gradients().shape
+            (2, 12)
         """
         return probes.unit_gradients(self.model, self.objective, self.granularity)
 
     def unit_salience(self, power: int = 1) -> np.ndarray:
-        """float64[U]: the sum of |w dL/dw|^power over the weights w of each unit, L the loss of the
-        dense model.
+        """Sum |w dL/dw|^power over the weights w of each unit, for the loss L of the dense model.
 
-        A gradient of every weight is held (Shortened LLaMA, arXiv 2402.02834). Raises InputError
-        for an objective without a gradient, as `unit_gradients` does, and for a power other than 1
-        and 2.
+        The call holds a gradient of every weight (Shortened LLaMA, arXiv 2402.02834).
+
+        Args:
+            power: 1 or 2.
+
+        Returns:
+            float64[U].
+
+        Raises:
+            InputError: power has another value, or the objective has no useful gradient, as in
+                `unit_gradients`.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> ev.unit_salience().shape
+            (12,)
         """
         if power not in (1, 2):
             raise InputError(f"power must be 1 or 2, not {power!r}")
@@ -397,12 +497,31 @@ class Evaluator:
     def unit_costs(
         self, kind: str = "params", batch_size: int = 1, seq_len: int | None = None
     ) -> UnitCosts:
-        """The cost of the model and of each unit, of a kind that `fp.Budget` names; "latency_ms" is
-        measured on rows of these sizes."""
+        """Compute the cost of the model and of each unit.
+
+        Args:
+            kind: A kind of cost of `fp.Budget`: "params", "bytes", "kv_bytes" or "latency_ms".
+            batch_size: Rows of the pass that "latency_ms" times.
+            seq_len: Tokens of each of these rows; None for 512, or fewer if the model takes fewer.
+
+        Returns:
+            The costs: `total` of the model, and `after(removed)` without some units.
+
+        Raises:
+            InputError: The kind is unknown, or cannot be computed for this model.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+            >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+            >>> costs = ev.unit_costs("params")
+            >>> costs.after([3]) < costs.total
+            True
+        """
         return unit_costs(self.model, self.granularity, kind, batch_size, seq_len)
 
     def _check(self, masks: ArrayLike | None, sequences: Sequences | None) -> list[Units]:
-        """The units that run of each mask or sequence, in order."""
+        """Check masks or sequences, and list the units that each of them runs, in order."""
         checked = units_of(masks, sequences, self.num_units, self.model.num_variants)
         if not all(checked) and not surgery.runs_without_blocks(self.model):
             raise InputError(
@@ -414,13 +533,12 @@ class Evaluator:
     def _sums(
         self, sequences: list[Units], part: Part | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The sums of the distinct sequences on each continuation, [M, V, C], and the place among
-        them of each sequence, int64[N]."""
+        """The sums of the distinct sequences, [M, V, C], and the index of each, int64[N]."""
         trie = self._calls.ask(sequences, part)
         return self._calls.run(trie, self.progress, part), trie.index
 
     def _losses(self, sequences: list[Units]) -> np.ndarray:
-        """The loss of each sequence, float64[N]; at once of as many as have room for their sums."""
+        """The loss of each sequence, float64[N], in parts that have room for their sums."""
         trie = self._calls.ask(sequences)
         together = self._calls.opened.limit.most_sums
         parts = [trie] if len(trie.sequences) <= together else trie.parts(together)
@@ -436,7 +554,7 @@ def _runs_maker(
     cache_dir: Path | None,
     workers: Workers | None,
 ) -> MakeRuns:
-    """A function that makes the runs of one version of the model: here, or on workers."""
+    """Make the function that makes the runs of one version of the model: here, or on workers."""
 
     def make(runner: Runner, limit: MemoryLimit) -> Runs:
         if workers is None:
@@ -447,7 +565,7 @@ def _runs_maker(
 
 
 def _make_folder(folder: Path) -> Path:
-    """The folder, made if it is missing. Raises InputError if no file can be made in it."""
+    """Make a folder if it is missing; raise InputError if it cannot be written to."""
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,4 +1,4 @@
-"""Records in and out: JSON, JSON lines, and arrays from .npy files.
+"""Read and write records: JSON, JSON lines, and arrays from .npy files.
 
 Infinite numbers and NaN are written as strings ("nan", "inf"), never dropped.
 """
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for each line of a .jsonl file but blank ones (a BOM at its start
-    is skipped)."""
+    """Yield (line number, value) for each line of a .jsonl file.
+
+    Blank lines and a byte order mark are skipped.
+    """
     with path.open(encoding="utf-8-sig") as lines:
         yield from parse_jsonl(lines, str(path))
 
 
 def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]:
-    """Yield (line number, value) for each line but blank ones; errors name the file and the
-    line."""
+    """Yield (line number, value) for each non-blank line; errors name file and line."""
     try:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -41,9 +42,11 @@ def parse_jsonl(lines: Iterable[str], name: str) -> Iterator[tuple[int, object]]
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The bytes of a file of at most `limit` bytes. Never waits: a FIFO is refused, not opened.
+    """Read a file of at most `limit` bytes, and never wait for a FIFO.
 
-    Raises InputError for a FIFO, a socket, a device and a larger file; OSError as `open` does.
+    Raises:
+        InputError: The path is a FIFO, a socket or a device, or the file is larger.
+        OSError: The file cannot be opened.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
@@ -55,11 +58,16 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def parse_json(text: str | bytes, place: str, finite: bool = True) -> Any:
-    """The value of a JSON text; `place` is named in errors, `finite` refuses NaN and Infinity,
-    which are not JSON.
+    """Read a JSON text.
 
-    Raises InputError for text that is not JSON, is nested too deeply, names a key twice in one
-    object, or holds half a surrogate pair, which no tokenizer takes.
+    Args:
+        text: The text.
+        place: Its file and line, for errors.
+        finite: Refuse NaN and Infinity, which JSON does not have.
+
+    Raises:
+        InputError: The text is not JSON, is nested too deeply, names a key twice in one object,
+            or holds half a surrogate pair, which no tokenizer takes.
     """
 
     def once(pairs: list[tuple[str, object]]) -> dict:
@@ -91,10 +99,12 @@ def parse_json(text: str | bytes, place: str, finite: bool = True) -> Any:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file. The sizes in its header are compared with the file before memory is
-    allocated.
+    """Read the array of a .npy file.
 
-    Raises InputError for another kind of file, a truncated one, and an array of Python objects.
+    The sizes in its header are compared with the file before memory is allocated.
+
+    Raises:
+        InputError: The file is truncated or of another kind, or holds Python objects.
     """
     import numpy as np
 
@@ -108,9 +118,9 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def file_marks(place: str) -> str | None:
-    """A text that changes when a file or the files of a folder change: of names, sizes and times.
+    """A digest of the names, sizes and times of a file, or of the files of a folder.
 
-    None if nothing is at the place, such as a hub id.
+    It changes when they change. None if the place does not exist, such as a hub id.
     """
     path = Path(place)
     try:
@@ -124,14 +134,20 @@ def file_marks(place: str) -> str | None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows to a new file, which appears only when it is complete; an existing one is
-    refused."""
+    """Write rows to a new file, which appears only when it is complete.
+
+    Raises:
+        InputError: The file exists.
+    """
     write_file(path, "".join(json.dumps(_plain(row)) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: dict, replace: bool = False) -> None:
-    """Write one value, indented, to a file that appears only when it is complete; an existing one
-    is refused."""
+    """Write one value, indented, to a file that appears only when it is complete.
+
+    Raises:
+        InputError: The file exists, and `replace` is false.
+    """
     write_file(path, json_text(value), replace)
 
 
@@ -141,19 +157,22 @@ def json_text(value: object) -> str:
 
 
 def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
-    """Write a file that appears only when it is complete: written, flushed to the disk, then named.
+    """Write a file that appears only when it is complete.
 
-    Raises InputError if the path is taken, unless `replace` is true.
+    Its bytes are written under another name, flushed to the disk, then renamed.
+
+    Raises:
+        InputError: The file exists, and `replace` is false.
     """
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:50]}.{os.getpid()}")
-    partial.unlink(missing_ok=True)  # a killed run's
+    partial.unlink(missing_ok=True)  # of a run that was killed
     try:
         with partial.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # whole on the disk before the name is
+            os.fsync(file.fileno())  # the content reaches the disk before the name does
         if replace:
             partial.replace(path)
         else:
@@ -163,10 +182,13 @@ def write_file(path: Path, content: str | bytes, replace: bool = False) -> None:
 
 
 def _rename_to_new(partial: Path, path: Path) -> None:
-    """Rename a finished file to a free name. Raises InputError if the name is taken.
+    """Rename a finished file to a free name.
 
-    A rename replaces a file of the name, so one writer at a time looks, then renames. The lock of a
-    killed writer is gone with it.
+    A rename replaces a file of that name, so writers take a lock, then look, then rename. The
+    lock of a killed writer ends with its process.
+
+    Raises:
+        InputError: The name is taken.
     """
     import fcntl
 

@@ -1,5 +1,4 @@
-"""Depth masks: bool[N, U], True for a kept unit. Sequences: tuples of units in the order in which
-they run.
+"""Depth masks, bool[N, U], True for a kept unit; sequences, tuples of units in running order.
 
 A mask is a sequence that ascends. Records and tables name a mask by the units that it removes, and
 any other sequence by its units.
@@ -21,15 +20,22 @@ from .io import read_bytes, read_jsonl, read_npy
 from .validate import is_integer
 
 ALL = "all"  # as text, every unit of the model
-MAX_UNITS = 100_000  # that one text may name; no model has as many
+MAX_UNITS = 100_000  # named by one text; no model has as many
+MAX_LENGTH = 4096  # units of a sequence
 
 
 def as_masks(masks: Any, num_units: int) -> np.ndarray:
-    """Check masks and return them as bool[N, U].
+    """Check masks.
 
-    masks: bool or 0/1 array-like of shape [N, U], or [U] for a single one (torch tensors included).
-    Raises InputError for another length, other values than 0 and 1, or an array of other
-    dimensions.
+    Args:
+        masks: Bool or 0/1 array-like [N, U], or [U] for a single mask. Torch tensors count.
+        num_units: U.
+
+    Returns:
+        The masks, bool[N, U].
+
+    Raises:
+        InputError: The masks have another length, other dimensions, or values besides 0 and 1.
     """
     if hasattr(masks, "detach"):
         masks = masks.detach().cpu()
@@ -67,10 +73,18 @@ def as_masks(masks: Any, num_units: int) -> np.ndarray:
 def check_removed(
     removed: Iterable[int] | str, num_units: int, what: str = "removed"
 ) -> tuple[int, ...]:
-    """The removed units as a sorted tuple, given as indices or as text such as "9-11" or "all";
-    errors call them `what`.
+    """Check removed units.
 
-    Raises InputError for an index out of range or given twice.
+    Args:
+        removed: Indices of units, or text such as "9-11" or "all".
+        num_units: U.
+        what: The word for the units in errors.
+
+    Returns:
+        The units as a sorted tuple.
+
+    Raises:
+        InputError: An index is out of range, is given twice, or is no integer.
     """
     units = []
     if isinstance(removed, str):
@@ -95,12 +109,16 @@ def check_removed(
     return tuple(units)
 
 
-MAX_LENGTH = 4096  # units of a sequence
-
-
 def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[tuple[int, ...]]:
-    """Sequences of unit indices as tuples. Raises InputError for an index out of range or no
-    integer, and for a sequence of more than 4,096 units."""
+    """Check sequences of unit indices.
+
+    Returns:
+        The sequences as tuples.
+
+    Raises:
+        InputError: An index is out of range or no integer, or a sequence has more than 4,096
+            units.
+    """
     if not isinstance(sequences, Iterable):
         raise InputError(
             f"sequences are given as a list such as [(0, 1, 1, 2)], not {shown(sequences)}"
@@ -114,8 +132,11 @@ def check_sequences(sequences: Iterable[Iterable[int]], num_units: int) -> list[
 def check_sequence(
     sequence: Iterable[int], num_units: int, what: str = "sequence"
 ) -> tuple[int, ...]:
-    """One sequence of unit indices as a tuple; errors call it `what`. Raises InputError as
-    `check_sequences` does."""
+    """Check one sequence of unit indices, and return it as a tuple; errors call it `what`.
+
+    Raises:
+        InputError: As in `check_sequences`.
+    """
     if not isinstance(sequence, Iterable) or isinstance(sequence, (str, bytes)):
         raise InputError(
             f"{what} must be a list of unit indices such as (0, 1, 1, 2), not {shown(sequence)}"
@@ -132,14 +153,23 @@ def check_sequence(
 
 
 def from_removed(removed: Iterable[Iterable[int] | str], num_units: int) -> np.ndarray:
-    """Masks bool[N, U] from N collections of removed unit indices, or texts such as "9-11".
+    """Make masks from the units that they remove.
 
-    Raises InputError for an index out of range, given twice, or no integer.
+    Args:
+        removed: N collections of unit indices, or texts such as "9-11".
+        num_units: U, the units of the model.
 
-    >>> import fastprune as fp
-    >>> fp.from_removed([(1, 2), ()], 4).astype(int)
-    array([[1, 0, 0, 1],
-           [1, 1, 1, 1]])
+    Returns:
+        The masks, bool[N, U], True for a kept unit.
+
+    Raises:
+        InputError: An index is out of range, is given twice, or is no integer.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> fp.from_removed([(1, 2), ()], 4).astype(int)
+        array([[1, 0, 0, 1],
+               [1, 1, 1, 1]])
     """
     rows = [check_removed(units, num_units) for units in removed]
     masks = np.ones((len(rows), num_units), dtype=bool)
@@ -149,13 +179,21 @@ def from_removed(removed: Iterable[Iterable[int] | str], num_units: int) -> np.n
 
 
 def to_removed(mask: Any) -> tuple[int, ...]:
-    """The sorted tuple of unit indices that a mask (bool or 0/1 [U]) removes.
+    """List the units that a mask removes.
 
-    Raises InputError for anything but one mask of 0 and 1.
+    Args:
+        mask: Bool or 0/1 [U], 1 for a kept unit.
 
-    >>> import fastprune as fp
-    >>> fp.to_removed([1, 0, 0, 1])
-    (1, 2)
+    Returns:
+        The indices of the removed units, ascending.
+
+    Raises:
+        InputError: The value is not one mask of 0 and 1.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> fp.to_removed([1, 0, 0, 1])
+        (1, 2)
     """
     array = np.asarray(mask)
     if array.ndim != 1:
@@ -164,16 +202,17 @@ def to_removed(mask: Any) -> tuple[int, ...]:
 
 
 def is_mask(sequence: Sequence[int]) -> bool:
-    """Whether the units ascend, so that the sequence is the model with units left out."""
+    """Whether the units ascend: then the sequence is the model with units left out."""
     return all(a < b for a, b in itertools.pairwise(sequence))
 
 
 def removed_by(sequence: Sequence[int], num_units: int) -> tuple[int, ...] | None:
-    """The units that a mask, given as a sequence, leaves out; None for any other sequence.
+    """The units that an ascending sequence leaves out; None for any other sequence.
 
-    >>> from fastprune.masks import removed_by
-    >>> removed_by((0, 3), 4), removed_by((0, 1, 1), 4)
-    ((1, 2), None)
+    Examples:
+        >>> from fastprune.masks import removed_by
+        >>> removed_by((0, 3), 4), removed_by((0, 1, 1), 4)
+        ((1, 2), None)
     """
     if not is_mask(sequence):
         return None
@@ -181,18 +220,21 @@ def removed_by(sequence: Sequence[int], num_units: int) -> tuple[int, ...] | Non
 
 
 def kept_by(removed: Iterable[int], num_units: int) -> tuple[int, ...]:
-    """The sequence of units that stay when these are removed.
+    """The units that stay when these are removed, ascending.
 
-    >>> from fastprune.masks import kept_by
-    >>> kept_by((1, 2), 4)
-    (0, 3)
+    Examples:
+        >>> from fastprune.masks import kept_by
+        >>> kept_by((1, 2), 4)
+        (0, 3)
     """
     return tuple(sorted(set(range(num_units)) - set(removed)))
 
 
 def record_units(sequence: Sequence[int], num_units: int) -> dict[str, list[int]]:
-    """A candidate as files name it: {"removed": [1, 2]} if it is a mask, else {"sequence": [0, 1,
-    1]}."""
+    """A candidate as files name it.
+
+    A mask is {"removed": [1, 2]}, any other sequence {"sequence": [0, 1, 1]}.
+    """
     removed = removed_by(sequence, num_units)
     return {"sequence": list(sequence)} if removed is None else {"removed": list(removed)}
 
@@ -253,13 +295,21 @@ def repeated(num_units: int, windows: Iterable[tuple[int, int]], times: int = 2)
 
 
 def parse_removed(text: str) -> tuple[int, ...]:
-    """'9,10' or '9-11 14', as tables print it, as a tuple of integers; '' and '-' are no units.
+    """Read units from text such as '9,10' or '9-11 14', as tables print them.
 
-    Raises InputError for anything else, and for more units than any model has.
+    Args:
+        text: Indices and ranges, separated by commas or spaces. '' and '-' name no units.
 
-    >>> from fastprune.masks import parse_removed
-    >>> parse_removed("9-11 14")
-    (9, 10, 11, 14)
+    Returns:
+        The indices, in the order of the text.
+
+    Raises:
+        InputError: The text has another form, or names more units than any model has.
+
+    Examples:
+        >>> from fastprune.masks import parse_removed
+        >>> parse_removed("9-11 14")
+        (9, 10, 11, 14)
     """
     units: list[int] = []
     text = text.strip()
@@ -285,23 +335,33 @@ def parse_removed(text: str) -> tuple[int, ...]:
 
 
 def load_masks(path: str | Path, num_units: int) -> np.ndarray:
-    """Masks bool[N, U] from a .npy file (bool, or 1 = kept, 0 = removed), .jsonl rows {"removed":
-    [9, 10]}, or a configuration file of EvoPress (.txt).
+    """Read masks from a file.
 
-    Such a file holds one mask. Each line names the removed parts of a block: none, attn, mlp or
-    attn+mlp. It has a line for each block: if units are blocks, none or attn+mlp.
+    Args:
+        path: The file, in one of three formats.
 
-    Raises InputError, with the file's name, for a file missing, of another kind, damaged or empty,
-    for masks of another number of units or other values, and for a sequence other than a mask.
+            - .npy holds an array [N, U], bool or 0/1, 1 for a kept unit.
+            - .jsonl holds a row {"removed": [9, 10]} for each mask.
+            - .txt is a configuration of EvoPress, one mask: a line for each block, which names
+              its removed parts (none, attn, mlp or attn+mlp).
+        num_units: U, the units of the model.
 
-    >>> import tempfile
-    >>> from pathlib import Path
-    >>> import fastprune as fp
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder, "masks.jsonl")
-    ...     _ = path.write_text('{"removed": [1, 2]}')
-    ...     fp.load_masks(path, 4).astype(int)
-    array([[1, 0, 0, 1]])
+    Returns:
+        The masks, bool[N, U], True for a kept unit.
+
+    Raises:
+        InputError: The file is missing, damaged, empty or of another kind. A mask has another
+            number of units or other values. A row is a sequence that repeats or reorders units.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import fastprune as fp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "masks.jsonl")
+        ...     _ = path.write_text('{"removed": [1, 2]}')
+        ...     fp.load_masks(path, 4).astype(int)
+        array([[1, 0, 0, 1]])
     """
     if _is_npy(path):
         return _read_npy(Path(path), num_units)
@@ -319,19 +379,18 @@ def load_masks(path: str | Path, num_units: int) -> np.ndarray:
 
 
 def load_sequences(path: str | Path, num_units: int) -> list[tuple[int, ...]]:
-    """Masks and sequences of a file, each as the tuple of units that run, in order.
+    """Read masks and sequences from a file.
 
     Args:
-        path: As `load_masks` takes it; a row of a .jsonl file may be {"sequence": [0, 1, 1, 2]}
-            instead.
-        num_units: U.
+        path: A file as `load_masks` takes it. Rows of a .jsonl file may also be
+            {"sequence": [0, 1, 1, 2]}.
+        num_units: U, the units of the model.
 
     Returns:
-        N sequences. One that ascends is a mask.
+        N tuples of the units that run, in order. A tuple that ascends is a mask.
 
     Raises:
-        InputError: As `load_masks` does, but not for other sequences than masks; for a sequence
-            without units.
+        InputError: The file is wrong as in `load_masks`, or a sequence names no unit.
 
     Examples:
         >>> import tempfile
@@ -370,7 +429,7 @@ def _read_npy(path: Path, num_units: int) -> np.ndarray:
 
 
 def _of_drop_config(path: Path, num_units: int) -> tuple[int, ...]:
-    """The units that EvoPress's configuration keeps."""
+    """The units that a configuration of EvoPress keeps."""
     halves = {"none": (), "attn": (0,), "mlp": (1,), "attn+mlp": (0, 1)}
     lines = read_bytes(path, 16 * MAX_UNITS).decode(errors="replace").split()
     for number, line in enumerate(lines, 1):
@@ -395,9 +454,9 @@ def _of_drop_config(path: Path, num_units: int) -> tuple[int, ...]:
 
 
 def _read_row(path: Path, number: int, row: object, num_units: int) -> tuple[int, ...]:
-    """The units that run, of a row {"removed": [...]} or {"sequence": [...]}."""
-    units = row if isinstance(row, dict) else {}
-    removed, sequence = units.get("removed"), units.get("sequence")
+    """The units that a row {"removed": [...]} or {"sequence": [...]} runs."""
+    fields = row if isinstance(row, dict) else {}
+    removed, sequence = fields.get("removed"), fields.get("sequence")
     try:
         if isinstance(removed, list) and sequence is None:
             return kept_by(check_removed(removed, num_units), num_units)
@@ -412,8 +471,7 @@ def _read_row(path: Path, number: int, row: object, num_units: int) -> tuple[int
 
 
 def check_named(sequence: tuple[int, ...]) -> tuple[int, ...]:
-    """The sequence, if it names a unit: an empty one is more likely a mistake than the model
-    without units."""
+    """Refuse a sequence without units: it is more likely a mistake than a model without blocks."""
     if not sequence:
         raise InputError("a sequence names at least one unit; a mask may remove all")
     return sequence

@@ -1,18 +1,24 @@
-"""For tests of search algorithms: an evaluator that needs no model, and the checks that every
-algorithm must pass.
+"""Test search algorithms: an evaluator that needs no model, and the checks for every algorithm.
 
 Your own algorithm is a function with `@fastprune.search.algorithm`, in a module that an entry point
-of the group `fastprune.algorithms` names. Its tests, with pytest:
+of the group `fastprune.algorithms` names. Test it with pytest:
 
-    import pytest
-    from fastprune.testing import CHECKS
+```python
+import pytest
+from fastprune.testing import CHECKS
 
-    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-    def test_my_algorithm(check):
-        check("my_algorithm")
 
-or `check_algorithm("my_algorithm")`, which runs all of them. A check fails with AssertionError. An
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_my_algorithm(check):
+    check("my_algorithm")
+```
+
+`check_algorithm("my_algorithm")` runs all checks at once. A check fails with AssertionError. An
 algorithm over sequences gets no budget; the checks hold for its sequences as for masks.
+
+Examples:
+    >>> from fastprune.testing import check_algorithm
+    >>> check_algorithm("one_shot")
 """
 
 from __future__ import annotations
@@ -40,18 +46,36 @@ __all__ = ["CHECKS", "SyntheticEvaluator", "check_algorithm", "outcome"]
 
 
 class SyntheticEvaluator:
-    """A `fastprune.search.Scorer` with losses from a formula, so that searches run in no time.
+    """A `fastprune.search.Scorer` whose losses follow a formula, so that searches take no time.
 
-    Pairs of units interact.
+    The loss sums a term for each removed unit and one for each removed pair.
 
-    Removing a broken unit makes the loss not finite. curvature: of a term cubic in the units
-    removed, which no quadratic model can hold. flat: every unit costs 1, so that subsets of one
-    size tie. There are `num_samples` samples of `tokens` tokens each; with 32 or more it races, and
-    never errs: it keeps the best. costs: of the units, of any kind, 1 each by default; all else
-    costs 10. calls: masks of each call of `score`; sample_calls: (masks,
-    samples) of each call on some of the samples; token_calls: (masks, tokens) of each call of
-    `score` on some; races: (masks, kept) of each of `race`. linear
-    float64[U], pairs float64[U, U]: the formula's terms, which may be changed.
+    Args:
+        num_units: U.
+        seed: Decides the terms.
+        broken: Units whose removal gives a non-finite loss.
+        curvature: The factor of a further term, which no quadratic model can fit.
+        num_samples: Samples. With 32 or more the evaluator races, and always keeps the best.
+        tokens: Tokens of each sample.
+        flat: Give every unit the term 1, so that subsets of equal size tie.
+        costs: The cost of each unit, of any kind; 1 by default. The rest of the model costs 10.
+
+    Attributes:
+        linear: float64[U], the terms of units. A test may change them.
+        pairs: float64[U, U], the terms of pairs. A test may change them.
+        calls: The number of masks of each call of `score`.
+        sample_calls: (masks, samples) of each call on some of the samples.
+        token_calls: (masks, tokens) of each call of `score` on some of the samples.
+        races: (masks, kept) of each call of `race`.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.testing import SyntheticEvaluator
+        >>> evaluator = SyntheticEvaluator(num_units=6)
+        >>> fp.run_search(evaluator, "greedy", num_remove=2).evaluations
+        11
+        >>> evaluator.calls
+        [6, 5]
     """
 
     def __init__(
@@ -72,8 +96,8 @@ class SyntheticEvaluator:
         if flat:
             self.linear[:], self.pairs[:] = 1.0, 0.0
         self._noise = rng.normal(size=(num_samples, num_units))
-        self._noise -= self._noise.mean(axis=0)  # the mean over samples is the loss
-        self._steps = rng.normal(size=(num_units + 1, 24))  # of the state, at each unit
+        self._noise -= self._noise.mean(axis=0)  # so that the mean over samples is the loss
+        self._steps = rng.normal(size=(num_units + 1, 24))  # added to the state by each unit
         self._steps[1:] *= self.linear[:, None]
         self._broken, self.num_units, self._curvature = set(broken), num_units, curvature
         self.sample_tokens = np.full(num_samples, tokens)
@@ -117,13 +141,13 @@ class SyntheticEvaluator:
         )
 
     def _asked(self, masks: Any, sequences: Any) -> list[tuple[int, ...]]:
-        """The units that run of each mask or sequence."""
+        """The units that each mask or sequence runs."""
         if sequences is not None:
             return [tuple(units) for units in sequences]
         return [tuple(np.flatnonzero(mask).tolist()) for mask in as_masks(masks, self.num_units)]
 
     def _counts(self, sequence: tuple[int, ...]) -> np.ndarray:
-        """How many times each unit runs, int64[U]."""
+        """The number of times that each unit runs, int64[U]."""
         return np.bincount(np.array(sequence, dtype=np.int64), minlength=self.num_units)
 
     @property
@@ -168,19 +192,19 @@ class SyntheticEvaluator:
     def loss_of(self, sequence: tuple[int, ...]) -> float:
         """The loss of running these units in this order.
 
-        Running a unit once more counts as removing it less than once, and each step that does not
-        lead to the next unit has a small loss of its own.
+        A further run of a unit counts against its removal. Each step that does not lead to the
+        next unit adds a small loss.
         """
         removed = removed_by(sequence, self.num_units)
         if removed is not None:
             return self.loss(np.array(removed, dtype=np.int64))
-        more = self._counts(sequence) - 1
-        if more[list(self._broken)].any():
+        extra_runs = self._counts(sequence) - 1  # -1 for a unit that does not run
+        if extra_runs[list(self._broken)].any():
             return np.nan
         jumps = sum(
             0.01 * abs(self.linear[a] - self.linear[b]) for a, b in pairwise(sequence) if b != a + 1
         )
-        return float(more @ self.pairs @ more - more @ self.linear + jumps)
+        return float(extra_runs @ self.pairs @ extra_runs - extra_runs @ self.linear + jumps)
 
     def unit_costs(self, kind: str, batch_size: int = 1, seq_len: int | None = None) -> UnitCosts:
         return UnitCosts(kind, 10.0 + sum(self._costs), self._costs)
@@ -194,9 +218,19 @@ class SyntheticEvaluator:
 
 
 def check_algorithm(name: str, **options: Any) -> None:
-    """Run every check of CHECKS on a registered algorithm, with these options for all of them.
+    """Run every check of CHECKS on a registered algorithm.
 
-    Raises InputError for an unregistered name, AssertionError for a check that fails.
+    Args:
+        name: The algorithm.
+        options: Its options, the same for all checks.
+
+    Raises:
+        InputError: No algorithm of this name is registered.
+        AssertionError: A check fails.
+
+    Examples:
+        >>> from fastprune.testing import check_algorithm
+        >>> check_algorithm("beam", beam_width=2)
     """
     find_algorithm(name)
     for check in CHECKS:
@@ -204,8 +238,10 @@ def check_algorithm(name: str, **options: Any) -> None:
 
 
 def check_description(name: str, **options: Any) -> None:
-    """The docstring has a first line that ends with a full stop, Source:, Cost:, and a line for
-    every option."""
+    """The docstring describes the algorithm.
+
+    It has a first line with a full stop, Source:, Cost:, and a line for every option.
+    """
     row = find_algorithm(name).describe()
     assert row["summary"].endswith("."), (
         f"{name}: the docstring's first line must end with a full stop"
@@ -213,17 +249,19 @@ def check_description(name: str, **options: Any) -> None:
     for section in ("source", "cost"):
         assert row[section], f"{name}: the docstring has no {section.capitalize()}:"
     for option in row["options"]:
-        what = f"{name}: option {option['name']}"
-        assert option["meaning"], f"{what} has no line under Options:"
+        subject = f"{name}: option {option['name']}"
+        assert option["meaning"], f"{subject} has no line under Options:"
         assert type(option["default"]).__name__ == option["type"], (
-            f"{what} has a default of another type"
+            f"{subject} has a default of another type"
         )
-    assert json.loads(json.dumps(row)) == row, f"{name}: what describes it must be plain values"
+    assert json.loads(json.dumps(row)) == row, f"{name}: its description must be plain values"
 
 
 def check_budgets(name: str, **options: Any) -> None:
-    """It removes as many units as it was asked to, from none to all but one, in small models
-    too; over sequences, it runs units of the model, and its result is no mask."""
+    """The algorithm removes exactly num_remove units, from none to all but one.
+
+    Over sequences, it runs units of the model, and its result is no mask.
+    """
     for num_units in (2, 3, 7):
         if _is_over_sequences(name):
             result = run_search(SyntheticEvaluator(num_units), name, seed=1, **options)
@@ -241,8 +279,10 @@ def check_budgets(name: str, **options: Any) -> None:
 
 
 def check_best(name: str, **options: Any) -> None:
-    """Its result is the best subset of the full budget, or the best sequence, that it scored, or
-    its method's choice."""
+    """The result is the best candidate that was scored, or the choice of the method's own rule.
+
+    Candidates are subsets of the full budget, or sequences.
+    """
     evaluator = SyntheticEvaluator(9, seed=3)
     result = _run(evaluator, name, 4, options)
     complete: dict[tuple[int, ...], float] = {
@@ -256,8 +296,7 @@ def check_best(name: str, **options: Any) -> None:
 
 
 def check_history(name: str, **options: Any) -> None:
-    """It scores through its Search alone, so that every candidate is scored, counted and remembered
-    once."""
+    """The algorithm scores through its Search alone, which counts and remembers each candidate."""
     evaluator = SyntheticEvaluator(9, seed=4)
     result = _run(evaluator, name, 3, options)
     assert len(result.history) == len(dict(result.history)) == result.evaluations
@@ -270,14 +309,16 @@ def check_history(name: str, **options: Any) -> None:
 
 
 def check_protection(name: str, **options: Any) -> None:
-    """It never scores a subset with a protected unit, and takes every budget that remains; over
-    sequences, a protected unit runs once."""
+    """The algorithm never removes a protected unit, and takes every budget that remains.
+
+    Over sequences, a protected unit runs once.
+    """
     for protect in ((0, 2, 5), (1, 3, 8), (0, 8)):
         if _is_over_sequences(name):
             evaluator = SyntheticEvaluator(9, seed=5)
             for sequence, _ in run_search(evaluator, name, protect=protect, **options).history:
                 assert all(sequence.count(unit) == 1 for unit in protect), (
-                    f"{name} tried {sequence}, where {protect} are protected"
+                    f"{name} tried {sequence}, although {protect} are protected"
                 )
             continue
         for num_remove in range(10 - len(protect)):
@@ -292,19 +333,18 @@ def check_protection(name: str, **options: Any) -> None:
 
 
 def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
-    """Such a loss never wins and breaks no arithmetic, and if no other is found ArithmeticError
-    says so.
+    """A non-finite loss never wins and breaks no arithmetic.
 
-    An algorithm that scores a single subset may find none although some exist; if a single one of
-    35 is finite, any may miss it.
+    If no loss is finite, ArithmeticError says so. An algorithm that scores a single subset may miss
+    the finite losses. If only one of 35 subsets has a finite loss, any algorithm may miss it.
     """
     evaluator = SyntheticEvaluator(8, seed=6, broken=(1, 4))
-    found = _finite(evaluator, name, options)
-    assert found is not None or sum(evaluator.calls) == 1, (
-        f"{name} found no finite loss where most are"
+    chosen = _finite(evaluator, name, options)
+    assert chosen is not None or sum(evaluator.calls) == 1, (
+        f"{name} found no finite loss although most are finite"
     )
     if not _is_over_sequences(name):
-        assert found is None or not set(found) & {1, 4}
+        assert chosen is None or not set(chosen) & {1, 4}
         assert _finite(SyntheticEvaluator(7, seed=6, broken=(0, 1, 2, 6)), name, options) in (
             None,
             (3, 4, 5),
@@ -313,7 +353,7 @@ def check_losses_that_are_not_finite(name: str, **options: Any) -> None:
         _run(SyntheticEvaluator(4, broken=(0, 1, 2, 3)), name, 2, options)
     except ArithmeticError:
         return
-    raise AssertionError(f"{name} found a finite loss where there is none")
+    raise AssertionError(f"{name} found a finite loss although none is finite")
 
 
 def check_ties(name: str, **options: Any) -> None:
@@ -323,8 +363,12 @@ def check_ties(name: str, **options: Any) -> None:
 
 
 def check_gap(name: str, **options: Any) -> float:
-    """It finds nothing below the optimum. Returns how far above it stays, for information. Over
-    sequences, there is no end of candidates, and the gap is to the best repeated window."""
+    """The algorithm finds no loss below the optimum.
+
+    Returns:
+        The gap of its loss to the optimum, for information. Over sequences, whose number has no
+        bound, the gap to the best repeated window.
+    """
     evaluator = SyntheticEvaluator(10, seed=7)
     if _is_over_sequences(name):
         windows = [[window] for window in combinations(range(11), 2)]
@@ -338,15 +382,14 @@ def check_gap(name: str, **options: Any) -> float:
 
 
 def check_races(name: str, **options: Any) -> None:
-    """Racing, it needs no loss but those of subsets that a race keeps, has its result's exact loss,
-    and finds it once more.
+    """With racing, the algorithm needs the losses of kept subsets only, and repeats to the bit.
 
-    One registered without races=True refuses to race.
+    The loss of its result is exact. An algorithm registered without races=True refuses to race.
     """
     if not find_algorithm(name).races:
         _refused(SyntheticEvaluator(9), name, 4, {**options, "racing": 0.99}, "does not race")
         return
-    found = []
+    histories = []
     for _ in range(2):
         evaluator = SyntheticEvaluator(9, seed=9, num_samples=64)
         try:
@@ -356,23 +399,22 @@ def check_races(name: str, **options: Any) -> None:
             raise AssertionError(
                 f"{name} needs the loss of {error}, which has left a race"
             ) from error
-        assert result.decided_early > 0, f"{name} is registered as one that races, and does not"
+        assert result.decided_early > 0, f"{name} is registered with races=True, and does not race"
         assert result.loss == evaluator.score(sequences=[result.sequence])[0]
         assert result.sequence.count(1) == 1, f"{name} removed or repeated a protected unit"
-        found.append(result.history)
-    assert found[0] == found[1], f"{name} finds something else when it is run again"
+        histories.append(result.history)
+    assert histories[0] == histories[1], f"{name} gives another result when it is run again"
 
 
 def check_repeats(name: str, **options: Any) -> None:
-    """A second run finds the same to the bit, scores the same subsets, and draws from search.rng
-    alone."""
+    """A second run gives the same result to the bit, since all randomness is search.rng's."""
     first = outcome(name, **options)
     np.random.seed(0)  # noqa: NPY002 (the global one, which a search must not use)
-    assert outcome(name, **options) == first, f"{name} finds something else when it is run again"
+    assert outcome(name, **options) == first, f"{name} gives another result when it is run again"
 
 
 def check_another_process(name: str, **options: Any) -> None:
-    """A new process, with other hashes of strings, finds the same to the bit."""
+    """A new process, with other hashes of strings, gives the same result to the bit."""
     module = find_algorithm(name).function.__module__
     code = (
         f"import importlib, json; importlib.import_module({module!r}); from fastprune.testing "
@@ -380,17 +422,20 @@ def check_another_process(name: str, **options: Any) -> None:
         f"print(json.dumps(outcome({name!r}, **json.loads({json.dumps(options)!r}))))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, f"{name} cannot be run in a new process: {done.stderr[-1000:]}"
-    there = json.loads(done.stdout.splitlines()[-1])
-    assert there == outcome(name, **options), f"{name} finds something else in another process"
+    assert process.returncode == 0, (
+        f"{name} cannot be run in a new process: {process.stderr[-1000:]}"
+    )
+    other_outcome = json.loads(process.stdout.splitlines()[-1])
+    assert other_outcome == outcome(name, **options), (
+        f"{name} gives another result in another process"
+    )
 
 
 def check_refusals(name: str, **options: Any) -> None:
-    """Unknown options, and budgets and protected units that leave no room, are refused before
-    anything is scored."""
+    """Wrong options, budgets and protected units are refused before any mask is scored."""
     evaluator = SyntheticEvaluator(4)
     _refused(evaluator, name, 1, {**options, "no_such_option": 1}, "has no option 'no_such_option'")
     if _is_over_sequences(name):
@@ -420,8 +465,21 @@ CHECKS: tuple[Callable, ...] = (
 
 
 def outcome(name: str, **options: Any) -> list:
-    """The outcome of a search for one seed: the removed units or the sequence, the loss to the bit,
-    and the history. Plain values."""
+    """Run a search with a fixed seed.
+
+    Args:
+        name: The algorithm.
+        options: Its options.
+
+    Returns:
+        Plain values: the removed units or the sequence, the loss to the bit, and the history.
+
+    Examples:
+        >>> from fastprune.testing import outcome
+        >>> removed, loss, history = outcome("one_shot")
+        >>> len(removed), len(history)
+        (4, 10)
+    """
     evaluator = SyntheticEvaluator(9, seed=8, num_samples=20)
     result = _run(evaluator, name, 4, {**options, "seed": 11})
     history = [[list(units), loss.hex()] for units, loss in result.history]
@@ -433,22 +491,22 @@ def _is_over_sequences(name: str) -> bool:
 
 
 def _run(evaluator: SyntheticEvaluator, name: str, num_remove: int, options: dict) -> SearchResult:
-    """A search for num_remove units, or over sequences."""
+    """Search for num_remove units, or over sequences."""
     return run_search(evaluator, name, None if _is_over_sequences(name) else num_remove, **options)
 
 
 def _chosen(result: SearchResult) -> tuple[int, ...]:
-    """The result's key in its history."""
+    """The key of a result in its history."""
     return result.sequence if result.removed is None else result.removed
 
 
 def _finite(evaluator: SyntheticEvaluator, name: str, options: dict) -> tuple[int, ...] | None:
-    """The 3 units that the search removes, or its sequence; None if it found no finite loss."""
+    """The 3 units that a search removes, or its sequence; None if no loss was finite."""
     try:
         result = _run(evaluator, name, 3, options)
     except ArithmeticError:
         return None
-    assert math.isfinite(result.loss), f"{name} let a loss that is not finite win"
+    assert math.isfinite(result.loss), f"{name} let a non-finite loss win"
     return _chosen(result)
 
 

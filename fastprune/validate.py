@@ -1,4 +1,4 @@
-"""Checks of arguments and paths, each made once. A wrong one raises InputError in one line."""
+"""Check arguments and paths, each check in one place. A wrong value raises InputError."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .errors import InputError, brief, shown
 
 Kind = TypeVar("Kind")
 
-LONGEST_NAME = 240  # bytes: the limit of file systems, less the suffix of partial files
+LONGEST_NAME = 240  # bytes: the limit of file systems, less the marks of a partial file's name
 
 
 def check_path(text: str) -> str:
-    """The path, if it is one that a file system can take. Raises InputError."""
+    """Return the path if a file system can take it; else raise InputError."""
     if not text:
         raise InputError("the path is empty; name a file or folder")
     if "\0" in text:
@@ -36,19 +36,19 @@ def check_path(text: str) -> str:
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder, if it is one that can be written to, or can be made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise InputError(f"{folder}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: {there} cannot be written to")
+    """Return the folder if it can be written to, or created; else raise InputError."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise InputError(f"{folder}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: {existing} cannot be written to")
     return folder
 
 
 def refuse_existing(path: Path) -> Path:
-    """The path, if nothing is there yet and a folder can hold it."""
+    """Return the path if it is free and its folder can hold it; else raise InputError."""
     check_folder(path.parent)
-    if os.path.lexists(path):  # a link that leads nowhere, too
+    if os.path.lexists(path):  # sees a dangling link too
         raise InputError(
             f"{path}: exists already and is not overwritten; name another file or remove it"
         )
@@ -56,12 +56,12 @@ def refuse_existing(path: Path) -> Path:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer of Python or NumPy; True and False are none."""
+    """Whether a value is an integer of Python or NumPy. True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number of Python or NumPy; True and False are none."""
+    """Whether a value is a real number of Python or NumPy. True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -71,20 +71,22 @@ def check_integer(
     """Check an integer of Python or NumPy.
 
     Args:
-        name: The argument's, for the error.
-        value: The argument.
+        name: The name of the argument, for the error.
+        value: Its value.
         least: The smallest valid integer.
         most: The largest valid integer.
         of: The origin of the limits, in words, such as "the number of masks".
 
     Returns:
-        The value, as Python's integer.
+        The value as an integer of Python.
 
     Raises:
         InputError: The value is no integer, or outside the limits.
 
-    >>> check_integer("keep", 3, 1, 5)
-    3
+    Examples:
+        >>> from fastprune.validate import check_integer
+        >>> check_integer("keep", 3, 1, 5)
+        3
     """
     low = -math.inf if least is None else least
     high = math.inf if most is None else most
@@ -104,8 +106,10 @@ def check_number(
 ) -> float:
     """Check a finite real number of Python or NumPy, within its limits. Raises InputError.
 
-    >>> check_number("tolerance", 0, least=0)
-    0.0
+    Examples:
+        >>> from fastprune.validate import check_number
+        >>> check_number("tolerance", 0, least=0)
+        0.0
     """
     low = -math.inf if least is None else least
     high = math.inf if most is None else most
@@ -122,8 +126,10 @@ def check_number(
 def check_probability(name: str, value: Any) -> float:
     """Check a number above 0 and below 1, such as a confidence. Raises InputError.
 
-    >>> check_probability("confidence", 0.99)
-    0.99
+    Examples:
+        >>> from fastprune.validate import check_probability
+        >>> check_probability("confidence", 0.99)
+        0.99
     """
     if not is_number(value) or not 0 < value < 1:
         raise InputError(
@@ -136,12 +142,14 @@ def check_probability(name: str, value: Any) -> float:
 
 
 def refuse_special(paths: Iterable[Path]) -> None:
-    """Raise InputError for a FIFO, a socket or a device: who reads one may wait for ever. A path
-    without a file passes."""
+    """Raise InputError for a FIFO, a socket or a device, since reading one may never end.
+
+    A path without a file passes.
+    """
     for path in paths:
         try:
             mode = path.stat().st_mode
-        except OSError:  # nothing is there, or a link that leads nowhere
+        except OSError:  # no file, or a dangling link
             continue
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise InputError(f"{path}: is a FIFO, a socket or a device, not a file; remove it")
@@ -157,15 +165,17 @@ def tokenizing(place: object) -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        why = brief(str(error), 120)
-        raise InputError(f"{place}: the tokenizers library cannot use it: {why}") from None
+        reason = brief(str(error), 120)
+        raise InputError(f"{place}: the tokenizers library cannot use it: {reason}") from None
 
 
 def check_bytes(name: str, value: Any, least: int) -> int | None:
     """Check a whole number of bytes, at least `least`; None stays None. Raises InputError.
 
-    >>> check_bytes("memory_bytes", 2.0**20, 1)
-    1048576
+    Examples:
+        >>> from fastprune.validate import check_bytes
+        >>> check_bytes("memory_bytes", 2.0**20, 1)
+        1048576
     """
     if value is None:
         return None
@@ -179,11 +189,16 @@ def check_bytes(name: str, value: Any, least: int) -> int | None:
 
 
 def check_one_of(name: str, value: Any, known: Iterable[str], also: str = "") -> str:
-    """Check that a value is one of those known. Raises InputError, which suggests the nearest;
-    `also` adds other valid values to its text.
+    """Check that a value is one of those known.
 
-    >>> check_one_of("backend", "fused", ("auto", "fused"))
-    'fused'
+    Raises:
+        InputError: The value is unknown. The message suggests the nearest known value; `also`
+            adds other valid values to it.
+
+    Examples:
+        >>> from fastprune.validate import check_one_of
+        >>> check_one_of("backend", "fused", ("auto", "fused"))
+        'fused'
     """
     known = tuple(known)
     if not isinstance(value, str) or value not in known:
@@ -200,8 +215,10 @@ def check_one_of(name: str, value: Any, known: Iterable[str], also: str = "") ->
 def check_kind(name: str, value: object, kind: type[Kind], right: str) -> Kind:
     """Check that a value is of a class; `right` names valid values in the error. Raises InputError.
 
-    >>> check_kind("path", "a.txt", str, "the path of a file")
-    'a.txt'
+    Examples:
+        >>> from fastprune.validate import check_kind
+        >>> check_kind("path", "a.txt", str, "the path of a file")
+        'a.txt'
     """
     if not isinstance(value, kind):
         raise InputError(f"{name} must be {right}, not {type(value).__name__}", argument=name)
@@ -211,8 +228,10 @@ def check_kind(name: str, value: object, kind: type[Kind], right: str) -> Kind:
 def check_callable(name: str, value: Any, right: str) -> Any:
     """Check that a value can be called; `right` names valid values in the error. Raises InputError.
 
-    >>> check_callable("progress", print, "a function")
-    <built-in function print>
+    Examples:
+        >>> from fastprune.validate import check_callable
+        >>> check_callable("progress", print, "a function")
+        <built-in function print>
     """
     if not callable(value):
         raise InputError(f"{name} must be {right}, not {shown(value)}", argument=name)
@@ -226,8 +245,7 @@ def _limits(least: float | None, most: float | None) -> str:
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raise InputError when a module that an extra brings along is not installed. Imports none of
-    them."""
+    """Raise InputError if a module of an extra is not installed. No module is imported."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise InputError(

@@ -1,5 +1,7 @@
-"""Calibration data: trees of tokens (`tokens`), and the loaders of every form of text, chats and
-questions (`loaders`), each by a reader of its own."""
+"""Calibration data: trees of tokens (`tokens`), and loaders of text, chats and questions.
+
+`loaders` joins the parts. Each form of data has a reader of its own.
+"""
 
 from .chats import LOSS_ON
 from .loaders import TASKS_READING, TEXT_READING, load_tasks, load_text

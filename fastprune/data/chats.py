@@ -40,11 +40,14 @@ class ChatEncoder:
         self._template = _find_template(encoder.tokenizer, chat_template)
 
     def row(self, value: Any, place: str) -> Row:
-        """The tokens of one conversation, and which count.
+        """Encode one conversation.
+
+        Returns:
+            Its tokens, and the flags of its targets.
 
         Raises:
-            InputError: The row holds no conversation that ends with an answer, or the template does
-                not take it; the error names place and field.
+            InputError: The row holds no conversation that ends with an answer, or the template
+                refuses it. The error names place and field.
         """
         if not is_chat(value):
             raise InputError(
@@ -56,35 +59,40 @@ class ChatEncoder:
             ids, start = self._encoder.pair(prompt, answer, place)
         else:
             messages, completion = _conversation(value, place)
-            whole = self._render([*messages, *completion], place)
+            text = self._render([*messages, *completion], place)
             start = 1
             with tokenizing(place):
-                ids = self._encoder.raw(whole)
+                ids = self._encoder.raw(text)
                 if self._loss_on == "completion":
-                    before = self._prompt(messages, whole, place)
+                    before = self._prompt(messages, text, place)
                     start = common_prefix([self._encoder.raw(before), ids]) if before else 0
         start = 1 if self._loss_on == "all" else max(start, 1)
         if start >= len(ids):
             raise InputError(f"{place}: the completion adds no token of its own")
         return Row(ids, np.arange(len(ids)) >= start)
 
-    def _prompt(self, messages: list, whole: str, place: str) -> str:
-        """The conversation up to the answer, as far as the template begins the answer the same."""
+    def _prompt(self, messages: list, text: str, place: str) -> str:
+        """The part of a conversation's text before its answer.
+
+        Raises:
+            InputError: The template writes the earlier turns differently with an answer, so that
+                the answer has no place.
+        """
         for opened in (True, False):
             prompt = self._render(messages, place, opened)
-            if whole.startswith(prompt):
+            if text.startswith(prompt):
                 return prompt
         raise InputError(
-            f"{place}: the chat template writes the turns before the answer otherwise once there "
-            f"is one, so that the answer has no place",
+            f"{place}: the chat template writes the turns before the answer differently when an "
+            f"answer follows, so that the answer has no place",
             fits={"loss_on": "all"},
         )
 
     def _render(self, messages: list, place: str, opened: bool = False) -> str:
-        """The text of messages; `opened`: up to the beginning of the next answer."""
+        """The text of messages; with `opened`, the marks that begin an answer follow."""
         if self._template is None:
             raise InputError(
-                f"{place}: messages need a chat template, which the tokenizer has not; name a file "
+                f"{place}: messages need a chat template, and the tokenizer has none; name a file "
                 f"that holds one",
                 fits={"chat_template": "template.jinja"},
             )
@@ -101,7 +109,7 @@ class ChatEncoder:
 
 
 def _find_template(tokenizer: Any, name: str | None) -> str | None:
-    """The text of a template, from a file, by its name, or the tokenizer's default."""
+    """The text of a template: the tokenizer's default, one of its named ones, or a file's."""
     own = getattr(tokenizer, "chat_template", None)
     if name is None:
         return own.get("default") if isinstance(own, Mapping) else own
@@ -120,7 +128,7 @@ def _find_template(tokenizer: Any, name: str | None) -> str | None:
 
 
 def _conversation(value: Any, place: str) -> tuple[list[dict], list[dict]]:
-    """The turns before the last answer, and those of the answer."""
+    """The turns before the last answer, and the turns of the answer."""
     if "messages" in value:
         turns = _as_turns(value["messages"], "user", f"{place}: messages")
         if turns[-1]["role"] != "assistant":
@@ -136,7 +144,7 @@ def _conversation(value: Any, place: str) -> tuple[list[dict], list[dict]]:
 
 
 def _as_turns(value: object, role: str, place: str) -> list[dict]:
-    """Turns {"role", "content"}; a string is one turn of this role."""
+    """Read turns {"role", "content"}; a string is one turn of this role."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     turns = list(value) if isinstance(value, (list, tuple, np.ndarray)) else []

@@ -1,5 +1,7 @@
-"""Texts as token ids: the tokens that a tokenizer puts around a text, and the first token of a
-choice."""
+"""Texts as token ids.
+
+This file knows the tokens that a tokenizer puts around a text, and finds a choice's first token.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ NO_IDS = np.zeros(0, dtype=np.int64)
 
 
 class Encoder:
-    """A tokenizer, without the tokens that it appends to a text.
+    """A tokenizer without the tokens that it appends to a text.
 
-    A token that ends every text, such as </s>, would separate a prompt from its choice and would be
-    the target behind every document. The encoder drops it: a text is scored as far as it reads.
+    A token that ends every text, such as </s>, would separate a prompt from its choice, and would
+    be a target after every document. The encoder drops it.
 
     Args:
         tokenizer: One of transformers, or a function from texts to {"input_ids": ...}.
@@ -39,17 +41,24 @@ class Encoder:
         return _added(self.tokenizer, self._example)
 
     def documents(self, texts: Sequence[str], name: str) -> list[np.ndarray]:
-        """The ids of each text, with the tokens that begin one and without those that end one;
-        `name`: of the data, for errors."""
+        """Encode texts, with the tokens that begin a text and without those that end one.
+
+        Args:
+            texts: The texts.
+            name: The name of the data, for errors.
+
+        Returns:
+            The ids of each text, int64[T].
+        """
         with tokenizing(name):
             encoded = self.tokenizer(list(texts), return_attention_mask=False, verbose=False)
         return [self._without_end(ids) for ids in encoded["input_ids"]]
 
     def pair(self, prompt: str, choice: str, place: str) -> tuple[np.ndarray, int]:
-        """Encode a choice behind its prompt as lm-evaluation-harness does.
+        """Encode a choice after its prompt, as lm-evaluation-harness does.
 
         Both are encoded together and split at the prompt's token count. Spaces at the prompt's end
-        count to the choice. Text that already begins with the tokenizer's first special token gets
+        belong to the choice. Text that already begins with the tokenizer's first special token gets
         no second one.
 
         Args:
@@ -58,32 +67,32 @@ class Encoder:
             place: File and line, for errors.
 
         Returns:
-            The token ids, and the index at which those of the choice begin.
+            The token ids, and the index of the choice's first token.
 
         Raises:
-            InputError: No token is before the choice, or none is its own.
+            InputError: No token precedes the choice, or the choice adds no token.
         """
         stripped = prompt.rstrip()
         choice = prompt[len(stripped) :] + choice
         with tokenizing(place):
-            whole, start = self._text(stripped + choice), len(self._text(stripped))
+            ids, start = self._text(stripped + choice), len(self._text(stripped))
         if start == 0:
             raise InputError(
                 f"{place}: the prompt is empty and the tokenizer adds no token before the choice"
             )
-        if start >= len(whole):
+        if start >= len(ids):
             raise InputError(
                 f"{place}: the choice {shown(choice)} adds no token of its own after the prompt"
             )
-        return whole, start
+        return ids, start
 
     def raw(self, text: str) -> np.ndarray:
-        """The ids of a text that already holds its special tokens, as a chat template writes it."""
+        """Encode a text that already holds its special tokens, as chat templates write it."""
         encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return np.asarray(encoded["input_ids"], dtype=np.int64)
 
     def window_begin(self, bos: bool | None) -> np.ndarray:
-        """The tokens in front of a window; see `load_text`."""
+        """The tokens in front of a window, by the argument bos of `load_text`."""
         begin, _ = self._added
         if bos is None or (bos and len(begin)):
             return begin
@@ -114,18 +123,18 @@ def check_tokenizer(tokenizer: Any) -> Any:
 
 def _added(tokenizer: Any, example: str) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that a tokenizer puts before and after a text."""
-    if not hasattr(tokenizer, "all_special_ids"):  # a function, which adds no such tokens
+    if not hasattr(tokenizer, "all_special_ids"):  # a plain function adds no such tokens
         return NO_IDS, NO_IDS
     example = example.strip()[:100]
     with tokenizing("tokenizer"):
-        plain, whole = (
+        plain, framed = (
             np.asarray(tokenizer(example, add_special_tokens=special, verbose=False)["input_ids"])
             for special in (False, True)
         )
     if not len(plain):
         raise InputError(f"tokenizer must know the text; it has no token for {shown(example)}")
-    for first in range(len(whole) - len(plain) + 1):
-        last = first + len(plain)
-        if np.array_equal(whole[first:last], plain):
-            return whole[:first].astype(np.int64), whole[last:].astype(np.int64)
+    for first in range(len(framed) - len(plain) + 1):
+        stop = first + len(plain)
+        if np.array_equal(framed[first:stop], plain):
+            return framed[:first].astype(np.int64), framed[stop:].astype(np.int64)
     raise InputError("tokenizer must add its special tokens before and after a text, not inside it")

@@ -1,4 +1,4 @@
-"""Token ids in the forms in which other tools hold them: arrays, tensors, lists, dict batches."""
+"""Read token ids in the forms of other tools: arrays, tensors, lists, dict batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IGNORED_LABEL = -100  # marks a token that is no target, as in transformers
 
 
 class Row(NamedTuple):
-    """The tokens of one sequence, and which of them count.
+    """The tokens of one sequence, and the flags of its targets.
 
     The first token is never a target, because no state predicts it.
     """
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 def to_rows(ids: object) -> list[Row]:
-    """Read sequences of token ids, without their padding.
+    """Read sequences of token ids, and leave out their padding.
 
     Args:
         ids: An int array or tensor [S, T]; a list of sequences [T] or of arrays [B, T]; a dict with
@@ -31,10 +31,10 @@ def to_rows(ids: object) -> list[Row]:
             a data set or a loader of such dicts.
 
     Returns:
-        One row a sequence, in order.
+        A row for each sequence, in order.
 
     Raises:
-        InputError: The value holds no token ids, or masks and labels that do not fit them.
+        InputError: The value holds no token ids, or a mask or labels of another shape.
     """
     if isinstance(ids, Mapping):
         return _rows_of_batch(ids, "the batch")
@@ -50,7 +50,7 @@ def to_rows(ids: object) -> list[Row]:
 
 
 def _rows_of_batch(batch: Mapping, name: str) -> list[Row]:
-    """The rows of a dict batch: input_ids [B, T] or [T], the mask and the labels alike."""
+    """The rows of a dict batch: input_ids [B, T] or [T], with a mask and labels of that shape."""
     if "input_ids" not in batch:
         keys = ", ".join(map(str, batch)) or "none"
         raise InputError(f"{name} must hold input_ids; its keys are {keys}")
@@ -76,7 +76,7 @@ def _row_of_batch(
     if mask is not None:
         places = np.flatnonzero(mask)
         if len(places) and places[-1] - places[0] >= len(places):
-            raise InputError(f"{name}: attention_mask must be 0 at the ends only, where padding is")
+            raise InputError(f"{name}: attention_mask must be 0 at the ends only, for padding")
         kept = slice(places[0], places[-1] + 1) if len(places) else slice(0)
     row = _all_targets(ids[kept], name)
     if labels is None:
@@ -93,7 +93,7 @@ def _row_of_batch(
 
 
 def _parts(value: object, name: str) -> list[np.ndarray]:
-    """One array a sequence, from [B, T], [T] or ragged lists."""
+    """An array for each sequence, from [B, T], [T] or ragged lists."""
     value = _detached(value)
     if isinstance(value, np.ndarray):
         parts = list(value) if value.ndim == 2 else [value]
@@ -112,7 +112,7 @@ def _all_targets(ids: Any, name: str) -> Row:
 def _as_ids(row: Any, name: str) -> np.ndarray:
     try:
         array = np.asarray(row)
-    except ValueError:  # of ragged lists
+    except ValueError:  # numpy refuses ragged lists
         raise InputError(f"{name} must be integer token ids, not {shown(row)}") from None
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InputError(f"{name} must be integer token ids, not {array.dtype} {list(array.shape)}")
@@ -120,7 +120,7 @@ def _as_ids(row: Any, name: str) -> np.ndarray:
 
 
 def _detached(value: Any) -> Any:
-    """A tensor as an array; anything else as it is."""
+    """A tensor as an array, and any other value unchanged."""
     return value.detach().cpu().numpy() if hasattr(value, "detach") else value
 
 

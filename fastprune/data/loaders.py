@@ -1,6 +1,6 @@
-"""Calibration data from files, data sets and Python values: text, chats and questions.
+"""Load calibration data from files, data sets and Python values: text, chats and questions.
 
-Every form of data is one reader (`readers`, `chats`, `questions`); each loader ends in the same
+Each form of data has a reader (`readers`, `chats`, `questions`). Loaders turn rows into one
 `TokenBatch` or `Tasks`.
 """
 
@@ -26,11 +26,11 @@ from .readers import Row, Source, open_rows, read_ids
 from .tokens import Tasks, TokenBatch
 
 MOST_COUNT = 2**63 - 1
-NUM_SAMPLES, SEQ_LEN = 64, 2048  # by default
+NUM_SAMPLES, SEQ_LEN = 64, 2048  # the defaults
 TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TASK_FILES = (".jsonl", ".json", ".parquet")
 ID_FILES = (".npy", ".safetensors")
-# Arguments that say how text and tasks are read
+# arguments that decide how text and tasks are read
 TEXT_READING = ("bos", "column", "chat_template", "loss_on")
 TASKS_READING = ("delimiter",)
 
@@ -48,36 +48,38 @@ def load_text(
 ) -> TokenBatch:
     """Load calibration text as `num_samples` sequences of `seq_len` tokens.
 
-    Texts are encoded one by one, with the tokens that the tokenizer puts before a text and without
-    those that it appends, joined in order and cut into windows. Conversations are rows of their
-    own, through the chat template. docs/data.md shows every form of data.
+    Texts are encoded one by one, joined in order, and cut into windows. The tokens that the
+    tokenizer puts before a text stay; those that it appends are dropped. A conversation is a row of
+    its own, written by the chat template. The page on calibration data shows every form of data.
 
     Args:
-        data: A .txt, .jsonl, .json, .csv or .parquet file, which may be compressed as .gz or .zst;
-            the folder of a data set; the name of one of the hub, as "NAME:CONFIG:SPLIT"; a
-            `datasets.Dataset`; a DataFrame or one of its columns; a list of strings or of rows; or
-            token ids: a .npy or .safetensors file of one array [S, T], or any value that
-            `TokenBatch.from_ids` takes.
-        tokenizer: One of transformers, such as `model.tokenizer`; token ids need none.
-        num_samples: The number of windows, conversations or sequences, drawn without replacement
-            and kept in order; by default 64 of a text, or all if there are fewer, and all sequences
-            of token ids.
-        seq_len: Tokens in a window, 2048 by default; sequences of token ids and conversations are
+        data: The data, in one of these forms.
+
+            - A .txt, .jsonl, .json, .csv or .parquet file; .gz and .zst are decompressed.
+            - The folder of a data set, or a data set of the hub as "NAME:CONFIG:SPLIT".
+            - A `datasets.Dataset`, a DataFrame or one of its columns.
+            - A list of strings or of rows.
+            - Token ids: a .npy or .safetensors file of one array [S, T], or any value that
+              `TokenBatch.from_ids` takes.
+        tokenizer: A tokenizer of transformers, such as `model.tokenizer`. Token ids need none.
+        num_samples: The number of windows, conversations or sequences. They are drawn without
+            replacement and keep their order. By default 64 of a text, or all if it has fewer, and
+            all sequences of token ids.
+        seq_len: Tokens in a window, 2048 by default. Sequences of token ids and conversations are
             cut to this length.
         seed: Decides which samples are drawn.
-        bos: Put the token that begins a text in front of each window, as its first token: True,
-            False, or None for tokenizers that put one before a text. It is never a target then.
+        bos: Whether each window begins with the token that begins a text. None puts it there if the
+            tokenizer puts one before a text. This token is never a target.
         column: The field of each row that holds the text; "text" by default.
-        chat_template: The file of a chat template, or the name of one that the tokenizer has; by
+        chat_template: The file of a chat template, or the name of one of the tokenizer's; by
             default the tokenizer's own.
         loss_on: The targets of a conversation: "completion" (the last answer) or "all".
 
     Returns:
-        One row a sample. Its `source` names the file or data set.
+        A row for each sample. `source` names the file or data set.
 
     Raises:
-        InputError: The data is missing, empty or of another form, or holds fewer samples than
-            asked for.
+        InputError: The data is missing, empty or of another form, or has too few samples.
 
     Examples:
         >>> import fastprune as fp
@@ -129,25 +131,27 @@ def load_text(
 def load_tasks(data: Any, tokenizer: Any, limit: int | None = None, delimiter: str = " ") -> Tasks:
     """Load questions with choices.
 
-    Rows are {"prompt": str, "choices": [str, ...], "answer": index or letter}, or those of ARC,
-    MMLU or HellaSwag, which are worded as lm-evaluation-harness words them. Prompt, delimiter and
-    choice are encoded together and split at the prompt's token count; trailing spaces of the prompt
-    count to the choice, as in the harness.
+    A row is {"prompt": str, "choices": [str, ...], "answer": index or letter}, or a row of ARC,
+    MMLU or HellaSwag, worded as lm-evaluation-harness words it. Prompt, delimiter and choice are
+    encoded together and split at the prompt's token count. Spaces at the prompt's end belong to the
+    choice, as in the harness.
 
     Args:
-        data: A .jsonl, .json or .parquet file, which may be compressed as .gz or .zst; the folder
-            of a data set; the name of one of the hub, as "NAME:CONFIG:SPLIT"; a
-            `datasets.Dataset`; a DataFrame; or a list of rows.
-        tokenizer: One of transformers, such as `model.tokenizer`.
-        limit: The number of questions to keep at most, from the first.
-        delimiter: Put between prompt and choice, and no part of the choice's length. A choice that
-            begins with it loses it first. A row's own "delimiter" comes before this one.
+        data: The data, in one of these forms.
+
+            - A .jsonl, .json or .parquet file; .gz and .zst are decompressed.
+            - The folder of a data set, or a data set of the hub as "NAME:CONFIG:SPLIT".
+            - A `datasets.Dataset`, a DataFrame or a list of rows.
+        tokenizer: A tokenizer of transformers, such as `model.tokenizer`.
+        limit: The most questions to keep, from the first.
+        delimiter: The text between prompt and choice, no part of the choice's length. A choice that
+            begins with the delimiter loses it first. A row's own "delimiter" takes precedence.
 
     Returns:
-        One row a question, one continuation a choice.
+        A row for each question, with a continuation for each choice.
 
     Raises:
-        InputError: The data is missing or empty, or a row is wrong; the error names file, line and
+        InputError: The data is missing or empty, or a row is wrong. The error names file, line and
             field.
 
     Examples:
@@ -164,7 +168,7 @@ def load_tasks(data: Any, tokenizer: Any, limit: int | None = None, delimiter: s
     check_tokenizer(tokenizer)
     encoder: Encoder | None = None
     rows: list[list[tuple[np.ndarray, int]]] = []
-    lengths: list[int] = []  # choices of each question
+    lengths: list[int] = []  # the number of choices of each question
     answer: list[int] = []
     texts: list[str] = []
     form = ""
@@ -215,7 +219,7 @@ def _from_rows(
     seed: int,
     tokenizer: Any = None,
 ) -> TokenBatch:
-    """Samples from rows of their own: those that have a target within seq_len tokens."""
+    """Samples from separate rows: those with a target within seq_len tokens."""
     cut = [IdRow(ids[:seq_len], is_target[:seq_len]) for ids, is_target in rows]
     kept = [row for row in cut if row.is_target.any()]
     unit = "sequences" if seq_len is None else f"sequences with a target in {seq_len} tokens"
@@ -257,8 +261,10 @@ def _from_texts(
 
 
 def _to_batch(rows: Sequence[IdRow], tokenizer: Any) -> TokenBatch:
-    """A batch of rows, with the words and bytes of their targets' text if a tokenizer decodes
-    them."""
+    """A batch of rows.
+
+    If the tokenizer decodes, the batch also counts the words and bytes of the targets' text.
+    """
     batch = TokenBatch.from_ids([_labelled(*row) for row in rows])
     if not hasattr(tokenizer, "batch_decode"):
         return batch
@@ -275,7 +281,7 @@ def _to_batch(rows: Sequence[IdRow], tokenizer: Any) -> TokenBatch:
 
 
 def _places(documents: Sequence[np.ndarray], begin: np.ndarray) -> np.ndarray:
-    """Which tokens of the joined documents are those that begin one, bool[T]."""
+    """Flags of the tokens that begin a document, over all joined documents, bool[T]."""
     size = len(begin)
     parts = []
     for ids in documents:
@@ -290,8 +296,9 @@ def _windows_behind(
 ) -> list[IdRow]:
     """Windows of seq_len tokens that begin with `begin`, which is never a target.
 
-    With begin = [0] and seq_len = 4, the stream 0 5 6 7 8 9 0 3 4 2 of two documents gives
-    0 5 6 7, 0 8 9 0 and 0 3 4 2: a window that starts at a document has its token already.
+    With begin = [0] and seq_len = 4, the stream 0 5 6 7 8 9 0 3 4 2 of two documents gives three
+    windows: 0 5 6 7, 0 8 9 0 and 0 3 4 2. The third starts at a document, so it holds its 0
+    already.
     """
     size = len(begin)
     if seq_len <= size:
@@ -303,7 +310,7 @@ def _windows_behind(
     windows: list[IdRow] = []
     place = 0
     while True:
-        head = begins[place : place + size]  # a cut may have left some of a document's own
+        head = begins[place : place + size]  # a cut may leave a part of a document's beginning
         own = len(head) if head.all() else int(head.argmin())
         stop = place + seq_len - size + own
         if stop > len(stream):
@@ -324,7 +331,7 @@ def _draw(
     fits: Mapping[str, int] | None = None,
     longer: str = "",
 ) -> np.ndarray:
-    """The indices of num_samples of `count` samples, ascending."""
+    """Draw num_samples of `count` samples: their indices, ascending."""
     if count < num_samples:
         raise InputError(
             f"{name}: holds {count} {unit}, but {num_samples} samples were asked for{longer}",
@@ -334,7 +341,7 @@ def _draw(
 
 
 def _read_texts(name: str, rows: Iterator[Row], column: str | None) -> list[str]:
-    """The texts of rows; a row is a dict, or a text itself."""
+    """The texts of rows. A row is a dict, or the text itself."""
     texts = []
     for place, value in rows:
         text = value.get(column or "text") if isinstance(value, Mapping) else value
@@ -365,7 +372,7 @@ def _no_text(value: object, place: str, column: str | None) -> InputError:
 
 
 def _described(source: Source, first: Row, column: str | None) -> str:
-    """The name of the data, and the column read, if the form does not name it."""
+    """The name of the data, with the column unless the form implies it."""
     plain = not isinstance(first.value, Mapping) or source.name.endswith((".txt", ".jsonl"))
     return source.name if plain and column is None else f"{source.name}, column {column or 'text'}"
 
@@ -387,7 +394,7 @@ def _holds_ids(data: Any) -> bool:
 
 
 def _named(data: Any, source: str) -> Any:
-    object.__setattr__(data, "source", source)  # of a frozen class, before anybody has it
+    object.__setattr__(data, "source", source)  # the class is frozen; nobody holds the value yet
     return data
 
 

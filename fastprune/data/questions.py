@@ -1,4 +1,4 @@
-"""Questions from rows: our own form, and those of ARC, MMLU and HellaSwag."""
+"""Read questions from rows, in our own form or that of ARC, MMLU or HellaSwag."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _read_hellaswag(row: Mapping, place: str) -> Question:
 
 
 def _without_marks(text: str) -> str:
-    """The text without the marks that WikiHow's part of HellaSwag holds."""
+    """The text without the marks in HellaSwag's questions from WikiHow."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -136,11 +136,11 @@ def _check_answer(answer: Any, choices: list[str], field: str, place: str) -> in
 
 
 def _plain_list(value: Any) -> Any:
-    """An array as a list: data frames hold such."""
+    """An array, as data frames hold it, as a list."""
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-# by name: the field of the prompt, the others that a row of this form has, and its reader
+# by name of the form: the field of the prompt, the other fields of a row, and the reader
 FORMS: dict[str, tuple[str, tuple[str, ...], Callable[[Mapping, str], Question]]] = {
     "prompts": ("prompt", (), _read_own),
     "ARC": ("question", ("choices", "answerKey"), _read_arc),

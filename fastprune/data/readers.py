@@ -1,7 +1,7 @@
-"""Rows from files and data sets: each format is one function that yields rows.
+"""Read rows from files and data sets: each format is one function that yields rows.
 
-A row is the content of one line, record or element, usually a dict. The meaning of rows is decided
-elsewhere: `loaders` reads texts, `chats` conversations, `questions` questions.
+A row is the content of one line, record or element, usually a dict. Other files interpret rows:
+`loaders` reads texts, `chats` conversations, `questions` questions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..errors import InputError, brief, shown
 from ..io import parse_json, parse_jsonl, read_npy
 from ..validate import check_path, require
 
-HUB_ROWS = 10_000  # documents read of a hub data set, from its beginning
+HUB_ROWS = 10_000  # documents read from the beginning of a hub data set
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^/:]*){0,2}")
 SPLITS = ("train", "validation", "test")  # "name:validation" names a split, not a config
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # of datasets' save_to_disk
-MOST_EXPANSION = 200  # times its compressed size a file may expand to: ten times the ratio of text
-LEAST_EXPANDED = 2**26  # bytes that any compressed file may expand to
+MOST_EXPANSION = 200  # a file may expand to 200 times its size; text expands 20 times at most
+LEAST_EXPANDED = 2**26  # bytes; any compressed file may expand to as many
 
 
 class Row(NamedTuple):
@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 def open_rows(data: object, what: str, formats: Sequence[str]) -> Source:
-    """Open a file, a data set or a Python value for its rows.
+    """Open a file, a data set or a Python value, to read its rows.
 
     Args:
         data: The path of a file, or of a folder that `datasets` saved; the name of a data set of
@@ -59,7 +59,7 @@ def open_rows(data: object, what: str, formats: Sequence[str]) -> Source:
         The name and the rows. A hub data set gives its first 10,000 rows.
 
     Raises:
-        InputError: No such file, or another kind of value.
+        InputError: The file does not exist, or the value is of another kind.
     """
     if isinstance(data, (str, os.PathLike)):
         return _open_path(data, what, formats)
@@ -82,8 +82,13 @@ def open_rows(data: object, what: str, formats: Sequence[str]) -> Source:
 
 
 def is_data(name: str) -> bool:
-    """Whether a name is that of a file, of a folder that `datasets` saved, or of a data set of the
-    hub, which is not asked. Raises InputError if `datasets` is needed and missing."""
+    """Whether a name is that of a file, of a folder that `datasets` saved, or of a hub data set.
+
+    The hub is not asked.
+
+    Raises:
+        InputError: The library `datasets` is needed and missing.
+    """
     path, _ = _split_of(name)
     if _is_hub_name(name) or (path.is_dir() and _is_saved(path)):
         require("data", "datasets")
@@ -92,12 +97,12 @@ def is_data(name: str) -> bool:
 
 
 def _suffix_of(path: Path) -> str:
-    """The suffix that names a file's format: of a.jsonl.gz it is .jsonl."""
+    """The suffix that names a file's format, such as .jsonl for a.jsonl.gz."""
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Token ids int64[S, T] from a .npy file or a .safetensors file of one tensor."""
+    """Read token ids int64[S, T] from a .npy file, or from a .safetensors file of one tensor."""
     if path.suffix == ".npy":
         ids = read_npy(path)
     else:
@@ -148,7 +153,7 @@ def _open_path(data: str | os.PathLike, what: str, formats: Sequence[str]) -> So
 
 
 def _read_txt(path: Path) -> Iterator[Row]:
-    """The whole file as one text."""
+    """Read the whole file as one text."""
     with _opened(path) as file:
         try:
             yield Row(str(path), {"text": file.read()})
@@ -163,7 +168,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """A list of rows, or an object whose one list holds them, such as {"data": [...]}."""
+    """Read a list of rows, or an object with one such list, as in {"data": [...]}."""
     with _opened(path) as file:
         try:
             value = parse_json(file.read(), str(path))
@@ -178,7 +183,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """Rows by the names of the first line."""
+    """Read rows as dicts, keyed by the first line."""
     limit = csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
     try:
         with _opened(path, newline="") as file:
@@ -227,7 +232,7 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _open_
 
 
 class _Expanding(io.RawIOBase):
-    """The bytes of a compressed file, up to a limit: a small file must not fill the memory."""
+    """The bytes of a compressed file, up to a limit, so that a small file cannot fill memory."""
 
     def __init__(self, path: Path, file: Any):
         self._path, self._file, self._count = path, file, 0
@@ -239,7 +244,7 @@ class _Expanding(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._file.read(len(buffer))
-        except Exception as error:  # each library has exceptions of its own
+        except Exception as error:  # each library raises exceptions of its own
             reason = brief(str(error), 80)
             raise InputError(
                 f"{self._path}: not a readable {self._path.suffix} file ({reason})"
@@ -260,7 +265,7 @@ class _Expanding(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """A file as text in UTF-8, decompressed as it is read; a byte order mark is skipped."""
+    """Open a file as text in UTF-8, decompressed as it is read, without a byte order mark."""
     if path.suffix not in COMPRESSED:
         with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield file
@@ -278,7 +283,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether a name is NAME:CONFIG:SPLIT of the hub: it has a colon, or an owner and no suffix."""
+    """Whether a name has the form of a hub data set: a colon, or an owner and no suffix."""
     path, split = _split_of(name)
     if path.exists() or split or not HUB_NAME.fullmatch(name):
         return False
@@ -286,7 +291,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _split_of(name: str) -> tuple[Path, str | None]:
-    """The path and the split of FOLDER:SPLIT; a path that exists has no split."""
+    """The path and the split of FOLDER:SPLIT. A path that exists has no split."""
     path = Path(name)
     base, _, split = name.rpartition(":")
     if base and not path.exists() and Path(base).is_dir():
@@ -308,7 +313,7 @@ def _read_hub(name: str) -> Iterator[Row]:
         yield from _numbered(name, rows)
     except InputError:
         raise
-    except Exception as error:  # of the network, of the hub, of the data set
+    except Exception as error:  # the network, the hub and the data set fail in many ways
         reason = brief(str(error), 160)
         raise InputError(
             f"{name}: no such file, and not opened as a data set NAME:CONFIG:SPLIT of the hub "
@@ -330,7 +335,7 @@ def _read_saved(folder: Path, split: str | None) -> Iterator[Row]:
 
 
 def _one_split(name: str, loaded: Any, split: str | None = None) -> Iterable:
-    """The rows of a split; the only one if none is named."""
+    """The rows of a split, or of the only split if none is named."""
     if not isinstance(loaded, dict):
         if split:
             raise InputError(f"{name}: the data set has no splits; leave out {split!r}")

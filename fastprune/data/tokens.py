@@ -18,26 +18,33 @@ NOT_TOKENS = {"tokens": False}  # marks fields that are no part of the content
 
 @dataclass(frozen=True, repr=False)
 class TokenBatch:
-    """Rows of tokens, each a tree: a trunk, then branches that see the trunk and themselves but not
-    each other.
+    """Rows of tokens, each row a tree.
 
-    Plain text is a trunk without branches. The answers to one question share the question as their
-    trunk, so it is run once. All arrays are int64; rows stand one after the other, whatever their
-    lengths (R rows, C continuations, M targets, T tokens in all).
+    A tree is a trunk with branches. A branch sees the trunk and itself, and no other branch. Plain
+    text is a trunk without branches. The choices of a question share the question as their trunk,
+    which runs once. A target is a token whose probability counts. A continuation is a run of
+    targets: a row of text has one, a question one for each choice.
 
-    ids, positions, branch [T]: token id, position in its own sequence, branch in its row (0 =
-    trunk). row_starts [R + 1]: the first index of each row in them. target_source, target_token,
-    target_continuation [M]: a target is a token whose probability counts: the state
-        at `target_source` predicts `target_token`, for continuation `target_continuation`.
-    continuation_row [C]: the row of each continuation (a text row has one, a question one per
-    choice).
-    row_words, row_bytes [R]: words and UTF-8 bytes of the text of each row's targets; None unless
-        the rows were read from text.
-    source: the file or data set that the rows came from and the column that was read, for people.
+    All arrays are int64, for R rows, C continuations, M targets and T tokens, one row after the
+    other.
 
-    >>> import fastprune as fp
-    >>> fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    TokenBatch(2 rows, 2 continuations, 5 tokens)
+    Attributes:
+        ids: [T], token ids.
+        positions: [T], the position of each token in its own sequence.
+        branch: [T], the branch of each token in its row; 0 is the trunk.
+        row_starts: [R + 1], the index of the first token of each row, then T.
+        target_source: [M], the index of the token whose state predicts each target.
+        target_token: [M], the token id of each target.
+        target_continuation: [M], the continuation of each target.
+        continuation_row: [C], the row of each continuation.
+        row_words: [R], words in the text of each row's targets; None for token ids.
+        row_bytes: [R], UTF-8 bytes of that text; None for token ids.
+        source: The file or data set in words, with the column that was read.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        TokenBatch(2 rows, 2 continuations, 5 tokens)
     """
 
     ids: np.ndarray
@@ -51,26 +58,29 @@ class TokenBatch:
     row_words: np.ndarray | None = field(default=None, metadata=NOT_TOKENS)
     row_bytes: np.ndarray | None = field(default=None, metadata=NOT_TOKENS)
     split_trees = False  # whether each branch runs as a row of its own; see `SplitTrees`
-    source = ""  # the origin of the data, in words; no field, because equal data is equal
+    source = ""  # no field: batches of equal tokens are equal, whatever their origin
 
     @classmethod
     def from_ids(cls, ids: object) -> TokenBatch:
         """Make rows of plain text from token ids.
 
         Args:
-            ids: An int array or tensor [S, T]; sequences of ints, whose lengths may differ; a list
-                of tensors [1, T] or [B, T]; or dict batches, such as a BatchEncoding or a data
-                loader's, of input_ids, attention_mask (0 marks padding, which is left out) and
-                labels (-100 marks a token that is no target; others are the tokens themselves, not
-                shifted).
+            ids: The ids, in one of these forms.
+
+                - An int array or tensor [S, T], or a list of tensors [1, T] or [B, T].
+                - Lists of ints, whose lengths may differ.
+                - Dict batches, such as a BatchEncoding or those of a data loader, with input_ids
+                  and possibly attention_mask and labels. A mask of 0 marks padding, which is left
+                  out. A label of -100 marks a token that is no target; other labels repeat the
+                  token itself, not the next one.
 
         Returns:
-            One row a sequence. Every token but the first of its sequence is a target, unless a
-            label says otherwise.
+            A row for each sequence. Each token after the first is a target, unless its label is
+            -100.
 
         Raises:
-            InputError: No sequences, one of fewer than 2 tokens or without a target, or a value
-                that holds no token ids.
+            InputError: The value holds no sequences or no token ids, or a sequence has fewer than
+                2 tokens or no target.
 
         Examples:
             >>> import fastprune as fp
@@ -78,7 +88,8 @@ class TokenBatch:
             >>> batch.num_rows, batch.num_tokens, batch.target_token.tolist()
             (2, 5, [6, 7, 8])
             >>> padded = {"input_ids": [[5, 6, 7, 0]], "attention_mask": [[1, 1, 1, 0]]}
-            >>> fp.TokenBatch.from_ids(padded | {"labels": [[-100, -100, 7, -100]]}).target_token
+            >>> labelled = padded | {"labels": [[-100, -100, 7, -100]]}
+            >>> fp.TokenBatch.from_ids(labelled).target_token
             array([7])
         """
         rows = to_rows(ids)
@@ -97,18 +108,27 @@ class TokenBatch:
 
     @classmethod
     def from_continuations(cls, rows: Sequence[Sequence[tuple[Ids, int]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, start); the tokens from `start` on are
-        targets.
+        """Make a tree of each row's sequences.
 
-        The trunk is the longest common prefix of a row's sequences; each sequence's remainder is a
-        branch. Raises InputError when there are no rows, or a sequence has no token before or none
-        after its start.
+        The trunk is the longest common prefix of a row's sequences. The remainder of each sequence
+        is a branch.
 
-        >>> import fastprune as fp
-        >>> question = [([1, 2, 3, 7], 3), ([1, 2, 3, 8, 9], 3)]
-        >>> batch = fp.TokenBatch.from_continuations([question])
-        >>> batch.ids.tolist(), batch.branch.tolist()
-        ([1, 2, 3, 7, 8, 9], [0, 0, 0, 1, 2, 2])
+        Args:
+            rows: For each row its sequences as (token ids, start). Tokens from index start on are
+                targets.
+
+        Returns:
+            A row for each tree, with a continuation for each sequence.
+
+        Raises:
+            InputError: There are no rows, or a sequence has no token before or after its start.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> question = [([1, 2, 3, 7], 3), ([1, 2, 3, 8, 9], 3)]
+            >>> batch = fp.TokenBatch.from_continuations([question])
+            >>> batch.ids.tolist(), batch.branch.tolist()
+            ([1, 2, 3, 7, 8, 9], [0, 0, 0, 1, 2, 2])
         """
         for r, sequences in enumerate(rows):
             for sequence, start in sequences:
@@ -125,12 +145,27 @@ class TokenBatch:
 
     @classmethod
     def from_predictions(cls, rows: Sequence[Sequence[tuple[Ids, Ids]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, targets); the last ids predict the
-        targets.
+        """Make a tree of each row's sequences, without running their last targets.
 
-        The result of `from_continuations` on ids + targets[-1:], without running the last target,
-        whose state predicts nothing: choices of one token each are one row without branches. Raises
-        InputError when there are no rows, or more targets than tokens that could predict them.
+        The result equals that of `from_continuations` on ids + targets[-1:]. The state of a last
+        target predicts nothing, so it need not run. Choices of one token each become one row
+        without branches.
+
+        Args:
+            rows: For each row its sequences as (token ids, targets). The last ids predict the
+                targets.
+
+        Returns:
+            A row for each tree, with a continuation for each sequence.
+
+        Raises:
+            InputError: There are no rows, or more targets than tokens that could predict them.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_predictions([[([1, 2, 3], [7]), ([1, 2, 3], [8])]])
+            >>> batch.ids.tolist(), batch.target_token.tolist()
+            ([1, 2, 3], [7, 8])
         """
         for r, sequences in enumerate(rows):
             for ids, targets in sequences:
@@ -147,8 +182,10 @@ class TokenBatch:
 
     @classmethod
     def _from_trees(cls, rows: Sequence[Sequence[tuple[Ids, np.ndarray, Ids]]]) -> TokenBatch:
-        """One tree per row from its sequences: (token ids, predicting, targets), each target
-        predicted at the place of the sequence that `predicting` has for it."""
+        """Make a tree of each row's sequences (token ids, sources, targets).
+
+        The state at sources[i] of the sequence predicts targets[i].
+        """
         if not rows:
             raise InputError("the calibration set is empty")
         ids: list[Ids] = []
@@ -166,11 +203,12 @@ class TokenBatch:
             positions.append(np.arange(trunk))
             branch.append(np.zeros(trunk))
             length = trunk
-            for number, (sequence, predicting, targets) in enumerate(sequences, 1):
+            for number, (sequence, own_sources, targets) in enumerate(sequences, 1):
                 tail = len(sequence) - trunk
-                # index in the row of each token of this sequence
-                place = base + np.concatenate([np.arange(trunk), length + np.arange(tail)])
-                sources.append(place[predicting])
+                # the index in the batch of each token of this sequence; for [1, 2, 3, 7] and
+                # [1, 2, 3, 8, 9] as the first row: 0 1 2 3, then 0 1 2 4 5
+                index = base + np.concatenate([np.arange(trunk), length + np.arange(tail)])
+                sources.append(index[own_sources])
                 tokens.append(targets)
                 continuations.append(np.full(len(targets), len(continuation_row)))
                 continuation_row.append(r)
@@ -198,14 +236,17 @@ class TokenBatch:
 
     @property
     def num_rows(self) -> int:
+        """R."""
         return len(self.row_starts) - 1
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return len(self.ids)
 
     @property
     def num_continuations(self) -> int:
+        """C."""
         return len(self.continuation_row)
 
     @cached_property
@@ -215,22 +256,24 @@ class TokenBatch:
 
     @cached_property
     def read_tokens(self) -> np.ndarray:
-        """Tokens that run for each row, padding left out, int64[R]: `row_lengths`, unless trees
-        are split."""
-        return self._as_it_runs[0]
+        """Tokens that run for each row, without padding, int64[R].
+
+        They are `row_lengths` unless trees are split.
+        """
+        return self._run_counts[0]
 
     @cached_property
     def run_sizes(self) -> np.ndarray:
-        """Places of the rectangle in which each row runs alone, padding included, int64[R]."""
-        return self._as_it_runs[1]
+        """Positions that run for each row when it runs alone, with padding, int64[R]."""
+        return self._run_counts[1]
 
     @cached_property
-    def _as_it_runs(self) -> tuple[np.ndarray, np.ndarray]:
+    def _run_counts(self) -> tuple[np.ndarray, np.ndarray]:
         read, sizes = self.row_lengths.copy(), self.row_lengths.copy()
         for row in np.flatnonzero(self.row_is_tree) if self.split_trees else ():
             branch = self.branch[self.row_starts[row] : self.row_starts[row + 1]]
             trunk, *tails = np.bincount(branch)
-            tails = [tail for tail in tails if tail]  # one that ends with the trunk runs with it
+            tails = [tail for tail in tails if tail]  # an empty branch runs with the trunk
             read[row] = len(tails) * trunk + sum(tails)
             sizes[row] = len(tails) * (trunk + max(tails))
         return read, sizes
@@ -247,14 +290,13 @@ class TokenBatch:
 
     @cached_property
     def targets_by_row(self) -> list[np.ndarray]:
-        """The targets of each row, in the order of their sources: R arrays of indices into the
-        target arrays."""
+        """The targets of each row as R arrays of their indices, in the order of their sources."""
         order = np.argsort(self.target_source, kind="stable")
         return np.split(order, np.searchsorted(self.target_source[order], self.row_starts[1:-1]))
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of every array: equal for equal calibration data, whatever file it came from."""
+        """The SHA-256 of all arrays, equal for equal calibration data, whatever its file."""
         digest = hashlib.sha256()
         for item in fields(self):
             if item.metadata == NOT_TOKENS:
@@ -265,8 +307,20 @@ class TokenBatch:
         return digest.hexdigest()
 
     def check_fits(self, vocab_size: int, max_positions: int | None) -> None:
-        """Raise InputError for a token id outside the vocabulary or a sequence longer than the
-        model's positions."""
+        """Check that a model can run the rows.
+
+        Args:
+            vocab_size: The size of its vocabulary.
+            max_positions: The number of its positions; None for no limit.
+
+        Raises:
+            InputError: A token id is outside the vocabulary, or a sequence is longer than the
+                model's positions.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.TokenBatch.from_ids([[5, 6, 7]]).check_fits(vocab_size=8, max_positions=None)
+        """
         for name, ids in (("token", self.ids), ("target", self.target_token)):
             wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
             if len(wrong):
@@ -284,8 +338,11 @@ class TokenBatch:
 
 @dataclass(frozen=True, repr=False)
 class SplitTrees(TokenBatch):
-    """The same rows for a model that cannot run trees: each branch runs as a row of its own, behind
-    a copy of the trunk. The content, and its hash, are the same."""
+    """The same rows for a model that cannot run trees.
+
+    Each branch runs as a row of its own, after a copy of the trunk. The content and its hash are
+    those of the batch.
+    """
 
     split_trees = True
 
@@ -297,19 +354,26 @@ class SplitTrees(TokenBatch):
 
 @dataclass(frozen=True, repr=False)
 class Tasks:
-    """Multiple-choice questions as token trees: one row per question, one continuation per choice.
+    """Multiple-choice questions as token trees: a row for each question.
 
-    question [C]: the question of each choice, ascending. answer [Q]: the continuation of each
-    correct choice. choice_characters, choice_bytes [C]: length of each choice's text in characters
-    and in UTF-8 bytes, for length-normalised accuracy; the delimiter between prompt and choice does
-    not count. source: the file or data set, for people.
+    All arrays are int64, for Q questions with C choices in all.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
-    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
-    >>> fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    Tasks(1 questions, 2 choices, 5 tokens)
+    Attributes:
+        batch: The rows, with a continuation for each choice.
+        question: [C], the question of each choice, ascending.
+        answer: [Q], the continuation of each question's right choice.
+        choice_characters: [C], the length of each choice's text in characters, for
+            length-normalised accuracy. The delimiter between prompt and choice does not count.
+        choice_bytes: [C], the length in UTF-8 bytes.
+        source: The file or data set in words.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
+        >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+        >>> fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+        Tasks(1 questions, 2 choices, 5 tokens)
     """
 
     batch: TokenBatch
@@ -317,7 +381,7 @@ class Tasks:
     answer: np.ndarray
     choice_characters: np.ndarray
     choice_bytes: np.ndarray
-    source = ""  # no field, as that of TokenBatch
+    source = ""  # no field, as in TokenBatch
 
     def __repr__(self) -> str:
         return (
@@ -327,10 +391,12 @@ class Tasks:
 
     @property
     def num_questions(self) -> int:
+        """Q."""
         return len(self.answer)
 
     @cached_property
     def content_hash(self) -> str:
+        """The SHA-256 of all arrays, equal for equal questions, whatever their file."""
         digest = hashlib.sha256(self.batch.content_hash.encode())
         for array in (self.question, self.answer, self.choice_characters, self.choice_bytes):
             digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
@@ -342,7 +408,7 @@ def _joined(parts: Sequence[Ids]) -> np.ndarray:
 
 
 def common_prefix(sequences: Sequence[Ids]) -> int:
-    """Length of the longest prefix that all sequences share."""
+    """The length of the longest prefix that all sequences share."""
     shortest = min(map(len, sequences))
     stacked = np.stack([sequence[:shortest] for sequence in sequences])
     differs = (stacked != stacked[0]).any(axis=0)

@@ -1,4 +1,4 @@
-"""Checkpoints of pruned models, and recipes that tell other tools to prune alike."""
+"""Checkpoints of pruned models, and recipes by which other tools prune the same blocks."""
 
 from .checkpoint import can_export, export
 

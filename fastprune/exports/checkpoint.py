@@ -1,5 +1,4 @@
-"""Mask or sequence -> Hugging Face checkpoint that stock transformers loads, and the same for other
-tools."""
+"""Write a mask or sequence as a checkpoint for stock transformers, with recipes for other tools."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from ..models import Model
 
 
-LONGEST_REASON = 300  # characters of a family's own error
+LONGEST_REASON = 300  # characters of an error of the family's own code
 
 
 def export(
@@ -41,37 +40,38 @@ def export(
     notes: Sequence[str] = (),
     measure_speed: bool = False,
 ) -> Path:
-    """Write the model with other blocks as a safetensors checkpoint, and return its folder.
+    """Write the model with some of its blocks as a safetensors checkpoint.
 
-    `AutoModelForCausalLM.from_pretrained` loads it, or the auto class that owns a config with
-    towers. Its config describes the blocks in their new
-    order. Its weights have the source's dtype if that loses nothing, and every file of the source's
-    tokenizer goes along. The folder appears only when it is complete, and when the written
-    checkpoint, loaded again, gives the logits of the same blocks run one by one. It can go to a hub
-    as it is: README.md is its model card, and `recipes/` says the same for mergekit, llama.cpp,
-    EvoPress and LLM-Drop (see `fastprune.exports.recipes`).
+    `AutoModelForCausalLM.from_pretrained` loads the checkpoint; for a config with towers, its own
+    auto class does. The config describes the blocks in their new order. Weights have the source's
+    dtype if that loses nothing. All files of the source's tokenizer are copied.
+
+    The written checkpoint is loaded again. Its logits must equal those of the same blocks run one
+    by one. Only then does the folder appear, complete. It can go to a hub as it is: README.md is
+    its model card, and `recipes/` describes the removal for mergekit, llama.cpp, EvoPress and
+    LLM-Drop.
 
     Args:
-        model: A Model, a transformers model, or an Evaluator of blocks, whose metric the card then
-            shows, with standard errors.
+        model: A Model, a transformers model, or an Evaluator of blocks. For an Evaluator, the card
+            shows its metric with standard errors.
         out_dir: The new folder.
         removed: Indices of the blocks to leave out.
-        sequence: Instead of `removed`: blocks in the order in which they run, as
-            `Evaluator.score` scores `sequences`. A block that is named n times is written n
-            times, as separate weights.
-        base_model: The hub id of the base model, for card and recipes; by default the name that it
-            was opened by, of a folder its last part.
-        losses: (before, after) by objective, for the card, which shows them through the
-            objective's metric; the calibration set may follow the name behind a comma.
+        sequence: Instead of removed, the blocks in the order in which they run, as in
+            `Evaluator.score`. A block named n times is written n times, with separate
+            weights.
+        base_model: The hub id of the base model, for card and recipes. By default the name by which
+            the model was opened, or the last part of its folder.
+        losses: (before, after) by objective, for the card, which shows them as metrics. After a
+            comma, a name may also name the calibration set.
         notes: Sentences for the card, below the metrics.
-        measure_speed: Whether the card says the tokens per second that transformers' own code
-            reads, measured on this machine.
+        measure_speed: Also measure the tokens that transformers' own code reads per second on this
+            machine, for the card.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: Both or none of removed and sequence were given, an index is out of range or
+        InputError: Both or none of removed and sequence are given, an index is out of range or
             given twice, no block is kept, the folder is not empty, base_model is no hub id, or the
             family's blocks cannot be renumbered.
 
@@ -97,21 +97,24 @@ def export(
         raise InputError("a sequence without blocks leaves nothing to export")
     if not blocks:
         raise InputError("removing every block leaves nothing to export")
-    gone = tuple(sorted(set(range(model.num_blocks)) - set(blocks)))
-    how = f"without blocks {gone}" if sequence is None else f"with the blocks {tuple(blocks)}"
+    left_out = tuple(sorted(set(range(model.num_blocks)) - set(blocks)))
+    how = f"without blocks {left_out}" if sequence is None else f"with the blocks {tuple(blocks)}"
     speed = bool(measure_speed)
     return _export(model, evaluator, blocks, out_dir, how, base_model, losses, notes, speed)
 
 
 def can_export(model: Model, sequence: Sequence[int] | None = None) -> str | None:
-    """Why a checkpoint with these blocks cannot be written, None if nothing is in the way.
+    """Check, without reading weights, that a checkpoint with some blocks can be written.
 
-    Reads no weights: the family's own code is to make, from the config that an export would write,
-    the same tensors as the blocks have. `export` checks the values.
+    From the config that an export would write, the family's own code must make tensors of the
+    blocks' names and shapes. `export` also checks the values.
 
     Args:
         model: The model.
         sequence: Blocks in their order; by default all, all but the first, and all but the last.
+
+    Returns:
+        None if it can be written; else the reason.
 
     Examples:
         >>> import fastprune as fp
@@ -139,20 +142,20 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
 
     try:
         pruned = ordered(model, sequence)
-        # as it is read again, with all that its class checks and works out
+        # write and read the config, so that its class checks and derives its values
         with tempfile.TemporaryDirectory() as folder:
             pruned.config.save_pretrained(folder)
             config = type(pruned.config).from_pretrained(folder)
         config._attn_implementation = getattr(model.hf.config, "_attn_implementation", None)
     except InputError as error:
         return str(error)
-    except Exception as error:  # of any kind: the family's own code refuses
-        text = brief(str(error), LONGEST_REASON)  # a validator's reason follows
+    except Exception as error:  # the family's own code refuses in ways of its own
+        text = brief(str(error), LONGEST_REASON)
         return f"its config cannot describe these blocks ({type(error).__name__}: {text})"
     try:
         with torch.device("meta"):
             fresh = type(pruned)(config)
-    except Exception:  # its code makes no model without values; the written one is checked
+    except Exception:  # its code needs values to make a model; `export` checks the written one
         return None
     shapes = {name: tensor.shape for name, tensor in pruned.state_dict().items()}
     expected = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
@@ -165,7 +168,7 @@ def _misfit(model: Model, sequence: Sequence[int]) -> str | None:
 
 
 def check_target(out_dir: str | os.PathLike) -> Path:
-    """The folder as a path, if a checkpoint can be written there. Raises InputError otherwise."""
+    """Return the folder if a checkpoint can be written to it; else raise InputError."""
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(
@@ -175,7 +178,7 @@ def check_target(out_dir: str | os.PathLike) -> Path:
 
 
 def check_base_model(base_model: str | None) -> str | None:
-    """The hub id, if it is one. Raises InputError otherwise."""
+    """Return the value if it is a hub id; else raise InputError."""
     if base_model is not None and not (
         isinstance(base_model, str) and recipes.HUB_ID.fullmatch(base_model)
     ):
@@ -184,8 +187,7 @@ def check_base_model(base_model: str | None) -> str | None:
 
 
 def llama_cpp_warning(model: Model) -> str | None:
-    """The warning to read before llama.cpp's own option drops blocks of this Model; None if none
-    applies."""
+    """The warning about llama.cpp's own option to drop blocks of a model; None if none applies."""
     from ..models.surgery import per_layer
 
     return recipes.llama_cpp_warning(per_layer(model))
@@ -209,7 +211,7 @@ def _opened(model: Model | Evaluator | nn.Module) -> tuple[Model, Evaluator | No
 
 
 def _merged(model: Model) -> Model:
-    """The model as a checkpoint holds it: without adapters, which are merged."""
+    """The model with its adapters merged, as a checkpoint holds it."""
     from ..models import Model
     from ..models.unwrap import without_adapters
 
@@ -260,9 +262,8 @@ def _export(
             save_code(model, partial, source)
             _check_written(model, logits_by_blocks(model, sequence), how, partial)
         _describe(model, sequence, base, results, notes, partial)
-        for file in partial.rglob(
-            "*"
-        ):  # safetensors makes its files private; the folder has the umask's mode
+        # safetensors makes its files private; the folder has the mode of the umask
+        for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(partial.stat().st_mode & 0o666)
         if out.exists():
@@ -281,8 +282,7 @@ def _describe(
     notes: Sequence[str],
     folder: Path,
 ) -> None:
-    """Write the model card, and the recipes by which other tools make the same of the base
-    model."""
+    """Write the model card, and the recipes by which other tools prune the base model alike."""
     from ..models.text import has_towers
 
     warning = llama_cpp_warning(model) if is_mask(sequence) else None
@@ -293,7 +293,7 @@ def _describe(
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "recipes").mkdir()
     dtype = str(model.dtype).removeprefix("torch.")
-    # tools look for a folder from wherever they run
+    # an absolute path, since tools run in other folders
     source = source_folder(model)
     place = base if recipes.HUB_ID.fullmatch(base) or source is None else str(source.absolute())
     texts = recipes.all_recipes(place, sequence, model.num_blocks, dtype, warning)
@@ -304,7 +304,7 @@ def _describe(
 def _sizes(
     model: Model, sequence: Sequence[int], measure_speed: bool
 ) -> list[tuple[str, str, str]]:
-    """Rows of the card: parameters, bytes and measured speed, before and after."""
+    """Make rows of the card: parameters, bytes and measured speed, before and after."""
     import torch
 
     from ..costs import tokens_per_second
@@ -314,7 +314,7 @@ def _sizes(
     with model.evaluation():
         models = model.hf, ordered(model, sequence, copies=True)
         before, after = (list(hf.parameters()) for hf in models)
-        for name, size in (("parameters", torch.numel), ("bytes", lambda of: of.nbytes)):
+        for name, size in (("parameters", torch.numel), ("bytes", lambda weights: weights.nbytes)):
             rows.append((name, f"{sum(map(size, before)):,}", f"{sum(map(size, after)):,}"))
         if measure_speed:
             slow, fast = (f"{tokens_per_second(model, hf):,.0f}" for hf in models)
@@ -326,7 +326,7 @@ Measured = tuple[float, float | None]  # a loss, and its standard error if known
 
 
 def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, Measured]:
-    """The losses of the whole model and of these blocks."""
+    """Measure the losses of the whole model and of these blocks."""
     whole = range(evaluator.num_units)
     sample_losses = evaluator.score_samples(sequences=[whole, sequence])
     losses = evaluator.objective.mean(sample_losses).tolist()
@@ -335,15 +335,15 @@ def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, M
 
 
 def _result(name: str, losses: tuple[float, float]) -> tuple[str, str, str]:
-    """A row of the card: metric, direction and data, before and after.
+    """Make a row of the card: metric, direction and data, before and after.
 
-    name: of the objective; the name of its data may follow behind a comma.
+    The name is that of the objective. The name of its data may follow after a comma.
     """
     name, comma, data = name.partition(",")
     objective = objective_class(name)
-    what = objective.header() if objective is not Objective else f"{name} loss (lower is better)"
+    header = objective.header() if objective is not Objective else f"{name} loss (lower is better)"
     before, after = (objective.format(loss, named=False) for loss in losses)
-    return what + comma + data, before, after
+    return header + comma + data, before, after
 
 
 def _base_name(name: str) -> str:
@@ -370,7 +370,7 @@ def _check_losses(
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Without transformers' own bars for reading and writing weights."""
+    """Hide transformers' own bars for reading and writing weights."""
     from transformers.utils import logging
 
     were_enabled = logging.is_progress_bar_enabled()
@@ -387,13 +387,13 @@ def _refusal(model: Model, how: str, reason: object) -> InputError:
 
 
 def _check_written(model: Model, expected: torch.Tensor, how: str, folder: Path) -> None:
-    """The written checkpoint, as transformers loads it, gives the expected logits [T, V]."""
+    """Check that the written checkpoint, as transformers loads it, gives these logits [T, V]."""
     from transformers import AutoConfig
 
     from ..models.compare import agree, probe_ids
     from ..models.text import auto_class
 
-    # code that was written along is the model's own, which has run already
+    # the written code is the model's own, which has run already
     own_code = type(model.hf).__module__.startswith("transformers_modules.")
     options = {
         "dtype": model.dtype,

@@ -1,7 +1,6 @@
-"""Recipes that describe a pruned model to other tools, as texts that their own loaders read, and a
-model card.
+"""Recipes that describe a pruned model to other tools, as texts that their loaders read.
 
-Nothing here looks at weights. Each function names the definition of its format.
+The model card is one of them. No weights are read. Each function names the source of its format.
 """
 
 from __future__ import annotations
@@ -26,13 +25,25 @@ model = get_peft_model(model, lora)
 
 
 def mergekit(base: str, sequence: Sequence[int], dtype: str) -> str:
-    """A mergekit configuration of method passthrough: slices of the base model, half-open
-    `layer_range`s.
+    """Write a mergekit configuration of method passthrough, with slices of the base model.
 
-    Consecutive blocks are one slice; a repeated block begins another. Format: `slices`, `sources`,
-    `layer_range` and `merge_method: passthrough` of arcee-ai/mergekit (README.md,
-    docs/merge_methods.md, and `InputSliceDefinition` of mergekit/config.py, whose range leaves out
-    its end).
+    Consecutive blocks are one slice; a repeated block begins another. A `layer_range` leaves out
+    its end. Format: `slices`, `sources`, `layer_range` and `merge_method: passthrough` of
+    arcee-ai/mergekit (README.md, docs/merge_methods.md, `InputSliceDefinition` of
+    mergekit/config.py).
+
+    Examples:
+        >>> from fastprune.exports.recipes import mergekit
+        >>> print(mergekit("org/base", (0, 1, 3), "bfloat16"), end="")
+        slices:
+          - sources:
+              - model: "org/base"
+                layer_range: [0, 2]
+          - sources:
+              - model: "org/base"
+                layer_range: [3, 4]
+        merge_method: passthrough
+        dtype: bfloat16
     """
     runs: list[list[int]] = []
     for block in sequence:
@@ -48,12 +59,11 @@ def mergekit(base: str, sequence: Sequence[int], dtype: str) -> str:
 
 
 def llama_cpp(removed: Iterable[int], warning: str | None = None, base: str = "") -> str:
-    """The option of llama-quantize that leaves these blocks out of a GGUF file, as the last line of
-    a text; for a base model that is such a file, the complete command, which copies all tensors
-    that stay.
+    """Write the option of llama-quantize that leaves these blocks out of a GGUF file.
 
-    Format: `--prune-layers L0,L1,...` and the type COPY of ggml-org/llama.cpp, tools/quantize (its
-    README and usage).
+    It is the last line of the text. If the base model is a GGUF file, the line is the complete
+    command, which copies the remaining tensors. Format: `--prune-layers L0,L1,...` and the type
+    COPY of ggml-org/llama.cpp, tools/quantize (README and usage).
     """
     comment = f"# {warning}\n" if warning else ""
     option = f"--prune-layers {','.join(map(str, sorted(removed)))}"
@@ -64,13 +74,12 @@ def llama_cpp(removed: Iterable[int], warning: str | None = None, base: str = ""
 
 
 def llama_cpp_warning(per_layer: Mapping[str, Sequence]) -> str | None:
-    """The warning about --prune-layers for a family with these per-layer lists in its config; None
-    if none applies.
+    """The warning about --prune-layers for a config with per-layer lists; None if none applies.
 
-    llama-quantize lowers block_count and renumbers tensors, but leaves per-layer arrays of the
-    metadata as long as they were, so that the file does not load (ggml-org/llama.cpp, issue 27976);
-    if the pattern is in llama.cpp's own code, each layer after the first removed one takes its
-    neighbour's settings.
+    llama-quantize lowers block_count and renumbers tensors. It keeps the length of per-layer arrays
+    in the metadata, so that the file does not load (ggml-org/llama.cpp, issue 27976). If
+    llama.cpp's own code holds the pattern, layers after the first removed one get their
+    neighbours' settings.
     """
     mixed = [
         name for name, values in per_layer.items() if any(value != values[0] for value in values)
@@ -79,13 +88,13 @@ def llama_cpp_warning(per_layer: Mapping[str, Sequence]) -> str | None:
         return None
     return (
         f"the layers differ in {', '.join(sorted(mixed))}, which --prune-layers may leave to the "
-        f"wrong layers: convert "
-        "the exported checkpoint instead, and compare its perplexity there with transformers'"
+        f"wrong layers: convert the exported checkpoint instead, and compare its perplexity in "
+        f"llama.cpp with transformers'"
     )
 
 
 def evopress(removed: Iterable[int], num_blocks: int) -> str:
-    """A drop list of EvoPress: one line for each block, `none` or `attn+mlp`.
+    """Write a drop list of EvoPress: a line for each block, `none` or `attn+mlp`.
 
     Format: `drop_layers_from_config` of IST-DASLab/EvoPress, src/model_utils.py (its
     --drop_layer_config).
@@ -95,8 +104,7 @@ def evopress(removed: Iterable[int], num_blocks: int) -> str:
 
 
 def llm_drop(removed: Iterable[int]) -> str:
-    """The entries `drop_attn_list` and `drop_mlp_list` of a config.json of LLM-Drop: indices of
-    blocks.
+    """Write the entries `drop_attn_list` and `drop_mlp_list` of LLM-Drop's config.json.
 
     Format: CASE-Lab-UMD/LLM-Drop, the config.json files of its experiments, and
     src/llmtuner/compression/prune/models/configuration_dropped_llama.py.
@@ -113,10 +121,16 @@ def model_card(
     notes: Sequence[str],
     warning: str | None,
 ) -> str:
-    """README.md of a hub repository: base model, removed blocks, results, how to heal.
+    """Write README.md of a hub repository: base model, removed blocks, results, healing.
 
-    results: of each objective its metric with direction and data, and its value before and after.
-    notes: sentences on these.
+    Args:
+        base: The name of the base model.
+        sequence: The blocks that run.
+        num_blocks: The number of blocks of the base model.
+        results: For each objective its metric with direction and data, and its value before and
+            after.
+        notes: Sentences on the results.
+        warning: A warning about llama.cpp, or None.
 
     Format: the model cards of the Hugging Face hub, YAML metadata between `---` lines, then
     Markdown.
@@ -169,7 +183,7 @@ def model_card(
 def all_recipes(
     base: str, sequence: Sequence[int], num_blocks: int, dtype: str, warning: str | None
 ) -> dict[str, str]:
-    """Texts by file name. Drop lists are included if the blocks ascend, and some are left out."""
+    """Write all recipes, by file name; drop lists only if blocks ascend and some are left out."""
     recipes = {"mergekit.yaml": mergekit(base, sequence, dtype)}
     removed = sorted(set(range(num_blocks)) - set(sequence))
     if is_mask(sequence) and removed:

@@ -1,5 +1,8 @@
-"""The folder that a model was opened from, and the parts that an export copies from it: the dtype
-of its weights, every file of its tokenizer, its own code, its generation config."""
+"""The source folder of a model, and the parts that an export takes from it.
+
+These are the dtype of its weights, all files of its tokenizer, its own code and its generation
+config.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ TOKENIZER_FILES = (
 
 
 def source_folder(model: Model) -> Path | None:
-    """The folder that `load_model` opened the model from; None for a model given in memory."""
+    """The folder from which `load_model` opened the model; None for a model in memory."""
     if model.opened is None:
         return None
     name = str(model.opened[0][0])
@@ -44,7 +47,7 @@ def source_folder(model: Model) -> Path | None:
         from ..demo import MODEL_DIR
 
         return MODEL_DIR
-    if Path(name).exists():  # an adapter's folder and a GGUF file are no checkpoint's
+    if Path(name).exists():  # an adapter's folder and a GGUF file hold no checkpoint to copy from
         return Path(name) if (Path(name) / "config.json").is_file() else None
     from huggingface_hub import snapshot_download
 
@@ -58,13 +61,13 @@ def source_folder(model: Model) -> Path | None:
 
 
 def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str | None]:
-    """Weights for `save_pretrained` as narrow as the source's, and the dtype for the config.
+    """Narrow weights to the dtype of the source, for `save_pretrained`.
 
-    A model may run in a wider dtype than its checkpoint holds. A tensor is narrowed only if that
+    A model may run in a wider dtype than its checkpoint has. A tensor is narrowed only if that
     loses nothing.
 
     Returns:
-        The tensors by name and the source config's dtype; None, None if the model's own serve.
+        The tensors by name, and the dtype for the config; None, None to save the model's own.
     """
     import torch
 
@@ -91,7 +94,7 @@ def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str |
         result[name] = known[key]
         wide = tensor.is_floating_point() and result[name].dtype.itemsize > dtype.itemsize
         lossless &= not (wide and name in parameters)
-    if not lossless:  # the weights have changed since they were read
+    if not lossless:  # weights have changed since they were read
         return None, None
     return result, str(stored_dtype(source, stored)).removeprefix("torch.")
 
@@ -115,8 +118,10 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def save_model(hf: Any, folder: Path, source: Path | None) -> None:
-    """Write weights, config and generation config; an invalid generation config is written
-    unchanged, with a warning."""
+    """Write weights, config and generation config.
+
+    An invalid generation config is written unchanged, with a warning.
+    """
     weights, dtype = narrowed(hf, source)
     generation, problem = getattr(hf, "generation_config", None), None
     if generation is not None:
@@ -125,14 +130,14 @@ def save_model(hf: Any, folder: Path, source: Path | None) -> None:
         except ValueError as error:
             lines = [line.lstrip("- ") for line in str(error).splitlines() if line.strip()]
             problem = lines[1] if len(lines) > 1 else str(error)
-            hf.generation_config = type(generation)()  # of the shallow copy
+            hf.generation_config = type(generation)()  # hf is a shallow copy
     hf.save_pretrained(folder, state_dict=weights)
     if generation is not None and problem is not None:
         (folder / "generation_config.json").write_text(
             generation.to_json_string(use_diff=True), encoding="utf-8"
         )
         warnings.warn(
-            f"the generation config is invalid, and is written as it is: {shown(problem)}",
+            f"the generation config is invalid, and is written unchanged: {shown(problem)}",
             stacklevel=4,
         )
     _edit(folder / "config.json", lambda config: _for_every_reader(config, dtype))
@@ -156,7 +161,7 @@ def save_tokenizer(model: Model, folder: Path, source: Path | None) -> None:
 
 
 def save_code(model: Model, folder: Path, source: Path | None) -> None:
-    """Write the code that the configs name along with them, or take its names out of them."""
+    """Write the code that the configs name, or take its names out of them."""
     own = [
         type(part).__module__.startswith("transformers_modules.")
         for part in (model.hf, model.tokenizer)
@@ -172,20 +177,20 @@ def save_code(model: Model, folder: Path, source: Path | None) -> None:
 
 
 def reader_notes(folder: Path) -> list[str]:
-    """The parts of a checkpoint that transformers 4 would misread, in sentences for its card."""
+    """List, in sentences for its card, the parts of a checkpoint that transformers 4 misreads."""
     notes = []
     config = parse_json((folder / "config.json").read_bytes(), "config.json", finite=False)
     rope = _text_config(config).get("rope_parameters")
     if isinstance(rope, dict) and any(isinstance(value, dict) for value in rope.values()):
         notes.append(
-            "Read it with transformers 5 or later: releases before read rope_parameters by kind of "
-            "layer not at all."
+            "Read it with transformers 5 or later: earlier releases ignore rope_parameters by kind "
+            "of layer."
         )
     path = folder / "tokenizer_config.json"
     if path.is_file():
         kind = parse_json(path.read_bytes(), path.name).get("tokenizer_class")
         if kind in ("TokenizersBackend", "SentencePieceBackend"):
-            notes.append(f"Its tokenizer class, {kind}, is known from transformers 5 on.")
+            notes.append(f"Its tokenizer class, {kind}, needs transformers 5 or later.")
     return notes
 
 
@@ -202,12 +207,12 @@ def _is_unchanged(tokenizer: Any, source: Path) -> bool:
             getattr(fresh, name) == getattr(tokenizer, name)
             for name in ("special_tokens_map", "chat_template", "model_max_length")
         ) and bool(fresh.get_vocab() == tokenizer.get_vocab())
-    except Exception:  # of any kind: then the one in memory is written
+    except Exception:  # a tokenizer that cannot be compared is written from memory
         return False
 
 
 def _edit(path: Path, change: Any) -> None:
-    """Change the JSON object of a file that the export has written; none is no file."""
+    """Change the JSON object of a file that the export has written; skip a missing file."""
     if not path.is_file():
         return
     before = path.read_text(encoding="utf-8")
@@ -218,7 +223,7 @@ def _edit(path: Path, change: Any) -> None:
 
 
 def _for_every_reader(config: dict, dtype: str | None) -> None:
-    """The source's dtype, and rope parameters also under the names of transformers 4."""
+    """Enter the source's dtype, and rope parameters also under the names of transformers 4."""
     text = _text_config(config)
     if dtype is not None:
         for part in (config, text):
@@ -240,7 +245,7 @@ def _text_config(config: dict) -> dict:
 
 
 def _code(config: dict, folder: Path, has_code: bool) -> None:
-    """Take out the names of code that did not run, or whose files the folder lacks."""
+    """Remove the names of code that did not run, or whose files the folder lacks."""
     names = config.get("auto_map")
     if not isinstance(names, dict):
         return
@@ -250,9 +255,9 @@ def _code(config: dict, folder: Path, has_code: bool) -> None:
         for name in (value if isinstance(value, (list, tuple)) else [value])
         if isinstance(name, str)
     ]
-    there = all(
+    has_files = all(
         "--" in name or (folder / f"{name.rpartition('.')[0].replace('.', '/')}.py").is_file()
         for name in classes
     )
-    if not has_code or not there:
+    if not has_code or not has_files:
         del config["auto_map"]

@@ -1,5 +1,4 @@
-"""Masked models in other tools. Each module needs its tool, which an extra of the package brings
-along."""
+"""Masked models in other tools. Each module needs its tool, which an extra installs."""
 
 from __future__ import annotations
 
@@ -7,6 +6,5 @@ from ..validate import require
 
 
 def require_harness() -> None:
-    """Raise InputError unless lm-evaluation-harness and the libraries of its model of transformers
-    are installed."""
+    """Raise InputError unless lm-evaluation-harness and its libraries are installed."""
     require("lm-eval", "lm_eval", "accelerate")

@@ -1,8 +1,7 @@
-"""lm-evaluation-harness on masked models: one, as the harness's model `fastprune`, or many at once.
+"""lm-evaluation-harness on masked models: one as the harness's model `fastprune`, or many at once.
 
-The harness's own `hf` model does the rest, as for any model: it encodes texts, splits and truncates
-them, cuts windows, generates. Only the likelihoods come from the engine: of all masks together,
-with shared prefixes.
+The harness's own `hf` model encodes texts, splits and truncates them, cuts windows and generates.
+The likelihoods come from the engine, which computes all masks together with shared prefixes.
 """
 
 from __future__ import annotations
@@ -64,7 +63,8 @@ WHOLE = (
     "weights_bytes (--weights-gb)"
 )
 WHOLE += ", or the tasks that generate"
-# tokens of a row that gathers sequences, or twice the longest of them: it sees itself all over
+# tokens of a row that gathers sequences, or twice its longest sequence; attention over a row grows
+# with the square of its tokens
 MOST_ROW = 1024
 NOT_FOR_MASKS = (
     "model",
@@ -78,23 +78,42 @@ NOT_FOR_MASKS = (
 
 
 class MaskedLM(HFLM):
-    """A model without some of its blocks, or with blocks repeated, as lm-evaluation-harness takes
-    it: `--model fastprune`.
+    """A model with some blocks removed or repeated, for lm-evaluation-harness: `--model fastprune`.
 
-    pretrained: "demo", a folder, a hub id, or a model in memory. removed: units to leave out, such
-    as "9-11" or [9, 10]. sequence: instead, the units in the order in which they run, such as
-    "0-8 8-11". granularity, backend, memory_bytes, store, workers, progress: as
-    `Evaluator` takes them. weights_bytes: as `load_model` takes it; such a model generates no text.
-    tokenizer (a name, or one in memory), dtype, device, max_length, add_bos_token, prefix_token_id,
-    truncation, think_end_token, enable_thinking and chat_template_args: as the harness's `hf` takes
-    them; batch_size and max_batch_size are those of generation, likelihoods are batched by the byte
-    budget.
+    Args:
+        pretrained: "demo", a folder, a hub id, or a model in memory.
+        removed: The units to leave out, such as "9-11" or [9, 10].
+        sequence: Instead of removed, the units in the order in which they run, such as "0-8 8-11".
+        tokenizer: A tokenizer in memory or its name; by default the model's own.
+        dtype: As in `load_model`, or "auto".
+        device: As in `load_model`.
+        trust_remote_code: As in `load_model`.
+        weights_bytes: As in `load_model`. A model with streamed weights generates no text.
+        granularity: As in `Evaluator`.
+        backend: As in `Evaluator`.
+        memory_bytes: As in `Evaluator`. It also decides how likelihoods are batched.
+        store: As in `Evaluator`.
+        workers: As in `Evaluator`.
+        progress: As in `Evaluator`.
+        add_bos_token: As in the harness's `hf`.
+        settings: Further arguments of the harness's `hf`: max_length, prefix_token_id, truncation,
+            think_end_token, enable_thinking and chat_template_args; batch_size and max_batch_size,
+            which count for generation only.
 
-    sequences: the units that run of each of N masks or sequences; likelihoods are computed for all
-    of them when they are first asked for. current: the one whose answers are given. num_units: U.
+    Attributes:
+        sequences: The units that each of N masks or sequences runs. The first request computes its
+            likelihoods for all of them.
+        current: The number of the sequence that answers.
+        num_units: U.
 
-    Raises InputError for a unit out of range, for removed and sequence together, an unknown
-    argument, and a model without a tokenizer.
+    Raises:
+        InputError: A unit is out of range, removed and sequence are both given, an argument is
+            unknown, or the model has no tokenizer.
+
+    Examples:
+        >>> from fastprune.integrations.lm_eval import MaskedLM
+        >>> MaskedLM("demo", removed="3,7").sequences
+        [(0, 1, 2, 4, 5, 6, 8, 9, 10, 11)]
     """
 
     def __init__(
@@ -120,9 +139,8 @@ class MaskedLM(HFLM):
         _check_names("model_args", settings, OF_HF)
         if not isinstance(workers, (Workers, NoneType)):
             check_workers(workers)
-        if (
-            device == "cuda:0" and not torch.cuda.is_available()
-        ):  # the default of the harness's command line
+        # "cuda:0" is the default of the harness's command line
+        if device == "cuda:0" and not torch.cuda.is_available():
             device = None
         dtype = None if dtype == "auto" else dtype
         self.opened = load_model(
@@ -138,7 +156,7 @@ class MaskedLM(HFLM):
             "granularity": granularity,
             "backend": backend,
             "memory_bytes": memory_bytes,
-            "cache_bytes": 0,  # every request is asked for in one call: nothing is left for another
+            "cache_bytes": 0,  # one call computes all requests, so no later call reads a cache
             "store": store,
             "progress": progress,
         }
@@ -146,15 +164,14 @@ class MaskedLM(HFLM):
         self.sequences = [_sequence(removed, sequence, self.num_units)]
         with self.opened.evaluation():
             super().__init__(
-                pretrained=self.opened,  # no module: the harness would change its flags and ties
+                pretrained=self.opened,  # the harness would change the flags and ties of a module
                 tokenizer=self._tokenizer(tokenizer, add_bos_token, trust_remote_code),
                 trust_remote_code=trust_remote_code,
                 add_bos_token=add_bos_token,
                 **settings,
             )
-        started = (
-            workers if isinstance(workers, (Workers, NoneType)) else Processes(workers)
-        )  # once, for all requests
+        # started once, for all requests
+        started = workers if isinstance(workers, (Workers, NoneType)) else Processes(workers)
         self._running["workers"] = started
 
     @property
@@ -178,8 +195,11 @@ class MaskedLM(HFLM):
         return self._recall("loglikelihood_rolling", requests, self._roll)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Generate with transformers, on the model with the current sequence's blocks. Raises
-        InputError if it cannot run."""
+        """Generate with transformers, on the model with the current sequence's blocks.
+
+        Raises:
+            InputError: The model cannot run with these blocks.
+        """
         try:
             with self.generating(self.current) as self._model:
                 return super().generate_until(requests, disable_tqdm=disable_tqdm)
@@ -188,11 +208,13 @@ class MaskedLM(HFLM):
 
     @contextmanager
     def generating(self, number: int) -> Iterator[Any]:
-        """The transformers model with the blocks of sequence `number`, once it has been seen to
-        generate as it should.
+        """Yield the transformers model with the blocks of sequence `number`.
 
-        Raises InputError if it does not: for half blocks, for streamed weights, and for a family
-        that needs its blocks as they are.
+        Its logits with a key-value cache are compared with the engine's before.
+
+        Raises:
+            InputError: The logits differ, units are half blocks, weights are streamed, or the
+                family's code cannot run with these blocks.
         """
         blocks, model = self.sequences[number], self.opened
         model.require_resident(WHOLE)
@@ -203,8 +225,8 @@ class MaskedLM(HFLM):
             )
         how = f"with the blocks {blocks}"
         if is_mask(blocks):
-            gone = record_units(blocks, self.num_units)["removed"]
-            how = f"without blocks {tuple(gone)}"
+            removed = record_units(blocks, self.num_units)["removed"]
+            how = f"without blocks {tuple(removed)}"
         refusal = f"{model.name}: the family {model.family!r} cannot generate {how}"
         with model.evaluation():
             runner, ids = open_runner(model, "generic"), probe_ids(model)
@@ -220,7 +242,7 @@ class MaskedLM(HFLM):
                         past_key_values=before.past_key_values,
                         use_cache=True,
                     )
-                except Exception as error:  # whatever it is, the family's own code cannot do it
+                except Exception as error:  # the family's own code fails in any way it likes
                     raise InputError(f"{refusal}: {type(error).__name__}: {error}") from error
                 logits = torch.cat([before.logits, after.logits], dim=1).flatten(0, 1)
                 if not agree(logits, expected, model.dtype):
@@ -241,19 +263,19 @@ class MaskedLM(HFLM):
         return (self.tokenizer.name_or_path or self.opened.name).replace("/", "__")
 
     def _recall(self, kind: str, requests: list, ask: Callable[[list], list]) -> list:
-        """The current mask's answers; `ask` gives those of all masks to the new requests."""
+        """Answer requests for the current mask; `ask` answers new requests for all masks."""
         known = self._known[kind]
         new = list(
             {request.args: request for request in requests if request.args not in known}.values()
         )
         known.update(zip((request.args for request in new), ask(new), strict=True))
-        found = [known[request.args][self.current] for request in requests]
-        for request, answer in zip(requests, found, strict=True):
+        answers = [known[request.args][self.current] for request in requests]
+        for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial(kind, request.args, answer)
-        return found
+        return answers
 
     def _roll(self, requests: list) -> list[list[float]]:
-        """Log-likelihoods of whole texts, by request and mask, over the harness's windows."""
+        """Sum log-likelihoods of whole texts over the harness's windows, by request and mask."""
         windows = []
         for number, request in enumerate(requests):
             rolling = utils.get_rolling_token_windows(
@@ -272,8 +294,10 @@ class MaskedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple], disable_tqdm: bool = False, **_: Any
     ) -> list[list[tuple[float, bool]]]:
-        """(log-likelihood, greedy) by request and mask. requests: (what, context tokens,
-        continuation tokens)."""
+        """Compute (log-likelihood, greedy) by request and mask.
+
+        A request is (its texts or None, context tokens, continuation tokens).
+        """
         if not requests:
             return []
         pairs = [self._inputs(*request) for request in requests]
@@ -283,9 +307,7 @@ class MaskedLM(HFLM):
         except InputError:
             if len(rows) == len(pairs):
                 raise
-            rows = [
-                [number] for number in range(len(pairs))
-            ]  # of a family that runs no trees of tokens
+            rows = [[number] for number in range(len(pairs))]  # the family runs no token trees
             likelihoods, greedy = self._run(pairs, rows)
         place = np.argsort(np.concatenate(rows))  # of each request among the continuations
         columns = zip(likelihoods.T[place].tolist(), greedy.T[place].tolist(), strict=True)
@@ -294,32 +316,36 @@ class MaskedLM(HFLM):
     def _run(
         self, pairs: Sequence[tuple], rows: Sequence[Sequence[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-likelihoods float64[N, C] and greedy flags bool[N, C], continuations in the order of
-        the rows."""
+        """Compute log-likelihoods float64[N, C] and greedy flags bool[N, C].
+
+        Continuations are in the order of the rows.
+        """
         batch = TokenBatch.from_predictions([[pairs[number] for number in row] for row in rows])
         evaluator = Evaluator(self.opened, _Sums(batch), **self._running)
         nll, misses = np.moveaxis(evaluator.sums(sequences=self.sequences), 1, 0)
         return -nll, misses == 0
 
     def _inputs(
-        self, what: Any, context: Sequence[int], continuation: Sequence[int]
+        self, texts: Any, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens to run and the tokens to predict; a longer context than fits loses its
-        beginning, as in `hf`."""
+        """The tokens to run and the tokens to predict.
+
+        Too long a context loses its beginning, as in `hf`.
+        """
         if not context or not 1 <= len(continuation) <= self.max_length:
-            named = f" of {shown(what[1])}" if what else ""
+            named = f" of {shown(texts[1])}" if texts else ""
             raise InputError(
                 f"a continuation{named} has {len(continuation)} tokens after {len(context)}; it "
                 f"needs a token before "
                 f"it, and from 1 to {self.max_length} (max_length) of its own"
             )
-        whole = np.asarray([*context, *continuation][-(self.max_length + 1) :], dtype=np.int64)
-        return whole[:-1], whole[len(whole) - len(continuation) :]
+        ids = np.asarray([*context, *continuation][-(self.max_length + 1) :], dtype=np.int64)
+        return ids[:-1], ids[len(ids) - len(continuation) :]
 
     def _tokenizer(
         self, tokenizer: Any, add_bos_token: bool | None, trust_remote_code: bool
     ) -> Any:
-        """One of this object's own, since the harness gives it a padding token."""
+        """A tokenizer of this object's own, since the harness gives it a padding token."""
         tokenizer = self.opened.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             raise InputError(
@@ -358,9 +384,7 @@ OF_EVALUATION = tuple(
     name for name in inspect.signature(simple_evaluate).parameters if name not in NOT_FOR_MASKS
 )
 
-if (
-    "fastprune" not in model_registry
-):  # releases of the harness that read entry points have it already
+if "fastprune" not in model_registry:  # newer releases of the harness read entry points
     model_registry.register("fastprune")(MaskedLM)
 
 
@@ -377,7 +401,7 @@ def _check_chat_template(lm: MaskedLM, template: bool | str) -> None:
 
 
 class _Sums(Objective):
-    """Sums over continuations as they are: a sample is a continuation."""
+    """Plain sums over continuations: a sample is a continuation."""
 
     name = "requests"
     measure = "greedy"
@@ -396,25 +420,35 @@ def evaluate_masks(
     include_path: str | os.PathLike | None = None,
     **settings: Any,
 ) -> list[dict]:
-    """The results of `lm_eval.simple_evaluate` for the model under each mask, in their order.
+    """Run `lm_eval.simple_evaluate` on the model under each mask.
 
-    model: as `MaskedLM` takes it. masks: bool or 0/1 [N, U], True = kept; or None, and sequences: N
-    collections of unit indices in the order in which they run. tasks: names as `lm_eval
-    ls tasks` lists them, patterns such as "mmlu_*", or .yaml files; include_path: a folder with
-    more. settings: of MaskedLM (granularity, backend, tokenizer, max_length, ...) and of
-    simple_evaluate (limit, num_fewshot, apply_chat_template, system_instruction,
-    fewshot_as_multiturn, bootstrap_iters, log_samples, gen_kwargs, task_manager, ...).
+    Tasks are loaded once. Each likelihood is computed once for all masks together, which share
+    prefixes. To the bit, a mask's answers do not depend on other masks. The harness then runs for
+    each mask on these answers. Text is generated mask by mask.
 
-    Tasks are loaded once, and each likelihood is asked for once: all masks answer together, sharing
-    prefixes, and a mask's answers do not depend, to the bit, on the others. The harness is then run
-    for each mask on these answers. Text is generated mask by mask. `config` in each result names
-    the removed units, or the sequence. `differences` in each result has, by task and metric, how
-    much the mean over documents is above that of the first mask, with the paired standard error:
-    `value`, `error` and `num_samples`. Metrics other than means over documents have none.
+    Args:
+        model: As `MaskedLM` takes it.
+        masks: Bool or 0/1 [N, U], True for a kept unit; None with sequences.
+        tasks: Names as `lm_eval ls tasks` lists them, patterns such as "mmlu_*", or .yaml files.
+        sequences: Instead of masks, N collections of unit indices in running order.
+        include_path: A folder with more tasks.
+        settings: Arguments of MaskedLM (granularity, backend, tokenizer, max_length, ...) and of
+            simple_evaluate (limit, num_fewshot, apply_chat_template, system_instruction,
+            fewshot_as_multiturn, bootstrap_iters, log_samples, gen_kwargs, task_manager, ...).
 
-    Raises InputError for an unknown task or setting, for a chat template that the tokenizer does
-    not have, and before anything is scored if a task
-    generates and a mask cannot.
+    Returns:
+        The harness's result for each mask, in order. `config` names the removed units, or the
+        sequence. `differences` compares with the first mask, by task and metric: the difference of
+        the means over documents (`value`), its paired standard error (`error`) and `num_samples`.
+        Metrics that are no mean over documents have no difference.
+
+    Raises:
+        InputError: A task or setting is unknown, the tokenizer lacks the chat template, or a task
+            generates text and a mask cannot. All are found before any mask is scored.
+
+    Examples:
+        >>> from fastprune.integrations.lm_eval import evaluate_masks
+        >>> evaluate_masks("demo", masks, ["arc_easy"], limit=100)  # doctest: +SKIP
     """
     _check_names("settings", settings, (*OF_LM, *OF_EVALUATION))
     manager = find_tasks(tasks, include_path, settings.pop("task_manager", None))
@@ -438,24 +472,23 @@ def evaluate_masks(
     )
     reference = _document_values(first)
     _finish(first, reference, reference, keeps_samples)
-    # steps that the harness repeats for every model: seeds, loading, asking the machine about
-    # itself
+    # simple_evaluate would set seeds, load tasks and query the machine for every mask
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(simple_evaluate).parameters.items()
     }
-    given = {**defaults, **settings}
+    values = {**defaults, **settings}
     arguments = {
-        name: given[name] for name in inspect.signature(evaluate).parameters if name in given
+        name: values[name] for name in inspect.signature(evaluate).parameters if name in values
     }
     arguments["log_samples"] = True
     results = [first]
     for number in range(1, len(lm.sequences)):
         lm.current = number
-        loading.rewind(given["fewshot_random_seed"])
-        found = evaluate(lm=lm, task_dict=loading.found, **arguments)
-        _finish(found, _document_values(found), reference, keeps_samples)
-        results.append({**first, **found, "config": {**first["config"], **lm.get_model_info()}})
+        loading.rewind(values["fewshot_random_seed"])
+        result = evaluate(lm=lm, task_dict=loading.loaded, **arguments)
+        _finish(result, _document_values(result), reference, keeps_samples)
+        results.append({**first, **result, "config": {**first["config"], **lm.get_model_info()}})
     return results
 
 
@@ -463,7 +496,7 @@ Values = dict[str, dict[str, np.ndarray]]  # by task and "metric,filter": float6
 
 
 def _document_values(result: Mapping) -> Values:
-    """The metrics of each document, if a task's metric is their mean."""
+    """The metrics of each document, for means over documents."""
     values: Values = {}
     for task, samples in result["samples"].items():
         by_metric: dict[str, list] = {}
@@ -481,7 +514,7 @@ def _document_values(result: Mapping) -> Values:
 
 
 def _finish(result: dict, values: Values, reference: Values, keeps_samples: bool) -> None:
-    """Give a result its differences to the first one, and drop its samples unless wanted."""
+    """Add the differences from the first result, and drop the samples unless they are wanted."""
     result["differences"] = {
         task: {
             name: _paired(array, reference[task][name])
@@ -495,7 +528,7 @@ def _finish(result: dict, values: Values, reference: Values, keeps_samples: bool
 
 
 def _paired(values: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """The mean difference of two masks' metrics by document, and its standard error."""
+    """The mean difference of two masks' metrics over documents, with its standard error."""
     difference = values - reference
     count = len(difference)
     error = difference.std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
@@ -507,8 +540,11 @@ def find_tasks(
     include_path: str | os.PathLike | None = None,
     manager: TaskManager | None = None,
 ) -> TaskManager:
-    """A manager that knows the tasks. Raises InputError for an unknown task, and if none is
-    named."""
+    """Make a manager that knows the tasks.
+
+    Raises:
+        InputError: A task is unknown, no task is named, or include_path is no folder.
+    """
     if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks) or not len(tasks):
         raise InputError(
             f"tasks are given as a list of names such as ['arc_easy'], not {shown(tasks)}"
@@ -517,9 +553,8 @@ def find_tasks(
         raise InputError(f"{include_path}: no such folder of tasks")
     if include_path is not None:  # the harness opens every one of them
         refuse_special(Path(include_path).rglob("*.y*ml"))
-    if (
-        manager is None and include_path is not None
-    ):  # the harness's own many are looked through only if need be
+    # the harness's own tasks are many, and are indexed only if one of them is named
+    if manager is None and include_path is not None:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         manager = manager if set(tasks) <= set(manager.all_subtasks) else None
     manager = manager or TaskManager(include_path=include_path and str(include_path))
@@ -536,21 +571,20 @@ def find_tasks(
 
 
 def refuse_generation(tasks: Sequence[str], manager: TaskManager) -> None:
-    """Raise InputError for a task that generates text, which streamed weights cannot. Loads the
-    tasks."""
+    """Load the tasks, and raise InputError if one generates text, which streamed weights cannot."""
     for name, task in manager.load(_names(tasks, manager))["tasks"].items():
         if task.OUTPUT_TYPE == "generate_until":
             raise InputError(f"{name}: {WHOLE}")
 
 
 def _names(tasks: Sequence[str], manager: TaskManager) -> list[str]:
-    """The tasks named or matched, each once."""
+    """The named or matched tasks, each once."""
     return list(
         dict.fromkeys(name for task in tasks for name in manager.match_tasks([task]) or [task])
     )
 
 
-# of the generators that the harness seeds and its tasks draw from
+# get and set the state of each generator that the harness seeds and its tasks draw from
 RANDOM: list[tuple[Callable, Callable]] = [
     (random.getstate, random.setstate),
     (torch.get_rng_state, torch.set_rng_state),
@@ -559,25 +593,27 @@ RANDOM += [(np.random.get_state, np.random.set_state)]
 
 
 class _Loading:
-    """A manager that keeps the tasks it loads, and the states of random numbers at that moment.
+    """A manager that keeps its loaded tasks, and the states of random generators at that moment.
 
-    check: called with the tasks, by name, when they have been loaded.
+    Args:
+        manager: The harness's manager.
+        check: Called with the loaded tasks by name.
     """
 
     def __init__(self, manager: TaskManager, check: Callable[[Mapping], None]):
         self._manager, self._check = manager, check
 
     def load(self, names: Any) -> Any:
-        self.found = self._manager.load(names)
-        self._check(self.found["tasks"])
+        self.loaded = self._manager.load(names)
+        self._check(self.loaded["tasks"])
         self._states = [take() for take, _ in RANDOM]
-        return self.found
+        return self.loaded
 
     def rewind(self, fewshot_seed: int | None) -> None:
-        """Let the tasks repeat the draws that they made just after loading."""
+        """Let the tasks repeat the random draws that they made after loading."""
         for (_, put_back), state in zip(RANDOM, self._states, strict=True):
             put_back(state)
-        for task in self.found["tasks"].values():
+        for task in self.loaded["tasks"].values():
             task.set_fewshot_seed(seed=fewshot_seed)
 
     def __getattr__(self, name: str) -> Any:
@@ -585,12 +621,16 @@ class _Loading:
 
 
 def _gather(sequences: Sequence[np.ndarray]) -> list[list[int]]:
-    """Numbers of the sequences by row: sequences with a common beginning form one tree if that
-    spares a quarter of a sequence."""
+    """Gather sequences with a common beginning in one row, a tree.
+
+    A sequence joins a row if that saves a quarter of its tokens.
+
+    Returns:
+        The numbers of the sequences of each row.
+    """
     rows: list[list[int]] = []
-    trunk = length = total = (
-        0  # of the last row: tokens that all share, tokens in all, and those of its sequences
-    )
+    # of the last row: the tokens of its trunk, of the tree, and of its sequences one by one
+    trunk = length = total = 0
     for number in sorted(range(len(sequences)), key=lambda number: sequences[number].tolist()):
         ids = sequences[number]
         if rows:
@@ -611,8 +651,7 @@ def _sequence(
     sequence: str | int | Iterable[int] | None,
     num_units: int,
 ) -> tuple[int, ...]:
-    """The units that run. Units come as the harness's command line hands them over: text, one
-    number, or a list."""
+    """The units that run, from the text, number or list of the harness's command line."""
     if sequence is None:
         units = () if removed is None else (removed,) if isinstance(removed, int) else removed
         return kept_by(check_removed(units, num_units), num_units)
@@ -624,22 +663,22 @@ def _sequence(
     return check_named(check_sequence(units, num_units))
 
 
-def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    for name in given:
+def _check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    for name in names:
         if re.fullmatch(r"-?[\d-]+", name):  # the harness splits removed=9,10 at the comma
             raise InputError(
-                f"{what}: {name!r} has no value; write units as removed=9-11 or removed=[9,10]"
+                f"{kind}: {name!r} has no value; write units as removed=9-11 or removed=[9,10]"
             )
-        check_one_of(what, name, known)
+        check_one_of(kind, name, known)
 
 
 def plain(result: Mapping) -> dict:
-    """A result of the harness as values that JSON has."""
+    """Convert a result of the harness into values that JSON can hold."""
     return json.loads(json.dumps(result, default=utils.handle_non_serializable))
 
 
 def main() -> None:
-    """The harness's own command line, for releases of it that know no models but their own."""
+    """Run the harness's command line, for releases that know no models but their own."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -1,9 +1,8 @@
-"""Optuna studies over depth masks and sequences, by ask and tell in batches: the trials of a batch
-share their prefixes.
+"""Optuna studies over depth masks and sequences, in batches whose trials share their prefixes.
 
-A study asks for one trial after the other and scores each before it asks for the next, so that
-nothing is shared. Here a batch of trials is asked for, scored in one call, and told; a race may
-prune clearly worse trials.
+Optuna's own loop scores each trial before it asks for the next, so no trials share a prefix. Here a
+study asks for a batch of trials, scores them in one call, and is told the losses. A race may prune
+clearly worse trials.
 """
 
 from __future__ import annotations
@@ -23,18 +22,33 @@ from ..validate import check_integer, check_kind, check_probability, require
 if TYPE_CHECKING:
     import optuna
 
-Suggest = Callable[..., Iterable[int]]  # units of an optuna trial
+Suggest = Callable[..., Iterable[int]]  # from an optuna trial to units
 
 
 def suggest_removed(
     trial: optuna.Trial, num_units: int, num_remove: int, protect: Iterable[int] = ()
 ) -> tuple[int, ...]:
-    """num_remove units, by optuna's parameters `unit 0`, `unit 1`, ... in [0, 1]: those with the
-    highest go.
+    """Choose units to remove, by optuna's parameters `unit 0`, `unit 1`, ... in [0, 1].
 
-    Every point of the parameters' cube is a subset of the right size, and samplers that model
-    parameters one by one (TPE) see the value of each unit. Units in protect have no parameter.
-    (Random keys: Bean, 1994.)
+    The units with the highest parameters are removed (random keys: Bean, 1994). Every point of the
+    parameters' cube is then a subset of the right size. Samplers that model parameters one by one,
+    such as TPE, see the value of each unit.
+
+    Args:
+        trial: The trial.
+        num_units: U.
+        num_remove: The number of units to remove.
+        protect: Units that stay, and have no parameter.
+
+    Returns:
+        The removed units, ascending.
+
+    Examples:
+        >>> import optuna
+        >>> from fastprune.integrations.optuna import suggest_removed
+        >>> trial = optuna.trial.FixedTrial({"unit 0": 0.1, "unit 1": 0.9, "unit 2": 0.5})
+        >>> suggest_removed(trial, num_units=3, num_remove=2)
+        (1, 2)
     """
     free = [unit for unit in range(num_units) if unit not in set(protect)]
     keys = [trial.suggest_float(f"unit {unit}", 0.0, 1.0) for unit in free]
@@ -54,27 +68,44 @@ def optimize(
     suggest: Suggest | None = None,
     suggest_sequence: Suggest | None = None,
 ) -> None:
-    """Run n_trials of an optuna study that minimizes the evaluator's loss, batch by batch.
+    """Run trials of an optuna study that minimizes the evaluator's loss, batch by batch.
 
-    The user attribute `removed` of a trial, a list, holds its removed units. num_remove units go,
-    by `suggest_removed`; or give suggest(trial) -> removed units, with any parameters, or
-    suggest_sequence(trial) -> units in the order in which they run. A sequence other than a mask
-    goes into the attribute `sequence`. A subset that an earlier batch has scored is told without
-    being run again; an infinite loss or NaN makes its trial FAIL.
-    racing: a confidence such as 0.99 makes each batch a race (`Evaluator.race`): the `keep` best
-    of it are told their exact losses, the others are told as PRUNED, which takes the place of
-    optuna's pruners.
-    protect: units that stay, or the name of a preset, as in `run_search`; with suggest or
-    suggest_sequence they must be left empty.
+    The user attribute `removed` of a trial lists its removed units; a sequence other than a mask is
+    in the attribute `sequence`. A subset that an earlier batch has scored does not run again. A
+    loss that is not finite makes its trial FAIL, and so does an interruption.
 
-    Samplers choose the trials of a batch without knowing one another's losses:
-    TPESampler(constant_liar=True) keeps them apart, and a batch_size of 1 is optuna's own loop. An
-    interrupted batch is told as FAIL. Raises InputError for a study that does not minimize one
-    value, and for arguments that run_search refuses.
+    Samplers choose the trials of a batch without their losses. TPESampler(constant_liar=True) keeps
+    them apart. A batch_size of 1 is optuna's own loop.
 
-    >>> study = optuna.create_study()  # doctest: +SKIP
-    >>> optimize(study, ev, num_remove=7, n_trials=256, racing=0.99)  # doctest: +SKIP
-    >>> study.best_trial.user_attrs["removed"]  # doctest: +SKIP
+    Args:
+        study: The study.
+        evaluator: The evaluator that scores trials.
+        num_remove: The number of units to remove, chosen by `suggest_removed`.
+        n_trials: The number of trials.
+        batch_size: The number of trials of a batch.
+        racing: A confidence such as 0.99 makes each batch a race (`Evaluator.race`). The study is
+            told the exact losses of the `keep` best trials. The others are told as PRUNED, which
+            replaces optuna's pruners.
+        keep: The number of trials that a race keeps.
+        protect: Units that stay, or the name of a preset, as in `run_search`.
+        suggest: Instead of num_remove and protect, a function from a trial to its removed units.
+        suggest_sequence: Instead of num_remove and protect, a function from a trial to the units
+            that run, in order.
+
+    Raises:
+        InputError: The study does not minimize one value, or `run_search` would refuse an argument.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> import optuna
+        >>> from fastprune.integrations.optuna import optimize
+        >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+        >>> evaluator = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch))
+        >>> study = optuna.create_study()
+        >>> optimize(study, evaluator, num_remove=2, n_trials=8, batch_size=4)
+        >>> len(study.trials), len(study.best_trial.user_attrs["removed"])
+        (8, 2)
     """
     require("optuna", "optuna")
     _check(study, evaluator, n_trials, batch_size, racing, keep)
@@ -87,7 +118,7 @@ def optimize(
                 open_trials.append(study.ask())
             _run_batch(study, evaluator, open_trials, units_of_trial, known, racing, keep)
         finally:
-            for trial in open_trials:  # those that were not told
+            for trial in open_trials:  # trials whose loss the study does not know
                 study.tell(trial, state=_state("FAIL"))
 
 
@@ -100,7 +131,7 @@ def _run_batch(
     racing: float | None,
     keep: int,
 ) -> None:
-    """Score the trials of a batch and tell the study; those that were told leave the list."""
+    """Score the trials of a batch and tell the study; told trials leave the list."""
     sequences = []
     for trial in open_trials:
         sequences.append(units_of_trial(trial))
@@ -138,7 +169,7 @@ def _check(
     racing: float | None,
     keep: int,
 ) -> None:
-    """Raise InputError for arguments that cannot be run."""
+    """Raise InputError for arguments out of range or of another kind."""
     import optuna
 
     check_kind("study", study, optuna.Study, "an optuna study")
@@ -160,8 +191,11 @@ def _units_of_trial(
     suggest: Suggest | None,
     suggest_sequence: Suggest | None,
 ) -> Callable[..., tuple[int, ...]]:
-    """The function from a trial to the units that run, in order. Raises InputError for arguments
-    that do not go together."""
+    """Make the function from a trial to the units that run, in order.
+
+    Raises:
+        InputError: Arguments exclude one another.
+    """
     num_units = evaluator.num_units
     if suggest_sequence is not None:
         if suggest is not None or num_remove is not None or tuple(protect):

@@ -1,4 +1,4 @@
-"""Objectives: sums over continuations -> losses -> metrics. Read `base` first."""
+"""Objectives turn sums over continuations into losses and metrics. Read `base` first."""
 
 from __future__ import annotations
 
@@ -48,19 +48,20 @@ OBJECTIVES = {
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The objective of this name; for a foreign name, `Objective`, whose metric is the loss."""
+    """The objective of this name; for an unknown name `Objective`, whose metric is the loss."""
     return OBJECTIVES.get(name, Objective)
 
 
 def no_judge(described: Mapping[str, Any], dense_loss: float) -> str:
-    """Why an objective judges no mask on its data, as a sentence; '' if it does judge.
+    """Explain in a sentence why an objective cannot judge masks on its data; '' if it can.
 
-    A whole model less than two standard errors above chance says nothing about masks.
+    If the whole model is less than two standard errors above chance, its metric says nothing about
+    masks.
 
     Args:
         described: `Objective.describe()`, or its entries name, chance and num_samples.
-        dense_loss: of the whole model. The error of a share of questions p is
-            sqrt(p (1 - p) / (S - 1)).
+        dense_loss: The loss of the whole model, a share p of questions. The standard error of p
+            is sqrt(p (1 - p) / (S - 1)) over S questions.
 
     Examples:
         >>> from fastprune.objectives import no_judge
@@ -75,13 +76,13 @@ def no_judge(described: Mapping[str, Any], dense_loss: float) -> str:
     above = objective.metric(dense_loss) - chance
     if above > 0 and above >= 2 * abs(objective.slope(dense_loss)) * error:
         return ""
-    whole = objective.format(dense_loss, error, named=False)
+    metric = objective.format(dense_loss, error, named=False)
     return (
-        f"{objective.metric_name} is no judge: whole model {whole}, not two errors above chance "
+        f"{objective.metric_name} is no judge: whole model {metric}, not two errors above chance "
         f"({chance:.1f} {objective.unit})"
     )
 
 
 def format_size(num_samples: int, num_tokens: int) -> str:
-    """How much data an objective is calibrated on, in words."""
+    """The size of calibration data, in words."""
     return f"{num_samples} samples, {num_tokens:,} tokens"

@@ -1,15 +1,13 @@
-"""Objectives: which tokens count, which measure each has, and how the measurements reduce to a
-loss.
+"""Objectives: the tokens that count, the measure of each, and the reduction to a loss.
 
-An objective asks the engine for one number per target (`measure`): the negative log-likelihood of
-the target token ("nll"), or how far its source is from the dense model's: in distribution ("kl",
-"rejection"), in the most likely token ("other_token") or in state ("cosine", "nmse"). The engine
-sums these over each continuation, float64[N, C], and all further steps here are small and plain
-NumPy.
+An objective asks the engine for one number per target, its `measure`. "nll" is the negative
+log-likelihood of the target token. The other measures compare with the dense model: in distribution
+("kl", "rejection"), in the most likely token ("other_token") or in final state ("cosine", "nmse").
+The engine sums them over each continuation, float64[N, C]. All further steps are plain NumPy, here.
 
 Searches minimise a loss; people read its metric. `Objective.format` is the one function that prints
-a loss: under its metric, with the standard error and the unit. Text has "accuracy 54.0 ± 2.2 %";
-cells of tables leave out the name, and the column has it, with the direction, as `header`.
+a loss: under its metric, with standard error and unit, as in "accuracy 54.0 ± 2.2 %". Cells of
+tables leave out the name, since the column has it, with the direction (`header`).
 """
 
 from __future__ import annotations
@@ -26,20 +24,27 @@ from ..errors import InputError
 
 
 class Objective:
-    """A loss per sample, linear in the sums over continuations: L_s = sum over c in s of weight_c *
-    sum_c.
+    """A loss per sample s, linear in the sums over its continuations c.
 
-    batch: the tokens. measure: a name of `measures.MEASURES`. sample int64[C]: the sample of each
-    continuation, ascending. weight float64[C] as above. sample_weight float64[S]: the loss is the
-    sum of sample_weight_s * L_s.
-    data: "text" or "tasks", what its calibration file holds. compares_with_dense: whether the dense
-    model is run once, to compare with. differentiable: whether it has a gradient at the dense model
-    that says something. settings: the values that each of its own options may have.
-    source: the origin of its data, in words, for those who read a study.
-    metric_name, unit, higher_is_better: the quantity that users know the loss by, with its unit
-    ("", "%" or "nats") and direction; `metric` computes it. meaning: of the metric, in words.
-    digits: printed behind its point. chance: the metric's value of a model that guesses, or None if
-    guessing has no value.
+    L_s is the sum over c of weight_c * sum_c. The loss is the sum over s of sample_weight_s * L_s.
+
+    Attributes:
+        batch: The tokens.
+        measure: A name of `measures.MEASURES`.
+        sample: int64[C], the sample of each continuation, ascending.
+        weight: float64[C], the weight of each continuation.
+        sample_weight: float64[S], the weight of each sample.
+        data: The content of its calibration file, "text" or "tasks".
+        compares_with_dense: Whether the dense model runs once, to compare with.
+        differentiable: Whether the loss has a useful gradient at the dense model.
+        settings: The allowed values of each option of the objective.
+        source: The origin of the data in words, for readers of a study.
+        metric_name: The name by which users know the loss; `metric` computes it.
+        unit: The unit of the metric: "", "%" or "nats".
+        higher_is_better: The direction of the metric.
+        meaning: The meaning of the metric, in words.
+        digits: The number of printed decimals.
+        chance: The metric of a model that guesses; None if it has none.
     """
 
     name: str
@@ -66,10 +71,13 @@ class Objective:
 
     @classmethod
     def metric(cls, loss: float) -> float:
-        """The value of the metric, in its unit.
+        """Compute the metric from a loss.
 
         Args:
-            loss: what `Evaluator.score` returns for one mask.
+            loss: The loss of one mask, as `Evaluator.score` returns it.
+
+        Returns:
+            The value of the metric, in its unit.
 
         Examples:
             >>> import fastprune as fp
@@ -85,13 +93,16 @@ class Objective:
 
     @classmethod
     def format(cls, loss: float, error: float | None = None, named: bool = True) -> str:
-        """A loss as users read it: the metric's name, value, standard error and unit.
+        """Print a loss as users read it: the metric's name, value, standard error and unit.
 
         Args:
-            loss: what `Evaluator.score` returns for one mask.
-            error: the standard error of the loss. The metric's is |slope| times that (the delta
-                method). None, infinity and NaN print no error.
+            loss: The loss of one mask, as `Evaluator.score` returns it.
+            error: The standard error of the loss. The error of the metric is |slope| times it (the
+                delta method). None, infinity and NaN print no error.
             named: False leaves out the metric's name, for a table whose column has `header`.
+
+        Returns:
+            The text.
 
         Examples:
             >>> import fastprune as fp
@@ -110,7 +121,13 @@ class Objective:
 
     @classmethod
     def format_difference(cls, difference: Difference) -> str:
-        """A difference of two masks' metrics, with its standard error.
+        """Print a difference of two masks' metrics, with its standard error.
+
+        Args:
+            difference: The difference, as `compare` returns it.
+
+        Returns:
+            The text. A difference within two standard errors is called "not told apart".
 
         Examples:
             >>> import fastprune as fp
@@ -133,14 +150,21 @@ class Objective:
 
     @classmethod
     def header(cls) -> str:
-        """The metric and its direction, for a column of a table or an axis of a figure."""
+        """The metric with its direction, for a column of a table or an axis of a figure."""
         unit = f", {cls.unit}" * bool(cls.unit)
         direction = "higher" if cls.higher_is_better else "lower"
         return f"{cls.metric_name}{unit} ({direction} is better)"
 
     @classmethod
     def record(cls, loss: float, prefix: str = "") -> dict[str, float]:
-        """The loss and the metric, each under its own name, for a machine-readable file.
+        """Make a record of the loss and the metric, for a machine-readable file.
+
+        Args:
+            loss: The loss.
+            prefix: Put before both names.
+
+        Returns:
+            The loss under "loss", and the metric under its own name.
 
         Examples:
             >>> import fastprune as fp
@@ -167,8 +191,7 @@ class Objective:
         )
 
     def describe(self) -> dict[str, object]:
-        """Plain values: name, settings, metric, calibration data, whether it compares with the
-        dense model."""
+        """Describe the objective in plain values: name, settings, metric and calibration data."""
         return {
             "name": self.name,
             "settings": {name: getattr(self, name) for name in self.settings},
@@ -185,25 +208,25 @@ class Objective:
 
     @property
     def content_hash(self) -> str:
-        """The hash of the calibration data; with `name` it determines the meaning of a score."""
+        """The hash of the calibration data. With `name` it decides the meaning of a score."""
         return self.batch.content_hash
 
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:
-        """Loss of each sample, float64[N, S], from sums over continuations, float64[N, C]."""
+        """The loss of each sample, float64[N, S], from sums over continuations, float64[N, C]."""
         return sum_by_sample(sums * self.weight, self.sample)
 
     def loss(self, sums: np.ndarray) -> np.ndarray:
-        """The loss of each mask, float64[N]."""
+        """The loss of each mask, float64[N], from sums over continuations, float64[N, C]."""
         return self.mean(self.sample_losses(sums))
 
     def mean(self, sample_losses: np.ndarray) -> np.ndarray:
         """The loss of each mask, float64[N], from the losses of all samples, float64[N, S]."""
-        # one mask at a time: the order of summation must not depend on how many masks there are
+        # one mask at a time: the order of summation must not depend on the number of masks
         return np.array([np.sum(row * self.sample_weight) for row in sample_losses])
 
     @property
     def cuts_samples(self) -> bool:
-        """Whether a sample can be read in part: a row of plain text, not a question."""
+        """Whether a part of a sample can be scored: of a row of plain text, not of a question."""
         batch = self.batch
         one_each = np.array_equal(batch.continuation_row, np.arange(batch.num_rows))
         return self.data == "text" and one_each and not batch.row_is_tree.any()
@@ -211,14 +234,17 @@ class Objective:
     def partial_loss(
         self, sums: np.ndarray, samples: np.ndarray, cut_targets: int | None = None
     ) -> np.ndarray:
-        """The loss of each mask on some of the samples, float64[N], weighted by their own targets.
+        """The loss of each mask on some of the samples, weighted by the targets of these samples.
 
         Args:
-            sums: Over all continuations, float64[N, C]; 0 for those of other samples. Where the
-                last sample was cut, one column more holds the sum of its part.
+            sums: float64[N, C], sums over continuations, 0 for those of other samples. If the last
+                sample was cut, one more column holds the sum of its part.
             samples: int64[n], distinct.
-            cut_targets: Targets in the part of the last sample that was read; None where it was
-                read whole.
+            cut_targets: Targets in the part of the last sample that was read; None if it was read
+                whole.
+
+        Returns:
+            float64[N].
 
         Examples:
             >>> import numpy as np
@@ -244,15 +270,15 @@ class Objective:
     def standard_error(self, sample_losses: np.ndarray) -> np.ndarray:
         """The standard error of each mask's loss over samples, float64[N].
 
-        Samples count as drawn independently. Their weights w sum to 1, so that the loss is the mean
-        L = sum of w_s L_s, and its error is sqrt(S / (S - 1) sum of w_s^2 (L_s - L)^2): the usual
-        one for equal weights, and that of a ratio estimator for token counts.
+        Samples count as drawn independently. Their weights w sum to 1, so the loss is the mean
+        L = sum of w_s L_s, with the error sqrt(S / (S - 1) sum of w_s^2 (L_s - L)^2). For equal
+        weights this is the usual error, and for token counts that of a ratio estimator.
 
         Args:
-            sample_losses: of all samples, float64[N, S], as `Evaluator.score_samples` returns them.
+            sample_losses: float64[N, S], of all samples, as `Evaluator.score_samples` returns them.
 
         Returns:
-            NaN for a single sample.
+            float64[N]; NaN for a single sample.
 
         Examples:
             >>> import numpy as np
@@ -264,25 +290,37 @@ class Objective:
         if self.num_samples < 2:
             return np.full(len(sample_losses), np.nan)
         with np.errstate(invalid="ignore"):  # inf - inf: an infinite loss has no error
-            rest = (sample_losses - self.mean(sample_losses)[:, None]) * self.sample_weight
-        return np.sqrt((rest**2).sum(axis=1) * (self.num_samples / (self.num_samples - 1)))
+            deviations = (sample_losses - self.mean(sample_losses)[:, None]) * self.sample_weight
+        return np.sqrt((deviations**2).sum(axis=1) * (self.num_samples / (self.num_samples - 1)))
 
     def _average(self, counts: np.ndarray) -> None:
-        """Every sample averages over its own `counts` [S]; the loss averages over all of them
-        together."""
+        """Set the weights so that the loss averages over all counts [S] together.
+
+        Each sample averages over its own count.
+        """
         self.sample = np.arange(len(counts))
         self.weight = 1 / counts
         self.sample_weight = counts / counts.sum()
 
     def compare(self, sample_losses: np.ndarray, reference: np.ndarray) -> Difference:
-        """How much a mask's metric is above another mask's on the same samples.
+        """Compare the metrics of two masks on the same samples.
 
-        The standard error is paired: of the differences by sample, after each loss is multiplied by
-        the metric's slope at its own mask (the delta method).
+        The standard error is paired: it is taken over the differences by sample, after each loss is
+        multiplied by the metric's slope at its own mask (the delta method).
 
         Args:
-            sample_losses: of the mask on all samples, float64[S].
-            reference: of the other mask, such as the whole model's, float64[S].
+            sample_losses: float64[S], of the mask on all samples.
+            reference: float64[S], of the other mask, such as the whole model.
+
+        Returns:
+            The metric of the mask less that of the other, with its error.
+
+        Examples:
+            >>> import numpy as np
+            >>> import fastprune as fp
+            >>> objective = fp.Perplexity(fp.TokenBatch.from_ids([[5, 6, 7], [5, 8, 9]]))
+            >>> objective.compare(np.array([1.0, 1.0]), np.array([0.0, 0.0])).told_apart
+            True
         """
         pair = np.stack([sample_losses, reference])
         losses = self.mean(pair)
@@ -296,14 +334,17 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How much the metric of one mask is above that of another, on the same samples.
+    """The metric of one mask less that of another, on the same samples.
 
-    value, error: the difference and its paired standard error, in the metric's unit.
-    num_samples: that both were measured on.
+    Attributes:
+        value: The difference, in the metric's unit.
+        error: Its paired standard error, in the same unit.
+        num_samples: The number of samples on which both masks were measured.
 
-    >>> from fastprune.objectives import Difference
-    >>> Difference(-1.5, 1.0, num_samples=400).told_apart
-    False
+    Examples:
+        >>> from fastprune.objectives import Difference
+        >>> Difference(-1.5, 1.0, num_samples=400).told_apart
+        False
     """
 
     value: float
@@ -317,8 +358,10 @@ class Difference:
 
     @property
     def samples_needed(self) -> int | None:
-        """About how many such samples would make the difference two standard errors; None if no
-        number would, or none is known."""
+        """The approximate number of samples that would make the difference two standard errors.
+
+        None if no number would, or if the difference or its error is not known.
+        """
         if not self.value or not math.isfinite(self.value + self.error):
             return None
         needed = self.num_samples * (2 * self.error / abs(self.value)) ** 2
@@ -326,7 +369,7 @@ class Difference:
 
 
 class Share(Objective):
-    """The loss is a share of failures; its metric is the share of successes in %."""
+    """An objective whose loss is a share of failures; its metric is the share of successes in %."""
 
     unit = "%"
     higher_is_better = True
@@ -342,7 +385,7 @@ class Share(Objective):
 
 
 def sum_by_sample(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Sums of values [N, C] over the continuations of each sample, [N, S]."""
+    """Sum values [N, C] over the continuations of each sample, [N, S]."""
     starts = np.flatnonzero(np.diff(sample, prepend=-1))
     return np.add.reduceat(values, starts, axis=1)
 

@@ -1,4 +1,4 @@
-"""Objectives that compare with the whole model: in distribution, in choice of tokens, in states."""
+"""Objectives that compare with the whole model: distributions, choices of tokens, final states."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from .base import Objective, Share, check_batch
 
 Decoding = Literal["sampling", "greedy"]
 Positions = Literal["targets", "all"]
-MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2 of final states, h the dense model's
+MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2; final states h of the dense model, h' of the masked one
 
 
 class KLDivergence(Objective):
-    """Mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), p the dense model, q
-    the masked one.
+    """The KL divergence of the masked model's predictions from the dense model's, in nats.
 
-    A sample is a row. The objective of EvoPress (arXiv 2410.14649).
+    The loss is the mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), for p of
+    the dense and q of the masked model. A sample is a row. The objective is EvoPress's (arXiv
+    2410.14649).
 
     Args:
         batch: Text, or Tasks.
         positions: "targets" counts the positions that predict a target, as EvoPress does. "all"
-            counts every position of a row of text, the last too, as FinerCut's code does.
+            counts every position of a row of text, the last one too, as FinerCut's code does.
 
     Raises:
-        InputError: Another batch or value of positions, or positions="all" for questions.
+        InputError: The batch is of another kind, positions has another value, or positions="all"
+            is given for questions.
 
     Examples:
         >>> import numpy as np
@@ -45,7 +47,7 @@ class KLDivergence(Objective):
     name = "kl"
     meaning = (
         "mean divergence of the next-token distribution from that of the whole model; "
-        "0 where nothing is removed"
+        "0 if nothing is removed"
     )
     metric_name = "KL divergence"
     unit = "nats"
@@ -66,22 +68,29 @@ class KLDivergence(Objective):
 
 
 class Agreement(Share, KLDivergence):
-    """The share of the masked model's draft tokens that the whole model does not accept.
+    """The share of the masked model's draft tokens that the whole model rejects.
 
-    Positions and samples are those of KLDivergence, each with the text's own tokens before it.
+    Self-speculative decoding looks for the draft that agrees most (arXiv 2309.08168). The metric is
+    the acceptance in %. Positions and samples are those of KLDivergence. At each position the
+    tokens before it are the text's own.
 
-    decoding="sampling": a token drawn from the draft's distribution q is accepted with probability
-    sum_v min(p(v), q(v)), p the whole model's (Leviathan et al., arXiv 2211.17192). "greedy": a
-    draft's most likely token is accepted if the whole model's is the same. Self-speculative
-    decoding looks for the draft that agrees most (arXiv 2309.08168). The metric is the acceptance
-    in %. Raises InputError as KLDivergence does, and for another decoding.
+    Args:
+        batch: Text, or Tasks.
+        decoding: "sampling" accepts a token drawn from the draft's distribution q with
+            probability sum_v min(p(v), q(v)), for p of the whole model (Leviathan et al., arXiv
+            2211.17192). "greedy" accepts the draft's most likely token if the whole model's is
+            the same.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> objective = fp.Agreement(batch)
-    >>> objective.format(objective.loss(np.array([[0.5, 0.25]]))[0])
-    'acceptance 75.0 %'
+    Raises:
+        InputError: The batch is of another kind, or decoding has another value.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> objective = fp.Agreement(batch)
+        >>> objective.format(objective.loss(np.array([[0.5, 0.25]]))[0])
+        'acceptance 75.0 %'
     """
 
     name = "agreement"
@@ -104,8 +113,7 @@ class Agreement(Share, KLDivergence):
 
 
 class _StateDistance(KLDivergence):
-    """A distance of final states, position by position, or flattened: of a sample's states as one
-    vector."""
+    """A distance of final states: position by position or, flattened, of a sample as one vector."""
 
     settings: ClassVar = {"flatten": (False, True)}
 
@@ -128,28 +136,36 @@ class _StateDistance(KLDivergence):
 
     @staticmethod
     def _distance(apart: np.ndarray, masked: np.ndarray, dense: np.ndarray) -> np.ndarray:
-        """The distance from |h - h'|^2, |h'|^2 and |h|^2, [N, S] each."""
+        """The distance, [N, S], from |h - h'|^2, |h'|^2 and |h|^2, [N, S] each."""
         raise NotImplementedError
 
 
 class CosineDistance(_StateDistance):
-    """Mean over positions of 1 - cosine between the masked model's final state and the dense one's.
+    """The cosine distance between the final states of the masked and the dense model.
 
-    Final states are those that the head reads, after the final norm. Positions and samples as in
-    KLDivergence. Among the measures by which Puzzletron ranks blocks (NVIDIA ModelOpt); with
-    flatten=True, as its code has it, all states of a sample are one vector, the last position too,
-    and every sample counts alike. Raises InputError as KLDivergence does.
+    The loss is the mean over positions of 1 - cosine. Final states are those that the head reads,
+    after the final norm. Positions and samples are those of KLDivergence. Puzzletron (NVIDIA
+    ModelOpt) ranks blocks by this measure, among others.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))
-    array([0.25])
+    Args:
+        batch: Text, or Tasks.
+        flatten: Take all states of a sample as one vector, the last position included, and weigh
+            samples equally, as Puzzletron's code does.
+
+    Raises:
+        InputError: The batch is of another kind.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> fp.CosineDistance(batch).loss(np.array([[0.5, 0.25]]))
+        array([0.25])
     """
 
     name = "cosine"
     meaning = (
-        "mean of 1 - cosine between the final states and those of the whole model; 0 where "
+        "mean of 1 - cosine between the final states and those of the whole model; 0 if "
         "nothing is removed"
     )
     metric_name = "cosine distance"
@@ -164,27 +180,34 @@ class CosineDistance(_StateDistance):
 
 
 class NormalizedMSE(_StateDistance):
-    """Mean over positions of |h - h'|^2 / |h|^2, h the dense model's final state and h' the masked
-    one's.
+    """The normalized squared distance between the final states of the masked and the dense model.
 
-    Final states, positions and samples as in CosineDistance. Every position counts alike. With
-    flatten=True a sample's loss is the sum over all its positions of the one by that of the other,
-    as in Puzzletron (NVIDIA ModelOpt), and every sample counts alike. Nemotron Elastic (arXiv
-    2511.16664) does so with the models' predictions in the place of states. Raises InputError as
-    KLDivergence does.
+    The loss is the mean over positions of |h - h'|^2 / |h|^2, for the final states h of the dense
+    and h' of the masked model. Every position counts alike. Final states, positions and samples are
+    those of CosineDistance.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))
-    array([0.25])
+    Args:
+        batch: Text, or Tasks.
+        flatten: Divide sums over all positions of a sample, instead of each position, and weigh
+            samples equally, as Puzzletron does (NVIDIA ModelOpt). Nemotron Elastic (arXiv
+            2511.16664) does so with predictions instead of states.
+
+    Raises:
+        InputError: The batch is of another kind.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> fp.NormalizedMSE(batch).loss(np.array([[0.5, 0.25]]))
+        array([0.25])
     """
 
     name = "nmse"
     meaning = (
         "mean squared distance of the final states from those of the whole model, by the square "
         "of their length; "
-        "0 where nothing is removed"
+        "0 if nothing is removed"
     )
     metric_name = "normalized MSE"
     unit = ""
@@ -196,13 +219,15 @@ class NormalizedMSE(_StateDistance):
 
 
 def _positions_as_targets(batch: TokenBatch, every: bool = False) -> TokenBatch:
-    """The same rows; every position that predicts something (every: each position) counts once,
-    towards its own row."""
+    """The same rows, in which each predicting position counts once, towards its own row.
+
+    With `every`, each position counts, also the last one of a row.
+    """
     source, first = np.unique(batch.target_source, return_index=True)
     tokens = batch.target_token[first]
     if every:
         source = np.arange(batch.num_tokens)
-        tokens = np.zeros_like(source)  # a row's last position has none
+        tokens = np.zeros_like(source)  # the last position of a row has no next token
     rows = np.arange(batch.num_rows)
     return dataclasses.replace(
         batch,
@@ -214,9 +239,9 @@ def _positions_as_targets(batch: TokenBatch, every: bool = False) -> TokenBatch:
 
 
 def _moments_as_targets(batch: TokenBatch) -> TokenBatch:
-    """The same rows; every position is a target of each moment of its row.
+    """The same rows, in which every position is a target for each moment of its row.
 
-    A row has a continuation for each moment, and the token of a target is the moment's number:
+    A row has a continuation for each moment. The token of a target is the number of the moment:
 
         row of 2 tokens:   source 0 1 0 1 0 1   token 0 0 1 1 2 2   continuation 0 0 1 1 2 2
     """

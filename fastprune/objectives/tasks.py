@@ -17,32 +17,36 @@ Weighting = Literal["question", "choices"]
 
 
 class TaskMargin(Objective):
-    """Minus the mean likelihood margin: ll(correct) - mean over the wrong choices of ll (PuDDing,
-    arXiv 2502.04348).
+    """The margin of the right choice's log-likelihood over the wrong ones', in nats.
 
-    ll of a choice is the mean (normalization="mean") or the sum ("sum") of log p over its tokens,
-    given the prompt and the choice's earlier tokens. A sample is a question. Lower is better.
+    The loss is minus the mean over questions of ll(correct) - mean over the wrong choices of ll
+    (PuDDing, arXiv 2502.04348). ll of a choice adds log p of its tokens, given the prompt and the
+    choice's earlier tokens. A sample is a question.
 
-    weighting="question" gives every question the same weight; "choices" weighs one of C choices by
-    C - 1, as that paper's code does by summing (C - 1) ll(correct) - sum ll(wrong). The sum is
-    divided by the sum of C - 1, so that the loss is a mean, comparable with the other, and equal to
-    it if all questions have as many choices.
+    Args:
+        tasks: The questions.
+        normalization: "mean" divides ll by the choice's number of tokens; "sum" does not.
+        weighting: "question" gives every question the same weight. "choices" weighs a question of
+            C choices by C - 1, as that paper's code does, which sums (C - 1) ll(correct) -
+            sum ll(wrong). Both are means, and equal if all questions have equally many choices.
 
-    Raises InputError for anything but Tasks, and for another normalization or weighting.
+    Raises:
+        InputError: The value is not Tasks, or an option has another value.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
-    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
-    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskMargin(tasks).loss(np.array([[3.0, 4.0]]))
-    array([-1.])
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
+        >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+        >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+        >>> fp.TaskMargin(tasks).loss(np.array([[3.0, 4.0]]))
+        array([-1.])
     """
 
     name = "margin"
     meaning = (
         "mean margin in log-likelihood of the right choice of a question over the wrong ones; "
-        "above 0 where the right ones are likelier"
+        "above 0 if the right ones are likelier"
     )
     metric_name = "margin"
     unit = "nats"
@@ -79,19 +83,26 @@ class TaskMargin(Objective):
 
 
 class TaskLikelihood(Objective):
-    """Minus the mean over questions of ll(correct), ll as in TaskMargin (PuDDing's other loss,
-    arXiv 2502.04348).
+    """The log-likelihood of the right choice, in nats.
 
-    Wrong choices are not run. A sample is a question. Raises InputError for anything but Tasks, and
-    for another normalization.
+    The loss is minus the mean over questions of ll(correct), with ll as in TaskMargin. It is
+    PuDDing's other loss (arXiv 2502.04348). Wrong choices do not run. A sample is a question.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
-    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
-    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskLikelihood(tasks).loss(np.array([[4.0]]))
-    array([2.])
+    Args:
+        tasks: The questions.
+        normalization: "mean" divides ll by the choice's number of tokens; "sum" does not.
+
+    Raises:
+        InputError: The value is not Tasks, or normalization has another value.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
+        >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+        >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+        >>> fp.TaskLikelihood(tasks).loss(np.array([[4.0]]))
+        array([2.])
     """
 
     name = "likelihood"
@@ -124,24 +135,30 @@ class TaskLikelihood(Objective):
 
 
 class TaskAccuracy(Share):
-    """1 - accuracy: the share of questions whose most likely choice is wrong; ties go to the lower
-    index.
+    """The share of questions whose most likely choice is wrong: 1 - accuracy.
 
-    normalization="sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness);
-    "characters" divides each by its choice's length in characters (`acc_norm`), "bytes" by that in
-    UTF-8 bytes (`acc_bytes`), without the delimiter before it; "mean" by its number of tokens. A
-    sample is a question (0 or 1). Raises InputError for anything but Tasks, and for another
-    normalization.
+    Ties go to the lower index. A sample is a question, with the loss 0 or 1.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
-    >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
-    >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
-    >>> fp.TaskAccuracy(tasks).loss(np.array([[3.0, 4.0]]))
-    array([1.])
-    >>> fp.TaskAccuracy(tasks, "mean").loss(np.array([[3.0, 4.0]]))
-    array([0.])
+    Args:
+        tasks: The questions.
+        normalization: "sum" compares summed log-likelihoods (`acc` of lm-evaluation-harness).
+            "characters" divides each by its choice's length in characters (`acc_norm`), "bytes" by
+            its length in UTF-8 bytes (`acc_bytes`), both without the delimiter. "mean" divides by
+            the choice's number of tokens.
+
+    Raises:
+        InputError: The value is not Tasks, or normalization has another value.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> question = [([1, 2, 3], 2), ([1, 2, 4, 5], 2)]  # the second is right
+        >>> batch, lengths = fp.TokenBatch.from_continuations([question]), np.array([3, 8])
+        >>> tasks = fp.Tasks(batch, np.array([0, 0]), np.array([1]), lengths, lengths)
+        >>> fp.TaskAccuracy(tasks).loss(np.array([[3.0, 4.0]]))
+        array([1.])
+        >>> fp.TaskAccuracy(tasks, "mean").loss(np.array([[3.0, 4.0]]))
+        array([0.])
     """
 
     name = "accuracy"
@@ -185,9 +202,9 @@ class TaskAccuracy(Share):
 def _sequence(batch: TokenBatch, continuation: int) -> tuple[np.ndarray, int]:
     """The tokens of one continuation, trunk included, and the index of its first target."""
     row = batch.continuation_row[continuation]
-    number = continuation - np.searchsorted(batch.continuation_row, row) + 1  # of its branch
+    branch = continuation - np.searchsorted(batch.continuation_row, row) + 1
     inside = slice(batch.row_starts[row], batch.row_starts[row + 1])
-    ids = batch.ids[inside][np.isin(batch.branch[inside], (0, number))]
+    ids = batch.ids[inside][np.isin(batch.branch[inside], (0, branch))]
     return ids, len(ids) - int(batch.target_counts[continuation])
 
 

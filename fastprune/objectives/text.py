@@ -13,16 +13,23 @@ from .base import Objective, check_batch
 
 
 class Perplexity(Objective):
-    """Mean over target tokens of -log p(x_t | x_<t), in nats; perplexity is its exponential.
+    """The perplexity of text per token.
 
-    A sample is a row; its loss is the mean over its own targets. Raises InputError for anything but
-    a TokenBatch of plain text.
+    The loss is the mean over target tokens of -log p(x_t | x_<t), in nats. The metric is its
+    exponential. A sample is a row, with the mean over its own targets as its loss.
 
-    >>> import numpy as np
-    >>> import fastprune as fp
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
-    >>> fp.Perplexity(batch).loss(np.array([[1.5, 0.75]]))
-    array([0.75])
+    Args:
+        batch: Plain text.
+
+    Raises:
+        InputError: The value is no TokenBatch, or holds questions.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+        >>> fp.Perplexity(batch).loss(np.array([[1.5, 0.75]]))
+        array([0.75])
     """
 
     name = "perplexity"
@@ -49,7 +56,7 @@ class Perplexity(Objective):
 
 
 class _TextPerplexity(Perplexity):
-    """Perplexity per unit of text, which models of unlike tokenizers share."""
+    """Perplexity per unit of text, which models with different tokenizers share."""
 
     cuts_samples = False  # a part of a row has no known share of its text
     counts: str  # the batch's attribute that counts the units of text of each row
@@ -73,11 +80,12 @@ class _TextPerplexity(Perplexity):
 
 
 class WordPerplexity(_TextPerplexity):
-    """Sum over targets of -log p, divided by the words of their text.
+    """The perplexity of text per word.
 
-    The metric is its exponential, word_perplexity of lm-evaluation-harness. A word is a run of
-    characters without white space. Words and bytes do not depend on a tokenizer, so models of
-    unlike tokenizers can be compared on the same text. A sample is a window.
+    The loss is the sum over targets of -log p, divided by the words of their text. The metric is
+    its exponential, word_perplexity of lm-evaluation-harness. A word is a run of characters without
+    white space. Words do not depend on a tokenizer, so models with different tokenizers can be
+    compared on the same text. A sample is a window.
 
     Args:
         batch: Text from `load_text`, which counts words and bytes.
@@ -100,9 +108,10 @@ class WordPerplexity(_TextPerplexity):
 
 
 class BytePerplexity(_TextPerplexity):
-    """Sum over targets of -log p, divided by the UTF-8 bytes of their text, as WordPerplexity.
+    """The perplexity of text per byte.
 
-    The metric is its exponential, byte_perplexity of lm-evaluation-harness.
+    The loss is the sum over targets of -log p, divided by the UTF-8 bytes of their text. The metric
+    is its exponential, byte_perplexity of lm-evaluation-harness. A sample is a window.
 
     Args:
         batch: Text from `load_text`, which counts words and bytes.

@@ -1,1 +1,1 @@
-"""Plans in integers: which units run, on which rows, in which order. Nothing here imports torch."""
+"""Plans in integers: the units that run, their rows and their order. Torch is not imported."""

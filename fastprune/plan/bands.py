@@ -1,18 +1,17 @@
-"""Which blocks are loaded together, and which chunks share the loading: decided from bytes, in
-integers.
+"""Bands: the blocks loaded together, and the chunks that share each loading.
 
-The weights of blocks that do not fit are loaded a band of consecutive blocks at a time, for a whole
-group of chunks. The model of cost behind the choice:
+Weights that do not fit are loaded a band of consecutive blocks at a time, for a whole group of
+chunks. The choices follow a model of cost, in bytes:
 
-- Half of the room is for the band that computes, half for the next, which is read meanwhile. The
-  size of bands does not change how often a block is read, so they are as large as that allows:
-  then fewest states go from one to the next.
-- A group of chunks reads every block once, so groups are as large as the states between bands may
-  be. If these fit into memory only in more groups than with a slower tier (a GPU's host, a disk),
-  the cheaper way is taken: loading costs its bytes as far as it is longer than computing,
-  FLOPS_PER_BYTE operations to a byte; a state in a slower tier costs its bytes twice.
-- Masks are split only if the states of a single chunk do not fit: splitting chunks repeats no unit,
-  splitting masks repeats their shared units.
+- Half of the room is for the band that computes. The other half is for the next band, which is
+  read meanwhile. Band sizes do not change how often a block is read. The largest bands pass the
+  fewest states from one to the next.
+- A group of chunks reads every block once. Groups are as large as the states between bands allow.
+- A slower tier (a GPU's host, a disk) can hold more states, so that fewer groups are needed. The
+  cheaper way is taken. Loading costs its bytes, as far as it takes longer than computing, at
+  FLOPS_PER_BYTE operations a byte. A state in the slower tier costs its bytes twice.
+- Masks are split only if the states of a single chunk do not fit. Splitting chunks repeats no unit;
+  splitting masks repeats the units that they share.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ import numpy as np
 from ..errors import InputError
 from .trie import Trie, levels
 
-# operations in the time that a byte takes to be read: about 50 GFLOP/s over 1 GB/s, and 400 TFLOP/s
-# over 8 GB/s
+# operations while one byte is read: about 50 GFLOP/s over 1 GB/s, and 400 TFLOP/s over 8 GB/s
 FLOPS_PER_BYTE = {"cpu": 50, "cuda": 50_000}
 
 
@@ -35,9 +33,11 @@ FLOPS_PER_BYTE = {"cpu": 50, "cuda": 50_000}
 class Room:
     """The space that a limit on resident weights leaves for blocks.
 
-    num_blocks, block_bytes: of the model; the largest block, since every place for one takes any.
-    always: bytes that stay loaded (embeddings, final norm, head), and the buffers for reading.
-    places: blocks that fit at once.
+    Attributes:
+        num_blocks: The number of blocks of the model.
+        block_bytes: Bytes of the largest block, since any block may take any place.
+        always: Bytes that stay loaded (embeddings, final norm, head), with the read buffers.
+        places: The number of blocks that fit at once.
     """
 
     num_blocks: int
@@ -47,24 +47,30 @@ class Room:
 
     @property
     def bands(self) -> tuple[range, ...]:
-        """The bands, ascending, of nearly equal length. With a single place, a block is read after
-        the one before."""
+        """The bands, ascending, of nearly equal length.
+
+        Seven blocks and four places give bands of at most two blocks: 0, 1-2, 3-4 and 5-6. With a
+        single place, blocks are read one after the other.
+        """
         if not self.num_blocks:
             return (range(0),)
         most = self.num_blocks if self.places >= self.num_blocks else max(1, self.places // 2)
-        count = -(-self.num_blocks // most)
-        bounds = [self.num_blocks * i // count for i in range(count + 1)]
+        count = -(-self.num_blocks // most)  # 4
+        bounds = [self.num_blocks * i // count for i in range(count + 1)]  # 0 1 3 5 7
         return tuple(range(start, stop) for start, stop in itertools.pairwise(bounds))
 
 
 def make_room(limit: int, num_blocks: int, block_bytes: int, always: int, name: str) -> Room:
-    """The room that `limit` bytes leave. Raises InputError, with the smallest that works, if no
-    block fits."""
+    """Compute the room that `limit` bytes leave.
+
+    Raises:
+        InputError: No block fits. The error names the smallest limit that works.
+    """
     least = always + block_bytes
     if limit < least:
         raise InputError(
-            f"weights_bytes is too small for {name}: what stays loaded takes {always} bytes, a "
-            f"block {block_bytes}; "
+            f"weights_bytes is too small for {name}: embeddings, head and buffers stay loaded and "
+            f"take {always} bytes, a block {block_bytes}; "
             f"the smallest that works is {least}, not {limit}",
             argument="weights_bytes",
             least=least,
@@ -95,8 +101,13 @@ def visits_of(trie: Trie, band_of: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Groups:
-    """Chunks that share the loading, by their places in the list that was given; whether their
-    states may go to a slower tier; load_bytes: read in all."""
+    """Chunks that share each loading.
+
+    Attributes:
+        groups: The indices of the chunks of each group.
+        slower: Whether states may go to the slower tier.
+        load_bytes: Bytes that all groups read together.
+    """
 
     groups: tuple[tuple[int, ...], ...]
     slower: bool
@@ -111,11 +122,23 @@ def make_groups(
     slower: int,
     flops_per_byte: int,
 ) -> Groups:
-    """Which chunks share the loading, for the least cost.
+    """Group chunks that share the loading, for the least cost.
 
-    state_bytes, flops: of each chunk, the states between bands at their most, and its operations.
-    load_bytes: read for a group. memory, slower: bytes for states in memory, and beyond it. A chunk
-    that alone is too large is a group.
+    Args:
+        state_bytes: For each chunk, the most bytes of its states between bands.
+        flops: The operations of each chunk.
+        load_bytes: Bytes that a group reads.
+        memory: Bytes for states in memory.
+        slower: Bytes for states in the slower tier; 0 for none.
+        flops_per_byte: Operations in the time of reading a byte.
+
+    Returns:
+        The groups. A too large chunk is a group of its own.
+
+    Examples:
+        >>> from fastprune.plan.bands import make_groups
+        >>> make_groups([4, 4, 4], [0, 0, 0], 100, memory=8, slower=0, flops_per_byte=50).groups
+        ((0, 1), (2,))
     """
     best: tuple[int, Groups] | None = None
     for extra in (0, slower) if slower else (0,):
@@ -132,7 +155,7 @@ def make_groups(
 
 
 def _pack(state_bytes: Sequence[int], most: int) -> tuple[tuple[int, ...], ...]:
-    """Neighbours together, as many as fit, but at least one."""
+    """Put neighbours together, as many as fit, at least one a group."""
     groups: list[list[int]] = []
     total = 0
     for i, size in enumerate(state_bytes):

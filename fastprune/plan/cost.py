@@ -1,4 +1,4 @@
-"""Costs: work as it is counted everywhere, by calls, races, searches and studies."""
+"""Costs: one way to count the work of calls, races, searches and studies."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from dataclasses import dataclass, field, fields, replace
 
 @dataclass(frozen=True)
 class Cost:
-    """Work that was done. Costs add up, and the cost of a part is a difference of two.
+    """Work that was done. Costs add up; the cost of a part is the difference of two costs.
 
-    Runs are counted over the whole calibration set: one on half of its tokens counts one half.
+    Runs are counted over the whole calibration set: a run on half of its tokens counts one half.
 
     Attributes:
-        masks: Scores that were asked for.
-        unit_runs: Unit runs that were made, the dense model's to compare with too, counted as they
-            happen.
-        asked_unit_runs: Distinct prefixes of each call: its unit runs, had nothing been known
-            before.
-        naive_unit_runs: Unit runs of one forward pass per mask that was asked for.
+        masks: Requested scores.
+        unit_runs: Unit runs, counted as they happen. Runs of the dense model, to compare with, are
+            included.
+        asked_unit_runs: Unit runs without caches and store: the distinct prefixes of each call.
+        naive_unit_runs: Unit runs of a forward pass for each requested mask.
         head_runs: Masks whose loss was computed.
-        store_hits: Scores that were asked for and came from the store.
+        store_hits: Requested scores that came from the store.
         weight_loads: Blocks read from files, with streamed weights.
-        weight_bytes: Bytes read for them.
-        seconds: Wall time spent.
+        weight_bytes: Bytes read for these blocks.
+        seconds: Wall time.
 
     Examples:
         >>> from fastprune import Cost
@@ -48,23 +47,35 @@ class Cost:
         return self._plus(other, -1)
 
     def _plus(self, other: Cost, sign: int) -> Cost:
-        names = [entry.name for entry in fields(Cost)]  # not those of a subclass
+        names = [entry.name for entry in fields(Cost)]  # without the fields of a subclass
         return Cost(**{name: getattr(self, name) + sign * getattr(other, name) for name in names})
 
     def of_tokens(self, num_tokens: int) -> Cost:
-        """Counts of single tokens as counts of the whole calibration set."""
+        """Convert runs counted in tokens into runs counted in calibration sets.
+
+        Args:
+            num_tokens: Tokens of the calibration set.
+
+        Returns:
+            The cost with converted unit runs and head runs.
+
+        Examples:
+            >>> from fastprune import Cost
+            >>> Cost(unit_runs=300).of_tokens(100).unit_runs
+            3
+        """
         unit_runs, head_runs = self.unit_runs / num_tokens, self.head_runs / num_tokens
         return replace(self, unit_runs=whole(unit_runs), head_runs=whole(head_runs))
 
 
 @dataclass(frozen=True)
 class Stats(Cost):
-    """The cost of an evaluator's calls so far, and the bytes that they took.
+    """The cost of an evaluator's calls so far, and their bytes.
 
     Attributes:
-        peak_activation_bytes: The most held at once, besides the prefix cache.
-        cache_bytes: Held by the prefix cache now.
-        cache_hits: States of chunks that it served, by tier.
+        peak_activation_bytes: The most bytes of activations at once, besides the prefix cache.
+        cache_bytes: Bytes in the prefix cache now.
+        cache_hits: States of chunks that the cache has served, by tier.
 
     Examples:
         >>> import fastprune as fp
@@ -81,5 +92,5 @@ class Stats(Cost):
 
 
 def whole(count: float) -> float:
-    """The count as an integer, if it is one."""
+    """Return a whole number as an integer, any other count unchanged."""
     return int(count) if count == int(count) else count

@@ -1,8 +1,7 @@
-"""How a calibration set is cut into chunks and tiles: decided once, from the data and the byte
-budget alone.
+"""Layouts: a calibration set cut into chunks and tiles, from the data and a byte limit alone.
 
-Every mask is run over the same chunks, so that every matrix product has the same shape whatever
-else is scored in the same call. So a score has the same bits alone and in company. Integers only.
+All masks run over the same chunks. Every matrix product then has the same shape, whatever else the
+call scores, so a score has the same bits alone and in company.
 """
 
 from __future__ import annotations
@@ -16,23 +15,24 @@ from ..data import TokenBatch
 from ..errors import InputError, shown
 from .racing import look_of, look_rows
 
-RUN_TOKENS = (
-    32  # cost of each run of a chunk beside its tokens, in tokens: mostly reading the weights
-)
+RUN_TOKENS = 32  # the fixed cost of a chunk's run, in tokens: mostly reading the weights
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which rows run together, and how many of their positions go through the head at once.
+    """The rows that run together, and the positions that go through the head together.
 
-    chunks: the rows of each, all rows once; a chunk holds either plain rows or trees. tile:
-    positions.
-    content_hash: of the calibration set that it was made for, `TokenBatch.content_hash`.
+    Attributes:
+        chunks: The rows of each chunk. Each row is in one chunk; a chunk holds plain rows or trees.
+        tile: The number of positions of a chunk that go through the head at once.
+        content_hash: `TokenBatch.content_hash` of the calibration set.
 
-    >>> from fastprune.plan.layout import Layout
-    >>> layout = Layout(((0, 2), (1,)), tile=64, content_hash="")
-    >>> Layout.from_json(layout.to_json()) == layout
-    True
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.plan.layout import Layout
+        >>> layout = Layout(((0, 2), (1,)), tile=64, content_hash="")
+        >>> Layout.from_json(layout.to_json()) == layout
+        True
     """
 
     chunks: tuple[tuple[int, ...], ...]
@@ -40,28 +40,76 @@ class Layout:
     content_hash: str
 
     def to_json(self) -> str:
+        """Write the layout as JSON.
+
+        Returns:
+            The text, which `from_json` reads.
+
+        Examples:
+            >>> from fastprune.plan.layout import Layout
+            >>> Layout(((0,),), tile=64, content_hash="").to_json()
+            '{"chunks": [[0]], "tile": 64, "content_hash": ""}'
+        """
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """The layout that `to_json` wrote. Raises InputError for anything else."""
+        """Read a layout.
+
+        Args:
+            text: The text that `to_json` wrote.
+
+        Returns:
+            The layout.
+
+        Raises:
+            InputError: The text is another one.
+
+        Examples:
+            >>> from fastprune.plan.layout import Layout
+            >>> Layout.from_json('{"chunks": [[0]], "tile": 64, "content_hash": ""}').tile
+            64
+        """
         try:
-            found = json.loads(text)
-            return cls(tuple(map(tuple, found["chunks"])), found["tile"], found["content_hash"])
+            layout = json.loads(text)
+            return cls(tuple(map(tuple, layout["chunks"])), layout["tile"], layout["content_hash"])
         except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(f"not a layout as Layout.to_json writes it: {shown(text)}") from None
 
     def looks(self, batch: TokenBatch) -> np.ndarray:
-        """The number of each row's look in a race, int64[R]: every chunk runs in one look.
+        """Number the look of a race in which each row runs. A chunk runs in one look.
 
-        `racing.look_of`; 0 for all rows if a chunk would need two looks.
+        Args:
+            batch: The calibration set.
+
+        Returns:
+            int64[R]. All are 0 if the rows of a chunk belong to different looks.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+            >>> layout = fp.plan.layout.make_layout(batch, max_tokens=64, tile=64)
+            >>> layout.looks(batch)  # too few rows to race
+            array([0, 0])
         """
         looks = look_of(batch)
-        whole = all((looks[list(chunk)] == looks[chunk[0]]).all() for chunk in self.chunks)
-        return looks if whole else np.zeros_like(looks)
+        one_look_each = all((looks[list(chunk)] == looks[chunk[0]]).all() for chunk in self.chunks)
+        return looks if one_look_each else np.zeros_like(looks)
 
     def check(self, batch: TokenBatch) -> None:
-        """Raise InputError unless this is a layout of the batch."""
+        """Check that this is a layout of a batch.
+
+        Args:
+            batch: The calibration set.
+
+        Raises:
+            InputError: The layout belongs to other data, or is damaged.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> batch = fp.TokenBatch.from_ids([[5, 6, 7], [5, 8]])
+            >>> fp.plan.layout.make_layout(batch, max_tokens=64, tile=64).check(batch)
+        """
         if self.content_hash != batch.content_hash:
             raise InputError("the layout was made for other calibration data")
         rows, every = [row for chunk in self.chunks for row in chunk], list(range(batch.num_rows))
@@ -82,38 +130,45 @@ class Layout:
 
 
 def make_layout(batch: TokenBatch, max_tokens: int, tile: int) -> Layout:
-    """Chunks of at most max_tokens tokens each, padding included (but at least one row each).
+    """Cut a calibration set into chunks.
 
     No chunk of several rows crosses a look of a race. Within a look, rows are sorted by kind and
-    length, and cut where padding and many small chunks cost the least.
+    length. Cuts balance padding, which large chunks add, against the fixed cost of small ones.
+
+    Args:
+        batch: The calibration set.
+        max_tokens: The most tokens of a chunk, padding included. A longer row is a chunk alone.
+        tile: Positions that go through the head at once.
     """
     groups = [group for rows in look_rows(batch) for group in _group_rows(batch, rows, max_tokens)]
     return Layout(tuple(map(tuple, groups)), tile, batch.content_hash)
 
 
 def _group_rows(batch: TokenBatch, rows: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Plain rows, then trees, longest first, cut so that tokens, with padding, and runs cost the
-    least in all."""
+    """Group plain rows, then trees, longest first, for the least cost of padded tokens and runs.
+
+    Rows of 8, 8 and 4 tokens cost 24 + 32 in one chunk: three rows of 8, and RUN_TOKENS for its
+    run. Chunks of 8, 8 and of 4 cost 20 + 64. So they stay together.
+    """
     groups = []
     for kind in (False, True):
         alike = rows[batch.row_is_tree[rows] == kind]
         alike = alike[np.lexsort((alike, -batch.row_lengths[alike]))]
-        if kind and batch.split_trees:  # the branches of one tree are rows enough
+        if kind and batch.split_trees:  # the branches of one tree fill a chunk
             groups += [[int(row)] for row in alike]
             continue
         lengths, count = batch.row_lengths[alike], len(alike)
-        least, sizes = (
-            np.zeros(count + 1),
-            np.zeros(count, dtype=np.int64),
-        )  # of the remaining rows from each row on
+        # least[i]: the cost of rows i, i + 1, ... in their best chunks; sizes[i]: the rows of the
+        # first of these chunks. With lengths 8 8 4, least is 56 48 36 0 and sizes 3 2 1.
+        least, sizes = np.zeros(count + 1), np.zeros(count, dtype=np.int64)
         for start in reversed(range(count)):
             most = min(count - start, max(1, max_tokens // int(lengths[start])))
-            costs = (
+            costs = (  # of a first chunk with most, most - 1, ..., 1 rows
                 lengths[start] * np.arange(most, 0, -1)
                 + RUN_TOKENS
                 + least[start + 1 : start + 1 + most][::-1]
             )
-            best = int(costs.argmin())  # of equals that with the most rows
+            best = int(costs.argmin())  # the first minimum has the most rows
             least[start], sizes[start] = costs[best], most - best
         start = 0
         while start < count:

@@ -1,6 +1,7 @@
-"""Reports of long work: one event type, from a call up to the race, search and study around it.
+"""Reports of long work: one type of event, from a call up to the study around it.
 
-A call counts its unit runs. Each stage of work around it adds its own fields, through `reporting`.
+A call counts its unit runs. Each stage around it (race, search, study) adds its own fields through
+`reporting`.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ from typing import NamedTuple
 class ProgressEvent:
     """A report of long work, passed to `progress=` of Evaluator, `run_search` and `run_study`.
 
-    done, total: unit runs of the present call, each counted once for every chunk it runs on.
-    share: the part of the whole work that has run, from 0 to 1; None if unknown.
-    algorithm, round, rounds: of a search; its rounds if the algorithm knows their number.
-    best: of a search, its lowest loss so far, as the objective formats it.
-    candidates: masks left in a race.
-    cell: of a study, the search that runs now, such as "3/16 demo: perplexity-text, 3 removed,
-    beam".
+    Attributes:
+        done: Unit runs that the present call has made. A run on each chunk counts.
+        total: Unit runs of the present call.
+        share: The finished part of the whole work, from 0 to 1; None if unknown.
+        algorithm: The algorithm of a search.
+        round: The present round of a search, from 1 on.
+        rounds: The rounds of a search, if its algorithm knows their number.
+        best: The lowest loss of a search so far, as the objective formats it.
+        candidates: Masks that remain in a race.
+        cell: The present search of a study, such as "3/16 demo: perplexity-text, 3 removed, beam".
 
-    >>> import fastprune as fp
-    >>> events = []
-    >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
-    >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch), progress=events.append)
-    >>> _ = fp.run_search(ev, "greedy", num_remove=1)
-    >>> events[-1].algorithm, events[-1].share
-    ('greedy', 1.0)
+    Examples:
+        >>> import fastprune as fp
+        >>> events = []
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+        >>> ev = fp.Evaluator(fp.load_model("demo"), fp.Perplexity(batch), progress=events.append)
+        >>> _ = fp.run_search(ev, "greedy", num_remove=1)
+        >>> events[-1].algorithm, events[-1].share
+        ('greedy', 1.0)
     """
 
     done: int
@@ -44,18 +49,18 @@ class ProgressEvent:
     cell: str | None = None
 
 
-Progress = Callable[[int, int], None]  # of one call: unit runs done, unit runs in all
+Progress = Callable[[int, int], None]  # of one call: (unit runs done, unit runs in total)
 ProgressCallback = Callable[[ProgressEvent], None]
 
 
 class _Stage(NamedTuple):
-    """Work around a call, such as a race or a search: its fields, and its listener."""
+    """Work around a call, such as a race or a search: its fields and its listener."""
 
     describe: Callable[[ProgressEvent], ProgressEvent]
     listener: ProgressCallback | None
 
 
-# By thread, so that searches in several threads report each for itself. Outermost first.
+# a context variable, so that searches in several threads do not mix; outermost stage first
 _STAGES: ContextVar[tuple[_Stage, ...]] = ContextVar("fastprune_stages", default=())
 
 
@@ -63,7 +68,7 @@ _STAGES: ContextVar[tuple[_Stage, ...]] = ContextVar("fastprune_stages", default
 def reporting(
     describe: Callable[[ProgressEvent], ProgressEvent], listener: ProgressCallback | None = None
 ) -> Iterator[None]:
-    """Events of calls made inside pass through `describe`, then reach the listener."""
+    """Pass the events of calls made inside through `describe`, then to the listener."""
     token = _STAGES.set((*_STAGES.get(), _Stage(describe, listener)))
     try:
         yield
@@ -72,7 +77,7 @@ def reporting(
 
 
 def event_reporter(listener: ProgressCallback | None) -> Progress:
-    """A function of (done, total) that reports events to all who listen, the evaluator's last."""
+    """Make a function of (done, total) that reports events to all listeners, this one last."""
     stages = _STAGES.get()
     if listener is None and all(stage.listener is None for stage in stages):
         return lambda done, total: None

@@ -1,17 +1,18 @@
-"""Which states are worth keeping beyond a call, for calls that come after it. Pure integers and
-NumPy.
+"""Retention: the states that the cache keeps after a call, for later calls.
 
-A later call asks for sequences that leave the trie at some node; it then runs the nodes below the
-deepest cached prefix. So a state is worth the unit runs that it saves: how likely sequences leave
-at its node, or below it with no cached prefix in between, times the units from the next cached
-prefix above. Every state takes the same bytes, so the state of least worth is evicted first, and
-its likelihood passes on to the prefix above, until the states fit. The states that remain are
-spread over the trie: a chain of which few states fit keeps them at even distances; a list of the
-most recently used would keep its beginning.
+A later call asks for sequences that leave the trie at some node, and runs the nodes below the
+deepest cached prefix. A state is worth the unit runs that it saves. Its worth is the likelihood
+that sequences leave at its node, or below it with no cached prefix in between, times the units
+from the next cached prefix above.
 
-In a chain of nodes 1 to 4, all of likelihood 1, each state saves one unit run. The
-deepest of equals is evicted: 4, whose likelihood passes to 3, then 2, whose likelihood passes to 1.
-If two states fit, 1 and 3 remain, worth 2 * (1 - 0) and 2 * (3 - 1) unit runs.
+Every state takes the same bytes, so the state of least worth is evicted first. Its likelihood
+passes to the prefix above. This repeats until the states fit. The remaining states are spread over
+the trie: a long chain keeps a few states at even distances. A list of the most recently used
+states would keep one end of it.
+
+In a chain of nodes 1 to 4, all of likelihood 1, each state saves one unit run. The deepest of
+equals is evicted: 4, whose likelihood passes to 3, then 2, whose likelihood passes to 1. If two
+states fit, 1 and 3 remain, worth 2 * (1 - 0) and 2 * (3 - 1) unit runs.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ import numpy as np
 
 from .trie import Trie, Units, levels
 
-FADE = 0.9  # the factor of a likelihood for each call that does not pass the node
-MOST_CANDIDATES = 1 << 14  # states compared one by one; more only if more are retained
+FADE = 0.9  # the factor of a likelihood for each call that does not pass its node
+MOST_CANDIDATES = 1 << 14  # states compared one by one, unless more are retained
 
 
 class Prefixes:
-    """The prefixes whose states a cache holds of a chunk, and how likely a later call needs each.
+    """The prefixes whose states a cache holds for a chunk, each with its likelihood of later use.
 
-    Immutable: each call makes another one. Chunks that hold the same share one.
+    The object is immutable; each call makes another one. Chunks with equal prefixes share one.
 
     Args:
         prefixes: K distinct prefixes.
-        likelihood: float64[K], of each; 0 by default.
+        likelihood: float64[K], the likelihood of each; 0 by default.
 
     Examples:
         >>> from fastprune.plan.retention import Prefixes
@@ -51,7 +52,7 @@ class Prefixes:
         prefixes = list(prefixes)
         values = [0.0] * len(prefixes) if likelihood is None else [float(x) for x in likelihood]
         self._call = 0
-        # by prefix: its likelihood, and the call after which it was that. It fades with every call.
+        # by prefix: its likelihood after some call, and that call's number; it fades since then
         self._noted = {prefix: (value, 0) for prefix, value in zip(prefixes, values, strict=True)}
 
     def __len__(self) -> int:
@@ -64,21 +65,21 @@ class Prefixes:
 
     @cached_property
     def likelihood(self) -> np.ndarray:
-        """float64[K], of `prefixes`."""
+        """The likelihood of each prefix now, float64[K]."""
         noted = self._noted.values()
         return np.array([value * FADE ** (self._call - call) for value, call in noted])
 
     def on_the_way(self, sequences: Iterable[Units]) -> Prefixes:
-        """The ones with which a sequence begins."""
+        """The held prefixes with which one of the sequences begins."""
         noted = self._noted
-        begun = (s[:length] for s in sequences for length in range(1, len(s) + 1))
-        inside = {prefix: noted[prefix] for prefix in begun if prefix in noted}
+        beginnings = (s[:length] for s in sequences for length in range(1, len(s) + 1))
+        inside = {prefix: noted[prefix] for prefix in beginnings if prefix in noted}
         return Prefixes(
             inside, [value * FADE ** (self._call - call) for value, call in inside.values()]
         )
 
     def followed_by(self, retained: Prefixes) -> Prefixes:
-        """The prefixes held after a call that evicts none. retained: the ones on its way, all."""
+        """The prefixes after a call that evicts none; `retained` are those on the call's way."""
         following = Prefixes()
         following._call = call = self._call + 1
         following._noted = dict(self._noted)
@@ -90,11 +91,16 @@ class Prefixes:
 def worth_retaining(
     trie: Trie, likelihood: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nodes whose states are best retained, int64[R], most worth first, R at most `capacity`;
-    their likelihoods.
+    """Choose the most valuable states.
 
-    likelihood float64[K]: of trie.cached, as the last call left them. Candidates are these and the
-    wanted nodes.
+    Args:
+        trie: The sequences of the call, with K cached prefixes. These and the wanted nodes are
+            candidates.
+        likelihood: float64[K], the likelihood of each cached prefix before the call.
+        capacity: The most states.
+
+    Returns:
+        The nodes to retain, int64[R], most worth first; their likelihoods, float64[R].
     """
     if capacity <= 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
@@ -111,25 +117,24 @@ def worth_retaining(
     if np.count_nonzero(candidate) > most:
         candidate &= _worth_most_alone(trie, by_depth, weight, most)
     above = _nearest_above(trie, by_depth, candidate)
-    left = np.flatnonzero((weight > 0) & ~candidate)
-    weight = weight + np.bincount(above[left], weight[left], minlength=len(weight))
+    passed_on = np.flatnonzero((weight > 0) & ~candidate)  # likelihoods of nodes without a state
+    weight = weight + np.bincount(above[passed_on], weight[passed_on], minlength=len(weight))
     nodes = np.flatnonzero(candidate)
     if len(nodes) > capacity:
-        kept = _least_worth_goes_first(nodes, above, trie.depth, weight, capacity)
+        kept = _evict_to(capacity, nodes, above, trie.depth, weight)
     else:
-        kept = nodes[
-            np.argsort(
-                -weight[nodes] * (trie.depth[nodes] - trie.depth[above[nodes]]), kind="stable"
-            )
-        ]
+        worth = weight[nodes] * (trie.depth[nodes] - trie.depth[above[nodes]])
+        kept = nodes[np.argsort(-worth, kind="stable")]
     return kept, weight[kept]
 
 
 def _worth_most_alone(
     trie: Trie, by_depth: list[np.ndarray], weight: np.ndarray, count: int
 ) -> np.ndarray:
-    """bool[n]: the nodes that would save most were theirs the only state: the likelihood below,
-    times the depth."""
+    """Flag the `count` nodes that would save most if theirs were the only state, bool[n].
+
+    Alone, a state saves its depth times the likelihood of all nodes below it.
+    """
     below = weight.copy()
     for level in reversed(by_depth):
         np.add.at(below, trie.parent[level], below[level])
@@ -147,19 +152,17 @@ def _nearest_above(trie: Trie, by_depth: list[np.ndarray], candidate: np.ndarray
     return above
 
 
-def _least_worth_goes_first(
-    nodes: np.ndarray, above: Any, depth: Any, weight: Any, capacity: int
-) -> np.ndarray:
-    """The nodes that remain when all but `capacity` are removed, most worth first."""
-    gone: dict[int, int] = {}
+def _evict_to(capacity: int, nodes: np.ndarray, above: Any, depth: Any, weight: Any) -> np.ndarray:
+    """Evict nodes until `capacity` remain, and return these, most worth first."""
+    above_evicted: dict[int, int] = {}  # by evicted node: the candidate above it
     above, depth, weight = above.tolist(), depth.tolist(), weight.tolist()
 
     def nearest(node: int) -> int:
-        found = above[node]
-        while found in gone:
-            found = gone[found]
-        above[node] = found
-        return found
+        candidate = above[node]
+        while candidate in above_evicted:
+            candidate = above_evicted[candidate]
+        above[node] = candidate
+        return candidate
 
     heap = [
         (weight[node] * (depth[node] - depth[above[node]]), -depth[node], node)
@@ -170,12 +173,12 @@ def _least_worth_goes_first(
     while count > capacity:
         worth, order, node = heap[0]
         up = nearest(node)
-        now = weight[node] * (depth[node] - depth[up])
-        if now > worth:  # a node above it was removed, or one below
-            heapq.heapreplace(heap, (now, order, node))
+        present_worth = weight[node] * (depth[node] - depth[up])
+        if present_worth > worth:  # a node above or below it was evicted meanwhile
+            heapq.heapreplace(heap, (present_worth, order, node))
             continue
         heapq.heappop(heap)
-        gone[node] = up
+        above_evicted[node] = up
         weight[up] += weight[node]
         count -= 1
     return np.array([node for _, _, node in sorted(heap, reverse=True)], dtype=np.int64)

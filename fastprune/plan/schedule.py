@@ -1,14 +1,13 @@
-"""Trie -> ordered steps on slots. Pure integers: which units run, from which state, and which
-states are retained.
+"""Schedules: a trie as ordered steps on slots, in integers.
 
-Nodes in a row, without a branch or an end between them, become one `Step`. Steps are walked depth
-first, at every branching the child that needs most slots last, when its parent's slot is already
-free (Sethi and Ullman's order for register allocation): M sequences of at most L units then never
-need more than min(L + 1, 1 + log2(M)) slots. Cached states need no slot; the cache holds them.
+Nodes in a row, without a branch or an end between them, become one `Step`. Steps run depth first.
+At every branch, the child that needs most slots comes last, when its parent's slot is already free
+(Sethi and Ullman's order for register allocation). M sequences of at most L units then never need
+more than min(L + 1, 1 + log2(M)) slots. Cached states need no slot; the cache holds them.
 
 If weights take turns, the walk is cut into visits: the steps that run while some units are loaded,
-depth first as above. States that a later visit reads are the frontier: kept beside the slots, and
-read as cached states are.
+depth first as above. States that a later visit reads form the frontier. They wait beside the slots,
+and are read as cached states are.
 
 The trie drawn in `trie` needs one slot. Its chains are [1], [2, 3], [4] and [5, 6]:
 
@@ -39,7 +38,7 @@ FREED_SHARE = 16  # a small call that fills the cache evicts 1 / FREED_SHARE of 
 
 
 class Source(NamedTuple):
-    """The place of the state that a step starts from.
+    """The place of the state from which a step starts.
 
     Attributes:
         kind: "root" for the embeddings, "slot" for a state of the same walk, "cached" for one of
@@ -48,15 +47,19 @@ class Source(NamedTuple):
     """
 
     kind: Literal["root", "slot", "cached", "frontier"]
-    index: int = 0  # type: ignore[assignment]  # in place of tuple.index
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index
 
 
 ROOT = Source("root")
 
 
 class Retained(NamedTuple):
-    """A state on a step's way that the cache holds: of `prefix`, after `runs` of the step's
-    units."""
+    """A state on a step's way that the cache keeps.
+
+    Attributes:
+        runs: The number of the step's units that have run by then.
+        prefix: The prefix whose state it is.
+    """
 
     runs: int
     prefix: Units
@@ -66,14 +69,14 @@ class Step(NamedTuple):
     """Take a state, run `units` on it in order, score it, keep it for later steps.
 
     Attributes:
-        source: The state to start from.
-        units: The units to run, in order; none if the source itself is kept or scored.
+        source: The state from which the step starts.
+        units: The units that run, in order; none if the source itself is kept or scored.
         end: The number of the sequence that ends here, or -1.
-        target: The slot to keep the result in, or -1 if no later step reads it.
-        last_use: Whether no later step reads `source`: its place is free once this step begins.
+        target: The slot of the result, or -1 if no later step reads it.
+        last_use: Whether no later step reads `source`, so that its place is free once this step
+            begins.
         retained: States on the way that outlive the call.
-        frontier: The number in Schedule.frontier to keep the result as, or -1 if no later visit
-            reads it.
+        frontier: The number of the result in Schedule.frontier, or -1 if no later visit reads it.
     """
 
     source: Source
@@ -104,15 +107,16 @@ class Schedule:
     """The steps that the engine runs on a chunk, for one batch of sequences.
 
     Attributes:
-        steps: In the order in which they run.
-        cached: The prefixes whose states the cache holds before.
+        steps: The steps, in the order in which they run.
+        cached: The prefixes whose states the cache holds before the call.
         evicted: Cached prefixes that this call does not use; evicted before it starts.
-        num_slots: States held at once, besides cached and frontier states and the one that runs.
+        num_slots: The number of slots. Cached states, frontier states and the state that runs need
+            none.
         unit_runs: Units that all steps run.
-        held: The prefixes whose states the cache holds afterwards.
-        visits: The steps by visit, ascending; no slot is held from one to the next.
+        held: The prefixes whose states the cache holds after the call.
+        visits: The steps by visit, ascending. No slot is held from one visit to the next.
         frontier: The prefixes whose states wait for later visits.
-        frontier_peak: The most of these at once.
+        frontier_peak: The most frontier states at once.
     """
 
     steps: tuple[Step, ...]
@@ -127,12 +131,12 @@ class Schedule:
 
     @property
     def retained(self) -> tuple[Units, ...]:
-        """The R prefixes of `held`; if some were evicted, most worth first."""
+        """The R prefixes of `held`. If some prefixes were evicted, most worth first."""
         return self.held.prefixes
 
     @property
     def likelihood(self) -> np.ndarray:
-        """float64[R], of these: see `worth_retaining`."""
+        """The likelihood of each retained prefix, float64[R]; see `worth_retaining`."""
         return self.held.likelihood
 
 
@@ -141,12 +145,12 @@ def plan_call(
 ) -> Schedule:
     """Plan one call on a chunk.
 
-    The work follows the sequences, not the cache, while the cache has room for all of their states.
-    A call of few units that finds it full frees more than it needs, so that the next ones find
-    room.
+    While the cache has room for all states of the sequences, planning takes time in proportion to
+    the sequences, not to the cache. A small call that finds the cache full frees more than it
+    needs, so that the next calls find room.
 
     Args:
-        sequences: The ones whose sums are missing.
+        sequences: The sequences whose sums are missing.
         held: The prefixes whose states the cache holds.
         capacity: The most states that the cache may hold at any time.
         visits_of: See `make_schedule`.
@@ -163,9 +167,9 @@ def plan_call(
     """
     most_runs, freed = sum(map(len, sequences)), capacity // FREED_SHARE
     if len(held) + most_runs <= capacity:
-        begun = held.on_the_way(sequences)
-        trie = make_trie(sequences, begun.prefixes)
-        schedule = make_schedule(trie, begun.likelihood, capacity, visits_of)
+        on_the_way = held.on_the_way(sequences)
+        trie = make_trie(sequences, on_the_way.prefixes)
+        schedule = make_schedule(trie, on_the_way.likelihood, capacity, visits_of)
         return replace(schedule, held=held.followed_by(schedule.held))
     trie = make_trie(sequences, held.prefixes)
     room = capacity - freed if most_runs <= freed else capacity
@@ -178,11 +182,11 @@ def make_schedule(
     capacity: int = 0,
     visits_of: VisitsOf | None = None,
 ) -> Schedule:
-    """Plan the steps that reach every end of a trie, by running its wanted nodes once each.
+    """Plan the steps that reach every end of a trie and run each wanted node once.
 
     Args:
         trie: The sequences and the cached prefixes.
-        likelihood: float64[K], of trie.cached, as the last schedule left them.
+        likelihood: float64[K], the likelihood of each cached prefix before the call.
         capacity: The most states that the cache may hold at any time.
         visits_of: Cuts the walk into visits, one visit by default.
 
@@ -227,8 +231,7 @@ def make_schedule(
 
 
 def _last_uses(steps: list[Step]) -> list[Step]:
-    """The steps with the last use of states that several visits read marked in the last of them
-    only."""
+    """Mark the last use of each cached and frontier state in the last visit that reads it."""
     read_later: set[Source] = set()
     marked = []
     for step in reversed(steps):
@@ -240,7 +243,7 @@ def _last_uses(steps: list[Step]) -> list[Step]:
 
 
 def _frontier_peak(steps: list[Step]) -> int:
-    """The most frontier states held at once."""
+    """The most frontier states at once."""
     count = peak = 0
     for step in steps:
         count -= step.last_use and step.source.kind == "frontier"
@@ -252,10 +255,13 @@ def _frontier_peak(steps: list[Step]) -> int:
 def _within(
     steps: list[Step], cached: Sequence[Units], retained: set[Units], capacity: int
 ) -> tuple[list[Step], set[Units], tuple[Units, ...]]:
-    """The steps with the cache held within the capacity at all times; the prefixes that it holds
-    afterwards; the cached ones evicted before.
+    """Keep the cache within its capacity at all times.
 
-    A cached state is evicted with its last use, unless it is retained: then it has none.
+    A cached state is evicted at its last use. A retained state has no last use.
+
+    Returns:
+        The steps; the prefixes that the cache holds after them; the cached prefixes that are
+        evicted before them.
     """
     used = {step.source.index for step in steps if step.source.kind == "cached"}
     held = {prefix for i, prefix in enumerate(cached) if i in used or prefix in retained}
@@ -277,8 +283,11 @@ def _within(
 
 
 def _order(roots: list[_Chain]) -> tuple[list[Step], int]:
-    """Chains depth first with slots assigned, the neediest child of every one last; the number of
-    slots."""
+    """Order chains depth first, with the neediest child last, and assign slots.
+
+    Returns:
+        The steps, and the number of slots.
+    """
     pending = list(roots)
     preorder = []
     while pending:
@@ -287,8 +296,8 @@ def _order(roots: list[_Chain]) -> tuple[list[Step], int]:
         pending.extend(chain.children)
     for chain in reversed(preorder):  # children before parents
         chain.children.sort(key=lambda child: child.need)
-        # all but the last child are walked while a slot holds this chain's own state; children that
-        # need 1 and 2 slots make it need max(1 + 1, 2) = 2
+        # a slot holds this chain's own state while all children but the last run: children that
+        # need 1 and 2 slots make the chain need max(1 + 1, 2) = 2
         needs_slot = not chain.is_held
         needs = [child.need + needs_slot for child in chain.children[:-1]] + [
             child.need for child in chain.children[-1:]
@@ -303,7 +312,7 @@ def _order(roots: list[_Chain]) -> tuple[list[Step], int]:
         if source.kind == "slot" and last_use:
             free.append(source.index)
         result, last = source, len(chain.children) - 1
-        if chain.is_held:  # its children read it from the cache or the frontier
+        if chain.is_held:  # its children read its state from the cache or the frontier
             if chain.end >= 0:
                 steps.append(Step(source, (), chain.end, -1, not chain.children))
         else:
@@ -324,16 +333,15 @@ def _order(roots: list[_Chain]) -> tuple[list[Step], int]:
 
 
 def max_slots(longest: int, count: int) -> int:
-    """The most slots that a schedule can need for `count` sequences of at most `longest` units."""
+    """The most slots that a schedule of `count` sequences of at most `longest` units can need."""
     return min(longest + 1, max(count, 1).bit_length())
 
 
 class _Chain:
-    """Nodes that run one after the other: their units, the sequence that ends after them, and the
-    chains that follow.
+    """Nodes that run one after the other: their units, their end, and the chains that follow.
 
-    A root has no units; its source is the embeddings, or a cached or frontier state. The others
-    start at the end of their parent, and have ROOT as a source until `_order` gives them a slot.
+    A root has no units. Its source is the embeddings, or a cached or frontier state. Other chains
+    start at the end of their parent; their source is ROOT until `_order` gives them a slot.
     """
 
     __slots__ = ("children", "end", "frontier", "need", "retained", "source", "units")
@@ -354,7 +362,7 @@ class _Chains(NamedTuple):
     """The wanted nodes as chains.
 
     Attributes:
-        roots: By visit, the chains that the others are below.
+        roots: The roots of each visit.
         frontier: The nodes whose states wait for later visits.
     """
 
@@ -363,23 +371,28 @@ class _Chains(NamedTuple):
 
 
 def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
-    """Cut the wanted nodes into chains. retained: the ones of them that outlive the call,
-    ascending. visit: of each node, see `VisitsOf`."""
+    """Cut the wanted nodes into chains.
+
+    Args:
+        trie: The trie.
+        retained: The wanted nodes whose states outlive the call, ascending.
+        visit: The visit of each node, see `VisitsOf`.
+    """
     end_of = np.full(len(trie.unit), -1, dtype=np.int64)
     end_of[trie.ends] = np.arange(len(trie.ends))
-    # a node continues the chain of the node before if the latter is its parent and ends nothing,
-    # has no other child and runs in the same visit; in the drawn trie 3 alone does, after 2, and 6
-    # after 5
+    # a node continues the chain of its parent if the parent is the node before, ends no sequence,
+    # has no other child and runs in the same visit: in the drawn trie 3 after 2, and 6 after 5
     nodes = np.flatnonzero(trie.wanted)  # 1 2 3 4 5 6
     parents = trie.parent[nodes]
-    branches = np.bincount(parents, minlength=len(trie.unit)) > 1  # of node 1
+    branches = np.bincount(parents, minlength=len(trie.unit)) > 1  # true for node 1
     continues = (
         trie.wanted[parents] & (parents == nodes - 1) & ~branches[parents] & (end_of[parents] < 0)
     )
     continues &= visit[parents] == visit[nodes]
-    first = np.flatnonzero(~continues)  # 0 1 3 4, places in nodes: chains [1] [2, 3] [4] [5, 6]
+    # first and last index in `nodes` of each chain; [1] [2, 3] [4] [5, 6] in the drawn trie
+    first = np.flatnonzero(~continues)  # 0 1 3 4
     last = np.append(first[1:], len(nodes))[: len(first)] - 1  # 0 2 3 5
-    # retained[low:high] are a chain's; with 3 and 5 retained, 0:0, 0:1, 1:1 and 1:2
+    # retained[low:high] belong to a chain; with 3 and 5 retained: 0:0, 0:1, 1:1 and 1:2
     low = np.searchsorted(retained, nodes[first])
     high = np.searchsorted(retained, nodes[last], side="right")
     units = trie.unit[nodes].tolist()
@@ -396,7 +409,7 @@ def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
             roots.setdefault(number, []).append(chain)
         return tops[node, number]
 
-    for node in trie.ends[~trie.wanted[trie.ends]].tolist():  # no unit runs for these
+    for node in trie.ends[~trie.wanted[trie.ends]].tolist():  # ends whose state is at hand
         root(node, 0, int(end_of[node]))
     columns = (first, last, nodes[first], nodes[last], parents[first], low, high)
     for start, stop, head, tail, parent, begin, end in zip(*(c.tolist() for c in columns)):
@@ -414,5 +427,5 @@ def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
             above = root(parent, int(visit[head]))
         above.children.append(chain)
     for chains in roots.values():
-        chains.sort(key=lambda chain: chain.source != ROOT)  # the embeddings are at hand first only
+        chains.sort(key=lambda chain: chain.source != ROOT)  # slot 0 holds the embeddings at first
     return _Chains(roots, frontier)

@@ -1,9 +1,8 @@
-"""Work for each worker: chunks first, and parts of the trie if workers outnumber chunks. Pure
-integers and NumPy.
+"""Work for each worker: chunks first, and parts of the trie if workers outnumber chunks.
 
-A continuation lies in one chunk, so that a worker's sums need nothing from another's, and as long
-as there is a chunk for every worker no prefix is run twice. A trie is cut between neighbours of its
-sorted sequences: each part is a range of them, and runs again only the path to its first node.
+All targets of a continuation are in one chunk, so workers need nothing from one another. With a
+chunk for every worker, no prefix runs twice. A trie is cut between neighbours of its sorted
+sequences. Each part is a range of sequences, and runs again only the path to its first node.
 """
 
 from __future__ import annotations
@@ -14,45 +13,64 @@ import numpy as np
 
 from .trie import Trie, shared_length
 
-# a cut may move by this share of a part's work, to a place at which neighbours share less
-SLACK = 1 / 8
+SLACK = 1 / 8  # share of a part's work by which a cut may move, to neighbours that share less
 
 
 def owners(loads: Sequence[int], looks: Sequence[int], workers: int) -> np.ndarray:
-    """The worker of each chunk, int64[C], the same whatever is asked, so that its prefix cache
-    stays of use.
+    """Assign each chunk to a worker.
 
-    loads: tokens of each chunk. looks: of a race, which one each chunk belongs to. Heavy chunks
-    first, each to the worker that has least, of its look and of all together: every look of a race
-    is shared out as well as the whole.
+    The heaviest chunk comes first. Each goes to the worker with the least load, in its look and in
+    total, so that every look of a race is shared out as evenly as the whole. Owners do not depend
+    on the request, so a worker's prefix cache stays useful.
+
+    Args:
+        loads: The tokens of each chunk.
+        looks: The look of a race to which each chunk belongs.
+        workers: The number of workers.
+
+    Returns:
+        The worker of each chunk, int64[C].
+
+    Examples:
+        >>> from fastprune.plan.split import owners
+        >>> owners([5, 4, 3, 2], looks=[0, 0, 0, 0], workers=2)
+        array([0, 1, 1, 0])
     """
-    weights, of = np.asarray(loads, dtype=np.int64), np.asarray(looks, dtype=np.int64)
+    weights, look_of = np.asarray(loads, dtype=np.int64), np.asarray(looks, dtype=np.int64)
     owner, total = np.zeros(len(weights), dtype=np.int64), np.zeros(workers, dtype=np.int64)
-    for look in np.unique(of):
-        of_look = np.zeros(workers, dtype=np.int64)
-        chunks = np.flatnonzero(of == look)
+    for look in np.unique(look_of):
+        in_look = np.zeros(workers, dtype=np.int64)
+        chunks = np.flatnonzero(look_of == look)
         for chunk in chunks[np.argsort(-weights[chunks], kind="stable")].tolist():
-            worker = int(np.argmin(of_look + total))
+            worker = int(np.argmin(in_look + total))
             owner[chunk] = worker
-            of_look[worker] += weights[chunk]
+            in_look[worker] += weights[chunk]
             total[worker] += weights[chunk]
     return owner
 
 
 def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list[int]]:
-    """The workers of each chunk of a call: its owner alone, or, of fewer chunks than workers, a
-    team by its weight.
+    """List the workers of each requested chunk.
 
-    loads, owner: of the requested chunks. The same chunks have the same teams in every call.
+    A chunk's owner runs it alone. If workers outnumber chunks, each chunk has a team, larger for a
+    heavier chunk. The same chunks have the same teams in every call.
+
+    Args:
+        loads: The tokens of each requested chunk.
+        owner: The owner of each requested chunk.
+        workers: The number of workers.
+
+    Examples:
+        >>> from fastprune.plan.split import teams
+        >>> teams([6, 2], owner=[1, 0], workers=4)
+        [[1, 2, 3], [0]]
     """
     weights = np.asarray(loads, dtype=np.float64)
     if not 0 < len(weights) < workers:
         return [[int(worker)] for worker in owner]
     sizes = np.ones(len(weights), dtype=np.int64)
-    for _ in range(
-        workers - len(weights)
-    ):  # the next worker joins the team with most tokens a worker
-        sizes[np.argmax(weights / sizes)] += 1
+    for _ in range(workers - len(weights)):
+        sizes[np.argmax(weights / sizes)] += 1  # joins the team with the most tokens a worker
     team_of: list[list[int]] = [[] for _ in sizes]
     free = list(range(workers))
     for team, worker in zip(team_of, owner):
@@ -66,20 +84,27 @@ def teams(loads: Sequence[int], owner: Sequence[int], workers: int) -> list[list
 
 
 def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
-    """At most `parts` ranges of the trie's sequences, of about the same work, in order; none of
-    them empty.
+    """Cut a trie into ranges of sequences with about the same work.
 
-    head: the cost of a sequence besides its nodes, in unit runs. A range runs the nodes on the way
-    to its sequences, those that it shares with the range before once more; so a cut is made near
-    its due place, between neighbours that share little.
+    A range runs all nodes on the way to its sequences, so nodes that it shares with the range
+    before run twice. A cut is therefore made near its due place, between neighbours that share
+    little.
+
+    Args:
+        trie: The trie.
+        parts: The most ranges.
+        head: The cost of a sequence besides its nodes, in unit runs.
+
+    Returns:
+        Ranges of the sequences, in order, none of them empty.
     """
     shared, own = _shared(trie)
-    work = np.concatenate([[0.0], np.cumsum(own + head)])
+    work = np.concatenate([[0.0], np.cumsum(own + head)])  # in the drawn trie 0 3 4 6
     ranges, start = [], 0
-    for left in range(parts, 1, -1):
+    for parts_left in range(parts, 1, -1):
         if start == len(own):
             break
-        due = (work[-1] - work[start]) / left
+        due = (work[-1] - work[start]) / parts_left
         first = int(np.searchsorted(work, work[start] + (1 - SLACK) * due))
         last = int(np.searchsorted(work, work[start] + (1 + SLACK) * due, side="right"))
         places = np.arange(max(start + 1, first), max(start + 2, last))
@@ -95,8 +120,10 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
 
 
 def _shared(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
-    """The number of units that each sequence shares with the one before, and of those that it has
-    beyond these: int64[M]. In the drawn trie 0, 3, 1 and 3, 1, 2."""
+    """The units that each sequence shares with the sequence before, and its further units.
+
+    Both are counts, int64[M]: in the drawn trie 0, 3, 1 and 3, 1, 2.
+    """
     pairs = zip(((), *trie.sequences), trie.sequences)
     shared = np.array([shared_length(*pair) for pair in pairs], dtype=np.int64)
     return shared, trie.depth[trie.ends] - shared

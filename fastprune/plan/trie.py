@@ -1,10 +1,9 @@
-"""Sequences of units as a trie: one node for each distinct prefix. Pure integers: no model, no
-torch.
+"""Tries: sequences of units, with a node for each distinct prefix, in integers.
 
 The hidden state after a unit depends only on the units that ran so far and their order, so a batch
-of masks is a trie over sequences of kept units. The trie knows sequences, not masks: a unit
-repeated, or run in another order, is one more sequence. Every node is one unit run; the number of
-nodes is the least work that any exact evaluator can do.
+of masks is a trie over sequences of kept units. The trie knows sequences, not masks: a repeated or
+reordered unit makes another sequence. Each node is one unit run. The number of nodes is the least
+work that any exact evaluator can do.
 
 The masks that keep all of four units, all but the last, and all but unit 1 are three sequences:
 
@@ -37,21 +36,21 @@ Units = tuple[int, ...]
 class Trie:
     """The prefixes of M distinct requested sequences, and of K prefixes whose states are cached.
 
-    A parent comes before its children. A child that alone continues its parent comes right after
-    it. Node 0 is the empty prefix, with unit and parent -1. The head of this file draws a trie.
+    A parent comes before its children. An only child comes right after its parent. Node 0 is the
+    empty prefix, with unit and parent -1. The head of this file draws a trie.
 
     Attributes:
         sequences: The M requested sequences, each once, sorted.
         index: int64[N], the number in `sequences` of each of the N requests.
-        unit: int64[n], the unit that runs last on the way to each of the n nodes.
+        unit: int64[n], the last unit on the way to each of the n nodes.
         parent: int64[n], the node before that unit.
-        depth: int64[n], the number of units that run on the way to each node.
+        depth: int64[n], the number of units on the way to each node.
         ends: int64[M], the node of each sequence.
         through: For each node, a sequence or cached prefix that begins with its prefix.
         cached: The K cached prefixes, in the order of the call.
-        cached_nodes: int64[K], their nodes.
-        asked: bool[n], nodes on the way to a sequence.
-        wanted: bool[n], nodes that must be run: below a sequence's deepest cached prefix.
+        cached_nodes: int64[K], the node of each cached prefix.
+        asked: bool[n], the nodes on the way to a sequence.
+        wanted: bool[n], the nodes that must run: those below a sequence's deepest cached prefix.
     """
 
     sequences: tuple[Units, ...]
@@ -78,7 +77,7 @@ class Trie:
 
     @property
     def wanted_runs(self) -> int:
-        """Unit runs of all sequences, given the cached states."""
+        """Unit runs of all sequences with the cached states."""
         return int(np.count_nonzero(self.wanted))
 
     def prefix(self, node: int) -> Units:
@@ -86,7 +85,7 @@ class Trie:
         return self.through[node][: self.depth[node]]
 
     def parts(self, size: int) -> Iterator[Trie]:
-        """Tries of at most `size` sequences each, in the order of the sequences."""
+        """Yield tries of at most `size` sequences each, in the order of the sequences."""
         for start in range(0, len(self.sequences), size):
             yield make_trie(self.sequences[start : start + size])
 
@@ -117,7 +116,7 @@ def make_trie(requests: Iterable[Units], cached: Sequence[Units] = ()) -> Trie:
     node_of: dict[Units, int] = {}
     before: Units = ()
     path = [0]  # the nodes of the sequence before, from the root on
-    # sorted, sequences that share a prefix are neighbours, and each comes before its continuations
+    # sorting makes sequences with a common prefix neighbours, and puts a prefix first
     for sequence in sorted(requested | known):
         # after (0, 1, 2, 3), path is [0, 1, 2, 3, 4]; (0, 2, 3) shares one unit: nodes 5 and 6
         # are new, the parent of 5 is path[1] = 1, and path becomes [0, 1, 5, 6]
@@ -133,7 +132,7 @@ def make_trie(requests: Iterable[Units], cached: Sequence[Units] = ()) -> Trie:
             flags.extend(bytes(len(new)))
         node_of[sequence], before = path[-1], sequence
         is_cached[path[-1]] = sequence in known
-        if sequence in requested:  # marked from its end up, as far as no sequence before did
+        if sequence in requested:  # mark its nodes from the end up to the first marked one
             for node in reversed(path):
                 if asked[node]:
                     break
@@ -142,7 +141,7 @@ def make_trie(requests: Iterable[Units], cached: Sequence[Units] = ()) -> Trie:
                 if wanted[node] or is_cached[node]:
                     break
                 wanted[node] = True
-    asked[0] = wanted[0] = False  # the embeddings are no unit run
+    asked[0] = wanted[0] = False  # the embeddings are not a unit
 
     sequences = tuple(sorted(requested))
     number = {sequence: i for i, sequence in enumerate(sequences)}
@@ -162,7 +161,7 @@ def make_trie(requests: Iterable[Units], cached: Sequence[Units] = ()) -> Trie:
 
 
 def shared_length(one: Units, other: Units) -> int:
-    """The number of units with which both sequences begin."""
+    """The number of units that both sequences begin with."""
     for i, (unit, other_unit) in enumerate(zip(one, other)):
         if unit != other_unit:
             return i
@@ -178,10 +177,16 @@ def levels(trie: Trie) -> list[np.ndarray]:
 
 
 def units_of(masks: Any, sequences: Any, num_units: int, num_variants: int = 0) -> list[Units]:
-    """The units that run of each mask, or of each sequence, in order, checked.
+    """Check masks or sequences, and list the units that each of them runs, in order.
 
-    num_variants: units that sequences may name besides (`Library`). Raises InputError if both or
-    none are given, and as `as_masks` and `check_sequences` do.
+    Args:
+        masks: Bool or 0/1 [N, U], or None.
+        sequences: Sequences of units, or None.
+        num_units: U.
+        num_variants: The number of variants that sequences may name as further units (`Library`).
+
+    Raises:
+        InputError: Both or none are given, or a check of `as_masks` or `check_sequences` fails.
     """
     if (masks is None) == (sequences is None):
         raise InputError("give either masks or sequences=, one of them")

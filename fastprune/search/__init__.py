@@ -1,7 +1,9 @@
-"""Search algorithms: one file per family, one registry. They know only the evaluator's public
-methods."""
+"""Search algorithms: a file for each family, and one registry.
 
-# Importing a family registers its algorithms, in the order in which they are listed.
+They use the evaluator's public methods only.
+"""
+
+# importing a family registers its algorithms, in the order in which lists show them
 # isort: off
 from . import one_shot, beam, evolution, bayesian, quadratic, fast_block_select, shapley, sliding  # noqa: F401 (as above)
 from . import similarity, enumeration, repeat  # noqa: F401 (as above)

@@ -10,9 +10,9 @@ from .prior import LinearMean, Prior, penalised
 from .registry import Count, algorithm
 from .run import Removed, Search
 
-PRIOR_DRAWS = 256  # of the pool in which the expected improvement is maximised
+PRIOR_DRAWS = 256  # subsets of the pool drawn by the prior
 NEIGHBOURS_OF = 3  # best subsets whose swaps are in the pool
-TWO_SWAPS = 100  # 2-swaps of each, drawn at random: there are too many for all
+TWO_SWAPS = 100  # random 2-swaps of each of these; all would be too many
 
 
 @algorithm(needs_sklearn=True, studied=True)
@@ -21,18 +21,18 @@ def bayesian(
 ) -> None:
     """Repeatedly score the subset of highest expected improvement under a Gaussian process.
 
-    Kernel s^2 exp(-hamming / l) + noise, hyperparameters by marginal likelihood; prior mean a + b
-    sum d_i, d_i = loss({i}), by least squares. The first subsets are drawn by the prior of
-    `genetic`. Expected improvement over the best loss is maximised over a pool: 256 prior draws,
-    and all 1-swaps and 100 2-swaps of each of the 3 best subsets. A loss that is not finite counts
-    as the worst finite one. Ends early when the pool has nothing new.
+    The kernel is s^2 exp(-hamming / l) + noise, with hyperparameters by marginal likelihood. The
+    prior mean is a + b sum d_i with d_i = loss({i}), by least squares. The prior of `genetic` draws
+    the first subsets. Expected improvement over the best loss is maximised over a pool: 256 prior
+    draws, and all 1-swaps and 100 2-swaps of each of the 3 best subsets. A non-finite loss
+    counts as the worst finite one. The search ends early when the pool has no new subset.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most trials.
     Options:
-        trials: subsets of the full budget that are scored, the initial ones included.
+        trials: scored subsets of the full budget, the initial ones included.
         initial: subsets drawn by the prior before the first fit.
-        batch_size: subsets scored at once, those of the highest expected improvement.
+        batch_size: subsets scored at once, by highest expected improvement.
     """
     from .gaussian_process import MaskProcess
 
@@ -60,7 +60,7 @@ def bayesian(
 
 
 def _pool(search: Search, prior: Prior, scored: list[Removed]) -> list[Removed]:
-    """Subsets not scored yet, in order: ties go to the lowest indices."""
+    """List unscored subsets in order, so that ties go to the lowest indices."""
     losses = search.score(scored)
     pool = {*draws.distinct(prior.subset, PRIOR_DRAWS)}
     for i in losses.argsort(kind="stable")[:NEIGHBOURS_OF]:
@@ -72,5 +72,5 @@ def _pool(search: Search, prior: Prior, scored: list[Removed]) -> list[Removed]:
 
 
 def _features(search: Search, subsets: list[Removed]) -> np.ndarray:
-    """1 for a removed unit, else 0, float64[N, U]."""
+    """Mark the removed units of each subset with 1, float64[N, U]."""
     return 1.0 - from_removed(subsets, search.num_units)

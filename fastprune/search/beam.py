@@ -1,4 +1,4 @@
-"""Round by round: greedy elimination and beam search."""
+"""Searches that remove one unit a round: greedy elimination and beam search."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .run import Removed, Search
 
 @algorithm(races=True, studied=True, limits=True, weighs=True)
 def greedy(search: Search) -> None:
-    """k rounds; each removes the unit whose additional removal gives the lowest loss.
+    """Remove, in each of k rounds, the unit whose removal gives the lowest loss.
 
-    Equal to beam with width 1.
+    The search equals beam with width 1.
 
     Source: SLEB (arXiv 2402.09025).
     Cost: U + (U - 1) + ... + (U - k + 1).
@@ -20,13 +20,13 @@ def greedy(search: Search) -> None:
 
 @algorithm(races=True, studied=True, limits=True, weighs=True)
 def beam(search: Search, beam_width: Count = 5) -> None:
-    """k rounds; each extends every kept subset by every unit and keeps the beam_width lowest.
+    """Extend, in each of k rounds, every kept subset by every unit; keep the beam_width lowest.
 
-    Equal subsets are merged. A race of the last round keeps the best one alone, since nothing is
-    made of the others. Under a budget of units that save unlike amounts, a subset is judged by the
-    loss that the budget would end with if all that remains to be saved cost as much as its last
-    unit. Those that meet the budget leave the beam, less the units that it does not need, and the
-    lowest loss among them wins.
+    Equal subsets are merged. A race of the last round keeps the best subset alone, since no round
+    extends the others. Under a budget of units that save unlike amounts, a subset is judged by its
+    projected loss: the loss at the end of the budget if each further saving costs as much as the
+    last unit did. Subsets that meet the budget leave the beam, after units that it does not need
+    are put back. The lowest loss among them wins.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most beam_width ((U - 1) + ... + (U - k + 1)).
@@ -42,7 +42,7 @@ def beam(search: Search, beam_width: Count = 5) -> None:
     if search.size.meets(()):
         search.score(kept)
     for size in range(1, search.num_remove + 1):
-        # best first, so that a subset's order begins with the best of its parts
+        # best subsets first: the order of an extended subset then begins with its best part
         steps = [
             (subset, unit) for subset in kept for unit in search.candidates if unit not in subset
         ]

@@ -10,29 +10,28 @@ import numpy as np
 
 from .run import Removed, Search
 
-PATIENCE = 100  # draws in a row without a new subset after which there is taken to be none
+PATIENCE = 100  # draws in a row without a new subset that end the drawing
 
 
 def distinct(
     draw: Callable[[], Removed], count: int, known: Collection[Removed] = ()
 ) -> list[Removed]:
-    """`count` different unknown subsets, in the order drawn; fewer when drawing finds nothing
-    new."""
-    found: dict[Removed, None] = {}
+    """Draw `count` different unknown subsets, in order; fewer if drawing gives no new ones."""
+    drawn: dict[Removed, None] = {}
     misses = 0
-    while len(found) < count and misses < PATIENCE:
+    while len(drawn) < count and misses < PATIENCE:
         subset = draw()
-        misses = misses + 1 if subset in found or subset in known else 0
+        misses = misses + 1 if subset in drawn or subset in known else 0
         if not misses:
-            found[subset] = None
-    return list(found)
+            drawn[subset] = None
+    return list(drawn)
 
 
 def uniform(search: Search, count: int) -> list[Removed]:
-    """`count` different complete subsets, uniform; all of them if they are fewer.
+    """Draw `count` different complete subsets uniformly; all of them if they are fewer.
 
-    Under a budget of units that save unlike amounts, units are removed in a uniform order until it
-    is met, and those not needed are put back.
+    Under a budget of units that save unlike amounts, units are removed in a uniform order until the
+    budget is met. Units that it does not need are put back.
     """
     candidates, k = search.candidates, search.num_remove
     if search.limit is not None:
@@ -48,8 +47,7 @@ def uniform(search: Search, count: int) -> list[Removed]:
 
 
 def swapped(search: Search, subset: Removed, swaps: int) -> Removed:
-    """The subset with `swaps` of its units exchanged for as many that it keeps, uniform; at most
-    all that there are."""
+    """Exchange `swaps` removed units for kept ones, drawn uniformly; fewer if units run out."""
     kept = [unit for unit in search.candidates if unit not in subset]
     swaps = min(swaps, len(subset), len(kept))
     out = search.rng.choice(len(subset), swaps, replace=False)

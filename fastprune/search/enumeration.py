@@ -1,4 +1,4 @@
-"""Subsets known beforehand: all of them, a random sample, all windows."""
+"""Searches over subsets known beforehand: all of them, a random sample, all windows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from . import draws
 from .registry import Count, algorithm
 from .run import Removed, Search
 
-AT_ONCE = (
-    1 << 16
-)  # masks of one call: prefixes are shared within it, and its bookkeeping stays small
+AT_ONCE = 1 << 16  # masks of one call: enough to share prefixes, few enough for its bookkeeping
 
 
 @algorithm(races=True)
 def contiguous(search: Search) -> None:
     """Score every window of k adjacent units.
 
-    A window that touches a protected unit is not a candidate. Where protection leaves no window at
-    all, neighbours among the units that may go count as adjacent, so that a window steps over what
-    is protected.
+    A window that touches a protected unit is not a candidate. If protection leaves no window, the
+    units on both sides of protected ones count as adjacent, so that a window steps over these.
 
     Source: the shape of subset of Gromov et al. (arXiv 2403.17887), chosen by the loss itself.
     Cost: U - k + 1.
@@ -45,8 +42,8 @@ def _few_enough(candidates: int, num_remove: int, granularity: str, max_masks: i
 def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     """Score every subset of k units: the optimum, and proof of it.
 
-    Under a budget of units that save unlike amounts: every subset that meets it, and of which no
-    unit could be put back.
+    Under a budget of units that save unlike amounts, candidates are the subsets that meet it and
+    of which no unit could be put back.
 
     Source: the definition of the problem.
     Cost: C(U, k).
@@ -64,7 +61,7 @@ def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     else:
         total = math.comb(len(search.candidates), search.num_remove)
         subsets = itertools.combinations(search.candidates, search.num_remove)
-    # in order: prefixes lie together
+    # in order, so that prefixes are neighbours
     search.plan(min(AT_ONCE, total - start) for start in range(0, total, AT_ONCE))
     while part := list(itertools.islice(subsets, AT_ONCE)):
         search.select(part, 1)
@@ -74,7 +71,7 @@ def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
 def random_subsets(search: Search, num_masks: Count = 100) -> None:
     """Score num_masks different subsets of k units, drawn uniformly.
 
-    All subsets are scored where there are fewer.
+    If there are fewer subsets, all are scored.
 
     Source: the baseline of every comparison.
     Cost: num_masks.
@@ -86,8 +83,10 @@ def random_subsets(search: Search, num_masks: Count = 100) -> None:
 
 
 def windows(candidates: list[int], k: int) -> list[Removed]:
-    """All windows of k adjacent units among the candidates, by start; of k neighbours in
-    `candidates` if none is."""
+    """List the windows of k adjacent candidates, by start.
+
+    If no window is adjacent, any k neighbours in `candidates` are a window.
+    """
     neighbours = [tuple(candidates[i : i + k]) for i in range(len(candidates) - k + 1)]
     if k == 0:
         return [()]

@@ -24,15 +24,15 @@ def genetic(
 ) -> None:
     """Breed a population of subsets, drawing units by the losses of single removals.
 
-    The prior is w_i = softmax(-z_i), z_i the standardised loss({i}). First generation: one_shot's
-    subset, and k draws without replacement by w for each of the rest.
-    Then, each generation: the elites pass unchanged. Of two parents, each the best of a tournament,
-    a child keeps the intersection and fills up from the rest of the union by w; a mutated child
-    swaps one removed unit for one drawn by w. Duplicates within a generation are redrawn; where
-    breeding finds nothing new, the prior fills up. With racing, the better half of a generation is
-    found by a race, and the others stand behind it in no order. Under a budget of units that save
-    unlike amounts, d_i is the increase of the loss for what i saves; units are drawn until the
-    budget is met, and those then not needed are put back.
+    The prior is w_i = softmax(-z_i), for z_i the standardised loss({i}). The first generation is
+    one_shot's subset, and k draws without replacement by w for each other member.
+    In each later generation, the elites pass unchanged. A child has two parents, each the best of a
+    tournament. It keeps their intersection, and fills up from the rest of their union by w. A
+    mutated child swaps one removed unit for one drawn by w. Duplicates within a generation are
+    redrawn. If breeding gives no new subset, the prior draws the rest. With racing, a race ranks
+    the better half of a generation, and the others follow without an order. Under a budget of units
+    that save unlike amounts, z_i standardises the increase of the loss relative to the saving of i.
+    Units are drawn until the budget is met, and units that it does not need are put back.
 
     Source: Kim et al. (arXiv 2604.24938).
     Cost: U + at most population + (generations - 1) (population - elites).
@@ -61,15 +61,19 @@ def genetic(
 
 
 def _ranked(search: Search, members: list[Removed]) -> list[Removed]:
-    """Best first; ties go to the lowest indices. With racing, only the better half is ranked."""
-    kept = search.select(members, len(members) if search.racing is None else -(-len(members) // 2))
+    """Rank members, best first; ties go to the lowest indices.
+
+    With racing, only the better half is ranked.
+    """
+    ranked = len(members) if search.racing is None else -(-len(members) // 2)
+    kept = search.select(members, ranked)
     return kept + sorted({*members} - {*kept})
 
 
 def _child(
     search: Search, prior: Prior, members: list[Removed], tournament: int, mutation: float
 ) -> Removed:
-    """A child of two of the members, which are ranked best first."""
+    """Breed a child of two members, which are ranked best first."""
     size = min(tournament, len(members))
     one, other = (
         {*members[search.rng.choice(len(members), size, replace=False).min()]} for _ in range(2)
@@ -79,9 +83,9 @@ def _child(
     child = {*search.fill(sorted(child), prior.draw(rest, len(rest)))}
     kept = [unit for unit in search.candidates if unit not in child]
     if search.rng.random() < mutation and child and kept:
-        gone = search.rng.choice(sorted(child))
-        child.remove(gone)  # and comes back if the others are not enough
-        return search.fill(sorted(child), [*prior.draw(kept, len(kept)), gone])
+        swapped = search.rng.choice(sorted(child))
+        child.remove(swapped)  # it returns if the other units are not enough
+        return search.fill(sorted(child), [*prior.draw(kept, len(kept)), swapped])
     return draws.as_removed(child)
 
 
@@ -113,25 +117,26 @@ def evopress(
 
     The best of `initial` uniform subsets is the first parent. Each generation makes `offspring`
     distinct children, each by n = min(U{1..max_swaps}, U{1..max_swaps}) flips. The best
-    first_survivors on first_tokens meet their parent on final_tokens, and the best is the next
-    parent. The original fitness is KL.
+    first_survivors on first_tokens meet their parent on final_tokens, and the best of these is the
+    next parent. The original fitness is KL.
 
-    A flip draws a type, attention or MLP, with equal odds, and swaps a removed and a kept unit of
-    that type; a later flip may undo an earlier one. Of sublayers, half of what is removed are
-    attentions, from the first subset on. Of blocks, flips that draw the MLP are discarded:
-    Binomial(n, 1/2) remain. A child that equals its parent is drawn again, and a type with nothing
-    left to swap is not flipped. With flips=free a child swaps n pairs of different units, of
-    whatever type, and sublayers are removed in any mix.
+    A flip draws a type, attention or MLP, with equal odds. It swaps a removed and a kept unit of
+    that type. A later flip may undo an earlier one. With sublayers, half of the removed units are
+    attentions, from the first subset on. With blocks, flips that draw the MLP are discarded, so
+    that Binomial(n, 1/2) flips remain. A child that equals its parent is drawn again. A type whose
+    units are all removed, or all kept, is not flipped. With flips=free, a child swaps n pairs of
+    different units of any type, and sublayers are removed in any mix.
 
-    Under a budget of units that save unlike amounts, subsets are uniform orders of units up to the
-    budget, with as many attentions as come. After the flips, units drawn uniformly are removed
-    until the budget is met, and those then not needed are put back.
+    Under a budget of units that save unlike amounts, first subsets remove units in a uniform order
+    until the budget is met, with any number of attentions. After the flips, uniformly drawn units
+    are removed until the budget is met, and units that it does not need are put back.
 
-    Every step draws samples afresh, one by one and without repetition, until they hold its tokens;
-    the last is cut to fit, unless it is a question. Where the calibration set holds no more, it
-    takes all: the fitness is then the loss itself, a later step of the same kind costs nothing, and
-    the scores enter the history. Scores on a share of the samples do not. The last parent is scored
-    on all. With racing, one race over the whole calibration set takes the place of both steps.
+    Every step draws fresh samples, one by one without repetition, until they hold its tokens. The
+    last sample is cut to fit, unless it is a question. If the calibration set has too few tokens, a
+    step takes all of it. Its fitness is then the loss itself, which enters the history, and a later
+    step of the same kind costs nothing. Scores on a share of the samples do not enter the history.
+    The last parent is scored on all samples. With racing, one race over the whole calibration set
+    replaces both steps.
 
     Source: EvoPress (arXiv 2410.14649).
     Cost: initial + generations (offspring + first_survivors + 1) on shares of the calibration set,
@@ -139,30 +144,27 @@ def evopress(
     Options:
         initial: random subsets of which the best is the first parent.
         initial_tokens: tokens on which they are compared.
-        offspring: children of each generation (fewer where there are not as many).
+        offspring: children of each generation (fewer if there are not as many subsets).
         max_swaps: most units that a child swaps.
         first_survivors: children that pass the first step.
         first_tokens: tokens of the first step.
         final_tokens: tokens of the second step.
-        generations: generations; 0 for int(k (U - k) / 1.5), U units that may go (of sublayers: k/2
-            and U/2).
+        generations: generations; 0 for int(k (U - k) / 1.5), with U units that may be removed
+            (for sublayers k/2 and U/2).
         flips: published, or free: of any type, and always of different units.
     """
     k, size = search.num_remove, float(len(search.candidates))
     if flips == "published" and search.evaluator.granularity == "sublayer":
-        types = [
-            [unit for unit in search.candidates if unit % 2 == half] for half in (0, 1)
-        ]  # attentions, MLPs
+        # attentions, MLPs
+        types = [[unit for unit in search.candidates if unit % 2 == half] for half in (0, 1)]
         if search.limit is None:
             first = draws.distinct(lambda: _balanced(search, types), initial)
         else:
             first = draws.uniform(search, initial)
         k, size = k // 2, size / 2
     else:
-        types = [
-            search.candidates,
-            [],
-        ]  # a flip of a block's MLP changes nothing: attention and MLP are tied
+        # a block's attention and MLP are removed together: the second type has nothing to flip
+        types = [search.candidates, []]
         first = draws.uniform(search, initial)
     number = generations or int(k * (size - k) / 1.5)
     steps = [offspring, first_survivors + 1] if search.racing is None else [offspring + 1]
@@ -187,8 +189,11 @@ def evopress(
 
 
 def _balanced(search: Search, types: Sequence[Sequence[int]]) -> Removed:
-    """As many units of each type, uniform. Raises InputError if protection leaves too few of
-    one."""
+    """Draw equally many units of each type, uniformly.
+
+    Raises:
+        InputError: Protection leaves too few units of a type.
+    """
     share = search.num_remove // len(types)
     for units, name in zip(types, ("attentions", "MLPs")):
         if len(units) < share:
@@ -203,8 +208,10 @@ def _balanced(search: Search, types: Sequence[Sequence[int]]) -> Removed:
 
 
 def _flipped(search: Search, subset: Removed, count: int, types: list[list[int]]) -> Removed:
-    """The subset after `count` flips, one after the other, each within one of the two types; an
-    empty one flips not."""
+    """Make `count` flips, one after the other, each within one of the two types.
+
+    A type without units has no flips.
+    """
     removed = {*subset}
     for _ in range(count):
         units = types[search.rng.integers(2)]
@@ -219,7 +226,10 @@ def _flipped(search: Search, subset: Removed, count: int, types: list[list[int]]
 
 
 def _select(search: Search, subsets: list[Removed], tokens: int, survivors: int) -> list[Removed]:
-    """The subsets of lowest loss on fresh samples of `tokens` tokens; ties go to the first."""
+    """Select the subsets of lowest loss on fresh samples of `tokens` tokens.
+
+    Ties go to the first.
+    """
     if search.racing is not None:
         return search.select(subsets, survivors)
     fitness = search.score_on_tokens(subsets, tokens)

@@ -1,4 +1,4 @@
-"""Fast-Block-Select: exchanges runs of blocks between the removed and the kept."""
+"""Fast-Block-Select: exchanges of runs between removed and kept units."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .run import Removed, Search
 def fast_block_select(
     search: Search, max_run: Count = 4, pool: Count = 5, rounds: Count = 20
 ) -> None:
-    """Exchange runs of adjacent units between the removed and the kept while that helps.
+    """Exchange runs of adjacent removed and kept units while that lowers the loss.
 
-    The search begins with one_shot's subset. With d_i = loss({i}), P the removed and A the kept
-    units: for each run length r = 1..max_run, the runs of r adjacent units inside P are ranked by
-    highest sum of d_i, those inside A by lowest. All exchanges between the best `pool` of each are
-    scored, of all lengths in one batch. Those that lower the loss of P are applied, best first,
-    except where one touches a unit that has moved in this round. This repeats until P does not
-    change, or for `rounds` rounds.
+    The search begins with one_shot's subset. Let d_i be loss({i}), P the removed and A the kept
+    units. For each run length r = 1..max_run, the runs of r adjacent units inside P are ranked by
+    highest sum of d_i, those inside A by lowest. All exchanges between the best `pool` of both are
+    scored, all lengths in one batch. Exchanges that lower the loss of P are applied, best first,
+    unless they touch a unit that has moved in this round. This repeats until P does not change, or
+    for `rounds` rounds.
 
     Source: MI-PRUN (arXiv 2601.07212), with the loss in place of its mutual information.
     Cost: U + 1 + at most rounds (max_run pool^2 + 1).
     Options:
         max_run: longest run of units exchanged.
-        pool: runs of each length and side that are tried against each other.
+        pool: best runs of each length and side; all pairs of them are scored.
         rounds: most rounds.
     """
     singles = search.score([(unit,) for unit in search.candidates])
@@ -51,15 +51,15 @@ def fast_block_select(
         if changed == removed:
             return
         removed = changed
-    search.score([removed])  # several exchanges at once: not scored together so far
+    search.score([removed])  # several exchanges may have been applied at once
 
 
 def _exchanges(
     search: Search, removed: Removed, loss_of: dict[int, float], max_run: int, pool: int
 ) -> list[tuple[Removed, Removed]]:
-    """Pairs (run to put back, run to remove) among the best of each length, in order of rank."""
+    """Pairs (run to put back, run to remove) of the best runs of each length, by rank."""
     kept = [unit for unit in search.candidates if unit not in removed]
-    found: list[tuple[Removed, Removed]] = []
+    exchanges: list[tuple[Removed, Removed]] = []
     for length in range(1, max_run + 1):
         costly = sorted(
             _runs(removed, length), key=lambda run: (-sum(loss_of[unit] for unit in run), run)
@@ -67,8 +67,8 @@ def _exchanges(
         cheap = sorted(
             _runs(kept, length), key=lambda run: (sum(loss_of[unit] for unit in run), run)
         )
-        found += itertools.product(costly[:pool], cheap[:pool])
-    return found
+        exchanges += itertools.product(costly[:pool], cheap[:pool])
+    return exchanges
 
 
 def _runs(units: Sequence[int], length: int) -> list[Removed]:

@@ -44,10 +44,13 @@ class HammingKernel(StationaryKernelMixin, NormalizedKernelMixin, Kernel):
 
 
 class MaskProcess:
-    """The posterior of a loss over masks: kernel s^2 exp(-hamming / l) + noise, s, l and the noise
-    by marginal likelihood, searched from those of the fit before.
+    """The posterior of a loss over masks, under the kernel s^2 exp(-hamming / l) + noise.
 
-    kernel: fitted by the last fit. regressor: scikit-learn's, of the last fit.
+    s, l and the noise maximise the marginal likelihood. Their search starts at the fit before.
+
+    Attributes:
+        kernel: The kernel of the last fit.
+        regressor: scikit-learn's regressor of the last fit.
     """
 
     def __init__(self) -> None:
@@ -56,22 +59,32 @@ class MaskProcess:
         )
 
     def fit(self, masks: np.ndarray, residuals: np.ndarray) -> None:
-        """masks float64[N, U] of 0 and 1; residuals float64[N], the losses less their prior
-        mean."""
+        """Fit the process.
+
+        Args:
+            masks: float64[N, U] of 0 and 1.
+            residuals: float64[N], the losses less their prior mean.
+        """
         self._scale = residuals.std() or 1.0
         self.regressor = GaussianProcessRegressor(self.kernel, alpha=0.0)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # a bound is a fair answer, as for losses without noise
+            # a parameter at its bound is a fair answer, as for losses without noise
+            warnings.simplefilter("ignore", ConvergenceWarning)
             self.regressor.fit(masks, residuals / self._scale)
         self.kernel = self.regressor.kernel_
 
     def expected_improvement(self, masks: np.ndarray, margins: np.ndarray) -> np.ndarray:
-        """E[max(0, margin - f)], float64[N], f the posterior residual; margins: the best loss less
-        the prior mean."""
+        """Compute E[max(0, margin - f)] for the posterior residual f.
+
+        Args:
+            masks: float64[N, U] of 0 and 1.
+            margins: float64[N], the best loss less the prior mean of each mask.
+
+        Returns:
+            float64[N].
+        """
         mean, deviation = self.regressor.predict(masks, return_std=True)
-        # predict adds the noise of an observation, which is none of the function's own uncertainty
+        # predict adds the noise of an observation to the uncertainty of the function
         deviation = np.sqrt(np.maximum(deviation**2 - self.kernel.k2.noise_level, 1e-18))
         gain = margins / self._scale - mean
         z = gain / deviation

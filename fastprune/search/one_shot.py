@@ -1,5 +1,4 @@
-"""One-shot: every unit is judged alone, by the loss without it or by the gradients of its
-weights."""
+"""One-shot searches: each unit is judged alone, by the loss without it or by its gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +14,9 @@ from .run import Removed, Search
 def one_shot(search: Search) -> Removed:
     """Remove the k units whose removal alone hurts least: the k lowest d_i = loss({i}).
 
-    Under a budget of units that save unlike amounts, by the increase of the loss for what they
-    save, until the budget is met; units then not needed are put back, the worst first.
+    Under a budget of units that save unlike amounts, units are ordered by the increase of the loss
+    relative to their saving. They are removed until the budget is met. Units that it does not need
+    are put back, the worst first.
 
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: U + 1.
@@ -32,10 +32,10 @@ def one_shot(search: Search) -> Removed:
 def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) -> Removed:
     """Remove the k units of lowest Taylor importance: the sum over a unit's weights of |w dL/dw|.
 
-    L is the loss of the whole model over the calibration set, so that gradients are summed over it
-    before the absolute value is taken. The authors' code averages over batches, which weighs a
-    smaller last batch too much; with one batch, their default, it is the same. Biases do not count.
-    A unit whose importance is not finite comes last. Needs an objective with a gradient.
+    L is the loss of the whole model over the calibration set. Gradients are summed over it before
+    the absolute value is taken. The authors' code averages over batches, which weighs a smaller
+    last batch too much. With one batch, their default, both agree. Biases do not count. A unit
+    whose importance is not finite comes last. The objective must have a gradient.
 
     Source: Shortened LLaMA (arXiv 2402.02834).
     Cost: 1 (and one forward and backward pass of the dense model, with a gradient of every weight).
@@ -50,6 +50,8 @@ def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) 
 
 
 def lowest(search: Search, values: np.ndarray) -> Removed:
-    """A complete subset of the candidates whose values [candidates] are lowest; ties go to the
-    lowest index."""
+    """Make a complete subset of the candidates with the lowest values [candidates].
+
+    Ties go to the lowest index.
+    """
     return search.fill((), (search.candidates[i] for i in values.argsort(kind="stable")))

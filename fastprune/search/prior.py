@@ -1,5 +1,4 @@
-"""The prior of genetic, bayesian and surrogate: a guess about subsets from the loss of removing
-each unit alone."""
+"""The prior of genetic, bayesian and surrogate: subsets judged by the losses of single removals."""
 
 from __future__ import annotations
 
@@ -10,25 +9,21 @@ import numpy as np
 from .one_shot import lowest
 from .run import Removed, Search
 
-UNLIKELY = (
-    50.0  # in log weight, below the least likely of the rest: drawn when nothing else is left
-)
+UNLIKELY = 50.0  # log weight of units with a non-finite loss, below the least likely other
 
 
 class Prior:
-    """Weights w_i = softmax(-z_i), z the standardised d_i = loss({i}) of the candidates.
+    """Weights w_i = softmax(-z_i), for z the standardised d_i = loss({i}) of the candidates.
 
-    Under a budget of units that save unlike amounts, d_i is the harm of i (`Search.harm`).
-
-    A unit whose loss is not finite is drawn last, and counts in sums as the worst of the others.
-    Asks for the candidates' losses, one batch.
+    Under a budget of units that save unlike amounts, d_i is the harm of i (`Search.harm`). A unit
+    whose loss is not finite is drawn last, and counts in sums as the worst other unit. Making a
+    prior scores all candidates in one batch.
     """
 
     def __init__(self, search: Search):
         self.search = search
-        self.singles = search.harm(
-            [((), unit) for unit in search.candidates]
-        )  # [candidates], +inf if not finite
+        # [candidates], +inf if not finite
+        self.singles = search.harm([((), unit) for unit in search.candidates])
         finite = np.isfinite(self.singles)
         single = penalised(self.singles)
         spread = single[finite].std() if finite.any() else 0.0
@@ -38,33 +33,33 @@ class Prior:
         self._single = dict(zip(search.candidates, single.tolist()))
 
     def draw(self, units: Iterable[int], count: int) -> list[int]:
-        """`count` of the units by w, one after the other without replacement."""
+        """Draw `count` of the units by w, one after the other without replacement."""
         units = list(units)
-        # the largest of log w + Gumbel noise are draws without replacement
+        # the largest values of log w + Gumbel noise are such draws
         keys = np.array([self._log_weight[unit] for unit in units]) + self.search.rng.gumbel(
             size=len(units)
         )
         return [units[i] for i in np.argsort(-keys, kind="stable")[:count]]
 
     def subset(self) -> Removed:
-        """A complete subset, drawn by w."""
+        """Draw a complete subset by w."""
         candidates = self.search.candidates
         return self.search.fill((), self.draw(candidates, len(candidates)))
 
     def one_shot(self) -> Removed:
-        """A complete subset of the units with the lowest d_i; ties go to the lowest index."""
+        """Make a complete subset of the units with the lowest d_i; ties go to the lowest index."""
         return lowest(self.search, self.singles)
 
     def sums(self, subsets: Iterable[Removed]) -> np.ndarray:
-        """The sum of d_i over each subset, float64[N]."""
+        """Sum d_i over each subset, float64[N]."""
         return np.array([sum(self._single[unit] for unit in subset) for subset in subsets])
 
 
 class LinearMean:
-    """A prior mean of the loss, linear in sum d_i: fitted by least squares to subsets whose losses
-    are known.
+    """A prior mean of the loss, linear in sum d_i, fitted by least squares to known losses.
 
-    slope: of the loss in that sum.
+    Attributes:
+        slope: The slope of the loss in that sum.
     """
 
     def __init__(self, prior: Prior, subsets: list[Removed], losses: np.ndarray):
@@ -79,7 +74,9 @@ class LinearMean:
 
 
 def penalised(losses: np.ndarray) -> np.ndarray:
-    """Losses, the infinite ones and NaN set to the worst of the others (0 if all are so): models of
-    the loss stay away from them, and their arithmetic stays finite."""
+    """Replace non-finite losses by the worst finite one, or by 0 if none is finite.
+
+    Models of the loss then stay away from them, with finite arithmetic.
+    """
     finite = np.isfinite(losses)
     return np.where(finite, losses, losses[finite].max() if finite.any() else 0.0)

@@ -1,5 +1,8 @@
-"""Budgets, and the units that must stay: given one by one, or as a preset: the units that a
-published method never tries to remove."""
+"""Budgets, and units that must stay.
+
+Protected units are named one by one, or by a preset: the units that a published method never tries
+to remove.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,19 @@ PRESETS = {"sleb": (1, 1), "shortened-llama": (4, 2)}  # blocks at the start and
 def protected_units(
     protect: Iterable[int] | str, num_units: int, granularity: str
 ) -> tuple[int, ...]:
-    """The protected units, ascending, of a collection of indices or the name of a preset.
+    """List the protected units.
 
-    With sublayers, a preset protects both halves of its blocks. Raises InputError for an unknown
-    preset, and for an index out of range or given twice.
+    Args:
+        protect: Indices of units, or the name of a preset. With sublayers, a preset protects both
+            halves of its blocks.
+        num_units: U.
+        granularity: "block" or "sublayer".
+
+    Returns:
+        The units, ascending.
+
+    Raises:
+        InputError: The preset is unknown, or an index is out of range or given twice.
     """
     if not isinstance(protect, str):
         return check_removed(protect, num_units, "protected")
@@ -32,9 +44,10 @@ def protected_units(
 
 
 def check_budget(budget: int | str) -> float | None:
-    """The percentage of a budget such as "25%"; None for an integer.
+    """Read the percentage of a budget such as "25%"; None for an integer.
 
-    Raises InputError for another text, and for a percentage not between 0 and 100.
+    Raises:
+        InputError: The text has another form, or the percentage is not between 0 and 100.
     """
     if not isinstance(budget, str):
         return None
@@ -48,13 +61,19 @@ def check_budget(budget: int | str) -> float | None:
 
 
 def units_to_remove(budget: int | str, num_units: int) -> int:
-    """How many of the units a budget removes: a share is rounded down, to at least 1.
+    """Compute the number of units that a budget removes.
 
-    Raises InputError for a budget outside 0 to num_units - 1.
+    Args:
+        budget: The number, or a share such as "25%", rounded down to at least 1.
+        num_units: U.
 
-    >>> from fastprune.search import units_to_remove
-    >>> units_to_remove("25%", 14), units_to_remove(3, 14)
-    (3, 3)
+    Raises:
+        InputError: The number is outside 0 to num_units - 1.
+
+    Examples:
+        >>> from fastprune.search import units_to_remove
+        >>> units_to_remove("25%", 14), units_to_remove(3, 14)
+        (3, 3)
     """
     percentage = check_budget(budget)
     if percentage is not None:

@@ -1,5 +1,4 @@
-"""Searches that minimise a quadratic model of the loss over all subsets, exactly: CBO, and a fitted
-surrogate."""
+"""Searches that minimise a quadratic model of the loss exactly: CBO, and a fitted surrogate."""
 
 from __future__ import annotations
 
@@ -34,17 +33,18 @@ def cbo(
 ) -> None:
     """Remove the k units of lowest energy z^T H z, H the Fisher matrix of branch scales.
 
-    z_i = 1 where unit i is removed. a_i scales unit i's residual branches, at 1. A[s, i] =
-    dL_s/da_i per calibration sample; H = A^T A / n over the n samples. The num_states subsets |z| =
-    k of lowest energy are found exactly, and with rescore=True the objective decides among them.
-    Samples whose gradient is not finite are left out. Needs an objective with a gradient.
+    z_i is 1 if unit i is removed. a_i = 1 scales the residual branches of unit i. A[s, i] =
+    dL_s/da_i is the gradient of sample s, and H = A^T A / n over the n samples. The num_states
+    subsets of k units with the lowest energy are found exactly. With rescore=True the objective
+    decides among them. Samples whose gradient is not finite are left out. The objective must have a
+    gradient.
 
     Source: CBO (arXiv 2602.00161).
     Cost: num_states with rescore, else 1 (and one forward and backward pass of the dense model).
     Options:
-        num_states: subsets that are scored (fewer where there are not as many).
+        num_states: scored subsets (fewer if there are not as many).
         rescore: score them all; otherwise only the lowest.
-        first_order: add -g^T z to the energy, g the mean gradient.
+        first_order: add -g^T z to the energy, for the mean gradient g.
     """
     search.plan([num_states if rescore else 1])
     gradients = search.evaluator.unit_gradients()[:, search.candidates]  # [n, candidates]
@@ -60,29 +60,27 @@ def cbo(
 @algorithm(check_size=_solvable, needs_sklearn=True, races=True)
 def surrogate(
     search: Search,
-    initial: Annotated[
-        int, Allowed(least=2)
-    ] = 128,  # a single subset says nothing about leaving one out
+    initial: Annotated[int, Allowed(least=2)] = 128,  # the leave-one-out error needs two
     proposals: Count = 32,
     patience: Count = 3,
 ) -> None:
     """Fit a ridge quadratic model to the losses so far and score its best unseen subsets.
 
-    This repeats until nothing better is found. The model of a subset's loss is a + b sum d_i +
-    sum_i u_i z_i + sum_(i<j) v_ij z_i z_j, z_i = 1 where removed and d_i = loss({i}): a and b by
-    least squares, then u and v by ridge regression, its strength by leave-one-out error.
-    It is fitted to the subsets of the full budget scored so far: first one_shot's, and equal shares
-    of subsets drawn by the prior of `genetic` and uniformly. Its best unseen subsets are found
-    exactly, by the solver of cbo; the exact scores decide, the model only proposes. A loss that is
-    not finite counts as the worst finite one. With racing, the best quarter of each round's
-    proposals is found by a race, and only it is fitted to.
+    This repeats until no better subset appears. The model of a subset's loss is a + b sum d_i +
+    sum_i u_i z_i + sum_(i<j) v_ij z_i z_j, with z_i = 1 for removed units and d_i = loss({i}).
+    Least squares give a and b, then ridge regression u and v, with its strength by leave-one-out
+    error. The model is fitted to the scored subsets of the full budget: at first one_shot's, and
+    equal shares of subsets drawn by the prior of `genetic` and uniformly. The solver of cbo finds
+    the model's best unseen subsets exactly. The model proposes, and exact scores decide. A loss
+    that is not finite counts as the worst finite one. With racing, a race finds the best quarter of
+    each round's proposals, and the model is fitted to these only.
 
     Source: this project.
     Cost: U + initial + proposals for each round, at least `patience` rounds.
     Options:
         initial: subsets scored before the first fit (at most a quarter of all, or 4).
         proposals: subsets scored in each round.
-        patience: rounds in a row without a better subset after which the search ends.
+        patience: rounds in a row without a better subset that end the search.
     """
     prior = Prior(search)
     total = math.comb(len(search.candidates), search.num_remove)
@@ -94,14 +92,14 @@ def surrogate(
     ]
     best, stale, proposed = search.score(subsets).min(), 0, {*subsets}
     while stale < patience:
-        found = _propose(search, prior, subsets, proposals, proposed)
-        if not found:
+        unseen = _propose(search, prior, subsets, proposals, proposed)
+        if not unseen:
             return
-        proposed.update(found)
+        proposed.update(unseen)
         if search.racing is not None:
-            found = search.select(found, -(-len(found) // 4))
-        lowest = search.score(found).min()
-        subsets += found
+            unseen = search.select(unseen, -(-len(unseen) // 4))
+        lowest = search.score(unseen).min()
+        subsets += unseen
         stale = 0 if lowest < best else stale + 1
         best = min(best, lowest)
 
@@ -109,7 +107,7 @@ def surrogate(
 def _propose(
     search: Search, prior: Prior, subsets: list[Removed], count: int, known: set[Removed]
 ) -> list[Removed]:
-    """The `count` best unknown subsets under the model fitted to `subsets`."""
+    """Find the `count` best unknown subsets under the model fitted to `subsets`."""
     total = math.comb(len(search.candidates), search.num_remove)
     if total == len(known):
         return []
@@ -125,8 +123,11 @@ def _propose(
 
 
 def _fit(search: Search, prior: Prior, subsets: list[Removed]) -> tuple[np.ndarray, np.ndarray]:
-    """The quadratic model, without its constant: energies [n, n] and linear terms [n] of the n
-    candidates."""
+    """Fit the quadratic model, without its constant.
+
+    Returns:
+        The energies [n, n] and linear terms [n] of the n candidates.
+    """
     from sklearn.linear_model import RidgeCV
 
     size = len(search.candidates)

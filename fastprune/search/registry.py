@@ -1,9 +1,8 @@
-"""The registry of search algorithms, the checking of their options, and their description.
+"""The registry of search algorithms, the checks of their options, and their description.
 
-An algorithm is a function whose keyword parameters are its options. Its docstring is its
-description: a first line, then `Source:`, `Cost:` (in masks, for U units of which k are removed)
-and `Options:` with a line per option. A search over sequences removes nothing; its cost counts
-sequences.
+An algorithm is a function whose keyword parameters are its options. Its docstring describes it: a
+first line, then `Source:`, `Cost:` (in masks, to remove k of U units) and `Options:` with a line
+for each option. A search over sequences removes no unit; its cost counts sequences.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ..validate import check_one_of, check_probability
 
 @dataclass(frozen=True)
 class Allowed:
-    """The values that an option may have: numbers from `least` to `most`, or one of `choices`."""
+    """The allowed values of an option: numbers from `least` to `most`, or one of `choices`."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -53,8 +52,7 @@ Share = Annotated[float, Allowed(least=0, most=1)]
 
 @dataclass(frozen=True)
 class Option:
-    """An option of an algorithm: its type, its default, and its allowed values (None: all of its
-    type)."""
+    """An option of an algorithm: its type, its default, and its allowed values (None for all)."""
 
     kind: type
     default: object
@@ -66,17 +64,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A registered search: its function, and its options.
+    """A registered search; `algorithm` documents the flags.
 
-    check_size(candidates, num_remove, granularity, **options) raises InputError for a problem that
-    it cannot take.
-    needs_gradients: of the objective at the dense model (Objective.differentiable). needs_weights:
-    all at once, so that none can stay in files. races: whether its selections may be races.
-    over_sequences: whether its candidates are sequences; it then takes no num_remove, and its
-    function gets a SequenceSearch.
-    limits: whether it keeps a budget of units that save unlike amounts. weighs: whether it then
-    compares losses by what is saved, which does not race. studied: whether a study runs it unless
-    others are named.
+    Attributes:
+        name: The name by which users call it.
+        function: The search.
+        options: Its options by name.
     """
 
     name: str
@@ -93,18 +86,17 @@ class Algorithm:
     weighs: bool
 
     def check_num_remove(self, num_remove: object, budget: object = None) -> None:
-        """Raise InputError unless the size of the removal is given as one of the two, or as none
-        where it has no meaning."""
-        sizes = {"num_remove": num_remove, "budget": budget}
-        given = [name for name, value in sizes.items() if value is not None]
-        if self.over_sequences and given:
+        """Raise InputError unless exactly one size of the removal is given; none over sequences."""
+        arguments = {"num_remove": num_remove, "budget": budget}
+        sizes = [name for name, value in arguments.items() if value is not None]
+        if self.over_sequences and sizes:
             raise InputError(
-                f"{given[0]} has no meaning for {self.name}, which removes nothing: leave it out",
-                argument=given[0],
+                f"{sizes[0]} has no meaning for {self.name}, which removes nothing: leave it out",
+                argument=sizes[0],
             )
-        if len(given) == 2:
+        if len(sizes) == 2:
             raise InputError("num_remove and budget are two sizes; give one", argument="num_remove")
-        if not self.over_sequences and not given:
+        if not self.over_sequences and not sizes:
             raise InputError(
                 f"num_remove is missing: how many units {self.name} removes, such as 3 or '25%'; "
                 f"or give a budget",
@@ -112,8 +104,7 @@ class Algorithm:
             )
 
     def describe(self) -> dict:
-        """Plain values: name, summary, source, cost, and for each option its name, type, default
-        and meaning."""
+        """Describe the algorithm in plain values: name, summary, method, source, cost, options."""
         sections = _sections(inspect.getdoc(self.function) or "")
         meanings = dict(re.findall(r"^(\w+): (.*?)\.?$", sections["Options"], re.MULTILINE))
         return {
@@ -141,8 +132,10 @@ class Algorithm:
         )
 
     def check_options(self, given: Mapping[str, object]) -> dict[str, object]:
-        """Every option with its value. Strings, as from a command line, are converted to the
-        option's type."""
+        """Return every option with its value, defaults included.
+
+        Strings, as from a command line, are converted to the option's type.
+        """
         for name in given:
             if name not in self.options:
                 raise InputError(
@@ -158,7 +151,7 @@ class Algorithm:
         if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
             value = value.lower() == "true"
         elif isinstance(value, str) and kind in (int, float):
-            with suppress(ValueError):  # named below, as it was given
+            with suppress(ValueError):  # the error below quotes the text itself
                 value = kind(value)
         elif kind is float and type(value) is int:
             value = float(value)
@@ -174,8 +167,8 @@ class Algorithm:
         return value
 
 
-ALGORITHMS: dict[str, Algorithm] = {}  # registered so far; known_algorithms() has all
-GROUP = "fastprune.algorithms"  # of entry points
+ALGORITHMS: dict[str, Algorithm] = {}  # registered so far; known_algorithms() adds plugins
+GROUP = "fastprune.algorithms"  # the group of entry points
 
 
 def algorithm(
@@ -192,15 +185,44 @@ def algorithm(
     limits: bool = False,
     weighs: bool = False,
 ) -> Callable:
-    """Register a search under its function's name, or another; its keyword parameters are its
-    options.
+    """Register a function as a search algorithm. Use it as a decorator.
 
-    An option's annotation holds its allowed values: `trials: Count`, `variant: Annotated[str,
-    Allowed(...)]`. check_size(candidates, num_remove, granularity, **options) raises InputError for
-    a problem that it cannot take. Raises InputError for a name that another algorithm has.
+    The function gets a `Search`. Its keyword parameters are its options. An option's annotation
+    holds its allowed values, as in `trials: Count` or `variant: Annotated[str, Allowed(...)]`.
+
+    Args:
+        function: The search.
+        name: Its name; by default the function's.
+        check_size: A function of (candidates, num_remove, granularity, **options), which raises
+            InputError for a problem that the search cannot take.
+        needs_sklearn: The search imports scikit-learn.
+        needs_gradients: The search needs a gradient of the objective at the dense model.
+        needs_weights: The search needs all weights at once, so that none can stay in files.
+        races: The search selects by `Search.select`, so that its selections may be races.
+        over_sequences: Candidates are sequences. The function gets a `SequenceSearch`, and the
+            search takes no num_remove.
+        studied: A study runs the search by default.
+        limits: The search keeps a budget of units that save unlike amounts.
+        weighs: Under such a budget the search compares losses relative to savings, and cannot race.
+
+    Returns:
+        The function.
+
+    Raises:
+        InputError: Another algorithm has this name.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.search import algorithm
+        >>> from fastprune.testing import SyntheticEvaluator
+        >>> @algorithm(name="first_units")
+        ... def first_units(search):
+        ...     search.score([tuple(search.candidates[: search.num_remove])])
+        >>> fp.run_search(SyntheticEvaluator(8), "first_units", num_remove=2).removed
+        (0, 1)
     """
     if function is None:
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "check_size": check_size,
             "needs_sklearn": needs_sklearn,
             "needs_gradients": needs_gradients,
@@ -211,7 +233,7 @@ def algorithm(
             "limits": limits,
             "weighs": weighs,
         }
-        return partial(algorithm, name=name, **given)
+        return partial(algorithm, name=name, **arguments)
     name = name or function.__name__
     types = typing.get_type_hints(function, include_extras=True)
     _, *parameters = inspect.signature(function).parameters.values()
@@ -241,10 +263,10 @@ def algorithm(
 
 
 def load_plugins() -> None:
-    """Import the modules that installed packages name in the entry point group
-    `fastprune.algorithms`; the import registers their algorithms.
+    """Import the modules of the entry point group `fastprune.algorithms`.
 
-    One that cannot be imported is named in a warning and left out.
+    The import registers their algorithms. A module that cannot be imported is left out with a
+    warning.
     """
     for point in importlib.metadata.entry_points(group=GROUP):
         try:
@@ -267,8 +289,8 @@ def known_algorithms() -> Mapping[str, Algorithm]:
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The algorithm of this name. Raises InputError for an unknown one."""
-    if name in ALGORITHMS:  # one of ours needs no plugins
+    """Return the algorithm of a name, or raise InputError."""
+    if name in ALGORITHMS:  # our own algorithms need no plugins
         return ALGORITHMS[name]
     known = known_algorithms()
     return known[check_one_of("algorithm", name, known)]
@@ -277,10 +299,14 @@ def find_algorithm(name: str) -> Algorithm:
 def check_algorithm(
     name: str, options: Mapping[str, object]
 ) -> tuple[Algorithm, dict[str, object]]:
-    """The algorithm of this name, and all its options, checked as far as possible without a model.
+    """Check an algorithm and its options as far as possible without a model.
 
-    Raises InputError for a name it does not know, an option unknown or out of its range, and when
-    the algorithm needs a missing library.
+    Returns:
+        The algorithm, and all of its options with their values.
+
+    Raises:
+        InputError: The name or an option is unknown, an option is out of its range, or the
+            algorithm needs a missing library.
     """
     chosen = find_algorithm(name)
     options = chosen.check_options(options)
@@ -290,25 +316,25 @@ def check_algorithm(
 
 
 def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
-    """Raise InputError for a confidence outside (0, 1), or algorithms none of which races."""
+    """Raise InputError for a confidence outside (0, 1), or if none of the algorithms races."""
     if racing is None:
         return
     check_probability("racing", racing)
     racers = [known.name for known in known_algorithms().values() if known.races]
     if not set(racers) & set(algorithms):
-        what = (
+        reason = (
             "needs every loss it asks for and does not race"
             if len(algorithms) == 1
             else "do not race"
         )
         raise InputError(
-            f"{', '.join(algorithms)} {what}; these do: {', '.join(racers)}", argument="racing"
+            f"{', '.join(algorithms)} {reason}; these do: {', '.join(racers)}", argument="racing"
         )
 
 
 def check_limits(chosen: Algorithm, racing: float | None) -> None:
-    """Raise InputError for an algorithm that only removes a number of units, and for a race of one
-    that compares losses by what is saved."""
+    """Raise InputError for an algorithm that can only remove a fixed number of units, and for a
+    race of one that compares losses relative to savings."""
     if not chosen.limits:
         able = [known.name for known in known_algorithms().values() if known.limits]
         raise InputError(
@@ -333,13 +359,21 @@ def require_sklearn(what: str) -> None:
 
 
 def describe_algorithms() -> list[dict]:
-    """The result of Algorithm.describe for every algorithm, in the order of known_algorithms()."""
+    """Describe all algorithms, those of installed packages included.
+
+    Returns:
+        For each algorithm its name, summary, method, source, cost and options, in plain values.
+
+    Examples:
+        >>> from fastprune.search import describe_algorithms
+        >>> describe_algorithms()[0]["name"]
+        'one_shot'
+    """
     return [known.describe() for known in known_algorithms().values()]
 
 
 def _sections(doc: str) -> dict[str, str]:
-    """The sections of a docstring: its first line as Summary, the next paragraphs as Method, and
-    the texts of Source:, Cost:, Options:."""
+    """Split a docstring: its first line as Summary, then Method, Source, Cost and Options."""
     parts = re.split(r"^(Source|Cost|Options):", doc, flags=re.MULTILINE)
     method = parts[0].strip().partition("\n")[2].strip()
     sections = {
@@ -350,7 +384,6 @@ def _sections(doc: str) -> dict[str, str]:
         "Options": "",
     }
     for field, text in zip(parts[1::2], parts[2::2]):
-        sections[field] = re.sub(
-            r"\n +", " ", inspect.cleandoc(text)
-        )  # an indented line continues the one before
+        # an indented line continues the line before
+        sections[field] = re.sub(r"\n +", " ", inspect.cleandoc(text))
     return sections

@@ -1,4 +1,4 @@
-"""Windows of units that run several times in a row."""
+"""A search over sequences in which windows of units run several times in a row."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def repeat(
     """Run a window of adjacent units several times in a row: the window that lowers the loss most.
 
     The first round scores every window. Each further round adds a window to each of the beam_width
-    best sequences, apart from the windows that they have. The result is the best of all rounds, so
-    that it has at most num_windows windows. The whole model is no candidate: compare with it. A
-    window with a protected unit is no candidate either.
+    best sequences, without overlap. The result is the best sequence of all rounds, so it has at
+    most num_windows windows. The whole model and windows with a protected unit are no candidates;
+    compare the result with the whole model.
 
     Source: RYS (github.com/dnhkng/RYS), which runs a window twice.
     Cost: U (U + 1) / 2, and at most beam_width times that for each further window.
     Options:
         lengths: units of a window, such as 1-8 or 1,2,4; all for every length.
-        times: how many times a window runs.
+        times: the number of times that a window runs.
         num_windows: the most windows that run several times.
         beam_width: sequences to which a round adds a window.
     """
@@ -62,7 +62,7 @@ def repeat(
 
 
 def _lengths(text: str, most: int) -> list[int]:
-    """The lengths that a text names, ascending. Raises InputError for others than 1 to `most`."""
+    """Read the lengths that a text names, ascending; each must be from 1 to most."""
     if text == ALL:
         return list(range(1, most + 1))
     try:
@@ -78,7 +78,7 @@ def _lengths(text: str, most: int) -> list[int]:
 
 
 def _windows(candidates: list[int], lengths: list[int]) -> list[Window]:
-    """All windows of these lengths that hold candidates only."""
+    """List the windows of these lengths that hold candidates only."""
     allowed = set(candidates)
     return [
         (first, first + length)

@@ -1,4 +1,4 @@
-"""Running a search: the task that an algorithm receives, and the result."""
+"""Run a search: the task that an algorithm receives, and the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..plan.racing import Race
 
 Units = tuple[int, ...]  # in the order in which they run
-# for completion in editors; packages add others
+# names that editors complete; packages add others
 AlgorithmName = Literal[
     "one_shot",
     "taylor",
@@ -47,12 +47,12 @@ AlgorithmName = Literal[
     "streamline",
     "repeat",
 ]
-Step = tuple[Removed, int]  # a subset, and the unit that it loses besides
+Step = tuple[Removed, int]  # a removed subset, and one more unit to remove
 log = logging.getLogger(__name__)
 
 
 class Metric(Protocol):
-    """How the losses of an objective are read: a class of `fastprune.objectives`."""
+    """Reads losses as metrics, as the classes of `fastprune.objectives` do."""
 
     @property
     def name(self) -> str: ...
@@ -63,8 +63,10 @@ class Metric(Protocol):
 
 
 class Scorer(Protocol):
-    """All that a search asks of an evaluator. `Evaluator` documents each member; tests have another
-    one (`fastprune.testing.SyntheticEvaluator`)."""
+    """The members of an evaluator that a search uses.
+
+    `Evaluator` documents them. `fastprune.testing.SyntheticEvaluator` has them too, for tests.
+    """
 
     @property
     def num_units(self) -> int: ...
@@ -112,16 +114,34 @@ class Scorer(Protocol):
 
 
 class Search:
-    """The task as an algorithm sees it: the size of the removal, the units to choose from, `score`
-    and `select`. Every exact loss is remembered.
+    """The task of an algorithm: candidates to choose from, and methods that score them.
 
-    num_remove: units to remove. Under a budget of units that save unlike amounts: the most that a
-    complete subset has; `size` then says which are complete. candidates: unprotected units,
-    ascending; under a budget, those that save anything. rng: the only source of randomness.
-    evaluator: for the probes (similarity, unit gradients). losses: all known ones, by subset.
-    orders: by subset, its units in the order in which a search removed them one by one. racing: the
-    confidence of races, or None, as on sets too small for one. costs: of the units, of the budget's
-    kind.
+    A search remembers every exact loss. A subset is *complete* if it removes enough units and no
+    unit too many; results are complete. `run_search` makes the object.
+
+    Attributes:
+        num_remove: The number of units to remove. Under a budget of units that save unlike amounts,
+            the most units of a complete subset.
+        size: Decides which subsets are complete.
+        candidates: The units that may be removed, ascending. Under a budget, units that save
+            nothing are left out.
+        num_units: U.
+        rng: The only source of randomness.
+        evaluator: The evaluator, for probes such as similarity and unit gradients.
+        losses: All exact losses so far, by subset.
+        orders: The order in which a search removed the units of a subset one by one, by subset.
+        racing: The confidence of races; None without races, and for sets too small to race.
+        costs: The costs of units, of the budget's kind.
+        decided_early: The number of subsets that left a race before the last samples.
+
+    Examples:
+        >>> from fastprune.search import Search
+        >>> from fastprune.testing import SyntheticEvaluator
+        >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=(0,))
+        >>> search.candidates
+        [1, 2, 3, 4, 5, 6, 7]
+        >>> search.select([(1, 2), (3, 4)], keep=1) == [search.best()]
+        True
     """
 
     candidates_name = "subsets"
@@ -149,26 +169,26 @@ class Search:
         self.num_remove = self.size.most
         self.orders: dict[Removed, Removed] = {}
         self.rng = np.random.default_rng(seed)
-        self.losses: dict[Removed, float] = {}  # of every subset scored, in order
+        self.losses: dict[Removed, float] = {}  # in the order of scoring
         self._algorithm = algorithm
         self._best: Removed = ()
-        self._round, self._planned = 0, [0]  # masks asked for by the end of each planned round
+        self._round, self._planned = 0, [0]  # masks requested by the end of each planned round
 
     def plan(self, masks: Iterable[int]) -> None:
-        """Tell how many masks each round will ask for, at most, so that progress has a share.
+        """Announce the size of each round, so that progress events have a share.
 
         A round is a call of `score`, `select` or `score_samples` that asks for unknown losses. An
-        algorithm calls this before its first round; one that cannot know its rounds does not.
+        algorithm that knows its rounds calls this before the first one.
 
         Args:
-            masks: For each round, in order, the masks it asks for.
+            masks: For each round, in order, the most masks that it asks for.
         """
         self._planned = [0]
         for count in masks:
             self._planned.append(self._planned[-1] + max(1, count))
 
     def describe(self, event: ProgressEvent) -> ProgressEvent:
-        """The event with this search's own fields: algorithm, round, best loss and share."""
+        """Add this search's fields to an event: algorithm, round, best loss and share."""
         rounds, share = len(self._planned) - 1, None
         if 0 < self._round <= rounds and event.share is not None:
             before, after = self._planned[self._round - 1 : self._round + 1]
@@ -183,8 +203,7 @@ class Search:
         )
 
     def _format_best(self) -> str | None:
-        """The lowest loss so far among the complete or else the largest subsets, as the objective
-        formats it."""
+        """The lowest loss of a complete subset so far, or of the largest, as text."""
         if self._best not in self.losses:
             return None
         best = self.evaluator.objective.format(self.losses[self._best])
@@ -201,7 +220,7 @@ class Search:
     # -- the kind of candidate, subsets here -------------------------------------------------------
 
     def _key(self, units: Iterable[int]) -> tuple[int, ...]:
-        """A candidate as `losses` knows it."""
+        """The key of a candidate in `losses`."""
         return tuple(sorted(units))
 
     def _asked(self, candidates: Sequence[tuple[int, ...]]) -> dict[str, Any]:
@@ -209,21 +228,25 @@ class Search:
         return {"masks": from_removed(candidates, self.num_units)}
 
     def _is_complete(self, candidate: tuple[int, ...]) -> bool:
-        """Whether a candidate may be the result: one that removes enough, and no unit too many."""
+        """Whether a candidate may be the result."""
         return self.size.is_complete(candidate)
 
     def _order(self, candidate: tuple[int, ...]) -> tuple:
-        """Sorts candidates: complete subsets first, then the largest, then the lowest losses."""
+        """A sort key: complete subsets first, then the largest, then the lowest losses."""
         complete = self._is_complete(candidate)
         return not complete, 0 if complete else -len(candidate), _rank(self.losses[candidate])
 
     # -- for algorithms ----------------------------------------------------------------------------
 
     def score(self, subsets: Sequence[Removed]) -> np.ndarray:
-        """The loss of removing each subset, float64[N], +inf if it is not finite, so that it never
-        wins.
+        """Score subsets. Those without a known loss are scored in one call, and share prefixes.
 
-        All subsets not known yet are scored in one call, so that they share their prefixes.
+        Args:
+            subsets: N subsets of units to remove.
+
+        Returns:
+            The loss of removing each subset, float64[N]. A non-finite loss becomes +inf,
+            so that it never wins.
         """
         subsets = [self._key(subset) for subset in subsets]
         new = [subset for subset in dict.fromkeys(subsets) if subset not in self.losses]
@@ -234,10 +257,15 @@ class Search:
         return np.array([_rank(self.losses[subset]) for subset in subsets])
 
     def select(self, subsets: Iterable[Removed], keep: int) -> list[Removed]:
-        """The `keep` subsets of lowest loss, best first; ties go to the lowest indices.
+        """Select the subsets of lowest loss. With racing, clearly worse subsets leave early.
 
-        With racing, clearly worse subsets leave early, and only those kept have a remembered loss,
-        which is exact (`Evaluator.race`).
+        Args:
+            subsets: The subsets.
+            keep: The number of subsets to keep.
+
+        Returns:
+            The `keep` best subsets, best first; ties go to the lowest indices. Their losses are
+            exact and remembered. With racing, the losses of the others are not.
         """
         subsets = sorted({self._key(subset) for subset in subsets})
         if (
@@ -256,16 +284,21 @@ class Search:
 
     @property
     def limit(self) -> CostLimit | None:
-        """The budget, if its units save unlike amounts, so that it is no number of units."""
+        """The budget if its units save unlike amounts; None if a number of units meets it."""
         return self.size if isinstance(self.size, CostLimit) else None
 
     def harm(self, steps: Sequence[Step]) -> np.ndarray:
-        """The values by which steps from a subset to one with a unit more are compared, float64[N]:
-        the loss after the step.
+        """Compute the values by which steps are compared.
 
-        Under a budget of units that save unlike amounts: the loss that the budget would end with if
-        all that remains to be saved cost as much as this step; a step that does not raise the loss
-        counts with its loss. +inf if the loss is not finite.
+        Without a budget of units that save unlike amounts, the harm of a step is the loss after it.
+        With one, it is the projected loss: the loss at the end of the budget, if each further
+        saving costs as much as this step. A step that does not raise the loss counts with its loss.
+
+        Args:
+            steps: N pairs of a subset and a further unit to remove.
+
+        Returns:
+            float64[N], +inf if the loss is not finite.
         """
         after = [_with(subset, unit) for subset, unit in steps]
         if self.limit is None:
@@ -273,19 +306,28 @@ class Search:
         before = [subset for subset, _ in steps]
         losses = self.score([*before, *after])
         old, new = losses[: len(steps)], losses[len(steps) :]
-        spent = [self.limit.costs.after(subset) for subset in before]
-        saved = np.array(spent) - [self.limit.costs.after(subset) for subset in after]
-        missing = np.array(spent) - self.limit.limit
+        costs = [self.limit.costs.after(subset) for subset in before]
+        saved = np.array(costs) - [self.limit.costs.after(subset) for subset in after]
+        missing = np.array(costs) - self.limit.limit
         with np.errstate(divide="ignore", invalid="ignore"):
+            # from loss 2.0 with 60 to save: a step that saves 20 at loss 2.1 projects to 2.3
             projected = old + (new - old) * (missing / saved)
         projected = np.where(np.isfinite(projected), projected, np.inf)
         return np.where(new > old, projected, new)
 
     def extend(self, steps: Sequence[Step], keep: int) -> list[Removed]:
-        """The `keep` best subsets that steps lead to, best first, with their `orders`.
+        """Take steps, and select the best subsets. Their `orders` are remembered.
 
-        They are selected by loss, or, under a budget of units that save unlike amounts, by `harm`,
-        of which every value is needed, so that they do not race.
+        Args:
+            steps: Pairs of a subset and a further unit to remove.
+            keep: The number of subsets to keep.
+
+        Returns:
+            The `keep` best subsets after a step, best first, by `harm`. By loss they may race.
+
+        Raises:
+            InputError: Racing is on, under a budget of units that save unlike amounts: `harm`
+                needs every loss.
         """
         harm = None
         if self.limit is not None:
@@ -306,51 +348,85 @@ class Search:
         return ranked[:keep]
 
     def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
-        """A complete subset, see `Size.fill`."""
+        """Make a complete subset.
+
+        Args:
+            subset: The units that it begins with.
+            order: Further units. They are added in this order until enough units are removed; then
+                each needless unit is put back, the latest first.
+
+        Returns:
+            The complete subset.
+        """
         return self.size.fill(subset, order)
 
     def repaired(self, subset: Removed) -> Removed:
-        """The subset itself if it is complete; else units drawn uniformly are added, and those not
-        needed are put back."""
+        """Make a subset complete with uniformly drawn units; a complete one is returned as it is.
+
+        Args:
+            subset: The subset.
+
+        Returns:
+            A complete subset. Units that it does not need are put back.
+        """
         if self.size.is_complete(subset):
             return subset
         drawn = self.rng.permutation([u for u in self.candidates if u not in subset]).tolist()
         return self.fill(self.rng.permutation(subset).tolist(), drawn)
 
     def trimmed(self, subset: Removed) -> Removed:
-        """A complete part of a subset that removes enough: one by one, the unit is put back that
-        leaves the lowest loss."""
+        """Put back units that a subset does not need, one by one, each time for the lowest loss.
+
+        Args:
+            subset: A subset that removes enough units.
+
+        Returns:
+            A complete part of it.
+        """
         while not self.size.is_complete(subset):
             smaller = [part for part in less_one(subset) if self.size.meets(part)]
             best = smaller[int(self.score(smaller).argmin())]
-            (gone,) = {*subset} - {*best}
+            (put_back,) = {*subset} - {*best}
             order = self.orders.get(subset)
             if order is not None:
-                self.orders.setdefault(best, tuple(unit for unit in order if unit != gone))
+                self.orders.setdefault(best, tuple(unit for unit in order if unit != put_back))
             subset = best
         return subset
 
     def path(self, subset: Removed) -> list[Removed]:
-        """The subsets by which a search came to this one, unit by unit, each of which contains
-        those before; empty if the algorithm does not remove units one by one."""
+        """List the subsets on the way to a subset, each with one unit more than the one before.
+
+        Args:
+            subset: A subset that the search reached.
+
+        Returns:
+            The subsets; none if the algorithm does not remove units one by one.
+        """
         order = self.orders.get(subset, ())
         path = [tuple(sorted(order[:size])) for size in range(1, len(order) + 1)]
-        if not all(part in self.losses for part in path):  # units were put back
+        if not all(part in self.losses for part in path):  # since units were put back
             self.score(path)
         return path
 
     def score_on_tokens(self, subsets: Sequence[Removed], tokens: int) -> np.ndarray:
-        """The loss of each subset on fresh samples, float64[N], +inf where it is not finite.
+        """Score subsets on fresh samples, which are not remembered.
 
-        Samples are drawn without repetition until they hold these tokens, and the last is cut to
-        fit, except for questions. Such a loss is not remembered. Where the calibration set holds
-        no more tokens, it is the loss on all of it, as `score` gives it.
+        Samples are drawn without repetition until they hold enough tokens. The last one is cut to
+        fit, unless samples are questions. If the calibration set has too few tokens, the result is
+        that of `score`.
+
+        Args:
+            subsets: N subsets.
+            tokens: The number of tokens.
+
+        Returns:
+            The loss of each subset, float64[N], +inf if it is not finite.
         """
         order = self.rng.permutation(self.evaluator.num_samples)
-        held = np.cumsum(self.evaluator.sample_tokens[order])
-        if held[-1] <= tokens:
+        tokens_so_far = np.cumsum(self.evaluator.sample_tokens[order])
+        if tokens_so_far[-1] <= tokens:
             return self.score(subsets)
-        samples = order[: np.searchsorted(held, tokens) + 1]
+        samples = order[: np.searchsorted(tokens_so_far, tokens) + 1]
         self._round += 1
         losses = self.evaluator.score(
             **self._asked(subsets),
@@ -360,10 +436,14 @@ class Search:
         return np.array([_rank(loss) for loss in losses.tolist()])
 
     def score_samples(self, subsets: Sequence[Removed], samples: np.ndarray) -> np.ndarray:
-        """The mean loss of each subset over some samples, float64[N], +inf if it is not finite.
+        """Score subsets on some samples, which are not remembered.
 
-        It is no loss of the objective and is not remembered; over all samples it is the loss, as
-        `score` gives it.
+        Args:
+            subsets: N subsets.
+            samples: int64[n], indices of samples. For all of them, the result is that of `score`.
+
+        Returns:
+            The mean loss of each subset over these samples, float64[N], +inf if it is not finite.
         """
         if len(samples) == self.evaluator.num_samples:
             return self.score(subsets)
@@ -372,7 +452,11 @@ class Search:
         return np.array([_rank(loss) for loss in losses.mean(axis=1)])
 
     def best(self) -> Removed:
-        """The complete candidate with the lowest loss so far; ties go to the lowest indices."""
+        """Find the complete candidate of lowest loss so far; ties go to the lowest indices.
+
+        Raises:
+            ArithmeticError: No candidate has a finite loss.
+        """
         complete = [subset for subset in self.losses if self._is_complete(subset)]
         best = min(complete, key=lambda subset: (_rank(self.losses[subset]), subset))
         if not math.isfinite(self.losses[best]):
@@ -382,17 +466,29 @@ class Search:
         return best
 
     def chosen(self, subset: Removed) -> Removed:
-        """The subset that a method's own rule ends with, which it has scored."""
+        """Check the choice of a method's own rule.
+
+        Args:
+            subset: A subset that was scored.
+
+        Returns:
+            The subset.
+
+        Raises:
+            ArithmeticError: Its loss is not finite.
+        """
         if not math.isfinite(self.losses[subset]):
             raise ArithmeticError(f"the subset that was chosen, {subset}, has no finite loss")
         return subset
 
 
 class SequenceSearch(Search):
-    """The task of an algorithm over sequences: its candidates are tuples of units in the order in
-    which they run, for `score` and `select` alike, and nothing is removed.
+    """The task of an algorithm over sequences.
 
-    candidates: the unprotected units, ascending; protected ones run once, in their place.
+    Its candidates are tuples of units in the order in which they run. No unit is removed.
+
+    Attributes:
+        candidates: The unprotected units, ascending. Protected units run once, in their place.
     """
 
     candidates_name = "sequences"
@@ -424,24 +520,38 @@ class SequenceSearch(Search):
 class SearchResult:
     """The outcome of a search.
 
-    sequence: the units that run, in order. removed, mask (bool[U]): the units that do not, and the
-    subset as a mask; None of a search over sequences. loss: its loss. choice: "best scored", of all
-    candidates whose loss is known exactly, or "method's", the one that the method's own rule ends
-    with, even if a better one was met on the way. metric: the objective's class, which reads
-    losses. history: every (removed, loss), or (sequence, loss), whose exact loss is known, in order
-    (not of those that left a race, or were scored on a share of the samples).
-    evaluations: how many. cost: of this search alone, with the seconds of all of it.
-    racing: the confidence of its races, None without. decided_early: subsets that left one before
-    the last samples.
-    budget: the budget as text, None without. costs: the kind of cost of `path`, and the whole
-    model's and the pruned model's. path: of greedy and beam, (removed, loss, cost of what remains)
-    for each unit that went, in order; each contains those before, and the last is the result.
+    Attributes:
+        algorithm: The name of the algorithm.
+        options: Its options with their values.
+        seed: The seed.
+        objective: The name of the objective.
+        granularity: "block" or "sublayer".
+        num_units: U.
+        sequence: The units that run, in order.
+        removed: The removed units, ascending; None for a search over sequences.
+        mask: bool[U], True for a kept unit; None for a search over sequences.
+        loss: The loss of the result.
+        metric: The objective's class, which reads losses.
+        history: (removed, loss) or (sequence, loss) of each candidate whose exact loss is known, in
+            order. Candidates that left a race, or were scored on a share of the samples, are not
+            among them.
+        evaluations: The length of the history.
+        cost: The cost of this search alone, with its wall time in seconds.
+        choice: "best scored" for the best candidate of the history; "method's" for the choice of
+            the method's own rule, even if a better candidate was scored.
+        racing: The confidence of its races; None without races.
+        decided_early: The number of candidates that left a race before the last samples.
+        budget: The budget as text; None without one.
+        costs: The kind of cost, and the cost of the whole model and of the pruned model.
+        path: For greedy and beam, (removed, loss, remaining cost) after each removed unit, in
+            order. The last entry is the result.
 
-    >>> import fastprune as fp
-    >>> from fastprune.testing import SyntheticEvaluator
-    >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "one_shot", num_remove=2)
-    >>> result.to_dict()["evaluations"]
-    9
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.testing import SyntheticEvaluator
+        >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "one_shot", num_remove=2)
+        >>> result.to_dict()["evaluations"]
+        9
     """
 
     algorithm: str
@@ -472,8 +582,19 @@ class SearchResult:
         return f"SearchResult({self.algorithm}: {chosen}, {self.metric.format(self.loss)}, {count})"
 
     def to_dict(self) -> dict:
-        """Plain values, as written to result.json: the units under "removed", or under "sequence"
-        if the search was over sequences."""
+        """Convert the result into plain values, as result.json holds them.
+
+        Returns:
+            The values by name. The units are under "removed", or under "sequence" for a search over
+            sequences.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "one_shot", num_remove=2)
+            >>> result.to_dict()["algorithm"], len(result.to_dict()["removed"])
+            ('one_shot', 2)
+        """
         hidden = ("mask", "history", "metric", "removed", "sequence", "cost", "path")
         plain = {name: value for name, value in vars(self).items() if name not in hidden}
         name = "sequence" if self.removed is None else "removed"
@@ -506,31 +627,44 @@ def run_search(
     progress: ProgressCallback | None = None,
     **options: object,
 ) -> SearchResult:
-    """Search for the units whose removal gives the lowest loss, or for the sequence of units with
-    the lowest loss.
+    """Search for the units whose removal gives the lowest loss.
 
-    algorithm: a name of known_algorithms(); options are its own. num_remove: how many units, or a
-    share of them such as "25%", rounded down, at least 1; left out for a search over sequences,
-    such as "repeat". budget: instead, the most that the pruned model may have, such as
-    `fp.Budget(params="75%")`: the result is within it, and putting back any of its units would
-    exceed it. If all units save the same, it is a number of units, as num_remove; otherwise only
-    some algorithms take it, and others refuse. protect: units that must stay (in a sequence, units
-    that run once), or the name of a preset, "sleb" or "shortened-llama": the units that those
-    methods never remove. progress: called with a `ProgressEvent` as the search runs. racing: a
-    confidence such as 0.99 lets clearly worse subsets leave early (`Evaluator.race`), in each
-    selection of an algorithm that races; the result's loss is exact all the same. Deterministic for
-    a seed. Raises InputError for an unknown algorithm, option or preset, for a number missing,
-    without meaning or outside 0..U-1, for a budget that no removal meets, and for racing outside
-    (0, 1) or with an algorithm that does not race; ArithmeticError when no candidate has a finite
-    loss.
+    An algorithm over sequences, such as "repeat", searches for the sequence of units with the
+    lowest loss instead. A search is deterministic for a seed.
 
-    >>> import fastprune as fp
-    >>> from fastprune.testing import SyntheticEvaluator
-    >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "greedy", num_remove=3)
-    >>> len(result.removed), result.evaluations  # 8 + 7 + 6 masks
-    (3, 21)
-    >>> fp.run_search(SyntheticEvaluator(num_units=4, seed=1), "repeat", lengths="1-2").sequence
-    (0, 1, 2, 1, 2, 3)
+    Args:
+        evaluator: The evaluator that scores candidates.
+        algorithm: The name of an algorithm; `fastprune.search.describe_algorithms` lists them.
+        num_remove: The number of units to remove, or a share such as "25%", rounded down to at
+            least 1. Leave it out for a budget, or over sequences.
+        seed: Decides all random choices.
+        protect: Units that must stay; in a sequence, units that run once. "sleb" and
+            "shortened-llama" name the units that these methods never remove.
+        racing: A confidence such as 0.99. Each selection of an algorithm that races then drops
+            clearly worse candidates early (`Evaluator.race`). The loss of the result is exact.
+        budget: Instead of num_remove, the most that the pruned model may cost, such as
+            `fp.Budget(params="75%")`. If all units save the same, a number of units meets it.
+            Otherwise only some algorithms take a budget.
+        progress: Called with a `ProgressEvent` as the search runs.
+        options: Options of the algorithm.
+
+    Returns:
+        The result, with its exact loss, its history and its cost.
+
+    Raises:
+        InputError: The algorithm, an option or a preset is unknown. num_remove is missing,
+            meaningless, or outside 0 to U - 1. No removal meets the budget. racing is outside
+            (0, 1), or the algorithm does not race.
+        ArithmeticError: No candidate has a finite loss.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.testing import SyntheticEvaluator
+        >>> result = fp.run_search(SyntheticEvaluator(num_units=8), "greedy", num_remove=3)
+        >>> len(result.removed), result.evaluations  # 8 + 7 + 6 masks
+        (3, 21)
+        >>> fp.run_search(SyntheticEvaluator(num_units=4, seed=1), "repeat", lengths="1-2").sequence
+        (0, 1, 2, 1, 2, 3)
     """
     chosen, options = check_algorithm(algorithm, options)
     chosen.check_num_remove(num_remove, budget)

@@ -1,4 +1,4 @@
-"""Shapley values: the value of a unit's presence, on the average over random networks."""
+"""Shapley values: the mean gain of a unit's presence over random networks."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def shapley(
 ) -> Removed:
     """Remove the k units of least value: mean loss of random networks without, less with, a unit.
 
-    For each calibration sample, `networks` random networks of a fixed size are drawn, which keep
-    int(share U) of the units. Each is scored on that sample alone. The value of a unit is the mean
-    loss of the networks that lack it, less the mean of those that have it. The k units of least
-    value go. With `redraw`, one unit goes at a time, and the values of the others are estimated
-    again without it.
+    For each calibration sample, `networks` random networks are drawn, which keep int(share U) of
+    the units. Each is scored on that sample alone. The value of a unit is the mean loss of the
+    networks without it, less the mean loss of the networks with it. The k units of least value are
+    removed. With `redraw`, one unit is removed at a time, and the values of the others are
+    estimated again.
 
-    A protected unit is in every network. Losses that are not finite do not count. A unit that
+    A protected unit is in every network. Non-finite losses do not count. A unit that
     breaks the loss alone comes last. The result is the method's choice.
 
     Source: Siddiqui et al. (arXiv 2407.16286), with the objective as the score.
     Cost: networks (times k with redraw), each on one sample of its own, + 1.
     Options:
         networks: networks drawn for each sample.
-        share: of the units, those that a network keeps; the paper has 0.5 and 0.9.
+        share: share of the units that a network keeps; the paper has 0.5 and 0.9.
         redraw: estimate the values again after each removal.
     """
     passes = search.num_remove if redraw else 1
@@ -53,10 +53,10 @@ def shapley(
 def shapley_values(
     search: Search, networks: int, share: float, removed: Sequence[int] = ()
 ) -> np.ndarray:
-    """The value of each unit that may go, float64[candidates].
+    """Estimate the value of each candidate, float64[candidates].
 
-    It is +inf for units that were removed before, that break the loss alone, or that no drawn
-    network lacked.
+    The value is +inf for units that were removed before, that break the loss alone, or that every
+    drawn network kept.
     """
     units = [unit for unit in search.candidates if unit not in removed]
     present_units = search.num_units - len(removed)

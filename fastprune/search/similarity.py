@@ -1,8 +1,7 @@
-"""Similarity methods: chosen from the states of one dense forward pass; no mask is scored but the
-result.
+"""Similarity methods: they choose by the states of one dense forward pass, and score the result.
 
-S_ij is the mean over calibration tokens of cosine(h_i, h_j), h_i the state before unit i, h_U the
-state after the last unit, before the final norm.
+S_ij is the mean over calibration tokens of cosine(h_i, h_j). h_i is the state before unit i, and
+h_U the state after the last unit, before the final norm.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ Variant = Annotated[str, Allowed(choices=("paper", "lorp"))]
 def lorp(search: Search, clusters: CountOrAuto = 0) -> Removed:
     """Cluster the units by the similarity of their inputs; remove the most redundant ones.
 
-    Over h_0 .. h_(U-1): RLS = -log2(mean_(i<j) S_ij); the number of clusters is given, or 2 if RLS
-    >= 1.0, 3 if >= 0.7, else 4 (at most U). Spectral clustering on (S + 1) / 2, clusters in order
-    of their first unit. The first and the last unit are protected. r(l) = mean of S_lm over the
-    other members of l's cluster, -inf for a single member. Each cluster's queue holds its members
-    that are not protected by r descending. Stage 1 takes the front of each queue, in order of
-    depth, until k are removed. Stage 2, until k: the front of the queue of the cluster with the
-    highest mean pairwise S over its members not removed (-inf below two). Where k leaves no other
-    choice, the last unit goes too, and then the first.
+    RLS is -log2(mean_(i<j) S_ij) over h_0 .. h_(U-1). It decides the number of clusters: 2 if RLS
+    >= 1.0, 3 if >= 0.7, else 4 (at most U). Spectral clustering on (S + 1) / 2 makes the clusters,
+    in order of their first unit. The first and the last unit are protected. The redundancy r(l) is
+    the mean of S_lm over the other members m of l's cluster, -inf for a single member. Each cluster
+    queues its unprotected members by r, descending. Stage 1 removes the front of each queue, in
+    order of depth, until k units are removed. Stage 2 repeats, until k units are removed: it takes
+    the cluster with the highest mean pairwise S over its remaining members (-inf below two), and
+    removes the front of its queue. If k leaves no other choice, the last unit is removed too, and
+    then the first.
 
     Source: LoRP (arXiv 2605.27786).
     Cost: 1 (and one forward pass with all states).
@@ -55,8 +55,8 @@ def shortgpt(search: Search, variant: Variant = "paper") -> Removed:
     """Remove the k units of lowest Block Influence, BI_i = 1 - S_(i, i+1).
 
     The variant "lorp" spares the first and the last unit, as the baseline of that paper does: it
-    protects block 0 and never scores the last. Where k leaves no other choice, the last goes too,
-    and then the first.
+    protects block 0 and never scores the last. If k leaves no other choice, the last unit is
+    removed too, and then the first.
 
     Source: ShortGPT (arXiv 2403.03853).
     Cost: 1 (and one forward pass with all states).
@@ -79,10 +79,10 @@ def streamline(
     """Remove the window of k units, i .. i+k-1, whose ends are most alike: highest S_(i, i+k).
 
     No replacement layer is trained. The variant "lorp" takes the windows i = 1 .. U-k-1 only, as
-    the baseline of that paper does; where there is none of them, all. The variant "gromov" takes
-    the window with the lowest angular distance arccos(cosine) / pi, the mean over the last token of
-    each sequence (arXiv 2403.17887). A window that touches a protected unit is not a candidate;
-    where protection leaves none at all, a window steps over what is protected.
+    the baseline of that paper does, or all windows if these are none. The variant "gromov" takes
+    the window with the lowest angular distance arccos(cosine) / pi, averaged over the last token of
+    each sequence (arXiv 2403.17887). A window that touches a protected unit is not a candidate. If
+    protection leaves no window, windows step over protected units.
 
     Source: LLM-Streamline (arXiv 2403.19135).
     Cost: 1 (and one forward pass with all states).
@@ -91,15 +91,16 @@ def streamline(
             angular distance.
     """
     search.plan([1])
-    found = windows(search.candidates, search.num_remove)
+    allowed = windows(search.candidates, search.num_remove)
     if variant == "lorp":
-        found = [window for window in found if not {0, search.num_units - 1} & {*window}] or found
+        ends = {0, search.num_units - 1}
+        allowed = [window for window in allowed if not ends & {*window}] or allowed
     similarity = (
         -_finite(search.evaluator.angular_distance())
         if variant == "gromov"
         else _similarity(search)
     )
-    best = max(found, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)
+    best = max(allowed, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)
     return _scored(search, best)
 
 
@@ -110,13 +111,17 @@ def _scored(search: Search, units: Iterable[int]) -> Removed:
 
 
 def redundancy_score(similarity: np.ndarray) -> float:
-    """RLS = -log2 of the mean of S over pairs; +inf if that mean is not above 0."""
+    """Compute RLS = -log2 of the mean of S over pairs; +inf if that mean is not above 0."""
     mean = similarity[np.triu_indices(len(similarity), 1)].mean()
     return float(-math.log2(mean)) if mean > 0 else math.inf
 
 
 def cluster_units(similarity: np.ndarray, count: int) -> np.ndarray:
-    """Labels int[U] of spectral clustering on (S + 1) / 2; label c has the c-th first unit."""
+    """Cluster units spectrally on (S + 1) / 2.
+
+    Returns:
+        int[U], the label of each unit. Labels are in the order of each cluster's first unit.
+    """
     size = len(similarity)
     if count >= size:
         return np.arange(size)
@@ -130,9 +135,7 @@ def cluster_units(similarity: np.ndarray, count: int) -> np.ndarray:
         n_clusters=count, affinity="precomputed", assign_labels="kmeans", random_state=0
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # fewer distinct points than clusters, as with equal states, is no fault here
+        warnings.simplefilter("ignore")  # equal states give fewer distinct points than clusters
         labels = clustering.fit_predict(affinity)
     first = {label: unit for unit, label in reversed(list(enumerate(labels)))}
     rank = {label: position for position, label in enumerate(sorted(first, key=first.__getitem__))}
@@ -140,7 +143,7 @@ def cluster_units(similarity: np.ndarray, count: int) -> np.ndarray:
 
 
 def lorp_order(similarity: np.ndarray, labels: np.ndarray, candidates: Iterable[int]) -> list[int]:
-    """The candidates in the order in which LoRP's two stages remove them."""
+    """Order the candidates as LoRP's two stages remove them."""
     candidates = set(candidates)
     members = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     queues = []
@@ -158,9 +161,13 @@ def lorp_order(similarity: np.ndarray, labels: np.ndarray, candidates: Iterable[
         )
     order = [queue.pop(0) for queue in queues if queue]
     while any(queues):
-        left = [[unit for unit in cluster.tolist() if unit not in order] for cluster in members]
+        remaining = [
+            [unit for unit in cluster.tolist() if unit not in order] for cluster in members
+        ]
         waiting = [c for c in range(len(queues)) if queues[c]]
-        order.append(queues[max(waiting, key=lambda c: _mean_pair(similarity, left[c]))].pop(0))
+        order.append(
+            queues[max(waiting, key=lambda c: _mean_pair(similarity, remaining[c]))].pop(0)
+        )
     return order
 
 

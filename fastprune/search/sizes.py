@@ -1,4 +1,4 @@
-"""The size of a removal: a number of units, or as many as bring the model within a budget."""
+"""Sizes of a removal: a number of units, or enough units to meet a budget."""
 
 from __future__ import annotations
 
@@ -90,26 +90,30 @@ class RemovalSize:
 
 
 class Size(Protocol):
-    """Says which subsets of the candidates are complete, and completes others.
+    """Decides which subsets of the candidates are complete, and completes others.
 
-    most: units of the largest complete subset.
+    Attributes:
+        most: The number of units of the largest complete subset.
     """
 
     most: int
 
     def meets(self, subset: Removed) -> bool:
-        """Whether enough is removed."""
+        """Whether the subset removes enough."""
 
     def is_complete(self, subset: Removed) -> bool:
-        """Whether enough is removed, and no unit of it could be put back."""
+        """Whether the subset removes enough, and no unit of it could be put back."""
 
     def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
-        """A complete subset: units are added in this order until enough are removed; then each one
-        not needed is put back, the latest first."""
+        """Make a subset complete.
+
+        Units are added in this order until the subset removes enough. Then each unit that is not
+        needed is put back, the latest first.
+        """
 
 
 class UnitCount:
-    """A number of units."""
+    """A fixed number of units."""
 
     def __init__(self, count: int):
         self.most = count
@@ -126,9 +130,12 @@ class UnitCount:
 
 
 class CostLimit:
-    """The most that the model may cost, for units that save unlike amounts.
+    """The most that the pruned model may cost, for units that save unlike amounts.
 
-    costs: of all units. limit: the most. candidates: units that may go.
+    Args:
+        costs: The costs of all units.
+        limit: The most that the model may cost.
+        candidates: The units that may be removed.
     """
 
     def __init__(self, costs: UnitCosts, limit: float, candidates: Sequence[int]):
@@ -155,10 +162,10 @@ class CostLimit:
         return tuple(sorted(units))
 
     def every(self, candidates: Sequence[int]) -> Iterator[Removed]:
-        """All complete subsets of the candidates, each once.
+        """Yield every complete subset of the candidates once.
 
-        Units are tried from the costliest down, so that the last one added is the cheapest: a
-        subset that was not enough without it is enough with no unit less.
+        Units are tried from the costliest down, so the unit added last is the cheapest. If a subset
+        was not enough without it, it is not enough without any other unit.
         """
         order = sorted(candidates, key=lambda unit: (-self.costs.own[unit], unit))
 
@@ -183,22 +190,25 @@ def less_one(subset: Removed) -> list[Removed]:
 def size_within(
     budget: Budget, costs_of: Callable[[Budget], UnitCosts], candidates: Sequence[int]
 ) -> tuple[Size, list[int], UnitCosts]:
-    """The size of a removal that keeps a budget, the candidates that save anything, and the costs.
+    """Translate a budget into the size of a removal.
 
-    If all of them save the same, the size is a number of units.
+    Returns:
+        The size, which is a number of units if all candidates save the same; the candidates that
+        save anything; the costs.
 
-    Raises InputError for a budget that no removal can meet.
+    Raises:
+        InputError: No removal can meet the budget.
     """
     costs = costs_of(budget)
     limit = budget.limit(costs.total)
     useful = [unit for unit in candidates if costs.saves(unit)]
-    all_go = tuple(useful)
-    most = less_one(all_go) if len(useful) == len(costs.own) else [all_go]  # one unit stays
-    least = min(costs.after(units) for units in most)
+    every = tuple(useful)
+    largest = less_one(every) if len(useful) == len(costs.own) else [every]  # one unit stays
+    least = min(costs.after(units) for units in largest)
     if least > limit:
         is_share = budget.amount == limit <= 100 and budget.kind in ("params", "bytes")
         raise InputError(
-            f"budget {budget} cannot be met: without all units that may go, the model has "
+            f"budget {budget} cannot be met: without all removable units, the model has "
             f"{least:,.10g} {UNITS[costs.kind]}"
             + f'; a share of the whole model is written "{costs.kind}=75%"'
             * is_share,

@@ -1,4 +1,4 @@
-"""A window that slides down the model, and takes in units of little cost."""
+"""A window that slides down the model and takes in units whose removal costs little."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ def sliding_window_merge(
 ) -> Removed:
     """Remove all but one unit of each longest window whose loss is low enough, from the top.
 
-    The walk begins at the last unit but one. A window begins as two units and grows downwards by
-    one as long as the loss, without all but one of its units and without what earlier windows have
-    removed, is at most a threshold. Then the next one begins: from the unit below, or, where not
-    even two units could go together, one further down. The walk ends when k units are removed. The
-    threshold is the lowest for which a walk removes k. Nothing is merged into the unit that stays.
-    The last unit is in no window. A window steps over protected units. Where k leaves no other
-    choice, every unit goes that can, the last one last. The result is what the last walk removes.
+    The walk begins at the last unit but one. A window begins as two units and grows downwards, one
+    unit at a time. It grows while the loss is at most a threshold, without all but one of its units
+    and without the units that earlier windows removed. Then the next window begins at the unit
+    below. If a window could not even hold two units, the next begins one unit further down. The
+    walk ends when k units are removed. The threshold is the lowest for which a walk removes k. No
+    unit is merged into the one that stays. The last unit is in no window. A window steps over
+    protected units. If k leaves no other choice, every removable unit is removed, the last one
+    last. The result is the subset that the last walk removes.
 
-    Source: the selection of Sliding-Window Merging (arXiv 2502.19159), with the loss in the place
-    of the likeness of final states (the objective cosine) and the budget in that of the threshold.
-    Cost: U - 1 for each threshold that is tried, of which many are known before.
+    Source: the selection of Sliding-Window Merging (arXiv 2502.19159), with the loss instead of the
+    similarity of final states (the objective cosine), and the budget instead of the threshold.
+    Cost: U - 1 for each tried threshold; many of these losses are known already.
     Options:
         keep: the unit of a window that stays; the authors' merged layer has the projections of the
             highest.
@@ -50,13 +51,13 @@ def sliding_window_merge(
                 refused.append(loss)
         if len(removed) == search.num_remove:
             return removed
-        threshold = min(refused)  # up to here, the walk would be the same once more
+        threshold = min(refused)  # any lower threshold would repeat the same walk
 
 
 def _walk(
     search: Search, order: list[int], keep: str, threshold: float
 ) -> Iterator[tuple[Removed, float]]:
-    """The subsets that a walk tries, with their losses; those up to the threshold are taken."""
+    """Yield the subsets that a walk tries, with their losses; those up to the threshold stay."""
     removed: Removed = ()
     high = len(order) - 1
     while high > 0 and len(removed) < search.num_remove:

@@ -1,5 +1,4 @@
-"""Best k-subsets of a quadratic energy: the compiled solver behind `solve_subset`, and its NumPy
-`oracle`."""
+"""Best k-subsets of a quadratic energy: `solve_subset`, compiled or in NumPy (`oracle`)."""
 
 from .subset import MAX_VARIABLES, SubsetSolution, solve_subset
 

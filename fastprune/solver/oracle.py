@@ -1,7 +1,10 @@
-"""The search of csrc/solver in simple form, in NumPy: it runs without the compiled solver, and
-tests it.
+"""The search of csrc/solver in simple form, in NumPy.
 
-It works on batches of nodes, so that NumPy's calls pay off.
+It replaces a missing compiled solver, and tests it. It works on batches of nodes, so that NumPy's
+calls pay off.
+
+Legend: h [N, N] and g [N], the quadratic and linear terms; k, the size of subsets; q, the number of
+ones that the open variables of a node still need; y [N], a point of the relaxation.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ _DESCENT_STEPS = 80
 
 
 class _Best:
-    """The lowest subsets so far, ranked by exact energy and then lexicographically."""
+    """The lowest subsets so far, ranked by exact energy, then lexicographically."""
 
     def __init__(self, h: np.ndarray, g: np.ndarray, capacity: int):
         self.h, self.g, self.capacity = h, g, capacity
@@ -28,13 +31,13 @@ class _Best:
         self.margin = 1e-11 * (np.abs(h).sum() + np.abs(g).sum())
 
     def cutoff(self) -> float:
-        """Approximate energies above this cannot rank."""
+        """The approximate energy above which a subset cannot rank."""
         return self.ranked[-1][0] + self.margin if len(self.ranked) == self.capacity else math.inf
 
     def offer(self, members: Iterable) -> None:
         s = sorted(int(i) for i in members)
         block = self.h[np.ix_(s, s)]
-        # fsum rounds the exact sum once, so the energy depends on the set alone.
+        # fsum rounds the exact sum once, so the energy depends on the set alone
         terms = itertools.chain(self.g[s], block.diagonal(), 2 * block[np.tril_indices(len(s), -1)])
         entry = (math.fsum(terms), tuple(s))
         at = bisect.bisect_left(self.ranked, entry)
@@ -46,8 +49,11 @@ class _Best:
 def solve(
     h: np.ndarray, g: np.ndarray, k: int, num_states: int, time_limit: float | None
 ) -> tuple[list[tuple[int, ...]], np.ndarray, bool, float]:
-    """Subsets, energies, whether they are proven, and the gap, as `SubsetSolution` has them, of
-    checked arguments."""
+    """Solve for checked arguments.
+
+    Returns:
+        The subsets, energies, proof and gap of `SubsetSolution`.
+    """
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     best = _Best(h, g, num_states)
     if math.comb(len(g), k) <= ENUMERATE_UP_TO:
@@ -79,7 +85,7 @@ def _enumerate(best: _Best, k: int) -> None:
 
 
 def _local_search(best: _Best, k: int) -> None:
-    """Greedy and seeded random starts, improved by exchanges; then whatever fills `best`."""
+    """Improve greedy and seeded random starts by exchanges; then fill `best` with any subsets."""
     h, g = best.h, best.g
     size = len(g)
     rng = np.random.default_rng(0)
@@ -108,8 +114,10 @@ def _local_search(best: _Best, k: int) -> None:
 
 
 def best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Maximises weight.d with h - Diag(d) positive semidefinite on the directions that sum to
-    zero."""
+    """Maximise weight.d such that h - Diag(d) stays positive semidefinite.
+
+    Only directions whose entries sum to zero count.
+    """
     size = len(weight)
     largest_row = np.abs(h).sum(axis=1).max()
     if largest_row == 0:
@@ -151,8 +159,11 @@ def best_diagonal(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
-    """Depth first, a batch of nodes at a time. Returns the least bound of the open nodes, inf when
-    complete."""
+    """Search depth first, a batch of nodes at a time.
+
+    Returns:
+        The least bound of the open nodes; inf if the search is complete.
+    """
     h, g = best.h, best.g
     size = len(g)
     diagonal = best_diagonal(h, np.ones(size))
@@ -160,8 +171,7 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
     lin = g + diagonal
     curvature = twice.diagonal()
 
-    # Nodes, one a row: which variables are still open, the point y of the relaxation, and a proven
-    # bound.
+    # a node a row: the open variables, the point y, and a proven lower bound
     opened = np.ones((1, size), dtype=bool)
     points = np.full((1, size), k / size)
     lowers = np.full(1, -np.inf)
@@ -187,7 +197,7 @@ def _branch_and_bound(best: _Best, k: int, deadline: float) -> float:
         keep = lower <= best.cutoff()
         is_open, y, lower, reduced = is_open[keep], y[keep], lower[keep], reduced[keep]
         fraction = np.minimum(y, 1 - y)
-        # Fractional and steep first; among integral values the one closest to changing.
+        # branch on a fractional, steep variable, else on the integral one closest to changing
         score = np.where(fraction > 1e-9, np.sqrt(fraction) * curvature, -np.abs(reduced))
         branch = np.where(is_open, score, -np.inf).argmax(axis=1)
         near = y[np.arange(len(y)), branch] >= 0.5
@@ -208,7 +218,11 @@ def descend(
     lin: np.ndarray,
     cutoff: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairwise coordinate descent of every row of y in place; returns bounds and reduced costs."""
+    """Descend in pairs of coordinates, in every row of y in place.
+
+    Returns:
+        The bounds, and the reduced costs.
+    """
     every = np.arange(len(y))
     gradient = y @ twice + lin
     for step in range(1, _DESCENT_STEPS + 1):
@@ -238,15 +252,18 @@ def descend(
 def _child(
     is_open: np.ndarray, y: np.ndarray, branch: np.ndarray, value: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decides one variable a row and spreads the amount that this adds or frees over the room of
-    the open ones."""
+    """Fix one variable in each row.
+
+    The amount that this adds or frees is spread over the open variables, in proportion to their
+    room.
+    """
     every = np.arange(len(y))
     is_open, y = is_open.copy(), y.copy()
-    rest = y[every, branch] - value
+    freed = y[every, branch] - value  # negative if the variable takes more
     y[every, branch] = value
     is_open[every, branch] = False
-    room = np.where(is_open, np.where(rest[:, None] > 0, 1 - y, y), 0.0)
+    room = np.where(is_open, np.where(freed[:, None] > 0, 1 - y, y), 0.0)
     total = room.sum(axis=1)
-    share = np.divide(rest, total, out=np.zeros_like(rest), where=total > 0)
+    share = np.divide(freed, total, out=np.zeros_like(freed), where=total > 0)
     y += share[:, None] * room
     return is_open, np.where(is_open, np.clip(y, 0.0, 1.0), y)

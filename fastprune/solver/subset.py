@@ -1,9 +1,9 @@
-"""Which k of N blocks to remove, as a constrained binary optimisation solved to proven optimality.
+"""The choice of k of N blocks as a constrained binary optimisation, solved to proven optimality.
 
-Removing the blocks S of a model changes its loss to second order by E(z) = z^T H z + g^T z, where z
-marks the members of S, H is the Fisher matrix A^T A / n of per-sample gradients A [n, N] and g the
-mean gradient (CBO, arXiv 2602.00161). `solve_subset` returns the subsets of lowest energy in order.
-The work is done by the compiled solver (csrc/solver); without it the same search runs in NumPy
+To second order, removing the blocks S changes a model's loss by E(z) = z^T H z + g^T z (CBO, arXiv
+2602.00161). z marks the members of S, H is the Fisher matrix A^T A / n of per-sample gradients
+A [n, N], and g is the mean gradient. `solve_subset` returns the subsets of lowest energy in order.
+The compiled solver (csrc/solver) does the work; without it the same search runs in NumPy
 (`oracle`), slower.
 """
 
@@ -32,16 +32,16 @@ class SubsetSolution:
     """The subsets of lowest energy.
 
     Attributes:
-        subsets: sorted tuples of k indices, by energy; equal energies in lexicographic order.
-        energies: float64 [len(subsets)], in the units of H, each correctly rounded (read-only).
-        proven: no other subset ranks before or between these.
-        gap: no subset, found or not, has an energy below energies[-1] - gap, except those returned;
-            0 when proven.
+        subsets: Sorted tuples of k indices, by energy; equal energies in lexicographic order.
+        energies: float64[len(subsets)], in the units of H, each correctly rounded, read-only.
+        proven: Whether it is proven that no other subset ranks before or between these.
+        gap: No other subset has an energy below energies[-1] - gap; 0 if proven.
 
-    >>> import fastprune as fp
-    >>> found = fp.solve_subset([[1.0, 0.5], [0.5, 2.0]], k=1)
-    >>> found.subsets, found.gap
-    ([(0,)], 0.0)
+    Examples:
+        >>> import fastprune as fp
+        >>> solution = fp.solve_subset([[1.0, 0.5], [0.5, 2.0]], k=1)
+        >>> solution.subsets, solution.gap
+        ([(0,)], 0.0)
     """
 
     subsets: list[tuple[int, ...]]
@@ -57,34 +57,35 @@ def solve_subset(
     linear: ArrayLike | None = None,
     time_limit: float | None = None,
 ) -> SubsetSolution:
-    """The `num_states` subsets S of size k with the lowest E = sum_{i,j in S} H_ij + sum_{i in S}
-    linear_i.
+    """Find the subsets of k indices with the lowest energy.
+
+    The energy of a subset S is the sum over i, j in S of H_ij, plus the sum over i in S of
+    linear_i. The problem is that of CBO (arXiv 2602.00161); docs/solver.md describes the method.
 
     Args:
-        H: real [N, N], N in 1..128, symmetric up to rounding (the mean with its transpose is used).
-            Positive semidefinite if it comes from gradients; an indefinite matrix is solved too,
-            with weaker bounds.
-        k: size of the subsets, 0..N.
-        num_states: how many subsets, at least 1; all C(N, k) are returned if they are fewer.
-        linear: real [N], in the units of H; None for zero.
-        time_limit: seconds of wall time after which the best found is returned with its proven gap;
-            None to search until the result is proven.
+        H: Real [N, N], N from 1 to 128, symmetric up to rounding; the mean with its transpose is
+            used. Gradients give a positive semidefinite matrix. An indefinite one is solved with
+            weaker bounds.
+        k: The size of the subsets, 0 to N.
+        num_states: The number of subsets, at least 1. All C(N, k) are returned if they are fewer.
+        linear: Real [N], in the units of H; None for zero.
+        time_limit: Seconds of wall time after which the best subsets so far are returned, with
+            their proven gap. None searches until the result is proven.
 
     Returns:
-        SubsetSolution. A proven result does not depend on timing or the number of threads.
+        The subsets. A proven result does not depend on timing or on the number of threads.
 
     Raises:
-        InputError: an argument has the wrong type or shape, or lies outside its range; H or linear
-            is not of a real dtype, or holds NaN or infinity; H is not symmetric.
-        KeyboardInterrupt: passed on, within some milliseconds.
+        InputError: An argument has the wrong type or shape, or is outside its range. H or linear
+            has no real dtype, or holds NaN or infinity. H is not symmetric.
+        KeyboardInterrupt: The user interrupted; it is passed on within milliseconds.
 
-    Source: the problem is that of CBO, arXiv 2602.00161; the method is described in docs/solver.md.
-
-    >>> import fastprune as fp
-    >>> energy = [[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]]
-    >>> found = fp.solve_subset(energy, k=2, num_states=2)
-    >>> found.subsets, found.energies.tolist(), found.proven
-    ([(0, 2), (1, 2)], [4.0, 4.0], True)
+    Examples:
+        >>> import fastprune as fp
+        >>> energy = [[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 3.0]]
+        >>> solution = fp.solve_subset(energy, k=2, num_states=2)
+        >>> solution.subsets, solution.energies.tolist(), solution.proven
+        ([(0, 2), (1, 2)], [4.0, 4.0], True)
     """
     h = _real_array("H", H, 2)
     size = h.shape[0]
@@ -98,7 +99,7 @@ def solve_subset(
     with np.errstate(over="ignore"):
         if not np.isfinite(2 * np.abs(h).sum() + np.abs(g).sum()):
             raise InputError("H, linear: expected entries whose sum does not overflow float64")
-    # A Gram matrix computed in float32 and stored wider is symmetric to float32 rounding only.
+    # a Gram matrix computed in float32 and stored wider is symmetric to float32 rounding only
     epsilon = float(np.finfo(np.float32).eps)
     if getattr(H, "dtype", None) == np.float16:
         epsilon = float(np.finfo(np.float16).eps)
@@ -136,8 +137,10 @@ def solve_subset(
 
 
 def _extension() -> Any:
-    """The compiled solver, or None; imported only now, since it brings OpenMP, which then reads how
-    threads wait."""
+    """The compiled solver, or None.
+
+    It is imported late: it loads OpenMP, which reads its environment variables at that moment.
+    """
     try:
         from fastprune import _native
     except ImportError:
@@ -148,10 +151,10 @@ def _extension() -> Any:
 def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError) as error:
         raise InputError(
             f"{name}: expected an array of real numbers, got {type(value).__name__}"
-        ) from e
+        ) from error
     if array.dtype.kind not in "fiu":
         raise InputError(f"{name}: expected a real dtype, got {array.dtype}")
     if array.ndim != ndim:

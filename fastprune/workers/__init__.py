@@ -1,3 +1,5 @@
-"""Calls shared out over workers: who runs what (`split`), an engine that asks them (`coordinator`),
-one of them (`worker`), and those of this machine (`processes`); those on Ray are
-`integrations.distributed`."""
+"""Calls shared out over workers.
+
+`remote` splits a call and sends the parts, `worker` runs one part, `messages` are the requests and
+answers. `processes` are workers of this machine, `ray` those of a cluster.
+"""

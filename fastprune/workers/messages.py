@@ -1,4 +1,4 @@
-"""Requests to a worker, and its words: plain values, whatever carries them."""
+"""Requests to a worker and its answers, as plain values for any channel."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import numpy as np
 
 from ..plan.cost import Cost
 
-# a worker that has said one of these waits for the next request
+# kinds of words after which a worker waits for the next request
 LAST = ("ready", "opened", "done", "memory", "wrong", "failed", "stopped", "lost")
 
 
 class Open(NamedTuple):
-    """Be ready to run a problem.
+    """Open a problem, to run parts of its calls.
 
-    number: of the problem. digest: of its model. model: how to get the model, None if the worker
-    has it. setup: a token of `Setup`. alive: numbers of problems still in use.
+    Attributes:
+        number: The number of the problem.
+        digest: The digest of its model.
+        model: The way to get the model; None if the worker has it.
+        device: The device of the worker.
+        setup: A token for a `Setup`.
+        alive: The numbers of problems still in use.
     """
 
     number: int
@@ -29,7 +34,13 @@ class Open(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Run a part of a call. sequences: a token of them. part: by chunk, places int64[n]."""
+    """Run a part of a call.
+
+    Attributes:
+        number: The number of the problem.
+        sequences: A token for the sequences.
+        part: By chunk, the indices of the sequences that run on it, int64[n].
+    """
 
     number: int
     sequences: Any
@@ -56,8 +67,11 @@ class Setup(NamedTuple):
 class Word(NamedTuple):
     """A message from a worker.
 
-    kind: "sums" (a `PartialSums`), "progress" (done, total), "warning" (text), or one of `LAST`.
-    cost: of its work since the last word.
+    Attributes:
+        kind: "sums" (a `PartialSums`), "progress" (done, total), "warning" (text), or one of
+            `LAST`.
+        value: The content.
+        cost: The cost of the worker's work since its last word.
     """
 
     kind: str

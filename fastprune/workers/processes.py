@@ -1,4 +1,4 @@
-"""Workers as processes of this machine: started, told, heard, and started anew when one dies."""
+"""Workers as processes of this machine: started, sent requests, and restarted when one dies."""
 
 from __future__ import annotations
 
@@ -29,21 +29,25 @@ if TYPE_CHECKING:  # a command line is checked without torch
     import torch
 
 MOST_WORKERS = 1024
-MOST_STARTS = 3  # of a worker killed before it is ready
-END_WITHIN = 2  # seconds for all processes together to end by themselves
+MOST_STARTS = 3  # starts of a worker killed before it is ready
+END_WITHIN = 2  # seconds in which all processes together end by themselves
 START = Path(__file__).with_name("start.py")
 
 
 class Workers:
     """Carries requests to workers and their words back. Evaluators may share one; calls take turns.
 
-    count: of workers. per_machine: how many share the memory of one machine. lock: held by the call
-    that uses the workers. models, problems: digests and numbers that each worker holds. alive: the
-    problems in use here, by number.
+    A subclass starts workers, and defines `_start(worker)`, `_send(worker, request)` and
+    `_receive()`, which waits for the next word of any busy worker. The word of a worker that died
+    is "lost", with the reason as its value.
 
-    A subclass starts workers, and gives `_start(worker)`, `_send(worker, request)` and
-    `_receive()`, which waits for the next word of any busy worker. A worker that died says "lost",
-    with the reason as its value.
+    Attributes:
+        count: The number of workers.
+        per_machine: The number of workers that share the memory of one machine.
+        lock: Held by the call that uses the workers.
+        models: The digests of the models that each worker holds.
+        problems: The numbers of the problems that each worker holds.
+        alive: The problems in use in this process, by number.
     """
 
     def __init__(self, count: int, per_machine: int):
@@ -62,7 +66,7 @@ class Workers:
         self.busy.add(worker)
 
     def receive(self) -> tuple[int, Word]:
-        """The next word of any busy worker."""
+        """Wait for the next word of any busy worker."""
         worker, word = self._receive()
         if word.kind in LAST:
             self.busy.discard(worker)
@@ -80,7 +84,7 @@ class Workers:
             self.receive()
 
     def get_ready(self) -> None:
-        """Cancel the remaining work of an earlier call, and restart workers that died."""
+        """Cancel remaining work of an earlier call, and restart workers that died."""
         self.cancel()
         for worker in sorted(self._dead):
             self.restart(worker)
@@ -91,15 +95,15 @@ class Workers:
         self._dead.discard(worker)
 
     def share(self, value: Any) -> Any:
-        """A token for a value in requests to several workers, sent or stored once."""
+        """Make a token for a value in requests to several workers, sent or stored once."""
         return value
 
     def share_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
-        """Tensors in one buffer, see `transfer`.
+        """Put tensors into one buffer (`transfer`) for several workers.
 
         Returns:
             The place of each tensor in the buffer; a token for the buffer in requests; an object to
-            hold as long as a request may refer to it.
+            hold as long as a request may refer to the buffer.
         """
         raise NotImplementedError
 
@@ -108,7 +112,7 @@ class Workers:
         return str(device)
 
     def per_device(self, device: torch.device) -> int:
-        """How many share the memory of one device, if this process has one of that kind."""
+        """The number of workers that share the memory of one device of this kind."""
         return self.per_machine
 
     def _start(self, worker: int) -> None:
@@ -131,11 +135,17 @@ class _Member:
 
 
 class Processes(Workers):
-    """`count` processes of this machine, each with a model of its own, started at once.
+    """Processes of this machine, each with a model of its own.
 
-    On GPUs the workers take the devices of the machine in turn. They end with this object, and with
-    this process, however that ends. Raises InputError for a count below 1, RuntimeError when one
-    cannot start.
+    They start at once, and end with this object or this process, however that ends. On GPUs the
+    workers take the devices of the machine in turn.
+
+    Args:
+        count: The number of processes.
+
+    Raises:
+        InputError: The count is below 1.
+        RuntimeError: A process cannot start.
     """
 
     def __init__(self, count: int):
@@ -149,11 +159,11 @@ class Processes(Workers):
 
     @property
     def pids(self) -> list[int]:
-        """The process of each worker."""
+        """The process id of each worker."""
         return [self._members[worker].process.pid for worker in range(self.count)]
 
     def close(self) -> None:
-        """End the processes; the last use of this object."""
+        """End the processes. The object cannot be used afterwards."""
         self._end()
 
     def share(self, value: Any) -> Any:
@@ -165,9 +175,8 @@ class Processes(Workers):
         at, size = transfer.places(tensors)
         file = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as a worker may read it)
         try:
-            os.posix_fallocate(
-                file.fileno(), 0, size
-            )  # a full disk says so now, not by a signal later
+            # a full disk raises an error here; without this, writing would end in a signal
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             place = tempfile.gettempdir()
             raise InputError(
@@ -215,16 +224,16 @@ class Processes(Workers):
                 member.pipe.recv()
                 return
             except (EOFError, OSError):
-                why = _why(member)
-            killed = (member.process.returncode or 0) < 0  # for want of memory, say
+                reason = _end_of(member)
+            killed = (member.process.returncode or 0) < 0  # for lack of memory, for example
             if not killed or not tries_left:
-                raise RuntimeError(f"worker {worker} could not start: {why}")
+                raise RuntimeError(f"worker {worker} could not start: {reason}")
             member.pipe.close()
             member.printed.close()
             self._begin(worker)
 
     def _send(self, worker: int, request: tuple) -> None:
-        with suppress(OSError):  # one that died is heard of by `_receive`
+        with suppress(OSError):  # `_receive` reports a worker that died
             self._members[worker].pipe.send(request)
 
     def _receive(self) -> tuple[int, Word]:
@@ -234,7 +243,7 @@ class Processes(Workers):
         try:
             return worker, pipe.recv()
         except (EOFError, OSError):
-            return worker, Word("lost", _why(self._members[worker]))
+            return worker, Word("lost", _end_of(self._members[worker]))
 
 
 def check_workers(count: Any) -> int:
@@ -242,17 +251,16 @@ def check_workers(count: Any) -> int:
 
 
 def import_path() -> list[str]:
-    """The folders that this process imports from, for a worker to import from them and no others.
+    """The folders from which this process imports, and from which a worker is to import.
 
-    PYTHONPATH cannot hold them: it splits names at colons, and makes Python run a sitecustomize.py
-    of any of them.
+    PYTHONPATH cannot hold them: it splits names at colons, and Python would run a sitecustomize.py
+    in any of them.
     """
     return [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
 
 
-def _why(member: _Member) -> str:
-    """How a process ended whose pipe is closed: its signal, or its status and the last line that it
-    printed."""
+def _end_of(member: _Member) -> str:
+    """Describe how a process ended: its signal, or its status and its last printed line."""
     with suppress(subprocess.TimeoutExpired):
         member.process.wait(timeout=5)
     status = member.process.returncode
@@ -262,14 +270,13 @@ def _why(member: _Member) -> str:
     lines = [
         line for line in member.printed.read().decode(errors="replace").splitlines() if line.strip()
     ]
-    said = brief(lines[-1], 200) if lines else "it printed nothing"
-    return f"process {member.process.pid} ended with status {status}: {said}"
+    last_line = brief(lines[-1], 200) if lines else "it printed nothing"
+    return f"process {member.process.pid} ended with status {status}: {last_line}"
 
 
 def _end(members: dict[int, _Member], owner: int) -> None:
-    """Close every pipe, upon which the processes end by themselves, or are ended: all together,
-    since busy ones do not look at it."""
-    if os.getpid() != owner:  # a fork of the process that has started them
+    """Close every pipe, so that the processes end; kill those too busy to notice."""
+    if os.getpid() != owner:  # this is a fork of the process that started them
         return
     for member in members.values():
         member.pipe.close()
@@ -278,7 +285,7 @@ def _end(members: dict[int, _Member], owner: int) -> None:
         with suppress(subprocess.TimeoutExpired):
             member.process.wait(timeout=max(0.0, until - time.monotonic()))
     for member in members.values():
-        member.process.kill()  # nothing, if it has ended
+        member.process.kill()  # has no effect on a process that has ended
     for member in members.values():
         member.process.wait()
         member.printed.close()

@@ -1,9 +1,8 @@
-"""Workers on Ray (extra `ray`): one actor with a model of its own for every GPU of a cluster, or
-for so many cores.
+"""Workers on Ray (extra `ray`): an actor with a model of its own for each GPU or group of cores.
 
 Ray places the actors, carries large objects (calibration sets, models in memory, sums) in its
-object store, and says when one dies. `split` decides the work of each, as for processes of one
-machine.
+object store, and reports an actor that dies. `plan.split` decides the work of each, as for
+processes of one machine.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ from .processes import MOST_STARTS, MOST_WORKERS, Workers, check_workers, import
 if TYPE_CHECKING:  # an address is checked without torch
     import torch
 
-ANSWER_WITHIN, START_WITHIN = 5, 300  # seconds: a cluster, and an actor being placed
+ANSWER_WITHIN = 5  # seconds for a cluster to answer
+START_WITHIN = 300  # seconds for an actor to be placed
 GIVEN_BACK_WITHIN = 5  # seconds until Ray frees the resources of an ended actor
-LISTEN = 5  # seconds that one call waits for a word
+LISTEN = 5  # seconds for which a call waits for a word
 
 
 def check_address(address: str) -> None:
-    """Raise InputError, within seconds, unless Ray is installed and somebody answers at the
-    address.
+    """Raise InputError, within seconds, unless Ray is installed and a cluster answers.
 
-    address: "local", "auto" (the cluster that this machine belongs to) or HOST:PORT of a cluster's
-    head.
+    Args:
+        address: "local", "auto" (this machine's cluster) or HOST:PORT of a cluster's head.
     """
     require("ray", "ray")
     if address in ("local", "auto"):
@@ -60,16 +59,28 @@ def check_address(address: str) -> None:
 
 
 class RayWorkers(Workers):
-    """Actors on a Ray cluster, started at once; `Evaluator(..., workers=RayWorkers("local"))`.
+    """Actors on a Ray cluster as workers of an Evaluator. They start at once.
 
-    address: see `check_address`; a Ray that this process is connected to already is taken as it is.
-    device: of the model; on a GPU every worker has one to itself, elsewhere as many cores as this
-    process has threads. count: how many workers; default: as many as the free resources allow, with
-    a warning if others use a part of the cluster. Ray is asked to spread them over its machines,
-    which need fastprune, and a model's files in the same place.
+    Ray spreads the actors over its machines. Each machine needs fastprune, and the files of a model
+    in the same place. Each worker has a GPU to itself; on CPUs, it has as many cores as this
+    process has threads.
 
-    Raises InputError for an address that nobody answers, and if fewer workers can be had than asked
-    for; RuntimeError when Ray, or an actor, cannot start.
+    Args:
+        address: "local", "auto" (this machine's cluster) or HOST:PORT of a cluster's head. If this
+            process is connected to Ray already, that connection is used.
+        device: The device of the model.
+        count: The number of workers. By default all that the free resources allow, with a warning
+            if others use a part of the cluster.
+
+    Raises:
+        InputError: No cluster answers at the address, or it has room for fewer workers.
+        RuntimeError: Ray or an actor cannot start.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> from fastprune.workers.ray import RayWorkers
+        >>> workers = RayWorkers("local", count=2)  # doctest: +SKIP
+        >>> evaluator = fp.Evaluator(model, objective, workers=workers)  # doctest: +SKIP
     """
 
     def __init__(
@@ -108,16 +119,15 @@ class RayWorkers(Workers):
         self.per_machine = max(Counter(self._machines).values())
 
     def close(self) -> None:
-        """End the actors, and Ray if it was started here; the last use of this object."""
+        """End the actors, and Ray if this object started it. It cannot be used afterwards."""
         for actor in self._actors:
-            with contextlib.suppress(Exception):  # gone already
+            with contextlib.suppress(Exception):  # the actor has ended already
                 self._ray.kill(actor)
         self._end()
 
     def share(self, value: Any) -> Any:
-        return "object", [
-            self._ray.put(value)
-        ]  # in a list Ray hands on the reference, not the value
+        # in a list, Ray passes on the reference, not the value
+        return "object", [self._ray.put(value)]
 
     def share_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[list, Any, object]:
         from . import transfer
@@ -128,7 +138,7 @@ class RayWorkers(Workers):
         return at, ("buffer", [self._ray.put(buffer)]), None
 
     def device(self, worker: int, device: torch.device) -> str:
-        return device.type  # of the GPUs of its machine, an actor sees its own
+        return device.type  # an actor sees no GPU but its own
 
     def per_device(self, device: torch.device) -> int:
         return 1 if device.type == "cuda" else self.per_machine
@@ -150,7 +160,7 @@ class RayWorkers(Workers):
                 ) from None
             except exceptions.RayError as error:
                 lost = isinstance(error, (exceptions.RayActorError, exceptions.OutOfMemoryError))
-                # one whose own code fails would fail again
+                # an actor whose own code fails would fail again
                 if not lost or not tries_left or "creation task" in str(error):
                     raise RuntimeError(
                         f"worker {worker} could not start: {brief(str(error), 200)}"
@@ -178,8 +188,9 @@ class RayWorkers(Workers):
                 self._ray.exceptions.RayActorError,
                 self._ray.exceptions.OutOfMemoryError,
             ) as error:
-                why = brief(str(error).strip().partition("\n")[0], 120)  # Ray's advice follows
-                self._words.append((worker, Word("lost", f"process {self.pids[worker]}: {why}")))
+                # the first line; Ray's advice follows
+                reason = brief(str(error).strip().partition("\n")[0], 120)
+                self._words.append((worker, Word("lost", f"process {self.pids[worker]}: {reason}")))
                 break
             self._words.extend((worker, word) for word in words)
             if not (words and words[-1].kind in LAST):
@@ -188,8 +199,7 @@ class RayWorkers(Workers):
 
 
 class Actor:
-    """A `Worker` on Ray: one call does the work, another hands on its words, a third gives it
-    up."""
+    """A `Worker` on Ray: one call does the work, another passes on its words, a third cancels."""
 
     def __init__(self) -> None:
         from ..models.imports import import_transformers
@@ -202,7 +212,7 @@ class Actor:
         self._worker = Worker(self._note, lambda: self._stopped >= self._asked, _fetch)
 
     def place(self) -> tuple[int, str]:
-        """Its process, and its machine."""
+        """The ids of its process and its machine."""
         import ray
 
         return os.getpid(), ray.get_runtime_context().get_node_id()
@@ -235,15 +245,14 @@ def _fetch(token: Any) -> Any:
     value = ray.get(reference)
     if kind == "object":
         return value
-    with (
-        warnings.catch_warnings()
-    ):  # memory of the object store cannot be written to, and nobody does
+    with warnings.catch_warnings():
+        # torch warns that memory of the object store is read-only; it is only read
         warnings.simplefilter("ignore")
         return torch.from_numpy(value).untyped_storage()
 
 
 def _connect(ray: Any, address: str) -> bool:
-    """Connect to Ray, unless this process is connected; return whether it was started here."""
+    """Connect to Ray, unless this process is connected; return whether a connection was made."""
     if ray.is_initialized():
         return False
     own = (
@@ -259,7 +268,7 @@ def _connect(ray: Any, address: str) -> bool:
         # their sys.path, and a torch.py there would run as torch
         job = {"runtime_env": {"working_dir": empty.name}}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **job, **own)
-    except Exception as error:  # of any kind: Ray raises many, a bare Exception among them
+    except Exception as error:  # Ray raises many kinds, a bare Exception among them
         kind = RuntimeError if own else InputError
         raise kind(f"no Ray at {address}: {brief(str(error), 200)}") from None
     finally:
@@ -276,25 +285,32 @@ def choose_count(
     gpus: int,
     cores: int,
 ) -> int:
-    """How many workers to start on machines with these resources, by Ray's names of them, free and
-    in all.
+    """Choose the number of workers.
 
-    count: as many as were asked for; None: as many as fit, with a warning if others use a part.
-    gpus, cores: of each worker. Raises InputError if fewer can be had than asked for, or none.
+    Args:
+        count: The requested number; None for as many as fit, with a warning if others use a part
+            of the cluster.
+        free: The free resources of each machine, by Ray's names.
+        total: All resources of each machine.
+        gpus: GPUs of each worker.
+        cores: Cores of each worker.
+
+    Raises:
+        InputError: There is room for fewer workers than requested, or for none.
     """
-    now, whole = _room(free, gpus, cores), _room(total, gpus, cores)
+    fitting, in_total = _room(free, gpus, cores), _room(total, gpus, cores)
     each = "a GPU" if gpus else f"{cores} core{'s' * (cores > 1)}"
-    said = f"the cluster has room for {now} worker{'s' * (now != 1)} of {each} each"
-    said += f" ({whole} when nobody else uses it)" * (now < whole)
-    if min(now, MOST_WORKERS) < (count or 1):
-        raise InputError(f"{said}, not for {count or 1}")
-    if count is None and now < min(whole, MOST_WORKERS):
-        warnings.warn(f"{said}: going on with {now}", RuntimeWarning, stacklevel=3)
-    return min(now, MOST_WORKERS) if count is None else int(count)
+    room = f"the cluster has room for {fitting} worker{'s' * (fitting != 1)} of {each} each"
+    room += f" ({in_total} when nobody else uses it)" * (fitting < in_total)
+    if min(fitting, MOST_WORKERS) < (count or 1):
+        raise InputError(f"{room}, not for {count or 1}")
+    if count is None and fitting < min(in_total, MOST_WORKERS):
+        warnings.warn(f"{room}: going on with {fitting}", RuntimeWarning, stacklevel=3)
+    return min(fitting, MOST_WORKERS) if count is None else int(count)
 
 
 def _room(machines: Iterable[Mapping[str, float]], gpus: int, cores: int) -> int:
-    """How many workers of so many GPUs and cores fit, each on one machine."""
+    """The number of workers of these sizes that fit, each on one machine."""
     needs = {"GPU": gpus, "CPU": cores}
     return sum(
         min(int(machine.get(kind, 0) // n) for kind, n in needs.items() if n)
@@ -305,12 +321,12 @@ def _room(machines: Iterable[Mapping[str, float]], gpus: int, cores: int) -> int
 def _nodes(
     count: int | None, gpus: int, cores: int
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """The resources of the cluster's machines, free and in all; waits a little for resources that
-    were just given back."""
-    from ray._private.state import (
-        available_resources_per_node,
-        total_resources_per_node,
-    )  # its public ones add it up
+    """The free and the total resources of each machine.
+
+    Ray needs a moment to free the resources of ended actors, so this may wait a little.
+    """
+    # the public functions add up over machines
+    from ray._private.state import available_resources_per_node, total_resources_per_node
 
     until = time.monotonic() + GIVEN_BACK_WITHIN
     while True:

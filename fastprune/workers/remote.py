@@ -1,9 +1,8 @@
-"""Runs on workers: a call is split, sent, and sent again if a worker died. Read `plan.split` first,
-then this.
+"""Runs on workers: a call is split, sent, and sent again if a worker dies. Read `plan.split` first.
 
-Every worker has a `LocalRuns` of its own for the same problem. A call becomes, for each worker,
-which sequences run on which chunks. Sums come back as they are finished, and each is the same
-whoever computes it.
+Every worker has a `LocalRuns` of its own for the same problem. Each gets its part of a call:
+sequences for each chunk. Sums come back as they are finished. A sum is the same, whichever worker
+computes it.
 """
 
 from __future__ import annotations
@@ -30,16 +29,19 @@ from .messages import Open, Run, Setup, Word
 from .processes import Workers
 from .transfer import pack
 
-MAX_DEATHS = 3  # of one worker in one call
+MAX_DEATHS = 3  # deaths of one worker in one call
 
 
 @dataclass
 class _Call:
     """A call on workers.
 
-    parts: by worker and chunk, the places of the sequences to run there, int64[n]. left: by chunk,
-    the places whose sums have not come back. sent: by worker, the places of the sequences in its
-    last request. tokens: of sequences in requests, by their places; many workers get the same.
+    Attributes:
+        sequences: The sequences of the call.
+        parts: By worker and chunk, the indices of the sequences that run on it, int64[n].
+        left: By chunk, the indices of the sequences whose sums have not come back.
+        sent: By worker, the indices of the sequences in its last request.
+        tokens: Tokens for sequences in requests, by their indices; several workers share one.
     """
 
     sequences: Sequence[Units]
@@ -50,13 +52,21 @@ class _Call:
 
 
 class RemoteRuns:
-    """Shares calls out over workers; see `Runs`. The model here is only compared with theirs.
+    """Shares calls out over workers; see `Runs`. This process's model runs no unit.
 
-    memory_bytes bounds the activations of each worker, cache_bytes the prefix caches of all workers
-    of a machine together. Workers run with as many threads as this process.
+    Workers run with as many threads as this process.
 
-    Raises InputError if a worker would compute other bits: another kind of device, other software
-    or switches, or a model that cannot be sent.
+    Args:
+        workers: The workers.
+        model: The model.
+        backend: As in `Evaluator`.
+        memory_bytes: The limit on activations of each worker.
+        cache_bytes: The limit on the prefix caches of all workers of a machine together.
+        cache_dir: As in `Evaluator`.
+
+    Raises:
+        InputError: The model has variants or cannot be sent, or a worker would compute other bits,
+            by another kind of device, other software or other switches.
     """
 
     def __init__(
@@ -76,11 +86,11 @@ class RemoteRuns:
         self._workers, self._model = workers, model
         self._backend, self._memory_bytes = backend, memory_bytes
         self._cache_bytes = None if cache_bytes is None else cache_bytes // workers.per_machine
-        # a worker may run in another folder
+        # absolute, since a worker may run in another folder
         self._cache_dir = cache_dir and cache_dir.absolute()
         self._problem: Problem | None = None
         self._number = -1
-        self._model_sent: tuple[tuple, object] | None = None  # for workers; held as long as sent
+        self._model_sent: tuple[tuple, object] | None = None  # for workers, and its open file
         self._cost = Cost()
         self._held: dict[int, Held] = {}  # by worker
         model.weights.release()  # no unit runs here
@@ -99,7 +109,7 @@ class RemoteRuns:
         )
 
     def open(self, problem: Problem) -> None:
-        """Have every worker open the model for this problem. Enter `model.evaluation()` before."""
+        """Let every worker open the model for this problem, inside `model.evaluation()`."""
         with self._workers.lock:
             self._use(problem)
 
@@ -110,7 +120,7 @@ class RemoteRuns:
         missing: Mapping[int, np.ndarray],
         progress: Progress,
     ) -> Generator[PartialSums, None, None]:
-        """The missing sums; see `Runs.run`."""
+        """Yield the missing sums; see `Runs.run`."""
         with self._workers.lock:
             finished = False
             try:
@@ -127,13 +137,13 @@ class RemoteRuns:
         return False
 
     def close(self) -> None:
-        """Let the workers drop their objects for this evaluator, when they open the next."""
+        """Let the workers drop their objects for this problem when they open the next."""
         self._problem = None
 
     # -- what the workers hold ---------------------------------------------------------------------
 
     def _use(self, problem: Problem) -> None:
-        """Have every worker hold this problem."""
+        """Let every worker hold this problem."""
         if problem is not self._problem:
             self._number = next(self._workers.numbers)
             self._workers.alive[self._number] = self._problem = problem
@@ -160,7 +170,7 @@ class RemoteRuns:
             worker, word = self._workers.receive()
             if word.kind == "opened":
                 self._note_opened(worker, word.value)
-            elif word.kind == "lost" and deaths < MAX_DEATHS:  # perhaps long ago, while idle
+            elif word.kind == "lost" and deaths < MAX_DEATHS:  # it may have died while idle
                 deaths += 1
                 self._workers.restart(worker)
                 self._send_open(worker, problem, setup)
@@ -171,7 +181,7 @@ class RemoteRuns:
 
     def _setup(self, problem: Problem) -> Setup:
         return Setup(
-            # without the values that the problem and the batch have derived so far
+            # copies without cached properties
             replace(problem, batch=replace(problem.batch)),
             self._backend,
             self._memory_bytes,
@@ -188,7 +198,7 @@ class RemoteRuns:
         has_model = digest in self._workers.models[worker]
         model = None if has_model else self._model_for_workers()
         device = self._workers.device(worker, self._model.device)
-        self._workers.problems[worker].discard(self._number)  # until it has opened it
+        self._workers.problems[worker].discard(self._number)  # until the worker has opened it
         alive = list(self._workers.alive)
         self._workers.send(worker, Open(self._number, digest, model, device, setup, alive))
 
@@ -197,7 +207,7 @@ class RemoteRuns:
         self._workers.problems[worker].add(self._number)
 
     def _model_for_workers(self) -> tuple:
-        """How a worker gets the model: as `load_model` did, or from its modules and tensors."""
+        """The way to get the model: arguments of `load_model`, or modules and tensors."""
         if self._model_sent is None:
             model = self._model
             if model.opened is not None and model.opened[1] == model.version:
@@ -216,7 +226,7 @@ class RemoteRuns:
     def _split(
         self, problem: Problem, sequences: Sequence[Units], missing: Mapping[int, np.ndarray]
     ) -> dict[int, dict[int, np.ndarray]]:
-        """By worker and chunk, the places of the sequences that it runs there, int64[n]."""
+        """Split a call: by worker and chunk, the indices of the sequences that run, int64[n]."""
         tries: dict[bytes, Trie] = {}
         for rows in missing.values():
             if (key := rows.tobytes()) not in tries:
@@ -234,7 +244,7 @@ class RemoteRuns:
     def _share_out(self, call: _Call, progress: Progress) -> Iterator[PartialSums]:
         """Send every worker its part, and yield the sums that come back."""
         deaths = dict.fromkeys(call.parts, 0)
-        done: dict[int, tuple[int, int]] = {}  # by worker, its unit runs so far and in all
+        done: dict[int, tuple[int, int]] = {}  # by worker, its unit runs so far and in total
         for worker, part in call.parts.items():
             self._send_part(worker, call, part)
         while self._workers.busy:
@@ -262,7 +272,7 @@ class RemoteRuns:
             progress(*map(sum, zip(*done.values())))
 
     def _enter(self, worker: int, call: _Call, part: PartialSums) -> PartialSums:
-        """A worker's sums, at their places in the call."""
+        """Enter a worker's sums, and return them with their indices in the call."""
         rows = call.sent[worker][part.rows]
         left = call.left[part.chunk]
         call.left[part.chunk] = left[~np.isin(left, rows)]
@@ -282,7 +292,7 @@ class RemoteRuns:
         self._send_open(worker, self._problem, setup)
 
     def _send_rest(self, worker: int, call: _Call) -> None:
-        """Send a restarted worker the missing rest of its part."""
+        """Send a restarted worker the rest of its part."""
         rest = {
             number: rows[np.isin(rows, call.left[number])]
             for number, rows in call.parts[worker].items()
@@ -292,7 +302,7 @@ class RemoteRuns:
             self._send_part(worker, call, rest)
 
     def _send_part(self, worker: int, call: _Call, part: Mapping[int, np.ndarray]) -> None:
-        """Send a worker its part: the sequences, and by chunk their places among these."""
+        """Send a worker its part: the sequences, and by chunk their indices among these."""
         places = np.unique(np.concatenate([*part.values()]))
         if (key := places.tobytes()) not in call.tokens:
             sequences = [call.sequences[place] for place in places.tolist()]
@@ -304,22 +314,22 @@ class RemoteRuns:
 
 def _raise(worker: int, word: Word) -> None:
     """Raise the error that a worker reports, or show its warning."""
-    said = f"worker {worker}: {word.value}"
+    message = f"worker {worker}: {word.value}"
     if word.kind == "memory":
-        raise OutOfMemory(said)
+        raise OutOfMemory(message)
     if word.kind == "wrong":
         error: InputError = word.value
         raise error.restated(f"worker {worker}: {error.message}")
     if word.kind == "failed":
-        raise RuntimeError(said)
+        raise RuntimeError(message)
     if word.kind == "warning":
         warnings.warn(word.value, RuntimeWarning, stacklevel=6)
 
 
 def _head_cost(model: Model, problem: Problem) -> float:
-    """The cost of one mask's head in unit runs, from numbers of weights and of positions."""
+    """The cost of one mask's head in unit runs, estimated from counts of weights and positions."""
     blocks = sum(p.numel() for layer in model.layers for p in layer.parameters())
     num_units = len(model.unit_names(problem.granularity))
     head = sum(p.numel() for p in model.output_head.parameters())
-    positions = len(np.unique(problem.batch.target_source))  # that predict
+    positions = len(np.unique(problem.batch.target_source))  # only these need the head
     return head / max(1, blocks / num_units) * positions / problem.num_tokens

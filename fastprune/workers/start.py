@@ -1,8 +1,8 @@
 """The program of a worker process: `python .../start.py FILE_NUMBER SYS_PATH_ENTRY...`.
 
-A file of our own, since `python -c` and `python -m` begin with the working folder on sys.path, and
-a torch.py there would run as torch. The parent's sys.path replaces that of this process before
-anything else is imported.
+It is a file, since `python -c` and `python -m` put the working folder on sys.path, and a torch.py
+in it would run as torch. The parent's sys.path replaces that of this process before any other
+import.
 """
 
 import sys

@@ -1,8 +1,7 @@
-"""A model in memory, for another process: its modules without their tensors, and the tensors beside
-them.
+"""Send a model in memory to another process: its modules without tensors, and the tensors.
 
-The modules go by Python's own serialisation, which runs code when it is read. It is read only from
-the process that started the reader, over a pipe or a cluster's own channel, and never from a file.
+The modules are pickled, and reading a pickle runs code. A worker reads them only from the process
+that started it, over a pipe or the cluster's own channel, never from a file.
 """
 
 from __future__ import annotations
@@ -20,77 +19,84 @@ from ..models.alignment import CPU_ALIGNMENT
 
 
 class _Packer(pickle.Pickler):
-    """Leaves out tensors, and notes them; one that stands twice is noted once."""
+    """Leaves out tensors and lists each of them once."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
         self.tensors: list[torch.Tensor] = []
         self._place: dict[int, int] = {}
 
-    def persistent_id(self, thing: object) -> tuple | None:
-        if not isinstance(thing, torch.Tensor):
+    def persistent_id(self, value: object) -> tuple | None:
+        if not isinstance(value, torch.Tensor):
             return None
-        if id(thing) not in self._place:
-            self._place[id(thing)] = len(self.tensors)
-            self.tensors.append(thing)
-        return self._place[id(thing)], isinstance(thing, nn.Parameter), thing.requires_grad
+        if id(value) not in self._place:
+            self._place[id(value)] = len(self.tensors)
+            self.tensors.append(value)
+        return self._place[id(value)], isinstance(value, nn.Parameter), value.requires_grad
 
 
 class _Unpacker(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, tensors: Sequence[torch.Tensor]):
         super().__init__(file)
-        self._given: Sequence[torch.Tensor] = tensors
-        self._made: dict[int, torch.Tensor] = {}
+        self._tensors: Sequence[torch.Tensor] = tensors
+        self._read: dict[int, torch.Tensor] = {}  # by place, so that shared tensors stay shared
 
     def persistent_load(self, entry: tuple) -> torch.Tensor:
         place, is_parameter, requires_grad = entry
-        if place not in self._made:
-            tensor = self._given[place]
-            self._made[place] = nn.Parameter(tensor, requires_grad) if is_parameter else tensor
-        return self._made[place]
+        if place not in self._read:
+            tensor = self._tensors[place]
+            self._read[place] = nn.Parameter(tensor, requires_grad) if is_parameter else tensor
+        return self._read[place]
 
 
 def pack(hf: nn.Module) -> tuple[bytes, list[torch.Tensor]]:
-    """The modules of a transformers model, and its tensors, which they name by number.
+    """Separate the modules of a transformers model from its tensors.
 
-    Raises InputError for objects that no other process can have: code made in this one, open files.
+    Returns:
+        The pickled modules, which name tensors by number, and the tensors.
+
+    Raises:
+        InputError: The model holds objects of this process only, such as code defined in it, or
+            open files.
     """
     file = io.BytesIO()
     packer = _Packer(file)
     try:
         packer.dump(hf)
-    except Exception as error:  # of any kind: each class has its own way of not being serialised
+    except Exception as error:  # classes refuse to be pickled in ways of their own
         raise InputError(f"this model cannot be handed to other processes: {error}") from error
     return file.getvalue(), packer.tensors
 
 
 def unpack(modules: bytes, tensors: Sequence[torch.Tensor]) -> nn.Module:
-    """The model of `pack`, on these tensors."""
+    """Rebuild the model of `pack` on these tensors."""
     return _Unpacker(io.BytesIO(modules), tensors).load()
 
 
-Place = tuple[int, tuple[int, ...], torch.dtype]  # a tensor's first byte; its shape
+Place = tuple[int, tuple[int, ...], torch.dtype]  # a tensor's first byte, shape and dtype
 
 
 def places(tensors: Sequence[torch.Tensor]) -> tuple[list[Place], int]:
-    """The place of each tensor in one buffer, and the bytes of all.
+    """Place tensors in one buffer.
 
-    Each is as far from a multiple of 64 bytes as it is in memory: a matrix product may round
-    otherwise elsewhere.
+    Each keeps its offset from a multiple of 64 bytes, since the rounding of a matrix product may
+    depend on it.
+
+    Returns:
+        The place of each tensor, and the bytes of the buffer.
     """
-    found: list[Place] = []
+    at: list[Place] = []
     end = 0
     for tensor in tensors:
-        if (
-            not tensor.is_contiguous()
-        ):  # a contiguous copy may take another way through a matrix product
+        # the matrix product of a contiguous copy may round differently
+        if not tensor.is_contiguous():
             raise InputError(
                 "this model cannot be handed to other processes: a tensor of it is not contiguous"
             )
         start = end + (tensor.data_ptr() - end) % CPU_ALIGNMENT
-        found.append((start, tuple(tensor.shape), tensor.dtype))
+        at.append((start, tuple(tensor.shape), tensor.dtype))
         end = start + tensor.numel() * tensor.dtype.itemsize
-    return found, max(end, 1)
+    return at, max(end, 1)
 
 
 def fill(buffer: np.ndarray, tensors: Sequence[torch.Tensor], at: Sequence[Place]) -> None:
@@ -101,7 +107,7 @@ def fill(buffer: np.ndarray, tensors: Sequence[torch.Tensor], at: Sequence[Place
 
 
 def views(storage: torch.UntypedStorage, at: Sequence[Place]) -> list[torch.Tensor]:
-    """The tensors that stand at these places of a buffer, on the CPU; nothing is copied."""
+    """View the tensors at these places of a buffer on the CPU, without a copy."""
     return [
         # torch's stubs know no storage without a dtype here
         torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape)  # type: ignore[call-overload]

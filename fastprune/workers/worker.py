@@ -1,8 +1,7 @@
-"""One worker of several: it holds models and a `LocalRuns` for each problem, and runs its part of a
-call.
+"""A worker: it holds models and a `LocalRuns` for each problem, and runs its part of a call.
 
-It knows nothing of other workers. Requests and words are plain values (`messages`), whatever
-carries them: a pipe (`serve`), or Ray (`workers.ray`).
+It does not know other workers. Requests and words are plain values (`messages`), which a pipe
+(`serve`) or Ray (`workers.ray`) carries.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ..plan.cost import Cost
 from .messages import Open, Run, Setup, Stop, Word
 from .transfer import unpack, views
 
-PROGRESS_SECONDS = 0.1  # between two words on progress
+PROGRESS_SECONDS = 0.1  # between two reports of progress
 
 
 class Cancelled(Exception):
@@ -45,8 +44,10 @@ class _Open(NamedTuple):
 class Worker:
     """Answers requests with words.
 
-    emit: takes a `Word`. is_cancelled: whether the request at hand is cancelled. fetch: a token in
-    a request -> its value.
+    Args:
+        emit: Sends a `Word`.
+        is_cancelled: Tells whether the present request is cancelled.
+        fetch: Returns the value of a token in a request.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class Worker:
         self._emit, self._is_cancelled, self._fetch = emit, is_cancelled, fetch
         self._models: dict[str, Model] = {}  # by digest
         self._problems: dict[int, _Open] = {}  # by number
-        self._runs: LocalRuns | None = None  # of the request at hand
-        self._counted = Cost()  # of it, in words so far
+        self._runs: LocalRuns | None = None  # of the present request
+        self._counted = Cost()  # the part of its cost that words have reported
 
     def answer(self, request: Open | Run | Stop) -> None:
-        """Serve a request; the last word is one of `messages.LAST`. A late `Stop` has no answer."""
+        """Serve a request. The last word is one of `messages.LAST`; a late `Stop` has no answer."""
         if isinstance(request, Stop):
             return
         opens = isinstance(request, Open)
@@ -128,14 +129,14 @@ class Worker:
     def _run(self, request: Run) -> tuple[str, Any]:
         problem, model, runs = self._problems[request.number]
         self._runs, self._counted = runs, runs.cost
-        told = 0.0
+        last_report = 0.0
 
         def progress(done: int, total: int) -> None:
-            nonlocal told
+            nonlocal last_report
             if self._is_cancelled():
                 raise Cancelled
-            if time.monotonic() - told >= PROGRESS_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - last_report >= PROGRESS_SECONDS:
+                last_report = time.monotonic()
                 self._say("progress", (done, total))
 
         with model.evaluation():
@@ -157,7 +158,7 @@ class Worker:
 
 
 def _open_problem(model: Model, setup: Setup) -> _Open:
-    """Open a model for the caller's problem. Raises InputError if bits would differ."""
+    """Open a model for the caller's problem; raise InputError if bits would differ."""
     problem: Problem = setup.problem
     opened = open_for(
         model,
@@ -174,16 +175,16 @@ def _open_problem(model: Model, setup: Setup) -> _Open:
     return _Open(problem, model, LocalRuns(model, opened.runner, opened.limit, *caches))
 
 
-def _check_alike(found: Mapping, expected: Mapping) -> None:
+def _check_alike(settings: Mapping, expected: Mapping) -> None:
     """Raise InputError, with its name, if a setting that decides bits differs from the caller's."""
-    for name in sorted({*found, *expected}):
-        here, there = found.get(name), expected.get(name)
-        if here == there:
+    for name in sorted({*settings, *expected}):
+        value, caller_value = settings.get(name), expected.get(name)
+        if value == caller_value:
             continue
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            _check_alike(here, there)
+        if isinstance(value, Mapping) and isinstance(caller_value, Mapping):
+            _check_alike(value, caller_value)
         raise InputError(
-            f"its {name} is {here}, not {there}, so that its numbers would have other bits"
+            f"its {name} is {value}, not {caller_value}, so that its numbers would have other bits"
         )
 
 
@@ -194,24 +195,24 @@ def _use_threads(count: int) -> None:
 
 def serve(number: int) -> None:
     """Answer the requests from the pipe of this file number, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for who started this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
     pipe = Connection(number)
     import_transformers()
 
     def is_cancelled() -> bool:
-        # while a request is at hand, only `Stop` comes
+        # during a request, only `Stop` arrives
         return pipe.poll() and pipe.recv() is not None
 
     def fetch(token: tuple) -> Any:
-        kind, *where = token
+        kind, *content = token
         if kind == "file":
-            return torch.UntypedStorage.from_file(where[0], False, where[1])
-        return pickle.loads(where[0])  # from who started this, as all that comes over the pipe
+            return torch.UntypedStorage.from_file(content[0], False, content[1])
+        return pickle.loads(content[0])  # the pipe carries bytes of the parent process only
 
     worker = Worker(pipe.send, is_cancelled, fetch)
     try:
         pipe.send(Word("ready"))
         while True:
             worker.answer(pipe.recv())
-    except (EOFError, OSError):  # who started this has gone
+    except (EOFError, OSError):  # the parent process has ended
         return

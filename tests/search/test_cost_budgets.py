@@ -116,7 +116,7 @@ def test_others_say_that_they_cannot(name):
 def test_stepwise_searches_of_unlike_units_do_not_race():
     evaluator = SyntheticEvaluator(9, costs=UNLIKE, num_samples=64)
     for name in ("greedy", "beam", "one_shot"):
-        with pytest.raises(fp.InputError, match="does not race, under a budget of units"):
+        with pytest.raises(fp.InputError, match="cannot race under a budget of units"):
             fp.run_search(evaluator, name, budget=fp.Budget(params=20), racing=0.99)
     result = fp.run_search(evaluator, "random", budget=fp.Budget(params=20), racing=0.99)
     assert result.decided_early > 0
