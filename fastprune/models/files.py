@@ -403,12 +403,11 @@ class Files:
                 found = self._state(path.stat())
             except OSError as error:
                 raise InputError(
-                    f"{path}: {error.strerror}, while its weights are streamed; open the model "
-                    f"again"
+                    f"{path}: {error.strerror}, while weights stay in it; open the model again"
                 ) from None
             if found != self._states[path]:
                 raise InputError(
-                    f"{path}: has changed while its weights are streamed; open the model again"
+                    f"{path}: has changed while weights stay in it; open the model again"
                 )
 
     def read(self, stored: Stored, start: int, into: torch.Tensor) -> None:
@@ -418,8 +417,8 @@ class Files:
             count = os.preadv(number, [view[done:]], stored.offset + start + done)
             if not count:
                 raise InputError(
-                    f"{stored.path}: has become shorter while its weights are streamed; open the "
-                    f"model again"
+                    f"{stored.path}: has become shorter while weights stay in it; open the model "
+                    f"again"
                 )
             done += count
 
