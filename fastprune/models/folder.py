@@ -23,7 +23,7 @@ from .files import (
     stored_dtype,
     wrong_dtype,
 )
-from .formats import ask_to_dequantize, common_prefix, forget_form
+from .formats import ask_to_dequantize, common_prefix, dequantized, forget_form
 from .offload.placement import LeftOut, left_in_files
 from .precision import widen
 from .text import auto_class, layer_paths, text_config, towers
@@ -104,6 +104,8 @@ class Folder:
                     f"--trust-remote-code (trust_remote_code=True)"
                 ) from error
             raise InputError(f"{self.name}: cannot be loaded: {first_line(error)}") from error
+        if self.quantized:
+            hf = dequantized(hf)
         if self.quantized or self.prefix:
             forget_form(hf)
         self._check(hf, report)
@@ -112,8 +114,8 @@ class Folder:
     def load_widened(self, text_only: bool) -> tuple[Any, str]:
         """A checkpoint in 16 bits as a model that runs in float32, and how that was done."""
         needed = 4 * sum(
-            math.prod(shape)
-            for name, (_, shape) in self._tensors.items()
+            math.prod(shape) * (2 if kind == "U8" else 1)  # two numbers of 4 bits in a byte
+            for name, (kind, shape) in self._tensors.items()
             if not (text_only and TOWER.search(name))
         )
         if needed > MOST_OF_MEMORY * available_bytes(torch.device("cpu")):
