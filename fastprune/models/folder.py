@@ -58,6 +58,7 @@ class Folder:
         self.quantized = is_quantized(path)
         self.dtype = stored_dtype(path, self._tensors)
         self.prefix, self.left, self.has_towers = "", LeftOut(None, None), False
+        self._encodes = False  # whether it has an encoder beside its decoder
 
     def load(self, dtype: str | torch.dtype, streamed: bool, text_only: bool) -> Any:
         """The transformers model in a dtype.
@@ -70,14 +71,15 @@ class Folder:
         Raises:
             InputError: The checkpoint does not fit its config, or cannot be loaded.
         """
-        from transformers import AutoConfig
+        import transformers
 
         self.left, self.has_towers = LeftOut(None, None), False
         try:
-            config: Any = AutoConfig.from_pretrained(
+            config: Any = transformers.AutoConfig.from_pretrained(
                 self._path, local_files_only=True, trust_remote_code=self.trusted
             )
             self.has_towers = text_config(config) is not config
+            self._encodes = bool(getattr(config, "is_encoder_decoder", False))
             self.prefix = common_prefix(self._tensors, self.has_towers)
             if self.quantized:
                 ask_to_dequantize(config)
@@ -102,6 +104,11 @@ class Folder:
                 raise InputError(
                     f"{self.name}: brings code of its own, which runs only with "
                     f"--trust-remote-code (trust_remote_code=True)"
+                ) from error
+            if "does not recognize this architecture" in str(error):
+                raise InputError(
+                    f"{self.name}: its family is not in transformers {transformers.__version__}; "
+                    f"a newer release may know it"
                 ) from error
             raise InputError(f"{self.name}: cannot be loaded: {first_line(error)}") from error
         if self.quantized:
@@ -142,6 +149,7 @@ class Folder:
                 local_files_only=True,
                 trust_remote_code=self.trusted,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the check after it says which
                 **attention,
             )
 
@@ -156,21 +164,31 @@ class Folder:
 
     def _check(self, hf: Any, report: dict) -> None:
         """Raise InputError unless every tensor had its place, and every place its tensor."""
-        for problem in ("missing_keys", "mismatched_keys"):
-            if report.get(problem):
-                tensor = sorted(report[problem], key=str)[0]
-                raise InputError(
-                    f"{self.name}: the checkpoint does not fit its config "
-                    f"({problem.replace('_', ' ')}: {tensor})"
-                )
-        for tensor in sorted(report.get("unexpected_keys", ()), key=str):
-            if not BUFFERS.search(tensor) and not (
-                tensor == "lm_head.weight" and hf.config.tie_word_embeddings
-            ):
-                raise InputError(
-                    f"{self.name}: the config has no place for the tensor {brief(tensor, 80)} of "
-                    f"the checkpoint"
-                )
+        misfit = f"{self.name}: the checkpoint does not fit its config"
+        strange = [
+            tensor
+            for tensor in sorted(report.get("unexpected_keys", ()), key=str)
+            if not BUFFERS.search(tensor)
+            and not (tensor == "lm_head.weight" and hf.config.tie_word_embeddings)
+        ]
+        if strange and self._encodes:
+            raise InputError(
+                f"{self.name}: it is an encoder-decoder's checkpoint ({brief(strange[0], 80)}), "
+                f"and only models of decoder layers are scored"
+            )
+        if missing := sorted(report.get("missing_keys", ()), key=str):
+            instead = f"; it holds {brief(strange[0], 80)} instead" if strange else ""
+            raise InputError(f"{misfit} (missing keys: {brief(missing[0], 80)}{instead})")
+        if mismatched := sorted(report.get("mismatched_keys", ()), key=str):
+            tensor, stored, expected = mismatched[0]
+            raise InputError(
+                f"{misfit}: {brief(tensor, 80)} has the shape {list(stored)}, not {list(expected)}"
+            )
+        if strange:
+            raise InputError(
+                f"{self.name}: the config has no place for the tensor {brief(strange[0], 80)} of "
+                f"the checkpoint"
+            )
         own = [buffer for buffer, values in hf.named_buffers() if not values.is_floating_point()]
         for tensor, (kind, _) in self._tensors.items():
             is_buffer = BUFFERS.search(tensor) or any(
@@ -190,5 +208,8 @@ def _only_layers(hf: nn.Module) -> tuple[str, ...]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception (transformers' messages run over many), or its type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an exception (transformers' messages run over many), and the next one if
+    it ends in a colon; or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:count]) or type(error).__name__

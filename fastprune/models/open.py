@@ -148,7 +148,10 @@ def _load(
         if weights_bytes is not None:
             raise InputError(f"{name}: an adapter is merged into its base; leave weights_bytes out")
         # an adapter may change towers
-        model = _load(base, device, dtype, tokenizer, trust_remote_code, None, text_only=False)
+        try:
+            model = _load(base, device, dtype, tokenizer, trust_remote_code, None, text_only=False)
+        except InputError as error:
+            raise error.restated(f"{name}: the adapter's base: {error.message}") from error
         return _with_adapter(model, folder, name, tokenizer, trust_remote_code)
     checkpoint = Folder(folder, name, trust_remote_code)
     if weights_bytes is not None and checkpoint.quantized:
