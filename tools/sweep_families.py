@@ -517,9 +517,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     others = sorted(results.keys() - exact.keys() - refused.keys() - set(wrong))
     lines = [f"Measured with transformers {tf.__version__} by `tools/sweep_families.py`.", ""]
     kinds = {
-        "Text": [n for n in exact if not exact[n]["support"]["inputs"].startswith("text alone")],
+        "Text": [n for n in exact if not exact[n]["support"]["inputs"].startswith("text only")],
         "Text of models with other inputs": [
-            n for n in exact if exact[n]["support"]["inputs"].startswith("text alone")
+            n for n in exact if exact[n]["support"]["inputs"].startswith("text only")
         ],
     }
     for title, names in kinds.items():

@@ -10,7 +10,8 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from ..models import Model
 
-TEXT_ONLY = "text alone: its towers for other inputs are kept in exports and never run"
+TEXT_ONLY = "text only, towers not loaded: exports copy them from the files"
+TOWERS_LOADED = "text only, towers never run: exports keep them"
 QUESTIONS_AS_ROWS = "rows: each choice runs behind a copy of its question"
 
 
@@ -19,11 +20,10 @@ def support_of(model: Model) -> dict[str, str]:
     from ..exports import can_export
     from ..models import Needs, open_runner
     from ..models.surgery import runs_without_blocks
-    from ..models.text import has_towers
 
     blocks, halves = model.unit_names("block"), model.unit_names("sublayer")
     return {
-        "inputs": TEXT_ONLY if has_towers(model.hf) else "text",
+        "inputs": _inputs(model),
         "blocks": f"{len(blocks)}: {_ends(blocks)}",
         "sublayers": _can(
             lambda: open_runner(model, "generic", Needs("sublayer")),
@@ -35,6 +35,14 @@ def support_of(model: Model) -> dict[str, str]:
         "without blocks": "yes" if runs_without_blocks(model) else "no",
         "export": "yes" if (reason := can_export(model)) is None else f"no: {reason}",
     }
+
+
+def _inputs(model: Model) -> str:
+    from ..models.text import has_towers
+
+    if not has_towers(model.hf):
+        return "text"
+    return TOWERS_LOADED if model.towers is None else TEXT_ONLY
 
 
 def _streaming(model: Model) -> str:

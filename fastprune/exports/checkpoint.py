@@ -257,7 +257,7 @@ def _export(
     try:
         with model.evaluation(), _no_progress_bars():
             source = source_folder(model)
-            save_model(ordered(model, sequence, copies=True), partial, source)
+            save_model(ordered(model, sequence, copies=True), partial, source, model.towers)
             save_tokenizer(model, partial, source)
             save_code(model, partial, source)
             _check_written(model, logits_by_blocks(model, sequence), how, partial)
@@ -403,7 +403,11 @@ def _check_written(model: Model, expected: torch.Tensor, how: str, folder: Path)
     ids = probe_ids(model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
-        written = auto_class(config).from_pretrained(folder, **options)
+        written, report = auto_class(config).from_pretrained(
+            folder, output_loading_info=True, **options
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"{sorted(report['missing_keys'])[0]} would be missing")
         logits = written.eval().to(model.device)(input_ids=ids, use_cache=False).logits
     except (RuntimeError, ValueError, KeyError, IndexError, OSError) as error:
         line = next(iter(str(error).splitlines()), "")

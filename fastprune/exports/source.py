@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..models import Model
+    from ..models.offload.placement import Towers
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -84,10 +85,11 @@ def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str |
     if dtype is None:
         return None, None
     result: dict[str, Any] = {}
+    state = loaded_state(hf)
     known: dict[tuple, Any] = {}  # tied tensors stay one
     parameters = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
     lossless = True
-    for name, tensor in hf.state_dict().items():
+    for name, tensor in state.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in known:
             known[key] = _narrow(tensor, dtype)
@@ -97,6 +99,11 @@ def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str |
     if not lossless:  # weights have changed since they were read
         return None, None
     return result, str(stored_dtype(source, stored)).removeprefix("torch.")
+
+
+def loaded_state(hf: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model by name, but for towers that stayed in their files."""
+    return {name: tensor for name, tensor in hf.state_dict().items() if not tensor.is_meta}
 
 
 def _narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -117,10 +124,11 @@ def _numel(shape: tuple[int, ...]) -> int:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def save_model(hf: Any, folder: Path, source: Path | None) -> None:
+def save_model(hf: Any, folder: Path, source: Path | None, towers: Towers | None) -> None:
     """Write weights, config and generation config.
 
-    An invalid generation config is written unchanged, with a warning.
+    An invalid generation config is written unchanged, with a warning. Weights of towers that stayed
+    in their files are copied.
     """
     weights, dtype = narrowed(hf, source)
     generation, problem = getattr(hf, "generation_config", None), None
@@ -131,7 +139,9 @@ def save_model(hf: Any, folder: Path, source: Path | None) -> None:
             lines = [line.lstrip("- ") for line in str(error).splitlines() if line.strip()]
             problem = lines[1] if len(lines) > 1 else str(error)
             hf.generation_config = type(generation)()  # hf is a shallow copy
-    hf.save_pretrained(folder, state_dict=weights)
+    hf.save_pretrained(folder, state_dict=loaded_state(hf) if weights is None else weights)
+    if towers is not None:
+        _add_shard(folder, towers)
     if generation is not None and problem is not None:
         (folder / "generation_config.json").write_text(
             generation.to_json_string(use_diff=True), encoding="utf-8"
@@ -141,6 +151,24 @@ def save_model(hf: Any, folder: Path, source: Path | None) -> None:
             stacklevel=4,
         )
     _edit(folder / "config.json", lambda config: _for_every_reader(config, dtype))
+
+
+def _add_shard(folder: Path, towers: Towers) -> None:
+    """Put the weights of towers beside those that were written, and an index over all."""
+    from ..models.files import BITS, INDEX, check_shard
+
+    towers.write(folder / "towers.safetensors")
+    (folder / INDEX).unlink(missing_ok=True)
+    paths = [*sorted(folder.glob("model*.safetensors")), folder / "towers.safetensors"]
+    weight_map, size = {}, 0
+    for number, path in enumerate(paths, 1):
+        shard = folder / f"model-{number:05}-of-{len(paths):05}.safetensors"
+        path.rename(shard)
+        tensors = check_shard(shard)
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        size += sum(_numel(shape) * BITS[kind] // 8 for kind, shape in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(model: Model, folder: Path, source: Path | None) -> None:

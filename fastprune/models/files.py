@@ -20,6 +20,7 @@ from .formats import quantization_method
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version "  # the first 8 bytes of the text that stands for a file
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 # bits of one number of each dtype of the safetensors format, and those of them that weights are
 # scored in
@@ -72,6 +73,8 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise InputError(f"{folder}: holds an adapter and no model")
+        if (folder / "adapter_model.safetensors").is_file():
+            raise InputError(f"{folder}: holds an adapter's weights without adapter_config.json")
         raise InputError(f"{folder}: holds no config.json, so it is not a model folder")
     # transformers and the tokenizers library open any of them
     refuse_special(
@@ -331,7 +334,10 @@ def _read_header(path: Path) -> tuple[int, dict]:
     yet."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        header_length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == LFS_POINTER:
+            raise InputError(f"{path}: a pointer of Git LFS, not the weights; run git lfs pull")
+        header_length = int.from_bytes(start, "little")
         if size < 8 or header_length > size - 8:
             raise InputError(f"{path}: truncated, its header is incomplete ({size} bytes)")
         if header_length > LONGEST_HEADER:
@@ -403,12 +409,11 @@ class Files:
                 found = self._state(path.stat())
             except OSError as error:
                 raise InputError(
-                    f"{path}: {error.strerror}, while its weights are streamed; open the model "
-                    f"again"
+                    f"{path}: {error.strerror}, while weights stay in it; open the model again"
                 ) from None
             if found != self._states[path]:
                 raise InputError(
-                    f"{path}: has changed while its weights are streamed; open the model again"
+                    f"{path}: has changed while weights stay in it; open the model again"
                 )
 
     def read(self, stored: Stored, start: int, into: torch.Tensor) -> None:
@@ -418,8 +423,8 @@ class Files:
             count = os.preadv(number, [view[done:]], stored.offset + start + done)
             if not count:
                 raise InputError(
-                    f"{stored.path}: has become shorter while its weights are streamed; open the "
-                    f"model again"
+                    f"{stored.path}: has become shorter while weights stay in it; open the model "
+                    f"again"
                 )
             done += count
 

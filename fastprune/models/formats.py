@@ -15,16 +15,19 @@ from ..io import parse_json, read_bytes
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LONGEST_FILE = 10_000_000  # bytes of an adapter's config
-# methods whose weights transformers dequantizes by itself, on any device
-DEQUANTIZED = ("fp8", "mxfp4")
+# methods whose weights transformers dequantizes on any device, and the packages that it needs
+BITSANDBYTES = "bitsandbytes"
+DEQUANTIZED = {
+    "fp8": ("accelerate",),
+    "mxfp4": (),
+    BITSANDBYTES: ("accelerate", "bitsandbytes"),
+}
 # the way out of all others
 WAYS = {
-    "bitsandbytes": "open the checkpoint that it was quantized from, or save "
-    "AutoModelForCausalLM.from_pretrained(...).dequantize()",
     "gptq": "open the checkpoint that it was quantized from",
     "awq": "open the checkpoint that it was quantized from",
     "compressed-tensors": "load it in transformers with "
-    "CompressedTensorsConfig(run_compressed=False), and save that",
+    "CompressedTensorsConfig(dequantize=True), and save that",
 }
 # in front of all names when a wrapper of torch, or a model with towers, was saved
 PREFIXES = ("module.", "_orig_mod.", "model._orig_mod.", "language_model.")
@@ -37,7 +40,8 @@ def quantization_method(config: dict, place: str | Path) -> str | None:
     """The method that quantized a checkpoint's weights; None if they are floating-point numbers.
 
     Raises:
-        InputError: transformers cannot dequantize weights of this method.
+        InputError: transformers cannot dequantize weights of this method, or not without a package
+            that is missing.
     """
     parts = [config, config.get("text_config")]
     quantization = next(
@@ -52,8 +56,14 @@ def quantization_method(config: dict, place: str | Path) -> str | None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if isinstance(quantization, dict) and method is None:  # as old releases wrote it
-        method = "bitsandbytes" if "load_in_8bit" in quantization else None
+        method = BITSANDBYTES if "load_in_8bit" in quantization else None
     if method in DEQUANTIZED:
+        packages = DEQUANTIZED[method]
+        if any(importlib.util.find_spec(package) is None for package in packages):
+            raise InputError(
+                f"{place}: the weights are quantized by {method} (quantization_config); to "
+                f"dequantize them, pip install {' '.join(packages)}"
+            )
         return method
     named = brief(str(method), 40) if method else "a method without a name"
     way = WAYS.get(str(method), "open the checkpoint that it was quantized from")
@@ -75,6 +85,18 @@ def ask_to_dequantize(config: Any) -> None:
         quantization["dequantize"] = True
     else:
         quantization.dequantize = True
+
+
+def dequantized(hf: Any) -> Any:
+    """The model with floating-point weights of one dtype, by transformers' own rules."""
+    quantizer = getattr(hf, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == BITSANDBYTES:
+        hf = hf.dequantize()  # the other methods dequantize as they load
+    # weights of MXFP4 come as bfloat16, whatever the rest is
+    for weights in hf.parameters():
+        if weights.is_floating_point() and weights.dtype.itemsize <= hf.dtype.itemsize:
+            weights.data = weights.data.to(hf.dtype)
+    return hf
 
 
 def forget_form(hf: Any) -> None:

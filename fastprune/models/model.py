@@ -14,8 +14,9 @@ from torch import nn
 
 from ..errors import InputError
 from .attention import pinned_attention
+from .offload.placement import Towers
 from .offload.weights import ResidentWeights, Weights
-from .precision import working_dtype
+from .precision import first_loaded, working_dtype
 from .rotary import with_unrounded_frequencies
 from .swap import Place, get_module
 from .text import config_above, depths, layer_paths, output_head, text_config
@@ -88,6 +89,7 @@ class Model:
     # of a model that load_model opened: its arguments, and the version that the model then had
     opened: tuple[tuple, int] | None = None
     tokenizer_problem = ""  # why the folder's tokenizer could not be read
+    towers: Towers | None = None  # weights beside the text that stayed in the folder's files
 
     def __init__(
         self,
@@ -131,7 +133,7 @@ class Model:
         composite = text_config(self.hf.config) is not self.hf.config
         self.config = config_above(self.hf, self.path) if composite else self.hf.config
         self.layers: list[nn.Module] = list(self._list)
-        self.device, self.dtype = next(self.hf.parameters()).device, working_dtype(self.hf)
+        self.device, self.dtype = first_loaded(self.hf).device, working_dtype(self.hf)
         self.vocab_size = int(self.config.vocab_size)
         self.hidden_size = int(self.config.hidden_size)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)

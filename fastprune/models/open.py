@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-import math
 import os
 import re
 import tempfile
@@ -21,43 +20,19 @@ from torch import nn
 from ..errors import InputError, brief, shown
 from ..validate import check_bytes, is_number, tokenizing
 from .alignment import align
-from .device import available_bytes
-from .files import (
-    FLOATS,
-    check_checkpoint,
-    check_shard,
-    is_quantized,
-    listed_shards,
-    locate,
-    names_other_attention,
-    stored_dtype,
-    wrong_dtype,
-)
-from .formats import (
-    ADAPTER_WEIGHTS,
-    adapter_base,
-    ask_to_dequantize,
-    check_gguf,
-    common_prefix,
-    forget_form,
-    is_gguf,
-    merged,
-)
+from .files import check_shard, listed_shards
+from .folder import MANY_TIMES, Folder, first_line
+from .formats import ADAPTER_WEIGHTS, adapter_base, check_gguf, forget_form, is_gguf, merged
 from .fused import FusedRunner, prefers_fused
 from .generic import GenericRunner
 from .model import Model
-from .offload.placement import blocks_left_out, resident_bytes, to_device
-from .precision import has_instructions, widen
-from .text import auto_class, layer_paths, text_config
+from .offload.placement import resident_bytes, to_device
+from .precision import has_instructions
+from .text import auto_class
 from .unwrap import unwrap
 from .verify import SHORT_ROWS, Needs, check_needs, fused_failure, verified
 
 LONGEST_MESSAGE = 400
-# share of the available memory that weights in float32 may take; activations need the rest
-MOST_OF_MEMORY = 0.8
-# buffers of earlier releases that carry no weights: causal masks, position tables, rotary
-# frequencies
-BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|rotary_emb\.inv_freq$")
 # the files of a hub repository that a model and its tokenizer are made of
 HUB_FILES = [
     "*.json",
@@ -145,6 +120,7 @@ def _load(
     tokenizer: Any,
     trust_remote_code: bool,
     weights_bytes: int | None,
+    text_only: bool = True,
 ) -> Model:
     name, folder = str(source), Path(source)
     if name == "demo":
@@ -171,58 +147,80 @@ def _load(
     if (base := adapter_base(folder)) is not None:
         if weights_bytes is not None:
             raise InputError(f"{name}: an adapter is merged into its base; leave weights_bytes out")
-        model = _load(base, device, dtype, tokenizer, trust_remote_code, None)
+        # an adapter may change towers
+        try:
+            model = _load(base, device, dtype, tokenizer, trust_remote_code, None, text_only=False)
+        except InputError as error:
+            raise error.restated(f"{name}: the adapter's base: {error.message}") from error
         return _with_adapter(model, folder, name, tokenizer, trust_remote_code)
-    tensors = check_checkpoint(folder)
-    if weights_bytes is not None and is_quantized(folder):
+    checkpoint = Folder(folder, name, trust_remote_code)
+    if weights_bytes is not None and checkpoint.quantized:
         raise InputError(
             f"{name}: quantized weights are dequantized whole; leave weights_bytes out"
         )
-    wanted = stored_dtype(folder, tensors) if dtype is None else dtype
+    wanted = checkpoint.dtype if dtype is None else dtype
     slow = device.type == "cpu" and isinstance(wanted, torch.dtype) and not has_instructions(wanted)
-    weights = None
-    if weights_bytes is not None:
-        widens = slow and dtype is None
-        with blocks_left_out(folder, locate(folder), _only_layers) as made:
-            hf = _from_pretrained(
-                folder,
-                name,
-                torch.float32 if widens else dtype or "auto",
-                trust_remote_code,
-                tensors,
-            )
-        (weights,) = made
-        how = "its weights are widened to float32 as they are read" if widens else _MANY_TIMES
-    elif slow and dtype is None:
-        hf, how = _load_widened(folder, name, trust_remote_code, tensors)
-        if hf.dtype == torch.float32:
-            dtype = torch.float32  # for workers, whose memory may decide otherwise
-    else:
-        hf = _from_pretrained(folder, name, dtype or "auto", trust_remote_code, tensors)
-        how = _MANY_TIMES
+    place = str(Path(source).absolute()) if exists and name != "demo" else name
+    widens, how = slow and dtype is None, MANY_TIMES
+    try:
+        model, how = _open_folder(
+            checkpoint, device, dtype, widens, weights_bytes, place, text_only
+        )
+    except InputError:
+        if not text_only or not checkpoint.has_towers:
+            raise
+        # some families run their towers for text, too
+        model, how = _open_folder(checkpoint, device, dtype, widens, weights_bytes, place, False)
     if slow:
         lacks = (
             f"{name}: this processor has no instructions for {str(wanted).removeprefix('torch.')}"
         )
         warnings.warn(f"{lacks}: {how}", stacklevel=3)
-    align(hf)
-    problem = ""
+    if checkpoint.prefix:
+        warnings.warn(
+            f"{name}: the names of its tensors begin with {checkpoint.prefix!r}, which is left out",
+            stacklevel=3,
+        )
+    model.tokenizer = tokenizer
     if tokenizer is None:
-        tokenizer, problem = _load_tokenizer(folder, trust_remote_code)
-        if problem:
-            warnings.warn(f"{name}: {problem}; token ids can be scored", stacklevel=3)
-    if weights is None or weights_bytes is None:
-        model = Model(hf.to(device).eval(), tokenizer, name)
+        model.tokenizer, model.tokenizer_problem = _load_tokenizer(folder, trust_remote_code)
+        if model.tokenizer_problem:
+            warnings.warn(
+                f"{name}: {model.tokenizer_problem}; token ids can be scored", stacklevel=3
+            )
+    return model
+
+
+def _open_folder(
+    checkpoint: Folder,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    widens: bool,
+    weights_bytes: int | None,
+    place: str,
+    text_only: bool,
+) -> tuple[Model, str]:
+    """The model of a folder, verified, and how its weights are widened if they are."""
+    how = MANY_TIMES
+    if weights_bytes is not None:
+        hf = checkpoint.load(torch.float32 if widens else dtype or "auto", True, text_only)
+        how = "its weights are widened to float32 as they are read" if widens else how
+    elif widens:
+        hf, how = checkpoint.load_widened(text_only)
+        if hf.dtype == torch.float32:
+            dtype = torch.float32  # for workers, whose memory may decide otherwise
     else:
-        hf = to_device(hf, device).eval()
-        weights.start(weights_bytes, resident_bytes(hf), device, name)
-        model = Model(hf, tokenizer, name, weights)
-    model.tokenizer_problem = problem
-    place = str(Path(source).absolute()) if exists and name != "demo" else name
+        hf = checkpoint.load(dtype or "auto", False, text_only)
+    align(hf)
+    hf, left = to_device(hf, device).eval(), checkpoint.left
+    if left.weights is not None and weights_bytes is not None:
+        left.weights.start(weights_bytes, resident_bytes(hf), device, checkpoint.name)
+    model = Model(hf, None, checkpoint.name, left.weights)
+    model.towers = left.towers
     with model.held() as version:
         verified(model)
-        model.opened = (place, dtype, trust_remote_code, weights_bytes), version
-    return model
+        model.opened = (place, dtype, checkpoint.trusted, weights_bytes), version
+    return model, how
 
 
 def _load_gguf(
@@ -240,7 +238,7 @@ def _load_gguf(
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
     except Exception as error:  # of any kind: the file's content brought it about
-        raise InputError(f"{path}: cannot be read as GGUF: {_first_line(error)}") from error
+        raise InputError(f"{path}: cannot be read as GGUF: {first_line(error)}") from error
     forget_form(hf)
     model = Model(hf.to(device).eval(), tokenizer, str(path))
     with model.held() as version:
@@ -320,35 +318,6 @@ def _warn_of_generic(failure: str) -> None:
     )
 
 
-_MANY_TIMES = "a run takes many times as long as in float32"
-
-
-def _only_layers(hf: nn.Module) -> tuple[str, ...]:
-    found = layer_paths(hf)
-    if len(found) != 1:
-        raise ValueError(
-            "its list of decoder layers was not found, so that its weights cannot be streamed"
-        )
-    return found[0]
-
-
-def _load_widened(
-    folder: Path, name: str, trust_remote_code: bool, tensors: dict
-) -> tuple[nn.Module, str]:
-    """A checkpoint in 16 bits as a model that runs in float32, and how that was done."""
-    needed = 4 * sum(math.prod(shape) for _, shape in tensors.values())
-    if needed > MOST_OF_MEMORY * available_bytes(torch.device("cpu")):
-        hf = _from_pretrained(folder, name, "auto", trust_remote_code, tensors)
-        if widen(hf):
-            return (
-                hf,
-                "its weights are widened to float32 as they are used, since all would not fit",
-            )
-        del hf
-    hf = _from_pretrained(folder, name, torch.float32, trust_remote_code, tensors)
-    return hf, "its weights were widened to float32, which loses nothing"
-
-
 def _fetch(name: str, trust_remote_code: bool) -> Path:
     """The folder that holds a hub repository's files, fetched if they are missing."""
     from huggingface_hub import snapshot_download
@@ -363,89 +332,8 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
         raise
     except Exception as error:
         raise InputError(
-            f"{name}: no such model folder, and the hub did not give it: {_first_line(error)}"
+            f"{name}: no such model folder, and the hub did not give it: {first_line(error)}"
         ) from error
-
-
-def _from_pretrained(
-    folder: Path, name: str, dtype: str | torch.dtype, trust_remote_code: bool, tensors: dict
-) -> Any:
-    from transformers import AutoConfig
-
-    quantized = is_quantized(folder)
-
-    def load(config: Any, **attention: Any) -> Any:
-        return auto_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **attention,
-        )
-
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        prefix = common_prefix(tensors, text_config(config) is not config)
-        if quantized:
-            ask_to_dequantize(config)
-        if names_other_attention(folder):
-            try:
-                found = load(config, attn_implementation="sdpa")
-            except ValueError as error:
-                if "scaled_dot_product_attention" not in str(error):
-                    raise
-                found = load(config, attn_implementation="eager")  # it has no sdpa
-        else:
-            found = load(config)
-    except Exception as error:  # of any kind: the folder's content brought it about
-        if not trust_remote_code and "trust_remote_code" in str(error):
-            raise InputError(
-                f"{name}: brings code of its own, which runs only with --trust-remote-code "
-                f"(trust_remote_code=True)"
-            ) from error
-        raise InputError(f"{name}: cannot be loaded: {_first_line(error)}") from error
-    hf, report = found
-    if quantized or prefix:
-        forget_form(hf)
-    if prefix:
-        warnings.warn(
-            f"{name}: the names of its tensors begin with {prefix!r}, which is left out",
-            stacklevel=5,
-        )
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report.get(problem):
-            tensor = sorted(report[problem], key=str)[0]
-            raise InputError(
-                f"{name}: the checkpoint does not fit its config ({problem.replace('_', ' ')}: "
-                f"{tensor})"
-            )
-    for tensor in sorted(report.get("unexpected_keys", ()), key=str):
-        if not BUFFERS.search(tensor) and not (
-            tensor == "lm_head.weight" and hf.config.tie_word_embeddings
-        ):
-            raise InputError(
-                f"{name}: the config has no place for the tensor {brief(tensor, 80)} of the "
-                f"checkpoint"
-            )
-    own = [buffer for buffer, values in hf.named_buffers() if not values.is_floating_point()]
-    for tensor, (kind, _) in tensors.items():
-        is_buffer = BUFFERS.search(tensor) or any(
-            f".{buffer}".endswith(f".{tensor}") for buffer in own
-        )
-        if kind not in FLOATS and not is_buffer and not quantized:
-            raise wrong_dtype(name, tensor, kind)
-    return hf
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an exception (transformers' messages run over many), or its type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
@@ -463,14 +351,14 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
         raise
     except Exception as error:  # the tokenizers library raises no narrower class
         if file.is_file():
-            why = _first_line(error)
+            why = first_line(error)
             raise InputError(f"{file}: cannot be read as a tokenizer: {why}") from error
         files = sorted(p.name for kind in TOKENIZER_MODELS for p in folder.glob(kind))
         if not files:
             return None, ""
         needed = importlib.util.find_spec("sentencepiece") is None
         hint = " (pip install sentencepiece protobuf)" * needed
-        why = _first_line(error)
+        why = first_line(error)
         return None, f"its tokenizer ({', '.join(files)}) cannot be read{hint}: {why}"
     longest = getattr(tokenizer, "model_max_length", 0)
     if not is_number(longest):

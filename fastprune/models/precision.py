@@ -95,4 +95,10 @@ def _widening_kinds() -> dict[type, type]:
 def working_dtype(hf: nn.Module) -> torch.dtype:
     """The dtype of a model's states: that of its weights, or float32 if these are widened."""
     widened = any(isinstance(module, (Widening, WideningEmbedding)) for module in hf.modules())
-    return torch.float32 if widened else next(hf.parameters()).dtype
+    return torch.float32 if widened else first_loaded(hf).dtype
+
+
+def first_loaded(hf: nn.Module) -> nn.Parameter:
+    """The first parameter that has values; streamed blocks and towers left in files have none."""
+    parameters = list(hf.parameters())
+    return next((weights for weights in parameters if not weights.is_meta), parameters[0])

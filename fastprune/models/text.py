@@ -106,6 +106,35 @@ def config_above(hf: nn.Module, path: tuple[str, ...]) -> Any:
     return config
 
 
+def towers(hf: nn.Module) -> tuple[str, ...]:
+    """Names of the modules beside the decoder of text and its head: towers, and what joins them to
+    the text. None for a model of text alone, or one whose decoder is not found."""
+    text, paths = text_config(hf.config), layer_paths(hf)
+    if text is hf.config or len(paths) != 1:
+        return ()
+    path, above = paths[0], hf
+    needed = {id(output_head(hf, path)), id(input_embeddings(hf))}
+    result = []
+    for depth, name in enumerate(path):
+        if depth and type(getattr(above, "config", None)) is type(text):
+            return tuple(result)
+        result += [
+            ".".join((*path[:depth], child_name))
+            for child_name, child in above.named_children()
+            if child_name != name and not needed & {id(module) for module in child.modules()}
+        ]
+        above = getattr(above, name)
+    return ()
+
+
+def input_embeddings(hf: Any) -> Any:
+    """The module that embeds tokens; None if the family does not say which."""
+    try:
+        return hf.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def output_head(hf: Any, path: tuple[str, ...]) -> Any:
     """The module that gives logits: that of the model, or of one above its layers; or None."""
     module = hf

@@ -384,17 +384,24 @@ def _all_tensors(
             while current != block:  # both ascend
                 current = next(blocks)
             tensor = hf.get_parameter(name)
-        yield name, tensor
-    yield from hf.named_buffers(remove_duplicate=False)
+        if not tensor.is_meta:  # of a tower, which stayed in its file
+            yield name, tensor
+    yield from _buffers(hf)
 
 
 def _resident_tensors(
     hf: nn.Module, weights: Weights | ResidentWeights
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in hf.named_parameters(remove_duplicate=False):
-        if weights.block_of(name) is None:
+        if weights.block_of(name) is None and not tensor.is_meta:
             yield name, tensor
-    yield from hf.named_buffers(remove_duplicate=False)
+    yield from _buffers(hf)
+
+
+def _buffers(hf: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, buffer in hf.named_buffers(remove_duplicate=False):
+        if not buffer.is_meta:
+            yield name, buffer
 
 
 def _config_text(config: Any) -> str:

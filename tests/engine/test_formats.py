@@ -1,6 +1,7 @@
 """Checkpoints in other forms: quantized weights, adapters, names behind a prefix, GGUF files. Each
 gives the losses of the weights that it holds, written out as a plain checkpoint."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -82,13 +83,69 @@ def test_fp8_weights_are_dequantized(aligned, batch, tmp_path):
     assert reference_loss(again, rows) == pytest.approx(expected_loss(aligned, batch), rel=1e-5)
 
 
+# the 16 numbers of 4 bits, by their code
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+FP4 = torch.cat([FP4, -FP4])
+
+
+def save_mxfp4(hf, folder):
+    """Write a checkpoint whose experts are MXFP4: rows of 32 numbers of 4 bits, two in a byte, the
+    first in its low half, with a power of two each, whose exponent is stored plus 127. The model
+    itself gets the weights of these numbers."""
+    hf.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        rows = tensors.pop(name).transpose(1, 2)  # [experts, outputs, inputs]
+        groups = rows.unflatten(-1, (-1, 32))
+        exponents = (groups.abs().amax(-1, keepdim=True) / 6).log2().ceil()
+        codes = (groups[..., None] / exponents[..., None].exp2() - FP4).abs().argmin(-1)
+        tensors[f"{name}_blocks"] = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        tensors[f"{name}_scales"] = (exponents[..., 0] + 127).to(torch.uint8)
+        with torch.no_grad():
+            restored = (FP4[codes] * exponents.exp2()).flatten(-2)
+            hf.get_parameter(name).copy_(restored.transpose(1, 2))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    return {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+
+
+def test_mxfp4_weights_are_dequantized(batch, tmp_path):
+    config = tf.GptOssConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        initializer_range=0.2,
+        layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    hf = tf.AutoModelForCausalLM.from_config(config).eval()
+    quantization = save_mxfp4(hf, tmp_path / "mxfp4")
+    edit_config(tmp_path / "mxfp4", quantization_config=quantization)
+    model = fp.load_model(tmp_path / "mxfp4", device="cpu", dtype="float32")
+    experts = model.layers[1].mlp.experts
+    assert torch.equal(experts.down_proj, hf.model.layers[1].mlp.experts.down_proj)
+    assert torch.equal(experts.gate_up_proj, hf.model.layers[1].mlp.experts.gate_up_proj)
+    assert loss_of(model, batch) == pytest.approx(expected_loss(hf, batch), rel=1e-6)
+    fp.export(model, tmp_path / "pruned", removed=REMOVED)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="float32")
+    rows = np.split(batch.ids, batch.row_starts[1:-1])
+    assert reference_loss(again, rows) == pytest.approx(expected_loss(hf, batch), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("method", "way"),
     [
         ("gptq", "open the checkpoint that it was quantized from"),
         ("awq", "open the checkpoint that it was quantized from"),
-        ("bitsandbytes", "dequantize"),
-        ("compressed-tensors", "run_compressed=False"),
+        ("compressed-tensors", "CompressedTensorsConfig.dequantize=True"),
         ("new", "open the checkpoint that it was quantized from"),
     ],
 )
@@ -103,6 +160,48 @@ def test_other_methods_name_the_way(hf, tmp_path, method, way):
         text_config={"quantization_config": {"quant_method": method}},
     )
     refuses(f"quantized by {method}", fp.load_model, tmp_path / method)
+
+
+@pytest.mark.parametrize(
+    ("method", "packages"), [("fp8", "accelerate"), ("bitsandbytes", "accelerate bitsandbytes")]
+)
+def test_methods_whose_packages_are_missing(hf, tmp_path, monkeypatch, method, packages):
+    hf.save_pretrained(tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": method})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refuses(
+        f"quantized by {method} .*to dequantize them, pip install {packages}",
+        fp.load_model,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_weights_are_dequantized(aligned, batch, tmp_path, bits):
+    pytest.importorskip("accelerate")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    aligned.save_pretrained(tmp_path / "plain")
+    quantization = tf.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    quantized = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=quantization, device_map="cpu", dtype="float32"
+    )
+    quantized.save_pretrained(tmp_path / "quantized")
+    for name, module in quantized.named_modules():
+        if bits == 4 and isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = module.weight
+            values = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif bits == 8 and isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            values = module.weight.CB.float() * module.weight.SCB[:, None] / 127
+        else:
+            continue
+        with torch.no_grad():
+            aligned.get_submodule(name).weight.copy_(values)
+    model = fp.load_model(tmp_path / "quantized", device="cpu", dtype="float32")
+    assert loss_of(model, batch) == pytest.approx(expected_loss(aligned, batch), rel=1e-5)
+    fp.export(model, tmp_path / "pruned", removed=REMOVED)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="float32")
+    rows = np.split(batch.ids, batch.row_starts[1:-1])
+    assert reference_loss(again, rows) == pytest.approx(expected_loss(aligned, batch), rel=1e-5)
 
 
 # -- names -----------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import torch
 import transformers as tf
 from families import random_rows
 from helpers import refuses
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastprune as fp
+from fastprune.cli.support import support_of
 
 TEXT = {
     "vocab_size": 97,
@@ -94,6 +95,11 @@ def hf(request):
 ROWS = random_rows(97, [13, 9])
 
 
+def stored(folder):
+    """All tensors of a checkpoint by name."""
+    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
+
+
 def text_stack(hf):
     return hf.model.language_model
 
@@ -152,15 +158,70 @@ def test_exports_cut_the_text_and_keep_the_rest(hf, tmp_path):
     again = type(hf).from_pretrained(tmp_path / "out").eval()
     assert len(text_stack(again).layers) == 3
     assert loss(again) == pytest.approx(loss_without(hf, REMOVED), rel=1e-6)
-    before, after = (
-        {n: t for n, t in load_file(tmp_path / f / "model.safetensors").items() if "tower" in n}
-        for f in ("model", "out")
-    )
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    fp.export(fp.load_model(hf), tmp_path / "loaded", removed=REMOVED)  # with its towers in memory
+    before, after, loaded = (stored(tmp_path / name) for name in ("model", "out", "loaded"))
+    assert after.keys() == loaded.keys()
+    assert all(torch.equal(after[name], loaded[name]) for name in loaded)
+    of_towers = [name for name in before if "tower" in name or "projector" in name]
+    assert of_towers
+    assert all(torch.equal(before[name], after[name]) for name in of_towers)
     for name in ("preprocessor_config.json", "processor_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text()) == {"of": name}
     assert "by text alone" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("weights_bytes", [None, 1 << 20])
+def test_towers_stay_in_the_files(hf, tmp_path, weights_bytes):
+    hf.save_pretrained(tmp_path)
+    model = fp.load_model(tmp_path, device="cpu", weights_bytes=weights_bytes)
+    blocks = {id(tensor) for tensor in text_stack(model.hf).layers.parameters()}
+    loaded = sum(
+        tensor.numel()
+        for tensor in model.hf.parameters()
+        if not tensor.is_meta and id(tensor) not in blocks
+    )
+    stack, head = text_stack(hf), hf.lm_head.weight
+    beside = {id(t): t.numel() for t in (*stack.embed_tokens.parameters(), head)}
+    expected = sum(beside.values()) + sum(t.numel() for t in stack.norm.parameters())
+    assert loaded == expected
+    assert "text only, towers not loaded" in support_of(model)["inputs"]
+    whole = fp.load_model(tmp_path, device="cpu")
+    assert model.digest == whole.digest
+    assert "text only, towers never run" in support_of(fp.load_model(hf))["inputs"]
+
+
+def test_weights_of_towers_decide_nothing(hf, tmp_path):
+    hf.save_pretrained(tmp_path)
+    before = fp.load_model(tmp_path, device="cpu")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "tower" in name)
+    save_file({**tensors, name: tensors[name] + 1}, path, metadata={"format": "pt"})
+    after = fp.load_model(tmp_path, device="cpu")
+    assert after.digest == before.digest
+    # the first model knows that its files are others by now
+    refuses(
+        "has changed while weights stay in it",
+        fp.export,
+        before,
+        tmp_path / "out",
+        removed=REMOVED,
+    )
+    fp.export(after, tmp_path / "out", removed=REMOVED)
+    assert torch.equal(stored(tmp_path / "out")[name], tensors[name] + 1)
+
+
+def test_a_checkpoint_that_lacks_a_tower(hf, tmp_path):
+    hf.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "tower" in name)
+    other = {**tensors, name: torch.zeros(3, 5)}
+    save_file(other, path, metadata={"format": "pt"})
+    refuses("does not fit its config|has the shape|mismatched", fp.load_model, tmp_path)
+    del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    refuses("does not fit its config .missing keys: .*tower", fp.load_model, tmp_path)
 
 
 def test_masked_in_place(hf):

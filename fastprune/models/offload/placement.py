@@ -1,4 +1,4 @@
-"""Opening a model without the weights of its blocks: the place of each, once it is read.
+"""Opening a model without the weights of its blocks, or of its towers, which stay in their files.
 
 transformers' own code opens the model, and its own rules say which stored tensors a parameter is
 made of.
@@ -7,9 +7,10 @@ made of.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,60 @@ from .weights import Block, Piece, Place, Weights, nothing
 _PATCHING = threading.RLock()  # one thread at a time opens a model whose weights stay in files
 
 
-@contextmanager
-def blocks_left_out(
-    folder: Path, stored: dict[str, Stored], find_layers: Callable[[nn.Module], Sequence[str]]
-) -> Iterator[list[Weights]]:
-    """Inside, transformers' from_pretrained leaves the parameters of the blocks on the meta device;
-    the rest of the model is as usual. The list then holds the `Weights` of the model that was
-    opened.
+@dataclass(frozen=True)
+class Towers:
+    """The weights of a model that no text reaches, in their files.
 
-    stored: the checkpoint's tensors. find_layers: the attribute path to a model's list of layers.
+    Attributes:
+        files: The files.
+        tensors: The place of each tensor, by its name there.
+    """
+
+    files: Files
+    tensors: dict[str, Stored]
+
+    def without_prefix(self, prefix: str) -> Towers:
+        """The same under names without this prefix."""
+        names = {name.removeprefix(prefix): stored for name, stored in self.tensors.items()}
+        return Towers(self.files, names)
+
+    def write(self, path: Path) -> None:
+        """Write a safetensors file of all tensors, as they are stored. Raises InputError if a file
+        has changed."""
+        from safetensors.torch import save_file
+
+        self.files.check()
+        tensors = {name: self.files.tensor(stored) for name, stored in self.tensors.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The parts of a model that stayed in their files; None for each that did not."""
+
+    weights: Weights | None
+    towers: Towers | None
+
+
+@contextmanager
+def left_in_files(
+    folder: Path,
+    stored: dict[str, Stored],
+    find_layers: Callable[[nn.Module], Sequence[str]] | None,
+    find_towers: Callable[[nn.Module], Sequence[str]] | None,
+) -> Iterator[list[LeftOut]]:
+    """Inside, transformers' from_pretrained leaves the parameters of the blocks, of the towers, or
+    of both on the meta device; the rest of the model is as usual. The list then holds what the
+    model that was opened lacks.
+
+    stored: the checkpoint's tensors. find_layers: the attribute path to a model's list of layers;
+    None if the blocks are loaded. find_towers: the names of the modules that text does not reach;
+    None if they are loaded.
     """
     from transformers import PreTrainedModel
 
     base: Any = PreTrainedModel
-    made: list[Weights] = []
+    made: list[LeftOut] = []
     thread = threading.get_ident()
     _PATCHING.acquire()
     original = base._load_pretrained_model
@@ -53,18 +94,27 @@ def blocks_left_out(
         if threading.get_ident() != thread:  # another thread opens a model of its own
             return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         files = Files(tensor.path for tensor in stored.values())
-        prefix = ".".join(find_layers(model)) + "."
+        prefix = "" if find_layers is None else ".".join(find_layers(model)) + "."
         parameters = {
             name
             for name, _ in model.named_parameters(remove_duplicate=False)
-            if name.startswith(prefix)
+            if prefix and name.startswith(prefix)
         }
-        sources, others = _sort(model, load_config, stored, parameters)
+        below = tuple(f"{name}." for name in (find_towers(model) if find_towers else ()))
+        in_towers = {name for name in model.state_dict() if name.startswith(below)}
+        sources, others = _sort(model, load_config, stored, parameters | in_towers)
         residents = {key: _Later(files, tensor) for key, tensor in others.items()}
         found = original(model, residents, None, load_config, *args, **kwargs)
-        blocks, names = _lay_out(model, load_config, prefix, parameters, sources)
-        found[0].missing_keys -= names.keys()
-        made.append(Weights(folder, files, blocks, names))
+        weights = towers = None
+        if prefix:
+            blocks, names = _lay_out(model, load_config, prefix, parameters, sources)
+            found[0].missing_keys -= names.keys()
+            weights = Weights(folder, files, blocks, names)
+        if in_towers:
+            absent, tensors = _leave(model, in_towers, sources)
+            found[0].missing_keys -= absent
+            towers = Towers(Files(tensor.path for tensor in tensors.values()), tensors)
+        made.append(LeftOut(weights, towers))
         return found
 
     base._load_pretrained_model = staticmethod(load)
@@ -73,6 +123,30 @@ def blocks_left_out(
     finally:
         base._load_pretrained_model = staticmethod(original)
         _PATCHING.release()
+
+
+def _leave(model: Any, names: Iterable[str], sources: dict) -> tuple[set[str], dict[str, Stored]]:
+    """Put nothing in the place of parameters and buffers that the checkpoint has tensors for: the
+    names of these, and the tensors. Raises ValueError for a tensor of another shape."""
+    of_names = {name: sources[name] for name in names if name in sources}
+    # a tensor may become several parameters, of which the rules name one
+    converted = any(pattern is not None for of in of_names.values() for pattern, _, _ in of)
+    absent = set(names) if converted else set(of_names)
+    for name in absent:
+        owner, _, own_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        held = module._parameters if own_name in module._parameters else module._buffers
+        tensor, of = held[own_name], of_names.get(name, [])
+        if len(of) == 1 and of[0][0] is None and of[0][2].shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{of[0][1]} has the shape {list(of[0][2].shape)}, but the config asks for "
+                f"{list(tensor.shape)}"
+            )
+        held[own_name] = nothing(tensor.shape, tensor.dtype)
+        if held is module._buffers:
+            held[own_name] = held[own_name].data
+        held[own_name]._is_hf_initialized = True
+    return absent, {key: tensor for of in of_names.values() for _, key, tensor in of}
 
 
 class _Later:
@@ -94,7 +168,7 @@ class _Later:
 def _sort(
     model: Any, load_config: Any, stored: dict[str, Stored], parameters: set[str]
 ) -> tuple[dict, dict[str, Stored]]:
-    """The checkpoint's tensors that parameters of blocks are made of, as {parameter: [(pattern or
+    """The checkpoint's tensors that these parameters are made of, as {parameter: [(pattern or
     None, key, tensor)]}, by transformers' own rules of renaming; and all others."""
     from transformers.core_model_loading import (
         WeightConverter,
@@ -241,7 +315,7 @@ def to_device(hf: nn.Module, device: torch.device) -> nn.Module:
                     )
                 module._parameters[name] = moved[id(parameter)]
         for name, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(device)
     return hf
 
