@@ -69,6 +69,10 @@ if TYPE_CHECKING:
     from ..search import SearchResult
 
 FILES = ("model", "calibration", "held_out")  # arguments that name files
+ADVICE = (
+    "Begin with greedy: about k U masks. Then try beam, up to beam_width times as many: of four "
+    "cases whose optimum is known (the demo model, docs/study.md), greedy found three and beam all."
+)
 MOST_TOGETHER = 1_000  # masks whose losses of all samples are computed in one call
 
 
@@ -88,7 +92,7 @@ def info(
 
     With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
-    from .support import support_of
+    from .support import sentences, support_of
 
     opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
     table = Table(show_header=False, box=None)
@@ -112,8 +116,8 @@ def info(
             sizes = {"blocks": opened.num_blocks}
             say_json({name.replace(" ", "_"): value for name, value in (rows | sizes).items()})
             return
-        for name, value in rows.items():
-            table.add_row(name, f"{value:,}" if name == "parameters" else str(value))
+        for name, text in sentences(rows):
+            table.add_row(name, text)
         say(table)
 
 
@@ -121,15 +125,15 @@ def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
     """The weights that stay loaded, and the bands that the others are read in."""
     bands = opened.bands
     return {
-        "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
-        "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for "
+        "stay loaded": f"{_mib(room.always)}: embeddings, norm, head, and room to read into",
+        "read by turns": f"{room.num_blocks} blocks of up to {_mib(room.block_bytes)}; room for "
         f"{room.places}",
         "bands": f"{len(bands)} of up to {max(map(len, bands))} blocks",
     }
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 @click.command(cls=Command)
@@ -144,6 +148,8 @@ def algorithms(names: tuple[str, ...]) -> None:
 
     chosen = [find_algorithm(name) for name in names] or known_algorithms().values()
     with printing():
+        if not names:
+            say(f"{ADVICE}\n")
         for known in chosen:
             row = known.describe()
             say(Text.assemble((row["name"], "bold"), f"  {row['summary']}"))
@@ -220,7 +226,9 @@ def score(
     type=Name(algorithm_names),
     default="beam",
     show_default=True,
-    help="A name that `fastprune algorithms` lists.",
+    help="A name that `fastprune algorithms` lists. Begin with greedy, which scores about k U "
+    "masks for k of U units; beam scores up to beam_width times as many, and may find a better "
+    "result.",
 )
 @click.option(
     "--num-remove",
