@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _how_to_continue(arguments: Sequence[str]) -> str:
-    """The end of the line upon Ctrl-C: the finished work that is kept, and how to go on."""
+    """The end of the line upon Ctrl-C: the finished work in files, and how to go on."""
     command, *rest = arguments or [""]
     if command in ("study", "demo"):
         folder = _value_of("--out", rest) or "the study's folder"

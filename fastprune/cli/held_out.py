@@ -187,7 +187,7 @@ def _data_flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _flags(arguments: Mapping[str, Any], *names: str) -> list[str]:
-    """The flags of arguments that are not at their defaults."""
+    """The flags of arguments with other values than their defaults."""
     flags: list[str] = []
     for name in names:
         value, flag = arguments[name], f"--{name.replace('_', '-')}"

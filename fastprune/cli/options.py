@@ -597,7 +597,7 @@ class MakeEvaluator:
         self.store, self._workers, self._ray = store, workers, ray
 
     def __call__(self, progress: ProgressCallback | None) -> Evaluator:
-        """The evaluator on the calibration data, of the model that is opened for it."""
+        """The evaluator on the calibration data, of the model, which it opens."""
         opened = open_model(*self._opening)
         objective = self.data.open(opened)
         self._options["workers"] = open_workers(self._workers, self._ray, opened)
@@ -610,7 +610,7 @@ class MakeEvaluator:
     def on(
         self, model: Model, objective: Objective, progress: ProgressCallback | None
     ) -> Evaluator:
-        """An evaluator of a model that is open, on other data."""
+        """An evaluator of an open model, on other data."""
         from ..evaluator import Evaluator
 
         return Evaluator(model, objective, **self._options, progress=progress)
