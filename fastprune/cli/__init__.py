@@ -1,7 +1,7 @@
 """The command line: demo, info, env, algorithms, score, search, study, eval, export, store.
 
-Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong. An error is one
-line.
+Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong, 130 interrupted. An
+error is one line.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 import click
@@ -24,6 +25,7 @@ from .output import cannot_print, is_of_printing, prepare_streams
 # as long.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
+INTERRUPTED = 130  # exit status upon Ctrl-C, as of a shell's own commands: 128 + SIGINT
 LONGEST = 400  # characters of an error's line
 COMPLETE = "_FASTPRUNE_COMPLETE"  # set by the shell that asks for completions
 
@@ -52,7 +54,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         with suppress(ValueError):  # not the main thread, which alone hears of it
             signal.signal(signal.SIGINT, _end_at_once)  # to end workers may take seconds
-        _fail(f"interrupted; {_how_to_continue(sys.argv[1:])}", 1)
+        _fail(f"interrupted; {_how_to_continue(sys.argv[1:])}", INTERRUPTED)
     except PermissionError as error:
         if is_of_printing(error):
             _fail(cannot_print(error), 1)
@@ -65,23 +67,37 @@ def main() -> None:
         _fail(f"{type(error).__name__}: {error} (FASTPRUNE_TRACEBACK=1 shows where)", 1)
 
 
-def _how_to_continue(arguments: list[str]) -> str:
-    """The end of the line upon Ctrl-C: the place of finished work."""
-    command = arguments[0] if arguments else ""
-    if command == "study":
-        return "the same command continues from its folder"
-    if any(argument.partition("=")[0] == "--store" for argument in arguments):
-        return "the store keeps all finished sums, and the same command continues from there"
+def _how_to_continue(arguments: Sequence[str]) -> str:
+    """The end of the line upon Ctrl-C: the finished work in files, and how to go on."""
+    command, *rest = arguments or [""]
+    if command in ("study", "demo"):
+        folder = _value_of("--out", rest) or "the study's folder"
+        return f"{folder} keeps all finished searches and sums; the same command continues there"
     if command in ("score", "search", "eval"):
+        if store := _value_of("--store", rest):
+            return f"{store} keeps all finished sums; the same command continues from them"
         return "nothing is kept; with --store FILE the same command would continue"
-    return "nothing is kept"
+    if command == "export":
+        return "nothing is written; the same command begins again"
+    if command == "store":
+        return "the store is whole; the same command begins again"
+    return "nothing is kept; the same command begins again"
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of an option, as --flag VALUE or --flag=VALUE."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            return value if equals else following
+    return None
 
 
 def _end_at_once(*_: object) -> None:
     """The second Ctrl-C, while all is being ended after the first."""
     with suppress(OSError):
         os.write(2, b"fastprune: interrupted twice; ended at once\n")
-    os._exit(1)
+    os._exit(INTERRUPTED)
 
 
 def _fail(message: str, status: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..data import TASKS_READING, TEXT_READING
 from ..errors import InputError
 from ..io import file_marks, json_text, parse_json, write_json, write_jsonl
 from ..masks import check_removed, check_sequences, kept_by, record_units, removed_by
-from ..objectives import Difference, no_judge, objective_class
+from ..objectives import no_judge, objective_class
 from ..plan.progress import ProgressEvent, reporting
 from ..study.tables import (
     TABLE_NOTE,
@@ -35,6 +35,7 @@ from ..study.tables import (
 )
 from ..validate import refuse_existing
 from .candidates import UnitSequence, candidate_options, check_candidates, read_candidates
+from .held_out import beside_whole, format_difference, judge, judged_lines, next_lines, next_steps
 from .options import (
     MOST_SEED,
     Budget,
@@ -49,6 +50,7 @@ from .options import (
     algorithm_names,
     check_gradients,
     evaluates,
+    held_out_options,
     json_option,
     model_options,
     naming,
@@ -66,6 +68,11 @@ if TYPE_CHECKING:
     from ..plan.bands import Room
     from ..search import SearchResult
 
+FILES = ("model", "calibration", "held_out")  # arguments that name files
+ADVICE = (
+    "Begin with greedy: about k U masks. Then try beam, up to beam_width times as many: of four "
+    "cases whose optimum is known (the demo model, docs/study.md), greedy found three and beam all."
+)
 MOST_TOGETHER = 1_000  # masks whose losses of all samples are computed in one call
 
 
@@ -85,7 +92,7 @@ def info(
 
     With --weights-gb: which of its weights stay loaded, and how the others are read.
     """
-    from .support import support_of
+    from .support import sentences, support_of
 
     opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
     table = Table(show_header=False, box=None)
@@ -109,8 +116,8 @@ def info(
             sizes = {"blocks": opened.num_blocks}
             say_json({name.replace(" ", "_"): value for name, value in (rows | sizes).items()})
             return
-        for name, value in rows.items():
-            table.add_row(name, f"{value:,}" if name == "parameters" else str(value))
+        for name, text in sentences(rows):
+            table.add_row(name, text)
         say(table)
 
 
@@ -118,15 +125,15 @@ def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
     """The weights that stay loaded, and the bands that the others are read in."""
     bands = opened.weights.bands
     return {
-        "stay loaded": f"{_gib(room.always)}: embeddings, norm, head, and what reading needs",
-        "read by turns": f"{room.num_blocks} blocks of up to {_gib(room.block_bytes)}; room for "
+        "stay loaded": f"{_mib(room.always)}: embeddings, norm, head, and room to read into",
+        "read by turns": f"{room.num_blocks} blocks of up to {_mib(room.block_bytes)}; room for "
         f"{room.places}",
         "bands": f"{len(bands)} of up to {max(map(len, bands))} blocks",
     }
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 @click.command(cls=Command)
@@ -141,6 +148,8 @@ def algorithms(names: tuple[str, ...]) -> None:
 
     chosen = [find_algorithm(name) for name in names] or known_algorithms().values()
     with printing():
+        if not names:
+            say(f"{ADVICE}\n")
         for known in chosen:
             row = known.describe()
             say(Text.assemble((row["name"], "bold"), f"  {row['summary']}"))
@@ -217,7 +226,9 @@ def score(
     type=Name(algorithm_names),
     default="beam",
     show_default=True,
-    help="A name that `fastprune algorithms` lists.",
+    help="A name that `fastprune algorithms` lists. Begin with greedy, which scores about k U "
+    "masks for k of U units; beam scores up to beam_width times as many, and may find a better "
+    "result.",
 )
 @click.option(
     "--num-remove",
@@ -275,6 +286,7 @@ def score(
     ".svg file.",
 )
 @racing_option
+@held_out_options
 @json_option
 @evaluates
 def search(
@@ -296,6 +308,7 @@ def search(
 ) -> None:
     """Search MODEL for the units whose removal hurts least, or for a sequence of units that
     helps."""
+    from ..exports import can_export
     from ..search import check_algorithm, check_racing, protected_units, run_search
     from .budgets import check_figure, check_gate, check_stepwise, cost_record, write_path_figure
 
@@ -312,9 +325,9 @@ def search(
     if target:
         with naming("--out"):
             if kept := _kept_result(target, arguments):
+                note(f"{target} exists already, of the same arguments; nothing was computed")
                 _print_search(kept, target, as_json, written=False, table=table)
                 write_path_figure(kept, figure)
-                note(f"{target} holds the result of the same arguments; nothing was computed")
                 check_gate(kept, max_loss)
                 return
             refuse_existing(target)
@@ -322,11 +335,19 @@ def search(
         evaluator = make_evaluator(progress)
         with naming("--protect"):
             protected_units(protect, evaluator.num_units, evaluator.granularity)
+        unseen = make_evaluator.held_out and make_evaluator.held_out.open(evaluator.model)
         result = run_search(
             evaluator, algorithm, num_remove, seed, protect, racing, budget=budget, **given
         )
         record = _search_record(evaluator, result, arguments)
         record |= cost_record(evaluator, result.removed, measure_speed)
+        opened, searched = evaluator.model, evaluator.objective
+        del evaluator  # its cache may hold a quarter of the free memory
+        if unseen is not None:
+            judging = make_evaluator.on(opened, unseen, progress)
+            record["held_out"] = judge(judging, result.sequence, searched, arguments["held_out"])
+    problem = can_export(opened, result.sequence) if result.granularity == "block" else None
+    record["next"] = next_steps(record, target, problem)
     trouble = ""
     if target:
         target, trouble = written_somewhere(target, lambda path: write_json(path, record))
@@ -365,46 +386,90 @@ def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) ->
         *TASKS_READING,
         *("normalization", "num_samples", "seq_len", "sample_seed", "granularity", "backend"),
         *("algorithm", "num_remove", "protect", "seed", "racing", "measure_speed"),
+        *("held_out", "held_out_objective", "held_out_samples", "held_out_column"),
     )
-    files = {name: file_marks(str(parameters[name])) for name in ("model", "calibration")}
+    files = {name: file_marks(str(parameters[name])) for name in FILES if parameters[name]}
     budget = parameters["budget"] and str(parameters["budget"])
     plain = {name: parameters[name] for name in names} | {"budget": budget}
     return plain | {"options": settings, "files": files}
 
 
 def _kept_result(path: Path, arguments: Mapping[str, object]) -> dict | None:
-    """The result in a file, if a search with the same arguments has written it."""
+    """The result in a file, if a search with the same arguments has written it.
+
+    Raises InputError that says how the arguments of another search differ.
+    """
     if not path.is_file():
         return None
-    with suppress(InputError, OSError):
+    try:
         record = parse_json(path.read_bytes(), str(path))
-        if isinstance(record, dict) and record.get("fastprune") == __version__:
-            same = record.get("arguments") == json.loads(json_text(arguments))
-            return record if same else None
-    return None
+    except (InputError, OSError):
+        return None
+    before = record.get("arguments") if isinstance(record, dict) else None
+    if not isinstance(before, dict):
+        return None
+    differing = list(_differing(before, json.loads(json_text(arguments))))
+    if record.get("fastprune") != __version__:
+        differing.append(f"fastprune {record.get('fastprune')}, now {__version__}")
+    if differing:
+        raise InputError(
+            f"{path}: exists already and is not overwritten: it is the result of other arguments "
+            f"({'; '.join(differing)}); name another folder or remove it"
+        )
+    return record
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """How the arguments of two searches differ, each as its flag, its value and its value now."""
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name == "files" and isinstance(old, dict):
+            changed = [of for of in new if of in old and old[of] != new[of]]
+            changed = [of for of in changed if before.get(of) == now.get(of)]  # or it is said so
+            yield from (f"the files of {now[of]} have changed" for of in changed)
+        elif name == "options" and isinstance(old, dict):
+            yield from _differing_options(old, new)
+        else:
+            flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            yield f"{flag} {_shown(flag, old)}, now {_shown(flag, new)}"
+
+
+def _differing_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """How the options of an algorithm differ."""
+    for name in sorted({*before} & {*now}):
+        if before[name] != now[name]:
+            yield f"--option {name}={before[name]}, now {now[name]}"
+
+
+def _shown(flag: str, value: object) -> str:
+    """The value of a flag, as a user gives it."""
+    if isinstance(value, list) and value:
+        return format_removed(value)
+    if value is False and flag == "--bos":
+        return "as --no-bos"
+    if value is None or value is False or value == []:
+        return "not given"
+    return "given" if value is True else str(value)
 
 
 def _search_record(
     evaluator: Evaluator, result: SearchResult, arguments: Mapping[str, object]
 ) -> dict:
     """A search's result.json: the result, the whole model beside it, and the arguments."""
-    objective, plain, num_units = evaluator.objective, result.to_dict(), evaluator.num_units
+    plain, num_units = result.to_dict(), evaluator.num_units
     path = [kept_by(removed, num_units) for removed, _, _ in result.path]
-    sequences = [result.sequence, range(num_units), *path]
-    sample_losses = evaluator.score_samples(sequences=sequences)
-    dense_loss = float(objective.mean(sample_losses)[1])
-    error, dense_error, *path_errors = objective.standard_error(sample_losses).tolist()
-    for step, step_error in zip(plain["path"], path_errors, strict=True):
-        step["standard_error"] = step_error
+    errors = evaluator.objective.standard_error(evaluator.score_samples(sequences=path))
+    for step, error in zip(plain["path"], errors.tolist(), strict=True):
+        step["standard_error"] = error
     calibration = {"file": arguments["calibration"], "num_samples": evaluator.num_samples}
     return {
+        **beside_whole(evaluator, result.sequence),
         **plain,
-        "standard_error": error,
+        "store_hits": result.cost.store_hits,
         "model": evaluator.model.name,
-        **objective.record(dense_loss, "dense_"),
-        "dense_standard_error": dense_error,
-        "difference": dataclasses.asdict(objective.compare(*sample_losses[:2])),
-        "chance": objective.chance,
+        "held_out": None,
         "removed_names": [evaluator.unit_names[unit] for unit in result.removed or ()],
         "calibration": calibration | {name: arguments[name] for name in ("seq_len", "sample_seed")},
         "fastprune": __version__,
@@ -452,10 +517,7 @@ def _print_search(
             say(pattern_text([(record["objective"], algorithm, units)], num_units))
             say(f"removed: {format_removed(units)}")
         if units and not objective.compares_with_dense:
-            values = {name: float(value) for name, value in record["difference"].items()}
-            samples = int(values["num_samples"])
-            difference = Difference(values["value"], values["error"], samples)
-            said = objective.format_difference(difference)
+            said = format_difference(objective, record)
             say(f"{objective.metric_name}, difference to the whole model: {said}")
         for line in cost_lines(record):
             say(line)
@@ -469,8 +531,14 @@ def _print_search(
             say(format_races(record["decided_early"]))
         if record["granularity"] == "sublayer" and not is_sequence:
             say(f"sublayers: {', '.join(record['removed_names']) or '-'}")
+        for line in judged_lines(record["held_out"]) if record["held_out"] else ():
+            say(line)
+        if record["store_hits"]:
+            say(f"{record['store_hits']} of the scores were in the store already")
         if target and written:
             say(f"written: {target}")
+        for line in next_lines(record["next"]):
+            say(line)
 
 
 @click.command(cls=Command)
@@ -627,8 +695,14 @@ def _read_result(
             f" of {Path(str(found['file'])).name}" if found["file"] else ""
         )
     searched = str(value.get("model", ""))
+    by_data = {name: losses}
+    if isinstance(held_out := value.get("held_out"), dict):
+        with suppress(KeyError, TypeError, ValueError):  # a card without it is right, too
+            data = f"{held_out['num_samples']} samples of {Path(held_out['file']).name}"
+            judged = float(held_out["dense_loss"]), float(held_out["loss"])
+            by_data[f"{held_out['objective']}, {data}, held out"] = judged
     removed, sequence = units
-    return removed, sequence, {name: losses}, notes, value["num_units"], searched
+    return removed, sequence, by_data, notes, value["num_units"], searched
 
 
 def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:

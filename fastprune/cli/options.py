@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..costs import Budget as RemovalBudget
+from ..data import TASKS_READING
 from ..errors import InputError, shown
 from ..masks import ALL, parse_removed
 from ..objectives import OBJECTIVES, Objective, Perplexity
@@ -31,9 +33,6 @@ MOST_SEED = 2**63 - 1
 
 # Headings of help: the subjects of options.
 MODEL, DATA, RUNNING, OUTPUT = "Model", "Data", "Running", "Output"
-
-
-MakeEvaluator = Callable[["ProgressCallback | None"], "Evaluator"]
 
 
 def group(*options: Callable, concern: str = "") -> Callable:
@@ -365,7 +364,8 @@ output_options = group(
         count=True,
         expose_value=False,
         callback=_note_decisions,
-        help="Show decisions on stderr: how data is cut, races, fallbacks; -vv: every call.",
+        help="Show decisions on stderr: which samples are drawn, how they are cut, races, "
+        "fallbacks; -vv: every call.",
     ),
     concern=OUTPUT,
 )
@@ -474,6 +474,30 @@ _objective_options = group(
 )
 
 
+held_out_options = group(
+    click.option(
+        "--held-out",
+        type=FileName(),
+        help="Text or questions that the search does not read, in the forms of --calibration. The "
+        "result is judged on it beside the whole model. The options of reading are for both.",
+    ),
+    click.option(
+        "--held-out-objective",
+        type=Name(lambda: OBJECTIVES),
+        help="The objective that judges; default: the search's.",
+    ),
+    click.option(
+        "--held-out-samples",
+        type=click.IntRange(1, MOST),
+        help="Text samples (default 64, or all of a shorter text) or questions (default all).",
+    ),
+    click.option(
+        "--held-out-column", help="The field of a row that holds the text; default: --column."
+    ),
+    concern=DATA,
+)
+
+
 def _check_store(store: str | None) -> str | None:
     if store:
         with naming("--store"):
@@ -512,9 +536,89 @@ def check_gradients(algorithms: Iterable[str], objective: str, label: str | None
             )
 
 
+@dataclass(frozen=True)
+class Data:
+    """Data to score on, as options name it.
+
+    flag: of its file. reading: further arguments of the loader. settings: of the objective.
+    spelled: the options that other data has names of its own for, by those of the calibration data.
+    """
+
+    flag: str
+    objective: str
+    file: str
+    num_samples: int | None
+    seq_len: int | None
+    seed: int
+    reading: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    spelled: Mapping[str, str] = field(default_factory=dict)
+
+    def open(self, model: Model) -> Objective:
+        """The objective on this data."""
+        try:
+            return open_objective(
+                self.objective,
+                self.file,
+                self.num_samples,
+                self.seq_len,
+                self.seed,
+                model,
+                self.reading,
+                self.settings,
+                title=self.flag.removeprefix("--"),
+            )
+        except InputError as error:
+            if not self.spelled:
+                raise
+            fits = {self.spelled.get(name, name): value for name, value in error.fits.items()}
+            raise InputError(f"{self.flag}: {error.message}", fits=fits) from error
+
+
+class MakeEvaluator:
+    """Makes the evaluators of a command from its options; they share the store and the workers.
+
+    data: of the calibration. held_out: of data that judges the result, if the command has some.
+    opening: arguments of `open_model`. options: of `Evaluator`. store: its file.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        held_out: Data | None,
+        opening: Sequence[Any],
+        options: Mapping[str, Any],
+        store: str | None,
+        workers: int | None,
+        ray: str | None,
+    ):
+        self.data, self.held_out = data, held_out
+        self._opening, self._options = opening, dict(options)
+        self.store, self._workers, self._ray = store, workers, ray
+
+    def __call__(self, progress: ProgressCallback | None) -> Evaluator:
+        """The evaluator on the calibration data, of the model, which it opens."""
+        opened = open_model(*self._opening)
+        objective = self.data.open(opened)
+        self._options["workers"] = open_workers(self._workers, self._ray, opened)
+        if self.store is not None:
+            from ..engine.store import SumStore
+
+            self._options["store"] = SumStore(self.store)
+        return self.on(opened, objective, progress)
+
+    def on(
+        self, model: Model, objective: Objective, progress: ProgressCallback | None
+    ) -> Evaluator:
+        """An evaluator of an open model, on other data."""
+        from ..evaluator import Evaluator
+
+        return Evaluator(model, objective, **self._options, progress=progress)
+
+
 def evaluates(command: Callable) -> Callable:
-    """Give a command the shared options, and as its first argument a function from a progress
-    callback to the evaluator made from them."""
+    """Give a command the shared options, and as its first argument the `MakeEvaluator` that they
+    describe."""
 
     @model_options
     @_objective_options
@@ -529,42 +633,53 @@ def evaluates(command: Callable) -> Callable:
         granularity: Granularity, backend: Backend,
         memory_bytes: int | None, weights_bytes: int | None,
         cache_bytes: int | None, cache_dir: Path | None,
-        workers: int | None, ray: str | None, **own: Any,
+        workers: int | None, ray: str | None,
+        held_out: str | None = None, held_out_objective: str | None = None,
+        held_out_column: str | None = None, held_out_samples: int | None = None, **own: Any,
     ) -> Any:  # fmt: skip
         calibration = check_calibration(model, objective, calibration)
-        refuse_text_sizes([objective], seq_len, sample_seed)
+        judge = check_held_out(
+            calibration,
+            held_out,
+            held_out_objective or objective,
+            objective=held_out_objective,
+            column=held_out_column,
+            samples=held_out_samples,
+        )
+        names = [objective, *[judge] * (judge is not None)]
+        refuse_text_sizes(names, seq_len, sample_seed)
         reading = check_reading(
-            objective,
+            names,
             bos=bos,
             column=column,
             chat_template=chat_template,
             loss_on=loss_on,
             delimiter=delimiter,
         )
-        settings = check_normalization(objective, normalization)
+        settings = check_normalization(names, normalization)
         check_workers(workers, ray)
-
-        def make(progress: ProgressCallback | None) -> Evaluator:
-            from ..evaluator import Evaluator
-
-            opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
-            on_data = open_objective(
-                *(objective, calibration, num_samples, seq_len, sample_seed, opened),
-                *(reading, settings),
+        sizes = (seq_len, sample_seed)
+        data = Data(
+            *("--calibration", objective, calibration, num_samples, *sizes),
+            *(reading[objective], settings[objective]),
+        )
+        unseen = None
+        if held_out is not None and judge is not None:
+            own_column = {} if held_out_column is None else {"column": held_out_column}
+            unseen = Data(
+                *("--held-out", judge, held_out, held_out_samples, *sizes),
+                *(reading[judge] | own_column, settings[judge]),
+                spelled={"num_samples": "held_out_samples", "column": "held_out_column"},
             )
-            return Evaluator(
-                opened,
-                on_data,
-                backend,
-                granularity=granularity,
-                memory_bytes=memory_bytes,
-                cache_bytes=cache_bytes,
-                cache_dir=cache_dir,
-                store=store,
-                workers=open_workers(workers, ray, opened),
-                progress=progress,
-            )
-
+        options = {
+            "backend": backend,
+            "granularity": granularity,
+            "memory_bytes": memory_bytes,
+            "cache_bytes": cache_bytes,
+            "cache_dir": cache_dir,
+        }
+        opening = (model, device, dtype, trust_remote_code, weights_bytes)
+        make = MakeEvaluator(data, unseen, opening, options, store, workers, ray)
         return command(make, **own)
 
     return wrapped
@@ -654,10 +769,11 @@ def open_objective(
     model: Model,
     reading: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    title: str = "calibration",
 ) -> Objective:
     """The objective on its calibration data. Text gets the defaults of the field, 64 samples of
     2048 tokens, and the demo's own text its own. `reading`: further arguments of the loader;
-    `settings`: of the objective."""
+    `settings`: of the objective; `title`: of the line that says which form the data has."""
     from .. import demo
     from ..data import load_tasks, load_text
 
@@ -673,7 +789,7 @@ def open_objective(
                 fits={"num_samples": tasks.num_questions},
             )
         if tasks.source != calibration:
-            note(f"calibration: {tasks.source}")
+            note(f"{title}: {tasks.source}")
         objective = make(tasks)
         objective.source = file if num_samples is None else f"{file}, the first questions"
         return objective
@@ -691,35 +807,76 @@ def open_objective(
         )
     batch = load_text(calibration, model.tokenizer, num_samples, seq_len, seed, **reading)
     if batch.source != calibration:
-        note(f"calibration: {batch.source}")
+        note(f"{title}: {batch.source}")
     objective = make(batch)
     objective.source = f"{batch.source}, drawn by seed {seed}"
     return objective
 
 
-def check_reading(objective: str, **reading: Any) -> dict[str, Any]:
-    """The options for reading data, less those not given. Raises InputError for one of text if
-    questions are read, and the other way round."""
+def check_held_out(
+    calibration: str, held_out: str | None, judge: str, **options: Any
+) -> str | None:
+    """The objective of held-out data, None without such data.
+
+    options: the further options of held-out data, by the end of their names. Raises InputError for
+    one of these without the data, and for data that the search reads.
+    """
+    if held_out is None:
+        for name, value in options.items():
+            if value is not None:
+                raise InputError(f"--held-out-{name} is of held-out data; name it by --held-out")
+        return None
+    check_one_of("--held-out-objective", judge, OBJECTIVES)
+    from ..data import is_data
+
+    with naming("--held-out"):
+        if not is_data(check_path(held_out)):
+            raise InputError(f"{held_out}: no such file")
+    if held_out == calibration or Path(held_out).resolve() == Path(calibration).resolve():
+        raise InputError(
+            f"--held-out: {held_out} is the calibration data; name data that the search does not "
+            "read"
+        )
+    if options["column"] is not None and OBJECTIVES[judge].data != "text":
+        raise InputError(f"--held-out-column is of text; {judge} reads questions")
+    return judge
+
+
+def check_reading(objectives: Sequence[str], **reading: Any) -> dict[str, dict[str, Any]]:
+    """By objective, the options for reading its data, less those not given. Raises InputError for
+    one of text if only questions are read, and the other way round."""
     given = {name: value for name, value in reading.items() if value is not None}
-    kind = OBJECTIVES[objective].data
+    kinds = {name: OBJECTIVES[name].data for name in objectives}
     for name in given:
-        if (name == "delimiter") != (kind == "tasks"):
-            own, read = ("text", "questions")[:: 1 if kind == "tasks" else -1]
+        if _kind_read(name) not in kinds.values():
+            own, read = ("text", "questions")[:: 1 if _kind_read(name) == "text" else -1]
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is of {own}; {objective} reads {read}")
-    return given
+            raise InputError(f"{flag} is of {own}; {objectives[0]} reads {read}")
+    return {
+        objective: {name: value for name, value in given.items() if _kind_read(name) == kind}
+        for objective, kind in kinds.items()
+    }
 
 
-def check_normalization(objective: str, normalization: str | None) -> dict[str, str]:
-    """The objective's settings. Raises InputError where it cannot be normalised so."""
-    if normalization is None:
-        return {}
-    allowed = OBJECTIVES[objective].settings.get("normalization")
-    if allowed is None:
+def _kind_read(option: str) -> str:
+    """The kind of data that an option of reading is about."""
+    return "tasks" if option in TASKS_READING else "text"
+
+
+def check_normalization(
+    objectives: Sequence[str], normalization: str | None
+) -> dict[str, dict[str, str]]:
+    """By objective, its settings. Raises InputError where none can be normalised so."""
+    allowed = {name: OBJECTIVES[name].settings.get("normalization") for name in objectives}
+    if normalization is not None and not any(allowed.values()):
         having = [name for name, of in OBJECTIVES.items() if "normalization" in of.settings]
-        raise InputError(f"--normalization is for {', '.join(having)}, not for {objective}")
-    check_one_of("--normalization", normalization, allowed)
-    return {"normalization": normalization}
+        raise InputError(f"--normalization is for {', '.join(having)}, not for {objectives[0]}")
+    settings: dict[str, dict[str, str]] = {name: {} for name in objectives}
+    for name, values in allowed.items():
+        if normalization is not None and values:
+            check_one_of("--normalization", normalization, values)
+            settings[name] = {"normalization": normalization}
+    return settings
 
 
 def refuse_text_sizes(objectives: Iterable[str], seq_len: int | None, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -13,6 +13,26 @@ if TYPE_CHECKING:
 TEXT_ONLY = "text only, towers not loaded: exports copy them from the files"
 TOWERS_LOADED = "text only, towers never run: exports keep them"
 QUESTIONS_AS_ROWS = "rows: each choice runs behind a copy of its question"
+TREES = "token trees"
+BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
+UNITS = {
+    "hidden size": " values for each token",
+    "vocabulary": " tokens",
+    "positions": " tokens in a row",
+}
+SENTENCES = {
+    ("tokenizer", "yes"): "found",
+    ("questions", TREES): "the choices of a question share its tokens",
+    ("questions", QUESTIONS_AS_ROWS): "each choice runs behind a copy of its question",
+    ("path", "generic"): "generic: transformers' own code",
+    ("path", "fused (native)"): "fused: operators of fastprune, in C++",
+    ("path", "fused (torch)"): "fused: operators of fastprune, in torch",
+    ("path", "fused (triton)"): "fused: operators of fastprune, in Triton",
+    ("streaming", "yes: --weights-gb"): "a model larger than memory runs with --weights-gb",
+    ("without blocks", "yes"): "the model without any block can be scored",
+    ("without blocks", "no"): "at least one block must stay",
+    ("export", "yes"): "fastprune export writes a checkpoint without the removed blocks",
+}
 
 
 def support_of(model: Model) -> dict[str, str]:
@@ -29,7 +49,7 @@ def support_of(model: Model) -> dict[str, str]:
             lambda: open_runner(model, "generic", Needs("sublayer")),
             f"{len(halves)}: {_ends(halves)}",
         ),
-        "questions": "token trees" if _runs_trees(model) else QUESTIONS_AS_ROWS,
+        "questions": TREES if _runs_trees(model) else QUESTIONS_AS_ROWS,
         "path": open_runner(model).path_name,
         "streaming": _streaming(model),
         "without blocks": "yes" if runs_without_blocks(model) else "no",
@@ -43,6 +63,30 @@ def _inputs(model: Model) -> str:
     if not has_towers(model.hf):
         return "text"
     return TOWERS_LOADED if model.towers is None else TEXT_ONLY
+
+
+def sentences(values: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The values that `info` gives as lines for a reader: a name, and one fact with its unit."""
+    lines = []
+    for name, value in values.items():
+        text = SENTENCES.get((name, str(value)), str(value))
+        if name == "blocks":
+            text = _numbered(str(value))
+        elif name == "sublayers" and not text.startswith("no: "):
+            text = f"{_numbered(text)} ({text.partition(': ')[2]}), with --granularity sublayer"
+        elif isinstance(value, int):
+            text = f"{value:,}"
+        if name == "parameters" and isinstance(value, int):
+            size = value * BITS[str(values["dtype"])] / 8 / 2**20
+            text += f", {size:,.0f} MiB in {values['dtype']}"
+        lines.append((name, f"{text}{UNITS.get(name, '')}"))
+    return lines
+
+
+def _numbered(listed: str) -> str:
+    """The count of a list of units, and the numbers that options name them by."""
+    count = int(listed.partition(":")[0])
+    return f"{count}, numbered 0 to {count - 1}"
 
 
 def _streaming(model: Model) -> str:

@@ -6,6 +6,7 @@ Each form of data has a reader (`readers`, `chats`, `questions`). Loaders turn r
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,8 +26,11 @@ from .questions import read_question
 from .readers import Row, Source, open_rows, read_ids
 from .tokens import Tasks, TokenBatch
 
+log = logging.getLogger(__name__)
+
 MOST_COUNT = 2**63 - 1
-NUM_SAMPLES, SEQ_LEN = 64, 2048  # the defaults
+MOST_SHOWN = 4  # ranges of drawn samples that a line of the log names
+NUM_SAMPLES, SEQ_LEN = 64, 2048  # by default
 TEXT_FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 TASK_FILES = (".jsonl", ".json", ".parquet")
 ID_FILES = (".npy", ".safetensors")
@@ -185,6 +189,7 @@ def load_tasks(data: Any, tokenizer: Any, limit: int | None = None, delimiter: s
         texts += choices
     if not rows:
         raise InputError(f"{source.name}: holds no questions")
+    log.info("%s: the first %d questions", source.name, len(rows))
     tasks = Tasks(
         TokenBatch.from_continuations(rows),
         question=np.repeat(np.arange(len(rows)), lengths),
@@ -246,10 +251,11 @@ def _from_texts(
     stream = np.concatenate(documents)
     if len(begin):
         begins = _places(documents, begin)
-        windows = _windows_behind(stream, begins, begin, seq_len)
+        windows, ranges = _windows_behind(stream, begins, begin, seq_len)
     else:
         ids = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
         windows = [IdRow(row, np.arange(seq_len) > 0) for row in ids]
+        ranges = [(i * seq_len, (i + 1) * seq_len) for i in range(len(ids))]
     num_samples = num_samples or max(1, min(NUM_SAMPLES, len(windows)))
     fits = {"num_samples": len(windows)} if windows else {}
     if len(stream) >= 2 * num_samples:
@@ -257,6 +263,8 @@ def _from_texts(
     longer = f"; what fits: a longer text (this one has {len(stream)} tokens)" if not fits else ""
     unit = f"windows of {seq_len} tokens"
     drawn = _draw(name, unit, len(windows), num_samples, seed, fits, longer)
+    chosen = _in_short([ranges[i] for i in drawn])
+    log.info("%s: the windows hold tokens %s of %d", name, chosen, len(stream))
     return _to_batch([windows[i] for i in drawn], tokenizer)
 
 
@@ -293,8 +301,9 @@ def _places(documents: Sequence[np.ndarray], begin: np.ndarray) -> np.ndarray:
 
 def _windows_behind(
     stream: np.ndarray, begins: np.ndarray, begin: np.ndarray, seq_len: int
-) -> list[IdRow]:
-    """Windows of seq_len tokens that begin with `begin`, which is never a target.
+) -> tuple[list[IdRow], list[tuple[int, int]]]:
+    """Windows of seq_len tokens that begin with `begin`, which is never a target; and the range of
+    each in the stream.
 
     With begin = [0] and seq_len = 4, the stream 0 5 6 7 8 9 0 3 4 2 of two documents gives three
     windows: 0 5 6 7, 0 8 9 0 and 0 3 4 2. The third starts at a document, so it holds its 0
@@ -308,17 +317,19 @@ def _windows_behind(
             least=size + 1,
         )
     windows: list[IdRow] = []
+    ranges: list[tuple[int, int]] = []
     place = 0
     while True:
         head = begins[place : place + size]  # a cut may leave a part of a document's beginning
         own = len(head) if head.all() else int(head.argmin())
         stop = place + seq_len - size + own
         if stop > len(stream):
-            return windows
+            return windows, ranges
         ids = np.concatenate([begin, stream[place + own : stop]])
         inside = np.concatenate([np.ones(size, dtype=bool), begins[place + own : stop]])
         if not inside.all():
             windows.append(IdRow(ids, ~inside))
+            ranges.append((place, stop))
         place = stop
 
 
@@ -337,7 +348,32 @@ def _draw(
             f"{name}: holds {count} {unit}, but {num_samples} samples were asked for{longer}",
             fits={"num_samples": count} if fits is None else fits,
         )
-    return np.sort(np.random.default_rng(seed).choice(count, num_samples, replace=False))
+    drawn = np.sort(np.random.default_rng(seed).choice(count, num_samples, replace=False))
+    numbers = _in_short([(i, i + 1) for i in drawn.tolist()])
+    if num_samples < count:
+        which = f"drawn by seed {seed}: {numbers}"
+        log.info("%s: %d of %d %s, %s", name, num_samples, count, unit, which)
+    else:
+        log.info("%s: all %d %s", name, count, unit)
+    return drawn
+
+
+def _in_short(ranges: Sequence[tuple[int, int]]) -> str:
+    """Ascending ranges (start, stop) of integers, joined where they touch; of many, the first ones
+    and the last.
+
+    [(0, 2), (2, 4), (6, 7)] is "0-3, 6".
+    """
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    texts = [f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in joined]
+    if len(texts) > MOST_SHOWN:
+        texts = [*texts[: MOST_SHOWN - 1], "...", texts[-1]]
+    return ", ".join(texts)
 
 
 def _read_texts(name: str, rows: Iterator[Row], column: str | None) -> list[str]:

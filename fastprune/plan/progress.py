@@ -83,7 +83,8 @@ def event_reporter(listener: ProgressCallback | None) -> Progress:
         return lambda done, total: None
 
     def report(done: int, total: int) -> None:
-        event = ProgressEvent(done, total, share=done / total if total else None)
+        share = done / total if total else 1.0  # of a call whose states are all in the cache
+        event = ProgressEvent(done, total, share)
         for describe, own in reversed(stages):
             event = describe(event)
             if own is not None:

@@ -28,11 +28,17 @@ def evaluator(checkpoint, text_file):
 def test_info(run, checkpoint):
     status, out, _ = run("info", checkpoint)
     assert status == 0
-    backend = fp.Evaluator(
-        fp.load_model(checkpoint), fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))
-    ).backend
-    for word in ("llama", "blocks", "5", backend, "sublayers", "questions"):
+    model = fp.load_model(checkpoint)
+    parameters = sum(values.numel() for values in model.hf.parameters())
+    backend = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))).backend
+    for word in ("llama", "blocks", "5", backend.split()[0], "sublayers", "questions"):
         assert word in out
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()}
+    assert lines["blocks"] == "5, numbered 0 to 4"
+    assert lines["sublayers"].startswith("10, numbered 0 to 9 (attn 0, mlp 0 to mlp 4)")
+    assert lines["questions"] == "the choices of a question share its tokens"
+    sizes = f"{parameters:,}, {parameters * 4 / 2**20:,.0f} MiB in float32"
+    assert lines["parameters"] == sizes
 
 
 def test_every_backend_can_be_asked_for(run):
@@ -193,6 +199,7 @@ def test_algorithms_can_be_asked_for_by_name(run):
     status, out, _ = run("algorithms")
     assert status == 0
     assert all(name in out for name in ALGORITHMS)
+    assert out.startswith("Begin with greedy: ")
     status, out, _ = run("algorithms", "surrogate")
     assert status == 0
     assert "ridge regression" in out

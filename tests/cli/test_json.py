@@ -116,21 +116,30 @@ def test_a_search_of_the_same_arguments_prints_its_result_again(
     monkeypatch.setattr("fastprune.models.load_model", opened)
     status, again, err = run(*search, "--quiet", "--memory-gb", 1)
     assert status == 0
-    assert "holds the result of the same arguments; nothing was computed" in " ".join(err.split())
+    assert "exists already, of the same arguments; nothing was computed" in " ".join(err.split())
     assert again.splitlines() == [line for line in first.splitlines() if "written" not in line]
     status, out, _ = run(*search, "--json")
     assert json.loads(out) == json.loads((tmp_path / "r" / "result.json").read_text())
 
 
 @pytest.mark.parametrize(
-    "other", [("--seed", 1), ("--option", "beam_width=2"), ("--protect", "0"), ("--racing", 0.9)]
+    ("other", "said"),
+    [
+        (("--seed", 1), "--seed 0, now 1"),
+        (("--option", "beam_width=2"), "--option beam_width=5, now 2"),
+        (("--protect", "0"), "--protect not given, now 0"),
+        (("--racing", 0.9), "--racing not given, now 0.9"),
+        (("--no-bos", "--measure-speed"), "--bos not given, now as --no-bos; --measure-speed not"),
+        (("--algorithm", "greedy"), "--algorithm beam, now greedy"),
+    ],
 )
-def test_a_result_of_other_arguments_is_refused(run, checkpoint, data, tmp_path, other):
+def test_a_result_of_other_arguments_is_refused(run, checkpoint, data, tmp_path, other, said):
     search = ("search", checkpoint, *data, "--num-remove", 1, "--out", tmp_path / "r")
     assert run(*search)[0] == 0
     status, _, err = run(*search, *other)
     assert status == 2
     assert "exists already and is not overwritten" in err
+    assert f"it is the result of other arguments ({said}" in err
 
 
 def test_a_result_on_a_file_that_has_changed_is_refused(run, checkpoint, tmp_path):
@@ -140,7 +149,9 @@ def test_a_result_on_a_file_that_has_changed_is_refused(run, checkpoint, tmp_pat
     search += ("--calibration", text, "--num-samples", 2, "--seq-len", 16)
     assert run(*search)[0] == 0
     text.write_text("w1 w2 " * 100)
-    assert run(*search)[0] == 2
+    status, _, err = run(*search)
+    assert status == 2
+    assert f"(the files of {text} have changed)" in err
 
 
 def test_a_damaged_result_is_refused(run, checkpoint, data, tmp_path):

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -226,31 +227,62 @@ def test_a_file_without_permission_is_status_2(run, checkpoint, scored, monkeypa
     assert err.count("\n") == 1
 
 
+KEPT_NOTHING = "nothing is kept; the same command begins again"
+WITHOUT_STORE = "nothing is kept; with --store FILE the same command would continue"
+WITH_STORE = "s.db keeps all finished sums; the same command continues from them"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--store", "s.db"), "the same command continues from there"),
-        ((), "nothing is kept; with --store FILE the same command would continue"),
+        (("score", "demo", "--removed", "1", "--store", "s.db"), WITH_STORE),
+        (("score", "demo", "--removed", "1", "--store=s.db"), WITH_STORE),
+        (("score", "demo", "--removed", "1"), WITHOUT_STORE),
+        (("search", "demo", "--num-remove", "1"), WITHOUT_STORE),
+        (("search", "demo", "--num-remove", "1", "--store", "s.db"), WITH_STORE),
+        (
+            ("demo", "--quick", "--out", "d"),
+            "d keeps all finished searches and sums; the same command continues there",
+        ),
+        (
+            ("export", "demo", "--removed", "1", "--out", "x"),
+            "nothing is written; the same command begins again",
+        ),
+        (("info", "demo"), KEPT_NOTHING),
+        (("env",), KEPT_NOTHING),
     ],
 )
-def test_the_line_upon_ctrl_c_says_how_to_continue(
-    run, checkpoint, scored, tmp_path, monkeypatch, arguments, said
-):
+def test_the_line_upon_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch, arguments, said):
     from fastprune import cli
-    from fastprune.cli import options
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     handlers = []
-    monkeypatch.setattr(options, "open_model", interrupt)
+    monkeypatch.setattr("fastprune.models.load_model", interrupt)
     monkeypatch.setattr(cli.signal, "signal", lambda _, handler: handlers.append(handler))
     monkeypatch.chdir(tmp_path)
-    status, _, err = run("score", checkpoint, "--removed", "1", *scored, *arguments)
-    assert status == 1
-    assert err.startswith("fastprune: interrupted; ")
-    assert err.endswith(f"{said}\n")
-    assert err.count("\n") == 1
+    status, _, err = run(*arguments)
+    assert status == 130
+    assert err == f"fastprune: interrupted; {said}\n"
+    assert not (tmp_path / "x").exists()
     (second,) = handlers
     process = forked(second)
-    assert (process.status, process.err) == (1, "fastprune: interrupted twice; ended at once\n")
+    assert (process.status, process.err) == (130, "fastprune: interrupted twice; ended at once\n")
+
+
+def test_ctrl_c_while_the_program_is_imported_is_one_line(monkeypatch, capsys):
+    from fastprune import __main__
+
+    monkeypatch.setitem(sys.modules, "fastprune.cli", _Interrupting("fastprune.cli"))
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "fastprune: interrupted; nothing was begun\n"
+
+
+class _Interrupting(types.ModuleType):
+    """A module whose import Ctrl-C meets."""
+
+    def __getattr__(self, name):
+        raise KeyboardInterrupt

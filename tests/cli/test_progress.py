@@ -194,6 +194,8 @@ def test_v_shows_decisions_and_leaves_logging_as_it_was(run, checkpoint, text_fi
     assert status == 0
     assert out.splitlines()[:5] == quiet_out.splitlines()[:5]
     assert "path (backend auto): 4 rows in" in err
+    assert "windows of 16 tokens, drawn by seed 0: " in err
+    assert "the windows hold tokens " in err
     assert "unit runs by chunk" not in err
     assert "unit runs by chunk" in run(*score, "-vv")[2]
     assert logging.getLogger("fastprune").handlers == handlers

@@ -1,0 +1,208 @@
+"""The result of a search on data that the search has not read, and the commands that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import demo
+from ..data import TASKS_READING, TEXT_READING
+from ..objectives import OBJECTIVES, Difference, Objective, no_judge, objective_class
+from ..plan.progress import ProgressEvent, reporting
+from ..study.judging import shared_rows
+from ..study.tables import format_removed, unseen_notes
+
+if TYPE_CHECKING:
+    from ..evaluator import Evaluator
+
+LABEL = "held out"
+
+
+def beside_whole(evaluator: Evaluator, sequence: Sequence[int]) -> dict[str, Any]:
+    """A sequence's loss and the whole model's, with their standard errors and paired difference.
+
+    Returns:
+        Plain values; those of the whole model begin with `dense_`.
+    """
+    objective = evaluator.objective
+    sample_losses = evaluator.score_samples(sequences=[sequence, range(evaluator.num_units)])
+    loss, dense_loss = objective.mean(sample_losses).tolist()
+    error, dense_error = objective.standard_error(sample_losses).tolist()
+    return {
+        **objective.record(loss),
+        "standard_error": error,
+        **objective.record(dense_loss, "dense_"),
+        "dense_standard_error": dense_error,
+        "difference": dataclasses.asdict(objective.compare(*sample_losses)),
+        "chance": objective.chance,
+    }
+
+
+def judge(
+    evaluator: Evaluator, sequence: Sequence[int], calibration: Objective, file: str
+) -> dict[str, Any]:
+    """The record of a search's result on held-out data.
+
+    Args:
+        evaluator: On the held-out data.
+        sequence: The units that run, in order.
+        calibration: The objective of the search.
+        file: The held-out data.
+    """
+    objective = evaluator.objective
+
+    def describe(event: ProgressEvent) -> ProgressEvent:
+        return replace(event, cell="judging on held-out data")
+
+    with reporting(describe):
+        judged = beside_whole(evaluator, sequence)
+    questions = objective.data == "tasks"
+    return {
+        "file": file,
+        "objective": objective.name,
+        "num_samples": objective.num_samples,
+        "shared_rows": shared_rows(objective.batch, [calibration.batch], questions),
+        **judged,
+    }
+
+
+def judged_lines(held_out: Mapping[str, Any]) -> list[str]:
+    """The lines about a result on held-out data."""
+    objective = objective_class(held_out["objective"])
+    described = {"name": held_out["objective"], **held_out}
+    loss, error, dense_loss, dense_error = (
+        float(held_out[name])  # inf and nan are texts in a file
+        for name in ("loss", "standard_error", "dense_loss", "dense_standard_error")
+    )
+    data = f"{Path(held_out['file']).name}, {held_out['num_samples']} samples"
+    line = f"{LABEL} ({data}): {objective.format(loss, error)}"
+    if not objective.compares_with_dense:
+        dense = objective.format(dense_loss, dense_error, named=False)
+        line += f", whole model {dense}; difference {format_difference(objective, held_out)}"
+    lines = [line, *unseen_notes({"held_out": {LABEL: described}})]
+    if guesses := no_judge(described, dense_loss):
+        lines.append(f"{LABEL}: {guesses}")
+    return lines
+
+
+def next_lines(steps: Mapping[str, str]) -> list[str]:
+    """The lines that end a search's output."""
+    titles = {"export": "next", "problem": "no checkpoint can be written", "judge": "judge"}
+    return [f"{titles[step]}: {text}" for step, text in steps.items()]
+
+
+def format_difference(objective: type[Objective], record: Mapping[str, Any]) -> str:
+    """The paired difference of a record to the whole model."""
+    values = {name: float(value) for name, value in record["difference"].items()}
+    samples = int(values["num_samples"])
+    return objective.format_difference(Difference(values["value"], values["error"], samples))
+
+
+def next_steps(
+    record: Mapping[str, Any], target: Path | None, problem: str | None
+) -> dict[str, str]:
+    """The commands that follow a search, by what they do.
+
+    Args:
+        record: The search's, with its arguments.
+        target: The file of its result, if it has one.
+        problem: Why its blocks cannot be exported, None if they can.
+
+    Returns:
+        "export": writes the checkpoint; if that cannot be written, "problem" says why. "judge":
+        scores it on the held-out data, or, without such data, scores the result beside the whole
+        model on a file that the user names.
+    """
+    arguments = record["arguments"]
+    opening = _flags(arguments, "trust_remote_code", "device")
+    is_sequence = "sequence" in record
+    kind = "sequence" if is_sequence else "removed"
+    units = _spelled(record[kind])
+    if not is_sequence and not record[kind]:
+        return {}
+    steps = {}
+    model = arguments["model"]
+    out = _free_folder(model, target)
+    if record["granularity"] == "sublayer":
+        problem = "half a block cannot be left out of a checkpoint; fp.masked runs it in Python"
+    if problem is not None:
+        steps["problem"] = problem
+    else:
+        what = [f"--{kind}", units] if target is None else ["--result", str(target)]
+        steps["export"] = _command("export", model, *what, "--out", str(out), *opening)
+    held_out = record["held_out"]
+    if held_out and "export" in steps:
+        own = {"objective": held_out["objective"], "num_samples": arguments["held_out_samples"]}
+        column = arguments["held_out_column"] or arguments["column"]
+        read = {**arguments, **own, "column": column}
+        data = ["--calibration", held_out["file"], *_data_flags(read)]
+        opening += _flags(arguments, "dtype")
+        steps["judge"] = _command("score", str(out), "--removed", "-", *data, *opening)
+        return steps
+    whole = _spelled(range(record["num_units"])) if is_sequence else "-"
+    pair = [f"--{kind}", whole, f"--{kind}", units]
+    file = arguments["held_out"] or _unseen_file(model, arguments["objective"])
+    data = ["--calibration", file, *_data_flags(arguments)]
+    opening += _flags(arguments, "dtype", "granularity", "backend")
+    steps["judge"] = _command("score", model, *pair, *data, *opening)
+    return steps
+
+
+FILE = "FILE"  # for the user to put a name in
+
+
+def _unseen_file(model: str, objective: str) -> str:
+    """The held-out data of the demo model; of other models, a word for the user's file."""
+    if model != "demo":
+        return FILE
+    return str(
+        demo.TEXT_HELDOUT if OBJECTIVES[objective].data == "text" else demo.QUESTIONS_HELDOUT
+    )
+
+
+def _free_folder(model: str, target: Path | None) -> Path:
+    """A folder for the checkpoint that does not exist: beside the result, or named as the model."""
+    name = Path(model).resolve().name.removesuffix(".gguf") or "model"
+    first = Path(f"{name}-pruned") if target is None else target.parent / "pruned"
+    folder, number = first, 2
+    while folder.exists():
+        folder, number = first.with_name(f"{first.name}-{number}"), number + 1
+    return folder
+
+
+DEFAULTS = {"objective": "perplexity", "sample_seed": 0, "granularity": "block", "backend": "auto"}
+
+
+def _data_flags(arguments: Mapping[str, Any]) -> list[str]:
+    """The flags that read the data, for its objective."""
+    kind = OBJECTIVES[arguments["objective"]]
+    cut = ("num_samples", "seq_len", "sample_seed") if kind.data == "text" else ("num_samples",)
+    reading = TEXT_READING if kind.data == "text" else TASKS_READING
+    settings = ("normalization",) * ("normalization" in kind.settings)
+    return _flags(arguments, "objective", *reading, *settings, *cut)
+
+
+def _flags(arguments: Mapping[str, Any], *names: str) -> list[str]:
+    """The flags of arguments with other values than their defaults."""
+    flags: list[str] = []
+    for name in names:
+        value, flag = arguments[name], f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value is False:
+            flags += ["--no-bos"] * (name == "bos")
+        elif value is not None and value != DEFAULTS.get(name):
+            flags += [flag, str(value)]
+    return flags
+
+
+def _spelled(units: Sequence[int]) -> str:
+    return format_removed(units).replace(" ", ",")
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["fastprune", *words])
