@@ -52,8 +52,9 @@ def tools() -> list[Row]:
     for entry in entries:
         match = size.search(entry["command"])
         assert match is not None
-        found += [{**row, "size": f"{match[1]} x {match[2]}"} for row in entry["rows"]]
-    return sorted(found, key=lambda row: row["size"])
+        of_entry = {"size": f"{match[1]} x {match[2]}", "model": entry.get("model", "random")}
+        found += [{**row, **of_entry} for row in entry["rows"]]
+    return sorted(found, key=lambda row: (row["model"], row["size"]))
 
 
 AGAINST_LOOP: Columns = {
@@ -90,6 +91,7 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
         tools,
         {
             "script": lambda row: row["tool"],
+            "model": lambda row: row["model"],
             "rows x tokens": lambda row: row["size"],
             "theirs, CPU s": fixed("theirs", 1),
             "with fastprune": fixed("fastprune", 1),

@@ -26,6 +26,8 @@ _ENVIRONMENT = (
 )
 
 
+_DENORMAL = 1e-310
+
 _PROCESS = uuid.uuid4().hex
 _MARKS: dict[int, tuple[Callable[[], object], int]] = {}
 _NUMBERS = itertools.count()
@@ -69,9 +71,7 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
         "float32_matmul": _float32_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "default_dtype": str(torch.get_default_dtype()),
-        "denormals": bool(
-            torch.full((1,), 1e-310, dtype=torch.float64) * 0.5 != 0
-        ),  # a switch that cannot be read
+        "denormals": _DENORMAL * 0.5 != 0,  # a switch of the processor that cannot be read
         "hooks": _global_hooks(),
         **(_gpu(device) if device.type == "cuda" else _cpu()),
     }

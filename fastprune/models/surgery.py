@@ -353,7 +353,7 @@ def masked(
         sublayers = runner.sublayers if granularity == "sublayer" else []
         with _cut_in_place(model, blocks, units, sublayers):
             if expected is not None:
-                with evaluating(hf, model.device):
+                with evaluating(hf.modules(), model.device):
                     _check_masked(model, hf, ids, expected, caches)
             yield hf
 

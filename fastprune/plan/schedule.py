@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .retention import Prefixes, worth_retaining
+from .retention import FADE, Prefixes, worth_retaining
 from .trie import Trie, Units, levels, make_trie
 
 FREED_SHARE = 16  # a small call that fills the cache evicts 1 / FREED_SHARE of its states
@@ -162,12 +162,50 @@ def plan_call(
     most_runs, freed = sum(map(len, sequences)), capacity // FREED_SHARE
     if len(held) + most_runs <= capacity:
         begun = held.on_the_way(sequences)
-        trie = make_trie(sequences, begun.prefixes)
-        schedule = make_schedule(trie, begun.likelihood, capacity, band_of)
+        is_one = len(sequences) == 1 and not any(band_of)
+        if is_one and sequences[0] not in ((), *begun.prefixes[-1:]):
+            schedule = _plan_one(sequences[0], begun)
+        else:
+            trie = make_trie(sequences, begun.prefixes)
+            schedule = make_schedule(trie, begun.likelihood, capacity, band_of)
         return replace(schedule, held=held.followed_by(schedule.held))
     trie = make_trie(sequences, held.prefixes)
     room = capacity - freed if most_runs <= freed else capacity
     return make_schedule(trie, held.likelihood, room, band_of)
+
+
+def _plan_one(sequence: Units, begun: Prefixes) -> Schedule:
+    """The schedule that `make_schedule` gives for one sequence, with room for all of its states.
+
+    A search that scores one mask at a time plans a hundred times faster without a trie.
+
+    begun: the cached prefixes of the sequence, ascending, none of them all of it.
+    """
+    cached = begun.prefixes
+    start, last = len(cached[-1]) if cached else 0, len(cached) - 1
+    counts = range(start + 1, len(sequence) + 1)
+    new = [Retained(count - start, sequence[:count]) for count in counts]
+    likelihood = [FADE * value + 1 for value in begun.likelihood.tolist()] + [1.0] * len(new)
+    prefixes = [*cached, *(state.prefix for state in new)]
+    above = [0, *map(len, prefixes)]
+    worth = [value * (len(p) - a) for value, p, a in zip(likelihood, prefixes, above)]
+    order = sorted(range(len(prefixes)), key=worth.__getitem__, reverse=True)  # stable
+    run = Step(Source("cached", last), sequence[start:], 0, -1, False, tuple(new))
+    steps: tuple[Step, ...] = (run,)
+    if not cached:
+        run = run._replace(source=Source("slot", 0), last_use=True)
+        steps = (Step(ROOT, (), -1, 0, True), run)
+    return Schedule(
+        steps=steps,
+        cached=cached,
+        evicted=(),
+        num_slots=len(steps) - 1,
+        unit_runs=len(new),
+        held=Prefixes([prefixes[i] for i in order], [likelihood[i] for i in order]),
+        visits=(Visit(0, 0, len(steps)),),
+        frontier=(),
+        frontier_peak=0,
+    )
 
 
 def make_schedule(
