@@ -7,7 +7,9 @@
         [--tools evopress ...] [--rows 8] [--length 128] [--write bench/results/tools.json]
 
 The rows are windows of the text, or random tokens. A tool whose row with this command is in the
-results already is left out, so that an interrupted command can be run again. The scripts run from their clones: on a CPU, on the same rows, without their evaluations
+results already is left out, so that an interrupted command can be run again.
+
+The scripts run from their clones: on a CPU, on the same rows, without their evaluations
 afterwards, and with the return values of layers that the installed transformers expects. Nothing
 else of them is changed. `examples/recipes.py` has the lines that replace their loops.
 """

@@ -171,7 +171,7 @@ class Executor:
                 state = self._take(schedule, step, number)
             retained = dict(step.retained)
             fresh: list[tuple[Units, torch.Tensor]] = []
-            # together if they stay on the device: one by one costs more than a narrow unit's tenth
+            # together if they stay on the device: between units, no code of the cache is at hand
             together = len(retained) if self._cache.takes(number, len(retained)) else 1
             for count, unit in enumerate(step.units, start=1):
                 # within a step, everything else stays the same

@@ -60,13 +60,8 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
     the backends of attention, and every global switch of torch that chooses or changes a matrix
     product.
     """
-    import transformers
-
     return {
-        "fastprune": __version__,
-        "torch": torch.__version__,
-        "build": _build(),
-        "transformers": transformers.__version__,
+        **_software(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "float32_matmul": _float32_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -78,9 +73,16 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
 
 
 @functools.cache
-def _build() -> str:
-    """The hash of torch's build, which no switch changes."""
-    return hashlib.sha256(torch.__config__.show().encode()).hexdigest()
+def _software() -> dict[str, object]:
+    """Releases, and the hash of torch's build, which no switch changes."""
+    import transformers
+
+    return {
+        "fastprune": __version__,
+        "torch": torch.__version__,
+        "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
+        "transformers": transformers.__version__,
+    }
 
 
 def _float32_precision() -> str:
