@@ -3,8 +3,11 @@
     git clone https://github.com/IST-DASLab/EvoPress CLONES/EvoPress
     # likewise jiwonsong-dev/SLEB, MrGGLS/BlockPruner, Nota-NetsPresso/shortened-llm,
     # YaNgZhAnG-V5/llm_dissect (FinerCut) and dnhkng/RYS
-    OMP_NUM_THREADS=1 python bench/other_tools.py CLONES [--model FOLDER] [--tools evopress ...]
-        [--rows 8] [--length 128] [--write bench/results/tools.json]
+    OMP_NUM_THREADS=1 python bench/other_tools.py CLONES [--model FOLDER --text FILE]
+        [--tools evopress ...] [--rows 8] [--length 128] [--write bench/results/tools.json]
+
+The rows are windows of the text, or random tokens. A tool whose row with this command is in the
+results already is left out, so that an interrupted command can be run again.
 
 The scripts run from their clones: on a CPU, on the same rows, without their evaluations
 afterwards, and with the return values of layers that the installed transformers expects. Nothing
@@ -35,11 +38,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import recipes
+
+import fastprune as fp
 
 # newer releases of transformers: a layer returns a tensor, its attention two values
 LAYER = (
@@ -283,6 +288,7 @@ TOOLS: dict[str, tuple[str, Callable]] = {
     "evopress, sublayers": ("EvoPress", lambda *a: run_evopress(*a[:3], False, a[3])),
     "sleb": ("SLEB", run_sleb),
     "blockpruner": ("BlockPruner", run_block_pruner),
+    "blockpruner, raced": ("BlockPruner", lambda *a: run_block_pruner(*a, racing=0.99)),
     "shortened llama": ("shortened-llm", run_shortened_llama),
     "finercut, kl": ("llm_dissect", run_finercut),
     "finercut, perplexity": ("llm_dissect", lambda *a: run_finercut(*a, perplexity=True)),
@@ -309,13 +315,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("clones", type=Path, help="the folder that holds the clones")
     parser.add_argument("--model", help="a folder of a Llama-like model; a random one by default")
+    parser.add_argument("--text", help="a file of text for the rows, with --model")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--write", type=Path)
     options = parser.parse_args()
-    arguments = ["CLONES" if arg == str(options.clones) else arg for arg in sys.argv]
-    command = shlex.join(["python", *arguments])
+    places = {str(options.clones): "CLONES", options.model: "MODEL", options.text: "TEXT"}
+    command = shlex.join(["python", *(places.get(arg, arg) for arg in sys.argv)])
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     else:
@@ -323,12 +330,25 @@ def main() -> None:
     model.config.use_cache = False
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.integers(5, 4000, (options.rows, options.length)))
-    before = []
+    if options.text:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        batch = fp.load_text(options.text, tokenizer, options.rows, options.length)
+        rows = torch.from_numpy(batch.ids.reshape(options.rows, options.length))
+    entries = []
     if options.write and options.write.exists():
-        before = json.loads(options.write.read_text())
+        entries = json.loads(options.write.read_text())
     results: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry["command"] == command:
+            results = entry["rows"]
+    if not results:
+        machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
+        model_name = Path(options.model).name if options.model else "random"
+        entry = {"command": command, "model": model_name, "machine": machine}
+        entries.append({**entry, "torch": torch.__version__, "rows": results})
     log = io.StringIO()  # the scripts' progress bars
-    for name in options.tools:
+    finished = [row["tool"] for row in results]
+    for name in [tool for tool in options.tools if tool not in finished]:
         folder, run = TOOLS[name]
         seconds, chosen = [], []
         for with_recipe in (False, True):
@@ -348,10 +368,7 @@ def main() -> None:
         results.append(row)
         print(json.dumps(row), *([] if row["same"] else chosen), flush=True)
         if options.write:  # after each tool: an interrupted run keeps those before
-            machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
-            entry = {"command": command, "machine": machine, "torch": torch.__version__}
-            text = json.dumps([*before, {**entry, "rows": results}], indent=1)
-            options.write.write_text(text + "\n")
+            options.write.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 if __name__ == "__main__":

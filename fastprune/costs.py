@@ -393,7 +393,7 @@ def tokens_per_second(
     """
     from .models.model import evaluating
 
-    with evaluating(hf, model.device):
+    with evaluating(hf.modules(), model.device):
         ids = _timed_ids(model, batch_size, seq_len)
         return ids.numel() / _seconds_of(model, hf, ids)
 

@@ -78,8 +78,9 @@ def tools() -> list[Row]:
     for entry in entries:
         match = size.search(entry["command"])
         assert match is not None
-        found += [{**row, "size": f"{match[1]} x {match[2]}"} for row in entry["rows"]]
-    return sorted(found, key=lambda row: row["size"])
+        of_entry = {"size": f"{match[1]} x {match[2]}", "model": entry.get("model", "random")}
+        found += [{**row, **of_entry} for row in entry["rows"]]
+    return sorted(found, key=lambda row: (row["model"], row["size"]))
 
 
 def bench_rows(title: str, file: str = "cpu") -> list[Row]:
@@ -315,6 +316,7 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
         tools,
         {
             "script": column("tool"),
+            "model": column("model"),
             "rows x tokens": column("size"),
             "theirs, CPU s": fixed("theirs", 1),
             "with fastprune": fixed("fastprune", 1),

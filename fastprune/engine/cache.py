@@ -366,6 +366,10 @@ class PrefixCache:
         if tier is not None:
             counts[chunk, tier] += 1
 
+    def takes(self, chunk: int, count: int) -> bool:
+        """Whether that many states more of a chunk find room on the device."""
+        return self._counts[chunk, "device"] + count <= self._rooms["device"]
+
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
         """A state that is held, on the device."""
         state, tier = self._states.get((chunk, prefix)), self._states.tier_of((chunk, prefix))

@@ -19,6 +19,7 @@ import torch
 from ..models import Model, Runner
 from ..models.swap import HalfBlock, State, hidden_of, state_bytes
 from ..plan.schedule import Schedule, Step, Visit
+from ..plan.trie import Units
 from . import loading
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk, Chunks, Tile
@@ -148,6 +149,9 @@ class Executor:
             else:
                 state = self._take(schedule, step, number)
             retained = dict(step.retained)
+            fresh: list[tuple[Units, torch.Tensor]] = []
+            # together if they stay on the device: between units, no code of the cache is at hand
+            together = len(retained) if self._cache.takes(number, len(retained)) else 1
             for count, unit in enumerate(step.units, start=1):
                 # within a step, everything else stays the same
                 if count == 1 or isinstance(state, HalfBlock):
@@ -155,7 +159,11 @@ class Executor:
                 state = self._runner.run(unit, state, arguments, self._granularity)
                 self._counts.token_runs += chunk.num_read
                 if count in retained:
-                    self._cache.insert(number, retained[count], self._runner.pack(state))
+                    fresh.append((retained[count], self._runner.pack(state)))
+                    if len(fresh) == together:
+                        for prefix, packed in fresh:
+                            self._cache.insert(number, prefix, packed)
+                        fresh.clear()
             if step.frontier >= 0:
                 self._frontier.put(
                     number, schedule.frontier[step.frontier], self._runner.pack(state)

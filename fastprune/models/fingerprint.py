@@ -26,6 +26,8 @@ _ENVIRONMENT = (
 )
 
 
+_DENORMAL = 1e-310
+
 _PROCESS = uuid.uuid4().hex
 _MARKS: dict[int, tuple[Callable[[], object], int]] = {}
 _NUMBERS = itertools.count()
@@ -58,29 +60,29 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
     the backends of attention, and every global switch of torch that chooses or changes a matrix
     product.
     """
-    import transformers
-
     return {
-        "fastprune": __version__,
-        "torch": torch.__version__,
-        "build": _build(),
-        "transformers": transformers.__version__,
+        **_software(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "float32_matmul": _float32_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "default_dtype": str(torch.get_default_dtype()),
-        "denormals": bool(
-            torch.full((1,), 1e-310, dtype=torch.float64) * 0.5 != 0
-        ),  # a switch that cannot be read
+        "denormals": _DENORMAL * 0.5 != 0,  # a switch of the processor that cannot be read
         "hooks": _global_hooks(),
         **(_gpu(device) if device.type == "cuda" else _cpu()),
     }
 
 
 @functools.cache
-def _build() -> str:
-    """The hash of torch's build, which no switch changes."""
-    return hashlib.sha256(torch.__config__.show().encode()).hexdigest()
+def _software() -> dict[str, object]:
+    """Releases, and the hash of torch's build, which no switch changes."""
+    import transformers
+
+    return {
+        "fastprune": __version__,
+        "torch": torch.__version__,
+        "build": hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
+        "transformers": transformers.__version__,
+    }
 
 
 def _float32_precision() -> str:

@@ -406,6 +406,9 @@ class _Watches:
                 self._of_modules[variant.unit] = Watch(variant.module, ResidentWeights(0))
         return [self._parent, *self._of_modules.values()]
 
+    def modules(self) -> list[nn.Module]:
+        return self._parent.modules()
+
     def read(self, wait: bool = True) -> int:
         return self._number(tuple(watch.read(wait) for watch in self._all()))
 

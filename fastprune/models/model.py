@@ -40,11 +40,11 @@ def lock_of(hf: Any) -> threading.RLock:
 
 
 @contextmanager
-def evaluating(hf: Any, device: torch.device) -> Iterator[None]:
-    """See `Model.evaluation`, which also holds the lock and checks the model."""
-    modules = [hf]
-    for module in modules:  # as hf.modules(), which takes four times as long
-        modules.extend(child for child in module._modules.values() if child is not None)
+def evaluating(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """See `Model.evaluation`, which also holds the lock and checks the model.
+
+    modules: All of a transformers model.
+    """
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -192,7 +192,8 @@ class Model:
         """
         with self.lock:
             self.check_whole()
-            with evaluating(self.hf, self.device):
+            modules = self._watch.modules() if self.hf is self.given else self.hf.modules()
+            with evaluating(modules, self.device):
                 yield
 
     @property

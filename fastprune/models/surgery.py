@@ -356,7 +356,7 @@ def masked(
         sublayers = verified(model, "sublayer").sublayers if is_halved else []
         with _cut_in_place(model, places, sublayers):
             if expected is not None:
-                with evaluating(hf, model.device):
+                with evaluating(hf.modules(), model.device):
                     _check_masked(model, hf, ids, expected, caches)
             yield hf
 

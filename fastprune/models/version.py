@@ -92,6 +92,11 @@ class Watch:
         self._unsettled = False
         return self._number
 
+    def modules(self) -> list[nn.Module]:
+        """The modules that the model has now."""
+        last = self._last
+        return last.modules if last.has_same_children() else list(self._hf.modules())
+
     def _read_again(self) -> None:
         self._unsettled = False
         self._last = Snapshot(self._hf, self._weights)
@@ -106,24 +111,27 @@ class Snapshot:
     """All compared values of a model, as they are now.
 
     Attributes:
+        modules: Its modules.
         samples: The `Samples` of its tensors.
         values: The values of these samples.
     """
 
     def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):
         self._named = list(hf.named_modules())
-        self._modules = [module for _, module in self._named]
-        self._types = list(map(type, self._modules))
-        self._attributes = [vars(module) for module in self._modules]
+        self.modules = [module for _, module in self._named]
+        self._types = list(map(type, self.modules))
+        self._attributes = [vars(module) for module in self.modules]
         self._copies = [dict(attributes) for attributes in self._attributes]
-        self._configs = _configs_of(self._modules)
-        self._dictionaries = [
+        self._children = [dict(module._modules) for module in self.modules]
+        self._configs = _configs_of(self.modules)
+        dictionaries = [
             *_dictionaries_of(self._attributes),
             *global_hooks(),
             *map(vars, self._configs),
         ]
+        self._dictionaries = [values for values in dictionaries if values]
         self._contents = list(map(_copied, self._dictionaries))
-        self._spaces = [space.functions for space in namespaces(self._modules)]
+        self._spaces = [space.functions for space in namespaces(self.modules)]
         self._functions = [dict(functions) for functions in self._spaces]
         # tensors, by the dictionary that holds them: a streamed one comes and goes
         holders = [
@@ -131,7 +139,9 @@ class Snapshot:
             for name, module in self._named
             for held in (module._parameters, module._buffers)
         ]
-        self._holders: list[dict] = [held for _, held in holders]
+        self._holders: list[dict] = [held for _, held in holders if held]
+        self._empty = [values for values in dictionaries if not values]  # most of them
+        self._empty += [held for _, held in holders if not held]
         self._lengths = list(map(len, self._holders))
         self._places = [
             (held, name)
@@ -147,14 +157,13 @@ class Snapshot:
 
     def differs(self, weights: Weights | ResidentWeights) -> bool:
         """Whether the model differs from this by anything but sampled values."""
-        for attributes, copied in zip(self._attributes, self._copies):
-            copied["training"] = attributes["training"]
         try:
             if (
-                self._attributes != self._copies
+                not (self.has_same_children() and self._has_same_attributes())
+                or any(self._empty)
                 or self._dictionaries != self._contents
                 or any(map(operator.ne, self._spaces, self._functions))
-                or list(map(type, self._modules)) != self._types
+                or list(map(type, self.modules)) != self._types
             ):
                 return True
         except Exception:  # of values that cannot be compared: another tensor, for one
@@ -166,6 +175,18 @@ class Snapshot:
             or _states(self._tensors) != self._states
             or str(weights.identity) != self._files
         )
+
+    def has_same_children(self) -> bool:
+        """Whether every module has the submodules that it had, under the same names."""
+        return [attributes["_modules"] for attributes in self._attributes] == self._children
+
+    def _has_same_attributes(self) -> bool:
+        """Whether every module has the attributes that it had, apart from its training flag."""
+        if self._attributes == self._copies:
+            return True
+        for attributes, copied in zip(self._attributes, self._copies):
+            copied["training"] = attributes["training"]
+        return self._attributes == self._copies
 
     @property
     def description(self) -> tuple:
@@ -255,13 +276,12 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor:
 
 def _states(tensors: Sequence[torch.Tensor]) -> list:
     """The address of each tensor, and its number of writes."""
+    addresses = [tensor.data_ptr() for tensor in tensors]
     try:
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        return [addresses, [tensor._version for tensor in tensors]]
     except RuntimeError:  # tensors made in inference mode count no writes
-        return [
-            (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
-            for tensor in tensors
-        ]
+        writes = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return [addresses, writes]
 
 
 # -- descriptions ----------------------------------------------------------------------------------
@@ -320,12 +340,13 @@ def _copied(values: Any) -> Any:
 
 
 def _dictionaries_of(attributes: Iterable[dict[str, Any]]) -> list[Any]:
-    """The members of modules that can change in place: their children, hooks and plain lists."""
+    """The members of modules that can change in place, besides their children and tensors: hooks
+    and plain lists."""
     return [
         value
         for of_module in attributes
         for name, value in of_module.items()
-        if name in (*HOOKS, *HOOK_FLAGS, "_modules")
+        if name in (*HOOKS, *HOOK_FLAGS)
         or (name not in _OF_TORCH and isinstance(value, _CONTAINERS) and _is_plain(value))
     ]
 

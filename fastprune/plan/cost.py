@@ -47,8 +47,7 @@ class Cost:
         return self._plus(other, -1)
 
     def _plus(self, other: Cost, sign: int) -> Cost:
-        names = [entry.name for entry in fields(Cost)]  # without the fields of a subclass
-        return Cost(**{name: getattr(self, name) + sign * getattr(other, name) for name in names})
+        return Cost(*[getattr(self, name) + sign * getattr(other, name) for name in _COUNTS])
 
     def of_tokens(self, num_tokens: int) -> Cost:
         """Convert runs counted in tokens into runs counted in calibration sets.
@@ -66,6 +65,9 @@ class Cost:
         """
         unit_runs, head_runs = self.unit_runs / num_tokens, self.head_runs / num_tokens
         return replace(self, unit_runs=whole(unit_runs), head_runs=whole(head_runs))
+
+
+_COUNTS = tuple(entry.name for entry in fields(Cost))
 
 
 @dataclass(frozen=True)

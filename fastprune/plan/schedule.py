@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .retention import Prefixes, worth_retaining
+from .retention import FADE, Prefixes, worth_retaining
 from .trie import Trie, Units, make_trie
 
 # the visit that each node is run in, int64[n], not before its parent's
@@ -168,12 +168,52 @@ def plan_call(
     most_runs, freed = sum(map(len, sequences)), capacity // FREED_SHARE
     if len(held) + most_runs <= capacity:
         on_the_way = held.on_the_way(sequences)
-        trie = make_trie(sequences, on_the_way.prefixes)
-        schedule = make_schedule(trie, on_the_way.likelihood, capacity, visits_of)
+        is_one = len(sequences) == 1 and visits_of is None
+        if is_one and sequences[0] not in ((), *on_the_way.prefixes[-1:]):
+            schedule = _plan_one(sequences[0], on_the_way)
+        else:
+            trie = make_trie(sequences, on_the_way.prefixes)
+            schedule = make_schedule(trie, on_the_way.likelihood, capacity, visits_of)
         return replace(schedule, held=held.followed_by(schedule.held))
     trie = make_trie(sequences, held.prefixes)
     room = capacity - freed if most_runs <= freed else capacity
     return make_schedule(trie, held.likelihood, room, visits_of)
+
+
+def _plan_one(sequence: Units, begun: Prefixes) -> Schedule:
+    """The schedule that `make_schedule` gives for one sequence, with room for all of its states.
+
+    A search that scores one mask at a time plans a hundred times faster without a trie.
+
+    Args:
+        sequence: Units in order.
+        begun: The cached prefixes of the sequence, ascending, none of them all of it.
+    """
+    cached = begun.prefixes
+    start, last = len(cached[-1]) if cached else 0, len(cached) - 1
+    counts = range(start + 1, len(sequence) + 1)
+    new = [Retained(count - start, sequence[:count]) for count in counts]
+    likelihood = [FADE * value + 1 for value in begun.likelihood.tolist()] + [1.0] * len(new)
+    prefixes = [*cached, *(state.prefix for state in new)]
+    above = [0, *map(len, prefixes)]
+    worth = [value * (len(p) - a) for value, p, a in zip(likelihood, prefixes, above)]
+    order = sorted(range(len(prefixes)), key=worth.__getitem__, reverse=True)  # stable
+    run = Step(Source("cached", last), sequence[start:], 0, -1, False, tuple(new))
+    steps: tuple[Step, ...] = (run,)
+    if not cached:
+        run = run._replace(source=Source("slot", 0), last_use=True)
+        steps = (Step(ROOT, (), -1, 0, True), run)
+    return Schedule(
+        steps=steps,
+        cached=cached,
+        evicted=(),
+        num_slots=len(steps) - 1,
+        unit_runs=len(new),
+        held=Prefixes([prefixes[i] for i in order], [likelihood[i] for i in order]),
+        visits=(Visit(0, 0, len(steps)),),
+        frontier=(),
+        frontier_peak=0,
+    )
 
 
 def make_schedule(

@@ -330,6 +330,7 @@ def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_
     cache.insert(0, (9,), state)  # before there is room
     assert cache.bytes == 0
     cache.resize()
+    assert [cache.takes(0, count) for count in (3, 4)] == [True, False]  # in memory
     prefixes = [(i,) for i in range(5)]
     for chunk in (0, 1):
         for prefix in prefixes:
@@ -340,7 +341,9 @@ def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_
         for prefix in prefixes:
             assert torch.equal(cache.get(chunk, prefix), state + prefix[0] + chunk)
     assert cache.hits == {"device": 6, "disk": 4}
+    assert not cache.takes(0, 1)
     cache.evict(0, [(0,), (7,)])
+    assert cache.takes(0, 1)
     cache.insert(0, (5,), state)
     assert torch.equal(cache.get(0, (5,)), state)
     assert cache.hits == {"device": 7, "disk": 4}

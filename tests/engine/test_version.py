@@ -206,6 +206,30 @@ def test_the_version_is_that_of_before_once_weights_are_put_back():
     assert model.version != before
 
 
+def test_a_submodule_that_trains_is_put_in_later_and_runs_without_dropout(family):
+    hf = build(family)
+    text = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, LENGTHS)))
+    masks = fp.from_removed(REMOVED, 5)
+    ev = fp.Evaluator(hf, text)
+    before, layer = ev.score(masks), layers_of(hf)[2]
+    layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the fused path
+        assert np.allclose(ev.score(masks), before, rtol=1e-5, atol=0)
+    assert layer.mlp.training
+    assert layer.mlp[1].training
+
+
+def test_a_training_flag_is_no_change():
+    hf = build("llama")
+    model = fp.Model(hf)
+    before = model.version
+    hf.train()
+    assert model.version == before
+    layers_of(hf)[1].mlp.eval()
+    assert model.version == before
+
+
 def test_the_two_versions_share_the_cache(family):
     hf = build(family)
     text = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, LENGTHS)))

@@ -277,6 +277,24 @@ def test_likelihoods_are_those_of_plans_over_the_whole_cache():
         assert found == pytest.approx(dict(zip(known, likelihood)), rel=1e-12)
 
 
+def test_one_sequence_is_planned_as_its_trie_is():
+    rng = np.random.default_rng(6)
+    for num_units in (1, 3, 8):
+        held = Prefixes()
+        for _ in range(60):
+            units = rng.integers(0, num_units, rng.integers(0, 9)).tolist()
+            sequence = tuple(sorted(set(units)) if rng.random() < 0.5 else units)
+            begun = held.on_the_way([sequence])
+            trie = make_trie([sequence], begun.prefixes)
+            whole = make_schedule(trie, begun.likelihood, 10**4)
+            expected = replace(whole, held=held.followed_by(whole.held))
+            schedule = plan_call([sequence], held, 10**4)
+            assert replace(schedule, held=held) == replace(expected, held=held)
+            assert schedule.retained == expected.retained
+            assert schedule.likelihood.tolist() == expected.likelihood.tolist()
+            held = schedule.held
+
+
 def test_a_small_call_on_a_full_cache_frees_room_for_the_next_ones():
     full = Prefixes([(unit,) for unit in range(160)], np.ones(160))
     schedule = plan_call([(200, 201)], full, capacity=160)
