@@ -290,7 +290,7 @@ def _gated_parts(mlp: Any) -> tuple[tuple[nn.Linear, ...], str, nn.Linear] | Non
     activation = ACTIVATIONS.get(_full_name(type(act)))
     packed = hasattr(mlp, "gate_up_proj")
     names = ("gate_up_proj", "down_proj") if packed else ("gate_proj", "up_proj", "down_proj")
-    parts = [getattr(mlp, name, None) for name in names]
+    parts: list[Any] = [getattr(mlp, name, None) for name in names]
     if activation is None or not all(isinstance(part, nn.Linear) for part in parts):
         return None
     *gate_up, down = parts
