@@ -22,8 +22,11 @@ from ..masks import (
 from ..search import Allowed
 from ..search.draws import distinct
 from ..search.sizes import Key, Removed, Size
+from ..validate import check_integer, check_one_of
 
 WAYS = ("removed", "sequence", "random", "reverse")
+REVERSED = ("one_shot", "order")
+MOST_DRAWN = 1000  # random masks of a control and size
 Unit = Annotated[int, Allowed(least=0, most=2**31 - 1)]
 Sizes = Mapping[Key, tuple[Size, list[int]]]  # of removals, each with the units that may go
 
@@ -41,8 +44,8 @@ class Control:
     name: str
     removed: str | tuple[Unit, ...] | None = None
     sequence: str | tuple[Unit, ...] | None = None
-    random: Annotated[int, Allowed(least=1, most=1000)] | None = None
-    reverse: Annotated[str, Allowed(choices=("one_shot", "order"))] | None = None
+    random: Annotated[int, Allowed(least=1, most=MOST_DRAWN)] | None = None
+    reverse: Annotated[str, Allowed(choices=REVERSED)] | None = None
 
     def check(self) -> None:
         """Check all that needs no model. Raises InputError."""
@@ -51,6 +54,10 @@ class Control:
             raise InputError(
                 f"a control has one of {', '.join(WAYS)}, not {' and '.join(ways) or 'none'}"
             )
+        if self.random is not None:
+            check_integer("random", self.random, 1, MOST_DRAWN)
+        if self.reverse is not None:
+            check_one_of("reverse", self.reverse, REVERSED)
         for way in ("removed", "sequence"):
             if isinstance(units := getattr(self, way), str):
                 parse_removed(units)

@@ -163,6 +163,8 @@ def test_units_that_a_model_does_not_have(model, tmp_path):
     for control, message in (
         (Control(name="c", removed=(5,)), "removed unit 5 is out of range"),
         (Control(name="c", sequence=(0, 7)), "7 is no unit"),
+        (Control(name="c", random=0), "random must be an integer from 1 to 1000"),
+        (Control(name="c", reverse="beam"), "reverse must be one of one_shot, order"),
     ):
         with pytest.raises(fp.InputError, match=message):
             run_study(

@@ -3,6 +3,7 @@ process writes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -239,3 +240,27 @@ def test_the_page_and_the_figure_replace_what_was_there_at_once(finished, tmp_pa
         write_report(finished[1], path)
     assert path.read_bytes() == before
     assert [place.name for place in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_cell_of_a_mask_may_lack_the_fields_of_sequences_and_budgets(model, tmp_path):
+    """A cell is checked against what its file holds, so that later fields do not void it."""
+    objectives = {"one": lambda model: fp.Perplexity(IDS)}
+    arguments = [model], objectives, ["greedy"], [2], tmp_path / "s"
+    first = run_study(*arguments)
+    (path,) = (tmp_path / "s" / "cells").iterdir()
+    assert path.name.endswith("-one-2-greedy.json")
+    record, inputs = json.loads(path.read_text()), first["inputs"]
+    for name in ("checksum", "sequence", "costs"):
+        del record[name]
+    made_with = {
+        "model": ["tiny", inputs["models"]["tiny"], inputs["dtype"]["tiny"]],
+        "objective": ["one", *inputs["objectives"]["tiny one"]],
+        "num_remove": 2,
+        "algorithm": ["greedy", {}],
+        **{name: inputs[name] for name in ("seed", "racing", "protect", "granularity", "backend")},
+    }
+    text_of = json.dumps([record, made_with], sort_keys=True).encode()
+    path.write_text(json.dumps({**record, "checksum": hashlib.sha256(text_of).hexdigest()}))
+    said: list[str] = []
+    assert run_study(*arguments, notify=said.append)["cells"] == first["cells"]
+    assert said == ["scoring every chosen mask under every objective"]
