@@ -88,7 +88,8 @@ def load_text(
     Examples:
         >>> import fastprune as fp
         >>> from fastprune import demo
-        >>> fp.load_text(demo.TEXT, fp.load_model("demo").tokenizer, num_samples=4, seq_len=64)
+        >>> tokenizer = fp.load_model("demo").tokenizer
+        >>> fp.load_text(demo.TEXT, tokenizer, num_samples=4, seq_len=64)
         TokenBatch(4 rows, 4 continuations, 256 tokens)
     """
     _check_count("num_samples", num_samples, 1)
@@ -161,7 +162,8 @@ def load_tasks(data: Any, tokenizer: Any, limit: int | None = None, delimiter: s
     Examples:
         >>> import fastprune as fp
         >>> from fastprune import demo
-        >>> fp.load_tasks(demo.QUESTIONS, fp.load_model("demo").tokenizer, limit=3).num_questions
+        >>> tokenizer = fp.load_model("demo").tokenizer
+        >>> fp.load_tasks(demo.QUESTIONS, tokenizer, limit=3).num_questions
         3
     """
     _check_count("limit", limit, 1)

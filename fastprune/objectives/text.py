@@ -97,7 +97,8 @@ class WordPerplexity(_TextPerplexity):
         >>> import fastprune as fp
         >>> from fastprune import demo
         >>> tokenizer = fp.load_model("demo").tokenizer
-        >>> fp.WordPerplexity(fp.load_text(demo.TEXT, tokenizer, num_samples=4, seq_len=64))
+        >>> text = fp.load_text(demo.TEXT, tokenizer, num_samples=4, seq_len=64)
+        >>> fp.WordPerplexity(text)
         WordPerplexity(4 samples, 256 tokens)
     """
 
@@ -123,7 +124,8 @@ class BytePerplexity(_TextPerplexity):
         >>> import fastprune as fp
         >>> from fastprune import demo
         >>> tokenizer = fp.load_model("demo").tokenizer
-        >>> fp.BytePerplexity(fp.load_text(demo.TEXT, tokenizer, num_samples=4, seq_len=64))
+        >>> text = fp.load_text(demo.TEXT, tokenizer, num_samples=4, seq_len=64)
+        >>> fp.BytePerplexity(text)
         BytePerplexity(4 samples, 256 tokens)
     """
 
