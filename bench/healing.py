@@ -10,8 +10,8 @@ The first half of --text trains. A greedy search under perplexity chooses the bl
 --other, of another domain: a text, by windows of 128 tokens, or .jsonl questions, by accuracy. The
 script counts the judges' samples that share 32 tokens with the other parts. MODEL is `demo`, whose
 texts and questions come with it, or a folder of a checkpoint. FOLDER keeps the choices, each
-model's losses by sample and each healed checkpoint; a run that was interrupted goes on in it.
-Results are written after each model.
+model's losses by sample and each healed checkpoint, for one set of arguments; a run that was
+interrupted goes on in it. Results are written after each model.
 """
 
 from __future__ import annotations
@@ -158,26 +158,26 @@ def run(
     """A model judged, trained and judged again, unless the folder holds that."""
     name = name_of(removed)
     path = given.folder / f"{name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if "trained" in result:
+        return result
     model = fp.load_model(given.model, dtype="float32")
     hf = without(model, removed)
-    parameters = sum(parameter.numel() for parameter in hf.parameters())
-    before = sample_losses(hf, judges)
+    if not result:
+        result = {
+            "removed": list(removed),
+            "parameters": sum(parameter.numel() for parameter in hf.parameters()),
+            "untrained": sample_losses(hf, judges),
+        }
+        path.write_text(json.dumps(result) + "\n")
     started = time.process_time()
     healed = heal(hf, model.tokenizer, training, **settings)
-    seconds = time.process_time() - started
-    result = {
-        "removed": list(removed),
-        "parameters": parameters,
-        "training_cpu_seconds": round(seconds),
-        "untrained": before,
-        "trained": sample_losses(healed, judges),
-    }
+    result["training_cpu_seconds"] = round(time.process_time() - started)
+    result["trained"] = sample_losses(healed, judges)
     healed.save_pretrained(given.folder / f"healed-{name}")
     model.tokenizer.save_pretrained(given.folder / f"healed-{name}")
     path.write_text(json.dumps(result) + "\n")
-    print(f"{name}: trained for {seconds:.0f} CPU seconds", flush=True)
+    print(f"{name}: trained for {result['training_cpu_seconds']} CPU seconds", flush=True)
     return result
 
 
