@@ -55,7 +55,7 @@ def main() -> None:
     model = fp.load_model(given.model, dtype="float32")
     batch = fp.load_text(given.text, model.tokenizer, given.samples, given.seq_len)
     ids = torch.from_numpy(batch.ids.reshape(given.samples, given.seq_len))
-    chunk = max(1, 1024 // given.seq_len)  # rows that run together, as many as fastprune takes here
+    chunk = max(1, 1024 // given.seq_len)  # rows of a pass of the loop, together
 
     def one_pass(removed) -> tuple[float, float]:
         """CPU seconds and the loss of one mask by transformers."""
