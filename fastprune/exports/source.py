@@ -160,7 +160,8 @@ def _add_shard(folder: Path, towers: Towers) -> None:
     towers.write(folder / "towers.safetensors")
     (folder / INDEX).unlink(missing_ok=True)
     paths = [*sorted(folder.glob("model*.safetensors")), folder / "towers.safetensors"]
-    weight_map, size = {}, 0
+    weight_map: dict[str, str] = {}
+    size = 0
     for number, path in enumerate(paths, 1):
         shard = folder / f"model-{number:05}-of-{len(paths):05}.safetensors"
         path.rename(shard)

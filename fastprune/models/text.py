@@ -114,7 +114,7 @@ def towers(hf: nn.Module) -> tuple[str, ...]:
         return ()
     path, above = paths[0], hf
     needed = {id(output_head(hf, path)), id(input_embeddings(hf))}
-    result = []
+    result: list[str] = []
     for depth, name in enumerate(path):
         if depth and type(getattr(above, "config", None)) is type(text):
             return tuple(result)

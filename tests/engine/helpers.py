@@ -4,6 +4,7 @@ subprocesses."""
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from families import (
     reference_token_nll,
     some_masks,
 )
+from safetensors.torch import load_file, save_file
 
 import fastprune as fp
 
@@ -122,6 +124,18 @@ def run_python(code: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def edit_config(folder, **values) -> None:
+    """Change entries of a model folder's config."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def edit_tensors(folder, change) -> None:
+    """Write a model folder's tensors as `change` gives them, a function of {name: tensor}."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
 def refuses(culprit: str, call, *args, **options) -> None:

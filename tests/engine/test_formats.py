@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from families import physically_removed, reference_loss
-from helpers import refuses
+from helpers import edit_config, edit_tensors, refuses
 from safetensors.torch import load_file, save_file
 
 import fastprune as fp
@@ -25,11 +25,6 @@ def loss_of(model, batch):
 def expected_loss(hf, batch):
     rows = np.split(batch.ids, batch.row_starts[1:-1])
     return reference_loss(physically_removed(hf, REMOVED), rows)
-
-
-def edit_config(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
 # -- quantized weights -----------------------------------------------------------------------------
@@ -212,9 +207,10 @@ def test_bitsandbytes_weights_are_dequantized(aligned, batch, tmp_path, bits):
 )
 def test_a_prefix_of_all_names_is_left_out(hf, ev, batch, tmp_path, prefix):
     hf.save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    tensors = {prefix + name: tensor for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    edit_tensors(
+        tmp_path / "model",
+        lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()},
+    )
     with pytest.warns(UserWarning, match=f"begin with '{prefix}', which is left out"):
         model = fp.load_model(tmp_path / "model", device="cpu")
     assert fp.Evaluator(model, fp.Perplexity(batch)).dense_loss == ev.dense_loss

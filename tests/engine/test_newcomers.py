@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 import transformers as tf
-from helpers import refuses, t5
-from safetensors.torch import load_file, save_file
+from helpers import edit_config, edit_tensors, refuses, t5
+from safetensors.torch import save_file
 
 import fastprune as fp
 
@@ -50,8 +50,7 @@ def folder(whole, tmp_path):
     ],
 )
 def test_other_configs(folder, values, reason):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    edit_config(folder, **values)
     refuses(reason, fp.load_model, folder, device="cpu")
 
 
@@ -63,12 +62,13 @@ def test_other_configs(folder, values, reason):
     ],
 )
 def test_other_names(folder, renamed, reason):
-    path, prefix = folder / "model.safetensors", "_orig_mod." if renamed else "net."
-    tensors = {
-        prefix + name if renamed in name else name: tensor
-        for name, tensor in load_file(path).items()
-    }
-    save_file(tensors, path, metadata={"format": "pt"})
+    prefix = "_orig_mod." if renamed else "net."
+    edit_tensors(
+        folder,
+        lambda tensors: {
+            prefix + name if renamed in name else name: tensor for name, tensor in tensors.items()
+        },
+    )
     refuses(reason, fp.load_model, folder, device="cpu")
 
 

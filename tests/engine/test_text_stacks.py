@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers as tf
 from families import random_rows
-from helpers import refuses
-from safetensors.torch import load_file, save_file
+from helpers import edit_tensors, refuses
+from safetensors.torch import load_file
 
 import fastprune as fp
 from fastprune.cli.support import support_of
@@ -26,18 +26,13 @@ TEXT = {
     "initializer_range": 0.2,
 }
 REMOVED = (1, 3)
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+TOWER |= {"image_size": 16, "patch_size": 8}
 
 
 def llava():
     """Its tower has as many layers as its text."""
-    tower = tf.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
+    tower = tf.CLIPVisionConfig(**TOWER, num_hidden_layers=5)
     text = tf.LlamaConfig(**TEXT)
     return tf.LlavaForConditionalGeneration(
         tf.LlavaConfig(vision_config=tower, text_config=text, image_token_index=3)
@@ -46,14 +41,7 @@ def llava():
 
 def gemma3():
     """A window that repeats irregularly, and a norm with an offset."""
-    tower = tf.SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
+    tower = tf.SiglipVisionConfig(**TOWER, num_hidden_layers=2)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     text = tf.Gemma3TextConfig(
         **TEXT,
@@ -193,10 +181,9 @@ def test_towers_stay_in_the_files(hf, tmp_path, weights_bytes):
 def test_weights_of_towers_decide_nothing(hf, tmp_path):
     hf.save_pretrained(tmp_path)
     before = fp.load_model(tmp_path, device="cpu")
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
+    tensors = stored(tmp_path)
     name = next(name for name in tensors if "tower" in name)
-    save_file({**tensors, name: tensors[name] + 1}, path, metadata={"format": "pt"})
+    edit_tensors(tmp_path, lambda tensors: {**tensors, name: tensors[name] + 1})
     after = fp.load_model(tmp_path, device="cpu")
     assert after.digest == before.digest
     # the first model knows that its files are others by now
@@ -213,14 +200,10 @@ def test_weights_of_towers_decide_nothing(hf, tmp_path):
 
 def test_a_checkpoint_that_lacks_a_tower(hf, tmp_path):
     hf.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    name = next(name for name in tensors if "tower" in name)
-    other = {**tensors, name: torch.zeros(3, 5)}
-    save_file(other, path, metadata={"format": "pt"})
-    refuses("does not fit its config|has the shape|mismatched", fp.load_model, tmp_path)
-    del tensors[name]
-    save_file(tensors, path, metadata={"format": "pt"})
+    name = next(name for name in stored(tmp_path) if "tower" in name)
+    edit_tensors(tmp_path, lambda tensors: {**tensors, name: torch.zeros(3, 5)})
+    refuses("has the shape", fp.load_model, tmp_path)
+    edit_tensors(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if n != name})
     refuses("does not fit its config .missing keys: .*tower", fp.load_model, tmp_path)
 
 
@@ -237,14 +220,7 @@ def test_masked_in_place(hf):
 def test_families_that_need_an_image_say_so():
     config = tf.Kosmos2Config(
         text_config={"embed_dim": 32, "layers": 2, "ffn_dim": 48, "attention_heads": 4},
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 8,
-        },
+        vision_config={**TOWER, "num_hidden_layers": 2},
     )
     refuses(
         "the family 'kosmos-2' cannot be run block by block: it does not run on text alone",
