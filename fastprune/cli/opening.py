@@ -146,7 +146,7 @@ def evaluates(command: Callable) -> Callable:
             column=held_out_column,
             samples=held_out_samples,
         )
-        names = [objective, *[judge] * (judge is not None)]
+        names = [objective] if judge is None else [objective, judge]
         refuse_text_sizes(names, seq_len, sample_seed)
         reading = check_reading(
             names,

@@ -158,7 +158,8 @@ def search(
         evaluator = make_evaluator(progress)
         with naming("--protect"):
             protected_units(protect, evaluator.num_units, evaluator.granularity)
-        unseen = make_evaluator.held_out and make_evaluator.held_out.open(evaluator.model)
+        held_out = make_evaluator.held_out
+        unseen = None if held_out is None else held_out.open(evaluator.model)
         result = run_search(
             evaluator, algorithm, num_remove, seed, protect, racing, budget=budget, **given
         )
@@ -166,9 +167,9 @@ def search(
         record |= cost_record(evaluator, result.removed, measure_speed)
         opened, searched = evaluator.model, evaluator.objective
         del evaluator  # its cache may hold a quarter of the free memory
-        if unseen is not None:
+        if held_out is not None and unseen is not None:
             judging = make_evaluator.on(opened, unseen, progress)
-            record["held_out"] = judge(judging, result.sequence, searched, arguments["held_out"])
+            record["held_out"] = judge(judging, result.sequence, searched, held_out.file)
     problem = can_export(opened, result.sequence) if result.granularity == "block" else None
     record["next"] = next_steps(record, target, problem)
     trouble = ""
@@ -247,11 +248,11 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
-        if name == "files" and isinstance(old, dict):
+        if name == "files" and isinstance(old, dict) and isinstance(new, dict):
             changed = [of for of in new if of in old and old[of] != new[of]]
             changed = [of for of in changed if before.get(of) == now.get(of)]  # or it is said so
             yield from (f"the files of {now[of]} have changed" for of in changed)
-        elif name == "options" and isinstance(old, dict):
+        elif name == "options" and isinstance(old, dict) and isinstance(new, dict):
             yield from _differing_options(old, new)
         else:
             flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
