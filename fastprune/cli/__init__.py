@@ -17,7 +17,7 @@ from click.shell_completion import get_completion_class, shell_complete
 
 from .. import __version__
 from ..errors import InputError
-from . import commands, environment, evaluation, stores, studies
+from . import commands, environment, evaluation, search, stores, studies
 from .output import cannot_print, is_of_printing, prepare_streams
 
 # How threads wait for each other at barriers. By default they spin: when another process takes a
@@ -151,7 +151,7 @@ for command in (
     environment.env,
     commands.algorithms,
     commands.score,
-    commands.search,
+    search.search,
     studies.study,
 ):
     cli.add_command(command)

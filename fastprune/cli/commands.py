@@ -1,14 +1,13 @@
-"""info, algorithms, score, search, export."""
+"""info, algorithms, score, export."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -16,59 +15,36 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from ..data import TASKS_READING, TEXT_READING
 from ..errors import InputError
-from ..io import file_marks, json_text, parse_json, write_json, write_jsonl
-from ..masks import check_removed, check_sequences, kept_by, record_units, removed_by
-from ..objectives import no_judge, objective_class
+from ..io import parse_json, write_jsonl
+from ..masks import check_removed, check_sequences, record_units, removed_by
+from ..objectives import no_judge
 from ..plan.progress import ProgressEvent, reporting
 from ..study.tables import (
-    TABLE_NOTE,
-    format_dense,
-    format_races,
     format_record,
     format_removed,
     format_saved,
-    pattern_text,
-    results_table,
     units_header,
 )
 from ..validate import refuse_existing
 from .candidates import UnitSequence, candidate_options, check_candidates, read_candidates
-from .held_out import beside_whole, format_difference, judge, judged_lines, next_lines, next_steps
+from .opening import MakeEvaluator, evaluates, open_model
 from .options import (
-    MOST_SEED,
-    Budget,
     Command,
-    CostBudget,
     FileName,
-    LossIncrease,
-    MakeEvaluator,
-    Name,
-    Protected,
     Units,
-    algorithm_names,
-    check_gradients,
-    evaluates,
-    held_out_options,
     json_option,
     model_options,
     naming,
-    open_model,
-    racing_option,
-    split_options,
     weights_option,
 )
-from .output import note, printing, progress_bar, say, say_json, written_somewhere
+from .output import printing, progress_bar, say, say_json, written_somewhere
 
 if TYPE_CHECKING:
-    from ..costs import Budget as RemovalBudget
     from ..evaluator import Evaluator
     from ..models import Model
     from ..plan.bands import Room
-    from ..search import SearchResult
 
-FILES = ("model", "calibration", "held_out")  # arguments that name files
 ADVICE = (
     "Begin with greedy: about k U masks. Then try beam, up to beam_width times as many: of four "
     "cases whose optimum is known (the demo model, docs/study.md), greedy found three and beam all."
@@ -218,327 +194,6 @@ def score(
             scores.say_all()
     if trouble:
         raise click.ClickException(trouble)
-
-
-@click.command(cls=Command)
-@click.option(
-    "--algorithm",
-    type=Name(algorithm_names),
-    default="beam",
-    show_default=True,
-    help="A name that `fastprune algorithms` lists. Begin with greedy, which scores about k U "
-    "masks for k of U units; beam scores up to beam_width times as many, and may find a better "
-    "result.",
-)
-@click.option(
-    "--num-remove",
-    type=Budget(),
-    callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
-    help="How many units to remove, or a share of them such as 25%, rounded down. Not for a search "
-    "over sequences, such as repeat.",
-)
-@click.option(
-    "--budget",
-    type=CostBudget(),
-    callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
-    help="Instead: the most that the pruned model may have, of params, bytes, kv_bytes (of the "
-    "key-value cache, per token) or latency_ms (measured); a number or a share of the whole "
-    "model's, such as params=75% or bytes=1.5G.",
-)
-@click.option(
-    "--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5."
-)
-@click.option(
-    "--protect",
-    type=Protected(),
-    default="",
-    help="Units that must stay, such as 0,1 or 0-3, or what a method never removes: sleb or "
-    "shortened-llama.",
-)
-@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
-@click.option(
-    "--out",
-    "out_dir",
-    type=FileName(),
-    help="Write result.json into this folder. A result of the same arguments there is printed "
-    "again.",
-)
-@click.option(
-    "--max-loss",
-    type=LossIncrease(),
-    help="Exit with status 1, after all is written, if the loss is above this: a loss, or an "
-    "increase over the whole model's such as +5%.",
-)
-@click.option(
-    "--measure-speed",
-    is_flag=True,
-    help="Measure the tokens per second of the whole and of the pruned model.",
-)
-@click.option(
-    "--table",
-    is_flag=True,
-    help="Print the loss and the cost after each unit that greedy or beam removed.",
-)
-@click.option(
-    "--figure",
-    type=FileName(),
-    help="Write the same as a figure, loss against cost with standard errors, into this .png or "
-    ".svg file.",
-)
-@racing_option
-@held_out_options
-@json_option
-@evaluates
-def search(
-    make_evaluator: MakeEvaluator,
-    algorithm: str,
-    num_remove: int | str | None,
-    budget: RemovalBudget | None,
-    max_loss: str | None,
-    measure_speed: bool,
-    table: bool,
-    figure: str | None,
-    options: tuple[str, ...],
-    protect: str | tuple[int, ...],
-    seed: int,
-    out_dir: str | None,
-    racing: float | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Search MODEL for the units whose removal hurts least, or for a sequence of units that
-    helps."""
-    from ..exports import can_export
-    from ..search import check_algorithm, check_racing, protected_units, run_search
-    from .budgets import check_figure, check_gate, check_stepwise, cost_record, write_path_figure
-
-    check_stepwise({"--table": table, "--figure": figure}, algorithm)
-    check_figure(figure)
-    given: dict[str, Any] = dict(split_options(options))
-    chosen, settings = check_algorithm(algorithm, given)
-    chosen.check_num_remove(num_remove, budget)
-    check_racing([algorithm], racing)
-    parameters = click.get_current_context().params
-    check_gradients([algorithm], parameters["objective"])
-    target = Path(out_dir) / "result.json" if out_dir else None
-    arguments = _arguments(parameters, settings)
-    if target:
-        with naming("--out"):
-            if kept := _kept_result(target, arguments):
-                note(f"{target} exists already, of the same arguments; nothing was computed")
-                _print_search(kept, target, as_json, written=False, table=table)
-                write_path_figure(kept, figure)
-                check_gate(kept, max_loss)
-                return
-            refuse_existing(target)
-    with progress_bar(quiet) as progress:
-        evaluator = make_evaluator(progress)
-        with naming("--protect"):
-            protected_units(protect, evaluator.num_units, evaluator.granularity)
-        unseen = make_evaluator.held_out and make_evaluator.held_out.open(evaluator.model)
-        result = run_search(
-            evaluator, algorithm, num_remove, seed, protect, racing, budget=budget, **given
-        )
-        record = _search_record(evaluator, result, arguments)
-        record |= cost_record(evaluator, result.removed, measure_speed)
-        opened, searched = evaluator.model, evaluator.objective
-        del evaluator  # its cache may hold a quarter of the free memory
-        if unseen is not None:
-            judging = make_evaluator.on(opened, unseen, progress)
-            record["held_out"] = judge(judging, result.sequence, searched, arguments["held_out"])
-    problem = can_export(opened, result.sequence) if result.granularity == "block" else None
-    record["next"] = next_steps(record, target, problem)
-    trouble = ""
-    if target:
-        target, trouble = written_somewhere(target, lambda path: write_json(path, record))
-    _print_search(record, target, as_json, written=not trouble, table=table)
-    write_path_figure(record, figure)
-    if trouble:
-        raise click.ClickException(trouble)
-    check_gate(record, max_loss)
-
-
-def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """The option's value. If --num-remove and --budget are both missing, or both given, this is
-    said before the options that need files."""
-    (other,) = {"num_remove", "budget"} - {parameter.name}
-    if value is not None and context.params.get(other) is not None:
-        raise InputError("--num-remove and --budget are two sizes; give one")
-    if value is None and other in context.params and context.params[other] is None:
-        from ..search import find_algorithm  # click reads the algorithm before missing options
-
-        try:
-            find_algorithm(context.params["algorithm"]).check_num_remove(None)
-        except InputError as error:
-            message = error.message.replace("num_remove", "--num-remove")
-            raise InputError(message.replace(" budget", " --budget")) from None
-    return value
-
-
-def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, object]:
-    """The arguments of a search that decide its result, with marks of the files they name.
-
-    parameters: of the command. settings: the algorithm's options.
-    """
-    names = (
-        *("model", "device", "dtype", "trust_remote_code", "objective", "calibration"),
-        *TEXT_READING,
-        *TASKS_READING,
-        *("normalization", "num_samples", "seq_len", "sample_seed", "granularity", "backend"),
-        *("algorithm", "num_remove", "protect", "seed", "racing", "measure_speed"),
-        *("held_out", "held_out_objective", "held_out_samples", "held_out_column"),
-    )
-    files = {name: file_marks(str(parameters[name])) for name in FILES if parameters[name]}
-    budget = parameters["budget"] and str(parameters["budget"])
-    plain = {name: parameters[name] for name in names} | {"budget": budget}
-    return plain | {"options": settings, "files": files}
-
-
-def _kept_result(path: Path, arguments: Mapping[str, object]) -> dict | None:
-    """The result in a file, if a search with the same arguments has written it.
-
-    Raises InputError that says how the arguments of another search differ.
-    """
-    if not path.is_file():
-        return None
-    try:
-        record = parse_json(path.read_bytes(), str(path))
-    except (InputError, OSError):
-        return None
-    before = record.get("arguments") if isinstance(record, dict) else None
-    if not isinstance(before, dict):
-        return None
-    differing = list(_differing(before, json.loads(json_text(arguments))))
-    if record.get("fastprune") != __version__:
-        differing.append(f"fastprune {record.get('fastprune')}, now {__version__}")
-    if differing:
-        raise InputError(
-            f"{path}: exists already and is not overwritten: it is the result of other arguments "
-            f"({'; '.join(differing)}); name another folder or remove it"
-        )
-    return record
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """How the arguments of two searches differ, each as its flag, its value and its value now."""
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if name == "files" and isinstance(old, dict):
-            changed = [of for of in new if of in old and old[of] != new[of]]
-            changed = [of for of in changed if before.get(of) == now.get(of)]  # or it is said so
-            yield from (f"the files of {now[of]} have changed" for of in changed)
-        elif name == "options" and isinstance(old, dict):
-            yield from _differing_options(old, new)
-        else:
-            flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
-            yield f"{flag} {_shown(flag, old)}, now {_shown(flag, new)}"
-
-
-def _differing_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """How the options of an algorithm differ."""
-    for name in sorted({*before} & {*now}):
-        if before[name] != now[name]:
-            yield f"--option {name}={before[name]}, now {now[name]}"
-
-
-def _shown(flag: str, value: object) -> str:
-    """The value of a flag, as a user gives it."""
-    if isinstance(value, list) and value:
-        return format_removed(value)
-    if value is False and flag == "--bos":
-        return "as --no-bos"
-    if value is None or value is False or value == []:
-        return "not given"
-    return "given" if value is True else str(value)
-
-
-def _search_record(
-    evaluator: Evaluator, result: SearchResult, arguments: Mapping[str, object]
-) -> dict:
-    """A search's result.json: the result, the whole model beside it, and the arguments."""
-    plain, num_units = result.to_dict(), evaluator.num_units
-    path = [kept_by(removed, num_units) for removed, _, _ in result.path]
-    errors = evaluator.objective.standard_error(evaluator.score_samples(sequences=path))
-    for step, error in zip(plain["path"], errors.tolist(), strict=True):
-        step["standard_error"] = error
-    calibration = {"file": arguments["calibration"], "num_samples": evaluator.num_samples}
-    return {
-        **beside_whole(evaluator, result.sequence),
-        **plain,
-        "store_hits": result.cost.store_hits,
-        "model": evaluator.model.name,
-        "held_out": None,
-        "removed_names": [evaluator.unit_names[unit] for unit in result.removed or ()],
-        "calibration": calibration | {name: arguments[name] for name in ("seq_len", "sample_seed")},
-        "fastprune": __version__,
-        "arguments": dict(arguments),
-    }
-
-
-def _print_search(
-    record: Mapping[str, Any],
-    target: Path | None,
-    as_json: bool,
-    written: bool = True,
-    table: bool = False,
-) -> None:
-    """Print a search's record. target: its file, if it has one; written: whether the file is new;
-    table: with the loss and cost of each size."""
-    from .budgets import cost_lines, path_table
-
-    objective = objective_class(record["objective"])
-    algorithm, num_units = record["algorithm"], record["num_units"]
-    is_sequence = "sequence" in record
-    units = record["sequence" if is_sequence else "removed"]
-    shape = f"{len(units)} unit runs" if is_sequence else f"{len(units)} of {num_units} removed"
-    loss, error, dense_loss, dense_error = (
-        float(record[name])  # inf and nan are texts in a file
-        for name in ("loss", "standard_error", "dense_loss", "dense_standard_error")
-    )
-    title = (
-        f"{record['model']}, {record['objective']}, {shape} "
-        f"({format_dense(objective, dense_loss, dense_error)})"
-    )
-    counts = (record[name] for name in ("evaluations", "unit_runs", "naive_unit_runs"))
-    row = (algorithm, units, objective.format(loss, error, named=False), *counts)
-    dense_pass = f" Under {record['objective']}, runs include one pass of the whole model."
-    dense_pass *= objective.compares_with_dense
-    with printing(target):
-        if as_json:
-            say_json(record)
-            return
-        say(results_table(title, objective.header(), [row], units_header([record])))
-        say(f"{TABLE_NOTE}{dense_pass} {record['seconds']:.1f} s.", style="dim")
-        if is_sequence:
-            say(f"sequence: {format_removed(units)}")
-        else:
-            say(pattern_text([(record["objective"], algorithm, units)], num_units))
-            say(f"removed: {format_removed(units)}")
-        if units and not objective.compares_with_dense:
-            said = format_difference(objective, record)
-            say(f"{objective.metric_name}, difference to the whole model: {said}")
-        for line in cost_lines(record):
-            say(line)
-        if table:
-            say(path_table(record))
-        num_samples = record["calibration"]["num_samples"]
-        judged = {"name": record["objective"], "chance": record["chance"]}
-        if note_ := no_judge(judged | {"num_samples": num_samples}, dense_loss):
-            say(note_)
-        if record["racing"]:
-            say(format_races(record["decided_early"]))
-        if record["granularity"] == "sublayer" and not is_sequence:
-            say(f"sublayers: {', '.join(record['removed_names']) or '-'}")
-        for line in judged_lines(record["held_out"]) if record["held_out"] else ():
-            say(line)
-        if record["store_hits"]:
-            say(f"{record['store_hits']} of the scores were in the store already")
-        if target and written:
-            say(f"written: {target}")
-        for line in next_lines(record["next"]):
-            say(line)
 
 
 @click.command(cls=Command)

@@ -11,7 +11,8 @@ import click
 from rich.table import Table
 
 from .. import __version__
-from .options import Command, json_option, open_model
+from .opening import open_model
+from .options import Command, json_option
 from .output import printing, say, say_json
 
 PACKAGES = (

@@ -19,17 +19,15 @@ from ..masks import Candidate, record_units
 from ..objectives import Difference, Objective
 from ..validate import refuse_existing
 from .candidates import candidate_options, check_candidates, read_candidates
+from .opening import check_workers, open_model, open_workers
 from .options import (
     MOST,
     Command,
     FileName,
-    check_workers,
     group,
     json_option,
     model_options,
     naming,
-    open_model,
-    open_workers,
     output_options,
     running_settings,
     store_option,

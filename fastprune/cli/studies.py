@@ -22,20 +22,8 @@ from .evaluation import (
     open_tasks,
     task_table,
 )
-from .options import (
-    Command,
-    FileName,
-    Folder,
-    check_gradients,
-    check_workers,
-    json_option,
-    naming,
-    open_model,
-    open_objective,
-    open_workers,
-    output_options,
-    workers_options,
-)
+from .opening import check_gradients, check_workers, open_model, open_objective, open_workers
+from .options import Command, FileName, Folder, json_option, naming, output_options, workers_options
 from .output import note, printing, progress_bar, say, say_json
 from .study_tables import controls_table, held_out_table, print_cells, print_pattern
 

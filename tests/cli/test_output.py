@@ -172,16 +172,16 @@ def test_any_folder_name_is_printed_and_drawn_as_it_is(
 @pytest.fixture
 def vanishes(monkeypatch):
     """vanishes(folder): a file that cannot be written to once the model is open."""
-    from fastprune.cli import options
+    from fastprune.cli import opening
 
     def vanishes(folder):
-        opened = options.open_model
+        opened = opening.open_model
 
         def open_model(*arguments):
             folder.write_text("a file by now")
             return opened(*arguments)
 
-        monkeypatch.setattr(options, "open_model", open_model)
+        monkeypatch.setattr(opening, "open_model", open_model)
 
     return vanishes
 

@@ -44,7 +44,10 @@ def test_a_budget_with_its_table_gate_and_record(run, tmp_path):
         (("--budget", "params=101%"), "--budget: params must be a number of at least 0 or a share"),
         (("--budget", "params=-1"), "--budget: params must be a number of at least 0 or a share"),
         (("--budget", "watts=1"), "--budget: budget must be one of params, bytes"),
-        (("--budget", "params=1K"), "--budget params=1000 cannot be met: without all units"),
+        (
+            ("--budget", "params=1K"),
+            "--budget params=1000 cannot be met: without all removable units",
+        ),
         (("--num-remove", 1, "--max-loss", "5%"), "--max-loss must be an increase"),
         (("--num-remove", 1, "--max-loss", "nan"), "--max-loss must be an increase"),
         (("--num-remove", 1, "--table", "--algorithm", "random"), "--table is of an algorithm"),

@@ -526,7 +526,7 @@ def least_gigabytes(folder) -> str:
 
 @pytest.mark.slow
 def test_workers_and_streamed_weights_give_the_same_answers(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastprune.cli.options.Processes", InThisProcess)
+    monkeypatch.setattr("fastprune.cli.opening.Processes", InThisProcess)
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     streamed = "--weights-gb", least_gigabytes(folder("llama"))
     found = []
@@ -600,7 +600,7 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
     for row, result in zip(rows, expected, strict=True):
         assert row["results"]["demo_choices"] == result["results"]["demo_choices"]
     assert "word_perplexity" in printed
-    monkeypatch.setattr("fastprune.cli.options.Processes", InThisProcess)
+    monkeypatch.setattr("fastprune.cli.opening.Processes", InThisProcess)
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     tables["resources"] = {"weights_gb": float(least_gigabytes(folder("llama")))}
     write_document(document, **tables)

@@ -1,0 +1,388 @@
+"""Models, objectives and evaluators, as options describe them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import TASKS_READING
+from ..errors import InputError
+from ..objectives import OBJECTIVES, Objective
+from ..plan.progress import ProgressCallback
+from ..validate import check_one_of, check_path
+from ..workers.processes import Processes, Workers
+from .options import evaluator_settings, model_options, naming, objective_options
+from .output import note
+
+if TYPE_CHECKING:
+    from ..evaluator import Backend, Evaluator
+    from ..models import Granularity, Model
+
+
+def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:
+    """Raise InputError for an algorithm on the gradients of an objective that has none."""
+    from ..search import find_algorithm
+
+    for name in algorithms:
+        if find_algorithm(name).needs_gradients and not OBJECTIVES[objective].differentiable:
+            raise InputError(
+                f"{name} needs gradients, which the objective {label or objective!r} has not; "
+                f"take {', '.join(n for n, o in OBJECTIVES.items() if o.differentiable)}, or "
+                f"another algorithm"
+            )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data to score on, as options name it.
+
+    flag: of its file. reading: further arguments of the loader. settings: of the objective.
+    spelled: the options that other data has names of its own for, by those of the calibration data.
+    """
+
+    flag: str
+    objective: str
+    file: str
+    num_samples: int | None
+    seq_len: int | None
+    seed: int
+    reading: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    spelled: Mapping[str, str] = field(default_factory=dict)
+
+    def open(self, model: Model) -> Objective:
+        """The objective on this data."""
+        try:
+            return open_objective(
+                self.objective,
+                self.file,
+                self.num_samples,
+                self.seq_len,
+                self.seed,
+                model,
+                self.reading,
+                self.settings,
+                title=self.flag.removeprefix("--"),
+            )
+        except InputError as error:
+            if not self.spelled:
+                raise
+            fits = {self.spelled.get(name, name): value for name, value in error.fits.items()}
+            raise InputError(f"{self.flag}: {error.message}", fits=fits) from error
+
+
+class MakeEvaluator:
+    """Makes the evaluators of a command from its options; they share the store and the workers.
+
+    data: of the calibration. held_out: of data that judges the result, if the command has some.
+    opening: arguments of `open_model`. options: of `Evaluator`. store: its file.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        held_out: Data | None,
+        opening: Sequence[Any],
+        options: Mapping[str, Any],
+        store: str | None,
+        workers: int | None,
+        ray: str | None,
+    ):
+        self.data, self.held_out = data, held_out
+        self._opening, self._options = opening, dict(options)
+        self.store, self._workers, self._ray = store, workers, ray
+
+    def __call__(self, progress: ProgressCallback | None) -> Evaluator:
+        """The evaluator on the calibration data, of the model, which it opens."""
+        opened = open_model(*self._opening)
+        objective = self.data.open(opened)
+        self._options["workers"] = open_workers(self._workers, self._ray, opened)
+        if self.store is not None:
+            from ..engine.store import SumStore
+
+            self._options["store"] = SumStore(self.store)
+        return self.on(opened, objective, progress)
+
+    def on(
+        self, model: Model, objective: Objective, progress: ProgressCallback | None
+    ) -> Evaluator:
+        """An evaluator of an open model, on other data."""
+        from ..evaluator import Evaluator
+
+        return Evaluator(model, objective, **self._options, progress=progress)
+
+
+def evaluates(command: Callable) -> Callable:
+    """Give a command the shared options, and as its first argument the `MakeEvaluator` that they
+    describe."""
+
+    @model_options
+    @objective_options
+    @evaluator_settings
+    @functools.wraps(command)
+    def wrapped(
+        model: str, device: str | None, dtype: str | None, trust_remote_code: bool,
+        objective: str, calibration: str | None,
+        bos: bool | None, column: str | None, chat_template: str | None, loss_on: str | None,
+        delimiter: str | None, normalization: str | None, store: str | None,
+        num_samples: int | None, seq_len: int | None, sample_seed: int,
+        granularity: Granularity, backend: Backend,
+        memory_bytes: int | None, weights_bytes: int | None,
+        cache_bytes: int | None, cache_dir: Path | None,
+        workers: int | None, ray: str | None,
+        held_out: str | None = None, held_out_objective: str | None = None,
+        held_out_column: str | None = None, held_out_samples: int | None = None, **own: Any,
+    ) -> Any:  # fmt: skip
+        calibration = check_calibration(model, objective, calibration)
+        judge = check_held_out(
+            calibration,
+            held_out,
+            held_out_objective or objective,
+            objective=held_out_objective,
+            column=held_out_column,
+            samples=held_out_samples,
+        )
+        names = [objective] if judge is None else [objective, judge]
+        refuse_text_sizes(names, seq_len, sample_seed)
+        reading = check_reading(
+            names,
+            bos=bos,
+            column=column,
+            chat_template=chat_template,
+            loss_on=loss_on,
+            delimiter=delimiter,
+        )
+        settings = check_normalization(names, normalization)
+        check_workers(workers, ray)
+        sizes = (seq_len, sample_seed)
+        data = Data(
+            *("--calibration", objective, calibration, num_samples, *sizes),
+            *(reading[objective], settings[objective]),
+        )
+        unseen = None
+        if held_out is not None and judge is not None:
+            own_column = {} if held_out_column is None else {"column": held_out_column}
+            unseen = Data(
+                *("--held-out", judge, held_out, held_out_samples, *sizes),
+                *(reading[judge] | own_column, settings[judge]),
+                spelled={"num_samples": "held_out_samples", "column": "held_out_column"},
+            )
+        options = {
+            "backend": backend,
+            "granularity": granularity,
+            "memory_bytes": memory_bytes,
+            "cache_bytes": cache_bytes,
+            "cache_dir": cache_dir,
+        }
+        opening = (model, device, dtype, trust_remote_code, weights_bytes)
+        make = MakeEvaluator(data, unseen, opening, options, store, workers, ray)
+        return command(make, **own)
+
+    return wrapped
+
+
+def open_model(
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    weights_bytes: int | None = None,
+) -> Model:
+    import torch
+    from transformers.utils import logging
+
+    from ..models import load_model
+    from ..models.imports import import_transformers
+
+    import_transformers()
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        device and torch.device(device)
+    except (RuntimeError, ValueError, TypeError):  # the last two of text not in UTF-8
+        raise InputError(
+            f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0"
+        ) from None
+    return load_model(
+        model, device, dtype, trust_remote_code=trust_remote_code, weights_bytes=weights_bytes
+    )
+
+
+def check_workers(workers: int | None, ray: str | None) -> None:
+    """Raise InputError for workers of two kinds, and for a Ray not installed or not answering."""
+    if ray is None:
+        return
+    if workers is not None:
+        raise InputError(
+            "--workers are processes of this machine, --ray those of a cluster; give one of them"
+        )
+    from ..workers.ray import check_address
+
+    with naming("--ray"):
+        check_address(ray)
+
+
+def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers | None:
+    """Workers of evaluators, started. The cores of this machine are shared out as threads over its
+    processes."""
+    if ray is not None:
+        from ..workers.ray import RayWorkers
+
+        return RayWorkers(ray, model.device)
+    if workers is None:
+        return None
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    return Processes(workers)
+
+
+def check_calibration(model: str, objective: str, calibration: str | None) -> str:
+    """The calibration file, before the model is loaded; the demo model's own if none is given."""
+    from .. import demo
+
+    check_one_of("--objective", objective, OBJECTIVES)
+    if calibration is None and model == "demo":
+        return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
+    if calibration is None:
+        raise InputError("--calibration: name a file of text or questions to score on")
+    from ..data import is_data
+
+    with naming("--calibration"):
+        if not is_data(check_path(calibration)):
+            raise InputError(f"{calibration}: no such file")
+    return calibration
+
+
+def open_objective(
+    name: str,
+    calibration: str,
+    num_samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    model: Model,
+    reading: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    title: str = "calibration",
+) -> Objective:
+    """The objective on its calibration data. Text gets the defaults of the field, 64 samples of
+    2048 tokens, and the demo's own text its own. `reading`: further arguments of the loader;
+    `settings`: of the objective; `title`: of the line that says which form the data has."""
+    from .. import demo
+    from ..data import load_tasks, load_text
+
+    file = Path(calibration).name
+    kind: Any = OBJECTIVES[name]
+    make: Callable[[Any], Objective] = functools.partial(kind, **settings or {})
+    if OBJECTIVES[name].data == "tasks":
+        tasks = load_tasks(calibration, model.tokenizer, limit=num_samples, **reading or {})
+        if num_samples is not None and tasks.num_questions < num_samples:
+            raise InputError(
+                f"{calibration}: holds {tasks.num_questions} questions, but {num_samples} samples "
+                f"were asked for",
+                fits={"num_samples": tasks.num_questions},
+            )
+        if tasks.source != calibration:
+            note(f"{title}: {tasks.source}")
+        objective = make(tasks)
+        objective.source = file if num_samples is None else f"{file}, the first questions"
+        return objective
+    reading = dict(reading or {})
+    is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written
+    if is_demo:  # its model was trained on windows that begin anywhere
+        reading.setdefault("bos", False)
+    if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
+        seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
+    if seq_len is not None and model.max_positions and seq_len > model.max_positions:
+        raise InputError(
+            f"seq_len {seq_len} is longer than the model's {model.max_positions} positions",
+            argument="seq_len",
+            most=model.max_positions,
+        )
+    batch = load_text(calibration, model.tokenizer, num_samples, seq_len, seed, **reading)
+    if batch.source != calibration:
+        note(f"{title}: {batch.source}")
+    objective = make(batch)
+    objective.source = f"{batch.source}, drawn by seed {seed}"
+    return objective
+
+
+def check_held_out(
+    calibration: str, held_out: str | None, judge: str, **options: Any
+) -> str | None:
+    """The objective of held-out data, None without such data.
+
+    options: the further options of held-out data, by the end of their names. Raises InputError for
+    one of these without the data, and for data that the search reads.
+    """
+    if held_out is None:
+        for name, value in options.items():
+            if value is not None:
+                raise InputError(f"--held-out-{name} is of held-out data; name it by --held-out")
+        return None
+    check_one_of("--held-out-objective", judge, OBJECTIVES)
+    from ..data import is_data
+
+    with naming("--held-out"):
+        if not is_data(check_path(held_out)):
+            raise InputError(f"{held_out}: no such file")
+    if held_out == calibration or Path(held_out).resolve() == Path(calibration).resolve():
+        raise InputError(
+            f"--held-out: {held_out} is the calibration data; name data that the search does not "
+            "read"
+        )
+    if options["column"] is not None and OBJECTIVES[judge].data != "text":
+        raise InputError(f"--held-out-column is of text; {judge} reads questions")
+    return judge
+
+
+def check_reading(objectives: Sequence[str], **reading: Any) -> dict[str, dict[str, Any]]:
+    """By objective, the options for reading its data, less those not given. Raises InputError for
+    one of text if only questions are read, and the other way round."""
+    given = {name: value for name, value in reading.items() if value is not None}
+    kinds = {name: OBJECTIVES[name].data for name in objectives}
+    for name in given:
+        if _kind_read(name) not in kinds.values():
+            own, read = ("text", "questions")[:: 1 if _kind_read(name) == "text" else -1]
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is of {own}; {objectives[0]} reads {read}")
+    return {
+        objective: {name: value for name, value in given.items() if _kind_read(name) == kind}
+        for objective, kind in kinds.items()
+    }
+
+
+def _kind_read(option: str) -> str:
+    """The kind of data that an option of reading is about."""
+    return "tasks" if option in TASKS_READING else "text"
+
+
+def check_normalization(
+    objectives: Sequence[str], normalization: str | None
+) -> dict[str, dict[str, str]]:
+    """By objective, its settings. Raises InputError where none can be normalised so."""
+    allowed = {name: OBJECTIVES[name].settings.get("normalization") for name in objectives}
+    if normalization is not None and not any(allowed.values()):
+        having = [name for name, of in OBJECTIVES.items() if "normalization" in of.settings]
+        raise InputError(f"--normalization is for {', '.join(having)}, not for {objectives[0]}")
+    settings: dict[str, dict[str, str]] = {name: {} for name in objectives}
+    for name, values in allowed.items():
+        if normalization is not None and values:
+            check_one_of("--normalization", normalization, values)
+            settings[name] = {"normalization": normalization}
+    return settings
+
+
+def refuse_text_sizes(objectives: Iterable[str], seq_len: int | None, seed: int) -> None:
+    """Raise InputError for options that cut text, if no objective is on text."""
+    if any(OBJECTIVES[name].data == "text" for name in objectives):
+        return
+    for flag, given in (("--seq-len", seq_len is not None), ("--sample-seed", seed != 0)):
+        if given:
+            raise InputError(f"{flag} is of text; of questions, --num-samples says how many")
