@@ -57,28 +57,37 @@ def load_model(
 ) -> Model:
     """Open a language model for scoring.
 
-    source: "demo", a folder of safetensors, a .gguf file, a hub id, a folder of a peft adapter
-        (merged into its base), or a transformers causal language model in
-        memory (its weights are shared, and it is left unchanged; device and dtype must then stay
-        None). A Model, which is open already, is returned as it is.
-    device: by default "cuda" if the machine has a GPU, else "cpu".
-    dtype: by default the checkpoint's own; but on a CPU without instructions for a 16-bit one it is
-        float32, to which the weights are widened as they are loaded, or, if that would not fit into
-        memory, as they are used (a UserWarning says so). "auto" is the checkpoint's own in any
-        case.
-    tokenizer: a tokenizer of transformers; by default the folder's own, None for a model in memory.
-    trust_remote_code: run code that comes with the checkpoint, for a family that transformers does
-    not know.
-    weights_bytes: for a checkpoint larger than memory, or than this: its blocks stay in their
-        files, and are read by turns. At most these bytes are loaded, embeddings and head
-        included.
-        Scores have the same bits.
-    Raises InputError for a missing or truncated shard, a folder of pickles, or a family that cannot
-    be run.
+    Args:
+        source: The model, in one of these forms.
 
-    >>> import fastprune as fp
-    >>> fp.load_model("demo").num_blocks
-    12
+            - "demo", the small model of the package.
+            - A folder of safetensors, a .gguf file or a hub id.
+            - A folder of a peft adapter, which is merged into its base.
+            - A transformers causal language model in memory. Its weights are shared, and it is left
+              unchanged; device and dtype must stay None.
+            - A Model, which is returned as it is.
+        device: By default "cuda" if the machine has a GPU, else "cpu".
+        dtype: By default the checkpoint's own, like "auto". A CPU without instructions for a 16-bit
+            dtype runs in float32 by default: weights are widened as they are loaded, or, if they
+            would not fit into memory, as they are used, with a UserWarning.
+        tokenizer: A tokenizer of transformers; by default the folder's own, None for a model in
+            memory.
+        trust_remote_code: Run code of the checkpoint, for a family that transformers does not know.
+        weights_bytes: For a checkpoint larger than memory, the most bytes of weights to load,
+            embeddings and head included. Blocks stay in their files, and are read a band at a time.
+            Scores have the same bits.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: A shard is missing or truncated, the folder holds pickles, or the family cannot
+            be run.
+
+    Examples:
+        >>> import fastprune as fp
+        >>> fp.load_model("demo").num_blocks
+        12
     """
     if not isinstance(source, (str, os.PathLike)):
         if device is not None or dtype is not None:

@@ -30,7 +30,7 @@ def test_a_budget_with_its_table_gate_and_record(run, tmp_path):
     assert f"{after:,.0f}" in out.split("of the whole")[1]
     status, _, err = run(*search, "--measure-speed", "--out", tmp_path, "--max-loss", "0.001")
     assert status == 1
-    assert "holds the result of the same arguments" in err
+    assert "exists already, of the same arguments" in err
     assert "--max-loss: the loss is " in err.splitlines()[-1]
     assert run(*search, "--max-loss", "+100000%")[0] == 0
 
