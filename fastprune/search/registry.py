@@ -344,8 +344,8 @@ def check_limits(chosen: Algorithm, racing: float | None) -> None:
         )
     if chosen.weighs and racing is not None:
         raise InputError(
-            f"{chosen.name} compares losses by what is saved, which does not race, under a budget "
-            f"of units that save unlike amounts; leave out racing",
+            f"{chosen.name} cannot race under a budget of units that save unlike amounts, since it "
+            f"compares losses relative to savings; leave out racing",
             argument="racing",
         )
 

@@ -12,8 +12,7 @@ from families import build, random_rows, some_masks
 from transformers import AutoModelForCausalLM
 
 import fastprune as fp
-from fastprune.models import open as load
-from fastprune.models import precision
+from fastprune.models import folder, precision
 
 OLD, NEW = {"avx2": True}, {"avx2": True, "avx512_bf16": True, "avx512_fp16": True}
 
@@ -25,7 +24,7 @@ def old_processor(monkeypatch):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    monkeypatch.setattr(load, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(folder, "available_bytes", lambda device: 1000)
 
 
 def saved(tmp_path, family="llama", dtype=torch.bfloat16):
