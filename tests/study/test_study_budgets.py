@@ -84,7 +84,7 @@ def test_measured_times_keep_their_budget(model, tmp_path):
     ("algorithm", "budget", "more", "message"),
     [
         ("shapley", "params=60%", {}, "shapley removes a number of units and cannot keep a budget"),
-        ("beam", "params=60%", {"racing": 0.9}, "beam compares losses by what is saved, which "),
+        ("beam", "params=60%", {"racing": 0.9}, "beam cannot race under a budget of units "),
         ("greedy", "params=1", {}, "params=1 cannot be met"),
         ("greedy", "latency_ms=5,rows=4", {}, "takes batch_size=ROWS and seq_len=TOKENS behind"),
     ],
