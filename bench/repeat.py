@@ -1,13 +1,16 @@
 """Does a model gain when a window of its blocks runs twice? Chosen and judged on separate halves.
 
     python bench/repeat.py MODEL [--text FILE] [--questions FILE.jsonl] [--samples 64]
-        [--seq-len 64] [--limit 100] [--lengths 1-30] [--keep 5] [--out bench/results/repeat.json]
+        [--seq-len 64] [--limit 100] [--lengths 1-30] [--keep 5] [--dtype bfloat16] [--unraced 4]
+        [--store FILE] [--out bench/results/repeat.json]
 
 Every window of blocks of the lengths is a candidate. A race at 0.99 chooses the best on the first
 half of the windows of text, by perplexity, and once more on every second question, by the margin.
 The chosen sequences and the whole model are then judged on the other half of both: the difference
 of the metric to the whole model, with its paired standard error. --samples and --limit count both
-halves. Without --text and --questions, the demo model's own are taken.
+halves. Without --text and --questions, the demo model's own are taken. --unraced N scores every
+window on N of the chooser's rows, without a race, against one pass of transformers for each of 15
+windows. With --store, an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +29,7 @@ import torch
 import fastprune as fp
 from fastprune import demo
 from fastprune.masks import parse_removed, repeated
+from fastprune.models.surgery import ordered
 from fastprune.objectives import Objective
 from fastprune.plan.trie import make_trie
 from fastprune.study.tables import format_removed
@@ -45,6 +50,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=parse_removed, help="of windows; default: all")
     parser.add_argument("--keep", type=int, default=5)
     parser.add_argument("--only", choices=("text", "questions"), help="what chooses; both judge")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--unraced", type=int, help="rows of text on which no window is raced")
     parser.add_argument("--store", help="a file that keeps finished sums")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -52,7 +59,7 @@ def main() -> None:
     if given.model == "demo":
         given.text = given.text or demo.TEXT_HELDOUT
         given.questions = given.questions or demo.QUESTIONS_HELDOUT
-    model = fp.load_model(given.model, dtype="float32")
+    model = fp.load_model(given.model, dtype=given.dtype)
     halves: dict[str, list[Objective]] = {}
     if given.text:
         halves["text"] = text_halves(model, given.text, given.samples, given.seq_len)
@@ -63,10 +70,15 @@ def main() -> None:
     record = {
         "model": f"{model.num_blocks} blocks, hidden size {model.hidden_size}",
         "windows": len(windows),
+        "command": " ".join(["python", "bench/repeat.py", *sys.argv[1:]]),
+        "dtype": given.dtype,
         "unraced": flop_ratio(model, sequences),
         "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1},
         "chosen_by": {},
     }
+    if given.text and given.unraced:
+        record["unraced"] |= unraced(model, halves["text"][0][0].batch, sequences, given.unraced)
+        print(json.dumps(record["unraced"]), flush=True)
     judges = {
         name: fp.Evaluator(model, judge, store=given.store)
         for _, second in halves.values()
@@ -120,6 +132,42 @@ def flop_ratio(model: fp.Model, sequences: list[tuple[int, ...]]) -> dict:
     naive, made = trie.naive_unit_runs, trie.unit_runs
     ratio = (naive * block + heads) / (made * block + heads)
     return {"naive_unit_runs": naive, "unit_runs": made, "flop_ratio": ratio}
+
+
+def unraced(
+    model: fp.Model, batch: fp.TokenBatch, sequences: list[tuple[int, ...]], num_rows: int
+) -> dict:
+    """CPU seconds for all sequences on the first rows, against transformers' passes over a sample
+    of 15 models that hold these sequences, scaled to all by their unit runs."""
+    rows = [row[None] for row in torch.from_numpy(batch.ids.reshape(batch.num_rows, -1)[:num_rows])]
+    ev = fp.Evaluator(model, fp.Perplexity(fp.TokenBatch.from_ids(torch.cat(rows).numpy())))
+    ev.score(sequences=[range(model.num_blocks)])  # opens the evaluator
+    started = time.process_time()
+    losses = ev.score(sequences=sequences)
+    seconds = time.process_time() - started
+    sampled = np.linspace(0, len(sequences) - 1, 15).astype(int).tolist()
+    models = [ordered(model, sequences[i]) for i in sampled]
+    expected = []
+    started = time.process_time()
+    for hf in models:
+        with torch.no_grad():
+            sums = [
+                torch.nn.functional.cross_entropy(
+                    hf(input_ids=row, use_cache=False).logits[0, :-1].float(), row[0, 1:]
+                )
+                for row in rows
+            ]
+        expected.append(float(torch.stack(sums).mean()))
+    passes = time.process_time() - started
+    total = sum(map(len, sequences)) / sum(len(sequences[i]) for i in sampled)
+    return {
+        "rows": num_rows,
+        "tokens": batch.ids.size // batch.num_rows,
+        "fastprune_s": round(seconds, 1),
+        "loop_s": round(passes * total, 1),
+        "times_faster": round(passes * total / seconds, 2),
+        "greatest_difference": float(np.abs(losses[sampled] - expected).max()),
+    }
 
 
 def chosen_by(
