@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -135,7 +136,7 @@ class FusedRunner:
         entry = hidden_of(state)
         x = entry.flatten(0, 1)
         if granularity == "block":
-            return self._run_block(unit, x, arguments).view_as(entry)
+            return self._run_block(unit, self._layers[unit], x, arguments).view_as(entry)
         block, is_mlp = divmod(unit, 2)
         layer = self._layers[block]
         if not is_mlp:
@@ -152,6 +153,19 @@ class FusedRunner:
         else:
             normed = self._norm(layer.mlp_norm, x)
         return self._add_mlp(layer, normed, x.clone()).view_as(entry)
+
+    def own_mlp_name(self, block: int) -> str | None:
+        """The name of a block's mlp if it runs as the family's own module; None if operators run
+        it."""
+        return None if self._layers[block].own_mlp is None else self._block.mlp
+
+    def run_with_mlp(
+        self, block: int, state: torch.Tensor, arguments: ChunkArguments, mlp: Callable
+    ) -> torch.Tensor:
+        """The state [B, T, D] after a block, with a function of the normed states [1, B * T, D] in
+        the place of the family's own mlp."""
+        layer = replace(self._layers[block], own_mlp=mlp)
+        return self._run_block(block, layer, state.flatten(0, 1), arguments).view_as(state)
 
     def pack(self, state: State) -> torch.Tensor:
         """Like `GenericRunner.pack`."""
@@ -171,9 +185,11 @@ class FusedRunner:
         """Final states [P, D] as the head reads them."""
         return self._norm(self._last_norm, states)
 
-    def _run_block(self, number: int, x: torch.Tensor, arguments: ChunkArguments) -> torch.Tensor:
-        """The state [T, D] after a block."""
-        layer, residual = self._layers[number], torch.empty_like(x)
+    def _run_block(
+        self, number: int, layer: Layer, x: torch.Tensor, arguments: ChunkArguments
+    ) -> torch.Tensor:
+        """The state [T, D] after a block with the parts of this layer."""
+        residual = torch.empty_like(x)
         normed = self._norm(layer.attention_norm, x)
         branch = self._attention(number, normed, arguments)
         if layer.mlp_norm is not None:

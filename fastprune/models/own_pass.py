@@ -18,9 +18,9 @@ from torch import nn
 from ..errors import InputError
 from .compare import agree, agreeing_share, continued_otherwise, probe_ids, same_bits
 from .device import is_out_of_memory
+from .fused import FusedRunner
 from .generic import GenericRunner
 from .model import Model
-from .runner import Runner
 from .swap import Arguments, StandInLayer, first, get_module, with_replaced
 from .text import failure_of
 
@@ -200,7 +200,7 @@ def _prove_short(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_row(
-    generic: GenericRunner, ids: torch.Tensor, together: bool, fused: Runner | None = None
+    generic: GenericRunner, ids: torch.Tensor, together: bool, fused: FusedRunner | None = None
 ) -> None:
     """Verify a model on a plain row as long as the longest to be scored, once for each length.
 
@@ -234,11 +234,11 @@ def check_row(
 
 
 def _prove_row(
-    generic: GenericRunner, ids: torch.Tensor, together: bool, fused: Runner | None
+    generic: GenericRunner, ids: torch.Tensor, together: bool, fused: FusedRunner | None
 ) -> None:
     model, length = generic.model, ids.shape[1]
     state, arguments = _opened(generic, ids)
-    following = state
+    following = entry = state
     # The third pass runs batches of rows, each with the number of tokens that it shares with the
     # row. One shares two thirds, one all but the last: so neither a look at the next token nor one
     # at the rest of a segment is missed. Rows that never run in company run one by one. A fused
@@ -253,10 +253,11 @@ def _prove_row(
         path.open(torch.cat([continued_otherwise(model, ids, kept) for kept in batch]))
         for batch in shares
     ]
-    batches = [states for states, _ in opened]
+    entries = batches = [states for states, _ in opened]
 
     def before(block: int) -> None:
-        nonlocal following, batches
+        nonlocal following, entry, batches, entries
+        entry, entries = state, batches
         following = run_block(generic, block, state, arguments)
         batches = [
             path.run(block, states, rest, "block")
@@ -269,8 +270,9 @@ def _prove_row(
         for number, (states, batch) in enumerate(zip(batches, shares, strict=True)):
             if batch[0] == length and fused is None:
                 _require_alone(model, states[:1], state)
-            elif batch[0] == length and not fused_agrees(model, block, states[:1], state):
-                raise fused_differs(model, block)
+            elif batch[0] == length and fused is not None:
+                on_fused = Step(entries[number], opened[number][1], states)
+                require_fused_agrees(generic, fused, block, Step(entry, arguments, state), on_fused)
             same = states[:1] if together else state  # run at the same shapes
             for place, kept in enumerate(batch):
                 if kept < length:
@@ -286,17 +288,66 @@ def _prove_row(
     _own_pass(model, ids, before, after, base_only=True)
 
 
-def fused_agrees(model: Model, block: int, result: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether a block's states on the fused path are the generic path's, up to a few roundings.
+class Step(NamedTuple):
+    """A block's run on a path: entry and output [B, T, D], with the path's arguments of a chunk."""
 
-    These let a router near a tie take another expert, so that of a block with experts (stacks of
-    matrices) most positions are to agree.
+    entry: torch.Tensor
+    arguments: Any
+    output: torch.Tensor
+
+
+def require_fused_agrees(
+    generic: GenericRunner, fused: FusedRunner, block: int, own: Step, other: Step
+) -> None:
+    """Raise InputError unless a block's states on the fused path are the generic path's, up to a
+    few roundings.
+
+    These let a router near a tie take another expert. Where the family's own mlp runs, it may give
+    something else at a quarter of the positions, if all around it agrees at every one.
+
+    Args:
+        generic: The generic runner.
+        fused: The fused runner.
+        block: The block.
+        own: Its run on the generic path.
+        other: Its run on the fused path: the same rows, and perhaps others behind them.
     """
-    if agree(result, expected, model.dtype):
-        return True
-    has_experts = any(weights.dim() == 3 for weights in model.layers[block].parameters())
-    return has_experts and agreeing_share(result, expected, model.dtype) >= MOST_POSITIONS
+    dtype, result = generic.model.dtype, other.output[: len(own.output)]
+    if agree(result, own.output, dtype):
+        return
+    name = fused.own_mlp_name(block)
+    if (
+        name is None
+        or agreeing_share(result, own.output, dtype) < MOST_POSITIONS
+        or not _agrees_around(generic, fused, name, block, own, other)
+    ):
+        raise InputError(
+            f"{generic.model.name}: block {block} gives something else on the fused path"
+        )
 
 
-def fused_differs(model: Model, block: int) -> InputError:
-    return InputError(f"{model.name}: block {block} gives something else on the fused path")
+def _agrees_around(
+    generic: GenericRunner, fused: FusedRunner, name: str, block: int, own: Step, other: Step
+) -> bool:
+    """Whether the mlp of this name gets the same input on both paths, and the block gives the same
+    states for the same output of it."""
+    layer, dtype = generic.model.layers[block], generic.model.dtype
+    inputs: list[torch.Tensor] = []
+    terms: list[torch.Tensor] = []
+
+    def noted(states: torch.Tensor, args: tuple, kwargs: dict) -> Any:
+        output = getattr(layer, name)(states, *args, **kwargs)
+        inputs.append(states.flatten(0, 1))
+        terms.append(first(output).flatten(0, 1))
+        return output
+
+    def repeated(states: torch.Tensor) -> torch.Tensor:
+        inputs.append(states[0, : len(terms[0])])
+        term = torch.zeros_like(states)
+        term[0, : len(terms[0])] = terms[0]
+        return term
+
+    watched = with_replaced(layer, (name,), StandInLayer(getattr(layer, name), noted))
+    expected = first(watched(own.entry, **own.arguments[block]))
+    result = fused.run_with_mlp(block, other.entry, other.arguments, repeated)
+    return agree(inputs[1], inputs[0], dtype) and agree(result[: len(expected)], expected, dtype)

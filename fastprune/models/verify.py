@@ -18,11 +18,11 @@ import torch
 from ..errors import InputError
 from .compare import agree, probe_ids, probe_tree, tolerance
 from .device import is_out_of_memory
+from .fused import FusedRunner
 from .generic import GenericRunner
 from .head import Head, Targets
 from .model import Model
-from .own_pass import check_row, fused_agrees, fused_differs, prove_blocks, run_block
-from .runner import Runner
+from .own_pass import Step, check_row, prove_blocks, require_fused_agrees, run_block
 from .swap import Arguments, Sublayers, hidden_of, split_layer
 from .tree import few_branches
 
@@ -268,7 +268,7 @@ def find_sublayers(runner: GenericRunner) -> list[Sublayers]:
 # -- the fused path --------------------------------------------------------------------------------
 
 
-def fused_failure(fused: Runner, generic: GenericRunner, needs: Needs) -> str | None:
+def fused_failure(fused: FusedRunner, generic: GenericRunner, needs: Needs) -> str | None:
     """Why the fused path does not hold for these needs; None if it does. Each is verified once."""
     model = generic.model
     checks: list[tuple[Hashable, Callable[[], object]]] = [
@@ -299,7 +299,7 @@ def _failure(model: Model, check: Callable[[], object]) -> str | None:
     return None
 
 
-def prove_fused(fused: Runner, generic: GenericRunner) -> None:
+def prove_fused(fused: FusedRunner, generic: GenericRunner) -> None:
     """Every block's output on the fused path is the generic path's, on a short row and a short
     tree, and the head's losses are those of the generic path's logits."""
     model = generic.model
@@ -311,7 +311,7 @@ def prove_fused(fused: Runner, generic: GenericRunner) -> None:
 
 
 def _prove_fused_on(
-    fused: Runner, generic: GenericRunner, probes: Sequence[Inputs]
+    fused: FusedRunner, generic: GenericRunner, probes: Sequence[Inputs]
 ) -> list[torch.Tensor]:
     """Every block's output on the fused path is the generic path's, on inputs of `open`. Returns
     their final states, [B, T, D]."""
@@ -321,7 +321,12 @@ def _prove_fused_on(
         for probe, (state, generic_arguments, arguments) in enumerate(opened):
             expected = generic.run(block, state, generic_arguments)
             result = hidden_of(fused.run(block, state, arguments, "block"))
-            if not fused_agrees(model, block, result, expected):
-                raise fused_differs(model, block)
+            require_fused_agrees(
+                generic,
+                fused,
+                block,
+                Step(state, generic_arguments, expected),
+                Step(state, arguments, result),
+            )
             opened[probe] = expected, generic_arguments, arguments
     return [state for state, _, _ in opened]

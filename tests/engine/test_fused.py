@@ -18,7 +18,7 @@ from fused_suite import RELATIVE, FusedProperties, Scene
 from helpers import bfloat16_errors
 
 import fastprune as fp
-from fastprune.models import FusedRunner, fused, native
+from fastprune.models import FusedRunner, GenericRunner, fused, native
 from fastprune.models.compare import probe_tree
 
 LLAMA_LIKE = ["llama", "llama-tied", "mistral", "phi3", "qwen2", "qwen2-window", "qwen3"]
@@ -251,13 +251,79 @@ def test_experts_that_rounding_chooses_at_some_positions_do_not_stop_the_fused_p
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_block_that_computes_something_else_is_refused(monkeypatch, family):
-    """The check against the generic path is not idle: here attention has another scale."""
-    layers_of = fused.layers_of
-    monkeypatch.setattr(
-        fused, "layers_of", lambda model: [replace(x, scale=2 * x.scale) for x in layers_of(model)]
+def with_other_scale(monkeypatch):
+    change_layers(monkeypatch, lambda layer: replace(layer, scale=2 * layer.scale))
+
+
+def with_other_epsilon(monkeypatch):
+    change_layers(
+        monkeypatch,
+        lambda layer: replace(layer, mlp_norm=replace(layer.mlp_norm, eps=0.01)),
     )
-    hf = build(family)
+
+
+def with_other_multiplier(monkeypatch):
+    change_layers(monkeypatch, lambda layer: replace(layer, multiplier=1.01))
+
+
+def change_layers(monkeypatch, change):
+    layers_of = fused.layers_of
+    monkeypatch.setattr(fused, "layers_of", lambda model: [change(x) for x in layers_of(model)])
+
+
+def with_wider_window(monkeypatch):
+    """Positions from 40 on, 9 of 49, see a token too many."""
+    windows = GenericRunner.windows
+    monkeypatch.setattr(
+        GenericRunner,
+        "windows",
+        lambda self, length: [window and window + 1 for window in windows(self, length)],
+    )
+
+
+def with_late_rotation_off_by_one(monkeypatch):
+    """Positions from 40 on turn by the angle of the position before."""
+    named = fused.operators_named
+
+    class Operators:
+        def __init__(self, name):
+            self.own = named(name)
+
+        def __getattr__(self, name):
+            return getattr(self.own, name)
+
+        def rotary(self, qkv, cos, sin, position, *args, **options):
+            return self.own.rotary(
+                qkv, cos, sin, position - (position >= 40).long(), *args, **options
+            )
+
+    monkeypatch.setattr(fused, "operators_named", Operators)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_other_scale,
+        with_other_epsilon,
+        with_other_multiplier,
+        with_wider_window,
+        with_late_rotation_off_by_one,
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: build("mistral", sliding_window=40),
+        lambda: with_tied_experts(build("mixtral", num_local_experts=8, sliding_window=40), 1e-8),
+    ],
+    ids=["mistral", "mixtral"],
+)
+def test_a_block_that_computes_something_else_is_refused(monkeypatch, make, change):
+    """The check against the generic path is not idle, even where it is wrong at few positions, and
+    rounding chooses experts at others."""
+    hf = make()
+    objective = perplexity(hf)[0]
+    evaluator(hf, objective)
+    change(monkeypatch)
     with pytest.raises(fp.InputError, match="block 0 gives something else"):
-        fp.Evaluator(hf, perplexity(hf)[0], backend="fused")
+        evaluator(make(), objective)
