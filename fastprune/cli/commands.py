@@ -21,6 +21,7 @@ from ..masks import check_removed, check_sequences, record_units, removed_by
 from ..objectives import no_judge
 from ..plan.progress import ProgressEvent, reporting
 from ..study.tables import (
+    format_dense,
     format_record,
     format_removed,
     format_saved,
@@ -455,6 +456,9 @@ class _Scores:
         if self.dense is not None:
             objective = self.evaluator.objective
             dense_loss = float(objective.mean(self.dense[None])[0])
+            error = float(objective.standard_error(self.dense[None])[0])
+            if self.added:
+                say(format_dense(objective, dense_loss, error))
             if judged := no_judge(objective.describe(), dense_loss):
                 say(judged)
         self.say_cost()
@@ -463,7 +467,7 @@ class _Scores:
         """A row for each mask, with the difference to the whole model if its losses are known."""
         evaluator, objective = self.evaluator, self.evaluator.objective
         halves = evaluator.granularity == "sublayer"
-        compares = self.dense is not None and len(self.chosen) > 1
+        compares = self.dense is not None and (self.added or len(self.chosen) > 1)
         records = [record_units(units, evaluator.num_units) for units in self.chosen]
         table = Table(units_header(records), *["sublayers"] * halves, objective.header())
         if compares:
@@ -500,7 +504,7 @@ class _Scores:
             f"{stats.unit_runs:.0f} unit runs where one pass per mask takes "
             f"{stats.naive_unit_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
             f"{stats.seconds:.1f} s; "
-            f"{stats.cache_bytes / 2**20:.0f} MiB of states were kept"
+            f"{stats.cache_bytes / 2**20:.0f} MiB of states are cached"
         )
 
 

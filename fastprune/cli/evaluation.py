@@ -17,6 +17,7 @@ from .. import __version__
 from ..io import write_json, write_jsonl
 from ..masks import Candidate, record_units
 from ..objectives import Difference, Objective
+from ..plan.cost import Cost
 from ..validate import refuse_existing
 from .candidates import candidate_options, check_candidates, read_candidates
 from .opening import check_workers, open_model, open_workers
@@ -138,7 +139,7 @@ def evaluate(
         names, settings["task_manager"] = open_tasks("--tasks", tasks, include_path, weights_bytes)
         from ..integrations.lm_eval import evaluate_masks, plain
 
-        opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
+        opened = open_model(model, device, dtype, trust_remote_code, weights_bytes, quiet)
         num_units = len(opened.unit_names(settings["granularity"]))
         chosen = read_candidates(masks_file, removed, sequences, num_units)
         settings["workers"] = open_workers(workers, ray, opened)
@@ -146,6 +147,7 @@ def evaluate(
             results = evaluate_masks(
                 opened, None, names, sequences=chosen, progress=progress, **settings
             )
+    (cost,) = {Cost(**result.pop("cost")) for result in results}  # of all masks together
     rows = [
         {**record_units(units, num_units), **plain(result)}
         for units, result in zip(chosen, results)
@@ -155,16 +157,33 @@ def evaluate(
         written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
     with printing(written):
         if as_json:
-            say_json({"model": opened.name, "fastprune": __version__, "masks": rows})
+            version = {"fastprune": __version__}
+            say_json({"model": opened.name, **version, "cost": vars(cost), "masks": rows})
         else:
             for task in rows[0]["results"]:
                 say(task_table(task, task, rows))
                 if table := difference_table(task, rows):
                     say(table)
+            if cost.masks:
+                say(_cost_line(cost))
             if written and not trouble:
                 say(f"written: {written}")
     if trouble:
         raise click.ClickException(trouble)
+
+
+def _cost_line(cost: Cost) -> str:
+    """The cost of likelihoods in words. A score is that of one mask on one kind of request."""
+    from ..study.tables import format_saved
+
+    saved = format_saved(cost.naive_unit_runs, cost.unit_runs)
+    hits = (
+        f"; {cost.store_hits} of {cost.masks} scores were in the store" if cost.store_hits else ""
+    )
+    return (
+        f"likelihoods: {cost.unit_runs:.0f} unit runs where one pass per mask takes "
+        f"{cost.naive_unit_runs:.0f}{saved and f' ({saved})'}{hits}, {cost.seconds:.1f} s"
+    )
 
 
 def open_tasks(
@@ -195,20 +214,27 @@ def evaluate_study(
     granularity: str,
     **settings: Any,
 ) -> dict[str, list[dict]]:
-    """Run tasks on each model of a study, whole and as each search chose: rows by the model's name.
+    """Run tasks on each model of a study: whole, as each search chose, and as each control names.
 
-    found: the study that `run_study` returned. Writes tasks.json into its folder, whose store keeps
-    all computed values.
+    Rows are by the model's name. found: the study that `run_study` returned. Writes
+    tasks.json into its folder, whose store keeps all computed values.
     """
     from ..integrations.lm_eval import evaluate_masks, plain
 
     rows: dict[str, list[dict]] = {}
     for model in models:
         by: dict[Candidate, list] = {Candidate(removed=()): []}
+        controls: dict[Candidate, list[str]] = {}
         for cell in found["cells"]:
             if cell["model"] == model.name and not cell["error"]:
                 chosen = {name: cell[name] for name in ("objective", "num_remove", "algorithm")}
                 by.setdefault(Candidate.of(cell), []).append(chosen)
+        for control in found["controls"]:
+            if control["model"] == model.name:
+                candidate = Candidate.of(control)
+                by.setdefault(candidate, [])
+                names_of = controls.setdefault(candidate, [])
+                names_of += [control["name"]] * (control["name"] not in names_of)
         sequences = [candidate.units(found["num_units"][model.name]) for candidate in by]
         store = out_dir / "scores.db"
         settings |= {"granularity": granularity, "store": store, "log_samples": False}
@@ -217,6 +243,7 @@ def evaluate_study(
             {
                 **candidate.record,
                 "chosen": chosen,
+                "controls": controls.get(candidate, []),
                 "results": plain(result["results"]),
                 "differences": plain(result["differences"]),
                 "higher_is_better": plain(result["higher_is_better"]),

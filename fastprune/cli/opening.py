@@ -16,7 +16,7 @@ from ..plan.progress import ProgressCallback
 from ..validate import check_one_of, check_path
 from ..workers.processes import Processes, Workers
 from .options import evaluator_settings, model_options, naming, objective_options
-from .output import note
+from .output import note, waiting
 
 if TYPE_CHECKING:
     from ..evaluator import Backend, Evaluator
@@ -98,14 +98,15 @@ class MakeEvaluator:
 
     def __call__(self, progress: ProgressCallback | None) -> Evaluator:
         """The evaluator on the calibration data, of the model, which it opens."""
-        opened = open_model(*self._opening)
+        opened = open_model(*self._opening, quiet=progress is None)
         objective = self.data.open(opened)
         self._options["workers"] = open_workers(self._workers, self._ray, opened)
         if self.store is not None:
             from ..engine.store import SumStore
 
             self._options["store"] = SumStore(self.store)
-        return self.on(opened, objective, progress)
+        with waiting(f"checking {opened.name}", quiet=progress is None):
+            return self.on(opened, objective, progress)
 
     def on(
         self, model: Model, objective: Objective, progress: ProgressCallback | None
@@ -191,6 +192,19 @@ def open_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     weights_bytes: int | None = None,
+    quiet: bool = False,
+) -> Model:
+    """The model of a command's options. quiet: show nothing while it opens."""
+    with waiting(f"opening {model}", quiet):
+        return _load(model, device, dtype, trust_remote_code, weights_bytes)
+
+
+def _load(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    weights_bytes: int | None,
 ) -> Model:
     import torch
     from transformers.utils import logging

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,12 +20,14 @@ from typing import Any
 import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 from ..errors import InputError
 from ..io import json_text
 from ..plan.progress import ProgressCallback, ProgressEvent
 
 LINE_SECONDS = 30  # between two lines of progress if no terminal shows a bar
+WAITING_SECONDS = 2.0  # before a line about work that reports no progress, without a terminal
 NARROWEST = 80  # columns if the environment names none
 WIDE = 240  # columns of a table in a file or a pipe: enough for all of ours
 
@@ -255,6 +258,27 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressCallback | None]:
         yield bar
     finally:
         bar.close()
+
+
+@contextmanager
+def waiting(work: str, quiet: bool = False) -> Iterator[None]:
+    """Show on stderr that work is going on that reports no progress, such as "opening demo".
+
+    A terminal shows a spinner until the block ends; elsewhere a line comes after WAITING_SECONDS.
+    """
+    if quiet:
+        yield
+    elif err.is_terminal:
+        with err.status(Text(work)):
+            yield
+    else:
+        timer = threading.Timer(WAITING_SECONDS, note, (f"fastprune: {work}",))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class _NoteHandler(logging.Handler):

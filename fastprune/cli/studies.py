@@ -146,7 +146,7 @@ def _run(
     models = []
     for name, place in document.models.items():
         opened = open_model(
-            place, model.device, model.dtype, model.trust_remote_code, weights_bytes
+            place, model.device, model.dtype, model.trust_remote_code, weights_bytes, quiet
         )
         opened.name = name  # the same on every machine, wherever its folder is
         models.append(opened)
@@ -188,7 +188,7 @@ def _run(
     write_report(found, out_dir / "report.html")
     if not tasks:
         return found, {}
-    notify("running tasks on every chosen mask")
+    notify("running tasks on every chosen mask and control")
     with harness_on_stderr(quiet):
         settings = {**tasks.settings, "task_manager": manager}
         granularity = config.search.granularity

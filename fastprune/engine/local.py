@@ -259,7 +259,7 @@ class LocalRuns:
     ) -> Generator[PartialSums, None, None]:
         """The missing sums, group of chunks by group, in two halves if they do not fit."""
         self._cache.resize()
-        self._run_dense(problem, list(missing))
+        self._run_dense(problem, sequences, missing, tell)
         schedules = self._schedules(problem, sequences, missing)
         shared = self._loading.groups(schedules, problem.chunks, self._reference.room)
         if len(sequences) > 1 and not shared.fit:
@@ -294,19 +294,24 @@ class LocalRuns:
                 for part in parts:
                     yield part._replace(rows=part.rows + start)
 
-    def _run_dense(self, problem: Problem, chunks: list[int]) -> None:
-        """Hold the dense model's final states of these chunks, if the measure needs them."""
-        lacking = self._reference.missing(chunks)
+    def _run_dense(
+        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _Told
+    ) -> None:
+        """Hold the dense model's final states of the missing chunks, if the measure needs them."""
+        lacking = self._reference.missing(missing)
         if not lacking:
             return
+        after = self._schedules(problem, sequences, missing)  # the dense run will save some of it
         whole, only = [tuple(range(self._limit.num_units))], np.zeros(1, dtype=np.int64)
         schedules = self._schedules(problem, whole, dict.fromkeys(lacking, only))
         groups, _ = self._loading.groups(schedules, problem.chunks, self._reference.room)
+        tell.expect(sum(of.unit_runs for part in (schedules, after) for of in part.values()))
         with closing(self._walks(schedules, groups)) as walks:
             for number, walk in walks:
                 for step in walk:
                     if step.end >= 0:
                         self._executor.keep_dense(step.hidden, number)
+                    tell.add(step.units)
 
     def _walks(
         self, schedules: Mapping[int, Schedule], groups: Sequence[Sequence[int]]

@@ -40,6 +40,7 @@ from ..masks import (
 from ..models import Granularity, Model, Needs, load_model, masked, open_runner
 from ..models.compare import agree, probe_ids
 from ..objectives import Difference, Objective
+from ..plan.cost import Cost
 from ..plan.trie import units_of
 from ..validate import check_one_of, refuse_special
 from ..workers.processes import Processes, Workers, check_workers
@@ -105,6 +106,7 @@ class MaskedLM(HFLM):
             likelihoods for all of them.
         current: The number of the sequence that answers.
         num_units: U.
+        cost: The `Cost` of all likelihoods so far, of all sequences together.
 
     Raises:
         InputError: A unit is out of range, removed and sequence are both given, an argument is
@@ -161,6 +163,7 @@ class MaskedLM(HFLM):
             "progress": progress,
         }
         self.num_units = len(self.opened.unit_names(granularity))
+        self.cost = Cost()
         self.sequences = [_sequence(removed, sequence, self.num_units)]
         with self.opened.evaluation():
             super().__init__(
@@ -323,6 +326,7 @@ class MaskedLM(HFLM):
         batch = TokenBatch.from_predictions([[pairs[number] for number in row] for row in rows])
         evaluator = Evaluator(self.opened, _Sums(batch), **self._running)
         nll, misses = np.moveaxis(evaluator.sums(sequences=self.sequences), 1, 0)
+        self.cost += evaluator.stats
         return -nll, misses == 0
 
     def _inputs(
@@ -440,7 +444,8 @@ def evaluate_masks(
         The harness's result for each mask, in order. `config` names the removed units, or the
         sequence. `differences` compares with the first mask, by task and metric: the difference of
         the means over documents (`value`), its paired standard error (`error`) and `num_samples`.
-        Metrics that are no mean over documents have no difference.
+        Metrics that are no mean over documents have no difference. `cost` has the fields of the
+        `Cost` of all masks' likelihoods together.
 
     Raises:
         InputError: A task or setting is unknown, the tokenizer lacks the chat template, or a task
@@ -489,7 +494,7 @@ def evaluate_masks(
         result = evaluate(lm=lm, task_dict=loading.loaded, **arguments)
         _finish(result, _document_values(result), reference, keeps_samples)
         results.append({**first, **result, "config": {**first["config"], **lm.get_model_info()}})
-    return results
+    return [{**result, "cost": vars(lm.cost)} for result in results]
 
 
 Values = dict[str, dict[str, np.ndarray]]  # by task and "metric,filter": float64 by document

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..errors import InputError
 from . import draws
@@ -29,11 +29,13 @@ def contiguous(search: Search) -> None:
     search.select(chosen, 1)
 
 
-def _few_enough(candidates: int, num_remove: int, granularity: str, max_masks: int) -> None:
-    total = math.comb(candidates, num_remove)
+def _few_enough(
+    candidates: Sequence[int], num_remove: int, granularity: str, max_masks: int
+) -> None:
+    total = math.comb(len(candidates), num_remove)
     if total > max_masks:
         raise InputError(
-            f"exhaustive would score C({candidates}, {num_remove}) = {total} subsets, "
+            f"exhaustive would score C({len(candidates)}, {num_remove}) = {total} subsets, "
             f"above its option max_masks={max_masks}"
         )
 

@@ -90,7 +90,7 @@ def _child(
 
 
 def _halves_to_remove(
-    candidates: int, num_remove: int, granularity: str, flips: str, **options: object
+    candidates: Sequence[int], num_remove: int, granularity: str, flips: str, **options: object
 ) -> None:
     if granularity == "sublayer" and flips == "published" and num_remove % 2:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -17,12 +18,15 @@ from .registry import Allowed, Count, algorithm
 from .run import Removed, Search
 
 
-def _solvable(candidates: int, num_remove: int, granularity: str, **options: object) -> None:
-    if candidates > MAX_VARIABLES:
+def _solvable(
+    candidates: Sequence[int], num_remove: int, granularity: str, **options: object
+) -> None:
+    count = len(candidates)
+    if count > MAX_VARIABLES:
         raise InputError(
-            f"cbo and surrogate solve for at most {MAX_VARIABLES} units exactly, but {candidates} "
+            f"cbo and surrogate solve for at most {MAX_VARIABLES} units exactly, but {count} "
             f"may be removed: "
-            f"protect {candidates - MAX_VARIABLES}, prune blocks where these are sublayers, or "
+            f"protect {count - MAX_VARIABLES}, prune blocks where these are sublayers, or "
             f"use another algorithm"
         )
 

@@ -194,7 +194,8 @@ def algorithm(
         function: The search.
         name: Its name; by default the function's.
         check_size: A function of (candidates, num_remove, granularity, **options), which raises
-            InputError for a problem that the search cannot take.
+            InputError for a problem that the search cannot take. Candidates are the units that may
+            go.
         needs_sklearn: The search imports scikit-learn.
         needs_gradients: The search needs a gradient of the objective at the dense model.
         needs_weights: The search needs all weights at once, so that none can stay in files.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from ..errors import InputError, shown
@@ -12,8 +13,16 @@ from .run import SequenceSearch
 Window = tuple[int, int]  # its first unit, and the unit after its last
 
 
-def _fits(candidates: int, num_remove: int, granularity: str, lengths: str, **_: object) -> None:
-    _lengths(lengths, candidates)
+def _fits(
+    candidates: Sequence[int], num_remove: int, granularity: str, lengths: str, **_: object
+) -> None:
+    if not candidates:
+        raise InputError("repeat runs windows of units without a protected one; all are protected")
+    if not _windows(candidates, _lengths(lengths, len(candidates))):
+        raise InputError(
+            f"option lengths of repeat is {shown(lengths)}, but no such window is without a "
+            f"protected unit"
+        )
 
 
 @algorithm(check_size=_fits, races=True, over_sequences=True)
@@ -40,11 +49,6 @@ def repeat(
         beam_width: sequences to which a round adds a window.
     """
     windows = _windows(search.candidates, _lengths(lengths, len(search.candidates)))
-    if not windows:
-        raise InputError(
-            f"option lengths of repeat is {shown(lengths)}, but no such window is without a "
-            f"protected unit"
-        )
     kept: list[tuple[Window, ...]] = [()]
     search.plan([len(windows), *[beam_width * len(windows)] * (num_windows - 1)])
     for number in range(num_windows):
@@ -77,7 +81,7 @@ def _lengths(text: str, most: int) -> list[int]:
     return lengths
 
 
-def _windows(candidates: list[int], lengths: list[int]) -> list[Window]:
+def _windows(candidates: Sequence[int], lengths: list[int]) -> list[Window]:
     """List the windows of these lengths that hold candidates only."""
     allowed = set(candidates)
     return [

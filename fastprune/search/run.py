@@ -684,9 +684,7 @@ def run_search(
     if search.limit is not None:
         check_limits(chosen, search.racing)
     elif chosen.check_size:
-        chosen.check_size(
-            len(search.candidates), search.num_remove, evaluator.granularity, **options
-        )
+        chosen.check_size(search.candidates, search.num_remove, evaluator.granularity, **options)
     before, started = evaluator.stats, time.perf_counter()
     with reporting(search.describe, progress):
         choice = chosen.function(search, **options)

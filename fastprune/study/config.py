@@ -201,7 +201,7 @@ class ResourcesConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """[evaluate]: tasks of lm-evaluation-harness for every chosen mask."""
+    """[evaluate]: tasks of lm-evaluation-harness for every chosen mask and control."""
 
     tasks: tuple[str, ...]
     include_path: str | None = None

@@ -176,17 +176,13 @@ def _run(
     evaluators.open_store(out / "scores.db")
     cells = []
     searches = list(_searches(evaluators, models, objectives, identity))
-    for number, (model, label, size, algorithm) in enumerate(searches, 1):
-        place = f"{_slug(model.name)}-{label}-{_size_slug(size.key)}-{algorithm}"
-        path = out / "cells" / f"{place}.json"
-        made_with = _made_with(identity, model.name, label, size.key, algorithm)
-        cell = None
-        if path.exists() and not (cell := read_cell(path, made_with)):
-            warnings.warn(
-                f"{path}: damaged, or of another study; searched again",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+    kept = []
+    for search in searches:
+        kept.append(_kept_cell(out, identity, *search))
+    if num_kept := sum(cell is not None for _, _, cell in kept):
+        notify(f"{num_kept} of {len(searches)} cells were finished before")
+    for number, (search, (path, made_with, cell)) in enumerate(zip(searches, kept), 1):
+        model, label, size, algorithm = search
         if not cell:
             name = f"{model.name}: {label}, {size.describe()}, {algorithm}"
             notify(f"{number}/{len(searches)}  {name}")
@@ -346,6 +342,22 @@ def _made_with(identity: dict, model: str, label: str, size: Key, algorithm: str
     }
 
 
+def _kept_cell(
+    out: Path, identity: dict, model: Model, label: str, size: RemovalSize, algorithm: str
+) -> tuple[Path, dict, Cell | None]:
+    """The file of a search, the settings that it depends on, and its cell if it is finished."""
+    place = f"{_slug(model.name)}-{label}-{_size_slug(size.key)}-{algorithm}"
+    path = out / "cells" / f"{place}.json"
+    made_with = _made_with(identity, model.name, label, size.key, algorithm)
+    if not path.exists():
+        return path, made_with, None
+    cell = read_cell(path, made_with)
+    if cell is None:
+        message = f"{path}: damaged, or of another study; searched again"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return path, made_with, cell
+
+
 def _slug(name: str) -> str:
     """A short part of file names for a model's name, distinct within a study."""
     readable = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(name).name)[:30]
@@ -459,8 +471,7 @@ class _Evaluators:
                     if isinstance(size, CostLimit):
                         check_limits(chosen, settings["racing"] if chosen.races else None)
                     elif chosen.check_size:
-                        number = len(candidates), size.most
-                        chosen.check_size(*number, self._granularity, **values)
+                        chosen.check_size(candidates, size.most, self._granularity, **values)
         for (_, label), objective in self._objectives.items():
             for algorithm in algorithms if label in self._searched else ():
                 if find_algorithm(algorithm).needs_gradients and not objective.differentiable:

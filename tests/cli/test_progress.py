@@ -117,6 +117,71 @@ def test_quiet_shows_nothing(no_terminal):
     assert not no_terminal.getvalue()
 
 
+class Signal(io.StringIO):
+    """A stream that sets `written` once something is in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.written.set()
+        return super().write(text)
+
+
+def test_long_opening_is_said_without_a_terminal(monkeypatch):
+    stream = Signal()
+    monkeypatch.setattr(output, "err", output.Terminal(file=stream))
+    monkeypatch.setattr(output, "WAITING_SECONDS", 0.0)
+    with output.waiting("opening m[/x]"):
+        assert stream.written.wait(60)
+    monkeypatch.setattr(output, "WAITING_SECONDS", 1e6)
+    with output.waiting("opening another"):
+        pass
+    with output.waiting("opening a third", quiet=True):
+        pass
+    assert stream.getvalue() == "fastprune: opening m[/x]\n"
+
+
+def test_a_terminal_shows_that_a_model_opens(monkeypatch):
+    stream = io.StringIO()
+    terminal = output.Terminal(file=stream, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(output, "err", terminal)
+    with output.waiting("opening m[/x]"):
+        pass
+    assert "opening m[/x]" in stream.getvalue()
+    assert stream.getvalue().endswith("\x1b[2K")  # the line is erased
+
+
+def test_a_command_says_what_it_opens(run, monkeypatch, checkpoint, text_file):
+    stream = io.StringIO()
+    terminal = output.Terminal(file=stream, force_terminal=True, width=200, color_system=None)
+    monkeypatch.setattr(output, "err", terminal)
+    data = ("--calibration", text_file, "--num-samples", 4, "--seq-len", 16)
+    score = ("score", checkpoint, "--removed", 1, *data)
+    assert run(*score)[0] == 0
+    assert f"opening {checkpoint}" in stream.getvalue()
+    assert f"checking {checkpoint}" in stream.getvalue()
+    stream.truncate(0)
+    assert run(*score, "--quiet")[0] == 0
+    assert not stream.getvalue()
+
+
+def test_the_run_of_the_whole_model_is_reported(model, objective):
+    """KL's reference: 5 units on 40 samples before any mask, and the masks' own runs after it."""
+    events: list[fp.ProgressEvent] = []
+    ev = fp.Evaluator(model, fp.KLDivergence(objective.batch), progress=events.append)
+    ev.score(fp.from_removed([(1,), (4,)], 5))
+    shares = [event.share for event in events]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert all(0 <= event.done <= event.total for event in events)
+    chunks = events[-1].done // ev.stats.unit_runs
+    assert events[-1].done == chunks * ev.stats.unit_runs
+    assert events[0].total == chunks * (5 + 7)  # the masks share unit 0 alone
+    assert any(0 < event.done < 5 * chunks for event in events)
+
+
 def test_a_search_reports_its_rounds(model, objective):
     own, evaluators = [], []
     ev = fp.Evaluator(model, objective, progress=evaluators.append)

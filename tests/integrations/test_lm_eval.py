@@ -584,6 +584,7 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
         text_file,
         search_algorithms=["one_shot", "greedy"],
         search_num_remove=[1, 2],
+        control=[{"name": "first", "removed": "0-1"}, {"name": "back", "reverse": "order"}],
         evaluate={"tasks": ["demo_choices", "demo_text"], "include_path": TASKS, "limit": 6},
     )
     document = write_document(tmp_path / "study.toml", **tables)
@@ -593,10 +594,15 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
     ((name, rows),) = json.loads((out / "tasks.json").read_text()).items()
     chosen = {tuple(cell["removed"]) for cell in cells}
     assert rows[0]["removed"] == rows[0]["chosen"] == []
-    assert {tuple(row["removed"]) for row in rows[1:]} == chosen
+    assert {tuple(row["removed"]) for row in rows[1:-1]} == chosen | {(0, 1)}
+    assert rows[-1]["sequence"] == [4, 3, 2, 1, 0]
+    assert [row["controls"] for row in rows if row["controls"]] == [["first"], ["back"]]
     assert sum(len(row["chosen"]) for row in rows) == len(cells)
-    masks = fp.from_removed([row["removed"] for row in rows], 5)
-    expected = evaluate_masks(name, masks, ["demo_choices"], task_manager=manager, limit=6)
+    sequences = [
+        row.get("sequence") or [u for u in range(5) if u not in row["removed"]] for row in rows
+    ]
+    settings = {"task_manager": manager, "limit": 6}
+    expected = evaluate_masks(name, None, ["demo_choices"], sequences=sequences, **settings)
     for row, result in zip(rows, expected, strict=True):
         assert row["results"]["demo_choices"] == result["results"]["demo_choices"]
     assert "word_perplexity" in printed

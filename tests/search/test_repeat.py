@@ -82,6 +82,7 @@ def test_a_race_finds_the_same():
         ({"times": 1}, "option times of repeat must be from 2 to 16, not 1"),
         ({"num_windows": 0}, "option num_windows of repeat must be at least 1"),
         ({"lengths": "3", "protect": (2,)}, "no such window is without a protected unit"),
+        ({"protect": range(5)}, "repeat runs windows of units without a protected one; all are"),
         ({"num_remove": 0}, "num_remove has no meaning for repeat, which removes nothing"),
     ],
 )

@@ -263,4 +263,7 @@ def test_a_cell_of_a_mask_may_lack_the_fields_of_sequences_and_budgets(model, tm
     path.write_text(json.dumps({**record, "checksum": hashlib.sha256(text_of).hexdigest()}))
     said: list[str] = []
     assert run_study(*arguments, notify=said.append)["cells"] == first["cells"]
-    assert said == ["scoring every chosen mask under every objective"]
+    assert said == [
+        "1 of 1 cells were finished before",
+        "scoring every chosen mask under every objective",
+    ]

@@ -81,7 +81,11 @@ def test_it_continues_from_its_cell(finished, model):
     said: list[str] = []
     again = run_study(*arguments, **options, notify=said.append)
     assert again["cells"] == study["cells"]
-    assert said == ["scoring every chosen mask under every objective"]
+    number = len(study["cells"])
+    assert said == [
+        f"{number} of {number} cells were finished before",
+        "scoring every chosen mask under every objective",
+    ]
 
 
 def test_a_study_of_sequences_alone_has_no_sizes(model, tmp_path):
@@ -104,6 +108,8 @@ def test_sizes_and_lengths_that_cannot_be_are_refused_at_the_door(model, tmp_pat
     refused("num_remove has no meaning for repeat", ["repeat"], [1])
     refused("at least one model, objective, algorithm and budget", ["repeat", "greedy"], [])
     refused("lengths from 1 to 5", ["repeat"], [], options={"repeat": {"lengths": "9"}})
+    pairs = {"repeat": {"lengths": "2"}}
+    refused("no such window is without a prot", ["repeat"], [], options=pairs, protect=[1, 3])
 
 
 def test_sequences_in_a_document(run, checkpoint, text_file, tmp_path):
