@@ -230,13 +230,16 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[ProgressCallback | None]:
-    """A callback for `progress=` that shows how far long work is, on stderr or in a notebook.
+    """Show the progress of long work, on stderr or in a notebook. Use it in a `with` statement.
 
-    On a terminal it is one bar, which is gone when the block ends; elsewhere, such as under nohup,
-    a line every 30 seconds. Print results after the block, not in it.
+    A terminal or notebook shows one bar, which disappears when the block ends. Other outputs, such
+    as a file under nohup, get a line every 30 seconds. Print results after the block, not in it.
 
     Args:
         quiet: Show nothing; the callback is None.
+
+    Yields:
+        A callback for the argument `progress` of an evaluator, a search or a study.
 
     Examples:
         >>> import fastprune as fp

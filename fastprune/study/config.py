@@ -300,8 +300,17 @@ def read_document(path: Path) -> Document:
     Args:
         path: A TOML file; its relative paths start from its folder.
 
+    Returns:
+        The document.
+
     Raises:
         InputError: The file is no TOML, or holds an unknown key, a wrong type or a wrong value.
+
+    Examples:
+        >>> from fastprune.study import read_document
+        >>> from fastprune.study.config import EXAMPLE
+        >>> read_document(EXAMPLE).config.search.num_remove
+        (2, 3)
     """
     if not path.is_file():
         raise InputError(

@@ -27,8 +27,12 @@ from .tables import (
 
 
 def write_report(study: Mapping, path: Path) -> None:
-    """One self-contained page of a study: figures and sortable tables, readable without this
-    repository."""
+    """Write a study as one self-contained page, with figures and sortable tables.
+
+    Args:
+        study: The content of `study.json`.
+        path: The HTML file; an existing one is replaced.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True)
