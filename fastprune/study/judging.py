@@ -139,7 +139,7 @@ def _windows(batch: TokenBatch, length: int, stops: np.ndarray) -> list[np.ndarr
 def judgement(
     study: Mapping[str, Any], model: str, label: str, cell: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """The entry of `compare_candidates` for a cell or control; without `cell`, the whole model's."""
+    """The entry of `compare_candidates` for a cell or control; the whole model's if it is None."""
     entries = study["judgements"][model][label]
     if cell is None:
         return entries[-1]

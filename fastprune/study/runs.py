@@ -511,7 +511,7 @@ class _Evaluators:
                     )
 
     def try_all(self) -> None:
-        """Open every evaluator once and keep none: a setting that does not fit a model fails now."""
+        """Open each evaluator once and keep none: a setting that does not fit a model fails now."""
         for (name, _), objective in self._objectives.items():
             (model,) = (model for model in self._models if model.name == name)
             self._evaluator(model, objective)
