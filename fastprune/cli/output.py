@@ -43,8 +43,7 @@ err = Terminal(stderr=True)
 
 
 def say(what: RenderableType, style: str | None = None) -> None:
-    """Print a table, or a line of text, which is wrapped for a terminal only, so that a program
-    reads it whole."""
+    """Print a table, or a line of text. Lines are wrapped on a terminal only."""
     out = (
         Terminal()
     )  # a new one each time: one whose stream has failed would print its buffer again
@@ -71,11 +70,13 @@ def note(message: str) -> None:
 
 @contextmanager
 def printing(written: object = None) -> Iterator[None]:
-    """A context in which a command only prints; `written` is the file or folder with the
-    result, or None.
+    """A context in which a command only prints.
 
-    A reader that went away has seen enough. When stdout fails otherwise, a written result is kept,
-    with a line on stderr; without one, click.ClickException is raised.
+    A reader may close the pipe early; this is no error. Upon another failure of stdout, a written
+    result is kept, with a line on stderr. Without one, click.ClickException is raised.
+
+    Args:
+        written: The file or folder with the result, or None.
     """
     try:
         yield
@@ -90,11 +91,14 @@ def printing(written: object = None) -> Iterator[None]:
 
 
 def written_somewhere(path: Path, write: Callable[[Path], None]) -> tuple[Path | None, str]:
-    """Write a finished result, by write(path), or beside it if that fails.
+    """Write a finished result by write(path), or to another place if that fails.
 
     Places are tried in turn: the path, its folder's parent, the working folder, the folder for
-    temporary files. Returns the file (None if none could be written), and a line for the user if it
-    is not the path, else "".
+    temporary files.
+
+    Returns:
+        The file, or None if no place could be written; and a line for the user, which is empty if
+        the file is the path.
     """
     why = ""
     for folder in (path.parent, path.parent.parent, Path.cwd(), Path(tempfile.gettempdir())):
@@ -120,17 +124,16 @@ def cannot_print(error: Exception) -> str:
 
 
 def is_of_printing(error: Exception) -> bool:
-    """Whether stdout failed under click's own texts (--help, --version); if so, it is silent from
-    now on."""
+    """Whether stdout failed while click printed --help or --version; if so, silence stdout."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    found = isinstance(error, OSError) and frame.f_code is click.echo.__code__
-    if found:
+    is_clicks = isinstance(error, OSError) and frame.f_code is click.echo.__code__
+    if is_clicks:
         _silence()
-    return found
+    return is_clicks
 
 
 def prepare_streams() -> None:
-    """Let stdout take any text in any encoding; a closed stream is like one to nowhere."""
+    """Let stdout take any text in any encoding, and discard the output of a closed stream."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
@@ -152,7 +155,8 @@ def _silence() -> None:
 class Bar:
     """Shows events: one bar on a terminal or in a notebook, else a line every 30 seconds.
 
-    clock: seconds, as `time.monotonic` gives them.
+    Args:
+        clock: A function that returns seconds, such as `time.monotonic`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -187,7 +191,7 @@ class Bar:
         return ", ".join(part for part in parts if part)
 
     def _time_left(self, event: ProgressEvent) -> str:
-        """How long the rest takes at the pace of the unit runs so far; '' if it is unknown."""
+        """The time left at the pace of the unit runs so far; '' if it is unknown."""
         if event.share is None or self._first is None:
             return ""
         seconds, share = self._clock() - self._first[0], event.share - self._first[1]

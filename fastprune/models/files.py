@@ -233,10 +233,10 @@ def names_other_attention(folder: Path) -> bool:
     Such kernels take no masks, and some are downloaded from the hub.
     """
     names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-    said = (
+    implementations = (
         part.get(name) for part in _parts(_read_config(folder / "config.json")) for name in names
     )
-    return any(name not in (None, "sdpa", "eager") for name in said)
+    return any(name not in (None, "sdpa", "eager") for name in implementations)
 
 
 def _read_config(path: Path) -> dict:
@@ -377,16 +377,16 @@ class Stored:
 
 def locate(folder: Path) -> dict[str, Stored]:
     """The place of every tensor of a model folder, which `check_checkpoint` has accepted."""
-    paths, found = [folder / "model.safetensors"], {}
+    paths, places = [folder / "model.safetensors"], {}
     if not paths[0].is_file():
         paths = [folder / shard for shard in _read_index(folder / INDEX)]
     for path in paths:
         start, header = _read_header(path)
         for key, entry in header.items():
-            found[key] = Stored(
+            places[key] = Stored(
                 path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
             )
-    return found
+    return places
 
 
 class Files:

@@ -75,8 +75,8 @@ def _period(cut: Cut, period: Any, offset: Any) -> tuple:
     if not places:
         return size + 1, size
     fits = (n for n in range(1, size + 1) if list(range(places[0] % n, size, n)) == places)
-    found = next(fits, None)
-    return (period, offset) if found is None else (found, places[0] % found)
+    fitting = next(fits, None)
+    return (period, offset) if fitting is None else (fitting, places[0] % fitting)
 
 
 def _sparse_step(cut: Cut, step: Any, dense: Any) -> tuple:
@@ -413,9 +413,9 @@ def _logits_by_units(
 ) -> torch.Tensor:
     own = of_model = verified(model, granularity)
     if model.given is not model.hf:  # the caller's own model, with its own frequencies
-        given = copy.copy(model)
-        given.hf = model.given
-        own = GenericRunner(given)
+        unchanged = copy.copy(model)
+        unchanged.hf = model.given
+        own = GenericRunner(unchanged)
     runner = model.extended(own, granularity) if granularity == "block" else own
     own.sublayers = of_model.sublayers
     with model.evaluation():

@@ -238,8 +238,8 @@ class Sublayers:
 
     def _without(self, layer: nn.Module, names: Iterable[str]) -> nn.Module:
         for name in names:
-            given = _GivenTerm(getattr(layer, name), self._kinds[name])
-            layer = with_replaced(layer, (name,), given)
+            term = _GivenTerm(getattr(layer, name), self._kinds[name])
+            layer = with_replaced(layer, (name,), term)
         return layer
 
     def attention(self, state: State, arguments: dict) -> State:

@@ -262,7 +262,7 @@ def _final_states(
 
 def find_sublayers(runner: GenericRunner) -> list[Sublayers]:
     """Find the two halves of every block, which add up to the block."""
-    model, found = runner.model, []
+    model, halves = runner.model, []
     state, arguments = runner.open(probe_ids(model))
     for block in model.weights.blocks():
         whole = runner.run(block, state, arguments)
@@ -271,9 +271,9 @@ def find_sublayers(runner: GenericRunner) -> list[Sublayers]:
             raise model.refusal(
                 f"block {block} is not the sum of two sublayers; use granularity='block'"
             )
-        found.append(sublayers)
+        halves.append(sublayers)
         state = whole
-    return found
+    return halves
 
 
 # -- the fused path --------------------------------------------------------------------------------

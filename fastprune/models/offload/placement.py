@@ -80,7 +80,7 @@ def left_in_files(
     from transformers import PreTrainedModel
 
     base: Any = PreTrainedModel
-    made: list[LeftOut] = []
+    left_out: list[LeftOut] = []
     thread = threading.get_ident()
     _PATCHING.acquire()
     original = base._load_pretrained_model
@@ -106,22 +106,22 @@ def left_in_files(
         in_towers = {name for name in model.state_dict() if name.startswith(below)}
         sources, others = _sort(model, load_config, stored, parameters | in_towers)
         residents = {key: _Later(files, tensor) for key, tensor in others.items()}
-        found = original(model, residents, None, load_config, *args, **kwargs)
+        loaded = original(model, residents, None, load_config, *args, **kwargs)
         weights = towers = None
         if prefix:
             blocks, names = _lay_out(model, load_config, prefix, parameters, sources)
-            found[0].missing_keys -= names.keys()
+            loaded[0].missing_keys -= names.keys()
             weights = Weights(folder, files, blocks, names)
         if in_towers:
             absent, tensors = _leave(model, in_towers, sources)
-            found[0].missing_keys -= absent
+            loaded[0].missing_keys -= absent
             towers = Towers(Files(tensor.path for tensor in tensors.values()), tensors)
-        made.append(LeftOut(weights, towers))
-        return found
+        left_out.append(LeftOut(weights, towers))
+        return loaded
 
     base._load_pretrained_model = staticmethod(load)
     try:
-        yield made
+        yield left_out
     finally:
         base._load_pretrained_model = staticmethod(original)
         _PATCHING.release()
@@ -246,9 +246,9 @@ def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dty
     plan = load_config.dtype_plan or {}
     if plan:
         pattern, by_group, _ = build_glob_alternation(list(plan))
-        found = pattern.search(name)
-        if found is not None and found.lastgroup is not None:
-            return plan[by_group[found.lastgroup]]
+        match = pattern.search(name)
+        if match is not None and match.lastgroup is not None:
+            return plan[by_group[match.lastgroup]]
     return dtype
 
 

@@ -236,9 +236,9 @@ class Weights(_InBands):
         if self._free:
             return self._free.pop()
         if self._made < self.room.places:
-            made = torch.empty(self.room.block_bytes, dtype=torch.uint8, device=self._device)
+            buffer = torch.empty(self.room.block_bytes, dtype=torch.uint8, device=self._device)
             self._made += 1
-            return made
+            return buffer
         others = [other for other in self._loaded if other not in keep]
         if not others:
             return None
