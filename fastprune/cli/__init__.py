@@ -20,9 +20,8 @@ from ..errors import InputError
 from . import commands, environment, evaluation, search, stores, studies
 from .output import cannot_print, is_of_printing, prepare_streams
 
-# How threads wait for each other at barriers. By default they spin: when another process takes a
-# core, a spinning thread keeps the one it waits for from running, and the work takes twenty times
-# as long.
+# Threads that wait at a barrier spin by default. If another process takes a core, a spinning thread
+# blocks the thread for which it waits, and the work takes twenty times as long.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 INTERRUPTED = 130  # exit status upon Ctrl-C, as of a shell's own commands: 128 + SIGINT
@@ -52,8 +51,8 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message(), 1)
     except (KeyboardInterrupt, click.Abort):
-        with suppress(ValueError):  # not the main thread, which alone hears of it
-            signal.signal(signal.SIGINT, _end_at_once)  # to end workers may take seconds
+        with suppress(ValueError):  # only the main thread can handle signals
+            signal.signal(signal.SIGINT, _end_at_once)  # ending the workers may take seconds
         _fail(f"interrupted; {_how_to_continue(sys.argv[1:])}", INTERRUPTED)
     except PermissionError as error:
         if is_of_printing(error):
@@ -68,7 +67,7 @@ def main() -> None:
 
 
 def _how_to_continue(arguments: Sequence[str]) -> str:
-    """The end of the line upon Ctrl-C: the finished work in files, and how to go on."""
+    """The end of the line after Ctrl-C: the files with finished work, and the way to continue."""
     command, *rest = arguments or [""]
     if command in ("study", "demo"):
         folder = _value_of("--out", rest) or "the study's folder"
@@ -94,7 +93,7 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def _end_at_once(*_: object) -> None:
-    """The second Ctrl-C, while all is being ended after the first."""
+    """Handle a second Ctrl-C during the shutdown of the first."""
     with suppress(OSError):
         os.write(2, b"fastprune: interrupted twice; ended at once\n")
     os._exit(INTERRUPTED)
@@ -118,7 +117,7 @@ def _print_completion(context: click.Context, parameter: click.Parameter, shell:
     if not shell or context.resilient_parsing:
         return
     known = get_completion_class(shell)
-    if known is None:  # the choice has only those that click knows
+    if known is None:  # the choice has only the shells that click knows
         raise InputError(f"--completion: {shell} is no shell whose completion is known")
     click.echo(known(cli, {}, "fastprune", COMPLETE).source())
     context.exit()

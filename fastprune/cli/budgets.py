@@ -26,7 +26,7 @@ NAMES = {"params": "parameters", "bytes": "bytes", "tokens_per_second": "tokens 
 
 
 def check_stepwise(flags: Mapping[str, object], algorithm: str) -> None:
-    """Raise InputError for a flag of steps, if the algorithm does not remove unit by unit."""
+    """Raise InputError for a flag about steps if the algorithm does not remove unit by unit."""
     for flag, value in flags.items():
         if value and algorithm not in STEPWISE:
             raise InputError(
@@ -48,8 +48,10 @@ def check_figure(figure: str | None) -> None:
 
 
 def write_path_figure(record: Mapping[str, Any], figure: str | None) -> None:
-    """Draw the loss and cost of each size of a search's record, if there is a file for it. Raises
-    click.ClickException if it cannot be written."""
+    """Draw the loss and cost of each size of a search's record into a file, unless it is None.
+
+    Raises click.ClickException if the file cannot be written.
+    """
     if figure is None:
         return
     objective = objective_class(record["objective"])
@@ -72,8 +74,7 @@ def write_path_figure(record: Mapping[str, Any], figure: str | None) -> None:
 def cost_record(
     evaluator: Evaluator, removed: tuple[int, ...] | None, measure_speed: bool
 ) -> dict[str, Any]:
-    """Parameters and bytes of the whole and of the pruned model, and their measured speed; nothing
-    for a sequence, which removes none."""
+    """Parameters, bytes and measured speed of the whole and the pruned model; none of sequences."""
     from ..costs import before_and_after
 
     if removed is None:
@@ -98,7 +99,7 @@ def cost_lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def path_table(record: Mapping[str, Any]) -> Table:
-    """The loss and cost after each unit that went; each row's units contain those above."""
+    """The loss and cost after each removed unit. A row's units include those of the row above."""
     objective = objective_class(record["objective"])
     kind = record["costs"]["kind"]
     table = Table("removed", "units", objective.header(), UNITS[kind], "of the whole")
@@ -123,10 +124,12 @@ def _format(kind: str, cost: Any) -> str:
 
 
 def check_gate(record: Mapping[str, Any], max_loss: str | None) -> None:
-    """Raise click.ClickException, so that the exit status is 1, for a loss above the gate.
+    """Raise click.ClickException, with exit status 1, for a loss above the gate.
 
-    max_loss: a loss, or an increase over the whole model's such as +5%. A share is of the size of
-    that loss, so that it is an increase for negative losses, too.
+    Args:
+        record: The search's record.
+        max_loss: A loss, or an increase over the whole model's loss such as +5%. The share is of
+            that loss's absolute value, so that it is an increase for negative losses, too.
     """
     if max_loss is None:
         return

@@ -23,8 +23,7 @@ Sequences = tuple[tuple[int, ...], ...]
 
 
 class UnitSequence(click.ParamType):
-    """Units in the order in which they run, such as 0-8,8-11; a run names its first and its
-    last."""
+    """Units in the order in which they run, such as 0-8,8-11. A range includes its last unit."""
 
     name = "units"
 
@@ -72,7 +71,7 @@ def check_candidates(masks_file: str | None, removed: Removed, sequences: Sequen
 def read_candidates(
     masks_file: str | None, removed: Removed, sequences: Sequences, num_units: int
 ) -> list[tuple[int, ...]]:
-    """The units that run of each mask or sequence, in order."""
+    """Read masks or sequences: the units of each that run, in order."""
     if masks_file:
         return load_sequences(masks_file, num_units)
     if sequences:

@@ -183,7 +183,7 @@ def score(
     if out_file:
         rows = scores.rows()
         written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
-        if trouble:  # all is printed instead
+        if trouble:  # print everything instead
             scores = _Scores.by_sample(evaluator, chosen)
     with printing(written):
         if as_json:
@@ -270,14 +270,14 @@ def export(
     if sequence is not None:
         with naming("--sequence" if result is None else "--result"):
             (sequence,) = check_sequences([sequence], opened.num_blocks)
-        what = (
+        content = (
             f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
         )
     elif removed is not None:
         with naming("--removed" if result is None else "--result"):
             gone = check_removed(removed, opened.num_blocks)
         left = opened.num_blocks - len(gone)
-        what = f"{left} blocks of {opened.num_blocks}, without {format_removed(gone)}"
+        content = f"{left} blocks of {opened.num_blocks}, without {format_removed(gone)}"
     folder = checkpoint.export(
         opened,
         out_dir,
@@ -294,7 +294,7 @@ def export(
         else None
     )
     with printing(folder):
-        say(f"written: {folder} ({what})")
+        say(f"written: {folder} ({content})")
         say(
             "for other tools: "
             + ", ".join(f"recipes/{path.name}" for path in sorted((folder / "recipes").iterdir()))
@@ -315,9 +315,12 @@ def _read_result(
     object,
     str,
 ]:
-    """The removed blocks of a search's result.json, or its sequence of blocks, its losses (before,
-    after) by objective and its calibration data, notes on these, how many units the model had, and
-    its name."""
+    """Read a search's result.json.
+
+    Returns:
+        The removed blocks or None, the sequence of blocks or None, the losses (before, after) by
+        objective and data, notes on these, the model's number of units, and its name.
+    """
     if not path.is_file():
         raise InputError(
             f"{path}: {'a folder; name its result.json' if path.is_dir() else 'no such file'}"
@@ -338,22 +341,22 @@ def _read_result(
         losses = float(value["dense_loss"]), float(value["loss"])
     except (TypeError, ValueError):
         raise InputError(f"{path}: dense_loss and loss must be numbers") from None
-    found, name = value.get("calibration"), str(value["objective"])
+    calibration, name = value.get("calibration"), str(value["objective"])
     chance, samples = value.get("chance"), None
     notes: list[str] = []
-    if isinstance(found, dict):
-        samples = found.get("num_samples")
+    if isinstance(calibration, dict):
+        samples = calibration.get("num_samples")
     if isinstance(chance, float) and isinstance(samples, int):
         note = no_judge({"name": name, "chance": chance, "num_samples": samples}, losses[0])
         notes += [note] * bool(note)
-    if isinstance(found, dict) and {"file", "num_samples"} <= set(found):
-        name += f", {found['num_samples']} samples" + (
-            f" of {Path(str(found['file'])).name}" if found["file"] else ""
+    if isinstance(calibration, dict) and {"file", "num_samples"} <= set(calibration):
+        name += f", {calibration['num_samples']} samples" + (
+            f" of {Path(str(calibration['file'])).name}" if calibration["file"] else ""
         )
     searched = str(value.get("model", ""))
     by_data = {name: losses}
     if isinstance(held_out := value.get("held_out"), dict):
-        with suppress(KeyError, TypeError, ValueError):  # a card without it is right, too
+        with suppress(KeyError, TypeError, ValueError):  # a card may leave it out
             data = f"{held_out['num_samples']} samples of {Path(held_out['file']).name}"
             judged = float(held_out["dense_loss"]), float(held_out["loss"])
             by_data[f"{held_out['objective']}, {data}, held out"] = judged
@@ -362,8 +365,10 @@ def _read_result(
 
 
 def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
-    """Whether the whole model is scored beside the masks: several are compared with it, and an
-    accuracy judges nothing if the whole model only guesses."""
+    """Whether the whole model is scored beside the masks.
+
+    Several masks are compared with it. It also shows whether an accuracy is a judge.
+    """
     objective = evaluator.objective
     several = num_masks > 1 and not objective.compares_with_dense
     return several or objective.chance is not None
@@ -371,12 +376,14 @@ def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
 
 @dataclasses.dataclass
 class _Scores:
-    """The losses of masks and sequences, with those of the whole model if they help.
+    """The losses of masks and sequences, beside those of the whole model if they help.
 
-    chosen: the units that run of each, in order.
-
-    losses float64[N]; sample_losses float64[N, S], empty if only losses were asked for; dense
-    float64[S], or None. added: the whole model was scored besides the masks.
+    Attributes:
+        chosen: The units that run of each mask or sequence, in order.
+        losses: float64[N].
+        sample_losses: float64[N, S]; empty if only losses are needed.
+        dense: The whole model's losses, float64[S], or None.
+        added: Whether the whole model was scored in addition to the masks.
     """
 
     evaluator: Evaluator
@@ -416,7 +423,7 @@ class _Scores:
         return cls(evaluator, chosen, losses, sample_losses, dense, added)
 
     def rows(self) -> list[dict]:
-        """For each mask its loss and metric."""
+        """The loss and metric of each mask."""
         record = self.evaluator.objective.record
         return [
             {**record_units(units, self.evaluator.num_units), **record(loss)}
@@ -424,7 +431,7 @@ class _Scores:
         ]
 
     def to_dict(self) -> dict:
-        """Plain values, as --json prints them."""
+        """Convert the losses to plain values, for --json."""
         evaluator, objective = self.evaluator, self.evaluator.objective
         rows = self.rows()
         errors = objective.standard_error(self.sample_losses).tolist()
@@ -509,7 +516,7 @@ class _Scores:
 
 
 def _counted(sizes: Sequence[int], name: str, verb: str, of: str) -> str:
-    """How many masks or sequences, and how many units they remove or run."""
+    """Count masks or sequences, and the units that they remove or run, in words."""
     count, least, most = len(sizes), min(sizes), max(sizes)
     size = f"{least}" if least == most else f"{least} to {most}"
     return f"{count} {name}{'s' * (count != 1)} that {verb}{'s' * (count == 1)} {size}{of}"

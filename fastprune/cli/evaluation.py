@@ -189,9 +189,13 @@ def _cost_line(cost: Cost) -> str:
 def open_tasks(
     flag: str, tasks: str, include_path: str | None, weights_bytes: int | None = None
 ) -> tuple[list[str], object]:
-    """The names in a text, and the harness's manager that knows them.
+    """Find the tasks that a text names.
 
-    Raises InputError for an unknown one, and, if weights are streamed, for one that generates.
+    Returns:
+        Their names, and the harness's manager that knows them.
+
+    Raises:
+        InputError: A task is unknown, or generates text while weights are streamed.
     """
     from ..integrations import require_harness
 
@@ -214,10 +218,14 @@ def evaluate_study(
     granularity: str,
     **settings: Any,
 ) -> dict[str, list[dict]]:
-    """Run tasks on each model of a study: whole, as each search chose, and as each control names.
+    """Run tasks on each model of a study, whole, with each chosen candidate and
+    with each control.
 
-    Rows are by the model's name. found: the study that `run_study` returned. Writes
-    tasks.json into its folder, whose store keeps all computed values.
+    `found` is the study that `run_study` returned. The study's folder gets tasks.json, and its
+    store keeps all computed values.
+
+    Returns:
+        Rows, by the model's name.
     """
     from ..integrations.lm_eval import evaluate_masks, plain
 
@@ -255,8 +263,10 @@ def evaluate_study(
 
 
 def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
-    """One task's metrics: a row for each mask. Metrics are named as the harness names them, with
-    their filter and the direction that it knows."""
+    """Make a table of one task's metrics, with a row for each mask.
+
+    Metrics have the harness's names, filters and directions.
+    """
     from ..study.tables import format_record, units_header
 
     metrics = [name for name in rows[0]["results"][task] if "," in name and "_stderr," not in name]
@@ -270,13 +280,13 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
     for header in headers:
         table.add_column(header, justify="right")
     for row in rows:
-        found = row["results"][task]
+        values = row["results"][task]
         cells = []
         for name in metrics:
-            error = found.get("_stderr,".join(name.split(",", 1)))
+            error = values.get("_stderr,".join(name.split(",", 1)))
             known = isinstance(error, float)
             cells.append(
-                f"{_number(found[name])} ± {_number(error)}" if known else _number(found[name])
+                f"{_number(values[name])} ± {_number(error)}" if known else _number(values[name])
             )
         table.add_row(format_record(row), *cells)
     return table
@@ -289,8 +299,10 @@ class _TaskMetric(Objective):
 
 
 def difference_table(task: str, rows: Sequence[dict]) -> Table | None:
-    """How the metrics of a task differ from those of the first row, paired over documents; None
-    for a single row, and for a task whose metrics are no means."""
+    """Make a table of a task's differences to the first row, paired over documents.
+
+    None for a single row, and for a task whose metrics are no means.
+    """
     metrics = list(rows[0].get("differences", {}).get(task, {}))
     if len(rows) < 2 or not metrics:
         return None
@@ -317,8 +329,7 @@ def _number(value: object) -> str:
 
 @contextlib.contextmanager
 def harness_on_stderr(quiet: bool) -> Iterator[None]:
-    """Send the harness's output to stderr, errors only; hide its bars if nobody sees
-    them move."""
+    """Send the harness's output to stderr, errors only. Hide its bars without a terminal."""
     if quiet or not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

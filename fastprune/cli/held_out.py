@@ -23,10 +23,10 @@ LABEL = "held out"
 
 
 def beside_whole(evaluator: Evaluator, sequence: Sequence[int]) -> dict[str, Any]:
-    """A sequence's loss and the whole model's, with their standard errors and paired difference.
+    """Compare a sequence with the whole model: losses, standard errors, and paired difference.
 
     Returns:
-        Plain values; those of the whole model begin with `dense_`.
+        Plain values. The names of the whole model's begin with `dense_`.
     """
     objective = evaluator.objective
     sample_losses = evaluator.score_samples(sequences=[sequence, range(evaluator.num_units)])
@@ -45,10 +45,10 @@ def beside_whole(evaluator: Evaluator, sequence: Sequence[int]) -> dict[str, Any
 def judge(
     evaluator: Evaluator, sequence: Sequence[int], calibration: Objective, file: str
 ) -> dict[str, Any]:
-    """The record of a search's result on held-out data.
+    """Make the record of a search's result on held-out data.
 
     Args:
-        evaluator: On the held-out data.
+        evaluator: An evaluator on the held-out data.
         sequence: The units that run, in order.
         calibration: The objective of the search.
         file: The held-out data.
@@ -105,16 +105,16 @@ def format_difference(objective: type[Objective], record: Mapping[str, Any]) -> 
 def next_steps(
     record: Mapping[str, Any], target: Path | None, problem: str | None
 ) -> dict[str, str]:
-    """The commands that follow a search, by what they do.
+    """Make the commands that follow a search, by their purpose.
 
     Args:
-        record: The search's, with its arguments.
-        target: The file of its result, if it has one.
-        problem: Why its blocks cannot be exported, None if they can.
+        record: The search's record, with its arguments.
+        target: The file of its result, or None.
+        problem: The reason why its blocks cannot be exported, or None.
 
     Returns:
-        "export": writes the checkpoint; if that cannot be written, "problem" says why. "judge":
-        scores it on the held-out data, or, without such data, scores the result beside the whole
+        "export" writes the checkpoint; "problem" has the reason if it cannot. "judge" scores the
+        checkpoint on the held-out data. Without such data, it scores the result beside the whole
         model on a file that the user names.
     """
     arguments = record["arguments"]
@@ -132,8 +132,8 @@ def next_steps(
     if problem is not None:
         steps["problem"] = problem
     else:
-        what = [f"--{kind}", units] if target is None else ["--result", str(target)]
-        steps["export"] = _command("export", model, *what, "--out", str(out), *opening)
+        candidate = [f"--{kind}", units] if target is None else ["--result", str(target)]
+        steps["export"] = _command("export", model, *candidate, "--out", str(out), *opening)
     held_out = record["held_out"]
     if held_out and "export" in steps:
         own = {"objective": held_out["objective"], "num_samples": arguments["held_out_samples"]}
@@ -152,11 +152,11 @@ def next_steps(
     return steps
 
 
-FILE = "FILE"  # for the user to put a name in
+FILE = "FILE"  # the user replaces it by a name
 
 
 def _unseen_file(model: str, objective: str) -> str:
-    """The held-out data of the demo model; of other models, a word for the user's file."""
+    """The held-out data of the demo model; for other models, a word for the user's file."""
     if model != "demo":
         return FILE
     return str(
@@ -165,7 +165,7 @@ def _unseen_file(model: str, objective: str) -> str:
 
 
 def _free_folder(model: str, target: Path | None) -> Path:
-    """A folder for the checkpoint that does not exist: beside the result, or named as the model."""
+    """A new folder for the checkpoint: beside the result, or with the model's name."""
     name = Path(model).resolve().name.removesuffix(".gguf") or "model"
     first = Path(f"{name}-pruned") if target is None else target.parent / "pruned"
     folder, number = first, 2

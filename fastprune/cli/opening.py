@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:
-    """Raise InputError for an algorithm on the gradients of an objective that has none."""
+    """Raise InputError for an algorithm on gradients if the objective has none."""
     from ..search import find_algorithm
 
     for name in algorithms:
@@ -40,8 +40,8 @@ def check_gradients(algorithms: Iterable[str], objective: str, label: str | None
 class Data:
     """Data to score on, as options name it.
 
-    flag: of its file. reading: further arguments of the loader. settings: of the objective.
-    spelled: the options that other data has names of its own for, by those of the calibration data.
+    `flag` is the option of its file. `reading` has further arguments of the loader, and `settings`
+    those of the objective. `spelled` maps options of the calibration data to this data's names.
     """
 
     flag: str
@@ -55,7 +55,7 @@ class Data:
     spelled: Mapping[str, str] = field(default_factory=dict)
 
     def open(self, model: Model) -> Objective:
-        """The objective on this data."""
+        """Open the objective on this data."""
         try:
             return open_objective(
                 self.objective,
@@ -76,10 +76,11 @@ class Data:
 
 
 class MakeEvaluator:
-    """Makes the evaluators of a command from its options; they share the store and the workers.
+    """Makes the evaluators of a command from its options. They share the store and the workers.
 
-    data: of the calibration. held_out: of data that judges the result, if the command has some.
-    opening: arguments of `open_model`. options: of `Evaluator`. store: its file.
+    `data` is the calibration data, and `held_out` the data that judges the result, or None.
+    `opening` has the arguments of `open_model`, and `options` those of `Evaluator`. `store` is the
+    file of the store.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class MakeEvaluator:
         self.store, self._workers, self._ray = store, workers, ray
 
     def __call__(self, progress: ProgressCallback | None) -> Evaluator:
-        """The evaluator on the calibration data, of the model, which it opens."""
+        """Open the model, and make its evaluator on the calibration data."""
         opened = open_model(*self._opening, quiet=progress is None)
         objective = self.data.open(opened)
         self._options["workers"] = open_workers(self._workers, self._ray, opened)
@@ -111,15 +112,14 @@ class MakeEvaluator:
     def on(
         self, model: Model, objective: Objective, progress: ProgressCallback | None
     ) -> Evaluator:
-        """An evaluator of an open model, on other data."""
+        """Make an evaluator of an open model on other data."""
         from ..evaluator import Evaluator
 
         return Evaluator(model, objective, **self._options, progress=progress)
 
 
 def evaluates(command: Callable) -> Callable:
-    """Give a command the shared options, and as its first argument the `MakeEvaluator` that they
-    describe."""
+    """Add the shared options to a command; its first argument is their `MakeEvaluator`."""
 
     @model_options
     @objective_options
@@ -218,7 +218,7 @@ def _load(
     logging.set_verbosity_error()
     try:
         device and torch.device(device)
-    except (RuntimeError, ValueError, TypeError):  # the last two of text not in UTF-8
+    except (RuntimeError, ValueError, TypeError):  # the last two for text that is not UTF-8
         raise InputError(
             f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0"
         ) from None
@@ -228,7 +228,7 @@ def _load(
 
 
 def check_workers(workers: int | None, ray: str | None) -> None:
-    """Raise InputError for workers of two kinds, and for a Ray not installed or not answering."""
+    """Raise InputError for workers of two kinds, or if Ray is missing or does not answer."""
     if ray is None:
         return
     if workers is not None:
@@ -242,8 +242,7 @@ def check_workers(workers: int | None, ray: str | None) -> None:
 
 
 def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers | None:
-    """Workers of evaluators, started. The cores of this machine are shared out as threads over its
-    processes."""
+    """Start the workers of evaluators. The machine's cores are divided among them as threads."""
     if ray is not None:
         from ..workers.ray import RayWorkers
 
@@ -285,9 +284,12 @@ def open_objective(
     settings: Mapping[str, Any] | None = None,
     title: str = "calibration",
 ) -> Objective:
-    """The objective on its calibration data. Text gets the defaults of the field, 64 samples of
-    2048 tokens, and the demo's own text its own. `reading`: further arguments of the loader;
-    `settings`: of the objective; `title`: of the line that says which form the data has."""
+    """Open an objective on its calibration data.
+
+    Text has the defaults of the field, 64 samples of 2048 tokens; the demo's text has its own.
+    `reading` has further arguments of the loader, and `settings` those of the objective. `title`
+    begins the line about the data's form.
+    """
     from .. import demo
     from ..data import load_tasks, load_text
 
@@ -308,8 +310,8 @@ def open_objective(
         objective.source = file if num_samples is None else f"{file}, the first questions"
         return objective
     reading = dict(reading or {})
-    is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # however its path is written
-    if is_demo:  # its model was trained on windows that begin anywhere
+    is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # in any spelling of its path
+    if is_demo:  # the demo model was trained on windows that begin anywhere
         reading.setdefault("bos", False)
     if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
         seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
@@ -330,10 +332,10 @@ def open_objective(
 def check_held_out(
     calibration: str, held_out: str | None, judge: str, **options: Any
 ) -> str | None:
-    """The objective of held-out data, None without such data.
+    """Choose the objective of held-out data; None without such data.
 
-    options: the further options of held-out data, by the end of their names. Raises InputError for
-    one of these without the data, and for data that the search reads.
+    `options` has the further options of held-out data, by the end of their names. Raises InputError
+    for such an option without the data, and for data that the search reads.
     """
     if held_out is None:
         for name, value in options.items():
@@ -357,30 +359,32 @@ def check_held_out(
 
 
 def check_reading(objectives: Sequence[str], **reading: Any) -> dict[str, dict[str, Any]]:
-    """By objective, the options for reading its data, less those not given. Raises InputError for
-    one of text if only questions are read, and the other way round."""
-    given = {name: value for name, value in reading.items() if value is not None}
+    """The options for reading each objective's data, by its name, without missing ones.
+
+    Raises InputError for an option of text if only questions are read, and the other way round.
+    """
+    options = {name: value for name, value in reading.items() if value is not None}
     kinds = {name: OBJECTIVES[name].data for name in objectives}
-    for name in given:
+    for name in options:
         if _kind_read(name) not in kinds.values():
             own, read = ("text", "questions")[:: 1 if _kind_read(name) == "text" else -1]
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} is of {own}; {objectives[0]} reads {read}")
     return {
-        objective: {name: value for name, value in given.items() if _kind_read(name) == kind}
+        objective: {name: value for name, value in options.items() if _kind_read(name) == kind}
         for objective, kind in kinds.items()
     }
 
 
 def _kind_read(option: str) -> str:
-    """The kind of data that an option of reading is about."""
+    """The kind of data, text or tasks, to which an option of reading belongs."""
     return "tasks" if option in TASKS_READING else "text"
 
 
 def check_normalization(
     objectives: Sequence[str], normalization: str | None
 ) -> dict[str, dict[str, str]]:
-    """By objective, its settings. Raises InputError where none can be normalised so."""
+    """The settings of each objective. Raises InputError if no objective has this normalization."""
     allowed = {name: OBJECTIVES[name].settings.get("normalization") for name in objectives}
     if normalization is not None and not any(allowed.values()):
         having = [name for name, of in OBJECTIVES.items() if "normalization" in of.settings]

@@ -20,7 +20,7 @@ from ..validate import check_folder, check_one_of, check_path
 from ..workers.processes import MOST_WORKERS
 from .output import decisions_noted
 
-MOST = 2**31 - 1  # of any count
+MOST = 2**31 - 1  # the largest count
 MOST_SEED = 2**63 - 1
 
 # Headings of help: the subjects of options.
@@ -28,9 +28,11 @@ MODEL, DATA, RUNNING, OUTPUT = "Model", "Data", "Running", "Output"
 
 
 def group(*options: Callable, concern: str = "") -> Callable:
-    """One decorator for several click options, listed in help in the order given.
+    """Make one decorator of several click options. Help lists them in this order.
 
-    concern: the heading that help lists them under.
+    Args:
+        options: The decorators of options.
+        concern: The heading under which help lists them.
     """
 
     def decorate(command: Any) -> Callable:
@@ -57,8 +59,10 @@ def _to_bytes(
 
 
 class Command(click.Command):
-    """A command that spells the arguments of errors as its flags, and takes no option twice except
-    lists: the last would win unseen."""
+    """A command that spells the arguments of errors as its flags.
+
+    It refuses an option that is given twice, unless the option is a list.
+    """
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -67,7 +71,7 @@ class Command(click.Command):
             raise InputError(self._spell(error)) from error
 
     def _spell(self, error: InputError) -> str:
-        """The error's message with flags in the place of arguments, and limits in their units."""
+        """The error's message with flags instead of arguments, and limits in the flags' units."""
         options = {own.name: own for own in self.params if isinstance(own, click.Option)}
         message = error.message
         if error.argument in options:
@@ -94,12 +98,12 @@ class Command(click.Command):
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         *_, order = self.make_parser(context).parse_args(args=list(arguments))
-        for given in order:
-            single = isinstance(given, click.Option) and not (
-                given.multiple or given.is_flag or given.count
+        for parameter in order:
+            single = isinstance(parameter, click.Option) and not (
+                parameter.multiple or parameter.is_flag or parameter.count
             )
-            if single and order.count(given) > 1:
-                raise InputError(f"{given.opts[0]} is given twice")
+            if single and order.count(parameter) > 1:
+                raise InputError(f"{parameter.opts[0]} is given twice")
         return super().parse_args(context, arguments)
 
 
@@ -123,7 +127,7 @@ class Units(click.ParamType):
 
 
 class Budget(click.ParamType):
-    """How many units to remove: an integer, or a share of them such as 25%."""
+    """The number of units to remove: an integer, or a share such as 25%."""
 
     name = "integer or share"
 
@@ -173,7 +177,7 @@ class LossIncrease(click.ParamType):
 class Name(click.ParamType):
     """A name that the shell completes; the command itself checks it.
 
-    known: gives the names, when they are asked for.
+    `known` is a function that returns the names.
     """
 
     name = "text"
@@ -194,7 +198,7 @@ def algorithm_names() -> list[str]:
 
 
 class Protected(Units):
-    """Unit indices, or the name of a preset, whose units are known once the model is."""
+    """Unit indices, or the name of a preset, whose units depend on the model."""
 
     name = "units or preset"
 
@@ -228,7 +232,7 @@ class FileName(click.ParamType):
 
 
 class Folder(click.ParamType):
-    """A folder that can be written to, or be made."""
+    """A folder that exists and can be written to, or that can be made."""
 
     name = "folder"
 
@@ -249,7 +253,7 @@ def naming(flag: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{flag}: {error}") from None
-    except OSError as error:  # a place that must not be looked at, for one
+    except OSError as error:  # such as a folder without permission
         raise InputError(f"{flag}: {error.filename}: {error.strerror}") from None
 
 
@@ -516,7 +520,7 @@ def check_store(path: Path) -> None:
 
 
 def _split_option(text: str) -> tuple[str, str]:
-    """NAME=VALUE as its two parts."""
+    """Split NAME=VALUE into its two parts."""
     name, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--option takes NAME=VALUE, such as beam_width=5, not {text!r}")
@@ -524,13 +528,13 @@ def _split_option(text: str) -> tuple[str, str]:
 
 
 def split_options(texts: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUEs by their names. Raises InputError for one given twice."""
-    found: dict[str, str] = {}
+    """Split NAME=VALUEs, by name. Raises InputError for a repeated name."""
+    options: dict[str, str] = {}
     for text in texts:
         name, value = _split_option(text)
-        if name in found:
+        if name in options:
             raise InputError(
-                f"--option: {name} is given twice, as {found[name]!r} and as {value!r}"
+                f"--option: {name} is given twice, as {options[name]!r} and as {value!r}"
             )
-        found[name] = value
-    return found
+        options[name] = value
+    return options

@@ -46,8 +46,7 @@ err = Terminal(stderr=True)
 
 
 def say(what: RenderableType, style: str | None = None) -> None:
-    """Print a table, or a line of text, which is wrapped for a terminal only, so that a program
-    reads it whole."""
+    """Print a table, or a line of text. Lines are wrapped on a terminal only."""
     out = (
         Terminal()
     )  # a new one each time: one whose stream has failed would print its buffer again
@@ -74,11 +73,13 @@ def note(message: str) -> None:
 
 @contextmanager
 def printing(written: object = None) -> Iterator[None]:
-    """A context in which a command only prints; `written` is the file or folder with the
-    result, or None.
+    """A context in which a command only prints.
 
-    A reader that went away has seen enough. When stdout fails otherwise, a written result is kept,
-    with a line on stderr; without one, click.ClickException is raised.
+    A reader may close the pipe early; this is no error. Upon another failure of stdout, a written
+    result is kept, with a line on stderr. Without one, click.ClickException is raised.
+
+    Args:
+        written: The file or folder with the result, or None.
     """
     try:
         yield
@@ -93,11 +94,14 @@ def printing(written: object = None) -> Iterator[None]:
 
 
 def written_somewhere(path: Path, write: Callable[[Path], None]) -> tuple[Path | None, str]:
-    """Write a finished result, by write(path), or beside it if that fails.
+    """Write a finished result by write(path), or to another place if that fails.
 
     Places are tried in turn: the path, its folder's parent, the working folder, the folder for
-    temporary files. Returns the file (None if none could be written), and a line for the user if it
-    is not the path, else "".
+    temporary files.
+
+    Returns:
+        The file, or None if no place could be written; and a line for the user, which is empty if
+        the file is the path.
     """
     why = ""
     for folder in (path.parent, path.parent.parent, Path.cwd(), Path(tempfile.gettempdir())):
@@ -123,17 +127,16 @@ def cannot_print(error: Exception) -> str:
 
 
 def is_of_printing(error: Exception) -> bool:
-    """Whether stdout failed under click's own texts (--help, --version); if so, it is silent from
-    now on."""
+    """Whether stdout failed while click printed --help or --version; if so, silence stdout."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    found = isinstance(error, OSError) and frame.f_code is click.echo.__code__
-    if found:
+    is_clicks = isinstance(error, OSError) and frame.f_code is click.echo.__code__
+    if is_clicks:
         _silence()
-    return found
+    return is_clicks
 
 
 def prepare_streams() -> None:
-    """Let stdout take any text in any encoding; a closed stream is like one to nowhere."""
+    """Let stdout take any text in any encoding, and discard the output of a closed stream."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
@@ -155,7 +158,8 @@ def _silence() -> None:
 class Bar:
     """Shows events: one bar on a terminal or in a notebook, else a line every 30 seconds.
 
-    clock: seconds, as `time.monotonic` gives them.
+    Args:
+        clock: A function that returns seconds, such as `time.monotonic`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -190,7 +194,7 @@ class Bar:
         return ", ".join(part for part in parts if part)
 
     def _time_left(self, event: ProgressEvent) -> str:
-        """How long the rest takes at the pace of the unit runs so far; '' if it is unknown."""
+        """The time left at the pace of the unit runs so far; '' if it is unknown."""
         if event.share is None or self._first is None:
             return ""
         seconds, share = self._clock() - self._first[0], event.share - self._first[1]
@@ -233,13 +237,16 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[ProgressCallback | None]:
-    """A callback for `progress=` that shows how far long work is, on stderr or in a notebook.
+    """Show the progress of long work, on stderr or in a notebook. Use it in a `with` statement.
 
-    On a terminal it is one bar, which is gone when the block ends; elsewhere, such as under nohup,
-    a line every 30 seconds. Print results after the block, not in it.
+    A terminal or notebook shows one bar, which disappears when the block ends. Other outputs, such
+    as a file under nohup, get a line every 30 seconds. Print results after the block, not in it.
 
     Args:
         quiet: Show nothing; the callback is None.
+
+    Yields:
+        A callback for the argument `progress` of an evaluator, a search or a study.
 
     Examples:
         >>> import fastprune as fp

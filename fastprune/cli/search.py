@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ..evaluator import Evaluator
     from ..search import SearchResult
 
-FILES = ("model", "calibration", "held_out")  # arguments that name files
+FILES = ("model", "calibration", "held_out")  # arguments with the names of files
 
 
 @click.command(cls=Command)
@@ -193,13 +193,12 @@ def search(
 
 
 def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """The option's value. If --num-remove and --budget are both missing, or both given, this is
-    said before the options that need files."""
+    """Check that one of --num-remove and --budget is given, before options that need files."""
     (other,) = {"num_remove", "budget"} - {parameter.name}
     if value is not None and context.params.get(other) is not None:
         raise InputError("--num-remove and --budget are two sizes; give one")
     if value is None and other in context.params and context.params[other] is None:
-        from ..search import find_algorithm  # click reads the algorithm before missing options
+        from ..search import find_algorithm  # click has read the algorithm by now
 
         try:
             find_algorithm(context.params["algorithm"]).check_num_remove(None)
@@ -210,9 +209,11 @@ def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any)
 
 
 def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, object]:
-    """The arguments of a search that decide its result, with marks of the files they name.
+    """The arguments of a search that decide its result, with marks of their files.
 
-    parameters: of the command. settings: the algorithm's options.
+    Args:
+        parameters: The command's parameters.
+        settings: The algorithm's options.
     """
     names = (
         *("model", "device", "dtype", "trust_remote_code", "objective", "calibration"),
@@ -229,9 +230,9 @@ def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) ->
 
 
 def _kept_result(path: Path, arguments: Mapping[str, object]) -> dict | None:
-    """The result in a file, if a search with the same arguments has written it.
+    """Read the result in a file that a search with the same arguments wrote; None without a file.
 
-    Raises InputError that says how the arguments of another search differ.
+    Raises InputError, which lists the differing arguments, for the result of another search.
     """
     if not path.is_file():
         return None
@@ -254,7 +255,7 @@ def _kept_result(path: Path, arguments: Mapping[str, object]) -> dict | None:
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """How the arguments of two searches differ, each as its flag, its value and its value now."""
+    """Yield the arguments in which two searches differ: flag, old value and new value."""
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if old == new:
@@ -271,14 +272,14 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 
 def _differing_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """How the options of an algorithm differ."""
+    """Yield the options in which two runs of an algorithm differ."""
     for name in sorted({*before} & {*now}):
         if before[name] != now[name]:
             yield f"--option {name}={before[name]}, now {now[name]}"
 
 
 def _shown(flag: str, value: object) -> str:
-    """The value of a flag, as a user gives it."""
+    """A flag's value as a user types it."""
     if isinstance(value, list) and value:
         return format_removed(value)
     if value is False and flag == "--bos":
@@ -291,7 +292,7 @@ def _shown(flag: str, value: object) -> str:
 def _search_record(
     evaluator: Evaluator, result: SearchResult, arguments: Mapping[str, object]
 ) -> dict:
-    """A search's result.json: the result, the whole model beside it, and the arguments."""
+    """Make a search's result.json: the result, the whole model beside it, and the arguments."""
     plain, num_units = result.to_dict(), evaluator.num_units
     path = [kept_by(removed, num_units) for removed, _, _ in result.path]
     errors = evaluator.objective.standard_error(evaluator.score_samples(sequences=path))
@@ -318,8 +319,13 @@ def _print_search(
     written: bool = True,
     table: bool = False,
 ) -> None:
-    """Print a search's record. target: its file, if it has one; written: whether the file is new;
-    table: with the loss and cost of each size."""
+    """Print a search's record.
+
+    Args:
+        target: The file of the record, or None.
+        written: Whether the file is new.
+        table: Whether to print the loss and cost of each size.
+    """
     from .budgets import cost_lines, path_table
 
     objective = objective_class(record["objective"])

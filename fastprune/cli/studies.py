@@ -128,7 +128,7 @@ def _run(
     ray: str | None = None,
     quiet: bool = False,
 ) -> tuple[dict, dict[str, list[dict]]]:
-    """Run a document's study: its results, and the harness's rows by model."""
+    """Run a document's study; return its results, and the harness's rows by model."""
     config, resources, tasks = document.config, document.config.resources, document.config.evaluate
     with at(str(document.path)):
         for label, (objective, _) in config.objectives.items():
@@ -148,7 +148,7 @@ def _run(
         opened = open_model(
             place, model.device, model.dtype, model.trust_remote_code, weights_bytes, quiet
         )
-        opened.name = name  # the same on every machine, wherever its folder is
+        opened.name = name  # the same on every machine, in any folder
         models.append(opened)
     shared: Mapping[str, Any] = {
         "backend": model.backend,
@@ -199,7 +199,7 @@ def _run(
 def _open(
     place: str, name: str, settings: Mapping[str, object], data: DataConfig, model: Model
 ) -> Objective:
-    """An objective of a model on the data of a table in the document."""
+    """Open an objective of a model on the data of a table in the document."""
     with naming(place):
         return open_objective(
             name,

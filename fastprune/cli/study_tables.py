@@ -45,7 +45,7 @@ def print_cells(study: Mapping) -> None:
         title = f"{Path(model).name}, {objective}, {size_name(study, model, num_remove)} ({dense})"
         head = "sequence" if num_remove is None else "removed"
         shares = None
-        if isinstance(num_remove, str):  # each mask removes another share within a budget
+        if isinstance(num_remove, str):  # within a budget, masks remove different shares
             shares = [removed_share(study, cell) for cell in cells]
         say(results_table(title, measured.header(), rows, head, shares))
     say(TABLE_NOTE, style="dim")
@@ -80,7 +80,7 @@ def print_pattern(study: Mapping) -> None:
 
 
 def held_out_table(study: Mapping) -> Table:
-    """All that searches chose on the held-out data, each loss through its metric."""
+    """All chosen candidates on the held-out data, each with its metric."""
     unseen = not any(described["shared_rows"] for described in study["held_out"].values())
     title = "\nOn held-out data" + ", which no search has seen" * unseen
     table = Table(title=title, title_justify="left")
@@ -127,7 +127,7 @@ def controls_table(study: Mapping) -> Table:
 
 
 def _judges(table: Table, described: Mapping[str, Mapping]) -> list[tuple[str, type[Objective]]]:
-    """A column for each judge, and the judges."""
+    """Add a column for each judge to a table, and return the judges."""
     read = [(label, objective_class(of["name"])) for label, of in described.items()]
     for label, known in read:
         table.add_column(Text(f"{label}: {known.header()}"), justify="right")

@@ -1,4 +1,4 @@
-"""All that can be done with a model, in a line each: `fastprune info`, and the docs' table."""
+"""The ways in which a model can be used, in a line each, for `fastprune info` and the docs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SENTENCES = {
 
 
 def support_of(model: Model) -> dict[str, str]:
-    """The units of a model, and whether and how it can be run, by name."""
+    """The units of a model, and the ways in which it can run, by name."""
     from ..exports import can_export
     from ..models import Needs, open_runner
     from ..models.surgery import runs_without_blocks
@@ -66,7 +66,7 @@ def _inputs(model: Model) -> str:
 
 
 def sentences(values: Mapping[str, object]) -> list[tuple[str, str]]:
-    """The values that `info` gives as lines for a reader: a name, and one fact with its unit."""
+    """Turn the values of `info` into lines for a reader: a name, and one fact with its unit."""
     lines = []
     for name, value in values.items():
         text = SENTENCES.get((name, str(value)), str(value))
@@ -84,7 +84,7 @@ def sentences(values: Mapping[str, object]) -> list[tuple[str, str]]:
 
 
 def _numbered(listed: str) -> str:
-    """The count of a list of units, and the numbers that options name them by."""
+    """The count of a list of units, and their numbers for options."""
     count = int(listed.partition(":")[0])
     return f"{count}, numbered 0 to {count - 1}"
 

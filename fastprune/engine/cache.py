@@ -1,8 +1,8 @@
-"""The prefix cache: states that outlive a call, by chunk and prefix. And the frontier: states that
-wait within a call until weights are loaded. Both keep them in tiers, from fast to slow.
+"""The prefix cache and the frontier: states by chunk and prefix, in tiers from fast to slow.
 
-Which states are worth keeping is decided before a call, in integers (`retention`, `schedule`). A
-state comes back with the bits that it had.
+States of the prefix cache outlive a call. States of the frontier wait within a call until weights
+are loaded. `retention` and `schedule` choose the states to keep before a call, in integers. A state
+comes back with the same bits.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ..plan.trie import Units
 SHARE = 4  # states may take 1 / SHARE of the free bytes by default
 MARGIN = 16  # 1 / MARGIN of a GPU's free bytes stays free, for allocators and libraries
 FREE_SECONDS = 1.0  # free bytes are read at most once in this time
-# bytes of a piece of pinned memory: of the first one, and at most. Both are powers of two, to which
-# torch's allocator rounds up.
+# bytes of the first piece of pinned memory, and the most of any piece. Both are powers of two, to
+# which torch's allocator rounds up.
 FIRST_PIECE, LARGEST_PIECE = 64 << 20, 1 << 30
-ALIGNMENT = 256  # bytes, of a state in a piece
+ALIGNMENT = 256  # bytes; each state in a piece begins at a multiple
 
 Key = tuple[int, Units]  # chunk, prefix
 
 
 class DeviceTier:
-    """States on the device that made them."""
+    """States in the memory of the device that computed them."""
 
     name = "device"
 
@@ -54,14 +54,14 @@ class DeviceTier:
 
 
 class HostTier(DeviceTier):
-    """States of a GPU in the host's pinned memory, for those that its own has no room for.
+    """States of a GPU in the host's pinned memory, when the GPU's own memory is full.
 
-    Pinning takes milliseconds, and rounds a state up to a power of two. So states are cut from a
-    few large pieces, each as large as all before, and a dropped state's place is used again.
+    Pinning takes milliseconds, and rounds sizes up to a power of two. So states are cut from a few
+    large pieces, each as large as all before. The place of a dropped state is used again.
 
     Args:
         device: The device of the states.
-        pin: Makes a piece of pinned memory, uint8[size]; by default torch does.
+        pin: Allocates a piece of pinned memory, uint8[size]; by default by torch.
     """
 
     name = "host"
@@ -69,7 +69,7 @@ class HostTier(DeviceTier):
     def __init__(self, device: torch.device, pin: Callable[[int], torch.Tensor] | None = None):
         super().__init__()
         self._device, self._pin = device, pin or self._pinned
-        self._piece = torch.empty(0, dtype=torch.uint8)  # the rest of the last one
+        self._piece = torch.empty(0, dtype=torch.uint8)  # the unused rest of the last piece
         self._total = 0  # bytes of all pieces
         self._free: dict[int, list[torch.Tensor]] = {}  # places of dropped states, by size
 
@@ -102,7 +102,7 @@ class HostTier(DeviceTier):
 
 
 class _Extent(NamedTuple):
-    """A state in a file: `size` bytes from `start` on, and the tensor that they are."""
+    """A state in a file: `size` bytes from `start` on, which hold a tensor."""
 
     start: int
     size: int
@@ -111,7 +111,7 @@ class _Extent(NamedTuple):
 
 
 class DiskTier:
-    """States in a file without a name, which ends with the process, however that ends."""
+    """States in a file without a name, which the system deletes when the process ends."""
 
     name = "disk"
 
@@ -149,7 +149,7 @@ class DiskTier:
 
 
 class _Place(NamedTuple):
-    """The tier that holds a state, by its name, and the state's bytes."""
+    """The name of the tier that holds a state, and the state's bytes."""
 
     tier: str
     size: int
@@ -158,11 +158,12 @@ class _Place(NamedTuple):
 class TieredStates:
     """States by chunk and prefix, each in the fastest tier that has room for it.
 
-    The tiers are the device, the host beside a GPU, and a folder's disk. A disk that fails is given
-    up with one warning; states that it holds can still be read.
+    The tiers are the device, with a GPU the host's memory, and the disk of a folder. When the disk
+    fails, one warning says so, and no more states are written there. States on it can still be
+    read.
 
     Attributes:
-        bytes: Held now, by the name of the tier, the fastest first.
+        bytes: Bytes held now, by the name of the tier, the fastest first.
     """
 
     def __init__(self, folder: Path | None, device: torch.device):
@@ -174,14 +175,19 @@ class TieredStates:
             self._tiers["disk"] = DiskTier(folder, device)
         self.bytes = dict.fromkeys(self._tiers, 0)
         self._places: dict[Key, _Place] = {}
-        self._rooms: dict[str, tuple[float, int]] = {}  # of memories, and when they were read
+        self._rooms: dict[str, tuple[float, int]] = {}  # by tier: time of reading, and bytes
 
     def share_of(self, tier: str, sharers: int, reserve: int | None = None) -> int:
-        """Bytes that a tier may hold: a share of its own and the free ones, for each of the
-        processes that share them. None on a disk that failed.
+        """Compute the bytes that a tier may hold: 1 / `SHARE` of its own and the free bytes.
 
-        reserve: bytes of the device that this process needs besides; then the tier may hold all but
-        these and a margin, if that is more.
+        Args:
+            tier: The tier's name.
+            sharers: The number of processes that divide these bytes.
+            reserve: Bytes of the device that this process needs for other purposes. With it, the
+                device's tier may hold all bytes but these and a margin, if that is more.
+
+        Returns:
+            The bytes; 0 for a disk that failed.
         """
         if tier != "disk":
             room = self._room(tier) // sharers
@@ -200,7 +206,7 @@ class TieredStates:
         return (free + self.bytes[tier]) // (SHARE * sharers)
 
     def _room(self, tier: str) -> int:
-        """A memory's own and free bytes, as they were at most `FREE_SECONDS` ago."""
+        """The tier's own and the free bytes of its memory, read at most `FREE_SECONDS` ago."""
         now, (read, room) = time.monotonic(), self._rooms.get(tier, (-math.inf, 0))
         if now - read > FREE_SECONDS:
             device = self._device if tier == "device" else torch.device("cpu")
@@ -209,7 +215,12 @@ class TieredStates:
         return room
 
     def put(self, key: Key, state: torch.Tensor, has_room: Callable[[str], bool]) -> str | None:
-        """Hold a state in the first tier that has room and takes it.
+        """Hold a state in the first tier that has room and does not fail.
+
+        Args:
+            key: The state's chunk and prefix.
+            state: The state.
+            has_room: Whether a tier has room, by its name.
 
         Returns:
             The tier's name; None if no tier took it.
@@ -228,11 +239,11 @@ class TieredStates:
         return None
 
     def get(self, key: Key) -> torch.Tensor:
-        """A state that is held, on the device."""
+        """Read a held state onto the device."""
         return self._tiers[self._places[key].tier].get(key)
 
     def drop(self, key: Key) -> None:
-        """Hold a state no longer."""
+        """Drop a held state."""
         place = self._places.pop(key)
         self._tiers[place.tier].drop(key)
         self.bytes[place.tier] -= place.size
@@ -248,7 +259,7 @@ class TieredStates:
         return None if place is None else place.tier
 
     def held(self) -> list[Key]:
-        """The states held."""
+        """The chunks and prefixes of all held states."""
         return list(self._places)
 
 
@@ -261,15 +272,14 @@ class PrefixCache:
     Every chunk may hold the same number of prefixes.
 
     Args:
-        limit: Bytes in memory; None for a quarter of the free ones at each call (of a device with
-            a reserve, for all but that); 0 for none.
-        folder: A folder for states beyond these, up to a quarter of its disk's free bytes; None
-            for none.
-        device: The device that the states are made on.
-        reserve: Bytes of a GPU that a call may take besides; None if they are not known.
+        limit: The most bytes in memory; 0 keeps none. None takes a quarter of the free bytes at
+            each call, or on a device with a reserve all but the reserve.
+        folder: A folder for further states, up to a quarter of its disk's free bytes; or None.
+        device: The device that computes the states.
+        reserve: Bytes of a GPU that a call needs for other purposes; None if they are not known.
 
     Attributes:
-        hits: States that were read, by the name of the tier.
+        hits: The number of states that were read, by the name of the tier.
         per_machine: The number of processes that share the host and its disk.
         per_device: The number of processes that share the device.
     """
@@ -293,7 +303,7 @@ class PrefixCache:
         self._matches: dict[int, Prefixes] = {}
 
     def start(self, state_bytes: int) -> None:
-        """Begin empty, with chunks over all of which one prefix's states take these bytes."""
+        """Begin empty. The states of one prefix on all chunks take `state_bytes`."""
         self.clear()
         self._state_bytes = max(1, state_bytes)
 
@@ -304,12 +314,12 @@ class PrefixCache:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that may still be held, as far as the limit goes."""
+        """Bytes of the limit that are not used."""
         return int(self._share * sum(self._limits().values())) - self.bytes
 
     @property
     def capacity(self) -> int:
-        """Prefixes that each chunk may hold, as the last `resize` has set it."""
+        """The number of prefixes that each chunk may hold, set by the last `resize`."""
         return sum(self._rooms.values())
 
     def resize(self) -> None:
@@ -340,8 +350,10 @@ class PrefixCache:
         return limits
 
     def share(self, sharers: int) -> None:
-        """Divide the limit by the number of caches that share it, and evict the states that no
-        longer fit, the least likely needed first."""
+        """Divide the limit by the number of caches that share it.
+
+        States that no longer fit are evicted, the least likely needed first.
+        """
         self._sharers = sharers
         self.resize()
         for chunk, match in list(self._matches.items()):
@@ -367,18 +379,18 @@ class PrefixCache:
             counts[chunk, tier] += 1
 
     def takes(self, chunk: int, count: int) -> bool:
-        """Whether that many states more of a chunk find room on the device."""
+        """Whether the device has room for `count` more states of a chunk."""
         return self._counts[chunk, "device"] + count <= self._rooms["device"]
 
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
-        """A state that is held, on the device."""
+        """Read a held state onto the device."""
         state, tier = self._states.get((chunk, prefix)), self._states.tier_of((chunk, prefix))
         assert tier is not None
         self.hits[tier] += 1
         return state
 
     def evict(self, chunk: int, prefixes: Iterable[Units]) -> None:
-        """Drop states, as far as they are held."""
+        """Drop those of these states that are held."""
         for prefix in prefixes:
             tier = self._states.tier_of((chunk, prefix))
             if tier is not None:
@@ -386,7 +398,7 @@ class PrefixCache:
                 self._counts[chunk, tier] -= 1
 
     def commit(self, chunk: int, prefixes: Prefixes) -> None:
-        """Let later calls match the states that the cache holds after a finished walk."""
+        """After a finished walk, let later calls match these prefixes of a chunk."""
         count = sum(self._counts[chunk, tier] for tier in self._states.bytes)
         if count < len(prefixes):  # the disk has failed meanwhile
             held = [
@@ -398,7 +410,7 @@ class PrefixCache:
         self._matches[chunk] = prefixes
 
     def forget(self, chunk: int) -> None:
-        """Evict all states of a chunk, whose walk was broken off."""
+        """Evict all states of a chunk, such as after an interrupted walk."""
         self.evict(chunk, [prefix for of, prefix in self._states.held() if of == chunk])
         self._matches.pop(chunk, None)
 
@@ -409,8 +421,7 @@ class PrefixCache:
         self._matches.clear()
 
     def shrink(self) -> None:
-        """Evict all states and take a quarter of the room from now on; none at all the third
-        time."""
+        """Evict all states, and use a quarter of the room from now on; none after a third call."""
         self.clear()
         self._share = self._share / 4 if self._share > 1 / 16 else 0
 
@@ -418,7 +429,7 @@ class PrefixCache:
 class Frontier:
     """States that wait within a call for units that are loaded later, by chunk and prefix.
 
-    No state is ever lost: memory takes those that no other tier has room for.
+    No state is ever lost: the device holds those for which no tier has room.
 
     Attributes:
         per_machine: The number of processes that share the slower tiers.
@@ -431,7 +442,7 @@ class Frontier:
         self._limits = dict.fromkeys(self._states.bytes, 0)  # bytes, by tier
 
     def start(self, memory: int) -> None:
-        """Begin empty, with these bytes on the device, and a share of the slower tiers."""
+        """Begin empty, with `memory` bytes on the device, and a share of the slower tiers."""
         self.clear()
         for tier in self._limits:
             self._limits[tier] = (
@@ -457,11 +468,11 @@ class Frontier:
             self._states.put((chunk, prefix), state, lambda tier: tier == "device")
 
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
-        """A state that is held, on the device."""
+        """Read a held state onto the device."""
         return self._states.get((chunk, prefix))
 
     def drop(self, chunk: int, prefix: Units) -> None:
-        """Hold a state no longer."""
+        """Drop a held state."""
         self._states.drop((chunk, prefix))
 
     def clear(self) -> None:

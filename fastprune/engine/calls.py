@@ -1,7 +1,7 @@
 """Calls: the sums of sequences under the model as it is now. Read `runs` and `ledger` first.
 
-`Calls` opens the model, and again when its version has changed. A call takes known sums from the
-store, has the others run, and begins again in smaller steps when memory runs out.
+`Calls` opens the model, and opens it again when its version has changed. A call takes known sums
+from the store and lets the others run. When memory runs out, it begins again in smaller steps.
 
 M distinct sequences of a call, V values of the measure, C continuations.
 """
@@ -39,9 +39,14 @@ MakeRuns = Callable[[Runner, MemoryLimit], Runs]
 
 @dataclass
 class Opened:
-    """All that belongs to one version of the model.
+    """The objects of one version of the model.
 
-    problem: replaced by another when memory runs out or a switch of torch changes.
+    Attributes:
+        version: The version.
+        runner: Runs its units.
+        limit: The limit of a call's memory.
+        problem: Replaced when memory runs out, or when a switch of torch changes.
+        runs: Runs the calls.
     """
 
     version: int
@@ -54,20 +59,20 @@ class Opened:
 class Calls:
     """Runs the calls of one evaluator, one after the other. The caller holds `model.lock`.
 
-    The version of the model before the present one waits beside it, where its runs can, so that a
-    model that is put back runs nothing again.
+    The objects of the previous version are kept beside the current ones, if its runs can wait. So a
+    model that returns to that version runs nothing again.
 
     Args:
-        model: Read at each call: its version decides whether it is opened again.
+        model: The model. Each call reads its version, and opens it again if that has changed.
         batch: The calibration set.
-        measure_name: Of `measures.MEASURES`.
+        measure_name: A name of `measures.MEASURES`.
         granularity: "block" or "sublayer".
-        backend: As `Evaluator` takes it.
+        backend: "auto", "generic" or "fused".
         memory_bytes: The limit of a call's activations; None for a default.
-        layout: The first one; None for one that fits the limit.
-        make_runs: Makes what runs units, for one version of the model.
-        store: Keeps finished sums, if given.
-        needs_digest: Whether runs tell models apart by their digest. The store does.
+        layout: The first layout; None for one that fits the limit.
+        make_runs: Makes the `Runs` of one version of the model.
+        store: Keeps finished sums; or None.
+        needs_digest: Whether the runs need the model's digest. A store always does.
 
     Attributes:
         opened: The version of the model that the last call ran.
@@ -92,14 +97,14 @@ class Calls:
             open_for, model, backend, batch, measure_name, granularity, memory_bytes
         )
         self._make_runs, self._needs_digest = make_runs, needs_digest or store is not None
-        self._asked, self._token_cost = Cost(), Cost()  # runs count single tokens
+        self._asked, self._token_cost = Cost(), Cost()  # unit runs of `Runs`, by token
         self._peak_bytes, self._held = 0, Held()
-        self._idle: Opened | None = None  # the version before
+        self._idle: Opened | None = None  # the previous version
         self.opened = self._open(layout)
         self._memory = SumMemory(self.opened.limit.race_bytes)
 
     def _open(self, layout: Layout | None) -> Opened:
-        """The model as it is now: the runner of its units, and its problem."""
+        """Open the model as it is now."""
         with self._model.held() as version:
             batch, runner, limit, layout = self._open_for(layout)
             digest = self._model.digest if self._needs_digest else None
@@ -126,7 +131,12 @@ class Calls:
     # -- a call ------------------------------------------------------------------------------------
 
     def ask(self, sequences: Iterable[Units], part: Part | None = None) -> Trie:
-        """The trie of sequences; counts the masks asked for, on a part of the calibration set."""
+        """Make the trie of sequences, and count its masks as asked for.
+
+        Args:
+            sequences: Sequences of units.
+            part: The part of the calibration set that will run; None for all of it.
+        """
         trie, share = make_trie(sequences), self._share(part)
         self._asked += Cost(
             masks=len(trie.index),
@@ -145,14 +155,17 @@ class Calls:
         """Run the missing sums of a trie's distinct sequences.
 
         Args:
-            trie: Of the sequences.
-            progress: Told of unit runs.
-            part: Of the calibration set, which alone runs; None for all of it.
-            keep: Keep the sums in memory, for a call that asks for more of the same sequences.
+            trie: The trie of the sequences.
+            progress: Called with events of unit runs.
+            part: The part of the calibration set that runs; None for all of it.
+            keep: Keep the sums in memory, for a later call with the same sequences.
 
         Returns:
-            Sums over each continuation, float64[M, V, C]: 0 outside of the part, and one column
-            more for a row that was cut.
+            Sums over each continuation, float64[M, V, C], 0 outside of the part. A cut row adds one
+            column.
+
+        Raises:
+            InputError: There are too many sequences.
         """
         longest = max(map(len, trie.sequences), default=0)
         limit = self.opened.limit
@@ -172,7 +185,7 @@ class Calls:
                 while ledger is None:
                     self._refresh()
                     ledger = self._complete(trie.sequences, progress, part, keep)
-                    if ledger is None:  # the states that the call made are of no version
+                    if ledger is None:  # the model changed, so the call's states are of no version
                         self.opened.runs.close()
         finally:
             self._asked += Cost(seconds=time.perf_counter() - started)
@@ -186,8 +199,10 @@ class Calls:
         part: Part | None,
         keep: bool,
     ) -> Ledger | None:
-        """The ledger of a call, with every sum; None if the model turns out to have changed.
-        Out of memory, the call begins again in smaller steps."""
+        """Run a call, and return its ledger with every sum; None if the model has changed.
+
+        When memory runs out, the call begins again in smaller steps.
+        """
         report = event_reporter(progress)
         while True:
             problem, runs = self.opened.problem, self.opened.runs
@@ -206,11 +221,11 @@ class Calls:
             except OutOfMemory as error:
                 if not self._take_smaller_steps():
                     raise (error.__cause__ or error) from None
-            finally:  # interrupted work is work, too
+            finally:  # interrupted work counts, too
                 self._count(runs, before)
 
     def _stores(self, keep: bool) -> list[tuple[Sums, int]]:
-        """All that keeps sums, the fastest first, each with its number of the problem."""
+        """The stores of sums, the fastest first, each with its number of the problem."""
         stores: list[tuple[Sums, int]] = []
         if keep or self._memory:
             stores.append((self._memory, self._memory.context(self.problem)))
@@ -237,7 +252,7 @@ class Calls:
         self._peak_bytes = max(self._peak_bytes, self._held.peak_bytes)
 
     def _take_smaller_steps(self) -> bool:
-        """Cut smaller chunks, or tiles; False when both are as small as can be."""
+        """Cut smaller chunks or tiles; False when both have their least size."""
         layout = self.opened.limit.smaller(self.problem.layout)
         if layout is None:
             return False
@@ -254,13 +269,11 @@ class Calls:
     # -- versions of the model ---------------------------------------------------------------------
 
     def _is_settled(self) -> bool:
-        """Whether the model is of the version that the call began with, now that a GPU's values
-        have come with the first sums."""
+        """Whether the model still has the call's first version, with a GPU's values compared."""
         return self._model.settle_version() == self.opened.version
 
     def _refresh(self) -> None:
-        """Open the model again if it has changed since the last call, or return to the version
-        before if that was restored."""
+        """Open the model again if it has changed; reuse the previous version if it was restored."""
         version, opened = self._model.begin_version(), self.opened
         if version != opened.version:
             layout = opened.problem.layout
@@ -282,7 +295,7 @@ class Calls:
             self.opened.problem = replace(self.problem, numerics=numerics)
 
     def _warn_of_path(self, before: Runner) -> None:
-        """Warn if the fused path served the version before and cannot serve this one."""
+        """Warn if the fused path ran the previous version and cannot run this one."""
         generic = GenericRunner.path_name
         if before.path_name == generic or self.opened.runner.path_name != generic:
             return

@@ -1,6 +1,6 @@
 """Rows of a calibration set as a rectangle of tokens, and their targets, cut into tiles.
 
-B rows, T tokens of the longest, P positions that predict, M targets, C continuations.
+B rows, T tokens of the longest row, P positions that predict targets, M targets, C continuations.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from ..models.head import Targets
 
 @dataclass(frozen=True)
 class ChunkRows:
-    """B rows of at most T tokens, padded at the end to T, with their targets. NumPy arrays.
+    """B rows of at most T tokens, padded at the end to T, with their targets, as NumPy arrays.
 
-    rows int64[B]: which rows of the batch. num_read: their tokens, padding left out. ids int64[B,
-    T]; positions and branch int64[B, T], None for plain causal rows. sources int64[P]: the flat
-    indices in [B * T] whose states predict a target, ascending and distinct. target_source int64[M]
-    (index into sources, ascending), target_token int64[M], continuation int64[M]: the batch's
-    continuation of each target.
+    Attributes:
+        rows: Numbers of the batch's rows, int64[B].
+        num_read: The number of their tokens, without padding.
+        ids: Token ids, int64[B, T].
+        positions: Positions of a tree's tokens, int64[B, T]; None for plain causal rows.
+        branch: Branches of a tree's tokens, int64[B, T]; None for plain causal rows.
+        sources: Indices in [B * T] of the states that predict targets, int64[P], ascending.
+        target_source: The index in `sources` of each target, int64[M], ascending.
+        target_token: The targets, int64[M].
+        continuation: The batch's continuation of each target, int64[M].
     """
 
     rows: np.ndarray
@@ -44,12 +49,12 @@ class ChunkRows:
 
     @cached_property
     def continuations(self) -> np.ndarray:
-        """The continuations of the batch whose targets are here, ascending, int64[C]."""
+        """The batch's continuations with targets in this chunk, ascending, int64[C]."""
         return np.unique(self.continuation)
 
     @cached_property
     def places(self) -> np.ndarray:
-        """The place in `continuations` of each target's, int64[M]."""
+        """The index in `continuations` of each target's continuation, int64[M]."""
         return np.searchsorted(self.continuations, self.continuation)
 
     @cached_property
@@ -73,7 +78,7 @@ class ChunkRows:
         return digest.digest()
 
     def to(self, device: torch.device) -> Chunk:
-        """The same rows as tensors on a device."""
+        """Copy the rows to tensors on a device."""
         numbers = (self.ids, self.positions, self.branch)
         targets = (self.sources, self.target_source, self.target_token)
         ids, positions, branch = (
@@ -113,7 +118,7 @@ class Chunk:
         return self.ids.numel()
 
     def tiles(self, size: int) -> list[Tile]:
-        """The targets, cut into tiles of at most `size` positions."""
+        """Cut the targets into tiles of at most `size` positions."""
         tiles = []
         starts = range(0, len(self.sources), size)
         bounds = np.searchsorted(
@@ -133,8 +138,8 @@ class Tile(Targets):
     """Positions of a chunk that go through the head together.
 
     Attributes:
-        positions: The chunk's sources that these are.
-        sources: Those sources, int64[P].
+        positions: Their range in the chunk's sources.
+        sources: The chunk's sources in this range, int64[P].
     """
 
     positions: slice
@@ -142,14 +147,14 @@ class Tile(Targets):
 
 
 def chunk_rows(batch: TokenBatch, rows: Sequence[int] | np.ndarray) -> ChunkRows:
-    """One chunk of these rows of a batch, which must be all trees or all plain."""
+    """Make a chunk of rows of a batch, which must be all trees or all plain."""
     rows = np.asarray(rows)
     is_tree = bool(batch.row_is_tree[rows[0]])
     if is_tree and batch.split_trees:
         (row,) = rows
         return _split_tree(batch, int(row))
     width = int(batch.row_lengths[rows].max())
-    # padding comes last, in a branch of its own: it sees itself and the trunk, nothing sees it
+    # padding comes last, in a branch of its own: it sees itself and the trunk, no token sees it
     ids, positions, branch = np.zeros((3, len(rows), width), dtype=np.int64)
     branch -= 1
     sources: list[np.ndarray] = []
@@ -179,7 +184,7 @@ def chunk_rows(batch: TokenBatch, rows: Sequence[int] | np.ndarray) -> ChunkRows
 
 
 def _split_tree(batch: TokenBatch, row: int) -> ChunkRows:
-    """A chunk of one tree, each of its branches a plain row behind a copy of the trunk.
+    """Make a chunk of one tree, with a plain row for each branch behind a copy of the trunk.
 
     A trunk of [a b c] with branches [d e] and [f] runs as
 
@@ -212,15 +217,17 @@ def _split_tree(batch: TokenBatch, row: int) -> ChunkRows:
 
 
 def _sequences(batch: TokenBatch, row: int) -> list[np.ndarray]:
-    """The tokens of the trunk and of a branch, as indices into a tree's row, for each branch."""
+    """For each branch, the tokens of the trunk and the branch, as indices of the tree's row."""
     branch = batch.branch[batch.row_starts[row] : batch.row_starts[row + 1]]
     numbers = np.unique(branch[branch > 0])
     return [np.flatnonzero((branch == 0) | (branch == number)) for number in numbers]
 
 
 def places_of(batch: TokenBatch, row: int) -> np.ndarray:
-    """The first place of each token of a row, int64[T], in the rectangle [B * T'] in which the row
-    runs alone."""
+    """The first place of each token of a row, int64[T], when the row runs alone in a chunk.
+
+    Places are indices in the chunk's [B * T]. A split tree repeats its trunk in every row.
+    """
     length = int(batch.row_lengths[row])
     if not (batch.split_trees and batch.row_is_tree[row]):
         return np.arange(length)
@@ -234,10 +241,10 @@ def places_of(batch: TokenBatch, row: int) -> np.ndarray:
 
 
 def cut_row(batch: TokenBatch, row: int, num_tokens: int) -> ChunkRows:
-    """A chunk of the first tokens of a plain row, with the targets that these tokens hold.
+    """Make a chunk of the first tokens of a plain row, with the targets among them.
 
-    The continuation of its targets is one more than the batch has. Where the row's last token
-    predicts a target, the part's last token does, too.
+    Its targets belong to a continuation behind the batch's last one. If the row's last token
+    predicts a target, so does the part's last token.
     """
     whole = chunk_rows(batch, [row])
     last = num_tokens - (2 if whole.sources[-1] < whole.num_tokens - 1 else 1)
@@ -257,16 +264,17 @@ def cut_row(batch: TokenBatch, row: int, num_tokens: int) -> ChunkRows:
 
 
 class Chunks:
-    """The chunks of a layout by number, and beyond them parts of rows, each alone.
+    """The chunks of a layout by number, and behind them parts of rows.
 
-    Number len(chunks) + i is the row of the batch's token i, cut after that token. So a number says
-    everything about a chunk, to workers, too.
+    Number len(chunks) + i is the row of the batch's token i, cut after that token. So a number
+    identifies a chunk, to workers, too. With 2 chunks, and rows of 4 and 3 tokens, number 2 + 5 is
+    the second row's part of 2 tokens.
     """
 
     def __init__(self, batch: TokenBatch, chunks: Sequence[Sequence[int]]):
         self._batch = batch
         self._chunks = [chunk_rows(batch, rows) for rows in chunks]
-        self._cut: tuple[int, ChunkRows] | None = None  # the last one
+        self._cut: tuple[int, ChunkRows] | None = None  # the last part that was made
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -287,11 +295,11 @@ class Chunks:
         return len(self) + int(self._batch.row_starts[row]) + num_tokens - 1
 
     def home(self, number: int) -> int:
-        """The number of the layout's chunk that holds the row of a chunk."""
+        """The number of the layout's chunk that holds the row of a part; a chunk's own number."""
         return number if number < len(self) else int(self._chunk_of[self._cut_of(number)[0]])
 
     def _cut_of(self, number: int) -> tuple[int, int]:
-        """The row of a cut chunk, and its tokens."""
+        """The row of a part, and the number of its tokens."""
         token = number - len(self)
         row = int(np.searchsorted(self._batch.row_starts, token, side="right")) - 1
         return row, token - int(self._batch.row_starts[row]) + 1
@@ -306,5 +314,5 @@ class Chunks:
 
 
 def make_chunk(batch: TokenBatch, rows: Sequence[int] | np.ndarray, device: torch.device) -> Chunk:
-    """One chunk of these rows as tensors on a device."""
+    """Make a chunk of rows as tensors on a device."""
     return chunk_rows(batch, rows).to(device)

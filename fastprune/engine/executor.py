@@ -1,8 +1,7 @@
-"""The executor: takes a chunk through the steps of a schedule, and turns final states into values
-of the measure.
+"""The executor: runs the steps of a schedule on a chunk, and computes the measure's values.
 
-It decides nothing. `LocalRuns` says which chunks run, in which order, by which steps. Here units
-and heads run, and are counted as they run.
+It decides nothing: `LocalRuns` chooses the chunks, their order and their steps. The executor runs
+units and heads, and counts them.
 
 B rows, T tokens of a row, D columns of a state, V values of the measure, M targets.
 """
@@ -50,9 +49,13 @@ Walk = Generator[Reached, None, None]
 class Counts:
     """Work done so far.
 
-    token_runs, token_heads: units, and heads, counted once for each token of the batch.
-    weight_loads: blocks whose weights were read; weight_bytes: of files, for these. peak_bytes: the
-    most activations that were held, with workspaces as measured on this model.
+    Attributes:
+        token_runs: Unit runs, each counted once for every token that it read.
+        token_heads: Runs of the head, counted likewise.
+        weight_loads: Blocks whose weights were read.
+        weight_bytes: Bytes of files that were read for these.
+        peak_bytes: The most bytes of activations held at once, with workspaces as measured on this
+            model.
     """
 
     token_runs: int = 0
@@ -65,9 +68,19 @@ class Counts:
 class Executor:
     """Runs schedules on the chunks of one problem.
 
-    chunks: by number; they become tensors when they first run. openings: of chunks. cache,
-    frontier: states that outlive a walk, and states that wait for a later one. reference: the
-    dense model's side of the measure. counts: of the work done.
+    Args:
+        model: The model.
+        runner: Runs its units.
+        measure: Computes values at targets.
+        granularity: "block" or "sublayer".
+        chunks: The chunks by number; they become tensors when they first run.
+        tile: The most positions of a tile.
+        footprint: The bytes of states, workspaces and heads.
+        openings: Opens chunks.
+        cache: States that outlive a walk.
+        frontier: States that wait for a later visit.
+        reference: The dense model's side of the measure.
+        counts: Grows with the work done.
     """
 
     def __init__(
@@ -101,7 +114,7 @@ class Executor:
         return self._opened[number]
 
     def forget(self, number: int) -> None:
-        """Drop all that is held of a chunk."""
+        """Drop everything held for a chunk."""
         self._opened.pop(number, None)
         self._openings.forget(number)
         self._cache.forget(number)
@@ -110,9 +123,17 @@ class Executor:
     # -- walks -------------------------------------------------------------------------------------
 
     def walks(self, schedules: dict[int, Schedule]) -> Iterator[tuple[int, Walk]]:
-        """A group of chunks, visit by visit: (chunk, its walk while the weights are loaded). Each
-        is walked before the next is asked for; broken off, the cache forgets its states of these
-        chunks."""
+        """Yield the walks of a group of chunks, visit by visit, while their weights are loaded.
+
+        Exhaust each walk before the next one. If the iterator is closed early, the cache forgets
+        its states of these chunks.
+
+        Args:
+            schedules: The schedule of each chunk, by number.
+
+        Yields:
+            The number of a chunk, and its walk.
+        """
         cache, weights, finished = self._cache, self._model.weights, False
         loads, read = weights.loads, weights.bytes
         try:
@@ -150,10 +171,11 @@ class Executor:
                 state = self._take(schedule, step, number)
             retained = dict(step.retained)
             fresh: list[tuple[Units, torch.Tensor]] = []
-            # together if they stay on the device: between units, no code of the cache is at hand
+            # states that stay on the device are cached together, so that no code of the cache runs
+            # between units
             together = len(retained) if self._cache.takes(number, len(retained)) else 1
             for count, unit in enumerate(step.units, start=1):
-                # within a step, everything else stays the same
+                # within a step, only the size of a state can change
                 if count == 1 or isinstance(state, HalfBlock):
                     self._note_peak(slots, state, chunk)
                 state = self._runner.run(unit, state, arguments, self._granularity)
@@ -174,7 +196,7 @@ class Executor:
         self._openings.weigh(number)
 
     def _take(self, schedule: Schedule, step: Step, number: int) -> State:
-        """The state that a step starts from, of the prefix cache or of the frontier."""
+        """The first state of a step, from the prefix cache or the frontier."""
         if step.source.kind == "frontier":
             prefix = schedule.frontier[step.source.index]
             state = self._runner.unpack(self._frontier.get(number, prefix), prefix[-1])

@@ -1,4 +1,4 @@
-"""The sums of one call: known from the store, missing, or put as they come."""
+"""The sums of one call: known from a store, missing, or entered as they arrive."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from .sums import Sums
 
 
 class Ledger:
-    """Sums of a problem over each continuation, for the sequences of one call.
+    """Sums of a problem over each continuation, for the M sequences of one call.
 
-    chunks: numbers of those that are asked for. stores: where finished sums may be, the fastest
-    first, each with its number of the problem's context.
+    Args:
+        problem: The problem.
+        sequences: The sequences.
+        chunks: The numbers of the chunks that run.
+        stores: Stores of finished sums, the fastest first, each with its number of the problem.
 
-    sums float64[M, V, C]: M sequences, V values of the measure, C continuations of the batch, and
-    one more where a part of a row is asked for; 0 where nothing was asked for. from_store bool[M]:
-    every sum asked for came from a store.
+    Attributes:
+        sums: float64[M, V, C], for V values of the measure and C continuations of the batch; 0 for
+            chunks that do not run. A part of a row adds one column.
+        from_store: Whether all sums of a sequence came from a store, bool[M].
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class Ledger:
         return missing
 
     def put(self, part: PartialSums) -> None:
-        """Enter sums, and keep them in the stores: one transaction each."""
+        """Enter sums, and keep them in the stores, in one transaction each."""
         chunk = self._problem.chunks[part.chunk]
         rows = part.rows.tolist()
         for row, sums in zip(rows, part.sums):
@@ -68,7 +72,7 @@ class Ledger:
                 store.put(context, chunk.key, finished)
 
     def _look_up(self, store: Sums, context: int, number: int, rows: np.ndarray) -> np.ndarray:
-        """bool[n]: which of these sequences' sums the store has; fills them in."""
+        """Fill in the sums that a store has, and return for which sequences, bool[n]."""
         chunk = self._problem.chunks[number]
         known = store.get(context, chunk.key, [self._keys[row] for row in rows.tolist()])
         has = np.zeros(len(rows), dtype=bool)

@@ -1,7 +1,7 @@
-"""Weights that do not fit: which chunks share the loading of a band, and whether a call fits.
+"""Weights that do not fit: groups of chunks that share the loading of bands.
 
-If all weights stay loaded, every chunk is a group of its own, and no state waits. Nobody else asks
-which of the two holds.
+If all weights stay loaded, every chunk is a group of its own, and no state waits. Other modules
+need not know which case holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .cache import Frontier
 from .chunks import ChunkRows, Chunks
 from .memory import MemoryLimit
 
-STATES_BYTES = 1 << 30  # of the rows that share the reading of weights, see `row_groups`
+STATES_BYTES = 1 << 30  # of the rows that share a reading of weights, see `row_groups`
 
 
 class Groups(NamedTuple):
@@ -35,7 +35,13 @@ class Groups(NamedTuple):
 class Loading:
     """The loading of weights for the calls of one model.
 
-    frontier: of states that wait. visits_of: for `make_schedule`; None if weights stay loaded.
+    Args:
+        model: The model.
+        limit: The limit of a call's memory.
+        frontier: Holds states that wait.
+
+    Attributes:
+        visits_of: An argument of `plan_call`; None if weights stay loaded.
     """
 
     def __init__(self, model: Model, limit: MemoryLimit, frontier: Frontier):
@@ -51,7 +57,13 @@ class Loading:
             self.visits_of = functools.partial(visits_of, band_of=band_of)
 
     def groups(self, schedules: Mapping[int, Schedule], chunks: Chunks, references: int) -> Groups:
-        """The groups of a call, for which the frontier starts. references: bytes that are held."""
+        """Group the chunks of a call, and start the frontier for it.
+
+        Args:
+            schedules: The schedule of each chunk, by number.
+            chunks: The chunks.
+            references: Bytes of dense references that are held.
+        """
         numbers, model = list(schedules), self._model
         if not model.weights.take_turns or not numbers:
             return Groups([[number] for number in numbers], True)
@@ -81,15 +93,14 @@ class Loading:
         )
 
     def _waiting_bytes(self, schedule: Schedule, chunk: ChunkRows) -> int:
-        """The most that a chunk's states between bands weigh at once."""
+        """The most bytes of a chunk's states that wait at once."""
         return schedule.frontier_peak * self._limit.state_bytes(chunk.num_tokens)
 
 
 def visits(
     schedules: Mapping[int, Schedule], model: Model, units_of_block: int
 ) -> Iterator[dict[int, Visit]]:
-    """The visits of a group of chunks that run together, by chunk, while their weights are
-    loaded."""
+    """Yield the visits that run together, by chunk, while their weights are loaded."""
     by_number: dict[int, dict[int, Visit]] = {}
     for chunk, schedule in schedules.items():
         for visit in schedule.visits:
@@ -120,8 +131,11 @@ def _blocks_of(
 
 
 def there_and_back(model: Model) -> Iterator[tuple[Sequence[int], bool]]:
-    """Blocks that are loaded together, from the first to the last and back, and whether this is on
-    the way back. The last ones come once, as the first on the way back."""
+    """Yield the bands from the first to the last and back, each with whether it is the way back.
+
+    The last band comes once, as the first one of the way back. Bands A, B, C give
+    (A, False), (B, False), (C, True), (B, True), (A, True).
+    """
     *before, last = model.weights.bands
     way = [*before, last, *reversed(before)]
     for number, blocks in enumerate(model.weights.visit(way)):
@@ -131,11 +145,15 @@ def there_and_back(model: Model) -> Iterator[tuple[Sequence[int], bool]]:
 def row_groups(
     model: Model, batch: TokenBatch, states_of_row: int | None = None
 ) -> list[list[int]]:
-    """The rows that share the reading of weights: each alone if all stay loaded, else as many as
-    states fit into STATES_BYTES.
+    """Group the rows that share a reading of weights.
 
-    states_of_row: states that are held of a row; by default as many as `there_and_back` has steps
-    on the way back.
+    If all weights stay loaded, each row is alone. Else the states of a group fit into
+    `STATES_BYTES`.
+
+    Args:
+        model: The model.
+        batch: The calibration set.
+        states_of_row: The number of states held for a row; by default the number of bands.
     """
     if not model.weights.take_turns:
         return [[row] for row in range(batch.num_rows)]

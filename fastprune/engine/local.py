@@ -1,9 +1,9 @@
 """Runs on this process's model: schedules, the prefix cache, and sums. Then read `executor`.
 
-For the missing sums of every chunk a schedule is made, from the states that the prefix cache holds
-there. The executor walks it, depth first. At the end of a sequence the head turns the final state
-into values at every target. Values leave the device 64 sequences at a time and are summed over each
-continuation in a fixed order, in float64.
+Each chunk gets a schedule for its missing sums, from the states that the prefix cache holds for it.
+The executor walks the schedule, depth first. At the end of a sequence, the head computes values at
+every target from the final state. The values of 64 sequences leave the device together. They are
+summed over each continuation in a fixed order, in float64.
 
 M sequences of a call, V values of the measure, C continuations of a chunk.
 """
@@ -49,8 +49,14 @@ Missing = Mapping[int, np.ndarray]  # by chunk, places of sequences, int64[n]
 
 
 class Opened(NamedTuple):
-    """A model opened for a calibration set: the set as it runs, the runner of the model's units,
-    the memory limit, and the layout of the set."""
+    """A model opened for a calibration set.
+
+    Attributes:
+        batch: The set as the model runs it.
+        runner: Runs the model's units.
+        limit: The limit of a call's memory.
+        layout: The layout of the set.
+    """
 
     batch: TokenBatch
     runner: Runner
@@ -67,10 +73,19 @@ def open_for(
     memory_bytes: int | None,
     layout: Layout | None,
 ) -> Opened:
-    """Open a model's runner for a calibration set, and cut the set if no layout is given.
+    """Open a model's runner for a calibration set, and cut the set unless it has a layout.
 
-    Raises InputError for rows or units that the model cannot run, and for memory_bytes that a row
-    does not fit into.
+    Args:
+        model: The model.
+        backend: "auto", "generic" or "fused".
+        batch: The calibration set.
+        measure_name: A name of `MEASURES`.
+        granularity: "block" or "sublayer".
+        memory_bytes: The limit of a call's activations; None for a default.
+        layout: A layout to check and use; None to make one.
+
+    Raises:
+        InputError: The model cannot run a row or unit, or a row does not fit into memory_bytes.
     """
     batch, opened = verified_for(model, backend, batch, granularity)
     runner = model.extended(opened, granularity)
@@ -87,9 +102,13 @@ def open_for(
 def verified_for(
     model: Model, backend: str, batch: TokenBatch, granularity: str
 ) -> tuple[TokenBatch, Runner]:
-    """A calibration set as the model runs it, and a runner verified on its longest rows.
+    """Convert a calibration set to the form that the model runs, and verify a runner on it.
 
-    Raises InputError for rows or units that the model cannot run.
+    Returns:
+        The calibration set, and the runner, verified on the longest rows.
+
+    Raises:
+        InputError: The model cannot run a row or unit.
     """
     batch.check_fits(model.vocab_size, model.max_positions)
     batch = _runnable(model, batch)
@@ -97,17 +116,24 @@ def verified_for(
 
 
 class Sharing(NamedTuple):
-    """How many processes share the memory of this machine, and of the device."""
+    """The number of processes that share the memory of this machine, and of the device."""
 
     per_machine: int = 1
     per_device: int = 1
 
 
 class LocalRuns:
-    """Runs units here; see `Runs`. Holds all that belongs to one version of one model.
+    """Runs units in this process (see `Runs`), for one version of one model.
 
-    cache_bytes, cache_dir: of the states that outlive a call, see `PrefixCache`. The caller enters
-    `model.evaluation()` around a call.
+    The caller enters `model.evaluation()` around a call.
+
+    Args:
+        model: The model.
+        runner: Runs its units.
+        limit: The limit of a call's memory.
+        cache_bytes: The limit of states that outlive a call (see `PrefixCache`).
+        cache_dir: A folder for further states, or None.
+        sharing: The number of processes that share the memories.
     """
 
     def __init__(
@@ -120,7 +146,7 @@ class LocalRuns:
         sharing: Sharing = Sharing(),  # noqa: B008  (a tuple of two numbers)
     ):
         self._model, self._runner, self._limit = model, runner, limit
-        # a host has other tenants; and weights that take turns need the room that a device has
+        # a host has other tenants, and weights that take turns need the device's free memory
         has_reserve = model.device.type == "cuda" and not model.weights.take_turns
         reserve = limit.limit if has_reserve else None
         self._cache = PrefixCache(cache_bytes, cache_dir, model.device, reserve)
@@ -134,8 +160,11 @@ class LocalRuns:
         self._idle: LocalRuns | None = None
 
     def run_beside(self, idle: LocalRuns) -> bool:
-        """See `Runs.run_beside`. Each has half of the cache. The waiting one gives back all that it
-        holds when memory runs out, or when its dense reference has no room in its half."""
+        """See `Runs.run_beside`. Each gets half of the cache.
+
+        The waiting one frees everything when memory runs out, or when its dense reference does not
+        fit into its half.
+        """
         self._idle, idle._idle = idle, None
         for runs in (self, idle):
             runs._cache.share(2)
@@ -165,17 +194,21 @@ class LocalRuns:
         missing: Missing,
         progress: Progress,
     ) -> Generator[PartialSums, None, None]:
-        """The missing sums; see `Runs.run`. Out of memory, the caches are given back first."""
+        """Yield the missing sums (see `Runs.run`). When memory runs out, caches are freed first."""
         self._use(problem)
         try:
-            yield from self._run(problem, sequences, dict(missing), _Told(progress))
+            yield from self._run(problem, sequences, dict(missing), _UnitProgress(progress))
         finally:
             for number in missing:
-                if number >= len(problem.chunks):  # a part of a row, which no later call asks for
+                if number >= len(problem.chunks):  # a part of a row: no later call needs it
                     self._executor.forget(number)
 
     def _run(
-        self, problem: Problem, sequences: Sequence[Units], left: dict[int, np.ndarray], tell: _Told
+        self,
+        problem: Problem,
+        sequences: Sequence[Units],
+        left: dict[int, np.ndarray],
+        tell: _UnitProgress,
     ) -> Generator[PartialSums, None, None]:
         while left:
             done: dict[int, list[np.ndarray]] = {}
@@ -205,7 +238,7 @@ class LocalRuns:
     # -- one problem -------------------------------------------------------------------------------
 
     def _use(self, problem: Problem) -> None:
-        """Run under this problem from now on. States of another one are dropped."""
+        """Run under this problem from now on, and drop the states of another one."""
         if problem is self._problem:
             return
         chunks = problem.chunks
@@ -232,8 +265,13 @@ class LocalRuns:
         self._problem = problem
 
     def _give_back(self) -> bool:
-        """Free the memory of waiting runs, the prefix cache, then the kept references; False if
-        nothing is held. Opened chunks, which are small, go with the first of them."""
+        """Free the next kind of memory: waiting runs, the prefix cache, or kept references.
+
+        Opened chunks, which are small, are freed with the first kind.
+
+        Returns:
+            Whether anything was freed.
+        """
         self._openings.give_back()
         idle, self._idle = self._idle, None
         if idle is not None:
@@ -255,9 +293,9 @@ class LocalRuns:
     # -- walks -------------------------------------------------------------------------------------
 
     def _walk_all(
-        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _Told
+        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _UnitProgress
     ) -> Generator[PartialSums, None, None]:
-        """The missing sums, group of chunks by group, in two halves if they do not fit."""
+        """Yield the missing sums, group by group; in two halves if the call does not fit."""
         self._cache.resize()
         self._run_dense(problem, sequences, missing, tell)
         schedules = self._schedules(problem, sequences, missing)
@@ -278,9 +316,9 @@ class LocalRuns:
                 yield from self._sums_of(chunk, number, rows, walk, tell)
 
     def _halves(
-        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _Told
+        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _UnitProgress
     ) -> Generator[PartialSums, None, None]:
-        """One half of the sequences after the other."""
+        """Run one half of the sequences after the other."""
         middle = len(sequences) // 2
         for start, stop in ((0, middle), (middle, len(sequences))):
             inside = {
@@ -295,9 +333,10 @@ class LocalRuns:
                     yield part._replace(rows=part.rows + start)
 
     def _run_dense(
-        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _Told
+        self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _UnitProgress
     ) -> None:
-        """Hold the dense model's final states of the missing chunks, if the measure needs them."""
+        """Compute and hold the dense model's final states of the missing chunks, if the measure needs
+        them."""
         lacking = self._reference.missing(missing)
         if not lacking:
             return
@@ -316,17 +355,17 @@ class LocalRuns:
     def _walks(
         self, schedules: Mapping[int, Schedule], groups: Sequence[Sequence[int]]
     ) -> Generator[tuple[int, Walk], None, None]:
-        """The walks of all chunks, group by group, see `Executor.walks`."""
+        """Yield the walks of all chunks, group by group (see `Executor.walks`)."""
         for group in groups:
             yield from self._executor.walks({number: schedules[number] for number in group})
 
     def _schedules(
         self, problem: Problem, sequences: Sequence[Units], missing: Missing
     ) -> dict[int, Schedule]:
-        """The steps on each chunk, given the sums that are missing and the states that are cached.
+        """Plan the steps on each chunk, from its missing sums and its cached states.
 
-        Chunks that lack the same and cache the same share a schedule, and so cache the same
-        afterwards. A part of a row caches nothing.
+        Chunks with equal missing sums and equal cached prefixes share a schedule. So they cache
+        equal prefixes afterwards. A part of a row caches nothing.
         """
         shared: dict[tuple, Schedule] = {}
         schedules = {}
@@ -342,9 +381,9 @@ class LocalRuns:
         return schedules
 
     def _sums_of(
-        self, chunk: ChunkRows, number: int, rows: np.ndarray, walk: Walk, tell: _Told
+        self, chunk: ChunkRows, number: int, rows: np.ndarray, walk: Walk, tell: _UnitProgress
     ) -> Iterator[PartialSums]:
-        """Sums of the sequences that end in a walk, `MAX_SUMS` at a time."""
+        """Yield the sums of the sequences that end in a walk, `MAX_SUMS` at a time."""
         ended: list[int] = []
         values: list[torch.Tensor] = []  # [V, targets] each
         for step in walk:
@@ -359,8 +398,8 @@ class LocalRuns:
             yield _sum(chunk, number, ended, values)
 
 
-class _Told:
-    """Tells `progress` of unit runs: done so far, and in all as far as is known."""
+class _UnitProgress:
+    """Reports unit runs to `progress`: those done so far, and the total as it is known now."""
 
     def __init__(self, progress: Callable[[int, int], None]):
         self._progress = progress
@@ -375,7 +414,7 @@ class _Told:
 
 
 def _sum(chunk: ChunkRows, number: int, rows: list[int], values: list[torch.Tensor]) -> PartialSums:
-    """Sum values over continuations in target order: one fetch from the device."""
+    """Sum values over continuations in target order, with one transfer from the device."""
     stacked = torch.stack(values) if len(values) > 1 else values[0][None]
     fetched = stacked.cpu().double().numpy()  # [n, V, targets]
     sums = np.empty((*fetched.shape[:2], len(chunk.continuations)))
@@ -386,8 +425,10 @@ def _sum(chunk: ChunkRows, number: int, rows: list[int], values: list[torch.Tens
 
 
 def _needs(model: Model, batch: TokenBatch, granularity: str) -> Needs:
-    """Needs of a calibration set: its longest plain row, or tree with the longest of its
-    sequences."""
+    """The rows of a calibration set on which a runner must be verified.
+
+    These are the longest plain row, and the longest tree with its longest sequence.
+    """
     plain, trees = (np.flatnonzero(batch.row_is_tree == is_tree) for is_tree in (False, True))
     row, together, tree = None, False, None
     if len(plain):
@@ -422,9 +463,10 @@ def _longest_sequence(batch: TokenBatch, trees: np.ndarray) -> np.ndarray:
 
 
 def _runnable(model: Model, batch: TokenBatch) -> TokenBatch:
-    """The calibration set as the model runs it: with its trees, or each branch as a row.
+    """Keep the trees of a calibration set if the model can run them; else split them into rows.
 
-    Raises InputError for rows that the model cannot run together with others.
+    Raises:
+        InputError: The model cannot run longer and shorter rows together.
     """
     switch, longest = switch_length(model.config), int(batch.positions.max()) + 1
     if (

@@ -1,4 +1,4 @@
-"""A race's looks: calls on growing parts of the calibration set. The rule is in `plan.racing`."""
+"""Looks of a race: calls on growing parts of the calibration set. `plan.racing` has the rule."""
 
 from __future__ import annotations
 
@@ -27,9 +27,21 @@ def race_sequences(
     tolerance: float,
     progress: ProgressCallback | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the sequences that reach the last look, int64[K], and their losses.
+    """Race sequences, and return those that reach the last look.
 
-    The race begins again when memory runs out: sums before and after differ in their bits.
+    When memory runs out, the race begins again, because sums of two layouts differ in their bits.
+
+    Args:
+        calls: Runs the looks.
+        objective: The objective.
+        sequences: N sequences of units.
+        keep: The number of sequences to keep.
+        confidence: The probability that the race keeps the right ones.
+        tolerance: A difference in loss that does not matter.
+        progress: Called with events of unit runs.
+
+    Returns:
+        The places of the sequences that reach the last look, int64[K], and their losses.
     """
     settings = keep, confidence, tolerance
     while True:

@@ -1,8 +1,7 @@
-"""Measures: one or more values at every target, computed from a mask's final states. The engine
-sums them over each continuation.
+"""Measures: one or more values at every target, computed from a mask's final states.
 
-To add one, write a function and register a `Measure` that names it. `Head.parts` gives logits, a
-part of the vocabulary at a time.
+The engine sums the values over each continuation. To add a measure, write a function, and add a
+`Measure` of it to `MEASURES`. `Head.parts` computes logits, a part of the vocabulary at a time.
 
 P positions of a tile, D columns of a state, V values of the measure, M targets.
 """
@@ -25,8 +24,8 @@ class Reference:
 
     Attributes:
         compute: (head, dense final states [P, D], keep) -> a value that `Measure.compute` takes.
-            keep: whether it may hold `position_bytes` for each position; else it is small, and
-            `Measure.compute` computes the rest again. Both give the same bits.
+            With keep, the value may hold `position_bytes` for each position. Without, it is small,
+            and `Measure.compute` computes the rest each time. Both give the same bits.
         position_bytes: The bytes that a head keeps for each position.
     """
 
@@ -36,7 +35,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure.
+    """A function of final states, with its names and its memory.
 
     Attributes:
         name: Its name.
@@ -88,7 +87,7 @@ def _most_likely(head: Head, states: torch.Tensor, keep: bool) -> torch.Tensor:
 
 
 def _normed(head: Head, states: torch.Tensor, keep: bool = True) -> torch.Tensor:
-    """States as the head reads them, float64[P, D]."""
+    """Normed states, as the head reads them, float64[P, D]."""
     return head.normed(states).double()
 
 

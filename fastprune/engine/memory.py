@@ -1,9 +1,8 @@
-"""Memory of a call: how many bytes it may take, how many it takes, and the way out when they do not
-suffice.
+"""Memory of a call: its limit, its measured bytes, and smaller steps when memory runs out.
 
-`MemoryLimit` turns a byte budget into a `Layout`: chunks and tiles with which all bytes of a call
-stay within the budget. It knows the weights of states from a `Footprint`, measured on one row of
-the model by `peak_bytes`.
+`MemoryLimit` turns a limit in bytes into a `Layout`: chunks and tiles with which a call stays
+within the limit. A `Footprint` holds the bytes of states and workspaces. `peak_bytes` measures them
+on the longest rows.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from ..plan.schedule import max_slots
 from .chunks import Chunk, make_chunk
 from .measures import Measure
 
-MAX_SEQUENCES = 1 << 20  # distinct ones of one call; bounds the states alive at once
+MAX_SEQUENCES = 1 << 20  # distinct sequences of one call; bounds the states alive at once
 # short rows run together up to these tokens, so that one sample costs little; bench/cut.py
 CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
-# of a unit, beyond which rows run apart: a larger workspace leaves the processor's caches
+# of a unit; beyond it rows run apart, since a larger workspace does not fit into caches
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 4 << 30}
 TILE_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # logits of one tile of positions
 LEAST_TILE = 8  # positions
-WEIGHED = 64  # positions of a tile run to know its weight
+WEIGHED = 64  # positions of a tile that run to measure its bytes
 LIMIT_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}
-SUMS_SHARE = 8  # one eighth of the limit is for sums over continuations, half of it for a call's
-OPENINGS_SHARE = 128  # of the limit, taken from the share of races
+SUMS_SHARE = 8  # sums over continuations may take 1 / 8 of the limit: calls and races half each
+OPENINGS_SHARE = 128  # openings may take 1 / 128 of the limit, from the half of races
 
 Result = TypeVar("Result")
 
@@ -51,7 +50,7 @@ def runs_together(device: torch.device, tokens: int) -> bool:
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out, and every cache was given back. The cause is the allocator's own error."""
+    """Memory ran out with every cache empty. The cause is the allocator's own error."""
 
 
 class MemoryLimit:
@@ -60,8 +59,17 @@ class MemoryLimit:
     The activations are states, the workspace of a unit, a tile of logits, sums, and the dense
     model's final states if the measure compares with them.
 
-    limit: bytes; None for a default by the kind of device. most_sums: of how many masks the sums
-    fit at once. footprint: measured on the model, for the last tile.
+    Args:
+        limit: The most bytes; None for a default by the kind of device.
+        model: The model.
+        runner: Runs its units.
+        batch: The calibration set.
+        measure: Computes values at targets.
+        granularity: "block" or "sublayer".
+
+    Attributes:
+        most_sums: The number of masks whose sums fit at once.
+        footprint: The bytes of states, workspaces and heads, as `weigh` measured them.
     """
 
     def __init__(
@@ -79,7 +87,7 @@ class MemoryLimit:
         self.limit = LIMIT_BYTES[self._kind] if limit is None else limit
         self.num_units = len(model.unit_names(granularity))
         self._slots = max_slots(self.num_units, MAX_SEQUENCES)
-        self._positions = len(np.unique(batch.target_source))  # that predict something
+        self._positions = len(np.unique(batch.target_source))  # positions that predict a target
         per_mask = 24 * len(measure.values) * batch.num_continuations  # sums, twice more to reduce
         self.most_sums = max(1, self.limit // SUMS_SHARE // 2 // per_mask)
 
@@ -94,15 +102,16 @@ class MemoryLimit:
         return self.limit // OPENINGS_SHARE
 
     def most_together(self, longest: int) -> int:
-        """The most sequences of at most `longest` units that one call can schedule within the
-        limit."""
+        """The most sequences of at most `longest` units that one call can schedule."""
         return MAX_SEQUENCES if longest <= self.num_units else (1 << self._slots) - 1
 
     def layout(self) -> Layout:
-        """Chunks of at most `CHUNK_TOKENS` and `WORKSPACE_BYTES`, and the largest tiles that stay
-        within the limit.
+        """Cut the calibration set into chunks and tiles that stay within the limit.
 
-        Raises InputError if one row does not fit, even with the smallest tiles.
+        Chunks take at most `CHUNK_TOKENS` and `WORKSPACE_BYTES`; tiles are as large as fits.
+
+        Raises:
+            InputError: One row does not fit, even with the smallest tiles.
         """
         per_position = self._measure.position_bytes(self._runner.head)
         room = min(TILE_BYTES[self._kind], self.limit // 4)
@@ -118,7 +127,7 @@ class MemoryLimit:
         raise self._too_small("one row of the batch", self.footprint.longest_row)
 
     def check(self, layout: Layout) -> Layout:
-        """The layout, if it is one of the batch and fits the limit; else InputError."""
+        """Return the layout if it fits the batch and the limit; else raise InputError."""
         layout.check(self._batch)
         self.weigh(layout.tile)
         widest = max(
@@ -129,8 +138,10 @@ class MemoryLimit:
         return layout
 
     def smaller(self, layout: Layout) -> Layout | None:
-        """Chunks of half the size, or if chunks are single rows, smaller tiles; None if neither can
-        shrink."""
+        """A layout with chunks of half the size or, if chunks are single rows, smaller tiles.
+
+        None if neither can shrink.
+        """
         lengths = self._batch.run_sizes
         divisible = [
             len(rows) * int(lengths[list(rows)].max()) for rows in layout.chunks if len(rows) > 1
@@ -142,11 +153,16 @@ class MemoryLimit:
         return None
 
     def room_for_references(self, tokens: int, positions: int) -> int:
-        """Bytes for references of the dense model beside a walk; 0 if one chunk's do not fit.
+        """Compute the bytes for references of the dense model beside a walk.
 
-        If weights take turns, one chunk's at most: the rest is for states that wait.
+        If weights take turns, they hold at most one chunk: waiting states need the rest.
 
-        tokens, positions: of the largest chunk, and the most positions that predict in one.
+        Args:
+            tokens: The tokens of the largest chunk.
+            positions: The most positions of a chunk that predict targets.
+
+        Returns:
+            The bytes; 0 if one chunk's references do not fit.
         """
         if self._measure.reference is None:
             return 0
@@ -157,28 +173,30 @@ class MemoryLimit:
         return chunk if self._model.weights.take_turns else room
 
     def beside(self, tokens: int, num_slots: int, references: int) -> int:
-        """Bytes left for states that wait.
+        """Compute the bytes for states that wait beside a walk.
 
-        tokens, num_slots: of the walk beside which they wait. references: bytes of the dense
-        references held.
+        Args:
+            tokens: The tokens of the walk's chunk.
+            num_slots: The slots of the walk.
+            references: The bytes of the dense references held.
         """
         walk = self.footprint.needed(tokens, num_slots) + self._dense_bytes()
         limit = self.limit - references
         return max(0, limit - limit // SUMS_SHARE - walk)
 
     def state_bytes(self, tokens: int) -> int:
-        """The weight of one state of this many tokens."""
+        """The bytes of one state of this many tokens."""
         return int(self.footprint.state * tokens)
 
     def weigh(self, tile: int) -> None:
-        """Measure the footprint of the longest rows and of one tile of the head.
+        """Measure the footprint of the longest rows, and of one tile of the head.
 
-        A few positions of the tile are run: each holds as much as any other.
+        Only a few positions of the tile run, since all hold equal bytes.
         """
         tile = min(tile, self._positions)
         few = min(tile, WEIGHED)
         with self._model.evaluation():
-            (footprint,) = (  # while the first block is loaded
+            (footprint,) = (  # measured while the first block is loaded
                 measure_footprint(self._runner, self._batch, self._granularity, self._run_head, few)
                 for _ in self._model.weights.visit([range(min(1, self._model.num_blocks))])
             )
@@ -198,13 +216,13 @@ class MemoryLimit:
         return needed + (needed - 1) // (SUMS_SHARE - 1)  # plus the share of sums
 
     def _dense_bytes(self) -> int:
-        """The weight of the dense model's final states, if the measure compares with them."""
+        """The bytes of the dense model's final states, if the measure compares with them."""
         if not self._measure.needs_dense:
             return 0
         return self._positions * self._model.hidden_size * self._model.dtype.itemsize
 
     def _run_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """One tile of the head, for its footprint. hidden [P, D]."""
+        """Run one tile of the head on states [P, D], to measure its footprint."""
         none = torch.zeros(0, dtype=torch.int64, device=hidden.device)
         targets, reference = Targets(len(hidden), none, none), None
         if self._measure.reference:
@@ -214,10 +232,13 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes held while a plan is walked.
+    """Bytes held during a walk.
 
-    state, workspace: per token, of one state and of one unit while it runs (its result included).
-    head: of one tile of positions on its way from hidden states to numbers. longest_row: tokens.
+    Attributes:
+        state: Bytes of a state for each token.
+        workspace: Bytes of a running unit for each token, its result included.
+        head: Bytes of one tile of positions in the head.
+        longest_row: Tokens of the longest row.
     """
 
     state: float
@@ -226,13 +247,14 @@ class Footprint:
     longest_row: int
 
     def needed(self, tokens: int, num_slots: int) -> int:
-        """Bytes of a walk with chunks of `tokens` tokens: the slots, a unit's input, its workspace,
-        and the head."""
+        """Bytes of a walk on a chunk of `tokens` tokens.
+
+        They hold the slots, a unit's input, its workspace and the head.
+        """
         return math.ceil(((num_slots + 1) * self.state + self.workspace) * tokens) + self.head
 
     def tokens_within(self, budget_bytes: int, num_slots: int) -> int:
-        """The most tokens of a chunk that `needed` allows within the budget; 0 if not even the
-        longest row fits."""
+        """The most tokens of a chunk that stay within the bytes; 0 if the longest row does not."""
         if self.needed(self.longest_row, num_slots) > budget_bytes:
             return 0
         per_token = (num_slots + 1) * self.state + self.workspace
@@ -246,15 +268,14 @@ def measure_footprint(
     head: Callable[[torch.Tensor], object],
     tile: int,
 ) -> Footprint:
-    """Run the first units and one tile of the head on the longest rows of a batch, and measure the
-    bytes that they hold."""
+    """Measure the bytes of the first units, and of one tile of the head, on the longest rows."""
     state_size = workspace = 0.0
     longest = 0
     for row in _longest_rows(batch):
         chunk = make_chunk(batch, [row], runner.device)
         try:
             state, largest, peak = _run_first_units(runner, chunk, granularity)
-        except NotImplementedError:  # of torch, for compiled operators such as flex_attention
+        except NotImplementedError:  # torch's, for compiled operators such as flex_attention
             raise InputError(
                 "memory cannot be measured inside of the compiled operators that this model runs; "
                 "open it with attn_implementation='sdpa'"
@@ -266,8 +287,7 @@ def measure_footprint(
 
 
 def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], tile: int) -> int:
-    """Bytes held while a tile of positions goes from hidden states, like these [..., D], to
-    numbers."""
+    """Measure the bytes of the head on a tile of positions, with states like these [..., D]."""
     hidden = hidden.flatten(0, -2)
     hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
     _, held = peak_bytes(lambda: head(hidden))
@@ -275,15 +295,18 @@ def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], t
 
 
 def _longest_rows(batch: TokenBatch) -> list[int]:
-    """The longest plain row and the longest tree, as far as there are any."""
+    """The longest plain row and the longest tree, if the batch has both kinds."""
     kinds = [np.flatnonzero(batch.row_is_tree == is_tree) for is_tree in (False, True)]
     return [int(rows[batch.run_sizes[rows].argmax()]) for rows in kinds if len(rows)]
 
 
 def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[State, int, int]:
-    """Open a chunk and run its first unit (with sublayers, one of each kind). The last state, the
-    bytes of the largest, and those held at the peak besides a unit's input: its workspace, and the
-    layers' arguments (masks, angles)."""
+    """Open a chunk and run its first unit; with sublayers, one of each kind.
+
+    Returns:
+        The last state, the bytes of the largest state, and the bytes at the peak besides a unit's
+        input: its workspace, and the layers' arguments (masks, angles).
+    """
     largest = 0
 
     def run() -> State:
@@ -300,15 +323,19 @@ def _run_first_units(runner: Runner, chunk: Chunk, granularity: str) -> tuple[St
 
 
 def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
-    """Run `work`; return its result, and the most bytes that tensors made by it (the result's too)
-    held at once.
+    """Run `work`, and count the most bytes that its tensors held at once.
 
-    Every tensor that an operator returns is followed by the life of its storage, on any device:
-    bytes as they were asked for. Bytes that an allocator caches, or adds by rounding up, are not
-    among them, so that the same work always counts the same, whatever the process did before; nor
-    is scratch space inside an operator, nor a copy of a parameter in another dtype, which belongs
-    to the weights. The collector of garbage rests meanwhile, since when it runs depends on the
-    past, too.
+    The storage of every tensor that an operator returns counts from its creation until it is freed,
+    on any device. Its requested bytes count. An allocator's cache and its rounding do not count, so
+    that equal work always counts equal bytes. Scratch space inside an operator does not count. A
+    copy of a parameter in another dtype belongs to the weights and does not count either. The
+    garbage collector is paused, because the process's past decides when it runs.
+
+    Args:
+        work: A function without arguments.
+
+    Returns:
+        The result of `work`, whose tensors count too, and the bytes.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -322,7 +349,7 @@ def peak_bytes(work: Callable[[], Result]) -> tuple[Result, int]:
 
 
 class _LiveStorages(TorchDispatchMode):
-    """Adds up the storages that operators return, until they are freed."""
+    """Counts the bytes of the storages that operators return, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Opened chunks: embedded tokens, and the arguments of every unit, while there is room for them.
+"""Opened chunks: embedded tokens, and the arguments of every unit, within a limit of bytes.
 
-A model's own forward works them out, which takes as long as several narrow units. They depend on
-the chunk alone, so that later calls need not open it again.
+A model's own forward computes them, which takes as long as several narrow units. They depend on the
+chunk alone, so that later calls reuse them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ Opening = tuple[Any, Any]  # the embedded tokens, and the units' arguments
 
 
 class Openings:
-    """Opens chunks, and keeps the first ones that fit.
-
-    Calls take the chunks in one order. So the first ones stay when not all fit.
+    """Opens chunks, and keeps the first ones that fit. Calls take the chunks in one order.
 
     Args:
-        runner: Opens them.
-        limit: Bytes that may be kept.
+        runner: Opens chunks.
+        limit: The most bytes to keep.
 
     Attributes:
-        bytes: Kept now.
+        bytes: The bytes kept now.
     """
 
     def __init__(self, runner: Runner, limit: int):
@@ -37,7 +35,7 @@ class Openings:
         self.bytes = 0
 
     def open(self, number: int, chunk: Chunk) -> Opening:
-        """A chunk's embedded tokens [B, T, D], and the arguments of every unit."""
+        """Return a chunk's embedded tokens [B, T, D], and the arguments of every unit."""
         if number in self._kept:
             return self._kept[number][0]
         opening = self._runner.open(chunk.ids, chunk.positions, chunk.branch)
@@ -45,7 +43,7 @@ class Openings:
         return opening
 
     def weigh(self, number: int) -> None:
-        """Weigh a chunk's opening again: units may add values that they compute once."""
+        """Count an opening's bytes again: units may add values that they compute once."""
         if number in self._kept and number not in self._weighed:
             opening, _ = self._kept[number]
             self.forget(number)
@@ -67,20 +65,20 @@ class Openings:
             self.bytes -= self._kept.pop(number)[1]
 
     def give_back(self) -> None:
-        """Keep none from now on."""
+        """Drop all openings, and keep none from now on."""
         self._limit = self.bytes = 0
         self._kept.clear()
 
 
-def _tensors(thing: Any) -> Iterator[torch.Tensor]:
-    """The tensors inside of arguments and of their own classes."""
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif isinstance(thing, Mapping):
-        for item in thing.values():
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors inside of arguments, which may be containers or objects of fastprune."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
             yield from _tensors(item)
-    elif isinstance(thing, (list, tuple)):
-        for item in thing:
+    elif isinstance(value, (list, tuple)):
+        for item in value:
             yield from _tensors(item)
-    elif type(thing).__module__.startswith("fastprune."):
-        yield from _tensors(vars(thing))
+    elif type(value).__module__.startswith("fastprune."):
+        yield from _tensors(vars(value))

@@ -1,4 +1,4 @@
-"""Parts of a calibration set: some of its samples, the last one perhaps cut.
+"""Parts of a calibration set: some of its samples, of which the last one may be cut.
 
 S samples, C continuations.
 """
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """The continuations of a calibration set whose chunks run; sums of all others are 0.
+    """A part of a calibration set. Sums outside of it are 0.
 
-    wanted: bool[C]. cut: a row that runs besides, alone, and how many of its tokens are read. Its
-    sums take one column more.
+    Attributes:
+        wanted: Whether the chunk of each continuation runs, bool[C].
+        cut: A row that runs alone, and the number of its tokens that are read. It adds one column
+            of sums. None without such a row.
     """
 
     wanted: np.ndarray
@@ -41,10 +43,12 @@ class Part(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Samples that a loss is asked on.
+    """The samples of a partial loss.
 
-    samples: int64[n], ascending, the cut one last. part: theirs. cut_targets: targets in the part
-    of the last sample that is read; None if it is read whole.
+    Attributes:
+        samples: int64[n], ascending, with a cut one last.
+        part: Their part of the calibration set.
+        cut_targets: The number of targets that are read of the cut sample; None without one.
     """
 
     samples: np.ndarray
@@ -53,10 +57,18 @@ class Choice(NamedTuple):
 
 
 def choose(objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: int | None) -> Choice:
-    """The samples to read, the last of them cut so that exactly these tokens are read.
+    """Choose samples, and cut the last one so that exactly `tokens` tokens are read.
 
-    A cut sample without a target in its part is left out. Raises InputError for tokens that end
-    outside the last sample, or hold no target.
+    A cut sample without a target in its part is left out.
+
+    Args:
+        objective: The objective.
+        chunks: The chunks of its calibration set.
+        samples: Indices of samples, int64[n].
+        tokens: The number of tokens to read; None for all of these samples.
+
+    Raises:
+        InputError: The tokens do not end in the last sample, or hold no target.
     """
     cut = None if tokens is None else _cut_of(objective, samples, tokens)
     cut_targets = None
@@ -73,7 +85,7 @@ def choose(objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: in
 
 
 def _cut_of(objective: Objective, samples: np.ndarray, tokens: int) -> tuple[int, int] | None:
-    """The row of the last sample with its tokens that are read; None if it is read whole."""
+    """The row of the last sample, and the number of its tokens that are read; None for all."""
     if not objective.cuts_samples:
         raise InputError(
             f"tokens cuts a row of text; the samples of {objective.name!r} are questions, which "
@@ -87,7 +99,7 @@ def _cut_of(objective: Objective, samples: np.ndarray, tokens: int) -> tuple[int
 
 
 def check_samples(samples: ArrayLike | None, num_samples: int, distinct: bool) -> np.ndarray:
-    """Indices of samples, all of them for None, int64[n]. Raises InputError for others."""
+    """Convert indices of samples to int64[n]; None is all samples. Raises InputError."""
     if samples is None:
         return np.arange(num_samples)
     samples = np.asarray(samples)
@@ -106,8 +118,8 @@ def check_samples(samples: ArrayLike | None, num_samples: int, distinct: bool) -
 
 
 def tokens_of_samples(objective: Objective, batch: TokenBatch) -> np.ndarray:
-    """Tokens that run for each sample, int64[S]. batch: the objective's, as the model runs it."""
-    # (sample, row), once each
+    """Tokens that run for each sample, int64[S]; `batch` is the set as the model runs it."""
+    # distinct pairs of sample and row
     pairs = np.unique(np.stack([objective.sample, batch.continuation_row]), axis=1)
     counts = np.bincount(pairs[0], batch.read_tokens[pairs[1]], minlength=objective.num_samples)
     return counts.astype(np.int64)

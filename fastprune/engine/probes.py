@@ -1,5 +1,7 @@
-"""Probes of the dense model, which score no mask: similarity of states, gradients of units and
-weights."""
+"""Probes of the dense model, which score no mask: similarities of states, and gradients.
+
+U units, S samples, B rows of T tokens, D columns of a state.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,18 @@ TOKENS_AT_ONCE = 256
 
 
 def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
-    """Mean token cosine between the states before each unit and after the last, float64[U + 1, U +
-    1].
+    """Compute the mean cosine between the states before each unit and after the last.
 
-    One row at a time: the states of every depth are held for that row (if weights take turns,
-    for as many rows as fit into `loading.STATES_BYTES`). Each pair's mean is over all tokens.
+    Rows run one at a time, and the states of every depth are held for a row. If weights take turns,
+    as many rows run together as fit into `loading.STATES_BYTES`.
+
+    Args:
+        model: The model.
+        batch: The calibration set.
+        granularity: "block" or "sublayer".
+
+    Returns:
+        float64[U + 1, U + 1]: for each pair of depths, the mean over all tokens.
     """
     batch, runner = _opened(model, batch, granularity)
     num_units = len(model.unit_names(granularity))
@@ -46,9 +55,16 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
 
 
 def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
-    """Mean of arccos(cosine)/pi between the states before each unit and after the last, float64[U +
-    1, U + 1], over the last token of each sequence: of a row of text, or of each branch (Gromov et
-    al., arXiv 2403.17887).
+    """Compute the mean of arccos(cosine) / pi between states (Gromov et al., arXiv 2403.17887).
+
+    Args:
+        model: The model.
+        batch: The calibration set.
+        granularity: "block" or "sublayer".
+
+    Returns:
+        float64[U + 1, U + 1]: for each pair of depths, the mean over the last tokens of sequences.
+        A sequence is a row of text, or a branch of a tree behind its trunk.
     """
     batch, runner = _opened(model, batch, granularity)
     num_units = len(model.unit_names(granularity))
@@ -72,8 +88,7 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
 def _states(
     runner: GenericRunner, batch: TokenBatch, granularity: str
 ) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Yield each row with the dense model's states before each unit and after the last: U + 1 of
-    [T, D]."""
+    """Yield each row with its U + 1 dense states [T, D], before each unit and after the last."""
     model = runner.model
     per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
     for rows in row_groups(model, batch, per_block * model.num_blocks + 1):
@@ -104,13 +119,24 @@ def _open(
 
 
 def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.ndarray:
-    """dL_s/da_i, float64[S, U], one sample at a time: the states before each block are kept, and
-    the blocks are run again backwards, one at a time, so that at most the graph of one block is
-    held.
+    """Compute the derivative of each sample's loss by a factor of each unit's term.
 
-    If weights take turns, the states before each group of blocks that are loaded together are kept,
-    of as many samples as fit into `loading.STATES_BYTES`; a group's own states are computed again
-    on the way back.
+    Samples run one at a time. The states before each block are kept. On the way back, blocks run
+    again one at a time, so that at most the graph of one block is held.
+
+    If weights take turns, only the states before each band are kept, for as many samples as fit
+    into `loading.STATES_BYTES`. A band's own states are computed again on the way back.
+
+    Args:
+        model: The model.
+        objective: The objective; its loss must have a gradient.
+        granularity: "block" or "sublayer".
+
+    Returns:
+        dL_s/da_i, float64[S, U].
+
+    Raises:
+        InputError: The objective has no useful gradient.
     """
     _check_differentiable("unit gradients need", objective)
     batch, runner = _opened(model, objective.batch, "sublayer")
@@ -132,11 +158,23 @@ def unit_gradients(model: Model, objective: Objective, granularity: str) -> np.n
 
 
 def unit_salience(model: Model, objective: Objective, granularity: str, power: int) -> np.ndarray:
-    """Sum over the weights w of each unit of |w dL/dw|^power, float64[U], L the loss over the whole
-    calibration set; a unit's biases are left out (Shortened LLaMA, arXiv 2402.02834).
+    """Compute the salience of each unit's weights (Shortened LLaMA, arXiv 2402.02834).
 
-    One sample at a time, each unit's graph alone; a gradient of every weight of the blocks is held
-    throughout, in float32 at least.
+    Samples run one at a time, and one unit's graph is held at a time. The gradient of every weight
+    of the blocks is held throughout, in at least float32.
+
+    Args:
+        model: The model, with all its weights loaded.
+        objective: The objective; its loss must have a gradient.
+        granularity: "block" or "sublayer".
+        power: The exponent.
+
+    Returns:
+        The sum over a unit's weights w of |w dL/dw|^power, without biases, float64[U]. L is the
+        loss on the whole calibration set.
+
+    Raises:
+        InputError: The objective has no useful gradient, or weights are streamed.
     """
     _check_differentiable("unit salience needs", objective)
     model.require_resident(
@@ -160,14 +198,14 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
             _add_weight_gradients(
                 runner, chunk, share[chunk.continuation], granularity, weights, totals
             )
-        found = [
+        salience = [
             [
                 (w.detach().to(t.dtype) * t).abs().pow(power).sum(dtype=torch.float64)
                 for w, t in zip(*pair)
             ]
             for pair in zip(weights, totals, strict=True)
         ]
-    return np.array([float(sum(of)) for of in found])
+    return np.array([float(sum(of)) for of in salience])
 
 
 def _add_weight_gradients(
@@ -178,8 +216,10 @@ def _add_weight_gradients(
     weights: Sequence[Sequence[torch.Tensor]],
     totals: Sequence[Sequence[torch.Tensor]],
 ) -> None:
-    """Add to totals, unit by unit, the gradient of the sum of weight_m * nll_m over one row's
-    targets."""
+    """Add one row's gradients to `totals`, unit by unit.
+
+    They are gradients of the sum of weight_m * nll_m over the row's targets m.
+    """
     state: State
     state, arguments = runner.open(chunk.ids, chunk.positions, chunk.branch)
     entries = []
@@ -195,9 +235,9 @@ def _add_weight_gradients(
             after = runner.pack(
                 runner.run(unit, runner.unpack(entry, unit - 1), arguments, granularity)
             )
-        grad, *found = torch.autograd.grad(after, (entry, *weights[unit]), grad, allow_unused=True)
-        for total, gradient in zip(totals[unit], found, strict=True):
-            if gradient is not None:  # the other half's, in a sublayer
+        grad, *own = torch.autograd.grad(after, (entry, *weights[unit]), grad, allow_unused=True)
+        for total, gradient in zip(totals[unit], own, strict=True):
+            if gradient is not None:  # a sublayer does not use the other half's weights
                 total += gradient
 
 
@@ -210,7 +250,7 @@ def _weights(layer: torch.nn.Module) -> list[torch.Tensor]:
 
 @contextmanager
 def _recording(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Parameters that were frozen take part in gradients for as long as this lasts."""
+    """A context in which frozen parameters have gradients, too."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -221,17 +261,19 @@ def _recording(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _check_differentiable(what: str, objective: Objective) -> None:
+def _check_differentiable(subject: str, objective: Objective) -> None:
     if not objective.differentiable:
         raise InputError(
-            f"{what} a gradient at the dense model, which {type(objective).__name__} has not; "
+            f"{subject} a gradient at the dense model, which {type(objective).__name__} has not; "
             "use Perplexity, TaskMargin or TaskLikelihood"
         )
 
 
 class _Sample:
-    """dL/da of one row for every sublayer, [2 * blocks], L = sum of weight_m * nll_m over its
-    targets."""
+    """dL/da of one row for every sublayer, [2 * blocks].
+
+    L is the sum of weight_m * nll_m over the row's targets m.
+    """
 
     def __init__(self, runner: GenericRunner, objective: Objective, batch: TokenBatch, row: int):
         self._runner = runner
@@ -264,7 +306,7 @@ class _Sample:
             between = hidden_of(middle)
             if isinstance(
                 middle, HalfBlock
-            ):  # both branches leave from the entry and meet in the sum
+            ):  # both halves read the entry, and their terms are added
                 grad_middle, (grad_entry,) = grad, torch.autograd.grad(after, entry, grad)
             else:
                 grad_middle, grad_entry = torch.autograd.grad(after, (between, entry), grad)
@@ -274,7 +316,7 @@ class _Sample:
         self._grad = grad
 
     def _through(self, blocks: Sequence[int]) -> list[torch.Tensor]:
-        """The states before each of the blocks that come next, and after the last."""
+        """Run blocks, and return the states before each of them and after the last."""
         states = [self._starts[-1]]
         for block in blocks:
             states.append(self._runner.run(block, states[-1], self._arguments))
@@ -284,7 +326,7 @@ class _Sample:
 def _head_gradient(
     runner: GenericRunner, chunk: Chunk, hidden: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """dL/d hidden, [B, T, D], tile by tile over the positions that count."""
+    """dL/d hidden, [B, T, D], computed tile by tile over the positions that predict targets."""
     gradient = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     flat, flat_gradient = hidden.flatten(0, 1), gradient.flatten(0, 1)
     first = 0

@@ -1,5 +1,7 @@
-"""A problem: all that a call is computed under and that decides its bits. Never changed, only
-replaced: another layout, model or switch of torch is another problem."""
+"""A problem: all data and settings that decide the bits of a call's sums.
+
+A problem never changes. Another layout, model or switch of torch makes another problem.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,13 @@ ARITHMETIC = 3  # raised by every change of the order or precision of operations
 class Problem:
     """The data, measure and settings under which one call computes its sums.
 
-    numerics: plain values that decide bits besides data and weights (path, dtype, device,
-    software). digest: of the model; None if neither a store nor workers need it.
+    Attributes:
+        batch: The calibration set as the model runs it.
+        measure_name: A name of `MEASURES`.
+        granularity: "block" or "sublayer".
+        layout: The layout of the calibration set.
+        numerics: Further settings that decide bits: path, dtype, device, software.
+        digest: The model's digest; None if neither a store nor workers need it.
     """
 
     batch: TokenBatch
@@ -39,8 +46,7 @@ class Problem:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that run for a unit run: those of the calibration set, and the copies of trunks
-        if trees are split."""
+        """Tokens that run for a unit run; split trees count their trunk once for each branch."""
         return int(self.batch.read_tokens.sum())
 
     @cached_property

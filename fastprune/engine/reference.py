@@ -1,6 +1,6 @@
-"""The dense model's side of a measure that compares: final states, and logits while there is room.
+"""The dense model's side of a measure that compares: final states, and logits that fit.
 
-P positions that predict in a chunk, D columns of a state.
+P positions of a chunk that predict targets, D columns of a state.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from .measures import Measure
 
 
 class DenseReference:
-    """Final states of the whole model by chunk, and the references of tiles.
+    """Final states of the dense model by chunk, and the references of tiles.
 
-    These outlive a call. If those of all chunks do not fit, the ones that were computed first stay,
-    and the room of the latest serves the current chunk: calls take the chunks in one order, so the
-    latest is the one whose turn comes last.
+    Both outlive a call. If the references of all chunks do not fit, the current chunk evicts the
+    one computed last. Calls take the chunks in one order, so that one is needed last.
 
     Args:
-        runner: The runner, whose head computes them.
+        runner: The runner, whose head computes references.
         measure: The measure.
-        room: Bytes that references of tiles may take. Those that do not fit are computed again for
-            each mask.
+        room: The most bytes of references. Those that do not fit are computed again for each mask.
     """
 
     def __init__(self, runner: Runner, measure: Measure, room: int):

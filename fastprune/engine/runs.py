@@ -1,7 +1,7 @@
 """The protocol that runs a call: one method to implement, in this process or on workers.
 
-`LocalRuns` (local.py) runs units on this process's model, `RemoteRuns` (workers/remote.py) shares
-the call out. `Calls` (calls.py) knows this protocol only.
+`LocalRuns` (local.py) runs units on this process's model. `RemoteRuns` (workers/remote.py) divides
+the call among workers. `Calls` (calls.py) knows this protocol only.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class PartialSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that a `Runs` holds now, and the peak of its last calls.
+    """The memory of a `Runs`.
 
-    peak_bytes: of activations, the prefix cache apart. cache_bytes: of the prefix cache now.
-    cache_hits: states that it served, by tier.
+    Attributes:
+        peak_bytes: The most bytes of activations so far, without the prefix cache.
+        cache_bytes: The bytes of the prefix cache now.
+        cache_hits: The number of states that the cache returned, by tier.
     """
 
     peak_bytes: int = 0
@@ -46,8 +48,10 @@ class Held:
 class Runs(Protocol):
     """Computes missing sums.
 
-    cost: grows while a call runs, also when it is broken off. Its unit runs and head runs count
-    single tokens, so that they stay integers.
+    Attributes:
+        cost: Grows while a call runs, also if it is cancelled. Its unit runs and head runs count
+            single tokens, so that they stay integers.
+        held: The memory in use.
     """
 
     @property
@@ -63,27 +67,27 @@ class Runs(Protocol):
         missing: Mapping[int, np.ndarray],
         progress: Progress,
     ) -> Generator[PartialSums, None, None]:
-        """The missing sums, in any order.
+        """Yield the missing sums, in any order. Closing the iterator cancels the call.
 
         Args:
-            problem: the data, measure and settings of the sums.
-            sequences: of units, distinct and sorted.
-            missing: by number of the chunk (see `Chunks`), the places of the sequences to run
-                there, int64[n], ascending.
-            progress: told of unit runs, done and in all.
+            problem: The data, measure and settings of the sums.
+            sequences: Sequences of units, distinct and sorted.
+            missing: The places of the sequences to run, int64[n], ascending, by number of the chunk
+                (see `Chunks`).
+            progress: Called with the unit runs done so far, and their total.
 
-        Closing the iterator cancels the call. Raises OutOfMemory when no memory is left to free;
-        sums that were yielded before stay right.
+        Raises:
+            OutOfMemory: No memory is left to free. Sums that were yielded stay valid.
         """
 
     def run_beside(self, idle: Any) -> bool:
-        """Run from now on, while the runs of another version of the model wait with their states.
+        """Run from now on, while the runs of another version of the model keep their states.
 
         Args:
-            idle: of the same class.
+            idle: The other runs, of the same class.
 
         Returns:
-            Whether they can wait; False: their states are of no more use.
+            Whether they can keep them; if not, the caller closes them.
         """
 
     def close(self) -> None:

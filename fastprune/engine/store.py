@@ -1,5 +1,4 @@
-"""Finished sums on disk (SQLite): of each mask, on each chunk, under everything that determines
-their bits."""
+"""Finished sums on disk (SQLite), by mask, chunk and context."""
 
 from __future__ import annotations
 
@@ -46,14 +45,19 @@ class SumStore:
     """Sums over the continuations of a chunk, by (context, chunk, units that ran).
 
     A context holds all that determines a sum besides chunk and units: weights, measure, dtype,
-    device, software. So any objective that asks for the same tokens under the same measure finds
-    the sums of another. Sums are kept as their eight bytes with a checksum, so that they come back
-    to the bit or not at all; every `put` is one transaction, so that a killed run keeps all that it
-    had finished. Threads and processes may share a file.
+    device, software. So two objectives with the same tokens and measure share their sums. A sum is
+    kept as its eight bytes with a checksum: it comes back to the bit or not at all. Every `put` is
+    one transaction, so a killed run keeps all finished sums. Threads and processes may share a
+    file.
 
-    Raises InputError for a file that is no store, is one of another version, or is damaged: none is
-    overwritten. When the file fails later (a full disk, another program's lock, a damaged row), a
-    RuntimeWarning says so once, and the store keeps and finds nothing from then on.
+    The file may fail later: a full disk, another program's lock, a damaged row. Then one
+    RuntimeWarning says so, and the store returns and keeps nothing from then on.
+
+    Args:
+        path: The file; a new one is made.
+
+    Raises:
+        InputError: The file is no store, is damaged, or has another version. It is not overwritten.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -64,16 +68,16 @@ class SumStore:
             raise InputError(f"{self.path}: the folder of the store does not exist")
         if self.path.exists() and not self.path.is_file():
             raise InputError(f"{self.path}: is not a file; name a file for the store")
-        # SQLite opens these beside its file, and would wait for a FIFO
+        # SQLite opens these files beside its own, and would wait for a FIFO
         refuse_special(Path(f"{path}{suffix}") for suffix in ("-wal", "-shm", "-journal"))
         self._turn = threading.RLock()
         self._failed = False
-        self._keys: dict[int, bytes] = {}  # of contexts, by their number
-        self._chunks: dict[bytes, int] = {}  # numbers of chunks, by key; none is ever removed
+        self._keys: dict[int, bytes] = {}  # keys of contexts, by number
+        self._chunks: dict[bytes, int] = {}  # numbers of chunks, by key; chunks are never removed
         try:
             self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
             self._open()
-            # in WAL mode a commit then waits for no disk; it outlives the process all the same
+            # in WAL mode, a commit then does not wait for the disk, and still survives a kill
             self._db.execute("PRAGMA synchronous=NORMAL")
         except _FAILURES as error:
             raise InputError(f"{self.path}: not a store ({error})") from None
@@ -109,8 +113,10 @@ class SumStore:
         )  # another process sees all or nothing
 
     def context(self, determined_by: Mapping[str, object]) -> int:
-        """The number of a context in this file, noted readably when it is new; -1 once the store
-        has been given up."""
+        """The number of a context in this file; -1 after the store has failed.
+
+        A new context is written with its settings as readable text.
+        """
         if self._failed:
             return -1
         text = json.dumps(determined_by, sort_keys=True)
@@ -133,7 +139,7 @@ class SumStore:
                 return -1
 
     def get(self, context: int, chunk: bytes, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-        """The known sums of a chunk, float64[C], by the key of the units that ran."""
+        """Look up sums of a chunk, float64[C], by the key of the units that ran."""
         known: dict[bytes, np.ndarray] = {}
         keys = iter(keys)
         with self._turn:
@@ -188,7 +194,7 @@ class SumStore:
                 self._give_up(error)
 
     def _number(self, chunk: bytes) -> int | None:
-        """The number of a chunk in this file; None for one that it does not have."""
+        """The number of a chunk in this file; None for an unknown chunk."""
         if chunk not in self._chunks:
             row = self._db.execute("SELECT id FROM chunks WHERE key = ?", (chunk,)).fetchone()
             if row is None:
@@ -199,7 +205,7 @@ class SumStore:
     # -- looking at a file -------------------------------------------------------------------------
 
     def contexts(self) -> dict[int, tuple[dict, int]]:
-        """Each context in the file, by its number: its settings, and its number of sums."""
+        """The settings and the number of sums of each context, by its number in the file."""
         query = (
             "SELECT id, determined_by, (SELECT count(*) FROM sums WHERE context = id) FROM "
             "contexts ORDER BY id"
@@ -210,13 +216,12 @@ class SumStore:
             }
 
     def rows(self) -> Iterator[tuple[int, bytes, tuple[int, ...], np.ndarray | None]]:
-        """Everything in the file: (context, chunk, units that ran, sums); the sums of a damaged row
-        are None."""
+        """Yield all rows: context, chunk, units that ran, sums. A damaged row's sums are None."""
         for context, _, chunk, units, values in self._rows():
             yield context, chunk or b"", tuple(np.frombuffer(units, dtype="<u2").tolist()), values
 
     def _rows(self) -> Iterator[tuple[int, int, bytes | None, bytes, np.ndarray | None]]:
-        """Everything in the file: (context, number of the chunk, its key, units, sums)."""
+        """Yield all rows: context, number of the chunk, its key, units, sums."""
         query = (
             "SELECT context, chunk, key, units, sums, checksum FROM sums "
             "LEFT JOIN chunks ON chunks.id = chunk"
@@ -234,8 +239,15 @@ class SumStore:
                 yield context, number, chunk, units, values
 
     def prune(self, contexts: Iterable[int] = (), damaged: bool = False) -> int:
-        """Remove these contexts with their sums, or the damaged rows; return how many sums were
-        removed."""
+        """Remove contexts with their sums, or damaged rows.
+
+        Args:
+            contexts: Numbers of contexts.
+            damaged: Whether to remove the damaged rows of all contexts.
+
+        Returns:
+            The number of removed sums.
+        """
         broken = []
         if damaged:
             broken = [
@@ -261,7 +273,7 @@ class SumStore:
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
-        """Turn SQLite's exception over a damaged file into one line that names the file."""
+        """Turn SQLite's exception about a damaged file into one line that names the file."""
         try:
             yield
         except _FAILURES as error:
@@ -283,13 +295,13 @@ class SumStore:
 
 
 def _objects(database: sqlite3.Connection) -> set[tuple]:
-    """Tables, indexes, views and triggers, with their definitions; not all if there are many."""
+    """Tables, indexes, views and triggers with their definitions, ten at most."""
     return set(database.execute("SELECT type, name, sql FROM sqlite_master LIMIT 10").fetchall())
 
 
 @functools.cache
 def _expected_objects() -> set[tuple]:
-    """Those of a store: a view or a trigger would run its author's statements."""
+    """The objects of a store. Any other, such as a trigger, would run its author's statements."""
     with closing(sqlite3.connect(":memory:")) as database:
         database.executescript(_SCHEMA)
         return _objects(database)

@@ -1,4 +1,4 @@
-"""Finished sums: the interface of what keeps them, and a bounded memory for those of races."""
+"""Finished sums: the interface of their stores, and a bounded memory for the sums of races."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from .problem import Problem
 
-ENTRY_BYTES = 256  # of one entry beside its sums: keys, and their places in dicts
+ENTRY_BYTES = 256  # of one entry besides its sums: keys and dicts
 
 
 class Sums(Protocol):
     """Keeps sums over the continuations of a chunk, by (context, chunk, units that ran)."""
 
     def get(self, context: int, chunk: bytes, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-        """The sums of a chunk that are kept, flat, float64[V * C], by the key of the units."""
+        """Look up sums of a chunk, flat float64[V * C], by the key of the units."""
 
     def put(self, context: int, chunk: bytes, sums: Mapping[bytes, np.ndarray]) -> None:
         """Keep the sums of a chunk, float64[V, C] each, by the key of the units."""
@@ -27,8 +27,9 @@ class Sums(Protocol):
 class SumMemory:
     """Sums of the races of one process, within a limit of bytes.
 
-    Two generations bound it: sums go into the young one. Once that holds half of the limit, it
-    becomes the old one, and the sums of the old one are dropped unless they were read meanwhile.
+    There are two generations. New sums enter the young one. When it holds half of the limit, it
+    becomes the old one, and the previous old one is dropped. A read moves a sum from the old to the
+    young one.
     """
 
     def __init__(self, limit: int):
@@ -37,7 +38,7 @@ class SumMemory:
         self._contexts: weakref.WeakKeyDictionary[Problem, int] = weakref.WeakKeyDictionary()
         self._young: dict[tuple[int, bytes], dict[bytes, np.ndarray]] = {}
         self._old: dict[tuple[int, bytes], dict[bytes, np.ndarray]] = {}
-        self._bytes = 0  # of the young ones
+        self._bytes = 0  # bytes of the young generation
 
     def __bool__(self) -> bool:
         """Whether it keeps anything."""
@@ -50,7 +51,7 @@ class SumMemory:
         return self._contexts[problem]
 
     def get(self, context: int, chunk: bytes, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-        """The sums of a chunk that are kept; see `Sums.get`."""
+        """Look up sums of a chunk; see `Sums.get`."""
         young = self._young.get((context, chunk), {})
         old = self._old.get((context, chunk), {})
         known, again = {}, {}

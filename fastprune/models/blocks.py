@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# By class, whose module is not imported here: it brings packages that opening a model does not need
+# by class name; importing the class would import packages that opening a model does not need
 ACTIVATIONS = {
     "torch.nn.modules.activation.SiLU": "silu",
     "transformers.activations.SiLUActivation": "silu",
@@ -36,9 +36,9 @@ class Block:
         after_mlp: The norm of the mlp's output, before it is added to the state.
         mlp: The mlp.
         final_norm: The norm behind the last block.
-        parallel: The mlp reads what attention reads, `attention_norm` of the block's input. So it
-            does, too, in a layer whose `mlp_norm` is None.
-        centered: Norms take the mean off first (LayerNorm).
+        parallel: The mlp reads the input of attention, `attention_norm` of the block's input. A
+            layer whose `mlp_norm` is None does the same.
+        centered: Norms first subtract the mean (LayerNorm).
         unit_offset: Norms scale by 1 + weight.
         eps: The norms' epsilon, if no attribute of theirs holds it.
         head_norms: The norms of q and k; families without them have no modules of these names.
@@ -81,7 +81,7 @@ class Block:
 
 
 def _scale_by_length(attention: Any, positions: torch.Tensor) -> torch.Tensor | None:
-    """Queries grow with the logarithm of their position, from the length of training on."""
+    """Beyond the length of training, queries grow with the logarithm of their position."""
     parameters = attention.config.rope_parameters
     beta = parameters.get("llama_4_scaling_beta")
     if not beta:
@@ -182,8 +182,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the last dimension. Its weight is read when it runs, since weights may be
-    streamed."""
+    """A norm over the last dimension. Its weight may be streamed, so each run reads it again."""
 
     module: Any
     eps: float
@@ -201,9 +200,10 @@ class Norm:
 class Layer:
     """The parts of one decoder layer.
 
-    qkv, gate_up: linear maps whose outputs stand side by side. own_mlp: the family's module, which
-    runs as it is; None if gate_up, activation and down take its place. parallel: the mlp reads what
-    attention reads. norms_apart: q and k are normed by themselves, before `rotary`.
+    `qkv` and `gate_up` are linear maps whose outputs are columns of one tensor. `own_mlp` is the
+    family's module, which runs as it is; None if gate_up, activation and down replace it. With
+    `parallel`, the mlp reads the input of attention. With `norms_apart`, q and k are normed before
+    `rotary`.
     """
 
     attention: Any  # the family's module
@@ -236,7 +236,7 @@ class Layer:
 
 
 def layer_of(block: Block, module: Any, is_eager: bool) -> Layer:
-    """The parts of a family's decoder layer. Raises AttributeError if one was not found."""
+    """Find the parts of a family's decoder layer. Raises AttributeError if one is missing."""
     attention, mlp = module.self_attn, getattr(module, block.mlp)
     packed = hasattr(attention, "qkv_proj")
     qkv = (

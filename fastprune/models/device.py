@@ -20,8 +20,8 @@ def available_bytes(device: torch.device) -> int:
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     )  # without better information
     with suppress(OSError):
-        if said := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
-            available = int(said[1]) << 10
+        if match := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            available = int(match[1]) << 10
     group = Path("/sys/fs/cgroup")
     for most, used, counts, cached in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -34,9 +34,9 @@ def available_bytes(device: torch.device) -> int:
     ):
         with suppress(OSError, ValueError):
             left = int((group / most).read_text()) - int((group / used).read_text())
-            if said := re.search(rf"^{cached} (\d+)$", (group / counts).read_text(), re.MULTILINE):
+            if match := re.search(rf"^{cached} (\d+)$", (group / counts).read_text(), re.MULTILINE):
                 left += int(
-                    said[1]
+                    match[1]
                 )  # pages of files, which the kernel takes back when they are wanted
             available = min(available, max(0, left))
     return available

@@ -1,5 +1,4 @@
-"""The files of a checkpoint: the checks before anything of them is used, and the place of each
-tensor."""
+"""The files of a checkpoint: checks before they are used, and the place of each tensor."""
 
 from __future__ import annotations
 
@@ -20,10 +19,9 @@ from .formats import quantization_method
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 INDEX = "model.safetensors.index.json"
-LFS_POINTER = b"version "  # the first 8 bytes of the text that stands for a file
+LFS_POINTER = b"version "  # the first 8 bytes of a pointer file
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors format's own limit
-# bits of one number of each dtype of the safetensors format, and those of them that weights are
-# scored in
+# bits of one number of each dtype of the safetensors format, and the dtypes in which weights run
 BITS = {
     "F64": 64,
     "F32": 32,
@@ -48,7 +46,7 @@ DTYPES |= {
     "U8": torch.uint8,
 }
 DTYPES |= {"BOOL": torch.bool}
-# names that a config may give its sizes: each is found again in the weights
+# names of a config's sizes, each of which the weights must have
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers")
 WIDTHS: tuple[str, ...] = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
 WIDTHS += ("num_key_value_heads", "num_experts", "num_local_experts", "moe_intermediate_size")
@@ -65,10 +63,14 @@ LARGEST = 1 << 20
 
 
 def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every tensor that a model folder holds.
+    """Check a model folder before it is opened.
 
-    Raises InputError unless there are a readable config.json, whole safetensors files that can hold
-    the sizes it promises, and nothing else that would be opened for its weights.
+    Returns:
+        The dtype and shape of every tensor, by name.
+
+    Raises:
+        InputError: config.json cannot be read, a safetensors file is incomplete, the files cannot
+            hold the config's sizes, or another kind of file would be opened for the weights.
     """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
@@ -123,11 +125,10 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
-    """Refuse a config that promises more than the weights hold, before a model of that size is
-    made.
+    """Refuse a config with larger sizes than the weights, before a model of that size is made.
 
-    A layer has a tensor of its own, a token its row of one, and no width is beyond all numbers
-    there are.
+    Each layer must have a tensor of its own, and each token a row of one. No width may exceed the
+    number of all weights.
     """
     # a tensor without numbers may have any dimension at no price in bytes
     filled = [shape for _, shape in tensors.values() if math.prod(shape)]
@@ -163,8 +164,10 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
 def _check_other_numbers(
     config: dict, known: set[str], num_tensors: int, total: int, path: Path
 ) -> None:
-    """Refuse integers, at any depth of a config, beyond the sizes that weights of `total` numbers
-    support: transformers makes tables, lists and modules of such lengths."""
+    """Refuse integers of a config, at any depth, that `total` weights do not support.
+
+    transformers makes tables, lists and modules of such lengths.
+    """
     checked = [config, config.get("text_config")]
     for part in _parts(config):
         for key, value in part.items():
@@ -186,7 +189,7 @@ def _check_other_numbers(
 
 
 def _parts(config: dict) -> Iterator[dict]:
-    """The config, and all configs in it: transformers makes an object of each."""
+    """Yield the config, and all configs inside it: transformers makes an object of each."""
     waiting: list[object] = [config]
     while waiting:
         part = waiting.pop()
@@ -203,8 +206,7 @@ def wrong_dtype(place: str | Path, tensor: str, dtype: str) -> InputError:
 
 
 def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
-    """The dtype that transformers takes for a checkpoint's own: the one in its config, else that of
-    its first weight."""
+    """A checkpoint's own dtype for transformers: the config's, or its first weight's."""
     config = _read_config(folder / "config.json")
     parts = [config, config["text_config"] if isinstance(config.get("text_config"), dict) else {}]
     for said in (part.get(key) for part in parts for key in ("dtype", "torch_dtype")):
@@ -226,13 +228,15 @@ def is_quantized(folder: Path) -> bool:
 
 
 def names_other_attention(folder: Path) -> bool:
-    """Whether a config asks for attention other than sdpa and eager: such kernels take no masks of
-    ours, and some are fetched from the hub."""
+    """Whether a config names attention other than sdpa and eager.
+
+    Such kernels take no masks, and some are downloaded from the hub.
+    """
     names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-    said = (
+    implementations = (
         part.get(name) for part in _parts(_read_config(folder / "config.json")) for name in names
     )
-    return any(name not in (None, "sdpa", "eager") for name in said)
+    return any(name not in (None, "sdpa", "eager") for name in implementations)
 
 
 def _read_config(path: Path) -> dict:
@@ -250,16 +254,14 @@ def _read_config(path: Path) -> dict:
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:
-    """The tensors that each shard of an index is to hold. Shards are safetensors files below the
-    index's folder."""
+    """The tensors of each shard, by an index. Shards are safetensors files below its folder."""
     index = parse_json(read_bytes(path, LONGEST_HEADER), f"{path}: not a readable shard index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: not a readable shard index (it has no weight_map)")
     shards: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
-        # a link in the place of a plain name may lead elsewhere, as it does in the hub's cache; a
-        # name may not
+        # a shard may be a link to another place, as in the hub's cache; its name may not
         plain = (
             isinstance(shard, str)
             and shard.isprintable()
@@ -283,11 +285,16 @@ def listed_shards(folder: Path) -> list[str]:
 
 
 def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every tensor in a safetensors file, read from its header.
+    """Check a safetensors file by its header.
 
-    The header is a JSON object; the tensors fill the rest of the file without gap or overlap, each
-    as many bytes as its dtype and shape ask for. Raises InputError when anything else is found, or
-    the file is cut short.
+    The header is a JSON object. The tensors fill the rest of the file without gap or overlap, each
+    with the bytes of its dtype and shape.
+
+    Returns:
+        The dtype and shape of every tensor, by name.
+
+    Raises:
+        InputError: The file has another form, or is cut short.
     """
     start, header = _read_header(path)
     spans = []
@@ -330,8 +337,7 @@ def check_shard(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _read_header(path: Path) -> tuple[int, dict]:
-    """The offset at which a safetensors file's tensors begin, and its header's entries, not checked
-    yet."""
+    """The offset of a safetensors file's first tensor, and its header's unchecked entries."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -370,21 +376,21 @@ class Stored:
 
 
 def locate(folder: Path) -> dict[str, Stored]:
-    """The place of every tensor of a model folder that `check_checkpoint` has passed."""
-    paths, found = [folder / "model.safetensors"], {}
+    """The place of every tensor of a model folder, which `check_checkpoint` has accepted."""
+    paths, places = [folder / "model.safetensors"], {}
     if not paths[0].is_file():
         paths = [folder / shard for shard in _read_index(folder / INDEX)]
     for path in paths:
         start, header = _read_header(path)
         for key, entry in header.items():
-            found[key] = Stored(
+            places[key] = Stored(
                 path, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
             )
-    return found
+    return places
 
 
 class Files:
-    """The safetensors files of a checkpoint, open, and as they were when it was opened."""
+    """The open safetensors files of a checkpoint, which must not change."""
 
     def __init__(self, paths: Iterable[Path]):
         self._open = {path: path.open("rb", buffering=0) for path in sorted(set(paths))}
@@ -398,8 +404,7 @@ class Files:
 
     @property
     def identity(self) -> list[list]:
-        """Name, number on this machine's disk, size and time of change of every file: nobody
-        elsewhere can know it."""
+        """Name, inode, size and time of change of every file, valid on this machine."""
         return [[path.name, *state] for path, state in self._states.items()]
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
@@ -429,7 +434,7 @@ class Files:
             done += count
 
     def tensor(self, stored: Stored) -> torch.Tensor:
-        """A stored tensor, read whole."""
+        """Read a whole stored tensor."""
         found = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
         if found.numel():
             self.read(stored, 0, found.view(-1).view(torch.uint8))

@@ -199,12 +199,12 @@ class Folder:
 
 
 def _only_layers(hf: nn.Module) -> tuple[str, ...]:
-    found = layer_paths(hf)
-    if len(found) != 1:
+    paths = layer_paths(hf)
+    if len(paths) != 1:
         raise ValueError(
             "its list of decoder layers was not found, so that its weights cannot be streamed"
         )
-    return found[0]
+    return paths[0]
 
 
 def first_line(error: Exception) -> str:

@@ -117,14 +117,14 @@ def common_prefix(names: Iterable[str], towers: bool) -> str:
 
     towers: whether the family has a part of that name itself, such as `language_model`.
     """
-    names, found = list(names), ""
+    names, whole = list(names), ""
     while names:
         known = PREFIXES[:-1] if towers else PREFIXES
-        prefix = next((p for p in known if all(n.startswith(found + p) for n in names)), None)
+        prefix = next((p for p in known if all(n.startswith(whole + p) for n in names)), None)
         if prefix is None:
             break
-        found += prefix
-    return found
+        whole += prefix
+    return whole
 
 
 # -- GGUF ------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
-"""The fused path: the units of families that `blocks` describes on fused operators, with the
-model's own weights.
+"""The fused path: units on fused operators, for the families that `blocks` describes.
 
-It reads the same parameters as the generic path, which embeds the tokens and works out rotary
-angles for it. `open_runner` compares it with the generic path, block by block, before it is used.
+It reads the same parameters as the generic path. The generic path embeds the tokens and computes
+rotary angles for it. `open_runner` compares both paths, block by block, before the fused one is
+used.
+
+B rows of L tokens, T = B * L, D columns of a state, H heads of Dh columns, R angles of a head, N
+positions of a table.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ class ChunkArguments:
 
     Attributes:
         tables: Rotary tables by layer; None for one that neither rotates nor norms its heads.
-        position: Each token's row in the tables, int64[B * T].
-        query_scale: The factor of each token's query, [B * T, 1]; None: 1.
+        position: Each token's row in the tables, int64[T].
+        query_scale: The factor of each token's query, [T, 1]; None for 1.
         attention: Plans of attention by layer.
     """
 
@@ -49,16 +52,17 @@ class ChunkArguments:
 
 
 class FusedRunner:
-    """Runs the units of a model on fused operators, as the row of its family in `blocks.FAMILIES`
-    says (see `Runner`).
+    """Runs the units of a model on fused operators (see `Runner`).
+
+    `blocks.FAMILIES` has a row for each family, which describes its blocks.
 
     Args:
         model: The model.
-        operators: "triton", "native" or "torch"; by default the set made for the model's device,
-            else torch's.
+        operators: "triton", "native" or "torch"; by default the set for the model's device, else
+            torch's.
 
     Raises:
-        InputError: The family has no row, or the model is not as it says.
+        InputError: The family has no row, or the model differs from it.
     """
 
     def __init__(self, model: Model, operators: str | None = None):
@@ -86,7 +90,7 @@ class FusedRunner:
         positions: torch.Tensor | None = None,
         branch: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ChunkArguments]:
-        """Like `GenericRunner.open`: the embedded tokens [B, T, D], and the layers' arguments."""
+        """Like `GenericRunner.open`: the embedded tokens [B, L, D], and the layers' arguments."""
         state, arguments = self._generic.embed(ids, positions)
         num_rows, length = ids.shape
         tables, count = self._tables(arguments)
@@ -107,8 +111,10 @@ class FusedRunner:
         return self._operators.plan_attention(rows, head_dim, grouped, window, capped)
 
     def _tables(self, arguments: Arguments) -> tuple[list[Table | None], int]:
-        """Each layer's rotary tables, from the arguments that the model's own forward hands to it,
-        and their number of rows."""
+        """Each layer's rotary tables, and their number of rows N.
+
+        They are read from the arguments that the model's own forward passes to the layers.
+        """
         known: dict[tuple[int, bool], Table] = {}
         tables: list[Table | None] = []
         for layer, handed in zip(self._layers, arguments, strict=True):
@@ -117,14 +123,14 @@ class FusedRunner:
                 continue
             key = id(handed["position_embeddings"][0]), layer.rotates
             if key not in known:
-                cos, sin = handed["position_embeddings"]  # [1 or B, T, 2R], each angle twice
+                cos, sin = handed["position_embeddings"]  # [1 or B, L, 2R], each angle twice
                 half = cos.shape[-1] // 2
                 angles = slice(None, None, 2) if self._block.doubled_angles else slice(half)
                 cos, sin = (
                     table[..., angles].reshape(-1, half).float().contiguous()
                     for table in (cos, sin)
                 )
-                turns = layer.rotates  # or by no angle
+                turns = layer.rotates  # a layer that only norms its heads turns by the angle 0
                 known[key] = (cos, sin) if turns else (torch.ones_like(cos), torch.zeros_like(sin))
             tables.append(known[key])
         return tables, max((len(table[0]) for table in known.values()), default=1)
@@ -132,7 +138,7 @@ class FusedRunner:
     def run(
         self, unit: int, state: State, arguments: ChunkArguments, granularity: str = "block"
     ) -> State:
-        """Like `GenericRunner.run`, on states [B, T, D]. The input is left as it is."""
+        """Like `GenericRunner.run`, on states [B, L, D]. The input stays unchanged."""
         entry = hidden_of(state)
         x = entry.flatten(0, 1)
         if granularity == "block":
@@ -237,8 +243,10 @@ class FusedRunner:
         return branch if layer.multiplier == 1 else branch.mul_(layer.multiplier)
 
     def _add_mlp(self, layer: Layer, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Add the MLP's output to the residual, in place: where the operators run it, the matrix
-        product accumulates there."""
+        """Add the MLP's output to the residual [T, D] in place.
+
+        On the operators, the last matrix product accumulates into the residual.
+        """
         if layer.own_mlp is not None:
             branch = self._norm(layer.after_mlp, first(layer.own_mlp(normed[None]))[0])
             return residual.add_(branch, alpha=layer.multiplier)
@@ -258,7 +266,7 @@ class FusedRunner:
         branch: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The norm of x + branch, which goes to `residual`; without a norm, x itself."""
+        """The norm of x + branch [T, D], with the sum written to `residual`; x without a norm."""
         if norm is None:
             return x
         return self._operators.add_rms_norm(
@@ -273,8 +281,10 @@ class FusedRunner:
         )
 
     def _norm_heads(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
-        """The norm of q or k [T, H * Dh]: over all columns of a weight, or with a weight [H, Dh]
-        over each head's."""
+        """The norm of q or k [T, H * Dh].
+
+        It is taken over as many columns as the weight has; with a weight [H, Dh], over each head.
+        """
         weight = norm.weight
         if weight is None or weight.dim() == 1:
             width = x.shape[1] if weight is None else len(weight)
@@ -290,8 +300,10 @@ class FusedRunner:
         linears: tuple[nn.Linear, ...],
         norms: tuple[Norm | None, ...] | None = None,
     ) -> torch.Tensor:
-        """The outputs of several linear maps of x [T, D], normed or not, as columns of one tensor;
-        no weight is copied for it."""
+        """The outputs of several linear maps of x [T, D] as columns of one tensor, normed or not.
+
+        No weight is copied.
+        """
         if len(linears) == 1:
             return linears[0](x)
         out = x.new_empty(len(x), sum(linear.out_features for linear in linears))
@@ -309,20 +321,19 @@ class FusedRunner:
 
 
 def layers_of(model: Model) -> list[Layer]:
-    """The parts of a model's decoder layers. Raises AttributeError if one was not found."""
+    """Find the parts of a model's decoder layers. Raises AttributeError if one is missing."""
     block, is_eager = FAMILIES[model.family], model.config._attn_implementation == "eager"
     return [layer_of(block, layer, is_eager) for layer in model.layers]
 
 
 def _final_norm_of(model: Model) -> Norm:
-    """The norm behind the last block. Raises AttributeError if it was not found."""
+    """Find the norm behind the last block. Raises AttributeError if it is missing."""
     block = FAMILIES[model.family]
     return norm_of(block, getattr(get_module(model.hf, model.path[:-1]), block.final_norm))
 
 
 def prefers_fused(model: Model) -> bool:
-    """Whether "auto" takes the fused path: the model has the shape, and operators are made for its
-    device."""
+    """Whether "auto" takes the fused path: it can run the model, and has fast operators there."""
     if why_not_fused(model):
         return False
     if fast_operators(model.device, model.dtype) is not None:
@@ -343,8 +354,7 @@ def warn_of_missing_extension() -> None:
 
 
 def why_not_fused(model: Model) -> str | None:
-    """Why a model's layers, as they are now, cannot run on the fused operators; None if they
-    can."""
+    """The reason why a model's layers cannot run on the fused operators now; None if they can."""
     return model.once("why not fused", lambda: _why_not(model))
 
 

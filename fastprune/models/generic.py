@@ -5,7 +5,7 @@ mask per layer type, and so on. `GenericRunner.open` runs the model's own forwar
 place of the layers. It learns these arguments for any family without naming it, at the cost of the
 embeddings alone.
 
-Shapes: B rows of T tokens, D the hidden size.
+B rows of T tokens, D columns of a state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .windows import longest_window, probe_length, windows_of
 class GenericRunner:
     """Runs a model's units through its own layers (see `Runner`).
 
-    sublayers: the two halves of every block, which `verify.verified` sets for "sublayer".
+    Attributes:
+        sublayers: The two halves of every block; `verify.verified` sets them for "sublayer".
     """
 
     path_name = "generic"  # beside "fused (...)", see FusedRunner
@@ -56,7 +57,7 @@ class GenericRunner:
     def run(
         self, unit: int, state: State, arguments: Arguments, granularity: str = "block"
     ) -> State:
-        """Run one unit on a state and return the next state. To skip a unit, do not call this."""
+        """Run one unit on a state [B, T, D], and return the next. A skipped unit has no call."""
         if granularity == "block":
             return first(self.model.layers[unit](state, **arguments[unit]))
         block, is_mlp = divmod(unit, 2)
@@ -65,11 +66,11 @@ class GenericRunner:
         return step(state, arguments[block])
 
     def pack(self, state: State) -> torch.Tensor:
-        """A state as one tensor: [B, T, D], or [3, B, T, D] inside of a parallel block."""
+        """Turn a state into one tensor: [B, T, D], or [3, B, T, D] inside of a parallel block."""
         return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
 
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
-        """The state that was packed, after a unit."""
+        """Restore the state that `pack` packed after this unit."""
         if packed.dim() == 3:
             return packed
         hidden, entry, attention = packed
@@ -83,11 +84,17 @@ class GenericRunner:
         positions: torch.Tensor | None = None,
         branch: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Arguments]:
-        """Embed rows of tokens, [B, T, D], and work out the arguments of every layer.
+        """Embed rows of tokens, and find the arguments of every layer.
 
-        ids int64[B, T]. Plain causal rows need no more. Token trees give positions int64[B, T] and
-        branch int64[B, T]: a token sees the earlier tokens of the trunk (branch 0) and of its own
-        branch.
+        In a token tree, a token sees the earlier tokens of the trunk and of its own branch.
+
+        Args:
+            ids: Token ids, int64[B, T].
+            positions: The positions of a tree's tokens, int64[B, T]; None for plain causal rows.
+            branch: The branches of a tree's tokens, 0 for the trunk, int64[B, T]; likewise.
+
+        Returns:
+            The embedded tokens, [B, T, D], and the arguments by layer.
         """
         if branch is None:
             state, calls = self._recorder(input_ids=ids)
@@ -114,8 +121,10 @@ class GenericRunner:
     def embed(
         self, ids: torch.Tensor, positions: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Arguments]:
-        """Like `open`, without building attention masks: an expanded single value, which takes no
-        memory, replaces them."""
+        """Like `open`, without building attention masks.
+
+        A single value, expanded to their shape, replaces them and takes no memory.
+        """
         nothing = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
         nothing = nothing.expand(len(ids), 1, ids.shape[1], ids.shape[1])
         state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
@@ -124,8 +133,8 @@ class GenericRunner:
     def windows(self, length: int) -> list[int | None]:
         """Each layer's sliding window, as the model's own forward masks a row of this length.
 
-        None: the layer sees all earlier tokens. `windows.NO_WINDOW_FORM`: its mask has another
-        form. Windows that no row of this length exceeds may be missing.
+        A layer that sees all earlier tokens has None. A layer whose mask has another form has
+        `windows.NO_WINDOW_FORM`. A window that is longer than the row may read as None.
         """
         probed, longest, windows = self._probe
         if length <= probed or longest < probed:
@@ -134,7 +143,7 @@ class GenericRunner:
 
     @cached_property
     def _probe(self) -> tuple[int, int, list[int | None]]:
-        """The length of the probed row, the longest window that it had to show, and its windows."""
+        """The length of the probed row, the config's longest window, and each layer's window."""
 
         def probe() -> tuple[int, int, list[int | None]]:
             length = probe_length(self.model)
@@ -148,12 +157,14 @@ class GenericRunner:
         return windows_of([self._by_name(*call).get("attention_mask") for call in calls])
 
     def _by_name(self, args: tuple, kwargs: dict) -> dict:
-        """The arguments that the model passed to a layer after the hidden states, all by name."""
+        """Name all arguments that the model passed to a layer after the hidden states."""
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def _layer_mask(self, seen: torch.Tensor) -> torch.Tensor:
-        """[B, 1, T, T] as layers take it: bool (True = seen) for sdpa, additive in the model's
-        dtype for eager."""
+        """Convert a mask bool[B, 1, T, T], True = seen, to the form that layers take.
+
+        sdpa takes it as it is; eager attention takes additive values in the model's dtype.
+        """
         if self.model.config._attn_implementation == "sdpa":
             return seen
         dtype = self.model.dtype
@@ -162,5 +173,5 @@ class GenericRunner:
     # -- bits --------------------------------------------------------------------------------------
 
     def numerics(self) -> str:
-        """The part of a score's bits that this path decides, besides torch and transformers."""
+        """The settings of this path that decide the bits of a score, as text."""
         return f"{self.path_name}, {self.head.numerics()}"

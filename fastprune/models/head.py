@@ -1,11 +1,12 @@
 """The head: from final states to logits, in parts of the vocabulary, and to the losses of targets.
 
-No mask shares the head with another, so it must run at the speed of its matrix product. All
-positions of a tile go through some thousand tokens of the vocabulary at a time: the weights are
-read once, and a part's logits are still in the caches when they are summed.
+No mask shares the head with another, so it must run at the speed of its matrix product. A part is a
+few thousand tokens of the vocabulary. All positions of a tile go through one part, then through the
+next. So the weights are read once, and a part's logits are still in the processor's caches when
+they are summed.
 
 P positions, M targets, D columns of a state, V tokens of the vocabulary, N tokens of a part, S
-parts.
+parts, K targets of the position that has most.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Targets:
 
     @cached_property
     def _columns(self) -> tuple[torch.Tensor, int]:
-        """Each target's number among those of its position, and the most that a position has."""
+        """Each target's number among those of its position, int64[M], and K."""
         per_row = torch.bincount(self.rows, minlength=self.num_positions)
         column = (
             torch.arange(len(self.rows), device=self.rows.device)
@@ -167,9 +168,11 @@ class Head:
         return greedy(self.parts(self.normed(states)), targets)
 
     def dense(self, states: torch.Tensor, keep: bool) -> Iterable[DensePart]:
-        """The dense parts that `kl` compares with, from the dense model's final states [P, D].
+        """The dense parts with which `kl` compares.
 
-        keep: whether the logits are held, [P, V], or computed again each time.
+        Args:
+            states: The dense model's final states, [P, D].
+            keep: Whether to hold the logits, [P, V]; else each use computes them again.
         """
         if not keep:
             return _Recomputed(self, states)
@@ -187,33 +190,41 @@ class Head:
         return kl(dense, self.parts(self.normed(states)))
 
     def rejection(self, dense: Iterable[DensePart], states: torch.Tensor) -> torch.Tensor:
-        """1 - sum_v min(p, q) at each position, [P], p the dense model's distribution and q that of
-        the masked model's states [P, D]."""
+        """1 - sum_v min(p, q) at each position, [P].
+
+        p is the dense model's distribution, and q that of the masked model's states [P, D].
+        """
         return rejection(dense, self.parts(self.normed(states)))
 
     def most_likely(self, states: torch.Tensor) -> torch.Tensor:
-        """The most likely token at each position, int64[P], of final states [P, D]; -1 if a logit
-        is NaN."""
+        """The most likely token at each position, int64[P]; -1 if a logit is NaN."""
         return most_likely(self.parts(self.normed(states)))
 
     # -- memory, bits ------------------------------------------------------------------------------
 
     @property
     def nll_bytes(self) -> int:
-        """About the bytes that `nll` holds for each position: a part's logits, and float32 copies
-        if these are made."""
+        """About the bytes that `nll` holds for each position.
+
+        These are a part's logits, and without csrc's operators their float32 copies.
+        """
         return self.part * (self.dtype.itemsize + (0 if self._native else 8))
 
     @property
     def kl_bytes(self) -> int:
-        """About the bytes that `kl` holds for each position besides `dense`: two parts' logits, and
-        without csrc's operators their difference and the dense probabilities."""
+        """About the bytes that `kl` holds for each position besides `dense`.
+
+        These are two parts' logits, and without csrc's operators their difference and the dense
+        probabilities.
+        """
         return self.nll_bytes + self.part * (self.dtype.itemsize + (0 if self._native else 16))
 
     @property
     def rejection_bytes(self) -> int:
-        """About the bytes that `rejection` holds for each position besides `dense`: the logits of
-        all tokens, and two parts' probabilities."""
+        """About the bytes that `rejection` holds for each position besides `dense`.
+
+        These are the logits of all tokens, and two parts' probabilities.
+        """
         return self.kl_bytes + self.vocab_size * self.dtype.itemsize
 
     @property
@@ -227,7 +238,14 @@ class Head:
 
 
 class TritonHead(Head):
-    """A linear head without bias, whose losses are Triton's. scale, soft_cap: of its logits."""
+    """A linear head without bias whose losses Triton computes.
+
+    Args:
+        model: The model.
+        norm: As for `Head`.
+        scale: The factor of logits.
+        soft_cap: Logits become soft_cap * tanh(logits / soft_cap).
+    """
 
     def __init__(
         self,
@@ -253,7 +271,7 @@ class TritonHead(Head):
     def _nll(
         self, states: torch.Tensor, targets: Targets, misses: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`nll`; misses, like the targets' table, receives whether each is not the most likely."""
+        """`nll`. `misses`, of the table's shape, receives 1 for a target that is not likeliest."""
         nll = self._loss.linear_nll(
             self._scaled(states),
             self._head.weight,
@@ -264,7 +282,7 @@ class TritonHead(Head):
         return nll.flatten()[targets.places]
 
     def dense(self, states: torch.Tensor, keep: bool) -> Any:
-        """Logits, float32[P, V]."""
+        """The dense logits, float32[P, V]; they are always held."""
         return self._loss.linear_logits(self._scaled(states), self._head.weight, soft_cap=self._cap)
 
     def kl(self, dense: Any, states: torch.Tensor) -> torch.Tensor:
@@ -273,7 +291,7 @@ class TritonHead(Head):
         )
 
     def _scaled(self, states: torch.Tensor) -> torch.Tensor:
-        """Normed states times the factor of the logits."""
+        """Normed states [P, D] times the factor of the logits."""
         normed = self.normed(states)
         return normed if self._scale == 1 else normed * self._scale
 
@@ -283,8 +301,7 @@ class TritonHead(Head):
 
     @property
     def nll_bytes(self) -> int:
-        """Normed states, and up to four float32 results for each split of the vocabulary, of 1,024
-        tokens."""
+        """Normed states, and up to four float32 results for each split of 1,024 tokens."""
         return self.hidden_size * self.dtype.itemsize + 16 * (self.vocab_size // 1024 + 1)
 
     @property
@@ -307,21 +324,25 @@ class TritonHead(Head):
 
 
 def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(row))) of logits [P, N], in float32 at least, [P]."""
+    """log(sum(exp(row))) of logits [P, N], in at least float32, [P]."""
     if _in_native(logits):
         return native.log_sum_exp(logits)
     return torch.logsumexp(_wide(logits), dim=-1)
 
 
 def exact_log_sum_exp(logits: torch.Tensor, work: torch.Tensor | None = None) -> torch.Tensor:
-    """`log_sum_exp` as float64[P]: not rounded to float32, of which a small divergence would show
-    the roundings. work: may be overwritten, [P, N]."""
+    """`log_sum_exp` as float64[P]: a small divergence would show the roundings of float32.
+
+    Args:
+        logits: [P, N].
+        work: A buffer to overwrite, [P, N]; None makes a new tensor.
+    """
     if _in_native(logits):
         return native.exact_log_sum_exp(logits)
     wide = _wide(logits)
     most = wide.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).min)
     exponentials = torch.sub(wide, most, out=work).exp_()
-    # a few float32 sums, whose roundings even out, are many times as fast as one in float64
+    # eight float32 sums, added in float64, are many times as fast as one float64 sum
     pieces = exponentials.split(max(1, exponentials.shape[-1] // 8), dim=-1)
     total = torch.stack([piece.sum(dim=-1) for piece in pieces]).double().sum(dim=0)
     return most[:, 0].double() + total.log()
@@ -338,8 +359,7 @@ def nll(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
 
 
 def greedy(parts: Iterable[Logits], targets: Targets) -> torch.Tensor:
-    """`nll`, and 1 if a target is not the most likely token, [2, M]. The first of equal tokens is
-    the most likely one."""
+    """`nll`, and 1 if a target is not the most likely token, [2, M]; the first of equals is."""
     noted = _NotingBest(parts)
     losses = nll(noted, targets)
     return torch.stack([losses, (noted.token[targets.rows] != targets.tokens).to(losses.dtype)])
@@ -354,10 +374,13 @@ def most_likely(parts: Iterable[Logits]) -> torch.Tensor:
 
 
 class _NotingBest:
-    """Logits in parts, whose highest logit and its token are noted as they pass: the first of
-    equals, and NaN above all.
+    """Yields logits in parts, and notes the highest logit and its token on the way.
 
-    best, token: [P] each, when all parts have passed.
+    The first of equal logits counts, and NaN counts as the highest.
+
+    Attributes:
+        best: The highest logit, [P], once all parts were yielded.
+        token: Its token, int64[P], likewise.
     """
 
     best: torch.Tensor
@@ -381,7 +404,8 @@ class _NotingBest:
 def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
     """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats, [P], q from logits in parts.
 
-    The log-sum-exps come off at the end: sum_v p (l_p - l_q) - lse_p + lse_q. Equal logits give 0.
+    It is computed as sum_v p (l_p - l_q) - lse_p + lse_q, with logits l and their log-sum-exps lse.
+    Equal logits give 0.
     """
     dense_sums, scales, sums, means = [], [], [], []
     dtype = torch.float32
@@ -411,9 +435,9 @@ def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
 def rejection(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
     """1 - sum_v min(p(v), q(v)), [P], q from logits in parts.
 
-    Computed as the sum of p - q over the tokens with the higher p, so equal logits give 0. No
-    probability is known before the log-sum-exps of all parts, so that the logits of q are held, and
-    `dense` is iterated twice.
+    It is computed as the sum of p - q over the tokens with p > q, so equal logits give 0. A
+    probability needs the log-sum-exps of all parts. So the logits of q are held, and `dense` is
+    iterated twice.
     """
     logits, sums, dense_sums = [], [], []
     for (_, dense_sum), (_, part) in zip(dense, parts, strict=True):
@@ -437,7 +461,7 @@ def _total(sums: list[torch.Tensor]) -> torch.Tensor:
 def _targets_logits(
     logits: torch.Tensor | None, start: int, part: torch.Tensor, targets: Targets
 ) -> torch.Tensor:
-    """The targets' logits, float64[M], as far as they are known after a part."""
+    """Enter a part's targets into their logits, float64[M]; others stay NaN until their part."""
     if logits is None:
         logits = part.new_full((len(targets.tokens),), torch.nan, dtype=torch.float64)
     place = targets.tokens - start
@@ -460,7 +484,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# -- stand-ins -------------------------------------------------------------------------------------
+# -- modules in the place of others ----------------------------------------------------------------
 
 
 class _Recomputed:
@@ -475,7 +499,7 @@ class _Recomputed:
 
 
 class _GivenStates(nn.Module):
-    """Stands in for the base model below a causal-LM wrapper and returns given normed states.
+    """Replaces the base model below a causal-LM wrapper, and returns the normed states set here.
 
     The wrapper may read any attribute of the base, such as a multiplier or its embeddings.
     """
@@ -494,8 +518,7 @@ class _GivenStates(nn.Module):
 
 
 class _BaseOutput(BaseModelOutput):
-    """A base model's output; whatever else a family's wrapper reads from its own output type is
-    None."""
+    """A base model's output. All other fields that a family's wrapper may read are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -504,9 +527,11 @@ class _BaseOutput(BaseModelOutput):
 
 
 class _RowsOfHead(nn.Module):
-    """Stands in for a linear head and computes the logits of a range of tokens.
+    """Replaces a linear head, and computes the logits of a range of tokens.
 
-    buffer: the tensor that receives them, [P, N or more], or None.
+    Attributes:
+        range: The first token, and the one behind the last.
+        buffer: Receives the logits, [P, N or more]; None makes a new tensor.
     """
 
     def __init__(self, head: nn.Module):
@@ -517,7 +542,7 @@ class _RowsOfHead(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[N, D], widened if the model's are."""
+        """The rows of these tokens, [N, D]; widened to float32 if the model widens its head."""
         head: Any = self._head
         weight = head._parameters["weight"][slice(*self.range)]
         return weight.float() if isinstance(head, Widening) else weight

@@ -1,7 +1,7 @@
 """A model with variants of its blocks: further units, each of which can take a block's place.
 
-Masks are of the model's own units, 0 to U - 1. Variants have the numbers from U on, and run where a
-sequence names them. Nothing else knows of variants: runs, cache and store see more units.
+Masks cover the model's own units, 0 to U - 1. Variants have the numbers from U on, and only
+sequences name them. No other module knows of variants: runs, cache and store see more units.
 """
 
 from __future__ import annotations
@@ -39,10 +39,15 @@ T = TypeVar("T")
 class Variant:
     """One more unit, which can take a block's place.
 
-    unit: its number in sequences. block: the block whose place and arguments it takes. name: its
-    name, the column of `Evaluator.replace_one`. cost: its cost, by default its parameters. module:
-    the module that runs, or None for one half of the block. fits_trees: whether branches of a token
-    tree do not see each other in it.
+    Attributes:
+        unit: Its number in sequences.
+        block: The block whose place and arguments it takes.
+        name: Its name, a column of `Evaluator.replace_one`.
+        cost: Its cost, by default its number of parameters.
+        module: The module that runs, or None for one half of the block.
+        half: The half that runs, 0 for attention and 1 for the MLP; -1 with a module.
+        fits_trees: Whether branches of a token tree are hidden from each other in it.
+        accepted: The names of the arguments that the module takes; None for all that a layer gets.
     """
 
     unit: int
@@ -52,7 +57,7 @@ class Variant:
     module: nn.Module | None = None
     half: int = -1
     fits_trees: bool = True
-    accepted: frozenset[str] | None = None  # names of arguments; None: all that a layer gets
+    accepted: frozenset[str] | None = None
 
     def __repr__(self) -> str:
         return f"Variant({self.unit}: {self.name!r} for block {self.block}, cost {self.cost:g})"
@@ -93,12 +98,29 @@ class Library(Model):
 
     @property
     def num_variants(self) -> int:
+        """The number of variants.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.Library(fp.load_model("demo")).num_variants
+            0
+        """
         return len(self.variants)
 
     @property
     def variant_names(self) -> list[str]:
-        """The distinct names of variants, in the order in which they were added: the columns of
-        `Evaluator.replace_one`."""
+        """The distinct names of variants, in the order in which they were added.
+
+        They are the columns of `Evaluator.replace_one`.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> library = fp.Library(fp.load_model("demo"))
+            >>> library.add(3, "no attention"), library.add(4, "no attention")
+            (12, 13)
+            >>> library.variant_names
+            ['no attention']
+        """
         return list(dict.fromkeys(variant.name for variant in self.variants))
 
     def add(
@@ -123,9 +145,18 @@ class Library(Model):
             Its number in sequences.
 
         Raises:
-            InputError: The block does not exist or has a variant of this name, the cost is negative
-                or not finite, or the module fails, changes its input, returns states of another
-                shape or dtype, or lets a token see later ones or other rows.
+            InputError: The block does not exist or has a variant of this name. The cost is negative
+                or not finite. The module fails, changes its input, returns states of another shape
+                or dtype, or lets a token see later ones or other rows.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> from torch import nn
+            >>> class Nothing(nn.Module):
+            ...     def forward(self, hidden_states):
+            ...         return hidden_states
+            >>> fp.Library(fp.load_model("demo")).add(3, Nothing(), name="nothing")
+            12
         """
         block = check_integer("block", block, 0, self.num_blocks - 1, "the model's blocks")
         if cost is not None:
@@ -142,26 +173,54 @@ class Library(Model):
                 argument="name",
             )
         with self.lock:
-            made = (
+            fields = (
                 self._half(block, variant)
                 if isinstance(variant, str)
                 else self._module(block, variant)
             )
-            parameters = made.pop("parameters")
+            parameters = fields.pop("parameters")
             unit = self.num_blocks + len(self.variants)
             self.variants.append(
-                Variant(unit, block, name, parameters if cost is None else cost, **made)
+                Variant(unit, block, name, parameters if cost is None else cost, **fields)
             )
         return unit
 
     def cost(self, sequence: Iterable[int]) -> float:
-        """The cost of a sequence's units: of blocks their parameters, of variants their own."""
+        """Add up the costs of a sequence's units.
+
+        Args:
+            sequence: Units in the order in which they run. A repeated unit counts each time.
+
+        Returns:
+            The sum. A block costs its number of parameters, a variant the cost that `add` gave it.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> library = fp.Library(fp.load_model("demo"))
+            >>> variant = library.add(3, "no mlp", cost=1000)
+            >>> library.cost([variant, variant])
+            2000.0
+        """
         costs = [_parameters(layer) for layer in self.layers]
         costs += [variant.cost for variant in self.variants]
         return float(sum(costs[unit] for unit in sequence))
 
     def names_of(self, sequence: Iterable[int]) -> list[str]:
-        """The variants of a sequence, in words."""
+        """Describe the variants of a sequence.
+
+        Args:
+            sequence: Units in the order in which they run.
+
+        Returns:
+            A text for each variant in the sequence; blocks are left out.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> library = fp.Library(fp.load_model("demo"))
+            >>> variant = library.add(3, "no mlp")
+            >>> library.names_of((0, 1, 2, variant))
+            ["'no mlp' for block 3"]
+        """
         chosen = (self.variants[unit - self.num_blocks] for unit in sequence if self._is_new(unit))
         return [f"{variant.name!r} for block {variant.block}" for variant in chosen]
 
@@ -175,12 +234,12 @@ class Library(Model):
             )
 
     def replacements(self) -> list[tuple[int, ...]]:
-        """For each variant, the whole model with it in its block's place."""
+        """For each variant, the whole model's sequence with the variant in its block's place."""
         whole = tuple(range(self.num_blocks))
         return [(*whole[: v.block], v.unit, *whole[v.block + 1 :]) for v in self.variants]
 
     def table(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Values of all variants as float64[blocks, names], nan if a block has none of a name."""
+        """Arrange one value a variant as float64[blocks, names]; nan where there is no variant."""
         names = self.variant_names
         table = np.full((self.num_blocks, len(names)), np.nan)
         for variant, value in zip(self.variants, values, strict=True):
@@ -209,7 +268,7 @@ class Library(Model):
         return self.once("library digest", work)
 
     def extended(self, runner: T, granularity: str) -> T:
-        """The runner with the variants as further units. Raises InputError for sublayers."""
+        """Add the variants to a runner, as further units. Raises InputError for sublayers."""
         if granularity != "block":
             raise InputError(
                 'a library\'s units are blocks; take granularity="block"', argument="granularity"
@@ -244,7 +303,7 @@ class Library(Model):
         return {"half": HALVES[name], "parameters": parameters}
 
     def _module(self, block: int, module: nn.Module) -> dict[str, Any]:
-        """The fields of a module's variant, from running it on states of short rows."""
+        """Run a module on the states of short rows, and return the fields of its variant."""
         refusal = f"{type(module).__name__} cannot take the place of block {block}"
         signature = inspect.signature(module.forward).parameters.values()
         accepted = None
@@ -275,7 +334,7 @@ class Library(Model):
 
 @contextmanager
 def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules without dropout, whose flags are put back afterwards."""
+    """A context in which modules run without dropout; training flags are restored on exit."""
     training = [inner for module in modules for inner in module.modules() if inner.training]
     for inner in training:
         inner.training = False
@@ -296,7 +355,7 @@ def _probe(
     inputs: tuple,
     changed: slice,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A module's output on the states before a block, and on states that differ at some tokens."""
+    """Run a module on the states before a block, and on copies changed at some tokens."""
     state, arguments = runner.open(*inputs)
     for before in range(block):
         state = runner.run(before, state, arguments)
@@ -307,7 +366,7 @@ def _probe(
         version = entry._version
         try:
             output = first(module(entry, **accepted_of(arguments[block], accepted)))
-        except Exception as error:  # of any kind: the module's own code fails
+        except Exception as error:  # any kind: the module's own code fails
             line = (str(error).splitlines() or [""])[0]
             raise InputError(f"{refusal}: {type(error).__name__}: {line}") from error
         if not isinstance(output, torch.Tensor):
@@ -329,8 +388,10 @@ def _parameters(module: nn.Module) -> float:
 
 @dataclass
 class _Arguments:
-    """A chunk's arguments: the inner runner's, and those of transformers' layers once a module
-    asks for them."""
+    """A chunk's arguments for the inner runner, and for transformers' layers.
+
+    The second kind is made when a module first asks for it.
+    """
 
     inner: Any
     open_layers: Callable[[], list[dict]]
@@ -343,7 +404,7 @@ class _Arguments:
 class LibraryRunner:
     """Runs a model's blocks on its own path, and variants as further units (see `Runner`).
 
-    A half of a block runs on the block's path; a module on the arguments that transformers passes
+    A half of a block runs on the block's path. A module gets the arguments that transformers passes
     to the block.
     """
 
@@ -393,7 +454,7 @@ class LibraryRunner:
 
 
 class _Watches:
-    """The versions of a model with its variants, see `Watch`."""
+    """The version of a model together with its variants (see `Watch`)."""
 
     def __init__(self, parent: Watch, variants: list[Variant]):
         self._parent, self._variants = parent, variants

@@ -27,8 +27,8 @@ GRANULARITIES = get_args(Granularity)
 
 T = TypeVar("T")
 
-# one for each transformers model, whatever wraps it: its training flags and recorders serve one
-# call at a time
+# one lock for each transformers model, shared by all wrappers: its training flags and recorders
+# serve one call at a time
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
@@ -41,10 +41,7 @@ def lock_of(hf: Any) -> threading.RLock:
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """See `Model.evaluation`, which also holds the lock and checks the model.
-
-    modules: All of a transformers model.
-    """
+    """Like `Model.evaluation`, without the lock and the check; `modules` are all of a model's."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -86,7 +83,7 @@ class Model:
         ['attn 0', 'mlp 0', 'attn 1']
     """
 
-    # of a model that load_model opened: its arguments, and the version that the model then had
+    # load_model's arguments, and the version that the model had when it was opened
     opened: tuple[tuple, int] | None = None
     tokenizer_problem = ""  # why the folder's tokenizer could not be read
     towers: Towers | None = None  # weights beside the text that stayed in the folder's files
@@ -99,11 +96,11 @@ class Model:
         weights: Weights | None = None,
     ):
         self.lock = lock_of(hf)
-        with self.lock:  # nobody masks it meanwhile
+        with self.lock:  # no other thread masks it meanwhile
             self._take_apart(hf, name)
             self.weights: Weights | ResidentWeights = weights or ResidentWeights(self.num_blocks)
             self._watch = Watch(hf, self.weights)
-            self._version = self._watch.read()  # the one that the parts are of
+            self._version = self._watch.read()  # the version of the parts
         self.tokenizer = tokenizer
         self._held = False  # whether `held` holds the version
         self._results: dict[int, dict[Hashable, Any]] = {}  # by version, see `once`
@@ -126,10 +123,10 @@ class Model:
         hf = with_unrounded_frequencies(self.given)
         if hf is not self.given:
             _LOCKS[hf] = self.lock
-        self.hf: Any = hf  # with the attributes that a transformers model has and a module has not
+        self.hf: Any = hf  # Any: a transformers model has more attributes than a module
 
     def _take_parts(self) -> None:
-        """The parts as they are now."""
+        """Set the attributes that depend on the current config and layers."""
         composite = text_config(self.hf.config) is not self.hf.config
         self.config = config_above(self.hf, self.path) if composite else self.hf.config
         self.layers: list[nn.Module] = list(self._list)
@@ -146,7 +143,22 @@ class Model:
         )
 
     def unit_names(self, granularity: str) -> list[str]:
-        """Names of the prunable units, in the order in which they run."""
+        """Name the prunable units, in the order in which they run.
+
+        Args:
+            granularity: "block", or "sublayer" for the attention and the MLP of each block.
+
+        Returns:
+            U names. The index of a name is the number of its unit in masks.
+
+        Raises:
+            InputError: The granularity is another.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.load_model("demo").unit_names("block")[-1]
+            'block 11'
+        """
         if granularity not in GRANULARITIES:
             raise InputError(
                 f"granularity must be one of {', '.join(GRANULARITIES)}, not {granularity!r}"
@@ -162,21 +174,21 @@ class Model:
 
     @property
     def num_variants(self) -> int:
-        """Units besides those of `unit_names`, see `Library`."""
+        """The number of variants: units besides those of `unit_names`. A `Library` has some."""
         return 0
 
     def extended(self, runner: T, granularity: str) -> T:
-        """A runner of this model, with its variants as further units if it has any."""
+        """Add this model's variants to its runner, as further units. A plain model has none."""
         return runner
 
     def place_of(self, unit: int) -> Place:
-        """The module that runs as a block, or as a variant of one, in a list of layers."""
+        """The module that runs as this unit when a list of layers is put together."""
         return Place(unit, self.layers[unit])
 
     # -- weights -----------------------------------------------------------------------------------
 
     def require_resident(self, why: str) -> None:
-        """Raise InputError, with this reason, if weights are streamed."""
+        """Raise InputError, with the reason `why`, if weights are streamed."""
         if self.weights.streamed:
             raise InputError(f"{self.name}: {why}")
 
@@ -184,11 +196,11 @@ class Model:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """No gradients, no dropout, no autocast of the caller, and attention by the pinned
-        backends; every training flag and switch is put back afterwards.
+        """A context for forward passes: without gradients, dropout or the caller's autocast.
 
-        Threads wait for each other: one at a time is inside, whatever wraps the same transformers
-        model.
+        Attention runs on the pinned backends. On exit, training flags and switches get their old
+        values back. One thread at a time is inside; wrappers of one transformers model share its
+        lock.
         """
         with self.lock:
             self.check_whole()
@@ -198,35 +210,43 @@ class Model:
 
     @property
     def version(self) -> int:
-        """A number that changes whenever the model's outputs could change, and comes back when a
-        change is undone. Reads few weights.
+        """A number that changes whenever the model's outputs could change. Reads few weights.
 
-        It covers module attributes, hooks, the functions that forward passes call, pointers, tensor
-        versions and sampled values; of streamed weights, the size and time of their files. A write
-        that torch does not count (through `.data`) is seen if it changes a sampled value; one that
-        torch counts gives a new version even if it writes the same values.
+        When a change is undone, its old number returns. The version covers module attributes,
+        hooks, the functions that forward passes call, pointers, tensor versions and sampled values.
+        For streamed weights it covers the size and time of their files.
+
+        torch counts most writes; each counted write gives a new version, even of equal values. A
+        write through `.data` is not counted: the version sees it if a sampled value changes.
 
         Raises:
-            InputError: The blocks are not those that the model was opened with, or a file of
-                streamed weights has changed.
+            InputError: The model's list of blocks was replaced or resized, or a file of streamed
+                weights has changed.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> model = fp.load_model("demo")
+            >>> before = model.version
+            >>> model.hf.lm_head.weight.data *= 2
+            >>> model.version == before
+            False
         """
         with self.lock:
             return self._version if self._held else self._at(self._watch.read())
 
     def begin_version(self) -> int:
-        """Like `version`, without waiting for a GPU: sampled values there are compared when
-        `settle_version` is called."""
+        """Like `version`, without waiting for a GPU. `settle_version` compares the values there."""
         with self.lock:
             return self._version if self._held else self._at(self._watch.read(wait=False))
 
     def settle_version(self) -> int:
-        """The version that `begin_version` would have given, had it waited."""
+        """Finish `begin_version`: compare the values sampled on a GPU, and return the version."""
         with self.lock:
             return self._at(self._watch.settle())
 
     @contextmanager
     def held(self) -> Iterator[int]:
-        """The model's version, read once for all work inside."""
+        """A context in which the version is read once and then reused."""
         with self.lock:
             version, outside = self.version, self._held
             self._held = True
@@ -236,10 +256,10 @@ class Model:
                 self._held = outside
 
     def _at(self, version: int) -> int:
-        """The version, for which the parts are taken again if they are of another one."""
+        """Return the version. If it is a new one, find the model's parts again."""
         if version != self._version:
             self.check_whole()
-            self._version = -1  # no version's, should the parts not be found
+            self._version = -1  # holds if the parts are not found: no version is negative
             self._take_module()
             self._take_parts()
             self._version = version
@@ -247,16 +267,25 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the config, every tensor (unsaved buffers, too), the plain attributes of
-        every module, its hooks, and code from outside its package. Computed once for each
-        `version`."""
+        """The SHA-256 of the model's content, as hexadecimal text. Reads all weights.
+
+        It covers the config, every tensor with unsaved buffers, the plain attributes and hooks of
+        every module, and code from outside transformers. It is computed once for each `version`.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.load_model("demo").digest == fp.load_model("demo").digest
+            True
+        """
         return self.once(
             "digest", lambda: digest_of(self.hf, self.config, self.dtype, self.weights)
         )
 
     def once(self, name: Hashable, work: Callable[[], T]) -> T:
-        """The result of `work`, computed under `evaluation` once for each `version`; results of the
-        last two are kept. An exception is raised and not remembered."""
+        """Compute `work` under `evaluation`, once for each `version`.
+
+        Results of the last two versions are kept. An exception is raised and not remembered.
+        """
         with self.lock:
             self.check_whole()
             with self.held() as version:
@@ -269,8 +298,7 @@ class Model:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the transformers model has the list of blocks, of the same length, that it had
-        when it was opened."""
+        """Whether the transformers model still has its list of blocks, of the same length."""
         blocks = get_module(self.given, self.path)
         return blocks is self._list and len(blocks) == self.num_blocks
 
@@ -278,15 +306,14 @@ class Model:
         """Raise InputError unless the model `is_whole`."""
         if not self.is_whole:
             raise InputError(
-                f"{self.name}: its blocks are not those that it was opened with; what was opened "
-                f"outside of fp.masked "
-                "serves outside, what was opened inside serves there"
+                f"{self.name}: its blocks are not those that it was opened with; a model that was "
+                "opened outside of fp.masked serves outside, one opened inside serves inside"
             )
 
     # -- finding the parts -------------------------------------------------------------------------
 
     def refusal(self, why: str) -> InputError:
-        """The error for a family that cannot be run block by block, for this reason."""
+        """The error for a family that cannot be run block by block; `why` is its reason."""
         return InputError(
             f"{self.name}: the family {self.family!r} cannot be run block by block: {why}"
         )
@@ -294,9 +321,9 @@ class Model:
     def _find_layers(self) -> tuple[str, ...]:
         """Attribute path from the model to its list of decoder layers."""
         if not isinstance(self.given, nn.Module) or self.config is None:
-            what = type(self.hf).__name__
+            kind = type(self.hf).__name__
             hint = "; load_model opens folders, hub ids and 'demo'" * isinstance(self.hf, str)
-            raise InputError(f"expected a transformers causal language model, not {what}{hint}")
+            raise InputError(f"expected a transformers causal language model, not {kind}{hint}")
         text = text_config(self.config)
         if any(getattr(config, "is_encoder_decoder", False) for config in (self.config, text)):
             raise self.refusal("it is an encoder-decoder")

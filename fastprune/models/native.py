@@ -1,9 +1,12 @@
 """The compiled operators of the fused path on a CPU: argument checks, then the call.
 
-Tensors are float32 or bfloat16, on the CPU, contiguous; sums are float32 and results are rounded
-once. A row's result (in attention that of a row of tokens) depends on nothing but the row: not on
-the other rows, nor on the number of threads, which is torch's own. No gradient is recorded.
-fastprune_kernels.reference defines the result of each.
+Tensors are float32 or bfloat16, on the CPU, contiguous. Sums are float32, and results are rounded
+once. A row's result depends on the row alone, not on other rows or on the number of threads, which
+is torch's own. In attention a row is a row of tokens. No gradient is recorded.
+`fastprune_kernels.reference` defines the results.
+
+M states of D columns, B rows of L tokens, T = B * L, Dh columns of a head, R angles of a head, N
+positions of the tables, F columns of gate and of up, P positions, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def available() -> bool:
-    """Whether the extension is there."""
+    """Whether the extension was built."""
     return extension is not None
 
 
 def instruction_set() -> str:
-    """The one in use: avx512, avx2 or generic; "none" without the extension."""
+    """The instruction set in use: avx512, avx2 or generic; "none" without the extension."""
     return "none" if extension is None else extension.instruction_set()
 
 
@@ -45,12 +48,21 @@ def add_rms_norm(
     centered: bool = False,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """normed = x / sqrt(mean(x^2) + eps) * weight + bias, x = states + branch, rounded; residual =
-    x. Returns normed.
+    """Compute x = states + branch, rounded, and x / sqrt(mean(x^2) + eps) * weight + bias.
 
-    states, branch [M, D]; weight [D], None: 1; bias [D], None: 0; outputs residual, normed [M, D].
-    residual may be states: added in place. unit_offset: the scale is 1 + weight. centered: the norm
-    is taken of x without its mean (LayerNorm).
+    Args:
+        states: [M, D].
+        weight: [D]; None for 1.
+        eps: Added to the mean square.
+        branch: [M, D]; None for 0.
+        residual: Receives x, [M, D]; it may be `states` itself. None keeps no sums.
+        normed: Receives the result, [M, D]; None makes a new tensor.
+        unit_offset: The scale is 1 + weight.
+        centered: The norm is taken of x without its mean (LayerNorm).
+        bias: [D]; None for 0.
+
+    Returns:
+        normed, [M, D].
     """
     _check_matrix("states", states)
     rows, columns = shape = states.shape
@@ -92,12 +104,24 @@ def rotary(
     interleaved: bool = False,
     norm_after: bool = False,
 ) -> torch.Tensor:
-    """Rotates q and k in place, each head's first 2 * R columns as pairs (i, R + i); returns qkv.
+    """Rotate q and k in place: the first 2 * R columns of each head, as pairs (i, R + i).
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int64[T]: each token's
-    row of the tables cos and sin, float32 [N, R], R <= Dh / 2. q_weight, k_weight [Dh]: RMSNorm of
-    each head before the rotation, or after it (norm_after); unit_offset: its scale is 1 + weight.
-    interleaved: pairs are (2i, 2i + 1).
+    Args:
+        qkv: q, then k, then v, [T, (num_heads + 2 num_kv_heads) * Dh].
+        cos: Cosines, float32[N, R], R <= Dh / 2.
+        sin: Sines, float32[N, R].
+        position: Each token's row of the tables, int64[T].
+        num_heads: Query heads.
+        num_kv_heads: Key heads.
+        q_weight: Weight of an RMSNorm of each query head before the rotation, [Dh].
+        k_weight: The same for key heads.
+        eps: Added to the mean square.
+        unit_offset: The norm's scale is 1 + weight.
+        interleaved: Pairs are (2i, 2i + 1).
+        norm_after: The norm comes after the rotation.
+
+    Returns:
+        qkv.
     """
     _check_matrix("qkv", qkv)
     rows, dtype = len(qkv), qkv.dtype
@@ -141,12 +165,21 @@ def attention(
     soft_cap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """out = softmax(scale * q k^T) v over the keys of its row that each query sees. Returns out.
+    """Compute softmax(scale * q k^T) v over the keys of its row that each query sees.
 
-    out [B * L, num_heads * Dh], qkv [B * L, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v;
-    num_heads / num_kv_heads query heads share a key head. seen int32[B or 1, L, 4]: begin and end
-    of two runs of places in the row, the first before the second; 1: all rows alike. A query that
-    sees no key gets NaN. soft_cap: scores become cap * tanh(score / cap).
+    Args:
+        qkv: q, then k, then v, [T, (num_heads + 2 num_kv_heads) * Dh].
+        seen: The keys that each query sees, as begin and end of two runs of places in its row,
+            int32[B, L, 4], or int32[1, L, 4] for all rows. The first run comes before the second. A
+            query that sees no key gets NaN.
+        num_heads: Query heads. num_heads / num_kv_heads of them share a key head.
+        num_kv_heads: Key heads.
+        scale: The factor of scores.
+        soft_cap: Scores become soft_cap * tanh(scores / soft_cap).
+        out: Receives the result; None makes a new tensor.
+
+    Returns:
+        out, [T, num_heads * Dh].
     """
     _check_matrix("qkv", qkv)
     dtype = qkv.dtype
@@ -157,19 +190,19 @@ def attention(
         )
     if seen.dim() != 3 or seen.shape[2] != 4:
         raise ValueError(f"seen must have shape [B or 1, L, 4], not {list(seen.shape)}")
-    given, length, _ = seen.shape
+    num_masks, length, _ = seen.shape
     rows = len(qkv) // max(length, 1)
-    if rows * length != len(qkv) or given not in (1, rows):
+    if rows * length != len(qkv) or num_masks not in (1, rows):
         raise ValueError(f"seen {list(seen.shape)} does not fit qkv of {len(qkv)} tokens")
     shape = (len(qkv), num_heads * head_dim)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
     extension.attention(
         qkv.data_ptr(),
-        _address("seen", seen, (given, length, 4), torch.int32),
+        _address("seen", seen, (num_masks, length, 4), torch.int32),
         _address("out", out, shape, dtype),
         rows,
-        given != 1,
+        num_masks != 1,
         length,
         num_heads,
         num_kv_heads,
@@ -185,9 +218,15 @@ def attention(
 def gated_mlp(
     gate_up: torch.Tensor, activation: str = "silu", *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """out [T, F] = act(gate) * up from gate_up [T, 2F], gate first. Returns out.
+    """Compute act(gate) * up.
 
-    activation: "silu" or "gelu_tanh".
+    Args:
+        gate_up: The gate, then up, [T, 2F].
+        activation: "silu" or "gelu_tanh".
+        out: Receives the result; None makes a new tensor.
+
+    Returns:
+        out, [T, F].
     """
     _check_matrix("gate_up", gate_up)
     rows, width = gate_up.shape
@@ -212,9 +251,14 @@ def gated_mlp(
 
 
 def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """out float32[P]: log(sum(exp(row))) of each row of logits [P, V]. Returns out.
+    """Compute log(sum(exp(row))) of each row.
 
-    Rows may stand apart (a slice of wider rows); within a row the logits are contiguous.
+    Args:
+        logits: [P, V], contiguous within a row; it may be a slice of wider rows.
+        out: Receives the result; None makes a new tensor.
+
+    Returns:
+        out, float32[P].
     """
     rows, columns = _check_rows("logits", logits)
     if out is None:
@@ -232,7 +276,7 @@ def log_sum_exp(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.
 
 
 def exact_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(row))) of each row of logits [P, V], float64[P], not rounded to float32."""
+    """Compute log(sum(exp(row))) of each row of logits [P, V] as float64[P], without rounding."""
     rows, columns = _check_rows("logits", logits)
     sums = torch.empty(rows, dtype=torch.float64)
     extension.divergence(
@@ -254,10 +298,16 @@ def exact_log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
 def divergence(
     dense: torch.Tensor, dense_sums: torch.Tensor, logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """means = sum(exp(dense - s) * (dense - logits)) of each row, s dense_sums rounded to float32,
-    and sums = exact_log_sum_exp(logits). Returns means, sums, float64[P].
+    """Compute the two terms of a divergence from the dense model, row by row.
 
-    dense, logits [P, V], whose rows may stand apart; dense_sums float64[P]: log-sum-exps of dense.
+    Args:
+        dense: The dense model's logits, [P, V]; it may be a slice of wider rows.
+        dense_sums: Their log-sum-exps, float64[P].
+        logits: The masked model's logits, [P, V]; likewise.
+
+    Returns:
+        sum_v exp(dense - s) * (dense - logits), with s = dense_sums rounded to float32; and
+        `exact_log_sum_exp(logits)`. float64[P] each.
     """
     rows, columns = _check_rows("logits", logits)
     if _check_rows("dense", dense, (logits.dtype,)) != (rows, columns):
@@ -282,7 +332,7 @@ def divergence(
 def _check_rows(
     name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS
 ) -> tuple[int, int]:
-    """The shape of a matrix whose rows may stand apart."""
+    """The shape of a matrix that may be a slice of wider rows."""
     _check_matrix(name, x, dtypes, contiguous=False)
     rows, columns = x.shape
     if columns > 1 and x.stride(1) != 1:

@@ -33,7 +33,7 @@ from .unwrap import unwrap
 from .verify import SHORT_ROWS, Needs, check_needs, fused_failure, verified
 
 LONGEST_MESSAGE = 400
-# the files of a hub repository that a model and its tokenizer are made of
+# the files of a hub repository that hold a model and its tokenizer
 HUB_FILES = [
     "*.json",
     "*.txt",
@@ -209,7 +209,7 @@ def _open_folder(
     place: str,
     text_only: bool,
 ) -> tuple[Model, str]:
-    """The model of a folder, verified, and how its weights are widened if they are."""
+    """Open and verify the model of a folder. Also return how its weights are widened, if so."""
     how = MANY_TIMES
     if weights_bytes is not None:
         hf = checkpoint.load(torch.float32 if widens else dtype or "auto", True, text_only)
@@ -217,7 +217,7 @@ def _open_folder(
     elif widens:
         hf, how = checkpoint.load_widened(text_only)
         if hf.dtype == torch.float32:
-            dtype = torch.float32  # for workers, whose memory may decide otherwise
+            dtype = torch.float32  # for workers, which must not decide by their own memory
     else:
         hf = checkpoint.load(dtype or "auto", False, text_only)
     align(hf)
@@ -235,7 +235,7 @@ def _open_folder(
 def _load_gguf(
     path: Path, device: torch.device, dtype: str | torch.dtype | None, tokenizer: Any
 ) -> Model:
-    """A GGUF file's weights, dequantized by transformers' own reader, and its tokenizer."""
+    """Open a GGUF file, dequantized by transformers' own reader, and its tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     check_gguf(path)
@@ -246,7 +246,7 @@ def _load_gguf(
         hf = auto_class(config).from_pretrained(path.parent, dtype=wanted, **place)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
-    except Exception as error:  # of any kind: the file's content brought it about
+    except Exception as error:  # any kind: the file's content caused it
         raise InputError(f"{path}: cannot be read as GGUF: {first_line(error)}") from error
     forget_form(hf)
     model = Model(hf.to(device).eval(), tokenizer, str(path))
@@ -292,18 +292,18 @@ def open_runner(
 
     Args:
         model: The model.
-        backend: "generic", "fused", or "auto": the fused path if the model has the shape, operators
-            exist for its device, and they agree with the generic path; if they do not, a
+        backend: "generic", "fused" or "auto". "auto" takes the fused path if it supports the model,
+            has operators for its device, and agrees with the generic path. If they disagree, a
             RuntimeWarning says so.
-        needs: The units, and the longest row and tree to be run. By default blocks are run, on rows
+        needs: The units, and the longest row and tree that will run. The default is blocks, on rows
             of a few tokens.
 
     Returns:
         The generic runner, or the fused one.
 
     Raises:
-        InputError: The model cannot be run for these needs, or not on the fused path that was asked
-            for.
+        InputError: The model cannot run for these needs, or not on the fused path if `backend` is
+            "fused".
     """
     with model.held():
         generic = verified(model, needs.granularity)
@@ -328,7 +328,7 @@ def _warn_of_generic(failure: str) -> None:
 
 
 def _fetch(name: str, trust_remote_code: bool) -> Path:
-    """The folder that holds a hub repository's files, fetched if they are missing."""
+    """The folder with a hub repository's files, which are downloaded if they are missing."""
     from huggingface_hub import snapshot_download
 
     patterns = [*HUB_FILES, *["*.py"] * trust_remote_code]
@@ -346,8 +346,12 @@ def _fetch(name: str, trust_remote_code: bool) -> Path:
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
-    """The checkpoint's tokenizer, or None if it has none (token ids can still be scored); and why
-    its files could not be read."""
+    """Load the checkpoint's tokenizer.
+
+    Returns:
+        The tokenizer, or None without one (token ids can still be scored); and the reason if its
+        files could not be read.
+    """
     from transformers import AutoTokenizer
 
     file = folder / "tokenizer.json"
@@ -380,8 +384,10 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> tuple[Any, str]:
 
 @contextmanager
 def _quiet_panics() -> Iterator[None]:
-    """Hold back text for this process's stderr, and drop it if an exception comes: a panic of the
-    tokenizers library prints lines of its own there, which its exception repeats."""
+    """Hold back this process's stderr, and drop it upon an exception.
+
+    A panic of the tokenizers library prints lines there, which its exception repeats.
+    """
     try:
         stderr = os.dup(2)
     except OSError:  # it is closed

@@ -1,10 +1,10 @@
-"""A model's blocks, run one by one, against its own forward pass: on two short rows at every
-opening, and on a row as long as the longest to be scored.
+"""Comparison of a model's blocks, run one by one, with its own forward pass.
 
-Equal code at equal shapes must give equal bits. A tolerance serves a row beside others and the
-fused path, whose shapes or code are others.
+Every opening compares two short rows. Before scoring, a row as long as the longest one is compared.
+Equal code at equal shapes must give equal bits. A row beside others has other shapes, and the fused
+path has other code, so these are compared with a tolerance.
 
-Each raises InputError, with the reason, if a comparison fails.
+Every function raises InputError, with the reason, if a comparison fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .text import failure_of
 
 
 class _Call(NamedTuple):
-    """A layer's call in the own forward pass. run: the layer on its input once more."""
+    """A layer's call in the own forward pass; `run` repeats the call."""
 
     entry: torch.Tensor
     output: torch.Tensor
@@ -42,8 +42,13 @@ def _own_pass(
     after: Callable[[int, _Call], object],
     base_only: bool = False,
 ) -> torch.Tensor:
-    """The model's own forward pass, with a function before and after each block, whose weights are
-    loaded then. Returns the logits [B * T, V], or of the base model alone the normed states."""
+    """Run the model's own forward pass, with a function before and after each block.
+
+    The block's weights are loaded at that time.
+
+    Returns:
+        The logits, [B * T, V]; of a base model alone, the normed states.
+    """
     blocks = model.weights.blocks()
     num_called = 0
 
@@ -70,7 +75,7 @@ def _own_pass(
 
 
 def _recorded(model: Model, ids: torch.Tensor, calls: list[_Call]) -> torch.Tensor:
-    """The logits [B * T, V] of the own forward pass, whose layers' calls join a list."""
+    """Run the own forward pass, append its layers' calls to a list, and return [B * T, V]."""
     return _own_pass(model, ids, lambda _: None, lambda _, call: calls.append(call))
 
 
@@ -87,7 +92,7 @@ def _opened(runner: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
 def run_block(
     runner: GenericRunner, block: int, state: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    """The state after a block. Raises InputError if the block has changed the one before it."""
+    """Run a block, and return its state. Raises InputError if the block changes its input."""
     version = state._version
     following = runner.run(block, state, arguments)
     if state._version != version:
@@ -98,10 +103,10 @@ def run_block(
 def _checked(
     model: Model, block: int, before: torch.Tensor, after: torch.Tensor, own: _Call
 ) -> torch.Tensor:
-    """A block's states in the own forward pass. Raises InputError unless those of the runner,
-    before and after it, have the same bits.
+    """Compare a block's states in the own forward pass with the runner's, before and after it.
 
-    A module whose own two runs differ is compared with tolerance.
+    They must have the same bits; else InputError is raised. A module whose own two runs differ is
+    compared with tolerance.
     """
     if not same_bits(before, own.entry):
         raise model.refusal(f"its own forward pass changes the states in front of block {block}")
@@ -116,30 +121,32 @@ def _checked(
 
 
 def _require_causal(model: Model, other: torch.Tensor, states: torch.Tensor) -> None:
-    """Raise InputError unless the states of equal tokens, [B, T, D], are equal, at equal shapes,
-    though other tokens follow."""
+    """Raise InputError if later tokens change the states [B, T, D] of equal earlier tokens."""
     if not same_bits(other, states) and agreeing_share(other, states, model.dtype) < 1:
         raise model.refusal("it is not causal: states depend on later tokens")
 
 
 def _require_alone(model: Model, beside: torch.Tensor, alone: torch.Tensor) -> None:
-    """Raise InputError unless a row's states beside another row, [B, T, D], are those alone."""
+    """Raise InputError unless a row has the same states [B, T, D] alone and beside another row."""
     if agreeing_share(beside, alone, model.dtype) < MOST_POSITIONS:
         raise model.refusal("a row has other states beside another row")
 
 
 # -- blocks ----------------------------------------------------------------------------------------
 
-# share of positions at which a row beside another must agree with the row alone: other shapes round
-# otherwise, which lets a router near a tie take another expert
+# the least share of positions at which a row beside another agrees with the row alone. Rounding
+# differs with shapes, so a router near a tie may take another expert
 MOST_POSITIONS = 0.75
 
 
 def prove_blocks(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two short rows, run block by block, have the states of the model's own forward pass to the
-    bit; no state depends on later tokens or on another row.
+    """Verify two short rows, run block by block.
 
-    Returns their final states, [P, D], and the logits of the own forward pass, [P, V].
+    They must have the states of the model's own forward pass to the bit. No state may depend on
+    later tokens or on another row.
+
+    Returns:
+        Their final states, [P, D], and the logits of the own forward pass, [P, V].
     """
     try:
         finals, expected = _prove_short(runner)
@@ -170,7 +177,7 @@ def _prove_short(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
     following = states
 
     def run_all(block: int) -> None:
-        # in turn: a block that keeps something for a later one is caught
+        # in turn, which detects a block that keeps a value for a later one
         nonlocal following, beside
         following = [
             run_block(runner, block, state, arguments)
@@ -204,9 +211,9 @@ def check_row(
 ) -> None:
     """Verify a model on a plain row as long as the longest to be scored, once for each length.
 
-    The generic path's states equal those of the own forward pass to the bit, later tokens change no
-    earlier state, and the row agrees with itself beside another. Three passes over the row: the own
-    forward pass, the generic path, and the path to be used.
+    The generic path's states must equal those of the own forward pass to the bit. Later tokens may
+    change no earlier state. The row must agree with itself beside another row. The row runs three
+    times: in the own forward pass, on the generic path, and on the path to be used.
 
     Args:
         generic: The generic runner.
@@ -299,18 +306,18 @@ class Step(NamedTuple):
 def require_fused_agrees(
     generic: GenericRunner, fused: FusedRunner, block: int, own: Step, other: Step
 ) -> None:
-    """Raise InputError unless a block's states on the fused path are the generic path's, up to a
-    few roundings.
+    """Raise InputError unless a block's states on the fused path agree with the generic path's.
 
-    These let a router near a tie take another expert. Where the family's own mlp runs, it may give
-    something else at a quarter of the positions, if all around it agrees at every one.
+    They may differ by a few roundings. Because of these, a router near a tie may take another
+    expert. So a family's own mlp may give another output at a quarter of the positions, if
+    everything around it agrees at every position.
 
     Args:
         generic: The generic runner.
         fused: The fused runner.
         block: The block.
-        own: Its run on the generic path.
-        other: Its run on the fused path: the same rows, and perhaps others behind them.
+        own: The block's run on the generic path.
+        other: The block's run on the fused path: the same rows, and perhaps further ones.
     """
     dtype, result = generic.model.dtype, other.output[: len(own.output)]
     if agree(result, own.output, dtype):

@@ -1,5 +1,5 @@
-"""The protocol that runs units: through the model's own layers (`GenericRunner`), or on fused
-operators (`FusedRunner`)."""
+"""The protocol of the two paths: `GenericRunner` runs a model's own layers, `FusedRunner` fused
+operators."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from .swap import State
 
 
 class Runner(Protocol):
-    """Runs units on states; its head runs on final states. The engine knows nothing else of a
-    model.
+    """Runs units on states. The engine knows no more of a model.
 
-    A state is [B, T, D], of B rows of T tokens; inside of a parallel block it is three of these
-    (`pack`, `unpack`). A unit leaves its input as it is, since other masks still need it. It runs
-    while its weights are loaded (`Model.weights`). States
-    and arguments go back to the runner that made them. path_name: the path's name, as users read
-    it.
+    A state is [B, T, D]: B rows of T tokens, D columns. Inside of a parallel block it is three of
+    these (`pack`, `unpack`). A unit leaves its input unchanged, because other masks may need it.
+    A unit may only run while its weights are loaded (`Model.weights`). States and arguments are
+    passed back only to the runner that made them.
+
+    Attributes:
+        path_name: The path's name, as users read it.
+        device: The device of states.
+        head: The head, which runs on final states.
     """
 
     path_name: str
@@ -29,18 +32,25 @@ class Runner(Protocol):
     def open(
         self, ids: torch.Tensor, positions: torch.Tensor | None, branch: torch.Tensor | None
     ) -> tuple:
-        """The embedded tokens, and the arguments of every unit for a chunk. Arguments hold tensors
-        and functions, never a runner or a model: their tensors are weighed and kept."""
+        """Embed a chunk's tokens, and find the arguments of every unit.
+
+        Arguments hold tensors and functions, never a runner or a model: the engine weighs and keeps
+        their tensors.
+
+        Args:
+            ids: Token ids, int64[B, T].
+            positions: The positions of a tree's tokens, int64[B, T]; None for plain rows.
+            branch: The branches of a tree's tokens, 0 for the trunk, int64[B, T]; likewise.
+        """
 
     def run(self, unit: int, state: Any, arguments: Any, granularity: str) -> State:
-        """The state after a unit. Skipping one is not calling this."""
+        """Run a unit on a state, and return the next state. A skipped unit has no call."""
 
     def pack(self, state: Any) -> torch.Tensor:
-        """A state as one tensor, to be kept."""
+        """Turn a state into one tensor, to keep it."""
 
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
-        """The state that was packed, after a unit."""
+        """Restore the state that `pack` packed after this unit."""
 
     def numerics(self) -> str:
-        """The settings that decide the bits of a score in this path, besides torch and
-        transformers."""
+        """The settings of this path that decide the bits of a score, as text."""

@@ -1,8 +1,8 @@
-"""A transformers model with other blocks: reordered or cut on a shallow copy that shares all
-weights, or masked in place for as long as a `with` block lasts.
+"""A transformers model with other blocks: on a shallow copy that shares all weights, or in place
+inside of a `with` block.
 
 `FIELDS` is the one table of config fields that describe layers by their index. A list with an entry
-for each layer needs no row there. `Cut` says which old block runs at each new place:
+for each layer needs no row there. A `Cut` has the old block at each new place:
 
     6 blocks without 1 and 3:   sequence  0 2 4 5     old block at each new place
                                 places    0 1 2 3
@@ -55,7 +55,7 @@ def _leading_count(cut: Cut, count: Any) -> tuple:
 
 
 def _index_range(cut: Cut, start: Any, end: Any, step: Any) -> tuple:
-    """start..end of which every step-th counts, (i + 1) % step == 0; end -1 is the last layer."""
+    """From start to end, the layers with (i + 1) % step == 0; end -1 is the last layer."""
     end = cut.num_blocks - 1 if end < 0 else end
     places = cut.places(i for i in range(start, end + 1) if (i + 1) % step == 0)
     if not places:
@@ -70,17 +70,17 @@ def _every(start: int, end: int, step: int) -> list[int]:
 
 
 def _period(cut: Cut, period: Any, offset: Any) -> tuple:
-    """i % period == offset; a pattern that no period describes keeps its numbers."""
+    """The layers with i % period == offset. If no period describes the rest, numbers stay."""
     places, size = cut.places(range(offset, cut.num_blocks, period)), len(cut.sequence)
     if not places:
         return size + 1, size
     fits = (n for n in range(1, size + 1) if list(range(places[0] % n, size, n)) == places)
-    found = next(fits, None)
-    return (period, offset) if found is None else (found, places[0] % found)
+    fitting = next(fits, None)
+    return (period, offset) if fitting is None else (fitting, places[0] % fitting)
 
 
 def _sparse_step(cut: Cut, step: Any, dense: Any) -> tuple:
-    """Every step-th layer has experts, unless it is listed as dense: afterwards all is listed."""
+    """Every step-th layer has experts, except listed dense ones; the result lists all dense."""
     listed = set(dense or ())
     return 1, cut.places(i for i in range(cut.num_blocks) if i in listed or (i + 1) % step)
 
@@ -92,7 +92,7 @@ def _per_layer_dict(cut: Cut, overrides: Any) -> tuple:
 
 
 def _pattern(cut: Cut, pattern: Any) -> tuple:
-    """A pattern that repeats over the layers; afterwards it is written out."""
+    """A pattern that repeats over the layers; the result has an entry for each layer."""
     return ([pattern[block % len(pattern)] for block in cut.sequence] or pattern,)
 
 
@@ -101,13 +101,13 @@ def _letters(cut: Cut, letters: Any) -> tuple:
 
 
 def _groups(cut: Cut, groups: Any) -> tuple:
-    """GPT-Neo's [[types, repeats], ...]; afterwards one group."""
+    """GPT-Neo's [[types, repeats], ...]; the result is one group."""
     types = [kind for kinds, repeats in groups for _ in range(repeats) for kind in kinds]
     return ([[[types[block] for block in cut.sequence], 1]],)
 
 
 def _depth_scale(cut: Cut, scale: Any) -> tuple:
-    """Residual branches are multiplied by scale / sqrt(layers), which stays as it was."""
+    """Residual branches are multiplied by scale / sqrt(layers); the result keeps this factor."""
     return (scale * math.sqrt(len(cut.sequence) / cut.num_blocks),)
 
 
@@ -137,8 +137,8 @@ FIELDS: dict[tuple[str, ...], Callable[..., tuple]] = {
     ("block_types",): _pattern,  # RecurrentGemma
     ("hybrid_override_pattern",): _letters,  # Nemotron-H
     ("scale_depth",): _depth_scale,  # MiniCPM
-    # layers that predict further tokens come after the others in a checkpoint; transformers neither
-    # loads nor writes them
+    # layers that predict further tokens come last in a checkpoint; transformers neither loads nor
+    # writes them
     ("num_nextn_predict_layers",): _absent,
     ("num_mtp_layers",): _absent,
 }
@@ -163,7 +163,7 @@ def config_of(model: Model, sequence: Sequence[int]) -> Any:
             values.update(zip(names, remap(cut, *before), strict=True))
     config = copy.deepcopy(old)
     overrides = values.pop("per_layer_config", None)
-    for name, depth in depths(old).items():  # some families state a multiple of it besides
+    for name, depth in depths(old).items():  # some families also state a multiple of the depth
         if depth % model.num_blocks == 0:
             setattr(config, name, depth // model.num_blocks * len(sequence))
     for name, value in values.items():
@@ -190,7 +190,7 @@ def _is_per_layer(name: str, value: Any, num_blocks: int) -> bool:
 
 
 def _value(config: Any, name: str) -> Any:
-    """A config's own value; of per-layer overrides, the dict that its file has."""
+    """A config's own value; per-layer overrides as the dict in its file."""
     if name == "per_layer_config":
         is_heterogeneous = getattr(config, "is_heterogeneous", False)
         return config.to_dict().get(name) if is_heterogeneous else None
@@ -207,16 +207,15 @@ def _has_further_predictions(model: Model) -> bool:
 
 
 def without(model: Model, removed: Iterable[int]) -> Any:
-    """The transformers model without these blocks, see `ordered`."""
+    """The transformers model without these blocks (see `ordered`)."""
     gone = set(removed)
     return ordered(model, [i for i in range(model.num_blocks) if i not in gone])
 
 
 def ordered(model: Model, sequence: Sequence[int], copies: bool = False) -> Any:
-    """The transformers model with these blocks in this order: a shallow copy that shares all
-    weights.
+    """Copy a transformers model with these blocks in this order.
 
-    Its config describes the blocks in their new order.
+    The copy is shallow and shares all weights. Its config describes the blocks in their new order.
 
     Args:
         model: The model.
@@ -253,7 +252,7 @@ def _with_weights_of_their_own(model: Model, blocks: Sequence[nn.Module]) -> lis
     prefix = ".".join(model.path)
     tied = getattr(model.hf, "all_tied_weights_keys", None) or {}
     if any(str(name).startswith(f"{prefix}.") for name in tied):
-        return list(blocks)  # the family's own code ties blocks, and knows how to save them
+        return list(blocks)  # the family's own code ties blocks, and saves them right
     seen: set[int] = set()
     result = []
     for block in blocks:
@@ -296,19 +295,18 @@ def masked(
     sequence: Sequence[int] | None = None,
     granularity: str = "block",
 ) -> Iterator[Any]:
-    """Run any code on a transformers model without some of its units; no weight is copied, and all
-    is put back.
+    """Run any code on a transformers model without some of its units. No weight is copied.
 
-    Inside, the model is the one that `export` would write: its list of layers and its config
-    describe the blocks that run, and its attentions have new indices, so that `generate` works with
-    a cache. Before the block begins, the model's own forward pass must give the logits of the same
-    blocks run one by one. Half a block is replaced by a module that adds nothing.
+    Inside the `with` block, the model equals the one that `export` writes. Its list of layers and
+    its config describe the blocks that run. Its attentions have new indices, so that `generate`
+    works with a cache. A skipped half of a block is replaced by a module that adds nothing. A
+    variant of a `Library` runs in its block's place. On entry, the model's own forward pass must
+    give the logits of the same blocks run one by one.
 
-    Afterwards, also after an exception, the model has its own list, config object and indices
-    again. Variants of a `Library` run in their blocks' places. May be nested: the indices then
-    count the remaining blocks. The model's lock is held
-    throughout, so that evaluators in other threads wait. A `Model` that was opened outside is
-    refused inside, and a cache that was filled outside is of no use there.
+    On exit, also after an exception, the model gets its own list, config object and indices back.
+    Contexts may be nested; inner indices count the remaining blocks. The model's lock is held
+    inside, so that evaluators in other threads wait. A `Model` that was opened outside is refused
+    inside. A cache that was filled outside does not fit inside.
 
     Args:
         model: The transformers model, or a `Model` of it, which saves the checks of opening one.
@@ -367,8 +365,10 @@ def kept_blocks(
     sequence: Sequence[int] | None,
     num_variants: int = 0,
 ) -> list[int]:
-    """The blocks that run, from either argument; a sequence may name variants besides. Raises
-    InputError unless just one is given."""
+    """The blocks that run, from either argument; a sequence may also name variants.
+
+    Raises InputError for both arguments, or none.
+    """
     if (removed is None) == (sequence is None):
         raise InputError(
             "give either removed, such as (9, 10), or sequence, such as (0, 1, 1, 2), and not both"
@@ -394,7 +394,7 @@ def _units(
 
 
 def _places(model: Model, units: Sequence[int], granularity: str) -> list[Place]:
-    """The list of layers in which these units run."""
+    """The places of these units in a list of layers."""
     if granularity == "block":
         return [model.place_of(unit) for unit in units]
     halves: dict[int, set[int]] = {}
@@ -412,10 +412,10 @@ def _logits_by_units(
     model: Model, ids: torch.Tensor, units: Sequence[int], granularity: str
 ) -> torch.Tensor:
     own = of_model = verified(model, granularity)
-    if model.given is not model.hf:  # the caller's own, with the frequencies that it has
-        given = copy.copy(model)
-        given.hf = model.given
-        own = GenericRunner(given)
+    if model.given is not model.hf:  # the caller's own model, with its own frequencies
+        unchanged = copy.copy(model)
+        unchanged.hf = model.given
+        own = GenericRunner(unchanged)
     runner = model.extended(own, granularity) if granularity == "block" else own
     own.sublayers = of_model.sublayers
     with model.evaluation():
@@ -464,7 +464,7 @@ def _check_masked(
 def _cut_in_place(
     model: Model, places: Sequence[Place], sublayers: Sequence[Sublayers]
 ) -> Iterator[None]:
-    """Inside, the caller's own model has this list of layers."""
+    """A context in which the caller's own model has this list of layers."""
     blocks = [place.block for place in places]
     *above, last = model.path
     base = get_module(model.given, above)
@@ -479,8 +479,8 @@ def _cut_in_place(
                 kept = type(entries)(entries[block] for block in blocks)
                 _set(undo, owner, attribute, kept)
         placed: list[nn.Module] = []
-        for index, (block, layer, halves) in enumerate(places):  # by which a cache has its entries
-            # one module at two places would have one entry in a cache
+        for index, (block, layer, halves) in enumerate(places):  # the keys of a cache's entries
+            # one module at two places would share an entry of a cache
             shared = {id(m) for earlier in placed for m in earlier.modules()}
             if any(id(m) in shared for m in layer.modules()):
                 layer = twin(layer)

@@ -1,9 +1,8 @@
-"""Stand-ins for parts of a transformers model, put in place on shallow copies that share every
-weight.
+"""Replacements for parts of a transformers model, on shallow copies that share every weight.
 
-The model itself is never changed. `Recorder` learns the arguments that a model's forward passes to
+The model itself is never changed. `Recorder` records the arguments that a model's forward passes to
 its layers, and runs its steps after them. `Sublayers` runs one half of a layer without the other.
-(`head.Head` has two more.)
+`head.Head` has two more replacements.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-# attributes of a layer's modules that hold its index, by which a cache has its entries
+# attributes of a layer's modules that hold its index, the key of its entry in a cache
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "block_idx")
 
 
@@ -28,7 +27,7 @@ class HalfBlock(NamedTuple):
     hidden: torch.Tensor  # [B, T, D], attention already added
     entry: torch.Tensor  # [B, T, D], the block's input
     attention: torch.Tensor  # [B, T, D], the term that attention added
-    owner: object  # the block around it: to any other, `hidden` is the state
+    owner: object  # the block; any other block takes `hidden` as the state
 
 
 State = torch.Tensor | HalfBlock
@@ -36,7 +35,7 @@ Arguments = list[dict]  # of each layer, besides the hidden states
 
 
 def hidden_of(state: State) -> torch.Tensor:
-    """The hidden states [B, T, D] that the final norm reads, should the network end here."""
+    """The hidden states [B, T, D] that the final norm reads if the network ends here."""
     return state.hidden if isinstance(state, HalfBlock) else state
 
 
@@ -48,18 +47,18 @@ def state_bytes(state: State) -> int:
 
 
 class Recorder:
-    """Runs a base model's forward with its layers replaced: all that it does before its first
-    layer, and all that it does after its last."""
+    """Runs a base model's own forward without its layers: the steps before the first layer, and
+    those after the last."""
 
     def __init__(self, path: tuple[str, ...], hf: nn.Module):
         # whether the model takes a tuple from each layer; None until a forward pass has worked
         self._as_tuple: bool | None = None
         self._calls: list[tuple[tuple, dict]] = []
         self._state: Any = None  # the first layer's input, once it is known
-        self._final: torch.Tensor | None = None  # the layers' result, if not their input
+        self._final: torch.Tensor | None = None  # the layers' result; None returns their input
         layers = nn.ModuleList(StandInLayer(layer, self._record) for layer in get_module(hf, path))
         replaced = with_replaced(hf, path, layers)
-        # the causal-LM wrapper is left out: only the base model below it is run
+        # only the base model below the causal-LM wrapper runs
         self._base, self._owner = get_module(replaced, path[:1]), get_module(replaced, path[:-1])
 
     @property
@@ -68,7 +67,7 @@ class Recorder:
         return bool(self._as_tuple)
 
     def __call__(self, **inputs: Any) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        """The embeddings, and the arguments of each layer."""
+        """Run the forward; return the embeddings, and the arguments of each layer."""
         _, state, calls = self._either_way(self._base, inputs)
         return state, calls
 
@@ -108,8 +107,7 @@ class Recorder:
             self._calls, self._state = [], None
 
     def _check_shape(self, states: torch.Tensor) -> None:
-        """A model that takes the first entry of a tuple takes the first row of a tensor, without an
-        error."""
+        """Detect a model that expects tuples. It takes the first row of a tensor without error."""
         first_state = self._state
         if first_state is None or first_state.dim() != 3:
             return
@@ -132,8 +130,7 @@ class Recorder:
 
 
 class StandInLayer(nn.Module):
-    """Stands in for a layer: called in its place is a function of (hidden states, other arguments,
-    those by name)."""
+    """Replaces a layer by a function of (hidden states, positional arguments, named ones)."""
 
     def __init__(self, layer: nn.Module, call: Callable):
         super().__init__()
@@ -150,8 +147,8 @@ class StandInLayer(nn.Module):
 
 
 class Place(NamedTuple):
-    """A place in a list of layers: the block whose settings it has, the module that runs there, and
-    those of its halves that run (0 attention, 1 mlp)."""
+    """A place in a list of layers: the block whose settings count, the module that runs there, and
+    its halves that run (0 attention, 1 MLP)."""
 
     block: int
     layer: nn.Module
@@ -159,14 +156,14 @@ class Place(NamedTuple):
 
 
 class Exchanged(nn.Module):
-    """A module in the place of a layer, whose attributes a model may read.
+    """A module in the place of a layer. A model may still read the layer's attributes.
 
-    It gets those of the layer's arguments that it accepts. A cache counts its tokens all the same.
+    It gets those of the layer's arguments that it accepts. A cache counts its tokens, too.
 
     Args:
         layer: The layer.
         module: The module that runs.
-        accepted: Names of the arguments that it accepts; None: all.
+        accepted: Names of the arguments that it accepts; None for all.
         as_tuple: Whether the model takes a tuple from each layer.
     """
 
@@ -174,10 +171,10 @@ class Exchanged(nn.Module):
         self, layer: nn.Module, module: nn.Module, accepted: frozenset[str] | None, as_tuple: bool
     ):
         super().__init__()
-        # hidden from nn.Module, so that the layer's weights are none of this module
+        # hidden from nn.Module, so that the layer's weights do not belong to this module
         self.__dict__["_layer"] = layer
         self.module, self._accepted, self._as_tuple = module, accepted, as_tuple
-        self.layer_idx = 0  # of its entry in a cache
+        self.layer_idx = 0  # the key of its entry in a cache
         names = list(inspect.signature(type(layer).forward).parameters)
         self._names = [name for name in names if name != "self"][1:]
 
@@ -199,7 +196,7 @@ class Exchanged(nn.Module):
 
 
 def accepted_of(arguments: dict, names: frozenset[str] | None) -> dict:
-    """Those of a layer's arguments that a module accepts; None: all."""
+    """A layer's arguments that a module accepts; all if `names` is None."""
     if names is None:
         return arguments
     return {name: value for name, value in arguments.items() if name in names}
@@ -208,15 +205,15 @@ def accepted_of(arguments: dict, names: frozenset[str] | None) -> dict:
 class Sublayers:
     """The two halves of a decoder layer: the layer itself with the other half's modules replaced.
 
-    A half is all modules whose results the layer adds to its states before, or after, the state in
-    between. A sequential block is mlp(attention(h)) and a replaced half adds zero. In a parallel
-    block both read the block's input, so the mlp half runs the layer with attention replaced by its
-    earlier result.
+    The first half is all modules whose results the layer adds before the state between the halves;
+    the second is those after it. A sequential block is mlp(attention(h)), and a replaced half adds
+    zero. In a parallel block both halves read the block's input. So its mlp half runs the layer
+    with attention replaced by its earlier result.
 
     Args:
         layer: The layer.
         halves: Names of the modules of each half, all children of the layer.
-        kinds: By name, how many values a module returns in a tuple; None: it returns a tensor.
+        kinds: The number of values that a module returns in a tuple, by name; None for a tensor.
         parallel: Whether both halves read the block's input; the first is then one module.
     """
 
@@ -241,8 +238,8 @@ class Sublayers:
 
     def _without(self, layer: nn.Module, names: Iterable[str]) -> nn.Module:
         for name in names:
-            given = _GivenTerm(getattr(layer, name), self._kinds[name])
-            layer = with_replaced(layer, (name,), given)
+            term = _GivenTerm(getattr(layer, name), self._kinds[name])
+            layer = with_replaced(layer, (name,), term)
         return layer
 
     def attention(self, state: State, arguments: dict) -> State:
@@ -266,8 +263,7 @@ class Sublayers:
             self._given.term = None
 
     def neither(self, state: torch.Tensor, arguments: dict) -> torch.Tensor:
-        """The layer with both halves replaced: the terms that its residual branches add when
-        skipped."""
+        """Run the layer with both halves replaced."""
         return first(self._neither(state, **arguments))
 
     def modules(self, layer: nn.Module, half: int) -> list[nn.Module]:
@@ -287,21 +283,23 @@ class Sublayers:
 def split_layer(
     layer: nn.Module, state: torch.Tensor, arguments: dict, whole: torch.Tensor
 ) -> Sublayers | None:
-    """The two halves of a layer, which give its own output `whole` to the bit; None if it has not
-    two.
+    """Find the two halves of a layer, which give its own output `whole` to the bit.
 
-    Its terms are the results of modules that hold a matrix and return states, in the order in which
-    the layer calls them. A cut between two of them is right if the halves, run one after the other,
-    give the layer's output, leave their inputs alone, and the layer without either half adds
-    nothing.
+    The terms of a layer are the results of modules that hold a matrix and return states, in the
+    order of their calls. A cut between two terms is right under three conditions. The halves, run
+    one after the other, give the layer's output. They leave their inputs unchanged. Without both
+    halves, the layer adds nothing.
+
+    Returns:
+        The halves; None if the layer does not have two.
     """
     try:
         kinds = _terms(layer, state, arguments)
     except (TypeError, ValueError, AttributeError, RuntimeError):
-        return None  # the layer does not run with other modules in the place of its own
+        return None  # the layer does not run with replaced modules
     names = tuple(kinds)
     ways = [(cut, False) for cut in range(1, len(names))]
-    # of a parallel block any cut adds up, so only two terms say which belongs to which
+    # in a parallel block every cut adds up, so that only two terms have a clear cut
     ways += [(1, True)] * (len(names) == 2)
     for cut, parallel in ways:
         sublayers = Sublayers(layer, (names[:cut], names[cut:]), kinds, parallel)
@@ -314,8 +312,10 @@ def split_layer(
 
 
 def _terms(layer: nn.Module, state: torch.Tensor, arguments: dict) -> dict[str, int | None]:
-    """The modules of a layer that may add to its states, by name in the order of their calls, with
-    the number of values that each returns in a tuple."""
+    """The modules of a layer that may add to its states, in the order of their calls.
+
+    By name, with the number of values that each returns in a tuple, or None for a tensor.
+    """
     kinds: dict[str, int | None] = {}
     watched = layer
     for name, module in layer.named_children():
@@ -346,7 +346,7 @@ def _adds_up(
 
 
 class _InPlaceOf(nn.Module):
-    """A module in the place of another. Layers may read its attributes, and ask for its class."""
+    """A module in the place of another. Layers may read the other's attributes and class."""
 
     def __init__(self, module: nn.Module):
         # hidden from nn.Module, as in StandInLayer
@@ -354,13 +354,13 @@ class _InPlaceOf(nn.Module):
         super().__init__()
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # what isinstance asks for
+    def __class__(self) -> Any:  # isinstance reads it
         return type(self.__dict__["_module"])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle asks for the class, too
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle reads the class, too
         return _restored, (type(self), self.__dict__)
 
 
@@ -398,7 +398,7 @@ def _zeros(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 class _GivenTerm(_InPlaceOf):
-    """A module that adds nothing, or a term given before."""
+    """A module that adds nothing, or a term that was set before."""
 
     term: torch.Tensor | None
 
@@ -412,9 +412,11 @@ class _GivenTerm(_InPlaceOf):
 
 
 class SkippedTerm(_InPlaceOf):
-    """A module that adds nothing, in place of a layer's own. A cache counts the tokens of a skipped
-    attention all the same, since models take the number of earlier tokens from their first
-    layer."""
+    """A module that adds nothing, in the place of a layer's own.
+
+    A cache still counts the tokens of a skipped attention: models read the number of earlier tokens
+    from their first layer.
+    """
 
     def __init__(self, module: nn.Module, kind: int | None):
         super().__init__(module)
@@ -431,7 +433,7 @@ class SkippedTerm(_InPlaceOf):
 
 
 def _count_tokens(cache: Cache, index: int, states: torch.Tensor) -> None:
-    """Let a layer's entry of a cache grow by the tokens of states [B, T, D] that left no keys."""
+    """Add the tokens of states [B, T, D] without keys to a layer's entry of a cache."""
     if _keeps_keys(cache, index):
         rows, tokens, _ = states.shape
         no_keys = states.new_zeros(rows, 1, tokens, 1)
@@ -444,7 +446,7 @@ def _length(cache: Cache, index: int) -> int:
 
 
 def _keeps_keys(cache: Cache, index: int) -> bool:
-    """Whether a layer's entry of a cache is one of keys and values; recurrent ones have others."""
+    """Whether a layer's entry of a cache holds keys and values; recurrent layers hold states."""
     layers = cache.layers
     return index >= len(layers) or isinstance(layers[index], CacheLayerMixin)
 
@@ -452,7 +454,7 @@ def _keeps_keys(cache: Cache, index: int) -> bool:
 class _KeepTerm(_InPlaceOf):
     """A module that also keeps the term that it adds."""
 
-    term: Any  # of the last call
+    term: Any  # the term of the last call
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
@@ -486,8 +488,7 @@ def with_replaced(module: nn.Module, path: Sequence[str], replacement: nn.Module
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """A copy of a module and of those inside it, which shares every tensor and has attributes of
-    its own."""
+    """Copy a module and the modules inside it; the copy shares every tensor, not attributes."""
     clone: Any = copy.copy(module)
     clone._modules = {
         name: None if inner is None else twin(inner) for name, inner in module._modules.items()

@@ -141,11 +141,11 @@ def output_head(hf: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         head = getattr(module, "get_output_embeddings", lambda: None)
         try:
-            found = head()
+            output = head()
         except (AttributeError, NotImplementedError):
-            found = None
-        if found is not None:
-            return found
+            output = None
+        if output is not None:
+            return output
         module = getattr(module, name)
     return None
 

@@ -1,19 +1,27 @@
-"""Which earlier tokens of its row a token sees: the trunk's, and those of its own branch."""
+"""Masks of token trees: a token sees earlier tokens of the trunk and of its own branch.
+
+B rows of T tokens, Q queries, K keys.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-FEW = 8
-SEGMENT = 256  # queries that look at their keys together
+FEW = 8  # branches
+SEGMENT = 256  # queries that attend together
 
 
 def tree_mask(positions: torch.Tensor, branch: torch.Tensor, window: int | None) -> torch.Tensor:
-    """bool[B, 1, T, T], True = seen, for rows with positions and branch int64[B, T] (branch 0 is
-    the trunk).
+    """Compute the mask of rows of token trees.
 
-    window: only keys less than that many positions away.
+    Args:
+        positions: Each token's position in its own sequence, int64[B, T].
+        branch: Each token's branch, 0 for the trunk, int64[B, T].
+        window: A token sees keys fewer than this number of positions away; None for all.
+
+    Returns:
+        bool[B, 1, T, T], True = seen.
     """
     everything = torch.arange(branch.shape[1], device=branch.device)
     return seen_by(everything, everything, positions, branch, window)[:, None]
@@ -26,8 +34,7 @@ def seen_by(
     branch: torch.Tensor,
     window: int | None,
 ) -> torch.Tensor:
-    """bool[B, Q, K], True = seen: the part of `tree_mask` at these places, int64[Q] and int64[K],
-    of every row."""
+    """A part of `tree_mask`, bool[B, Q, K], at places int64[Q] and int64[K] of every row."""
     query, key = branch[:, queries, None], branch[:, None, keys]
     seen = ((key == 0) | (key == query)) & (queries[:, None] >= keys)
     if window is not None:
@@ -38,13 +45,19 @@ def seen_by(
 def seen_runs(
     positions: torch.Tensor, branch: torch.Tensor, window: int | None
 ) -> torch.Tensor | None:
-    """`tree_mask` as two runs of places, int32[B, T, 4], begin and end of each.
+    """Compute `tree_mask` as two runs of places in the row.
 
-    The first is of the trunk, if a token is on a branch, the second of its own branch up to itself.
-    Padding (branch -1) sees at least itself, and nothing behind it.
+    The first run covers the trunk; a token of the trunk has an empty one. The second covers the
+    token's own branch, up to itself. Padding (branch -1) sees at least itself, and nothing behind
+    it. A trunk of 3 tokens with branches of 2 and 1 gives, without a window,
 
-    None if the trunk and then each branch are not contiguous or, with a window, their positions
-    skip some.
+        token        0        1        2        3        4        5
+        branch       0        0        0        1        1        2
+        runs     0:0 0:1  0:0 0:2  0:0 0:3  0:3 3:4  0:3 3:5  0:3 5:6
+
+    Returns:
+        Begin and end of both runs, int32[B, T, 4]. None if the trunk or a branch is not contiguous
+        or, with a window, if its positions skip a number.
     """
     place = torch.arange(branch.shape[1], device=branch.device)
     on_trunk = branch == 0
@@ -52,7 +65,7 @@ def seen_runs(
     goes_on = branch[:, 1:] == branch[:, :-1]
     steps = (
         branch.sort(dim=1).values.diff(dim=1) != 0
-    )  # one between two branches, in whatever order they stand
+    )  # the number of branches less one, whatever their order
     if bool((on_trunk != (place < trunk)).any()) or bool(
         (steps.sum(dim=1) != (~goes_on).sum(dim=1)).any()
     ):
@@ -71,11 +84,17 @@ def seen_runs(
 def segments(
     positions: torch.Tensor, branch: torch.Tensor, window: int | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One row, int64[T] each, cut into runs of queries, int64[Q], each with the places int64[K]
-    that any of it sees.
+    """Cut one row into runs of queries, each with the keys that any of them sees.
 
-    A few queries see the trunk and a few branches: so no mask of [T, T] is ever made, nor a product
-    of that size.
+    Some queries see only the trunk and a few branches. So no [T, T] mask or product is needed.
+
+    Args:
+        positions: int64[T].
+        branch: int64[T].
+        window: As for `tree_mask`.
+
+    Returns:
+        Pairs of queries, int64[Q], and keys, int64[K]: places in the row.
     """
     pieces = []
     for queries in torch.arange(len(branch), device=branch.device).split(SEGMENT):
@@ -89,11 +108,15 @@ def segments(
 
 
 def few_branches(branch: torch.Tensor, most_tokens: int | None = None) -> torch.Tensor:
-    """Some of a row's branches, int64[N]: a few (the longest, the last), or as many as give a row
-    of `most_tokens` tokens.
+    """Choose some of a row's branches: the longest, then from the last one backwards.
 
-    The longest comes first, and is one of them in any case; the trunk alone is a branch if it has
-    no other.
+    Args:
+        branch: The branch of each token, int64[T].
+        most_tokens: The most tokens of the trunk and the chosen branches; None chooses `FEW`
+            branches. The longest branch is chosen in any case.
+
+    Returns:
+        Numbers of branches, int64[N]; [0] for a row that is a trunk alone.
     """
     numbers, lengths = branch.unique(return_counts=True)
     trunk = int(lengths[numbers == 0].sum())

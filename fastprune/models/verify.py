@@ -1,9 +1,11 @@
-"""Verification, on the model itself, that it can be run unit by unit before it is used: its layers
-one by one (`own_pass`), its head's losses against its logits, token trees against their sequences,
-the halves of a block against the block, and the fused path against the generic one. Every opening
-verifies two short rows; `Needs` name the rows and trees of a calibration set.
+"""Verification that a model can run unit by unit. It runs on the model itself, before its use.
 
-Each raises InputError, with the reason, if a comparison fails.
+It compares the layers, one by one, with the model's own forward pass (`own_pass`), the head's
+losses with the model's logits, token trees with their sequences, the halves of a block with the
+block, and the fused path with the generic one. Every opening verifies two short rows. `Needs` name
+the rows and trees of a calibration set.
+
+Every function raises InputError, with the reason, if a comparison fails.
 """
 
 from __future__ import annotations
@@ -54,11 +56,12 @@ SHORT_ROWS = Needs()
 
 
 def verified(model: Model, granularity: str = "block") -> GenericRunner:
-    """The generic runner of a model, verified once for each version of the model.
+    """Return a model's generic runner, which is verified once for each version of the model.
 
-    Raises InputError if units of this granularity cannot be run.
+    Raises:
+        InputError: Units of this granularity cannot run.
     """
-    model.unit_names(granularity)  # a known one
+    model.unit_names(granularity)  # raises InputError for an unknown granularity
 
     def make() -> GenericRunner:
         runner = GenericRunner(model)
@@ -72,7 +75,7 @@ def verified(model: Model, granularity: str = "block") -> GenericRunner:
 
 
 def check_needs(generic: GenericRunner, needs: Needs) -> None:
-    """Verify the generic path for these needs. (Trees have `check_trees`.)"""
+    """Verify the generic path for these needs, except for trees (see `check_trees`)."""
     if needs.row is not None:
         check_row(generic, needs.row, needs.together)
 
@@ -81,11 +84,16 @@ def check_needs(generic: GenericRunner, needs: Needs) -> None:
 
 
 def prove_head(model: Model, head: Head, states: torch.Tensor, expected: torch.Tensor) -> None:
-    """A head gives the losses that follow from the model's own logits, [P, V], of final states [P,
-    D].
+    """Verify a head's losses against the model's own logits.
 
-    If bias, scale or cap of the family do not act on each token by itself, the vocabulary is no
-    longer cut into parts. Positions whose logits are not finite say nothing about the head.
+    If bias, scale or cap of the family do not act on each token alone, the vocabulary is no longer
+    cut into parts. Positions with logits that are not finite are left out.
+
+    Args:
+        model: The model.
+        head: The head.
+        states: Final states, [P, D].
+        expected: The model's own logits of these states, [P, V].
     """
     finite = expected.isfinite().all(dim=-1)
     states, expected = states[finite], expected[finite]
@@ -103,10 +111,10 @@ def prove_head(model: Model, head: Head, states: torch.Tensor, expected: torch.T
 
 
 def _parts_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits in parts are the model's own, token by token."""
+    """Whether logits in parts equal the model's own, token by token."""
     try:
         parts = [part.clone() for _, part in head.parts(head.normed(states))]
-    except Exception:  # the family's code takes no part of a vocabulary
+    except Exception:  # the family's code cannot run a part of the vocabulary
         return False
     logits, expected = torch.cat(parts, dim=-1).double(), expected.double()
     if logits.shape != expected.shape:
@@ -117,7 +125,7 @@ def _parts_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> bo
 
 
 def _losses_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether nll, greedy, kl and rejection are those of the logits, at the edges of each part."""
+    """Whether nll, greedy, kl and rejection agree with the logits, at the edges of each part."""
     expected, count = expected.double(), len(expected)
     tokens = sorted(
         {
@@ -132,11 +140,11 @@ def _losses_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> b
     targets = Targets(count, rows, table.flatten())
     log_p = torch.log_softmax(expected, dim=-1)
     losses = -log_p.gather(1, table).flatten()
-    # each position's masked model is another position's
+    # another position's states serve as those of a masked model
     other, log_q = states.roll(1, dims=0), log_p.roll(1, dims=0)
     divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     rejection = (log_p.exp() - log_q.exp()).relu().sum(dim=-1)
-    # logits are off by their own rounding
+    # logits differ by their rounding
     allowed = tolerance(head.dtype) * (1 + float(expected[expected.isfinite()].abs().max()))
 
     def close(result: torch.Tensor, truth: torch.Tensor) -> bool:
@@ -144,7 +152,7 @@ def _losses_agree(head: Head, states: torch.Tensor, expected: torch.Tensor) -> b
 
     nll, misses = head.greedy(states, targets)
     best = losses <= losses.view(count, -1)[:, :1].expand_as(table).flatten() + allowed
-    # of two tokens that are equally likely up to rounding, either may be the likeliest
+    # if two tokens are equally likely up to rounding, either may be the likeliest
     likeliest = expected.topk(min(2, expected.shape[1]), dim=-1).values
     clear = likeliest[:, 0] - likeliest[:, -1] > allowed
     return (
@@ -169,12 +177,15 @@ def check_trees(
     positions: torch.Tensor | None = None,
     branch: torch.Tensor | None = None,
 ) -> None:
-    """Raise InputError unless a token tree (as `GenericRunner.open` takes it, [1, T]) gives the
-    states that its sequences give one by one.
+    """Verify that a token tree has the states of its sequences, run one by one.
 
-    The default is a short tree. Behaviour that depends on length (local attention of some kind)
-    shows in the longest tree of a calibration set. From very many branches, as many are compared as
-    a mask of [T, T] can be held for.
+    The arguments are those of `GenericRunner.open`, with one row; the default is a short tree. The
+    longest tree of a calibration set shows behaviour that depends on length, such as local
+    attention. If a tree has very many branches, a part of them is compared, so that a [T, T] mask
+    fits.
+
+    Raises:
+        InputError: The states differ.
     """
     model = runner.model
     if not takes_masks(model):
@@ -191,8 +202,10 @@ def check_trees(
 
 
 def takes_masks(model: Model) -> bool:
-    """Whether the model's attention takes a mask of [B, 1, T, T]; a kernel that takes none may end
-    the process when one is passed."""
+    """Whether the model's attention takes a mask of [B, 1, T, T].
+
+    Other kernels may crash the process when they get one.
+    """
     return _implementation(model) in MASKED_ATTENTION
 
 
@@ -214,8 +227,7 @@ def _content(*tensors: torch.Tensor) -> bytes:
 def prove_tree(
     runner: GenericRunner, ids: torch.Tensor, positions: torch.Tensor, branch: torch.Tensor
 ) -> None:
-    """A token tree, as `GenericRunner.open` takes it, gives the states that its sequences give one
-    by one."""
+    """Verify a token tree, given as for `GenericRunner.open`, against its sequences."""
     model = runner.model
     sequences = [
         (branch[0] == 0) | (branch[0] == number) for number in few_branches(branch[0]).tolist()
@@ -235,10 +247,9 @@ def prove_tree(
 def _final_states(
     runner: GenericRunner, opened: Sequence[tuple[torch.Tensor, Arguments]]
 ) -> list[torch.Tensor]:
-    """Normed final states [B * T, D] of the dense model for each chunk that `open` gave, layer by
-    layer."""
+    """Run opened chunks through the dense model; their normed final states, [B * T, D] each."""
     states = [state for state, _ in opened]
-    for block in runner.model.weights.blocks():  # once for all chunks: a file may be read for it
+    for block in runner.model.weights.blocks():  # all chunks together: weights may be streamed
         states = [
             run_block(runner, block, state, arguments)
             for state, (_, arguments) in zip(states, opened, strict=True)
@@ -250,8 +261,8 @@ def _final_states(
 
 
 def find_sublayers(runner: GenericRunner) -> list[Sublayers]:
-    """The two halves of every block, which add up to it."""
-    model, found = runner.model, []
+    """Find the two halves of every block, which add up to the block."""
+    model, halves = runner.model, []
     state, arguments = runner.open(probe_ids(model))
     for block in model.weights.blocks():
         whole = runner.run(block, state, arguments)
@@ -260,16 +271,16 @@ def find_sublayers(runner: GenericRunner) -> list[Sublayers]:
             raise model.refusal(
                 f"block {block} is not the sum of two sublayers; use granularity='block'"
             )
-        found.append(sublayers)
+        halves.append(sublayers)
         state = whole
-    return found
+    return halves
 
 
 # -- the fused path --------------------------------------------------------------------------------
 
 
 def fused_failure(fused: FusedRunner, generic: GenericRunner, needs: Needs) -> str | None:
-    """Why the fused path does not hold for these needs; None if it does. Each is verified once."""
+    """The reason why the fused path fails for these needs, or None. Each need is verified once."""
     model = generic.model
     checks: list[tuple[Hashable, Callable[[], object]]] = [
         ("", lambda: prove_fused(fused, generic))
@@ -300,8 +311,11 @@ def _failure(model: Model, check: Callable[[], object]) -> str | None:
 
 
 def prove_fused(fused: FusedRunner, generic: GenericRunner) -> None:
-    """Every block's output on the fused path is the generic path's, on a short row and a short
-    tree, and the head's losses are those of the generic path's logits."""
+    """Verify the fused path on a short row and a short tree.
+
+    Every block's output must agree with the generic path's, and the head's losses with the generic
+    path's logits.
+    """
     model = generic.model
     probes: list[Inputs] = [(probe_ids(model), None, None)]
     if takes_masks(model):
@@ -313,8 +327,7 @@ def prove_fused(fused: FusedRunner, generic: GenericRunner) -> None:
 def _prove_fused_on(
     fused: FusedRunner, generic: GenericRunner, probes: Sequence[Inputs]
 ) -> list[torch.Tensor]:
-    """Every block's output on the fused path is the generic path's, on inputs of `open`. Returns
-    their final states, [B, T, D]."""
+    """Verify every block of the fused path on inputs of `open`; return final states [B, T, D]."""
     model = generic.model
     opened = [(*generic.open(*inputs), fused.open(*inputs)[1]) for inputs in probes]
     for block in model.weights.blocks():

@@ -1,7 +1,7 @@
-"""Whether a model has changed, and the digest of its content.
+"""The version of a model, which changes with the model, and the digest of its content.
 
-A version is a number, cheap to read before every call: equal as long as nothing was changed. A
-digest is a hash of everything, for the store and for workers.
+A version is a number that is cheap to read before every call. A digest is a hash of the whole
+content, for the store and for workers.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .code import (
 from .fingerprint import mark, number_of
 from .offload.weights import ResidentWeights, Weights
 
-SAMPLES = 32  # values of each tensor compared for a change; 16 at least
-# attributes that no result depends on
+SAMPLES = 32  # values of each tensor compared for a change; at least 16
+# attributes that decide no result
 NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
 _OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has, such as its hooks
 _PLAIN = (bool, int, float, str, complex, type(None), torch.dtype, torch.device)
@@ -42,15 +42,15 @@ _CONTAINERS = (list, dict, set)
 
 
 class Watch:
-    """Tells whether a model has changed since it was last read.
+    """Detects changes of a model.
 
-    The model's dictionaries are compared with shallow copies, its tensors by address, count of
-    writes and some values, its code by the functions in its namespaces (`code.namespaces`). Only a
-    model that differs is described in full. A description seen before keeps its number, so that a
-    change taken back gives the version of before.
+    It compares the model's dictionaries with shallow copies. Tensors are compared by address, count
+    of writes and some values, and code by the functions in its namespaces (`code.namespaces`). Only
+    a model that differs is described in full. A known description keeps its number, so an undone
+    change restores the old version.
 
-    An edit that torch does not count, through `.data`, is seen if it changes one of the `SAMPLES`
-    values compared of each tensor.
+    torch does not count an edit through `.data`. Such an edit is detected if it changes one of the
+    `SAMPLES` values that are compared in each tensor.
 
     Args:
         hf: The transformers model.
@@ -65,7 +65,7 @@ class Watch:
         self._number = self._number_of(self._last)
 
     def read(self, wait: bool = True) -> int:
-        """The version of the model.
+        """Read the version of the model.
 
         Args:
             wait: Whether values on a GPU are compared now. Otherwise they are copied behind the
@@ -85,8 +85,10 @@ class Watch:
         return self._number
 
     def settle(self) -> int:
-        """The version that the model had when it was last read: values on a GPU are compared now.
-        The GPU has copied them before it computes anything that was asked for later."""
+        """Compare the GPU's values of the last `read`, and return the version of that time.
+
+        The GPU copied them before all work that was started after `read`.
+        """
         if self._unsettled and self._last.samples.fetched() != self._last.values:
             self._read_again()
         self._unsettled = False
@@ -166,7 +168,7 @@ class Snapshot:
                 or list(map(type, self.modules)) != self._types
             ):
                 return True
-        except Exception:  # of values that cannot be compared: another tensor, for one
+        except Exception:  # values that cannot be compared, such as tensors
             return True
         entries = [held.get(name) for held, name in self._places]
         return (
@@ -177,11 +179,11 @@ class Snapshot:
         )
 
     def has_same_children(self) -> bool:
-        """Whether every module has the submodules that it had, under the same names."""
+        """Whether every module still has its submodules, under the same names."""
         return [attributes["_modules"] for attributes in self._attributes] == self._children
 
     def _has_same_attributes(self) -> bool:
-        """Whether every module has the attributes that it had, apart from its training flag."""
+        """Whether every module still has its attributes, except for its training flag."""
         if self._attributes == self._copies:
             return True
         for attributes, copied in zip(self._attributes, self._copies):
@@ -190,7 +192,7 @@ class Snapshot:
 
     @property
     def description(self) -> tuple:
-        """The same for equal models: plain values, and numbers that stand for objects."""
+        """A value that is equal for equal models: plain values, and numbers for objects."""
         return (
             [(name, _description(module)) for name, module in self._named],
             [None if t is None else (str(t.dtype), tuple(t.shape)) for t in self._entries],
@@ -240,7 +242,7 @@ class Samples:
             copied.copy_(torch.cat(views), non_blocking=True)
 
     def fetched(self) -> bytes:
-        """The values on a GPU of the last `fetch`, and those on the host now."""
+        """The GPU's values of the last `fetch`, and the host's values of now."""
         for device in {views[0].device for views, _ in self._device}:
             torch.cuda.current_stream(device).synchronize()
         for views, copied in self._host:
@@ -269,7 +271,7 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[tuple(slice(None, 1) for _ in tensor.shape[:-1])].flatten()
         tensor = tensor.as_strided((count,), (1,))
     step = max(1, count // SAMPLES)
-    if step >= columns > 1:  # each sampled row at another column
+    if step >= columns > 1:  # sample each row at another column
         step += int(0.618 * columns) - step % columns
     return tensor.view(-1)[::step]
 
@@ -301,7 +303,7 @@ def _description(module: nn.Module) -> tuple:
 
 
 def _described(values: Mapping[Any, Any], ignored: Collection[str] = ()) -> list:
-    """Plain values by name, and functions by the number that stands for each."""
+    """Plain values by name, and functions by a number each."""
     described = []
     for name, value in list(values.items()):
         if name in ignored or str(name).startswith("__"):
@@ -340,8 +342,7 @@ def _copied(values: Any) -> Any:
 
 
 def _dictionaries_of(attributes: Iterable[dict[str, Any]]) -> list[Any]:
-    """The members of modules that can change in place, besides their children and tensors: hooks
-    and plain lists."""
+    """The hooks and plain lists of modules, which can change in place."""
     return [
         value
         for of_module in attributes
@@ -370,10 +371,10 @@ def _implementations(config: Any) -> list[str]:
 def digest_of(
     hf: nn.Module, config: Any, dtype: torch.dtype, weights: Weights | ResidentWeights
 ) -> str:
-    """SHA-256 of everything a model contains; see `Model.digest`."""
+    """Compute the SHA-256 of a model's content; see `Model.digest`."""
 
     def key() -> str:
-        # equal files and equal resident tensors have an equal digest, which need not be read again
+        # equal files and equal resident tensors have an equal digest, so files are not read again
         files = json.dumps([str(dtype), weights.identity])
         resident = _digest(hf, config, _resident_tensors(hf, weights))
         return hashlib.sha256(f"{resident}{files}".encode()).hexdigest()
@@ -397,7 +398,7 @@ def _digest(hf: nn.Module, config: Any, tensors: Iterable[tuple[str, torch.Tenso
 def _all_tensors(
     hf: nn.Module, weights: Weights | ResidentWeights
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor by name; a streamed one has storage while it is the current one."""
+    """Yield every tensor by name. A streamed one has storage only while it is the current one."""
     blocks, current = weights.blocks(), None
     for name, tensor in list(hf.named_parameters(remove_duplicate=False)):
         block = weights.block_of(name)
@@ -405,7 +406,7 @@ def _all_tensors(
             while current != block:  # both ascend
                 current = next(blocks)
             tensor = hf.get_parameter(name)
-        if not tensor.is_meta:  # of a tower, which stayed in its file
+        if not tensor.is_meta:  # meta tensors are of towers, which stay in their files
             yield name, tensor
     yield from _buffers(hf)
 
@@ -433,10 +434,9 @@ def _config_text(config: Any) -> str:
 
 
 def plain_attributes(module: nn.Module) -> tuple:
-    """A module's type, its numbers, texts and flags (except whether it trains), its hooks, and its
-    own `forward`.
+    """A module's type, plain attributes except its training flag, hooks, and own `forward`.
 
-    Hooks and forwards are compared as objects: one of another process never equals one of this.
+    Hooks and forwards are compared as objects. So those of two processes are never equal.
     """
     attributes = vars(module).items()
     plain = [

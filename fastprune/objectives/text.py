@@ -48,10 +48,36 @@ class Perplexity(Objective):
 
     @classmethod
     def metric(cls, loss: float) -> float:
+        """Compute the perplexity, the exponential of a loss.
+
+        Args:
+            loss: The loss of one mask, in nats.
+
+        Returns:
+            The perplexity; infinity from a loss of 700 on.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> round(fp.Perplexity.metric(1.5), 3)
+            4.482
+        """
         return math.exp(loss) if not loss >= 700 else math.inf
 
     @classmethod
     def slope(cls, loss: float) -> float:
+        """Compute the derivative of the perplexity, which is the perplexity itself.
+
+        Args:
+            loss: The loss of one mask, in nats.
+
+        Returns:
+            The change of the perplexity for one unit of loss, at this loss.
+
+        Examples:
+            >>> import fastprune as fp
+            >>> fp.Perplexity.slope(0.0)
+            1.0
+        """
         return cls.metric(loss)
 
 

@@ -182,6 +182,13 @@ class Search:
 
         Args:
             masks: For each round, in order, the most masks that it asks for.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> search.plan([8, 7])
+            >>> losses = search.score([(unit,) for unit in range(8)])
         """
         self._planned = [0]
         for count in masks:
@@ -247,6 +254,13 @@ class Search:
         Returns:
             The loss of removing each subset, float64[N]. A non-finite loss becomes +inf,
             so that it never wins.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> search.score([(0, 1), (2, 3), (1, 0)]).shape, len(search.losses)
+            ((3,), 2)
         """
         subsets = [self._key(subset) for subset in subsets]
         new = [subset for subset in dict.fromkeys(subsets) if subset not in self.losses]
@@ -266,6 +280,14 @@ class Search:
         Returns:
             The `keep` best subsets, best first; ties go to the lowest indices. Their losses are
             exact and remembered. With racing, the losses of the others are not.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> pairs = [(0, 1), (2, 3), (4, 5)]
+            >>> search.select(pairs, keep=1) == [pairs[search.score(pairs).argmin()]]
+            True
         """
         subsets = sorted({self._key(subset) for subset in subsets})
         if (
@@ -284,7 +306,7 @@ class Search:
 
     @property
     def limit(self) -> CostLimit | None:
-        """The budget if its units save unlike amounts; None if a number of units meets it."""
+        """The budget if its units save unlike amounts; None if a number of units decides."""
         return self.size if isinstance(self.size, CostLimit) else None
 
     def harm(self, steps: Sequence[Step]) -> np.ndarray:
@@ -299,6 +321,13 @@ class Search:
 
         Returns:
             float64[N], +inf if the loss is not finite.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> search.harm([((0,), 1)]) == search.score([(0, 1)])
+            array([ True])
         """
         after = [_with(subset, unit) for subset, unit in steps]
         if self.limit is None:
@@ -328,6 +357,14 @@ class Search:
         Raises:
             InputError: Racing is on, under a budget of units that save unlike amounts: `harm`
                 needs every loss.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> (best,) = search.extend([((0,), 2), ((0,), 1)], keep=1)
+            >>> search.orders[best] == (0, *({*best} - {0}))
+            True
         """
         harm = None
         if self.limit is not None:
@@ -357,6 +394,13 @@ class Search:
 
         Returns:
             The complete subset.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> search.fill((5,), order=(3, 0, 1))
+            (3, 5)
         """
         return self.size.fill(subset, order)
 
@@ -368,6 +412,13 @@ class Search:
 
         Returns:
             A complete subset. Units that it does not need are put back.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> len(search.repaired((1,)))
+            2
         """
         if self.size.is_complete(subset):
             return subset
@@ -382,6 +433,13 @@ class Search:
 
         Returns:
             A complete part of it.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> {*search.trimmed((1, 2, 3, 4))} < {1, 2, 3, 4}
+            True
         """
         while not self.size.is_complete(subset):
             smaller = [part for part in less_one(subset) if self.size.meets(part)]
@@ -401,6 +459,14 @@ class Search:
 
         Returns:
             The subsets; none if the algorithm does not remove units one by one.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> (best,) = search.extend([((4,), 1)], keep=1)
+            >>> search.path(best)
+            [(4,), (1, 4)]
         """
         order = self.orders.get(subset, ())
         path = [tuple(sorted(order[:size])) for size in range(1, len(order) + 1)]
@@ -421,6 +487,13 @@ class Search:
 
         Returns:
             The loss of each subset, float64[N], +inf if it is not finite.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> search.score_on_tokens([(0, 1), (2, 3)], tokens=1).shape
+            (2,)
         """
         order = self.rng.permutation(self.evaluator.num_samples)
         tokens_so_far = np.cumsum(self.evaluator.sample_tokens[order])
@@ -444,6 +517,14 @@ class Search:
 
         Returns:
             The mean loss of each subset over these samples, float64[N], +inf if it is not finite.
+
+        Examples:
+            >>> import numpy as np
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> search.score_samples([(0, 1), (2, 3)], np.array([0])).shape
+            (2,)
         """
         if len(samples) == self.evaluator.num_samples:
             return self.score(subsets)
@@ -454,8 +535,20 @@ class Search:
     def best(self) -> Removed:
         """Find the complete candidate of lowest loss so far; ties go to the lowest indices.
 
+        Returns:
+            The candidate.
+
         Raises:
             ArithmeticError: No candidate has a finite loss.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> pairs = [(0, 1), (2, 3), (4, 5)]
+            >>> losses = search.score(pairs)
+            >>> search.best() == pairs[losses.argmin()]
+            True
         """
         complete = [subset for subset in self.losses if self._is_complete(subset)]
         best = min(complete, key=lambda subset: (_rank(self.losses[subset]), subset))
@@ -476,6 +569,14 @@ class Search:
 
         Raises:
             ArithmeticError: Its loss is not finite.
+
+        Examples:
+            >>> from fastprune.search import Search
+            >>> from fastprune.testing import SyntheticEvaluator
+            >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
+            >>> losses = search.score([(0, 1)])
+            >>> search.chosen((0, 1))
+            (0, 1)
         """
         if not math.isfinite(self.losses[subset]):
             raise ArithmeticError(f"the subset that was chosen, {subset}, has no finite loss")

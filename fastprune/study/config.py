@@ -108,9 +108,9 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A table of data: its file, how many samples are drawn, and how they are read.
+    """A table of data: its file, the number of samples, and the options of reading.
 
-    `delimiter` is for tasks; seq_len, seed, bos, column, chat_template and loss_on are for text.
+    `delimiter` is for tasks. seq_len, seed, bos, column, chat_template and loss_on are for text.
     """
 
     name: str
@@ -126,13 +126,13 @@ class DataConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """The arguments of the loader that the table has."""
+        """The loader's arguments that the table sets."""
         return _values_of(self, (*TEXT_READING, *TASKS_READING))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The settings of an objective: which ones depends on the objective."""
+    """The settings of an objective. Each objective takes some of them."""
 
     normalization: str | None = None
     weighting: str | None = None
@@ -142,7 +142,7 @@ class LossConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that the table has."""
+        """The settings that the table sets."""
         return _values_of(self, (of.name for of in dataclasses.fields(LossConfig)))
 
 
@@ -163,9 +163,11 @@ class ObjectiveConfig(LossConfig):
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """[search]: every algorithm runs for every objective and every number of units to remove, given
-    as a number, a share, or a budget on the pruned model. Algorithms over sequences, which remove
-    nothing, run once for every objective."""
+    """[search]: every algorithm runs for every objective and every size of the removal.
+
+    A size is a number of units, a share of them, or a budget on the pruned model. Algorithms over
+    sequences remove nothing, and run once for every objective.
+    """
 
     num_remove: tuple[Budget, ...] = ()
     budget: tuple[str, ...] = ()  # such as "params=75%"
@@ -220,8 +222,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A study document. base: the absolute folder that relative paths start from; by default the
-    document's own."""
+    """A study document. Relative paths start from `base`, by default the document's folder."""
 
     model: ModelConfig
     calibration: tuple[CalibrationConfig, ...]
@@ -235,7 +236,7 @@ class StudyConfig:
 
     @property
     def objectives(self) -> dict[str, tuple[ObjectiveConfig, CalibrationConfig]]:
-        """By label, such as perplexity-c4: an objective and its calibration set."""
+        """Each objective with its calibration set, by a label such as perplexity-c4."""
         sets = {data.name: data for data in self.calibration}
         return {
             f"{objective.name}-{name}": (objective, sets[name])
@@ -245,7 +246,7 @@ class StudyConfig:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        """The algorithms by their names, `all` spelled out: every one that removes units."""
+        """The names of the algorithms. "all" means every algorithm that removes units."""
         names = self.search.algorithms
         if not isinstance(names, str):
             return names
@@ -253,7 +254,7 @@ class StudyConfig:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The settings that a study's folder is checked by before a model is loaded."""
+        """The settings by which a study's folder is checked before a model is loaded."""
         search, options = self.search, self.search.options
         return {
             "algorithms": {
@@ -270,7 +271,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """A checked study document: its path, settings and text, and the folder that it is in."""
+    """A checked study document: its path, settings, text and folder."""
 
     path: Path
     config: StudyConfig
@@ -285,8 +286,7 @@ class Document:
         return {name: str(base / name) if name in local else name for name in names}
 
     def text_for(self, folder: Path) -> str:
-        """The text to keep in a study's folder, with `base` so that its paths lead to the same
-        files."""
+        """The text to keep in a study's folder. `base` keeps its relative paths valid there."""
         is_own = folder.exists() and folder.samefile(self.folder)
         if self.config.base is not None or is_own:
             return self.text
@@ -300,8 +300,17 @@ def read_document(path: Path) -> Document:
     Args:
         path: A TOML file; its relative paths start from its folder.
 
+    Returns:
+        The document.
+
     Raises:
         InputError: The file is no TOML, or holds an unknown key, a wrong type or a wrong value.
+
+    Examples:
+        >>> from fastprune.study import read_document
+        >>> from fastprune.study.config import EXAMPLE
+        >>> read_document(EXAMPLE).config.search.num_remove
+        (2, 3)
     """
     if not path.is_file():
         raise InputError(
@@ -434,7 +443,7 @@ def _key(name: str) -> str:
 
 
 def _check(config: StudyConfig, folder: Path) -> StudyConfig:
-    """The document with absolute paths and with every objective's calibration sets named."""
+    """Check the document; make paths absolute, and name every objective's calibration sets."""
     if config.base is not None:
         with at("base"):
             if not Path(check_path(config.base)).is_absolute():
@@ -482,7 +491,7 @@ def _check(config: StudyConfig, folder: Path) -> StudyConfig:
 
 
 def _once(place: str, names: Sequence[Any], least: int = 0) -> Sequence[Any]:
-    """The names, if none is repeated and there are enough."""
+    """Return the names. Raises InputError for a repeated name, or too few."""
     if len(names) < least:
         raise InputError(f"{place} must name at least one")
     for name, count in Counter(names).items():
@@ -520,7 +529,7 @@ def _check_search(config: StudyConfig) -> None:
             if name not in config.algorithms:
                 raise InputError(f"{name} is not among search.algorithms")
             known = check_algorithm(name, options)[0].options
-            for option, value in options.items():  # a command line's texts are converted, ours not
+            for option, value in options.items():  # only a command line's texts are converted
                 kind = known[option].kind
                 if isinstance(value, str) and kind is not str:
                     raise InputError(f"{option} must be {_KINDS[kind]}, not {shown(value)}")
@@ -532,7 +541,7 @@ def _check_search(config: StudyConfig) -> None:
 
 
 def _check_data(data: Any, table: str, config: StudyConfig, base: Path) -> Any:
-    """A table of data with the path of its file; the demo model has files of its own."""
+    """Check a table of data, and set the path of its file; the demo model has its own files."""
     with at(table):
         check_label(data.name)
     place, held_out = f"{table}.{data.name}", isinstance(data, HeldOutConfig)
@@ -582,7 +591,7 @@ def _check_settings(place: str, name: str, settings: Mapping[str, object]) -> No
 
 
 def _objectives_on_sets(config: StudyConfig) -> tuple[ObjectiveConfig, ...]:
-    """Every objective with its sets; without any, one objective for each kind of data."""
+    """Every objective with its sets. Without objectives, each kind of data gets one."""
     sets = {data.name: data.kind for data in config.calibration}
     first: dict[str, str] = {}  # of each kind
     for name, known in OBJECTIVES.items():

@@ -33,12 +33,22 @@ Sizes = Mapping[Key, tuple[Size, list[int]]]  # of removals, each with the units
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """[[control]]: a mask or sequence, or several, that no search chooses. One of:
+    """[[control]]: masks or sequences that no search chooses.
 
-    removed: the units that a mask removes. sequence: the units that run, in order. random: as many
-    random masks of each studied size. reverse: "one_shot" removes the units whose removal alone
-    costs most, of each objective and studied size; "order" runs all units from the last to the
-    first.
+    A control has a name and exactly one of the other attributes.
+
+    Attributes:
+        name: Its name in tables.
+        removed: The units that a mask removes: a tuple, or text such as "9,10".
+        sequence: The units that run, in order.
+        random: The number of random masks of each studied size.
+        reverse: "one_shot" removes the units whose removal alone costs most, for each objective and
+            studied size. "order" runs all units from the last to the first.
+
+    Examples:
+        >>> from fastprune.study import Control
+        >>> Control(name="last two", removed=(10, 11)).fixed(12).removed
+        (10, 11)
     """
 
     name: str
@@ -48,7 +58,15 @@ class Control:
     reverse: Annotated[str, Allowed(choices=REVERSED)] | None = None
 
     def check(self) -> None:
-        """Check all that needs no model. Raises InputError."""
+        """Check the control as far as no model is needed.
+
+        Raises:
+            InputError: It has none or several of the attributes, or a wrong value.
+
+        Examples:
+            >>> from fastprune.study import Control
+            >>> Control(name="random", random=20).check()
+        """
         ways = [way for way in WAYS if getattr(self, way) is not None]
         if len(ways) != 1:
             raise InputError(
@@ -68,8 +86,22 @@ class Control:
         return self.random is not None or self.reverse == "one_shot"
 
     def fixed(self, num_units: int) -> Candidate | None:
-        """Its candidate if that is the same for every size and objective, else None. Raises
-        InputError for a unit that the model does not have."""
+        """Compute the candidate of a control that has the same for every size and objective.
+
+        Args:
+            num_units: U.
+
+        Returns:
+            The candidate; None for `random` masks and for "one_shot".
+
+        Raises:
+            InputError: The model has no such unit.
+
+        Examples:
+            >>> from fastprune.study import Control
+            >>> Control(name="backwards", reverse="order").fixed(3).sequence
+            (2, 1, 0)
+        """
         if self.removed is not None:
             return Candidate(removed=check_removed(self.removed, num_units))
         sequence = self.sequence
@@ -84,8 +116,14 @@ class Control:
 
 
 class Placed(NamedTuple):
-    """A control's candidate: the control's name, the size that it is compared within, and the
-    objective that it depends on, if any."""
+    """A candidate of a control.
+
+    Attributes:
+        name: The control's name.
+        candidate: The mask or sequence.
+        size: The size of removal; candidates of one size are compared.
+        under: The label of the objective that it depends on; None if it depends on none.
+    """
 
     name: str
     candidate: Candidate
@@ -101,15 +139,15 @@ def place_controls(
     singles: Callable[[str], Mapping[int, float]],
     seed: int,
 ) -> Iterator[Placed]:
-    """All candidates of a model's controls.
+    """Yield all candidates of a model's controls.
 
     Args:
-        controls: Checked ones.
+        controls: The controls, checked.
         num_units: U.
         sizes: The studied sizes of removals.
-        labels: Of the objectives that are searched under.
-        singles: The loss without each unit alone, under the objective of a label.
-        seed: The study's. Other controls do not change the masks that a control draws.
+        labels: The labels of the objectives that searches minimise.
+        singles: A function from a label to the loss without each unit alone, by unit.
+        seed: The study's seed. Other controls do not change the masks that a control draws.
     """
     for control in controls:
         fixed = control.fixed(num_units)
@@ -135,5 +173,5 @@ def _random(rng: np.random.Generator, size: Size, candidates: Sequence[int]) -> 
 
 
 def _harm(loss: float) -> float:
-    """Losses that are not finite sort as the lowest: such a unit says nothing about the others."""
+    """A sort key: a loss that is not finite comes last among the worst units."""
     return loss if np.isfinite(loss) else -np.inf

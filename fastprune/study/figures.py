@@ -17,7 +17,7 @@ from ..objectives import Objective
 from .tables import difference_header
 
 KEPT, EDGE, RULE, INK = "#f1f3f5", "#d5d9dd", "#868e96", "#1c2024"
-# Colours that a page may set otherwise, such as for dark mode, by the names of its variables.
+# Colours by the names of variables, which a page may change, such as for dark mode.
 PAGE_COLOURS = {KEPT: "--cell", EDGE: "--edge", INK: "--ink"}
 
 
@@ -32,11 +32,13 @@ def check_installed() -> None:
 def pattern_figure(
     rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int, title: str
 ) -> Any:
-    """Which units each search removes: a row per search, a column per unit, a cell filled if
-    removed.
+    """Draw the removed units of each search as filled cells: a row a search, a column a unit.
 
-    rows: (objective, algorithm, removed units); those of one objective stand together and share a
-    colour.
+    Args:
+        rows: (objective, algorithm, removed units). Rows of one objective are grouped and share a
+            colour.
+        num_units: U.
+        title: The title.
     """
     plt = _pyplot()
     from matplotlib.patches import Rectangle
@@ -70,12 +72,16 @@ def pattern_figure(
 def rank_figure(
     title: str, chosen_by: str, others: Mapping[str, float | None], losses: Mapping[tuple, Sequence]
 ) -> Any:
-    """How the masks chosen under one objective rank under it and under others: a line per mask, the
-    best on top.
+    """Draw the ranks of masks, chosen under one objective, under it and under others.
 
-    others: Spearman's rho, or None, by the name of each other objective. losses: for the algorithms
-    that chose a mask (a tuple of names), its loss under `chosen_by` and under each of the others.
-    Masks of equal loss have equal ranks.
+    A mask is a line, and the best rank is on top. Masks of equal loss have equal ranks.
+
+    Args:
+        title: The title.
+        chosen_by: The objective that chose the masks.
+        others: Spearman's rho, or None, by the name of each other objective.
+        losses: A mask's losses under `chosen_by` and each of the others, by the tuple of the
+            algorithms that chose it.
     """
     from scipy.stats import rankdata
 
@@ -125,12 +131,15 @@ def spread_figure(
     judged_by: str,
     objective: type[Objective],
 ) -> Any:
-    """How much the algorithms differ: a strip of values per group and objective that chose the
-    masks.
+    """Draw the spread of algorithms: a strip of metrics for each group and choosing objective.
 
-    groups: {group: {chosen by: losses under `judged_by`}}; dense: by group, the loss of the whole
-    model, a grey mark. objective: of `judged_by`; the axis has its metric, on a logarithmic scale
-    if positive values are more than a factor of 10 apart.
+    The axis is logarithmic if positive values are more than a factor of 10 apart.
+
+    Args:
+        groups: Losses under `judged_by`, by group and by the objective that chose the masks.
+        dense: The loss of the whole model by group, drawn as a grey mark.
+        judged_by: The label of the judging objective.
+        objective: Its class, whose metric the axis has.
     """
     plt = _pyplot()
     choosers = list(dict.fromkeys(chooser for group in groups.values() for chooser in group))
@@ -168,12 +177,15 @@ def spread_figure(
 def calibration_figure(
     entries: Sequence[Mapping], title: str, objectives: Mapping[str, type[Objective]]
 ) -> Any:
-    """The effect of another calibration set beside that of another algorithm: a row for each
-    algorithm.
+    """Draw the effect of the calibration set beside that of the algorithm: a row an algorithm.
 
-    entries: of `compare_calibrations`, of one model, budget and objective. The first panel has
-    overlaps of removals, each further one the differences of the metric under one judge.
-    objectives: of the judges, by label.
+    The first panel has overlaps of removals. Each further panel has the differences of the metric
+    under one judge.
+
+    Args:
+        entries: Entries of `compare_calibrations` for one model, budget and objective.
+        title: The title.
+        objectives: The judges' classes, by label.
     """
     plt = _pyplot()
     judges = list(entries[0]["metrics"])
@@ -216,8 +228,7 @@ def calibration_figure(
 
 
 def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str) -> Any:
-    """Heat map of the similarity of states before each unit and after the last, with the clusters
-    of units below."""
+    """Draw the similarity of states as a heat map, with the clusters of units below."""
     plt = _pyplot()
     from matplotlib.patches import Rectangle
 
@@ -244,7 +255,7 @@ def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str) -
 
 
 def as_svg(figure: Any) -> str:
-    """The figure as an <svg> element, to stand in a page."""
+    """Convert a figure to an <svg> element for a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     _pyplot().close(figure)
@@ -260,10 +271,14 @@ def path_figure(
     unit: str,
     title: str,
 ) -> Any:
-    """The metric of nested results against their cost, with standard errors.
+    """Draw the metric of nested results against their cost, with standard errors.
 
-    points: (units removed, cost, loss, standard error of the loss), the whole model first; losses
-    that are not finite are left out. unit: of the costs.
+    Args:
+        points: (units removed, cost, loss, standard error of the loss), the whole model first.
+            Losses that are not finite are left out.
+        unit: The unit of the costs.
+        objective: The objective's class, whose metric the axis has.
+        title: The title.
     """
     plt = _pyplot()
     finite = [point for point in points if np.isfinite(point[2])]
@@ -283,7 +298,7 @@ def path_figure(
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure as PNG or SVG, as its name ends, in the place of an existing one."""
+    """Write a figure as PNG or SVG, by the ending of its name; an existing file is replaced."""
     buffer = io.BytesIO()
     kind = path.suffix.lstrip(".")
     figure.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)

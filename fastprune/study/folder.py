@@ -1,7 +1,7 @@
 """A study's folder: its settings, its lock, and the finished cells.
 
-study.toml is the document, inputs.json the settings that a continuing run must share, cells/ holds
-a file per finished search, scores.db the sums.
+study.toml is the document. inputs.json has the settings that a later run must share. cells/ has a
+file for each finished search, and scores.db the sums.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..search.sizes import Key
 LOCK, INPUTS, DOCUMENT = ".lock", "inputs.json", "study.toml"
 _LEFT_BEHIND = re.compile(
     rf"{re.escape(LOCK)}|\.inputs\.json\.\d+"
-)  # by a run that was killed as it began
+)  # files of a run that was killed at its start
 
-# Settings by their names in inputs.json: their place in the document, and whether more of them
+# Settings by their names in inputs.json: their place in the document, and whether further values
 # only add cells.
 _PLACES = {
     "models": ("model.path (or its weights)", True),
@@ -43,20 +43,28 @@ _PLACES = {
     "granularity": ("search.granularity", False),
 }
 
-_COSTS = ("masks", "unit_runs", "asked_unit_runs", "naive_unit_runs", "seconds")  # kept of a cell
+_COSTS = ("masks", "unit_runs", "asked_unit_runs", "naive_unit_runs", "seconds")  # in cells
 
 
 @dataclass(frozen=True)
 class Cell:
     """One search of a study: its result, its cost, and the machine that ran it.
 
-    num_remove: the size of the removal: a number of units, or the text of a budget; None of a
-    search over sequences, which has a `sequence` in place of `removed`. error: why the search found
-    nothing; `removed`, `sequence` and `loss` are then None. losses: of the chosen candidate under
-    every objective of the study, by label. cost: its unit runs were made; it would have made its
-    asked_unit_runs alone, without scores that other searches had left in the store; masks are those
-    whose loss is known exactly. decided_early: subsets that left a race early. machine: the key of
-    its fingerprint in `machines` of inputs.json. costs: under a budget, `SearchResult.costs`.
+    Attributes:
+        model: The model's name.
+        objective: The label of the objective.
+        num_remove: A number of units, or the text of a budget; None for a search over sequences.
+        algorithm: The algorithm's name.
+        removed: The removed units; None for a search over sequences, and after an error.
+        sequence: The chosen sequence; None for other searches.
+        loss: The loss under the search's own objective; None after an error.
+        error: The reason why the search found nothing.
+        losses: The losses of the chosen candidate under every objective of the study, by label.
+        cost: The cost. Its unit runs were made. Without the store's scores of other searches, it
+            would be asked_unit_runs. Its masks are those whose exact loss is known.
+        decided_early: The number of subsets that left a race early.
+        machine: The key of its fingerprint in `machines` of inputs.json.
+        costs: `SearchResult.costs` under a budget.
     """
 
     model: str
@@ -79,13 +87,13 @@ class Cell:
         return None if self.error else Candidate(self.removed, self.sequence)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with those of the cost that `_COSTS` names."""
+        """Convert the cell to plain values, with the fields of the cost in `_COSTS`."""
         plain = {name: value for name, value in vars(self).items() if name != "cost"}
         return {**plain, **{name: getattr(self.cost, name) for name in _COSTS}}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Cell:
-        """The cell of such plain values."""
+        """Make a cell from the values of `to_dict`."""
         plain = dict(record)
         cost = Cost(**{name: plain.pop(name) for name in _COSTS})
         chosen = vars(Candidate.of(plain))
@@ -103,15 +111,18 @@ def check_label(label: str) -> None:
 def check_study_folder(
     folder: Path, settings: Mapping[str, object], document: str | None = None
 ) -> dict | None:
-    """The settings of the study in a folder, if these continue or extend it; None for a new one.
+    """Check whether settings continue or extend the study in a folder. Nothing is written.
 
     Further algorithms, budgets, objectives and models extend a study; any other change is refused.
-    Machines may differ. Nothing is written.
+    Machines may differ.
 
     Args:
         folder: The study's folder; it need not exist.
         settings: The new settings, or those known so far.
-        document: The document's text. A new study may start in a folder that holds just this.
+        document: The document's text. A new study may start in a folder that holds only this text.
+
+    Returns:
+        The settings of the study in the folder; None for a new study.
 
     Raises:
         InputError: The folder holds something else or another study, another process writes
@@ -159,7 +170,7 @@ def _may_be_in_a_new_study(path: Path, document: str | None) -> bool:
 
 
 def _changes(name: str, kept: object, new: object) -> Iterator[str]:
-    """The changes of one setting that do more than add cells, in words."""
+    """Yield the changes of one setting that do more than add cells, in words."""
     place, adds = _PLACES.get(name, (name, False))
     if adds and isinstance(kept, dict) and isinstance(new, dict):
         for key, value in kept.items():

@@ -74,15 +74,15 @@ def best_by_group(sample_losses: ArrayLike, groups: Iterable[Hashable], seed: in
         The candidates and their gains, in units of the loss; above 0 is better than one for all.
 
     Raises:
-        InputError: For losses of another shape, another number of labels, a group of fewer than 4
-            samples, and if no candidate has finite losses.
+        InputError: The losses have another shape, the number of labels is not S, a group has fewer
+            than 4 samples, or no candidate has finite losses.
 
     Examples:
         >>> import numpy as np
         >>> import fastprune as fp
         >>> losses = np.array([[0.0, 0.0, 0.0, 0.0, 5.0, 5.0, 5.0, 5.0], [2.0] * 8])
-        >>> found = fp.best_by_group(losses, ["a"] * 4 + ["b"] * 4)
-        >>> found.best, [(of.group, of.candidate, of.gain.value) for of in found.groups]
+        >>> winners = fp.best_by_group(losses, ["a"] * 4 + ["b"] * 4)
+        >>> winners.best, [(of.group, of.candidate, of.gain.value) for of in winners.groups]
         (1, [('a', 0, 2.0), ('b', 1, 0.0)])
     """
     losses, members = _check(sample_losses, groups)

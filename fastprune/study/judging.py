@@ -1,5 +1,4 @@
-"""How chosen candidates compare under an objective: paired differences, and data that searches
-saw."""
+"""Comparisons of candidates under an objective, and checks that a judge's data are unseen."""
 
 from __future__ import annotations
 
@@ -19,9 +18,12 @@ _PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Judged(NamedTuple):
-    """A mask or sequence, and the size of removal that it is compared within.
+    """A mask or sequence to judge.
 
-    is_control: whether no search chose it.
+    Attributes:
+        candidate: The mask or sequence.
+        size: The size of removal; candidates of one size are compared.
+        is_control: Whether no search chose it.
     """
 
     candidate: Candidate
@@ -35,17 +37,31 @@ WHOLE = Judged(Candidate(removed=()), 0)  # the whole model
 def compare_candidates(
     objective: Objective, judged: Sequence[Judged], sample_losses: np.ndarray
 ) -> list[dict]:
-    """Each candidate's loss with its standard error, and its paired differences in the metric.
+    """Compute each candidate's loss with its standard error, and its differences to others.
+
+    Differences are paired by sample, and in the objective's metric.
 
     Args:
         objective: The judge.
-        judged: The candidates; the last one is the whole model.
-        sample_losses: Of these candidates on all samples, float64[N, S].
+        judged: N candidates; the last one is the whole model.
+        sample_losses: Their losses on all samples, float64[N, S].
 
     Returns:
-        For each one: `removed` or `sequence`, `size`, `is_control`, `loss`, `standard_error`, and
-        the differences `to_whole` and `to_best` (`Difference`, as dicts). The best has the lowest
-        loss among those of its size that a search chose; among controls, if no search chose one.
+        N dicts with `removed` or `sequence`, `size`, `is_control`, `loss`, `standard_error`, and
+        the differences `to_whole` and `to_best` (the fields of a `Difference`). The best candidate
+        has the lowest loss among those of its size that a search chose. If a search chose none of
+        this size, it is the best control.
+
+    Examples:
+        >>> import numpy as np
+        >>> import fastprune as fp
+        >>> from fastprune.masks import Candidate
+        >>> from fastprune.study.judging import WHOLE, Judged, compare_candidates
+        >>> objective = fp.Perplexity(fp.TokenBatch.from_ids([[5, 6, 7], [5, 8, 9]]))
+        >>> judged = [Judged(Candidate(removed=(3,)), 1), WHOLE]
+        >>> sample_losses = np.array([[1.0, 3.0], [1.0, 2.0]])
+        >>> [entry["loss"] for entry in compare_candidates(objective, judged, sample_losses)]
+        [2.0, 1.5]
     """
     losses = objective.mean(sample_losses)
     errors = objective.standard_error(sample_losses)
@@ -75,7 +91,7 @@ def compare_candidates(
 def shared_rows(
     judge: TokenBatch, calibration: Iterable[TokenBatch], questions: bool = False
 ) -> int:
-    """The number of a judge's rows that share a window of tokens with calibration data.
+    """Count a judge's rows that share a window of tokens with calibration data.
 
     A window is 32 tokens in a row, or the whole row if it is shorter. A question's row is compared
     by its prompt, which is the same whatever choices run behind it.
@@ -84,6 +100,9 @@ def shared_rows(
         judge: The rows to look for.
         calibration: The data to look in.
         questions: Whether the judge's rows are questions.
+
+    Returns:
+        The number of rows.
 
     Examples:
         >>> import fastprune as fp
@@ -120,8 +139,7 @@ def _windows(batch: TokenBatch, length: int, stops: np.ndarray) -> list[np.ndarr
 def judgement(
     study: Mapping[str, Any], model: str, label: str, cell: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """The entry of `compare_candidates` for a cell's or control's candidate; without one, for the
-    whole model."""
+    """The entry of `compare_candidates` for a cell or control; the whole model's if it is None."""
     entries = study["judgements"][model][label]
     if cell is None:
         return entries[-1]
@@ -135,6 +153,6 @@ def format_judged(objective: type[Objective], entry: Mapping[str, Any]) -> str:
 
 
 def to_difference(record: Mapping[str, Any]) -> Difference:
-    """A `Difference` from its record, whose values may be texts if they are not finite."""
+    """Read a `Difference` from its record. Values that are not finite may be texts there."""
     values = float(record["value"]), float(record["error"])
     return Difference(*values, int(record["num_samples"]))

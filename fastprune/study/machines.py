@@ -30,7 +30,7 @@ def fingerprint(model: Model, backend: str) -> tuple[str, dict[str, object]]:
 
 
 def machines_note(study: Mapping) -> str:
-    """For readers of a study: which losses come from several machines; empty if none do."""
+    """A note for readers of a study whose losses come from several machines; else empty."""
     notes = []
     for model in study["num_units"]:
         cells = [cell for cell in study["cells"] if cell["model"] == model]

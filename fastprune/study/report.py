@@ -27,8 +27,12 @@ from .tables import (
 
 
 def write_report(study: Mapping, path: Path) -> None:
-    """One self-contained page of a study: figures and sortable tables, readable without this
-    repository."""
+    """Write a study as one self-contained page, with figures and sortable tables.
+
+    Args:
+        study: The content of `study.json`.
+        path: The HTML file; an existing one is replaced.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True)
@@ -101,7 +105,7 @@ def study_figures(study: Mapping) -> dict[str, list]:
             cell["num_remove"] for cell in study["cells"] if cell["model"] == model
         )
     }
-    found: dict[str, list] = {
+    drawn: dict[str, list] = {
         "patterns": [],
         "ranks": [],
         "spreads": [],
@@ -118,7 +122,7 @@ def study_figures(study: Mapping) -> dict[str, list]:
             if cell["removed"] is not None  # the figure is of removed units
         ]
         if rows:
-            found["patterns"].append(figures.pattern_figure(rows, study["num_units"][model], name))
+            drawn["patterns"].append(figures.pattern_figure(rows, study["num_units"][model], name))
         for chosen_by in labels:
             others = {
                 entry["judged_by"]: entry["rho"]
@@ -137,7 +141,7 @@ def study_figures(study: Mapping) -> dict[str, list]:
                 for same in by_mask.values()
             }
             if others and len(losses) > 1:  # one mask has no ranks
-                found["ranks"].append(figures.rank_figure(name, chosen_by, others, losses))
+                drawn["ranks"].append(figures.rank_figure(name, chosen_by, others, losses))
     for judged_by in (*labels, *study["held_out"]):
         strips: dict[str, dict[str, list[float]]] = {}
         for cell in cells:
@@ -148,18 +152,18 @@ def study_figures(study: Mapping) -> dict[str, list]:
         }
         if strips:
             objective = objectives[judged_by]
-            found["spreads"].append(figures.spread_figure(strips, dense, judged_by, objective))
+            drawn["spreads"].append(figures.spread_figure(strips, dense, judged_by, objective))
     groups: dict[tuple, list[Mapping]] = {}
     for entry in study["calibration"]:
         groups.setdefault((entry["model"], entry["num_remove"], *entry["sets"]), []).append(entry)
     for (model, num_remove, *sets), entries in groups.items():
         title = f"{names[model, num_remove]}, calibrated on {', '.join(sets)}"
-        found["calibration"].append(figures.calibration_figure(entries, title, objectives))
+        drawn["calibration"].append(figures.calibration_figure(entries, title, objectives))
     for model, entry in study["similarity"].items():
         if entry:
             clusters = len(set(entry["clusters"]))
             title = f"{short_name(model)}: RLS {entry['rls']:.3f}, {clusters} clusters"
-            found["similarity"].append(
+            drawn["similarity"].append(
                 figures.similarity_figure(entry["matrix"], entry["clusters"], title)
             )
-    return found
+    return drawn

@@ -1,9 +1,8 @@
-"""A study: models x objectives x algorithms x budgets over one store of scores (design of arXiv
-2604.24938).
+"""A study: models x objectives x algorithms x budgets, with one store of scores.
 
-Each search is a cell, written as soon as it is finished. Every score is kept in the store, so an
-interrupted study continues from its last score. At the end, every chosen mask or sequence, and
-every control, is scored under every objective.
+The design is that of arXiv 2604.24938. Each search is a cell, written as soon as it is finished.
+Every score is kept in the store, so an interrupted study continues from its last score. At the end,
+every chosen mask or sequence, and every control, is scored under every objective.
 """
 
 from __future__ import annotations
@@ -122,7 +121,18 @@ def run_study(
 
     Raises:
         InputError: An argument is wrong, the folder holds a study of other settings, or another
-            process writes there. The folder is then as it was.
+            process writes there. Nothing in the folder has changed then.
+
+    Examples:
+        >>> import tempfile
+        >>> import fastprune as fp
+        >>> from fastprune.study import run_study
+        >>> batch = fp.TokenBatch.from_ids([[5, 6, 7, 8, 9], [10, 11, 12]])
+        >>> objectives = {"text": lambda model: fp.Perplexity(batch)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     study = run_study([fp.load_model("demo")], objectives, ["greedy"], [2], folder)
+        >>> [(cell["algorithm"], len(cell["removed"])) for cell in study["cells"]]
+        [('greedy', 2)]
     """
     options, held_out = options or {}, held_out or {}
     if progress is not None:
@@ -172,7 +182,7 @@ def _run(
     notify: Notify,
     progress: ProgressCallback | None,
 ) -> dict:
-    """The study of these settings, in a folder that this process holds."""
+    """Run a checked study, in a folder that this process holds."""
     evaluators.open_store(out / "scores.db")
     cells = []
     searches = list(_searches(evaluators, models, objectives, identity))
@@ -202,7 +212,7 @@ def _run(
             empty = Cell(
                 model.name, label, size.key, algorithm, machine=evaluators.machines[model.name]
             )
-            # the evaluator has no name here, which would keep it while the next one is made
+            # no variable holds the evaluator: it would live on while the next one is opened
             with reporting(describe, progress):
                 cell = _search(evaluators.get(model, label), empty, settings)
             if cell.error:
@@ -273,7 +283,23 @@ def _run(
 def check_study(
     algorithms: Sequence[str], options: Mapping[str, Mapping[str, object]], out_dir: str | Path
 ) -> None:
-    """Check everything about a study that needs no model. Raises InputError."""
+    """Check everything about a study that needs no model.
+
+    Args:
+        algorithms: Names of algorithms.
+        options: Options of algorithms, by the algorithms' names.
+        out_dir: The study's folder; it need not exist.
+
+    Raises:
+        InputError: An algorithm or option is unknown, wrong or repeated, scikit-learn is missing,
+            or the folder cannot be made.
+
+    Examples:
+        >>> from fastprune.study import check_study
+        >>> check_study(["beam"], {"beam": {"widht": 4}}, "runs")
+        Traceback (most recent call last):
+        fastprune.errors.InputError: beam has no option 'widht'; its options: beam_width=5
+    """
     if not algorithms:
         raise InputError("a study needs at least one model, objective, algorithm and budget")
     if len(set(algorithms)) < len(algorithms):
@@ -293,7 +319,20 @@ def check_sizes(
     budgets: Sequence[int | str | Budget],
     controls: Sequence[Control] = (),
 ) -> None:
-    """Raise InputError unless there are sizes of removals exactly if algorithms remove units."""
+    """Check that budgets are named if an algorithm or control needs them, and only then.
+
+    Args:
+        algorithms: Names of algorithms.
+        budgets: The sizes of removals, as `run_study` takes them.
+        controls: The study's controls.
+
+    Raises:
+        InputError: An algorithm or control needs a budget and none is named, or none needs one.
+
+    Examples:
+        >>> from fastprune.study.runs import check_sizes
+        >>> check_sizes(["greedy"], [2, "25%"])
+    """
     removing = [name for name in algorithms if not find_algorithm(name).over_sequences]
     if removing and not budgets:
         raise InputError("a study needs at least one model, objective, algorithm and budget")
@@ -313,7 +352,7 @@ def _searches(
     objectives: Iterable[str],
     identity: Mapping[str, Any],
 ) -> Iterator[tuple[Model, str, RemovalSize, str]]:
-    """The cells of a study: model, objective, size and algorithm of each."""
+    """Yield the model, objective, size and algorithm of each cell."""
     for model, label in product(models, objectives):
         sizes = evaluators.sizes(model, identity).values()
         over_sequences = {
@@ -359,7 +398,7 @@ def _kept_cell(
 
 
 def _slug(name: str) -> str:
-    """A short part of file names for a model's name, distinct within a study."""
+    """A model's name as a short part of file names, distinct within a study."""
     readable = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(name).name)[:30]
     return f"{readable}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
@@ -372,8 +411,10 @@ def _size_slug(size: Key) -> str:
 
 
 class _Evaluators:
-    """The evaluators of a study, on one store. One exists at a time: the prefix cache of each may
-    take a good part of the free memory."""
+    """The evaluators of a study, on one store.
+
+    One exists at a time: the prefix cache of each may take a good part of the free memory.
+    """
 
     def __init__(
         self,
@@ -481,8 +522,7 @@ class _Evaluators:
                     )
 
     def try_all(self) -> None:
-        """Make every evaluator once and keep none, so that a setting that does not fit a model
-        fails now."""
+        """Open each evaluator once and keep none: a setting that does not fit a model fails now."""
         for (name, _), objective in self._objectives.items():
             (model,) = (model for model in self._models if model.name == name)
             self._evaluator(model, objective)
@@ -492,8 +532,10 @@ class _Evaluators:
         return {label: objective.describe() for (_, label), objective in self._objectives.items()}
 
     def shared_rows(self, label: str) -> int:
-        """The rows of a held-out objective that share tokens with a calibration set, of the model
-        for which they are most."""
+        """The number of rows of a held-out objective that share tokens with a calibration set.
+
+        Tokens depend on the model's tokenizer; the largest number of any model counts.
+        """
         counts = []
         for model in self._models:
             searched = [self._objectives[model.name, other].batch for other in self._searched]
@@ -505,7 +547,7 @@ class _Evaluators:
         self._store = SumStore(path)
 
     def get(self, model: Model, label: str) -> Evaluator:
-        """The evaluator of a model and a label; the one before it is dropped."""
+        """Return the evaluator of a model and a label, and drop the one before it."""
         key = (model.name, label)
         if self._current is None or self._current[0] != key:
             self._current = None
@@ -523,8 +565,11 @@ class _Evaluators:
         return len(model.unit_names(self._granularity))
 
     def sizes(self, model: Model, settings: Mapping[str, Any]) -> dict[int | str, RemovalSize]:
-        """By the budgets of a study's settings, the size that each is for a model: its `key` is
-        that of the cells. Raises InputError for a budget that no removal can meet."""
+        """The size of removals that each budget means for a model, by budget.
+
+        The `key` of a size is that of its cells. Raises InputError for a budget that no removal can
+        meet.
+        """
         units = self._units_that_may_go(model, settings["protect"])
         return {
             budget: RemovalSize.of(budget).as_number(*units, self._costs_of(model))
@@ -534,7 +579,7 @@ class _Evaluators:
     def resolve(
         self, model: Model, size: RemovalSize, protect: Iterable[int] | str
     ) -> tuple[Size, list[int]]:
-        """Which removals are complete, and the candidates among which they are."""
+        """The rule for complete removals, and the units that may be removed."""
         units = self._units_that_may_go(model, protect)
         return size.resolve(*units, self._costs_of(model))[:2]
 
@@ -581,7 +626,7 @@ class _Evaluators:
 
 
 def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Cell:
-    """The cell with its result; settings: further arguments of `run_search`."""
+    """Search one cell and return it with its result; `settings` are passed to `run_search`."""
     before, started = evaluator.stats, time.perf_counter()
     size = RemovalSize.of(cell.num_remove)
     try:
@@ -610,8 +655,10 @@ def _judge(
     cells: Sequence[Cell],
     controls: Sequence[Placed],
 ) -> dict[str, list[dict]]:
-    """By label, how the candidates of a model's cells and controls compare under that objective;
-    the whole model is the last one."""
+    """Compare the candidates of a model's cells and controls under each objective, by label.
+
+    The whole model is the last candidate.
+    """
     chosen = {Judged(cell.candidate, cell.num_remove) for cell in cells if cell.candidate}
     ordered = [Judged(c.candidate, c.num_remove) for c in cells if c.candidate]
     for control in controls:
@@ -651,7 +698,7 @@ def _control_record(
     judgements: Mapping[str, Sequence[Mapping[str, Any]]],
     names: Mapping[str, str],
 ) -> dict[str, Any]:
-    """A control's candidate as study.json has it. names: of the objectives, by label."""
+    """A control's candidate as study.json has it; `names` are the objectives' names by label."""
     losses = _losses_of(control.candidate, judgements)
     return {
         "model": model,

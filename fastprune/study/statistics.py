@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 
 def cell_record(cell: Cell, names: Mapping[str, str]) -> dict:
-    """A cell as study.json has it: its losses, and each under its metric's own name.
+    """Make the record of a cell in study.json: its losses, each with its metric.
 
-    names: of the objectives, by label.
+    Args:
+        cell: The cell.
+        names: The objectives' names, by label.
     """
     record: dict = {**cell.to_dict(), "metrics": None}
     if cell.loss is not None:
@@ -32,22 +34,36 @@ def cell_record(cell: Cell, names: Mapping[str, str]) -> dict:
 
 
 def metric_records(losses: Mapping[str, float], names: Mapping[str, str]) -> dict[str, dict]:
-    """By label, a loss under its metric's own name. names: of the objectives, by label."""
+    """The record of each loss, with its metric, by label; `names` are the objectives' names."""
     return {label: objective_class(names[label]).record(loss) for label, loss in losses.items()}
 
 
 def summarise(cells: Sequence[Cell]) -> dict:
-    """The statistics of a study's cells: overlap of removals, agreement of ranks, spread within an
-    objective.
+    """Compute the statistics of a study's cells. Cells with an error are left out.
 
-    jaccard: mean overlap |A n B| / |A u B| of the removed sets of two searches of one model and
-    budget, within an objective (two algorithms) and across objectives; not of sequences, which
-    remove nothing. spearman: for masks chosen
-    under one objective, the rank correlation of their losses under it and under another, over
-    algorithms, and how many distinct masks these chose.
-    spread: for each group, the least and the greatest of each objective's finite losses over its
-    masks. Searches
-    that found nothing are left out.
+    Args:
+        cells: The cells, with the losses of their candidates under every objective.
+
+    Returns:
+        Three lists of dicts, one dict for each model and budget, and for two objectives where the
+        statistic compares them:
+
+        - "jaccard": the mean overlap |A n B| / |A u B| of the sets that two searches removed.
+          "within" compares two algorithms under one objective, "across" two objectives. Sequences
+          remove nothing and have no entry.
+        - "spearman": the rank correlation of the losses of masks under the objective that chose
+          them and under another, with the number of distinct masks.
+        - "spread": the least and the greatest finite loss of the masks under an objective.
+
+    Examples:
+        >>> from fastprune.study.folder import Cell
+        >>> from fastprune.study.statistics import summarise
+        >>> cells = [
+        ...     Cell("demo", "text", 2, "greedy", removed=(1, 2), losses={"text": 1.5}),
+        ...     Cell("demo", "text", 2, "beam", removed=(2, 3), losses={"text": 1.4}),
+        ... ]
+        >>> round(summarise(cells)["jaccard"][0]["within"], 3)
+        0.333
     """
     groups: dict[tuple[str, Key], list[Cell]] = {}
     for cell in cells:
@@ -55,17 +71,17 @@ def summarise(cells: Sequence[Cell]) -> dict:
             groups.setdefault((cell.model, cell.num_remove), []).append(cell)
     jaccard, spearman, spread = [], [], []
     for (model, num_remove), group in groups.items():
-        where = {"model": model, "num_remove": num_remove}
+        key = {"model": model, "num_remove": num_remove}
         pairs = list(combinations(group, 2))
         if num_remove is not None:
             within = [_jaccard(a, b) for a, b in pairs if a.objective == b.objective]
             across = [_jaccard(a, b) for a, b in pairs if a.objective != b.objective]
-            jaccard.append({**where, "within": _mean(within), "across": _mean(across)})
+            jaccard.append({**key, "within": _mean(within), "across": _mean(across)})
         labels = list(dict.fromkeys(cell.objective for cell in group))
         for chosen_by in labels:
             chosen = [cell for cell in group if cell.objective == chosen_by]
             for judged_by in _losses(chosen[0]):
-                entry = {**where, "chosen_by": chosen_by, "judged_by": judged_by}
+                entry = {**key, "chosen_by": chosen_by, "judged_by": judged_by}
                 losses = [_losses(cell)[judged_by] for cell in chosen]
                 finite = [loss for loss in losses if math.isfinite(loss)]
                 least, most = min(finite, default=None), max(finite, default=None)
@@ -84,17 +100,24 @@ def summarise(cells: Sequence[Cell]) -> dict:
 def compare_calibrations(
     cells: Sequence[Cell], objectives: Mapping[str, object], judges: Mapping[str, str]
 ) -> list[dict]:
-    """The effect of the choice of calibration set, beside that of the algorithm.
+    """Compare the effect of the calibration set with the effect of the algorithm.
 
-    objectives: by label, the objective of the searches: labels with the same differ in their
-    calibration sets alone. judges: by label, the names of the objectives whose losses are compared.
-    For each model, budget, objective with several sets and algorithm: the mean Jaccard overlap of
-    its removals on two sets ("sets"), and with those of another algorithm on the same set
-    ("algorithms"), None of sequences; and of the same pairs, under each judge, the mean difference
-    of their losses and of their metrics, as an absolute value. None without such a pair. Searches
-    that found nothing, and losses that are not finite, are left out.
+    Cells are paired in two ways. A pair of "sets" has one algorithm and two calibration sets. A
+    pair of "algorithms" has one set and two algorithms. Cells with an error are left out.
+
+    Args:
+        cells: The cells, with the losses of their candidates under every objective.
+        objectives: The objective of the searches, by label. Labels with equal objectives differ in
+            their calibration sets alone.
+        judges: The names of the objectives whose losses are compared, by label.
+
+    Returns:
+        A dict for each model, budget, objective with several sets, and algorithm. "overlap" is the
+        mean Jaccard overlap of the removals of each kind of pair; None for sequences. "losses" and
+        "metrics" are the mean absolute differences under each judge, over finite values. A kind
+        without pairs has None.
     """
-    found = []
+    records = []
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells:
         if not cell.error:
@@ -133,15 +156,19 @@ def compare_calibrations(
                     }
                     for names in (dict.fromkeys(judges, ""), judges)
                 )
-                found.append({**entry, "overlap": overlap, "losses": losses, "metrics": metrics})
-    return found
+                records.append({**entry, "overlap": overlap, "losses": losses, "metrics": metrics})
+    return records
 
 
 def summarise_similarity(matrix: np.ndarray) -> dict | None:
-    """The similarity of states on a calibration set, its redundancy score (RLS) and clusters (arXiv
-    2605.27786).
+    """Summarise the similarity of states on a calibration set (arXiv 2605.27786).
 
-    matrix: as Evaluator.similarity gives it. None if the states are not finite.
+    Args:
+        matrix: The similarities, as `Evaluator.similarity` returns them.
+
+    Returns:
+        The matrix, its redundancy score ("rls") and the cluster of each unit; None if the states
+        are not finite.
     """
     if not np.isfinite(matrix).all():
         return None
@@ -161,19 +188,21 @@ def _jaccard(a: Cell, b: Cell) -> float:
 
 
 def _differences(pairs: Sequence[tuple[Cell, Cell]], judge: str, name: str) -> list[float]:
-    """The pairs' absolute differences in the metric of the objective `name`, finite ones only; ''
-    compares the losses themselves."""
+    """The absolute differences of pairs in the metric of the objective `name`, finite ones only.
+
+    The empty name compares the losses themselves.
+    """
     metric = objective_class(name).metric
     values = [(metric(_losses(a)[judge]), metric(_losses(b)[judge])) for a, b in pairs]
     return [abs(x - y) for x, y in values if math.isfinite(x) and math.isfinite(y)]
 
 
 def _distinct(values: Iterable[object]) -> list[object]:
-    found: list[object] = []
+    distinct: list[object] = []
     for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+        if value not in distinct:
+            distinct.append(value)
+    return distinct
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -19,8 +19,10 @@ FULL, EMPTY = "#", "."
 
 
 def format_removed(removed: Sequence[int]) -> str:
-    """Unit indices with runs shortened: (3, 4, 5, 9) is '3-5 9', and the sequence (0, 1, 1, 2) is
-    '0-1 1-2'; '-' when nothing is removed."""
+    """Format unit indices with shortened runs: (3, 4, 5, 9) is '3-5 9'; no unit is '-'.
+
+    The sequence (0, 1, 1, 2) is '0-1 1-2'.
+    """
     runs: list[list[int]] = []
     for unit in removed:
         if runs and unit == runs[-1][-1] + 1:
@@ -31,7 +33,7 @@ def format_removed(removed: Sequence[int]) -> str:
 
 
 def format_record(record: Mapping) -> str:
-    """The units of a record of one mask or sequence, as `masks.record_units` makes it."""
+    """Format the units of a record of `masks.record_units`."""
     if record.get("sequence") is not None:
         return f"sequence {format_removed(record['sequence'])}"
     return format_removed(record["removed"])
@@ -44,8 +46,7 @@ def units_header(records: Iterable[Mapping]) -> str:
 
 
 def format_saved(naive: float, runs: float) -> str:
-    """How many times fewer runs were made than one pass per mask takes; '' if they are not
-    fewer."""
+    """The factor by which runs are fewer than with one pass a mask; '' if they are not."""
     return f"{naive / runs:.1f}x fewer" if 0 < runs < naive else ""
 
 
@@ -69,8 +70,10 @@ def size_name(study: Mapping[str, Any], model: str, size: Key) -> str:
 
 
 def removed_share(study: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
-    """The share of the model that a mask removes, in the costs of its budget, else in parameters;
-    '' of a sequence."""
+    """The share of the model that a mask removes; '' for a sequence.
+
+    It is a share of the budget's costs, and without a budget of parameters.
+    """
     if cell["removed"] is None:
         return ""
     if costs := cell.get("costs"):
@@ -83,8 +86,10 @@ def removed_share(study: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
 
 
 def best_cells(study: Mapping) -> list[dict]:
-    """For each model, budget and objective, the search of lowest loss, with `algorithms`: the names
-    of those that chose its mask."""
+    """The search of lowest loss for each model, budget and objective.
+
+    `algorithms` names all algorithms that chose its mask.
+    """
     best: dict[tuple, dict] = {}
     for cell in study["cells"]:
         if cell["error"]:
@@ -99,10 +104,10 @@ def best_cells(study: Mapping) -> list[dict]:
 
 
 def answers(study: Mapping) -> list[str]:
-    """A line for each model and budget: the best mask under the first objective, in its metrics;
-    and for searches over sequences, the best sequence.
+    """A line with the best mask under the first objective, for each model and budget.
 
-    Held-out data judges it if the study has some, else its objectives do.
+    Searches over sequences add a line with the best sequence. Held-out objectives judge it; without
+    these, the study's own objectives do.
     """
     labels = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
@@ -132,8 +137,8 @@ def answers(study: Mapping) -> list[str]:
 
 
 def judge_notes(study: Mapping) -> list[str]:
-    """A line for each objective of a study that judges nothing on a model (`no_judge`), and for
-    each held-out one that shares text with a calibration set."""
+    """A line for each objective that is no judge of a model, or shares text with a calibration
+    set."""
     described = {**study["objectives"], **study["held_out"]}
     notes = []
     for model, results in study["dense"].items():
@@ -154,10 +159,10 @@ def unseen_notes(study: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_lines(study: Mapping[str, Any]) -> list[str]:
-    """For each model, judge and size: the best chosen mask or sequence, and how the others differ.
+    """The best chosen mask or sequence, and the others' differences, by model, judge and size.
 
-    Held-out objectives judge, or if a study has none, its own. Controls are marked, and differences
-    below two standard errors.
+    Held-out objectives judge; without these, the study's own do. Controls are marked, and so are
+    differences below two standard errors.
     """
     judges = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
@@ -172,7 +177,7 @@ def comparison_lines(study: Mapping[str, Any]) -> list[str]:
             for size, entries in groups.items():
                 if len(entries) < 2:
                     continue
-                # a control is the best only where no search chose anything
+                # a control is the best only if no search chose a candidate
                 ordered = sorted(entries, key=lambda e: (e["is_control"], float(e["loss"])))
                 best, *rest = ordered
                 others = [
@@ -196,7 +201,7 @@ def _marked(entry: Mapping[str, Any]) -> str:
 
 
 def format_races(decided_early: int) -> str:
-    """A note about the subsets that races left out of a table."""
+    """A note about the subsets that left races early, and are not in a table."""
     return (
         f"{decided_early} subsets left a race early; masks counts those whose loss is "
         f"remembered, exact"
@@ -217,12 +222,15 @@ def results_table(
     units_header: str = "removed",
     shares: Sequence[str] | None = None,
 ) -> Table:
-    """A table of searches; rows (algorithm, removed, result, masks, unit runs, naive unit runs).
+    """Make a table of searches.
 
-    header: of the results, `Objective.header`; a result is text, `Objective.format`. A search that
-    found nothing has None removed and the reason as its result. units_header: of the column of
-    units, "sequence" of searches over these. shares: the share that each row removes, such as
-    "25 % fewer parameters".
+    Args:
+        title: The title.
+        header: The head of the column of results, `Objective.header`.
+        rows: (algorithm, removed, result, masks, unit runs, naive unit runs). A result is text of
+            `Objective.format`. A search that found nothing has None, and the reason as its result.
+        units_header: The head of the column of units, such as "sequence".
+        shares: The share that each row removes, such as "25 % fewer parameters".
     """
     table = Table(title=Text(title, "table.title"), title_justify="left")  # names are no markup
     for name in ("algorithm", units_header, *["share"] * (shares is not None)):
@@ -239,9 +247,11 @@ def results_table(
 
 
 def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mapping]) -> Table:
-    """A table of the effect of another calibration set, with that of another algorithm in brackets.
+    """Make a table of the effect of the calibration set; the algorithm's effect is in brackets.
 
-    entries: of `compare_calibrations`. described: by label, the objectives' descriptions.
+    Args:
+        entries: Entries of `compare_calibrations`.
+        described: The objectives' descriptions, by label.
     """
     table = Table(title="Another calibration set (another algorithm)", title_justify="left")
     table.add_column("sets")
@@ -275,8 +285,7 @@ def _both(values: Mapping, digits: int) -> str:
 
 
 def pattern_text(rows: Sequence[tuple[str, str, Sequence[int]]], num_units: int) -> str:
-    """The pattern figure in characters: a line per (objective, algorithm, removed), a full cell if
-    removed."""
+    """Draw removed units as full cells of text, a line for each (objective, algorithm, removed)."""
     names = [f"{objective}  {algorithm}" for objective, algorithm, _ in rows]
     width = max(map(len, names), default=0)
     return "\n".join(

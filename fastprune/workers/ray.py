@@ -119,7 +119,11 @@ class RayWorkers(Workers):
         self.per_machine = max(Counter(self._machines).values())
 
     def close(self) -> None:
-        """End the actors, and Ray if this object started it. It cannot be used afterwards."""
+        """End the actors, and Ray if this object started it. The object is unusable afterwards.
+
+        Examples:
+            >>> workers.close()  # doctest: +SKIP
+        """
         for actor in self._actors:
             with contextlib.suppress(Exception):  # the actor has ended already
                 self._ray.kill(actor)

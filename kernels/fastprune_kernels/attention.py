@@ -1,9 +1,12 @@
 """Tree attention: causal over packed rows; a token sees the trunk of its row and its own branch.
 
-Tiles of queries and blocks of keys are cut from the beginning of each row, so that a row's bits do
-not depend on the rows packed with it. Which blocks a tile sees is settled once for a batch of
-tokens (`TreePlan`), and serves every layer and every mask: a block that nothing in the tile sees is
-not in its list, and one that everything in it sees is visited without a mask.
+Tiles of queries and blocks of keys are cut from the beginning of each row, so a row's bits do not
+depend on the rows packed with it. A `TreePlan` lists the blocks that each tile visits. It is made
+once for a batch of tokens, and serves every layer and every mask. A block that no query of the tile
+sees is not listed. A block that all queries of the tile see is visited without a mask.
+
+T packed tokens in R rows, Dh columns of a head. In the kernels: M queries of a tile, N keys of a
+block. Prefixes: p_ pointers, i_ indices, o_ offsets, m_ masks, b_ blocks of values.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def tree_attention_kernel(
     i_head = tl.program_id(0) % HEADS
     i_kv = i_head // (HEADS // KV_HEADS)
     i_start = tl.load(p_tile_start + i_tile)
-    i_end = tl.load(p_tile_end + i_tile)  # of the row
+    i_end = tl.load(p_tile_end + i_tile)  # the end of the tile's row
 
     o_m = i_start + tl.arange(0, BLOCK_M)
     m_m = o_m < i_end
@@ -74,8 +77,8 @@ def tree_attention_kernel(
     i_whole = tl.load(p_lists + 2 * i_tile)
     i_part = tl.load(p_lists + 2 * i_tile + 1)
     i_last = tl.load(p_lists + 2 * i_tile + 2)
-    # the next block's index is carried, not read at its use: only so are the copies of a block
-    # issued while the blocks before it are worked on
+    # the next block's index is loaded one step early: only then are a block's copies issued while
+    # the blocks before it are computed
     i_key = tl.load(p_blocks + i_whole)
     for i_block in range(i_whole, i_part):
         i_next = tl.load(p_blocks + i_block + 1)
@@ -116,13 +119,13 @@ def _attend(
     o_block = i_key.to(tl.int64) * STRIDE
     b_k = tl.load(p_k + o_block + o_kv, mask=m_kv, other=0.0)  # [N, Dh]
     b_scores = dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], BLOCK_N], tl.float32))  # [M, N]
-    # a power of 2 of scaled score minus scaled maximum is one operation a score, but its rounding
-    # would show in float32
+    # 2 ** (scaled score - scaled maximum) takes one operation a score, but its rounding would show
+    # in float32
     POWERS: tl.constexpr = b_q.dtype != tl.float32
     if SOFT_CAP is not None or not POWERS:
         b_scores = soft_cap(b_scores * scale, SOFT_CAP)
     if MASKED:
-        # keys after the row's end come after every query of it
+        # keys behind the row's end come after all of its queries, so this hides them too
         m_seen = o_m[:, None] >= o_n[None, :]
         b_key_branch = tl.load(p_branch + o_n, mask=o_n < i_end, other=0)
         m_seen = m_seen & (
@@ -137,7 +140,7 @@ def _attend(
         factor = LOG2_E if SOFT_CAP is not None else scale * LOG2_E
         b_new_max = tl.maximum(
             b_max, b_high * factor
-        )  # at least LEAST: no difference of infinities
+        )  # at least LEAST, so that no two infinities are subtracted
         b_p = tl.exp2(b_scores * factor - b_new_max[:, None])
         b_scale = tl.exp2(b_max - b_new_max)
     else:
@@ -152,12 +155,19 @@ def _attend(
 
 @dataclass(frozen=True)
 class TreePlan:
-    """Which blocks of keys each tile of queries visits. Made by `plan_tree`, for one batch of
-    tokens and one window.
+    """The blocks of keys that each tile of queries visits, for one batch of tokens and one window.
 
-    tile_start, tile_end int32[tiles]: a tile's first token and the end of its row. lists int32[2
-    tiles + 1]: bounds in `blocks` of the blocks that a tile sees whole, then of those it sees in
-    part. blocks: each one's first token, and a last entry that stands for none.
+    Attributes:
+        num_tokens: T.
+        window: The sliding window in positions; None without one.
+        config: The block sizes.
+        branch: The branch of each token, int32[T].
+        position: The position of each token, int32[T].
+        tile_start: The first token of each tile, int32[tiles].
+        tile_end: The end of each tile's row, int32[tiles].
+        lists: int32[2 tiles + 1]. Tile i sees the blocks from lists[2i] to lists[2i + 1] whole, and
+            those from there to lists[2i + 2] in part. The numbers are indices of `blocks`.
+        blocks: The first token of each listed block, and a last entry that is read and not used.
     """
 
     num_tokens: int
@@ -186,12 +196,23 @@ def plan_tree(
     window: int | None = None,
     config: Config | None = None,
 ) -> TreePlan:
-    """The blocks that tiles visit, for rows of packed tokens. Made on the CPU, once for a batch.
+    """Plan tree attention over rows of packed tokens. It runs on the CPU, once for a batch.
 
-    row_starts int64[R + 1]: the first index of each row, ascending from 0 to T. branch, position
-    int64[T]: each token's branch in its row (0 = trunk) and position in its own sequence. window:
-    keys less than that many positions away are seen. head_dim, dtype, device: of the attention it
-    is for.
+    Args:
+        row_starts: The first token of each row, ascending from 0 to T, int64[R + 1].
+        branch: Each token's branch in its row, 0 for the trunk, int64[T].
+        position: Each token's position in its own sequence, int64[T].
+        head_dim: Dh of the attention.
+        dtype: The dtype of the attention.
+        device: The device of the attention.
+        window: A token sees keys fewer than this number of positions away; None for all.
+        config: Block sizes; by default those for the device.
+
+    Returns:
+        The plan, on the device.
+
+    Raises:
+        ValueError: An argument has another shape or a wrong value.
     """
     row_starts, branch, position = (x.cpu().long() for x in (row_starts, branch, position))
     fits = row_starts.dim() == 1 and len(row_starts) > 0
@@ -224,7 +245,7 @@ def plan_tree(
     block = (blocks.per_row.cumsum(0) - blocks.per_row)[tiles.row[tile]] + within
     seen, whole = _visibility(tiles, tile, blocks, block, window, config["BLOCK_N"])
     tile, block, whole = tile[seen], block[seen], whole[seen]
-    # whole blocks first; the heaviest tiles start first
+    # blocks seen whole come first in a tile's list; tiles with most blocks start first
     heavy = torch.bincount(tile, minlength=len(tiles.start)).argsort(descending=True, stable=True)
     rank = torch.empty_like(heavy)
     rank[heavy] = torch.arange(len(heavy))
@@ -234,14 +255,14 @@ def plan_tree(
     lists[1:] = torch.bincount(key, minlength=2 * len(heavy)).cumsum(0)
     listed = torch.cat(
         [blocks.start[block][order], lists.new_zeros(1)]
-    )  # a tile reads the entry after its last one
+    )  # a tile also reads the entry behind its last one
     tensors = (branch, position, tiles.start[heavy], tiles.row_end[heavy], lists, listed)
     return TreePlan(count, window, config, *(x.to(device, torch.int32) for x in tensors))
 
 
 def _numbers(counts: torch.Tensor) -> torch.Tensor:
-    """0 counts[0] times, then 1 counts[1] times, and so on."""
-    # of 16,000 tokens in 0.01 ms, while torch's repeat_interleave took 8 ms, six times a plan
+    """0 counts[0] times, then 1 counts[1] times, and so on: [2, 3] gives 0 0 1 1 1."""
+    # 0.01 ms for 16,000 tokens; torch's repeat_interleave took 8 ms, and a plan needs six calls
     return torch.from_numpy(np.repeat(np.arange(len(counts)), counts.numpy()))
 
 
@@ -258,7 +279,7 @@ class _Pieces:
         piece = _numbers(self.end - self.start)
         self.low_branch, self.high_branch = self._bounds(piece, branch)
         self.low_position, self.high_position = self._bounds(piece, position)
-        # of the branches, the trunk left out
+        # the lowest branch besides the trunk
         self.low_leaf = self._bounds(
             piece, torch.where(branch == 0, torch.iinfo(torch.int64).max, branch)
         )[0]
@@ -275,9 +296,11 @@ class _Pieces:
 
 
 def _visibility(q: _Pieces, i, k: _Pieces, j, window: int | None, size: int):
-    """Whether tile i may see some of block j, and whether all of it sees all of the block. By
-    bounds, so on the safe side: a block seen by nothing may stay, and one seen whole may be
-    masked."""
+    """Whether tile i may see a part of block j, and whether each query sees the whole block.
+
+    Bounds decide, on the safe side: a block that no query sees may be listed, and a block seen
+    whole may be masked.
+    """
     shares_branch = (k.low_leaf[j] <= q.high_branch[i]) & (q.low_branch[i] <= k.high_branch[j])
     seen = (k.start[j] < q.end[i]) & ((k.low_branch[j] == 0) | shares_branch)
     one_branch = (k.low_branch[j] == k.high_branch[j]) & (q.low_branch[i] == q.high_branch[i])
@@ -299,12 +322,22 @@ def tree_attention(
     soft_cap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the keys that the plan's tree lets a query see. Returns [T,
-    num_heads * Dh].
+    """Compute softmax(scale * q k^T) v over the keys that each query sees.
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v; num_heads / num_kv_heads query
-    heads share a key head. scale: 1 / sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores
-    / cap) before the mask (Gemma 2).
+    Args:
+        qkv: q, then k, then v, [T, (num_heads + 2 num_kv_heads) * Dh].
+        plan: The plan for these tokens.
+        num_heads: Query heads. num_heads / num_kv_heads of them share a key head.
+        num_kv_heads: Key heads.
+        scale: The factor of scores; None for 1 / sqrt(Dh).
+        soft_cap: Scores become soft_cap * tanh(scores / soft_cap) before the mask (Gemma 2).
+        out: Receives the result; None makes a new tensor.
+
+    Returns:
+        [T, num_heads * Dh].
+
+    Raises:
+        ValueError: An argument has another shape, dtype or device, or a wrong value.
     """
     check(num_kv_heads > 0, lambda: f"there must be key heads, not {num_kv_heads}")
     check(

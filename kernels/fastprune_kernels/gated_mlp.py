@@ -1,4 +1,4 @@
-"""SwiGLU and GeGLU on the packed gate-up projection."""
+"""SwiGLU and GeGLU on the packed gate-up projection. T tokens, F columns of gate and of up."""
 
 from __future__ import annotations
 
@@ -48,10 +48,20 @@ def gated_mlp(
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """act(gate) * up, from gate_up [T, 2F] whose first F columns are the gate. Returns [T, F].
+    """Compute act(gate) * up.
 
-    activation: "silu" (SwiGLU), "gelu" (GeGLU, by the error function) or "gelu_tanh" (GeGLU, by its
-    approximation).
+    Args:
+        gate_up: The gate, then up, [T, 2F].
+        activation: "silu" (SwiGLU), "gelu" (GeGLU, by the error function) or "gelu_tanh" (GeGLU, by
+            its approximation).
+        out: Receives the result; None makes a new tensor.
+        config: The block size; by default the one for all devices.
+
+    Returns:
+        [T, F].
+
+    Raises:
+        ValueError: An argument has another shape, dtype or device, or the activation is another.
     """
     check(
         activation in ACTIVATIONS,

@@ -1,9 +1,8 @@
-"""The parts that every launcher shares: argument checks, and block sizes, one default
-configuration per architecture.
+"""The parts that all launchers share: argument checks, and block sizes by architecture.
 
-A configuration is picked by kernel, variant (element size, head size, row size) and architecture.
-To tune, pass `config=Config(...)` to a launcher: the defaults are never searched for at run time,
-so that a result does not depend on a timing.
+Kernel, variant (element size, head size, row size) and architecture choose a configuration. To
+tune, pass `config=Config(...)` to a launcher. No search at run time chooses the defaults, so that a
+result does not depend on a timing.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from triton import knobs, next_power_of_2
 
 INTERPRETED = bool(
     knobs.runtime.interpret
-)  # read once: kernels become interpreted functions as they are defined
+)  # read once: a kernel's definition decides whether it is interpreted
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-TMA = ("sm_90", "sm_100")  # have a tensor memory accelerator
+TMA = ("sm_90", "sm_100")  # architectures with a tensor memory accelerator
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -51,7 +50,7 @@ class Config:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations serve a device. Raises ValueError if none do."""
+    """The architecture whose configurations serve a device. Raises ValueError if there is none."""
     if INTERPRETED:
         return "interpreter"
     if device.type != "cuda":
@@ -69,24 +68,25 @@ def architecture(device: torch.device) -> str:
         raise ValueError(
             f"no kernel configuration for compute capability {major}.{minor}; 8.0 is the least"
         )
-    # sm_80's fit the 99 KB of shared memory of 8.6, 8.9 and 12.x too
+    # sm_80's configurations also fit the 99 KB of shared memory of 8.6, 8.9 and 12.x
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def has_tma(x: torch.Tensor) -> bool:
-    """Whether tiles of x come by the tensor memory accelerator: those of 16-bit elements, if the
-    device has one."""
+    """Whether the tensor memory accelerator loads tiles of x: 16-bit elements on such a device."""
     return x.element_size() == 2 and (INTERPRETED or architecture(x.device) in TMA)
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager:
-    """Makes the tensor's device the current one: Triton launches there."""
+    """A context in which the tensor's device is the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:
-    """message: made only if needed, since a launch checks a dozen conditions and the host may be
-    the limit."""
+    """Raise ValueError with message() unless the condition holds.
+
+    The message is a function: a launch checks a dozen conditions, and the host may be the limit.
+    """
     if not condition:
         raise ValueError(message())
 
@@ -94,8 +94,7 @@ def check(condition: bool, message: Callable[[], str]) -> None:
 def check_tensor(
     name: str, x: torch.Tensor, shape: tuple[int | None, ...], dtypes, device: torch.device
 ) -> None:
-    """shape: None stands for any size. Raises ValueError for a wrong shape, dtype, device or
-    layout."""
+    """Raise ValueError for a wrong shape, dtype, device or layout. None in a shape is any size."""
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     fits = x.shape == shape or (
         x.dim() == len(shape)
@@ -121,7 +120,7 @@ def check_output(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """The given output, checked, or a new one."""
+    """Check the output tensor `out`, or make a new one if it is None."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     check_tensor(name, out, shape, dtype, device)
@@ -132,21 +131,23 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# One program a row, the whole row in registers: 16 bytes a thread and load.
+# One program holds a whole row in registers; a thread loads 16 bytes at a time.
 MAX_ROW = 16384
 
 
 @cache
 def norm_config(size: int) -> Config:
-    """The configuration of add_rms_norm, by row size: the same on every architecture."""
+    """The configuration of add_rms_norm by row size, the same on every architecture."""
     block = max(16, next_power_of_2(size))
     return Config.of(min(max(block // 512, 1), 16), 1, BLOCK_D=block)
 
 
 @cache
 def rotary_config(head_dim: int) -> Config:
-    """The configuration of rotary: BLOCK_R (token, head) pairs a program, 2,048 elements. The same
-    on every architecture."""
+    """The configuration of rotary, the same on every architecture.
+
+    A program takes BLOCK_R pairs of a token and a head, 2,048 elements.
+    """
     return Config.of(
         4, 1, BLOCK_R=32 if INTERPRETED else 2048 // max(16, next_power_of_2(head_dim))
     )
@@ -154,7 +155,7 @@ def rotary_config(head_dim: int) -> Config:
 
 @cache
 def gated_mlp_config() -> Config:
-    """The configuration of gated_mlp. The same on every architecture."""
+    """The configuration of gated_mlp, the same on every architecture."""
     return Config.of(4, 1, BLOCK_F=32 if INTERPRETED else 1024)
 
 
@@ -162,7 +163,7 @@ def _matrix(p: int, v: int, d: int, warps: int, stages: int, split: int = 1024) 
     return Config.of(warps, stages, BLOCK_P=p, BLOCK_V=v, BLOCK_D=d, SPLIT_V=split, GROUP_P=8)
 
 
-# By element size in bytes. SPLIT_V must not follow the number of rows, or a row's bits would.
+# By element size in bytes. SPLIT_V decides a row's bits, so the number of rows must not decide it.
 _FLOAT32 = {
     "sm_80": _matrix(128, 64, 16, 8, 3),
     "sm_90": _matrix(128, 64, 16, 8, 3),
@@ -209,7 +210,7 @@ def _attention(m: int, n: int, warps: int, stages: int) -> Config:
     return Config.of(warps, stages, BLOCK_M=m, BLOCK_N=n)
 
 
-# by element size in bytes, then the greatest head size that they serve
+# by element size in bytes, then by the greatest head size that a configuration serves
 _FLOAT32_ATTENTION = {
     64: _attention(64, 32, 8, 1),
     128: _attention(32, 16, 8, 1),

@@ -1,12 +1,15 @@
-"""Head and loss, tile by tile over the vocabulary: cross-entropy, and KL divergence from the dense
-model.
+"""Head and loss, tile by tile over the vocabulary: cross-entropy, and KL from the dense model.
 
-No mask needs a [P, V] tensor; the dense model's logits, with which each divergence compares, are
-made once. The vocabulary is cut into splits of SPLIT_V tokens, a number that depends on the
-configuration alone. One program runs the head for BLOCK_P positions and one split, and leaves a
-partial result; a second, small kernel combines the splits in order. So a few positions fill a GPU
-too, and a position's bits depend on its own numbers only: nor is the code compiled again for one
-position, or a multiple of 16.
+No mask needs a [P, V] tensor. The dense model's logits, with which each divergence compares, are
+made once. The vocabulary is cut into splits of SPLIT_V tokens; the configuration alone decides this
+number. One program runs the head for BLOCK_P positions and one split, and writes a partial result.
+A second, small kernel combines the splits in order.
+
+So even a few positions fill a GPU, and a position's bits depend on its own numbers only. The number
+of positions never specialises the code, so it is compiled once for all.
+
+P positions, K targets of a position, D columns of a state, V tokens of the vocabulary. Prefixes: p_
+pointers, i_ indices, o_ offsets, m_ masks, b_ blocks of values.
 """
 
 from __future__ import annotations
@@ -31,17 +34,21 @@ from .launch import (
 )
 from .numeric import LEAST, LOG2_E, dot, soft_cap
 
-# Kept logits: a row takes a multiple of ROW_UNIT numbers, so that it begins aligned and holds whole
-# tiles.
+# A row of kept logits takes a multiple of ROW_UNIT numbers, so that each row begins aligned and
+# holds whole tiles.
 ROW_UNIT = 256
-# Above every token. Tokens up to it are exact in float32, the dtype of partial results.
+# A number above every token. Partial results are float32, which holds all integers up to it.
 NO_TOKEN = tl.constexpr(2**24)
 
 
 @triton.jit
 def _grouped(num_rows, num_splits, BLOCK_P: tl.constexpr, GROUP_P: tl.constexpr):
-    """This program's block of positions and split: groups of GROUP_P blocks share their weight
-    tiles in the cache."""
+    """This program's block of positions, and its split.
+
+    Groups of GROUP_P blocks run next to each other and share weight tiles in the cache. With 5
+    blocks, 2 splits and GROUP_P 2, programs 0 to 9 run the (block, split) pairs
+    (0, 0) (1, 0) (0, 1) (1, 1) (2, 0) (3, 0) (2, 1) (3, 1) (4, 0) (4, 1).
+    """
     i_program = tl.program_id(0)
     num_blocks = tl.cdiv(num_rows, BLOCK_P)
     in_group = GROUP_P * num_splits
@@ -57,7 +64,7 @@ def _tile(
     source, i_row, i_column, num_rows,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] of a matrix [num_rows, D] that begin at i_row, i_column; zeros outside."""
+    """The tile [ROWS, COLUMNS] at (i_row, i_column) of a matrix [num_rows, D]; zeros outside."""
     if TMA:
         b_x = source.load([i_row, i_column])
     else:
@@ -75,7 +82,7 @@ def _logits(
     D: tl.constexpr, SOFT_CAP: tl.constexpr, TMA: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """float32[BLOCK_P, BLOCK_V] from i_row, i_v on; columns beyond the vocabulary mean nothing."""
+    """The logits float32[BLOCK_P, BLOCK_V] at (i_row, i_v). Ignore columns from vocab on."""
     b_logits = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
     for i_d in range(0, D, BLOCK_D):
         b_h = _tile(hidden, i_row, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA)
@@ -89,9 +96,9 @@ def _power(x, OF_TWO: tl.constexpr):
     return tl.exp2(x) if OF_TWO else tl.exp(x)
 
 
-# Maxima and exponents of linear_nll are in units of log(2) if operands have 16 bits: a power of 2
-# of scaled logit minus scaled maximum is one fused operation a logit. Its rounding would show in
-# float32.
+# With 16-bit operands, maxima and exponents of linear_nll are in units of log(2): then
+# 2 ** (scaled logit - scaled maximum) is one fused operation a logit. In float32 its rounding would
+# show, so powers of e are used there.
 
 
 @triton.jit(do_not_specialize=["num_rows", "vocab"])
@@ -144,7 +151,7 @@ def linear_nll_kernel(
             o_v = i_v + tl.arange(0, BLOCK_V)
             m_high = b_logits == b_high[:, None]
             b_first = tl.min(tl.where(m_high, o_v[None, :], NO_TOKEN), axis=1)
-            b_token = tl.where(b_high > b_best, b_first, b_token)  # of equals, the first stays
+            b_token = tl.where(b_high > b_best, b_first, b_token)  # the first of equals stays
             b_best = tl.maximum(b_best, b_high)
         b_new_max = tl.maximum(b_max, b_high * FACTOR)
         b_powers = _power(tl.fma(b_logits, FACTOR, -b_new_max[:, None]), POWERS)
@@ -178,8 +185,10 @@ def finish_nll_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The targets' logits, and the splits combined. One program takes one target of each of BLOCK_P
-    positions."""
+    """Combine the splits, and compute each target's loss.
+
+    One program takes one target of each of BLOCK_P positions.
+    """
     PARTS: tl.constexpr = 2 if p_misses is None else 4
     FACTOR: tl.constexpr = LOG2_E if POWERS else 1.0
     i_p = tl.program_id(0) * BLOCK_P
@@ -188,16 +197,16 @@ def finish_nll_kernel(
     o_target = o_p.to(tl.int64) * num_targets + tl.program_id(1)
     b_target = tl.load(p_target + o_target, mask=m_p, other=-1)
     if tl.max(b_target, axis=0) < 0:
-        # few positions of a tree have as many targets as the one that has most
+        # the table has as many columns as the position with most targets, and others have -1
         b_none = tl.zeros([BLOCK_P], tl.float32)
         tl.store(p_nll + o_target, b_none, mask=m_p)
         if p_misses is not None:
             tl.store(p_misses + o_target, b_none, mask=m_p)
         return
     m_in = (b_target >= 0) & (b_target < vocab)
-    # The diagonal of a product of the positions with their targets' rows: wasteful, and yet a
-    # thousandth of the head. It sums a logit as linear_nll_kernel does, so that it subtracts the
-    # very number that was added.
+    # The targets' logits are the diagonal of a product of positions with their targets' rows. It is
+    # wasteful, yet a thousandth of the head's work. It sums a logit in the order of
+    # linear_nll_kernel, so that it subtracts the same number that was added there.
     p_w = (
         p_weight
         + tl.where(m_in, b_target, 0).to(tl.int64)[:, None] * D
@@ -237,8 +246,8 @@ def finish_nll_kernel(
             b_first = tl.min(tl.where(m_high, b_part_token, NO_TOKEN), axis=0)
             b_token = tl.where(b_high > b_best, b_first, b_token)
             b_best = tl.maximum(b_best, b_high)
-    # as linear_nll_kernel has it: with a product rounded by itself, the target's own term in the
-    # sum would be another
+    # a fused product as in linear_nll_kernel: rounded separately, it would differ from the target's
+    # own term in the sum
     b_below = -tl.fma(b_logit, FACTOR, -b_max)
     b_nll = (b_below + tl.log2(b_sum)) * (1.0 / LOG2_E) if POWERS else b_below + tl.log(b_sum)
     b_nll = tl.where(b_target < 0, 0.0, tl.where(m_in, b_nll, float("nan")))
@@ -346,7 +355,7 @@ def linear_kl_kernel(
             b_b = tl.where((i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_b, LEAST)
         b_a = tl.where(
             b_b == LEAST, LEAST, b_a
-        )  # also brings b_a at once to the registers that b_b has
+        )  # this also moves b_a into the register layout of b_b at once
         b_new_a = tl.maximum(b_max_a, tl.max(b_a, axis=1))
         b_new_b = tl.maximum(b_max_b, tl.max(b_b, axis=1))
         b_sum, b_excess, b_cross = _rescale(
@@ -377,15 +386,17 @@ def linear_kl_kernel(
 #     excess = sum_v exp(b) - exp(a)
 #     cross  = sum_v exp(a) (d + exp(-d) - 1)
 #     KL     = cross / sum - (x - log(1 + x)),  x = excess / sum
-# If the models agree, every term of cross and the bracket are of second order, as the divergence
-# itself is. The textbook form, sum_v p (a - b) - logsumexp(a) + logsumexp(b), is a difference of
-# numbers as great as the logits.
+# If the models agree, every term of cross and the bracket are of second order, as is the
+# divergence. The textbook form, sum_v p (a - b) - logsumexp(a) + logsumexp(b), subtracts numbers of
+# the size of the logits, and loses these digits.
 
 
 @triton.jit
 def _differences(b_p, b_q, b_d):
-    """exp(b) - exp(a) and exp(a) (d + exp(-d) - 1), given exp(a), exp(b) and d = a - b; by series
-    if d is small."""
+    """Compute exp(b) - exp(a) and exp(a) (d + exp(-d) - 1) from exp(a), exp(b) and d = a - b.
+
+    A series replaces both if d is small.
+    """
     b_series = 1.0 / 5040.0 - b_d * (1.0 / 40320.0)
     b_series = 1.0 / 720.0 - b_d * b_series
     b_series = 1.0 / 120.0 - b_d * b_series
@@ -400,7 +411,7 @@ def _differences(b_p, b_q, b_d):
 
 @triton.jit
 def _rescale(b_max_a, b_max_b, b_sum, b_excess, b_cross, b_new_a, b_new_b):
-    """sum, excess and cross, taken relative to new maxima."""
+    """Convert sum, excess and cross to new maxima."""
     b_shift_a = b_max_a - b_new_a
     b_shift_b = b_max_b - b_new_b
     b_scale = tl.exp(b_shift_a)
@@ -467,14 +478,25 @@ def linear_nll(
     misses: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """Negative log-likelihood, in nats, of target tokens under softmax(hidden @ weight.T). Returns
-    float32 like target.
+    """Compute the negative log-likelihood of targets under softmax(hidden @ weight.T), in nats.
 
-    hidden [P, D]: normed states of the positions that count; weight [V, D]: the head. target
-    int[P], or [P, K] if a position predicts up to K tokens (the first ones of a tree's branches):
-    -1 stands for none and gives 0, a token outside the vocabulary gives NaN. soft_cap: logits
-    become cap * tanh(logits / cap) (Gemma 2). misses: float32 like target, receives 1 where another
-    token than the target is the most likely one, the first of equals, else 0.
+    Args:
+        hidden: Normed states of the positions that count, [P, D].
+        weight: The head, [V, D].
+        target: Target tokens, int[P]; or int[P, K] if a position predicts up to K tokens, such as
+            the first ones of a tree's branches. -1 is no target and gives 0. A token outside the
+            vocabulary gives NaN.
+        soft_cap: Logits become soft_cap * tanh(logits / soft_cap) (Gemma 2).
+        out: Receives the result; None makes a new tensor.
+        misses: Receives 1 if another token than the target is the most likely one, the first of
+            equals, else 0. float32 of target's shape.
+        config: Block sizes; by default those for the device.
+
+    Returns:
+        float32 of target's shape.
+
+    Raises:
+        ValueError: An argument has another shape, dtype or device, or a wrong value.
     """
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     shape = tuple(target.shape)
@@ -538,12 +560,21 @@ def linear_logits(
     soft_cap: float | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """Logits hidden @ weight.T as linear_kl compares with them, not rounded to hidden's dtype.
-    Returns float32[P, V].
+    """Compute the dense model's logits, hidden @ weight.T, with which `linear_kl` compares.
 
-    hidden [P, D]: normed states; weight [V, D]: the head. soft_cap as in linear_nll. config:
-    linear_kl's, whose tiles give the same logits to the bit. Rows lie a multiple of ROW_UNIT
-    numbers apart.
+    They are not rounded to the dtype of `hidden`.
+
+    Args:
+        hidden: Normed states, [P, D].
+        weight: The head, [V, D].
+        soft_cap: Logits become soft_cap * tanh(logits / soft_cap).
+        config: The configuration of `linear_kl`; its tiles give the same logits to the bit.
+
+    Returns:
+        float32[P, V]. The stride of a row is a multiple of ROW_UNIT numbers.
+
+    Raises:
+        ValueError: An argument has another shape, dtype or device, or a wrong value.
     """
     count, size, vocab, device = _check_head(hidden, weight, soft_cap)
     config = config or linear_kl_config(architecture(device), hidden.element_size())
@@ -576,20 +607,31 @@ def linear_kl(
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """KL(p || q) in nats, p = softmax(dense), q = softmax(masked @ weight.T). Returns float32[P].
+    """Compute KL(p || q) in nats, for p = softmax(dense) and q = softmax(masked @ weight.T).
 
-    dense [P, V]: the dense model's logits, from linear_logits, once for any number of masks; masked
-    [P, D]: normed states; weight [V, D]: the head. soft_cap as in linear_nll, of the masked model's
-    logits.
+    Args:
+        dense: The dense model's logits, float32[P, V], from `linear_logits`. One call serves any
+            number of masks.
+        masked: Normed states of the masked model, [P, D].
+        weight: The head, [V, D].
+        soft_cap: The masked model's logits become soft_cap * tanh(logits / soft_cap).
+        out: Receives the result; None makes a new tensor.
+        config: Block sizes; by default those for the device.
+
+    Returns:
+        float32[P].
+
+    Raises:
+        ValueError: An argument has another shape, dtype or device, or a wrong value.
     """
     count, size, vocab, device = _check_head(masked, weight, soft_cap)
     check(
         dense.shape == (count, vocab) and dense.dtype == torch.float32 and dense.device == device,
-        lambda: f"dense must be float32[{count}, {vocab}] on {device}, not {_said(dense)}",
+        lambda: f"dense must be float32[{count}, {vocab}] on {device}, not {_described(dense)}",
     )
     check(
         dense.stride() == (_row(vocab), 1) and dense.data_ptr() % 16 == 0,
-        lambda: "dense must lie in memory as linear_logits returns it",
+        lambda: "dense must have the strides that linear_logits returns",
     )
     out = check_output("out", out, (count,), torch.float32, device)
     config = config or linear_kl_config(architecture(device), masked.element_size())
@@ -617,7 +659,7 @@ def linear_kl(
     return out
 
 
-# of the kernels that combine splits, on every architecture
+# the configuration of the kernels that combine splits, on every architecture
 FINISH = Config.of(4, 4, BLOCK_P=64, BLOCK_S=32)
 
 
@@ -634,15 +676,17 @@ def _check_head(hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | No
     )
     check_tensor("weight", weight, (None, size), hidden.dtype, hidden.device)
     check(soft_cap is None or soft_cap > 0, lambda: f"soft_cap must be above 0, not {soft_cap}")
-    # within a tile, offsets are of 32 bits
+    # offsets within a tile have 32 bits
     check(size <= 2**22, lambda: f"hidden states must have at most {2**22} columns, not {size}")
     check(count < 2**31 - 2**10, lambda: f"{count} positions are too many; split them")
     return count, size, weight.shape[0], hidden.device
 
 
 def _sources(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, list]:
-    """Whether tiles come by TMA, and their sources: its descriptors, else the tensors. Bits are the
-    same."""
+    """Whether TMA loads the tiles, and their sources: descriptors for TMA, else the tensors.
+
+    Bits are the same either way.
+    """
     tensors = {"BLOCK_P": hidden, "BLOCK_V": weight}
     aligned = hidden.shape[1] * hidden.element_size() % 16 == 0 and all(
         x.data_ptr() % 16 == 0 for x in tensors.values()
@@ -655,12 +699,12 @@ def _sources(config: Config, hidden: torch.Tensor, weight: torch.Tensor) -> tupl
     ]
 
 
-def _said(tensor: torch.Tensor) -> str:
+def _described(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
 
 
 def _row(vocab: int) -> int:
-    """Numbers that a row of kept logits takes."""
+    """The stride of a row of kept logits, in numbers."""
     return ROW_UNIT * cdiv(vocab, ROW_UNIT)
 
 

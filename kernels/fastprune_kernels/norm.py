@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm in one pass."""
+"""Residual add and RMSNorm in one pass. M states of D columns."""
 
 from __future__ import annotations
 
@@ -71,13 +71,26 @@ def add_rms_norm(
     bias: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """x = states + branch; residual = x; returns normed = x / rms(x) * weight + bias.
+    """Compute x = states + branch, and x / rms(x) * weight + bias.
 
-    states [M, D]; branch [M, D], the term that a unit adds; None adds nothing. The sum is rounded
-    to the dtype of the states before the norm. residual [M, D], which receives the sums, may be
-    `states` itself; None keeps none. normed [M, D]: made when None. unit_offset: the scale is 1 +
-    weight (Gemma). centered: the norm is taken of x without its mean (LayerNorm). weight None: 1.
-    bias [D]; None: 0.
+    Args:
+        states: [M, D].
+        weight: [D]; None for 1.
+        eps: Added to the mean square.
+        branch: The term that a unit adds, [M, D]; None adds nothing. The sum is rounded to the
+            dtype of the states before the norm.
+        residual: Receives x, [M, D]; it may be `states` itself. None keeps no sums.
+        normed: Receives the result, [M, D]; None makes a new tensor.
+        unit_offset: The scale is 1 + weight (Gemma).
+        centered: The norm is taken of x without its mean (LayerNorm).
+        bias: [D]; None for 0.
+        config: The block size; by default that for D.
+
+    Returns:
+        normed, [M, D].
+
+    Raises:
+        ValueError: An argument has another shape, dtype or device.
     """
     check(states.dim() == 2, lambda: f"states must have shape [M, D], not {list(states.shape)}")
     (count, size), device = states.shape, states.device

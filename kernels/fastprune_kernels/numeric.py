@@ -9,14 +9,14 @@ from .launch import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Stands for minus infinity if a difference of two of them must not be NaN.
+# In place of minus infinity: a difference of two of these is 0, not NaN.
 LEAST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def dot(a, b, acc):
     """acc + a @ b in float32."""
-    if _INTERPRETED:  # its tl.dot is wrong on bfloat16
+    if _INTERPRETED:  # the interpreter's tl.dot is wrong on bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -24,8 +24,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def tanh(x):
-    """Within a few float32 roundings everywhere; libdevice's is not there on every backend, nor
-    interpreted."""
+    """tanh within a few float32 roundings. libdevice's exists only on some backends."""
     b_square = x * x
     b_tail = 62.0 / 2835.0 * b_square - 17.0 / 315.0
     b_tail = b_tail * b_square + 2.0 / 15.0
@@ -45,8 +44,8 @@ def soft_cap(x, CAP: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """float32 x rounded to nearest, ties to even."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # its own cast cuts the low bits off
+    """Round float32 x to nearest, ties to even."""
+    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter's cast cuts the low bits off
         b_bits = x.to(tl.int32, bitcast=True)
         b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
         x = tl.where(x == x, b_bits.to(tl.float32, bitcast=True), x)

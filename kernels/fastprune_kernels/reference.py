@@ -1,7 +1,10 @@
-"""The definition of each operator, in plain torch. Slow is fine; every faster version is tested
-against this.
+"""The definition of each operator, in plain torch.
 
-Each computes in the dtype it is given, so that float64 gives the truth.
+These functions may be slow; tests compare every faster version with them. They compute in the dtype
+of their inputs, so that float64 inputs give the true values.
+
+T packed tokens in R rows, P positions, M targets, D columns of a state, V tokens of the vocabulary,
+Dh columns of a head.
 """
 
 from __future__ import annotations
@@ -10,31 +13,45 @@ import torch
 
 
 def token_nll(logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of tokens, in nats: logsumexp(logits[row_m]) - logits[row_m,
-    token_m].
+    """Compute the negative log-likelihood of tokens, in nats.
 
-    logits [P, V] (float, any precision; computed in float32, or float64 if given), row int64[M]
-    into them, token int64[M]. Returns [M].
+    Args:
+        logits: [P, V]. The result is float64 for float64 logits, else float32.
+        row: The row of each token, int64[M].
+        token: int64[M].
+
+    Returns:
+        logsumexp(logits[row_m]) - logits[row_m, token_m], [M].
+
+    Examples:
+        >>> import torch
+        >>> from fastprune_kernels.reference import token_nll
+        >>> token_nll(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2])).exp()
+        tensor([4.])
     """
     return -log_probabilities(logits)[row, token]
 
 
 def token_kl(dense: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats, p from the dense logits and q from the
-    masked ones.
+    """Compute KL(p || q) = sum_v p(v) (log p(v) - log q(v)), in nats.
 
-    dense, masked: logits [P, V]. Returns [P].
+    Args:
+        dense: Logits of p, [P, V].
+        masked: Logits of q, [P, V].
+
+    Returns:
+        [P].
     """
     return kl_from(log_probabilities(dense), masked)
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """log p(v) in nats, [P, V], of logits [P, V], in float32 or float64."""
+    """Compute log p(v) in nats, [P, V], from logits [P, V], in float32 or float64."""
     return torch.log_softmax(_at_least_float32(logits), dim=-1)
 
 
 def kl_from(log_p: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """`token_kl` from the dense `log_probabilities`, which many masks share."""
+    """Compute `token_kl` from the dense `log_probabilities`, which many masks share."""
     return (log_p.exp() * (log_p - log_probabilities(masked))).sum(-1)
 
 
@@ -47,10 +64,19 @@ def add_rms_norm(
     centered: bool = False,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, norm(x)), x = states + branch, norm(x) = x / sqrt(mean(x^2) + eps) * weight + bias.
+    """Compute x = states + branch, and x / sqrt(mean(x^2) + eps) * weight + bias.
 
-    states, branch [M, D]. unit_offset: the scale is 1 + weight (Gemma). centered: the norm is taken
-    of x without its mean (LayerNorm). weight None: 1. bias None: 0.
+    Args:
+        states: [M, D].
+        weight: [D]; None for 1.
+        eps: Added to the mean square.
+        branch: [M, D]; None for 0.
+        unit_offset: The scale is 1 + weight (Gemma).
+        centered: The norm is taken of x without its mean (LayerNorm).
+        bias: [D]; None for 0.
+
+    Returns:
+        x and its norm, [M, D] each.
     """
     x = states if branch is None else states + branch
     return x, rms_norm(x, weight, eps, unit_offset, centered, bias)
@@ -64,8 +90,10 @@ def rms_norm(
     centered: bool = False,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Over the last dimension, in at least float32; but weight multiplies in x's dtype. (Gemma's
-    does not, nor does one beside a bias.)"""
+    """Compute the norm over the last dimension, in at least float32.
+
+    The weight multiplies in x's dtype, unless it has a unit offset or a bias beside it.
+    """
     wide = _at_least_float32(x)
     if centered:
         wide = wide - wide.mean(-1, keepdim=True)
@@ -94,12 +122,24 @@ def rotary(
     interleaved: bool = False,
     norm_after: bool = False,
 ) -> torch.Tensor:
-    """qkv with its q and k heads rotated: columns i and R + i of a head, i < R, by the angle of cos
-    and sin [N, R].
+    """Rotate the heads of q and k: columns i and R + i of a head, for i < R.
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: each token's row
-    of the tables. q_weight, k_weight [Dh]: RMSNorm of each head before the rotation, or after it
-    (norm_after). Columns from 2R on are not rotated. interleaved: columns 2i and 2i + 1 instead.
+    Args:
+        qkv: q, then k, then v, [T, (num_heads + 2 num_kv_heads) * Dh].
+        cos: Cosines of the angles, [N, R]. Columns from 2R on are not rotated.
+        sin: Sines of the angles, [N, R].
+        position: Each token's row of the tables, int[T].
+        num_heads: Query heads.
+        num_kv_heads: Key heads.
+        q_weight: Weight of an RMSNorm of each query head before the rotation, [Dh].
+        k_weight: The same for key heads.
+        eps: Added to the mean square.
+        unit_offset: The norm's scale is 1 + weight.
+        interleaved: Columns 2i and 2i + 1 rotate together.
+        norm_after: The norm comes after the rotation.
+
+    Returns:
+        A new tensor like qkv.
     """
     heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -127,8 +167,15 @@ def rotary(
 
 
 def gated_mlp(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """act(gate) * up from [T, 2F], gate first. activation: "silu", "gelu" (by erf) or
-    "gelu_tanh"."""
+    """Compute act(gate) * up.
+
+    Args:
+        gate_up: The gate, then up, [T, 2F].
+        activation: "silu", "gelu" (by the error function) or "gelu_tanh".
+
+    Returns:
+        [T, F].
+    """
     gate, up = gate_up.chunk(2, dim=-1)
     functional = torch.nn.functional
     if activation == "silu":
@@ -142,12 +189,18 @@ def tree_mask(
     position: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    """bool[T, T], True where query t sees key s: s is in t's row, not after it, in the trunk
-    (branch 0) or t's branch.
+    """Compute the keys that each query of packed rows sees.
 
-    row_starts int[R + 1]: the first index of each row of packed tokens; branch, position int[T]:
-    branch in the row, position in its own sequence. window: only keys less than that many positions
-    away.
+    Query t sees key s if s is in t's row, not after t, and in the trunk or in t's branch.
+
+    Args:
+        row_starts: The first token of each row, int[R + 1].
+        branch: Each token's branch in its row, 0 for the trunk, int[T].
+        position: Each token's position in its own sequence, int[T].
+        window: A token sees keys fewer than this number of positions away; None for all.
+
+    Returns:
+        bool[T, T], True for a query (first) that sees a key (second).
     """
     steps = torch.arange(len(branch), device=branch.device)
     row = torch.searchsorted(row_starts.to(steps)[1:], steps, right=True)
@@ -169,11 +222,18 @@ def tree_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the visible keys, bool[T, T]. Returns [T, num_heads * Dh].
+    """Compute softmax(scale * q k^T) v over the keys that each query sees.
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]; num_heads / num_kv_heads query heads share a key
-    head. scale: 1 / sqrt(Dh) when None. soft_cap: scores become cap * tanh(scores / cap) before the
-    mask.
+    Args:
+        qkv: q, then k, then v, [T, (num_heads + 2 num_kv_heads) * Dh].
+        seen: The keys that each query sees, bool[T, T], as `tree_mask` returns them.
+        num_heads: Query heads. num_heads / num_kv_heads of them share a key head.
+        num_kv_heads: Key heads.
+        scale: The factor of scores; None for 1 / sqrt(Dh).
+        soft_cap: Scores become soft_cap * tanh(scores / soft_cap) before the mask.
+
+    Returns:
+        [T, num_heads * Dh].
     """
     heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1)).transpose(0, 1)  # [H, T, Dh]
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads])
@@ -189,7 +249,7 @@ def tree_attention(
 def head_logits(
     hidden: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """hidden [P, D] @ weight [V, D]^T, then cap * tanh(logits / cap) if a cap is set."""
+    """Compute hidden [P, D] @ weight [V, D]^T; with a cap, soft_cap * tanh(logits / soft_cap)."""
     logits = hidden @ weight.T
     return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
@@ -197,8 +257,17 @@ def head_logits(
 def linear_nll(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """Negative log-likelihood of target int[P] or [P, K] under the head's logits; 0 if the target
-    is -1."""
+    """Compute the negative log-likelihood of targets under the head's logits.
+
+    Args:
+        hidden: Normed states, [P, D].
+        weight: The head, [V, D].
+        target: int[P] or int[P, K]; -1 is no target and gives 0.
+        soft_cap: As in `head_logits`.
+
+    Returns:
+        The losses in nats, of target's shape.
+    """
     logits = head_logits(hidden, weight, soft_cap)
     row = (
         torch.arange(len(target), device=target.device)
@@ -212,8 +281,17 @@ def linear_nll(
 def linear_kl(
     dense: torch.Tensor, masked: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """KL(p || q) [P], p from the dense model's logits [P, V], q from the head's logits of the
-    masked states [P, D]."""
+    """Compute KL(p || q) in nats, with q from the masked states.
+
+    Args:
+        dense: Logits of p, [P, V].
+        masked: Normed states of the masked model, [P, D].
+        weight: The head, [V, D].
+        soft_cap: As in `head_logits`, for q.
+
+    Returns:
+        [P].
+    """
     return token_kl(dense, head_logits(masked, weight, soft_cap))
 
 

@@ -1,8 +1,7 @@
-"""Every kernel in every shipped configuration, compiled ahead of time: its registers and shared
-memory.
+"""Registers and shared memory of every kernel in every shipped configuration.
 
-Needs no GPU: Triton compiles for a named target. Not under the interpreter, whose kernels are
-Python functions.
+Triton compiles ahead of time for a named target, so no GPU is needed. Under the interpreter kernels
+are Python functions, and this module cannot be used.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# bytes a program may take. sm_80's configurations serve 8.6, 8.9 and 12.x too, which have 99 KB
-# rather than 163 KB
+# the most bytes of a program. sm_80's configurations also serve 8.6, 8.9 and 12.x, which have 99 KB
+# instead of 163 KB
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 ELEMENTS = {2: "bf16", 4: "fp32"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as it is launched: pointer types and constants by argument name."""
+    """One kernel as it is launched, with pointer types and constants by argument name."""
 
     kernel: str
     variant: str
@@ -55,13 +54,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """registers: vector registers of a thread (for gfx942 with the accumulation registers). spills:
-    bytes of a thread's registers kept in memory. matrix_unit: the instruction by which products are
-    made, "" without any.
+    """The resources of a compiled kernel. The last four are known for NVIDIA's targets only.
 
-    NVIDIA's targets also have: shapes of Hopper's products. instructions of the whole kernel, a
-    warp's. stalls: innermost loops in which nothing is on its way while products are made.
-    serialised: whether the assembler says that it runs products one by one.
+    Attributes:
+        registers: Vector registers of a thread; for gfx942, with its accumulation registers.
+        spills: Bytes of a thread's registers that are kept in memory.
+        shared: Bytes of shared memory of a program.
+        matrix_unit: The instruction that computes matrix products; "" without any.
+        shapes: Shapes of Hopper's matrix products.
+        instructions: Instructions of the whole kernel.
+        stalls: Innermost loops in which no copy is under way while products run.
+        serialised: Whether the assembler reports that products run one by one.
     """
 
     registers: int
@@ -75,8 +78,14 @@ class Resources:
 
 
 def cases(arch: str, only: str | None = None) -> Iterator[Case]:
-    """At the shapes of LLaMA-3 8B and Qwen3 8B, and the greatest and smallest that a configuration
-    serves."""
+    """Yield the cases of an architecture.
+
+    Shapes are those of LLaMA-3 8B and Qwen3 8B, and the greatest and smallest of a configuration.
+
+    Args:
+        arch: A key of `TARGETS`.
+        only: The name of one kernel; None for all.
+    """
     for itemsize, element in ELEMENTS.items():
         for case in _cases(arch, itemsize, f"*{element}"):
             if only is None or case.kernel == only:
@@ -178,7 +187,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
         variant = "" if cap is None else "soft cap"
         shape = {"D": 4096, "SOFT_CAP": cap}
         for described in {tma, False}:
-            said = f"{variant} pointers".strip() if tma and not described else variant
+            kind = f"{variant} pointers".strip() if tma and not described else variant
 
             def tiles(config, described=described, **block):
                 """Types of the sources of tiles, by the block size of their rows."""
@@ -197,7 +206,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             for best in (False, True):
                 yield case(
                     "linear_nll",
-                    f"{said} best".strip() if best else said,
+                    f"{kind} best".strip() if best else kind,
                     config,
                     linear_loss.linear_nll_kernel,
                     types,
@@ -213,7 +222,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             }
             yield case(
                 "linear_logits",
-                said,
+                kind,
                 config,
                 linear_loss.linear_logits_kernel,
                 types,
@@ -228,7 +237,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             )
             yield case(
                 "linear_kl",
-                said,
+                kind,
                 config,
                 linear_loss.linear_kl_kernel,
                 types,
@@ -274,8 +283,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
 
 
 def compile_case(case: Case) -> CompiledKernel:
-    """As the JIT compiles it: tensors are aligned, as torch allocates them, and integers are not
-    specialised."""
+    """Compile a case like the JIT: with aligned tensors, and without specialised integers."""
     names = case.function.arg_names
     constants = {name: None for name in names if case.types.get(name) is None} | case.constants
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
@@ -290,12 +298,12 @@ def compile_case(case: Case) -> CompiledKernel:
 
 
 def measure(case: Case) -> Resources:
-    """Compiles it, and reads the assembler's report and its output."""
+    """Compile a case, and read the assembler's report and its output."""
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
         compiled = compile_case(case)
-    shared, said = compiled.metadata.shared, log.getvalue()
+    shared, report = compiled.metadata.shared, log.getvalue()
     if case.arch == "gfx942":
         assembly = compiled.asm["amdgcn"]
         scratch = _number(assembly, r"\.private_segment_fixed_size:\s+(\d+)")
@@ -310,9 +318,10 @@ def measure(case: Case) -> Resources:
     ptx = compiled.asm["ptx"]
     unit = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)
     return Resources(
-        registers=_number(said, r"Used (\d+) registers"),
+        registers=_number(report, r"Used (\d+) registers"),
         spills=max(
-            _number(said, r"(\d+) bytes stack frame"), _number(said, r"(\d+) bytes spill stores")
+            _number(report, r"(\d+) bytes stack frame"),
+            _number(report, r"(\d+) bytes spill stores"),
         ),
         shared=shared,
         matrix_unit=unit.group() if unit else "",
@@ -323,7 +332,7 @@ def measure(case: Case) -> Resources:
             )
         ),
         stalls=sum(_stalls(body) for body in _innermost_loops(compiled.asm["ttgir"])),
-        serialised="wgmma.mma_async instructions are serialized" in said,
+        serialised="wgmma.mma_async instructions are serialized" in report,
     )
 
 
@@ -339,8 +348,10 @@ def _innermost_loops(ttgir: str) -> Iterator[list[str]]:
 
 
 def _stalls(body: list[str]) -> bool:
-    """Copies stand at the end of a step and the wait at the beginning of the next: one that leaves
-    none of them on their way stands right behind them."""
+    """Whether a loop waits for all of its copies right after it has issued them.
+
+    A pipelined loop issues copies at the end of a step, and waits at the beginning of the next.
+    """
     copied = False
     for line in body:
         copied = copied or "async_tma_copy" in line
@@ -362,14 +373,14 @@ def _disassembled(cubin: bytes) -> str:
 
 
 def _number(text: str, pattern: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"the assembler's report lacks {pattern}")
-    return int(found.group(1))
+    return int(match.group(1))
 
 
 def table(architectures: tuple[str, ...] = ARCHITECTURES) -> str:
-    """Resources of every kernel in every shipped configuration, as Markdown."""
+    """Tabulate the resources of every kernel in every shipped configuration, as Markdown."""
     lines = [
         "| kernel | variant | target | configuration | registers | shared bytes | instructions | "
         "matrix unit |",

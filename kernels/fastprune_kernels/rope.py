@@ -1,5 +1,7 @@
-"""Rotary embedding of q and k, with optional RMSNorm of each head, in place on the packed
-projection."""
+"""Rotary embedding of q and k, with optional RMSNorm of each head, in place on packed qkv.
+
+T tokens, Dh columns of a head, R angles of a head, N positions of the tables.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def rotary_kernel(
     BLOCK_REST: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    # a pair is one token and one of its heads; those of q come first, then those of k
+    # a pair is a token and one of its heads; heads of q come before heads of k
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < num_pairs
     o_token = o_r // (HEADS + KV_HEADS)
@@ -44,7 +46,7 @@ def rotary_kernel(
 
     o_half = tl.arange(0, BLOCK_HALF)
     m_half = m_r[:, None] & (o_half < HALF)[None, :]
-    # the columns of a pair
+    # two columns rotate together
     if INTERLEAVED:
         o_first = 2 * o_half
         NEXT: tl.constexpr = 1
@@ -99,7 +101,7 @@ def rotary_kernel(
 
 @triton.jit
 def _rotate(b_first, b_second, b_cos, b_sin, dtype: tl.constexpr):
-    """The rotated pairs as float32, rounded as if they were stored: the norm reads these."""
+    """Rotate, and round as a store would: the norm reads the stored values. float32."""
     b_new_first = b_first * b_cos - b_second * b_sin
     b_new_second = b_second * b_cos + b_first * b_sin
     return cast(b_new_first, dtype).to(tl.float32), cast(b_new_second, dtype).to(tl.float32)
@@ -107,7 +109,7 @@ def _rotate(b_first, b_second, b_cos, b_sin, dtype: tl.constexpr):
 
 @triton.jit
 def _head_weight(p_q_weight, p_k_weight, o_d, m_d, m_q, UNIT_OFFSET: tl.constexpr):
-    """The norm's scale: q's for pairs of q, k's for the others. [R, size of o_d]"""
+    """The scale of each pair's norm, from q or from k. [pairs, columns]"""
     b_q = tl.load(p_q_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_k = tl.load(p_k_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_weight = tl.where(m_q, b_q[None, :], b_k[None, :])
@@ -132,13 +134,28 @@ def rotary(
     norm_after: bool = False,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """Rotates q and k in place, each head's first 2 * R columns as pairs (i, R + i); returns qkv.
+    """Rotate q and k in place: the first 2 * R columns of each head, as pairs (i, R + i).
 
-    qkv [T, (num_heads + 2 num_kv_heads) * Dh]: q, then k, then v. position int[T]: the row of each
-    token in the tables cos and sin [N, R], R <= Dh / 2 (fewer: partial rotary; the other columns
-    stay). Positions must be in range. q_weight, k_weight [Dh]: RMSNorm of each head before the
-    rotation (Qwen3), or after it (norm_after). unit_offset: the scale is 1 + weight. interleaved:
-    pairs are (2i, 2i + 1).
+    Args:
+        qkv: q, then k, then v, [T, (num_heads + 2 num_kv_heads) * Dh].
+        cos: Cosines, [N, R], R <= Dh / 2. With a smaller R, the other columns are not rotated.
+        sin: Sines, [N, R].
+        position: Each token's row of the tables, int[T]. Positions must be below N.
+        num_heads: Query heads.
+        num_kv_heads: Key heads.
+        q_weight: Weight of an RMSNorm of each query head before the rotation (Qwen3), [Dh].
+        k_weight: The same for key heads.
+        eps: Added to the mean square.
+        unit_offset: The norm's scale is 1 + weight.
+        interleaved: Pairs are (2i, 2i + 1).
+        norm_after: The norm comes after the rotation.
+        config: Block sizes; by default those for Dh.
+
+    Returns:
+        qkv.
+
+    Raises:
+        ValueError: An argument has another shape, dtype or device, or a wrong value.
     """
     check(
         num_heads > 0 and num_kv_heads > 0,

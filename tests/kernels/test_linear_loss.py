@@ -250,7 +250,7 @@ def test_wrong_arguments_are_named():
         ValueError, match=r"dense must be float32\[5, 131\] on \S+, not torch.float32\[4, 131\]"
     ):
         linear_kl(dense[1:], hidden, weight)
-    with pytest.raises(ValueError, match="dense must lie in memory as linear_logits returns it"):
+    with pytest.raises(ValueError, match="dense must have the strides that linear_logits returns"):
         linear_kl(dense.contiguous(), hidden, weight)
     with pytest.raises(ValueError, match="weight must be contiguous"):
         linear_kl(dense, hidden, weight.T.contiguous().T)

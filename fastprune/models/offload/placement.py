@@ -1,7 +1,6 @@
 """Opening a model without the weights of its blocks, or of its towers, which stay in their files.
 
-transformers' own code opens the model, and its own rules say which stored tensors a parameter is
-made of.
+transformers' own code opens the model. Its own rules map stored tensors to parameters.
 """
 
 from __future__ import annotations
@@ -27,24 +26,23 @@ _PATCHING = threading.RLock()  # one thread at a time opens a model whose weight
 
 @dataclass(frozen=True)
 class Towers:
-    """The weights of a model that no text reaches, in their files.
+    """The weights of a model that text does not use, in their files.
 
     Attributes:
         files: The files.
-        tensors: The place of each tensor, by its name there.
+        tensors: The place of each tensor, by its name in the files.
     """
 
     files: Files
     tensors: dict[str, Stored]
 
     def without_prefix(self, prefix: str) -> Towers:
-        """The same under names without this prefix."""
+        """The same weights under names without this prefix."""
         names = {name.removeprefix(prefix): stored for name, stored in self.tensors.items()}
         return Towers(self.files, names)
 
     def write(self, path: Path) -> None:
-        """Write a safetensors file of all tensors, as they are stored. Raises InputError if a file
-        has changed."""
+        """Copy all tensors to a safetensors file. Raises InputError if a file has changed."""
         from safetensors.torch import save_file
 
         self.files.check()
@@ -54,7 +52,7 @@ class Towers:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The parts of a model that stayed in their files; None for each that did not."""
+    """The parts of a model that stayed in their files; None for loaded parts."""
 
     weights: Weights | None
     towers: Towers | None
@@ -67,18 +65,22 @@ def left_in_files(
     find_layers: Callable[[nn.Module], Sequence[str]] | None,
     find_towers: Callable[[nn.Module], Sequence[str]] | None,
 ) -> Iterator[list[LeftOut]]:
-    """Inside, transformers' from_pretrained leaves the parameters of the blocks, of the towers, or
-    of both on the meta device; the rest of the model is as usual. The list then holds what the
-    model that was opened lacks.
+    """Let transformers' from_pretrained leave parts of a model on the meta device.
 
-    stored: the checkpoint's tensors. find_layers: the attribute path to a model's list of layers;
-    None if the blocks are loaded. find_towers: the names of the modules that text does not reach;
-    None if they are loaded.
+    These are the parameters of the blocks, of the towers, or of both. The rest loads as usual.
+
+    Args:
+        stored: The checkpoint's tensors.
+        find_layers: Finds the attribute path to a model's list of layers; None loads the blocks.
+        find_towers: Finds the names of the modules that text does not use; None loads the towers.
+
+    Yields:
+        A list. After from_pretrained, it holds the parts that the model lacks.
     """
     from transformers import PreTrainedModel
 
     base: Any = PreTrainedModel
-    made: list[LeftOut] = []
+    left_out: list[LeftOut] = []
     thread = threading.get_ident()
     _PATCHING.acquire()
     original = base._load_pretrained_model
@@ -104,30 +106,36 @@ def left_in_files(
         in_towers = {name for name in model.state_dict() if name.startswith(below)}
         sources, others = _sort(model, load_config, stored, parameters | in_towers)
         residents = {key: _Later(files, tensor) for key, tensor in others.items()}
-        found = original(model, residents, None, load_config, *args, **kwargs)
+        loaded = original(model, residents, None, load_config, *args, **kwargs)
         weights = towers = None
         if prefix:
             blocks, names = _lay_out(model, load_config, prefix, parameters, sources)
-            found[0].missing_keys -= names.keys()
+            loaded[0].missing_keys -= names.keys()
             weights = Weights(folder, files, blocks, names)
         if in_towers:
             absent, tensors = _leave(model, in_towers, sources)
-            found[0].missing_keys -= absent
+            loaded[0].missing_keys -= absent
             towers = Towers(Files(tensor.path for tensor in tensors.values()), tensors)
-        made.append(LeftOut(weights, towers))
-        return found
+        left_out.append(LeftOut(weights, towers))
+        return loaded
 
     base._load_pretrained_model = staticmethod(load)
     try:
-        yield made
+        yield left_out
     finally:
         base._load_pretrained_model = staticmethod(original)
         _PATCHING.release()
 
 
 def _leave(model: Any, names: Iterable[str], sources: dict) -> tuple[set[str], dict[str, Stored]]:
-    """Put nothing in the place of parameters and buffers that the checkpoint has tensors for: the
-    names of these, and the tensors. Raises ValueError for a tensor of another shape."""
+    """Empty the parameters and buffers that the checkpoint has tensors for.
+
+    Returns:
+        Their names, and the tensors.
+
+    Raises:
+        ValueError: A tensor has another shape.
+    """
     of_names = {name: sources[name] for name in names if name in sources}
     # a tensor may become several parameters, of which the rules name one
     converted = any(pattern is not None for of in of_names.values() for pattern, _, _ in of)
@@ -150,7 +158,7 @@ def _leave(model: Any, names: Iterable[str], sources: dict) -> tuple[set[str], d
 
 
 class _Later:
-    """A stored tensor, read when transformers asks for it, as it does of a safetensors slice."""
+    """A stored tensor that is read when transformers indexes it, like a safetensors slice."""
 
     def __init__(self, files: Files, stored: Stored):
         self._files, self._stored = files, stored
@@ -168,8 +176,12 @@ class _Later:
 def _sort(
     model: Any, load_config: Any, stored: dict[str, Stored], parameters: set[str]
 ) -> tuple[dict, dict[str, Stored]]:
-    """The checkpoint's tensors that these parameters are made of, as {parameter: [(pattern or
-    None, key, tensor)]}, by transformers' own rules of renaming; and all others."""
+    """Sort the checkpoint's tensors by transformers' own rules of renaming.
+
+    Returns:
+        The sources of each of these parameters, as (pattern or None, key, tensor), and all other
+        tensors.
+    """
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -199,7 +211,7 @@ def _sort(
 def _lay_out(
     model: Any, load_config: Any, prefix: str, parameters: set[str], sources: dict
 ) -> tuple[list[Block], dict[str, int]]:
-    """The blocks of a model, and the block of each parameter that has its tensors."""
+    """Lay out a model's blocks; also return the block of each parameter with tensors."""
     by_block: dict[int, list[str]] = {}
     for name in model.state_dict():
         if name in parameters:
@@ -228,22 +240,23 @@ def _lay_out(
 
 
 def _planned_dtype(load_config: Any, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which transformers loads a parameter: its own, unless the family keeps it in
-    float32."""
+    """The dtype in which transformers loads a parameter; some families keep some in float32."""
     from transformers.core_model_loading import build_glob_alternation
 
     plan = load_config.dtype_plan or {}
     if plan:
         pattern, by_group, _ = build_glob_alternation(list(plan))
-        found = pattern.search(name)
-        if found is not None and found.lastgroup is not None:
-            return plan[by_group[found.lastgroup]]
+        match = pattern.search(name)
+        if match is not None and match.lastgroup is not None:
+            return plan[by_group[match.lastgroup]]
     return dtype
 
 
 def _pieces(model: Any, load_config: Any, name: str, place: Place, sources: list) -> list[Piece]:
-    """The targets of the tensors that make up a parameter. Raises ValueError unless they are only
-    put side by side."""
+    """The places of the tensors that make up a parameter.
+
+    Raises ValueError unless the parameter is a concatenation of them.
+    """
     if len(sources) == 1 and sources[0][0] is None:
         (_, key, stored), offsets = sources[0], [0]
         if stored.shape != tuple(place.shape):
@@ -262,9 +275,9 @@ def _pieces(model: Any, load_config: Any, name: str, place: Place, sources: list
 def _side_by_side(
     model: Any, load_config: Any, name: str, place: Place, sources: list
 ) -> list[int]:
-    """The first number of each source within a parameter that transformers merges from several.
+    """The offset of each source within a parameter that transformers merges from several.
 
-    Its own rule is run on one number in the place of each source, which shows the place of each.
+    transformers' own rule runs on one number for each source, which shows the order.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
@@ -300,7 +313,7 @@ def _side_by_side(
 
 
 def to_device(hf: nn.Module, device: torch.device) -> nn.Module:
-    """The model with all that has storage on a device; tied parameters stay tied."""
+    """Move all tensors with storage to a device. Tied parameters stay tied."""
     moved: dict[int, nn.Parameter] = {}
     for module in hf.modules():
         for name, parameter in module._parameters.items():

@@ -1,10 +1,9 @@
-"""Weights that stay in their safetensors files: read a band of blocks at a time, while the band
-before computes.
+"""Weights that stay in their safetensors files, and are read a band of blocks at a time.
 
-`placement` opens a model without the parameters of its blocks, which stay on the meta device, and
-says from and to which place each of them is read; `Weights.visit` gives them storage for as long as
-their band is at hand. Files are read by plain reads into buffers that are used again, not mapped:
-pages of a mapped file count as resident.
+A band is read while the one before it computes. `placement` opens a model with the parameters of
+its blocks on the meta device, and finds the place of each parameter in files and buffers.
+`Weights.visit` gives a band's parameters storage while it is the current one. Plain reads fill
+buffers that are used again. Files are not mapped, because pages of a mapped file count as resident.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from ...io import parse_json, read_bytes, write_json
 from ...plan.bands import Room, make_room
 from ..files import DTYPES, Files, Stored
 
-STAGING = 8 << 20  # bytes read at once if they cannot be read into place: another dtype, or a GPU
+STAGING = 8 << 20  # bytes of a staging buffer, for a GPU or another dtype than the file's
 HASHES = ".fastprune-hashes.json"
-HASHES_BYTES = 1 << 16  # at most: eight hashes take about 1,100
+HASHES_BYTES = 1 << 16  # the largest file of hashes; eight hashes take about 1,100 bytes
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Block:
-    """A block's parameters, and the pieces read for them, in the order of the files. size: bytes of
-    its buffer."""
+    """A block's parameters, their pieces in the order of the files, and the bytes of its buffer."""
 
     places: tuple[Place, ...]
     pieces: tuple[Piece, ...]
@@ -60,36 +58,34 @@ class Block:
 
 
 class _InBands:
-    """The bands of blocks that are loaded together.
-
-    room: for blocks.
-    """
+    """The bands of blocks that are loaded together; `room` decides their sizes."""
 
     room: Room
 
     @property
     def bands(self) -> tuple[range, ...]:
-        """Consecutive blocks that are loaded together, ascending: one band of all if they fit."""
+        """The bands: consecutive blocks that are loaded together, in one band if all fit."""
         return self.room.bands
 
     @property
     def take_turns(self) -> bool:
-        """Whether blocks have to wait until others have run."""
+        """Whether blocks must wait until others have run."""
         return len(self.bands) > 1
 
     def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """Bands, one after the other, each with its blocks' weights in place while it is the
-        current one."""
+        """Yield bands, each with its blocks' weights loaded while it is the current one."""
         raise NotImplementedError
 
     def blocks(self) -> Iterator[int]:
-        """All blocks, each with its weights in place while it is the current one."""
+        """Yield all blocks, each with its weights loaded while it is the current one."""
         return (block for band in self.visit(self.bands) for block in band)
 
 
 class ResidentWeights(_InBands):
-    """The blocks of a model whose weights all stay loaded: one band, and nothing is ever read. It
-    answers as `Weights` does, so that no caller needs to ask which of the two a model has."""
+    """The blocks of a model whose weights all stay loaded: one band, and no reads.
+
+    It has the methods of `Weights`, so that no caller needs to know which of the two a model has.
+    """
 
     streamed = False
     loads = bytes = 0
@@ -107,18 +103,20 @@ class ResidentWeights(_InBands):
         return iter(bands)
 
     def release(self) -> None:
-        """Nothing can be given back."""
+        """Do nothing: all weights stay loaded."""
 
     def remembered(self, key: Callable[[], str], work: Callable[[], str]) -> str:
-        """The hash that `work` gives; nothing is kept in a file."""
+        """Compute the hash by `work`; no file keeps it."""
         return work()
 
 
 class Weights(_InBands):
-    """The blocks of a model whose weights stay in files; `visit` brings them in, band by band.
+    """The blocks of a model whose weights stay in files; `visit` loads them, band by band.
 
-    loads: blocks that were read so far; bytes: of files; waited: seconds that computing stood still
-    for them.
+    Attributes:
+        loads: The number of blocks read so far.
+        bytes: The bytes of files read so far.
+        waited: The seconds that computing waited for reads.
     """
 
     streamed = True
@@ -139,8 +137,10 @@ class Weights(_InBands):
         self.waited = 0.0
 
     def start(self, limit: int, resident: int, device: torch.device, name: str) -> None:
-        """Take a limit in bytes, of which `resident` are for weights that stay loaded. Raises
-        InputError for one too small."""
+        """Set a limit in bytes, of which `resident` are for weights that stay loaded.
+
+        Raises InputError if the limit is too small.
+        """
         self._device = device
         direct = device.type == "cpu" and all(
             piece.dtype == DTYPES[piece.stored.dtype]
@@ -152,20 +152,19 @@ class Weights(_InBands):
 
     @property
     def identity(self) -> list[list]:
-        """The identity of the files, equal as long as none changes. Raises InputError if one
-        did."""
+        """The identity of the files. Raises InputError if one has changed."""
         self._files.check()
         return self._files.identity
 
     def block_of(self, name: str) -> int | None:
-        """The block that a parameter of the model belongs to; None for one that stays loaded."""
+        """The block of a parameter; None for a parameter that stays loaded."""
         return self._block_of.get(name)
 
     def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
         """See `_InBands.visit`.
 
-        The next band is read meanwhile, as far as it fits. A block still in memory is not read
-        again. Raises InputError if a file has changed.
+        While a band is the current one, the blocks of the next one are read that fit. A block in
+        memory is not read again. Raises InputError if a file has changed.
         """
         bands = list(bands)
         for band, following in zip(bands, [*bands[1:], ()]):
@@ -182,7 +181,7 @@ class Weights(_InBands):
             yield band
 
     def release(self) -> None:
-        """Free all loaded blocks; a block needed again is read again."""
+        """Free all loaded blocks. A later visit reads them again."""
         self._settle()
         for block in list(self._loaded):
             self._release(block)
@@ -190,12 +189,12 @@ class Weights(_InBands):
         self._made = 0
 
     def remembered(self, key: Callable[[], str], work: Callable[[], str]) -> str:
-        """The hash kept beside the files under a key; without one, the hash that `work` gives,
-        which is kept from then on."""
+        """Return the hash kept beside the files under a key; else compute it by `work`, and keep
+        it."""
         name = key()
         path = self.folder / HASHES
         known: dict = {}
-        # anybody may have put a file there: a foreign one counts as none
+        # any program may have put a file there; one of another form is ignored
         with suppress(OSError, InputError):
             said = parse_json(read_bytes(path, HASHES_BYTES), str(path))
             known = said if isinstance(said, dict) else {}
@@ -204,15 +203,12 @@ class Weights(_InBands):
             return found
         found = work()
         self._files.check()
-        with suppress(
-            OSError
-        ):  # a folder that cannot be written to: it is worked out again each time
+        with suppress(OSError):  # a read-only folder: the hash is computed each time
             write_json(path, {**dict(list(known.items())[-7:]), name: found}, replace=True)
         return found
 
     def _read(self, wanted: Sequence[int], keep: Sequence[int]) -> None:
-        """Begin to read blocks, in the background, as many as there is room for without those in
-        `keep`."""
+        """Begin to read blocks in the background, as many as fit beside those in `keep`."""
         places = []
         try:
             for block in wanted:
@@ -220,7 +216,7 @@ class Weights(_InBands):
                 if buffer is None:
                     break
                 places.append((block, buffer))
-        except BaseException:  # memory ran out: the buffers collected serve the next time
+        except BaseException:  # memory ran out: a later read uses the buffers
             self._free += [buffer for _, buffer in places]
             raise
         if places:
@@ -232,21 +228,24 @@ class Weights(_InBands):
             self._reading = _Reading(lambda: self._fill(places, ready), places)
 
     def _buffer(self, block: int, keep: Sequence[int]) -> torch.Tensor | None:
-        """A buffer for a block; if all are taken, that of the block not in `keep` needed last, when
-        blocks ascend and begin again: the one just before."""
+        """Return a buffer for a block.
+
+        If all are taken, a block outside of `keep` gives its buffer: the one that is needed last
+        when blocks ascend and begin again, which is the one just before.
+        """
         if self._free:
             return self._free.pop()
         if self._made < self.room.places:
-            made = torch.empty(self.room.block_bytes, dtype=torch.uint8, device=self._device)
+            buffer = torch.empty(self.room.block_bytes, dtype=torch.uint8, device=self._device)
             self._made += 1
-            return made
+            return buffer
         others = [other for other in self._loaded if other not in keep]
         if not others:
             return None
         return self._release(max(others, key=lambda other: (other - block) % len(self._blocks)))
 
     def _settle(self) -> None:
-        """Wait for the current read, and put its blocks in place."""
+        """Wait for the current read, and give its blocks their storage."""
         if self._reading is None:
             return
         reading = self._reading
@@ -270,7 +269,7 @@ class Weights(_InBands):
             )
 
     def _release(self, number: int) -> torch.Tensor:
-        """Take a block's weights away; the buffer that they were in."""
+        """Take a block's storage away, and return its buffer."""
         for place in self._blocks[number].places:
             place.module._parameters[place.name] = nothing(place.shape, place.dtype)
         return self._loaded.pop(number)
@@ -280,8 +279,10 @@ class Weights(_InBands):
     def _fill(
         self, places: Sequence[tuple[int, torch.Tensor]], ready: torch.cuda.Event | None
     ) -> None:
-        """Read blocks into their buffers; on a GPU, on a stream of its own, once the current work
-        is done with these."""
+        """Read blocks into their buffers.
+
+        A GPU copies them on a stream of its own, after the current work that uses the buffers.
+        """
         if ready is not None:
             self._stream.wait_event(ready)
         for number, buffer in places:
@@ -313,8 +314,7 @@ class Weights(_InBands):
                 part.copy_(raw.view(dtype))
 
     def _stage(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """A staging buffer whose last copy is done, and on a GPU the event to record after the
-        next."""
+        """A free staging buffer, and on a GPU the event to record after its next copy."""
         is_gpu = self._device.type == "cuda"
         if len(self._staging) < (2 if is_gpu else 1):
             event = torch.cuda.Event() if is_gpu else None
@@ -336,8 +336,7 @@ class Weights(_InBands):
 
 
 class _Reading(threading.Thread):
-    """A thread of its own for reads in the background. A daemon: nobody waits for it at the end of
-    a process."""
+    """A thread for reads in the background. It is a daemon: the end of a process does not wait."""
 
     def __init__(self, work: Callable[[], None], places: Sequence[tuple[int, torch.Tensor]]):
         super().__init__(name="fastprune-reading", daemon=True)
@@ -348,7 +347,7 @@ class _Reading(threading.Thread):
     def run(self) -> None:
         try:
             self._work()
-        except BaseException as error:  # whoever waits raises it
+        except BaseException as error:  # `wait` returns it, and its caller raises it
             self._error = error
 
     def wait(self) -> BaseException | None:

@@ -22,7 +22,7 @@ MODULES = {"torch": "plain", "native": "compiled", "triton": "kernels"}
 
 
 class Operators(Protocol):
-    """The functions of a module of operators; `plain` says what each computes."""
+    """The functions of a module of operators. `plain` defines them."""
 
     name: str
     add_rms_norm: Callable[..., torch.Tensor]
@@ -55,13 +55,13 @@ class Operators(Protocol):
 
 
 def operators_named(name: str) -> Operators:
-    """A set of operators: "torch", "native", or "triton", which needs that package."""
+    """Return a set of operators: "torch", "native", or "triton", which needs that package."""
     module: Any = importlib.import_module(f".{MODULES[name]}", __name__)
     return module
 
 
 def fast_operators(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The name of the set made for a device, None if none can run."""
+    """The name of the set for a device and dtype; None if it cannot run."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if device.type == "cuda":

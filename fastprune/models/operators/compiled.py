@@ -21,8 +21,7 @@ name = "native"
 def plan_attention(
     rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
 ) -> object:
-    """Two runs of places for each token; rows whose branches do not each stand in one piece go to
-    torch."""
+    """Plan two runs of places for each token. Rows with branches in several pieces run on torch."""
     branch, position = rows.trees
     seen = seen_runs(position, branch, rows.windowed(window))
     if seen is None:

@@ -1,5 +1,4 @@
-"""Triton's operators, on a GPU; matrix products are torch's, and attention over plain rows, see
-`plan_attention`."""
+"""Triton's operators, on a GPU. Matrix products, and attention over plain rows, are torch's."""
 
 from __future__ import annotations
 
@@ -27,9 +26,12 @@ name = "triton"
 def plan_attention(
     rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
 ) -> object:
-    """Plain rows go to torch's flash attention if it serves them, and in float32 to its
-    memory-efficient kernel. This one takes no grouped heads: torch would hold all scores of a row,
-    so they go to tree_attention, as trees, windows and soft caps do."""
+    """Choose the kernel of attention.
+
+    Plain rows run on torch's flash attention if it supports them, and in float32 on its
+    memory-efficient kernel. The latter does not support grouped heads: torch would hold all scores
+    of a row. So grouped heads in float32, trees, windows and soft caps run on tree_attention.
+    """
     window = rows.windowed(window)
     is_plain = rows.branch is None and window is None and not capped
     if is_plain and not (grouped and rows.dtype is torch.float32):

@@ -1,7 +1,6 @@
 """Plain torch: the reference for the other sets.
 
-`fastprune_kernels.reference` says what each operator computes; those on states and heads may work
-in place.
+`fastprune_kernels.reference` defines the operators. Those on states and heads may work in place.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .rows import Rows, Segments
 __all__ = ["add_rms_norm", "attention", "gated_mlp", "head", "numerics", "plan_attention", "rotary"]
 
 name = "torch"
-# tokens of a row: up to here one mask of [T, T] serves all its heads, longer ones go by segments
+# the most tokens of a row whose heads share one [T, T] mask; longer rows are cut into segments
 DENSE = 512
 
 
@@ -39,7 +38,7 @@ def add_rms_norm(
     centered: bool = False,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """norm(states + branch) * weight + bias; the sum goes to `residual` as well."""
+    """Compute norm(states + branch) * weight + bias; `residual` receives the sum."""
     x, normed = reference.add_rms_norm(states, weight, eps, branch, unit_offset, centered, bias)
     if residual is not None:
         residual.copy_(x)
@@ -49,9 +48,14 @@ def add_rms_norm(
 def plan_attention(
     rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
 ) -> object:
-    """The plan of a chunk's rows for `attention`, made once for all layers with this window.
+    """Plan the attention of a chunk's rows, once for all layers with this window.
 
-    grouped: whether several heads share a key head. capped: whether scores have a soft cap.
+    Args:
+        rows: The rows.
+        head_dim: Columns of a head.
+        grouped: Whether several heads share a key head.
+        window: The sliding window, or None.
+        capped: Whether scores have a soft cap.
     """
     window = rows.windowed(window)
     if rows.branch is None and window is None:
@@ -70,8 +74,7 @@ def attention(
     scale: float,
     soft_cap: float | None = None,
 ) -> torch.Tensor:
-    """[T, heads * Dh]: causal attention within each row, along its tree, by torch's fused
-    kernels."""
+    """Causal attention within each row, along its tree, by torch's kernels. [T, heads * Dh]"""
     rows, seen = plan
     heads = qkv.view(rows.num_rows, rows.length, num_heads + 2 * num_kv_heads, -1).transpose(1, 2)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -100,7 +103,7 @@ def head(
     scale: float,
     soft_cap: float | None,
 ) -> Head:
-    """A model's head, for these operators. scale, soft_cap: of its logits."""
+    """A model's head on these operators, with the scale and soft cap of its logits."""
     return Head(model, norm)
 
 

@@ -1,4 +1,4 @@
-"""The rows of a chunk, and long ones cut into segments, for plans of attention."""
+"""The rows of a chunk, and long rows cut into segments, for plans of attention."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from ..tree import seen_by, segments
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a chunk, B of T tokens. positions and branch int64[B, T]; None for plain causal
-    rows. dtype: of the states."""
+    """The rows of a chunk, B of T tokens.
+
+    `positions` and `branch` are int64[B, T], or None for plain causal rows. `dtype` is that of the
+    states.
+    """
 
     num_rows: int
     length: int
@@ -24,13 +27,12 @@ class Rows:
     dtype: torch.dtype
 
     def windowed(self, window: int | None) -> int | None:
-        """The sliding window, None if every row fits into it."""
+        """The sliding window; None if every row fits into it."""
         return None if window is None or window >= self.length else window
 
     @cached_property
     def trees(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Branch and position of every token, int64[B, T]; of plain rows, which are all alike,
-        int64[1, T]."""
+        """Branch and position of every token, int64[B, T]; int64[1, T] for equal plain rows."""
         if self.branch is not None:
             assert self.positions is not None
             return self.branch, self.positions
@@ -40,10 +42,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Segments:
-    """A long row, positions and branch int64[1, T], cut into segments: (queries, keys, which of
-    these they see).
+    """A long row, positions and branch int64[1, T], cut into segments.
 
-    Each iteration computes the masks again, so that one segment's mask at a time is held.
+    Iteration yields queries, keys and their mask. It computes the masks each time, so that one
+    segment's mask is held at a time.
     """
 
     positions: torch.Tensor
