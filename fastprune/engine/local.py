@@ -335,8 +335,7 @@ class LocalRuns:
     def _run_dense(
         self, problem: Problem, sequences: Sequence[Units], missing: Missing, tell: _UnitProgress
     ) -> None:
-        """Compute and hold the dense model's final states of the missing chunks, if the measure needs
-        them."""
+        """Compute and hold the dense model's final states of the missing chunks, if needed."""
         lacking = self._reference.missing(missing)
         if not lacking:
             return
