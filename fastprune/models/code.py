@@ -126,7 +126,7 @@ def sources(hf: nn.Module) -> list[str]:
 
 
 def foreign_code(hf: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the functions of a model's forward pass that are not of its own package.
+    """Yield the functions of a model's forward pass from outside its own package.
 
     Examples are a replaced forward of a class, or a replaced function of its Python module.
     `own_forward` and `hooks_of` find forwards and hooks of single modules.

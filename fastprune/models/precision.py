@@ -1,4 +1,4 @@
-"""The dtype in which a CPU computes, and 16-bit weights that are widened when they are used.
+"""The dtype in which a CPU computes, and 16-bit weights, widened when they are used.
 
 Without instructions for bfloat16, torch's products in it are many times slower than in float32. A
 16-bit number is a float32 number, too, so widened weights lose no digit.
