@@ -1,4 +1,4 @@
-// Which of the builds of the inner loops runs.
+// Chooses the build of the inner loops that runs.
 #pragma once
 
 #include <string>
@@ -15,13 +15,13 @@ struct InstructionSet {
     const CpuKernels& cpu;
 };
 
-// Those that this processor runs, the fastest last.
+// The builds that this processor runs, the fastest last.
 const std::vector<InstructionSet>& instruction_sets();
 
-// The one in use: the fastest, unless a test chose another.
+// The build in use: the fastest, unless a test chose another.
 const InstructionSet& instruction_set();
 
-// For tests, while nothing else runs. Throws std::invalid_argument for one that this processor does not have.
+// For tests, while no operator runs. Throws std::invalid_argument for a build that this processor lacks.
 void use_instruction_set(const std::string& name);
 
 }  // namespace fastprune

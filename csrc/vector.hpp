@@ -39,7 +39,7 @@ inline float to_float(Bfloat16 x) {
     return result;
 }
 
-// How many lanes of a vector are elements: all, or at the end of a row the first few.
+// The number of lanes that hold elements: all, or at the end of a row the first few.
 struct All {};
 struct First {
     long count;
@@ -100,7 +100,7 @@ inline Vec rounded_to(const Bfloat16*, Vec v) {
     return reinterpret_cast<Vec>(v == v ? (b + 0x7fffU + ((b >> 16) & 1U)) & 0xffff0000U : nan);
 }
 
-// Stores what rounding would not change.
+// Stores values that rounding does not change.
 inline void store_rounded(float* p, Vec v, All) {
     __builtin_memcpy(p, &v, sizeof v);
 }
@@ -157,8 +157,8 @@ inline float sum(Vec v) {
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-// For x in -87..88, with an error of about a unit in the last place; NaN stays NaN. Anything else gives
-// anything. exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2.
+// For x in -87..88, with an error of about a unit in the last place; NaN stays NaN. The result for other x is
+// undefined. exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2.
 inline Vec exp(Vec x) {
     const Vec shift =
         broadcast(12583039.0F);  // 1.5 * 2^23 + 127: adding it rounds, and leaves n + 127 in the low bits

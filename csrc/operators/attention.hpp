@@ -1,10 +1,10 @@
 // Attention in float32 over the keys that each query sees. For files that are compiled once per instruction set
 // only.
 //
-// Keys and values of a head are copied once, keys transposed into panels. Then a block of queries at a time: its
-// scores, their exponentials, the weighted sums of the values, in tiles of registers. What a query gets depends
-// on the keys that it sees alone: every sum has an order that places in the row decide, and a key that is not
-// seen adds zero. (Unless its value is not finite: that may show in the other queries of a tile.)
+// Keys and values of a head are copied once; keys are transposed into panels. Then each block of queries runs:
+// its scores, their exponentials, and the weighted sums of values, in tiles of registers. A query's result
+// depends only on the keys that it sees: places in the row decide the order of every sum, and a hidden key adds
+// zero. (If a hidden value is not finite, it may show in the other queries of a tile.)
 #pragma once
 
 #include "cpu_kernels.hpp"
@@ -22,7 +22,7 @@ constexpr long kTiles = Attention::kBlock / kTile;  // of a block, which passes 
 static_assert(Attention::kBlock % kTile == 0, "blocks of whole tiles");
 static_assert(Attention::kPad % kPanel == 0, "scratch has room for whole panels");
 
-// What a thread holds of the head that it works on.
+// A thread's copy of the current head.
 struct Copies {
     long columns;    // head_dim, up to whole vectors
     long padded;     // keys, up to whole panels
@@ -40,7 +40,7 @@ struct Copies {
           scores(queries + Attention::kBlock * a.head_dim) {}
 };
 
-// Up to kTile queries; the keys that some of them sees lie in the two runs, the first before the second.
+// Up to kTile queries. The two runs, the first before the second, hold all keys that any of them sees.
 struct Tile {
     long first = 0;  // in its block
     long count = 0;
@@ -69,7 +69,7 @@ struct Tile {
 
     long end() const { return runs.second_begin < runs.second_end ? runs.second_end : runs.first_end; }
 
-    // How many vectors of the panel that begins there hold keys up to the last; 0 where none is seen.
+    // The vectors of the panel from here on that hold keys up to the last; 0 if no key is seen.
     int vectors(long begin) const {
         const auto holds = [=](long from, long to) { return from < to && from < begin + kPanel && begin < to; };
         if (!holds(runs.first_begin, runs.first_end) && !holds(runs.second_begin, runs.second_end)) return 0;
@@ -217,7 +217,7 @@ inline void add_values(const Tile& tile, const Copies& copies, long column, Vec 
     }
 }
 
-// One query's means; columns: how many the head has from here on.
+// One query's means; columns: the head's columns from here on.
 template <int N, class T>
 inline void store_means(const Vec (&sums)[N], float total, T* to, long columns) {
     for (int v = 0; v < N; ++v, columns -= kWidth) {
@@ -244,7 +244,7 @@ void average(const Attention& a, const Tile& tile, const float (&totals)[kTile],
     }
 }
 
-// What up to kBlock queries of one head get; out begins with the first of these.
+// The results of up to kBlock queries of one head; out begins with the first query.
 template <class T>
 void attend(const Attention& a, const Attention::Seen* seen, long count, const Copies& copies, T* out) {
     const long stride = a.heads * a.head_dim;

@@ -60,7 +60,7 @@ inline Vec squares_of(const T* x, long columns) {
     });
 }
 
-// A row's mean, and the squares of what is left without it as sums over lanes.
+// A row's mean, and the squares of the differences to it as sums over lanes.
 template <class T>
 inline float center(const T* x, long columns, Vec& squares) {
     const float mean = sum(lane_sums(columns, [=](long i, auto lanes) { return load(x + i, lanes); })) /
@@ -82,7 +82,7 @@ void add_rms_norm(const AddRmsNorm& a, long begin, long end) {
         const T* x = static_cast<const T*>(a.states) + base;
         T* normed = static_cast<T*>(a.normed) + base;
         Vec squares;
-        // without a place of its own the sum waits where its norm will stand
+        // without a place of its own, the sum waits in the place of its norm
         T* added = a.residual != nullptr ? static_cast<T*>(a.residual) + base : normed;
         if (a.branch != nullptr) {
             const T* branch = static_cast<const T*>(a.branch) + base;
@@ -233,7 +233,7 @@ void gated_mlp(const GatedMlp& a, long begin, long end) {
     }
 }
 
-// The greatest element that is not NaN, -inf where there is none.
+// The greatest element besides NaN; -inf if all are NaN.
 template <class T>
 float maximum(const T* x, long columns) {
     Vec most[4] = {};

@@ -18,12 +18,12 @@ namespace fastprune {
 
 namespace {
 
-// A thread is worth waking for this many elements (torch's own grain).
+// The least elements for which another thread is worth its start (torch's own grain).
 constexpr std::int64_t kGrain = 32768;
 
 constexpr std::int64_t kLine = 16;  // floats of a cache line
 
-// run(thread, begin, end) on shares of the rows, with at most so many threads.
+// Calls run(thread, begin, end) on shares of the rows, with at most this number of threads.
 template <class Run>
 void share_out(std::int64_t rows, std::int64_t columns, int threads, Run run) {
     const std::int64_t useful = std::min(rows, rows * columns / kGrain);

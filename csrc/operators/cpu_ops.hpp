@@ -1,5 +1,5 @@
-// The CPU operators of the fused path: rows of the kernels shared out among threads. What each computes is
-// said in docs/kernels.md; a row's result depends on neither the other rows nor the number of threads.
+// The CPU operators of the fused path, which divide the rows of the kernels among threads. docs/kernels.md
+// defines them. A row's result depends neither on the other rows nor on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,7 @@ enum class Dtype { float32, bfloat16 };
 
 void add_rms_norm(const AddRmsNorm& arguments, std::int64_t rows, Dtype dtype, int threads);
 
-// Throws std::invalid_argument, with qkv untouched, where a position lies outside the tables' `positions`
-// rows.
+// Throws std::invalid_argument, with qkv unchanged, for a position outside of the tables' `positions` rows.
 void rotary(const Rotary& arguments, std::int64_t rows, std::int64_t positions, Dtype dtype, int threads);
 
 void gated_mlp(const GatedMlp& arguments, std::int64_t rows, Dtype dtype, int threads);
@@ -22,7 +21,7 @@ void log_sum_exp(const LogSumExp& arguments, std::int64_t rows, Dtype dtype, int
 
 void divergence(const Divergence& arguments, std::int64_t rows, Dtype dtype, int threads);
 
-// rows: of tokens, each of `length`. Throws std::invalid_argument where seen holds anything but runs of places.
+// rows: of `length` tokens each. Throws std::invalid_argument unless seen holds runs of places.
 void attention(const Attention& arguments, std::int64_t rows, Dtype dtype, int threads);
 
 }  // namespace fastprune

@@ -16,7 +16,7 @@
 
 namespace fastprune {
 
-// A subtree that nobody has finished: what is decided, and a point to start its relaxation from.
+// An unfinished subtree: its decided variables, and the start of its relaxation.
 struct Subtree {
     std::shared_ptr<const Relaxation> relaxation;
     Subset in;
@@ -38,11 +38,11 @@ class SubtreeQueue {
     bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
     const std::atomic<bool>& stop_flag() const { return stopped_; }
 
-    // Somebody waits and nothing is queued.
+    // Whether a thread waits while the queue is empty.
     bool hungry() const { return hungry_.load(std::memory_order_relaxed); }
     std::size_t size() const { return size_.load(std::memory_order_relaxed); }
 
-    // After the workers have ended: the least bound of what is left, +inf if nothing.
+    // After the workers have ended: the least bound of the remaining subtrees, +inf without any.
     double lowest_bound() const;
 
   private:

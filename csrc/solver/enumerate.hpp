@@ -1,4 +1,4 @@
-// Going through every completion of a partial subset.
+// Enumerates every completion of a partial subset.
 #pragma once
 
 #include <atomic>

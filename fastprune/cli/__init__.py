@@ -38,8 +38,7 @@ def main() -> None:
     if instruction := os.environ.get(COMPLETE):
         sys.exit(shell_complete(cli, {}, "fastprune", COMPLETE, instruction))
     try:
-        # not cli.main, which takes any broken pipe for a reader that went away, and calls it status
-        # 1
+        # not cli.main, which treats every broken pipe as a reader that closed, and gives status 1
         with cli.make_context("fastprune", sys.argv[1:]) as context:
             cli.invoke(context)
         sys.exit(0)

@@ -314,7 +314,7 @@ class PrefixCache:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of the limit that are not used."""
+        """Unused bytes of the limit."""
         return int(self._share * sum(self._limits().values())) - self.bytes
 
     @property
@@ -390,7 +390,7 @@ class PrefixCache:
         return state
 
     def evict(self, chunk: int, prefixes: Iterable[Units]) -> None:
-        """Drop those of these states that are held."""
+        """Drop the held ones among these states."""
         for prefix in prefixes:
             tier = self._states.tier_of((chunk, prefix))
             if tier is not None:

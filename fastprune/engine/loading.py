@@ -62,7 +62,7 @@ class Loading:
         Args:
             schedules: The schedule of each chunk, by number.
             chunks: The chunks.
-            references: Bytes of dense references that are held.
+            references: Bytes of the held dense references.
         """
         numbers, model = list(schedules), self._model
         if not model.weights.take_turns or not numbers:

@@ -26,8 +26,8 @@ class Part(NamedTuple):
 
     Attributes:
         wanted: Whether the chunk of each continuation runs, bool[C].
-        cut: A row that runs alone, and the number of its tokens that are read. It adds one column
-            of sums. None without such a row.
+        cut: A row that runs alone, and the number of tokens to read of it. It adds one column of
+            sums. None without such a row.
     """
 
     wanted: np.ndarray
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
     Attributes:
         samples: int64[n], ascending, with a cut one last.
         part: Their part of the calibration set.
-        cut_targets: The number of targets that are read of the cut sample; None without one.
+        cut_targets: The number of targets in the cut sample's part; None without one.
     """
 
     samples: np.ndarray
@@ -85,7 +85,7 @@ def choose(objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: in
 
 
 def _cut_of(objective: Objective, samples: np.ndarray, tokens: int) -> tuple[int, int] | None:
-    """The row of the last sample, and the number of its tokens that are read; None for all."""
+    """The row of the last sample, and the number of tokens to read of it; None for all."""
     if not objective.cuts_samples:
         raise InputError(
             f"tokens cuts a row of text; the samples of {objective.name!r} are questions, which "

@@ -1,8 +1,8 @@
-"""The code that runs a model: its classes, the functions that they call, hooks, and forwards of
-single modules; and the part of it from outside its package.
+"""The code that runs a model: classes, functions, hooks, and forwards of single modules.
 
-A namespace is a dictionary of functions by name: of a class, a Python module, or a registry such as
-transformers' attention functions.
+Foreign code is the part that does not come from the model's own package. A namespace is a
+dictionary of functions by name: of a class, a Python module, or a registry such as transformers'
+attention functions.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Namespace(NamedTuple):
 
 
 def own_forward(module: nn.Module) -> Any:
-    """The forward that was set on a module itself; None if its class's runs.
+    """The forward that was set on a module itself; None if its class's forward runs.
 
-    A forward that was taken from the class and put back is the class's.
+    A class's forward that was set again on the module counts as the class's.
     """
     forward = vars(module).get("forward")
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
@@ -57,7 +57,7 @@ def hooks_of(module: nn.Module) -> list[tuple[Any, bool]]:
 
 
 def global_hooks() -> list[dict]:
-    """torch's hooks on every module there is, by kind."""
+    """torch's hooks on all modules of the process, by kind."""
     return [
         value
         for name, value in vars(nn.modules.module).items()
@@ -66,8 +66,11 @@ def global_hooks() -> list[dict]:
 
 
 def namespaces(modules: Iterable[nn.Module]) -> list[Namespace]:
-    """The namespaces that the forward passes of these modules read: their classes, the Python
-    modules that define them, those of the functions that these import, and registries."""
+    """The namespaces that the forward passes of these modules read.
+
+    They are the modules' classes, the Python modules that define these, the Python modules of
+    imported functions, and registries.
+    """
     kinds = dict.fromkeys(map(type, modules))
     classes = dict.fromkeys(kind for leaf in kinds for kind in leaf.__mro__ if kind is not object)
     forwards = [kind for kind in classes if "forward" in vars(kind) and kind is not nn.Module]
@@ -109,8 +112,10 @@ def _registry(value: Any) -> list[dict]:
 
 
 def sources(hf: nn.Module) -> list[str]:
-    """The functions that a model's Python modules call by name, each with the place of its
-    definition: equal in every process whose packages are equal and unchanged."""
+    """The functions that a model's Python modules call, with the places of their definitions.
+
+    The list is equal in all processes with equal, unchanged packages.
+    """
     return sorted(
         f"{space.owner.__name__}.{name}: {value.__module__}.{value.__qualname__}"
         for space in namespaces(hf.modules())
@@ -121,10 +126,13 @@ def sources(hf: nn.Module) -> list[str]:
 
 
 def foreign_code(hf: Any) -> Iterator[tuple[str, Any]]:
-    """Functions that a model's forward pass reads and that its own package did not put there, with
-    their places: a class's forward that was replaced, a function of its Python module.
+    """Yield the functions of a model's forward pass from outside its own package.
 
-    Forwards and hooks of single modules are not among them (`own_forward`, `hooks_of`).
+    Examples are a replaced forward of a class, or a replaced function of its Python module.
+    `own_forward` and `hooks_of` find forwards and hooks of single modules.
+
+    Yields:
+        The place of a function, and the function.
     """
     modules = list(hf.modules())
     configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
@@ -142,8 +150,7 @@ def foreign_code(hf: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_own(name: str, value: Any, owner: Any) -> bool:
-    """Whether a function is in the place in which its own package put it, as far as its code's file
-    and its name tell."""
+    """Whether a function is in its package's own place, by its code's file and its name."""
     function: Any = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
     code = getattr(function, "__code__", None)
     if code is None:

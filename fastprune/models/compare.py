@@ -39,8 +39,10 @@ def same_bits(result: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def agree(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two tensors are equal up to a few roundings of a dtype, by relative norm, and not
-    finite at the same places."""
+    """Whether two tensors are equal up to a few roundings of a dtype, by relative norm.
+
+    Values that are not finite must be at the same places.
+    """
     finite = expected.isfinite()
     if result.shape != expected.shape or not torch.equal(result.isfinite(), finite):
         return False
@@ -60,5 +62,5 @@ def agreeing_share(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dt
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """A few roundings."""
+    """A few roundings of a dtype, as a relative error."""
     return max(8 * torch.finfo(dtype).eps, 1e-5)

@@ -1,4 +1,4 @@
-"""How much memory a device has free, and whether an error says that it ran out."""
+"""The free memory of a device, and the errors that report too little of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 
 
 def available_bytes(device: torch.device) -> int:
-    """The bytes that a device can still allocate: a GPU's free and cached memory; on a host, the
-    memory that its kernel reports as available, within the limits of its control group."""
+    """The bytes that a device can still allocate.
+
+    On a GPU these are its free and its cached memory. On a host it is the memory that the kernel
+    reports as available, within the limits of the control group.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -37,7 +40,7 @@ def available_bytes(device: torch.device) -> int:
             if match := re.search(rf"^{cached} (\d+)$", (group / counts).read_text(), re.MULTILINE):
                 left += int(
                     match[1]
-                )  # pages of files, which the kernel takes back when they are wanted
+                )  # pages of files, which the kernel frees when memory is needed
             available = min(available, max(0, left))
     return available
 
@@ -51,7 +54,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the host."""
+    """Whether an exception reports that memory ran out, on a GPU or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

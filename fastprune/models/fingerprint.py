@@ -34,31 +34,31 @@ _NUMBERS = itertools.count()
 
 
 def number_of(thing: object) -> int:
-    """A number that stands for an object of which nothing else is known, such as a hook: no other
-    object's in this process. (Its address is another's as soon as it is gone.)"""
+    """A number that identifies an object, such as a hook, in this process.
+
+    An address would not: once an object is freed, another object may get it.
+    """
     known = _MARKS.get(id(thing))
     if known is None or known[0]() is not thing:
         reference: Callable[[], object]
         try:
             reference = weakref.ref(thing)
-        except TypeError:  # a kind that cannot be told when it is gone: it never is
+        except TypeError:  # an object without weak references is kept alive
             reference = functools.partial(lambda kept: kept, thing)
         known = _MARKS[id(thing)] = (reference, next(_NUMBERS))
     return known[1]
 
 
 def mark(thing: object) -> str:
-    """The same as a text, unique to this object among all processes."""
+    """A text that identifies an object among all processes."""
     return f"{_PROCESS}-{os.getpid()}-{number_of(thing)}"
 
 
 def machine_fingerprint(device: torch.device) -> dict[str, object]:
-    """Plain values, by name: equal on two machines whose results have the same bits as far as is
-    known.
+    """Plain values by name that decide the bits of results on a machine.
 
-    Software versions and torch's build (its BLAS among it), the device and what it computes with,
-    the backends of attention, and every global switch of torch that chooses or changes a matrix
-    product.
+    They are software versions, torch's build with its BLAS, the device with its instructions, the
+    backends of attention, and every global switch of torch that changes a matrix product.
     """
     return {
         **_software(),
@@ -74,7 +74,7 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
 
 @functools.cache
 def _software() -> dict[str, object]:
-    """Releases, and the hash of torch's build, which no switch changes."""
+    """Versions, and the hash of torch's build."""
     import transformers
 
     return {
@@ -93,7 +93,7 @@ def _float32_precision() -> str:
 
 
 def _global_hooks() -> list[str]:
-    """Hooks on every module there is."""
+    """Hooks on all modules of the process."""
     return [mark(hook) for hooks in global_hooks() for hook in hooks.values()]
 
 

@@ -1,5 +1,7 @@
-"""A folder of safetensors as a transformers model: checked against its config, with the blocks'
-weights left in their files if these are streamed, and those of its towers."""
+"""A folder of safetensors as a transformers model, checked against its config.
+
+Streamed weights of blocks stay in their files, and so may the weights of towers.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,15 @@ class Folder:
 
     Attributes:
         name: Its name for messages.
-        trusted: Whether code that comes with it may run.
+        trusted: Whether the checkpoint's own code may run.
         dtype: The dtype of its weights.
         quantized: Whether they are quantized, and dequantized as they are loaded.
-        prefix: A prefix of all names that was left out of them; "" for none.
-        left: The weights that stayed in the files when the model was loaded last.
-        has_towers: Whether the model that was loaded last takes other inputs than text.
+        prefix: A prefix that was removed from all names; "" for none.
+        left: The weights that stayed in the files at the last load.
+        has_towers: Whether the last loaded model takes other inputs besides text.
 
     Raises:
-        InputError: Anything is missing or damaged.
+        InputError: A file is missing or damaged.
     """
 
     def __init__(self, path: Path, name: str, trust_remote_code: bool):
@@ -61,12 +63,12 @@ class Folder:
         self._encodes = False  # whether it has an encoder beside its decoder
 
     def load(self, dtype: str | torch.dtype, streamed: bool, text_only: bool) -> Any:
-        """The transformers model in a dtype.
+        """Load the transformers model.
 
         Args:
-            dtype: "auto" is the checkpoint's own.
-            streamed: Whether the weights of its blocks stay in the files.
-            text_only: Whether those of its towers do.
+            dtype: The dtype; "auto" is the checkpoint's own.
+            streamed: Whether the weights of blocks stay in the files.
+            text_only: Whether the weights of towers stay in the files.
 
         Raises:
             InputError: The checkpoint does not fit its config, or cannot be loaded.
@@ -99,7 +101,7 @@ class Folder:
                     )
             else:
                 hf, report = self._with_attention(config, dtype)
-        except Exception as error:  # of any kind: the folder's content brought it about
+        except Exception as error:  # any kind: the folder's content caused it
             if not self.trusted and "trust_remote_code" in str(error):
                 raise InputError(
                     f"{self.name}: brings code of its own, which runs only with "
@@ -119,7 +121,7 @@ class Folder:
         return hf
 
     def load_widened(self, text_only: bool) -> tuple[Any, str]:
-        """A checkpoint in 16 bits as a model that runs in float32, and how that was done."""
+        """Load a 16-bit checkpoint to run in float32; also return the way of widening."""
         needed = 4 * sum(
             math.prod(shape) * (2 if kind == "U8" else 1)  # two numbers of 4 bits in a byte
             for name, (kind, shape) in self._tensors.items()
@@ -137,7 +139,7 @@ class Folder:
         return hf, "its weights were widened to float32, which loses nothing"
 
     def _with_attention(self, config: Any, dtype: str | torch.dtype) -> Any:
-        """The model and transformers' report, with attention that takes masks of ours."""
+        """Load the model, with attention that takes masks; also return transformers' report."""
 
         def load(**attention: Any) -> Any:
             return auto_class(config).from_pretrained(
@@ -160,7 +162,7 @@ class Folder:
         except ValueError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
-            return load(attn_implementation="eager")  # it has no sdpa
+            return load(attn_implementation="eager")  # the family has no sdpa
 
     def _check(self, hf: Any, report: dict) -> None:
         """Raise InputError unless every tensor had its place, and every place its tensor."""
@@ -208,8 +210,7 @@ def _only_layers(hf: nn.Module) -> tuple[str, ...]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception (transformers' messages run over many), and the next one if
-    it ends in a colon; or its type."""
+    """The first line of an exception, with the next one if it ends in a colon; or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     count = 2 if lines and lines[0].endswith(":") else 1
     return " ".join(lines[:count]) or type(error).__name__

@@ -1,5 +1,7 @@
-"""Checkpoints in other forms than a folder of floating-point weights under the family's own names:
-GGUF files, quantized weights, adapters, names behind a prefix."""
+"""Checkpoints in other forms: GGUF files, quantized weights, adapters, names behind a prefix.
+
+The usual form is a folder of floating-point weights under the family's own names.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,14 @@ DEQUANTIZED = {
     "mxfp4": (),
     BITSANDBYTES: ("accelerate", "bitsandbytes"),
 }
-# the way out of all others
+# the advice for all other methods
 WAYS = {
     "gptq": "open the checkpoint that it was quantized from",
     "awq": "open the checkpoint that it was quantized from",
     "compressed-tensors": "load it in transformers with "
     "CompressedTensorsConfig(dequantize=True), and save that",
 }
-# in front of all names when a wrapper of torch, or a model with towers, was saved
+# prefixes of all names if a wrapper of torch, or a model with towers, was saved
 PREFIXES = ("module.", "_orig_mod.", "model._orig_mod.", "language_model.")
 
 
@@ -55,7 +57,7 @@ def quantization_method(config: dict, place: str | Path) -> str | None:
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if isinstance(quantization, dict) and method is None:  # as old releases wrote it
+    if isinstance(quantization, dict) and method is None:  # the form of old releases
         method = BITSANDBYTES if "load_in_8bit" in quantization else None
     if method in DEQUANTIZED:
         packages = DEQUANTIZED[method]
@@ -77,7 +79,7 @@ def ask_to_dequantize(config: Any) -> None:
     """Let transformers dequantize the weights of a checkpoint with this config as it loads them."""
     text: Any = getattr(config, "text_config", None)
     inner = getattr(text, "quantization_config", None)
-    if inner is not None:  # transformers reads the outer one only
+    if inner is not None:  # transformers reads only the outer config
         config.quantization_config = getattr(config, "quantization_config", None) or inner
         del text.quantization_config
     quantization = config.quantization_config
@@ -92,7 +94,7 @@ def dequantized(hf: Any) -> Any:
     quantizer = getattr(hf, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == BITSANDBYTES:
         hf = hf.dequantize()  # the other methods dequantize as they load
-    # weights of MXFP4 come as bfloat16, whatever the rest is
+    # weights of MXFP4 become bfloat16, whatever the dtype of the others
     for weights in hf.parameters():
         if weights.is_floating_point() and weights.dtype.itemsize <= hf.dtype.itemsize:
             weights.data = weights.data.to(hf.dtype)
@@ -100,22 +102,21 @@ def dequantized(hf: Any) -> Any:
 
 
 def forget_form(hf: Any) -> None:
-    """Leave no trace of the checkpoint's form on a model of floating-point weights under their own
-    names; `save_pretrained` would bring it back."""
+    """Remove the marks of a checkpoint's form, which `save_pretrained` would write again."""
     for owner, name in ((hf.config, "quantization_config"), (hf, "hf_quantizer")):
         if hasattr(owner, name):
             delattr(owner, name)
     hf.is_quantized = False
-    hf._weight_conversions = None  # those of its family are looked up again
+    hf._weight_conversions = None  # transformers looks up the family's conversions again
 
 
 # -- names -----------------------------------------------------------------------------------------
 
 
 def common_prefix(names: Iterable[str], towers: bool) -> str:
-    """The known prefix that all names of tensors begin with; "" if they do not.
+    """The known prefix of all names of tensors; "" without one.
 
-    towers: whether the family has a part of that name itself, such as `language_model`.
+    `towers` says whether the family has towers, and so a part such as `language_model` of its own.
     """
     names, whole = list(names), ""
     while names:
@@ -135,7 +136,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise InputError unless this is a GGUF file, and the packages that read it are there."""
+    """Raise InputError unless this is a GGUF file, and its reader's packages are installed."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path}: not a GGUF file")
@@ -175,7 +176,7 @@ def adapter_base(folder: Path) -> str | None:
         )
     if importlib.util.find_spec("peft") is None:
         raise InputError(f"{folder}: opening an adapter needs peft: pip install 'fastprune[peft]'")
-    beside = folder / base  # a relative path is looked for beside the adapter, too
+    beside = folder / base  # a relative path may also start beside the adapter
     return str(beside) if not Path(base).exists() and beside.is_dir() else base
 
 

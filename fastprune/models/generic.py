@@ -134,7 +134,7 @@ class GenericRunner:
         """Each layer's sliding window, as the model's own forward masks a row of this length.
 
         A layer that sees all earlier tokens has None. A layer whose mask has another form has
-        `windows.NO_WINDOW_FORM`. A window that is longer than the row may read as None.
+        `windows.NO_WINDOW_FORM`. A window longer than the row may read as None.
         """
         probed, longest, windows = self._probe
         if length <= probed or longest < probed:

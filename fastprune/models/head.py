@@ -271,7 +271,7 @@ class TritonHead(Head):
     def _nll(
         self, states: torch.Tensor, targets: Targets, misses: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`nll`. `misses`, of the table's shape, receives 1 for a target that is not likeliest."""
+        """`nll`. `misses`, like the table, receives 1 for a target that another token beats."""
         nll = self._loss.linear_nll(
             self._scaled(states),
             self._head.weight,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 
 def import_transformers() -> None:
-    """Import the classes that open a model, without scikit-learn, SciPy and accelerate: a fifth of
-    the time, torch's included.
+    """Import the classes that open a model, without scikit-learn, SciPy and accelerate.
 
-    Transformers wants them for speculative decoding, object detection and models spread over
-    devices, and works without them if they are not installed. This process does none of these, so
-    Transformers is told that they are missing.
+    transformers uses these for speculative decoding, object detection and models on several
+    devices, and works without them. This process does none of these. So transformers is told that
+    they are not installed, which saves a fifth of the time, torch's imports included.
 
-    Most of the remaining time is torch's compiler with SymPy: transformers makes a model on the
-    device "meta" first, whose operators (torch._refs) import it when the first of them is called.
+    torch's compiler with SymPy takes most of the remaining time. transformers first makes a model
+    on the device "meta", whose operators (torch._refs) import the compiler.
     """
     from transformers import utils
 

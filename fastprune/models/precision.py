@@ -1,8 +1,7 @@
-"""The dtype in which a CPU computes, and weights kept in 16 bits and widened one at a time as they
-are used.
+"""The dtype in which a CPU computes, and 16-bit weights, widened when they are used.
 
-Without instructions for bfloat16, torch's matrix products in it are many times slower than in
-float32, while a 16-bit number is a float32 number as well: widened weights lose nothing.
+Without instructions for bfloat16, torch's products in it are many times slower than in float32. A
+16-bit number is a float32 number, too, so widened weights lose no digit.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ INSTRUCTIONS = {
 
 
 def capabilities() -> Mapping[str, object]:
-    """Which instruction sets this processor has, by name."""
+    """The instruction sets of this processor, by name."""
     if hasattr(torch.cpu, "get_capabilities"):
         return torch.cpu.get_capabilities()
     return {
@@ -32,7 +31,7 @@ def capabilities() -> Mapping[str, object]:
 
 
 def has_instructions(dtype: torch.dtype) -> bool:
-    """Whether a CPU computes products in this dtype itself."""
+    """Whether this CPU has instructions for products in this dtype."""
     return dtype not in INSTRUCTIONS or any(
         capabilities().get(name) for name in INSTRUCTIONS[dtype]
     )
@@ -43,8 +42,7 @@ def _widened(module: Any) -> torch.Tensor:
 
 
 class Widening:
-    """A mixin for a module that keeps its weight in 16 bits: each read of the weight makes a
-    float32 copy, which the reader drops."""
+    """A mixin for a module that keeps its weight in 16 bits. Each read makes a float32 copy."""
 
     weight: Any = property(_widened)
 
@@ -54,19 +52,21 @@ class WideningLinear(Widening, nn.Linear):
 
 
 class WideningEmbedding(nn.Embedding):
-    """Widens the rows looked up."""
+    """Widens only the rows that it looks up."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input).float()
 
 
 def widen(hf: nn.Module) -> bool:
-    """Let a model whose weights are in 16 bits run in float32, to the same bits as if it had been
-    loaded in float32.
+    """Let a model with 16-bit weights run in float32, with the bits of a float32 load.
 
-    Linear maps and embeddings, which nearly all weights belong to, keep theirs; everything else is
-    widened for good. False, and nothing is changed, for a family that has rounded a number of its
-    own to its weights' dtype (Gemma).
+    Linear maps and embeddings, which hold nearly all weights, keep them in 16 bits. All other
+    tensors become float32.
+
+    Returns:
+        Whether the model was changed. A family that has rounded a constant to its weights' dtype
+        (Gemma) is not.
     """
     low = tuple(INSTRUCTIONS)
     if any(buffer.dtype in low for buffer in hf.buffers()):
@@ -93,7 +93,7 @@ def _widening_kinds() -> dict[type, type]:
 
 
 def working_dtype(hf: nn.Module) -> torch.dtype:
-    """The dtype of a model's states: that of its weights, or float32 if these are widened."""
+    """The dtype of a model's states: its weights' dtype, or float32 if these are widened."""
     widened = any(isinstance(module, (Widening, WideningEmbedding)) for module in hf.modules())
     return torch.float32 if widened else first_loaded(hf).dtype
 

@@ -15,8 +15,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def switch_length(config: Any) -> int | None:
-    """The row length beyond which frequencies change for all rows that run together; None if they
-    do not."""
+    """The row length beyond which frequencies change for all rows of a chunk; None if none."""
     parameters = getattr(config, "rope_parameters", None) or {}  # one set, or one per layer type
     kinds = [p for p in parameters.values() if isinstance(p, dict) and "rope_type" in p] or [
         parameters
@@ -28,9 +27,10 @@ def switch_length(config: Any) -> int | None:
 
 
 def with_unrounded_frequencies(hf: nn.Module) -> nn.Module:
-    """The model; if `.to(dtype)` has rounded rotary frequencies, which no checkpoint holds, a
-    shallow copy that has them as its own code makes them. Frequencies changed by more than rounding
-    were set on purpose, and stay.
+    """Return the model, or a shallow copy if `.to(dtype)` has rounded its rotary frequencies.
+
+    No checkpoint holds these. The copy has the frequencies that the model's own code computes.
+    Frequencies that differ by more than rounding were set on purpose, and stay.
     """
     if not isinstance(hf, nn.Module):
         return hf
@@ -44,7 +44,7 @@ def with_unrounded_frequencies(hf: nn.Module) -> nn.Module:
             continue
         try:
             fresh = type(module)(module.config).to(held[0].device)
-        except Exception:  # made by another rule than transformers' own
+        except Exception:  # computed by another rule than transformers' own
             continue
         fresh.training = module.training
         alike = dict(fresh.named_buffers()).keys() == dict(module.named_buffers()).keys()

@@ -22,19 +22,19 @@ def text_config(config: Any) -> Any:
     """The config of the decoder of text: one inside a composite config, or the config itself."""
     try:
         text = config.get_text_config(decoder=True)
-    except (AttributeError, ValueError):  # several are named, or the class has another idea of it
+    except (AttributeError, ValueError):  # several are named, or the class defines it otherwise
         return config
     # of an encoder-decoder, transformers returns a copy that renames the decoder's fields
     return config if getattr(config, "is_encoder_decoder", False) else text
 
 
 def has_towers(hf: Any) -> bool:
-    """Whether a model takes other inputs than text, which nothing here runs."""
+    """Whether a model takes other inputs besides text. fastprune runs only the text."""
     return text_config(hf.config) is not hf.config
 
 
 def failure_of(hf: Any, error: Exception) -> str:
-    """A line on why a model's own code failed on tokens."""
+    """A line with the reason why a model's own code failed on tokens."""
     line = next((line for line in str(error).splitlines() if line.strip()), "")
     kind = type(error).__name__
     if has_towers(hf):
@@ -65,7 +65,7 @@ def depths(config: Any) -> dict[str, int]:
     of the caches that these fill."""
     own = vars(config)
     stated = {name: own[name] for name in DEPTHS if type(own.get(name)) is int}
-    depth = getattr(config, "num_hidden_layers", None)  # by a name of the family's own
+    depth = getattr(config, "num_hidden_layers", None)  # under any name of the family's
     return (
         stated
         if "num_hidden_layers" in stated or depth is None
@@ -107,8 +107,10 @@ def config_above(hf: nn.Module, path: tuple[str, ...]) -> Any:
 
 
 def towers(hf: nn.Module) -> tuple[str, ...]:
-    """Names of the modules beside the decoder of text and its head: towers, and what joins them to
-    the text. None for a model of text alone, or one whose decoder is not found."""
+    """Names of the modules besides the decoder of text and its head: towers, and their adapters.
+
+    Empty for a model of text alone, or one whose decoder is not found.
+    """
     text, paths = text_config(hf.config), layer_paths(hf)
     if text is hf.config or len(paths) != 1:
         return ()
@@ -128,7 +130,7 @@ def towers(hf: nn.Module) -> tuple[str, ...]:
 
 
 def input_embeddings(hf: Any) -> Any:
-    """The module that embeds tokens; None if the family does not say which."""
+    """The module that embeds tokens; None if the family does not name it."""
     try:
         return hf.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -136,7 +138,7 @@ def input_embeddings(hf: Any) -> Any:
 
 
 def output_head(hf: Any, path: tuple[str, ...]) -> Any:
-    """The module that gives logits: that of the model, or of one above its layers; or None."""
+    """The module that computes logits, of the model or of a module above its layers; or None."""
     module = hf
     for name in path:
         head = getattr(module, "get_output_embeddings", lambda: None)
@@ -151,8 +153,9 @@ def output_head(hf: Any, path: tuple[str, ...]) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The auto class of transformers that opens a checkpoint with this config, as the class that
-    wrote it if the config names that.
+    """The auto class of transformers that opens a checkpoint with this config.
+
+    If the config names the class that wrote it, that class is opened.
 
     Raises:
         ValueError: The family has no model that gives logits of text.
@@ -164,7 +167,7 @@ def auto_class(config: Any) -> Any:
         transformers.AutoModelForImageTextToText,
         transformers.AutoModelForMultimodalLM,
     ]
-    if text_config(config) is not config:  # the class of the whole before that of its text
+    if text_config(config) is not config:  # try the class of the whole model first
         classes = [*classes[1:], classes[0]]
     remote = getattr(config, "auto_map", None) or {}
     for chosen in classes:

@@ -87,7 +87,7 @@ def prove_head(model: Model, head: Head, states: torch.Tensor, expected: torch.T
     """Verify a head's losses against the model's own logits.
 
     If bias, scale or cap of the family do not act on each token alone, the vocabulary is no longer
-    cut into parts. Positions with logits that are not finite are left out.
+    cut into parts. Positions without finite logits are left out.
 
     Args:
         model: The model.

@@ -1,6 +1,6 @@
 """The version of a model, which changes with the model, and the digest of its content.
 
-A version is a number that is cheap to read before every call. A digest is a hash of the whole
+A version is a number, cheap to read before every call. A digest is a hash of the whole
 content, for the store and for workers.
 """
 
@@ -50,7 +50,7 @@ class Watch:
     change restores the old version.
 
     torch does not count an edit through `.data`. Such an edit is detected if it changes one of the
-    `SAMPLES` values that are compared in each tensor.
+    `SAMPLES` compared values of each tensor.
 
     Args:
         hf: The transformers model.
@@ -192,7 +192,7 @@ class Snapshot:
 
     @property
     def description(self) -> tuple:
-        """A value that is equal for equal models: plain values, and numbers for objects."""
+        """A description, equal for equal models: plain values, and numbers for objects."""
         return (
             [(name, _description(module)) for name, module in self._named],
             [None if t is None else (str(t.dtype), tuple(t.shape)) for t in self._entries],

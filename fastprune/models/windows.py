@@ -1,8 +1,7 @@
-"""The sliding window of each layer, from the masks that the model's own forward hands to its
-layers.
+"""The sliding window of each layer, from the masks that the model's own forward passes to it.
 
-No key of a config is trusted for it: families differ in which keys they read. A config or module
-only says how long a row must be before its masks can show every window.
+Families differ in the keys of a config that they read. So a config or module only decides the
+length of the probed row, whose masks must show every window.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from .rotary import switch_length
 from .tree import tree_mask
 
 LONGEST_PROBE = 8192  # tokens of a row whose masks are read once, when a model opens
-NO_WINDOW_FORM = 0  # in place of a window: the layer's mask is not that of a causal window
+NO_WINDOW_FORM = 0  # in place of a window, for a mask of another form than a causal window
 
 
 def longest_window(hf: Any) -> int:
@@ -36,17 +35,22 @@ def longest_window(hf: Any) -> int:
 
 
 def probe_length(model: Any) -> int:
-    """The length of the row whose masks are read when a model opens. It is longer than every
-    window, as far as the model's positions and `LONGEST_PROBE` allow."""
+    """The length of the row whose masks are read when a model opens.
+
+    It exceeds every window, if the model's positions and `LONGEST_PROBE` allow that.
+    """
     limits = (LONGEST_PROBE, model.max_positions, switch_length(model.config))
     return min(longest_window(model.hf) + 1, *(limit for limit in limits if limit is not None))
 
 
 def window_of(mask: torch.Tensor | None) -> int | None:
-    """The sliding window of a layer's mask [1, 1, T, T] for a plain row; None if it hides no
-    earlier token of it, `NO_WINDOW_FORM` if the mask has another form.
+    """Read the sliding window from a layer's mask of a plain row.
 
-    A boolean mask is True at keys that are seen, another one is 0 there.
+    Args:
+        mask: [1, 1, T, T]: True at visible keys, or 0 there if it is not boolean.
+
+    Returns:
+        The window. None if the mask hides no earlier token, and `NO_WINDOW_FORM` for another form.
     """
     if mask is None:
         return None

@@ -275,7 +275,7 @@ def path_figure(
 
     Args:
         points: (units removed, cost, loss, standard error of the loss), the whole model first.
-            Losses that are not finite are left out.
+            Points without a finite loss are left out.
         unit: The unit of the costs.
         objective: The objective's class, whose metric the axis has.
         title: The title.

@@ -137,7 +137,7 @@ def answers(study: Mapping) -> list[str]:
 
 
 def judge_notes(study: Mapping) -> list[str]:
-    """A line for each objective that is no judge of a model, or shares text with a calibration
+    """A line for each objective that judges nothing on a model, or shares text with a calibration
     set."""
     described = {**study["objectives"], **study["held_out"]}
     notes = []

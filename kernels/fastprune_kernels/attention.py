@@ -167,7 +167,7 @@ class TreePlan:
         tile_end: The end of each tile's row, int32[tiles].
         lists: int32[2 tiles + 1]. Tile i sees the blocks from lists[2i] to lists[2i + 1] whole, and
             those from there to lists[2i + 2] in part. The numbers are indices of `blocks`.
-        blocks: The first token of each listed block, and a last entry that is read and not used.
+        blocks: The first token of each listed block, and a last entry, which is read and not used.
     """
 
     num_tokens: int

@@ -58,7 +58,7 @@ class Resources:
 
     Attributes:
         registers: Vector registers of a thread; for gfx942, with its accumulation registers.
-        spills: Bytes of a thread's registers that are kept in memory.
+        spills: Bytes of a thread's registers in memory.
         shared: Bytes of shared memory of a program.
         matrix_unit: The instruction that computes matrix products; "" without any.
         shapes: Shapes of Hopper's matrix products.

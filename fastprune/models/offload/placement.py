@@ -158,7 +158,7 @@ def _leave(model: Any, names: Iterable[str], sources: dict) -> tuple[set[str], d
 
 
 class _Later:
-    """A stored tensor that is read when transformers indexes it, like a safetensors slice."""
+    """A stored tensor, read when transformers indexes it, like a safetensors slice."""
 
     def __init__(self, files: Files, stored: Stored):
         self._files, self._stored = files, stored

@@ -3,7 +3,7 @@
 A band is read while the one before it computes. `placement` opens a model with the parameters of
 its blocks on the meta device, and finds the place of each parameter in files and buffers.
 `Weights.visit` gives a band's parameters storage while it is the current one. Plain reads fill
-buffers that are used again. Files are not mapped, because pages of a mapped file count as resident.
+reusable buffers. Files are not mapped, because pages of a mapped file count as resident.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _InBands:
 
     @property
     def bands(self) -> tuple[range, ...]:
-        """The bands: consecutive blocks that are loaded together, in one band if all fit."""
+        """The bands of consecutive blocks, or one band if all blocks fit."""
         return self.room.bands
 
     @property
@@ -230,7 +230,7 @@ class Weights(_InBands):
     def _buffer(self, block: int, keep: Sequence[int]) -> torch.Tensor | None:
         """Return a buffer for a block.
 
-        If all are taken, a block outside of `keep` gives its buffer: the one that is needed last
+        If all are taken, a block outside of `keep` gives its buffer: the one needed last
         when blocks ascend and begin again, which is the one just before.
         """
         if self._free:
