@@ -179,7 +179,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "zamba2": SHARED_ATTENTION,
     "zaya": {"num_experts_per_tok": 1},
     "deepseek_v2": {"num_experts_per_tok": 2, **LATENT},
-    "glm5_next": LATENT,
+    "glm5_next_text": {"qk_rope_head_dim": 0, "index_kpool": 4, **LATENT},
     "longcat_flash": {
         "num_hidden_layers": 2 * BLOCKS,
         "num_key_value_heads": 4,
@@ -242,6 +242,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "mrope_section": [2, 2, 2, 2],
             "xdrope_section": [2, 2, 2, 2],
         }
+    },
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
+    "fun_asr_nano_encoder": {"num_hidden_layers": 3, "num_timestamp_prediction_layers": 1},
+    "gemma3n_vision": {"architecture": "test_vit"},
+    "timm_wrapper": {
+        "architecture": "test_vit",
+        "hidden_size": 64,
+        "model_args": {"embed_dim": 64},
     },
     "granite4_vision": {"deepstack_layer_map": [[0, 1], [1, 3]], "downsample_rate": "1/2"},
     "muse_glimmer": {"projector_hidden_size": 64},

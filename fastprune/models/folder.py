@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .files import (
     wrong_dtype,
 )
 from .formats import ask_to_dequantize, common_prefix, dequantized, forget_form
+from .imports import accelerate_shown
 from .offload.placement import LeftOut, left_in_files
 from .precision import widen
 from .text import auto_class, layer_paths, text_config, towers
@@ -100,7 +102,9 @@ class Folder:
                         self.left.weights, self.left.towers.without_prefix(self.prefix)
                     )
             else:
-                hf, report = self._with_attention(config, dtype)
+                with accelerate_shown() if self.quantized else nullcontext():
+                    hf, report = self._with_attention(config, dtype)
+                    hf = dequantized(hf) if self.quantized else hf
         except Exception as error:  # any kind: the folder's content caused it
             if not self.trusted and "trust_remote_code" in str(error):
                 raise InputError(
@@ -113,8 +117,6 @@ class Folder:
                     f"a newer release may know it"
                 ) from error
             raise InputError(f"{self.name}: cannot be loaded: {first_line(error)}") from error
-        if self.quantized:
-            hf = dequantized(hf)
         if self.quantized or self.prefix:
             forget_form(hf)
         self._check(hf, report)

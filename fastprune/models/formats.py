@@ -24,13 +24,6 @@ DEQUANTIZED = {
     "mxfp4": (),
     BITSANDBYTES: ("accelerate", "bitsandbytes"),
 }
-# the advice for all other methods
-WAYS = {
-    "gptq": "open the checkpoint that it was quantized from",
-    "awq": "open the checkpoint that it was quantized from",
-    "compressed-tensors": "load it in transformers with "
-    "CompressedTensorsConfig(dequantize=True), and save that",
-}
 # prefixes of all names if a wrapper of torch, or a model with towers, was saved
 PREFIXES = ("module.", "_orig_mod.", "model._orig_mod.", "language_model.")
 
@@ -68,10 +61,9 @@ def quantization_method(config: dict, place: str | Path) -> str | None:
             )
         return method
     named = brief(str(method), 40) if method else "a method without a name"
-    way = WAYS.get(str(method), "open the checkpoint that it was quantized from")
     raise InputError(
         f"{place}: the weights are quantized by {named} (quantization_config), and only floating "
-        f"ones are scored; {way}"
+        f"ones are scored; open the checkpoint that it was quantized from"
     )
 
 

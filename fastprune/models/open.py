@@ -25,6 +25,7 @@ from .folder import MANY_TIMES, Folder, first_line
 from .formats import ADAPTER_WEIGHTS, adapter_base, check_gguf, forget_form, is_gguf, merged
 from .fused import FusedRunner, prefers_fused
 from .generic import GenericRunner
+from .imports import accelerate_shown
 from .model import Model
 from .offload.placement import resident_bytes, to_device
 from .precision import has_instructions
@@ -243,7 +244,8 @@ def _load_gguf(
     wanted = torch.float32 if dtype in (None, "auto") else dtype  # the reader's own
     try:
         config = AutoConfig.from_pretrained(path.parent, **place)
-        hf = auto_class(config).from_pretrained(path.parent, dtype=wanted, **place)
+        with accelerate_shown():
+            hf = auto_class(config).from_pretrained(path.parent, dtype=wanted, **place)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
     except Exception as error:  # any kind: the file's content caused it
