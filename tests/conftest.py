@@ -100,10 +100,15 @@ def questions(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """No command says that it waits, however slow the machine is."""
+    monkeypatch.setattr("fastprune.cli.output.WAITING_SECONDS", 1e6)
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit status, stdout, stderr), which a slow machine does not change."""
-    monkeypatch.setattr("fastprune.cli.output.WAITING_SECONDS", 1e6)
+    """run(*arguments) -> (exit status, stdout, stderr)."""
 
     def run(*arguments):
         from fastprune.cli import main

@@ -114,6 +114,8 @@ def _as_ids(row: Any, name: str) -> np.ndarray:
         array = np.asarray(row)
     except ValueError:  # numpy refuses ragged lists
         raise InputError(f"{name} must be integer token ids, not {shown(row)}") from None
+    if array.dtype.kind in "US":
+        raise InputError(f"{name} must be integer token ids, not text; load_text reads text")
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InputError(f"{name} must be integer token ids, not {array.dtype} {list(array.shape)}")
     return array.astype(np.int64)

@@ -22,7 +22,7 @@ from .chats import LOSS_ON, ChatEncoder, LossOn, is_chat
 from .encode import Encoder, check_tokenizer
 from .ids import IGNORED_LABEL, to_rows
 from .ids import Row as IdRow
-from .questions import read_question
+from .questions import question_form, read_question
 from .readers import Row, Source, open_rows, read_ids
 from .tokens import Tasks, TokenBatch
 
@@ -395,11 +395,19 @@ def _read_texts(name: str, rows: Iterator[Row], column: str | None) -> list[str]
 def _no_text(value: object, place: str, column: str | None) -> InputError:
     field = column or "text"
     start = f'{place}: expected a row like {{"{field}": "..."}}'
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+        return InputError(f'{start}; a conversation is a row like {{"messages": [...]}}')
     if not isinstance(value, Mapping):
         return InputError(f"{start}, not {shown(value)}")
     if {"prompt", "choices"} <= set(value):
         return InputError(
             f"{start}; these are questions, for objectives such as margin and accuracy"
+        )
+    form = question_form(value)
+    if form is not None and column is None:
+        return InputError(
+            f"{start}; these are questions of the form {form}, for objectives such as margin and "
+            f"accuracy"
         )
     if field in value:
         return InputError(f"{start}; {field} must be text, not {shown(value[field])}")
@@ -427,7 +435,10 @@ def _holds_ids(data: Any) -> bool:
         return "input_ids" in (data.column_names or ())
     if isinstance(data, (list, tuple)):
         first = data[0] if data else None
-        return isinstance(first, (list, tuple)) or _holds_ids(first)
+        is_chat_list = isinstance(first, (list, tuple)) and any(
+            isinstance(item, Mapping) for item in first[:1]
+        )
+        return (isinstance(first, (list, tuple)) and not is_chat_list) or _holds_ids(first)
     return len(getattr(data, "shape", ())) == 2 and not hasattr(data, "columns")
 
 

@@ -50,7 +50,21 @@ def read_question(value: Any, place: str) -> tuple[Question, str]:
     )
 
 
+def question_form(row: Mapping) -> str | None:
+    """The name of the public data set whose form a row has, such as ARC; None for no such form."""
+    for name, (prompt, others, _) in FORMS.items():
+        if others and {prompt, *others} <= set(row):
+            return name
+    return None
+
+
 def _read_own(row: Mapping, place: str) -> Question:
+    if row.get("choices") is None:
+        fields = ", ".join(map(str, row))
+        raise InputError(
+            f"{place}: choices must be a list of strings, as in {EXPECTED}; the row's fields are "
+            f"{fields}"
+        )
     choices = _check_choices(row.get("choices"), "choices", place)
     delimiter = row.get("delimiter")
     if delimiter is not None and not isinstance(delimiter, str):

@@ -64,8 +64,16 @@ def open_rows(data: object, what: str, formats: Sequence[str]) -> Source:
     if isinstance(data, (str, os.PathLike)):
         return _open_path(data, what, formats)
     if isinstance(data, Mapping):
-        splits = ", ".join(map(str, data))
-        raise InputError(f"data must be one split of a data set; those of this one are {splits}")
+        names = ", ".join(map(str, data))
+        example = f"such as data[{next(iter(data), None)!r}]"
+        if any(isinstance(column, (list, tuple, np.ndarray)) for column in data.values()):
+            raise InputError(
+                f"data must be one column of a dict of columns, {example}, or a list of rows; its "
+                f"columns are {names}"
+            )
+        raise InputError(
+            f"data must be one split of a data set; those of this one are {names}; {example}"
+        )
     name = type(data).__name__
     if hasattr(data, "column_names"):  # a Dataset
         return Source(name, _numbered(name, data))  # type: ignore[arg-type]
@@ -135,6 +143,8 @@ def _open_path(data: str | os.PathLike, what: str, formats: Sequence[str]) -> So
     path, split = _split_of(name)
     if not is_data(name):
         hint = "; the folder was not written by datasets' save_to_disk" if path.is_dir() else ""
+        if " " in name.strip() and not path.suffix:
+            hint = "; texts are given as a list of strings"
         raise InputError(f"{name}: no such {what} file{hint}")
     if _is_hub_name(name):
         return Source(name, _read_hub(name))

@@ -337,6 +337,18 @@ def test_non_finite_losses_are_written_as_such(run, checkpoint, text_file, tmp_p
     assert "finite" in err
 
 
+def test_score_prints_the_whole_model_that_it_ran(run, checkpoint, questions):
+    data = ("--calibration", questions, "--objective", "accuracy")
+    model = fp.load_model(checkpoint)
+    ev = fp.Evaluator(model, fp.TaskAccuracy(fp.load_tasks(questions, model.tokenizer)))
+    whole = ev.objective.format(ev.dense_loss)
+    status, out, _ = run("score", checkpoint, "--removed", "1", *data)
+    assert status == 0
+    assert f"whole model: {whole.split()[0]} {whole.split()[1]} ±" in out
+    assert "difference to the whole model" in out
+    assert "whole model:" not in run("score", checkpoint, "--removed", "-", *data)[1]
+
+
 def test_runs_as_a_program(checkpoint):
     command = [sys.executable, "-m", "fastprune", "score", checkpoint, "--removed", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -484,6 +484,23 @@ def test_eval_prints_one_json_document(run, folder):
 
 
 @pytest.mark.slow
+def test_eval_says_what_came_from_the_store(run, folder, tmp_path):
+    arguments = ("--tasks", "demo_next", "--include-path", TASKS, "--limit", 4)
+    masks = ("--removed", "-", "--removed", "1", "--store", tmp_path / "s.db")
+    eval_ = ("eval", folder("llama"), *arguments, "--bootstrap-iters", 0, *masks)
+    status, out, err = run(*eval_)
+    assert status == 0, err
+    line = "likelihoods: 8 unit runs where one pass per mask takes 9 (1.1x fewer)"
+    assert line in out
+    assert "in the store" not in out
+    status, out, err = run(*eval_)
+    assert status == 0, err
+    assert "likelihoods: 0 unit runs where one pass per mask takes 9; 2 of 2 scores were in" in out
+    cost = json.loads(run(*eval_, "--json")[1])["cost"]
+    assert (cost["masks"], cost["unit_runs"], cost["store_hits"]) == (2, 0, 2)
+
+
+@pytest.mark.slow
 def test_eval_writes_what_the_library_computes(run, folder, manager, tmp_path):
     out_file = tmp_path / "out.jsonl"
     status, out, err = run(

@@ -78,7 +78,26 @@ def test_data_sets(expected):
     assert load(data.to_iterable_dataset()).content_hash == expected
     several = datasets.DatasetDict(train=data, test=data)
     assert load(several["test"]).content_hash == expected
-    assert "one split of a data set; those of this one are train, test" in refused(load, several)
+    message = "one split of a data set; those of this one are train, test; such as data['train']"
+    assert message in refused(load, several)
+
+
+def test_values_that_are_almost_a_known_form():
+    columns = {"text": ["w1 w2", "w3"], "id": [1, 2]}
+    message = "one column of a dict of columns, such as data['text'], or a list of rows; its"
+    assert message in refused(load, columns)
+    conversation = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    assert 'a conversation is a row like {"messages": [...]}' in refused(load, [conversation])
+    assert "; texts are given as a list of strings" in refused(load, "some words of a text")
+    assert "not text; load_text reads text" in refused(fp.TokenBatch.from_ids, ["w1 w2", "w3"])
+
+
+def test_questions_in_the_place_of_text():
+    for form, row in {"ARC": ARC, "MMLU": MMLU, "HellaSwag": HELLASWAG}.items():
+        assert f"these are questions of the form {form}, for objectives" in refused(load, [row])
+    assert "the row's fields are prompt, completion" in refused(
+        fp.load_tasks, [{"prompt": "w1", "completion": "w2"}], make_tokenizer()
+    )
 
 
 def test_data_set_folders(tmp_path, expected):
