@@ -99,7 +99,7 @@ class MakeEvaluator:
 
     def __call__(self, progress: ProgressCallback | None) -> Evaluator:
         """Open the model, and make its evaluator on the calibration data."""
-        opened = open_model(*self._opening, progress is None)
+        opened = open_model(*(*self._opening, progress is None))
         objective = self.data.open(opened)
         self._options["workers"] = open_workers(self._workers, self._ray, opened)
         if self.store is not None:
