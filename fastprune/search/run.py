@@ -417,8 +417,8 @@ class Search:
             >>> from fastprune.search import Search
             >>> from fastprune.testing import SyntheticEvaluator
             >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
-            >>> len(search.repaired((1,)))
-            2
+            >>> len(search.repaired((1,))), len(search.repaired((1, 2, 3, 4)))
+            (2, 2)
         """
         if self.size.is_complete(subset):
             return subset

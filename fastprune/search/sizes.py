@@ -125,7 +125,7 @@ class UnitCount:
         return len(subset) == self.most
 
     def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
-        units = list(subset)
+        units = list(subset)[: self.most]
         return tuple(sorted([*units, *list(order)[: self.most - len(units)]]))
 
 
