@@ -100,15 +100,11 @@ def questions(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """No command says that it waits, however slow the machine is."""
-    monkeypatch.setattr("fastprune.cli.output.WAITING_SECONDS", 1e6)
-
-
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit status, stdout, stderr)."""
+    """run(*arguments) -> (exit status, stdout, stderr). However slow the machine, no command says
+    that it waits."""
+    monkeypatch.setattr("fastprune.cli.output.WAITING_SECONDS", 1e6)
 
     def run(*arguments):
         from fastprune.cli import main
