@@ -26,7 +26,7 @@ test-compile: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compile and not nightly" tests/kernels/test_compile.py
 
 # The kernels' tests on what Triton 3.6 compiles for sm_90a, executed here without a card: tests/executed/README.md.
-EXECUTED := norm rope gated_mlp attention linear_loss fused_model
+EXECUTED := triton_ops attention linear_loss fused_model
 test-executed: build/triton-3.6/triton-3.6.0.dist-info
 	PYTHONPATH=build/triton-3.6 TRITON_CACHE_DIR=$(CURDIR)/build/executed CUDA_VISIBLE_DEVICES= $(TESTS) --executed \
 	  tests/executed $(EXECUTED:%=tests/kernels/test_%.py)

@@ -53,9 +53,7 @@ SECTIONS = {
 }
 TESTS = (
     "kernels/test_fused_model",
-    "kernels/test_norm",
-    "kernels/test_rope",
-    "kernels/test_gated_mlp",
+    "kernels/test_triton_ops",
 )
 TESTS += ("kernels/test_linear_loss", "kernels/test_attention", "kernels/test_reference")
 UNUSABLE = 3  # exit status of a worker whose device a fault has left unusable
