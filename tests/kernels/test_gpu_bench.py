@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def run_bench(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
+
+
+def test_the_tests_that_run_on_a_gpu_exist():
+    source = (BENCH / "gpu.py").read_text(encoding="utf-8")
+    named = re.findall(r'"(kernels/test_\w+)"', source)
+    makefile = (BENCH.parent / "Makefile").read_text(encoding="utf-8")
+    (executed,) = re.findall(r"^EXECUTED := (.*)$", makefile, re.MULTILINE)
+    named += [f"kernels/test_{name}" for name in executed.split()]
+    assert len(named) > 7
+    assert all((BENCH.parent / "tests" / f"{name}.py").exists() for name in named)
 
 
 @pytest.mark.slow
