@@ -344,12 +344,12 @@ def _agrees_around(
 
     def noted(states: torch.Tensor, args: tuple, kwargs: dict) -> Any:
         output = getattr(layer, name)(states, *args, **kwargs)
-        inputs.append(states.flatten(0, 1))
-        terms.append(first(output).flatten(0, 1))
+        inputs.append(states.flatten(0, 1).clone())
+        terms.append(first(output).flatten(0, 1).clone())
         return output
 
     def repeated(states: torch.Tensor) -> torch.Tensor:
-        inputs.append(states[0, : len(terms[0])])
+        inputs.append(states[0, : len(terms[0])].clone())  # the sum goes into these states later
         term = torch.zeros_like(states)
         term[0, : len(terms[0])] = terms[0]
         return term

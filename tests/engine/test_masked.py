@@ -87,7 +87,7 @@ def test_evaluators_serve_where_they_were_opened():
         np.testing.assert_allclose(inside.score(whole[:, :4]), before, rtol=1e-6)
         with pytest.raises(fp.InputError, match=r"opened outside of fp\.masked serves outside"):
             outside.score(whole)
-    with pytest.raises(fp.InputError, match="opened inside serves there"):
+    with pytest.raises(fp.InputError, match="opened inside serves inside"):
         inside.score(whole[:, :4])
     assert outside.score(fp.from_removed([(2,)], 5)) == before
 
