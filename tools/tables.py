@@ -283,6 +283,66 @@ def quality() -> list[Row]:
     return entries
 
 
+def chosen_masks(name: str) -> list[Row]:
+    """The masks of a study of a real model; each once, with all searches that chose it."""
+    study = load("study").get(name, {"rows": []})
+    merged: dict[tuple[int, ...], dict[str, Any]] = {}
+    for row in study["rows"]:
+        search = row["algorithm"] if row["objective"] is None else named_search(row)
+        entry = merged.setdefault(tuple(row["removed"]), {**row, "judged": {}, "searches": []})
+        entry["searches"].append(search)
+        entry["judged"] |= row["judged"]
+    rows = sorted(merged.values(), key=lambda row: (row["size"], row["searches"][0][0] == "("))
+    if not rows:
+        return []
+    whole = {
+        label: {"value": v["value"], "error": v["error"]}
+        for label, v in study["whole_model"].items()
+    }
+    return [{"size": 0, "removed": [], "searches": ["whole model"], "judged": whole}, *rows]
+
+
+def named_search(row: Row) -> str:
+    """A search by its objective and algorithm, or a control and the objective that it follows."""
+    objective, _, data = row["objective"].partition("-")
+    return f"{objective} ({data}): {row['algorithm']}"
+
+
+def regrets() -> list[Row]:
+    """How far each algorithm came from the best of all subsets, by size."""
+    return [
+        {**row, **row["judged"]["perplexity-text"], "share": row["unit_runs"]}
+        for name in ("pairs", "optimum")
+        for row in load("study").get(name, {"rows": []})["rows"]
+    ]
+
+
+def judged(label: str) -> Callable[[Row], str]:
+    """A column of a judge's metric with its standard error."""
+
+    def cell(row: Row) -> str:
+        value = row["judged"].get(label)
+        return rounded(value["value"], value["error"]) if value else ""
+
+    return cell
+
+
+def to_reference(label: str) -> Callable[[Row], str]:
+    """A column of paired differences to the reference search's mask; in brackets, if two errors
+    do not tell them apart."""
+
+    def cell(row: Row) -> str:
+        value = row["judged"].get(label, {}).get("to_reference")
+        if value is None:
+            return ""
+        if not value["error"]:
+            return "0"
+        text = rounded(value["value"], value["error"], "+")
+        return text if abs(value["value"]) > 2 * value["error"] else f"({text})"
+
+    return cell
+
+
 def rounded(value: float, error: float, sign: str = "") -> str:
     """A value with its standard error, both to the error's second digit."""
     digits = max(0, 1 - math.floor(math.log10(error))) if error else 1
@@ -387,6 +447,41 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
             "measured": lambda row: f"{row['times_faster']:.2f}" if "times_faster" in row else "",
             "fewer unit runs, raced": fixed("raced", 1),
             "race, CPU s": fixed("cpu_s", 0),
+        },
+    ),
+    **{
+        f"study_{name}": (
+            lambda name=name: chosen_masks(name),
+            {
+                "removed": removed_blocks,
+                "chosen by": lambda row: ", ".join(row["searches"]),
+                "perplexity (lower is better)": judged("unseen-text"),
+                "to the reference": to_reference("unseen-text"),
+                "ARC-Easy, % (higher is better)": judged("arc-easy"),
+                "to it": to_reference("arc-easy"),
+                **(
+                    {"PIQA, %": judged("piqa"), "to it, PIQA": to_reference("piqa")}
+                    if name == "smollm2"
+                    else {}
+                ),
+            },
+        )
+        for name in ("smollm2", "calibration", "gemma3")
+    },
+    "study_regrets": (
+        regrets,
+        {
+            "blocks": lambda row: str(row["size"]),
+            "algorithm": column("algorithm"),
+            "removed": removed_blocks,
+            "perplexity (lower is better)": lambda row: f"{row['value']:.2f}",
+            "above the optimum": lambda row: (
+                rounded(row["to_reference"]["value"], row["to_reference"]["error"], "+")
+                if row["to_reference"]["error"]
+                else "0"
+            ),
+            "masks": lambda row: f"{row['masks']:,}",
+            "unit runs alone": lambda row: f"{row['asked_unit_runs']:,.0f}",
         },
     ),
     "sharing": (
