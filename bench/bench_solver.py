@@ -217,7 +217,7 @@ def table_of_bounds(limit: float) -> None:
                 t = statistics.median(t for t, _ in runs)
                 text = (
                     f"{t:.2f}"
-                    if all(r.proven for _, r in runs)
+                    if all(proven for _, (_, _, proven, _) in runs)
                     else f"> {limit:g} (not all proven)"
                 )
                 print(

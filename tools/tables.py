@@ -233,6 +233,11 @@ def times(workers: int) -> Callable[[Row], str]:
     return lambda row: f"{row[f'{workers} workers']['faster']:.1f}x"
 
 
+def percent(key: str) -> Callable[[Row], str]:
+    """A column of a share in percent."""
+    return lambda row: f"{100 * row[key]:.0f} %"
+
+
 def real_costs() -> list[Row]:
     """Each calibration set's searches on a real model, against the loop."""
     found = load("real")
@@ -595,6 +600,26 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
             "10": times(10),
             "64": times(64),
             "runs on 64, against one": lambda row: f"{100 * row['64 workers']['more_runs']:+.1f} %",
+        },
+    ),
+    "cached": (
+        lambda: load("counts")["cached"],
+        {
+            "search": column("search"),
+            "loop": fixed("loop", 0),
+            "within calls": fixed("within", 0),
+            "unbounded": fixed("unbounded", 0),
+            "1,000 states": percent("share of 1000"),
+            "100 states": percent("share of 100"),
+        },
+    ),
+    "split": (
+        lambda: load("counts")["split"],
+        {
+            "masks": column("masks"),
+            "unit runs, one worker": fixed("one worker", 0),
+            "repeated on 64": lambda row: f"{100 * row['repeated']:.1f} %",
+            "busiest worker / mean": fixed("busiest", 2),
         },
     ),
     "real_costs": (

@@ -1,5 +1,7 @@
 """The registry of measured tables and figures is whole, and so is the page that is made from it."""
 
+import ast
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -82,6 +84,17 @@ def test_an_entry_names_files_that_exist(entry):
     for result in entry.get("result", []):
         assert (TABLES.RESULTS / result).is_file()
     assert set(entry.get("needs", [])) <= set(REGISTRY["needs"])
+
+
+@pytest.mark.parametrize("folder", ["bench", "examples", "tools"])
+def test_scripts_import_names_that_exist(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fastprune"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    if not hasattr(module, alias.name):  # then it is a submodule
+                        importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def test_every_file_of_results_has_its_command():
