@@ -38,14 +38,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes most of a minute begins first: at the end, other workers would wait for it."""
+    """Tests of most of a minute begin first: at the end, other workers would wait for them."""
     items.sort(
         key=lambda item: not any(item.get_closest_marker(name) for name in ("nightly", "compile"))
     )
 
 
 def pytest_collection_finish():
-    """What was imported stays: the collector of garbage need not look through it again and
+    """Imported modules stay: the collector of garbage need not look through them again and
     again."""
     gc.collect()
     gc.freeze()

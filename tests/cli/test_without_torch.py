@@ -1,4 +1,4 @@
-"""What needs no model is answered without the libraries that models need."""
+"""Commands that need no model work without the libraries that models need."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_another_process_gives_the_same_bits():
 
 
 def snapshot(hf) -> dict:
-    """Everything that a caller could find changed."""
+    """The state of a process that a caller could find changed."""
     modules = dict(hf.named_modules())
     return {
         "modules": {name: id(module) for name, module in modules.items()},
