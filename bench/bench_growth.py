@@ -1,4 +1,4 @@
-"""How cost grows: with masks, units, tokens and vocabulary, with a cold and a warm prefix cache.
+"""Growth of cost: with masks, units, tokens and vocabulary, with a cold and a warm prefix cache.
 
 Random masks that keep 0.8 of the units of Llama models of random weights, d = 128. Every point is
 one call of a fresh evaluator, its median of three, with the unit runs that were made and the peak

@@ -22,7 +22,7 @@ def report(request):
 
 
 def machine() -> dict:
-    """What a reader needs to know to place the numbers."""
+    """The processor and the libraries, which a reader needs to place the numbers."""
     import torch
     import transformers
 

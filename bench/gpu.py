@@ -376,7 +376,7 @@ def goals(results: dict) -> list[list[str]]:
 
 
 def table(results: dict) -> str:
-    """What a reader wants first: kernels beside their floors, the searches, the goals."""
+    """The results in short: kernels beside their floors, the searches, the goals."""
     ceilings = results.get("ceilings", {})
     lines = [f"{results['machine']['device']}, torch {results['machine']['torch']}"]
     if "copy_bytes_per_s" in ceilings:

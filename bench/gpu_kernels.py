@@ -140,7 +140,7 @@ def others() -> Iterator[tuple[str, Callable[[Bench], Case]]]:
 
 
 def compilable() -> Iterator[tuple[str, Callable[[Bench], Case]]]:
-    """Those that torch.compile is given."""
+    """The functions that torch.compile is given."""
     return ((name, make) for name, make in others() if not name.startswith("tree_attention"))
 
 

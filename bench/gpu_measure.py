@@ -139,7 +139,7 @@ class Bench:
         return [start.elapsed_time(end) for start, end in pairs]
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Of the wall clock, everything on the device done."""
+        """Seconds of the wall clock until the work is done on the device."""
         self.synchronize()
         started = time.perf_counter()
         work()

@@ -1,4 +1,4 @@
-"""What one H100 should reach, reckoned without one: `PYTHONPATH=kernels:. python
+"""Expected times of one H100, reckoned without one: `PYTHONPATH=kernels:. python
 bench/gpu_model.py`, about a minute.
 
 Registers, shared memory and instructions are read from compiled code, tiles and launches from the
@@ -73,7 +73,7 @@ def compiled(kernel: str, variant: str) -> tuple[resources.Case, resources.Resou
 
 
 def programs_at_once(case: resources.Case, found: resources.Resources) -> int:
-    """Of one SM."""
+    """Programs that fit on one SM."""
     threads = 32 * case.config.num_warps
     registers = cdiv(found.registers, 8) * 8 * threads
     return min(228 * 1024 // (found.shared + 1024), 65536 // registers, 2048 // threads, 32)
@@ -93,7 +93,7 @@ def streaming(case, found, programs: int, moved: int) -> dict:
 
 
 def loss(case, found, rows: int, model: Model, powers: int, kept: int) -> dict:
-    """Of each logit: powers, exponentials; kept, bytes that are read with it."""
+    """The head's time. Of each logit: powers, exponentials; kept, bytes that are read with it."""
     p, v = case.config["BLOCK_P"], case.config["BLOCK_V"]
     flops = 2 * p * v * model.width
     product = flops / (PRODUCT / SMS)

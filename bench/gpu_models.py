@@ -90,7 +90,7 @@ def random_model(bench: Bench, name: str, num_layers: int | None = None) -> torc
 
 
 def block_flops(config, tokens: int, pairs: int) -> int:
-    """Of one block; pairs: of a query and a key that it sees, over all rows."""
+    """FLOPs of one block; pairs: of a query and a key that it sees, over all rows."""
     width, size = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     projections = 2 * width * (2 * heads + 2 * kv_heads) * size
@@ -166,7 +166,7 @@ def _host_ms(bench: Bench, work) -> float:
 
 
 def _profile(bench: Bench, work, chained: int) -> list[list] | str:
-    """What the time of a block goes to: [kernel, launches, milliseconds], the greatest first."""
+    """The kernels that a block's time goes to: [name, launches, milliseconds], greatest first."""
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if bench.is_cuda else ProfilerActivity.CPU

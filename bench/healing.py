@@ -144,7 +144,7 @@ def choose(given: argparse.Namespace, choice: fp.TokenBatch, num_remove: int) ->
 
 
 def name_of(removed: tuple[int, ...]) -> str:
-    """Of a model's files."""
+    """The name of a model's files."""
     return "-".join(map(str, removed)) or "whole"
 
 

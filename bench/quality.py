@@ -1,4 +1,4 @@
-"""What removing blocks costs a real model: the table of README.
+"""The cost of removing blocks from a real model: the table of README.
 
     python bench/quality.py MODEL --text FILE --questions FILE --folder FOLDER
         --removed 13,14,17 [--removed ...] [--healed FOLDER] [--out bench/results/quality.json]

@@ -152,7 +152,7 @@ def print_losses(found: dict, judges: list[str]) -> None:
 
 
 def print_calibration(found: dict) -> None:
-    """How far the judges' losses (nats, error rates) spread over calibration sets, for one
+    """The spread of the judges' losses (nats, error rates) over calibration sets, for one
     algorithm, and over algorithms, for one set."""
     print(
         "| removed | loss of | spread over calibration sets, mean of algorithms | over algorithms, "

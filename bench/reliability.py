@@ -1,4 +1,4 @@
-"""How often something goes wrong: bad files, flipped bits, kills, threads; a Markdown table.
+"""Counts of what goes wrong: bad files, flipped bits, kills, threads; a Markdown table.
 
     python bench/reliability.py [EFFORT]      # 1: all that docs/reliability.md counts; 0.05: a look
     in a minute or two
@@ -233,7 +233,7 @@ SIZES = [
 
 
 def memory(effort: float) -> Iterator[tuple[str, Counter]]:
-    """What a fresh process takes beyond its budget, at the least budget and at a large one."""
+    """The memory of a fresh process beyond its budget, at the least budget and at a large one."""
     for (masks, choices, prompt), budget in itertools.product(SIZES, (None, 512 << 20)):
         size = (
             max(1, round(masks * min(1, effort))),

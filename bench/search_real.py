@@ -1,4 +1,4 @@
-"""What a whole search costs on a real model, against one transformers pass for each mask that it
+"""The cost of a whole search on a real model, against one transformers pass for each mask that it
 asks for.
 
     python bench/search_real.py MODEL --text FILE [--algorithm greedy] [--num-remove 5] [--samples

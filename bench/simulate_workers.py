@@ -53,7 +53,7 @@ class Recorder(SyntheticEvaluator):
 
 @dataclass
 class Cache:
-    """What one worker knows of one chunk."""
+    """The results that one worker keeps of one chunk."""
 
     prefixes: tuple = ()
     likelihood: np.ndarray = field(default_factory=lambda: np.zeros(0))

@@ -1,4 +1,4 @@
-"""What threads that wait at barriers cost, alone and beside a process that takes a core of its own.
+"""The cost of threads that wait at barriers, alone and beside a process that takes a core.
 
     python bench/threads.py [--beside N]
 

@@ -1,5 +1,5 @@
-"""What workers cost: two processes of one thread against one process of two threads, and of one, on
-the same calls.
+"""The cost of workers: two processes of one thread against one process of two threads, and of one,
+on the same calls.
 
     python bench/workers.py [--blocks 12] [--masks 40] [--rounds 5] [--out
     bench/results/workers_overhead.json]

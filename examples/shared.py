@@ -1,5 +1,5 @@
-"""What the examples share: a model and rows of tokens, the loss as other tools take it, and a
-stopwatch.
+"""Tools that the examples share: a model and rows of tokens, the loss as other tools take it, and
+a stopwatch.
 
 Each example has two functions of (hf, rows): `loop`, as a tool of the field writes it, with
 transformers only, and `fast`, the same with fastprune. Both return (what was chosen, the losses

@@ -3,6 +3,7 @@ process."""
 
 from __future__ import annotations
 
+import collections
 import gc
 import json
 import os
@@ -38,14 +39,29 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes most of a minute begins first: at the end, other workers would wait for it."""
+    """Tests of most of a minute begin first: at the end, other workers would wait for them.
+
+    Half of the combinations of `pairs` are nightly: those whose places in the lists of values have
+    an odd sum. With three parameters or more, every two values still meet in the others.
+    """
     items.sort(
         key=lambda item: not any(item.get_closest_marker(name) for name in ("nightly", "compile"))
     )
+    known = collections.defaultdict(list)  # the values of a test's parameter
+    for item in items:
+        if item.get_closest_marker("pairs"):
+            places = 0
+            for name, value in item.callspec.params.items():
+                values = known[item.nodeid.partition("[")[0], name]
+                if value not in values:
+                    values.append(value)
+                places += values.index(value)
+            if places % 2:
+                item.add_marker("nightly")
 
 
 def pytest_collection_finish():
-    """What was imported stays: the collector of garbage need not look through it again and
+    """Imported modules stay: the collector of garbage need not look through them again and
     again."""
     gc.collect()
     gc.freeze()

@@ -422,7 +422,7 @@ def off(result: float, expected: float) -> float:
 
 
 def measure(model_type: str) -> dict[str, Any]:
-    """All that is measured of a family. "refused" is fastprune's own line, "unbuilt" the reason for
+    """The measurements of a family. "refused" is fastprune's own line, "unbuilt" the reason for
     which no tiny model was made."""
     try:
         hf = build(tiny_config(CONFIG_MAPPING[model_type]))

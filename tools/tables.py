@@ -215,7 +215,7 @@ def against_compiled(width: int, tokens: int) -> Callable[[Row], str]:
 
 
 def two_workers() -> list[Row]:
-    """What two workers cost."""
+    """The cost of two workers."""
     names = "1 process of 1 thread", "2 workers of 1 thread", "1 process of 2 threads"
     found = load("workers_overhead")
     rows = [{"name": name, **found[name]} for name in names]
@@ -256,7 +256,7 @@ def real_cells(*names: str) -> list[Row]:
 
 
 def real_searches() -> list[Row]:
-    """What each algorithm chose on text and on questions, small sets."""
+    """The choices of each algorithm on text and on questions, small sets."""
     questions = real_cells("questions-margin")
     pairs = zip(real_cells("text-4x32"), questions, strict=True)
     return [{**text, "questions": other} for text, other in pairs]
@@ -373,18 +373,18 @@ def difference(key: str) -> Callable[[Row], str]:
 
 
 def evidence() -> list[Row]:
-    """Where each measured table and figure comes from."""
+    """The source of each measured table and figure."""
     return tomllib.loads(EVIDENCE.read_text(encoding="utf-8"))["evidence"]
 
 
 def needs() -> list[Row]:
-    """What commands need that the repository does not hold."""
+    """The things that commands need and the repository does not hold."""
     entries = tomllib.loads(EVIDENCE.read_text(encoding="utf-8"))["needs"]
     return [{"name": name, "how": " ".join(text.split())} for name, text in entries.items()]
 
 
 def link(row: Row) -> str:
-    """What an entry shows, linked to its first page, from bench/."""
+    """The title of an entry, linked to its first page, from bench/."""
     return f"[{row['shows']}](../{row['at'][0].removesuffix('#')})"
 
 

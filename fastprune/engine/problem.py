@@ -56,7 +56,7 @@ class Problem:
 
     @property
     def context(self) -> dict[str, object]:
-        """All that decides the bits of a sum besides its chunk and its units, as plain values."""
+        """The inputs that decide the bits of a sum besides its chunk and units, as plain values."""
         return {
             **self.numerics,
             "arithmetic": ARITHMETIC,

@@ -19,7 +19,7 @@ def remainder(tensor: torch.Tensor) -> int:
 
 
 def placement(tensor: torch.Tensor) -> str:
-    """How a tensor lies in memory, as far as bits may depend on it; "" as one of torch's own."""
+    """A tensor's place in memory, as far as bits may depend on it; "" as one of torch's own."""
     strides = "" if tensor.is_contiguous() else f" strides {tensor.stride()}"
     offset = remainder(tensor)
     return strides + (f" at {offset}" if offset else "")

@@ -1,4 +1,4 @@
-"""Which of torch's kernels serve scaled_dot_product_attention while a model's units run.
+"""The choice of torch's kernels for scaled_dot_product_attention while a model's units run.
 
 torch chooses by global switches and an order of preference that differ by release and by card, and
 each choice rounds differently. Here the choice is always the same: flash attention if it can serve

@@ -56,8 +56,8 @@ class RemovalSize:
     def resolve(
         self, num_units: int, candidates: Sequence[int], costs_of: Callable[[Budget], UnitCosts]
     ) -> tuple[Size, list[int], UnitCosts | None]:
-        """Which removals are complete, the candidates among which they are, and the costs if a
-        budget asks for them.
+        """The size of complete removals, the candidates for them, and the costs if a budget asks
+        for them.
 
         Raises InputError for a number of units that may not go, and for a budget that no removal
         can meet.

@@ -82,7 +82,7 @@ def _objectives(study: Mapping) -> dict[str, type[Objective]]:
 
 
 def _to_best(objective: type[Objective], entry: Mapping) -> str:
-    """How far a candidate is from the best one of its size; "best" for that one."""
+    """A candidate's difference from the best one of its size; "best" for that one."""
     difference = to_difference(entry["to_best"])
     return objective.format_difference(difference) if difference.value else "best"
 

@@ -126,7 +126,7 @@ def test_study_folders(refused_study, tmp_path):
 
 @pytest.fixture(scope="module")
 def inputs():
-    """What a study keeps of itself, as far as it is known without models."""
+    """The settings that a study keeps, as far as they are known without models."""
     return {
         "algorithms": {"beam": {"beam_width": 5}},
         "budgets": [1, 2],

@@ -28,7 +28,7 @@ def test_help_groups_options(run, command):
 
 
 def complete(words: str) -> list[str]:
-    """What bash would be offered for the last of these words."""
+    """The completions that bash is offered for the last of these words."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"_FASTPRUNE_COMPLETE": "bash_complete", "COMP_WORDS": words}
     environment["COMP_CWORD"] = str(len(words.split(" ")) - 1)

@@ -144,7 +144,7 @@ def test_the_program_prints_in_ascii_where_that_is_asked_for():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["m[/x]", "[red]m[", ":smile:", r"m$\frac$", "m--><script>alert(1)</script>"]
+    "name", ["m[/x]", r"[red]m[:smile:m$\frac$", "m--><script>alert(1)</script>"]
 )
 def test_any_folder_name_is_printed_and_drawn_as_it_is(
     run, checkpoint, text_file, scored, tmp_path, monkeypatch, name

@@ -1,5 +1,5 @@
-"""What several engine tests need: evaluators in small budgets, questions, refusals, environments of
-subprocesses."""
+"""Tools that several engine tests need: evaluators in small budgets, questions, refusals,
+environments of subprocesses."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_unreadable_configs(folder, content, culprit):
 
 @pytest.fixture
 def build_nothing(monkeypatch):
-    """Whatever makes a model fails the test: what is wrong is to be seen before."""
+    """Making a model fails the test: the fault is to be seen before."""
 
     def fail(*args, **options):
         pytest.fail("a model was made")
@@ -234,7 +234,7 @@ def test_configs_that_are_no_json(folder, build_nothing, content, culprit):
     ids=str,
 )
 def test_wrong_values_in_configs(folder, wrong):
-    """Whatever transformers says of them, it is one line that names the folder."""
+    """One line names the folder, whatever transformers says of the value."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **wrong}))
     with pytest.raises(fp.InputError) as caught:
@@ -365,7 +365,7 @@ def test_pickles_beside_safetensors_are_not_opened(hf, ev, folder, batch):
 
 @pytest.fixture
 def no_pickles(monkeypatch):
-    """Whatever opens a pickle fails the test."""
+    """Opening a pickle fails the test."""
 
     def fail(*args, **options):
         pytest.fail("a pickle was opened")

@@ -176,7 +176,7 @@ def test_a_model_with_device_map_hooks(batch):
 
 
 def test_a_model_that_carries_a_hook_attribute(batch):
-    """What accelerate leaves on a module, whether or not it is installed."""
+    """accelerate leaves the attribute on a module; it need not be installed here."""
     hf = build("llama")
     layers_of(hf)[1]._hf_hook = object()
     refuses("one device, without device_map", fp.Evaluator, hf, fp.Perplexity(batch))

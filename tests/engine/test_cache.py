@@ -27,7 +27,7 @@ def objective(kind: str, vocab_size: int):
 
 
 def state_bytes(hf, batch) -> int:
-    """Of one prefix over the whole batch, about: float32 states, padding included."""
+    """About the bytes of one prefix's states over the whole batch: float32, with padding."""
     return batch.num_rows * int(batch.row_lengths.max()) * hf.config.hidden_size * 4
 
 
@@ -411,7 +411,8 @@ def test_the_measure_greedy_counts_tokens_that_are_not_the_most_likely():
 
 
 def test_a_folder_that_vanishes_costs_speed_only(tmp_path):
-    """Of the prefix cache, between two calls, and of states that wait for a band of weights."""
+    """The folder of the prefix cache, between two calls, and that of states that wait for a band
+    of weights."""
     hf = build("llama")
     target = objective("text", hf.config.vocab_size)
     masks = some_masks(5, 20, seed=12)

@@ -1,4 +1,4 @@
-"""What a call costs: unit runs against an independent count, the head's tiles, and running out of
+"""The cost of a call: unit runs against an independent count, the head's tiles, and running out of
 memory."""
 
 import itertools

@@ -78,11 +78,13 @@ def granularity(request):
     return request.param
 
 
+@pytest.mark.pairs
 class TestOperatorsOfACpu(FusedProperties):
     pass
 
 
 @pytest.mark.slow
+@pytest.mark.pairs
 @pytest.mark.parametrize("family", FUSED)
 def test_bfloat16_is_as_near_as_transformers_own(operators, family):
     found, own = bfloat16_errors(
@@ -109,6 +111,7 @@ def test_scores_keep_their_bits(operators, dtype, granularity):
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 @pytest.mark.parametrize("family", OTHERS)
 def test_scores_of_every_family_keep_their_bits(family, granularity):

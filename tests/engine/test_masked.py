@@ -14,7 +14,7 @@ import fastprune as fp
 
 
 def snapshot(hf) -> tuple:
-    """What must be the same objects, and the same values, afterwards."""
+    """The objects and values of a model that must be the same afterwards."""
     modules = [
         (name, id(module), module.training, vars(module).get("layer_idx"))
         for name, module in hf.named_modules()

@@ -105,7 +105,7 @@ def tied(weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight", [0.3, 0.003])
 def test_blocks_tied_across_depth_are_refused(weight, dtype):
-    """However weak the tie is: states are equal to the bit, or the model is refused."""
+    """States are equal to the bit, or the model is refused, however weak the tie is."""
     hf = wrapped(build("llama", dtype), tied(weight))
     refuses("block 3 .* results of other blocks .tied across depth.", fp.Evaluator, hf, text(hf))
 

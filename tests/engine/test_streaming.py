@@ -130,8 +130,8 @@ def test_divergence_from_the_dense_model(folder):
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_a_small_budget_makes_groups(folder, disk, tmp_path):
-    """Where the states between bands do not fit, chunks go in groups, then masks in parts; or they
-    go to a disk."""
+    """If the states between bands do not fit, chunks go in groups, then masks in parts; or the
+    states go to a disk."""
     whole, model = fp.load_model(folder), streamed(folder, 2)
     masks = some_masks(5, 40, seed=6)
 

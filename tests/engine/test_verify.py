@@ -54,7 +54,7 @@ def test_sublayers_are_verified_only_where_they_are_asked_for(runs):
 
 
 def test_a_model_that_stops_running_block_by_block_is_refused(tmp_path):
-    """However it is opened: its last layer begins to overwrite its input."""
+    """The last layer of a model, however opened, begins to overwrite its input."""
     hf = build("llama")
     model = fp.load_model(hf)
     text = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9])))

@@ -318,7 +318,7 @@ def test_counts_that_cannot_be(hf, batch, count):
 
 
 def test_the_arithmetic_of_scale(hf):
-    """What docs/scale.md reckons with: runs per mask, and bytes per state."""
+    """The numbers that docs/scale.md reckons with: runs per mask, and bytes per state."""
     units, tokens = num_blocks(hf), 30 * 16
     ev = fp.Evaluator(
         hf, fp.Perplexity(fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [16] * 30)))
@@ -348,7 +348,7 @@ class Killed(Processes):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed(checkpoint, hf):
-    """Of a model from a folder, and of one in memory."""
+    """Workers of a model from a folder, and of one in memory."""
     workers = Killed(2)
     ids = fp.TokenBatch.from_ids(random_rows(61, [64] * 150))
     model = fp.load_model(checkpoint)

@@ -575,9 +575,9 @@ _MATRICES = r"matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16"
 
 
 def _matrix(program, places: np.ndarray, number: int, transposed: bool) -> list[np.ndarray]:
-    """Of the matrix that 8 lanes of a warp have the rows' addresses of: where each lane's elements
-    are. A pair of columns lane % 4 of the row lane // 4, in one piece; transposed, the pair of rows
-    of that column, one by one."""
+    """The addresses of each lane's elements of a matrix; 8 lanes of a warp have those of its rows.
+    A lane has the pair of columns lane % 4 of the row lane // 4, in one piece; transposed, the pair
+    of rows of that column, one by one."""
     lane = np.arange(program.threads) % 32
     first = np.arange(program.threads) - lane + 8 * number
     if not transposed:

@@ -60,7 +60,7 @@ class Memory:
         self._views[size][(addresses - self._begin) // size] = values
 
     def note_reads(self, addresses: np.ndarray, size: int, warps: np.ndarray | int) -> None:
-        """Of global memory, programs share nothing that they write: there is nothing to note."""
+        """Programs share nothing that they write to global memory: there is nothing to note."""
 
     def note_writes(self, addresses: np.ndarray, size: int, warps: np.ndarray | int) -> None:
         """As `note_reads`."""

@@ -1,4 +1,4 @@
-"""How the card rounds: 16-bit floats, approximated functions, and sums of the tensor core."""
+"""The rounding of the card: 16-bit floats, approximated functions, and sums of the tensor core."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def flush(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What PTX leaves to the card.
+    """Arithmetic that PTX leaves to the card.
 
     Args:
         approximate: functions that PTX only bounds (ex2, rsqrt, div.full) miss by one unit in the

@@ -1,5 +1,5 @@
-"""What the tests of kernels share: the device, outputs full of NaN, and the error that a kernel is
-allowed."""
+"""Tools that the tests of kernels share: the device, outputs full of NaN, and the error that a
+kernel is allowed."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class CountingMisses(fp.Perplexity):
 
 @pytest.mark.slow
 def test_misses_are_counted_in_the_pass_of_the_loss():
-    """Of a text that the whole model wrote itself, it misses nothing. Logits are scaled."""
+    """The whole model misses no token of a text that it wrote itself. Logits are scaled."""
     hf = three_blocks("cohere").to(DEVICE)
     ids = torch.tensor([[5], [9]], device=DEVICE)
     with torch.no_grad():

@@ -93,7 +93,7 @@ def test_nll_of_several_targets(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 def test_misses_are_targets_that_are_not_the_most_likely_token(soft_cap, dtype):
-    """Of equal logits, in one tile, in one split, or in two of them, the first is the most likely.
+    """The first of equal logits is the most likely, in one tile, in one split, or in two of them.
     The loss keeps its bits."""
     hidden, weight = make(70, 60, 131, dtype)
     likely = reference.head_logits(*double(hidden, weight)).argmax(dim=1)
@@ -123,7 +123,7 @@ def test_positions_without_a_target_are_zero_wherever_they_are():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_certain_target_gives_zero(dtype):
-    """What is taken off is the number that was added up, however great the logits are."""
+    """The number taken off is the one that was added up, however great the logits are."""
     hidden = random(5, 48, dtype=dtype, seed=1, scale=7)
     weight = torch.zeros(131, 48, dtype=dtype, device=DEVICE)
     weight[77] = hidden[2]

@@ -1,4 +1,4 @@
-"""Which blocks are loaded together and which chunks share the loading: integers, from bytes."""
+"""Bands: blocks that are loaded together, and chunks that share the loading, from bytes."""
 
 import pytest
 

@@ -37,8 +37,8 @@ def test_a_layout_holds_every_row_once_and_can_be_written_down(batch, max_tokens
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 150, 10_000])
 def test_chunks_cost_the_least(max_tokens):
-    """Of all ways to cut 10 rows, longest first: tokens with padding, and for each chunk what a run
-    costs besides."""
+    """The cut of 10 rows, longest first, costs the least of all: tokens with padding, and for each
+    chunk the other costs of a run."""
     lengths = np.sort(np.random.default_rng(1).integers(2, 60, 10))[::-1]
     batch = TokenBatch.from_ids([[1] * n for n in lengths])
 

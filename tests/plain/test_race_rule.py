@@ -44,7 +44,7 @@ def is_wrong(losses, alive, keep):
 
 
 def difficulty(rng, num_samples):
-    """What all candidates share: losses of the samples, skewed as those of texts are."""
+    """The part that all candidates share: losses of the samples, skewed as those of texts are."""
     return rng.gamma(5.0, 0.6, num_samples)
 
 

@@ -140,8 +140,7 @@ def test_leftovers_of_a_killed_run_do_not_block(tmp_path):
 
 
 def test_a_leftover_that_is_a_finished_file_is_not_written_to(tmp_path):
-    """What a run leaves that was killed after its file had appeared: the same file by another
-    name."""
+    """A run that was killed after its file had appeared leaves the same file by another name."""
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
     os.link(path, tmp_path / f".value.json.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""What is split over workers: every sum once, even shares, and little sharing lost where the trie
+"""A call split over workers: every sum once, even shares, and little sharing lost where the trie
 is cut."""
 
 from itertools import takewhile

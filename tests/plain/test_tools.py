@@ -46,14 +46,16 @@ def test_words_are_read_from_docstrings_and_comments_but_not_from_examples():
 
 
 @pytest.mark.parametrize(
-    ("source", "status"), [('"""A module of words."""\n', 0), ('"""Of words."""\n', 1)]
+    ("text", "status"),
+    [("A module of words.", 0), ("Of words.", 1), ("Whatever is said.", 1), ("All that is.", 1)],
 )
-def test_a_docstring_that_begins_headless_fails(source, status, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("folder", ["fastprune", "tests"])
+def test_a_headless_docstring_fails(text, status, folder, tmp_path, monkeypatch, capsys):
     tool = load("check_words")
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "module.py").write_text(source)
+    for made in {"fastprune", folder}:
+        (tmp_path / made).mkdir()
+        (tmp_path / made / "package.py").write_text('"""Words to count."""')
+    (tmp_path / folder / "module.py").write_text(f'"""{text}"""\n')
     monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(tool, "FOLDERS", ("package",))
-    monkeypatch.setattr(tool, "MAX_HEADLESS", 0)
     assert tool.main() == status
     assert ("module.py:1" in capsys.readouterr().err) == bool(status)

@@ -1,4 +1,4 @@
-"""What every registered search algorithm must do: the public checks, and any objective on a real
+"""Every registered search algorithm: the public checks, and any objective on a real
 evaluator."""
 
 from __future__ import annotations

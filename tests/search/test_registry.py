@@ -1,4 +1,4 @@
-"""What the registry says about every algorithm, and the checks of options."""
+"""The registry's description of every algorithm, and the checks of options."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_counts_for_30_blocks():
 def test_a_race_to_the_best_five_takes_a_third_of_one_pass_each():
     """A count of unit runs, not a time; the losses of the trained demo model decide it."""
     model = fp.load_model("demo")
-    batch = fp.load_text(demo.TEXT, model.tokenizer, 128, 64, bos=False)
+    batch = fp.load_text(demo.TEXT, model.tokenizer, 64, 64, bos=False)
     ev = fp.Evaluator(model, fp.Perplexity(batch))
     sequences = [repeated(ev.num_units, [window]) for window in all_windows(ev.num_units)]
     race = ev.race(sequences=sequences, keep=5, confidence=0.99)

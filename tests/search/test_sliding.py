@@ -10,8 +10,8 @@ from fastprune.testing import SyntheticEvaluator
 
 
 def walk(loss, layers: list[int], threshold: float, k: int, keep: str) -> list[int]:
-    """What is gone after a walk from the last of the layers down to the first, of at most k; loss:
-    of what is gone."""
+    """The layers, at most k, that a walk from the last one down to the first removes; loss: of a
+    list of removed layers."""
     gone: list[int] = []
     high = len(layers) - 1
     low = high - 1

@@ -12,8 +12,8 @@ from fastprune.testing import SyntheticEvaluator
 
 
 def importances(hf, rows, power: int) -> tuple[list[float], list[float], list[float]]:
-    """Of each block, its attention and its mlp with the norms before them: sum of |w dL/dw|^power,
-    L over all rows."""
+    """sum of |w dL/dw|^power, L over all rows, of each block, and of its attention and its mlp with
+    the norms before them."""
     loss = sum(
         torch.nn.functional.cross_entropy(
             hf(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum"

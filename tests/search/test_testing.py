@@ -22,7 +22,7 @@ PAGE = Path(__file__, "../../../docs/algorithms.md").resolve()
 
 @pytest.fixture
 def registry(monkeypatch):
-    """What a test registers is gone after it."""
+    """The registered algorithms; those that a test adds are gone after it."""
     before = dict(ALGORITHMS)
     yield ALGORITHMS
     ALGORITHMS.clear()

@@ -35,7 +35,7 @@ def check_text(text: str, losses: list[float]) -> None:
 
 
 def check_json(value: object, inside_losses: bool = False) -> int:
-    """How many accuracies a value holds: each beside its loss, as 100 (1 - loss). A number by
+    """The number of accuracies in a value: each beside its loss, as 100 (1 - loss). A number by
     an objective's label is a loss only under a key that says so."""
     count = 0
     if isinstance(value, list):

@@ -24,7 +24,7 @@ def long_text(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def everything_is_loaded(checkpoint, text_file, tmp_path_factory):
-    """What commands import when they get there is imported once, and not in every child."""
+    """Modules that commands import late are imported once, and not in every child."""
     folder = tmp_path_factory.mktemp("loaded")
     document = write_document(folder / "study.toml", **text_study(checkpoint, text_file))
     for arguments in (

@@ -37,7 +37,7 @@ OPENED_A_PICKLE = 99
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: its exit status (minus the signal that killed it), and what it printed."""
+    """The end of a child: its exit status (minus the signal that killed it), and its output."""
 
     status: int
     out: str
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def forked(work: Callable[[], int | None]) -> Outcome:
-    """What comes of work() in a child of its own, whose time and memory are limited."""
+    """The outcome of work() in a child of its own, whose time and memory are limited."""
     started = time.monotonic()
     pipes = os.pipe(), os.pipe()  # not files, whose size a test may limit
     child = os.fork()
@@ -223,7 +223,7 @@ def failing(
 
 
 def how_often(directory: Path, owner: object, name: str, *arguments: object) -> int:
-    """How often a command calls owner.name."""
+    """The number of calls of owner.name in a command."""
     note = directory / "calls"
 
     def work() -> int:

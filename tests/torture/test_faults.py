@@ -1,5 +1,5 @@
-"""Whatever call to the system fails, once, at whatever point: one line, nothing half written, and
-the same result when the command is given again."""
+"""Calls to the system that fail, any of them, once, at any point: one line, nothing half written,
+and the same result when the command is given again."""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ MASKS = {
 
 
 def altered_file(name, content):
-    """Of JSON lines, also one line of which a value is altered."""
+    """A file with altered bytes, or JSON lines with an altered value in one of them."""
     raw = altered_bytes(content)
     if not name.endswith(".jsonl"):
         return raw

@@ -45,7 +45,7 @@ def most(rng: Random) -> Item:
 
 
 def missing(rng: Random) -> Item:
-    """Of some things all but one are named again, in any order."""
+    """Some things are named, then all but one of them, in any order."""
     things = rng.sample(OBJECTS + NAMES, rng.randint(3, 5))
     gone = rng.choice(things)
     left = [thing for thing in things if thing != gone]
