@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..demo import QUICK_STUDY, STUDY
+from ..demo import MODEL_DIR, QUICK_STUDY, STUDY, TEXT
 from ..errors import InputError
 from ..study import check_study, check_study_folder, figures, read_document, run_study, write_report
 from ..study.config import EXAMPLE, DataConfig, Document, at
 from ..study.tables import answers, best_cells, comparison_lines, format_removed
-from ..validate import check_folder
+from ..validate import check_folder, refuse_existing
 from .evaluation import (
     difference_table,
     evaluate_study,
@@ -96,13 +97,25 @@ def study(
 @click.option(
     "--quick", is_flag=True, help="Three algorithms on a part of the data: seconds, not minutes."
 )
+@click.option(
+    "--files",
+    type=Folder(),
+    help="Run no study; write the model and its data into this folder, as model/ and data/.",
+)
 @output_options
-def demo(out_dir: Path | None, quick: bool, quiet: bool) -> None:
+def demo(out_dir: Path | None, quick: bool, files: Path | None, quiet: bool) -> None:
     """Run a study of a small model that is built in; no downloads.
 
     Seven algorithms search for the blocks to remove, under two objectives. The folder's study.toml
     is the document to change and run again, by `fastprune study`.
     """
+    if files is not None:
+        if out_dir is not None or quick:
+            raise InputError(
+                "--files writes the model and its data; give it no --out and no --quick"
+            )
+        _write_files(files)
+        return
     with naming("--out"):
         out_dir = out_dir or check_folder(Path(f"fastprune-demo{'-quick' * quick}"))
     found, _ = _run(read_document(QUICK_STUDY if quick else STUDY), out_dir, quiet=quiet)
@@ -119,6 +132,18 @@ def demo(out_dir: Path | None, quick: bool, quiet: bool) -> None:
             say(line, style="bold")
         say(f"written to {out_dir}: report.html, study.json, study.toml")
         say(f"next: fastprune export demo --removed {units} --out {out_dir / 'pruned'}")
+
+
+def _write_files(folder: Path) -> None:
+    """Copy the demo model and its data, for commands and scripts that want paths."""
+    with naming("--files"):
+        places = {MODEL_DIR: folder / "model", TEXT.parent: folder / "data"}
+        for place in places.values():
+            refuse_existing(place)
+    for source, place in places.items():
+        shutil.copytree(source, place)
+    say(f"written: {', '.join(map(str, places.values()))}")
+    say(f"next: fastprune info {folder / 'model'}")
 
 
 def _run(

@@ -408,6 +408,18 @@ def test_the_memory_that_is_named_is_enough(run, checkpoint, text_file):
     assert run(*score, "--memory-gb", float(least) / 2)[0] == 2
 
 
+def test_the_demo_writes_its_model_and_data(run, tmp_path):
+    status, out, err = run("demo", "--files", tmp_path / "new")
+    assert (status, err) == (0, "")
+    _, *command = out.splitlines()[-1].removeprefix("next: ").split()
+    assert run(*command)[0] == 0
+    score = ("score", tmp_path / "new" / "model", "--num-samples", 2, "--seq-len", 16, "--no-bos")
+    assert run(*score, "--calibration", tmp_path / "new" / "data" / "text.jsonl")[0] == 0
+    status, _, err = run("demo", "--files", tmp_path / "new")  # nothing is overwritten
+    assert status == 2 and "--files" in err and "exists already" in err
+    assert run("demo", "--files", tmp_path / "other", "--quick")[0] == 2
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_its_answer_and_the_next_command(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
