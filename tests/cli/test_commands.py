@@ -413,10 +413,11 @@ def test_the_demo_writes_its_model_and_data(run, tmp_path):
     assert (status, err) == (0, "")
     _, *command = out.splitlines()[-1].removeprefix("next: ").split()
     assert run(*command)[0] == 0
-    score = ("score", tmp_path / "new" / "model", "--num-samples", 2, "--seq-len", 16, "--no-bos")
-    assert run(*score, "--calibration", tmp_path / "new" / "data" / "text.jsonl")[0] == 0
+    text = ("--calibration", tmp_path / "new" / "data" / "text.jsonl", "--no-bos")
+    options = ("--num-samples", 2, "--seq-len", 16, "--removed", 3)
+    assert run("score", tmp_path / "new" / "model", *text, *options)[0] == 0
     status, _, err = run("demo", "--files", tmp_path / "new")  # nothing is overwritten
-    assert status == 2 and "--files" in err and "exists already" in err
+    assert (status, "--files" in err, "exists already" in err) == (2, True, True)
     assert run("demo", "--files", tmp_path / "other", "--quick")[0] == 2
 
 
