@@ -10,7 +10,8 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 demo: .venv/demo-installed
 	$(BIN)/fastprune demo
 
-# Everything but what takes most of a minute: kernels compiled ahead of time, pages that run the harness whole.
+# Everything but what takes most of a minute (kernels compiled ahead of time, pages that run the harness whole), and half of
+# the combinations of the mark pairs.
 test: .venv/installed
 	$(TESTS) -m "not nightly and not compile"
 
