@@ -5,7 +5,7 @@ from itertools import takewhile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastprune.plan.split import cut, owners, teams
@@ -37,6 +37,7 @@ def test_500_masks_on_64_workers_lose_less_than_a_tenth_of_their_sharing(kind, h
 sequences = st.lists(st.lists(st.integers(0, 4), max_size=6).map(tuple), min_size=1, max_size=30)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(sequences, st.integers(1, 12), st.integers(0, 3))
 def test_ranges_hold_every_sequence_once_and_repeat_only_the_path_to_their_first(
     asked, parts, head
@@ -52,6 +53,7 @@ def test_ranges_hold_every_sequence_once_and_repeat_only_the_path_to_their_first
     assert runs == trie.unit_runs + repeated
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(1, 100)), min_size=1, max_size=40),
     st.integers(1, 9),
@@ -65,6 +67,7 @@ def test_looks_and_the_whole_are_shared_out(chunks, workers):
         assert total.max() - total.min() <= loads.max()
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 20))
 def test_no_worker_is_idle_and_none_has_two_chunks_where_there_are_more_workers(loads, workers):
     owner = owners(loads, [0] * len(loads), workers)
