@@ -9,6 +9,8 @@ import math
 import numpy as np
 import pytest
 from families import build, random_rows
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastprune as fp
 from fastprune.search import ALGORITHMS, find_algorithm
@@ -128,14 +130,15 @@ def test_stepwise_searches_of_unlike_units_do_not_race():
         ({"params": -1}, "params must be a number of at least 0, not -1"),
         ({"bytes": math.inf}, "bytes must be a number of at least 0, not inf"),
         ({"latency_ms": math.nan}, "latency_ms must be a number"),
+        ({"params": 10**400}, "params must be a number"),
         ({"params": "101%"}, 'params must be a number of at least 0 or a share such as "75%"'),
         ({"params": "-5%"}, "params must be a number of at least 0 or a share"),
         ({"params": "many"}, "params must be a number of at least 0 or a share"),
         ({"params": True}, "params must be a number"),
         ({}, "a budget has one of params, bytes, kv_bytes, latency_ms, not none"),
         ({"params": 1, "bytes": 2}, "not params and bytes"),
-        ({"latency_ms": 1, "batch_size": 0}, "batch_size must be an integer of at least 1"),
-        ({"latency_ms": 1, "seq_len": 0}, "seq_len must be an integer of at least 1"),
+        ({"latency_ms": 1, "batch_size": 0}, "batch_size must be an integer from 1"),
+        ({"latency_ms": 1, "seq_len": 10**9}, "seq_len must be an integer from 1"),
     ],
 )
 def test_wrong_budgets(arguments, message):
@@ -168,6 +171,8 @@ def test_searches_refuse_what_no_removal_meets():
         ("bytes=1.5GB", "bytes", 1.5e9),
         ("kv_bytes=64Ki", "kv_bytes", 65536.0),
         ("latency-ms=12.5", "latency_ms", 12.5),
+        ("latency_ms=1e-05", "latency_ms", 1e-5),
+        ("bytes=1e+12", "bytes", 1e12),
     ],
 )
 def test_budgets_as_text(text, kind, amount):
@@ -175,7 +180,27 @@ def test_budgets_as_text(text, kind, amount):
     assert (budget.kind, budget.amount) == (kind, amount)
 
 
-@pytest.mark.parametrize("text", ["75%", "parameters=3", "params=", "params=-3", "params=3Q"])
+SHARES = st.decimals(0, 100, places=3).map(lambda share: f" {share} % ")
+NUMBERS = st.floats(0, allow_infinity=False) | st.integers(0, 10**30) | st.just(-0.0)
+
+
+@given(
+    st.sampled_from(["params", "bytes", "kv_bytes", "latency_ms"]),
+    SHARES | NUMBERS,
+    st.integers(1, 10**9 - 1),
+    st.none() | st.integers(1, 10**9 - 1),
+)
+def test_the_text_of_a_budget_is_that_budget(kind, amount, batch_size, seq_len):
+    budget = fp.Budget(**{kind: amount}, batch_size=batch_size, seq_len=seq_len)
+    again = fp.Budget.parse(str(budget))
+    assert again == budget
+    assert str(again) == str(budget)
+    assert again.limit(whole=3e6) == budget.limit(whole=3e6)
+
+
+@pytest.mark.parametrize(
+    "text", ["75%", "parameters=3", "params=", "params=-3", "params=3Q", "params=1e999"]
+)
 def test_wrong_texts(text):
     with pytest.raises(fp.InputError):
         fp.Budget.parse(text)
