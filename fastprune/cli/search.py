@@ -25,7 +25,15 @@ from ..study.tables import (
     units_header,
 )
 from ..validate import refuse_existing
-from .held_out import beside_whole, format_difference, judge, judged_lines, next_lines, next_steps
+from .held_out import (
+    beside_whole,
+    format_difference,
+    judge,
+    judged_lines,
+    next_lines,
+    next_steps,
+    score_beside_whole,
+)
 from .opening import MakeEvaluator, check_gradients, evaluates
 from .options import (
     MOST_SEED,
@@ -48,6 +56,7 @@ from .output import note, printing, progress_bar, say, say_json, written_somewhe
 if TYPE_CHECKING:
     from ..costs import Budget as RemovalBudget
     from ..evaluator import Evaluator
+    from ..models import Model
     from ..search import SearchResult
 
 FILES = ("model", "calibration", "held_out")  # arguments with the names of files
@@ -141,7 +150,6 @@ def search(
 ) -> None:
     """Search MODEL for the units whose removal hurts least, or for a sequence of units that
     helps."""
-    from ..exports import can_export
     from ..search import check_algorithm, check_racing, protected_units, run_search
     from .budgets import check_figure, check_gate, check_stepwise, cost_record, write_path_figure
 
@@ -157,13 +165,15 @@ def search(
     arguments = _arguments(parameters, settings)
     if target:
         with naming("--out"):
-            if kept := _kept_result(target, arguments):
-                note(f"{target} exists already, of the same arguments; nothing was computed")
-                _print_search(kept, target, as_json, written=False, table=table)
-                write_path_figure(kept, figure)
-                check_gate(kept, max_loss)
-                return
-            refuse_existing(target)
+            kept = _kept_result(target, arguments)
+            if kept is None:
+                refuse_existing(target)
+        if kept is not None:
+            note(f"{target} exists already, of the same arguments; nothing was computed")
+            _print_search(kept, target, as_json, written=False, table=table)
+            write_path_figure(kept, figure)
+            check_gate(kept, max_loss)
+            return
     with progress_bar(quiet) as progress:
         evaluator = make_evaluator(progress)
         with naming("--protect"):
@@ -176,12 +186,11 @@ def search(
         record = _search_record(evaluator, result, arguments)
         record |= cost_record(evaluator, result.removed, measure_speed)
         opened, searched = evaluator.model, evaluator.objective
+        record["export_problem"] = _export_problem(opened, result)
         del evaluator  # its cache may hold a quarter of the free memory
         if held_out is not None and unseen is not None:
             judging = make_evaluator.on(opened, unseen, progress)
             record["held_out"] = judge(judging, result.sequence, searched, held_out.file)
-    problem = can_export(opened, result.sequence) if result.granularity == "block" else None
-    record["next"] = next_steps(record, target, problem)
     trouble = ""
     if target:
         target, trouble = written_somewhere(target, lambda path: write_json(path, record))
@@ -293,14 +302,17 @@ def _search_record(
     evaluator: Evaluator, result: SearchResult, arguments: Mapping[str, object]
 ) -> dict:
     """Make a search's result.json: the result, the whole model beside it, and the arguments."""
-    plain, num_units = result.to_dict(), evaluator.num_units
-    path = [kept_by(removed, num_units) for removed, _, _ in result.path]
-    errors = evaluator.objective.standard_error(evaluator.score_samples(sequences=path))
+    plain, objective = result.to_dict(), evaluator.objective
+    path = [kept_by(removed, evaluator.num_units) for removed, _, _ in result.path]
+    losses = score_beside_whole(
+        evaluator, [*path, result.sequence], "comparing the result with the whole model"
+    )
+    errors = objective.standard_error(losses[: len(path)])
     for step, error in zip(plain["path"], errors.tolist(), strict=True):
         step["standard_error"] = error
     calibration = {"file": arguments["calibration"], "num_samples": evaluator.num_samples}
     return {
-        **beside_whole(evaluator, result.sequence),
+        **beside_whole(objective, losses[len(path) :]),
         **plain,
         "store_hits": result.cost.store_hits,
         "model": evaluator.model.name,
@@ -312,6 +324,15 @@ def _search_record(
     }
 
 
+def _export_problem(model: Model, result: SearchResult) -> str | None:
+    """The reason why a result cannot be exported; None if it can."""
+    from ..exports import can_export
+
+    if result.granularity == "sublayer":
+        return "half a block cannot be left out of a checkpoint; fp.masked runs it in Python"
+    return can_export(model, result.sequence)
+
+
 def _print_search(
     record: Mapping[str, Any],
     target: Path | None,
@@ -319,10 +340,10 @@ def _print_search(
     written: bool = True,
     table: bool = False,
 ) -> None:
-    """Print a search's record.
+    """Print a search's record, and the commands that follow.
 
     Args:
-        target: The file of the record, or None.
+        target: The file that holds the record, or None.
         written: Whether the file is new.
         table: Whether to print the loss and cost of each size.
     """
@@ -345,9 +366,10 @@ def _print_search(
     row = (algorithm, units, objective.format(loss, error, named=False), *counts)
     dense_pass = f" Under {record['objective']}, runs include one pass of the whole model."
     dense_pass *= objective.compares_with_dense
+    steps = next_steps(record, target)
     with printing(target):
         if as_json:
-            say_json(record)
+            say_json({**record, "next": steps})
             return
         say(results_table(title, objective.header(), [row], units_header([record])))
         say(f"{TABLE_NOTE}{dense_pass} {record['seconds']:.1f} s.", style="dim")
@@ -377,5 +399,5 @@ def _print_search(
             say(f"{record['store_hits']} of the scores were in the store already")
         if target and written:
             say(f"written: {target}")
-        for line in next_lines(record["next"]):
+        for line in next_lines(steps):
             say(line)
