@@ -15,6 +15,7 @@ from ..objectives import OBJECTIVES, Difference, Objective, no_judge, objective_
 from ..plan.progress import reporting
 from ..study.judging import shared_rows
 from ..study.tables import format_removed, unseen_notes
+from .commands import score
 
 if TYPE_CHECKING:
     import numpy as np
@@ -187,9 +188,6 @@ def _free_folder(model: str, target: Path | None) -> Path:
     return folder
 
 
-DEFAULTS = {"objective": "perplexity", "sample_seed": 0, "granularity": "block", "backend": "auto"}
-
-
 def _data_flags(arguments: Mapping[str, Any]) -> list[str]:
     """The flags that read the data, for its objective."""
     kind = OBJECTIVES[arguments["objective"]]
@@ -200,7 +198,11 @@ def _data_flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _flags(arguments: Mapping[str, Any], *names: str) -> list[str]:
-    """The flags of arguments with other values than their defaults."""
+    """The flags of arguments with other values than the defaults of `score`.
+
+    Commands that share an option share its default.
+    """
+    defaults = {option.name: option.default for option in score.params}
     flags: list[str] = []
     for name in names:
         value, flag = arguments[name], f"--{name.replace('_', '-')}"
@@ -208,7 +210,7 @@ def _flags(arguments: Mapping[str, Any], *names: str) -> list[str]:
             flags.append(flag)
         elif value is False:
             flags += ["--no-bos"] * (name == "bos")
-        elif value is not None and value != DEFAULTS.get(name):
+        elif value is not None and value != defaults[name]:
             flags += [flag, str(value)]
     return flags
 

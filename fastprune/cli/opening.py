@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 
 
 def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:
-    """Raise InputError for an algorithm on gradients if the objective has none."""
+    """Raise InputError for an algorithm on gradients if the objective, here called by its label,
+    has none."""
     from ..search import find_algorithm
 
+    having = [name for name, known in OBJECTIVES.items() if known.differentiable]
     for name in algorithms:
-        if find_algorithm(name).needs_gradients and not OBJECTIVES[objective].differentiable:
-            raise InputError(
-                f"{name} needs gradients, which the objective {label or objective!r} has not; "
-                f"take {', '.join(n for n, o in OBJECTIVES.items() if o.differentiable)}, or "
-                f"another algorithm"
-            )
+        find_algorithm(name).check_gradients(objective in having, repr(label or objective), having)
 
 
 @dataclass(frozen=True)

@@ -153,10 +153,10 @@ def search(
     from ..search import check_algorithm, check_racing, protected_units, run_search
     from .budgets import check_figure, check_gate, check_stepwise, cost_record, write_path_figure
 
-    check_stepwise({"--table": table, "--figure": figure}, algorithm)
-    check_figure(figure)
     given: dict[str, Any] = dict(split_options(options))
     chosen, settings = check_algorithm(algorithm, given)
+    check_stepwise({"--table": table, "--figure": figure}, chosen)
+    check_figure(figure)
     chosen.check_num_remove(num_remove, budget)
     check_racing([algorithm], racing)
     parameters = click.get_current_context().params
@@ -391,6 +391,8 @@ def _print_search(
             say(note_)
         if record["racing"]:
             say(format_races(record["decided_early"]))
+        elif record["arguments"]["racing"]:
+            say(f"nothing raced: {num_samples} samples are too few for races")
         if record["granularity"] == "sublayer" and not is_sequence:
             say(f"sublayers: {', '.join(record['removed_names']) or '-'}")
         for line in judged_lines(record["held_out"]) if record["held_out"] else ():

@@ -640,7 +640,7 @@ class SearchResult:
         cost: The cost of this search alone, with its wall time in seconds.
         choice: "best scored" for the best candidate of the history; "method's" for the choice of
             the method's own rule, even if a better candidate was scored.
-        racing: The confidence of its races; None without races.
+        racing: The confidence of its races; None without races, and for sets too small to race.
         decided_early: The number of candidates that left a race before the last samples.
         budget: The budget as text; None without one.
         costs: The kind of cost, and the cost of the whole model and of the pruned model.
@@ -783,7 +783,7 @@ def run_search(
         else Search(evaluator, num_remove, seed, protect, racing, algorithm, budget)
     )
     if search.limit is not None:
-        check_limits(chosen, search.racing)
+        check_limits(chosen, racing)
     elif chosen.check_size:
         chosen.check_size(search.candidates, search.num_remove, evaluator.granularity, **options)
     before, started = evaluator.stats, time.perf_counter()
@@ -811,7 +811,7 @@ def run_search(
         evaluations=len(search.losses),
         cost=cost,
         choice="best scored" if choice is None else "method's",
-        racing=racing,
+        racing=search.racing,
         decided_early=search.decided_early,
         budget=None if budget is None else str(budget),
         costs={"kind": costs.kind, "before": costs.total, "after": costs.after(best)}

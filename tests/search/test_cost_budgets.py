@@ -115,13 +115,16 @@ def test_others_say_that_they_cannot(name):
     assert not evaluator.calls
 
 
-def test_stepwise_searches_of_unlike_units_do_not_race():
-    evaluator = SyntheticEvaluator(9, costs=UNLIKE, num_samples=64)
+@pytest.mark.parametrize("num_samples", [64, 4])  # 4 are too few to race
+def test_searches_that_weigh_unlike_units_do_not_race(num_samples):
+    evaluator = SyntheticEvaluator(9, costs=UNLIKE, num_samples=num_samples)
     for name in ("greedy", "beam", "one_shot"):
         with pytest.raises(fp.InputError, match="cannot race under a budget of units"):
             fp.run_search(evaluator, name, budget=fp.Budget(params=20), racing=0.99)
     result = fp.run_search(evaluator, "random", budget=fp.Budget(params=20), racing=0.99)
-    assert result.decided_early > 0
+    assert (result.racing, result.decided_early > 0) == (
+        (0.99, True) if num_samples > 4 else (None, False)
+    )
 
 
 @pytest.mark.parametrize(
