@@ -179,7 +179,7 @@ def search(
         with naming("--protect"):
             protected_units(protect, evaluator.num_units, evaluator.granularity)
         held_out = make_evaluator.held_out
-        unseen = None if held_out is None else held_out.open(evaluator.model)
+        unseen = None if held_out is None else held_out.open(evaluator.model, quiet)
         result = run_search(
             evaluator, algorithm, num_remove, seed, protect, racing, budget=budget, **given
         )

@@ -24,7 +24,7 @@ from .evaluation import (
 )
 from .opening import check_gradients, check_workers, open_model, open_objective, open_workers
 from .options import Command, FileName, Folder, json_option, naming, output_options, workers_options
-from .output import note, printing, progress_bar, say, say_json
+from .output import note_progress, printing, progress_bar, say, say_json
 from .study_tables import controls_table, held_out_table, print_cells, print_pattern
 
 if TYPE_CHECKING:
@@ -155,12 +155,12 @@ def _run(
         "memory_bytes": resources.in_bytes("memory"),
         "workers": open_workers(workers, ray, models[0]),
     }
-    notify: Callable[[str], None] = (lambda message: None) if quiet else note
+    notify: Callable[[str], None] = (lambda message: None) if quiet else note_progress
     with progress_bar(quiet) as progress:
         found = run_study(
             models,
             {
-                label: partial(_open, f"calibration.{data.name}", of.name, of.settings, data)
+                label: partial(_open, f"calibration.{data.name}", of.name, of.settings, data, quiet)
                 for label, (of, data) in config.objectives.items()
             },
             config.algorithms,
@@ -173,7 +173,7 @@ def _run(
             notify=notify,
             held_out={
                 data.name: partial(
-                    _open, f"held_out.{data.name}", data.objective, data.settings, data
+                    _open, f"held_out.{data.name}", data.objective, data.settings, data, quiet
                 )
                 for data in config.held_out
             },
@@ -197,7 +197,12 @@ def _run(
 
 
 def _open(
-    place: str, name: str, settings: Mapping[str, object], data: DataConfig, model: Model
+    place: str,
+    name: str,
+    settings: Mapping[str, object],
+    data: DataConfig,
+    quiet: bool,
+    model: Model,
 ) -> Objective:
     """Open an objective of a model on the data of a table in the document."""
     with naming(place):
@@ -210,4 +215,5 @@ def _open(
             model,
             data.reading,
             settings,
+            quiet=quiet,
         )
