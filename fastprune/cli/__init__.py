@@ -148,8 +148,8 @@ def _print_completion(context: click.Context, parameter: click.Parameter, shell:
 )
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Which blocks of a language model can go? Scores depth masks exactly, and searches for the
-    best one.
+    """Find the blocks of a language model that can be removed: score depth masks exactly, and
+    search for the best one.
 
     MODEL is 'demo', a folder with a safetensors checkpoint, or a hub id.
     """

@@ -68,48 +68,56 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
     type=Name(algorithm_names),
     default="beam",
     show_default=True,
-    help="A name that `fastprune algorithms` lists. Begin with greedy, which scores about k U "
-    "masks for k of U units; beam scores up to beam_width times as many, and may find a better "
-    "result.",
+    help="Algorithm of the search; `fastprune algorithms` lists all. Begin with greedy, "
+    "which scores about k U masks for k of U units; beam scores up to beam_width "
+    "times as many, and may find a better result.",
 )
 @click.option(
     "--num-remove",
     type=Budget(),
     callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
-    help="How many units to remove, or a share of them such as 25%, rounded down. Not for a search "
-    "over sequences, such as repeat.",
+    help="Number of units to remove, or a share of them such as 25%, rounded down. A "
+    "search over sequences, such as repeat, takes none.",
 )
 @click.option(
     "--budget",
     type=CostBudget(),
     callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
-    help="Instead: the most that the pruned model may have, of params, bytes, kv_bytes (of the "
-    "key-value cache, per token) or latency_ms (measured); a number or a share of the whole "
-    "model's, such as params=75% or bytes=1.5G.",
+    help="Limit of the pruned model, instead of --num-remove: params, bytes, kv_bytes (of "
+    "the key-value cache, per token) or latency_ms (measured), as a number or a share"
+    " of the whole model's, such as params=75% or bytes=1.5G.",
 )
 @click.option(
-    "--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5."
+    "--option",
+    "options",
+    multiple=True,
+    help="Option of the algorithm, such as beam_width=5. It may be repeated.",
 )
 @click.option(
     "--protect",
     type=Protected(),
     default="",
-    help="Units that must stay, such as 0,1 or 0-3, or what a method never removes: sleb or "
-    "shortened-llama.",
+    help="Units that must stay, such as 0,1 or 0-3, or the name of a method that protects "
+    "some: sleb or shortened-llama.",
 )
-@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MOST_SEED),
+    default=0,
+    show_default=True,
+    help="Seed of all random choices of the search.",
+)
 @click.option(
     "--out",
     "out_dir",
     type=FileName(),
-    help="Write result.json into this folder. A result of the same arguments there is printed "
-    "again.",
+    help="Folder for result.json. If a result of the same arguments is there, it is printed again.",
 )
 @click.option(
     "--max-loss",
     type=LossIncrease(),
-    help="Exit with status 1, after all is written, if the loss is above this: a loss, or an "
-    "increase over the whole model's such as +5%.",
+    help="Exit with status 1, after all is written, if the loss is above this: a loss such"
+    " as 2.5, or an increase over the whole model's such as +5%.",
 )
 @click.option(
     "--measure-speed",
@@ -124,8 +132,8 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
 @click.option(
     "--figure",
     type=FileName(),
-    help="Write the same as a figure, loss against cost with standard errors, into this .png or "
-    ".svg file.",
+    help="Draw the loss against the cost after each unit that greedy or beam removed, with"
+    " standard errors, into this .png or .svg file.",
 )
 @racing_option
 @held_out_options

@@ -36,7 +36,7 @@ OUT = "give the study's folder, as in: fastprune study study.toml --out DIR"
 
 @click.command(cls=Command)
 @click.argument("document", required=False, type=FileName(), metavar="STUDY.TOML")
-@click.option("--out", "out_dir", type=Folder(), help="The study's folder.")
+@click.option("--out", "out_dir", type=Folder(), help="Folder of the study.")
 @click.option("--example", is_flag=True, help="Print a commented document and exit.")
 @workers_options
 @json_option
@@ -52,7 +52,7 @@ def study(
 ) -> None:
     """Compare search algorithms, objectives and calibration sets, as the document STUDY.TOML says.
 
-    Writes study.json and report.html into its folder. The same command continues an interrupted
+    Its folder gets study.json and report.html. The same command continues an interrupted
     study there; a document with more algorithms, budgets or calibration sets extends it.
     """
     if example:
@@ -91,14 +91,16 @@ def study(
     "--out",
     "out_dir",
     type=Folder(),
-    help="The study's folder.  [default: fastprune-demo, or fastprune-demo-quick]",
+    help="Folder of the study.",
 )
 @click.option(
-    "--quick", is_flag=True, help="Three algorithms on a part of the data: seconds, not minutes."
+    "--quick",
+    is_flag=True,
+    help="Run three algorithms on a part of the data, in seconds instead of minutes.",
 )
 @output_options
 def demo(out_dir: Path | None, quick: bool, quiet: bool) -> None:
-    """Run a study of a small model that is built in; no downloads.
+    """Run a study of a small built-in model, without downloads.
 
     Seven algorithms search for the blocks to remove, under two objectives. The folder's study.toml
     is the document to change and run again, by `fastprune study`.
