@@ -243,6 +243,18 @@ def _load(
     )
 
 
+def units_before_opening(model: str, trust_remote_code: bool, granularity: str) -> int | None:
+    """The number of units of a model that is not open yet; None where its config does not surely
+    say it."""
+    from .. import demo
+    from ..models.files import stated_depth
+
+    depth = stated_depth(demo.MODEL_DIR if model == "demo" else Path(model))
+    if depth is None or trust_remote_code:  # code of its own may make any number of layers
+        return None
+    return 2 * depth if granularity == "sublayer" else depth
+
+
 def check_workers(workers: int | None, ray: str | None) -> None:
     """Raise InputError for workers of two kinds, or if Ray is missing or does not answer."""
     if ray is None:

@@ -34,7 +34,7 @@ from .held_out import (
     next_steps,
     score_beside_whole,
 )
-from .opening import MakeEvaluator, check_gradients, evaluates
+from .opening import MakeEvaluator, check_gradients, evaluates, units_before_opening
 from .options import (
     MOST_SEED,
     Budget,
@@ -158,7 +158,7 @@ def search(
 ) -> None:
     """Search MODEL for the units whose removal hurts least, or for a sequence of units that
     helps."""
-    from ..search import check_algorithm, check_racing, protected_units, run_search
+    from ..search import check_algorithm, check_racing, run_search
     from .budgets import check_figure, check_gate, check_stepwise, cost_record, write_path_figure
 
     given: dict[str, Any] = dict(split_options(options))
@@ -182,10 +182,15 @@ def search(
             write_path_figure(kept, figure)
             check_gate(kept, max_loss)
             return
+    granularity = parameters["granularity"]
+    num_units = units_before_opening(
+        parameters["model"], parameters["trust_remote_code"], granularity
+    )
+    if num_units is not None:
+        _check_removal(num_units, granularity, protect, num_remove)
     with progress_bar(quiet) as progress:
         evaluator = make_evaluator(progress)
-        with naming("--protect"):
-            protected_units(protect, evaluator.num_units, evaluator.granularity)
+        _check_removal(evaluator.num_units, granularity, protect, num_remove)
         held_out = make_evaluator.held_out
         unseen = None if held_out is None else held_out.open(evaluator.model, quiet)
         result = run_search(
@@ -223,6 +228,21 @@ def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any)
             message = error.message.replace("num_remove", "--num-remove")
             raise InputError(message.replace(" budget", " --budget")) from None
     return value
+
+
+def _check_removal(
+    num_units: int,
+    granularity: str,
+    protect: str | tuple[int, ...],
+    num_remove: int | str | None,
+) -> None:
+    """Raise InputError for units that a model of num_units has not, or too many to remove."""
+    from ..search import protected_units, units_to_remove
+
+    with naming("--protect"):
+        protected = protected_units(protect, num_units, granularity)
+    if num_remove is not None:
+        units_to_remove(num_remove, num_units, num_units - len(protected))
 
 
 def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, object]:
