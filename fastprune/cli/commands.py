@@ -297,7 +297,7 @@ def export(
         say(f"written: {folder} ({content})")
         say(
             "for other tools: "
-            + ", ".join(f"recipes/{path.name}" for path in sorted((folder / "recipes").iterdir()))
+            + ", ".join(str(path) for path in sorted((folder / "recipes").iterdir()))
         )
         if warning:
             say(f"llama.cpp: {warning}")
