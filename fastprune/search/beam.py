@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .registry import Count, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 
 @algorithm(races=True, studied=True, limits=True, weighs=True, stepwise=True)
