@@ -2,14 +2,18 @@
 
 import sys
 
+from .signals import raise_upon_sigterm, word_and_status
+
 
 def main() -> None:
-    """Run the command line. Ctrl-C while it is imported is an exit status, too."""
+    """Run the command line. Ctrl-C or SIGTERM while it is imported is an exit status, too."""
+    raise_upon_sigterm()
     try:
         from .cli import main as run
-    except KeyboardInterrupt:
-        print("fastprune: interrupted; nothing was begun", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        word, status = word_and_status(error)
+        print(f"fastprune: {word}; nothing was begun", file=sys.stderr)
+        sys.exit(status)
     run()
 
 

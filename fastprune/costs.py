@@ -33,8 +33,9 @@ UNITS = {
 }
 SEQ_LEN = 512  # tokens of a timed row, unless the model takes fewer
 REPEATS = 5  # timed passes; their median counts
+MOST_TOKENS = 10**9 - 1  # the largest batch_size and seq_len
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,9})?)\s*%")
-_AMOUNT = re.compile(r"(\d{1,18}(?:\.\d{1,9})?(?:e\d{1,2})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_AMOUNT = re.compile(r"(\d{1,18}(?:\.\d{1,24})?(?:e[+-]?\d{1,3})?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _SETTING = re.compile(r"(batch_size|seq_len)\s*=\s*(\d{1,9})")
 _PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _PREFIXES |= {f"{name}i": 2.0 ** (10 * power) for power, name in enumerate("kmgt", 1)}
@@ -46,7 +47,7 @@ class Budget:
 
     A search removes units until the remaining model is within the budget. The result never exceeds
     it, and putting any removed unit back would exceed it. Give exactly one amount: a number, or a
-    share of the whole model's cost such as "75%".
+    share of the whole model's cost such as "75%". `Budget.parse` reads what `str` prints.
 
     Args:
         params: Parameters, with embeddings and head. Shared parameters count once.
@@ -81,10 +82,14 @@ class Budget:
         if len(amounts) != 1:
             number = "none" if not amounts else " and ".join(amounts)
             raise InputError(f"a budget has one of {', '.join(KINDS)}, not {number}")
-        check_integer("batch_size", self.batch_size, 1)
+        check_integer("batch_size", self.batch_size, 1, MOST_TOKENS)
         if self.seq_len is not None:
-            check_integer("seq_len", self.seq_len, 1)
+            check_integer("seq_len", self.seq_len, 1, MOST_TOKENS)
         self.limit(1.0)
+        (kind,), amount = amounts, self.amount
+        # one form for each value, so that a budget equals the one read from its text
+        plain = "".join(amount.split()) if isinstance(amount, str) else float(amount) + 0.0
+        object.__setattr__(self, kind, plain)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -140,7 +145,7 @@ class Budget:
 
     @property
     def amount(self) -> float | str:
-        """The amount in the form in which it was written: a number or a share."""
+        """The amount: a float, or a share such as "75%"."""
         return getattr(self, self.kind)
 
     def limit(self, whole: float) -> float:
@@ -170,7 +175,8 @@ class Budget:
         return check_number(self.kind, amount, least=0)
 
     def __str__(self) -> str:
-        amount = self.amount if isinstance(self.amount, str) else f"{self.amount:.12g}"
+        amount = self.amount if isinstance(self.amount, str) else repr(self.amount)
+        amount = amount.removesuffix(".0")
         rows = f",batch_size={self.batch_size}" * (self.batch_size != 1)
         tokens = "" if self.seq_len is None else f",seq_len={self.seq_len}"
         return f"{self.kind}={amount}{rows}{tokens}"

@@ -65,6 +65,13 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
 def check_integer(
     name: str, value: Any, least: int | None = None, most: int | None = None, of: str = ""
 ) -> int:
@@ -113,7 +120,7 @@ def check_number(
     """
     low = -math.inf if least is None else least
     high = math.inf if most is None else most
-    if not is_number(value) or not math.isfinite(value) or not low <= value <= high:
+    if not is_number(value) or not _is_finite(value) or not low <= value <= high:
         raise InputError(
             f"{name} must be a number{_limits(least, most)}, not {shown(value)}",
             argument=name,

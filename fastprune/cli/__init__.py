@@ -1,7 +1,7 @@
 """The command line: demo, info, env, algorithms, score, search, study, eval, export, store.
 
-Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong, 130 interrupted. An
-error is one line.
+Exit status: 0 done, 1 the run failed, 2 the arguments or the files were wrong, 130 interrupted, 143
+terminated. An error is one line, and so is a warning.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -17,15 +18,15 @@ from click.shell_completion import get_completion_class, shell_complete
 
 from .. import __version__
 from ..errors import InputError
+from ..signals import word_and_status
 from . import commands, environment, evaluation, search, stores, studies
-from .output import cannot_print, is_of_printing, prepare_streams
+from .output import cannot_print, is_of_printing, note, prepare_streams
 
 # Threads that wait at a barrier spin by default. If another process takes a core, a spinning thread
 # blocks the thread for which it waits, and the work takes twenty times as long.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
-INTERRUPTED = 130  # exit status upon Ctrl-C, as of a shell's own commands: 128 + SIGINT
-LONGEST = 400  # characters of an error's line
+LONGEST = 400  # characters of the line of an error or a warning
 COMPLETE = "_FASTPRUNE_COMPLETE"  # set by the shell that asks for completions
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     if not any(name in os.environ for name in WAITING):  # before torch is imported, which reads it
         os.environ["OMP_WAIT_POLICY"] = "passive"
     prepare_streams()
+    warnings.showwarning = _show_warning
     if instruction := os.environ.get(COMPLETE):
         sys.exit(shell_complete(cli, {}, "fastprune", COMPLETE, instruction))
     try:
@@ -49,10 +51,12 @@ def main() -> None:
         _fail(message, 2)
     except click.ClickException as error:
         _fail(error.format_message(), 1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         with suppress(ValueError):  # only the main thread can handle signals
-            signal.signal(signal.SIGINT, _end_at_once)  # ending the workers may take seconds
-        _fail(f"interrupted; {_how_to_continue(sys.argv[1:])}", INTERRUPTED)
+            for number in (signal.SIGINT, signal.SIGTERM):  # ending the workers may take seconds
+                signal.signal(number, _end_at_once)
+        word, status = word_and_status(error)
+        _fail(f"{word}; {_how_to_continue(sys.argv[1:])}", status)
     except PermissionError as error:
         if is_of_printing(error):
             _fail(cannot_print(error), 1)
@@ -66,7 +70,8 @@ def main() -> None:
 
 
 def _how_to_continue(arguments: Sequence[str]) -> str:
-    """The end of the line after Ctrl-C: the files with finished work, and the way to continue."""
+    """The end of the line after Ctrl-C or SIGTERM: the files that keep finished work, and the way
+    to continue."""
     command, *rest = arguments or [""]
     if command in ("study", "demo"):
         folder = _value_of("--out", rest) or "the study's folder"
@@ -91,22 +96,31 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _end_at_once(*_: object) -> None:
-    """Handle a second Ctrl-C during the shutdown of the first."""
+def _end_at_once(number: int, frame: object = None) -> None:
+    """Handle a second Ctrl-C or SIGTERM during the shutdown of the first."""
     with suppress(OSError):
         os.write(2, b"fastprune: interrupted twice; ended at once\n")
-    os._exit(INTERRUPTED)
+    os._exit(128 + number)
+
+
+def _line(message: str) -> str:
+    """A message as one line that any terminal shows."""
+    line = f"fastprune: {' '.join(message.split())}"
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    if len(line) > LONGEST:
+        # a value of thousands of characters: the error is named before it, the remedy after
+        line = f"{line[: LONGEST // 2]} ... {line[5 - LONGEST // 2 :]}"
+    return line
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning for a user, who has no use for a file and a line of code."""
+    note(_line(f"warning: {message}"))
 
 
 def _fail(message: str, status: int) -> None:
-    line = f"fastprune: {' '.join(message.split())}"
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    if (
-        len(line) > LONGEST
-    ):  # a value of thousands of characters: the error is named before it, the remedy after
-        line = f"{line[: LONGEST // 2]} ... {line[5 - LONGEST // 2 :]}"
     with suppress(OSError):
-        print(line, file=sys.stderr)
+        print(_line(message), file=sys.stderr)
         sys.stderr.flush()
     sys.exit(status)
 
@@ -134,8 +148,8 @@ def _print_completion(context: click.Context, parameter: click.Parameter, shell:
 )
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Find the blocks of a language model that can go: depth masks are scored exactly, and
-    searched for the best one.
+    """Find the blocks of a language model that can be removed: score depth masks exactly, and
+    search for the best one.
 
     MODEL is 'demo', a folder with a safetensors checkpoint, or a hub id.
     """

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..costs import UNITS
 from ..errors import InputError, shown
 from ..objectives import objective_class
+from ..search import known_algorithms
 from ..study.figures import check_installed, path_figure, save
 from ..study.tables import format_removed, short_name
 from ..validate import check_folder
@@ -20,18 +21,19 @@ from .output import note
 
 if TYPE_CHECKING:
     from ..evaluator import Evaluator
+    from ..search.registry import Algorithm
 
-STEPWISE = ("greedy", "beam")  # algorithms that remove unit by unit
 NAMES = {"params": "parameters", "bytes": "bytes", "tokens_per_second": "tokens per second"}
 
 
-def check_stepwise(flags: Mapping[str, object], algorithm: str) -> None:
+def check_stepwise(flags: Mapping[str, object], chosen: Algorithm) -> None:
     """Raise InputError for a flag about steps if the algorithm does not remove unit by unit."""
     for flag, value in flags.items():
-        if value and algorithm not in STEPWISE:
+        if value and not chosen.stepwise:
+            stepwise = [known.name for known in known_algorithms().values() if known.stepwise]
             raise InputError(
-                f"{flag} is of an algorithm that removes unit by unit, {' or '.join(STEPWISE)}, "
-                f"not {algorithm}"
+                f"{flag} is of an algorithm that removes unit by unit, {' or '.join(stepwise)}, "
+                f"not {chosen.name}"
             )
 
 

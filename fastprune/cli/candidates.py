@@ -37,22 +37,23 @@ candidate_options = group(
         "--masks",
         "masks_file",
         type=FileName(),
-        help='.npy [N, U] of 1 = kept, 0 = removed; .jsonl rows {"removed": [9, 10]} or '
-        '{"sequence": [0, 1, 1, 2]}; or a .txt configuration of EvoPress.',
+        help='File of masks: .npy [N, U] of 1 = kept, 0 = removed; .jsonl rows {"removed": [9,'
+        ' 10]} or {"sequence": [0, 1, 1, 2]}; or a .txt configuration of EvoPress.',
     ),
     click.option(
         "--removed",
         multiple=True,
         type=Units(),
-        help="Units to remove, such as 9,10 or 9-11; - for none, all for all; once per mask.",
+        help="Units to remove, such as 9,10 or 9-11; - for none, all for all. Give it once for"
+        " each mask.",
     ),
     click.option(
         "--sequence",
         "sequences",
         multiple=True,
         type=UnitSequence(),
-        help="Units in the order in which they run, such as 0-8,8-11, which runs unit 8 twice; "
-        "once per sequence.",
+        help="Units in the order in which they run, such as 0-8,8-11, which runs unit 8 twice."
+        " Give it once for each sequence.",
     ),
 )
 

@@ -67,7 +67,7 @@ def info(
 ) -> None:
     """Show a model's units, and whether and how it can be run.
 
-    With --weights-gb: which of its weights stay loaded, and how the others are read.
+    With --weights-gb, also show the weights that stay loaded, and how the others are read.
     """
     from .support import sentences, support_of
 
@@ -118,8 +118,8 @@ def _mib(size: int) -> str:
 def algorithms(names: tuple[str, ...]) -> None:
     """List the search algorithms and their options.
 
-    With names: these, and how they work. k units of U are removed; a cost is the number of masks
-    that are scored.
+    With names, show these algorithms and how they work. A cost is the number of masks that are
+    scored to remove k of U units.
     """
     from ..search import find_algorithm, known_algorithms
 
@@ -166,9 +166,9 @@ def score(
     """Score depth masks of MODEL, or sequences of its units.
 
     A mask's score is how good the model is without the units that it removes; a sequence runs units
-    in any order, some of them several times. It is printed as the
-    objective's metric with its standard error over samples; of several masks also as the difference
-    to the whole model, with the paired standard error. A difference below two of them is marked.
+    in any order, some of them several times. A score is printed as the objective's metric with its
+    standard error over samples. Several masks are also compared with the whole model: differences
+    have paired standard errors, and those below two of these errors are marked.
     """
     check_candidates(masks_file, removed, sequences)
     if out_file:
@@ -201,8 +201,8 @@ def score(
 @click.option(
     "--removed",
     type=Units(),
-    help="Blocks to remove, such as 9,10,11 or 9-11. Not sublayers: half a block cannot be left "
-    "out of a checkpoint.",
+    help="Blocks to remove, such as 9,10,11 or 9-11. A checkpoint cannot leave out half a "
+    "block, so sublayers cannot be named.",
 )
 @click.option(
     "--sequence",
@@ -212,14 +212,14 @@ def score(
 @click.option(
     "--result",
     type=FileName(),
-    help="A search's result.json: its blocks are removed, or run in its sequence, and its losses "
-    "reported.",
+    help="File result.json of a search. Its blocks are removed, or run in its sequence; "
+    "the model card reports its losses.",
 )
 @click.option(
-    "--base-model", help="Hub id of the base model, for the model card; default: the name of MODEL."
+    "--base-model", help="Hub id of the base model, for the model card. Default: the name of MODEL."
 )
 @click.option(
-    "--out", "out_dir", required=True, type=FileName(), help="The new checkpoint's folder."
+    "--out", "out_dir", required=True, type=FileName(), help="Folder of the new checkpoint."
 )
 @click.option(
     "--measure-speed",
@@ -297,7 +297,7 @@ def export(
         say(f"written: {folder} ({content})")
         say(
             "for other tools: "
-            + ", ".join(f"recipes/{path.name}" for path in sorted((folder / "recipes").iterdir()))
+            + ", ".join(str(path) for path in sorted((folder / "recipes").iterdir()))
         )
         if warning:
             say(f"llama.cpp: {warning}")

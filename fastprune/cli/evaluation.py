@@ -41,26 +41,28 @@ if TYPE_CHECKING:
     from ..models import Model
 
 task_settings = group(
-    click.option("--include-path", type=FileName(), help="A folder with tasks of your own."),
+    click.option("--include-path", type=FileName(), help="Folder with tasks of your own."),
     click.option(
         "--limit",
         type=click.FloatRange(0, min_open=True),
-        help="First documents of a task, or a share < 1.",
+        help="Number of documents of each task, from the first on, or a share of them below 1.",
     ),
     click.option(
-        "--num-fewshot", type=click.IntRange(0, MOST), help="Worked examples before each question."
+        "--num-fewshot",
+        type=click.IntRange(0, MOST),
+        help="Number of worked examples before each question. Default: the task's own.",
     ),
     click.option(
         "--apply-chat-template",
         is_flag=True,
         help="Write prompts through the tokenizer's chat template, as `lm_eval` does.",
     ),
-    click.option("--system-instruction", help="A text in front of every prompt."),
+    click.option("--system-instruction", help="Text in front of every prompt."),
     click.option(
         "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
         default=True,
         show_default=True,
-        help="With a chat template: each worked example is a turn of its own.",
+        help="Make each worked example a turn of its own, if a chat template is applied.",
     ),
 )
 
@@ -69,7 +71,8 @@ task_settings = group(
 @click.option(
     "--tasks",
     required=True,
-    help="Names or patterns, such as arc_easy,mmlu_*; `lm_eval ls tasks` has them.",
+    help="Names of tasks, or patterns such as mmlu_*, separated by commas; `lm_eval ls "
+    "tasks` lists all.",
 )
 @candidate_options
 @task_settings
@@ -78,21 +81,21 @@ task_settings = group(
     type=click.IntRange(1, MOST),
     default=1,
     show_default=True,
-    help="Of generated texts.",
+    help="Number of texts that are generated together.",
 )
 @click.option(
     "--max-length",
     type=click.IntRange(1, MOST),
-    help="Tokens that the model sees; default: all it can.",
+    help="Number of tokens that the model may see. Default: as many as it can take.",
 )
 @click.option(
     "--bootstrap-iters",
     type=click.IntRange(0, MOST),
     default=100_000,
     show_default=True,
-    help="For standard errors; 0 leaves out those that need it.",
+    help="Number of bootstrap samples for standard errors; 0 leaves out the errors that need them.",
 )
-@click.option("--log-samples", is_flag=True, help="Write every document's answers, too.")
+@click.option("--log-samples", is_flag=True, help="Add every document's answers to the rows.")
 @click.option(
     "--out",
     "out_file",

@@ -12,24 +12,46 @@ from typing import TYPE_CHECKING, Any
 from .. import demo
 from ..data import TASKS_READING, TEXT_READING
 from ..objectives import OBJECTIVES, Difference, Objective, no_judge, objective_class
-from ..plan.progress import ProgressEvent, reporting
+from ..plan.progress import reporting
 from ..study.judging import shared_rows
 from ..study.tables import format_removed, unseen_notes
+from .commands import score
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..evaluator import Evaluator
 
 LABEL = "held out"
 
 
-def beside_whole(evaluator: Evaluator, sequence: Sequence[int]) -> dict[str, Any]:
+def score_beside_whole(
+    evaluator: Evaluator, sequences: Sequence[Sequence[int]], stage: str
+) -> np.ndarray:
+    """Score sequences and the whole model in one call.
+
+    Args:
+        evaluator: The evaluator.
+        sequences: N sequences of units.
+        stage: The name of this work, for reports of progress.
+
+    Returns:
+        The loss of each sample, float64[N + 1, S]; the whole model's row is the last.
+    """
+    with reporting(lambda event: replace(event, cell=stage)):
+        return evaluator.score_samples(sequences=[*sequences, range(evaluator.num_units)])
+
+
+def beside_whole(objective: Objective, sample_losses: np.ndarray) -> dict[str, Any]:
     """Compare a sequence with the whole model: losses, standard errors, and paired difference.
+
+    Args:
+        objective: The objective.
+        sample_losses: float64[2, S], the losses of the sequence and of the whole model.
 
     Returns:
         Plain values. The names of the whole model's begin with `dense_`.
     """
-    objective = evaluator.objective
-    sample_losses = evaluator.score_samples(sequences=[sequence, range(evaluator.num_units)])
     loss, dense_loss = objective.mean(sample_losses).tolist()
     error, dense_error = objective.standard_error(sample_losses).tolist()
     return {
@@ -54,19 +76,14 @@ def judge(
         file: The held-out data.
     """
     objective = evaluator.objective
-
-    def describe(event: ProgressEvent) -> ProgressEvent:
-        return replace(event, cell="judging on held-out data")
-
-    with reporting(describe):
-        judged = beside_whole(evaluator, sequence)
+    losses = score_beside_whole(evaluator, [sequence], "judging on held-out data")
     questions = objective.data == "tasks"
     return {
         "file": file,
         "objective": objective.name,
         "num_samples": objective.num_samples,
         "shared_rows": shared_rows(objective.batch, [calibration.batch], questions),
-        **judged,
+        **beside_whole(objective, losses),
     }
 
 
@@ -102,15 +119,14 @@ def format_difference(objective: type[Objective], record: Mapping[str, Any]) -> 
     return objective.format_difference(Difference(values["value"], values["error"], samples))
 
 
-def next_steps(
-    record: Mapping[str, Any], target: Path | None, problem: str | None
-) -> dict[str, str]:
+def next_steps(record: Mapping[str, Any], target: Path | None) -> dict[str, str]:
     """Make the commands that follow a search, by their purpose.
+
+    They fit the files that are there when they are made, so no file keeps them.
 
     Args:
         record: The search's record, with its arguments.
-        target: The file of its result, or None.
-        problem: The reason why its blocks cannot be exported, or None.
+        target: The file that holds the record, or None.
 
     Returns:
         "export" writes the checkpoint; "problem" has the reason if it cannot. "judge" scores the
@@ -127,10 +143,8 @@ def next_steps(
     steps = {}
     model = arguments["model"]
     out = _free_folder(model, target)
-    if record["granularity"] == "sublayer":
-        problem = "half a block cannot be left out of a checkpoint; fp.masked runs it in Python"
-    if problem is not None:
-        steps["problem"] = problem
+    if record["export_problem"] is not None:
+        steps["problem"] = record["export_problem"]
     else:
         candidate = [f"--{kind}", units] if target is None else ["--result", str(target)]
         steps["export"] = _command("export", model, *candidate, "--out", str(out), *opening)
@@ -174,9 +188,6 @@ def _free_folder(model: str, target: Path | None) -> Path:
     return folder
 
 
-DEFAULTS = {"objective": "perplexity", "sample_seed": 0, "granularity": "block", "backend": "auto"}
-
-
 def _data_flags(arguments: Mapping[str, Any]) -> list[str]:
     """The flags that read the data, for its objective."""
     kind = OBJECTIVES[arguments["objective"]]
@@ -187,7 +198,11 @@ def _data_flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _flags(arguments: Mapping[str, Any], *names: str) -> list[str]:
-    """The flags of arguments with other values than their defaults."""
+    """The flags of arguments with other values than the defaults of `score`.
+
+    Commands that share an option share its default.
+    """
+    defaults = {option.name: option.default for option in score.params}
     flags: list[str] = []
     for name in names:
         value, flag = arguments[name], f"--{name.replace('_', '-')}"
@@ -195,7 +210,7 @@ def _flags(arguments: Mapping[str, Any], *names: str) -> list[str]:
             flags.append(flag)
         elif value is False:
             flags += ["--no-bos"] * (name == "bos")
-        elif value is not None and value != DEFAULTS.get(name):
+        elif value is not None and value != defaults[name]:
             flags += [flag, str(value)]
     return flags
 

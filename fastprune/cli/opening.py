@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 
 
 def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:
-    """Raise InputError for an algorithm on gradients if the objective has none."""
+    """Raise InputError for an algorithm on gradients if the objective, here called by its label,
+    has none."""
     from ..search import find_algorithm
 
+    having = [name for name, known in OBJECTIVES.items() if known.differentiable]
     for name in algorithms:
-        if find_algorithm(name).needs_gradients and not OBJECTIVES[objective].differentiable:
-            raise InputError(
-                f"{name} needs gradients, which the objective {label or objective!r} has not; "
-                f"take {', '.join(n for n, o in OBJECTIVES.items() if o.differentiable)}, or "
-                f"another algorithm"
-            )
+        find_algorithm(name).check_gradients(objective in having, repr(label or objective), having)
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,8 @@ class Data:
     settings: Mapping[str, Any]
     spelled: Mapping[str, str] = field(default_factory=dict)
 
-    def open(self, model: Model) -> Objective:
-        """Open the objective on this data."""
+    def open(self, model: Model, quiet: bool = False) -> Objective:
+        """Open the objective on this data. quiet: show nothing while it is read."""
         try:
             return open_objective(
                 self.objective,
@@ -67,6 +64,7 @@ class Data:
                 self.reading,
                 self.settings,
                 title=self.flag.removeprefix("--"),
+                quiet=quiet,
             )
         except InputError as error:
             if not self.spelled:
@@ -87,7 +85,7 @@ class MakeEvaluator:
         self,
         data: Data,
         held_out: Data | None,
-        opening: Sequence[Any],
+        opening: Mapping[str, Any],
         options: Mapping[str, Any],
         store: str | None,
         workers: int | None,
@@ -99,14 +97,15 @@ class MakeEvaluator:
 
     def __call__(self, progress: ProgressCallback | None) -> Evaluator:
         """Open the model, and make its evaluator on the calibration data."""
-        opened = open_model(*(*self._opening, progress is None))
-        objective = self.data.open(opened)
+        quiet = progress is None
+        opened = open_model(**self._opening, quiet=quiet)
+        objective = self.data.open(opened, quiet)
         self._options["workers"] = open_workers(self._workers, self._ray, opened)
         if self.store is not None:
             from ..engine.store import SumStore
 
             self._options["store"] = SumStore(self.store)
-        with waiting(f"checking {opened.name}", quiet=progress is None):
+        with waiting(f"checking {opened.name}", quiet):
             return self.on(opened, objective, progress)
 
     def on(
@@ -159,18 +158,29 @@ def evaluates(command: Callable) -> Callable:
         )
         settings = check_normalization(names, normalization)
         check_workers(workers, ray)
-        sizes = (seq_len, sample_seed)
         data = Data(
-            *("--calibration", objective, calibration, num_samples, *sizes),
-            *(reading[objective], settings[objective]),
+            flag="--calibration",
+            objective=objective,
+            file=calibration,
+            num_samples=num_samples,
+            reading=reading[objective],
+            settings=settings[objective],
+            seq_len=seq_len,
+            seed=sample_seed,
         )
         unseen = None
         if held_out is not None and judge is not None:
             own_column = {} if held_out_column is None else {"column": held_out_column}
             unseen = Data(
-                *("--held-out", judge, held_out, held_out_samples, *sizes),
-                *(reading[judge] | own_column, settings[judge]),
+                flag="--held-out",
+                objective=judge,
+                file=held_out,
+                num_samples=held_out_samples,
+                reading=reading[judge] | own_column,
+                settings=settings[judge],
                 spelled={"num_samples": "held_out_samples", "column": "held_out_column"},
+                seq_len=seq_len,
+                seed=sample_seed,
             )
         options = {
             "backend": backend,
@@ -179,7 +189,13 @@ def evaluates(command: Callable) -> Callable:
             "cache_bytes": cache_bytes,
             "cache_dir": cache_dir,
         }
-        opening = (model, device, dtype, trust_remote_code, weights_bytes)
+        opening = {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "weights_bytes": weights_bytes,
+        }
         make = MakeEvaluator(data, unseen, opening, options, store, workers, ray)
         return command(make, **own)
 
@@ -225,6 +241,18 @@ def _load(
     return load_model(
         model, device, dtype, trust_remote_code=trust_remote_code, weights_bytes=weights_bytes
     )
+
+
+def units_before_opening(model: str, trust_remote_code: bool, granularity: str) -> int | None:
+    """The number of units of a model that is not open yet; None where its config does not surely
+    say it."""
+    from .. import demo
+    from ..models.files import stated_depth
+
+    depth = stated_depth(demo.MODEL_DIR if model == "demo" else Path(model))
+    if depth is None or trust_remote_code:  # code of its own may make any number of layers
+        return None
+    return 2 * depth if granularity == "sublayer" else depth
 
 
 def check_workers(workers: int | None, ray: str | None) -> None:
@@ -283,12 +311,13 @@ def open_objective(
     reading: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     title: str = "calibration",
+    quiet: bool = False,
 ) -> Objective:
     """Open an objective on its calibration data.
 
     Text has the defaults of the field, 64 samples of 2048 tokens; the demo's text has its own.
     `reading` has further arguments of the loader, and `settings` those of the objective. `title`
-    begins the line about the data's form.
+    begins the line about the data's form. quiet: show nothing while the data is read.
     """
     from .. import demo
     from ..data import load_tasks, load_text
@@ -297,7 +326,8 @@ def open_objective(
     kind: Any = OBJECTIVES[name]
     make: Callable[[Any], Objective] = functools.partial(kind, **settings or {})
     if OBJECTIVES[name].data == "tasks":
-        tasks = load_tasks(calibration, model.tokenizer, limit=num_samples, **reading or {})
+        with waiting(f"reading {calibration}", quiet):
+            tasks = load_tasks(calibration, model.tokenizer, limit=num_samples, **reading or {})
         if num_samples is not None and tasks.num_questions < num_samples:
             raise InputError(
                 f"{calibration}: holds {tasks.num_questions} questions, but {num_samples} samples "
@@ -321,7 +351,8 @@ def open_objective(
             argument="seq_len",
             most=model.max_positions,
         )
-    batch = load_text(calibration, model.tokenizer, num_samples, seq_len, seed, **reading)
+    with waiting(f"reading {calibration}", quiet):
+        batch = load_text(calibration, model.tokenizer, num_samples, seq_len, seed, **reading)
     if batch.source != calibration:
         note(f"{title}: {batch.source}")
     objective = make(batch)

@@ -258,17 +258,19 @@ def naming(flag: str) -> Iterator[None]:
 
 
 model_settings = group(
-    click.option("--device", help="Such as cpu or cuda:0; default: a GPU where there is one."),
+    click.option(
+        "--device", help="Device to run on, such as cpu or cuda:0. Default: a GPU if there is one."
+    ),
     click.option(
         "--dtype",
         type=Known(["float32", "bfloat16", "float16", "float64"]),
-        help="Default: the checkpoint's own, or float32 where a CPU has no instructions for it. "
-        "Exports keep its own.",
+        help="Precision of the weights. Default: the checkpoint's own, or float32 if the CPU "
+        "has no instructions for that. `export` keeps the checkpoint's own.",
     ),
     click.option(
         "--trust-remote-code",
         is_flag=True,
-        help="Run model code that a hub repository brings along.",
+        help="Run model code that comes with a hub repository.",
     ),
     concern=MODEL,
 )
@@ -281,22 +283,23 @@ running_settings = group(
         type=Known(["block", "sublayer"]),
         default="block",
         show_default=True,
-        help="What a unit is: a block, or its attention (unit 2i) and its MLP (unit 2i + 1).",
+        help="Kind of a unit: a block, or a sublayer, which is the attention (unit 2i) or the "
+        "MLP (unit 2i + 1) of a block.",
     ),
     click.option(
         "--backend",
         type=Known(["auto", "generic", "fused"]),
         default="auto",
         show_default=True,
-        help="generic: transformers' own code; fused: fused operators for Llama-like models; "
-        "auto: the faster.",
+        help="Code that runs the model: generic is transformers' own, fused has fused "
+        "operators for Llama-like models, auto takes the faster.",
     ),
     click.option(
         "--memory-gb",
         "memory_bytes",
         type=float,
         callback=_to_bytes,
-        help="Budget of one call's activations in GiB; default 4 on a CPU, 16 on a GPU.",
+        help="Limit in GiB of one call's activations. Default: 4 on a CPU, 16 on a GPU.",
     ),
     concern=RUNNING,
 )
@@ -307,9 +310,9 @@ weights_option = group(
         "weights_bytes",
         type=float,
         callback=_to_bytes,
-        help="For a model larger than memory: GiB of weights that may be loaded at once; blocks "
-        "are read from their files a band at a time, while the band before computes. Default: all "
-        "stay loaded.",
+        help="Limit in GiB of the weights that are loaded at once, for a model larger than "
+        "memory. Bands of blocks are read from their files, the next one while one "
+        "computes. Default: all weights stay loaded.",
     ),
     concern=RUNNING,
 )
@@ -318,15 +321,15 @@ workers_options = group(
     click.option(
         "--workers",
         type=click.IntRange(1, MOST_WORKERS),
-        help="Processes of this machine that share the work, each with the model. Its cores are "
-        "shared out as "
-        "threads, unless OMP_NUM_THREADS says how many each has.",
+        help="Number of processes on this machine that share the work, each with the model. "
+        "Each gets an equal part of the cores as threads, unless OMP_NUM_THREADS sets "
+        "their number.",
     ),
     click.option(
         "--ray",
         metavar="ADDRESS",
-        help="Share the work by Ray: local for this machine, auto for the cluster that it belongs "
-        "to, or HOST:PORT.",
+        help="Share the work by Ray at this address: local for this machine, auto for the "
+        "cluster that it belongs to, or HOST:PORT.",
     ),
     concern=RUNNING,
 )
@@ -334,10 +337,11 @@ workers_options = group(
 racing_option = click.option(
     "--racing",
     type=float,
-    help="Drop clearly worse candidates early, at this confidence (e.g. 0.99). It assumes that a "
-    "paired mean difference, corrected for skewness to first order, is t distributed, and that of "
-    "the samples not seen at most one in 200 (at least one) is an outlier, none larger than the "
-    "range of the losses seen.",
+    help="Drop clearly worse candidates early, at this confidence (e.g. 0.99). Races "
+    "assume that a mean of paired differences, corrected for skewness to first order,"
+    " is t distributed. They also assume that at most one in 200 of the samples not "
+    "seen (at least one) is an outlier, none larger than the range of the losses "
+    "seen.",
 )
 
 json_option = group(
@@ -360,8 +364,8 @@ output_options = group(
         count=True,
         expose_value=False,
         callback=_note_decisions,
-        help="Show decisions on stderr: which samples are drawn, how they are cut, races, "
-        "fallbacks; -vv: every call.",
+        help="Show decisions on stderr: the samples drawn and how they are cut, races, "
+        "fallbacks. -vv shows every call, too.",
     ),
     concern=OUTPUT,
 )
@@ -370,20 +374,21 @@ data_settings = group(
     click.option(
         "--num-samples",
         type=click.IntRange(1, MOST),
-        help="Text samples (default 64, or all of a shorter text) or questions (default all).",
+        help="Number of text samples (default 64, or all of a shorter text) or of questions "
+        "(default all).",
     ),
     click.option(
         "--seq-len",
         type=click.IntRange(2, MOST),
-        help="Tokens of a text sample; default 2048, or what the model can take (256 for the demo "
-        "model's own text).",
+        help="Tokens of a text sample. Default: 2048, or as many as the model can take; 256 "
+        "for the demo model's own text.",
     ),
     click.option(
         "--sample-seed",
         type=click.IntRange(0, MOST_SEED),
         default=0,
         show_default=True,
-        help="Which windows of a text are drawn.",
+        help="Seed by which the windows of a text are drawn.",
     ),
     concern=DATA,
 )
@@ -394,15 +399,14 @@ cache_settings = group(
         "cache_bytes",
         type=float,
         callback=_to_bytes,
-        help="Budget in GiB of the prefix cache, states that later calls need not run again; 0 "
-        "for none; default a "
-        "quarter of the free memory.",
+        help="Limit in GiB of the prefix cache, which keeps states for later calls; 0 for no "
+        "cache. Default: a quarter of the free memory.",
     ),
     click.option(
         "--cache-dir",
         type=Folder(),
-        help="A folder on a fast disk for states that do not fit into memory, gone with the "
-        "process.",
+        help="Folder on a fast disk for states that do not fit into memory. They are deleted "
+        "when the process ends.",
     ),
     concern=RUNNING,
 )
@@ -416,8 +420,7 @@ store_option = group(
         "--store",
         type=FileName(),
         callback=lambda context, parameter, value: _check_store(value),
-        help="File of finished sums; what is in it is not computed again, and what is finished is "
-        "kept.",
+        help="File that keeps finished sums. A sum in it is not computed again.",
     ),
     concern=RUNNING,
 )
@@ -428,7 +431,7 @@ objective_options = group(
         type=Name(lambda: OBJECTIVES),
         default=Perplexity.name,
         show_default=True,
-        help=f"One of {', '.join(OBJECTIVES)}.",
+        help=f"Objective to score by: one of {', '.join(OBJECTIVES)}.",
     ),
     click.option(
         "--calibration",
@@ -440,10 +443,10 @@ objective_options = group(
     click.option(
         "--bos/--no-bos",
         default=None,
-        help="Begin each window of text with the token that begins a text. Default: where the "
-        "tokenizer puts one before a text; the demo model's own text keeps its windows.",
+        help="Begin each window of text with the token that begins a text. Default: if the "
+        "tokenizer puts one before a text, except for the demo model's own text.",
     ),
-    click.option("--column", help="The field of a row that holds the text; default text."),
+    click.option("--column", help="Field of a row that holds the text. Default: text."),
     click.option(
         "--chat-template",
         help="File of a chat template, or the name of one of the tokenizer's, for rows of messages "
@@ -452,18 +455,20 @@ objective_options = group(
     click.option(
         "--loss-on",
         type=Known(["completion", "all"]),
-        help="The tokens of a chat that count: those of its last answer (default), or all.",
+        help="Tokens of a chat that count: those of its last answer (completion, the default),"
+        " or all.",
     ),
     click.option(
         "--delimiter",
-        help="Text between prompt and choice, no part of a choice's length; default a space.",
+        help="Text between prompt and choice. The length of a choice does not include it. "
+        "Default: a space.",
     ),
     click.option(
         "--normalization",
         type=Known(["sum", "mean", "characters", "bytes"]),
-        help="Divide a choice's log-likelihood by nothing, its tokens, characters or bytes. "
-        "accuracy: sum (acc, default), characters (acc_norm), bytes (acc_bytes), mean; margin and "
-        "likelihood: mean (default), sum.",
+        help="Divide a choice's log-likelihood by its tokens (mean), characters or bytes, or "
+        "by nothing (sum). accuracy takes sum (acc, default), characters (acc_norm), "
+        "bytes (acc_bytes) and mean; margin and likelihood take mean (default) and sum.",
     ),
     store_option,
     concern=DATA,
@@ -474,21 +479,23 @@ held_out_options = group(
     click.option(
         "--held-out",
         type=FileName(),
-        help="Text or questions that the search does not read, in the forms of --calibration. The "
-        "result is judged on it beside the whole model. The options of reading are for both.",
+        help="Text or questions that the search does not read, in the forms of --calibration. "
+        "The result is compared with the whole model on them. Options that say how data "
+        "is read apply to both.",
     ),
     click.option(
         "--held-out-objective",
         type=Name(lambda: OBJECTIVES),
-        help="The objective that judges; default: the search's.",
+        help="Objective on the held-out data. Default: --objective.",
     ),
     click.option(
         "--held-out-samples",
         type=click.IntRange(1, MOST),
-        help="Text samples (default 64, or all of a shorter text) or questions (default all).",
+        help="Number of held-out text samples (default 64, or all of a shorter text) or of "
+        "questions (default all).",
     ),
     click.option(
-        "--held-out-column", help="The field of a row that holds the text; default: --column."
+        "--held-out-column", help="Field of a held-out row that holds the text. Default: --column."
     ),
     concern=DATA,
 )

@@ -71,6 +71,12 @@ def note(message: str) -> None:
         err.print(message, style="dim", highlight=False, soft_wrap=not err.is_terminal)
 
 
+def note_progress(message: str) -> None:
+    """Print a line about long work on stderr. In a file, it begins with the time of day."""
+    is_live = err.is_terminal or err.is_jupyter
+    note(message if is_live else f"{time.strftime('%H:%M:%S')} {message}")
+
+
 @contextmanager
 def printing(written: object = None) -> Iterator[None]:
     """A context in which a command only prints.
@@ -176,7 +182,7 @@ class Bar:
             self._move(event)
         elif self._clock() - self._said >= LINE_SECONDS:
             self._said = self._clock()
-            note(f"fastprune: {self.line(event)}")
+            note_progress(f"fastprune: {self.line(event)}")
 
     def line(self, event: ProgressEvent) -> str:
         """The event in words, without the bar."""
@@ -240,7 +246,8 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressCallback | None]:
     """Show the progress of long work, on stderr or in a notebook. Use it in a `with` statement.
 
     A terminal or notebook shows one bar, which disappears when the block ends. Other outputs, such
-    as a file under nohup, get a line every 30 seconds. Print results after the block, not in it.
+    as a file under nohup, get a line every 30 seconds, with the time of day. Print results after
+    the block, not in it.
 
     Args:
         quiet: Show nothing; the callback is None.
@@ -271,7 +278,7 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressCallback | None]:
 def waiting(work: str, quiet: bool = False) -> Iterator[None]:
     """Show on stderr that work is going on that reports no progress, such as "opening demo".
 
-    A terminal shows a spinner until the block ends; elsewhere a line comes after WAITING_SECONDS.
+    A terminal shows a spinner until the block ends. Elsewhere a line comes after WAITING_SECONDS.
     """
     if quiet:
         yield
@@ -279,7 +286,7 @@ def waiting(work: str, quiet: bool = False) -> Iterator[None]:
         with err.status(Text(work)):
             yield
     else:
-        timer = threading.Timer(WAITING_SECONDS, note, (f"fastprune: {work}",))
+        timer = threading.Timer(WAITING_SECONDS, note_progress, (f"fastprune: {work}",))
         timer.daemon = True
         timer.start()
         try:

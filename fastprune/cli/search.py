@@ -25,8 +25,16 @@ from ..study.tables import (
     units_header,
 )
 from ..validate import refuse_existing
-from .held_out import beside_whole, format_difference, judge, judged_lines, next_lines, next_steps
-from .opening import MakeEvaluator, check_gradients, evaluates
+from .held_out import (
+    beside_whole,
+    format_difference,
+    judge,
+    judged_lines,
+    next_lines,
+    next_steps,
+    score_beside_whole,
+)
+from .opening import MakeEvaluator, check_gradients, evaluates, units_before_opening
 from .options import (
     MOST_SEED,
     Budget,
@@ -48,6 +56,7 @@ from .output import note, printing, progress_bar, say, say_json, written_somewhe
 if TYPE_CHECKING:
     from ..costs import Budget as RemovalBudget
     from ..evaluator import Evaluator
+    from ..models import Model
     from ..search import SearchResult
 
 FILES = ("model", "calibration", "held_out")  # arguments with the names of files
@@ -59,48 +68,56 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
     type=Name(algorithm_names),
     default="beam",
     show_default=True,
-    help="A name that `fastprune algorithms` lists. Begin with greedy, which scores about k U "
-    "masks for k of U units; beam scores up to beam_width times as many, and may find a better "
-    "result.",
+    help="Algorithm of the search; `fastprune algorithms` lists all. Begin with greedy, "
+    "which scores about k U masks for k of U units; beam scores up to beam_width "
+    "times as many, and may find a better result.",
 )
 @click.option(
     "--num-remove",
     type=Budget(),
     callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
-    help="How many units to remove, or a share of them such as 25%, rounded down. Not for a search "
-    "over sequences, such as repeat.",
+    help="Number of units to remove, or a share of them such as 25%, rounded down. A "
+    "search over sequences, such as repeat, takes none.",
 )
 @click.option(
     "--budget",
     type=CostBudget(),
     callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
-    help="Instead: the most that the pruned model may have, of params, bytes, kv_bytes (of the "
-    "key-value cache, per token) or latency_ms (measured); a number or a share of the whole "
-    "model's, such as params=75% or bytes=1.5G.",
+    help="Limit of the pruned model, instead of --num-remove: params, bytes, kv_bytes (of "
+    "the key-value cache, per token) or latency_ms (measured), as a number or a share"
+    " of the whole model's, such as params=75% or bytes=1.5G.",
 )
 @click.option(
-    "--option", "options", multiple=True, help="An option of the algorithm, such as beam_width=5."
+    "--option",
+    "options",
+    multiple=True,
+    help="Option of the algorithm, such as beam_width=5. It may be repeated.",
 )
 @click.option(
     "--protect",
     type=Protected(),
     default="",
-    help="Units that must stay, such as 0,1 or 0-3, or what a method never removes: sleb or "
-    "shortened-llama.",
+    help="Units that must stay, such as 0,1 or 0-3, or the name of a method that protects "
+    "some: sleb or shortened-llama.",
 )
-@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MOST_SEED),
+    default=0,
+    show_default=True,
+    help="Seed of all random choices of the search.",
+)
 @click.option(
     "--out",
     "out_dir",
     type=FileName(),
-    help="Write result.json into this folder. A result of the same arguments there is printed "
-    "again.",
+    help="Folder for result.json. If a result of the same arguments is there, it is printed again.",
 )
 @click.option(
     "--max-loss",
     type=LossIncrease(),
-    help="Exit with status 1, after all is written, if the loss is above this: a loss, or an "
-    "increase over the whole model's such as +5%.",
+    help="Exit with status 1, after all is written, if the loss is above this: a loss such"
+    " as 2.5, or an increase over the whole model's such as +5%.",
 )
 @click.option(
     "--measure-speed",
@@ -115,8 +132,8 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
 @click.option(
     "--figure",
     type=FileName(),
-    help="Write the same as a figure, loss against cost with standard errors, into this .png or "
-    ".svg file.",
+    help="Draw the loss against the cost after each unit that greedy or beam removed, with"
+    " standard errors, into this .png or .svg file.",
 )
 @racing_option
 @held_out_options
@@ -141,14 +158,13 @@ def search(
 ) -> None:
     """Search MODEL for the units whose removal hurts least, or for a sequence of units that
     helps."""
-    from ..exports import can_export
-    from ..search import check_algorithm, check_racing, protected_units, run_search
+    from ..search import check_algorithm, check_racing, run_search
     from .budgets import check_figure, check_gate, check_stepwise, cost_record, write_path_figure
 
-    check_stepwise({"--table": table, "--figure": figure}, algorithm)
-    check_figure(figure)
     given: dict[str, Any] = dict(split_options(options))
     chosen, settings = check_algorithm(algorithm, given)
+    check_stepwise({"--table": table, "--figure": figure}, chosen)
+    check_figure(figure)
     chosen.check_num_remove(num_remove, budget)
     check_racing([algorithm], racing)
     parameters = click.get_current_context().params
@@ -157,31 +173,37 @@ def search(
     arguments = _arguments(parameters, settings)
     if target:
         with naming("--out"):
-            if kept := _kept_result(target, arguments):
-                note(f"{target} exists already, of the same arguments; nothing was computed")
-                _print_search(kept, target, as_json, written=False, table=table)
-                write_path_figure(kept, figure)
-                check_gate(kept, max_loss)
-                return
-            refuse_existing(target)
+            kept = _kept_result(target, arguments)
+            if kept is None:
+                refuse_existing(target)
+        if kept is not None:
+            note(f"{target} exists already, of the same arguments; nothing was computed")
+            _print_search(kept, target, as_json, written=False, table=table)
+            write_path_figure(kept, figure)
+            check_gate(kept, max_loss)
+            return
+    granularity = parameters["granularity"]
+    num_units = units_before_opening(
+        parameters["model"], parameters["trust_remote_code"], granularity
+    )
+    if num_units is not None:
+        _check_removal(num_units, granularity, protect, num_remove)
     with progress_bar(quiet) as progress:
         evaluator = make_evaluator(progress)
-        with naming("--protect"):
-            protected_units(protect, evaluator.num_units, evaluator.granularity)
+        _check_removal(evaluator.num_units, granularity, protect, num_remove)
         held_out = make_evaluator.held_out
-        unseen = None if held_out is None else held_out.open(evaluator.model)
+        unseen = None if held_out is None else held_out.open(evaluator.model, quiet)
         result = run_search(
             evaluator, algorithm, num_remove, seed, protect, racing, budget=budget, **given
         )
         record = _search_record(evaluator, result, arguments)
         record |= cost_record(evaluator, result.removed, measure_speed)
         opened, searched = evaluator.model, evaluator.objective
+        record["export_problem"] = _export_problem(opened, result)
         del evaluator  # its cache may hold a quarter of the free memory
         if held_out is not None and unseen is not None:
             judging = make_evaluator.on(opened, unseen, progress)
             record["held_out"] = judge(judging, result.sequence, searched, held_out.file)
-    problem = can_export(opened, result.sequence) if result.granularity == "block" else None
-    record["next"] = next_steps(record, target, problem)
     trouble = ""
     if target:
         target, trouble = written_somewhere(target, lambda path: write_json(path, record))
@@ -206,6 +228,21 @@ def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any)
             message = error.message.replace("num_remove", "--num-remove")
             raise InputError(message.replace(" budget", " --budget")) from None
     return value
+
+
+def _check_removal(
+    num_units: int,
+    granularity: str,
+    protect: str | tuple[int, ...],
+    num_remove: int | str | None,
+) -> None:
+    """Raise InputError for units that a model of num_units has not, or too many to remove."""
+    from ..search import protected_units, units_to_remove
+
+    with naming("--protect"):
+        protected = protected_units(protect, num_units, granularity)
+    if num_remove is not None:
+        units_to_remove(num_remove, num_units, num_units - len(protected))
 
 
 def _arguments(parameters: Mapping[str, Any], settings: Mapping[str, object]) -> dict[str, object]:
@@ -293,14 +330,17 @@ def _search_record(
     evaluator: Evaluator, result: SearchResult, arguments: Mapping[str, object]
 ) -> dict:
     """Make a search's result.json: the result, the whole model beside it, and the arguments."""
-    plain, num_units = result.to_dict(), evaluator.num_units
-    path = [kept_by(removed, num_units) for removed, _, _ in result.path]
-    errors = evaluator.objective.standard_error(evaluator.score_samples(sequences=path))
+    plain, objective = result.to_dict(), evaluator.objective
+    path = [kept_by(removed, evaluator.num_units) for removed, _, _ in result.path]
+    losses = score_beside_whole(
+        evaluator, [*path, result.sequence], "comparing the result with the whole model"
+    )
+    errors = objective.standard_error(losses[: len(path)])
     for step, error in zip(plain["path"], errors.tolist(), strict=True):
         step["standard_error"] = error
     calibration = {"file": arguments["calibration"], "num_samples": evaluator.num_samples}
     return {
-        **beside_whole(evaluator, result.sequence),
+        **beside_whole(objective, losses[len(path) :]),
         **plain,
         "store_hits": result.cost.store_hits,
         "model": evaluator.model.name,
@@ -312,6 +352,15 @@ def _search_record(
     }
 
 
+def _export_problem(model: Model, result: SearchResult) -> str | None:
+    """The reason why a result cannot be exported; None if it can."""
+    from ..exports import can_export
+
+    if result.granularity == "sublayer":
+        return "half a block cannot be left out of a checkpoint; fp.masked runs it in Python"
+    return can_export(model, result.sequence)
+
+
 def _print_search(
     record: Mapping[str, Any],
     target: Path | None,
@@ -319,10 +368,10 @@ def _print_search(
     written: bool = True,
     table: bool = False,
 ) -> None:
-    """Print a search's record.
+    """Print a search's record, and the commands that follow.
 
     Args:
-        target: The file of the record, or None.
+        target: The file that holds the record, or None.
         written: Whether the file is new.
         table: Whether to print the loss and cost of each size.
     """
@@ -345,9 +394,10 @@ def _print_search(
     row = (algorithm, units, objective.format(loss, error, named=False), *counts)
     dense_pass = f" Under {record['objective']}, runs include one pass of the whole model."
     dense_pass *= objective.compares_with_dense
+    steps = next_steps(record, target)
     with printing(target):
         if as_json:
-            say_json(record)
+            say_json({**record, "next": steps})
             return
         say(results_table(title, objective.header(), [row], units_header([record])))
         say(f"{TABLE_NOTE}{dense_pass} {record['seconds']:.1f} s.", style="dim")
@@ -369,6 +419,8 @@ def _print_search(
             say(note_)
         if record["racing"]:
             say(format_races(record["decided_early"]))
+        elif record["arguments"]["racing"]:
+            say(f"nothing raced: {num_samples} samples are too few for races")
         if record["granularity"] == "sublayer" and not is_sequence:
             say(f"sublayers: {', '.join(record['removed_names']) or '-'}")
         for line in judged_lines(record["held_out"]) if record["held_out"] else ():
@@ -377,5 +429,5 @@ def _print_search(
             say(f"{record['store_hits']} of the scores were in the store already")
         if target and written:
             say(f"written: {target}")
-        for line in next_lines(record["next"]):
+        for line in next_lines(steps):
             say(line)

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @click.group()
 def store() -> None:
-    """Look into a store of finished sums, write it out, or remove what is old."""
+    """Show, export or prune a store of finished sums."""
 
 
 @store.command(cls=Command)
 @click.argument("file", type=FileName())
 def info(file: str) -> None:
-    """Show the contexts of a store (model, measure, machine), what each holds, and whether rows are
-    damaged."""
+    """Show the contexts of a store (model, measure, machine) with their numbers of sums, and the
+    number of damaged rows."""
     opened = _open(file)
     table = Table(
         "context",
@@ -57,11 +57,13 @@ def info(file: str) -> None:
 @store.command(cls=Command)
 @click.argument("file", type=FileName())
 @click.option(
-    "--out", required=True, type=FileName(), help="A new .jsonl file: context, chunk, units, sums."
+    "--out",
+    required=True,
+    type=FileName(),
+    help="New .jsonl file. A row has context, chunk, units and sums.",
 )
 def export(file: str, out: str) -> None:
-    """Write all sums of a store as JSON lines: the context by what determines it, the units that
-    ran, the sums."""
+    """Write all sums of a store as JSON lines, each with its context and the units that ran."""
     opened = _open(file)
     with naming("--out"):
         refuse_existing(Path(out))
@@ -88,11 +90,11 @@ def export(file: str, out: str) -> None:
     "contexts",
     multiple=True,
     type=click.IntRange(0, 2**31),
-    help="Remove this context's sums.",
+    help="Number of a context to remove, as `store info` shows it. It may be repeated.",
 )
 @click.option("--damaged", is_flag=True, help="Remove rows whose checksum does not fit.")
 def prune(file: str, contexts: tuple[int, ...], damaged: bool) -> None:
-    """Remove contexts that nobody needs any more, or damaged rows, and give back the space."""
+    """Remove contexts or damaged rows from a store, and give back their space."""
     if not contexts and not damaged:
         raise InputError(
             "say what to remove: --context NUMBER, as store info shows them, or --damaged"

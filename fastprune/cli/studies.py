@@ -25,7 +25,7 @@ from .evaluation import (
 )
 from .opening import check_gradients, check_workers, open_model, open_objective, open_workers
 from .options import Command, FileName, Folder, json_option, naming, output_options, workers_options
-from .output import note, printing, progress_bar, say, say_json
+from .output import note_progress, printing, progress_bar, say, say_json
 from .study_tables import controls_table, held_out_table, print_cells, print_pattern
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ OUT = "give the study's folder, as in: fastprune study study.toml --out DIR"
 
 @click.command(cls=Command)
 @click.argument("document", required=False, type=FileName(), metavar="STUDY.TOML")
-@click.option("--out", "out_dir", type=Folder(), help="The study's folder.")
+@click.option("--out", "out_dir", type=Folder(), help="Folder of the study.")
 @click.option("--example", is_flag=True, help="Print a commented document and exit.")
 @workers_options
 @json_option
@@ -53,7 +53,7 @@ def study(
 ) -> None:
     """Compare search algorithms, objectives and calibration sets, as the document STUDY.TOML says.
 
-    Writes study.json and report.html into its folder. The same command continues an interrupted
+    Its folder gets study.json and report.html. The same command continues an interrupted
     study there; a document with more algorithms, budgets or calibration sets extends it.
     """
     if example:
@@ -92,10 +92,12 @@ def study(
     "--out",
     "out_dir",
     type=Folder(),
-    help="The study's folder.  [default: fastprune-demo, or fastprune-demo-quick]",
+    help="Folder of the study.",
 )
 @click.option(
-    "--quick", is_flag=True, help="Three algorithms on a part of the data: seconds, not minutes."
+    "--quick",
+    is_flag=True,
+    help="Run three algorithms on a part of the data, in seconds instead of minutes.",
 )
 @click.option(
     "--files",
@@ -104,7 +106,7 @@ def study(
 )
 @output_options
 def demo(out_dir: Path | None, quick: bool, files: Path | None, quiet: bool) -> None:
-    """Run a study of a small model that is built in; no downloads.
+    """Run a study of a small built-in model, without downloads.
 
     Seven algorithms search for the blocks to remove, under two objectives. The folder's study.toml
     is the document to change and run again, by `fastprune study`.
@@ -180,12 +182,12 @@ def _run(
         "memory_bytes": resources.in_bytes("memory"),
         "workers": open_workers(workers, ray, models[0]),
     }
-    notify: Callable[[str], None] = (lambda message: None) if quiet else note
+    notify: Callable[[str], None] = (lambda message: None) if quiet else note_progress
     with progress_bar(quiet) as progress:
         found = run_study(
             models,
             {
-                label: partial(_open, f"calibration.{data.name}", of.name, of.settings, data)
+                label: partial(_open, f"calibration.{data.name}", of.name, of.settings, data, quiet)
                 for label, (of, data) in config.objectives.items()
             },
             config.algorithms,
@@ -198,7 +200,7 @@ def _run(
             notify=notify,
             held_out={
                 data.name: partial(
-                    _open, f"held_out.{data.name}", data.objective, data.settings, data
+                    _open, f"held_out.{data.name}", data.objective, data.settings, data, quiet
                 )
                 for data in config.held_out
             },
@@ -222,7 +224,12 @@ def _run(
 
 
 def _open(
-    place: str, name: str, settings: Mapping[str, object], data: DataConfig, model: Model
+    place: str,
+    name: str,
+    settings: Mapping[str, object],
+    data: DataConfig,
+    quiet: bool,
+    model: Model,
 ) -> Objective:
     """Open an objective of a model on the data of a table in the document."""
     with naming(place):
@@ -235,4 +242,5 @@ def _open(
             model,
             data.reading,
             settings,
+            quiet=quiet,
         )

@@ -253,6 +253,27 @@ def _read_config(path: Path) -> dict:
     return config
 
 
+def stated_depth(folder: Path) -> int | None:
+    """The number of decoder layers that a folder's config states; None where it is not sure.
+
+    Only num_hidden_layers is sure: under another name it depends on the family's code.
+    """
+    try:
+        config = _read_config(folder / "config.json")
+    except (InputError, OSError):
+        return None
+    inner = [part for part in _parts(config) if part is not config]
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        if any(name in part for part in inner for name in DEPTHS):  # of towers, or of the text
+            return None
+        text = config
+    depths = {text[name] for name in DEPTHS if name in text}
+    depth = text.get("num_hidden_layers")
+    sure = type(depth) is int and depth > 0 and depths == {depth}
+    return depth if sure and not config.get("is_encoder_decoder") else None
+
+
 def _read_index(path: Path) -> dict[str, set[str]]:
     """The tensors of each shard, by an index. Shards are safetensors files below its folder."""
     index = parse_json(read_bytes(path, LONGEST_HEADER), f"{path}: not a readable shard index")

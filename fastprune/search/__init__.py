@@ -25,7 +25,8 @@ from .registry import (
     load_plugins,
     require_sklearn,
 )
-from .run import Scorer, Search, SearchResult, SequenceSearch, run_search
+from .run import SearchResult, run_search
+from .task import Scorer, Search, SequenceSearch
 
 __all__ = [
     "ALGORITHMS",

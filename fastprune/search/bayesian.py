@@ -8,7 +8,7 @@ from ..masks import from_removed
 from . import draws
 from .prior import LinearMean, Prior, penalised
 from .registry import Count, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 PRIOR_DRAWS = 256  # subsets of the pool drawn by the prior
 NEIGHBOURS_OF = 3  # best subsets whose swaps are in the pool

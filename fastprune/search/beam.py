@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .registry import Count, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 
-@algorithm(races=True, studied=True, limits=True, weighs=True)
+@algorithm(races=True, studied=True, limits=True, weighs=True, stepwise=True)
 def greedy(search: Search) -> None:
     """Remove, in each of k rounds, the unit whose removal gives the lowest loss.
 
@@ -18,7 +18,7 @@ def greedy(search: Search) -> None:
     beam(search, beam_width=1)
 
 
-@algorithm(races=True, studied=True, limits=True, weighs=True)
+@algorithm(races=True, studied=True, limits=True, weighs=True, stepwise=True)
 def beam(search: Search, beam_width: Count = 5) -> None:
     """Extend, in each of k rounds, every kept subset by every unit; keep the beam_width lowest.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
-from .run import Removed, Search
+from .task import Removed, Search
 
 PATIENCE = 100  # draws in a row without a new subset that end the drawing
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from ..errors import InputError
 from . import draws
 from .registry import Count, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 AT_ONCE = 1 << 16  # masks of one call: enough to share prefixes, few enough for its bookkeeping
 

@@ -10,7 +10,7 @@ from ..errors import InputError
 from . import draws
 from .prior import Prior
 from .registry import Allowed, Count, CountOrAuto, Share, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 
 @algorithm(races=True, studied=True, limits=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 
 from .registry import Allowed, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 
 @algorithm(races=True, studied=True, limits=True, weighs=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .one_shot import lowest
-from .run import Removed, Search
+from .task import Removed, Search
 
 UNLIKELY = 50.0  # log weight of units with a non-finite loss, below the least likely other
 

@@ -60,15 +60,16 @@ def check_budget(budget: int | str) -> float | None:
     return float(share[1])
 
 
-def units_to_remove(budget: int | str, num_units: int) -> int:
+def units_to_remove(budget: int | str, num_units: int, num_free: int | None = None) -> int:
     """Compute the number of units that a budget removes.
 
     Args:
         budget: The number, or a share such as "25%", rounded down to at least 1.
         num_units: U.
+        num_free: The number of units that are not protected; by default all.
 
     Raises:
-        InputError: The number is outside 0 to num_units - 1.
+        InputError: The number is outside 0 to num_units - 1, or above num_free.
 
     Examples:
         >>> from fastprune.search import units_to_remove
@@ -79,4 +80,12 @@ def units_to_remove(budget: int | str, num_units: int) -> int:
     if percentage is not None:
         budget = max(1, int(num_units * percentage / 100))
     of = f"since the model has {num_units} units"
-    return check_integer("num_remove", budget, 0, num_units - 1, of)
+    count = check_integer("num_remove", budget, 0, num_units - 1, of)
+    if num_free is not None and count > num_free:
+        free = "1 unit is" if num_free == 1 else f"{num_free} units are"
+        raise InputError(
+            f"num_remove is {count}, but only {free} not protected",
+            argument="num_remove",
+            most=num_free,
+        )
+    return count

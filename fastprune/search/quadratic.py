@@ -15,7 +15,7 @@ from ..solver import MAX_VARIABLES, solve_subset
 from . import draws
 from .prior import LinearMean, Prior, penalised
 from .registry import Allowed, Count, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 
 def _solvable(

@@ -14,7 +14,7 @@ import math
 import re
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -84,6 +84,7 @@ class Algorithm:
     studied: bool
     limits: bool
     weighs: bool
+    stepwise: bool
 
     def check_num_remove(self, num_remove: object, budget: object = None) -> None:
         """Raise InputError unless exactly one size of the removal is given; none over sequences."""
@@ -102,6 +103,28 @@ class Algorithm:
                 f"or give a budget",
                 argument="num_remove",
             )
+
+    def check_gradients(
+        self, differentiable: bool, objective: str, others: Iterable[str] = ()
+    ) -> None:
+        """Raise InputError if the search needs gradients and the objective has none.
+
+        Args:
+            differentiable: Whether the objective has a gradient.
+            objective: The objective, as the message names it.
+            others: Objectives with gradients, which the message proposes.
+        """
+        if self.needs_gradients and not differentiable:
+            proposed = ", ".join(others) or "one that has"
+            raise InputError(
+                f"{self.name} needs gradients, which the objective {objective} has not; take "
+                f"{proposed}, or another algorithm"
+            )
+
+    def confidence(self, racing: float | None) -> float | None:
+        """The confidence of its races, if `racing` is asked of several algorithms; None if it does
+        not race."""
+        return racing if self.races else None
 
     def describe(self) -> dict:
         """Describe the algorithm in plain values: name, summary, method, source, cost, options."""
@@ -184,6 +207,7 @@ def algorithm(
     studied: bool = False,
     limits: bool = False,
     weighs: bool = False,
+    stepwise: bool = False,
 ) -> Callable:
     """Register a function as a search algorithm. Use it as a decorator.
 
@@ -205,6 +229,8 @@ def algorithm(
         studied: A study runs the search by default.
         limits: The search keeps a budget of units that save unlike amounts.
         weighs: Under such a budget the search compares losses relative to savings, and cannot race.
+        stepwise: The search removes units one by one by `Search.extend`, so that its result has a
+            path.
 
     Returns:
         The function.
@@ -222,19 +248,20 @@ def algorithm(
         >>> fp.run_search(SyntheticEvaluator(8), "first_units", num_remove=2).removed
         (0, 1)
     """
+    flags: dict[str, Any] = {
+        "check_size": check_size,
+        "needs_sklearn": needs_sklearn,
+        "needs_gradients": needs_gradients,
+        "needs_weights": needs_weights,
+        "races": races,
+        "over_sequences": over_sequences,
+        "studied": studied,
+        "limits": limits,
+        "weighs": weighs,
+        "stepwise": stepwise,
+    }
     if function is None:
-        arguments: dict[str, Any] = {
-            "check_size": check_size,
-            "needs_sklearn": needs_sklearn,
-            "needs_gradients": needs_gradients,
-            "needs_weights": needs_weights,
-            "races": races,
-            "over_sequences": over_sequences,
-            "studied": studied,
-            "limits": limits,
-            "weighs": weighs,
-        }
-        return partial(algorithm, name=name, **arguments)
+        return partial(algorithm, name=name, **flags)
     name = name or function.__name__
     types = typing.get_type_hints(function, include_extras=True)
     _, *parameters = inspect.signature(function).parameters.values()
@@ -250,16 +277,7 @@ def algorithm(
         raise InputError(
             f"an algorithm {name!r} is there already, from {known.__module__}; choose another name"
         )
-    needs = {
-        "needs_sklearn": needs_sklearn,
-        "needs_gradients": needs_gradients,
-        "needs_weights": needs_weights,
-        "over_sequences": over_sequences,
-    }
-    budgets = {"limits": limits, "weighs": weighs}
-    ALGORITHMS[name] = Algorithm(
-        name, function, options, check_size, **needs, races=races, studied=studied, **budgets
-    )
+    ALGORITHMS[name] = Algorithm(name, function, options, **flags)
     return function
 
 
@@ -334,8 +352,17 @@ def check_racing(algorithms: Sequence[str], racing: float | None) -> None:
 
 
 def check_limits(chosen: Algorithm, racing: float | None) -> None:
-    """Raise InputError for an algorithm that can only remove a fixed number of units, and for a
-    race of one that compares losses relative to savings."""
+    """Check that an algorithm takes a budget of units that save unlike amounts.
+
+    Args:
+        chosen: The algorithm.
+        racing: The confidence that is asked for. One that does not race ignores it. The size of the
+            calibration set, which may be too small for races, does not matter.
+
+    Raises:
+        InputError: The algorithm can only remove a fixed number of units, or would have to race
+            while it compares losses relative to savings.
+    """
     if not chosen.limits:
         able = [known.name for known in known_algorithms().values() if known.limits]
         raise InputError(
@@ -343,7 +370,7 @@ def check_limits(chosen: Algorithm, racing: float | None) -> None:
             f"unlike amounts; these can: {', '.join(able)}",
             argument="budget",
         )
-    if chosen.weighs and racing is not None:
+    if chosen.weighs and chosen.confidence(racing) is not None:
         raise InputError(
             f"{chosen.name} cannot race under a budget of units that save unlike amounts, since it "
             f"compares losses relative to savings; leave out racing",

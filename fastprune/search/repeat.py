@@ -8,7 +8,7 @@ from typing import Annotated
 from ..errors import InputError, shown
 from ..masks import ALL, parse_removed, repeated
 from .registry import Allowed, Count, algorithm
-from .run import SequenceSearch
+from .task import SequenceSearch
 
 Window = tuple[int, int]  # its first unit, and the unit after its last
 

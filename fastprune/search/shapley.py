@@ -10,7 +10,7 @@ import numpy as np
 from .draws import as_removed
 from .one_shot import lowest
 from .registry import Allowed, Count, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 
 @algorithm

@@ -16,7 +16,7 @@ import numpy as np
 from .draws import as_removed
 from .enumeration import windows
 from .registry import Allowed, CountOrAuto, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 Variant = Annotated[str, Allowed(choices=("paper", "lorp"))]
 

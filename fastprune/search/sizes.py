@@ -64,14 +64,9 @@ class RemovalSize:
         """
         if self.budget is not None:
             return size_within(self.budget, costs_of, candidates)
-        count = 0 if self.num_remove is None else units_to_remove(self.num_remove, num_units)
-        if count > len(candidates):
-            free = "1 unit is" if len(candidates) == 1 else f"{len(candidates)} units are"
-            raise InputError(
-                f"num_remove is {count}, but only {free} not protected",
-                argument="num_remove",
-                most=len(candidates),
-            )
+        if self.num_remove is None:
+            return UnitCount(0), list(candidates), None
+        count = units_to_remove(self.num_remove, num_units, len(candidates))
         return UnitCount(count), list(candidates), None
 
     def as_number(

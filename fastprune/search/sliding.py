@@ -8,7 +8,7 @@ from typing import Annotated
 
 from .draws import as_removed
 from .registry import Allowed, algorithm
-from .run import Removed, Search
+from .task import Removed, Search
 
 
 @algorithm

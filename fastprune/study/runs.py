@@ -510,7 +510,7 @@ class _Evaluators:
                 for asked in [RemovalSize()] if chosen.over_sequences else sizes:
                     size, candidates = self.resolve(model, asked, settings["protect"])
                     if isinstance(size, CostLimit):
-                        check_limits(chosen, settings["racing"] if chosen.races else None)
+                        check_limits(chosen, settings["racing"])
                     elif chosen.check_size:
                         chosen.check_size(candidates, size.most, self._granularity, **values)
         for (_, label), objective in self._objectives.items():

@@ -10,6 +10,7 @@ import sqlite3
 import pytest
 from documents import text_study, write_document
 
+import fastprune as fp
 from fastprune.engine.store import SumStore
 
 
@@ -206,3 +207,59 @@ def test_workers_of_a_study(refused_study, tmp_path):
     both = refused_study(tmp_path / "s", "--workers", 2, "--ray", "local")
     assert "give one of them" in both
     assert not (tmp_path / "s").exists()
+
+
+@pytest.fixture
+def unopened(run, monkeypatch, text_file, tmp_path):
+    """unopened(config, *arguments) -> (whether a model was opened, stderr)."""
+    opened = []
+
+    def open_model(*_, **__):
+        opened.append(True)
+        raise fp.InputError("opened")
+
+    monkeypatch.setattr("fastprune.models.load_model", open_model)
+
+    def unopened(config, *arguments):
+        opened.clear()
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        status, _, err = run("search", tmp_path, "--calibration", text_file, *arguments)
+        assert status == 2
+        return bool(opened), err
+
+    return unopened
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--num-remove", 5), "--num-remove must be an integer from 0 to 4, since the model has 5"),
+        (("--num-remove", 10, "--granularity", "sublayer"), "since the model has 10 units"),
+        (("--num-remove", 4, "--protect", "0,1"), "--num-remove is 4, but only 3 units are not"),
+        (("--num-remove", 1, "--protect", "7"), "--protect: protected unit 7 is out of range"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_units_that_the_config_does_not_have(unopened, arguments, said, inside):
+    config = {"num_hidden_layers": 5}
+    opened, err = unopened({"text_config": config} if inside else config, *arguments)
+    assert not opened
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        [],
+        {"n_layer": 5},
+        {"num_hidden_layers": "5"},
+        {"num_hidden_layers": 5, "num_layers": 9},
+        {"num_hidden_layers": 5, "llm_config": {"num_hidden_layers": 9}},
+        {"num_hidden_layers": 5, "text_config": {}},
+        {"num_hidden_layers": 5, "is_encoder_decoder": True},
+    ],
+)
+def test_a_config_that_does_not_surely_say_is_left_to_the_model(unopened, config):
+    assert unopened(config, "--num-remove", 5) == (True, "fastprune: opened\n")
+    assert unopened({"num_hidden_layers": 5}, "--num-remove", 5, "--trust-remote-code")[0]

@@ -108,16 +108,58 @@ def test_the_commands_that_follow_run_as_they_are(search, run, unseen, tmp_path,
 def test_a_result_in_a_folder_is_exported_with_its_losses(
     run, checkpoint, data, unseen, tmp_path, monkeypatch
 ):
+    """The commands fit the files of the moment: a kept result's checkpoint gets a free folder."""
     monkeypatch.chdir(tmp_path)
     held_out = ("--held-out", unseen, "--held-out-samples", 6)
     call = ("search", checkpoint, *data, "--num-remove", 1, *held_out, "--out", "r")
     assert run(*call)[0] == 0
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert "--result r/result.json --out r/pruned" in result["next"]["export"]
-    follow(run, result["next"]["export"])
-    card = (tmp_path / "r" / "pruned" / "README.md").read_text()
-    assert "6 samples of unseen.txt, held out" in card
-    assert fp.Perplexity.format(result["held_out"]["loss"], named=False) in card
+    for folder in ("r/pruned", "r/pruned-2"):
+        status, out, err = run(*call, "--json")
+        assert (status, "nothing was computed" in err) == (0, True)
+        kept = json.loads(out)
+        assert kept == {**result, "next": kept["next"]}
+        assert f"--result r/result.json --out {folder}" in kept["next"]["export"]
+        follow(run, kept["next"]["export"])
+        follow(run, kept["next"]["judge"])
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "6 samples of unseen.txt, held out" in card
+        assert fp.Perplexity.format(result["held_out"]["loss"], named=False) in card
+
+
+def test_a_result_that_is_written_elsewhere_is_exported_from_there(
+    run, checkpoint, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    search = fp.run_search
+
+    def fill_the_place(*arguments, **options):
+        (tmp_path / "r").write_text("a file of another program")
+        return search(*arguments, **options)
+
+    monkeypatch.setattr("fastprune.search.run_search", fill_the_place)
+    call = ("search", checkpoint, *data, "--num-remove", 1, "--out", "r", "--json")
+    status, out, err = run(*call)
+    assert status == 1
+    assert "the result is in result-" in err
+    follow(run, json.loads(out)["next"]["export"])
+    assert (tmp_path / "pruned" / "config.json").is_file()
+
+
+def test_errors_of_a_kept_result_do_not_blame_its_folder(
+    run, checkpoint, data, tmp_path, monkeypatch
+):
+    call = ("search", checkpoint, *data, "--num-remove", 1, "--algorithm", "greedy")
+    call += ("--out", tmp_path / "r", "--quiet", "--figure", tmp_path / "f.svg")
+    assert run(*call)[0] == 0
+
+    def refuse(*_):
+        raise fp.InputError("no such font")
+
+    monkeypatch.setattr("fastprune.cli.budgets.path_figure", refuse)
+    status, _, err = run(*call)
+    assert status == 2
+    assert err.splitlines()[-1] == "fastprune: no such font"
 
 
 def test_without_held_out_data_the_user_names_some(search, run, unseen):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import click
 import pytest
 
+from fastprune.cli import cli
 from fastprune.search import ALGORITHMS
+
+HEADLESS = {"What", "Which", "Who", "Where", "Whether", "Of", "For", "Such"}
 
 
 @pytest.mark.parametrize("command", ["score", "search", "eval"])
@@ -69,3 +75,25 @@ def test_completion_of_bash_works_in_bash():
         [bash, "--norc", "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert "_fastprune_completion" in done.stdout
+
+
+def every_command(group: click.Group, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    """The group and all commands below it, by name."""
+    yield name, group
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from every_command(command, f"{name} {command.name}")
+        else:
+            yield f"{name} {command.name}", command
+
+
+@pytest.mark.parametrize("command", dict(every_command(cli)).values(), ids=dict(every_command(cli)))
+def test_help_is_in_plain_sentences(command):
+    """Every option is explained. No sentence lacks a head, as "Of generated texts." does."""
+    options = [own for own in command.params if isinstance(own, click.Option)]
+    texts = {own.opts[0]: own.help for own in options} | {"the command": command.help}
+    for place, text in texts.items():
+        assert text, f"{place} has no help"
+        for sentence in re.split(r"(?<=[.;:])\s+", text.strip()):
+            assert sentence.split()[0] not in HEADLESS, f"{place}: {sentence}"
+        assert text.rstrip().endswith("."), f"{place}: {text}"

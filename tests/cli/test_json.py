@@ -66,6 +66,7 @@ def test_score(document, checkpoint, data, tmp_path):
 
 def test_search_prints_what_it_writes(document, checkpoint, data, tmp_path):
     values = document("search", checkpoint, *data, "--num-remove", 2, "--out", tmp_path)
+    assert {*values.pop("next")} == {"export", "judge"}  # which depend on the files of the moment
     assert values == json.loads((tmp_path / "result.json").read_text())
 
 
@@ -119,7 +120,9 @@ def test_a_search_of_the_same_arguments_prints_its_result_again(
     assert "exists already, of the same arguments; nothing was computed" in " ".join(err.split())
     assert again.splitlines() == [line for line in first.splitlines() if "written" not in line]
     status, out, _ = run(*search, "--json")
-    assert json.loads(out) == json.loads((tmp_path / "r" / "result.json").read_text())
+    values = json.loads(out)
+    del values["next"]
+    assert values == json.loads((tmp_path / "r" / "result.json").read_text())
 
 
 @pytest.mark.parametrize(

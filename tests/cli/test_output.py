@@ -7,15 +7,18 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 from documents import text_study, write_document
 from torture.harness import forked
 
+import fastprune as fp
 from fastprune.cli import main
 
 FULL = Path("/dev/full")
@@ -177,9 +180,9 @@ def vanishes(monkeypatch):
     def vanishes(folder):
         opened = opening.open_model
 
-        def open_model(*arguments):
+        def open_model(*arguments, **options):
             folder.write_text("a file by now")
-            return opened(*arguments)
+            return opened(*arguments, **options)
 
         monkeypatch.setattr(opening, "open_model", open_model)
 
@@ -258,31 +261,75 @@ def test_the_line_upon_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch, a
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    handlers = []
+    handlers = {}
     monkeypatch.setattr("fastprune.models.load_model", interrupt)
-    monkeypatch.setattr(cli.signal, "signal", lambda _, handler: handlers.append(handler))
+    monkeypatch.setattr(cli.signal, "signal", handlers.__setitem__)
     monkeypatch.chdir(tmp_path)
     status, _, err = run(*arguments)
     assert status == 130
     assert err == f"fastprune: interrupted; {said}\n"
     assert not (tmp_path / "x").exists()
-    (second,) = handlers
-    process = forked(second)
-    assert (process.status, process.err) == (130, "fastprune: interrupted twice; ended at once\n")
+    for number, ended in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = forked(lambda second=handlers[number], by=number: second(by))
+        assert process.status == ended
+        assert process.err == "fastprune: interrupted twice; ended at once\n"
 
 
-def test_ctrl_c_while_the_program_is_imported_is_one_line(monkeypatch, capsys):
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(*arguments) -> (exit status, stderr) of the whole program, run in this process."""
     from fastprune import __main__
 
-    monkeypatch.setitem(sys.modules, "fastprune.cli", _Interrupting("fastprune.cli"))
-    with pytest.raises(SystemExit) as ended:
-        __main__.main()
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "fastprune: interrupted; nothing was begun\n"
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def program(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastprune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            __main__.main()
+        return ended.value.code, capsys.readouterr().err
+
+    yield program
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_sigterm_ends_in_one_line_that_says_how_to_continue(program, monkeypatch):
+    def terminate(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("fastprune.models.load_model", terminate)
+    status, err = program("search", "demo", "--num-remove", 1)
+    assert (status, err) == (143, f"fastprune: terminated; {WITHOUT_STORE}\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_signals_while_the_program_is_imported_are_one_line(
+    program, monkeypatch, number, status, word
+):
+    monkeypatch.setitem(sys.modules, "fastprune.cli", _Interrupting(number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert program() == (status, f"fastprune: {word}; nothing was begun\n")
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(run, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn("the rows\nare few", RuntimeWarning, stacklevel=2)
+        raise fp.InputError("no model")
+
+    monkeypatch.setattr("fastprune.models.load_model", warn)
+    status, _, err = run("info", "demo")
+    assert (status, err) == (2, "fastprune: warning: the rows are few\nfastprune: no model\n")
 
 
 class _Interrupting(types.ModuleType):
-    """A module whose import Ctrl-C meets."""
+    """A module during whose import a signal arrives."""
+
+    def __init__(self, number):
+        super().__init__("fastprune.cli")
+        self.number = number
 
     def __getattr__(self, name):
-        raise KeyboardInterrupt
+        signal.raise_signal(self.number)

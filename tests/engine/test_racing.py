@@ -184,6 +184,7 @@ def test_on_few_samples_a_search_that_races_is_the_same_search():
     ev = evaluator(uneven_model(), rows=20)
     plain, raced = (fp.run_search(ev, "genetic", 2, racing=racing) for racing in (None, 0.99))
     assert (ev.num_looks, raced.history, raced.decided_early) == (1, plain.history, 0)
+    assert raced.racing is None
 
 
 def test_the_last_round_of_a_beam_keeps_the_best_alone():

@@ -9,6 +9,8 @@ import math
 import numpy as np
 import pytest
 from families import build, random_rows
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastprune as fp
 from fastprune.search import ALGORITHMS, find_algorithm
@@ -113,13 +115,16 @@ def test_others_say_that_they_cannot(name):
     assert not evaluator.calls
 
 
-def test_stepwise_searches_of_unlike_units_do_not_race():
-    evaluator = SyntheticEvaluator(9, costs=UNLIKE, num_samples=64)
+@pytest.mark.parametrize("num_samples", [64, 4])  # 4 are too few to race
+def test_searches_that_weigh_unlike_units_do_not_race(num_samples):
+    evaluator = SyntheticEvaluator(9, costs=UNLIKE, num_samples=num_samples)
     for name in ("greedy", "beam", "one_shot"):
         with pytest.raises(fp.InputError, match="cannot race under a budget of units"):
             fp.run_search(evaluator, name, budget=fp.Budget(params=20), racing=0.99)
     result = fp.run_search(evaluator, "random", budget=fp.Budget(params=20), racing=0.99)
-    assert result.decided_early > 0
+    assert (result.racing, result.decided_early > 0) == (
+        (0.99, True) if num_samples > 4 else (None, False)
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,14 +133,15 @@ def test_stepwise_searches_of_unlike_units_do_not_race():
         ({"params": -1}, "params must be a number of at least 0, not -1"),
         ({"bytes": math.inf}, "bytes must be a number of at least 0, not inf"),
         ({"latency_ms": math.nan}, "latency_ms must be a number"),
+        ({"params": 10**400}, "params must be a number"),
         ({"params": "101%"}, 'params must be a number of at least 0 or a share such as "75%"'),
         ({"params": "-5%"}, "params must be a number of at least 0 or a share"),
         ({"params": "many"}, "params must be a number of at least 0 or a share"),
         ({"params": True}, "params must be a number"),
         ({}, "a budget has one of params, bytes, kv_bytes, latency_ms, not none"),
         ({"params": 1, "bytes": 2}, "not params and bytes"),
-        ({"latency_ms": 1, "batch_size": 0}, "batch_size must be an integer of at least 1"),
-        ({"latency_ms": 1, "seq_len": 0}, "seq_len must be an integer of at least 1"),
+        ({"latency_ms": 1, "batch_size": 0}, "batch_size must be an integer from 1"),
+        ({"latency_ms": 1, "seq_len": 10**9}, "seq_len must be an integer from 1"),
     ],
 )
 def test_wrong_budgets(arguments, message):
@@ -168,6 +174,8 @@ def test_searches_refuse_what_no_removal_meets():
         ("bytes=1.5GB", "bytes", 1.5e9),
         ("kv_bytes=64Ki", "kv_bytes", 65536.0),
         ("latency-ms=12.5", "latency_ms", 12.5),
+        ("latency_ms=1e-05", "latency_ms", 1e-5),
+        ("bytes=1e+12", "bytes", 1e12),
     ],
 )
 def test_budgets_as_text(text, kind, amount):
@@ -175,7 +183,27 @@ def test_budgets_as_text(text, kind, amount):
     assert (budget.kind, budget.amount) == (kind, amount)
 
 
-@pytest.mark.parametrize("text", ["75%", "parameters=3", "params=", "params=-3", "params=3Q"])
+SHARES = st.decimals(0, 100, places=3).map(lambda share: f" {share} % ")
+NUMBERS = st.floats(0, allow_infinity=False) | st.integers(0, 10**30) | st.just(-0.0)
+
+
+@given(
+    st.sampled_from(["params", "bytes", "kv_bytes", "latency_ms"]),
+    SHARES | NUMBERS,
+    st.integers(1, 10**9 - 1),
+    st.none() | st.integers(1, 10**9 - 1),
+)
+def test_the_text_of_a_budget_is_that_budget(kind, amount, batch_size, seq_len):
+    budget = fp.Budget(**{kind: amount}, batch_size=batch_size, seq_len=seq_len)
+    again = fp.Budget.parse(str(budget))
+    assert again == budget
+    assert str(again) == str(budget)
+    assert again.limit(whole=3e6) == budget.limit(whole=3e6)
+
+
+@pytest.mark.parametrize(
+    "text", ["75%", "parameters=3", "params=", "params=-3", "params=3Q", "params=1e999"]
+)
 def test_wrong_texts(text):
     with pytest.raises(fp.InputError):
         fp.Budget.parse(text)
@@ -228,12 +256,14 @@ def test_a_budget_of_sublayers_on_a_model():
     assert not any(unit % 2 for unit in cached.removed)  # no MLP has a cache
 
 
-def test_a_budget_of_time_is_measured():
+def test_a_budget_of_time_is_measured(monkeypatch):
+    """The clock ticks when it is read, so a unit and a whole pass take a tick each."""
+    tick = 2.0**-9
+    monkeypatch.setattr("time.perf_counter", itertools.count(0.0, tick).__next__)
     ev = evaluator_of(build("llama"))
     costs = ev.unit_costs("latency_ms", batch_size=2, seq_len=8)
-    assert len(set(costs.own)) == 1
-    assert costs.own[0] > 0
-    assert costs.total >= sum(costs.own)
+    assert costs.own == (1000 * tick,) * ev.num_units
+    assert costs.total == sum(costs.own)
     limit = costs.total - 1.5 * costs.own[0]
     budget = fp.Budget(latency_ms=limit, batch_size=2, seq_len=8)
     assert len(fp.run_search(ev, "one_shot", budget=budget).removed) == 2

@@ -101,6 +101,12 @@ def test_algorithms_that_need_gradients_say_so():
     ]
 
 
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "repeat"])
+def test_stepwise_algorithms_are_those_whose_result_has_a_path(name):
+    path = fp.run_search(SyntheticEvaluator(6), name, 2).path
+    assert bool(path) == ALGORITHMS[name].stepwise
+
+
 def test_protected_units_are_named_in_errors():
     wrong = {3: "protected units are given as a collection", (9,): "protected unit 9 is out of"}
     for protect, message in {
