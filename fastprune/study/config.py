@@ -41,7 +41,7 @@ from ..search import (
     find_algorithm,
 )
 from ..validate import check_folder, check_path
-from .controls import Control
+from .controls import Control, check_controls
 from .folder import check_label
 
 EXAMPLE = Path(__file__).with_name("example.toml")
@@ -468,14 +468,8 @@ def _check(config: StudyConfig, folder: Path) -> StudyConfig:
     for label in _once("held_out", [data.name for data in held_out]):
         if label in config.objectives:
             raise InputError(f"held_out.{label}: {label!r} is searched with; name it differently")
-    for name in _once("control", [control.name for control in config.control]):
-        with at("control"):
-            check_label(name)
-    for control in config.control:
-        with at(f"control.{control.name}"):
-            control.check()
-            if control.of_sizes and not (config.search.num_remove or config.search.budget):
-                raise InputError("has masks of each studied size, and [search] names none")
+    has_sizes = bool(config.search.num_remove or config.search.budget)
+    check_controls(config.control, config.algorithms, has_sizes)
     resources, evaluate = config.resources, config.evaluate
     if resources.cache_dir is not None:
         with at("resources.cache_dir"):

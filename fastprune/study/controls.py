@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..masks import (
     Candidate,
     check_named,
@@ -23,6 +24,7 @@ from ..search import Allowed
 from ..search.draws import distinct
 from ..search.sizes import Key, Removed, Size
 from ..validate import check_integer, check_one_of
+from .folder import check_label
 
 WAYS = ("removed", "sequence", "random", "reverse")
 REVERSED = ("one_shot", "order")
@@ -47,7 +49,7 @@ class Control:
 
     Examples:
         >>> from fastprune.study import Control
-        >>> Control(name="last two", removed=(10, 11)).fixed(12).removed
+        >>> Control(name="last-two", removed=(10, 11)).fixed(12).removed
         (10, 11)
     """
 
@@ -113,6 +115,45 @@ class Control:
         sequence = check_named(check_sequence(units, num_units))
         removed = removed_by(sequence, num_units)
         return Candidate(sequence=sequence) if removed is None else Candidate(removed=removed)
+
+
+def check_controls(
+    controls: Sequence[Control], algorithms: Sequence[str], has_sizes: bool
+) -> None:
+    """Check a study's controls as far as no model is needed.
+
+    Args:
+        controls: The controls.
+        algorithms: The names of the study's algorithms; no control has one of these names.
+        has_sizes: Whether the study names a size of removals.
+
+    Raises:
+        InputError: A name is no label, is given twice or is an algorithm's; a control has a wrong
+            value, or needs a size and the study names none.
+
+    Examples:
+        >>> from fastprune.study import Control
+        >>> from fastprune.study.controls import check_controls
+        >>> check_controls([Control(name="drawn", random=20)], ["greedy"], has_sizes=True)
+    """
+    for name, count in Counter(control.name for control in controls).items():
+        try:
+            check_label(name)
+        except InputError as error:
+            raise InputError(f"control: {error}") from None
+        if count > 1:
+            raise InputError(f"control: {shown(name)} is given twice")
+        if name in algorithms:
+            raise InputError(f"control.{name}: an algorithm of the study has this name")
+    for control in controls:
+        try:
+            control.check()
+        except InputError as error:
+            raise InputError(f"control.{control.name}: {error}") from None
+        if control.of_sizes and not has_sizes:
+            raise InputError(
+                f"control.{control.name}: has masks of each studied size, and the study names none"
+            )
 
 
 class Placed(NamedTuple):

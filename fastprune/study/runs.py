@@ -40,7 +40,7 @@ from ..search.registry import check_limits
 from ..search.sizes import CostLimit, Key, RemovalSize, Size
 from ..validate import check_callable, check_folder
 from ..workers.processes import Processes, Workers
-from .controls import Control, Placed, place_controls
+from .controls import Control, Placed, check_controls, place_controls
 from .folder import (
     DOCUMENT,
     INPUTS,
@@ -142,9 +142,8 @@ def run_study(
     check_racing(algorithms, racing)
     if not (models and objectives):
         raise InputError("a study needs at least one model, objective, algorithm and budget")
-    check_sizes(algorithms, budgets, controls)
-    for control in controls:
-        control.check()
+    check_sizes(algorithms, budgets)
+    check_controls(controls, algorithms, has_sizes=bool(budgets))
     evaluators = _Evaluators(models, objectives, held_out, evaluator_options)
     identity: dict[str, Any] = {
         "algorithms": {
@@ -317,17 +316,15 @@ def check_study(
 def check_sizes(
     algorithms: Sequence[str],
     budgets: Sequence[int | str | Budget],
-    controls: Sequence[Control] = (),
 ) -> None:
-    """Check that budgets are named if an algorithm or control needs them, and only then.
+    """Check that budgets are named if an algorithm needs them, and only then.
 
     Args:
         algorithms: Names of algorithms.
         budgets: The sizes of removals, as `run_study` takes them.
-        controls: The study's controls.
 
     Raises:
-        InputError: An algorithm or control needs a budget and none is named, or none needs one.
+        InputError: An algorithm needs a budget and none is named, or none needs one.
 
     Examples:
         >>> from fastprune.study.runs import check_sizes
@@ -338,12 +335,6 @@ def check_sizes(
         raise InputError("a study needs at least one model, objective, algorithm and budget")
     if budgets and not removing:
         find_algorithm(algorithms[0]).check_num_remove(budgets[0])
-    for control in controls:
-        if control.of_sizes and not budgets:
-            raise InputError(
-                f"control {control.name!r} has masks of each studied size, and no algorithm "
-                f"removes units"
-            )
 
 
 def _searches(

@@ -162,6 +162,29 @@ def test_mistakes_in_a_control(control, message, text_file, tmp_path):
     assert message in str(error.value)
 
 
+def test_names_are_checked_alike_in_a_document_and_in_python(model, text_file, tmp_path):
+    for controls, algorithm, message in (
+        ([("c", {"random": 1}), ("c", {"removed": (1,)})], "greedy", "control: 'c' is given twice"),
+        ([("greedy", {"random": 1})], "greedy", "control.greedy: an algorithm of the study has"),
+        ([("a/b", {"random": 1})], "greedy", "control: a label is made of"),
+        ([("c", {"random": 1})], "repeat", "control.c: has masks of each studied size, and the"),
+    ):
+        budgets = [] if algorithm == "repeat" else [1]
+        tables = text_study("demo", text_file, search_num_remove=budgets)
+        tables["search"]["algorithms"] = [algorithm]
+        tables["control"] = [{"name": name, **values} for name, values in controls]
+        with pytest.raises(fp.InputError) as error:
+            read_document(write_document(tmp_path / "s.toml", **tables))
+        assert message in str(error.value)
+        given = [Control(name=name, **values) for name, values in controls]
+        with pytest.raises(fp.InputError) as error:
+            run_study(
+                [model], {"one": text(1)}, [algorithm], budgets, tmp_path / "s", controls=given
+            )
+        assert str(error.value).startswith(message)
+        assert not (tmp_path / "s").exists()
+
+
 def test_units_that_a_model_does_not_have(model, tmp_path):
     for control, message in (
         (Control(name="c", removed=(5,)), "removed unit 5 is out of range"),
