@@ -609,11 +609,10 @@ class _Evaluators:
         return list(placed)
 
     def parameters(self, model: Model) -> dict[str, object]:
-        """Parameters of a model in all, and of each unit."""
-        from ..costs import unit_parameters
-
-        total = sum(weights.numel() for weights in model.hf.parameters())
-        return {"total": total, "units": unit_parameters(model, self._granularity)}
+        """Parameters of a model: all, those of each unit alone, and those that units share."""
+        costs = unit_costs(model, self._granularity, "params")
+        shared = [{"units": sorted(units), "parameters": size} for units, size in costs.shared]
+        return {"total": costs.total, "own": list(costs.own), "shared": shared}
 
 
 def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Cell:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..costs import UNITS
+from ..costs import UNITS, UnitCosts
 from ..masks import Candidate
 from ..objectives import Objective, no_judge, objective_class
 from ..search.sizes import Key, RemovalSize
@@ -72,7 +72,8 @@ def size_name(study: Mapping[str, Any], model: str, size: Key) -> str:
 def removed_share(study: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     """The share of the model that a mask removes; '' for a sequence.
 
-    It is a share of the budget's costs, and without a budget of parameters.
+    It is a share of the budget's costs, and without a budget of parameters. Parameters that units
+    share are removed with the last of these units.
     """
     if cell["removed"] is None:
         return ""
@@ -80,8 +81,9 @@ def removed_share(study: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
         kind, share = UNITS[costs["kind"]], 1 - float(costs["after"]) / float(costs["before"])
     else:
         parameters = study["parameters"][cell["model"]]
-        saved = sum(parameters["units"][unit] for unit in cell["removed"])
-        kind, share = UNITS["params"], saved / parameters["total"]
+        shared = [(frozenset(of["units"]), of["parameters"]) for of in parameters["shared"]]
+        whole = UnitCosts("params", parameters["total"], tuple(parameters["own"]), tuple(shared))
+        kind, share = UNITS["params"], 1 - whole.after(cell["removed"]) / whole.total
     return f"{100 * share:.{0 if share >= 0.1 else 1}f} % fewer {kind}"
 
 
