@@ -45,7 +45,7 @@ class Control:
         sequence: The units that run, in order.
         random: The number of random masks of each studied size.
         reverse: "one_shot" removes the units whose removal alone costs most, for each objective and
-            studied size. "order" runs all units from the last to the first.
+            studied size; first those without which no loss is finite. "order" runs all units from the last to the first.
 
     Examples:
         >>> from fastprune.study import Control
@@ -214,5 +214,5 @@ def _random(rng: np.random.Generator, size: Size, candidates: Sequence[int]) -> 
 
 
 def _harm(loss: float) -> float:
-    """A sort key: a loss that is not finite comes last among the worst units."""
-    return loss if np.isfinite(loss) else -np.inf
+    """A sort key: a unit whose removal leaves no finite loss costs more than all others."""
+    return loss if np.isfinite(loss) else np.inf

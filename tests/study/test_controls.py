@@ -10,7 +10,9 @@ from documents import text_study, write_document
 from families import build, num_blocks
 
 import fastprune as fp
+from fastprune.search.sizes import UnitCount
 from fastprune.study import Control, read_document, run_study, write_report
+from fastprune.study.controls import place_controls
 from fastprune.study.tables import comparison_lines
 
 CONTROLS = [
@@ -81,6 +83,20 @@ def test_each_control_is_what_it_says(finished, model):
         singles = evaluator.score(fp.from_removed([(unit,) for unit in range(units)], units))
         worst = singles.argsort()[::-1][: entry["num_remove"]]
         assert entry["removed"] == sorted(worst.tolist())
+
+
+def test_a_unit_that_the_model_cannot_do_without_is_the_worst():
+    singles = {0: 1.0, 1: np.nan, 2: 3.0, 3: np.inf}
+    for size, expected in ((2, (1, 3)), (3, (1, 2, 3))):
+        placed = place_controls(
+            [Control(name="worst", reverse="one_shot")],
+            num_units=4,
+            sizes={size: (UnitCount(size), [*singles])},
+            labels=["one"],
+            singles=lambda label: singles,
+            seed=0,
+        )
+        assert [of.candidate.removed for of in placed] == [expected]
 
 
 def test_controls_are_judged_under_every_objective(finished, model):
