@@ -45,7 +45,8 @@ class Control:
         sequence: The units that run, in order.
         random: The number of random masks of each studied size.
         reverse: "one_shot" removes the units whose removal alone costs most, for each objective and
-            studied size; first those without which no loss is finite. "order" runs all units from the last to the first.
+            studied size, and first those without which no loss is finite. "order" runs all units
+            from the last to the first.
 
     Examples:
         >>> from fastprune.study import Control
@@ -117,9 +118,7 @@ class Control:
         return Candidate(sequence=sequence) if removed is None else Candidate(removed=removed)
 
 
-def check_controls(
-    controls: Sequence[Control], algorithms: Sequence[str], has_sizes: bool
-) -> None:
+def check_controls(controls: Sequence[Control], algorithms: Sequence[str], has_sizes: bool) -> None:
     """Check a study's controls as far as no model is needed.
 
     Args:

@@ -51,7 +51,7 @@ from .folder import (
     read_cell,
     write_cell,
 )
-from .judging import WHOLE, Judged, compare_candidates, shared_rows
+from .judging import WHOLE, Judged, Judgements, compare_candidates, shared_rows
 from .machines import fingerprint
 from .statistics import (
     cell_record,
@@ -222,13 +222,18 @@ def _run(
         cells.append(cell)
     notify("scoring every chosen mask under every objective")
     judges = [*objectives, *held_out]
-    judgements, placed = {}, []
+    judged, placed = {}, []
     for model in models:
         own = [cell for cell in cells if cell.model == model.name]
         of_model = evaluators.place(model, controls, objectives, identity)
-        judgements[model.name] = _judge(evaluators, model, judges, own, of_model)
+        judged[model.name] = _judge(evaluators, model, judges, own, of_model)
         placed += [(model.name, control) for control in of_model]
-    cells = [_with_losses(cell, judgements[cell.model]) for cell in cells]
+    cells = [
+        replace(cell, losses=judged[cell.model].losses(cell.candidate, cell.num_remove))
+        if cell.candidate
+        else cell
+        for cell in cells
+    ]
     described = evaluators.describe_objectives()
     kinds = {
         label: (described[label]["name"], described[label]["settings"]) for label in objectives
@@ -246,12 +251,12 @@ def _run(
             label: {**described[label], "shared_rows": evaluators.shared_rows(label)}
             for label in held_out
         },
-        "judgements": judgements,
+        "judgements": {name: of.entries for name, of in judged.items()},
         "dense": {
             model.name: {
                 label: objective_class(names[label]).record(entry["loss"])
                 | {"standard_error": entry["standard_error"]}
-                for label, entries in judgements[model.name].items()
+                for label, entries in judged[model.name].entries.items()
                 for entry in entries[-1:]
             }
             for model in models
@@ -266,9 +271,9 @@ def _run(
         },
         "parameters": {model.name: evaluators.parameters(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
-        "cells": [cell_record(cell, names) for cell in cells],
+        "cells": [_cell_record(cell, judged[cell.model], names) for cell in cells],
         "controls": [
-            _control_record(model, control, judgements[model], names) for model, control in placed
+            _control_record(model, control, judged[model], names) for model, control in placed
         ],
         **summarise(cells),
         "calibration": compare_calibrations(
@@ -644,52 +649,37 @@ def _judge(
     labels: Sequence[str],
     cells: Sequence[Cell],
     controls: Sequence[Placed],
-) -> dict[str, list[dict]]:
-    """Compare the candidates of a model's cells and controls under each objective, by label.
+) -> Judgements:
+    """Compare the candidates of a model's cells and controls under each objective.
 
     The whole model is the last candidate.
     """
-    chosen = {Judged(cell.candidate, cell.num_remove) for cell in cells if cell.candidate}
-    ordered = [Judged(c.candidate, c.num_remove) for c in cells if c.candidate]
+    judged: dict[tuple[Candidate, Key], Judged] = {}
+    for cell in cells:
+        if cell.candidate:
+            of = Judged(cell.candidate, cell.num_remove)
+            judged.setdefault(of.key, of)
     for control in controls:
-        as_chosen = Judged(control.candidate, control.size)
-        ordered.append(as_chosen if as_chosen in chosen else as_chosen._replace(is_control=True))
-    judged = [of for of in dict.fromkeys(ordered) if of[:2] != WHOLE[:2]] + [WHOLE]
+        of = Judged(control.candidate, control.size, is_control=True)
+        judged.setdefault(of.key, of)
+    judged.pop(WHOLE.key, None)
+    ordered = [*judged.values(), WHOLE]
     units = evaluators.num_units(model)
-    sequences = [of.candidate.units(units) for of in judged]
-    judgements = {}
+    sequences = [of.candidate.units(units) for of in ordered]
+    entries = {}
     for label in labels:
         evaluator = evaluators.get(model, label)
         sample_losses = evaluator.score_samples(sequences=sequences)
-        judgements[label] = compare_candidates(evaluator.objective, judged, sample_losses)
-    return judgements
-
-
-def _losses_of(
-    candidate: Candidate, judgements: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> dict[str, float]:
-    """By label, the loss of a judged candidate."""
-    return {
-        label: next(e["loss"] for e in entries if Candidate.of(e) == candidate)
-        for label, entries in judgements.items()
-    }
-
-
-def _with_losses(cell: Cell, judgements: Mapping[str, Sequence[Mapping[str, Any]]]) -> Cell:
-    """The cell with the loss of its candidate under every objective."""
-    if cell.candidate is None:
-        return cell
-    return replace(cell, losses=_losses_of(cell.candidate, judgements))
+        entries[label] = compare_candidates(evaluator.objective, ordered, sample_losses)
+    return Judgements(entries, {of.key: place for place, of in enumerate(ordered)})
 
 
 def _control_record(
-    model: str,
-    control: Placed,
-    judgements: Mapping[str, Sequence[Mapping[str, Any]]],
-    names: Mapping[str, str],
+    model: str, control: Placed, judged: Judgements, names: Mapping[str, str]
 ) -> dict[str, Any]:
     """A control's candidate as study.json has it; `names` are the objectives' names by label."""
-    losses = _losses_of(control.candidate, judgements)
+    key = control.candidate, control.size
+    losses = judged.losses(*key)
     return {
         "model": model,
         "name": control.name,
@@ -698,4 +688,11 @@ def _control_record(
         **control.candidate.record,
         "losses": losses,
         "metrics": metric_records(losses, names),
+        "judged": judged.places[key],
     }
+
+
+def _cell_record(cell: Cell, judged: Judgements, names: Mapping[str, str]) -> dict[str, Any]:
+    """A cell as study.json has it, with the place of its candidate among the judged ones."""
+    place = cell.candidate and judged.places[cell.candidate, cell.num_remove]
+    return {**cell_record(cell, names), "judged": place}

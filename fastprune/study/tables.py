@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..search.sizes import Key, RemovalSize
 from .judging import WINDOW, format_judged, to_difference
 
 FULL, EMPTY = "#", "."
+MOST_COMPARED = 3  # candidates beside the best one, in a line
 
 
 def format_removed(removed: Sequence[int]) -> str:
@@ -163,8 +165,8 @@ def unseen_notes(study: Mapping[str, Any]) -> list[str]:
 def comparison_lines(study: Mapping[str, Any]) -> list[str]:
     """The best chosen mask or sequence, and the others' differences, by model, judge and size.
 
-    Held-out objectives judge; without these, the study's own do. Controls are marked, and so are
-    differences below two standard errors.
+    Held-out objectives judge; without these, the study's own do. A line has the three best of the
+    others. Controls are marked, and so are differences below two standard errors.
     """
     judges = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
@@ -180,19 +182,27 @@ def comparison_lines(study: Mapping[str, Any]) -> list[str]:
                 if len(entries) < 2:
                     continue
                 # a control is the best only if no search chose a candidate
-                ordered = sorted(entries, key=lambda e: (e["is_control"], float(e["loss"])))
-                best, *rest = ordered
+                best = min(entries, key=lambda e: (e["is_control"], *_by_loss(e)))
+                rest = sorted((e for e in entries if e is not best), key=_by_loss)
                 others = [
                     f"{_marked(entry)} "
                     f"{objective.format_difference(to_difference(entry['to_best']))}"
-                    for entry in sorted(rest, key=lambda entry: float(entry["loss"]))
+                    for entry in rest[:MOST_COMPARED]
                 ]
+                if len(rest) > MOST_COMPARED:
+                    others.append(f"and {len(rest) - MOST_COMPARED:,} more")
                 lines.append(
                     f"{start}{label}, {RemovalSize.of(size).describe()}: best {_marked(best)} "
                     f"({objective.metric_name} {format_judged(objective, best)}); "
                     f"others: {'; '.join(others)}"
                 )
     return lines
+
+
+def _by_loss(entry: Mapping[str, Any]) -> tuple[bool, float]:
+    """A sort key: the lowest loss first, and losses that are not finite last."""
+    loss = float(entry["loss"])
+    return not math.isfinite(loss), loss
 
 
 def _marked(entry: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from documents import text_study, write_document
 from families import build, num_blocks
 
 import fastprune as fp
+from fastprune.masks import Candidate
 from fastprune.search.sizes import UnitCount
 from fastprune.study import Control, read_document, run_study, write_report
 from fastprune.study.controls import place_controls
@@ -112,6 +113,11 @@ def test_controls_are_judged_under_every_objective(finished, model):
                 np.exp(control["losses"][label])
             )
         entries = study["judgements"]["tiny"][label]
+        for judged in (*study["cells"], *study["controls"]):
+            entry = entries[judged["judged"]]
+            assert Candidate.of(entry) == Candidate.of(judged)
+            assert entry["size"] == judged["num_remove"]
+            assert entry["loss"] == judged["losses"][label]
         for entry in entries:  # the reference is one that a search chose
             if entry["size"] in (1, 2) and not entry["is_control"]:
                 assert entry["to_best"]["value"] >= 0
@@ -123,7 +129,13 @@ def test_controls_are_judged_under_every_objective(finished, model):
 
 def test_controls_are_shown_as_such(finished, tmp_path):
     _, _, study = finished
-    assert any("(control)" in line for line in comparison_lines(study))
+    lines = comparison_lines(study)
+    assert any("(control)" in line for line in lines)
+    entries = study["judgements"]["tiny"]["new"]
+    for line, size in zip(lines, (1, 2, None), strict=True):
+        others = sum(entry["size"] == size for entry in entries) - 1
+        assert line.count(" ± ") == 1 + min(others, 3)
+        assert line.endswith(f"; and {others - 3} more") == (others > 3)
     write_report(study, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Controls</h2>" in page
