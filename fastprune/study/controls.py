@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, shown
+from ..errors import InputError
 from ..masks import (
     Candidate,
     check_named,
@@ -24,6 +23,7 @@ from ..search import Allowed
 from ..search.draws import distinct
 from ..search.sizes import Key, Removed, Size
 from ..validate import check_integer, check_one_of
+from .checks import at, check_once
 from .folder import check_label
 
 WAYS = ("removed", "sequence", "random", "reverse")
@@ -135,24 +135,17 @@ def check_controls(controls: Sequence[Control], algorithms: Sequence[str], has_s
         >>> from fastprune.study.controls import check_controls
         >>> check_controls([Control(name="drawn", random=20)], ["greedy"], has_sizes=True)
     """
-    for name, count in Counter(control.name for control in controls).items():
-        try:
-            check_label(name)
-        except InputError as error:
-            raise InputError(f"control: {error}") from None
-        if count > 1:
-            raise InputError(f"control: {shown(name)} is given twice")
-        if name in algorithms:
-            raise InputError(f"control.{name}: an algorithm of the study has this name")
+    with at("control"):
+        for control in controls:
+            check_label(control.name)
+        check_once([control.name for control in controls])
     for control in controls:
-        try:
+        with at(f"control.{control.name}"):
+            if control.name in algorithms:
+                raise InputError("an algorithm of the study has this name")
             control.check()
-        except InputError as error:
-            raise InputError(f"control.{control.name}: {error}") from None
-        if control.of_sizes and not has_sizes:
-            raise InputError(
-                f"control.{control.name}: has masks of each studied size, and the study names none"
-            )
+            if control.of_sizes and not has_sizes:
+                raise InputError("has masks of each studied size, and the study names none")
 
 
 class Placed(NamedTuple):

@@ -33,13 +33,13 @@ from ..search import (
     check_racing,
     find_algorithm,
     protected_units,
-    require_sklearn,
     run_search,
 )
 from ..search.registry import check_limits
 from ..search.sizes import CostLimit, Key, RemovalSize, Size
-from ..validate import check_callable, check_folder
+from ..validate import check_callable
 from ..workers.processes import Processes, Workers
+from .checks import at, check_once, check_sizes, check_study
 from .controls import Control, Placed, check_controls, place_controls
 from .folder import (
     DOCUMENT,
@@ -140,9 +140,11 @@ def run_study(
     out = Path(out_dir)
     check_study(algorithms, options, out)
     check_racing(algorithms, racing)
-    if not (models and objectives):
-        raise InputError("a study needs at least one model, objective, algorithm and budget")
-    check_sizes(algorithms, budgets)
+    for name, values in (("models", models), ("objectives", objectives)):
+        if not values:
+            raise InputError(f"{name}: a study needs at least one")
+    with at("budgets"):
+        check_sizes(algorithms, budgets)
     check_controls(controls, algorithms, has_sizes=bool(budgets))
     evaluators = _Evaluators(models, objectives, held_out, evaluator_options)
     identity: dict[str, Any] = {
@@ -284,64 +286,6 @@ def _run(
     return study
 
 
-def check_study(
-    algorithms: Sequence[str], options: Mapping[str, Mapping[str, object]], out_dir: str | Path
-) -> None:
-    """Check everything about a study that needs no model.
-
-    Args:
-        algorithms: Names of algorithms.
-        options: Options of algorithms, by the algorithms' names.
-        out_dir: The study's folder; it need not exist.
-
-    Raises:
-        InputError: An algorithm or option is unknown, wrong or repeated, scikit-learn is missing,
-            or the folder cannot be made.
-
-    Examples:
-        >>> from fastprune.study import check_study
-        >>> check_study(["beam"], {"beam": {"widht": 4}}, "runs")
-        Traceback (most recent call last):
-        fastprune.errors.InputError: beam has no option 'widht'; its options: beam_width=5
-    """
-    if not algorithms:
-        raise InputError("a study needs at least one model, objective, algorithm and budget")
-    if len(set(algorithms)) < len(algorithms):
-        raise InputError(f"an algorithm is given twice: {', '.join(algorithms)}")
-    for algorithm in dict.fromkeys([*algorithms, *options]):
-        check_algorithm(algorithm, options.get(algorithm, {}))
-        if algorithm not in algorithms:
-            raise InputError(
-                f"options are given for {algorithm}, which is not among the algorithms"
-            )
-    require_sklearn("a study")  # for the clusters of its summary
-    check_folder(Path(out_dir))
-
-
-def check_sizes(
-    algorithms: Sequence[str],
-    budgets: Sequence[int | str | Budget],
-) -> None:
-    """Check that budgets are named if an algorithm needs them, and only then.
-
-    Args:
-        algorithms: Names of algorithms.
-        budgets: The sizes of removals, as `run_study` takes them.
-
-    Raises:
-        InputError: An algorithm needs a budget and none is named, or none needs one.
-
-    Examples:
-        >>> from fastprune.study.runs import check_sizes
-        >>> check_sizes(["greedy"], [2, "25%"])
-    """
-    removing = [name for name in algorithms if not find_algorithm(name).over_sequences]
-    if removing and not budgets:
-        raise InputError("a study needs at least one model, objective, algorithm and budget")
-    if budgets and not removing:
-        find_algorithm(algorithms[0]).check_num_remove(budgets[0])
-
-
 def _searches(
     evaluators: _Evaluators,
     models: Sequence[Model],
@@ -419,9 +363,8 @@ class _Evaluators:
         held_out: Makers,
         options: Mapping[str, Any],
     ):
-        names = [model.name for model in models]
-        if len(set(names)) < len(names):
-            raise InputError(f"a model is given twice: {', '.join(names)}")
+        with at("models"):
+            check_once([model.name for model in models])
         for label in (*objectives, *held_out):
             check_label(label)
         for label in held_out:
@@ -468,29 +411,13 @@ class _Evaluators:
         from ..models import Needs, open_runner  # only now: it brings torch
 
         algorithms, budgets = settings["algorithms"], settings["budgets"]
-        if len(set(budgets)) < len(budgets):
-            raise InputError(f"a budget is given twice: {', '.join(map(str, budgets))}")
         for model in self._models:
             open_runner(model, "generic", Needs(self._granularity))
             units = self.num_units(model)
-            protected = protected_units(settings["protect"], units, self._granularity)
             for control in controls:
                 control.fixed(units)
-            for num_remove in budgets:
-                if isinstance(num_remove, str):
-                    continue
-                if not 0 <= num_remove < units:
-                    raise InputError(
-                        f"num_remove {num_remove} must be from 0 to {units - 1} ({model.name} has "
-                        f"{units} units)",
-                        argument="num_remove",
-                    )
-                if num_remove > units - len(protected):
-                    raise InputError(
-                        f"num_remove {num_remove} must be at most {units - len(protected)}, the "
-                        f"units of {model.name} that are not protected"
-                    )
-            sizes = list(self.sizes(model, settings).values())
+            with at(model.name):
+                sizes = list(self.sizes(model, settings).values())
             if len({size.key for size in sizes}) < len(sizes):
                 raise InputError(
                     f"budgets {', '.join(map(str, budgets))} name one number of units of "
@@ -504,7 +431,8 @@ class _Evaluators:
                         f"bands"
                     )
                 for asked in [RemovalSize()] if chosen.over_sequences else sizes:
-                    size, candidates = self.resolve(model, asked, settings["protect"])
+                    with at(model.name):
+                        size, candidates = self.resolve(model, asked, settings["protect"])
                     if isinstance(size, CostLimit):
                         check_limits(chosen, settings["racing"] if chosen.races else None)
                     elif chosen.check_size:

@@ -106,7 +106,7 @@ def test_sizes_and_lengths_that_cannot_be_are_refused_at_the_door(model, tmp_pat
         assert not (tmp_path / "s").exists()
 
     refused("num_remove has no meaning for repeat", ["repeat"], [1])
-    refused("at least one model, objective, algorithm and budget", ["repeat", "greedy"], [])
+    refused("budgets: greedy removes units, and no size is named", ["repeat", "greedy"], [])
     refused("lengths from 1 to 5", ["repeat"], [], options={"repeat": {"lengths": "9"}})
     pairs = {"repeat": {"lengths": "2"}}
     refused("no such window is without a prot", ["repeat"], [], options=pairs, protect=[1, 3])
