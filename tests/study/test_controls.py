@@ -20,8 +20,8 @@ CONTROLS = [
     Control(name="outer", removed=(0, 3)),
     Control(name="twice", sequence="0-2,1-4"),
     Control(name="any", random=3),
-    Control(name="worst", reverse="one_shot"),
-    Control(name="backwards", reverse="order"),
+    Control(name="worst", worst_of="one_shot"),
+    Control(name="backwards", backwards=True),
 ]
 
 
@@ -90,7 +90,7 @@ def test_a_unit_that_the_model_cannot_do_without_is_the_worst():
     singles = {0: 1.0, 1: np.nan, 2: 3.0, 3: np.inf}
     for size, expected in ((2, (1, 3)), (3, (1, 2, 3))):
         placed = place_controls(
-            [Control(name="worst", reverse="one_shot")],
+            [Control(name="worst", worst_of="one_shot")],
             num_units=4,
             sizes={size: (UnitCount(size), [*singles])},
             labels=["one"],
@@ -156,7 +156,7 @@ def test_other_controls_do_not_change_what_one_draws(finished, model, tmp_path):
 def test_controls_stay_within_a_budget(model, tmp_path):
     budget = fp.Budget(params="70%")
     arguments = [model], {"one": text(1)}, ["greedy"], [budget], tmp_path / "s"
-    controls = [Control(name="any", random=2), Control(name="worst", reverse="one_shot")]
+    controls = [Control(name="any", random=2), Control(name="worst", worst_of="one_shot")]
     study = run_study(*arguments, controls=controls, granularity="sublayer", protect=[0, 1])
     evaluator = fp.Evaluator(model, text(1)(model), granularity="sublayer")
     costs = evaluator.unit_costs("params")
@@ -174,10 +174,16 @@ def test_controls_stay_within_a_budget(model, tmp_path):
 @pytest.mark.parametrize(
     ("control", "message"),
     [
-        ({}, "control.c: a control has one of removed, sequence, random, reverse, not none"),
+        (
+            {},
+            "control.c: a control has one of removed, sequence, random, worst_of, backwards, not none",
+        ),
         ({"random": 2, "removed": [1]}, "not removed and random"),
         ({"random": 0}, "control.c.random must be an integer from 1 to 1000, not 0"),
-        ({"reverse": "beam"}, "control.c.reverse: unknown value 'beam'; known: one_shot, order"),
+        ({"worst_of": "beam"}, "control.c.worst_of: unknown value 'beam'; known: one_shot"),
+        ({"backwards": 1}, "control.c.backwards must be true or false, not 1"),
+        ({"backwards": False}, "not none"),
+        ({"backwards": True, "worst_of": "one_shot"}, "not worst_of and backwards"),
         ({"removed": "5-3"}, "control.c: 5-3 runs backwards"),
         ({"sequence": [-1]}, "control.c.sequence must be an integer from 0"),
         ({"masks": 3}, "control.c.masks is no known key"),
@@ -218,7 +224,8 @@ def test_units_that_a_model_does_not_have(model, tmp_path):
         (Control(name="c", removed=(5,)), "removed unit 5 is out of range"),
         (Control(name="c", sequence=(0, 7)), "7 is no unit"),
         (Control(name="c", random=0), "random must be an integer from 1 to 1000"),
-        (Control(name="c", reverse="beam"), "reverse must be one of one_shot, order"),
+        (Control(name="c", worst_of="beam"), "worst_of must be one of one_shot"),
+        (Control(name="c", backwards=1), "backwards must be true or false, not 1"),
     ):
         with pytest.raises(fp.InputError, match=message):
             run_study(
@@ -228,7 +235,7 @@ def test_units_that_a_model_does_not_have(model, tmp_path):
 
 
 def test_controls_in_a_document(run, checkpoint, text_file, tmp_path):
-    controls = [{"name": "any", "random": 2}, {"name": "back", "reverse": "order"}]
+    controls = [{"name": "any", "random": 2}, {"name": "back", "backwards": True}]
     tables = text_study(checkpoint, text_file, control=controls)
     document = write_document(tmp_path / "s.toml", **tables)
     status, out, err = run("study", document, "--out", tmp_path / "s")
