@@ -178,6 +178,19 @@ def format_judged(objective: type[Objective], entry: Mapping[str, Any]) -> str:
     return objective.format(float(entry["loss"]), float(entry["standard_error"]), named=False)
 
 
+def format_to_whole(objective: type[Objective], entry: Mapping[str, Any]) -> str:
+    """A judged mask's difference to the whole model; '' under an objective that measures just this
+    difference."""
+    if objective.compares_with_dense:
+        return ""
+    return objective.format_difference(to_difference(entry["to_whole"]))
+
+
+def direction(objective: type[Objective]) -> str:
+    """The direction of the metric in words."""
+    return f"{'higher' if objective.higher_is_better else 'lower'} is better"
+
+
 def to_difference(record: Mapping[str, Any]) -> Difference:
     """Read a `Difference` from its record. Values that are not finite may be texts there."""
     values = float(record["value"]), float(record["error"])

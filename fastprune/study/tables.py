@@ -14,7 +14,7 @@ from ..costs import UNITS, UnitCosts
 from ..masks import Candidate
 from ..objectives import Objective, no_judge, objective_class
 from ..search.sizes import Key, RemovalSize
-from .judging import WINDOW, format_judged, to_difference
+from .judging import WINDOW, direction, format_judged, format_to_whole, judgement, to_difference
 
 FULL, EMPTY = "#", "."
 MOST_COMPARED = 3  # candidates beside the best one, in a line
@@ -43,8 +43,9 @@ def format_record(record: Mapping) -> str:
 
 def units_header(records: Iterable[Mapping]) -> str:
     """The head of a column of `format_record`."""
-    is_mixed = any(row.get("sequence") is not None for row in records)
-    return "removed, or sequence" if is_mixed else "removed"
+    kinds = ("removed", "sequence")
+    heads = {kind for row in records for kind in kinds if row.get(kind) is not None}
+    return ", or ".join(kind for kind in kinds if kind in heads) or "removed"
 
 
 def format_saved(naive: float, runs: float) -> str:
@@ -117,16 +118,18 @@ def answers(study: Mapping) -> list[str]:
     described = {**study["objectives"], **study["held_out"]}
     lines: dict[tuple[str, Key], str] = {}
     for cell in best_cells(study):
-        model, dense = cell["model"], study["dense"][cell["model"]]
+        model = cell["model"]
         names: list[str] = []
         changes = []
         for label in labels:
             metric = objective_class(described[label]["name"])
             names.append(metric.metric_name)
-            before = metric.format(dense[label]["loss"], named=False).removesuffix(metric.unit)
-            after = metric.format(cell["losses"][label], named=False)
+            before = format_judged(metric, judgement(study, model, label))
+            after = format_judged(metric, judgement(study, model, label, cell))
             name = metric.metric_name if names.count(names[-1]) == 1 else label
-            changes.append(f"{name} {before.rstrip()} -> {after}")
+            change = f"{name} ({direction(metric)}) {before} -> {after}"
+            difference = format_to_whole(metric, judgement(study, model, label, cell))
+            changes.append(f"{change}, difference {difference}" if difference else change)
         if cell["removed"] is None:
             runs = f"Run {format_removed(cell['sequence'])}"
             changes.append(f"{len(cell['sequence'])} units in place of {study['num_units'][model]}")
@@ -193,7 +196,8 @@ def comparison_lines(study: Mapping[str, Any]) -> list[str]:
                     others.append(f"and {len(rest) - MOST_COMPARED:,} more")
                 lines.append(
                     f"{start}{label}, {RemovalSize.of(size).describe()}: best {_marked(best)} "
-                    f"({objective.metric_name} {format_judged(objective, best)}); "
+                    f"({objective.metric_name} {format_judged(objective, best)}, "
+                    f"{direction(objective)}); "
                     f"others: {'; '.join(others)}"
                 )
     return lines
@@ -272,7 +276,7 @@ def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mappin
     table.add_column("overlap", justify="right")
     judges = {judge: objective_class(described[judge]["name"]) for judge in entries[0]["metrics"]}
     for judge, objective in judges.items():
-        table.add_column(Text(difference_header(judge, objective)), justify="right")
+        table.add_column(Text(distance_header(judge, objective)), justify="right")
     for entry in entries:
         differences = [
             _both(entry["metrics"][judge], objective.digits) for judge, objective in judges.items()
@@ -284,9 +288,18 @@ def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mappin
 
 
 def difference_header(judge: str, objective: type[Objective]) -> str:
-    """The head of a column of differences under a judge, with metric and unit."""
-    unit = f", {objective.difference_unit()}" * bool(objective.unit)
-    return f"{judge}: difference in {objective.metric_name}{unit}"
+    """The head of a column of differences under a judge, with metric, unit and direction."""
+    return f"{judge}: difference in {_in_units(objective)} ({direction(objective)})"
+
+
+def distance_header(judge: str, objective: type[Objective]) -> str:
+    """The head of a column of mean absolute differences under a judge, with metric and unit."""
+    return f"{judge}: mean distance in {_in_units(objective)}"
+
+
+def _in_units(objective: type[Objective]) -> str:
+    """The metric with the unit of its differences."""
+    return objective.metric_name + f", {objective.difference_unit()}" * bool(objective.unit)
 
 
 def _both(values: Mapping, digits: int) -> str:

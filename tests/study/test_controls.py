@@ -176,7 +176,7 @@ def test_controls_stay_within_a_budget(model, tmp_path):
     [
         (
             {},
-            "control.c: a control has one of removed, sequence, random, worst_of, backwards, not none",
+            "control.c: a control has one of removed, sequence, random, worst_of, backwards, not",
         ),
         ({"random": 2, "removed": [1]}, "not removed and random"),
         ({"random": 0}, "control.c.random must be an integer from 1 to 1000, not 0"),

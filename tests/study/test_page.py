@@ -75,11 +75,16 @@ def test_a_page_opens_with_the_answer(study, page):
     (name,) = study["dense"]
     parameters = study["parameters"][name]
     share = sum(parameters["own"][unit] for unit in best["removed"]) / parameters["total"]
-    before = fp.Perplexity.format(study["dense"][name]["unseen"]["loss"], named=False)
-    after = fp.Perplexity.format(best["losses"]["unseen"], named=False)
+    entries = study["judgements"][name]["unseen"]
+    after, before = (
+        fp.Perplexity.format(entry["loss"], entry["standard_error"], named=False)
+        for entry in (entries[best["judged"]], entries[-1])
+    )
+    to_whole = fp.objectives.Difference(**entries[best["judged"]]["to_whole"])
     units = fp.study.tables.format_removed(best["removed"])
     assert lines[1] == (
-        f"Remove {units}: perplexity {before} -> {after}, {100 * share:.0f} % fewer parameters "
+        f"Remove {units}: perplexity (lower is better) {before} -> {after}, difference "
+        f"{fp.Perplexity.format_difference(to_whole)}, {100 * share:.0f} % fewer parameters "
         f"(on held-out data)"
     )
     text = page.read_text()

@@ -11,7 +11,7 @@ from families import build, num_blocks, physically_ordered, reference_loss
 
 import fastprune as fp
 from fastprune.study import read_document, run_study, write_report
-from fastprune.study.tables import answers, comparison_lines, format_record
+from fastprune.study.tables import answers, comparison_lines, format_record, units_header
 
 
 def rows(seed: int):
@@ -92,10 +92,12 @@ def test_a_study_of_sequences_alone_has_no_sizes(model, tmp_path):
     study = run_study([model], {"one": text(1)}, ["repeat"], [], tmp_path / "s")
     (cell,) = study["cells"]
     assert cell["sequence"]
+    assert units_header(study["cells"]) == "sequence"
     assert study["jaccard"] == []
     write_report(study, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "What is removed" not in page
+    assert ">removed, or sequence<" not in page
     assert "Do searches agree" not in page
 
 
