@@ -3,11 +3,12 @@
 Imported without torch, so that the command line can refuse a wrong folder at once.
 """
 
+from .checks import check_study
 from .config import Document, StudyConfig, read_document
 from .controls import Control
 from .folder import Cell, check_study_folder
 from .report import write_report
-from .runs import check_study, run_study
+from .runs import run_study
 from .statistics import summarise
 
 __all__ = [

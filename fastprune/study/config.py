@@ -13,9 +13,8 @@ import os
 import sys
 import types
 import typing
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +40,8 @@ from ..search import (
     find_algorithm,
 )
 from ..validate import check_folder, check_path
-from .controls import Control
+from .checks import at, check_once, check_sizes
+from .controls import Control, check_controls
 from .folder import check_label
 
 EXAMPLE = Path(__file__).with_name("example.toml")
@@ -333,15 +333,6 @@ def read_document(path: Path) -> Document:
     return Document(path, config, text, folder)
 
 
-@contextmanager
-def at(place: str) -> Iterator[None]:
-    """Errors raised inside begin with a place in a document."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
-
-
 # -- a table to dataclasses ----------------------------------------------------------------------
 
 _KINDS: dict[Any, str] = {
@@ -468,14 +459,8 @@ def _check(config: StudyConfig, folder: Path) -> StudyConfig:
     for label in _once("held_out", [data.name for data in held_out]):
         if label in config.objectives:
             raise InputError(f"held_out.{label}: {label!r} is searched with; name it differently")
-    for name in _once("control", [control.name for control in config.control]):
-        with at("control"):
-            check_label(name)
-    for control in config.control:
-        with at(f"control.{control.name}"):
-            control.check()
-            if control.of_sizes and not (config.search.num_remove or config.search.budget):
-                raise InputError("has masks of each studied size, and [search] names none")
+    has_sizes = bool(config.search.num_remove or config.search.budget)
+    check_controls(config.control, config.algorithms, has_sizes)
     resources, evaluate = config.resources, config.evaluate
     if resources.cache_dir is not None:
         with at("resources.cache_dir"):
@@ -494,9 +479,8 @@ def _once(place: str, names: Sequence[Any], least: int = 0) -> Sequence[Any]:
     """Return the names. Raises InputError for a repeated name, or too few."""
     if len(names) < least:
         raise InputError(f"{place} must name at least one")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise InputError(f"{place}: {shown(name)} is given twice")
+    with at(place):
+        check_once(names)
     return names
 
 
@@ -514,15 +498,11 @@ def _check_search(config: StudyConfig) -> None:
     for text in search.budget:
         with at("search.budget"):
             RemovalBudget.parse(text)
-    sizes = [*search.num_remove, *search.budget]
     for name in _once("search.algorithms", config.algorithms, least=1):
         with at("search.algorithms"):
             find_algorithm(name)
-    removing = [name for name in config.algorithms if not find_algorithm(name).over_sequences]
-    _once("search.num_remove", sizes, least=1 if removing else 0)
-    if sizes and not removing:
-        with at("search.num_remove"):
-            find_algorithm(config.algorithms[0]).check_num_remove(sizes[0])
+    with at("search.num_remove"):
+        check_sizes(config.algorithms, [*search.num_remove, *search.budget])
     for name, options in search.options.items():
         with at(f"search.options.{_key(name)}"):
             find_algorithm(name)

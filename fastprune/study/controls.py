@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..masks import (
     Candidate,
     check_named,
@@ -23,9 +23,11 @@ from ..search import Allowed
 from ..search.draws import distinct
 from ..search.sizes import Key, Removed, Size
 from ..validate import check_integer, check_one_of
+from .checks import at, check_once
+from .folder import check_label
 
-WAYS = ("removed", "sequence", "random", "reverse")
-REVERSED = ("one_shot", "order")
+WAYS = ("removed", "sequence", "random", "worst_of", "backwards")
+RANKED = ("one_shot",)  # algorithms whose worst units a control removes
 MOST_DRAWN = 1000  # random masks of a control and size
 Unit = Annotated[int, Allowed(least=0, most=2**31 - 1)]
 Sizes = Mapping[Key, tuple[Size, list[int]]]  # of removals, each with the units that may go
@@ -42,12 +44,14 @@ class Control:
         removed: The units that a mask removes: a tuple, or text such as "9,10".
         sequence: The units that run, in order.
         random: The number of random masks of each studied size.
-        reverse: "one_shot" removes the units whose removal alone costs most, for each objective and
-            studied size. "order" runs all units from the last to the first.
+        worst_of: An algorithm, whose worst units are removed, for each objective and studied size.
+            With "one_shot", these are the units whose removal alone costs most, and first those
+            without which no loss is finite.
+        backwards: Whether all units run, from the last to the first.
 
     Examples:
         >>> from fastprune.study import Control
-        >>> Control(name="last two", removed=(10, 11)).fixed(12).removed
+        >>> Control(name="last-two", removed=(10, 11)).fixed(12).removed
         (10, 11)
     """
 
@@ -55,7 +59,8 @@ class Control:
     removed: str | tuple[Unit, ...] | None = None
     sequence: str | tuple[Unit, ...] | None = None
     random: Annotated[int, Allowed(least=1, most=MOST_DRAWN)] | None = None
-    reverse: Annotated[str, Allowed(choices=REVERSED)] | None = None
+    worst_of: Annotated[str, Allowed(choices=RANKED)] | None = None
+    backwards: bool = False
 
     def check(self) -> None:
         """Check the control as far as no model is needed.
@@ -67,15 +72,18 @@ class Control:
             >>> from fastprune.study import Control
             >>> Control(name="random", random=20).check()
         """
-        ways = [way for way in WAYS if getattr(self, way) is not None]
+        if not isinstance(self.backwards, bool):
+            raise InputError(f"backwards must be true or false, not {shown(self.backwards)}")
+        given = {way: getattr(self, way) for way in WAYS}
+        ways = [way for way, value in given.items() if value is not None and value is not False]
         if len(ways) != 1:
             raise InputError(
                 f"a control has one of {', '.join(WAYS)}, not {' and '.join(ways) or 'none'}"
             )
         if self.random is not None:
             check_integer("random", self.random, 1, MOST_DRAWN)
-        if self.reverse is not None:
-            check_one_of("reverse", self.reverse, REVERSED)
+        if self.worst_of is not None:
+            check_one_of("worst_of", self.worst_of, RANKED)
         for way in ("removed", "sequence"):
             if isinstance(units := getattr(self, way), str):
                 parse_removed(units)
@@ -83,7 +91,7 @@ class Control:
     @property
     def of_sizes(self) -> bool:
         """Whether it has candidates for each studied size."""
-        return self.random is not None or self.reverse == "one_shot"
+        return self.random is not None or self.worst_of is not None
 
     def fixed(self, num_units: int) -> Candidate | None:
         """Compute the candidate of a control that has the same for every size and objective.
@@ -92,20 +100,20 @@ class Control:
             num_units: U.
 
         Returns:
-            The candidate; None for `random` masks and for "one_shot".
+            The candidate; None for `random` and `worst_of`.
 
         Raises:
             InputError: The model has no such unit.
 
         Examples:
             >>> from fastprune.study import Control
-            >>> Control(name="backwards", reverse="order").fixed(3).sequence
+            >>> Control(name="backwards", backwards=True).fixed(3).sequence
             (2, 1, 0)
         """
         if self.removed is not None:
             return Candidate(removed=check_removed(self.removed, num_units))
         sequence = self.sequence
-        if self.reverse == "order":
+        if self.backwards:
             sequence = tuple(reversed(range(num_units)))
         if sequence is None:
             return None
@@ -113,6 +121,36 @@ class Control:
         sequence = check_named(check_sequence(units, num_units))
         removed = removed_by(sequence, num_units)
         return Candidate(sequence=sequence) if removed is None else Candidate(removed=removed)
+
+
+def check_controls(controls: Sequence[Control], algorithms: Sequence[str], has_sizes: bool) -> None:
+    """Check a study's controls as far as no model is needed.
+
+    Args:
+        controls: The controls.
+        algorithms: The names of the study's algorithms; no control has one of these names.
+        has_sizes: Whether the study names a size of removals.
+
+    Raises:
+        InputError: A name is no label, is given twice or is an algorithm's; a control has a wrong
+            value, or needs a size and the study names none.
+
+    Examples:
+        >>> from fastprune.study import Control
+        >>> from fastprune.study.controls import check_controls
+        >>> check_controls([Control(name="drawn", random=20)], ["greedy"], has_sizes=True)
+    """
+    with at("control"):
+        for control in controls:
+            check_label(control.name)
+        check_once([control.name for control in controls])
+    for control in controls:
+        with at(f"control.{control.name}"):
+            if control.name in algorithms:
+                raise InputError("an algorithm of the study has this name")
+            control.check()
+            if control.of_sizes and not has_sizes:
+                raise InputError("has masks of each studied size, and the study names none")
 
 
 class Placed(NamedTuple):
@@ -160,7 +198,7 @@ def place_controls(
                 rng = np.random.default_rng([seed, stream])
                 for mask in distinct(partial(_random, rng, size_of, candidates), control.random):
                     yield Placed(control.name, Candidate(removed=mask), key)
-            elif control.reverse == "one_shot":
+            elif control.worst_of is not None:
                 for label in labels:
                     losses = singles(label)
                     worst = sorted(candidates, key=lambda unit: _harm(losses[unit]), reverse=True)
@@ -173,5 +211,5 @@ def _random(rng: np.random.Generator, size: Size, candidates: Sequence[int]) -> 
 
 
 def _harm(loss: float) -> float:
-    """A sort key: a loss that is not finite comes last among the worst units."""
-    return loss if np.isfinite(loss) else -np.inf
+    """A sort key: a unit whose removal leaves no finite loss costs more than all others."""
+    return loss if np.isfinite(loss) else np.inf

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InputError
 from ..io import write_file
 from ..objectives import Objective
-from .tables import difference_header
+from .tables import distance_header
 
 KEPT, EDGE, RULE, INK = "#f1f3f5", "#d5d9dd", "#868e96", "#1c2024"
 # Colours by the names of variables, which a page may change, such as for dark mode.
@@ -126,17 +126,20 @@ def rank_figure(
 
 
 def spread_figure(
-    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    groups: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     dense: Mapping[str, float],
     judged_by: str,
     objective: type[Objective],
 ) -> Any:
     """Draw the spread of algorithms: a strip of metrics for each group and choosing objective.
 
+    Bars are standard errors.
+
     The axis is logarithmic if positive values are more than a factor of 10 apart.
 
     Args:
-        groups: Losses under `judged_by`, by group and by the objective that chose the masks.
+        groups: Losses under `judged_by` with their standard errors, by group and by the objective
+            that chose the masks.
         dense: The loss of the whole model by group, drawn as a grey mark.
         judged_by: The label of the judging objective.
         objective: Its class, whose metric the axis has.
@@ -147,20 +150,26 @@ def spread_figure(
     figure, axes = plt.subplots(figsize=(8.5, 0.9 + 0.3 * len(rows)), layout="constrained")
     shown: list[float] = []
     for y, (group, chooser) in enumerate(rows):
-        values = np.array([objective.metric(float(loss)) for loss in groups[group][chooser]])
+        losses = [(float(loss), float(error)) for loss, error in groups[group][chooser]]
+        values = np.array([objective.metric(loss) for loss, _ in losses])
+        slopes = np.array([abs(objective.slope(loss)) for loss, _ in losses])  # the delta method
+        errors = np.nan_to_num(slopes * [error for _, error in losses], posinf=0.0)
         whole = objective.metric(dense[group])
         shown += [*values[np.isfinite(values)].tolist(), whole]
         jitter = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else 0
         axes.axhline(y, color=KEPT, linewidth=7, zorder=0)
         axes.scatter([whole], [y], s=90, marker="|", color=RULE, zorder=1)
-        axes.scatter(
-            values, y + jitter, s=24, alpha=0.8, color=f"C{choosers.index(chooser)}", zorder=2
+        colour = f"C{choosers.index(chooser)}"
+        axes.scatter(values, y + jitter, s=24, alpha=0.8, color=colour, zorder=2)
+        axes.errorbar(
+            values, y + jitter, xerr=errors, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5
         )
         if y and group != rows[y - 1][0]:
             axes.axhline(y - 0.5, color=RULE, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{group}, chosen by {chooser}" for group, chooser in rows])
     axes.set(
-        xlabel=f"{objective.header()}; grey mark: nothing removed", ylim=(len(rows) - 0.4, -0.6)
+        xlabel=f"{objective.header()}; bars: standard errors; grey mark: nothing removed",
+        ylim=(len(rows) - 0.4, -0.6),
     )
     axes.set_title(f"Judged by {judged_by}", loc="left")
     if shown and 0 < 10 * min(shown) < max(shown) < np.inf:
@@ -194,7 +203,7 @@ def calibration_figure(
         1, 1 + len(judges), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     rows = [[entry["overlap"], *entry["metrics"].values()] for entry in entries]
-    heads = [difference_header(judge, objectives[judge]) for judge in judges]
+    heads = [distance_header(judge, objectives[judge]) for judge in judges]
     names = ["overlap of removed units", *(head.replace(": ", ":\n", 1) for head in heads)]
     for column, (axes, name) in enumerate(zip(panels[0], names)):
         for y, row in enumerate(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,30 @@ class Judged(NamedTuple):
     candidate: Candidate
     size: Key
     is_control: bool = False
+
+    @property
+    def key(self) -> tuple[Candidate, Key]:
+        """The candidate and its size, by which a study finds its judgements."""
+        return self.candidate, self.size
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """The judgements of a model's candidates.
+
+    Attributes:
+        entries: By label, the entries of `compare_candidates`; the candidates are the same under
+            every label.
+        places: The place of each candidate in these lists, by `Judged.key`.
+    """
+
+    entries: Mapping[str, Sequence[Mapping[str, Any]]]
+    places: Mapping[tuple[Candidate, Key], int]
+
+    def losses(self, candidate: Candidate, size: Key) -> dict[str, float]:
+        """By label, the loss of a candidate."""
+        place = self.places[candidate, size]
+        return {label: entries[place]["loss"] for label, entries in self.entries.items()}
 
 
 WHOLE = Judged(Candidate(removed=()), 0)  # the whole model
@@ -65,14 +90,19 @@ def compare_candidates(
     """
     losses = objective.mean(sample_losses)
     errors = objective.standard_error(sample_losses)
+    best: dict[Key, int] = {}  # the place of the best candidate of each size
+
+    def rank(i: int) -> tuple[bool, bool, float]:
+        return judged[i].is_control, not np.isfinite(losses[i]), losses[i]
+
+    for i, of in enumerate(judged):
+        if of.size not in best or rank(i) < rank(best[of.size]):
+            best[of.size] = i
     entries = []
     for i, (candidate, size, is_control) in enumerate(judged):
-        alike = [j for j, other in enumerate(judged) if other.size == size]
-        alike = [j for j in alike if not judged[j].is_control] or alike
-        best = min(alike, key=lambda j: (not np.isfinite(losses[j]), losses[j]))
         to_whole, to_best = (
             dataclasses.asdict(objective.compare(sample_losses[i], sample_losses[reference]))
-            for reference in (-1, best)
+            for reference in (-1, best[size])
         )
         entries.append(
             {
@@ -140,16 +170,25 @@ def judgement(
     study: Mapping[str, Any], model: str, label: str, cell: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
     """The entry of `compare_candidates` for a cell or control; the whole model's if it is None."""
-    entries = study["judgements"][model][label]
-    if cell is None:
-        return entries[-1]
-    candidate, size = Candidate.of(cell), cell["num_remove"]
-    return next(e for e in entries if Candidate.of(e) == candidate and e["size"] == size)
+    return study["judgements"][model][label][-1 if cell is None else cell["judged"]]
 
 
 def format_judged(objective: type[Objective], entry: Mapping[str, Any]) -> str:
     """A judged mask's metric with its standard error, without the metric's name."""
     return objective.format(float(entry["loss"]), float(entry["standard_error"]), named=False)
+
+
+def format_to_whole(objective: type[Objective], entry: Mapping[str, Any]) -> str:
+    """A judged mask's difference to the whole model; '' under an objective that measures just this
+    difference."""
+    if objective.compares_with_dense:
+        return ""
+    return objective.format_difference(to_difference(entry["to_whole"]))
+
+
+def direction(objective: type[Objective]) -> str:
+    """The direction of the metric in words."""
+    return f"{'higher' if objective.higher_is_better else 'lower'} is better"
 
 
 def to_difference(record: Mapping[str, Any]) -> Difference:

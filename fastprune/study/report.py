@@ -11,17 +11,19 @@ from ..objectives import Objective, format_size, objective_class
 from ..search import describe_algorithms
 from ..search.sizes import RemovalSize
 from . import figures
-from .judging import format_judged, judgement, to_difference
+from .judging import format_judged, format_to_whole, judgement, to_difference
 from .machines import machines_note
 from .tables import (
     answers,
     best_cells,
     difference_header,
+    distance_header,
     format_record,
     judge_notes,
     removed_share,
     short_name,
     size_name,
+    units_header,
     unseen_notes,
 )
 
@@ -62,7 +64,12 @@ def write_report(study: Mapping, path: Path) -> None:
         to_best=lambda model, label, cell: _to_best(
             objectives[label], judgement(study, model, label, cell)
         ),
+        to_whole=lambda model, label, cell: (
+            format_to_whole(objectives[label], judgement(study, model, label, cell)) or "-"
+        ),
+        head=units_header,
         unseen=not unseen_notes(study),
+        distances={label: distance_header(label, of) for label, of in objectives.items()},
         differences={label: difference_header(label, of) for label, of in objectives.items()},
         figures={
             kind: [figures.as_svg(figure) for figure in made]
@@ -82,9 +89,11 @@ def _objectives(study: Mapping) -> dict[str, type[Objective]]:
 
 
 def _to_best(objective: type[Objective], entry: Mapping) -> str:
-    """A candidate's difference from the best one of its size; "best" for that one."""
+    """How far a candidate is from the best one of its size; "best" for that one, and for one that
+    equals it on every sample."""
     difference = to_difference(entry["to_best"])
-    return objective.format_difference(difference) if difference.value else "best"
+    is_best = not difference.value and not difference.error > 0  # one sample has no error
+    return "best" if is_best else objective.format_difference(difference)
 
 
 def _data(objective: Mapping) -> str:
@@ -143,10 +152,11 @@ def study_figures(study: Mapping) -> dict[str, list]:
             if others and len(losses) > 1:  # one mask has no ranks
                 drawn["ranks"].append(figures.rank_figure(name, chosen_by, others, losses))
     for judged_by in (*labels, *study["held_out"]):
-        strips: dict[str, dict[str, list[float]]] = {}
+        strips: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for cell in cells:
             strip = strips.setdefault(names[cell["model"], cell["num_remove"]], {})
-            strip.setdefault(cell["objective"], []).append(cell["losses"][judged_by])
+            entry = judgement(study, cell["model"], judged_by, cell)
+            strip.setdefault(cell["objective"], []).append((entry["loss"], entry["standard_error"]))
         dense = {
             name: study["dense"][model][judged_by]["loss"] for (model, _), name in names.items()
         }

@@ -7,65 +7,49 @@ every chosen mask or sequence, and every control, is scored under every objectiv
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..costs import Budget, UnitCosts, unit_costs
-from ..engine.store import SumStore
+from ..costs import Budget
 from ..errors import InputError
 from ..io import write_file, write_json
-from ..masks import Candidate, kept_by
-from ..objectives import Objective, objective_class
+from ..masks import Candidate
+from ..objectives import objective_class
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..search import (
     check_algorithm,
     check_racing,
     find_algorithm,
-    protected_units,
-    require_sklearn,
     run_search,
 )
-from ..search.registry import check_limits
-from ..search.sizes import CostLimit, Key, RemovalSize, Size
-from ..validate import check_callable, check_folder
-from ..workers.processes import Processes, Workers
-from .controls import Control, Placed, place_controls
+from ..search.sizes import Key, RemovalSize
+from ..validate import check_callable
+from .checks import at, check_sizes, check_study
+from .controls import Control, Placed, check_controls
+from .evaluators import Evaluators
 from .folder import (
     DOCUMENT,
     INPUTS,
     Cell,
-    check_label,
     check_study_folder,
     hold,
-    read_cell,
     write_cell,
 )
-from .judging import WHOLE, Judged, compare_candidates, shared_rows
-from .machines import fingerprint
-from .statistics import (
-    cell_record,
-    compare_calibrations,
-    metric_records,
-    summarise,
-    summarise_similarity,
-)
+from .judging import WHOLE, Judged, Judgements, compare_candidates
+from .record import cell_record, control_record, kept_cell
+from .statistics import compare_calibrations, summarise, summarise_similarity
 
 if TYPE_CHECKING:  # a study is checked without torch
     from ..evaluator import Evaluator
     from ..models import Model
-
-    Makers = Mapping[str, Callable[[Model], Objective]]
+    from .evaluators import Makers
 
 Notify = Callable[[str], None]
 log = logging.getLogger(__name__)
@@ -140,12 +124,13 @@ def run_study(
     out = Path(out_dir)
     check_study(algorithms, options, out)
     check_racing(algorithms, racing)
-    if not (models and objectives):
-        raise InputError("a study needs at least one model, objective, algorithm and budget")
-    check_sizes(algorithms, budgets, controls)
-    for control in controls:
-        control.check()
-    evaluators = _Evaluators(models, objectives, held_out, evaluator_options)
+    for name, values in (("models", models), ("objectives", objectives)):
+        if not values:
+            raise InputError(f"{name}: a study needs at least one")
+    with at("budgets"):
+        check_sizes(algorithms, budgets)
+    check_controls(controls, algorithms, has_sizes=bool(budgets))
+    evaluators = Evaluators(models, objectives, held_out, evaluator_options)
     identity: dict[str, Any] = {
         "algorithms": {
             name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms
@@ -172,7 +157,7 @@ def run_study(
 
 
 def _run(
-    evaluators: _Evaluators,
+    evaluators: Evaluators,
     models: Sequence[Model],
     objectives: Makers,
     held_out: Makers,
@@ -188,7 +173,8 @@ def _run(
     searches = list(_searches(evaluators, models, objectives, identity))
     kept = []
     for search in searches:
-        kept.append(_kept_cell(out, identity, *search))
+        model, label, size, algorithm = search
+        kept.append(kept_cell(out, identity, model.name, label, size.key, algorithm))
     if num_kept := sum(cell is not None for _, _, cell in kept):
         notify(f"{num_kept} of {len(searches)} cells were finished before")
     for number, (search, (path, made_with, cell)) in enumerate(zip(searches, kept), 1):
@@ -207,7 +193,7 @@ def _run(
                 **identity["algorithms"][algorithm],
                 "seed": identity["seed"],
                 "protect": identity["protect"],
-                "racing": identity["racing"] if find_algorithm(algorithm).races else None,
+                "racing": find_algorithm(algorithm).confidence(identity["racing"]),
             }
             empty = Cell(
                 model.name, label, size.key, algorithm, machine=evaluators.machines[model.name]
@@ -223,13 +209,18 @@ def _run(
         cells.append(cell)
     notify("scoring every chosen mask under every objective")
     judges = [*objectives, *held_out]
-    judgements, placed = {}, []
+    judged, placed = {}, []
     for model in models:
         own = [cell for cell in cells if cell.model == model.name]
         of_model = evaluators.place(model, controls, objectives, identity)
-        judgements[model.name] = _judge(evaluators, model, judges, own, of_model)
+        judged[model.name] = _judge(evaluators, model, judges, own, of_model)
         placed += [(model.name, control) for control in of_model]
-    cells = [_with_losses(cell, judgements[cell.model]) for cell in cells]
+    cells = [
+        replace(cell, losses=judged[cell.model].losses(cell.candidate, cell.num_remove))
+        if cell.candidate
+        else cell
+        for cell in cells
+    ]
     described = evaluators.describe_objectives()
     kinds = {
         label: (described[label]["name"], described[label]["settings"]) for label in objectives
@@ -247,12 +238,12 @@ def _run(
             label: {**described[label], "shared_rows": evaluators.shared_rows(label)}
             for label in held_out
         },
-        "judgements": judgements,
+        "judgements": {name: of.entries for name, of in judged.items()},
         "dense": {
             model.name: {
                 label: objective_class(names[label]).record(entry["loss"])
                 | {"standard_error": entry["standard_error"]}
-                for label, entries in judgements[model.name].items()
+                for label, entries in judged[model.name].entries.items()
                 for entry in entries[-1:]
             }
             for model in models
@@ -267,9 +258,9 @@ def _run(
         },
         "parameters": {model.name: evaluators.parameters(model) for model in models},
         "similarity": {name: summarise_similarity(matrix) for name, matrix in matrices.items()},
-        "cells": [cell_record(cell, names) for cell in cells],
+        "cells": [cell_record(cell, judged[cell.model], names) for cell in cells],
         "controls": [
-            _control_record(model, control, judgements[model], names) for model, control in placed
+            control_record(model, control, judged[model], names) for model, control in placed
         ],
         **summarise(cells),
         "calibration": compare_calibrations(
@@ -280,74 +271,8 @@ def _run(
     return study
 
 
-def check_study(
-    algorithms: Sequence[str], options: Mapping[str, Mapping[str, object]], out_dir: str | Path
-) -> None:
-    """Check everything about a study that needs no model.
-
-    Args:
-        algorithms: Names of algorithms.
-        options: Options of algorithms, by the algorithms' names.
-        out_dir: The study's folder; it need not exist.
-
-    Raises:
-        InputError: An algorithm or option is unknown, wrong or repeated, scikit-learn is missing,
-            or the folder cannot be made.
-
-    Examples:
-        >>> from fastprune.study import check_study
-        >>> check_study(["beam"], {"beam": {"widht": 4}}, "runs")
-        Traceback (most recent call last):
-        fastprune.errors.InputError: beam has no option 'widht'; its options: beam_width=5
-    """
-    if not algorithms:
-        raise InputError("a study needs at least one model, objective, algorithm and budget")
-    if len(set(algorithms)) < len(algorithms):
-        raise InputError(f"an algorithm is given twice: {', '.join(algorithms)}")
-    for algorithm in dict.fromkeys([*algorithms, *options]):
-        check_algorithm(algorithm, options.get(algorithm, {}))
-        if algorithm not in algorithms:
-            raise InputError(
-                f"options are given for {algorithm}, which is not among the algorithms"
-            )
-    require_sklearn("a study")  # for the clusters of its summary
-    check_folder(Path(out_dir))
-
-
-def check_sizes(
-    algorithms: Sequence[str],
-    budgets: Sequence[int | str | Budget],
-    controls: Sequence[Control] = (),
-) -> None:
-    """Check that budgets are named if an algorithm or control needs them, and only then.
-
-    Args:
-        algorithms: Names of algorithms.
-        budgets: The sizes of removals, as `run_study` takes them.
-        controls: The study's controls.
-
-    Raises:
-        InputError: An algorithm or control needs a budget and none is named, or none needs one.
-
-    Examples:
-        >>> from fastprune.study.runs import check_sizes
-        >>> check_sizes(["greedy"], [2, "25%"])
-    """
-    removing = [name for name in algorithms if not find_algorithm(name).over_sequences]
-    if removing and not budgets:
-        raise InputError("a study needs at least one model, objective, algorithm and budget")
-    if budgets and not removing:
-        find_algorithm(algorithms[0]).check_num_remove(budgets[0])
-    for control in controls:
-        if control.of_sizes and not budgets:
-            raise InputError(
-                f"control {control.name!r} has masks of each studied size, and no algorithm "
-                f"removes units"
-            )
-
-
 def _searches(
-    evaluators: _Evaluators,
+    evaluators: Evaluators,
     models: Sequence[Model],
     objectives: Iterable[str],
     identity: Mapping[str, Any],
@@ -364,265 +289,6 @@ def _searches(
         for name in over_sequences:
             if over_sequences[name]:
                 yield model, label, RemovalSize(), name
-
-
-def _made_with(identity: dict, model: str, label: str, size: Key, algorithm: str) -> dict:
-    """The settings that a cell depends on. Its machine is not one of them."""
-    return {
-        "model": [model, identity["models"][model], identity["dtype"][model]],
-        "objective": [label, *identity["objectives"][f"{model} {label}"]],
-        "num_remove": size,
-        "algorithm": [algorithm, identity["algorithms"][algorithm]],
-        "seed": identity["seed"],
-        "racing": identity["racing"],
-        "protect": identity["protect"],
-        "granularity": identity["granularity"],
-        "backend": identity["backend"],
-    }
-
-
-def _kept_cell(
-    out: Path, identity: dict, model: Model, label: str, size: RemovalSize, algorithm: str
-) -> tuple[Path, dict, Cell | None]:
-    """The file of a search, the settings that it depends on, and its cell if it is finished."""
-    place = f"{_slug(model.name)}-{label}-{_size_slug(size.key)}-{algorithm}"
-    path = out / "cells" / f"{place}.json"
-    made_with = _made_with(identity, model.name, label, size.key, algorithm)
-    if not path.exists():
-        return path, made_with, None
-    cell = read_cell(path, made_with)
-    if cell is None:
-        message = f"{path}: damaged, or of another study; searched again"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
-    return path, made_with, cell
-
-
-def _slug(name: str) -> str:
-    """A model's name as a short part of file names, distinct within a study."""
-    readable = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(name).name)[:30]
-    return f"{readable}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
-
-
-def _size_slug(size: Key) -> str:
-    """A size as a part of file names."""
-    if size is None:
-        return "sequences"
-    return str(size) if isinstance(size, int) else _slug(size)
-
-
-class _Evaluators:
-    """The evaluators of a study, on one store.
-
-    One exists at a time: the prefix cache of each may take a good part of the free memory.
-    """
-
-    def __init__(
-        self,
-        models: Sequence[Model],
-        objectives: Makers,
-        held_out: Makers,
-        options: Mapping[str, Any],
-    ):
-        names = [model.name for model in models]
-        if len(set(names)) < len(names):
-            raise InputError(f"a model is given twice: {', '.join(names)}")
-        for label in (*objectives, *held_out):
-            check_label(label)
-        for label in held_out:
-            if label in objectives:
-                raise InputError(
-                    f"{label!r} is searched with; what is held out has a label of its own"
-                )
-        self._models, self._options, self._searched = list(models), {**options}, list(objectives)
-        makers = {**objectives, **held_out}
-        self._objectives = {
-            (m.name, label): make(m) for m in models for label, make in makers.items()
-        }
-        self._granularity = self._options.get("granularity", "block")
-        self._backend = self._options.get("backend", "auto")
-        self._current: tuple[tuple[str, str], Evaluator] | None = None
-        self._store: SumStore | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """The part of a study's settings that its models and objectives decide."""
-        return {
-            "models": {model.name: model.digest for model in self._models},
-            "dtype": {model.name: str(model.dtype) for model in self._models},
-            "objectives": {
-                f"{name} {label}": [objective.name, objective.content_hash]
-                for (name, label), objective in self._objectives.items()
-                if label in self._searched
-            },
-            "granularity": self._granularity,
-            "backend": self._backend,
-            "machines": dict(self._fingerprints.values()),
-        }
-
-    @cached_property
-    def _fingerprints(self) -> dict[str, tuple[str, dict[str, object]]]:
-        return {model.name: fingerprint(model, self._backend) for model in self._models}
-
-    @property
-    def machines(self) -> dict[str, str]:
-        """By model, the key of this machine's fingerprint."""
-        return {name: key for name, (key, _) in self._fingerprints.items()}
-
-    def check(self, settings: Mapping[str, Any], controls: Sequence[Control]) -> None:
-        """Check the searches' settings against every model and objective. Raises InputError."""
-        from ..models import Needs, open_runner  # only now: it brings torch
-
-        algorithms, budgets = settings["algorithms"], settings["budgets"]
-        if len(set(budgets)) < len(budgets):
-            raise InputError(f"a budget is given twice: {', '.join(map(str, budgets))}")
-        for model in self._models:
-            open_runner(model, "generic", Needs(self._granularity))
-            units = self.num_units(model)
-            protected = protected_units(settings["protect"], units, self._granularity)
-            for control in controls:
-                control.fixed(units)
-            for num_remove in budgets:
-                if isinstance(num_remove, str):
-                    continue
-                if not 0 <= num_remove < units:
-                    raise InputError(
-                        f"num_remove {num_remove} must be from 0 to {units - 1} ({model.name} has "
-                        f"{units} units)",
-                        argument="num_remove",
-                    )
-                if num_remove > units - len(protected):
-                    raise InputError(
-                        f"num_remove {num_remove} must be at most {units - len(protected)}, the "
-                        f"units of {model.name} that are not protected"
-                    )
-            sizes = list(self.sizes(model, settings).values())
-            if len({size.key for size in sizes}) < len(sizes):
-                raise InputError(
-                    f"budgets {', '.join(map(str, budgets))} name one number of units of "
-                    f"{model.name} twice"
-                )
-            for algorithm, values in algorithms.items():
-                chosen = find_algorithm(algorithm)
-                if chosen.needs_weights and model.weights.streamed:
-                    raise InputError(
-                        f"{algorithm} needs all weights at once, and {model.name} reads them in "
-                        f"bands"
-                    )
-                for asked in [RemovalSize()] if chosen.over_sequences else sizes:
-                    size, candidates = self.resolve(model, asked, settings["protect"])
-                    if isinstance(size, CostLimit):
-                        check_limits(chosen, settings["racing"])
-                    elif chosen.check_size:
-                        chosen.check_size(candidates, size.most, self._granularity, **values)
-        for (_, label), objective in self._objectives.items():
-            for algorithm in algorithms if label in self._searched else ():
-                if find_algorithm(algorithm).needs_gradients and not objective.differentiable:
-                    name = f"{label!r} ({objective.name})"
-                    raise InputError(
-                        f"{algorithm} needs gradients, which the objective {name} has not"
-                    )
-
-    def try_all(self) -> None:
-        """Open each evaluator once and keep none: a setting that does not fit a model fails now."""
-        for (name, _), objective in self._objectives.items():
-            (model,) = (model for model in self._models if model.name == name)
-            self._evaluator(model, objective)
-
-    def describe_objectives(self) -> dict[str, dict]:
-        """By label, the description of an objective."""
-        return {label: objective.describe() for (_, label), objective in self._objectives.items()}
-
-    def shared_rows(self, label: str) -> int:
-        """The number of rows of a held-out objective that share tokens with a calibration set.
-
-        Tokens depend on the model's tokenizer; the largest number of any model counts.
-        """
-        counts = []
-        for model in self._models:
-            searched = [self._objectives[model.name, other].batch for other in self._searched]
-            judge = self._objectives[model.name, label]
-            counts.append(shared_rows(judge.batch, searched, judge.data == "tasks"))
-        return max(counts)
-
-    def open_store(self, path: Path) -> None:
-        self._store = SumStore(path)
-
-    def get(self, model: Model, label: str) -> Evaluator:
-        """Return the evaluator of a model and a label, and drop the one before it."""
-        key = (model.name, label)
-        if self._current is None or self._current[0] != key:
-            self._current = None
-            self._current = key, self._evaluator(model, self._objectives[key], store=self._store)
-        return self._current[1]
-
-    def _evaluator(self, model: Model, objective: Objective, **more: Any) -> Evaluator:
-        from ..evaluator import Evaluator  # only now: it brings torch
-
-        if not isinstance(self._options.get("workers"), (Workers, type(None))):
-            self._options["workers"] = Processes(self._options["workers"])
-        return Evaluator(model, objective, **more, **self._options)
-
-    def num_units(self, model: Model) -> int:
-        return len(model.unit_names(self._granularity))
-
-    def sizes(self, model: Model, settings: Mapping[str, Any]) -> dict[int | str, RemovalSize]:
-        """The size of removals that each budget means for a model, by budget.
-
-        The `key` of a size is that of its cells. Raises InputError for a budget that no removal can
-        meet.
-        """
-        units = self._units_that_may_go(model, settings["protect"])
-        return {
-            budget: RemovalSize.of(budget).as_number(*units, self._costs_of(model))
-            for budget in settings["budgets"]
-        }
-
-    def resolve(
-        self, model: Model, size: RemovalSize, protect: Iterable[int] | str
-    ) -> tuple[Size, list[int]]:
-        """The rule for complete removals, and the units that may be removed."""
-        units = self._units_that_may_go(model, protect)
-        return size.resolve(*units, self._costs_of(model))[:2]
-
-    def _units_that_may_go(
-        self, model: Model, protect: Iterable[int] | str
-    ) -> tuple[int, list[int]]:
-        units = self.num_units(model)
-        stay = {*protected_units(protect, units, self._granularity)}
-        return units, [unit for unit in range(units) if unit not in stay]
-
-    def _costs_of(self, model: Model) -> Callable[[Budget], UnitCosts]:
-        return lambda of: unit_costs(model, self._granularity, of.kind, of.batch_size, of.seq_len)
-
-    def place(
-        self,
-        model: Model,
-        controls: Sequence[Control],
-        labels: Iterable[str],
-        settings: Mapping[str, Any],
-    ) -> list[Placed]:
-        """The candidates of a model's controls."""
-        sizes = {
-            size.key: self.resolve(model, size, settings["protect"])
-            for size in self.sizes(model, settings).values()
-        }
-        units, candidates = self._units_that_may_go(model, settings["protect"])
-
-        def singles(label: str) -> dict[int, float]:
-            sequences = [kept_by((unit,), units) for unit in candidates]
-            losses = self.get(model, label).score(sequences=sequences)
-            return dict(zip(candidates, losses.tolist(), strict=True))
-
-        placed = place_controls(
-            controls, units, sizes, list(labels), cache(singles), settings["seed"]
-        )
-        return list(placed)
-
-    def parameters(self, model: Model) -> dict[str, object]:
-        """Parameters of a model in all, and of each unit."""
-        from ..costs import unit_parameters
-
-        total = sum(weights.numel() for weights in model.hf.parameters())
-        return {"total": total, "units": unit_parameters(model, self._granularity)}
 
 
 def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Cell:
@@ -649,63 +315,31 @@ def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Ce
 
 
 def _judge(
-    evaluators: _Evaluators,
+    evaluators: Evaluators,
     model: Model,
     labels: Sequence[str],
     cells: Sequence[Cell],
     controls: Sequence[Placed],
-) -> dict[str, list[dict]]:
-    """Compare the candidates of a model's cells and controls under each objective, by label.
+) -> Judgements:
+    """Compare the candidates of a model's cells and controls under each objective.
 
     The whole model is the last candidate.
     """
-    chosen = {Judged(cell.candidate, cell.num_remove) for cell in cells if cell.candidate}
-    ordered = [Judged(c.candidate, c.num_remove) for c in cells if c.candidate]
+    judged: dict[tuple[Candidate, Key], Judged] = {}
+    for cell in cells:
+        if cell.candidate:
+            of = Judged(cell.candidate, cell.num_remove)
+            judged.setdefault(of.key, of)
     for control in controls:
-        as_chosen = Judged(control.candidate, control.size)
-        ordered.append(as_chosen if as_chosen in chosen else as_chosen._replace(is_control=True))
-    judged = [of for of in dict.fromkeys(ordered) if of[:2] != WHOLE[:2]] + [WHOLE]
+        of = Judged(control.candidate, control.size, is_control=True)
+        judged.setdefault(of.key, of)
+    judged.pop(WHOLE.key, None)
+    ordered = [*judged.values(), WHOLE]
     units = evaluators.num_units(model)
-    sequences = [of.candidate.units(units) for of in judged]
-    judgements = {}
+    sequences = [of.candidate.units(units) for of in ordered]
+    entries = {}
     for label in labels:
         evaluator = evaluators.get(model, label)
         sample_losses = evaluator.score_samples(sequences=sequences)
-        judgements[label] = compare_candidates(evaluator.objective, judged, sample_losses)
-    return judgements
-
-
-def _losses_of(
-    candidate: Candidate, judgements: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> dict[str, float]:
-    """By label, the loss of a judged candidate."""
-    return {
-        label: next(e["loss"] for e in entries if Candidate.of(e) == candidate)
-        for label, entries in judgements.items()
-    }
-
-
-def _with_losses(cell: Cell, judgements: Mapping[str, Sequence[Mapping[str, Any]]]) -> Cell:
-    """The cell with the loss of its candidate under every objective."""
-    if cell.candidate is None:
-        return cell
-    return replace(cell, losses=_losses_of(cell.candidate, judgements))
-
-
-def _control_record(
-    model: str,
-    control: Placed,
-    judgements: Mapping[str, Sequence[Mapping[str, Any]]],
-    names: Mapping[str, str],
-) -> dict[str, Any]:
-    """A control's candidate as study.json has it; `names` are the objectives' names by label."""
-    losses = _losses_of(control.candidate, judgements)
-    return {
-        "model": model,
-        "name": control.name,
-        "under": control.under,
-        "num_remove": control.size,
-        **control.candidate.record,
-        "losses": losses,
-        "metrics": metric_records(losses, names),
-    }
+        entries[label] = compare_candidates(evaluator.objective, ordered, sample_losses)
+    return Judgements(entries, {of.key: place for place, of in enumerate(ordered)})

@@ -18,26 +18,6 @@ if TYPE_CHECKING:
     from .folder import Cell
 
 
-def cell_record(cell: Cell, names: Mapping[str, str]) -> dict:
-    """Make the record of a cell in study.json: its losses, each with its metric.
-
-    Args:
-        cell: The cell.
-        names: The objectives' names, by label.
-    """
-    record: dict = {**cell.to_dict(), "metrics": None}
-    if cell.loss is not None:
-        record |= objective_class(names[cell.objective]).record(cell.loss)
-    if cell.losses is not None:
-        record["metrics"] = metric_records(cell.losses, names)
-    return record
-
-
-def metric_records(losses: Mapping[str, float], names: Mapping[str, str]) -> dict[str, dict]:
-    """The record of each loss, with its metric, by label; `names` are the objectives' names."""
-    return {label: objective_class(names[label]).record(loss) for label, loss in losses.items()}
-
-
 def summarise(cells: Sequence[Cell]) -> dict:
     """Compute the statistics of a study's cells. Cells with an error are left out.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..costs import UNITS
+from ..costs import UNITS, UnitCosts
 from ..masks import Candidate
 from ..objectives import Objective, no_judge, objective_class
 from ..search.sizes import Key, RemovalSize
-from .judging import WINDOW, format_judged, to_difference
+from .judging import WINDOW, direction, format_judged, format_to_whole, judgement, to_difference
 
 FULL, EMPTY = "#", "."
+MOST_COMPARED = 3  # candidates beside the best one, in a line
 
 
 def format_removed(removed: Sequence[int]) -> str:
@@ -41,8 +43,9 @@ def format_record(record: Mapping) -> str:
 
 def units_header(records: Iterable[Mapping]) -> str:
     """The head of a column of `format_record`."""
-    is_mixed = any(row.get("sequence") is not None for row in records)
-    return "removed, or sequence" if is_mixed else "removed"
+    kinds = ("removed", "sequence")
+    heads = {kind for row in records for kind in kinds if row.get(kind) is not None}
+    return ", or ".join(kind for kind in kinds if kind in heads) or "removed"
 
 
 def format_saved(naive: float, runs: float) -> str:
@@ -72,7 +75,8 @@ def size_name(study: Mapping[str, Any], model: str, size: Key) -> str:
 def removed_share(study: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     """The share of the model that a mask removes; '' for a sequence.
 
-    It is a share of the budget's costs, and without a budget of parameters.
+    It is a share of the budget's costs, and without a budget of parameters. Parameters that units
+    share are removed with the last of these units.
     """
     if cell["removed"] is None:
         return ""
@@ -80,8 +84,9 @@ def removed_share(study: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
         kind, share = UNITS[costs["kind"]], 1 - float(costs["after"]) / float(costs["before"])
     else:
         parameters = study["parameters"][cell["model"]]
-        saved = sum(parameters["units"][unit] for unit in cell["removed"])
-        kind, share = UNITS["params"], saved / parameters["total"]
+        shared = [(frozenset(of["units"]), of["parameters"]) for of in parameters["shared"]]
+        whole = UnitCosts("params", parameters["total"], tuple(parameters["own"]), tuple(shared))
+        kind, share = UNITS["params"], 1 - whole.after(cell["removed"]) / whole.total
     return f"{100 * share:.{0 if share >= 0.1 else 1}f} % fewer {kind}"
 
 
@@ -113,16 +118,18 @@ def answers(study: Mapping) -> list[str]:
     described = {**study["objectives"], **study["held_out"]}
     lines: dict[tuple[str, Key], str] = {}
     for cell in best_cells(study):
-        model, dense = cell["model"], study["dense"][cell["model"]]
+        model = cell["model"]
         names: list[str] = []
         changes = []
         for label in labels:
             metric = objective_class(described[label]["name"])
             names.append(metric.metric_name)
-            before = metric.format(dense[label]["loss"], named=False).removesuffix(metric.unit)
-            after = metric.format(cell["losses"][label], named=False)
+            before = format_judged(metric, judgement(study, model, label))
+            after = format_judged(metric, judgement(study, model, label, cell))
             name = metric.metric_name if names.count(names[-1]) == 1 else label
-            changes.append(f"{name} {before.rstrip()} -> {after}")
+            change = f"{name} ({direction(metric)}) {before} -> {after}"
+            difference = format_to_whole(metric, judgement(study, model, label, cell))
+            changes.append(f"{change}, difference {difference}" if difference else change)
         if cell["removed"] is None:
             runs = f"Run {format_removed(cell['sequence'])}"
             changes.append(f"{len(cell['sequence'])} units in place of {study['num_units'][model]}")
@@ -161,8 +168,8 @@ def unseen_notes(study: Mapping[str, Any]) -> list[str]:
 def comparison_lines(study: Mapping[str, Any]) -> list[str]:
     """The best chosen mask or sequence, and the others' differences, by model, judge and size.
 
-    Held-out objectives judge; without these, the study's own do. Controls are marked, and so are
-    differences below two standard errors.
+    Held-out objectives judge; without these, the study's own do. A line has the three best of the
+    others. Controls are marked, and so are differences below two standard errors.
     """
     judges = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
@@ -178,19 +185,28 @@ def comparison_lines(study: Mapping[str, Any]) -> list[str]:
                 if len(entries) < 2:
                     continue
                 # a control is the best only if no search chose a candidate
-                ordered = sorted(entries, key=lambda e: (e["is_control"], float(e["loss"])))
-                best, *rest = ordered
+                best = min(entries, key=lambda e: (e["is_control"], *_by_loss(e)))
+                rest = sorted((e for e in entries if e is not best), key=_by_loss)
                 others = [
                     f"{_marked(entry)} "
                     f"{objective.format_difference(to_difference(entry['to_best']))}"
-                    for entry in sorted(rest, key=lambda entry: float(entry["loss"]))
+                    for entry in rest[:MOST_COMPARED]
                 ]
+                if len(rest) > MOST_COMPARED:
+                    others.append(f"and {len(rest) - MOST_COMPARED:,} more")
                 lines.append(
                     f"{start}{label}, {RemovalSize.of(size).describe()}: best {_marked(best)} "
-                    f"({objective.metric_name} {format_judged(objective, best)}); "
+                    f"({objective.metric_name} {format_judged(objective, best)}, "
+                    f"{direction(objective)}); "
                     f"others: {'; '.join(others)}"
                 )
     return lines
+
+
+def _by_loss(entry: Mapping[str, Any]) -> tuple[bool, float]:
+    """A sort key: the lowest loss first, and losses that are not finite last."""
+    loss = float(entry["loss"])
+    return not math.isfinite(loss), loss
 
 
 def _marked(entry: Mapping[str, Any]) -> str:
@@ -260,7 +276,7 @@ def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mappin
     table.add_column("overlap", justify="right")
     judges = {judge: objective_class(described[judge]["name"]) for judge in entries[0]["metrics"]}
     for judge, objective in judges.items():
-        table.add_column(Text(difference_header(judge, objective)), justify="right")
+        table.add_column(Text(distance_header(judge, objective)), justify="right")
     for entry in entries:
         differences = [
             _both(entry["metrics"][judge], objective.digits) for judge, objective in judges.items()
@@ -272,9 +288,18 @@ def calibration_table(entries: Sequence[Mapping], described: Mapping[str, Mappin
 
 
 def difference_header(judge: str, objective: type[Objective]) -> str:
-    """The head of a column of differences under a judge, with metric and unit."""
-    unit = f", {objective.difference_unit()}" * bool(objective.unit)
-    return f"{judge}: difference in {objective.metric_name}{unit}"
+    """The head of a column of differences under a judge, with metric, unit and direction."""
+    return f"{judge}: difference in {_in_units(objective)} ({direction(objective)})"
+
+
+def distance_header(judge: str, objective: type[Objective]) -> str:
+    """The head of a column of mean absolute differences under a judge, with metric and unit."""
+    return f"{judge}: mean distance in {_in_units(objective)}"
+
+
+def _in_units(objective: type[Objective]) -> str:
+    """The metric with the unit of its differences."""
+    return objective.metric_name + f", {objective.difference_unit()}" * bool(objective.unit)
 
 
 def _both(values: Mapping, digits: int) -> str:

@@ -430,8 +430,9 @@ def test_the_demo_ends_with_its_answer_and_the_next_command(run, tmp_path, monke
     assert (status, err) == (0, "")
     answer, written, following = out.splitlines()[-3:]
     assert re.fullmatch(
-        r"Remove [\d -]+: perplexity [\d.]+ -> [\d.]+, accuracy [\d.]+ -> [\d.]+ %, "
-        r"\d+ % fewer parameters \(on held-out data\)",
+        r"Remove [\d -]+: perplexity \(lower is better\) [\d.]+ ± [\d.]+ -> [\d.]+ ± [\d.]+, "
+        r"difference [-+][\d.]+ ± .*, accuracy \(higher is better\) [\d.]+ ± [\d.]+ % -> .* points"
+        r".*, \d+ % fewer parameters \(on held-out data\)",
         answer,
     )
     assert written == "written to demo: report.html, study.json, study.toml"

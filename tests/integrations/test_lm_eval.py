@@ -601,7 +601,7 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
         text_file,
         search_algorithms=["one_shot", "greedy"],
         search_num_remove=[1, 2],
-        control=[{"name": "first", "removed": "0-1"}, {"name": "back", "reverse": "order"}],
+        control=[{"name": "first", "removed": "0-1"}, {"name": "back", "backwards": True}],
         evaluate={"tasks": ["demo_choices", "demo_text"], "include_path": TASKS, "limit": 6},
     )
     document = write_document(tmp_path / "study.toml", **tables)

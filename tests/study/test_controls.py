@@ -10,15 +10,18 @@ from documents import text_study, write_document
 from families import build, num_blocks
 
 import fastprune as fp
+from fastprune.masks import Candidate
+from fastprune.search.sizes import UnitCount
 from fastprune.study import Control, read_document, run_study, write_report
+from fastprune.study.controls import place_controls
 from fastprune.study.tables import comparison_lines
 
 CONTROLS = [
     Control(name="outer", removed=(0, 3)),
     Control(name="twice", sequence="0-2,1-4"),
     Control(name="any", random=3),
-    Control(name="worst", reverse="one_shot"),
-    Control(name="backwards", reverse="order"),
+    Control(name="worst", worst_of="one_shot"),
+    Control(name="backwards", backwards=True),
 ]
 
 
@@ -83,6 +86,20 @@ def test_each_control_is_what_it_says(finished, model):
         assert entry["removed"] == sorted(worst.tolist())
 
 
+def test_a_unit_that_the_model_cannot_do_without_is_the_worst():
+    singles = {0: 1.0, 1: np.nan, 2: 3.0, 3: np.inf}
+    for size, expected in ((2, (1, 3)), (3, (1, 2, 3))):
+        placed = place_controls(
+            [Control(name="worst", worst_of="one_shot")],
+            num_units=4,
+            sizes={size: (UnitCount(size), [*singles])},
+            labels=["one"],
+            singles=lambda label: singles,
+            seed=0,
+        )
+        assert [of.candidate.removed for of in placed] == [expected]
+
+
 def test_controls_are_judged_under_every_objective(finished, model):
     _, _, study = finished
     for label, make in {**OBJECTIVES, "new": text(3)}.items():
@@ -96,6 +113,11 @@ def test_controls_are_judged_under_every_objective(finished, model):
                 np.exp(control["losses"][label])
             )
         entries = study["judgements"]["tiny"][label]
+        for judged in (*study["cells"], *study["controls"]):
+            entry = entries[judged["judged"]]
+            assert Candidate.of(entry) == Candidate.of(judged)
+            assert entry["size"] == judged["num_remove"]
+            assert entry["loss"] == judged["losses"][label]
         for entry in entries:  # the reference is one that a search chose
             if entry["size"] in (1, 2) and not entry["is_control"]:
                 assert entry["to_best"]["value"] >= 0
@@ -107,7 +129,13 @@ def test_controls_are_judged_under_every_objective(finished, model):
 
 def test_controls_are_shown_as_such(finished, tmp_path):
     _, _, study = finished
-    assert any("(control)" in line for line in comparison_lines(study))
+    lines = comparison_lines(study)
+    assert any("(control)" in line for line in lines)
+    entries = study["judgements"]["tiny"]["new"]
+    for line, size in zip(lines, (1, 2, None), strict=True):
+        others = sum(entry["size"] == size for entry in entries) - 1
+        assert line.count(" ± ") == 1 + min(others, 3)
+        assert line.endswith(f"; and {others - 3} more") == (others > 3)
     write_report(study, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Controls</h2>" in page
@@ -128,7 +156,7 @@ def test_other_controls_do_not_change_what_one_draws(finished, model, tmp_path):
 def test_controls_stay_within_a_budget(model, tmp_path):
     budget = fp.Budget(params="70%")
     arguments = [model], {"one": text(1)}, ["greedy"], [budget], tmp_path / "s"
-    controls = [Control(name="any", random=2), Control(name="worst", reverse="one_shot")]
+    controls = [Control(name="any", random=2), Control(name="worst", worst_of="one_shot")]
     study = run_study(*arguments, controls=controls, granularity="sublayer", protect=[0, 1])
     evaluator = fp.Evaluator(model, text(1)(model), granularity="sublayer")
     costs = evaluator.unit_costs("params")
@@ -146,10 +174,16 @@ def test_controls_stay_within_a_budget(model, tmp_path):
 @pytest.mark.parametrize(
     ("control", "message"),
     [
-        ({}, "control.c: a control has one of removed, sequence, random, reverse, not none"),
+        (
+            {},
+            "control.c: a control has one of removed, sequence, random, worst_of, backwards, not",
+        ),
         ({"random": 2, "removed": [1]}, "not removed and random"),
         ({"random": 0}, "control.c.random must be an integer from 1 to 1000, not 0"),
-        ({"reverse": "beam"}, "control.c.reverse: unknown value 'beam'; known: one_shot, order"),
+        ({"worst_of": "beam"}, "control.c.worst_of: unknown value 'beam'; known: one_shot"),
+        ({"backwards": 1}, "control.c.backwards must be true or false, not 1"),
+        ({"backwards": False}, "not none"),
+        ({"backwards": True, "worst_of": "one_shot"}, "not worst_of and backwards"),
         ({"removed": "5-3"}, "control.c: 5-3 runs backwards"),
         ({"sequence": [-1]}, "control.c.sequence must be an integer from 0"),
         ({"masks": 3}, "control.c.masks is no known key"),
@@ -162,12 +196,36 @@ def test_mistakes_in_a_control(control, message, text_file, tmp_path):
     assert message in str(error.value)
 
 
+def test_names_are_checked_alike_in_a_document_and_in_python(model, text_file, tmp_path):
+    for controls, algorithm, message in (
+        ([("c", {"random": 1}), ("c", {"removed": (1,)})], "greedy", "control: 'c' is given twice"),
+        ([("greedy", {"random": 1})], "greedy", "control.greedy: an algorithm of the study has"),
+        ([("a/b", {"random": 1})], "greedy", "control: a label is made of"),
+        ([("c", {"random": 1})], "repeat", "control.c: has masks of each studied size, and the"),
+    ):
+        budgets = [] if algorithm == "repeat" else [1]
+        tables = text_study("demo", text_file, search_num_remove=budgets)
+        tables["search"]["algorithms"] = [algorithm]
+        tables["control"] = [{"name": name, **values} for name, values in controls]
+        with pytest.raises(fp.InputError) as error:
+            read_document(write_document(tmp_path / "s.toml", **tables))
+        assert message in str(error.value)
+        given = [Control(name=name, **values) for name, values in controls]
+        with pytest.raises(fp.InputError) as error:
+            run_study(
+                [model], {"one": text(1)}, [algorithm], budgets, tmp_path / "s", controls=given
+            )
+        assert str(error.value).startswith(message)
+        assert not (tmp_path / "s").exists()
+
+
 def test_units_that_a_model_does_not_have(model, tmp_path):
     for control, message in (
         (Control(name="c", removed=(5,)), "removed unit 5 is out of range"),
         (Control(name="c", sequence=(0, 7)), "7 is no unit"),
         (Control(name="c", random=0), "random must be an integer from 1 to 1000"),
-        (Control(name="c", reverse="beam"), "reverse must be one of one_shot, order"),
+        (Control(name="c", worst_of="beam"), "worst_of must be one of one_shot"),
+        (Control(name="c", backwards=1), "backwards must be true or false, not 1"),
     ):
         with pytest.raises(fp.InputError, match=message):
             run_study(
@@ -177,7 +235,7 @@ def test_units_that_a_model_does_not_have(model, tmp_path):
 
 
 def test_controls_in_a_document(run, checkpoint, text_file, tmp_path):
-    controls = [{"name": "any", "random": 2}, {"name": "back", "reverse": "order"}]
+    controls = [{"name": "any", "random": 2}, {"name": "back", "backwards": True}]
     tables = text_study(checkpoint, text_file, control=controls)
     document = write_document(tmp_path / "s.toml", **tables)
     status, out, err = run("study", document, "--out", tmp_path / "s")

@@ -134,7 +134,7 @@ def test_mistakes_in_a_search(refused):
     refused("search.racing: shortgpt needs every loss it asks for and does not race; these do: "
             "one_shot", search_racing=0.9, search_algorithms=["shortgpt"])  # fmt: skip
     refused("search.num_remove must be a list, not 3", search_num_remove=3)
-    refused("search.num_remove must name at least one", search_num_remove=[])
+    refused("search.num_remove: one_shot removes units, and no size is named", search_num_remove=[])
     refused("search.num_remove: 2 is given twice", search_num_remove=[2, 2])
     refused("search.num_remove must be an integer from 0 to 2147483647, not -1",
             search_num_remove=[-1])  # fmt: skip
@@ -308,7 +308,7 @@ def test_a_study_from_the_command_line(run, checkpoint, text_file, questions, tm
     assert "search.seed was 0 and is 1; name another folder" in err
     status, err = again(path, search={"num_remove": [1, 9]})
     assert status == 2
-    assert "num_remove 9 must be from 0 to 4" in err
+    assert "num_remove must be an integer from 0 to 4" in err
     status, err = again(path, search={"num_remove": [1, 2]})
     assert status == 0, err
     assert sum("removed" in line for line in err.splitlines()) == 6  # six cells were finished

@@ -267,3 +267,44 @@ def test_a_cell_of_a_mask_may_lack_the_fields_of_sequences_and_budgets(model, tm
         "1 of 1 cells were finished before",
         "scoring every chosen mask under every objective",
     ]
+
+
+def test_finished_cells_are_read_in_the_form_in_which_long_studies_wrote_them(model, tmp_path):
+    """All keys are spelled here: a study of weeks must continue, whatever the code calls them."""
+    objective = fp.Perplexity(IDS)
+    cell = {"model": "tiny", "objective": "one", "num_remove": 2, "algorithm": "greedy"}
+    cell |= {"removed": [1, 3], "sequence": None, "loss": 0.125, "error": None, "costs": None}
+    cell |= {"decided_early": 0, "machine": "elsewhere", "losses": None, "masks": 7}
+    cell |= {"unit_runs": 9.0, "asked_unit_runs": 11.0, "naive_unit_runs": 20.0, "seconds": 0.5}
+    shared = {"seed": 0, "racing": None, "protect": [], "granularity": "block", "backend": "auto"}
+    made_with = {
+        "model": ["tiny", model.digest, "torch.float32"],
+        "objective": ["one", "perplexity", objective.content_hash],
+        "num_remove": 2,
+        "algorithm": ["greedy", {}],
+        **shared,
+    }
+    inputs = {
+        "algorithms": {"greedy": {}},
+        "budgets": [2],
+        "models": {"tiny": model.digest},
+        "dtype": {"tiny": "torch.float32"},
+        "objectives": {"tiny one": ["perplexity", objective.content_hash]},
+        "machines": {"elsewhere": {}},
+        **shared,
+    }
+    text_of = json.dumps([cell, made_with], sort_keys=True).encode()
+    checksum = hashlib.sha256(text_of).hexdigest()
+    out = tmp_path / "s"
+    name = f"tiny-{hashlib.sha256(b'tiny').hexdigest()[:8]}-one-2-greedy.json"
+    (out / "cells").mkdir(parents=True)
+    (out / "inputs.json").write_text(json.dumps(inputs))
+    (out / "cells" / name).write_text(json.dumps({**cell, "checksum": checksum}))
+    said: list[str] = []
+    objectives = {"one": lambda model: objective}
+    study = run_study([model], objectives, ["greedy"], [2], out, notify=said.append)
+    assert said[0] == "1 of 1 cells were finished before"
+    (read,) = study["cells"]
+    assert read.pop("losses").keys() == {"one"}
+    del cell["losses"]
+    assert {key: read[key] for key in cell} == {**cell, "removed": (1, 3)}

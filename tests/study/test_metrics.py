@@ -154,9 +154,13 @@ def test_a_study_and_its_page(model, questions, tmp_path):
             assert difference == pytest.approx(100 * entry["losses"]["judge"][by])
     write_report(study, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert "<!-- accuracy, % (higher is better); grey mark: nothing removed -->" in page
+    axis = "accuracy, % (higher is better); bars: standard errors; grey mark: nothing removed"
+    assert f"<!-- {axis} -->" in page
     assert "loss under" not in page
     text = re.sub(r"<svg.*?</svg>|<style>.*?</style>|<script>.*?</script>", "", page, flags=re.S)
+    values = re.findall(r"[\d.]+(?: ± [\d.]+)? %(?! fewer)", re.sub(r"chance \(.*?\)", "", text))
+    assert len(values) > 4 * len(study["cells"])
+    assert [value for value in values if "±" not in value] == []  # each has its standard error
     (dense,) = written["dense"].values()
     cells = [cell["losses"][label] for cell in study["cells"] for label in labels]
     check_text(text, [*cells, *(entry["loss"] for entry in dense.values())])

@@ -9,10 +9,11 @@ import subprocess
 
 import numpy as np
 import pytest
+from families import build
 
 import fastprune as fp
 from fastprune.study import run_study, write_report
-from fastprune.study.tables import answers
+from fastprune.study.tables import answers, removed_share
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -73,12 +74,17 @@ def test_a_page_opens_with_the_answer(study, page):
     )
     (name,) = study["dense"]
     parameters = study["parameters"][name]
-    share = sum(parameters["units"][unit] for unit in best["removed"]) / parameters["total"]
-    before = fp.Perplexity.format(study["dense"][name]["unseen"]["loss"], named=False)
-    after = fp.Perplexity.format(best["losses"]["unseen"], named=False)
+    share = sum(parameters["own"][unit] for unit in best["removed"]) / parameters["total"]
+    entries = study["judgements"][name]["unseen"]
+    after, before = (
+        fp.Perplexity.format(entry["loss"], entry["standard_error"], named=False)
+        for entry in (entries[best["judged"]], entries[-1])
+    )
+    to_whole = fp.objectives.Difference(**entries[best["judged"]]["to_whole"])
     units = fp.study.tables.format_removed(best["removed"])
     assert lines[1] == (
-        f"Remove {units}: perplexity {before} -> {after}, {100 * share:.0f} % fewer parameters "
+        f"Remove {units}: perplexity (lower is better) {before} -> {after}, difference "
+        f"{fp.Perplexity.format_difference(to_whole)}, {100 * share:.0f} % fewer parameters "
         f"(on held-out data)"
     )
     text = page.read_text()
@@ -90,9 +96,24 @@ def test_parameters_are_those_of_the_units(study, checkpoint):
     hf = fp.load_model(checkpoint).hf
     (of,) = study["parameters"].values()
     assert of["total"] == sum(weights.numel() for weights in hf.parameters())
-    assert of["units"] == [
+    assert of["shared"] == []
+    assert of["own"] == [
         sum(weights.numel() for weights in layer.parameters()) for layer in hf.model.layers
     ]
+
+
+def test_parameters_that_blocks_share_are_removed_with_the_last_of_them(tmp_path):
+    hf = build("llama")
+    hf.model.layers[2].mlp = hf.model.layers[1].mlp
+    batch = fp.TokenBatch.from_ids([[1, 2, 3, 4], [5, 6, 7]])
+    makers = {"one": lambda model: fp.Perplexity(batch)}
+    model = fp.Model(hf, name="tiny")
+    study = run_study([model], makers, ["one_shot"], [1], tmp_path / "s")
+    costs = fp.Evaluator(model, makers["one"](model)).unit_costs("params")
+    for removed in ((1,), (1, 2), (0, 1)):
+        share = 100 * (1 - costs.after(removed) / costs.total)
+        text = removed_share(study, {"model": "tiny", "removed": removed})
+        assert text == f"{share:.{0 if share >= 10 else 1}f} % fewer parameters"
 
 
 def test_a_page_has_no_absolute_path(page, checkpoint):

@@ -305,10 +305,10 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
     refused("no option 'width'", options={"beam": {"width": 2}})
     refused("beam_width of beam must be at least 1", options={"beam": {"beam_width": 0}})
     refused("above its option max_masks", ["exhaustive"], options={"exhaustive": {"max_masks": 5}})
-    refused("num_remove 6 must be from 0 to 5", budgets=[1, 6])
+    refused("tiny: num_remove must be an integer from 0 to 5, since .* not 6", budgets=[1, 6])
     refused("backend", backend="nonsense")
     refused("protected unit 6 is out of range", protect=[6])
-    refused("num_remove 2 must be at most 1", protect=[0, 1, 2, 3, 4])
+    refused("tiny: num_remove is 2, but only 1 unit is not protected", protect=[0, 1, 2, 3, 4])
     refused(
         "options are given for beam, which is not among the algorithms",
         ["greedy"],
@@ -319,7 +319,10 @@ def test_what_cannot_be_is_refused_before_the_folder_is_touched(model, tmp_path,
         "shortgpt, shapley do not race; these do: one_shot", ["shortgpt", "shapley"], racing=0.9
     )
     refused("num_remove has no meaning for repeat, which removes nothing", ["repeat"])
-    refused("a study needs at least one model, objective, algorithm and budget", budgets=[])
+    refused("budgets: one_shot removes units, and no size is named", budgets=[])
+    refused("budgets: 2 is given twice", budgets=[2, 2])
+    refused("algorithms: a study needs at least one", algorithms=[])
+    refused("objectives: a study needs at least one", objectives={})
     refused("num_remove must be even", ["evopress"], [1], granularity="sublayer")
     kl = {"divergence": lambda model: fp.KLDivergence(fp.TokenBatch.from_ids([[1, 2]]))}
     refused(

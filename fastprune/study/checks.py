@@ -1,0 +1,89 @@
+"""Checks of a study that need no model, for a document and for `run_study` alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..costs import Budget
+from ..errors import InputError, shown
+from ..search import check_algorithm, find_algorithm, require_sklearn
+from ..search.sizes import RemovalSize
+from ..validate import check_folder
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Errors raised inside begin with a place, such as that in a document."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def check_once(names: Sequence[object]) -> None:
+    """Raise InputError if a name is given twice."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{shown(name)} is given twice")
+
+
+def check_study(
+    algorithms: Sequence[str], options: Mapping[str, Mapping[str, object]], out_dir: str | Path
+) -> None:
+    """Check everything about a study's algorithms and folder that needs no model.
+
+    Args:
+        algorithms: Names of algorithms.
+        options: Options of algorithms, by the algorithms' names.
+        out_dir: The study's folder; it need not exist.
+
+    Raises:
+        InputError: An algorithm or option is unknown, wrong or repeated, scikit-learn is missing,
+            or the folder cannot be made.
+
+    Examples:
+        >>> from fastprune.study import check_study
+        >>> check_study(["beam"], {"beam": {"widht": 4}}, "runs")
+        Traceback (most recent call last):
+        fastprune.errors.InputError: beam has no option 'widht'; its options: beam_width=5
+    """
+    with at("algorithms"):
+        if not algorithms:
+            raise InputError("a study needs at least one")
+        check_once(algorithms)
+    for algorithm in dict.fromkeys([*algorithms, *options]):
+        check_algorithm(algorithm, options.get(algorithm, {}))
+        if algorithm not in algorithms:
+            raise InputError(
+                f"options are given for {algorithm}, which is not among the algorithms"
+            )
+    require_sklearn("a study")  # for the clusters of its summary
+    check_folder(Path(out_dir))
+
+
+def check_sizes(algorithms: Sequence[str], sizes: Sequence[int | str | Budget]) -> None:
+    """Check that a study names sizes of removals if an algorithm removes units, and only then.
+
+    Args:
+        algorithms: Names of algorithms, at least one.
+        sizes: Numbers of units, shares and budgets.
+
+    Raises:
+        InputError: A size is wrong, missing, given twice, or has no meaning.
+
+    Examples:
+        >>> from fastprune.study.checks import check_sizes
+        >>> check_sizes(["greedy"], [2, "25%"])
+    """
+    removing = [name for name in algorithms if not find_algorithm(name).over_sequences]
+    if removing and not sizes:
+        raise InputError(
+            f"{removing[0]} removes units, and no size is named: a number of units such as 3, a "
+            f"share such as '25%', or a budget such as 'params=75%'"
+        )
+    if sizes and not removing:
+        find_algorithm(algorithms[0]).check_num_remove(sizes[0])
+    check_once([RemovalSize.of(size).key for size in sizes])
