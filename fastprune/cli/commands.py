@@ -504,12 +504,14 @@ class _Scores:
             asked.append(_counted(lengths, "sequence", "run", f" units of {num_units}"))
         saved = format_saved(stats.naive_unit_runs, stats.unit_runs)
         compares = evaluator.objective.compares_with_dense and stats.unit_runs
-        dense = f"; {evaluator.objective.name} runs the whole model once" if compares else ""
+        dense = (
+            f", {evaluator.objective.name}'s run of the whole model among them," if compares else ""
+        )
         known = f"; {stats.store_hits} scores were in the store" if stats.store_hits else ""
         say(
             f"{', '.join(asked)}{', and the whole model' * self.added}: "
-            f"{stats.unit_runs:.0f} unit runs where one pass per mask takes "
-            f"{stats.naive_unit_runs:.0f}{saved and f' ({saved})'}{dense}{known}, "
+            f"{stats.unit_runs:.0f} unit runs{dense} where one pass per mask takes "
+            f"{stats.naive_unit_runs:.0f}{saved and f' ({saved})'}{known}, "
             f"{stats.seconds:.1f} s; "
             f"{stats.cache_bytes / 2**20:.0f} MiB of states are cached"
         )

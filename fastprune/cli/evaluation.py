@@ -270,15 +270,11 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
 
     Metrics have the harness's names, filters and directions.
     """
-    from ..study.tables import format_record, units_header
+    from ..study.tables import units_header
 
     metrics = [name for name in rows[0]["results"][task] if "," in name and "_stderr," not in name]
     higher = rows[0]["higher_is_better"].get(task, {})
-    directions = {True: " (higher is better)", False: " (lower is better)"}
-    headers = [
-        name.removesuffix(",none") + directions.get(higher.get(name.partition(",")[0]), "")
-        for name in metrics
-    ]
+    headers = [_headed(name, higher) for name in metrics]
     table = Table(units_header(rows), title=title, title_justify="left")
     for header in headers:
         table.add_column(header, justify="right")
@@ -291,8 +287,23 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
             cells.append(
                 f"{_number(values[name])} ± {_number(error)}" if known else _number(values[name])
             )
-        table.add_row(format_record(row), *cells)
+        table.add_row(_marked(row), *cells)
     return table
+
+
+def _marked(row: Mapping[str, Any]) -> str:
+    """The units of a row, and the names of the controls that it belongs to."""
+    from ..study.tables import format_record
+
+    controls = ", ".join(row.get("controls", ()))
+    return format_record(row) + f" (control: {controls})" * bool(controls)
+
+
+def _headed(name: str, higher: Mapping[str, Any]) -> str:
+    """A metric of the harness with its direction, if the harness gives one."""
+    is_higher = higher.get(name.partition(",")[0])
+    direction = "" if is_higher is None else f" ({'higher' if is_higher else 'lower'} is better)"
+    return name.removesuffix(",none") + direction
 
 
 class _TaskMetric(Objective):
@@ -309,12 +320,13 @@ def difference_table(task: str, rows: Sequence[dict]) -> Table | None:
     metrics = list(rows[0].get("differences", {}).get(task, {}))
     if len(rows) < 2 or not metrics:
         return None
-    from ..study.tables import format_record, units_header
+    from ..study.tables import units_header
 
     title = f"{task}: difference to the first row, paired over documents"
     table = Table(units_header(rows), title=title, title_justify="left")
+    higher = rows[0]["higher_is_better"].get(task, {})
     for name in metrics:
-        table.add_column(name.removesuffix(",none"))
+        table.add_column(_headed(name, higher))
     for row in rows[1:]:
         cells = []
         for name in metrics:
@@ -322,7 +334,7 @@ def difference_table(task: str, rows: Sequence[dict]) -> Table | None:
             count = int(values["num_samples"])
             difference = Difference(values["value"], values["error"], count)
             cells.append(_TaskMetric.format_difference(difference))
-        table.add_row(format_record(row), *cells)
+        table.add_row(_marked(row), *cells)
     return table
 
 

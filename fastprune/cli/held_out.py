@@ -13,7 +13,7 @@ from .. import demo
 from ..data import TASKS_READING, TEXT_READING
 from ..objectives import OBJECTIVES, Difference, Objective, no_judge, objective_class
 from ..plan.progress import reporting
-from ..study.judging import shared_rows
+from ..study.judging import direction, shared_rows
 from ..study.tables import format_removed, unseen_notes
 from .commands import score
 
@@ -96,7 +96,8 @@ def judged_lines(held_out: Mapping[str, Any]) -> list[str]:
         for name in ("loss", "standard_error", "dense_loss", "dense_standard_error")
     )
     data = f"{Path(held_out['file']).name}, {held_out['num_samples']} samples"
-    line = f"{LABEL} ({data}): {objective.format(loss, error)}"
+    value = f"{objective.format(loss, error)} ({direction(objective)})"
+    line = f"{LABEL} ({data}): {value}"
     if not objective.compares_with_dense:
         dense = objective.format(dense_loss, dense_error, named=False)
         line += f", whole model {dense}; difference {format_difference(objective, held_out)}"

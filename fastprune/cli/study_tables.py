@@ -35,11 +35,14 @@ def print_cells(study: Mapping) -> None:
         groups.setdefault((cell["model"], cell["objective"], cell["num_remove"]), []).append(cell)
     for (model, objective, num_remove), cells in groups.items():
         measured = objective_class(study["objectives"][objective]["name"])
-        dense = format_dense(measured, study["dense"][model][objective]["loss"])
+        whole = judgement(study, model, objective)
+        dense = format_dense(measured, float(whole["loss"]), float(whole["standard_error"]))
         rows = []
         for cell in cells:
             cost = (cell["masks"], cell["asked_unit_runs"], cell["naive_unit_runs"])
-            result = cell["error"] or measured.format(cell["loss"], named=False)
+            result = cell["error"] or format_judged(
+                measured, judgement(study, model, objective, cell)
+            )
             chosen = cell["sequence"] if cell["removed"] is None else cell["removed"]
             rows.append((cell["algorithm"], chosen, result, *cost))
         title = f"{Path(model).name}, {objective}, {size_name(study, model, num_remove)} ({dense})"

@@ -623,6 +623,7 @@ def test_a_study_evaluates_what_it_chose(run, folder, text_file, manager, tmp_pa
     for row, result in zip(rows, expected, strict=True):
         assert row["results"]["demo_choices"] == result["results"]["demo_choices"]
     assert "word_perplexity" in printed
+    assert "0-1 (control: first)" in printed
     monkeypatch.setattr("fastprune.cli.opening.Processes", InThisProcess)
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     tables["resources"] = {"weights_gb": float(least_gigabytes(folder("llama")))}

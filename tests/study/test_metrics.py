@@ -183,3 +183,5 @@ def test_the_tables_of_a_study(run, checkpoint, questions, tmp_path):
     study = json.loads((tmp_path / "s" / "study.json").read_text())
     (dense,) = study["dense"].values()
     check_text(out, [*(cell["loss"] for cell in study["cells"]), dense["accuracy-q"]["loss"]])
+    values = re.findall(r"[\d.]+(?: ± [\d.]+)? %(?! fewer)", re.sub(r"chance \(.*?\)", "", out))
+    assert [value for value in values if "±" not in value] == []  # each has its standard error
