@@ -65,7 +65,7 @@ def test_the_result_is_judged_beside_the_whole_model(search, checkpoint, unseen)
     assert (judged["num_samples"], judged["shared_rows"]) == (6, 0)
     (line,) = (line for line in lines if line.startswith("held out"))
     said = objective.format(judged["loss"], judged["standard_error"])
-    assert line.startswith(f"held out (unseen.txt, 6 samples): {said}, whole model ")
+    assert line.startswith(f"held out (unseen.txt, 6 samples): {said} (lower is better), ")
     assert line.endswith(f"; difference {objective.format_difference(difference)}")
 
 
