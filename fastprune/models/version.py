@@ -36,7 +36,12 @@ from .offload.weights import ResidentWeights, Weights
 SAMPLES = 32  # values of each tensor compared for a change
 LEAST = 16  # the same, of a tensor of any shape
 # attributes that decide no result; the last two are states of RecurrentGemma's last row
-NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
+NOT_DECISIVE: tuple[str, ...] = (
+    "training",
+    "name_or_path",
+    "max_seq_len_cached",
+    "_is_hf_initialized",
+)
 NOT_DECISIVE += ("recurrent_states", "conv1d_state")
 _OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has, such as its hooks
 DEPTH = 2  # objects inside of objects whose attributes are compared
