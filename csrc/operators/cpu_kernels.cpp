@@ -314,8 +314,8 @@ void divergence(const Divergence& a, long begin, long end) {
             const Vec l = load(dense + i, lanes);
             const Vec log_p = l - sum;
             const Vec p = exp(greatest(low, log_p));
-            // behind the end of a row both are 0
-            return (log_p < low ? Vec{} : p) * (l - load(x + i, lanes));
+            // a token of p = 0 adds 0, also if its logits are -inf; behind the end of a row both are 0
+            return log_p < low ? Vec{} : p * (l - load(x + i, lanes));
         });
     }
 }

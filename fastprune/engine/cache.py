@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,10 @@ class DeviceTier:
 
     def drop(self, key: Key) -> None:
         del self._states[key]
+
+    def clear(self) -> None:
+        """Drop all states, and free their memory."""
+        self._states.clear()
 
 
 class HostTier(DeviceTier):
@@ -100,6 +105,12 @@ class HostTier(DeviceTier):
         place = self._states.pop(key).flatten().view(torch.uint8)
         self._free.setdefault(len(place), []).append(place)
 
+    def clear(self) -> None:
+        # torch reuses a piece only after the copies from and to it
+        super().clear()
+        self._free.clear()
+        self._piece, self._total = torch.empty(0, dtype=torch.uint8), 0
+
 
 class _Extent(NamedTuple):
     """A state in a file: `size` bytes from `start` on, which hold a tensor."""
@@ -146,6 +157,13 @@ class DiskTier:
     def drop(self, key: Key) -> None:
         extent = self._extents.pop(key)
         self._free[extent.size].append(extent.start)
+
+    def clear(self) -> None:
+        self._extents.clear()
+        self._free.clear()
+        self._end = 0
+        with suppress(OSError):  # then its bytes are overwritten
+            self._file.truncate(0)
 
 
 class _Place(NamedTuple):
@@ -247,6 +265,13 @@ class TieredStates:
         place = self._places.pop(key)
         self._tiers[place.tier].drop(key)
         self.bytes[place.tier] -= place.size
+
+    def clear(self) -> None:
+        """Drop all held states, and free their memory and their part of the disk."""
+        for name, tier in self._tiers.items():
+            tier.clear()
+            self.bytes[name] = 0
+        self._places.clear()
 
     def _give_up_disk(self, error: OSError) -> None:
         message = f"{self._folder}: no more states are kept there: {error}"
@@ -416,8 +441,8 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Evict all states."""
-        for chunk, prefix in self._states.held():
-            self.evict(chunk, [prefix])
+        self._states.clear()
+        self._counts.clear()
         self._matches.clear()
 
     def shrink(self) -> None:
@@ -477,5 +502,4 @@ class Frontier:
 
     def clear(self) -> None:
         """Drop all states."""
-        for key in self._states.held():
-            self._states.drop(key)
+        self._states.clear()

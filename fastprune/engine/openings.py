@@ -47,16 +47,19 @@ class Openings:
         if number in self._kept and number not in self._weighed:
             opening, _ = self._kept[number]
             self.forget(number)
-            self._keep(number, opening)
-            self._weighed.add(number)
+            if self._keep(number, opening):
+                self._weighed.add(number)
 
-    def _keep(self, number: int, opening: Opening) -> None:
+    def _keep(self, number: int, opening: Opening) -> bool:
+        """Keep an opening if it fits; return whether it does."""
         if self.bytes >= self._limit:
-            return
+            return False
         size = sum({id(tensor): tensor.nbytes for tensor in _tensors(opening)}.values())
-        if self.bytes + size <= self._limit:
-            self._kept[number] = opening, size
-            self.bytes += size
+        if self.bytes + size > self._limit:
+            return False
+        self._kept[number] = opening, size
+        self.bytes += size
+        return True
 
     def forget(self, number: int) -> None:
         """Drop a chunk's opening."""
@@ -80,5 +83,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    elif type(value).__module__.startswith("fastprune."):
+    elif type(value).__module__.startswith(("fastprune.", "fastprune_kernels.")):
         yield from _tensors(vars(value))

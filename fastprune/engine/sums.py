@@ -68,9 +68,10 @@ class SumMemory:
         """Keep the sums of a chunk; see `Sums.put`."""
         for units, values in sums.items():
             size = values.nbytes + ENTRY_BYTES + len(units)
+            if size > self._limit // 2:
+                continue
             if self._bytes + size > self._limit // 2:
                 self._young, self._old, self._bytes = {}, self._young, 0
-            if size <= self._limit // 2:
-                kept = self._young.setdefault((context, chunk), {})
-                self._bytes += 0 if units in kept else size
-                kept[units] = values.ravel().copy()
+            kept = self._young.setdefault((context, chunk), {})
+            self._bytes += 0 if units in kept else size
+            kept[units] = values.ravel().copy()

@@ -216,7 +216,11 @@ def _merged(model: Model) -> Model:
     from ..models.unwrap import without_adapters
 
     hf = without_adapters(model.hf)
-    return model if hf is model.hf else Model(hf, model.tokenizer, model.name)
+    if hf is model.hf:
+        return model
+    merged = Model(hf, model.tokenizer, model.name)
+    merged.towers = model.towers
+    return merged
 
 
 def _export(

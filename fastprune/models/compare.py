@@ -41,13 +41,22 @@ def same_bits(result: torch.Tensor, expected: torch.Tensor) -> bool:
 def agree(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether two tensors are equal up to a few roundings of a dtype, by relative norm.
 
-    Values that are not finite must be at the same places.
+    Values that are not `ordinary` must be at the same places.
     """
-    finite = expected.isfinite()
-    if result.shape != expected.shape or not torch.equal(result.isfinite(), finite):
+    chosen = ordinary(expected)
+    if result.shape != expected.shape or not torch.equal(ordinary(result), chosen):
         return False
-    result, expected = result[finite].double(), expected[finite].double()
+    result, expected = result[chosen].double(), expected[chosen].double()
     return bool((result - expected).norm() <= tolerance(dtype) * expected.norm())
+
+
+def ordinary(values: torch.Tensor) -> torch.Tensor:
+    """Whether values are neither NaN, infinite, nor about the largest numbers of their dtype.
+
+    Some families give hidden tokens the lowest number as their logit. Beside it, a norm would show
+    no other difference.
+    """
+    return values.abs() < 0.99 * torch.finfo(values.dtype).max
 
 
 def agreeing_share(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:

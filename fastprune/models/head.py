@@ -405,7 +405,7 @@ def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
     """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) in nats, [P], q from logits in parts.
 
     It is computed as sum_v p (l_p - l_q) - lse_p + lse_q, with logits l and their log-sum-exps lse.
-    Equal logits give 0.
+    Equal logits give 0. A token of p = 0 adds 0, also if its logits are -inf.
     """
     dense_sums, scales, sums, means = [], [], [], []
     dtype = torch.float32
@@ -420,7 +420,7 @@ def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
                 work = [torch.empty_like(part, dtype=dtype) for _ in range(2)]
             p, difference = (tensor[:, : part.shape[1]] for tensor in work)
             torch.sub(_wide(dense_part), rounded[:, None], out=p).exp_()
-            torch.sub(_wide(dense_part), _wide(part), out=difference)
+            torch.sub(_wide(dense_part), _wide(part), out=difference).masked_fill_(p == 0, 0)
             mean, part_sum = torch.linalg.vecdot(p, difference), exact_log_sum_exp(part, work=p)
         means.append(mean)
         dense_sums.append(dense_sum)
@@ -428,7 +428,7 @@ def kl(dense: Iterable[DensePart], parts: Iterable[Logits]) -> torch.Tensor:
         sums.append(part_sum)
     total = _total(dense_sums)
     weights = (torch.stack(scales) - total).exp()  # of each part, [S, P]
-    mean = (weights * torch.stack(means)).sum(dim=0)
+    mean = (weights * torch.stack(means)).masked_fill(weights == 0, 0).sum(dim=0)
     return (mean - total + _total(sums)).to(dtype)
 
 

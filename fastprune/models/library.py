@@ -95,6 +95,9 @@ class Library(Model):
         self.variants: list[Variant] = []
         self._watch: Any = _Watches(self._watch, self.variants)
         self._version = self._watch.read()
+        self.towers, self.tokenizer_problem = parent.towers, parent.tokenizer_problem
+        if parent.opened is not None and parent.opened[1] == parent.version:
+            self.opened = parent.opened[0], self._version
 
     @property
     def num_variants(self) -> int:
@@ -273,6 +276,8 @@ class Library(Model):
             raise InputError(
                 'a library\'s units are blocks; take granularity="block"', argument="granularity"
             )
+        if not self.variants:
+            return runner
         if any(variant.module is None for variant in self.variants):
             verified(self, "sublayer")
         generic = runner if isinstance(runner, GenericRunner) else verified(self)

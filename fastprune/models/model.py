@@ -212,8 +212,9 @@ class Model:
     def version(self) -> int:
         """A number that changes whenever the model's outputs could change. Reads few weights.
 
-        When a change is undone, its old number returns. The version covers module attributes,
-        hooks, the functions that forward passes call, pointers, tensor versions and sampled values.
+        When a change is undone, its old number returns. The version covers module attributes and
+        the objects in them, hooks, the functions that forward passes call, pointers, tensor
+        versions and sampled values. It does not cover values that only a function's closure holds.
         For streamed weights it covers the size and time of their files.
 
         torch counts most writes; each counted write gives a new version, even of equal values. A
@@ -269,8 +270,8 @@ class Model:
     def digest(self) -> str:
         """The SHA-256 of the model's content, as hexadecimal text. Reads all weights.
 
-        It covers the config, every tensor with unsaved buffers, the plain attributes and hooks of
-        every module, and code from outside transformers. It is computed once for each `version`.
+        It covers the config, every tensor with unsaved buffers, the attributes and hooks of every
+        module, and code from outside transformers. It is computed once for each `version`.
 
         Examples:
             >>> import fastprune as fp

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .device import is_out_of_memory
+
 # attributes of a layer's modules that hold its index, the key of its entry in a cache
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "block_idx")
 
@@ -295,8 +297,10 @@ def split_layer(
     """
     try:
         kinds = _terms(layer, state, arguments)
-    except (TypeError, ValueError, AttributeError, RuntimeError):
-        return None  # the layer does not run with replaced modules
+    except Exception as error:  # the layer does not run with replaced modules
+        if is_out_of_memory(error):
+            raise
+        return None
     names = tuple(kinds)
     ways = [(cut, False) for cut in range(1, len(names))]
     # in a parallel block every cut adds up, so that only two terms have a clear cut
@@ -306,8 +310,9 @@ def split_layer(
         try:
             if _adds_up(sublayers, state, arguments, whole):
                 return sublayers
-        except (TypeError, ValueError, AttributeError, RuntimeError):
-            continue  # a module of this family returns something else
+        except Exception as error:  # a module of this family returns something else
+            if is_out_of_memory(error):
+                raise
     return None
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import operator
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,18 @@ from .code import (
 from .fingerprint import mark, number_of
 from .offload.weights import ResidentWeights, Weights
 
-SAMPLES = 32  # values of each tensor compared for a change; at least 16
-# attributes that decide no result
-NOT_DECISIVE = ("training", "name_or_path", "max_seq_len_cached", "_is_hf_initialized")
+SAMPLES = 32  # values of each tensor compared for a change
+LEAST = 16  # the same, of a tensor of any shape
+# attributes that decide no result; the last two are states of RecurrentGemma's last row
+NOT_DECISIVE: tuple[str, ...] = (
+    "training",
+    "name_or_path",
+    "max_seq_len_cached",
+    "_is_hf_initialized",
+)
+NOT_DECISIVE += ("recurrent_states", "conv1d_state")
 _OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has, such as its hooks
+DEPTH = 2  # objects inside of objects whose attributes are compared
 _PLAIN = (bool, int, float, str, complex, type(None), torch.dtype, torch.device)
 _CONTAINERS = (list, dict, set)
 
@@ -153,6 +161,7 @@ class Snapshot:
         ]
         self._entries = [held[name] for held, name in self._places]
         self._tensors = [tensor for tensor in self._entries if tensor is not None]
+        self._tensors += [t for held in self._attributes for _, t in attribute_tensors(held)]
         self._states, self._files = _states(self._tensors), str(weights.identity)
         self.samples = Samples(self._tensors)
         self.values = self.samples.values()
@@ -218,11 +227,11 @@ class Samples:
         for tensor in tensors:
             if tensor.is_meta or not tensor.numel() or type(tensor) not in _DENSE:
                 continue
-            view = _sampled(tensor)
-            if view.device.type == "cpu":
-                host.setdefault(view.dtype, []).append(view.numpy())
-            else:
-                device.setdefault((view.device, view.dtype), []).append(view)
+            for view in _sampled(tensor):
+                if view.device.type == "cpu":
+                    host.setdefault(view.dtype, []).append(view.numpy())
+                else:
+                    device.setdefault((view.device, view.dtype), []).append(view)
         self.deferred = bool(device)
         self._host = [
             (views, np.empty(sum(map(len, views)), views[0].dtype)) for views in host.values()
@@ -259,8 +268,8 @@ def _pinned(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=like.dtype, pin_memory=like.device.type == "cuda")
 
 
-def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of some values of a tensor, at least 16 if it has that many, as integers."""
+def _sampled(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Views of some values of a tensor, at least `LEAST` if it has that many, as integers."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
@@ -268,12 +277,26 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor:
     count, columns = tensor.numel(), tensor.shape[-1] if tensor.dim() else 1
     if not tensor.is_contiguous():
         if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
-            return tensor[tuple(slice(None, 1) for _ in tensor.shape[:-1])].flatten()
+            return _diagonals(tensor)
         tensor = tensor.as_strided((count,), (1,))
     step = max(1, count // SAMPLES)
     if step >= columns > 1:  # sample each row at another column
         step += int(0.618 * columns) - step % columns
-    return tensor.view(-1)[::step]
+    return [tensor.view(-1)[::step]]
+
+
+def _diagonals(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Views of the diagonals of a tensor with gaps in memory, a part of a larger one.
+
+    A diagonal of [40, 100] has the places (0, 0), (1, 3), (2, 6), ... (31, 93). Each index of a
+    dimension below `LEAST` has a diagonal of its own.
+    """
+    for dim, size in enumerate(tensor.shape):
+        if size < LEAST and tensor.dim() > 1:
+            return [view for part in tensor.unbind(dim) for view in _diagonals(part)]
+    count = min(SAMPLES, *tensor.shape)
+    stride = sum(size // count * step for size, step in zip(tensor.shape, tensor.stride()))
+    return [tensor.as_strided((count,), (stride,))]
 
 
 def _states(tensors: Sequence[torch.Tensor]) -> list:
@@ -299,6 +322,63 @@ def _description(module: nn.Module) -> tuple:
         [(_identity(hook), by_name) for hook, by_name in hooks_of(module)],
         [(name, child and number_of(child)) for name, child in module._modules.items()],
         _described(vars(module), {*_OF_TORCH, *NOT_DECISIVE, "forward"}),
+        _contents(dict(other_attributes(vars(module))), _identity),
+    )
+
+
+def other_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a module that are neither plain, nor functions, nor configs."""
+    for name, value in list(attributes.items()):
+        if (
+            name not in _OF_TORCH
+            and name not in NOT_DECISIVE
+            and not _is_plain(value)
+            and (not callable(value) or isinstance(value, _KINDS))
+            and not hasattr(value, "to_diff_dict")
+        ):
+            yield name, value
+
+
+def attribute_tensors(attributes: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in a module's attributes that are neither parameters nor buffers."""
+    waiting = list(other_attributes(attributes))
+    while waiting:
+        name, value = waiting.pop()
+        if type(value) in _DENSE:
+            yield name, value
+        elif isinstance(value, dict):
+            waiting += [(f"{name}.{key}", held) for key, held in value.items()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(f"{name}.{place}", held) for place, held in enumerate(value)]
+
+
+def _contents(value: Any, identify: Callable[[Any], Any], depth: int = DEPTH) -> Any:
+    """Describe a value by its contents as far as they are plain, containers or objects of others.
+
+    Args:
+        value: Any value.
+        identify: Describes all other things, such as classes and tensors.
+        depth: Objects inside of objects, at most.
+    """
+    if _is_plain(value):
+        return _plain_text(value)
+    if isinstance(value, dict):
+        return sorted((repr(key), _contents(held, identify, depth)) for key, held in value.items())
+    if isinstance(value, (list, tuple)):
+        return [_contents(held, identify, depth) for held in value]
+    if depth and _holds_values(value):
+        return identify(type(value)), _contents(vars(value), identify, depth - 1)
+    return identify(value)
+
+
+def _holds_values(value: Any) -> bool:
+    """Whether a value is an object of another package, with attributes of its own."""
+    owner = type(value).__module__.partition(".")[0]
+    return (
+        type(getattr(value, "__dict__", None)) is dict
+        and not isinstance(value, (*_KINDS, torch.Tensor))
+        and not callable(value)
+        and owner not in ("torch", "transformers")
     )
 
 
@@ -335,21 +415,39 @@ def _is_plain(value: Any) -> bool:
 
 
 def _copied(values: Any) -> Any:
-    """A copy of a dictionary or list, and of those in it; other objects are shared."""
+    """A copy of a container, and of those in it; other objects are shared."""
     if isinstance(values, dict):
         return {name: _copied(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return list(map(_copied, values))
     return copy.copy(values) if isinstance(values, _CONTAINERS) else values
 
 
 def _dictionaries_of(attributes: Iterable[dict[str, Any]]) -> list[Any]:
-    """The hooks and plain lists of modules, which can change in place."""
+    """The hooks, containers and objects of modules, which can change in place."""
     return [
-        value
-        for of_module in attributes
-        for name, value in of_module.items()
-        if name in (*HOOKS, *HOOK_FLAGS)
-        or (name not in _OF_TORCH and isinstance(value, _CONTAINERS) and _is_plain(value))
+        *(of[name] for of in attributes for name in (*HOOKS, *HOOK_FLAGS) if name in of),
+        *(
+            held
+            for of in attributes
+            for name, value in of.items()
+            if name not in _OF_TORCH
+            for held in _changeable(value, DEPTH)
+        ),
     ]
+
+
+def _changeable(value: Any, depth: int) -> Iterator[Any]:
+    """Yield a container, and the attributes of objects in it, down to `DEPTH`."""
+    if isinstance(value, _CONTAINERS):
+        yield value
+    if depth and _holds_values(value):
+        yield vars(value)
+        value, depth = vars(value), depth - 1
+    if isinstance(value, (dict, list, tuple)) and not _is_plain(value):
+        for held in value.values() if isinstance(value, dict) else value:
+            if _holds_values(held):
+                yield from _changeable(held, depth)
 
 
 def _configs_of(modules: Iterable[nn.Module]) -> list:
@@ -408,7 +506,7 @@ def _all_tensors(
             tensor = hf.get_parameter(name)
         if not tensor.is_meta:  # meta tensors are of towers, which stay in their files
             yield name, tensor
-    yield from _buffers(hf)
+    yield from _other_tensors(hf)
 
 
 def _resident_tensors(
@@ -417,13 +515,18 @@ def _resident_tensors(
     for name, tensor in hf.named_parameters(remove_duplicate=False):
         if weights.block_of(name) is None and not tensor.is_meta:
             yield name, tensor
-    yield from _buffers(hf)
+    yield from _other_tensors(hf)
 
 
-def _buffers(hf: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _other_tensors(hf: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the buffers, and the tensors in attributes."""
     for name, buffer in hf.named_buffers(remove_duplicate=False):
         if not buffer.is_meta:
             yield name, buffer
+    for name, module in hf.named_modules():
+        for attribute, tensor in attribute_tensors(vars(module)):
+            if not tensor.is_meta:
+                yield f"{name}.{attribute}", tensor
 
 
 def _config_text(config: Any) -> str:
@@ -433,18 +536,36 @@ def _config_text(config: Any) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
-def plain_attributes(module: nn.Module) -> tuple:
-    """A module's type, plain attributes except its training flag, hooks, and own `forward`.
+def _plain_text(value: Any) -> str:
+    """A text for a plain value, equal in all processes, where sets have other orders."""
+    if isinstance(value, dict):
+        return f"{{{sorted((repr(key), _plain_text(held)) for key, held in value.items())}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{sorted(map(repr, value))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain_text, value))}]"
+    return repr(value)
 
-    Hooks and forwards are compared as objects. So those of two processes are never equal.
+
+def plain_attributes(module: nn.Module) -> tuple:
+    """A module's type, attributes except its training flag, hooks, and own `forward`.
+
+    Hooks and forwards are compared as objects. So those of two processes are never equal. Tensors
+    are left out.
     """
-    attributes = vars(module).items()
     plain = [
-        (n, v)
-        for n, v in attributes
-        if n not in NOT_DECISIVE and isinstance(v, (bool, int, float, str))
+        (name, _plain_text(value))
+        for name, value in vars(module).items()
+        if name not in _OF_TORCH and name not in NOT_DECISIVE and _is_plain(value)
     ]
     hooks = [(mark(hook), by_name) for hook, by_name in hooks_of(module)]
     forward = own_forward(module)
     own = [] if forward is None else [mark(forward)]
-    return (type(module).__qualname__, *sorted(plain), *hooks, *own)
+    others = _contents(dict(other_attributes(vars(module))), _named)
+    return (type(module).__qualname__, *sorted(plain), *others, *hooks, *own)
+
+
+def _named(value: Any) -> str:
+    """A text for a thing in an attribute: its class's name, as objects of two processes differ."""
+    kind = value if isinstance(value, type) else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"

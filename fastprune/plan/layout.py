@@ -123,6 +123,13 @@ class Layout:
             )
         if any(len(set(batch.row_is_tree[list(chunk)].tolist())) > 1 for chunk in self.chunks):
             raise InputError("the layout's chunks must hold plain rows or trees, not both")
+        if batch.split_trees and any(
+            len(chunk) > 1 and batch.row_is_tree[chunk[0]] for chunk in self.chunks
+        ):
+            raise InputError(
+                "the layout runs several questions together, but this model runs each choice as a "
+                "row; leave layout out"
+            )
         if type(self.tile) is not int or self.tile < 1:
             raise InputError(
                 f"the layout's tile must be a number of positions, not {shown(self.tile)}"

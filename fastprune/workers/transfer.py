@@ -19,7 +19,7 @@ from ..models.alignment import CPU_ALIGNMENT
 
 
 class _Packer(pickle.Pickler):
-    """Leaves out tensors and lists each of them once."""
+    """Leaves out tensors, and lists each of them once that has values."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
@@ -29,10 +29,15 @@ class _Packer(pickle.Pickler):
     def persistent_id(self, value: object) -> tuple | None:
         if not isinstance(value, torch.Tensor):
             return None
-        if id(value) not in self._place:
-            self._place[id(value)] = len(self.tensors)
-            self.tensors.append(value)
-        return self._place[id(value)], isinstance(value, nn.Parameter), value.requires_grad
+        place: int | tuple
+        if value.is_meta:  # of a tower that stayed in its files
+            place = tuple(value.shape), value.dtype
+        else:
+            if id(value) not in self._place:
+                self._place[id(value)] = len(self.tensors)
+                self.tensors.append(value)
+            place = self._place[id(value)]
+        return place, isinstance(value, nn.Parameter), value.requires_grad
 
 
 class _Unpacker(pickle.Unpickler):
@@ -43,6 +48,10 @@ class _Unpacker(pickle.Unpickler):
 
     def persistent_load(self, entry: tuple) -> torch.Tensor:
         place, is_parameter, requires_grad = entry
+        if isinstance(place, tuple):
+            shape, dtype = place
+            tensor = torch.empty(shape, dtype=dtype, device="meta")
+            return nn.Parameter(tensor, requires_grad) if is_parameter else tensor
         if place not in self._read:
             tensor = self._tensors[place]
             self._read[place] = nn.Parameter(tensor, requires_grad) if is_parameter else tensor

@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..models import Model, load_model
 from ..models.device import is_out_of_memory
 from ..models.imports import import_transformers
+from ..models.offload.placement import to_device
 from ..plan.cost import Cost
 from .messages import Open, Run, Setup, Stop, Word
 from .transfer import unpack, views
@@ -124,7 +125,8 @@ class Worker:
         modules, places, buffer = arguments
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Model(unpack(modules, views(self._fetch(buffer), places)).to(device))
+            hf = unpack(modules, views(self._fetch(buffer), places))
+            return Model(to_device(hf, torch.device(device)))
 
     def _run(self, request: Run) -> tuple[str, Any]:
         problem, model, runs = self._problems[request.number]

@@ -1,6 +1,8 @@
 """The prefix cache: states that outlive a call never change a bit, stay within their budget, and
 save what they can."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -238,6 +240,26 @@ def test_states_on_the_host_are_cut_from_few_pieces_of_pinned_memory():
     assert pieces[2:] == [256 << 20]
     addresses = [tier.get(key).data_ptr() for key in half]
     assert all(address % 64 == 0 for address in addresses)
+
+
+def test_a_cleared_tier_frees_its_memory(tmp_path):
+    """The states of another problem have other sizes, so that they would not reuse a place."""
+    pieces = []
+
+    def pin(size):
+        piece = torch.empty(size, dtype=torch.uint8)
+        pieces.append(weakref.ref(piece.untyped_storage()))
+        return piece
+
+    cpu = torch.device("cpu")
+    for tier in (HostTier(cpu, pin), DiskTier(tmp_path, cpu)):
+        for size in (5, 7):
+            states = {(0, (i,)): torch.randn(size) for i in range(3)}
+            for key, state in states.items():
+                tier.put(key, state)
+            assert all(torch.equal(tier.get(key), state) for key, state in states.items())
+            tier.clear()
+            assert not any(piece() for piece in pieces)
 
 
 def test_processes_with_a_gpu_each_share_the_host_only(monkeypatch):

@@ -108,6 +108,17 @@ def test_logits_that_are_not_numbers_show(part):
     assert torch.equal(heads.kl(dense_parts(other, part), in_parts(logits, part)).isnan(), expected)
 
 
+@pytest.mark.usefixtures("divergence_by")
+@pytest.mark.parametrize("part", [61, 7])
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min])
+def test_tokens_of_no_probability_add_nothing_to_a_divergence(part, hidden):
+    dense, masked = (random_logits(61, torch.float32, seed) for seed in (3, 4))
+    shown = heads.kl(dense_parts(dense[:, :40], 40), in_parts(masked[:, :40], 40))
+    dense[:, 40:] = masked[:, 40:] = hidden
+    found = heads.kl(dense_parts(dense, part), in_parts(masked, part))
+    torch.testing.assert_close(found, shown)
+
+
 def test_the_first_of_equal_tokens_is_the_most_likely_one():
     logits = torch.zeros(1, 9)
     targets = Targets(1, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 4]))
@@ -181,12 +192,45 @@ def test_a_head_that_needs_the_whole_vocabulary_gets_it(small_parts):
     np.testing.assert_allclose(ev.score(masks), reference_losses(hf, masks, rows), rtol=1e-5)
 
 
+def hiding(hf, value):
+    """Its last tokens have no probability, such as those that only pad its vocabulary."""
+
+    class Hiding(type(hf)):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits.clone()
+            output.logits[..., 60:] = value
+            return output
+
+    hf.__class__ = Hiding
+    return hf
+
+
+HIDDEN = [-torch.inf, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("value", HIDDEN)
+def test_a_family_may_hide_tokens(small_parts, value):
+    hf = hiding(build("gpt2"), value)
+    rows = random_rows(60, [23, 9])
+    batch = fp.TokenBatch.from_ids(rows)
+    ev = fp.Evaluator(hf, fp.Perplexity(batch))
+    masks = some_masks(ev.num_units, 24, seed=1)
+    np.testing.assert_allclose(ev.score(masks), reference_losses(hf, masks, rows), rtol=1e-5)
+    kl = fp.Evaluator(hf, fp.KLDivergence(batch))
+    assert kl.dense_loss == 0
+    assert np.isfinite(kl.score(masks)).all()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda hf: hf, *(lambda hf, v=v: hiding(hf, v) for v in HIDDEN)]
+)
 @pytest.mark.parametrize("loss", ["nll", "greedy", "kl"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_head_with_wrong_losses_is_refused(monkeypatch, family, loss):
+def test_a_head_with_wrong_losses_is_refused(monkeypatch, family, loss, change):
     right = getattr(Head, loss)
     monkeypatch.setattr(Head, loss, lambda *args: right(*args) + 0.01)
-    hf = build(family)
+    hf = change(build(family))
     batch = fp.TokenBatch.from_ids(random_rows(hf.config.vocab_size, [9]))
     with pytest.raises(fp.InputError, match="its head does not give the losses"):
         fp.Evaluator(hf, fp.Perplexity(batch))

@@ -6,6 +6,7 @@ import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import transformers as tf
 
 import fastprune as fp
+from fastprune.engine.openings import Openings
 
 CLEAR_REFS = Path(
     "/proc/self/clear_refs"
@@ -134,3 +136,19 @@ def test_the_prefix_cache_adds_its_budget_and_no_more(measure):
     found = measure({"cached": (budget, cache)}, blocks=16, inner=64, rows=8, masks=200)["cached"]
     assert found["growth"] <= budget + cache
     assert found["growth"] >= cache // 2  # it is used
+
+
+def test_kept_openings_stay_within_their_bytes():
+    """Units may add values to an opening, which count each time it is kept."""
+
+    class Runner:
+        def open(self, *inputs):
+            return torch.zeros(10), [{}]
+
+    openings, chunk = Openings(Runner(), 100), SimpleNamespace(ids=0, positions=0, branch=0)
+    for _ in range(3):
+        _, (arguments,) = openings.open(0, chunk)
+        arguments["added"] = torch.zeros(100)
+        openings.weigh(0)
+        assert openings.bytes == 0
+        assert openings.open(0, chunk)[1] == [{}]  # it was not kept

@@ -219,6 +219,9 @@ def test_the_memory_of_races_is_bounded_and_recent_sums_stay():
     assert known[bytes([19])].tolist() == [19.0]
     assert len(known) <= 9
     assert memory.get(0, b"other", [b"\0"]) == memory.get(1, b"chunk", [b"\0"]) == {}
+    for _ in range(3):  # larger than a generation: it is not kept, and drops no other
+        memory.put(0, b"chunk", {b"large": np.zeros((1, 1000))})
+    assert list(memory.get(0, b"chunk", [b"\0", b"large"])) == [b"\0"]
 
 
 def test_a_store_holds_each_chunk_key_once(hf, rows, tmp_path):

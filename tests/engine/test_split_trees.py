@@ -218,3 +218,10 @@ def test_gradients_are_those_of_choices_run_alone(tasks):
     np.testing.assert_allclose(gradients, expected, rtol=1e-4, atol=1e-6)
     assert np.abs(gradients).max() > 1e-3
     assert trees.unit_salience().shape == (4,)
+
+
+def test_a_layout_of_whole_trees_is_refused(hf, tasks):
+    layout = fp.Evaluator(build("llama"), fp.TaskMargin(tasks)).layout
+    assert max(map(len, layout.chunks)) > 1
+    with pytest.raises(fp.InputError, match="leave layout out"):
+        fp.Evaluator(hf, fp.TaskMargin(tasks), layout=layout)

@@ -178,6 +178,25 @@ def test_towers_stay_in_the_files(hf, tmp_path, weights_bytes):
     assert "text only, towers never run" in support_of(fp.load_model(hf))["inputs"]
 
 
+def test_towers_in_files_of_a_model_that_goes_elsewhere(tmp_path):
+    """To a library, to a checkpoint, and after an edit to workers."""
+    gemma3().save_pretrained(tmp_path)
+    model = fp.load_model(tmp_path, device="cpu")
+    written = fp.export(fp.Library(model), tmp_path / "out", removed=REMOVED)
+    towers = {name for name in load_all(tmp_path) if "vision" in name}
+    assert towers
+    assert towers <= load_all(written).keys()
+    with torch.no_grad():
+        model.hf.lm_head.weight.mul_(1.5)
+    text = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(97, [9, 7])))
+    shared = fp.Evaluator(fp.Library(model), text, workers=1)
+    assert shared.dense_loss == fp.Evaluator(model, text).dense_loss
+
+
+def load_all(folder):
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
 def test_weights_of_towers_decide_nothing(hf, tmp_path):
     hf.save_pretrained(tmp_path)
     before = fp.load_model(tmp_path, device="cpu")

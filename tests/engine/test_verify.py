@@ -3,9 +3,11 @@
 import pytest
 import torch
 from families import build, layers_of, random_rows
+from helpers import make_tasks
 
 import fastprune as fp
-from fastprune.models import GenericRunner, Needs, open_runner
+from fastprune.models import GenericRunner, Needs, fused, open_runner
+from fastprune.models.fused import FusedRunner
 
 
 @pytest.fixture
@@ -77,3 +79,39 @@ def test_a_model_that_stops_running_block_by_block_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
     del layer.forward
     assert fp.Evaluator(model, text).dense_loss == fp.Evaluator(hf, text).dense_loss
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, AssertionError, AttributeError])
+def test_a_familys_code_may_fail_in_any_way(kind, monkeypatch):
+    """Trees run as rows then, blocks have no halves, and "auto" takes the generic path."""
+
+    def fail(*args, **kwargs):
+        raise kind("no")
+
+    tasks = make_tasks(97, [(4, (2, 2)), (3, (2, 1))])
+    hf = build("llama")
+    base, layer = type(hf.model), type(layers_of(hf)[1])
+    forward, block, mlp = base.forward, layer.forward, type(layers_of(hf)[1].mlp)
+
+    def without_trees(self, *args, **kwargs):
+        positions = kwargs.get("position_ids")
+        is_tree = positions is not None and bool((positions.diff() < 1).any())
+        return fail() if is_tree else forward(self, *args, **kwargs)
+
+    def without_halves(self, *args, **kwargs):
+        return block(self, *args, **kwargs) if type(self.mlp) is mlp else fail()
+
+    expected = fp.Evaluator(hf, fp.TaskMargin(tasks)).dense_loss
+    monkeypatch.setattr(base, "forward", without_trees)
+    found = fp.Evaluator(hf, fp.TaskMargin(tasks), backend="generic").dense_loss
+    assert found == pytest.approx(expected, rel=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(layer, "forward", without_halves)
+    text = fp.Perplexity(fp.TokenBatch.from_ids(random_rows(97, [9])))
+    with pytest.raises(fp.InputError, match="not the sum of two sublayers"):
+        fp.Evaluator(hf, text, granularity="sublayer")
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "fast_operators", lambda device, dtype: "torch")
+    monkeypatch.setattr(FusedRunner, "open", fail)
+    with pytest.warns(RuntimeWarning, match="going on with the generic one"):
+        assert fp.Evaluator(hf, text).backend == "generic"

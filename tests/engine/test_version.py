@@ -169,6 +169,80 @@ def test_a_changed_model_has_the_scores_of_its_own_forward_pass(
             assert np.allclose(ev.dense_loss, expected[0], rtol=1e-5, atol=0)
 
 
+def in_place(values):
+    values.tensor.mul_(2)
+
+
+def another_tensor(values):
+    values.tensor = torch.full((4,), 3.0)
+
+
+def in_a_list(values):
+    values.listed[1].add_(1)
+
+
+def another_object(values):
+    values.object = types.SimpleNamespace(factor=1.7)
+
+
+def in_an_object(values):
+    values.object.factor = 1.7
+
+
+def in_a_tuple(values):
+    values.pair = (1.0, 1.5)
+
+
+def in_a_nested_list(values):
+    values.nested[0][0] = 1.3
+
+
+def behind_a_gap(values):
+    values.gap.weight.data[1:] *= 1.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_place,
+        another_tensor,
+        in_a_list,
+        another_object,
+        in_an_object,
+        in_a_tuple,
+        in_a_nested_list,
+        behind_a_gap,
+    ],
+)
+def test_every_kind_of_attribute_counts(change, tmp_path):
+    """Values that forward passes may read: plain ones, tensors, objects, and what these hold."""
+    hf = build("llama")
+    layer = layers_of(hf)[2]
+    layer.tensor, layer.listed, layer.pair = torch.ones(4), ["", torch.ones(1)], (1.0, 1.0)
+    layer.object, layer.nested = types.SimpleNamespace(factor=1.0), [[1.0]]
+    layer.gap = layer.mlp.up_proj
+    weight = layer.gap.weight.detach()
+    wider = torch.cat([weight, weight], dim=1)
+    layer.gap.weight = torch.nn.Parameter(wider[:, : weight.shape[1]])
+
+    def scaled(module, args, output):
+        factor = module.tensor.mean() * module.listed[1] * module.pair[1]
+        return output * factor * module.object.factor * module.nested[0][0]
+
+    layer.register_forward_hook(scaled)
+    rows = random_rows(hf.config.vocab_size, LENGTHS)
+    text, masks = fp.Perplexity(fp.TokenBatch.from_ids(rows)), fp.from_removed(REMOVED, 5)
+    store = tmp_path / "sums.db"
+    ev = fp.Evaluator(hf, text, store=store)
+    before = ev.score(masks)
+    change(layer)
+    expected = own_losses(hf, rows)
+    assert np.abs(before - expected).max() > 1e-3
+    np.testing.assert_allclose(ev.score(masks), expected, rtol=1e-5)
+    again = fp.Evaluator(hf, text, store=store)
+    np.testing.assert_allclose(again.score(masks), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("change", [c for c in CHANGES if c is not edit_weight])
 def test_what_is_put_back_runs_nothing_again(family, change):
     hf = build(family)
