@@ -23,6 +23,7 @@ from fastprune_kernels.linear_loss import linear_kl, linear_logits, linear_nll
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
 SHAPES = [(63, 60, 131), (1, 60, 131), (5, 33, 7), (40, 16, 1), (33, 96, 200)]  # P, D, V
+WHOLE = (35, 96, 1280)  # a vocabulary of whole tiles, in two splits, in every configuration
 
 
 def make(rows: int, size: int, vocab: int, dtype: torch.dtype):
@@ -61,7 +62,7 @@ def kl_approximations(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-@pytest.mark.parametrize(("rows", "size", "vocab"), SHAPES)
+@pytest.mark.parametrize(("rows", "size", "vocab"), [*SHAPES, WHOLE])
 def test_nll(rows, size, vocab, soft_cap, dtype):
     hidden, weight = make(rows, size, vocab, dtype)
     target = integers(rows, high=vocab, seed=3)
@@ -92,13 +93,15 @@ def test_nll_of_several_targets(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-def test_misses_are_targets_that_are_not_the_most_likely_token(soft_cap, dtype):
+@pytest.mark.parametrize("vocab", [131, 256])
+def test_misses_are_targets_that_are_not_the_most_likely_token(vocab, soft_cap, dtype):
     """Of equal logits, in one tile, in one split, or in two of them, the first is the most likely.
-    The loss keeps its bits."""
-    hidden, weight = make(70, 60, 131, dtype)
+    The loss keeps its bits, of whole tiles too."""
+    hidden, weight = make(70, 60, vocab, dtype)
     likely = reference.head_logits(*double(hidden, weight)).argmax(dim=1)
     weight = torch.cat([weight, weight, weight])
-    target = torch.stack([likely, likely + 131, (likely + 1) % 131, -torch.ones_like(likely)], 1)
+    others = likely + vocab, (likely + 1) % vocab
+    target = torch.stack([likely, *others, -torch.ones_like(likely)], 1)
     target[3] = -1
     misses = nans(70, 4)
     out = linear_nll(hidden, weight, target, soft_cap=soft_cap, misses=misses)
