@@ -530,7 +530,8 @@ def linear_nll(
         check_tensor("misses", misses, shape, torch.float32, device)
         most = NO_TOKEN.value
         check(vocab <= most, lambda: f"weight must have at most {most} rows, not {vocab}")
-    config = config or linear_nll_config(architecture(device), hidden.element_size())
+    arch = architecture(device)
+    config = config or linear_nll_config(arch, hidden.element_size())
     _check_splits(config)
     if count:
         num_splits = cdiv(vocab, config["SPLIT_V"])
@@ -549,7 +550,7 @@ def linear_nll(
                 POWERS=powers,
                 BEST=misses is not None,
                 TMA=tma,
-                WHOLE=has_whole_tiles(config, vocab, hidden.element_size(), misses is not None),
+                WHOLE=has_whole_tiles(arch, config, vocab, powers, misses is not None),
                 **config.launch,
             )
             finish_nll_kernel[(cdiv(count, FINISH["BLOCK_P"]), num_targets)](
@@ -678,18 +679,20 @@ def linear_kl(
     return out
 
 
-def has_whole_tiles(config: Config, vocab: int, itemsize: int, best: bool) -> bool:
+def has_whole_tiles(arch: str, config: Config, vocab: int, powers: bool, best: bool) -> bool:
     """Whether linear_nll's code is that of whole tiles: no mask of tokens, one flat loop.
 
-    Bits are the same either way. In float32, or with the most likely token, that code spills.
+    Bits are the same either way. In float32, or with the most likely token, that code spills. On
+    gfx942, with a soft cap, it takes so many registers that half as many programs run at once.
 
     Args:
+        arch: The architecture.
         config: Block sizes.
         vocab: Tokens of the vocabulary.
-        itemsize: Bytes of an element of states and weights.
+        powers: Whether operands have 16 bits.
         best: Whether the pass notes the most likely token.
     """
-    return vocab % config["BLOCK_V"] == 0 and itemsize == 2 and not best
+    return vocab % config["BLOCK_V"] == 0 and powers and not best and arch != "gfx942"
 
 
 # the configuration of the kernels that combine splits, on every architecture
