@@ -157,7 +157,7 @@ def linear_nll_kernel(
             BLOCK_V,
             BLOCK_D,
         )
-        if not WHOLE:
+        if not WHOLE:  # noqa: SIM102 (decided as the kernel is compiled)
             if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
                 b_logits = tl.where(
                     (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf")
