@@ -63,30 +63,38 @@ def _grouped(num_rows, num_splits, BLOCK_P: tl.constexpr, GROUP_P: tl.constexpr)
 def _tile(
     source, i_row, i_column, num_rows,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The tile [ROWS, COLUMNS] at (i_row, i_column) of a matrix [num_rows, D]; zeros outside."""
+    """The tile [ROWS, COLUMNS] at (i_row, i_column) of a matrix [num_rows, D]; zeros outside.
+
+    WHOLE: all rows of the tile exist.
+    """
     if TMA:
         b_x = source.load([i_row, i_column])
     else:
         o_x = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, COLUMNS)[None, :]
-        m_x = (i_row + tl.arange(0, ROWS) < num_rows)[:, None]
-        if D % COLUMNS != 0:
-            m_x = m_x & (tl.arange(0, COLUMNS) < D - i_column)[None, :]
-        b_x = tl.load(source + tl.cast(i_row, tl.int64) * D + i_column + o_x, mask=m_x, other=0.0)
+        p_x = source + tl.cast(i_row, tl.int64) * D + i_column + o_x
+        if WHOLE and D % COLUMNS == 0:
+            b_x = tl.load(p_x)
+        else:
+            m_x = (i_row + tl.arange(0, ROWS) < num_rows)[:, None]
+            if D % COLUMNS != 0:
+                m_x = m_x & (tl.arange(0, COLUMNS) < D - i_column)[None, :]
+            b_x = tl.load(p_x, mask=m_x, other=0.0)
     return b_x
 
 
 @triton.jit
 def _logits(
     hidden, weight, i_row, i_v, num_rows, vocab,
-    D: tl.constexpr, SOFT_CAP: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, SOFT_CAP: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The logits float32[BLOCK_P, BLOCK_V] at (i_row, i_v). Ignore columns from vocab on."""
     b_logits = tl.zeros([BLOCK_P, BLOCK_V], tl.float32)
     for i_d in range(0, D, BLOCK_D):
-        b_h = _tile(hidden, i_row, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA)
-        b_w = _tile(weight, i_v, i_d, vocab, D, BLOCK_V, BLOCK_D, TMA)
+        b_h = _tile(hidden, i_row, i_d, num_rows, D, BLOCK_P, BLOCK_D, TMA, False)
+        b_w = _tile(weight, i_v, i_d, vocab, D, BLOCK_V, BLOCK_D, TMA, WHOLE)
         b_logits = dot(b_h, tl.trans(b_w), b_logits)
     return soft_cap(b_logits, SOFT_CAP)
 
@@ -113,6 +121,7 @@ def linear_nll_kernel(
     POWERS: tl.constexpr,
     BEST: tl.constexpr,
     TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
     SPLIT_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -127,7 +136,12 @@ def linear_nll_kernel(
     if BEST:
         b_best = tl.full([BLOCK_P], float("-inf"), tl.float32)
         b_token = tl.full([BLOCK_P], NO_TOKEN, tl.int32)
-    for i_v in range(i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V):
+    # Whole tiles run in one loop over tiles and columns: the next tile's copies start before this
+    # one's exponentials are summed. With a mask in that loop, the assembler would run the products
+    # one by one.
+    for i_v in tl.range(
+        i_split * SPLIT_V, min((i_split + 1) * SPLIT_V, vocab), BLOCK_V, flatten=WHOLE
+    ):
         b_logits = _logits(
             hidden,
             weight,
@@ -138,14 +152,16 @@ def linear_nll_kernel(
             D,
             SOFT_CAP,
             TMA,
+            WHOLE,
             BLOCK_P,
             BLOCK_V,
             BLOCK_D,
         )
-        if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
-            b_logits = tl.where(
-                (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf")
-            )
+        if not WHOLE:  # noqa: SIM102 (decided as the kernel is compiled)
+            if i_v + BLOCK_V > vocab:  # the last tile alone reaches beyond it
+                b_logits = tl.where(
+                    (i_v + tl.arange(0, BLOCK_V) < vocab)[None, :], b_logits, float("-inf")
+                )
         b_high = tl.max(b_logits, axis=1)
         if BEST:
             o_v = i_v + tl.arange(0, BLOCK_V)
@@ -214,7 +230,7 @@ def finish_nll_kernel(
     )
     b_products = tl.zeros([BLOCK_P, BLOCK_P], tl.float32)
     for i_d in range(0, D, BLOCK_D):
-        b_h = _tile(p_hidden, i_p, i_d, num_rows, D, BLOCK_P, BLOCK_D, False)
+        b_h = _tile(p_hidden, i_p, i_d, num_rows, D, BLOCK_P, BLOCK_D, False, False)
         m_w = m_in[:, None]
         if D % BLOCK_D != 0:
             m_w = m_w & (tl.arange(0, BLOCK_D) < D - i_d)[None, :]
@@ -286,6 +302,7 @@ def linear_logits_kernel(
             D,
             SOFT_CAP,
             TMA,
+            False,
             BLOCK_P,
             BLOCK_V,
             BLOCK_D,
@@ -347,6 +364,7 @@ def linear_kl_kernel(
             D,
             SOFT_CAP,
             TMA,
+            False,
             BLOCK_P,
             BLOCK_V,
             BLOCK_D,
@@ -512,7 +530,8 @@ def linear_nll(
         check_tensor("misses", misses, shape, torch.float32, device)
         most = NO_TOKEN.value
         check(vocab <= most, lambda: f"weight must have at most {most} rows, not {vocab}")
-    config = config or linear_nll_config(architecture(device), hidden.element_size())
+    arch = architecture(device)
+    config = config or linear_nll_config(arch, hidden.element_size())
     _check_splits(config)
     if count:
         num_splits = cdiv(vocab, config["SPLIT_V"])
@@ -531,6 +550,7 @@ def linear_nll(
                 POWERS=powers,
                 BEST=misses is not None,
                 TMA=tma,
+                WHOLE=has_whole_tiles(arch, config, vocab, powers, misses is not None),
                 **config.launch,
             )
             finish_nll_kernel[(cdiv(count, FINISH["BLOCK_P"]), num_targets)](
@@ -657,6 +677,22 @@ def linear_kl(
                 partial, out, count, num_splits, **FINISH.launch
             )
     return out
+
+
+def has_whole_tiles(arch: str, config: Config, vocab: int, powers: bool, best: bool) -> bool:
+    """Whether linear_nll's code is that of whole tiles: no mask of tokens, one flat loop.
+
+    Bits are the same either way. In float32, or with the most likely token, that code spills. On
+    gfx942, with a soft cap, it takes so many registers that half as many programs run at once.
+
+    Args:
+        arch: The architecture.
+        config: Block sizes.
+        vocab: Tokens of the vocabulary.
+        powers: Whether operands have 16 bits.
+        best: Whether the pass notes the most likely token.
+    """
+    return vocab % config["BLOCK_V"] == 0 and powers and not best and arch != "gfx942"
 
 
 # the configuration of the kernels that combine splits, on every architecture

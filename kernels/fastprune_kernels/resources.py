@@ -203,10 +203,14 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
             types = (
                 tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {"p_partial": "*fp32"} | counts
             )
-            for best in (False, True):
+            # LLaMA-3's vocabulary has whole tiles, Qwen3's has not
+            passes = [("", 128256, False), ("best", 128256, True)]
+            if itemsize == 2 and arch != "gfx942":
+                passes.append(("cut", 151936, False))
+            for note, vocab, best in passes:
                 yield case(
                     "linear_nll",
-                    f"{kind} best".strip() if best else kind,
+                    f"{kind} {note}".strip(),
                     config,
                     linear_loss.linear_nll_kernel,
                     types,
@@ -214,6 +218,7 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
                     TMA=described,
                     POWERS=itemsize == 2,
                     BEST=best,
+                    WHOLE=linear_loss.has_whole_tiles(arch, config, vocab, itemsize == 2, best),
                 )
             config = launch.linear_kl_config(arch, itemsize)
             types = tiles(config, hidden="BLOCK_P", weight="BLOCK_V") | {

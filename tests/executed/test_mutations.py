@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ def attention():
     return tree_attention(random(450, 3 * 64), plan, 1, 1)
 
 
-def likelihood(size: int):
-    return linear_nll(random(9, size), random(300, size), torch.arange(9))
+def likelihood(size: int, vocab: int = 300):
+    return linear_nll(random(9, size), random(vocab, size), torch.arange(9))
 
 
 def divergence():
@@ -44,14 +45,21 @@ CASES = {
     "attention": attention,
     "likelihood by TMA": lambda: likelihood(448),
     "likelihood by pointers": lambda: likelihood(450),  # rows are not aligned to 16 bytes
+    "likelihood of whole tiles by TMA": lambda: likelihood(448, 512),
+    "likelihood of whole tiles by pointers": lambda: likelihood(450, 512),
     "divergence by TMA": divergence,
 }
 WAITS = {  # in the code of the kernels that a case launches: there are none but these
     "attention": {"cp.async": 4, "wgmma": 4},
     "likelihood by TMA": {"mbarrier": 1, "cp.async": 2, "wgmma": 4},
     "likelihood by pointers": {"cp.async": 4, "wgmma": 4},
+    "likelihood of whole tiles by TMA": {"mbarrier": 1, "cp.async": 2, "wgmma": 4},
+    "likelihood of whole tiles by pointers": {"cp.async": 4, "wgmma": 4},
     "divergence by TMA": {"mbarrier": 1, "wgmma": 2},
 }
+# A flat loop waits for a tile's products before it sums their exponentials, in the last step too.
+# The compiler waits once more behind the loop, for nothing.
+IDLE = {name: {"wgmma": 1} for name in CASES if "whole tiles" in name}
 
 
 @pytest.fixture
@@ -88,16 +96,19 @@ def weakened(wait: re.Match) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_wait_is_needed(name, change):
-    case, counts = CASES[name], {}
+    case, needed, idle = CASES[name], Counter(), Counter()
     for source in sources_of(case, change):
         for wait in WAIT.finditer(source):
             kind = next(x for x in ("mbarrier", "cp.async", "wgmma") if wait[0].startswith(x))
-            counts[kind] = counts.get(kind, 0) + 1
             wrong = source[: wait.start()] + weakened(wait) + source[wait.end() :]
             change(lambda x, source=source, wrong=wrong: wrong if x == source else x)
-            with pytest.raises(Fault):
+            try:
                 case()
-    assert counts == WAITS[name]
+                idle[kind] += 1
+            except Fault:
+                needed[kind] += 1
+    assert needed == WAITS[name]
+    assert idle == IDLE.get(name, {})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -23,6 +23,7 @@ from fastprune_kernels.linear_loss import linear_kl, linear_logits, linear_nll
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
 SHAPES = [(63, 60, 131), (1, 60, 131), (5, 33, 7), (40, 16, 1), (33, 96, 200)]  # P, D, V
+WHOLE = (5, 96, 512)  # a vocabulary of whole tiles, in every configuration
 
 
 def make(rows: int, size: int, vocab: int, dtype: torch.dtype):
@@ -61,7 +62,7 @@ def kl_approximations(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-@pytest.mark.parametrize(("rows", "size", "vocab"), SHAPES)
+@pytest.mark.parametrize(("rows", "size", "vocab"), [*SHAPES, WHOLE])
 def test_nll(rows, size, vocab, soft_cap, dtype):
     hidden, weight = make(rows, size, vocab, dtype)
     target = integers(rows, high=vocab, seed=3)
@@ -106,6 +107,14 @@ def test_misses_are_targets_that_are_not_the_most_likely_token(soft_cap, dtype):
     expected = torch.tensor([0.0, 1.0, 1.0, 0.0], device=DEVICE).expand(70, 4).clone()
     expected[3] = 0
     assert torch.equal(misses, expected)
+
+
+def test_whole_tiles_have_the_bits_of_others():
+    """Without misses, a vocabulary of whole tiles has code of its own."""
+    hidden, weight = make(5, 60, 512, torch.bfloat16)
+    target = integers(5, high=512, seed=3)
+    other = linear_nll(hidden, weight, target, misses=nans(5))
+    assert torch.equal(linear_nll(hidden, weight, target), other)
 
 
 def test_positions_without_a_target_are_zero_wherever_they_are():
