@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -251,8 +251,8 @@ class TieredStates:
             except OSError as error:
                 self._give_up_disk(error)
                 continue
-            self._places[key] = _Place(name, state.nbytes)
-            self.bytes[name] += state.nbytes
+            self._places[key] = place = _Place(name, state.nbytes)
+            self.bytes[name] += place.size
             return name
         return None
 
@@ -394,14 +394,17 @@ class PrefixCache:
         """The prefixes of a chunk whose states are held, and their likelihoods."""
         return self._matches.get(chunk, NONE_HELD)
 
-    def insert(self, chunk: int, prefix: Units, state: torch.Tensor) -> None:
-        """Hold a state, in the fastest tier that has room."""
+    def insert(self, chunk: int, states: Mapping[Units, torch.Tensor]) -> None:
+        """Hold states of a chunk by prefix, each in the fastest tier that has room."""
         counts, rooms = self._counts, self._rooms
-        tier = self._states.put(
-            (chunk, prefix), state, lambda tier: counts[chunk, tier] < rooms[tier]
-        )
-        if tier is not None:
-            counts[chunk, tier] += 1
+
+        def has_room(tier: str) -> bool:
+            return counts[chunk, tier] < rooms[tier]
+
+        for prefix, state in states.items():
+            tier = self._states.put((chunk, prefix), state, has_room)
+            if tier is not None:
+                counts[chunk, tier] += 1
 
     def takes(self, chunk: int, count: int) -> bool:
         """Whether the device has room for `count` more states of a chunk."""

@@ -178,7 +178,7 @@ class Calls:
                 f"{len(trie.sequences)} distinct masks in one call; at most {MAX_SEQUENCES} are "
                 "planned together"
             )
-        started = time.perf_counter()
+        started, hits = time.perf_counter(), 0
         try:
             with self._model.evaluation():
                 ledger = None
@@ -187,10 +187,10 @@ class Calls:
                     ledger = self._complete(trie.sequences, progress, part, keep)
                     if ledger is None:  # the model changed, so the call's states are of no version
                         self.opened.runs.close()
+            hits = int(np.count_nonzero(ledger.from_store[trie.index]))
+            return ledger.sums
         finally:
-            self._asked += Cost(seconds=time.perf_counter() - started)
-        self._asked += Cost(store_hits=int(ledger.from_store[trie.index].sum()))
-        return ledger.sums
+            self._asked += Cost(store_hits=hits, seconds=time.perf_counter() - started)
 
     def _complete(
         self,

@@ -126,7 +126,7 @@ class Executor:
         """Yield the walks of a group of chunks, visit by visit, while their weights are loaded.
 
         Exhaust each walk before the next one. If the iterator is closed early, the cache forgets
-        its states of these chunks.
+        its states of the chunks that were begun and not finished.
 
         Args:
             schedules: The schedule of each chunk, by number.
@@ -134,23 +134,24 @@ class Executor:
         Yields:
             The number of a chunk, and its walk.
         """
-        cache, weights, finished = self._cache, self._model.weights, False
+        cache, weights, begun = self._cache, self._model.weights, set[int]()
         loads, read = weights.loads, weights.bytes
         try:
-            for number, schedule in schedules.items():
-                cache.evict(number, schedule.evicted)
             for visits in loading.visits(schedules, self._model, self._per_block):
                 for number, visit in visits.items():
-                    with closing(self._walk(schedules[number], visit, number)) as walk:
+                    schedule = schedules[number]
+                    if visit is schedule.visits[0]:
+                        begun.add(number)
+                        cache.evict(number, schedule.evicted)
+                    with closing(self._walk(schedule, visit, number)) as walk:
                         yield number, walk
-            for number, schedule in schedules.items():
-                cache.commit(number, schedule.held)
-            finished = True
+                    if visit is schedule.visits[-1]:
+                        cache.commit(number, schedule.held)
+                        begun.remove(number)
         finally:
             self._frontier.clear()
-            if not finished:
-                for number in schedules:
-                    cache.forget(number)
+            for number in begun:
+                cache.forget(number)
             self._counts.weight_loads += weights.loads - loads
             self._counts.weight_bytes += weights.bytes - read
 
@@ -159,6 +160,8 @@ class Executor:
         chunk, _ = self._open(number)
         embedded, arguments = self._openings.open(number, chunk)
         slots: list[State | None] = [None] * schedule.num_slots
+        run, pack, granularity = self._runner.run, self._runner.pack, self._granularity
+        counts, num_read = self._counts, chunk.num_read
         for step in schedule.steps[visit.start : visit.stop]:
             kind, index = step.source
             if kind == "root":  # the first step, if any
@@ -170,7 +173,7 @@ class Executor:
             else:
                 state = self._take(schedule, step, number)
             retained = dict(step.retained)
-            fresh: list[tuple[Units, torch.Tensor]] = []
+            fresh: dict[Units, torch.Tensor] = {}
             # states that stay on the device are cached together, so that no code of the cache runs
             # between units
             together = len(retained) if self._cache.takes(number, len(retained)) else 1
@@ -178,18 +181,15 @@ class Executor:
                 # within a step, only the size of a state can change
                 if count == 1 or isinstance(state, HalfBlock):
                     self._note_peak(slots, state, chunk)
-                state = self._runner.run(unit, state, arguments, self._granularity)
-                self._counts.token_runs += chunk.num_read
+                state = run(unit, state, arguments, granularity)
+                counts.token_runs += num_read
                 if count in retained:
-                    fresh.append((retained[count], self._runner.pack(state)))
+                    fresh[retained[count]] = pack(state)
                     if len(fresh) == together:
-                        for prefix, packed in fresh:
-                            self._cache.insert(number, prefix, packed)
+                        self._cache.insert(number, fresh)
                         fresh.clear()
             if step.frontier >= 0:
-                self._frontier.put(
-                    number, schedule.frontier[step.frontier], self._runner.pack(state)
-                )
+                self._frontier.put(number, schedule.frontier[step.frontier], pack(state))
             if step.target >= 0:
                 slots[step.target] = state
             yield Reached(step.end, hidden_of(state), len(step.units))

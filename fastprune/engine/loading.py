@@ -1,7 +1,7 @@
 """Weights that do not fit: groups of chunks that share the loading of bands.
 
-If all weights stay loaded, every chunk is a group of its own, and no state waits. Other modules
-need not know which case holds.
+If all weights stay loaded, all chunks are one group, and no state waits. Other modules need not
+know which case holds.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Loading:
         """
         numbers, model = list(schedules), self._model
         if not model.weights.take_turns or not numbers:
-            return Groups([[number] for number in numbers], True)
+            return Groups([numbers], True)
         tokens = max(chunks[number].num_tokens for number in numbers)
         slots = max(schedule.num_slots for schedule in schedules.values())
         memory = self._limit.beside(tokens, slots, references)

@@ -383,18 +383,18 @@ class LocalRuns:
         self, chunk: ChunkRows, number: int, rows: np.ndarray, walk: Walk, tell: _UnitProgress
     ) -> Iterator[PartialSums]:
         """Yield the sums of the sequences that end in a walk, `MAX_SUMS` at a time."""
-        ended: list[int] = []
+        ends: list[int] = []
         values: list[torch.Tensor] = []  # [V, targets] each
         for step in walk:
             if step.end >= 0:
-                ended.append(int(rows[step.end]))
+                ends.append(step.end)
                 values.append(self._executor.values(step.hidden, number))
-            if len(ended) == MAX_SUMS:
-                yield _sum(chunk, number, ended, values)
-                ended, values = [], []
+            if len(ends) == MAX_SUMS:
+                yield _sum(chunk, number, rows[ends], values)
+                ends, values = [], []
             tell.add(step.units)
-        if ended:
-            yield _sum(chunk, number, ended, values)
+        if ends:
+            yield _sum(chunk, number, rows[ends], values)
 
 
 class _UnitProgress:
@@ -412,15 +412,18 @@ class _UnitProgress:
         self._progress(self._done, self._total)
 
 
-def _sum(chunk: ChunkRows, number: int, rows: list[int], values: list[torch.Tensor]) -> PartialSums:
+def _sum(
+    chunk: ChunkRows, number: int, rows: np.ndarray, values: list[torch.Tensor]
+) -> PartialSums:
     """Sum values over continuations in target order, with one transfer from the device."""
-    stacked = torch.stack(values) if len(values) > 1 else values[0][None]
-    fetched = stacked.cpu().double().numpy()  # [n, V, targets]
-    sums = np.empty((*fetched.shape[:2], len(chunk.continuations)))
-    for of_sequence, into in zip(fetched, sums):
-        for weights, total in zip(of_sequence, into):
-            total[:] = np.bincount(chunk.places, weights=weights, minlength=len(total))
-    return PartialSums(number, np.array(rows, dtype=np.int64), sums)
+    together = torch.stack(values) if len(values) > 1 else values[0]
+    fetched = together.cpu().numpy().reshape(len(values), *values[0].shape)  # [n, V, targets]
+    count = len(chunk.continuations)
+    sums = [  # bincount adds in float64
+        [np.bincount(chunk.places, weights, count) for weights in of_sequence]
+        for of_sequence in fetched
+    ]
+    return PartialSums(number, rows, np.array(sums))
 
 
 def _needs(model: Model, batch: TokenBatch, granularity: str) -> Needs:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from ..data import TokenBatch
 from ..models import Model, Runner
-from ..models.attention import SDPA_BACKENDS
+from ..models.attention import BACKEND_NAMES
 from ..models.fingerprint import machine_fingerprint
 from ..plan.layout import Layout
 from .chunks import Chunks
@@ -77,6 +77,6 @@ def numerics_of(model: Model, runner: Runner) -> dict[str, object]:
         "dtype": str(model.dtype),
         "attention": getattr(model.config, "_attn_implementation", None),
         "experts": getattr(model.config, "_experts_implementation", None),
-        "sdpa": [backend.name for backend in SDPA_BACKENDS],
+        "sdpa": BACKEND_NAMES,
         "machine": machine_fingerprint(model.device),
     }

@@ -23,6 +23,7 @@ SDPA_BACKENDS = (
     SDPBackend.MATH,
     SDPBackend.OVERRIDEABLE,
 )
+BACKEND_NAMES = [backend.name for backend in SDPA_BACKENDS]
 
 _turn = threading.Lock()
 # open blocks of `pinned_attention`, in all threads: torch's switches are the process's

@@ -24,6 +24,11 @@ IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # of hooks by their number: whether one takes arguments by name, or runs after an exception
 HOOK_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+GLOBAL_HOOKS = tuple(
+    name
+    for name, value in vars(nn.modules.module).items()
+    if name.startswith("_global_") and name.endswith("_hooks") and isinstance(value, dict)
+)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
 
 
@@ -58,11 +63,7 @@ def hooks_of(module: nn.Module) -> list[tuple[Any, bool]]:
 
 def global_hooks() -> list[dict]:
     """torch's hooks on all modules of the process, by kind."""
-    return [
-        value
-        for name, value in vars(nn.modules.module).items()
-        if name.startswith("_global_") and name.endswith("_hooks") and isinstance(value, dict)
-    ]
+    return [getattr(nn.modules.module, name) for name in GLOBAL_HOOKS]
 
 
 def namespaces(modules: Iterable[nn.Module]) -> list[Namespace]:

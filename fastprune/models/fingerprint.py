@@ -99,10 +99,15 @@ def _global_hooks() -> list[str]:
 
 def _cpu() -> dict[str, object]:
     return {
-        "device": torch.backends.cpu.get_cpu_capability(),
+        "device": _instructions(),
         "threads": torch.get_num_threads(),
         "mkldnn": [torch.backends.mkldnn.enabled, *_mkldnn_precisions()],
     }
+
+
+@functools.cache
+def _instructions() -> str:
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _mkldnn_precisions() -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -42,15 +42,17 @@ def lock_of(hf: Any) -> threading.RLock:
 @contextmanager
 def evaluating(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Like `Model.evaluation`, without the lock and the check; `modules` are all of a model's."""
+    kind = device.type
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
-        without_autocast = torch.autocast(device.type, enabled=False)
+        in_inference = torch.is_inference_mode_enabled()
+        in_autocast = torch.is_autocast_enabled(kind)
         with (
-            torch.inference_mode(False),
+            torch.inference_mode(False) if in_inference else nullcontext(),
+            torch.autocast(kind, enabled=False) if in_autocast else nullcontext(),
             torch.no_grad(),
-            without_autocast,
             pinned_attention(),
         ):
             yield

@@ -136,6 +136,7 @@ class Snapshot:
         self._configs = _configs_of(self.modules)
         dictionaries = [
             *_dictionaries_of(self._attributes),
+            *(module._modules for module in self.modules),
             *global_hooks(),
             *map(vars, self._configs),
         ]
@@ -170,7 +171,7 @@ class Snapshot:
         """Whether the model differs from this by anything but sampled values."""
         try:
             if (
-                not (self.has_same_children() and self._has_same_attributes())
+                not self._has_same_attributes()
                 or any(self._empty)
                 or self._dictionaries != self._contents
                 or any(map(operator.ne, self._spaces, self._functions))

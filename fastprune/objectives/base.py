@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -234,7 +235,16 @@ class Objective:
 
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:
         """The loss of each sample, float64[N, S], from sums over continuations, float64[N, C]."""
-        return sum_by_sample(sums * self.weight, self.sample)
+        return self._by_sample(sums * self.weight)
+
+    def _by_sample(self, values: np.ndarray) -> np.ndarray:
+        """Sum values [N, C] over the continuations of each sample, [N, S]."""
+        return np.add.reduceat(values, self._starts, axis=1)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first continuation of each sample, int64[S]."""
+        return np.flatnonzero(np.diff(self.sample, prepend=-1))
 
     def loss(self, sums: np.ndarray) -> np.ndarray:
         """The loss of each mask, float64[N], from sums over continuations, float64[N, C]."""
@@ -429,12 +439,6 @@ class Share(Objective):
             -100.0
         """
         return -100.0
-
-
-def sum_by_sample(values: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Sum values [N, C] over the continuations of each sample, [N, S]."""
-    starts = np.flatnonzero(np.diff(sample, prepend=-1))
-    return np.add.reduceat(values, starts, axis=1)
 
 
 def check_batch(batch: object, objective: type) -> TokenBatch:

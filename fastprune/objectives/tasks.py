@@ -9,7 +9,7 @@ import numpy as np
 from ..data import Tasks, TokenBatch
 from ..errors import InputError
 from ..validate import check_one_of
-from .base import Objective, Share, sum_by_sample
+from .base import Objective, Share
 
 Normalization = Literal["mean", "sum"]
 AccuracyNormalization = Literal["sum", "characters", "bytes", "mean"]
@@ -189,13 +189,12 @@ class TaskAccuracy(Share):
 
     def sample_losses(self, sums: np.ndarray) -> np.ndarray:
         nll = sums * self.weight
-        starts = np.flatnonzero(np.diff(self.sample, prepend=-1))
         losses = np.empty((len(sums), self.num_samples))
-        for s, choices in enumerate(np.split(np.arange(len(self.sample)), starts[1:])):
+        for s, choices in enumerate(np.split(np.arange(len(self.sample)), self._starts[1:])):
             best = nll[:, choices].argmin(axis=1)  # the first of equals
             losses[:, s] = choices[best] != self.tasks.answer[s]
         # a choice without a finite likelihood can neither win nor lose: the question has no answer
-        losses[~np.isfinite(sum_by_sample(nll, self.sample))] = np.nan
+        losses[~np.isfinite(self._by_sample(nll))] = np.nan
         return losses
 
 

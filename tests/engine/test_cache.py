@@ -299,7 +299,7 @@ def test_a_gpu_holds_states_in_all_but_a_reserve(monkeypatch):
     cache.start(state.nbytes)
     cache.resize()
     for i in range(10):
-        cache.insert(0, (i,), state)
+        cache.insert(0, {(i,): state})
         cache.get(0, (i,))
     assert cache.hits == {"device": 10, "host": 0}
 
@@ -340,7 +340,7 @@ def test_a_cache_without_room_holds_nothing():
     cache.start(100)
     cache.resize()
     assert cache.capacity == 0
-    cache.insert(0, (1,), torch.zeros(25))
+    cache.insert(0, {(1,): torch.zeros(25)})
     assert cache.bytes == 0
 
 
@@ -349,14 +349,13 @@ def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_
     state = torch.randn(25)
     cache = PrefixCache(3 * 2 * state.nbytes, tmp_path, torch.device("cpu"))
     cache.start(2 * state.nbytes)
-    cache.insert(0, (9,), state)  # before there is room
+    cache.insert(0, {(9,): state})  # before there is room
     assert cache.bytes == 0
     cache.resize()
     assert [cache.takes(0, count) for count in (3, 4)] == [True, False]  # in memory
     prefixes = [(i,) for i in range(5)]
     for chunk in (0, 1):
-        for prefix in prefixes:
-            cache.insert(chunk, prefix, state + prefix[0] + chunk)
+        cache.insert(chunk, {prefix: state + prefix[0] + chunk for prefix in prefixes})
         cache.commit(chunk, Prefixes(prefixes, np.arange(5.0)))
     assert cache.bytes == 10 * state.nbytes
     for chunk in (0, 1):
@@ -366,7 +365,7 @@ def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_
     assert not cache.takes(0, 1)
     cache.evict(0, [(0,), (7,)])
     assert cache.takes(0, 1)
-    cache.insert(0, (5,), state)
+    cache.insert(0, {(5,): state})
     assert torch.equal(cache.get(0, (5,)), state)
     assert cache.hits == {"device": 7, "disk": 4}
     # (8,) found no room
