@@ -120,11 +120,13 @@ def races() -> list[Row]:
     return [{"keep": name.rpartition(" ")[2], **row} for name, row in entries.items()]
 
 
+MODELS = {"demo": "demo", "smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}
+
+
 def repeated_windows() -> list[Row]:
     """The first three windows of blocks that each race chose to run twice, on both halves."""
-    names = {"demo": "demo", "smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}
     return [
-        {**row, "model": names[model], "chosen_by": result["objective"]}
+        {**row, "model": MODELS[model], "chosen_by": result["objective"]}
         for model, entry in load("repeat").items()
         for result in entry["chosen_by"].values()
         for row in result["best"][:3]
@@ -151,7 +153,7 @@ def window_races() -> list[Row]:
         {
             **entry["unraced"],
             **result["race"],
-            "model": model,
+            "model": MODELS[model],
             "windows": entry["windows"],
             "by": result["objective"],
             "raced": 1 / result["race"]["share_of_unraced"],
