@@ -76,21 +76,25 @@ def results(folder: Path, name: str) -> dict[str, Any]:
     for label, objective in objectives.items():
         held_out = label in study["held_out"]
         judged = [row for row in rows if held_out or row["objective"] == label]
-        masks = sorted({tuple(row["removed"]) for row in judged})
         ev = fp.Evaluator(model, objective, store=store)
-        losses = ev.score_samples(fp.from_removed([(), *masks], ev.num_units))
-        print(f"{name}, {label}: {len(masks)} masks, {ev.stats.unit_runs:g} unit runs", flush=True)
+        everything = tuple(range(ev.num_units))
+        sequences = [everything, *sorted({run_by(row, ev.num_units) for row in judged})]
+        losses = ev.score_samples(sequences=sequences)
+        print(
+            f"{name}, {label}: {len(losses)} losses, {ev.stats.unit_runs:g} unit runs", flush=True
+        )
         if not np.isclose(float(objective.mean(losses[:1])[0]), dense[label]["loss"], rtol=1e-9):
             raise SystemExit(f"{name}, {label}: these are not the samples of the study")
-        by_mask = dict(zip([(), *masks], losses, strict=True))
-        whole[label] = value_of(objective, by_mask[()])
+        by_sequence = dict(zip(sequences, losses, strict=True))
+        whole[label] = value_of(objective, losses[0])
         for row in judged:
-            own, other = by_mask[tuple(row["removed"])], reference(rows, row, name)
+            own, other = by_sequence[run_by(row, ev.num_units)], reference(rows, row, name)
             row["judged"][label] = value_of(objective, own) | {
-                "to_whole": difference(objective, own, by_mask[()])
+                "to_whole": difference(objective, own, losses[0])
             }
-            if other in by_mask:
-                row["judged"][label]["to_reference"] = difference(objective, own, by_mask[other])
+            base = by_sequence.get(run_by(other, ev.num_units)) if other else None
+            if base is not None:
+                row["judged"][label]["to_reference"] = difference(objective, own, base)
     judges = {
         label: {
             "metric": objective.header(),
@@ -138,17 +142,25 @@ def cell_row(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sized(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"size": record["num_remove"], "removed": record["removed"], "judged": {}}
+    units = "removed" if record.get("removed") is not None else "sequence"
+    return {"size": record["num_remove"], units: record[units], "judged": {}}
+
+
+def run_by(row: Mapping[str, Any], num_units: int) -> tuple[int, ...]:
+    """The sequence of units that a row's candidate runs."""
+    if "sequence" in row:
+        return tuple(row["sequence"])
+    return tuple(unit for unit in range(num_units) if unit not in row["removed"])
 
 
 def reference(
     rows: list[dict[str, Any]], row: Mapping[str, Any], name: str
-) -> tuple[int, ...] | None:
-    """The mask that a row is compared with: of its size, by the study's reference search."""
+) -> dict[str, Any] | None:
+    """The row that a row is compared with: of its size, by the study's reference search."""
     wanted = REFERENCES[name](row["objective"], row["algorithm"])
     for other in rows:
         if (other["objective"], other["algorithm"], other["size"]) == (*wanted, row["size"]):
-            return tuple(other["removed"])
+            return other
     return None
 
 

@@ -290,33 +290,32 @@ def quality() -> list[Row]:
     return entries
 
 
-def chosen_masks(name: str) -> list[Row]:
-    """The masks of a study of a real model; each once, with all searches that chose it."""
-    study = load("study").get(name, {"rows": []})
+def chosen_masks(name: str, controls: bool = False) -> list[Row]:
+    """The masks of a study of a real model; each once, with all searches that chose it. With
+    `controls`, the candidates that no search chose."""
+    study = load("study")[name]
     merged: dict[tuple[int, ...], dict[str, Any]] = {}
     for row in study["rows"]:
-        search = row["algorithm"] if row["objective"] is None else named_search(row)
-        entry = merged.setdefault(tuple(row["removed"]), {**row, "judged": {}, "searches": []})
-        entry["searches"].append(search)
+        is_control = row["algorithm"].startswith("(")
+        if is_control != controls:
+            continue
+        key = (is_control, *row.get("removed", row.get("sequence")))
+        entry = merged.setdefault(key, {**row, "judged": {}, "searches": []})
+        entry["searches"].append(row["algorithm"].strip("()") if is_control else named_search(row))
         entry["judged"] |= row["judged"]
-    rows = sorted(merged.values(), key=lambda row: (row["size"], row["searches"][0][0] == "("))
-    if not rows:
-        return []
-    whole = {
-        label: {"value": v["value"], "error": v["error"]}
-        for label, v in study["whole_model"].items()
-    }
-    return [{"size": 0, "removed": [], "searches": ["whole model"], "judged": whole}, *rows]
+    rows = sorted(merged.values(), key=lambda row: row["size"] or 0)
+    whole = {"removed": [], "searches": ["whole model"], "judged": study["whole_model"]}
+    return rows if controls else [whole, *rows]
 
 
 def named_search(row: Row) -> str:
-    """A search by its objective and algorithm, or a control and the objective that it follows."""
+    """A search by its algorithm, objective and data."""
     objective, _, data = row["objective"].partition("-")
-    return f"{objective} ({data}): {row['algorithm']}"
+    return f"{row['algorithm']}, {objective}" + f" on {data}" * (data not in ("text", "questions"))
 
 
 def regrets() -> list[Row]:
-    """How far each algorithm came from the best of all subsets, by size."""
+    """Each algorithm, with its distance from the best of all subsets of its size."""
     return [
         {**row, **row["judged"]["perplexity-text"], "share": row["unit_runs"]}
         for name in ("pairs", "optimum")
@@ -350,8 +349,16 @@ def to_reference(label: str) -> Callable[[Row], str]:
     return cell
 
 
+PIQA: Columns = {
+    "PIQA, % (higher is better)": judged("piqa"),
+    "PIQA against it, points": to_reference("piqa"),
+}
+
+
 def rounded(value: float, error: float, sign: str = "") -> str:
     """A value with its standard error, both to the error's second digit."""
+    if abs(value) >= 1e5:
+        return f"{value:{sign}.1e} ± {error:.0e}"
     digits = max(0, 1 - math.floor(math.log10(error))) if error else 1
     return f"{value:{sign}.{digits}f} ± {error:.{digits}f}"
 
@@ -461,20 +468,26 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
             lambda name=name: chosen_masks(name),
             {
                 "removed": removed_blocks,
-                "chosen by": lambda row: ", ".join(row["searches"]),
+                "chosen by": lambda row: "; ".join(row["searches"]),
                 "perplexity (lower is better)": judged("unseen-text"),
-                "to the reference": to_reference("unseen-text"),
+                "against the reference": to_reference("unseen-text"),
                 "ARC-Easy, % (higher is better)": judged("arc-easy"),
-                "to it": to_reference("arc-easy"),
-                **(
-                    {"PIQA, %": judged("piqa"), "to it, PIQA": to_reference("piqa")}
-                    if name == "smollm2"
-                    else {}
-                ),
-            },
+                "against it, points": to_reference("arc-easy"),
+            }
+            | (PIQA if name == "smollm2" else {}),
         )
         for name in ("smollm2", "calibration", "gemma3")
     },
+    "study_controls": (
+        lambda: chosen_masks("smollm2", controls=True),
+        {
+            "control": lambda row: row["searches"][0],
+            "removed": lambda row: removed_blocks(row) if "removed" in row else "none",
+            "perplexity (lower is better)": judged("unseen-text"),
+            "ARC-Easy, % (higher is better)": judged("arc-easy"),
+            "PIQA, % (higher is better)": judged("piqa"),
+        },
+    ),
     "study_regrets": (
         regrets,
         {

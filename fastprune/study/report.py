@@ -89,7 +89,7 @@ def _objectives(study: Mapping) -> dict[str, type[Objective]]:
 
 
 def _to_best(objective: type[Objective], entry: Mapping) -> str:
-    """How far a candidate is from the best one of its size; "best" for that one, and for one that
+    """A candidate's difference from the best one of its size; "best" for that one, and for one that
     equals it on every sample."""
     difference = to_difference(entry["to_best"])
     is_best = not difference.value and not difference.error > 0  # one sample has no error
