@@ -2,7 +2,7 @@
 
 import sys
 
-from .signals import raise_upon_sigterm, word_and_status
+from .errors import raise_upon_sigterm, word_and_status
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""The one exception that a wrong input raises."""
+"""A wrong input, and the end by a signal: Ctrl-C, or SIGTERM, which `kill` and batch systems send."""
 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 
 class InputError(ValueError):
@@ -80,3 +82,24 @@ def brief(text: str, limit: int) -> str:
         return text
     head = (limit - 5) * 2 // 3
     return f"{text[:head]} ... {text[len(text) - (limit - 5 - head) :]}"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has arrived. Work ends as upon Ctrl-C: finished sums are kept."""
+
+
+def raise_upon_sigterm() -> None:
+    """Raise Terminated in the main thread when SIGTERM arrives."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    with suppress(ValueError):  # only the main thread can handle signals
+        signal.signal(signal.SIGTERM, end)
+
+
+def word_and_status(error: BaseException) -> tuple[str, int]:
+    """The word for the end of a run, and its exit status, as a shell's own commands have it."""
+    if isinstance(error, Terminated):
+        return "terminated", 128 + signal.SIGTERM
+    return "interrupted", 128 + signal.SIGINT

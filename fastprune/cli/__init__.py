@@ -17,8 +17,7 @@ import click
 from click.shell_completion import get_completion_class, shell_complete
 
 from .. import __version__
-from ..errors import InputError
-from ..signals import word_and_status
+from ..errors import InputError, word_and_status
 from . import commands, environment, evaluation, search, stores, studies
 from .output import cannot_print, is_of_printing, note, prepare_streams
 
