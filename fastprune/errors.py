@@ -1,4 +1,4 @@
-"""A wrong input, and the end by a signal: Ctrl-C, or SIGTERM, which `kill` and batch systems send."""
+"""Wrong inputs, and the end of a run by Ctrl-C or SIGTERM, which batch systems send."""
 
 from __future__ import annotations
 
