@@ -183,6 +183,21 @@ FUSED_CONFIGS = {
         use_qk_norm=True,
         rope_parameters=PARTLY_ROTATED,
     ),
+    "gpt_oss": lambda: (
+        tf.GptOssConfig(
+            **EXPERTS,
+            num_local_experts=4,
+            sliding_window=WINDOW,
+            layer_types=MIXED,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        "eager",
+    ),
     "granite": lambda: tf.GraniteConfig(
         **LLAMA_LIKE,
         embedding_multiplier=3.0,
