@@ -368,8 +368,8 @@ def goals(results: dict) -> list[list[str]]:
 
 
 def price_of_fixed_bits(found: dict) -> str | None:
-    """How long linear_nll takes beside the fastest other code for its loss, none of which promises
-    the same bits in whatever company; None if no other one was timed."""
+    """The time of linear_nll over that of the fastest other code for its loss, none of which
+    promises the same bits in whatever company; None if no other code was timed."""
     others = {name: of["ms"] for name, of in found.items() if isinstance(of, dict) and "ms" in of}
     if not others:
         return None
