@@ -65,8 +65,17 @@ OWN = {
 }
 # families in which a layer type says where the window counts
 MIXED = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
-WINDOWED = ("ministral", "cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "olmo3")
-EAGER = ("gemma2", "gpt_oss")  # for the cap of scores; for sinks
+WINDOWED = (
+    "ministral",
+    "cohere2",
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "granite_swa",
+    "olmo3",
+)
+EAGER = ("gemma2", "gpt_oss", "granite_swa")  # for the cap of scores; for sinks
 
 
 def build(family: str) -> torch.nn.Module:

@@ -155,6 +155,11 @@ FAMILIES = {
     "glm4_moe": LLAMA,
     "gpt_oss": replace(LLAMA, angles="single", sinks="sinks"),
     "granite": GRANITE,
+    "granite_swa": replace(
+        GRANITE,
+        sinks="sinks",
+        rotates=lambda attention: bool(attention.config.layer_rope_theta[attention.layer_idx]),
+    ),
     "granitemoe": replace(GRANITE, mlp="block_sparse_moe"),
     "helium": GLM,
     "hunyuan_v1_dense": HUNYUAN,
