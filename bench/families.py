@@ -53,6 +53,7 @@ OWN = {
     "ernie4_5_moe": {"num_experts_per_tok": 0, "moe_num_experts": 8, "moe_k": 2},
     "flex_olmo": {},
     "glm4_moe": {"first_k_dense_replace": 1},
+    "gpt_oss": {},
     "granitemoe": {},
     "hunyuan_v1_moe": {"num_experts_per_tok": 0, "moe_topk": 2},
     "minimax_m2": {},
@@ -64,6 +65,17 @@ OWN = {
 }
 # families in which a layer type says where the window counts
 MIXED = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
+WINDOWED = (
+    "ministral",
+    "cohere2",
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "granite_swa",
+    "olmo3",
+)
+EAGER = ("gemma2", "gpt_oss", "granite_swa")  # for the cap of scores; for sinks
 
 
 def build(family: str) -> torch.nn.Module:
@@ -73,12 +85,12 @@ def build(family: str) -> torch.nn.Module:
         sizes |= EXPERTS | {"intermediate_size": 256} | OWN[family]
     if family == "helium":
         sizes["num_key_value_heads"] = 6
-    if family in ("ministral", "cohere2", "exaone4", "gemma2", "gemma3_text", "olmo3"):
+    if family in WINDOWED:
         sizes["layer_types"] = MIXED
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attention = "eager" if family == "gemma2" else "sdpa"  # the cap of its scores
+        attention = "eager" if family in EAGER else "sdpa"
         return tf.AutoModelForCausalLM.from_config(
             kind(**sizes), attn_implementation=attention
         ).eval()

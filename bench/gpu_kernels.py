@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from gpu_baselines import losses
 from gpu_measure import Bench, relative_error, time_limit
+from gpu_watch import failure
 from torch.nn import functional as F
 
 from fastprune.engine.memory import peak_bytes
@@ -67,7 +68,7 @@ def run(bench: Bench, section: str) -> None:
                 measure = _measure_compiled if section == "compiled" else _measure
                 found[name] = measure(bench, make(bench))
             except Exception as error:
-                found[name] = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+                found[name] = failure(error)
                 if bench.is_broken():
                     bench.save(section, found)
                     raise
@@ -119,7 +120,7 @@ def _attempt(
     except Exception as error:
         if bench.is_broken():
             raise
-        return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+        return failure(error)
     finally:
         bench.free()
 

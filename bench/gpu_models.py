@@ -14,12 +14,14 @@ import time
 import numpy as np
 import torch
 from gpu_measure import Bench, relative_error
+from gpu_watch import failure
 
 import fastprune as fp
 from fastprune.models import FusedRunner, open_runner
 from fastprune.models.surgery import without
 from fastprune.plan.cost import Cost
 from fastprune.plan.trie import Units, kept_units, make_trie
+from fastprune.testing import SyntheticEvaluator
 
 SHAPES = {
     "LLaMA-3 8B": {
@@ -362,93 +364,116 @@ def margin(bench: Bench, name: str) -> dict:
     }
 
 
-class OutOfTime(Exception):
+class OutOfTime(TimeoutError):
     pass
 
 
-class _Rounds:
-    """An evaluator that only counts: how many unit runs a search needs where every state is kept,
-    by drawn losses."""
+class _Rounds(SyntheticEvaluator):
+    """Counts the unit runs that a search needs where every state is kept, by drawn losses."""
 
-    def __init__(self, like: fp.Evaluator):
-        self.num_units, self.objective, self.granularity = (
-            like.num_units,
-            like.objective,
-            like.granularity,
-        )
-        self.stats = Cost()
+    def __init__(self, num_units: int):
+        super().__init__(num_units)
+        self.pairs[:] = 0
         self._prefixes: set[Units] = set()
-        self._weight = np.random.default_rng(0).random(like.num_units)
 
-    def score(self, masks) -> np.ndarray:
+    def score(self, masks=None, **options) -> np.ndarray:
         for sequence in kept_units(masks):
             self._prefixes.update(sequence[:i] for i in range(1, len(sequence) + 1))
         self.stats = Cost(unit_runs=len(self._prefixes))
-        return ~masks @ self._weight
+        return super().score(masks, **options)
+
+
+class _Clock:
+    """Progress that counts the unit runs of chunks, and ends a search when time runs out."""
+
+    def __init__(self, bench: Bench):
+        self._bench, self._reserve = bench, bench.pick(15, -1)
+        self.start()
+
+    def start(self) -> None:
+        self._started, self._earlier, self._now = time.perf_counter(), 0, 0
+
+    def __call__(self, event: fp.ProgressEvent) -> None:
+        if event.done < self._now:
+            self._earlier += self._now
+        self._now = event.done
+        if self._bench.left() < self._reserve:
+            self._bench.synchronize()  # the counted work was only handed over
+            raise OutOfTime(f"after {self.seconds:.0f} s and {self.done} unit runs of chunks")
+
+    @property
+    def done(self) -> int:
+        return self._earlier + self._now
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
 
 
 def beam(bench: Bench, name: str) -> dict:
-    """A whole search with the prefix cache; where time runs out, what it would have taken by the
-    unit runs that were done. And once more with racing, where there is time."""
+    """Whole searches with the prefix cache.
+
+    The race drops masks by the divergence, since random weights answer all questions alike: their
+    margins are noise, and no mask is surely beaten. The same search without racing says whether the
+    race removed the same blocks. By the margin, whose noise makes the search go everywhere, most
+    states are run; where time runs out, its seconds are extrapolated by the unit runs.
+    """
     shape = items, trunk, choices, length = bench.pick((128, 100, 4, 6), (3, 5, 2, 2))
     hf = bench.model(name, lambda: random_model(bench, name))
-    options = {"num_remove": bench.pick(7, 2), "beam_width": bench.pick(5, 2)}
-    runs = {"done": 0, "of_this_call": 0}
-    reserve = bench.pick(15, -1)
-
-    def progress(event: fp.ProgressEvent) -> None:
-        if event.done < runs["of_this_call"]:
-            runs["done"] += runs["of_this_call"]
-        runs["of_this_call"] = event.done
-        if bench.left() < reserve:
-            raise OutOfTime
-
     tasks = random_tasks(bench, hf.config.vocab_size, *shape)
-    ev = evaluator(bench, name, fp.TaskMargin(tasks), progress, cache_bytes=None)
-    ev.score(np.ones((1, ev.num_units), dtype=bool))  # kernels for these shapes are compiled
-    runs |= {"done": 0, "of_this_call": 0}
-    chunks = chunk_shapes(ev)
-    expected = fp.run_search(_Rounds(ev), "beam", **options).cost.unit_runs
-    found = {
-        "items": f"{items} x {choices} choices, questions of {trunk} tokens, choices of {length}",
-        **options,
-        "chunks": chunks,
-        "blocks": ev.num_units,
-        "expected_unit_runs": expected,
-    }
-    started = time.perf_counter()
-    try:
-        result = fp.run_search(ev, "beam", **options)
-        found |= {
+    options = {"num_remove": bench.pick(7, 2), "beam_width": bench.pick(5, 2)}
+    clock = _Clock(bench)
+
+    def make(objective) -> fp.Evaluator:
+        ev = evaluator(bench, name, objective(tasks), clock, cache_bytes=None)
+        ev.score(np.ones((1, ev.num_units), dtype=bool))  # kernels for these shapes are compiled
+        return ev
+
+    def search(ev: fp.Evaluator, racing: float | None = None) -> dict:
+        clock.start()
+        try:
+            result = fp.run_search(ev, "beam", racing=racing, **options)
+        except OutOfTime as error:
+            return failure(error)
+        finally:
+            bench.free()
+        return {
             "seconds": result.cost.seconds,
             "masks": result.evaluations,
             "unit_runs": result.cost.unit_runs,
             "naive_unit_runs": result.cost.naive_unit_runs,
+            "decided_early": result.decided_early,
             "cache_hits": ev.stats.cache_hits,
             "cache_bytes": ev.stats.cache_bytes,
+            "removed": list(result.removed),
         }
+
+    found: dict = {
+        "items": f"{items} x {choices} choices, questions of {trunk} tokens, choices of {length}",
+        **options,
+    }
+    found["raced"] = search(make(fp.KLDivergence), racing=0.99)
+    bench.save("beam", {"model": name, **found})
+    ev = make(fp.TaskMargin)
+    chunks, counted = chunk_shapes(ev), fp.run_search(_Rounds(ev.num_units), "beam", **options)
+    found |= {"chunks": chunks, "blocks": ev.num_units}
+    found["expected_unit_runs"] = counted.cost.unit_runs
+    whole = search(ev)
+    if "failed" in whole:
+        every = found["expected_unit_runs"] * len(chunks)
+        found["extrapolated"] = f"{whole['failed']}, of about {every:.0f}"
+        found["seconds"] = clock.seconds * every / max(clock.done, 1)
+    else:
+        found |= whole
         bench.save("beam", {"model": name, **found})
         del ev
-        bench.free()
-        racer = evaluator(bench, name, fp.TaskMargin(tasks), progress, cache_bytes=None)
-        raced = fp.run_search(racer, "beam", racing=0.99, **options)
-        found["raced"] = {
-            "seconds": raced.cost.seconds,
-            "unit_runs": raced.cost.unit_runs,
-            "decided_early": raced.decided_early,
-            "same_removed": raced.removed == result.removed,
-        }
-    except OutOfTime:
-        if "seconds" in found:
-            return found | {"raced": "no time was left"}
-        bench.synchronize()  # what was counted has only been handed over
-        elapsed, done = time.perf_counter() - started, runs["done"] + runs["of_this_call"]
-        found["stopped"] = (
-            f"after {elapsed:.0f} s and {done} of about {expected * len(chunks):.0f} unit runs"
-        )
-        found["seconds"] = elapsed * expected * len(chunks) / max(done, 1)
+        found["unraced"] = search(make(fp.KLDivergence))
+        removed = found["unraced"].get("removed")
+        if removed is not None and "removed" in found["raced"]:
+            found["raced"]["same_removed"] = found["raced"]["removed"] == removed
     tree_pairs = causal_pairs(trunk) + choices * (length * trunk + causal_pairs(length))
     tokens = items * (trunk + choices * length)
-    flops = found.get("unit_runs", expected) * block_flops(hf.config, tokens, items * tree_pairs)
+    unit_runs = found.get("unit_runs", found["expected_unit_runs"])
+    flops = unit_runs * block_flops(hf.config, tokens, items * tree_pairs)
     floor_ms = bench.floor_ms(0, flops)  # of the blocks alone
     return found if floor_ms is None else {**found, "floor_s": floor_ms / 1e3}

@@ -32,15 +32,15 @@ class Reports:
 def watch(
     command: Callable[[list[str], int], list[str]],
     sections: list[str],
-    failed: Callable[[str, str], None],
+    failed: Callable[[str, Exception], None],
     grace=GRACE,
 ) -> bool:
     """Run sections, in as many processes as it takes; False when a process ended before it had
     begun any.
 
     command(sections, descriptor): of a process that runs them in order, and reports each to the
-    descriptor as it begins. failed(section, why) is told of the section in which a process was
-    killed or ended with an error; those after it run in a new one.
+    descriptor as it begins. failed(section, error) is told of the section in which a process was
+    killed (TimeoutError) or ended with an error; those after it run in a new one.
     """
     left = list(sections)
     while left:
@@ -60,10 +60,18 @@ def watch(
             return False
         left = left[left.index(begun[-1]) + 1 :]
         if late:
-            failed(begun[-1], f"killed {grace:.3g} s after its limit: it hung")
+            hung = TimeoutError(f"killed {grace:.3g} s after its limit: it hung")
+            failed(begun[-1], hung)
         elif process.returncode:
-            failed(begun[-1], f"its process ended with status {process.returncode}")
+            ended = RuntimeError(f"its process ended with status {process.returncode}")
+            failed(begun[-1], ended)
     return True
+
+
+def failure(error: Exception) -> dict[str, object]:
+    """An error as results hold it. Running out of time says nothing of a goal, so it is marked."""
+    words = f"{type(error).__name__}: {str(error)[:500]}"
+    return {"failed": words, "timed_out": isinstance(error, TimeoutError)}
 
 
 def _follow(process: subprocess.Popen, reading: int, grace: float) -> tuple[list[str], bool]:

@@ -117,12 +117,12 @@ void divergence(Address logits, Address dense, Address dense_sums, Address sums,
                           rows, dtype_of(bfloat16), threads);
 }
 
-void attention(Address qkv, Address seen, Address out, std::int64_t rows, bool rows_differ, std::int64_t length,
+void attention(Address qkv, Address seen, Address out, Address sinks, std::int64_t rows, bool rows_differ, std::int64_t length,
                std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, double scale, double soft_cap,
                bool bfloat16, int threads) {
     fastprune::attention({at<const void>(qkv), at<void>(out), at<const fastprune::Attention::Seen>(seen),
                           rows_differ, length, heads, kv_heads, head_dim, static_cast<float>(scale),
-                          static_cast<float>(soft_cap)},
+                          static_cast<float>(soft_cap), at<const void>(sinks)},
                          rows, dtype_of(bfloat16), threads);
 }
 

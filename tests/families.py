@@ -183,6 +183,21 @@ FUSED_CONFIGS = {
         use_qk_norm=True,
         rope_parameters=PARTLY_ROTATED,
     ),
+    "gpt_oss": lambda: (
+        tf.GptOssConfig(
+            **EXPERTS,
+            num_local_experts=4,
+            sliding_window=WINDOW,
+            layer_types=MIXED,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        "eager",
+    ),
     "granite": lambda: tf.GraniteConfig(
         **LLAMA_LIKE,
         embedding_multiplier=3.0,
@@ -190,6 +205,18 @@ FUSED_CONFIGS = {
         residual_multiplier=0.4,
         logits_scaling=2.0,
         mlp_bias=True,
+    ),
+    "granite-swa": lambda: (
+        tf.GraniteSWAConfig(
+            **LLAMA_LIKE,
+            sliding_window=WINDOW,
+            layer_types=MIXED,
+            layer_rope_theta=[10000.0, 0, 500.0, 0, 10000.0],
+            attention_multiplier=0.2,
+            residual_multiplier=0.4,
+            logits_scaling=2.0,
+        ),
+        "eager",
     ),
     "granite-moe": lambda: tf.GraniteMoeConfig(
         **EXPERTS,
@@ -311,8 +338,9 @@ def physically_ordered(hf, sequence):
         hf.base_model.layers = blocks
     for config in {id(c): c for c in (hf.config, hf.base_model.config)}.values():
         config.num_hidden_layers = len(kept)
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = [config.layer_types[i] for i in kept]
+        for name in ("layer_types", "layer_rope_theta"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, [getattr(config, name)[i] for i in kept])
     return hf
 
 

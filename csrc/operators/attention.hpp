@@ -165,8 +165,8 @@ inline void score(const Attention& a, const Tile& tile, long panel, const Copies
 }
 
 // Turns the scores of one query into weights, exp(score - greatest), and returns their sum; keys that it does
-// not see get 0.
-inline float weigh(float* scores, const Tile& tile, const Attention::Seen& seen) {
+// not see get 0. The sink is one more score of the sum, -inf without one.
+inline float weigh(float* scores, const Tile& tile, const Attention::Seen& seen, float sink) {
     const Vec none = broadcast(-__builtin_inff());
     Ints lanes = {};
     for (int l = 0; l < kWidth; ++l) lanes[l] = l;
@@ -187,6 +187,7 @@ inline float weigh(float* scores, const Tile& tile, const Attention::Seen& seen)
     });
     float top = most[0];
     for (int l = 1; l < kWidth; ++l) top = most[l] > top ? most[l] : top;
+    top = sink > top ? sink : top;
     const Vec low = broadcast(-87.0F);  // what lies further below the greatest adds nothing
     Vec sums = {};
     tile.for_each_key_vector([&](long i) {
@@ -195,7 +196,10 @@ inline float weigh(float* scores, const Tile& tile, const Attention::Seen& seen)
         store(scores + i, weight, All{});
         sums += weight;
     });
-    return sum(sums);
+    const float of_keys = sum(sums);
+    if (sink == -__builtin_inff()) return of_keys;
+    const Vec below = broadcast(sink - top);
+    return of_keys + (below < low ? Vec{} : exp(below))[0];
 }
 
 // sums[r][v] += the values of the keys that are seen, times a tile's weights, one chain of keys after the other.
@@ -246,7 +250,7 @@ void average(const Attention& a, const Tile& tile, const float (&totals)[kTile],
 
 // The results of up to kBlock queries of one head; out begins with the first query.
 template <class T>
-void attend(const Attention& a, const Attention::Seen* seen, long count, const Copies& copies, T* out) {
+void attend(const Attention& a, const Attention::Seen* seen, long count, const Copies& copies, float sink, T* out) {
     const long stride = a.heads * a.head_dim;
     Tile tiles[kTiles];
     for (long first = 0; first < count; first += kTile) {
@@ -261,7 +265,7 @@ void attend(const Attention& a, const Attention::Seen* seen, long count, const C
         float totals[kTile];
         for (long r = 0; r < tile.count; ++r) {
             const long query = tile.first + r;
-            totals[r] = weigh(copies.scores + query * copies.padded, tile, seen[query]);
+            totals[r] = weigh(copies.scores + query * copies.padded, tile, seen[query], sink);
         }
         average(a, tile, totals, copies, out + tile.first * stride, stride);
     }
@@ -286,7 +290,9 @@ void attention(const Attention& a, float* scratch, long begin, long end) {
         T* out = static_cast<T*>(a.out) + (row * a.length * a.heads + head) * a.head_dim;
         const long count = a.length - query < Attention::kBlock ? a.length - query : Attention::kBlock;
         copy_queries(a, tokens + query * stride + head * a.head_dim, stride, count, copies);
-        attend(a, seen + query, count, copies, out + query * a.heads * a.head_dim);
+        const T* sinks = static_cast<const T*>(a.sinks);
+        const float sink = sinks == nullptr ? -__builtin_inff() : to_float(sinks[head]);
+        attend(a, seen + query, count, copies, sink, out + query * a.heads * a.head_dim);
     }
 }
 

@@ -83,7 +83,8 @@ struct Attention {
     long kv_heads;
     long head_dim;
     float scale;
-    float soft_cap = 0.0F;  // scores become cap tanh(score / cap); 0: none
+    float soft_cap = 0.0F;        // scores become cap tanh(score / cap); 0: none
+    const void* sinks = nullptr;  // [heads], a score of each head without a value; null: none
 
     // Of queries, of one head and row.
     long blocks() const { return (length + kBlock - 1) / kBlock; }

@@ -558,19 +558,22 @@ std::vector<Seen> random_runs(size_t rows, size_t length) {
 }
 
 template <class T>
-Rows<T> attended(const Rows<T>& qkv, const std::vector<Seen>& seen, const AttentionSize& a, int threads) {
+Rows<T> attended(const Rows<T>& qkv, const std::vector<Seen>& seen, const AttentionSize& a, int threads,
+                 const Rows<T>* sinks = nullptr) {
     auto out = nans<T>(a.rows * a.length * a.heads * a.head_dim);
     const auto number = [](size_t n) { return static_cast<long>(n); };
     fastprune::attention({qkv.data(), out.data(), seen.data(), seen.size() > a.length, number(a.length),
-                          number(a.heads), number(a.kv_heads), number(a.head_dim), 0.25F},
+                          number(a.heads), number(a.kv_heads), number(a.head_dim), 0.25F, 0.0F,
+                          sinks == nullptr ? nullptr : sinks->data()},
                          static_cast<std::int64_t>(a.rows), kDtype<T>, threads);
     return out;
 }
 
 template <class T>
-void attention(const std::string& name, const std::vector<Seen>& seen, const AttentionSize& a) {
+void attention(const std::string& name, const std::vector<Seen>& seen, const AttentionSize& a,
+               const Rows<T>* sinks = nullptr) {
     const auto qkv = random<T>(a.rows * a.length * a.width(), 1);
-    const auto out = attended(qkv, seen, a, 1);
+    const auto out = attended(qkv, seen, a, 1, sinks);
     const auto dot = [&](size_t query, size_t key) {
         double sum = 0.0;
         for (size_t d = 0; d < a.head_dim; ++d)
@@ -589,6 +592,10 @@ void attention(const std::string& name, const std::vector<Seen>& seen, const Att
                 std::vector<double> magnitudes(a.head_dim);
                 double total = 0.0;
                 double greatest = 0.0;
+                if (sinks != nullptr) {
+                    greatest = std::fabs(static_cast<double>(to_float((*sinks)[head])));
+                    total = std::exp(static_cast<double>(to_float((*sinks)[head])));
+                }
                 for (size_t j = 0; j < a.length; ++j) {
                     const auto at = static_cast<std::int32_t>(j);
                     if (!(s.first_begin <= at && at < s.first_end) &&
@@ -613,12 +620,12 @@ void attention(const std::string& name, const std::vector<Seen>& seen, const Att
         }
     }
     for (const int threads : {2, 3}) {
-        check(same_bits(attended(qkv, seen, a, threads), out), name + ": on several threads");
+        check(same_bits(attended(qkv, seen, a, threads, sinks), out), name + ": on several threads");
     }
     const size_t last = (a.rows - 1) * a.length;
     const std::vector<Seen> own(seen.end() - static_cast<std::ptrdiff_t>(a.length), seen.end());
     const auto alone = attended(slice(qkv, last * a.width(), qkv.size()), own,
-                                {1, a.length, a.heads, a.kv_heads, a.head_dim}, 1);
+                                {1, a.length, a.heads, a.kv_heads, a.head_dim}, 1, sinks);
     check(same_bits(alone, slice(out, last * a.heads * a.head_dim, out.size())), name + ": a row alone");
 }
 
@@ -629,6 +636,8 @@ void test_attention() {
             for (const auto& seen : {causal(a.length), random_runs(a.rows, a.length)}) {
                 attention<float>("attention, " + set + ", float32", seen, a);
                 attention<Bfloat16>("attention, " + set + ", bfloat16", seen, a);
+                const auto sinks = random<float>(a.heads, 3);
+                attention<float>("attention, " + set + ", sinks", seen, a, &sinks);
             }
         }
         for (const Seen wrong : {Seen{-1, 1, 1, 1}, {1, 0, 1, 1}, {0, 2, 1, 2}, {0, 1, 2, 1}, {0, 1, 1, 3}}) {

@@ -25,6 +25,14 @@ ACTIVATIONS = {
 }
 
 
+# the columns of rotary tables that hold every angle once, by the order of the columns
+ANGLES: dict[str, Callable[[int], slice]] = {
+    "repeated": lambda columns: slice(columns // 2),  # all angles, then all again
+    "doubled": lambda columns: slice(None, None, 2),  # each angle twice in a row
+    "single": lambda columns: slice(None),
+}
+
+
 @dataclass(frozen=True)
 class Block:
     """The parts of a family's blocks, by the names of modules and attributes.
@@ -45,12 +53,14 @@ class Block:
         whole_norms: The norms of q and k run over all heads together.
         norm_after: The norms of q and k come after the rotation.
         interleaved: Columns 2i and 2i + 1 of a head rotate together, not i and R + i.
-        doubled_angles: Rotary tables hold each angle twice in a row, not all angles twice.
+        angles: The order of the columns of rotary tables, a key of `ANGLES`.
         rotates: Whether an attention module rotates its heads.
         query_scale: A factor of each token's query, [B or 1, T], from the attention module and
             positions int64[B or 1, T]; None: 1.
         clip: The limit to which an attention module clips q, k and v; None: none.
         soft_cap: The attention module's attribute for the cap of scores, read by "eager" alone.
+        sinks: The attention module's attribute for one more score of each head, which takes part in
+            the softmax and multiplies no value.
         multiplier: The layer's attribute for the factor of both branches.
         logit_scale: The factor of logits, from the causal language model.
         logit_cap: The cap of logits, from the causal language model; None: none.
@@ -70,11 +80,12 @@ class Block:
     whole_norms: bool = False
     norm_after: bool = False
     interleaved: bool = False
-    doubled_angles: bool = False
+    angles: str = "repeated"
     rotates: Callable[[Any], bool] = lambda attention: True
     query_scale: Callable[[Any, torch.Tensor], torch.Tensor | None] = lambda *_: None
     clip: Callable[[Any], float | None] = lambda attention: None
     soft_cap: str | None = None
+    sinks: str | None = None
     multiplier: str | None = None
     logit_scale: Callable[[Any], float] = lambda hf: 1.0
     logit_cap: Callable[[Any], float | None] = lambda hf: None
@@ -118,7 +129,7 @@ COHERE = Block(
     parallel=True,
     centered=True,
     interleaved=True,
-    doubled_angles=True,
+    angles="doubled",
     logit_scale=lambda hf: hf.logit_scale,
 )
 
@@ -142,7 +153,13 @@ FAMILIES = {
         GLM, after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"
     ),
     "glm4_moe": LLAMA,
+    "gpt_oss": replace(LLAMA, angles="single", sinks="sinks"),
     "granite": GRANITE,
+    "granite_swa": replace(
+        GRANITE,
+        sinks="sinks",
+        rotates=lambda attention: bool(attention.config.layer_rope_theta[attention.layer_idx]),
+    ),
     "granitemoe": replace(GRANITE, mlp="block_sparse_moe"),
     "helium": GLM,
     "hunyuan_v1_dense": HUNYUAN,
@@ -225,9 +242,15 @@ class Layer:
     num_kv_heads: int
     scale: float
     soft_cap: float | None
+    sinks_name: str | None
     multiplier: float
     clip: float | None
     rotates: bool
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """One more score of each head, [H]. It may be streamed, so each run reads it again."""
+        return None if self.sinks_name is None else getattr(self.attention, self.sinks_name)
 
     @property
     def mlp_maps(self) -> tuple[nn.Linear, ...]:
@@ -257,6 +280,8 @@ def layer_of(block: Block, module: Any, is_eager: bool) -> Layer:
         for name in block.head_norms
     )
     mlp_norm = norm(block.mlp_norm)
+    if block.sinks is not None:
+        getattr(attention, block.sinks)
     return Layer(
         attention=attention,
         attention_norm=norm(block.attention_norm),
@@ -278,6 +303,7 @@ def layer_of(block: Block, module: Any, is_eager: bool) -> Layer:
         num_kv_heads=(all_heads - num_heads) // 2,
         scale=attention.scaling,
         soft_cap=getattr(attention, block.soft_cap) if block.soft_cap and is_eager else None,
+        sinks_name=block.sinks,
         multiplier=getattr(module, block.multiplier) if block.multiplier else 1.0,
         clip=block.clip(attention),
         rotates=block.rotates(attention),

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import InputError
 from . import native
-from .blocks import FAMILIES, Layer, Norm, layer_of, norm_of
+from .blocks import ANGLES, FAMILIES, Layer, Norm, layer_of, norm_of
 from .code import foreign_code, global_hooks, hooks_of, own_forward
 from .generic import GenericRunner
 from .head import LINEAR
@@ -107,8 +107,8 @@ class FusedRunner:
         layer = self._layers[0]
         head_dim = layer.output.in_features // layer.num_heads
         grouped = any(layer.num_heads != layer.num_kv_heads for layer in self._layers)
-        capped = layer.soft_cap is not None
-        return self._operators.plan_attention(rows, head_dim, grouped, window, capped)
+        altered = layer.soft_cap is not None or self._block.sinks is not None
+        return self._operators.plan_attention(rows, head_dim, grouped, window, altered)
 
     def _tables(self, arguments: Arguments) -> tuple[list[Table | None], int]:
         """Each layer's rotary tables, and their number of rows N.
@@ -123,12 +123,10 @@ class FusedRunner:
                 continue
             key = id(handed["position_embeddings"][0]), layer.rotates
             if key not in known:
-                cos, sin = handed["position_embeddings"]  # [1 or B, L, 2R], each angle twice
-                half = cos.shape[-1] // 2
-                angles = slice(None, None, 2) if self._block.doubled_angles else slice(half)
+                cos, sin = handed["position_embeddings"]  # [1 or B, L, 2R], or R
+                angles = ANGLES[self._block.angles](cos.shape[-1])
                 cos, sin = (
-                    table[..., angles].reshape(-1, half).float().contiguous()
-                    for table in (cos, sin)
+                    table[..., angles].flatten(0, 1).float().contiguous() for table in (cos, sin)
                 )
                 turns = layer.rotates  # a layer that only norms its heads turns by the angle 0
                 known[key] = (cos, sin) if turns else (torch.ones_like(cos), torch.zeros_like(sin))
@@ -237,7 +235,8 @@ class FusedRunner:
         if arguments.query_scale is not None:
             qkv[:, : layer.output.in_features] *= arguments.query_scale
         plan = arguments.attention[number]
-        branch = layer.output(ops.attention(qkv, plan, *heads, layer.scale, layer.soft_cap))
+        means = ops.attention(qkv, plan, *heads, layer.scale, layer.soft_cap, layer.sinks)
+        branch = layer.output(means)
         if layer.after_attention is not None:
             branch = self._norm(layer.after_attention, branch)
         return branch if layer.multiplier == 1 else branch.mul_(layer.multiplier)

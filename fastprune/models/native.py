@@ -163,6 +163,7 @@ def attention(
     scale: float,
     *,
     soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute softmax(scale * q k^T) v over the keys of its row that each query sees.
@@ -171,11 +172,12 @@ def attention(
         qkv: q, then k, then v, [T, (num_heads + 2 num_kv_heads) * Dh].
         seen: The keys that each query sees, as begin and end of two runs of places in its row,
             int32[B, L, 4], or int32[1, L, 4] for all rows. The first run comes before the second. A
-            query that sees no key gets NaN.
+            query that sees no key gets NaN, or 0 beside a sink.
         num_heads: Query heads. num_heads / num_kv_heads of them share a key head.
         num_kv_heads: Key heads.
         scale: The factor of scores.
         soft_cap: Scores become soft_cap * tanh(scores / soft_cap).
+        sinks: One more score of each head, whose weight multiplies no value, [num_heads].
         out: Receives the result; None makes a new tensor.
 
     Returns:
@@ -201,6 +203,7 @@ def attention(
         qkv.data_ptr(),
         _address("seen", seen, (num_masks, length, 4), torch.int32),
         _address("out", out, shape, dtype),
+        0 if sinks is None else _address("sinks", sinks, (num_heads,), dtype),
         rows,
         num_masks != 1,
         length,

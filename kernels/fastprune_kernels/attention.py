@@ -43,6 +43,7 @@ def tree_attention_kernel(
     p_tile_end,
     p_lists,
     p_blocks,
+    p_sinks,
     scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -71,6 +72,12 @@ def tree_attention_kernel(
 
     b_max = tl.full([BLOCK_M], LEAST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
+    if p_sinks is not None:  # the first score of the softmax, with a weight of 1 and no value
+        b_sink = tl.load(p_sinks + i_head).to(tl.float32)
+        if b_q.dtype != tl.float32:  # powers of 2
+            b_sink *= LOG2_E
+        b_max = tl.maximum(b_max, b_sink)
+        b_sum += 1.0
     b_out = tl.zeros([BLOCK_M, BLOCK_DH], tl.float32)
     p_k = p_qkv + (HEADS + i_kv) * DH
     p_v = p_k + KV_HEADS * DH
@@ -320,6 +327,7 @@ def tree_attention(
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute softmax(scale * q k^T) v over the keys that each query sees.
@@ -331,6 +339,7 @@ def tree_attention(
         num_kv_heads: Key heads.
         scale: The factor of scores; None for 1 / sqrt(Dh).
         soft_cap: Scores become soft_cap * tanh(scores / soft_cap) before the mask (Gemma 2).
+        sinks: One more score of each head, whose weight multiplies no value, [num_heads] (gpt-oss).
         out: Receives the result; None makes a new tensor.
 
     Returns:
@@ -360,6 +369,8 @@ def tree_attention(
     )
     check(scale is None or scale > 0, lambda: f"scale must be above 0, not {scale}")
     check(soft_cap is None or soft_cap > 0, lambda: f"soft_cap must be above 0, not {soft_cap}")
+    if sinks is not None:
+        check_tensor("sinks", sinks, (num_heads,), FLOATS, qkv.device)
     check(
         qkv.shape[1] < 2**22,
         lambda: f"qkv must have fewer than {2**22} columns, not {qkv.shape[1]}",
@@ -380,6 +391,7 @@ def tree_attention(
                 plan.tile_end,
                 plan.lists,
                 plan.blocks,
+                sinks,
                 head_dim**-0.5 if scale is None else scale,
                 HEADS=num_heads,
                 KV_HEADS=num_kv_heads,

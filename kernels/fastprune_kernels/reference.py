@@ -92,13 +92,15 @@ def rms_norm(
 ) -> torch.Tensor:
     """Compute the norm over the last dimension, in at least float32.
 
-    The weight multiplies in x's dtype, unless it has a unit offset or a bias beside it.
+    The weight multiplies in x's dtype, unless it has another dtype itself, or a unit offset or a
+    bias beside it.
     """
     wide = _at_least_float32(x)
     if centered:
         wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight is not None and (unit_offset or bias is not None):
+    wider = weight is not None and weight.dtype != x.dtype
+    if weight is not None and (unit_offset or bias is not None or wider):
         wide = wide * (_at_least_float32(weight) + unit_offset)
         weight = None
     if bias is not None:
@@ -221,6 +223,7 @@ def tree_attention(
     num_kv_heads: int,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute softmax(scale * q k^T) v over the keys that each query sees.
 
@@ -231,6 +234,7 @@ def tree_attention(
         num_kv_heads: Key heads.
         scale: The factor of scores; None for 1 / sqrt(Dh).
         soft_cap: Scores become soft_cap * tanh(scores / soft_cap) before the mask.
+        sinks: One more score of each head, whose weight multiplies no value, [num_heads].
 
     Returns:
         [T, num_heads * Dh].
@@ -242,8 +246,10 @@ def tree_attention(
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(qkv), 1)], dim=-1)
     weights = torch.softmax(_at_least_float32(scores), dim=-1).to(qkv.dtype)
-    return (weights @ v).transpose(0, 1).flatten(1)
+    return (weights[..., : len(qkv)] @ v).transpose(0, 1).flatten(1)
 
 
 def head_logits(

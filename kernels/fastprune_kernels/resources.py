@@ -276,14 +276,24 @@ def _cases(arch: str, itemsize: int, element: str) -> Iterator[Case]:
 
     tables = ("p_branch", "p_position", "p_tile_start", "p_tile_end", "p_lists", "p_blocks")
     types = {"p_qkv": element, "p_out": element, **dict.fromkeys(tables, "*i32"), "scale": "fp32"}
+    softmaxes = (
+        ("", None, None, None),
+        ("window, soft cap", 4096, 50.0, None),
+        ("window, sinks", 128, None, element),
+    )
     for size in (64, 128, 256):
-        for variant, window, cap in (("", None, None), ("window, soft cap", 4096, 50.0)):
+        for variant, window, cap, sinks in softmaxes:
             config = launch.tree_attention_config(arch, itemsize, size)
             shape = {"HEADS": 32, "KV_HEADS": 8, "DH": size, "WINDOW": window, "SOFT_CAP": cap}
             shape["BLOCK_DH"] = triton.next_power_of_2(size)
             function = attention.tree_attention_kernel
             yield case(
-                "tree_attention", f"Dh={size} {variant}".strip(), config, function, types, **shape
+                "tree_attention",
+                f"Dh={size} {variant}".strip(),
+                config,
+                function,
+                types | {"p_sinks": sinks},
+                **shape,
             )
 
 

@@ -127,6 +127,19 @@ def test_scores_of_every_family_keep_their_bits(family, granularity):
     assert np.array_equal(np.concatenate([uncached.score(mask) for mask in masks]), together)
 
 
+def test_norms_may_be_float32_in_a_model_of_float16():
+    """transformers opens gpt-oss so: its norms multiply before they round."""
+    hf = build("gpt_oss", torch.float16)
+    for name, module in hf.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    objective = perplexity(hf)[0]
+    masks = some_masks(hf.config.num_hidden_layers, 20, seed=5)
+    losses = evaluator(hf, objective).score(masks)
+    expected = fp.Evaluator(hf, objective, backend="generic").score(masks)
+    np.testing.assert_allclose(losses, expected, rtol=8 * torch.finfo(torch.float16).eps)
+
+
 @pytest.mark.parametrize("family", ["llama", "cohere", "exaone4", "gemma3", "ministral3", "olmo2"])
 def test_the_input_of_a_unit_is_left_as_it_is(operators, family):
     hf = build(family)

@@ -41,10 +41,11 @@ def run(qkv, tree, heads, kv_heads, window=None, out=None, **options):
 def check(rows, heads, kv_heads, head_dim, dtype, window=None, **options):
     tree = tokens(rows)
     qkv = random(len(tree[1]), (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1)
+    wide = {name: double(x) if torch.is_tensor(x) else x for name, x in options.items()}
     out = nans(len(qkv), heads * head_dim, dtype=dtype)
     assert run(qkv, tree, heads, kv_heads, window, out, **options) is out
     seen = reference.tree_mask(*tree, window)
-    truth = reference.tree_attention(double(qkv), seen, heads, kv_heads, **options)
+    truth = reference.tree_attention(double(qkv), seen, heads, kv_heads, **wide)
     # The scores are products over a head's columns, and their last bits follow the order of the
     # sum: torch's error is the greatest over a few orders.
     worst = torch.zeros_like(truth)
@@ -85,6 +86,16 @@ def test_sliding_window_is_by_position(rows, window, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_cap_and_scale(dtype):
     check(MIXED, 2, 2, 16, dtype, soft_cap=2.0, scale=0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("rows", [TEXT, MIXED])
+def test_sinks_take_weight_and_add_no_value(rows, soft_cap, dtype):
+    """A sink below all scores, one among them, and one above."""
+    sinks = torch.tensor([-9.0, 0.5, 6.0, 40.0], device=DEVICE, dtype=dtype)
+    options = {} if soft_cap is None else {"soft_cap": soft_cap}
+    check(rows, 4, 2, 16, dtype, window=9, sinks=sinks, **options)
 
 
 def test_rows_have_the_same_bits_alone_and_packed():
@@ -171,5 +182,7 @@ def test_wrong_arguments_are_named():
         tree_attention(qkv[1:], p, 2, 1)
     with pytest.raises(ValueError, match="scale must be above 0, not -1"):
         tree_attention(qkv, p, 2, 1, scale=-1)
+    with pytest.raises(ValueError, match=r"sinks must have shape \[2\], not \[3\]"):
+        tree_attention(qkv, p, 2, 1, sinks=random(3))
     with pytest.raises(ValueError, match=r"out must have shape \[44, 32\], not \[44, 64\]"):
         tree_attention(qkv, p, 2, 1, out=qkv)

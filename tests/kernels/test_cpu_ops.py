@@ -126,6 +126,7 @@ def attention_by_rows(
     kv_heads: int,
     scale: float,
     soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The reference, row by row, under the mask that `seen` stands for."""
     key = torch.arange(seen.shape[1])
@@ -134,7 +135,7 @@ def attention_by_rows(
     rows = qkv.split(seen.shape[1])
     masks = mask.expand(len(rows), -1, -1)
     parts = [
-        reference.tree_attention(row, mask, heads, kv_heads, scale, soft_cap)
+        reference.tree_attention(row, mask, heads, kv_heads, scale, soft_cap, sinks)
         for row, mask in zip(rows, masks, strict=True)
     ]
     return torch.cat(parts)
@@ -142,6 +143,7 @@ def attention_by_rows(
 
 @pytest.mark.parametrize("runs", ["causal", "random"])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize(
     ("rows", "length", "heads", "kv_heads", "head_dim"),
     [
@@ -155,25 +157,30 @@ def attention_by_rows(
     ],
 )
 def test_attends_to_the_keys_that_are_seen(
-    rows, length, heads, kv_heads, head_dim, runs, soft_cap, dtype
+    rows, length, heads, kv_heads, head_dim, runs, soft_cap, has_sinks, dtype
 ):
     qkv = random(rows * length, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=1, scale=2.0)
     seen = causal_runs(length) if runs == "causal" else random_runs(rows, length)
     arguments = (seen, heads, kv_heads, head_dim**-0.5)
+    sinks = random(heads, dtype=dtype, seed=3, scale=4.0) if has_sinks else None
+    options = {"soft_cap": soft_cap, "sinks": sinks}
     out = nans(rows * length, heads * head_dim, dtype=dtype)
-    assert native.attention(qkv, *arguments, soft_cap=soft_cap, out=out) is out
-    truth = attention_by_rows(qkv.double(), *arguments, soft_cap)
+    assert native.attention(qkv, *arguments, **options, out=out) is out
+    truth = attention_by_rows(
+        qkv.double(), *arguments, soft_cap, sinks if sinks is None else sinks.double()
+    )
     # float32 roundings of the greatest score that there may be count twice in a weight; then the
     # result is rounded once
     q, k, v = qkv.double().unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     score = head_dim**-0.5 * q.norm(dim=-1).max() * k.norm(dim=-1).max()
+    score = score if sinks is None else score.maximum(sinks.double().abs().max())
     allowed = (
         2 * (score + 2) * 2.0**-24 * v.abs().max() + torch.finfo(dtype).eps / 2 * truth.abs().max()
     )
     assert (out.double() - truth).abs().max() <= allowed
-    assert torch.equal(native.attention(qkv, *arguments, soft_cap=soft_cap), out)
+    assert torch.equal(native.attention(qkv, *arguments, **options), out)
     each = seen.expand(rows, -1, -1).contiguous()
-    assert torch.equal(native.attention(qkv, each, *arguments[1:], soft_cap=soft_cap), out)
+    assert torch.equal(native.attention(qkv, each, *arguments[1:], **options), out)
 
 
 def test_attention_depends_on_what_is_seen_alone(dtype, threads):
@@ -256,6 +263,18 @@ def test_attention_with_scores_far_apart():
     )
     out = native.attention(qkv, causal_runs(80), 1, 1, 1.0)
     assert torch.equal(out, qkv[:, 16:])
+    below, above = torch.tensor([-1e30]), torch.tensor([1e30])
+    assert torch.equal(native.attention(qkv, causal_runs(80), 1, 1, 1.0, sinks=below), out)
+    assert not native.attention(qkv, causal_runs(80), 1, 1, 1.0, sinks=above).any()
+
+
+def test_a_query_that_sees_only_its_sink_gets_zero():
+    seen = causal_runs(5)
+    seen[0, 3] = 0
+    qkv, sinks = random(5, 3 * 16, seed=1), random(1, seed=2)
+    found = native.attention(qkv, seen, 1, 1, 0.25, sinks=sinks)
+    assert not found[3].any()
+    assert found[[0, 1, 2, 4]].all()
 
 
 def test_activation_far_from_zero(activation, dtype):
@@ -426,6 +445,10 @@ def attention_with(**change):
         (
             lambda: attention_with(qkv=random(10, 63)),
             r"qkv must have shape \[T, 8 \* Dh\], not \[10, 63\]",
+        ),
+        (
+            lambda: attention_with(sinks=random(3)),
+            r"sinks must have shape \[4\], not \[3\]",
         ),
         (
             lambda: attention_with(num_heads=2, num_kv_heads=3),

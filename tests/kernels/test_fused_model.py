@@ -57,8 +57,8 @@ def scene():
 
 
 # A norm of each head. A window shorter than a row. Norms of branches, and GELU. LayerNorm, pairs of
-# neighbours, and scaled logits.
-@pytest.fixture(params=["qwen3", "mistral", "gemma3", "cohere"])
+# neighbours, and scaled logits. Sinks, and experts.
+@pytest.fixture(params=["qwen3", "mistral", "gemma3", "cohere", "gpt_oss"])
 def family(request):
     return request.param
 

@@ -93,6 +93,71 @@ def test_every_section_runs_and_every_goal_is_reported(tmp_path, pytestconfig):
         assert goal in done.stdout
 
 
+def verdicts(results: dict) -> dict[str, tuple[str, str]]:
+    from gpu import goals
+
+    return {goal: (measured, verdict) for goal, measured, verdict in goals(results)}
+
+
+@pytest.fixture
+def bench_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def test_a_figure_is_met_or_missed_only_if_it_was_measured(bench_modules):
+    """Neither where nothing ran, nor where time ran out, nor for an extrapolated figure."""
+    from gpu_watch import failure
+
+    late, broken = failure(TimeoutError("not done within 5 s")), failure(RuntimeError("broken"))
+    sections = ("bits", "block", "loss", "kernels", *SECTIONS[5:10])
+    for results, said in (
+        ({}, "open"),
+        (dict.fromkeys(sections, late), "timed out"),
+        (dict.fromkeys(sections, broken), "open"),
+    ):
+        assert set(verdicts(results).values()) == {("not measured", said)}
+    case = {"finite": True, "different": {"grouped": {"numbers": 0}}}
+    results = {
+        "bits": {"equal": False, "cases": {"trees": case}, **late},
+        "loss": {"linear_nll": late},
+        "block": {"of_floor": 0.9, **late},
+        "beam": {"seconds": 75.0, "extrapolated": "after 30 s", "raced": late},
+    }
+    said = verdicts(results)
+    by_start = {goal.split(":")[0]: cells for goal, cells in said.items()}
+    assert by_start["bits"] == ("1 of 1 cases", "timed out")
+    assert by_start["linear_nll"] == ("not measured", "timed out")
+    assert by_start["one block"] == ("0.9", "met")
+    assert by_start["beam"] == ("75 s", "extrapolated")
+    assert by_start["beam of the divergence, raced at 0.99"] == ("not measured", "timed out")
+    assert by_start["add_rms_norm"] == ("not measured", "open")
+
+
+def test_a_measured_figure_is_judged(bench_modules):
+    different = {"finite": True, "different": {"grouped": {"numbers": 3}}}
+    head = {"of_floor": 0.9, "ms": 6.0, "torch": {"ms": 8.0}, "Liger": {"ms": 5.0}}
+    results = {
+        "bits": {"equal": False, "cases": {"trees": different}},
+        "loss": {"linear_nll": head},
+        "block": {"of_floor": 0.68},
+        "beam": {"seconds": 90.0, "raced": {"seconds": 12.0}},
+    }
+
+    def judged(results: dict) -> dict[str, str]:
+        return {goal.split(",")[0]: verdict for goal, (_, verdict) in verdicts(results).items()}
+
+    found = judged(results)
+    rate = "linear_nll: 0.95 of the matrix product's rate"
+    assert found["bits: the same scores in whatever company"] == "missed"
+    assert found[rate] == "price of fixed bits: 1.20 times Liger"
+    assert found["one block: 0.85 of the matrix product's rate"] == "missed: 0.80 of it"
+    assert found["beam: under 60 s"] == "missed: 1.50 times it"
+    assert found["beam of the divergence"] == "met"
+    alone = {"loss": {"linear_nll": {"of_floor": 0.9, "ms": 6.0, "torch": {"failed": "memory"}}}}
+    assert judged(alone)[rate] == "missed: 0.95 of it"
+    assert judged({"loss": {"linear_nll": head | {"of_floor": 0.96}}})[rate] == "met"
+
+
 WORKER = """
 import os, signal, sys, time
 sys.path.insert(0, {bench!r})
@@ -112,10 +177,9 @@ for section in sys.argv[2:]:
 """
 
 
-def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path, monkeypatch):
+def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path, bench_modules):
     """A worker that no signal but the last one reaches is killed at its limit; the rest runs in
     another process."""
-    monkeypatch.syspath_prepend(str(BENCH))
     from gpu_watch import watch
 
     log, failed = tmp_path / "log", {}
@@ -131,8 +195,10 @@ def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path, monkeypatch):
         grace=0.2,
     )
     assert set(failed) == {"hangs", "dies"}
-    assert "hung" in failed["hangs"]
-    assert "-11" in failed["dies"]
+    assert "hung" in str(failed["hangs"])
+    assert isinstance(failed["hangs"], TimeoutError)
+    assert "-11" in str(failed["dies"])
+    assert not isinstance(failed["dies"], TimeoutError)
     ran = [line.split() for line in log.read_text().splitlines()]
     assert [section for section, _ in ran] == [
         "first",
@@ -148,8 +214,7 @@ def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path, monkeypatch):
     )
 
 
-def test_a_worker_that_begins_nothing_is_not_started_again(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
+def test_a_worker_that_begins_nothing_is_not_started_again(bench_modules):
     from gpu_watch import watch
 
     started = []

@@ -30,7 +30,7 @@ class Operators(Protocol):
     gated_mlp: Callable[..., torch.Tensor]
 
     def plan_attention(
-        self, rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
+        self, rows: Rows, head_dim: int, grouped: bool, window: int | None, altered: bool = False
     ) -> object: ...
 
     def attention(
@@ -41,6 +41,7 @@ class Operators(Protocol):
         num_kv_heads: int,
         scale: float,
         soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
     def head(

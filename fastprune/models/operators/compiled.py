@@ -19,13 +19,13 @@ name = "native"
 
 
 def plan_attention(
-    rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
+    rows: Rows, head_dim: int, grouped: bool, window: int | None, altered: bool = False
 ) -> object:
     """Plan two runs of places for each token. Rows with branches in several pieces run on torch."""
     branch, position = rows.trees
     seen = seen_runs(position, branch, rows.windowed(window))
     if seen is None:
-        return plain.plan_attention(rows, head_dim, grouped, window, capped)
+        return plain.plan_attention(rows, head_dim, grouped, window, altered)
     return seen
 
 
@@ -36,11 +36,12 @@ def attention(
     num_kv_heads: int,
     scale: float,
     soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     heads = num_heads, num_kv_heads
     if isinstance(plan, torch.Tensor):
-        return native.attention(qkv, plan, *heads, scale, soft_cap=soft_cap)
-    return plain.attention(qkv, plan, *heads, scale, soft_cap)
+        return native.attention(qkv, plan, *heads, scale, soft_cap=soft_cap, sinks=sinks)
+    return plain.attention(qkv, plan, *heads, scale, soft_cap, sinks)
 
 
 def numerics() -> str:

@@ -24,16 +24,17 @@ name = "triton"
 
 
 def plan_attention(
-    rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
+    rows: Rows, head_dim: int, grouped: bool, window: int | None, altered: bool = False
 ) -> object:
     """Choose the kernel of attention.
 
     Plain rows run on torch's flash attention if it supports them, and in float32 on its
     memory-efficient kernel. The latter does not support grouped heads: torch would hold all scores
-    of a row. So grouped heads in float32, trees, windows and soft caps run on tree_attention.
+    of a row. So grouped heads in float32, trees, windows, soft caps and sinks run
+    on tree_attention.
     """
     window = rows.windowed(window)
-    is_plain = rows.branch is None and window is None and not capped
+    is_plain = rows.branch is None and window is None and not altered
     if is_plain and not (grouped and rows.dtype is torch.float32):
         return plain.plan_attention(rows, head_dim, grouped, window)
     branch, position = (x.expand(rows.num_rows, -1).flatten() for x in rows.trees)
@@ -56,11 +57,12 @@ def attention(
     num_kv_heads: int,
     scale: float,
     soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     heads = num_heads, num_kv_heads
     if isinstance(plan, TreePlan):
-        return tree_attention(qkv, plan, *heads, scale=scale, soft_cap=soft_cap)
-    return plain.attention(qkv, plan, *heads, scale, soft_cap)
+        return tree_attention(qkv, plan, *heads, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    return plain.attention(qkv, plan, *heads, scale, soft_cap, sinks)
 
 
 def head(

@@ -46,7 +46,7 @@ def add_rms_norm(
 
 
 def plan_attention(
-    rows: Rows, head_dim: int, grouped: bool, window: int | None, capped: bool = False
+    rows: Rows, head_dim: int, grouped: bool, window: int | None, altered: bool = False
 ) -> object:
     """Plan the attention of a chunk's rows, once for all layers with this window.
 
@@ -55,7 +55,7 @@ def plan_attention(
         head_dim: Columns of a head.
         grouped: Whether several heads share a key head.
         window: The sliding window, or None.
-        capped: Whether scores have a soft cap.
+        altered: Whether a soft cap or sinks alter the softmax.
     """
     window = rows.windowed(window)
     if rows.branch is None and window is None:
@@ -73,6 +73,7 @@ def attention(
     num_kv_heads: int,
     scale: float,
     soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention within each row, along its tree, by torch's kernels. [T, heads * Dh]"""
     rows, seen = plan
@@ -81,8 +82,8 @@ def attention(
     attend = partial(
         F.scaled_dot_product_attention, scale=scale, enable_gqa=num_heads != num_kv_heads
     )
-    if soft_cap is not None:
-        attend = partial(_capped_attention, scale=scale, soft_cap=soft_cap)
+    if soft_cap is not None or sinks is not None:
+        attend = partial(_altered_attention, scale=scale, soft_cap=soft_cap, sinks=sinks)
     if not isinstance(seen, list):
         out = attend(q, k, v, attn_mask=seen, is_causal=seen is None).transpose(1, 2)
         return out.reshape(len(qkv), -1)
@@ -112,21 +113,31 @@ def numerics() -> str:
     return name
 
 
-def _capped_attention(
+def _altered_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     attn_mask: torch.Tensor | None,
     scale: float,
-    soft_cap: float,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """softmax(cap * tanh(scale * q k^T / cap)) v, [B, H, Q, Dh]; several heads may share keys."""
+    """softmax(cap * tanh(scale * q k^T / cap)) v, [B, H, Q, Dh]; several heads may share keys.
+
+    A sink [H] is one more score of its head, whose weight multiplies no value.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = soft_cap * torch.tanh(q @ k.transpose(2, 3) * (scale / soft_cap))
+    scores = q @ k.transpose(2, 3) * (scale / (soft_cap or 1.0))
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores)
     if is_causal:
         attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
-    return torch.softmax(scores.float(), dim=-1).to(q.dtype) @ v
+    if sinks is not None:
+        of_sinks = sinks.view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, of_sinks], dim=-1)
+    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
+    return weights[..., : k.shape[2]] @ v
