@@ -66,11 +66,11 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
 @click.option(
     "--algorithm",
     type=Name(algorithm_names),
-    default="beam",
+    default="greedy",
     show_default=True,
-    help="Algorithm of the search; `fastprune algorithms` lists all. Begin with greedy, "
-    "which scores about k U masks for k of U units; beam scores up to beam_width "
-    "times as many, and may find a better result.",
+    help="Algorithm of the search; `fastprune algorithms` lists all. greedy scores about k U "
+    "masks for k of U units; beam scores up to beam_width times as many, and may find a "
+    "better result.",
 )
 @click.option(
     "--num-remove",

@@ -131,9 +131,8 @@ def test_search_writes_its_result(run, checkpoint, text_file, tmp_path, evaluato
         "--out",
         tmp_path / "r",
     )
-    status, out, _ = run(
-        "search", checkpoint, "--option", "beam_width=2", "--num-remove", 2, *arguments
-    )
+    beam = ("--algorithm", "beam", "--option", "beam_width=2")
+    status, out, _ = run("search", checkpoint, *beam, "--num-remove", 2, *arguments)
     assert status == 0
     written = json.loads((tmp_path / "r" / "result.json").read_text())
     expected = fp.run_search(evaluator, "beam", 2, beam_width=2)

@@ -69,12 +69,15 @@ SEARCH = [
     *(("--protect", units) for units in (DIGITS, "0-99999999999", LONG)),
     *(("--out", path) for path in PATHS),
     *(
-        ("--option", option)
+        ("--algorithm", "beam", "--option", option)
         for option in (f"x={LONG}", f"beam_width={LONG}", LONG, f"{LONG}=1", f"x={NUL}", "=", "")
     ),
-    *(("--option", f"beam_width={value}") for value in (DIGITS, "nan", "", SURROGATE)),
-    ("--option", "beam_width=5", "--option", "beam_width=6"),
-    ("--option", "beam_width=5", "--option", "beam-width=5"),
+    *(
+        ("--algorithm", "beam", "--option", f"beam_width={value}")
+        for value in (DIGITS, "nan", "", SURROGATE)
+    ),
+    ("--algorithm", "beam", "--option", "beam_width=5", "--option", "beam_width=6"),
+    ("--algorithm", "beam", "--option", "beam_width=5", "--option", "beam-width=5"),
 ]
 STUDY = [  # changes of a document
     *(

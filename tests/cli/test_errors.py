@@ -93,12 +93,13 @@ def test_budget(fails, checkpoint, text_file, budget):
 
 def test_names_are_suggested(fails, checkpoint, text_file):
     search = ("search", checkpoint, "--num-remove", 1, "--calibration", text_file)
+    beam = (*search, "--algorithm", "beam")
     assert "did you mean 'beam'" in fails(*search, "--algorithm", "beem")
     assert "--racing" not in fails(*search, "--algorithm", "beem")
     assert "did you mean 'perplexity'" in fails(*search, "--objective", "perplexety")
-    assert "its options: beam_width=5" in fails(*search, "--option", "width=5")
-    assert "takes int" in fails(*search, "--option", "beam_width=wide")
-    assert "NAME=VALUE" in fails(*search, "--option", "beam_width")
+    assert "its options: beam_width=5" in fails(*beam, "--option", "width=5")
+    assert "takes int" in fails(*beam, "--option", "beam_width=wide")
+    assert "NAME=VALUE" in fails(*beam, "--option", "beam_width")
     assert "granularity" in fails(
         *search, "--granularity", "head", "--num-samples", 2, "--seq-len", 16
     )
@@ -108,7 +109,7 @@ def test_names_are_suggested(fails, checkpoint, text_file):
     assert "--device: 'abacus' is no kind of device; such as cpu" in fails(
         *search, "--device", "abacus"
     )
-    assert "beam_width of beam must be at least 1" in fails(*search, "--option", "beam_width=0")
+    assert "beam_width of beam must be at least 1" in fails(*beam, "--option", "beam_width=0")
     assert "did you mean 'beam'" in fails("algorithms", "beem")
 
 

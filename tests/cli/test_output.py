@@ -125,7 +125,7 @@ def test_an_ascii_terminal_gets_tables_and_patterns_in_ascii(run_on, checkpoint,
     assert status == 0
     printed = stdout.buffer.getvalue().decode("ascii")
     (pattern,) = [
-        line.split() for line in printed.splitlines() if line.startswith("perplexity  beam")
+        line.split() for line in printed.splitlines() if line.startswith("perplexity  greedy")
     ]
     assert sorted(pattern[2:]) == ["#", "#", ".", ".", "."]
     assert "|" in printed
