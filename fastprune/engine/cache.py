@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -318,7 +318,8 @@ class PrefixCache:
         self._states = TieredStates(folder, device)
         self.hits = dict.fromkeys(self._states.bytes, 0)
         self._rooms = dict.fromkeys(self._states.bytes, 0)  # prefixes of each chunk, by tier
-        self._counts: Counter[tuple[int, str]] = Counter()  # prefixes held, by chunk and tier
+        # prefixes held, by chunk and tier
+        self._counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._share, self._state_bytes = 1.0, 1
         self._matches: dict[int, Prefixes] = {}
 
@@ -391,19 +392,19 @@ class PrefixCache:
 
     def insert(self, chunk: int, states: Mapping[Units, torch.Tensor]) -> None:
         """Hold states of a chunk by prefix, each in the fastest tier that has room."""
-        counts, rooms = self._counts, self._rooms
+        counts, rooms = self._counts[chunk], self._rooms
 
         def has_room(tier: str) -> bool:
-            return counts[chunk, tier] < rooms[tier]
+            return counts[tier] < rooms[tier]
 
         for prefix, state in states.items():
             tier = self._states.put(chunk, prefix, state, has_room)
             if tier is not None:
-                counts[chunk, tier] += 1
+                counts[tier] += 1
 
     def takes(self, chunk: int, count: int) -> bool:
         """Whether the device has room for `count` more states of a chunk."""
-        return self._counts[chunk, "device"] + count <= self._rooms["device"]
+        return self._counts[chunk]["device"] + count <= self._rooms["device"]
 
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
         """Read a held state onto the device."""
@@ -416,13 +417,12 @@ class PrefixCache:
         for prefix in prefixes:
             tier = self._states.drop(chunk, prefix)
             if tier is not None:
-                self._counts[chunk, tier] -= 1
+                self._counts[chunk][tier] -= 1
 
     def commit(self, chunk: int, prefixes: Prefixes) -> None:
         """After a finished walk, let later calls match these prefixes of a chunk."""
-        count = sum(self._counts[chunk, tier] for tier in self._states.bytes)
-        if count < len(prefixes):  # the disk has failed meanwhile
-            inside = self._states.held(chunk)
+        inside = self._states.held(chunk)
+        if len(inside) < len(prefixes):  # the disk has failed meanwhile
             held = [i for i, prefix in enumerate(prefixes.prefixes) if prefix in inside]
             prefixes = Prefixes([prefixes.prefixes[i] for i in held], prefixes.likelihood[held])
         self._matches[chunk] = prefixes
@@ -430,6 +430,7 @@ class PrefixCache:
     def forget(self, chunk: int) -> None:
         """Evict all states of a chunk, such as after an interrupted walk."""
         self.evict(chunk, list(self._states.held(chunk)))
+        self._counts.pop(chunk, None)
         self._matches.pop(chunk, None)
 
     def clear(self) -> None:
