@@ -1,4 +1,4 @@
-"""What would a greedy search save if its inner rounds found the best candidate without its loss?
+"""The saving of a greedy search whose inner rounds find the best candidate without its loss.
 
     OMP_NUM_THREADS=1 python bench/race_rounds.py [--model demo] [--samples 1000] [--length 32]
         [--rounds 5] [--shuffles 20] [--text FILE]
