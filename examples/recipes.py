@@ -16,17 +16,18 @@ import fastprune as fp
 def evopress(model, calibration_data, drop_entire_block: bool):
     """EvoPress, `selection` of evo_drop_search.py. The lines that load a mask onto the model, and
     those that compute the dense logits, go: an evaluator scores the model as it is."""
-    objective = fp.KLDivergence(fp.TokenBatch.from_ids(calibration_data))
-    ev = fp.Evaluator(model, objective, granularity="block" if drop_entire_block else "sublayer")
+    batch = fp.TokenBatch.from_ids(calibration_data)
+    halves, unit = (("attn",), "block") if drop_entire_block else (("attn", "mlp"), "sublayer")
+    # it draws single rows, so each runs alone: by default short rows run together
+    layout = fp.plan.layout.make_layout(batch, max_tokens=1, tile=512)
+    ev = fp.Evaluator(model, fp.KLDivergence(batch), granularity=unit, layout=layout)
 
     def selection(candidates, num_survive: int, num_tokens: int, **unused):
-        samples, tokens = [], 0
-        while tokens < num_tokens:  # the draws of the script
-            sample = random.randint(0, len(calibration_data) - 1)
+        samples: list[int] = []
+        while sum(calibration_data[i].shape[1] for i in samples) < num_tokens:
+            sample = random.randint(0, len(calibration_data) - 1)  # the draws of the script
             if sample not in samples:
                 samples.append(sample)
-                tokens += calibration_data[sample].shape[1]
-        halves = ("attn",) if drop_entire_block else ("attn", "mlp")
         removed = np.stack([np.array([c[half] for half in halves]).T.ravel() for c in candidates])
         fitnesses = ev.score(~removed, samples=samples, tokens=num_tokens)
         best = np.argsort(fitnesses)[:num_survive]

@@ -82,8 +82,9 @@ class Evaluator:
             `Workers`; None for this process alone. Each has a model of its own, and as many threads
             as this process. Scores keep their bits.
         progress: Called with a `ProgressEvent` while masks are scored.
-        layout: The `layout` of another evaluator, to get its bits under another memory limit. None
-            fits the layout to memory_bytes.
+        layout: The `layout` of another evaluator, to get its bits under another memory limit; or
+            one of `plan.layout.make_layout`, such as a row a chunk for calls on single samples.
+            None fits the layout to memory_bytes.
 
     Raises:
         InputError: An argument is of another kind or out of its range, the model does not take the

@@ -12,11 +12,11 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,32 +33,29 @@ FREE_SECONDS = 1.0  # free bytes are read at most once in this time
 FIRST_PIECE, LARGEST_PIECE = 64 << 20, 1 << 30
 ALIGNMENT = 256  # bytes; each state in a piece begins at a multiple
 
-Key = tuple[int, Units]  # chunk, prefix
-
 
 class DeviceTier:
-    """States in the memory of the device that computed them."""
+    """States in the memory of the device that computed them.
+
+    A tier holds states by handles, which `put` returns. This one's handles are the states.
+    """
 
     name = "device"
 
-    def __init__(self) -> None:
-        self._states: dict[Key, torch.Tensor] = {}
+    def put(self, state: torch.Tensor) -> torch.Tensor:
+        return state
 
-    def put(self, key: Key, state: torch.Tensor) -> None:
-        self._states[key] = state
+    def get(self, handle: torch.Tensor) -> torch.Tensor:
+        return handle
 
-    def get(self, key: Key) -> torch.Tensor:
-        return self._states[key]
-
-    def drop(self, key: Key) -> None:
-        del self._states[key]
+    def drop(self, handle: torch.Tensor) -> None:
+        """Let another state take the place of a dropped one."""
 
     def clear(self) -> None:
-        """Drop all states, and free their memory."""
-        self._states.clear()
+        """Free the memory of all states; their handles are dropped."""
 
 
-class HostTier(DeviceTier):
+class HostTier:
     """States of a GPU in the host's pinned memory, when the GPU's own memory is full.
 
     Pinning takes milliseconds, and rounds sizes up to a power of two. So states are cut from a few
@@ -72,7 +69,6 @@ class HostTier(DeviceTier):
     name = "host"
 
     def __init__(self, device: torch.device, pin: Callable[[int], torch.Tensor] | None = None):
-        super().__init__()
         self._device, self._pin = device, pin or self._pinned
         self._piece = torch.empty(0, dtype=torch.uint8)  # the unused rest of the last piece
         self._total = 0  # bytes of all pieces
@@ -81,12 +77,12 @@ class HostTier(DeviceTier):
     def _pinned(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
-    def put(self, key: Key, state: torch.Tensor) -> None:
+    def put(self, state: torch.Tensor) -> torch.Tensor:
         free = self._free.get(state.nbytes)
         place = free.pop() if free else self._cut(state.nbytes)
         buffer = place.view(state.dtype).view(state.shape)
         # the copies of a stream keep their order, so that a later read finds this state
-        self._states[key] = buffer.copy_(state, non_blocking=True)
+        return buffer.copy_(state, non_blocking=True)
 
     def _cut(self, size: int) -> torch.Tensor:
         """A new place for a state, uint8[size]."""
@@ -98,16 +94,15 @@ class HostTier(DeviceTier):
         self._piece = self._piece[-(-size // ALIGNMENT) * ALIGNMENT :]
         return place
 
-    def get(self, key: Key) -> torch.Tensor:
-        return self._states[key].to(self._device, non_blocking=True)
+    def get(self, handle: torch.Tensor) -> torch.Tensor:
+        return handle.to(self._device, non_blocking=True)
 
-    def drop(self, key: Key) -> None:
-        place = self._states.pop(key).flatten().view(torch.uint8)
+    def drop(self, handle: torch.Tensor) -> None:
+        place = handle.flatten().view(torch.uint8)
         self._free.setdefault(len(place), []).append(place)
 
     def clear(self) -> None:
         # torch reuses a piece only after the copies from and to it
-        super().clear()
         self._free.clear()
         self._piece, self._total = torch.empty(0, dtype=torch.uint8), 0
 
@@ -129,11 +124,10 @@ class DiskTier:
     def __init__(self, folder: Path, device: torch.device):
         self._device = device
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as this tier lives)
-        self._extents: dict[Key, _Extent] = {}
         self._free: dict[int, list[int]] = {}  # by size, the offsets of dropped states
         self._end = 0
 
-    def put(self, key: Key, state: torch.Tensor) -> None:
+    def put(self, state: torch.Tensor) -> _Extent:
         data = state.contiguous().cpu().flatten().view(torch.uint8).numpy()
         free = self._free.setdefault(len(data), [])
         start = free[-1] if free else self._end
@@ -144,22 +138,19 @@ class DiskTier:
             free.pop()
         else:
             self._end += len(data)
-        self._extents[key] = _Extent(start, len(data), state.shape, state.dtype)
+        return _Extent(start, len(data), state.shape, state.dtype)
 
-    def get(self, key: Key) -> torch.Tensor:
-        extent = self._extents[key]
+    def get(self, extent: _Extent) -> torch.Tensor:
         data = np.empty(extent.size, dtype=np.uint8)
         self._file.seek(extent.start)
         if self._file.readinto(data.data) != extent.size:
             raise OSError("a state was cut short")
         return torch.from_numpy(data).view(extent.dtype).view(extent.shape).to(self._device)
 
-    def drop(self, key: Key) -> None:
-        extent = self._extents.pop(key)
+    def drop(self, extent: _Extent) -> None:
         self._free[extent.size].append(extent.start)
 
     def clear(self) -> None:
-        self._extents.clear()
         self._free.clear()
         self._end = 0
         with suppress(OSError):  # then its bytes are overwritten
@@ -167,9 +158,10 @@ class DiskTier:
 
 
 class _Place(NamedTuple):
-    """The name of the tier that holds a state, and the state's bytes."""
+    """The name of the tier that holds a state, the tier's handle, and the state's bytes."""
 
     tier: str
+    handle: Any
     size: int
 
 
@@ -186,13 +178,14 @@ class TieredStates:
 
     def __init__(self, folder: Path | None, device: torch.device):
         self._folder, self._device = folder, device
-        self._tiers: dict[str, DeviceTier | DiskTier] = {"device": DeviceTier()}
+        self._tiers: dict[str, DeviceTier | HostTier | DiskTier] = {"device": DeviceTier()}
         if device.type == "cuda":
             self._tiers["host"] = HostTier(device)
         if folder is not None:
             self._tiers["disk"] = DiskTier(folder, device)
         self.bytes = dict.fromkeys(self._tiers, 0)
-        self._places: dict[Key, _Place] = {}
+        # by chunk and prefix, so that a chunk's states can be dropped without a search
+        self._places: dict[int, dict[Units, _Place]] = {}
         self._rooms: dict[str, tuple[float, int]] = {}  # by tier: time of reading, and bytes
 
     def share_of(self, tier: str, sharers: int, reserve: int | None = None) -> int:
@@ -232,11 +225,14 @@ class TieredStates:
             self._rooms[tier] = now, room
         return room
 
-    def put(self, key: Key, state: torch.Tensor, has_room: Callable[[str], bool]) -> str | None:
+    def put(
+        self, chunk: int, prefix: Units, state: torch.Tensor, has_room: Callable[[str], bool]
+    ) -> str | None:
         """Hold a state in the first tier that has room and does not fail.
 
         Args:
-            key: The state's chunk and prefix.
+            chunk: The state's chunk.
+            prefix: The state's prefix, which is not held yet.
             state: The state.
             has_room: Whether a tier has room, by its name.
 
@@ -247,24 +243,28 @@ class TieredStates:
             if not has_room(name) or (name == "disk" and self._folder is None):
                 continue
             try:
-                tier.put(key, state)
+                handle = tier.put(state)
             except OSError as error:
                 self._give_up_disk(error)
                 continue
-            self._places[key] = place = _Place(name, state.nbytes)
-            self.bytes[name] += place.size
+            self._places.setdefault(chunk, {})[prefix] = _Place(name, handle, state.nbytes)
+            self.bytes[name] += state.nbytes
             return name
         return None
 
-    def get(self, key: Key) -> torch.Tensor:
-        """Read a held state onto the device."""
-        return self._tiers[self._places[key].tier].get(key)
+    def get(self, chunk: int, prefix: Units) -> tuple[torch.Tensor, str]:
+        """Read a held state onto the device; also returns the name of its tier."""
+        tier, handle, _ = self._places[chunk][prefix]
+        return self._tiers[tier].get(handle), tier
 
-    def drop(self, key: Key) -> None:
-        """Drop a held state."""
-        place = self._places.pop(key)
-        self._tiers[place.tier].drop(key)
+    def drop(self, chunk: int, prefix: Units) -> str | None:
+        """Drop a state, and return the name of its tier; None if it is not held."""
+        place = self._places.get(chunk, {}).pop(prefix, None)
+        if place is None:
+            return None
+        self._tiers[place.tier].drop(place.handle)
         self.bytes[place.tier] -= place.size
+        return place.tier
 
     def clear(self) -> None:
         """Drop all held states, and free their memory and their part of the disk."""
@@ -278,14 +278,9 @@ class TieredStates:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         self._folder = None
 
-    def tier_of(self, key: Key) -> str | None:
-        """The name of the tier that holds a state; None if none does."""
-        place = self._places.get(key)
-        return None if place is None else place.tier
-
-    def held(self) -> list[Key]:
-        """The chunks and prefixes of all held states."""
-        return list(self._places)
+    def held(self, chunk: int) -> Collection[Units]:
+        """The prefixes of a chunk whose states are held."""
+        return self._places.get(chunk, {}).keys()
 
 
 NONE_HELD = Prefixes()
@@ -323,7 +318,8 @@ class PrefixCache:
         self._states = TieredStates(folder, device)
         self.hits = dict.fromkeys(self._states.bytes, 0)
         self._rooms = dict.fromkeys(self._states.bytes, 0)  # prefixes of each chunk, by tier
-        self._counts: Counter[tuple[int, str]] = Counter()  # prefixes held, by chunk and tier
+        # prefixes held, by chunk and tier
+        self._counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._share, self._state_bytes = 1.0, 1
         self._matches: dict[int, Prefixes] = {}
 
@@ -396,50 +392,45 @@ class PrefixCache:
 
     def insert(self, chunk: int, states: Mapping[Units, torch.Tensor]) -> None:
         """Hold states of a chunk by prefix, each in the fastest tier that has room."""
-        counts, rooms = self._counts, self._rooms
+        counts, rooms = self._counts[chunk], self._rooms
 
         def has_room(tier: str) -> bool:
-            return counts[chunk, tier] < rooms[tier]
+            return counts[tier] < rooms[tier]
 
         for prefix, state in states.items():
-            tier = self._states.put((chunk, prefix), state, has_room)
+            tier = self._states.put(chunk, prefix, state, has_room)
             if tier is not None:
-                counts[chunk, tier] += 1
+                counts[tier] += 1
 
     def takes(self, chunk: int, count: int) -> bool:
         """Whether the device has room for `count` more states of a chunk."""
-        return self._counts[chunk, "device"] + count <= self._rooms["device"]
+        return self._counts[chunk]["device"] + count <= self._rooms["device"]
 
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
         """Read a held state onto the device."""
-        state, tier = self._states.get((chunk, prefix)), self._states.tier_of((chunk, prefix))
-        assert tier is not None
+        state, tier = self._states.get(chunk, prefix)
         self.hits[tier] += 1
         return state
 
     def evict(self, chunk: int, prefixes: Iterable[Units]) -> None:
         """Drop the held ones among these states."""
         for prefix in prefixes:
-            tier = self._states.tier_of((chunk, prefix))
+            tier = self._states.drop(chunk, prefix)
             if tier is not None:
-                self._states.drop((chunk, prefix))
-                self._counts[chunk, tier] -= 1
+                self._counts[chunk][tier] -= 1
 
     def commit(self, chunk: int, prefixes: Prefixes) -> None:
         """After a finished walk, let later calls match these prefixes of a chunk."""
-        count = sum(self._counts[chunk, tier] for tier in self._states.bytes)
-        if count < len(prefixes):  # the disk has failed meanwhile
-            held = [
-                i
-                for i, prefix in enumerate(prefixes.prefixes)
-                if self._states.tier_of((chunk, prefix))
-            ]
+        inside = self._states.held(chunk)
+        if len(inside) < len(prefixes):  # the disk has failed meanwhile
+            held = [i for i, prefix in enumerate(prefixes.prefixes) if prefix in inside]
             prefixes = Prefixes([prefixes.prefixes[i] for i in held], prefixes.likelihood[held])
         self._matches[chunk] = prefixes
 
     def forget(self, chunk: int) -> None:
         """Evict all states of a chunk, such as after an interrupted walk."""
-        self.evict(chunk, [prefix for of, prefix in self._states.held() if of == chunk])
+        self.evict(chunk, list(self._states.held(chunk)))
+        self._counts.pop(chunk, None)
         self._matches.pop(chunk, None)
 
     def clear(self) -> None:
@@ -491,17 +482,17 @@ class Frontier:
         """Hold a state, in the fastest tier that has room."""
         held, limits = self._states.bytes, self._limits
         if not self._states.put(
-            (chunk, prefix), state, lambda tier: held[tier] + state.nbytes <= limits[tier]
+            chunk, prefix, state, lambda tier: held[tier] + state.nbytes <= limits[tier]
         ):
-            self._states.put((chunk, prefix), state, lambda tier: tier == "device")
+            self._states.put(chunk, prefix, state, lambda tier: tier == "device")
 
     def get(self, chunk: int, prefix: Units) -> torch.Tensor:
         """Read a held state onto the device."""
-        return self._states.get((chunk, prefix))
+        return self._states.get(chunk, prefix)[0]
 
     def drop(self, chunk: int, prefix: Units) -> None:
         """Drop a held state."""
-        self._states.drop((chunk, prefix))
+        self._states.drop(chunk, prefix)
 
     def clear(self) -> None:
         """Drop all states."""

@@ -30,12 +30,13 @@ class DenseReference:
     def __init__(self, runner: Runner, measure: Measure, room: int):
         self._head, self._measure, self.room = runner.head, measure, room
         self._states: dict[int, torch.Tensor] = {}  # [P, D] by chunk
-        self._tiles: dict[tuple[int, int], Any] = {}  # by chunk and number of the tile
-        self._sizes: dict[tuple[int, int], int] = {}  # bytes, likewise
+        # by chunk and number of the tile: a reference, and its bytes
+        self._tiles: dict[int, dict[int, tuple[Any, int]]] = {}
+        self._state_bytes = self._tile_bytes = 0
 
     @property
     def bytes(self) -> int:
-        return sum(kept.nbytes for kept in self._states.values()) + sum(self._sizes.values())
+        return self._state_bytes + self._tile_bytes
 
     def missing(self, chunks: Iterable[int]) -> list[int]:
         """The chunks whose final states are not held."""
@@ -46,42 +47,48 @@ class DenseReference:
     def put(self, chunk: int, states: torch.Tensor) -> None:
         """Hold the final states of a chunk, [P, D], at the positions that predict a target."""
         self._states[chunk] = states
+        self._state_bytes += states.nbytes
 
     def forget(self, chunk: int) -> None:
         """Drop the final states of a chunk, and the references of its tiles."""
-        self._states.pop(chunk, None)
-        for key in [key for key in self._tiles if key[0] == chunk]:
-            del self._tiles[key], self._sizes[key]
+        states = self._states.pop(chunk, None)
+        if states is not None:
+            self._state_bytes -= states.nbytes
+        for _, size in self._tiles.pop(chunk, {}).values():
+            self._tile_bytes -= size
 
     def at(self, chunk: int, number: int, tile: Tile) -> Any:
         """The reference of a chunk's tile; None for a measure that compares nothing."""
         reference = self._measure.reference
         if reference is None:
             return None
-        key = chunk, number
-        if key not in self._tiles:
+        tiles = self._tiles.get(chunk, {})
+        if number not in tiles:
             states = self._states[chunk][tile.positions]
             size = reference.position_bytes(self._head) * len(states)
             if not self._make_room(chunk, size):
                 return reference.compute(self._head, states, False)
-            self._tiles[key] = reference.compute(self._head, states, True)
-            self._sizes[key] = size
-        return self._tiles[key]
+            tiles[number] = reference.compute(self._head, states, True), size
+            self._tiles[chunk] = tiles
+            self._tile_bytes += size
+        return tiles[number][0]
 
     def _make_room(self, chunk: int, size: int) -> bool:
         """Evict the latest references of other chunks until a new one fits; False if it cannot."""
-        own = sum(held for (other, _), held in self._sizes.items() if other == chunk)
+        own = sum(held for _, held in self._tiles.get(chunk, {}).values())
         if own + size > self.room:
             return False
-        others = [key for key in self._sizes if key[0] != chunk]
-        while sum(self._sizes.values()) + size > self.room:
-            key = others.pop()
-            del self._tiles[key], self._sizes[key]
+        while self._tile_bytes + size > self.room:
+            latest = next(other for other in reversed(self._tiles) if other != chunk)
+            _, (_, held) = self._tiles[latest].popitem()
+            self._tile_bytes -= held
+            if not self._tiles[latest]:
+                del self._tiles[latest]
         return True
 
     def give_back(self) -> bool:
         """Keep no references of tiles from now on; False if none were kept."""
         kept, self.room = self.room > 0 and self._measure.needs_dense, 0
         self._tiles.clear()
-        self._sizes.clear()
+        self._tile_bytes = 0
         return kept

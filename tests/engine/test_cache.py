@@ -176,11 +176,11 @@ def test_a_disk_that_fills_up_is_given_up_with_one_warning(tmp_path, monkeypatch
     expected = fp.Evaluator(hf, target, cache_bytes=0).score(masks)
     put, left = DiskTier.put, [None] * 3
 
-    def fills_up(self, key, state):
+    def fills_up(self, state):
         if not left:
             raise OSError(28, "No space left on device")
         left.pop()
-        put(self, key, state)
+        return put(self, state)
 
     monkeypatch.setattr(DiskTier, "put", fills_up)
     ev = fp.Evaluator(
@@ -199,17 +199,16 @@ def test_tiers_return_the_bits_they_were_given(tmp_path):
     cpu = torch.device("cpu")
     for tier in (HostTier(cpu), DiskTier(tmp_path, cpu)):
         for dtype in (torch.bfloat16, torch.float32):
-            states = {(0, (i,)): torch.randn(3, 2, 5, 7).to(dtype)[i % 3] for i in range(6)}
-            for key, state in states.items():
-                tier.put(key, state)
-            tier.drop((0, (1,)))
-            tier.put((0, (1,)), states[0, (1,)])
-            for key, state in states.items():
-                found = tier.get(key)
+            states = [torch.randn(3, 2, 5, 7).to(dtype)[i % 3] for i in range(6)]
+            handles = [tier.put(state) for state in states]
+            tier.drop(handles[1])
+            handles[1] = tier.put(states[1])
+            for handle, state in zip(handles, states):
+                found = tier.get(handle)
                 assert found.dtype == dtype
                 assert torch.equal(found, state)
-            for key in states:
-                tier.drop(key)
+            for handle in handles:
+                tier.drop(handle)
 
 
 def test_states_on_the_host_are_cut_from_few_pieces_of_pinned_memory():
@@ -221,24 +220,22 @@ def test_states_on_the_host_are_cut_from_few_pieces_of_pinned_memory():
 
     tier = HostTier(torch.device("cpu"), pin)
     assert pieces == []  # nothing is pinned before a state comes
-    states = {
-        (0, (i,)): torch.randn(1 + i % 3, 700, 1001, generator=torch.Generator().manual_seed(i))
+    states = [
+        torch.randn(1 + i % 3, 700, 1001, generator=torch.Generator().manual_seed(i))
         for i in range(18)  # 101 MB, 2.8 to 8.4 MB each, none a multiple of the alignment
-    }
-    for key, state in states.items():
-        tier.put(key, state)
+    ]
+    handles = [tier.put(state) for state in states]
     assert pieces == [64 << 20, 64 << 20]
-    assert all(torch.equal(tier.get(key), state) for key, state in states.items())
-    for key in states:
-        tier.drop(key)
-    half = {key: state.bfloat16().repeat(2, 1, 1) for key, state in states.items()}
-    for key, state in half.items():  # as many bytes in another dtype and shape
-        tier.put(key, state)
-    assert all(torch.equal(tier.get(key), state) for key, state in half.items())
+    assert all(map(torch.equal, map(tier.get, handles), states))
+    for handle in handles:
+        tier.drop(handle)
+    half = [state.bfloat16().repeat(2, 1, 1) for state in states]
+    handles = [tier.put(state) for state in half]  # as many bytes in another dtype and shape
+    assert all(map(torch.equal, map(tier.get, handles), half))
     assert len(pieces) == 2
-    tier.put((1, ()), torch.zeros(50_000_000))  # larger than a piece of its turn
+    tier.put(torch.zeros(50_000_000))  # larger than a piece of its turn
     assert pieces[2:] == [256 << 20]
-    addresses = [tier.get(key).data_ptr() for key in half]
+    addresses = [tier.get(handle).data_ptr() for handle in handles]
     assert all(address % 64 == 0 for address in addresses)
 
 
@@ -254,10 +251,10 @@ def test_a_cleared_tier_frees_its_memory(tmp_path):
     cpu = torch.device("cpu")
     for tier in (HostTier(cpu, pin), DiskTier(tmp_path, cpu)):
         for size in (5, 7):
-            states = {(0, (i,)): torch.randn(size) for i in range(3)}
-            for key, state in states.items():
-                tier.put(key, state)
-            assert all(torch.equal(tier.get(key), state) for key, state in states.items())
+            states = [torch.randn(size) for _ in range(3)]
+            handles = [tier.put(state) for state in states]
+            assert all(map(torch.equal, map(tier.get, handles), states))
+            handles.clear()
             tier.clear()
             assert not any(piece() for piece in pieces)
 
@@ -322,7 +319,7 @@ def test_a_disk_that_failed_is_not_offered_again(tmp_path, monkeypatch):
     frontier.start(0)
     assert frontier.slower_bytes > 0
 
-    def fails(self, key, state):
+    def fails(self, state):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(DiskTier, "put", fails)
@@ -383,24 +380,25 @@ def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_
 def test_a_tier_that_is_full_or_fails_leaves_the_state_to_the_next(tmp_path, monkeypatch):
     states, state = TieredStates(tmp_path, torch.device("cpu")), torch.randn(2, 3)
     room = {"device": 0, "disk": 1}
-    keys = [(0, (i,)) for i in range(3)]
-    assert states.put(keys[0], state, room.get) == "disk"
+    assert states.put(0, (0,), state, room.get) == "disk"
     assert states.share_of("disk", 1) > 0
 
-    def fails(self, key, state):
+    def fails(self, state):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(DiskTier, "put", fails)
     with pytest.warns(RuntimeWarning, match="no more states are kept there"):
-        assert states.put(keys[1], state, room.get) is None
-    assert states.put(keys[1], state, room.get) is None  # without a word
+        assert states.put(0, (1,), state, room.get) is None
+    assert states.put(0, (1,), state, room.get) is None  # without a word
     assert states.share_of("disk", 1) == 0
     room["device"] = 1
-    assert states.put(keys[2], state, room.get) == "device"
+    assert states.put(0, (2,), state, room.get) == "device"
     assert states.bytes == {"device": state.nbytes, "disk": state.nbytes}
-    assert torch.equal(states.get(keys[0]), states.get(keys[2]))
-    for key in states.held():
-        states.drop(key)
+    found = [states.get(0, (i,)) for i in (0, 2)]
+    assert [tier for _, tier in found] == ["disk", "device"]
+    assert all(torch.equal(of, state) for of, _ in found)
+    for prefix in list(states.held(0)):
+        states.drop(0, prefix)
     assert states.bytes == {"device": 0, "disk": 0}
 
 
