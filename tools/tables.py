@@ -476,7 +476,7 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
             }
             | (PIQA if name == "smollm2" else {}),
         )
-        for name in ("smollm2", "calibration", "gemma3")
+        for name in ("smollm2", "gemma3")
     },
     "study_controls": (
         lambda: chosen_masks("smollm2", controls=True),
