@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -142,8 +143,13 @@ def _write_files(folder: Path) -> None:
         places = {MODEL_DIR: folder / "model", TEXT.parent: folder / "data"}
         for place in places.values():
             refuse_existing(place)
-    for source, place in places.items():
-        shutil.copytree(source, place)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".demo.", dir=folder) as partial:  # none is left half written
+        copies = [
+            shutil.copytree(source, Path(partial) / place.name) for source, place in places.items()
+        ]
+        for copy, place in zip(copies, places.values(), strict=True):
+            copy.rename(place)
     say(f"written: {', '.join(map(str, places.values()))}")
     say(f"next: fastprune info {folder / 'model'}")
 
