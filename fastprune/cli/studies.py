@@ -166,8 +166,8 @@ def _run(
     with at(str(document.path)):
         for label, (objective, _) in config.objectives.items():
             check_gradients(config.algorithms, objective.name, label)
+    check_study(config.algorithms, config.search.options, out_dir)
     with naming("--out"):
-        check_study(config.algorithms, config.search.options, out_dir)
         check_study_folder(out_dir, config.settings, document.text_for(out_dir))
     figures.check_installed()
     check_workers(workers, ray)

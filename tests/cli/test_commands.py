@@ -442,6 +442,15 @@ def test_an_interrupted_copy_of_the_demo_leaves_nothing(run, tmp_path, monkeypat
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_a_package_that_a_study_lacks_is_not_blamed_on_its_folder(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    status, _, err = run("demo", "--quick", "--out", tmp_path / "file" / "s")
+    assert (status, err.startswith("fastprune: --out: ")) == (2, True)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    status, _, err = run("demo", "--quick", "--out", tmp_path / "s")
+    assert (status, err.startswith("fastprune: a study needs scikit-learn")) == (2, True)
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_its_answer_and_the_next_command(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
