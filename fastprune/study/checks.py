@@ -83,7 +83,9 @@ def check_sizes(algorithms: Sequence[str], sizes: Sequence[int | str | Budget]) 
     _refuse_text(sizes)
     asked = [RemovalSize.of(size) for size in sizes]
     for size in asked:
-        if size.budget is None and check_budget(size.num_remove) is None:
+        if isinstance(size.num_remove, str):
+            check_budget(size.num_remove)
+        elif size.budget is None:
             check_integer("num_remove", size.num_remove, 0)
     removing = [name for name in algorithms if not find_algorithm(name).over_sequences]
     if removing and not sizes:
