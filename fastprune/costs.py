@@ -272,14 +272,6 @@ def unit_modules(model: Model, granularity: str) -> list[nn.Module]:
     ]
 
 
-def unit_parameters(model: Model, granularity: str) -> list[int]:
-    """The number of parameters of each unit, shared ones included."""
-    return [
-        sum(weights.numel() for weights in part.parameters())
-        for part in unit_modules(model, granularity)
-    ]
-
-
 def _of_parameters(
     model: Model, granularity: str, kind: str, weigh: Callable[[torch.Tensor], int]
 ) -> UnitCosts:

@@ -72,7 +72,7 @@ def _how_to_continue(arguments: Sequence[str]) -> str:
     """The end of the line after Ctrl-C or SIGTERM: the files that keep finished work, and the way
     to continue."""
     command, *rest = arguments or [""]
-    if command in ("study", "demo"):
+    if command == "study" or (command == "demo" and _value_of("--files", rest) is None):
         folder = _value_of("--out", rest) or "the study's folder"
         return f"{folder} keeps all finished searches and sums; the same command continues there"
     if command in ("score", "search", "eval"):

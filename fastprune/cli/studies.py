@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -142,8 +143,13 @@ def _write_files(folder: Path) -> None:
         places = {MODEL_DIR: folder / "model", TEXT.parent: folder / "data"}
         for place in places.values():
             refuse_existing(place)
-    for source, place in places.items():
-        shutil.copytree(source, place)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".demo.", dir=folder) as partial:  # none is left half written
+        copies = [
+            shutil.copytree(source, Path(partial) / place.name) for source, place in places.items()
+        ]
+        for copy, place in zip(copies, places.values(), strict=True):
+            copy.rename(place)
     say(f"written: {', '.join(map(str, places.values()))}")
     say(f"next: fastprune info {folder / 'model'}")
 
@@ -160,8 +166,8 @@ def _run(
     with at(str(document.path)):
         for label, (objective, _) in config.objectives.items():
             check_gradients(config.algorithms, objective.name, label)
+    check_study(config.algorithms, config.search.options, out_dir)
     with naming("--out"):
-        check_study(config.algorithms, config.search.options, out_dir)
         check_study_folder(out_dir, config.settings, document.text_for(out_dir))
     figures.check_installed()
     check_workers(workers, ray)

@@ -268,9 +268,9 @@ def stated_depth(folder: Path) -> int | None:
         if any(name in part for part in inner for name in DEPTHS):  # of towers, or of the text
             return None
         text = config
-    depths = {text[name] for name in DEPTHS if name in text}
     depth = text.get("num_hidden_layers")
-    sure = type(depth) is int and depth > 0 and depths == {depth}
+    agree = all(text[name] == depth for name in DEPTHS if name in text)
+    sure = type(depth) is int and depth > 0 and agree
     return depth if sure and not config.get("is_encoder_decoder") else None
 
 

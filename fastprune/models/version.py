@@ -342,15 +342,18 @@ def other_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
 
 def attribute_tensors(attributes: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors in a module's attributes that are neither parameters nor buffers."""
-    waiting = list(other_attributes(attributes))
+    waiting = [(name, value, DEPTH) for name, value in other_attributes(attributes)]
     while waiting:
-        name, value = waiting.pop()
+        name, value, depth = waiting.pop()
         if type(value) in _DENSE:
             yield name, value
-        elif isinstance(value, dict):
-            waiting += [(f"{name}.{key}", held) for key, held in value.items()]
+            continue
+        if depth and _holds_values(value):
+            value, depth = vars(value), depth - 1
+        if isinstance(value, dict):
+            waiting += [(f"{name}.{key}", held, depth) for key, held in value.items()]
         elif isinstance(value, (list, tuple)):
-            waiting += [(f"{name}.{place}", held) for place, held in enumerate(value)]
+            waiting += [(f"{name}.{place}", held, depth) for place, held in enumerate(value)]
 
 
 def _contents(value: Any, identify: Callable[[Any], Any], depth: int = DEPTH) -> Any:

@@ -328,10 +328,6 @@ class Search:
         Returns:
             The `keep` best subsets after a step, best first, by `harm`. By loss they may race.
 
-        Raises:
-            InputError: Racing is on, under a budget of units that save unlike amounts: `harm`
-                needs every loss.
-
         Examples:
             >>> from fastprune.search import Search
             >>> from fastprune.testing import SyntheticEvaluator

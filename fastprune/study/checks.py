@@ -10,8 +10,9 @@ from pathlib import Path
 from ..costs import Budget
 from ..errors import InputError, shown
 from ..search import check_algorithm, find_algorithm, require_sklearn
+from ..search.protect import check_budget
 from ..search.sizes import RemovalSize
-from ..validate import check_folder
+from ..validate import check_folder, check_integer
 
 
 @contextmanager
@@ -51,6 +52,7 @@ def check_study(
         fastprune.errors.InputError: beam has no option 'widht'; its options: beam_width=5
     """
     with at("algorithms"):
+        _refuse_text(algorithms)
         if not algorithms:
             raise InputError("a study needs at least one")
         check_once(algorithms)
@@ -78,12 +80,25 @@ def check_sizes(algorithms: Sequence[str], sizes: Sequence[int | str | Budget]) 
         >>> from fastprune.study.checks import check_sizes
         >>> check_sizes(["greedy"], [2, "25%"])
     """
+    _refuse_text(sizes)
+    asked = [RemovalSize.of(size) for size in sizes]
+    for size in asked:
+        if isinstance(size.num_remove, str):
+            check_budget(size.num_remove)
+        elif size.budget is None:
+            check_integer("num_remove", size.num_remove, 0)
     removing = [name for name in algorithms if not find_algorithm(name).over_sequences]
     if removing and not sizes:
         raise InputError(
             f"{removing[0]} removes units, and no size is named: a number of units such as 3, a "
             f"share such as '25%', or a budget such as 'params=75%'"
         )
-    if sizes and not removing:
-        find_algorithm(algorithms[0]).check_num_remove(sizes[0])
-    check_once([RemovalSize.of(size).key for size in sizes])
+    if asked and not removing:
+        find_algorithm(algorithms[0]).check_num_remove(**asked[0].arguments)
+    check_once([size.key for size in asked])
+
+
+def _refuse_text(values: object) -> None:
+    """Raise InputError for a text in place of a list of values."""
+    if isinstance(values, str):
+        raise InputError(f"must be a list such as [{values!r}], not a text")

@@ -495,13 +495,13 @@ def _check_search(config: StudyConfig) -> None:
             f"search.protect: unknown preset {shown(search.protect)}; "
             f"{nearest(search.protect, PRESETS)}; or a list of units, such as [0, 1]"
         )
-    for text in search.budget:
-        with at("search.budget"):
-            RemovalBudget.parse(text)
+    with at("search.budget"):
+        check_once([str(RemovalBudget.parse(text)) for text in search.budget])
     for name in _once("search.algorithms", config.algorithms, least=1):
         with at("search.algorithms"):
             find_algorithm(name)
-    with at("search.num_remove"):
+    only_budgets = search.budget and not search.num_remove
+    with at("search.budget" if only_budgets else "search.num_remove"):
         check_sizes(config.algorithms, [*search.num_remove, *search.budget])
     for name, options in search.options.items():
         with at(f"search.options.{_key(name)}"):

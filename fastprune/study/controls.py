@@ -22,7 +22,7 @@ from ..masks import (
 from ..search import Allowed
 from ..search.draws import distinct
 from ..search.sizes import Key, Removed, Size
-from ..validate import check_integer, check_one_of
+from ..validate import check_integer, check_kind, check_one_of
 from .checks import at, check_once
 from .folder import check_label
 
@@ -142,6 +142,7 @@ def check_controls(controls: Sequence[Control], algorithms: Sequence[str], has_s
     """
     with at("control"):
         for control in controls:
+            check_kind("a control", control, Control, "a Control")
             check_label(control.name)
         check_once([control.name for control in controls])
     for control in controls:

@@ -94,7 +94,8 @@ class Evaluators:
             open_runner(model, "generic", Needs(self._granularity))
             units = self.num_units(model)
             for control in controls:
-                control.fixed(units)
+                with at(model.name), at(f"control.{control.name}"):
+                    control.fixed(units)
             with at(model.name):
                 sizes = list(self.sizes(model, settings).values())
             if len({size.key for size in sizes}) < len(sizes):

@@ -101,8 +101,8 @@ class Cell:
 
 
 def check_label(label: str) -> None:
-    """Raise InputError for an objective's label that cannot be a part of file names."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", label):
+    """Raise InputError for a label that cannot be a part of file names."""
+    if not isinstance(label, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", label):
         raise InputError(
             f"a label is made of up to 60 letters, digits, - and _, not {shown(label)}"
         )

@@ -254,6 +254,8 @@ def test_units_that_the_config_does_not_have(unopened, arguments, said, inside):
         [],
         {"n_layer": 5},
         {"num_hidden_layers": "5"},
+        {"num_hidden_layers": [5]},
+        {"num_hidden_layers": 5, "num_layers": {}},
         {"num_hidden_layers": 5, "num_layers": 9},
         {"num_hidden_layers": 5, "llm_config": {"num_hidden_layers": 9}},
         {"num_hidden_layers": 5, "text_config": {}},

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -421,6 +422,32 @@ def test_the_demo_writes_its_model_and_data(run, tmp_path):
     status, _, err = run("demo", "--files", tmp_path / "new")  # nothing is overwritten
     assert (status, "--files" in err, "exists already" in err) == (2, True, True)
     assert run("demo", "--files", tmp_path / "other", "--quick")[0] == 2
+
+
+def test_an_interrupted_copy_of_the_demo_leaves_nothing(run, tmp_path, monkeypatch):
+    copytree = shutil.copytree
+
+    def interrupted(source, place):
+        copy = copytree(source, place)
+        if place.name == "data":
+            raise KeyboardInterrupt
+        return copy
+
+    monkeypatch.setattr("shutil.copytree", interrupted)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    status, _, err = run("demo", "--files", tmp_path / "new")
+    assert status == 130
+    assert err == "fastprune: interrupted; nothing is kept; the same command begins again\n"
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_package_that_a_study_lacks_is_not_blamed_on_its_folder(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    status, _, err = run("demo", "--quick", "--out", tmp_path / "file" / "s")
+    assert (status, err.startswith("fastprune: --out: ")) == (2, True)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    status, _, err = run("demo", "--quick", "--out", tmp_path / "s")
+    assert (status, err.startswith("fastprune: a study needs scikit-learn")) == (2, True)
 
 
 @pytest.mark.slow

@@ -182,11 +182,15 @@ def in_a_list(values):
 
 
 def another_object(values):
-    values.object = types.SimpleNamespace(factor=1.7)
+    values.object = types.SimpleNamespace(factor=1.7, tensor=torch.ones(1))
 
 
 def in_an_object(values):
     values.object.factor = 1.7
+
+
+def a_tensor_in_an_object(values):
+    values.object.tensor.mul_(2)
 
 
 def in_a_tuple(values):
@@ -209,6 +213,7 @@ def behind_a_gap(values):
         in_a_list,
         another_object,
         in_an_object,
+        a_tensor_in_an_object,
         in_a_tuple,
         in_a_nested_list,
         behind_a_gap,
@@ -219,7 +224,7 @@ def test_every_kind_of_attribute_counts(change, tmp_path):
     hf = build("llama")
     layer = layers_of(hf)[2]
     layer.tensor, layer.listed, layer.pair = torch.ones(4), ["", torch.ones(1)], (1.0, 1.0)
-    layer.object, layer.nested = types.SimpleNamespace(factor=1.0), [[1.0]]
+    layer.object, layer.nested = types.SimpleNamespace(factor=1.0, tensor=torch.ones(1)), [[1.0]]
     layer.gap = layer.mlp.up_proj
     weight = layer.gap.weight.detach()
     wider = torch.cat([weight, weight], dim=1)
@@ -227,7 +232,7 @@ def test_every_kind_of_attribute_counts(change, tmp_path):
 
     def scaled(module, args, output):
         factor = module.tensor.mean() * module.listed[1] * module.pair[1]
-        return output * factor * module.object.factor * module.nested[0][0]
+        return output * factor * module.object.factor * module.object.tensor * module.nested[0][0]
 
     layer.register_forward_hook(scaled)
     rows = random_rows(hf.config.vocab_size, LENGTHS)

@@ -221,8 +221,8 @@ def test_names_are_checked_alike_in_a_document_and_in_python(model, text_file, t
 
 def test_units_that_a_model_does_not_have(model, tmp_path):
     for control, message in (
-        (Control(name="c", removed=(5,)), "removed unit 5 is out of range"),
-        (Control(name="c", sequence=(0, 7)), "7 is no unit"),
+        (Control(name="c", removed=(5,)), r"control\.c: removed unit 5 is out of range"),
+        (Control(name="c", sequence=(0, 7)), r"control\.c: sequence: 7 is no unit"),
         (Control(name="c", random=0), "random must be an integer from 1 to 1000"),
         (Control(name="c", worst_of="beam"), "worst_of must be one of one_shot"),
         (Control(name="c", backwards=1), "backwards must be true or false, not 1"),

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
-from fastprune.study import check_study_folder, run_study, write_report
+from fastprune.study import Control, check_study_folder, run_study, write_report
 from fastprune.study.folder import hold
 from fastprune.study.machines import machines_note
 
@@ -218,6 +218,24 @@ def test_nothing_is_given_twice(model, tmp_path):
         with pytest.raises(fp.InputError, match="is given twice"):
             run_study([model], make, algorithms, budgets, tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_arguments_of_other_kinds_are_named(model, tmp_path):
+    make = {"one": lambda model: fp.Perplexity(fp.TokenBatch.from_ids([[1, 2]]))}
+
+    def refused(message, algorithms=("greedy",), budgets=(1,), **more):
+        with pytest.raises(fp.InputError, match=message):
+            run_study([model], make, algorithms, budgets, tmp_path / "s", **more)
+        assert not (tmp_path / "s").exists()
+
+    refused("algorithms: must be a list", algorithms="greedy")
+    refused("budgets: must be a list", budgets="25%")
+    for size in (-1, 2.5, True, None):
+        refused("budgets: num_remove must be an integer of at least 0", budgets=[1, size])
+    refused("budgets: num_remove must be an integer or a share", budgets=["1"])
+    refused("control: a control must be a Control, not dict", controls=[{"name": "c"}])
+    refused("control: a label is made of", controls=[Control(name=5, random=2)])
+    refused("control.c: removed units are given as", controls=[Control(name="c", removed=5)])
 
 
 def test_models_of_any_name(tmp_path):

@@ -112,6 +112,21 @@ def test_budgets_in_a_document(text_file, tmp_path):
             read_document(write_document(tmp_path / "t.toml", **tables))
 
 
+def test_the_table_of_a_document_that_has_the_wrong_size_is_named(text_file, tmp_path):
+    for algorithm, numbers, budgets, message in (
+        ("greedy", [1, 1], [], "search.num_remove: 1 is given twice"),
+        ("greedy", [1], ["params=75%"] * 2, "search.budget: 'params=75%' is given twice"),
+        ("repeat", [1], [], "search.num_remove: num_remove has no meaning"),
+        ("repeat", [], ["params=75%"], "search.budget: budget has no meaning"),
+        ("greedy", [], [], "search.num_remove: greedy removes units"),
+    ):
+        tables = text_study("demo", text_file, search_num_remove=numbers, search_budget=budgets)
+        tables["search"]["algorithms"] = [algorithm]
+        with pytest.raises(fp.InputError) as error:
+            read_document(write_document(tmp_path / "s.toml", **tables))
+        assert message in str(error.value)
+
+
 def test_the_terminal_shows_the_budget_and_the_share(run, checkpoint, text_file, tmp_path):
     tables = text_study(checkpoint, text_file, search_num_remove=[], search_budget=["params=80%"])
     tables["search"] |= {"granularity": "sublayer", "algorithms": ["greedy"]}
