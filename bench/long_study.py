@@ -1,7 +1,7 @@
 """The study on two pretrained models, about ten hours of one core: bench/study/*.toml.
 
     python bench/long_study.py OUT --data FOLDER --smollm2 FOLDER [--gemma3 FOLDER]
-        [--only smollm2,optimum,calibration,gemma3]
+        [--only smollm2,pairs,optimum,calibration,gemma3]
 
 FOLDER of --data holds wikitext2-test.txt (WikiText-2's test split), arc-easy.jsonl (1,000 rows
 {"prompt", "choices", "answer"}), piqa.jsonl (the same) and tinyshakespeare.txt; the third domain,
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--gemma3", type=Path)
-    parser.add_argument("--only", default="smollm2,optimum,calibration,gemma3")
+    parser.add_argument("--only", default="smollm2,pairs,optimum,calibration,gemma3")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     split(arguments.data, out / "data")

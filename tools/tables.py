@@ -500,8 +500,7 @@ TABLES: dict[str, tuple[Callable[[], Iterable[Row]], Columns]] = {
                 if row["to_reference"]["error"]
                 else "0"
             ),
-            "masks": lambda row: f"{row['masks']:,}",
-            "unit runs alone": lambda row: f"{row['asked_unit_runs']:,.0f}",
+            "unit runs": lambda row: f"{row['asked_unit_runs']:,.0f}",
         },
     ),
     "sharing": (

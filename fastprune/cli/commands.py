@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from ..plan.bands import Room
 
 ADVICE = (
-    "Begin with greedy: about k U masks. Then try beam, up to beam_width times as many: of four "
-    "cases whose optimum is known (the demo model, docs/study.md), greedy found three and beam all."
+    "Begin with greedy: about k U masks. Then try beam, up to beam_width times as many: of six "
+    "cases whose optimum is known (docs/study.md), greedy found five and beam all."
 )
 MOST_TOGETHER = 1_000  # masks whose losses of all samples are computed in one call
 
