@@ -11,36 +11,17 @@ same means.
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
-from race_rule import looks_of, measure, shuffled
+from race_rule import looks_of, measure, open_trial, shuffled
 
 import fastprune as fp
-from fastprune import demo
 from fastprune.plan.racing import race
 
 WIDTH = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--text", default=demo.TEXT)
-    parser.add_argument("--samples", type=int, default=250)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shuffles", type=int, default=100)
-    options = parser.parse_args()
-    model = fp.load_model(options.model)
-    text = fp.load_text(
-        options.text,
-        model.tokenizer,
-        num_samples=options.samples,
-        seq_len=options.length,
-        bos=False,
-    )
-    ev = fp.Evaluator(model, fp.Perplexity(text))
+    options, ev = open_trial(__doc__, samples=250, length=128, shuffles=100)
     looks = looks_of(ev.num_samples, options.length)
     parents, parent_losses = [()], ev.score_samples([[True] * ev.num_units])
     for number in range(1, options.rounds + 1):

@@ -12,13 +12,10 @@ losses. `no cache` keeps no state from one look to the next, `cached` keeps ever
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
-from race_rule import CONFIDENCE, looks_of
+from race_rule import CONFIDENCE, looks_of, open_trial
 
 import fastprune as fp
-from fastprune import demo
 from fastprune.plan.racing import race
 
 Sequences = list[tuple[int, ...]]
@@ -58,23 +55,7 @@ class Counted:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--text", default=demo.TEXT)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shuffles", type=int, default=20)
-    options = parser.parse_args()
-    model = fp.load_model(options.model)
-    text = fp.load_text(
-        options.text,
-        model.tokenizer,
-        num_samples=options.samples,
-        seq_len=options.length,
-        bos=False,
-    )
-    ev = fp.Evaluator(model, fp.Perplexity(text))
+    options, ev = open_trial(__doc__, samples=1000, length=32, shuffles=20)
     units, looks = range(ev.num_units), looks_of(ev.num_samples, options.length)
     scored: dict[tuple[int, ...], tuple[Sequences, np.ndarray]] = {}  # by parent
 

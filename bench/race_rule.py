@@ -141,6 +141,23 @@ def measure(
     return row
 
 
+def open_trial(
+    description: str, samples: int, length: int, shuffles: int
+) -> tuple[argparse.Namespace, fp.Evaluator]:
+    """The options of a trial on a model's text, with these defaults, and its evaluator."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--text", default=demo.TEXT)
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--length", type=int, default=length)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shuffles", type=int, default=shuffles)
+    options = parser.parse_args()
+    model = fp.load_model(options.model)
+    text = fp.load_text(options.text, model.tokenizer, options.samples, options.length, bos=False)
+    return options, fp.Evaluator(model, fp.Perplexity(text))
+
+
 def looks_of(num_samples: int, tokens: int = 128) -> list[np.ndarray]:
     """The looks at so many samples, each a row."""
     return look_rows(fp.TokenBatch.from_ids(np.zeros((num_samples, tokens), dtype=np.int64)))

@@ -23,15 +23,9 @@ import numpy as np
 import torch
 
 import fastprune as fp
-from fastprune.objectives import Objective
+from fastprune.objectives import OBJECTIVES, Objective
 from fastprune.study.config import DataConfig, Document, read_document
 
-KINDS = {
-    "perplexity": fp.Perplexity,
-    "margin": fp.TaskMargin,
-    "accuracy": fp.TaskAccuracy,
-    "kl": fp.KLDivergence,
-}
 REFERENCES = {  # of a cell (objective, algorithm), the one that it is compared with
     "smollm2": lambda objective, algorithm: ("perplexity-text", "greedy"),
     "pairs": lambda objective, algorithm: (objective, "exhaustive"),
@@ -126,7 +120,7 @@ def objectives_of(document: Document, model: fp.Model) -> dict[str, Objective]:
 
 def make(name: str, data: DataConfig, settings: Mapping[str, Any], model: fp.Model) -> Objective:
     """The objective on the data that a table of the document names."""
-    kind = KINDS[name]
+    kind = OBJECTIVES[name]
     if kind.data == "tasks":
         tasks = fp.load_tasks(data.file, model.tokenizer, limit=data.num_samples, **data.reading)
         return kind(tasks, **settings)

@@ -35,14 +35,17 @@ from .offload.weights import ResidentWeights, Weights
 
 SAMPLES = 32  # values of each tensor compared for a change
 LEAST = 16  # the same, of a tensor of any shape
-# attributes that decide no result; the last two are states of RecurrentGemma's last row
-NOT_DECISIVE: tuple[str, ...] = (
-    "training",
-    "name_or_path",
-    "max_seq_len_cached",
-    "_is_hf_initialized",
+# attributes that decide no result
+NOT_DECISIVE = frozenset(
+    {
+        "training",
+        "name_or_path",
+        "max_seq_len_cached",
+        "_is_hf_initialized",
+        "recurrent_states",  # this and the next: states of RecurrentGemma's last row
+        "conv1d_state",
+    }
 )
-NOT_DECISIVE += ("recurrent_states", "conv1d_state")
 _OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has, such as its hooks
 DEPTH = 2  # objects inside of objects whose attributes are compared
 _PLAIN = (bool, int, float, str, complex, type(None), torch.dtype, torch.device)

@@ -683,7 +683,7 @@ def has_whole_tiles(arch: str, config: Config, vocab: int, powers: bool, best: b
     """Whether linear_nll's code is that of whole tiles: no mask of tokens, one flat loop.
 
     Bits are the same either way. In float32, or with the most likely token, that code spills. On
-    gfx942, with a soft cap, it takes so many registers that half as many programs run at once.
+    gfx942, with a soft cap, its registers leave room for half the programs of the masked code.
 
     Args:
         arch: The architecture.

@@ -340,8 +340,8 @@ def runs_over_a_search(trace, capacity: int) -> int:
 def test_a_search_of_32_blocks_costs_its_distinct_prefixes(
     algorithm, options, thousand, hundred, record_property
 ):
-    """The runs that a cache of so many states saves, as a share of those that one without bounds
-    saves over sharing within calls."""
+    """A cache of 1,000 or 100 states saves these shares of the unit runs that a cache without
+    bounds saves over sharing within calls."""
     ev = Recorder(32, num_samples=64)
     fp.run_search(ev, algorithm, 7, **options)
     every = {prefix for asked in ev.trace for sequence in asked for prefix in prefixes_of(sequence)}
