@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
@@ -34,15 +33,11 @@ def uniform(search: Search, count: int) -> list[Removed]:
     budget is met. Units that it does not need are put back.
     """
     candidates, k = search.candidates, search.num_remove
+    some = list(itertools.islice(search.size.every(candidates), 10 * count + 1))
+    if len(some) <= 10 * count:  # few enough to list, and drawing would often repeat itself
+        return [some[i] for i in search.rng.permutation(len(some))[:count]]
     if search.limit is not None:
-        some = list(itertools.islice(search.limit.every(candidates), 10 * count + 1))
-        if len(some) <= 10 * count:
-            return [some[i] for i in search.rng.permutation(len(some))[:count]]
         return distinct(lambda: search.repaired(()), count)
-    total = math.comb(len(candidates), k)
-    if total <= 10 * count:  # few enough to list, and drawing would often repeat itself
-        every = list(itertools.combinations(candidates, k))
-        return [every[i] for i in search.rng.permutation(total)[:count]]
     return distinct(lambda: as_removed(search.rng.choice(candidates, k, replace=False)), count)
 
 

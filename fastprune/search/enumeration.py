@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ..errors import InputError
 from . import draws
@@ -52,17 +52,15 @@ def exhaustive(search: Search, max_masks: Count = 100_000) -> None:
     Options:
         max_masks: refuse to score more subsets than this.
     """
-    subsets: Iterator[Removed]
+    subsets = search.size.every(search.candidates)
+    total = math.comb(len(search.candidates), search.num_remove)
     if search.limit is not None:
-        every = sorted(itertools.islice(search.limit.every(search.candidates), max_masks + 1))
-        if len(every) > max_masks:
+        some = sorted(itertools.islice(subsets, max_masks + 1))
+        if len(some) > max_masks:
             raise InputError(
                 f"exhaustive would score more subsets than its option max_masks={max_masks}"
             )
-        total, subsets = len(every), iter(every)
-    else:
-        total = math.comb(len(search.candidates), search.num_remove)
-        subsets = itertools.combinations(search.candidates, search.num_remove)
+        total, subsets = len(some), iter(some)
     # in order, so that prefixes are neighbours
     search.plan(min(AT_ONCE, total - start) for start in range(0, total, AT_ONCE))
     while part := list(itertools.islice(subsets, AT_ONCE)):

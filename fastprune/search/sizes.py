@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..costs import UNITS, Budget, UnitCosts
 from ..errors import InputError
@@ -84,7 +86,7 @@ class RemovalSize:
         return RemovalSize(size.most) if is_number and not self.budget.is_measured else self
 
 
-class Size(Protocol):
+class Size(ABC):
     """Decides which subsets of the candidates are complete, and completes others.
 
     Attributes:
@@ -93,11 +95,17 @@ class Size(Protocol):
 
     most: int
 
+    @abstractmethod
     def meets(self, subset: Removed) -> bool:
         """Whether the subset removes enough."""
 
+    @abstractmethod
+    def every(self, candidates: Sequence[int]) -> Iterator[Removed]:
+        """Yield every complete subset of the candidates once."""
+
     def is_complete(self, subset: Removed) -> bool:
         """Whether the subset removes enough, and no unit of it could be put back."""
+        return self.meets(subset) and not any(self.meets(smaller) for smaller in less_one(subset))
 
     def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
         """Make a subset complete.
@@ -105,9 +113,17 @@ class Size(Protocol):
         Units are added in this order until the subset removes enough. Then each unit that is not
         needed is put back, the latest first.
         """
+        units, waiting = [int(unit) for unit in subset], iter(order)
+        while not self.meets(tuple(units)):
+            units.append(int(next(waiting)))
+        for unit in reversed(list(units)):
+            fewer = [other for other in units if other != unit]
+            if self.meets(tuple(fewer)):
+                units = fewer
+        return tuple(sorted(units))
 
 
-class UnitCount:
+class UnitCount(Size):
     """A fixed number of units."""
 
     def __init__(self, count: int):
@@ -116,15 +132,11 @@ class UnitCount:
     def meets(self, subset: Removed) -> bool:
         return len(subset) >= self.most
 
-    def is_complete(self, subset: Removed) -> bool:
-        return len(subset) == self.most
-
-    def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
-        units = list(subset)[: self.most]
-        return tuple(sorted([*units, *list(order)[: self.most - len(units)]]))
+    def every(self, candidates: Sequence[int]) -> Iterator[Removed]:
+        return itertools.combinations(candidates, self.most)
 
 
-class CostLimit:
+class CostLimit(Size):
     """The most that the pruned model may cost, for units that save unlike amounts.
 
     Args:
@@ -142,19 +154,6 @@ class CostLimit:
 
     def meets(self, subset: Removed) -> bool:
         return self.costs.after(subset) <= self.limit
-
-    def is_complete(self, subset: Removed) -> bool:
-        return self.meets(subset) and not any(self.meets(smaller) for smaller in less_one(subset))
-
-    def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
-        units, waiting = [int(unit) for unit in subset], iter(order)
-        while not self.meets(tuple(units)):
-            units.append(int(next(waiting)))
-        for unit in reversed(list(units)):
-            fewer = [other for other in units if other != unit]
-            if self.meets(tuple(fewer)):
-                units = fewer
-        return tuple(sorted(units))
 
     def every(self, candidates: Sequence[int]) -> Iterator[Removed]:
         """Yield every complete subset of the candidates once.
