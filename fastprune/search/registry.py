@@ -402,16 +402,11 @@ def describe_algorithms() -> list[dict]:
 
 def _sections(doc: str) -> dict[str, str]:
     """Split a docstring: its first line as Summary, then Method, Source, Cost and Options."""
-    parts = re.split(r"^(Source|Cost|Options):", doc, flags=re.MULTILINE)
-    method = parts[0].strip().partition("\n")[2].strip()
-    sections = {
-        "Summary": doc.partition("\n")[0],
-        "Method": method,
-        "Source": "",
-        "Cost": "",
-        "Options": "",
-    }
-    for field, text in zip(parts[1::2], parts[2::2]):
+    first, *parts = re.split(r"^(Source|Cost|Options):", doc, flags=re.MULTILINE)
+    summary, _, method = first.strip().partition("\n")
+    sections = {"Summary": summary, "Method": method.strip()}
+    sections |= dict.fromkeys(("Source", "Cost", "Options"), "")
+    for field, text in zip(parts[::2], parts[1::2]):
         # an indented line continues the line before
         sections[field] = re.sub(r"\n +", " ", inspect.cleandoc(text))
     return sections
