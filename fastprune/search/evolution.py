@@ -184,7 +184,6 @@ def evopress(
         if search.racing is None and children:
             children = _select(search, children, first_tokens, first_survivors)
         (parent,) = _select(search, [*children, parent], final_tokens, 1)
-    search.score([parent])
     return parent
 
 

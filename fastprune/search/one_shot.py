@@ -23,9 +23,7 @@ def one_shot(search: Search) -> Removed:
     """
     search.plan([len(search.candidates), 1])
     singles = search.extend([((), unit) for unit in search.candidates], max(1, search.num_remove))
-    subset = search.fill((), (unit for (unit,) in singles))
-    search.score([subset])
-    return subset
+    return search.fill((), (unit for (unit,) in singles))
 
 
 @algorithm(needs_gradients=True, needs_weights=True)
@@ -44,9 +42,7 @@ def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) 
     """
     search.plan([1])
     salience = search.evaluator.unit_salience(power)[search.candidates]
-    subset = lowest(search, np.where(np.isfinite(salience), salience, np.inf))
-    search.score([subset])
-    return subset
+    return lowest(search, np.where(np.isfinite(salience), salience, np.inf))
 
 
 def lowest(search: Search, values: np.ndarray) -> Removed:

@@ -215,7 +215,7 @@ def run_search(
     before, started = evaluator.stats, time.perf_counter()
     with reporting(search.describe, progress):
         choice = chosen.function(search, **options)
-    best = search.best() if choice is None else search.chosen(choice)
+        best = search.best() if choice is None else search.chosen(choice)
     num_units, is_mask = search.num_units, not chosen.over_sequences
     path = search.path(best) if is_mask else []
     costs = search.costs or evaluator.unit_costs("params")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import numpy as np
 
+from ..masks import from_removed
 from .draws import as_removed
 from .one_shot import lowest
 from .registry import Allowed, Count, algorithm
@@ -46,7 +47,6 @@ def shapley(
         removed = as_removed([*removed, search.candidates[int(values.argmin())]])
     if len(removed) < search.num_remove:
         removed = lowest(search, shapley_values(search, networks, share))
-    search.score([removed])
     return removed
 
 
@@ -70,10 +70,7 @@ def shapley_values(
             for _ in range(networks)
         ]
         losses = np.append(losses, search.score_samples(subsets, np.array([sample])))
-        rows = np.zeros((networks, search.num_units), dtype=bool)
-        for row, subset in zip(rows, subsets, strict=True):
-            row[list(subset)] = True
-        lacking = np.concatenate([lacking, rows])
+        lacking = np.concatenate([lacking, ~from_removed(subsets, search.num_units)])
     finite = np.isfinite(losses)
     values = np.full(search.num_units, np.inf)
     values[units] = 0.0

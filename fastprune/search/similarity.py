@@ -47,7 +47,7 @@ def lorp(search: Search, clusters: CountOrAuto = 0) -> Removed:
     spared = {0, search.num_units - 1}
     order = lorp_order(states, labels, [unit for unit in search.candidates if unit not in spared])
     last_resort = [unit for unit in (search.num_units - 1, 0) if unit in search.candidates]
-    return _scored(search, [*order, *last_resort][: search.num_remove])
+    return as_removed([*order, *last_resort][: search.num_remove])
 
 
 @algorithm
@@ -69,7 +69,7 @@ def shortgpt(search: Search, variant: Variant = "paper") -> Removed:
     order = sorted(
         search.candidates, key=lambda unit: (last_resort.get(unit, 0), influence[unit], unit)
     )
-    return _scored(search, order[: search.num_remove])
+    return as_removed(order[: search.num_remove])
 
 
 @algorithm
@@ -100,14 +100,7 @@ def streamline(
         if variant == "gromov"
         else _similarity(search)
     )
-    best = max(allowed, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)
-    return _scored(search, best)
-
-
-def _scored(search: Search, units: Iterable[int]) -> Removed:
-    subset = as_removed(units)
-    search.score([subset])
-    return subset
+    return max(allowed, key=lambda window: similarity[window[0], window[-1] + 1] if window else 1.0)
 
 
 def redundancy_score(similarity: np.ndarray) -> float:

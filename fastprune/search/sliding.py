@@ -36,9 +36,7 @@ def sliding_window_merge(
     last = search.num_units - 1
     order = [unit for unit in search.candidates if unit != last]
     if search.num_remove == 0 or search.num_remove >= len(order):
-        subset = as_removed([*order, last][: search.num_remove])
-        search.score([subset])
-        return subset
+        return as_removed([*order, last][: search.num_remove])
     search.score([(unit,) for unit in order])  # the first units of windows, in one call
     threshold = -math.inf
     while True:

@@ -529,10 +529,10 @@ class Search:
         return best
 
     def chosen(self, subset: Removed) -> Removed:
-        """Check the choice of a method's own rule.
+        """Score the choice of a method's own rule, and check it.
 
         Args:
-            subset: A subset that was scored.
+            subset: The subset.
 
         Returns:
             The subset.
@@ -544,10 +544,10 @@ class Search:
             >>> from fastprune.search import Search
             >>> from fastprune.testing import SyntheticEvaluator
             >>> search = Search(SyntheticEvaluator(8), num_remove=2, seed=0, protect=())
-            >>> losses = search.score([(0, 1)])
             >>> search.chosen((0, 1))
             (0, 1)
         """
+        self.score([subset])
         if not math.isfinite(self.losses[subset]):
             raise ArithmeticError(f"the subset that was chosen, {subset}, has no finite loss")
         return subset

@@ -52,7 +52,9 @@ def test_planned_rounds_hold_what_is_asked_for(name):
     told = search.plan
     search.plan = lambda masks: (planned.append(list(masks)), told(planned[-1]))[1]
     _, options = fp.search.check_algorithm(name, {})
-    chosen.function(search, **options)
+    choice = chosen.function(search, **options)
+    if choice is not None:
+        search.chosen(choice)
     if not planned:
         assert name in ("fast_block_select", "sliding_window_merge")
         return
