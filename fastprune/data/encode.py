@@ -38,7 +38,26 @@ class Encoder:
 
     @cached_property
     def _added(self) -> tuple[np.ndarray, np.ndarray]:
-        return _added(self.tokenizer, self._example)
+        """The tokens that the tokenizer puts before and after a text."""
+        if not hasattr(self.tokenizer, "all_special_ids"):  # a plain function adds no such tokens
+            return NO_IDS, NO_IDS
+        example = self._example.strip()[:100]
+        with tokenizing("tokenizer"):
+            plain, framed = (
+                np.asarray(
+                    self.tokenizer(example, add_special_tokens=special, verbose=False)["input_ids"]
+                )
+                for special in (False, True)
+            )
+        if not len(plain):
+            raise InputError(f"tokenizer must know the text; it has no token for {shown(example)}")
+        for first in range(len(framed) - len(plain) + 1):
+            stop = first + len(plain)
+            if np.array_equal(framed[first:stop], plain):
+                return framed[:first].astype(np.int64), framed[stop:].astype(np.int64)
+        raise InputError(
+            "tokenizer must add its special tokens before and after a text, not inside it"
+        )
 
     def documents(self, texts: Sequence[str], name: str) -> list[np.ndarray]:
         """Encode texts, with the tokens that begin a text and without those that end one.
@@ -119,22 +138,3 @@ class Encoder:
 
 def check_tokenizer(tokenizer: Any) -> Any:
     return check_callable("tokenizer", tokenizer, "one of transformers, such as model.tokenizer")
-
-
-def _added(tokenizer: Any, example: str) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that a tokenizer puts before and after a text."""
-    if not hasattr(tokenizer, "all_special_ids"):  # a plain function adds no such tokens
-        return NO_IDS, NO_IDS
-    example = example.strip()[:100]
-    with tokenizing("tokenizer"):
-        plain, framed = (
-            np.asarray(tokenizer(example, add_special_tokens=special, verbose=False)["input_ids"])
-            for special in (False, True)
-        )
-    if not len(plain):
-        raise InputError(f"tokenizer must know the text; it has no token for {shown(example)}")
-    for first in range(len(framed) - len(plain) + 1):
-        stop = first + len(plain)
-        if np.array_equal(framed[first:stop], plain):
-            return framed[:first].astype(np.int64), framed[stop:].astype(np.int64)
-    raise InputError("tokenizer must add its special tokens before and after a text, not inside it")

@@ -251,13 +251,7 @@ def _from_texts(
     begin = encoder.window_begin(bos)
     documents = encoder.documents(texts, name)
     stream = np.concatenate(documents)
-    if len(begin):
-        begins = _places(documents, begin)
-        windows, ranges = _windows_behind(stream, begins, begin, seq_len)
-    else:
-        ids = stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
-        windows = [IdRow(row, np.arange(seq_len) > 0) for row in ids]
-        ranges = [(i * seq_len, (i + 1) * seq_len) for i in range(len(ids))]
+    windows, ranges = _windows(stream, _places(documents, begin), begin, seq_len)
     num_samples = num_samples or max(1, min(NUM_SAMPLES, len(windows)))
     fits = {"num_samples": len(windows)} if windows else {}
     if len(stream) >= 2 * num_samples:
@@ -301,11 +295,12 @@ def _places(documents: Sequence[np.ndarray], begin: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _windows_behind(
+def _windows(
     stream: np.ndarray, begins: np.ndarray, begin: np.ndarray, seq_len: int
 ) -> tuple[list[IdRow], list[tuple[int, int]]]:
-    """Windows of seq_len tokens that begin with `begin`, which is never a target; and the range of
-    each in the stream.
+    """Windows of seq_len tokens that begin with `begin`, and the range of each in the stream.
+
+    The first token of a window and the tokens of `begin` are never targets. `begin` may be empty.
 
     With begin = [0] and seq_len = 4, the stream 0 5 6 7 8 9 0 3 4 2 of two documents gives three
     windows: 0 5 6 7, 0 8 9 0 and 0 3 4 2. The third starts at a document, so it holds its 0
@@ -329,6 +324,7 @@ def _windows_behind(
             return windows, ranges
         ids = np.concatenate([begin, stream[place + own : stop]])
         inside = np.concatenate([np.ones(size, dtype=bool), begins[place + own : stop]])
+        inside[0] = True
         if not inside.all():
             windows.append(IdRow(ids, ~inside))
             ranges.append((place, stop))

@@ -98,15 +98,11 @@ def is_data(name: str) -> bool:
         InputError: The library `datasets` is needed and missing.
     """
     path, _ = _split_of(name)
-    if _is_hub_name(name) or (path.is_dir() and _is_saved(path)):
+    is_saved = path.is_dir() and any((path / file).is_file() for file in SAVED)
+    if is_saved or _is_hub_name(name):
         require("data", "datasets")
         return True
     return path.is_file()
-
-
-def _suffix_of(path: Path) -> str:
-    """The suffix that names a file's format, such as .jsonl for a.jsonl.gz."""
-    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def read_ids(path: Path) -> np.ndarray:
@@ -150,7 +146,7 @@ def _open_path(data: str | os.PathLike, what: str, formats: Sequence[str]) -> So
         return Source(name, _read_hub(name))
     if path.is_dir():
         return Source(name, _read_saved(path, split))
-    suffix = _suffix_of(path)
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
     if suffix not in formats or suffix not in READERS:
         raise InputError(
             f"{path}: {what} data is read from {', '.join(formats[:-1])} and {formats[-1]} files, "
@@ -165,10 +161,7 @@ def _open_path(data: str | os.PathLike, what: str, formats: Sequence[str]) -> So
 def _read_txt(path: Path) -> Iterator[Row]:
     """Read the whole file as one text."""
     with _opened(path) as file:
-        try:
-            yield Row(str(path), {"text": file.read()})
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not a text file in UTF-8") from None
+        yield Row(str(path), {"text": file.read()})
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -180,10 +173,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _read_json(path: Path) -> Iterator[Row]:
     """Read a list of rows, or an object with one such list, as in {"data": [...]}."""
     with _opened(path) as file:
-        try:
-            value = parse_json(file.read(), str(path))
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not a text file in UTF-8") from None
+        value = parse_json(file.read(), str(path))
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         value = lists[0] if len(lists) == 1 else value
@@ -202,8 +192,6 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 yield Row(f"{path}:{reader.line_num}", row)
     except csv.Error as error:
         raise InputError(f"{path}: not a readable .csv file ({error})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file in UTF-8") from None
     finally:
         csv.field_size_limit(limit)
 
@@ -218,8 +206,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from _numbered(str(path), rows)
     except ArrowException as error:
-        reason = brief(str(error), 80)
-        raise InputError(f"{path}: not a readable .parquet file ({reason})") from None
+        raise _unreadable(path, ".parquet file", error) from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -255,10 +242,7 @@ class _Expanding(io.RawIOBase):
         try:
             data = self._file.read(len(buffer))
         except Exception as error:  # each library raises exceptions of its own
-            reason = brief(str(error), 80)
-            raise InputError(
-                f"{self._path}: not a readable {self._path.suffix} file ({reason})"
-            ) from None
+            raise _unreadable(self._path, f"{self._path.suffix} file", error) from None
         buffer[: len(data)] = data
         self._count += len(data)
         if self._count > self._most:
@@ -275,21 +259,24 @@ class _Expanding(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a file as text in UTF-8, decompressed as it is read, without a byte order mark."""
-    if path.suffix not in COMPRESSED:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
-            yield file
-        return
-    raw = io.BufferedReader(_Expanding(path, COMPRESSED[path.suffix](path)), 2**16)
-    with io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as text:
-        yield text
+    """Open a file as text in UTF-8, decompressed as it is read, without a byte order mark.
+
+    Raises:
+        InputError: The text that is read inside is not UTF-8.
+    """
+    if path.suffix in COMPRESSED:
+        raw = io.BufferedReader(_Expanding(path, COMPRESSED[path.suffix](path)), 2**16)
+        text: IO[str] = io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
+    else:
+        text = path.open(encoding="utf-8-sig", newline=newline)
+    with text:
+        try:
+            yield text
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not a text file in UTF-8") from None
 
 
 # -- data sets -------------------------------------------------------------------------------------
-
-
-def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in SAVED)
 
 
 def _is_hub_name(name: str) -> bool:
@@ -324,10 +311,9 @@ def _read_hub(name: str) -> Iterator[Row]:
     except InputError:
         raise
     except Exception as error:  # the network, the hub and the data set fail in many ways
-        reason = brief(str(error), 160)
         raise InputError(
             f"{name}: no such file, and not opened as a data set NAME:CONFIG:SPLIT of the hub "
-            f"({reason})"
+            f"({brief(str(error), 160)})"
         ) from None
 
 
@@ -339,8 +325,7 @@ def _read_saved(folder: Path, split: str | None) -> Iterator[Row]:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
-        reason = brief(str(error), 80)
-        raise InputError(f"{folder}: not a readable data set folder ({reason})") from None
+        raise _unreadable(folder, "data set folder", error) from None
     yield from _numbered(name, _one_split(name, loaded, split))
 
 
@@ -365,6 +350,10 @@ def _records(table: Any) -> Iterator[dict]:
     columns = [str(name) for name in table.columns]
     for values in zip(*[table[name].to_list() for name in table.columns]):
         yield dict(zip(columns, values))
+
+
+def _unreadable(path: Path, form: str, error: Exception) -> InputError:
+    return InputError(f"{path}: not a readable {form} ({brief(str(error), 80)})")
 
 
 def _numbered(name: str, values: Iterable) -> Iterator[Row]:
