@@ -8,6 +8,7 @@ from ..masks import from_removed
 from . import draws
 from .prior import LinearMean, Prior, penalised
 from .registry import Count, algorithm
+from .sizes import as_removed
 from .task import Removed, Search
 
 PRIOR_DRAWS = 256  # subsets of the pool drawn by the prior
@@ -66,7 +67,7 @@ def _pool(search: Search, prior: Prior, scored: list[Removed]) -> list[Removed]:
     for i in losses.argsort(kind="stable")[:NEIGHBOURS_OF]:
         best = scored[i]
         kept = [unit for unit in search.candidates if unit not in best]
-        pool |= {draws.as_removed({*best} - {out} | {into}) for out in best for into in kept}
+        pool |= {as_removed({*best} - {out} | {into}) for out in best for into in kept}
         pool |= {draws.swapped(search, best, 2) for _ in range(TWO_SWAPS)}
     return sorted(pool - {*scored})
 

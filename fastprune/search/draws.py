@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
+from .sizes import as_removed
 from .task import Removed, Search
 
 PATIENCE = 100  # draws in a row without a new subset that end the drawing
@@ -48,7 +49,3 @@ def swapped(search: Search, subset: Removed, swaps: int) -> Removed:
     out = search.rng.choice(len(subset), swaps, replace=False)
     into = search.rng.choice(len(kept), swaps, replace=False)
     return as_removed([*np.delete(subset, out), *(kept[i] for i in into)])
-
-
-def as_removed(units: Iterable) -> Removed:
-    return tuple(sorted(int(unit) for unit in units))

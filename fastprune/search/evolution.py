@@ -10,6 +10,7 @@ from ..errors import InputError
 from . import draws
 from .prior import Prior
 from .registry import Allowed, Count, CountOrAuto, Share, algorithm
+from .sizes import as_removed
 from .task import Removed, Search
 
 
@@ -86,7 +87,7 @@ def _child(
         swapped = search.rng.choice(sorted(child))
         child.remove(swapped)  # it returns if the other units are not enough
         return search.fill(sorted(child), [*prior.draw(kept, len(kept)), swapped])
-    return draws.as_removed(child)
+    return as_removed(child)
 
 
 def _halves_to_remove(
@@ -201,7 +202,7 @@ def _balanced(search: Search, types: Sequence[Sequence[int]]) -> Removed:
                 f"not protected, "
                 f"below {share}: lower num_remove, protect fewer, or set its option flips=free"
             )
-    return draws.as_removed(
+    return as_removed(
         unit for units in types for unit in search.rng.choice(units, share, replace=False)
     )
 
@@ -221,7 +222,7 @@ def _flipped(search: Search, subset: Removed, count: int, types: list[list[int]]
         if out and into:
             removed.remove(search.rng.choice(out))
             removed.add(search.rng.choice(into))
-    return draws.as_removed(removed)
+    return as_removed(removed)
 
 
 def _select(search: Search, subsets: list[Removed], tokens: int, survivors: int) -> list[Removed]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .draws import as_removed
 from .one_shot import lowest
 from .registry import Count, algorithm
+from .sizes import as_removed
 from .task import Removed, Search
 
 

@@ -58,9 +58,6 @@ class Option:
     default: object
     allowed: Allowed | None
 
-    def __str__(self) -> str:
-        return f"{self.kind.__name__}, {self.allowed}" if self.allowed else self.kind.__name__
-
 
 @dataclass(frozen=True)
 class Algorithm:

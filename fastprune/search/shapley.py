@@ -8,9 +8,9 @@ from typing import Annotated
 import numpy as np
 
 from ..masks import from_removed
-from .draws import as_removed
 from .one_shot import lowest
 from .registry import Allowed, Count, algorithm
+from .sizes import as_removed
 from .task import Removed, Search
 
 

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import numpy as np
 
-from .draws import as_removed
 from .enumeration import windows
 from .registry import Allowed, CountOrAuto, algorithm
+from .sizes import as_removed
 from .task import Removed, Search
 
 Variant = Annotated[str, Allowed(choices=("paper", "lorp"))]

@@ -66,9 +66,8 @@ class RemovalSize:
         """
         if self.budget is not None:
             return size_within(self.budget, costs_of, candidates)
-        if self.num_remove is None:
-            return UnitCount(0), list(candidates), None
-        count = units_to_remove(self.num_remove, num_units, len(candidates))
+        asked = 0 if self.num_remove is None else self.num_remove
+        count = units_to_remove(asked, num_units, len(candidates))
         return UnitCount(count), list(candidates), None
 
     def as_number(
@@ -174,6 +173,10 @@ class CostLimit(Size):
                 yield from extend((*subset, order[place]), place + 1)
 
         return extend((), 0)
+
+
+def as_removed(units: Iterable) -> Removed:
+    return tuple(sorted(int(unit) for unit in units))
 
 
 def less_one(subset: Removed) -> list[Removed]:

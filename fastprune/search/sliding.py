@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Annotated
 
-from .draws import as_removed
 from .registry import Allowed, algorithm
+from .sizes import as_removed
 from .task import Removed, Search
 
 

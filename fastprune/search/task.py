@@ -15,7 +15,7 @@ from ..masks import from_removed
 from ..plan.cost import Cost
 from ..plan.progress import ProgressEvent
 from .protect import protected_units
-from .sizes import CostLimit, RemovalSize, Removed, less_one
+from .sizes import CostLimit, RemovalSize, Removed, as_removed, less_one
 
 if TYPE_CHECKING:
     from ..plan.racing import Race
@@ -303,7 +303,7 @@ class Search:
             >>> search.harm([((0,), 1)]) == search.score([(0, 1)])
             array([ True])
         """
-        after = [_with(subset, unit) for subset, unit in steps]
+        after = [as_removed((*subset, unit)) for subset, unit in steps]
         if self.limit is None:
             return self.score(after)
         before = [subset for subset, _ in steps]
@@ -343,7 +343,7 @@ class Search:
             harm.sort()
         best: dict[Removed, int] = {}
         for number, (subset, unit) in enumerate(steps):
-            after = _with(subset, unit)
+            after = as_removed((*subset, unit))
             if after not in best:
                 best[after] = number
                 self.orders[after] = (*self.orders.get(subset, subset), unit)
@@ -585,10 +585,6 @@ class SequenceSearch(Search):
 
     def _order(self, candidate: Units) -> tuple:
         return (_rank(self.losses[candidate]),)
-
-
-def _with(subset: Removed, unit: int) -> Removed:
-    return tuple(sorted((*subset, unit)))
 
 
 def _rank(loss: float) -> float:
