@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,6 @@ from fastprune.validate import check_integer, is_number
 from . import oracle
 
 MAX_VARIABLES = 128
-
-_warned = False
 
 
 @dataclass(frozen=True)
@@ -110,30 +109,19 @@ def solve_subset(
 
     k = check_integer("k", k, 0, size, of="the number of variables")
     num_states = min(check_integer("num_states", num_states, least=1), math.comb(size, k))
-    if time_limit is not None:
-        if not is_number(time_limit) or not time_limit > 0:
-            raise InputError(
-                f"time_limit must be a positive number of seconds, or None, not "
-                f"{shown(time_limit)}",
-                argument="time_limit",
-            )
-        time_limit = float(time_limit)
+    if time_limit is not None and not (is_number(time_limit) and time_limit > 0):
+        raise InputError(
+            f"time_limit must be a positive number of seconds, or None, not {shown(time_limit)}",
+            argument="time_limit",
+        )
 
     native = _extension()
-    if native is not None:
-        limit = 0.0 if time_limit is None else float(time_limit)
-        subsets, energies, proven, gap, _ = native.solve_subset(h, g, k, num_states, limit)
-        return SubsetSolution([tuple(s) for s in subsets], energies, proven, gap)
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            "fastprune was installed without its compiled solver; solve_subset falls back to "
-            "NumPy, which is slower",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return SubsetSolution(*oracle.solve(h, g, k, num_states, time_limit))
+    if native is None:
+        _warn_of_the_fallback()
+        return SubsetSolution(*oracle.solve(h, g, k, num_states, time_limit))
+    limit = 0.0 if time_limit is None else float(time_limit)
+    subsets, energies, proven, gap, _ = native.solve_subset(h, g, k, num_states, limit)
+    return SubsetSolution([tuple(s) for s in subsets], energies, proven, gap)
 
 
 def _extension() -> Any:
@@ -146,6 +134,16 @@ def _extension() -> Any:
     except ImportError:
         return None
     return _native
+
+
+@cache  # once in a process
+def _warn_of_the_fallback() -> None:
+    warnings.warn(
+        "fastprune was installed without its compiled solver; solve_subset falls back to NumPy, "
+        "which is slower",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _real_array(name: str, value: ArrayLike, ndim: int) -> np.ndarray:

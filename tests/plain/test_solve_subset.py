@@ -107,7 +107,7 @@ def test_search_equals_brute_force_where_enumeration_would_do(family):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_fallback_equals_brute_force(family, monkeypatch):
     monkeypatch.setattr(subset, "_extension", lambda: None)
-    monkeypatch.setattr(subset, "_warned", True)
+    monkeypatch.setattr(subset, "_warn_of_the_fallback", lambda: None)
     rng = np.random.default_rng(8)
     n = 12
     h = family(n, rng).astype(float)
@@ -127,7 +127,7 @@ def test_fallback_equals_native(n, k, num_states, family, monkeypatch):
     g = 0.1 * rng.standard_normal(n)
     native = solve_subset(h, k, num_states, linear=g)
     monkeypatch.setattr(subset, "_extension", lambda: None)
-    monkeypatch.setattr(subset, "_warned", True)
+    monkeypatch.setattr(subset, "_warn_of_the_fallback", lambda: None)
     fallback = solve_subset(h, k, num_states, linear=g)
     assert native.proven
     assert fallback.proven
@@ -137,7 +137,7 @@ def test_fallback_equals_native(n, k, num_states, family, monkeypatch):
 
 def test_fallback_warns_once(monkeypatch):
     monkeypatch.setattr(subset, "_extension", lambda: None)
-    monkeypatch.setattr(subset, "_warned", False)
+    subset._warn_of_the_fallback.cache_clear()
     with pytest.warns(RuntimeWarning, match="without its compiled solver"):
         solve_subset(np.eye(3), 1)
     with warnings.catch_warnings():
@@ -209,7 +209,7 @@ def test_time_limit_returns_the_best_found_and_its_gap(monkeypatch):
     h = indefinite(100, np.random.default_rng(2))
     for native in {_native, None}:
         monkeypatch.setattr(subset, "_extension", lambda native=native: native)
-        monkeypatch.setattr(subset, "_warned", True)
+        monkeypatch.setattr(subset, "_warn_of_the_fallback", lambda: None)
         start = time.monotonic()
         r = solve_subset(h, 40, 3, time_limit=0.2)
         assert time.monotonic() - start < 5
