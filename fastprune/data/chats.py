@@ -104,8 +104,9 @@ class ChatEncoder:
                 add_generation_prompt=opened,
             )
         except Exception as error:  # a template raises whatever its author wrote
-            reason = brief(str(error), 120)
-            raise InputError(f"{place}: the chat template takes no such row ({reason})") from None
+            raise InputError(
+                f"{place}: the chat template takes no such row ({brief(str(error), 120)})"
+            ) from None
 
 
 def _find_template(tokenizer: Any, name: str | None) -> str | None:

@@ -269,7 +269,12 @@ def _to_batch(rows: Sequence[IdRow], tokenizer: Any) -> TokenBatch:
 
     If the tokenizer decodes, the batch also counts the words and bytes of the targets' text.
     """
-    batch = TokenBatch.from_ids([_labelled(*row) for row in rows])
+    batch = TokenBatch.from_ids(
+        [
+            {"input_ids": ids, "labels": np.where(is_target, ids, IGNORED_LABEL)}
+            for ids, is_target in rows
+        ]
+    )
     if not hasattr(tokenizer, "batch_decode"):
         return batch
     texts = tokenizer.batch_decode(
@@ -417,10 +422,6 @@ def _described(source: Source, first: Row, column: str | None) -> str:
     """The name of the data, with the column unless the form implies it."""
     plain = not isinstance(first.value, Mapping) or source.name.endswith((".txt", ".jsonl"))
     return source.name if plain and column is None else f"{source.name}, column {column or 'text'}"
-
-
-def _labelled(ids: np.ndarray, is_target: np.ndarray) -> dict[str, np.ndarray]:
-    return {"input_ids": ids, "labels": np.where(is_target, ids, IGNORED_LABEL)}
 
 
 def _holds_ids(data: Any) -> bool:
