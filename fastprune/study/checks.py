@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..costs import Budget
 from ..errors import InputError, shown
@@ -64,6 +65,26 @@ def check_study(
             )
     require_sklearn("a study")  # for the clusters of its summary
     check_folder(Path(out_dir))
+
+
+def search_settings(
+    algorithms: Iterable[str],
+    options: Mapping[str, Mapping[str, object]],
+    sizes: Iterable[int | str | Budget],
+    seed: int,
+    racing: float | None,
+    protect: Iterable[int] | str,
+) -> dict[str, Any]:
+    """The settings of a study's searches, as its folder keeps them."""
+    return {
+        "algorithms": {
+            name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms
+        },
+        "budgets": [RemovalSize.of(size).key for size in sizes],
+        "seed": seed,
+        "racing": racing,
+        "protect": protect if isinstance(protect, str) else [*protect],
+    }
 
 
 def check_sizes(algorithms: Sequence[str], sizes: Sequence[int | str | Budget]) -> None:

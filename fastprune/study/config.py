@@ -40,7 +40,7 @@ from ..search import (
     find_algorithm,
 )
 from ..validate import check_folder, check_path
-from .checks import at, check_once, check_sizes
+from .checks import at, check_once, check_sizes, search_settings
 from .controls import Control, check_controls
 from .folder import check_label
 
@@ -255,15 +255,11 @@ class StudyConfig:
     @property
     def settings(self) -> dict[str, object]:
         """The settings by which a study's folder is checked before a model is loaded."""
-        search, options = self.search, self.search.options
+        search, sizes = self.search, (*self.search.num_remove, *self.search.budget)
         return {
-            "algorithms": {
-                name: check_algorithm(name, options.get(name, {}))[1] for name in self.algorithms
-            },
-            "budgets": [*search.num_remove, *search.budget],
-            "seed": search.seed,
-            "racing": search.racing,
-            "protect": search.protect if isinstance(search.protect, str) else [*search.protect],
+            **search_settings(
+                self.algorithms, search.options, sizes, search.seed, search.racing, search.protect
+            ),
             "granularity": search.granularity,
             "backend": self.model.backend,
         }
@@ -353,7 +349,7 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
         return _parse_table(kind, _expect(dict, value, place), place)
     if origin in (typing.Union, types.UnionType):
         kinds = [part for part in parts if part is not type(None)]
-        fitting = [part for part in kinds if _plain(part) is tuple and isinstance(value, list)]
+        fitting = [of for of in kinds if typing.get_origin(of) is tuple and isinstance(value, list)]
         if len(kinds) > 1 and not fitting and not isinstance(value, str):
             raise InputError(f"{place} must be a text or a list, not {shown(value)}")
         return _parse((fitting or kinds)[0], value, place)
@@ -412,10 +408,6 @@ def _is(kind: Any, value: Any) -> bool:
     if kind == int | str:
         return type(value) in (int, str)
     return type(value) is (list if kind is tuple else kind)
-
-
-def _plain(kind: Any) -> Any:
-    return typing.get_origin(kind) or kind
 
 
 def _name_of(table: object, number: int) -> str:
@@ -499,7 +491,7 @@ def _check_search(config: StudyConfig) -> None:
         check_once([str(RemovalBudget.parse(text)) for text in search.budget])
     for name in _once("search.algorithms", config.algorithms, least=1):
         with at("search.algorithms"):
-            find_algorithm(name)
+            check_algorithm(name, {})
     only_budgets = search.budget and not search.num_remove
     with at("search.budget" if only_budgets else "search.num_remove"):
         check_sizes(config.algorithms, [*search.num_remove, *search.budget])
@@ -513,9 +505,6 @@ def _check_search(config: StudyConfig) -> None:
                 kind = known[option].kind
                 if isinstance(value, str) and kind is not str:
                     raise InputError(f"{option} must be {_KINDS[kind]}, not {shown(value)}")
-    with at("search.algorithms"):
-        for name in config.algorithms:
-            check_algorithm(name, search.options.get(name, {}))
     with at("search.racing"):
         check_racing(config.algorithms, search.racing)
 
@@ -573,9 +562,7 @@ def _check_settings(place: str, name: str, settings: Mapping[str, object]) -> No
 def _objectives_on_sets(config: StudyConfig) -> tuple[ObjectiveConfig, ...]:
     """Every objective with its sets. Without objectives, each kind of data gets one."""
     sets = {data.name: data.kind for data in config.calibration}
-    first: dict[str, str] = {}  # of each kind
-    for name, known in OBJECTIVES.items():
-        first.setdefault(known.data, name)
+    first = {known.data: name for name, known in reversed(OBJECTIVES.items())}  # of each kind
     default = [ObjectiveConfig(name=first[kind]) for kind in dict.fromkeys(sets.values())]
     objectives = []
     for objective in config.objective or default:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +173,7 @@ class Evaluators:
         """
         units = self._units_that_may_go(model, settings["protect"])
         return {
-            budget: RemovalSize.of(budget).as_number(*units, self._costs_of(model))
+            budget: RemovalSize.of(budget).as_number(*units, partial(self._costs, model))
             for budget in settings["budgets"]
         }
 
@@ -182,7 +182,7 @@ class Evaluators:
     ) -> tuple[Size, list[int]]:
         """The rule for complete removals, and the units that may be removed."""
         units = self._units_that_may_go(model, protect)
-        return size.resolve(*units, self._costs_of(model))[:2]
+        return size.resolve(*units, partial(self._costs, model))[:2]
 
     def _units_that_may_go(
         self, model: Model, protect: Iterable[int] | str
@@ -191,12 +191,9 @@ class Evaluators:
         stay = {*protected_units(protect, units, self._granularity)}
         return units, [unit for unit in range(units) if unit not in stay]
 
-    def _costs_of(self, model: Model) -> Callable[[Budget], UnitCosts]:
-        def costs_of(budget: Budget) -> UnitCosts:
-            size = budget.batch_size, budget.seq_len
-            return unit_costs(model, self._granularity, budget.kind, *size)
-
-        return costs_of
+    def _costs(self, model: Model, budget: Budget) -> UnitCosts:
+        size = budget.batch_size, budget.seq_len
+        return unit_costs(model, self._granularity, budget.kind, *size)
 
     def place(
         self,
@@ -217,10 +214,9 @@ class Evaluators:
             losses = self.get(model, label).score(sequences=sequences)
             return dict(zip(candidates, losses.tolist(), strict=True))
 
-        placed = place_controls(
-            controls, units, sizes, list(labels), cache(singles), settings["seed"]
+        return list(
+            place_controls(controls, units, sizes, list(labels), cache(singles), settings["seed"])
         )
-        return list(placed)
 
     def parameters(self, model: Model) -> dict[str, object]:
         """Parameters of a model: all, those of each unit alone, and those that units share."""

@@ -41,8 +41,6 @@ def pattern_figure(
         title: The title.
     """
     plt = _pyplot()
-    from matplotlib.patches import Rectangle
-
     objectives = list(dict.fromkeys(objective for objective, _, _ in rows))
     rows = sorted(rows, key=lambda row: objectives.index(row[0]))
     names = [f"{objective}: {algorithm}" for objective, algorithm, _ in rows]
@@ -51,7 +49,7 @@ def pattern_figure(
     for y, (objective, _, removed) in enumerate(rows):
         for x in range(num_units):
             colour = f"C{objectives.index(objective)}" if x in removed else KEPT
-            cell = Rectangle(
+            cell = plt.Rectangle(
                 (x - 0.46, y - 0.42), 0.92, 0.84, facecolor=colour, edgecolor=EDGE, linewidth=0.5
             )
             axes.add_patch(cell)
@@ -239,8 +237,6 @@ def calibration_figure(
 def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str) -> Any:
     """Draw the similarity of states as a heat map, with the clusters of units below."""
     plt = _pyplot()
-    from matplotlib.patches import Rectangle
-
     matrix = np.asarray(matrix)
     size = 3.4 + 0.13 * len(matrix)
     figure, axes = plt.subplots(figsize=(size + 0.9, size), layout="constrained")
@@ -249,7 +245,7 @@ def similarity_figure(matrix: np.ndarray, clusters: Sequence[int], title: str) -
     below, height = len(matrix), 0.04 * len(matrix)
     for unit, cluster in enumerate(clusters):
         axes.add_patch(
-            Rectangle((unit - 0.5, below - 0.2), 1, height, facecolor=f"C{cluster % 10}")
+            plt.Rectangle((unit - 0.5, below - 0.2), 1, height, facecolor=f"C{cluster % 10}")
         )
     axes.set_ylim(below + height, -0.5)
     axes.set_title(title, loc="left")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -33,10 +34,7 @@ def machines_note(study: Mapping) -> str:
     """A note for readers of a study whose losses come from several machines; else empty."""
     notes = []
     for model in study["num_units"]:
-        cells = [cell for cell in study["cells"] if cell["model"] == model]
-        counts: dict[str, int] = {}
-        for cell in cells:
-            counts[cell["machine"]] = counts.get(cell["machine"], 0) + 1
+        counts = Counter(cell["machine"] for cell in study["cells"] if cell["model"] == model)
         if len(counts) > 1:
             first, *others = (study["inputs"]["machines"].get(key, {}) for key in counts)
             names = sorted(set().union(*(_differing(first, other) for other in others)))

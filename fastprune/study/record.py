@@ -16,11 +16,17 @@ from .folder import Cell, read_cell
 from .judging import Judgements
 
 
-def _made_with(
-    identity: Mapping[str, Any], model: str, label: str, size: Key, algorithm: str
-) -> dict[str, Any]:
-    """The settings that a cell depends on. Its machine is not one of them."""
-    return {
+def kept_cell(
+    out: Path, identity: Mapping[str, Any], empty: Cell
+) -> tuple[Path, dict, Cell | None]:
+    """The file of a search, the settings that it depends on, and its cell if it is finished.
+
+    The machine is no such setting.
+    """
+    model, label, size, algorithm = empty.model, empty.objective, empty.num_remove, empty.algorithm
+    place = f"{_slug(model)}-{label}-{_size_slug(size)}-{algorithm}"
+    path = out / "cells" / f"{place}.json"
+    made_with = {
         "model": [model, identity["models"][model], identity["dtype"][model]],
         "objective": [label, *identity["objectives"][f"{model} {label}"]],
         "num_remove": size,
@@ -31,15 +37,6 @@ def _made_with(
         "granularity": identity["granularity"],
         "backend": identity["backend"],
     }
-
-
-def kept_cell(
-    out: Path, identity: Mapping[str, Any], model: str, label: str, size: Key, algorithm: str
-) -> tuple[Path, dict, Cell | None]:
-    """The file of a search, the settings that it depends on, and its cell if it is finished."""
-    place = f"{_slug(model)}-{label}-{_size_slug(size)}-{algorithm}"
-    path = out / "cells" / f"{place}.json"
-    made_with = _made_with(identity, model, label, size, algorithm)
     if not path.exists():
         return path, made_with, None
     cell = read_cell(path, made_with)

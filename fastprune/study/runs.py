@@ -24,14 +24,13 @@ from ..masks import Candidate
 from ..objectives import objective_class
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..search import (
-    check_algorithm,
     check_racing,
     find_algorithm,
     run_search,
 )
 from ..search.sizes import Key, RemovalSize
 from ..validate import check_callable
-from .checks import at, check_sizes, check_study
+from .checks import at, check_sizes, check_study, search_settings
 from .controls import Control, Placed, check_controls
 from .evaluators import Evaluators
 from .folder import (
@@ -131,15 +130,7 @@ def run_study(
         check_sizes(algorithms, budgets)
     check_controls(controls, algorithms, has_sizes=bool(budgets))
     evaluators = Evaluators(models, objectives, held_out, evaluator_options)
-    identity: dict[str, Any] = {
-        "algorithms": {
-            name: check_algorithm(name, options.get(name, {}))[1] for name in algorithms
-        },
-        "budgets": [RemovalSize.of(budget).key for budget in budgets],
-        "seed": seed,
-        "racing": racing,
-        "protect": protect if isinstance(protect, str) else [*protect],
-    }
+    identity = search_settings(algorithms, options, budgets, seed, racing, protect)
     evaluators.check(identity, controls)
     identity |= evaluators.identity()
     kept = check_study_folder(out, identity, document)
@@ -152,8 +143,9 @@ def run_study(
             write_json(out / INPUTS, identity, replace=True)
         if document is not None:
             write_file(out / DOCUMENT, document, replace=True)
-        makers = objectives, held_out, controls
-        return _run(evaluators, models, *makers, identity, out, notify, progress)
+        return _run(
+            evaluators, models, objectives, held_out, controls, identity, out, notify, progress
+        )
 
 
 def _run(
@@ -172,15 +164,15 @@ def _run(
     cells = []
     searches = list(_searches(evaluators, models, objectives, identity))
     kept = []
-    for search in searches:
-        model, label, size, algorithm = search
-        kept.append(kept_cell(out, identity, model.name, label, size.key, algorithm))
+    for _, empty in searches:
+        kept.append(kept_cell(out, identity, empty))
     if num_kept := sum(cell is not None for _, _, cell in kept):
         notify(f"{num_kept} of {len(searches)} cells were finished before")
-    for number, (search, (path, made_with, cell)) in enumerate(zip(searches, kept), 1):
-        model, label, size, algorithm = search
+    for number, ((model, empty), (path, made_with, cell)) in enumerate(zip(searches, kept), 1):
         if not cell:
-            name = f"{model.name}: {label}, {size.describe()}, {algorithm}"
+            label, algorithm = empty.objective, empty.algorithm
+            size = RemovalSize.of(empty.num_remove).describe()
+            name = f"{model.name}: {label}, {size}, {algorithm}"
             notify(f"{number}/{len(searches)}  {name}")
 
             def describe(
@@ -195,9 +187,6 @@ def _run(
                 "protect": identity["protect"],
                 "racing": find_algorithm(algorithm).confidence(identity["racing"]),
             }
-            empty = Cell(
-                model.name, label, size.key, algorithm, machine=evaluators.machines[model.name]
-            )
             # no variable holds the evaluator: it would live on while the next one is opened
             with reporting(describe, progress):
                 cell = _search(evaluators.get(model, label), empty, settings)
@@ -223,7 +212,8 @@ def _run(
     ]
     described = evaluators.describe_objectives()
     kinds = {
-        label: (described[label]["name"], described[label]["settings"]) for label in objectives
+        label: (described[label]["name"], *described[label]["settings"].items())
+        for label in objectives
     }
     names = {label: described[label]["name"] for label in judges}
     matrices = {
@@ -276,19 +266,15 @@ def _searches(
     models: Sequence[Model],
     objectives: Iterable[str],
     identity: Mapping[str, Any],
-) -> Iterator[tuple[Model, str, RemovalSize, str]]:
-    """Yield the model, objective, size and algorithm of each cell."""
+) -> Iterator[tuple[Model, Cell]]:
+    """Yield the cell of each search, without a result, and its model."""
+    over_sequences = [n for n in identity["algorithms"] if find_algorithm(n).over_sequences]
+    removing = [name for name in identity["algorithms"] if name not in over_sequences]
     for model, label in product(models, objectives):
-        sizes = evaluators.sizes(model, identity).values()
-        over_sequences = {
-            name: find_algorithm(name).over_sequences for name in identity["algorithms"]
-        }
-        for size, name in product(sizes, over_sequences):
-            if not over_sequences[name]:
-                yield model, label, size, name
-        for name in over_sequences:
-            if over_sequences[name]:
-                yield model, label, RemovalSize(), name
+        machine = evaluators.machines[model.name]
+        sizes = [size.key for size in evaluators.sizes(model, identity).values()]
+        for size, name in [*product(sizes, removing), *product([None], over_sequences)]:
+            yield model, Cell(model.name, label, size, name, machine=machine)
 
 
 def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Cell:
@@ -325,13 +311,10 @@ def _judge(
 
     The whole model is the last candidate.
     """
+    chosen = [Judged(cell.candidate, cell.num_remove) for cell in cells if cell.candidate]
+    others = [Judged(control.candidate, control.size, is_control=True) for control in controls]
     judged: dict[tuple[Candidate, Key], Judged] = {}
-    for cell in cells:
-        if cell.candidate:
-            of = Judged(cell.candidate, cell.num_remove)
-            judged.setdefault(of.key, of)
-    for control in controls:
-        of = Judged(control.candidate, control.size, is_control=True)
+    for of in [*chosen, *others]:
         judged.setdefault(of.key, of)
     judged.pop(WHOLE.key, None)
     ordered = [*judged.values(), WHOLE]

@@ -45,12 +45,8 @@ def summarise(cells: Sequence[Cell]) -> dict:
         >>> round(summarise(cells)["jaccard"][0]["within"], 3)
         0.333
     """
-    groups: dict[tuple[str, Key], list[Cell]] = {}
-    for cell in cells:
-        if not cell.error:
-            groups.setdefault((cell.model, cell.num_remove), []).append(cell)
     jaccard, spearman, spread = [], [], []
-    for (model, num_remove), group in groups.items():
+    for (model, num_remove), group in _groups(cells).items():
         key = {"model": model, "num_remove": num_remove}
         pairs = list(combinations(group, 2))
         if num_remove is not None:
@@ -98,12 +94,8 @@ def compare_calibrations(
         without pairs has None.
     """
     records = []
-    groups: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        if not cell.error:
-            groups.setdefault((cell.model, cell.num_remove), []).append(cell)
-    for (model, num_remove), group in groups.items():
-        for kind in _distinct(objectives.values()):
+    for (model, num_remove), group in _groups(cells).items():
+        for kind in dict.fromkeys(objectives.values()):
             sets = [label for label in objectives if objectives[label] == kind]
             alike = [cell for cell in group if cell.objective in sets]
             for algorithm in (
@@ -158,6 +150,15 @@ def summarise_similarity(matrix: np.ndarray) -> dict | None:
     return {"matrix": matrix.tolist(), "rls": score, "clusters": labels.tolist()}
 
 
+def _groups(cells: Iterable[Cell]) -> dict[tuple[str, Key], list[Cell]]:
+    """The cells of each model and size that found something."""
+    groups: dict[tuple[str, Key], list[Cell]] = {}
+    for cell in cells:
+        if not cell.error:
+            groups.setdefault((cell.model, cell.num_remove), []).append(cell)
+    return groups
+
+
 def _losses(cell: Cell) -> Mapping[str, float]:
     return cell.losses or {}
 
@@ -175,14 +176,6 @@ def _differences(pairs: Sequence[tuple[Cell, Cell]], judge: str, name: str) -> l
     metric = objective_class(name).metric
     values = [(metric(_losses(a)[judge]), metric(_losses(b)[judge])) for a, b in pairs]
     return [abs(x - y) for x, y in values if math.isfinite(x) and math.isfinite(y)]
-
-
-def _distinct(values: Iterable[object]) -> list[object]:
-    distinct: list[object] = []
-    for value in values:
-        if value not in distinct:
-            distinct.append(value)
-    return distinct
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -103,6 +103,9 @@ def test_budgets_in_a_document(text_file, tmp_path):
     tables = text_study("demo", text_file, search_num_remove=[], search_budget=["params=75%"])
     config = read_document(write_document(tmp_path / "s.toml", **tables)).config
     assert config.search.budget == ("params=75%",)
+    spaced = text_study("demo", text_file, search_num_remove=[], search_budget=["params = 75 %"])
+    settings = read_document(write_document(tmp_path / "t.toml", **spaced)).config.settings
+    assert settings["budgets"] == ["params=75%"]  # as the study's folder names it
     for budget, message in (
         ("75%", "search.budget: budget takes KIND=AMOUNT"),
         ("params=101%", "search.budget: params must be a number of at least 0 or a share"),
