@@ -212,7 +212,5 @@ def size_within(
             argument="budget",
             least=least,
         )
-    if not costs.alike(useful):
-        return CostLimit(costs, limit, useful), useful, costs
-    count = next(n for n in range(len(useful) + 1) if costs.after(useful[:n]) <= limit)
-    return UnitCount(count), useful, costs
+    size = CostLimit(costs, limit, useful)
+    return UnitCount(size.most) if costs.alike(useful) else size, useful, costs

@@ -99,9 +99,8 @@ def solve_subset(
         if not np.isfinite(2 * np.abs(h).sum() + np.abs(g).sum()):
             raise InputError("H, linear: expected entries whose sum does not overflow float64")
     # a Gram matrix computed in float32 and stored wider is symmetric to float32 rounding only
-    epsilon = float(np.finfo(np.float32).eps)
-    if getattr(H, "dtype", None) == np.float16:
-        epsilon = float(np.finfo(np.float16).eps)
+    is_half = getattr(H, "dtype", None) == np.float16
+    epsilon = float(np.finfo(np.float16 if is_half else np.float32).eps)
     asymmetry = np.abs(h - h.T).max()
     if asymmetry > 64 * epsilon * np.abs(h).max():
         raise InputError(f"H: expected a symmetric matrix, got entries {asymmetry:.3g} apart")

@@ -98,24 +98,22 @@ def compare_candidates(
     for i, of in enumerate(judged):
         if of.size not in best or rank(i) < rank(best[of.size]):
             best[of.size] = i
-    entries = []
-    for i, (candidate, size, is_control) in enumerate(judged):
-        to_whole, to_best = (
-            dataclasses.asdict(objective.compare(sample_losses[i], sample_losses[reference]))
-            for reference in (-1, best[size])
-        )
-        entries.append(
-            {
-                **candidate.record,
-                "size": size,
-                "is_control": is_control,
-                "loss": float(losses[i]),
-                "standard_error": float(errors[i]),
-                "to_whole": to_whole,
-                "to_best": to_best,
-            }
-        )
-    return entries
+
+    def difference(i: int, reference: int) -> dict[str, Any]:
+        return dataclasses.asdict(objective.compare(sample_losses[i], sample_losses[reference]))
+
+    return [
+        {
+            **candidate.record,
+            "size": size,
+            "is_control": is_control,
+            "loss": float(losses[i]),
+            "standard_error": float(errors[i]),
+            "to_whole": difference(i, -1),
+            "to_best": difference(i, best[size]),
+        }
+        for i, (candidate, size, is_control) in enumerate(judged)
+    ]
 
 
 def shared_rows(

@@ -286,14 +286,13 @@ def _search(evaluator: Evaluator, cell: Cell, settings: Mapping[str, Any]) -> Ce
     except ArithmeticError as error:  # no finite loss, or a probe with an infinite value
         masks, cell = (evaluator.stats - before).masks, replace(cell, error=str(error))
     else:
-        masks, early = result.evaluations, result.decided_early
-        sequence = result.sequence if result.removed is None else None
+        masks = result.evaluations
         cell = replace(
             cell,
             removed=result.removed,
-            sequence=sequence,
+            sequence=result.sequence if result.removed is None else None,
             loss=result.loss,
-            decided_early=early,
+            decided_early=result.decided_early,
             costs=result.costs if size.budget is not None else None,
         )
     seconds = time.perf_counter() - started

@@ -109,12 +109,6 @@ def compare_calibrations(
                         (a, b) for a in own for b in others if a.objective == b.objective
                     ],
                 }
-                entry = {
-                    "model": model,
-                    "num_remove": num_remove,
-                    "sets": sets,
-                    "algorithm": algorithm,
-                }
                 overlap = {
                     by: _mean([_jaccard(a, b) for a, b in of if num_remove is not None])
                     for by, of in pairs.items()
@@ -128,7 +122,17 @@ def compare_calibrations(
                     }
                     for names in (dict.fromkeys(judges, ""), judges)
                 )
-                records.append({**entry, "overlap": overlap, "losses": losses, "metrics": metrics})
+                records.append(
+                    {
+                        "model": model,
+                        "num_remove": num_remove,
+                        "sets": sets,
+                        "algorithm": algorithm,
+                        "overlap": overlap,
+                        "losses": losses,
+                        "metrics": metrics,
+                    }
+                )
     return records
 
 
