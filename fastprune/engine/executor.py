@@ -197,16 +197,15 @@ class Executor:
 
     def _take(self, schedule: Schedule, step: Step, number: int) -> State:
         """The first state of a step, from the prefix cache or the frontier."""
-        if step.source.kind == "frontier":
-            prefix = schedule.frontier[step.source.index]
-            state = self._runner.unpack(self._frontier.get(number, prefix), prefix[-1])
-            if step.last_use:
-                self._frontier.drop(number, prefix)
-            return state
-        prefix = schedule.cached[step.source.index]
-        state = self._runner.unpack(self._cache.get(number, prefix), prefix[-1])
+        kind, index = step.source
+        states: PrefixCache | Frontier
+        if kind == "cached":
+            states, prefix = self._cache, schedule.cached[index]
+        else:
+            states, prefix = self._frontier, schedule.frontier[index]
+        state = self._runner.unpack(states.get(number, prefix), prefix[-1])
         if step.last_use:
-            self._cache.evict(number, [prefix])
+            states.drop(number, prefix)
         return state
 
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:
