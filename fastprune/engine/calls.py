@@ -92,7 +92,6 @@ class Calls:
         needs_digest: bool,
     ):
         self._model, self._store = model, store
-        self._measure_name, self._granularity = measure_name, granularity
         self._open_for = partial(
             open_for, model, backend, batch, measure_name, granularity, memory_bytes
         )
@@ -106,11 +105,10 @@ class Calls:
     def _open(self, layout: Layout | None) -> Opened:
         """Open the model as it is now."""
         with self._model.held() as version:
-            batch, runner, limit, layout = self._open_for(layout)
-            digest = self._model.digest if self._needs_digest else None
-            numerics = numerics_of(self._model, runner)
+            problem, runner, limit = self._open_for(layout)
+            if self._needs_digest:
+                problem = replace(problem, digest=self._model.digest)
             runs = self._make_runs(runner, limit)
-        problem = Problem(batch, self._measure_name, self._granularity, layout, numerics, digest)
         return Opened(version, runner, limit, problem, runs)
 
     @property
@@ -256,7 +254,7 @@ class Calls:
         layout = self.opened.limit.smaller(self.problem.layout)
         if layout is None:
             return False
-        self.opened.problem = self.problem.with_layout(layout)
+        self.opened.problem = replace(self.problem, layout=layout)
         tokens = max(chunk.num_tokens for chunk in self.problem.chunks)
         warnings.warn(
             f"out of memory: going on with chunks of {tokens} tokens and tiles of {layout.tile} "
@@ -280,7 +278,7 @@ class Calls:
             if self._idle is not None and self._idle.version == version:
                 self.opened, self._idle = self._idle, opened
                 if self.problem.layout != layout:
-                    self.opened.problem = self.problem.with_layout(layout)
+                    self.opened.problem = replace(self.problem, layout=layout)
             else:
                 self.opened = self._open(layout)
                 if self._idle is not None:

@@ -39,29 +39,13 @@ from .loading import Loading
 from .measures import MEASURES
 from .memory import MemoryLimit, OutOfMemory, runs_together
 from .openings import Openings
-from .problem import Problem
+from .problem import Problem, numerics_of
 from .reference import DenseReference
 from .runs import MAX_SUMS, Held, PartialSums
 
 log = logging.getLogger(__name__)
 
 Missing = Mapping[int, np.ndarray]  # by chunk, places of sequences, int64[n]
-
-
-class Opened(NamedTuple):
-    """A model opened for a calibration set.
-
-    Attributes:
-        batch: The set as the model runs it.
-        runner: Runs the model's units.
-        limit: The limit of a call's memory.
-        layout: The layout of the set.
-    """
-
-    batch: TokenBatch
-    runner: Runner
-    limit: MemoryLimit
-    layout: Layout
 
 
 def open_for(
@@ -72,7 +56,7 @@ def open_for(
     granularity: str,
     memory_bytes: int | None,
     layout: Layout | None,
-) -> Opened:
+) -> tuple[Problem, Runner, MemoryLimit]:
     """Open a model's runner for a calibration set, and cut the set unless it has a layout.
 
     Args:
@@ -83,6 +67,9 @@ def open_for(
         granularity: "block" or "sublayer".
         memory_bytes: The limit of a call's activations; None for a default.
         layout: A layout to check and use; None to make one.
+
+    Returns:
+        The problem, without a digest; the runner; the limit of a call's memory.
 
     Raises:
         InputError: The model cannot run a row or unit, or a row does not fit into memory_bytes.
@@ -96,7 +83,8 @@ def open_for(
         "%s runs on the %s path (backend %s): %d rows in %d chunks, tiles of %d positions",
         *(model.name, runner.path_name, backend, batch.num_rows, len(cut.chunks), cut.tile),
     )
-    return Opened(batch, runner, limit, cut)
+    numerics = numerics_of(model, runner)
+    return Problem(batch, measure_name, granularity, cut, numerics), runner, limit
 
 
 def verified_for(

@@ -6,7 +6,7 @@ A problem never changes. Another layout, model or switch of torch makes another 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from ..data import TokenBatch
@@ -65,9 +65,6 @@ class Problem:
             "measure": self.measure_name,
             "weights": self.digest,
         }
-
-    def with_layout(self, layout: Layout) -> Problem:
-        return replace(self, layout=layout)
 
 
 def numerics_of(model: Model, runner: Runner) -> dict[str, object]:

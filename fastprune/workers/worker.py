@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..engine.local import LocalRuns, Sharing, open_for
-from ..engine.problem import Problem, numerics_of
+from ..engine.problem import Problem
 from ..errors import InputError
 from ..models import Model, load_model
 from ..models.device import is_out_of_memory
@@ -162,7 +162,7 @@ class Worker:
 def _open_problem(model: Model, setup: Setup) -> _Open:
     """Open a model for the caller's problem; raise InputError if bits would differ."""
     problem: Problem = setup.problem
-    opened = open_for(
+    own, runner, limit = open_for(
         model,
         setup.backend,
         problem.batch,
@@ -171,10 +171,10 @@ def _open_problem(model: Model, setup: Setup) -> _Open:
         setup.memory_bytes,
         problem.layout,
     )
-    _check_alike(numerics_of(model, opened.runner), problem.numerics)
+    _check_alike(own.numerics, problem.numerics)
     sharing = Sharing(setup.per_machine, setup.per_device)
     caches = (setup.cache_bytes, setup.cache_dir, sharing)
-    return _Open(problem, model, LocalRuns(model, opened.runner, opened.limit, *caches))
+    return _Open(problem, model, LocalRuns(model, runner, limit, *caches))
 
 
 def _check_alike(settings: Mapping, expected: Mapping) -> None:
