@@ -226,7 +226,7 @@ class Calls:
         """The stores of sums, the fastest first, each with its number of the problem."""
         stores: list[tuple[Sums, int]] = []
         if keep or self._memory:
-            stores.append((self._memory, self._memory.context(self.problem)))
+            stores.append((self._memory, self.problem.number))
         if self._store is not None:
             stores.append((self._store, self._store.context(self.problem.context)))
         return stores

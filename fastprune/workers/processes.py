@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import signal
@@ -53,7 +52,6 @@ class Workers:
     def __init__(self, count: int, per_machine: int):
         self.count, self.per_machine = count, per_machine
         self.lock = threading.RLock()
-        self.numbers = itertools.count()
         self.alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.models: list[set[str]] = [set() for _ in range(count)]
         self.problems: list[set[int]] = [set() for _ in range(count)]

@@ -145,7 +145,7 @@ class RemoteRuns:
     def _use(self, problem: Problem) -> None:
         """Let every worker hold this problem."""
         if problem is not self._problem:
-            self._number = next(self._workers.numbers)
+            self._number = problem.number
             self._workers.alive[self._number] = self._problem = problem
             self._held.clear()
             looks = problem.layout.looks(problem.batch)
