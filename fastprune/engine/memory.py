@@ -217,7 +217,7 @@ class MemoryLimit:
 
     def _dense_bytes(self) -> int:
         """The bytes of the dense model's final states, if the measure compares with them."""
-        if not self._measure.needs_dense:
+        if self._measure.reference is None:
             return 0
         return self._positions * self._model.hidden_size * self._model.dtype.itemsize
 
