@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -103,13 +102,6 @@ def verified_for(
     return batch, open_runner(model, backend, _needs(model, batch, granularity))
 
 
-class Sharing(NamedTuple):
-    """The number of processes that share the memory of this machine, and of the device."""
-
-    per_machine: int = 1
-    per_device: int = 1
-
-
 class LocalRuns:
     """Runs units in this process (see `Runs`), for one version of one model.
 
@@ -121,7 +113,8 @@ class LocalRuns:
         limit: The limit of a call's memory.
         cache_bytes: The limit of states that outlive a call (see `PrefixCache`).
         cache_dir: A folder for further states, or None.
-        sharing: The number of processes that share the memories.
+        per_machine: The number of processes that share the memory of this machine.
+        per_device: The number of processes that share the memory of the device.
     """
 
     def __init__(
@@ -131,7 +124,8 @@ class LocalRuns:
         limit: MemoryLimit,
         cache_bytes: int | None = None,
         cache_dir: Path | None = None,
-        sharing: Sharing = Sharing(),  # noqa: B008  (a tuple of two numbers)
+        per_machine: int = 1,
+        per_device: int = 1,
     ):
         self._model, self._runner, self._limit = model, runner, limit
         # a host has other tenants, and weights that take turns need the device's free memory
@@ -139,8 +133,8 @@ class LocalRuns:
         reserve = limit.limit if has_reserve else None
         self._cache = PrefixCache(cache_bytes, cache_dir, model.device, reserve)
         self._frontier = Frontier(cache_dir, model.device)
-        self._cache.per_machine = self._frontier.per_machine = sharing.per_machine
-        self._cache.per_device = sharing.per_device
+        self._cache.per_machine = self._frontier.per_machine = per_machine
+        self._cache.per_device = per_device
         self._counts = Counts()
         self._may_keep_references = True
         self._loading = Loading(model, limit, self._frontier)

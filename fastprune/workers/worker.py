@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..engine.local import LocalRuns, Sharing, open_for
+from ..engine.local import LocalRuns, open_for
 from ..engine.problem import Problem
 from ..errors import InputError
 from ..models import Model, load_model
@@ -90,7 +90,8 @@ class Worker:
 
     def _open(self, request: Open) -> tuple[str, Any]:
         setup: Setup = self._fetch(request.setup)
-        _use_threads(setup.threads)
+        if torch.get_num_threads() != setup.threads:
+            torch.set_num_threads(setup.threads)
         self._problems = {
             number: opened
             for number, opened in self._problems.items()
@@ -172,8 +173,7 @@ def _open_problem(model: Model, setup: Setup) -> _Open:
         problem.layout,
     )
     _check_alike(own.numerics, problem.numerics)
-    sharing = Sharing(setup.per_machine, setup.per_device)
-    caches = (setup.cache_bytes, setup.cache_dir, sharing)
+    caches = (setup.cache_bytes, setup.cache_dir, setup.per_machine, setup.per_device)
     return _Open(problem, model, LocalRuns(model, runner, limit, *caches))
 
 
@@ -188,11 +188,6 @@ def _check_alike(settings: Mapping, expected: Mapping) -> None:
         raise InputError(
             f"its {name} is {value}, not {caller_value}, so that its numbers would have other bits"
         )
-
-
-def _use_threads(count: int) -> None:
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
 
 
 def serve(number: int) -> None:
