@@ -245,11 +245,11 @@ def make_schedule(
     likelihood = np.zeros(len(trie.cached)) if likelihood is None else likelihood
     nodes, likelihood = worth_retaining(trie, likelihood, capacity)
     visit = np.zeros(len(trie.unit), np.int64) if visits_of is None else visits_of(trie)
-    chains = _chains(trie, np.sort(nodes[trie.wanted[nodes]]), visit)
+    roots, frontier = _chains(trie, np.sort(nodes[trie.wanted[nodes]]), visit)
     steps: list[Step] = []
     visits, num_slots = [], 0
-    for number in sorted(chains.roots):
-        of_visit, slots = _order(chains.roots[number])
+    for number in sorted(roots):
+        of_visit, slots = _order(roots[number])
         visits.append(Visit(number, len(steps), len(steps) + len(of_visit)))
         steps += of_visit
         num_slots = max(num_slots, slots)
@@ -265,7 +265,7 @@ def make_schedule(
         unit_runs=trie.wanted_runs,
         held=Prefixes([prefixes[i] for i in kept], likelihood[kept]),
         visits=tuple(visits),
-        frontier=tuple(trie.prefix(node) for node in chains.frontier),
+        frontier=tuple(trie.prefix(node) for node in frontier),
         frontier_peak=_frontier_peak(steps),
     )
 
@@ -398,25 +398,18 @@ class _Chain:
         return self.source != ROOT
 
 
-class _Chains(NamedTuple):
-    """The wanted nodes as chains.
-
-    Attributes:
-        roots: The roots of each visit.
-        frontier: The nodes whose states wait for later visits.
-    """
-
-    roots: dict[int, list[_Chain]]
-    frontier: list[int]
-
-
-def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
+def _chains(
+    trie: Trie, retained: np.ndarray, visit: np.ndarray
+) -> tuple[dict[int, list[_Chain]], list[int]]:
     """Cut the wanted nodes into chains.
 
     Args:
         trie: The trie.
         retained: The wanted nodes whose states outlive the call, ascending.
         visit: The visit of each node, see `VisitsOf`.
+
+    Returns:
+        The roots of each visit, and the nodes whose states wait for later visits.
     """
     end_of = np.full(len(trie.unit), -1, dtype=np.int64)
     end_of[trie.ends] = np.arange(len(trie.ends))
@@ -468,4 +461,4 @@ def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
         above.children.append(chain)
     for chains in roots.values():
         chains.sort(key=lambda chain: chain.source != ROOT)  # slot 0 holds the embeddings at first
-    return _Chains(roots, frontier)
+    return roots, frontier
