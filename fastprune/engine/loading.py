@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,17 +18,10 @@ from ..plan.bands import FLOPS_PER_BYTE, make_groups, visits_of
 from ..plan.schedule import Schedule, Visit
 from ..plan.trie import Trie
 from .cache import Frontier
-from .chunks import ChunkRows, Chunks
+from .chunks import Chunks
 from .memory import MemoryLimit
 
 STATES_BYTES = 1 << 30  # of the rows that share a reading of weights, see `row_groups`
-
-
-class Groups(NamedTuple):
-    """The chunks that share the loading of weights, and whether the states of each chunk fit."""
-
-    groups: Sequence[Sequence[int]]
-    fit: bool
 
 
 class Loading:
@@ -56,23 +48,31 @@ class Loading:
             ]
             self.visits_of = functools.partial(visits_of, band_of=band_of)
 
-    def groups(self, schedules: Mapping[int, Schedule], chunks: Chunks, references: int) -> Groups:
+    def groups(
+        self, schedules: Mapping[int, Schedule], chunks: Chunks, references: int
+    ) -> tuple[Sequence[Sequence[int]], bool]:
         """Group the chunks of a call, and start the frontier for it.
 
         Args:
             schedules: The schedule of each chunk, by number.
             chunks: The chunks.
             references: Bytes of the held dense references.
+
+        Returns:
+            The chunks that share the loading of weights, and whether the states of each chunk fit.
         """
         numbers, model = list(schedules), self._model
         if not model.weights.take_turns or not numbers:
-            return Groups([numbers], True)
+            return [numbers], True
         tokens = max(chunks[number].num_tokens for number in numbers)
         slots = max(schedule.num_slots for schedule in schedules.values())
         memory = self._limit.beside(tokens, slots, references)
         self._frontier.start(memory)
         slower = self._frontier.slower_bytes
-        waiting = [self._waiting_bytes(schedules[number], chunks[number]) for number in numbers]
+        waiting = [  # the most bytes of a chunk's states that wait at once
+            schedules[number].frontier_peak * self._limit.state_bytes(chunks[number].num_tokens)
+            for number in numbers
+        ]
         blocks = model.weights.room
         weights_of_block = blocks.block_bytes // model.dtype.itemsize
         flops_per_token = 2 * weights_of_block * blocks.num_blocks // self._limit.num_units
@@ -87,14 +87,8 @@ class Loading:
             slower,
             FLOPS_PER_BYTE["cuda" if model.device.type == "cuda" else "cpu"],
         )
-        return Groups(
-            [[numbers[place] for place in group] for group in groups.groups],
-            max(waiting) <= memory + slower,
-        )
-
-    def _waiting_bytes(self, schedule: Schedule, chunk: ChunkRows) -> int:
-        """The most bytes of a chunk's states that wait at once."""
-        return schedule.frontier_peak * self._limit.state_bytes(chunk.num_tokens)
+        fit = max(waiting) <= memory + slower
+        return [[numbers[place] for place in group] for group in groups], fit
 
 
 def visits(

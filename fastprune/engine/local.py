@@ -281,8 +281,8 @@ class LocalRuns:
         self._cache.resize()
         self._run_dense(problem, sequences, missing, tell)
         schedules = self._schedules(problem, sequences, missing)
-        shared = self._loading.groups(schedules, problem.chunks, self._reference.room)
-        if len(sequences) > 1 and not shared.fit:
+        groups, fit = self._loading.groups(schedules, problem.chunks, self._reference.room)
+        if len(sequences) > 1 and not fit:
             log.info("%d sequences do not fit into one call; it runs in halves", len(sequences))
             yield from self._halves(problem, sequences, missing, tell)
             return
@@ -292,7 +292,7 @@ class LocalRuns:
             *(len(sequences), len(missing), unit_runs, self._cache.bytes),
         )
         tell.expect(unit_runs)
-        with closing(self._walks(schedules, shared.groups)) as walks:
+        with closing(self._walks(schedules, groups)) as walks:
             for number, walk in walks:
                 chunk, rows = problem.chunks[number], missing[number]
                 yield from self._sums_of(chunk, number, rows, walk, tell)
