@@ -113,7 +113,8 @@ class Schedule:
         num_slots: The number of slots. Cached states, frontier states and the state that runs need
             none.
         unit_runs: Units that all steps run.
-        held: The prefixes whose states the cache holds after the call.
+        held: The R prefixes whose states the cache holds after the call, with their likelihoods
+            (see `worth_retaining`). If some prefixes were evicted, most worth first.
         visits: The steps by visit, ascending. No slot is held from one visit to the next.
         frontier: The prefixes whose states wait for later visits.
         frontier_peak: The most frontier states at once.
@@ -128,16 +129,6 @@ class Schedule:
     visits: tuple[Visit, ...]
     frontier: tuple[Units, ...]
     frontier_peak: int
-
-    @property
-    def retained(self) -> tuple[Units, ...]:
-        """The R prefixes of `held`. If some prefixes were evicted, most worth first."""
-        return self.held.prefixes
-
-    @property
-    def likelihood(self) -> np.ndarray:
-        """The likelihood of each retained prefix, float64[R]; see `worth_retaining`."""
-        return self.held.likelihood
 
 
 def plan_call(
@@ -162,7 +153,7 @@ def plan_call(
         >>> from fastprune.plan.schedule import plan_call
         >>> from fastprune.plan.retention import Prefixes
         >>> schedule = plan_call([(0, 1, 3)], Prefixes([(0, 1), (2,)]), capacity=8)
-        >>> schedule.unit_runs, schedule.retained
+        >>> schedule.unit_runs, schedule.held.prefixes
         (1, ((0, 1), (2,), (0, 1, 3)))
     """
     most_runs, freed = sum(map(len, sequences)), capacity // FREED_SHARE
