@@ -220,7 +220,9 @@ class Calls:
                 if not self._take_smaller_steps():
                     raise (error.__cause__ or error) from None
             finally:  # interrupted work counts, too
-                self._count(runs, before)
+                self._token_cost += runs.cost - before
+                self._held = runs.held
+                self._peak_bytes = max(self._peak_bytes, self._held.peak_bytes)
 
     def _stores(self, keep: bool) -> list[tuple[Sums, int]]:
         """The stores of sums, the fastest first, each with its number of the problem."""
@@ -242,12 +244,6 @@ class Calls:
             return 1
         read = sum(self.problem.chunks[number].num_read for number in self._numbers(part))
         return read / self.problem.num_tokens
-
-    def _count(self, runs: Runs, before: Cost) -> None:
-        """Add the work of a call."""
-        self._token_cost += runs.cost - before
-        self._held = runs.held
-        self._peak_bytes = max(self._peak_bytes, self._held.peak_bytes)
 
     def _take_smaller_steps(self) -> bool:
         """Cut smaller chunks or tiles; False when both have their least size."""
