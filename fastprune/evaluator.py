@@ -133,7 +133,9 @@ class Evaluator:
             store = SumStore(store)
         if workers is not None and not isinstance(workers, Workers):
             workers = Processes(workers)
-        folder = None if cache_dir is None else _make_folder(Path(cache_dir))
+        folder = None if cache_dir is None else check_folder(Path(cache_dir))
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         with self.model.lock:
             self._calls = Calls(
                 self.model,
@@ -565,10 +567,3 @@ def _runs_maker(
         return RemoteRuns(workers, model, backend, memory_bytes, cache_bytes, cache_dir)
 
     return make
-
-
-def _make_folder(folder: Path) -> Path:
-    """Make a folder if it is missing; raise InputError if it cannot be written to."""
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
