@@ -283,15 +283,10 @@ def measure_footprint(
         state_size = max(state_size, largest / chunk.num_tokens)
         workspace = max(workspace, peak / chunk.num_tokens)
         longest = max(longest, chunk.num_tokens)
-    return Footprint(state_size, workspace, measure_head(hidden_of(state), head, tile), longest)
-
-
-def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], tile: int) -> int:
-    """Measure the bytes of the head on a tile of positions, with states like these [..., D]."""
-    hidden = hidden.flatten(0, -2)
+    hidden = hidden_of(state).flatten(0, -2)
     hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
     _, held = peak_bytes(lambda: head(hidden))
-    return held + hidden.nbytes
+    return Footprint(state_size, workspace, held + hidden.nbytes, longest)
 
 
 def _longest_rows(batch: TokenBatch) -> list[int]:
