@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,14 +34,6 @@ class Cancelled(Exception):
     """The caller has cancelled the request."""
 
 
-class _Open(NamedTuple):
-    """A problem that this worker can run."""
-
-    problem: Problem
-    model: Model
-    runs: LocalRuns
-
-
 class Worker:
     """Answers requests with words.
 
@@ -59,7 +51,8 @@ class Worker:
     ):
         self._emit, self._is_cancelled, self._fetch = emit, is_cancelled, fetch
         self._models: dict[str, Model] = {}  # by digest
-        self._problems: dict[int, _Open] = {}  # by number
+        # by number: the problem, its model and its runs
+        self._problems: dict[int, tuple[Problem, Model, LocalRuns]] = {}
         self._runs: LocalRuns | None = None  # of the present request
         self._counted = Cost()  # the part of its cost that words have reported
 
@@ -106,9 +99,9 @@ class Worker:
                     "the model that it opened is not the same as here: weights, config, hooks or "
                     "switches"
                 )
-        opened = _open_problem(self._models[request.digest], setup)
-        self._problems[request.number] = opened
-        used = {id(opened.model) for opened in self._problems.values()}
+        model = self._models[request.digest]
+        self._problems[request.number] = setup.problem, model, _open_problem(model, setup)
+        used = {id(model) for _, model, _ in self._problems.values()}
         self._models = {key: model for key, model in self._models.items() if id(model) in used}
         return "opened", list(self._models)
 
@@ -160,7 +153,7 @@ class Worker:
             self._say("warning", str(message))
 
 
-def _open_problem(model: Model, setup: Setup) -> _Open:
+def _open_problem(model: Model, setup: Setup) -> LocalRuns:
     """Open a model for the caller's problem; raise InputError if bits would differ."""
     problem: Problem = setup.problem
     own, runner, limit = open_for(
@@ -174,7 +167,7 @@ def _open_problem(model: Model, setup: Setup) -> _Open:
     )
     _check_alike(own.numerics, problem.numerics)
     caches = (setup.cache_bytes, setup.cache_dir, setup.per_machine, setup.per_device)
-    return _Open(problem, model, LocalRuns(model, runner, limit, *caches))
+    return LocalRuns(model, runner, limit, *caches)
 
 
 def _check_alike(settings: Mapping, expected: Mapping) -> None:
