@@ -196,12 +196,13 @@ class Processes(Workers):
         return -(-self.count // torch.cuda.device_count()) if device.type == "cuda" else self.count
 
     def _start(self, worker: int) -> None:
-        self._members[worker].pipe.close()
-        self._members[worker].printed.close()
         self._begin(worker)
         self._expect_ready(worker)
 
     def _begin(self, worker: int) -> None:
+        if worker in self._members:
+            self._members[worker].pipe.close()
+            self._members[worker].printed.close()
         own, other = Pipe()
         printed = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process may print)
         process = subprocess.Popen(
@@ -226,8 +227,6 @@ class Processes(Workers):
             killed = (member.process.returncode or 0) < 0  # for lack of memory, for example
             if not killed or not tries_left:
                 raise RuntimeError(f"worker {worker} could not start: {reason}")
-            member.pipe.close()
-            member.printed.close()
             self._begin(worker)
 
     def _send(self, worker: int, request: tuple) -> None:
