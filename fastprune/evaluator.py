@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
+from torch import nn
 
 from .costs import UnitCosts, unit_costs
 from .engine import probes
@@ -37,10 +39,6 @@ from .validate import (
 )
 from .workers.processes import Processes, Workers, check_workers
 from .workers.remote import RemoteRuns
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-    from torch import nn
 
 Sequences = Iterable[Iterable[int]]  # of unit indices
 Backend = Literal["auto", "generic", "fused"]

@@ -6,19 +6,16 @@ S samples, C continuations.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ..data import TokenBatch
 from ..errors import InputError
+from ..objectives import Objective
 from ..validate import check_integer
 from .chunks import Chunks
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from ..data import TokenBatch
-    from ..objectives import Objective
 
 
 class Part(NamedTuple):
