@@ -21,10 +21,10 @@ from ..plan.schedule import Schedule, Step, Visit
 from ..plan.trie import Units
 from . import loading
 from .cache import Frontier, PrefixCache
-from .chunks import Chunk, Chunks, Tile
-from .measures import Measure
+from .chunks import Chunk, Tile
 from .memory import Footprint
 from .openings import Openings
+from .problem import Problem
 from .reference import DenseReference
 
 
@@ -71,10 +71,7 @@ class Executor:
     Args:
         model: The model.
         runner: Runs its units.
-        measure: Computes values at targets.
-        granularity: "block" or "sublayer".
-        chunks: The chunks by number; they become tensors when they first run.
-        tile: The most positions of a tile.
+        problem: The problem. Its chunks become tensors when they first run.
         footprint: The bytes of states, workspaces and heads.
         openings: Opens chunks.
         cache: States that outlive a walk.
@@ -87,10 +84,7 @@ class Executor:
         self,
         model: Model,
         runner: Runner,
-        measure: Measure,
-        granularity: str,
-        chunks: Chunks,
-        tile: int,
+        problem: Problem,
         footprint: Footprint,
         openings: Openings,
         cache: PrefixCache,
@@ -98,13 +92,13 @@ class Executor:
         reference: DenseReference,
         counts: Counts,
     ):
-        self._model, self._runner, self._measure = model, runner, measure
-        self._granularity, self._footprint = granularity, footprint
+        self._model, self._runner, self._footprint = model, runner, footprint
+        self._measure, self._granularity = problem.measure, problem.granularity
+        self._chunks, self._tile = problem.chunks, problem.layout.tile
         self._cache, self._frontier, self._reference = cache, frontier, reference
         self._counts, self._openings = counts, openings
-        self._chunks, self._tile = chunks, tile
         self._opened: dict[int, tuple[Chunk, list[Tile]]] = {}  # by number
-        self._per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
+        self._per_block = len(model.unit_names(problem.granularity)) // max(1, model.num_blocks)
 
     def _open(self, number: int) -> tuple[Chunk, list[Tile]]:
         """A chunk as tensors, and its tiles."""

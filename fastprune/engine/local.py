@@ -232,10 +232,7 @@ class LocalRuns:
         self._executor = Executor(
             self._model,
             self._runner,
-            problem.measure,
-            problem.granularity,
-            chunks,
-            problem.layout.tile,
+            problem,
             self._limit.footprint,
             self._openings,
             self._cache,
