@@ -310,8 +310,3 @@ class Chunks:
         for number, chunk in enumerate(self._chunks):
             numbers[chunk.rows] = number
         return numbers
-
-
-def make_chunk(batch: TokenBatch, rows: Sequence[int] | np.ndarray, device: torch.device) -> Chunk:
-    """Make a chunk of rows as tensors on a device."""
-    return chunk_rows(batch, rows).to(device)

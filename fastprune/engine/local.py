@@ -32,7 +32,7 @@ from ..plan.progress import Progress
 from ..plan.schedule import Schedule, plan_call
 from ..plan.trie import Units
 from .cache import Frontier, PrefixCache
-from .chunks import Chunk, ChunkRows, make_chunk
+from .chunks import Chunk, ChunkRows, chunk_rows
 from .executor import Counts, Executor, Walk
 from .loading import Loading
 from .measures import MEASURES
@@ -431,7 +431,7 @@ def _needs(model: Model, batch: TokenBatch, granularity: str) -> Needs:
 
 def _longest(batch: TokenBatch, rows: np.ndarray, model: Model) -> Chunk:
     """The longest of these rows of a batch, alone in a chunk."""
-    return make_chunk(batch, [rows[batch.row_lengths[rows].argmax()]], model.device)
+    return chunk_rows(batch, [rows[batch.row_lengths[rows].argmax()]]).to(model.device)
 
 
 def _longest_sequence(batch: TokenBatch, trees: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from ..models.head import Targets
 from ..models.swap import State, hidden_of, state_bytes
 from ..plan.layout import Layout, make_layout
 from ..plan.schedule import max_slots
-from .chunks import Chunk, make_chunk
+from .chunks import Chunk, chunk_rows
 from .measures import Measure
 
 MAX_SEQUENCES = 1 << 20  # distinct sequences of one call; bounds the states alive at once
@@ -272,7 +272,7 @@ def measure_footprint(
     state_size = workspace = 0.0
     longest = 0
     for row in _longest_rows(batch):
-        chunk = make_chunk(batch, [row], runner.device)
+        chunk = chunk_rows(batch, [row]).to(runner.device)
         try:
             state, largest, peak = _run_first_units(runner, chunk, granularity)
         except NotImplementedError:  # torch's, for compiled operators such as flex_attention

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..models import GenericRunner, Model
 from ..models.swap import Arguments, HalfBlock, State, hidden_of
 from ..objectives import Objective
-from .chunks import Chunk, make_chunk, places_of
+from .chunks import Chunk, chunk_rows, places_of
 from .loading import row_groups, there_and_back
 from .local import verified_for
 
@@ -147,7 +147,7 @@ def _opened(model: Model, batch: TokenBatch, granularity: str) -> tuple[TokenBat
 def _open(
     runner: GenericRunner, batch: TokenBatch, row: int
 ) -> tuple[Chunk, torch.Tensor, Arguments]:
-    chunk = make_chunk(batch, [row], runner.device)
+    chunk = chunk_rows(batch, [row]).to(runner.device)
     return chunk, *runner.open(chunk.ids, chunk.positions, chunk.branch)
 
 
@@ -226,7 +226,7 @@ def unit_salience(model: Model, objective: Objective, granularity: str, power: i
     ]
     with model.evaluation(), _recording([weight for of in weights for weight in of]):
         for row in range(batch.num_rows):
-            chunk = make_chunk(batch, [row], model.device)
+            chunk = chunk_rows(batch, [row]).to(model.device)
             share = objective.weight * objective.sample_weight[objective.sample]
             _add_weight_gradients(
                 runner, chunk, share[chunk.continuation], granularity, weights, totals
