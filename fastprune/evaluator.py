@@ -381,9 +381,8 @@ class Evaluator:
         with self.model.lock:
             before = self.stats
             self._calls.ask(asked)
-            settings = keep, confidence, tolerance
             alive, losses = race_sequences(
-                self._calls, self.objective, distinct, *settings, self.progress
+                self._calls, self.objective, distinct, keep, confidence, tolerance, self.progress
             )
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
             first = {sequence: i for i, sequence in reversed(list(enumerate(asked)))}
