@@ -19,9 +19,9 @@ from ..models import Model, Runner
 from ..models.swap import HalfBlock, State, hidden_of, state_bytes
 from ..plan.schedule import Schedule, Step, Visit
 from ..plan.trie import Units
-from . import loading
 from .cache import Frontier, PrefixCache
 from .chunks import Chunk, Tile
+from .loading import Loading
 from .memory import Footprint
 from .openings import Openings
 from .problem import Problem
@@ -73,6 +73,7 @@ class Executor:
         runner: Runs its units.
         problem: The problem. Its chunks become tensors when they first run.
         footprint: The bytes of states, workspaces and heads.
+        loading: Loads the weights of visits.
         openings: Opens chunks.
         cache: States that outlive a walk.
         frontier: States that wait for a later visit.
@@ -86,6 +87,7 @@ class Executor:
         runner: Runner,
         problem: Problem,
         footprint: Footprint,
+        loading: Loading,
         openings: Openings,
         cache: PrefixCache,
         frontier: Frontier,
@@ -96,9 +98,8 @@ class Executor:
         self._measure, self._granularity = problem.measure, problem.granularity
         self._chunks, self._tile = problem.chunks, problem.layout.tile
         self._cache, self._frontier, self._reference = cache, frontier, reference
-        self._counts, self._openings = counts, openings
+        self._counts, self._openings, self._loading = counts, openings, loading
         self._opened: dict[int, tuple[Chunk, list[Tile]]] = {}  # by number
-        self._per_block = len(model.unit_names(problem.granularity)) // max(1, model.num_blocks)
 
     def _open(self, number: int) -> tuple[Chunk, list[Tile]]:
         """A chunk as tensors, and its tiles."""
@@ -131,7 +132,7 @@ class Executor:
         cache, weights, begun = self._cache, self._model.weights, set[int]()
         loads, read = weights.loads, weights.bytes
         try:
-            for visits in loading.visits(schedules, self._model, self._per_block):
+            for visits in self._loading.visits(schedules):
                 for number, visit in visits.items():
                     schedule = schedules[number]
                     if visit is schedule.visits[0]:

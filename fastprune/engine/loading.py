@@ -38,13 +38,13 @@ class Loading:
 
     def __init__(self, model: Model, limit: MemoryLimit, frontier: Frontier):
         self._model, self._limit, self._frontier = model, limit, frontier
+        self._units_of_block = limit.num_units // max(1, model.num_blocks)
         self.visits_of: Callable[[Trie], np.ndarray] | None = None
         if model.weights.take_turns:
-            units_of_block = limit.num_units // model.num_blocks
             band_of = [
                 number
                 for number, band in enumerate(model.weights.bands)
-                for _ in range(len(band) * units_of_block)
+                for _ in range(len(band) * self._units_of_block)
             ]
             self.visits_of = functools.partial(visits_of, band_of=band_of)
 
@@ -90,35 +90,27 @@ class Loading:
         fit = max(waiting) <= memory + slower
         return [[numbers[place] for place in group] for group in groups], fit
 
+    def visits(self, schedules: Mapping[int, Schedule]) -> Iterator[dict[int, Visit]]:
+        """Yield the visits that run together, by chunk, while their weights are loaded."""
+        weights = self._model.weights
+        by_number: dict[int, dict[int, Visit]] = {}
+        for chunk, schedule in schedules.items():
+            for visit in schedule.visits:
+                by_number.setdefault(visit.number, {})[chunk] = visit
+        together = [by_number[number] for number in sorted(by_number)]
+        bands: list[Sequence[int]] = [*weights.bands] * len(together)
+        if weights.take_turns:
+            bands = [self._blocks_of(schedules, parts) for parts in together]
+        for parts, _ in zip(together, weights.visit(bands)):
+            yield parts
 
-def visits(
-    schedules: Mapping[int, Schedule], model: Model, units_of_block: int
-) -> Iterator[dict[int, Visit]]:
-    """Yield the visits that run together, by chunk, while their weights are loaded."""
-    by_number: dict[int, dict[int, Visit]] = {}
-    for chunk, schedule in schedules.items():
-        for visit in schedule.visits:
-            by_number.setdefault(visit.number, {})[chunk] = visit
-    together = [by_number[number] for number in sorted(by_number)]
-    bands: list[Sequence[int]] = [*model.weights.bands] * len(together)
-    if model.weights.take_turns:
-        bands = [_blocks_of(schedules, parts, units_of_block) for parts in together]
-    for parts, _ in zip(together, model.weights.visit(bands)):
-        yield parts
-
-
-def _blocks_of(
-    schedules: Mapping[int, Schedule], parts: Mapping[int, Visit], units_of_block: int
-) -> list[int]:
-    """The blocks that visits run."""
-    steps = (schedules[chunk].steps[visit.start : visit.stop] for chunk, visit in parts.items())
-    return sorted(
-        {
-            unit // units_of_block
-            for step in itertools.chain.from_iterable(steps)
-            for unit in step.units
-        }
-    )
+    def _blocks_of(
+        self, schedules: Mapping[int, Schedule], parts: Mapping[int, Visit]
+    ) -> list[int]:
+        """The blocks that visits run."""
+        steps = (schedules[chunk].steps[visit.start : visit.stop] for chunk, visit in parts.items())
+        units = {unit for step in itertools.chain.from_iterable(steps) for unit in step.units}
+        return sorted({unit // self._units_of_block for unit in units})
 
 
 # -- probes ----------------------------------------------------------------------------------------

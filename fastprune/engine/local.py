@@ -234,6 +234,7 @@ class LocalRuns:
             self._runner,
             problem,
             self._limit.footprint,
+            self._loading,
             self._openings,
             self._cache,
             self._frontier,
