@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data import TokenBatch
 from ..models import Model
-from ..plan.bands import FLOPS_PER_BYTE, make_groups, visits_of
+from ..plan.bands import FLOPS_PER_BYTE, make_groups, pack_neighbours, visits_of
 from ..plan.schedule import Schedule, Visit
 from ..plan.trie import Trie
 from .cache import Frontier
@@ -130,7 +130,7 @@ def there_and_back(model: Model) -> Iterator[tuple[Sequence[int], bool]]:
 
 def row_groups(
     model: Model, batch: TokenBatch, states_of_row: int | None = None
-) -> list[list[int]]:
+) -> Sequence[Sequence[int]]:
     """Group the rows that share a reading of weights.
 
     If all weights stay loaded, each row is alone. Else the states of a group fit into
@@ -145,12 +145,4 @@ def row_groups(
         return [[row] for row in range(batch.num_rows)]
     states_of_row = states_of_row or len(model.weights.bands)
     sizes = batch.run_sizes * states_of_row * model.hidden_size * model.dtype.itemsize
-    groups: list[list[int]] = [[]]
-    total = 0
-    for row, size in enumerate(sizes.tolist()):
-        if groups[-1] and total + size > STATES_BYTES:
-            groups.append([])
-            total = 0
-        groups[-1].append(row)
-        total += size
-    return groups
+    return pack_neighbours(sizes.tolist(), STATES_BYTES)

@@ -134,14 +134,15 @@ def make_groups(
             total += max(load_bytes, computing) + 2 * spilled
         return total
 
-    return min(_pack(state_bytes, memory), _pack(state_bytes, memory + slower), key=cost)
+    packings = [pack_neighbours(state_bytes, most) for most in (memory, memory + slower)]
+    return min(packings, key=cost)
 
 
-def _pack(state_bytes: Sequence[int], most: int) -> tuple[tuple[int, ...], ...]:
-    """Put neighbours together, as many as fit, at least one a group."""
+def pack_neighbours(sizes: Sequence[int], most: int) -> tuple[tuple[int, ...], ...]:
+    """Group the indices of neighbours whose sizes add up to at most `most`, or of one alone."""
     groups: list[list[int]] = []
     total = 0
-    for i, size in enumerate(state_bytes):
+    for i, size in enumerate(sizes):
         if groups and total + size <= most:
             groups[-1].append(i)
             total += size
