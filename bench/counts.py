@@ -52,7 +52,7 @@ def unit_runs(calls: list[list[tuple[int, ...]]], capacity: int) -> int:
     known, likelihood, runs = (), None, 0
     for sequences in calls:
         schedule = make_schedule(make_trie(sequences, known), likelihood, capacity)
-        known, likelihood = schedule.retained, schedule.likelihood
+        known, likelihood = schedule.held.prefixes, schedule.held.likelihood
         runs += schedule.unit_runs
     return runs
 

@@ -61,7 +61,7 @@ class Cache:
     def run(self, sequences, capacity: int) -> int:
         """Unit runs of a call."""
         schedule = make_schedule(make_trie(sequences, self.prefixes), self.likelihood, capacity)
-        self.prefixes, self.likelihood = schedule.retained, schedule.likelihood
+        self.prefixes, self.likelihood = schedule.held.prefixes, schedule.held.likelihood
         return schedule.unit_runs
 
 

@@ -117,11 +117,11 @@ class Budget:
                 f"budget takes KIND=AMOUNT, such as params=75% or bytes=1.5G, not {shown(text)}",
                 argument="budget",
             )
-        check_one_of("budget", kind.replace("-", "_"), KINDS)
+        kind = check_one_of("budget", kind.replace("-", "_"), KINDS)
         number = _AMOUNT.fullmatch(amount)
-        values: dict[str, Any] = {kind.replace("-", "_"): amount}
+        values: dict[str, Any] = {kind: amount}
         if number:
-            values[kind.replace("-", "_")] = float(number[1]) * _PREFIXES[(number[2] or "").lower()]
+            values[kind] = float(number[1]) * _PREFIXES[(number[2] or "").lower()]
         for setting in settings:
             of = _SETTING.fullmatch(setting.strip())
             if of is None:

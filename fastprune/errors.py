@@ -45,18 +45,14 @@ class InputError(ValueError):
     ):
         self.message, self.argument, self.least, self.most = message, argument, least, most
         self.fits = dict(fits or {})
-        super().__init__(f"{message}{_valid_values(self.fits)}")
+        values = " or ".join(f"{name}={value}" for name, value in self.fits.items())
+        super().__init__(f"{message}; what fits: {values}" if values else message)
 
     def restated(self, message: str) -> InputError:
         """Make the same error with another message."""
         return InputError(
             message, argument=self.argument, least=self.least, most=self.most, fits=self.fits
         )
-
-
-def _valid_values(fits: Mapping[str, object]) -> str:
-    values = " or ".join(f"{name}={value}" for name, value in fits.items())
-    return f"; what fits: {values}" if values else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
+from torch import nn
 
 from .costs import UnitCosts, unit_costs
 from .engine import probes
@@ -37,10 +39,6 @@ from .validate import (
 )
 from .workers.processes import Processes, Workers, check_workers
 from .workers.remote import RemoteRuns
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-    from torch import nn
 
 Sequences = Iterable[Iterable[int]]  # of unit indices
 Backend = Literal["auto", "generic", "fused"]
@@ -133,7 +131,9 @@ class Evaluator:
             store = SumStore(store)
         if workers is not None and not isinstance(workers, Workers):
             workers = Processes(workers)
-        folder = None if cache_dir is None else _make_folder(Path(cache_dir))
+        folder = None if cache_dir is None else check_folder(Path(cache_dir))
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         with self.model.lock:
             self._calls = Calls(
                 self.model,
@@ -255,11 +255,13 @@ class Evaluator:
                 return self._losses(checked)
         chosen = check_samples(samples, self.num_samples, distinct=True)
         with self.model.lock:
-            choice = choose(self.objective, self._calls.problem.chunks, chosen, tokens)
-            if len(choice.samples) == self.num_samples and choice.cut_targets is None:
+            chosen, part, cut_targets = choose(
+                self.objective, self._calls.problem.chunks, chosen, tokens
+            )
+            if len(chosen) == self.num_samples and cut_targets is None:
                 return self._losses(checked)
-            sums, index = self._sums(checked, choice.part)
-            losses = self.objective.partial_loss(sums[:, 0], choice.samples, choice.cut_targets)
+            sums, index = self._sums(checked, part)
+            losses = self.objective.partial_loss(sums[:, 0], chosen, cut_targets)
             return losses[index]
 
     def sums(
@@ -379,9 +381,8 @@ class Evaluator:
         with self.model.lock:
             before = self.stats
             self._calls.ask(asked)
-            settings = keep, confidence, tolerance
             alive, losses = race_sequences(
-                self._calls, self.objective, distinct, *settings, self.progress
+                self._calls, self.objective, distinct, keep, confidence, tolerance, self.progress
             )
             order = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")[:keep]
             first = {sequence: i for i, sequence in reversed(list(enumerate(asked)))}
@@ -563,10 +564,3 @@ def _runs_maker(
         return RemoteRuns(workers, model, backend, memory_bytes, cache_bytes, cache_dir)
 
     return make
-
-
-def _make_folder(folder: Path) -> Path:
-    """Make a folder if it is missing; raise InputError if it cannot be written to."""
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -95,16 +95,7 @@ def check_integer(
         >>> check_integer("keep", 3, 1, 5)
         3
     """
-    low = -math.inf if least is None else least
-    high = math.inf if most is None else most
-    if not is_integer(value) or not low <= value <= high:
-        limits = _limits(least, most)
-        raise InputError(
-            f"{name} must be an integer{limits}{of and f', {of}'}, not {shown(value)}",
-            argument=name,
-            least=least,
-            most=most,
-        )
+    _check_limits(name, value, "an integer", is_integer(value), least, most, of)
     return int(value)
 
 
@@ -118,16 +109,34 @@ def check_number(
         >>> check_number("tolerance", 0, least=0)
         0.0
     """
+    is_finite = is_number(value) and _is_finite(value)
+    _check_limits(name, value, "a number", is_finite, least, most)
+    return float(value)
+
+
+def _check_limits(
+    name: str,
+    value: Any,
+    kind: str,
+    is_of_kind: bool,
+    least: float | None,
+    most: float | None,
+    of: str = "",
+) -> None:
+    """Raise InputError unless a value is of its kind and within the limits."""
     low = -math.inf if least is None else least
     high = math.inf if most is None else most
-    if not is_number(value) or not _is_finite(value) or not low <= value <= high:
+    if not is_of_kind or not low <= value <= high:
+        if most is None:
+            limits = "" if least is None else f" of at least {least}"
+        else:
+            limits = f" of at most {most}" if least is None else f" from {least} to {most}"
         raise InputError(
-            f"{name} must be a number{_limits(least, most)}, not {shown(value)}",
+            f"{name} must be {kind}{limits}{of and f', {of}'}, not {shown(value)}",
             argument=name,
             least=least,
             most=most,
         )
-    return float(value)
 
 
 def check_probability(name: str, value: Any) -> float:
@@ -167,8 +176,6 @@ def tokenizing(place: object) -> Iterator[None]:
     """Turn a panic of the tokenizers library, which is no Exception, into InputError."""
     try:
         yield
-    except Exception:
-        raise
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
@@ -243,12 +250,6 @@ def check_callable(name: str, value: Any, right: str) -> Any:
     if not callable(value):
         raise InputError(f"{name} must be {right}, not {shown(value)}", argument=name)
     return value
-
-
-def _limits(least: float | None, most: float | None) -> str:
-    if most is None:
-        return "" if least is None else f" of at least {least}"
-    return f" of at most {most}" if least is None else f" from {least} to {most}"
 
 
 def require(extra: str, *modules: str) -> None:

@@ -170,10 +170,11 @@ class TieredStates:
 
     The tiers are the device, with a GPU the host's memory, and the disk of a folder. When the disk
     fails, one warning says so, and no more states are written there. States on it can still be
-    read.
+    read. A subclass defines `has_room`.
 
     Attributes:
-        bytes: Bytes held now, by the name of the tier, the fastest first.
+        held_bytes: Bytes held now, by the name of the tier, the fastest first.
+        hits: The number of states that were read, by the name of the tier.
     """
 
     def __init__(self, folder: Path | None, device: torch.device):
@@ -183,10 +184,17 @@ class TieredStates:
             self._tiers["host"] = HostTier(device)
         if folder is not None:
             self._tiers["disk"] = DiskTier(folder, device)
-        self.bytes = dict.fromkeys(self._tiers, 0)
+        self.held_bytes = dict.fromkeys(self._tiers, 0)
+        self.hits = dict.fromkeys(self._tiers, 0)
         # by chunk and prefix, so that a chunk's states can be dropped without a search
         self._places: dict[int, dict[Units, _Place]] = {}
-        self._rooms: dict[str, tuple[float, int]] = {}  # by tier: time of reading, and bytes
+        # states held, by chunk and tier
+        self._counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._memory: dict[str, tuple[float, int]] = {}  # by tier: time of reading, and bytes
+
+    def has_room(self, tier: str, chunk: int, size: int) -> bool:
+        """Whether a tier may take one more state of a chunk, of this number of bytes."""
+        raise NotImplementedError
 
     def share_of(self, tier: str, sharers: int, reserve: int | None = None) -> int:
         """Compute the bytes that a tier may hold: 1 / `SHARE` of its own and the free bytes.
@@ -200,78 +208,80 @@ class TieredStates:
         Returns:
             The bytes; 0 for a disk that failed.
         """
-        if tier != "disk":
-            room = self._room(tier) // sharers
-            share = room // SHARE
-            if tier == "device" and reserve is not None:
-                share = max(share, room - room // MARGIN - reserve)
-            return share
-        if self._folder is not None:
-            try:
-                free = shutil.disk_usage(self._folder).free
-            except OSError as error:  # the folder was removed
-                self._give_up_disk(error)
-                return 0
-        else:
-            return 0
-        return (free + self.bytes[tier]) // (SHARE * sharers)
+        room = (self._disk_room() if tier == "disk" else self._memory_room(tier)) // sharers
+        share = room // SHARE
+        if tier == "device" and reserve is not None:
+            share = max(share, room - room // MARGIN - reserve)
+        return share
 
-    def _room(self, tier: str) -> int:
+    def _disk_room(self) -> int:
+        """The states' own and the free bytes of the disk; 0 if it failed."""
+        if self._folder is None:
+            return 0
+        try:
+            return shutil.disk_usage(self._folder).free + self.held_bytes["disk"]
+        except OSError as error:  # the folder was removed
+            self._give_up_disk(error)
+            return 0
+
+    def _memory_room(self, tier: str) -> int:
         """The tier's own and the free bytes of its memory, read at most `FREE_SECONDS` ago."""
-        now, (read, room) = time.monotonic(), self._rooms.get(tier, (-math.inf, 0))
+        now, (read, room) = time.monotonic(), self._memory.get(tier, (-math.inf, 0))
         if now - read > FREE_SECONDS:
             device = self._device if tier == "device" else torch.device("cpu")
-            room = available_bytes(device) + self.bytes[tier]
-            self._rooms[tier] = now, room
+            room = available_bytes(device) + self.held_bytes[tier]
+            self._memory[tier] = now, room
         return room
 
-    def put(
-        self, chunk: int, prefix: Units, state: torch.Tensor, has_room: Callable[[str], bool]
-    ) -> str | None:
+    def put(self, chunk: int, prefix: Units, state: torch.Tensor) -> str | None:
         """Hold a state in the first tier that has room and does not fail.
 
         Args:
             chunk: The state's chunk.
             prefix: The state's prefix, which is not held yet.
             state: The state.
-            has_room: Whether a tier has room, by its name.
 
         Returns:
             The tier's name; None if no tier took it.
         """
-        for name, tier in self._tiers.items():
-            if not has_room(name) or (name == "disk" and self._folder is None):
+        for tier in self._tiers:
+            has_failed = tier == "disk" and self._folder is None
+            if has_failed or not self.has_room(tier, chunk, state.nbytes):
                 continue
             try:
-                handle = tier.put(state)
+                return self._hold(tier, chunk, prefix, state)
             except OSError as error:
                 self._give_up_disk(error)
-                continue
-            self._places.setdefault(chunk, {})[prefix] = _Place(name, handle, state.nbytes)
-            self.bytes[name] += state.nbytes
-            return name
         return None
 
-    def get(self, chunk: int, prefix: Units) -> tuple[torch.Tensor, str]:
-        """Read a held state onto the device; also returns the name of its tier."""
-        tier, handle, _ = self._places[chunk][prefix]
-        return self._tiers[tier].get(handle), tier
+    def _hold(self, tier: str, chunk: int, prefix: Units, state: torch.Tensor) -> str:
+        place = _Place(tier, self._tiers[tier].put(state), state.nbytes)
+        self._places.setdefault(chunk, {})[prefix] = place
+        self._counts[chunk][tier] += 1
+        self.held_bytes[tier] += place.size
+        return tier
 
-    def drop(self, chunk: int, prefix: Units) -> str | None:
-        """Drop a state, and return the name of its tier; None if it is not held."""
+    def get(self, chunk: int, prefix: Units) -> torch.Tensor:
+        """Read a held state onto the device."""
+        place = self._places[chunk][prefix]
+        self.hits[place.tier] += 1
+        return self._tiers[place.tier].get(place.handle)
+
+    def drop(self, chunk: int, prefix: Units) -> None:
+        """Drop a state, if it is held."""
         place = self._places.get(chunk, {}).pop(prefix, None)
-        if place is None:
-            return None
-        self._tiers[place.tier].drop(place.handle)
-        self.bytes[place.tier] -= place.size
-        return place.tier
+        if place is not None:
+            self._tiers[place.tier].drop(place.handle)
+            self._counts[chunk][place.tier] -= 1
+            self.held_bytes[place.tier] -= place.size
 
     def clear(self) -> None:
         """Drop all held states, and free their memory and their part of the disk."""
         for name, tier in self._tiers.items():
             tier.clear()
-            self.bytes[name] = 0
+            self.held_bytes[name] = 0
         self._places.clear()
+        self._counts.clear()
 
     def _give_up_disk(self, error: OSError) -> None:
         message = f"{self._folder}: no more states are kept there: {error}"
@@ -286,7 +296,7 @@ class TieredStates:
 NONE_HELD = Prefixes()
 
 
-class PrefixCache:
+class PrefixCache(TieredStates):
     """States of prefixes that earlier calls ran, for each chunk of a calibration set.
 
     Every chunk may hold the same number of prefixes.
@@ -299,7 +309,6 @@ class PrefixCache:
         reserve: Bytes of a GPU that a call needs for other purposes; None if they are not known.
 
     Attributes:
-        hits: The number of states that were read, by the name of the tier.
         per_machine: The number of processes that share the host and its disk.
         per_device: The number of processes that share the device.
     """
@@ -314,12 +323,9 @@ class PrefixCache:
         device: torch.device,
         reserve: int | None = None,
     ):
+        super().__init__(folder, device)
         self._limit, self._reserve = limit, reserve
-        self._states = TieredStates(folder, device)
-        self.hits = dict.fromkeys(self._states.bytes, 0)
-        self._rooms = dict.fromkeys(self._states.bytes, 0)  # prefixes of each chunk, by tier
-        # prefixes held, by chunk and tier
-        self._counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._rooms = dict.fromkeys(self.held_bytes, 0)  # prefixes of each chunk, by tier
         self._share, self._state_bytes = 1.0, 1
         self._matches: dict[int, Prefixes] = {}
 
@@ -331,7 +337,7 @@ class PrefixCache:
     @property
     def bytes(self) -> int:
         """Bytes held now, in all tiers."""
-        return sum(self._states.bytes.values())
+        return sum(self.held_bytes.values())
 
     @property
     def free_bytes(self) -> int:
@@ -353,12 +359,12 @@ class PrefixCache:
     def _limits(self) -> dict[str, int]:
         """Bytes that each tier may hold."""
         limits = {
-            tier: self._states.share_of(
+            tier: self.share_of(
                 tier,
                 self._sharers * (self.per_device if tier == "device" else self.per_machine),
                 self._reserve,
             )
-            for tier in self._states.bytes
+            for tier in self.held_bytes
         }
         if self._limit is None:
             return limits
@@ -379,12 +385,8 @@ class PrefixCache:
         self.resize()
         for chunk, match in list(self._matches.items()):
             ranked = np.argsort(-match.likelihood, kind="stable")
-            kept = set(ranked[: self.capacity].tolist())
-            self.evict(chunk, [p for i, p in enumerate(match.prefixes) if i not in kept])
-            inside = sorted(kept)
-            self.commit(
-                chunk, Prefixes([match.prefixes[i] for i in inside], match.likelihood[inside])
-            )
+            self.evict(chunk, [match.prefixes[i] for i in ranked[self.capacity :]])
+            self.commit(chunk, match)
 
     def match(self, chunk: int) -> Prefixes:
         """The prefixes of a chunk whose states are held, and their likelihoods."""
@@ -392,51 +394,38 @@ class PrefixCache:
 
     def insert(self, chunk: int, states: Mapping[Units, torch.Tensor]) -> None:
         """Hold states of a chunk by prefix, each in the fastest tier that has room."""
-        counts, rooms = self._counts[chunk], self._rooms
-
-        def has_room(tier: str) -> bool:
-            return counts[tier] < rooms[tier]
-
         for prefix, state in states.items():
-            tier = self._states.put(chunk, prefix, state, has_room)
-            if tier is not None:
-                counts[tier] += 1
+            self.put(chunk, prefix, state)
+
+    def has_room(self, tier: str, chunk: int, size: int) -> bool:
+        return self._counts[chunk][tier] < self._rooms[tier]
 
     def takes(self, chunk: int, count: int) -> bool:
         """Whether the device has room for `count` more states of a chunk."""
         return self._counts[chunk]["device"] + count <= self._rooms["device"]
 
-    def get(self, chunk: int, prefix: Units) -> torch.Tensor:
-        """Read a held state onto the device."""
-        state, tier = self._states.get(chunk, prefix)
-        self.hits[tier] += 1
-        return state
-
     def evict(self, chunk: int, prefixes: Iterable[Units]) -> None:
         """Drop the held ones among these states."""
         for prefix in prefixes:
-            tier = self._states.drop(chunk, prefix)
-            if tier is not None:
-                self._counts[chunk][tier] -= 1
+            self.drop(chunk, prefix)
 
     def commit(self, chunk: int, prefixes: Prefixes) -> None:
-        """After a finished walk, let later calls match these prefixes of a chunk."""
-        inside = self._states.held(chunk)
-        if len(inside) < len(prefixes):  # the disk has failed meanwhile
+        """Let later calls match those of these prefixes of a chunk that are held."""
+        inside = self.held(chunk)
+        if len(inside) < len(prefixes):  # some were evicted, or the disk has failed
             held = [i for i, prefix in enumerate(prefixes.prefixes) if prefix in inside]
             prefixes = Prefixes([prefixes.prefixes[i] for i in held], prefixes.likelihood[held])
         self._matches[chunk] = prefixes
 
     def forget(self, chunk: int) -> None:
         """Evict all states of a chunk, such as after an interrupted walk."""
-        self.evict(chunk, list(self._states.held(chunk)))
+        self.evict(chunk, list(self.held(chunk)))
         self._counts.pop(chunk, None)
         self._matches.pop(chunk, None)
 
     def clear(self) -> None:
         """Evict all states."""
-        self._states.clear()
-        self._counts.clear()
+        super().clear()
         self._matches.clear()
 
     def shrink(self) -> None:
@@ -445,7 +434,7 @@ class PrefixCache:
         self._share = self._share / 4 if self._share > 1 / 16 else 0
 
 
-class Frontier:
+class Frontier(TieredStates):
     """States that wait within a call for units that are loaded later, by chunk and prefix.
 
     No state is ever lost: the device holds those for which no tier has room.
@@ -457,43 +446,30 @@ class Frontier:
     per_machine = 1
 
     def __init__(self, folder: Path | None, device: torch.device):
-        self._states = TieredStates(folder, device)
-        self._limits = dict.fromkeys(self._states.bytes, 0)  # bytes, by tier
+        super().__init__(folder, device)
+        self._limits = dict.fromkeys(self.held_bytes, 0)  # bytes, by tier
 
     def start(self, memory: int) -> None:
         """Begin empty, with `memory` bytes on the device, and a share of the slower tiers."""
         self.clear()
         for tier in self._limits:
             self._limits[tier] = (
-                memory if tier == "device" else self._states.share_of(tier, self.per_machine)
+                memory if tier == "device" else self.share_of(tier, self.per_machine)
             )
 
     @property
     def bytes(self) -> int:
         """Bytes held on the device."""
-        return self._states.bytes["device"]
+        return self.held_bytes["device"]
 
     @property
     def slower_bytes(self) -> int:
         """Bytes that the tiers beyond the device may hold."""
         return sum(self._limits.values()) - self._limits["device"]
 
-    def put(self, chunk: int, prefix: Units, state: torch.Tensor) -> None:
+    def has_room(self, tier: str, chunk: int, size: int) -> bool:
+        return self.held_bytes[tier] + size <= self._limits[tier]
+
+    def put(self, chunk: int, prefix: Units, state: torch.Tensor) -> str:
         """Hold a state, in the fastest tier that has room."""
-        held, limits = self._states.bytes, self._limits
-        if not self._states.put(
-            chunk, prefix, state, lambda tier: held[tier] + state.nbytes <= limits[tier]
-        ):
-            self._states.put(chunk, prefix, state, lambda tier: tier == "device")
-
-    def get(self, chunk: int, prefix: Units) -> torch.Tensor:
-        """Read a held state onto the device."""
-        return self._states.get(chunk, prefix)[0]
-
-    def drop(self, chunk: int, prefix: Units) -> None:
-        """Drop a held state."""
-        self._states.drop(chunk, prefix)
-
-    def clear(self) -> None:
-        """Drop all states."""
-        self._states.clear()
+        return super().put(chunk, prefix, state) or self._hold("device", chunk, prefix, state)

@@ -92,7 +92,6 @@ class Calls:
         needs_digest: bool,
     ):
         self._model, self._store = model, store
-        self._measure_name, self._granularity = measure_name, granularity
         self._open_for = partial(
             open_for, model, backend, batch, measure_name, granularity, memory_bytes
         )
@@ -106,11 +105,10 @@ class Calls:
     def _open(self, layout: Layout | None) -> Opened:
         """Open the model as it is now."""
         with self._model.held() as version:
-            batch, runner, limit, layout = self._open_for(layout)
-            digest = self._model.digest if self._needs_digest else None
-            numerics = numerics_of(self._model, runner)
+            problem, runner, limit = self._open_for(layout)
+            if self._needs_digest:
+                problem = replace(problem, digest=self._model.digest)
             runs = self._make_runs(runner, limit)
-        problem = Problem(batch, self._measure_name, self._granularity, layout, numerics, digest)
         return Opened(version, runner, limit, problem, runs)
 
     @property
@@ -222,13 +220,15 @@ class Calls:
                 if not self._take_smaller_steps():
                     raise (error.__cause__ or error) from None
             finally:  # interrupted work counts, too
-                self._count(runs, before)
+                self._token_cost += runs.cost - before
+                self._held = runs.held
+                self._peak_bytes = max(self._peak_bytes, self._held.peak_bytes)
 
     def _stores(self, keep: bool) -> list[tuple[Sums, int]]:
         """The stores of sums, the fastest first, each with its number of the problem."""
         stores: list[tuple[Sums, int]] = []
         if keep or self._memory:
-            stores.append((self._memory, self._memory.context(self.problem)))
+            stores.append((self._memory, self.problem.number))
         if self._store is not None:
             stores.append((self._store, self._store.context(self.problem.context)))
         return stores
@@ -245,18 +245,12 @@ class Calls:
         read = sum(self.problem.chunks[number].num_read for number in self._numbers(part))
         return read / self.problem.num_tokens
 
-    def _count(self, runs: Runs, before: Cost) -> None:
-        """Add the work of a call."""
-        self._token_cost += runs.cost - before
-        self._held = runs.held
-        self._peak_bytes = max(self._peak_bytes, self._held.peak_bytes)
-
     def _take_smaller_steps(self) -> bool:
         """Cut smaller chunks or tiles; False when both have their least size."""
         layout = self.opened.limit.smaller(self.problem.layout)
         if layout is None:
             return False
-        self.opened.problem = self.problem.with_layout(layout)
+        self.opened.problem = replace(self.problem, layout=layout)
         tokens = max(chunk.num_tokens for chunk in self.problem.chunks)
         warnings.warn(
             f"out of memory: going on with chunks of {tokens} tokens and tiles of {layout.tile} "
@@ -280,7 +274,7 @@ class Calls:
             if self._idle is not None and self._idle.version == version:
                 self.opened, self._idle = self._idle, opened
                 if self.problem.layout != layout:
-                    self.opened.problem = self.problem.with_layout(layout)
+                    self.opened.problem = replace(self.problem, layout=layout)
             else:
                 self.opened = self._open(layout)
                 if self._idle is not None:

@@ -233,10 +233,9 @@ def places_of(batch: TokenBatch, row: int) -> np.ndarray:
         return np.arange(length)
     sequences = _sequences(batch, row)
     width = max(map(len, sequences))
-    first = np.full(length, -1)
-    for i, places in enumerate(sequences):
-        unseen = first[places] < 0
-        first[places[unseen]] = i * width + np.flatnonzero(unseen)
+    first = np.empty(length, dtype=np.int64)
+    for i, places in reversed(list(enumerate(sequences))):  # the first sequence wins
+        first[places] = i * width + np.arange(len(places))
     return first
 
 
@@ -311,8 +310,3 @@ class Chunks:
         for number, chunk in enumerate(self._chunks):
             numbers[chunk.rows] = number
         return numbers
-
-
-def make_chunk(batch: TokenBatch, rows: Sequence[int] | np.ndarray, device: torch.device) -> Chunk:
-    """Make a chunk of rows as tensors on a device."""
-    return chunk_rows(batch, rows).to(device)

@@ -19,12 +19,12 @@ from ..models import Model, Runner
 from ..models.swap import HalfBlock, State, hidden_of, state_bytes
 from ..plan.schedule import Schedule, Step, Visit
 from ..plan.trie import Units
-from . import loading
 from .cache import Frontier, PrefixCache
-from .chunks import Chunk, Chunks, Tile
-from .measures import Measure
+from .chunks import Chunk, Tile
+from .loading import Loading
 from .memory import Footprint
 from .openings import Openings
+from .problem import Problem
 from .reference import DenseReference
 
 
@@ -71,11 +71,9 @@ class Executor:
     Args:
         model: The model.
         runner: Runs its units.
-        measure: Computes values at targets.
-        granularity: "block" or "sublayer".
-        chunks: The chunks by number; they become tensors when they first run.
-        tile: The most positions of a tile.
+        problem: The problem. Its chunks become tensors when they first run.
         footprint: The bytes of states, workspaces and heads.
+        loading: Loads the weights of visits.
         openings: Opens chunks.
         cache: States that outlive a walk.
         frontier: States that wait for a later visit.
@@ -87,24 +85,21 @@ class Executor:
         self,
         model: Model,
         runner: Runner,
-        measure: Measure,
-        granularity: str,
-        chunks: Chunks,
-        tile: int,
+        problem: Problem,
         footprint: Footprint,
+        loading: Loading,
         openings: Openings,
         cache: PrefixCache,
         frontier: Frontier,
         reference: DenseReference,
         counts: Counts,
     ):
-        self._model, self._runner, self._measure = model, runner, measure
-        self._granularity, self._footprint = granularity, footprint
+        self._model, self._runner, self._footprint = model, runner, footprint
+        self._measure, self._granularity = problem.measure, problem.granularity
+        self._chunks, self._tile = problem.chunks, problem.layout.tile
         self._cache, self._frontier, self._reference = cache, frontier, reference
-        self._counts, self._openings = counts, openings
-        self._chunks, self._tile = chunks, tile
+        self._counts, self._openings, self._loading = counts, openings, loading
         self._opened: dict[int, tuple[Chunk, list[Tile]]] = {}  # by number
-        self._per_block = len(model.unit_names(granularity)) // max(1, model.num_blocks)
 
     def _open(self, number: int) -> tuple[Chunk, list[Tile]]:
         """A chunk as tensors, and its tiles."""
@@ -137,7 +132,7 @@ class Executor:
         cache, weights, begun = self._cache, self._model.weights, set[int]()
         loads, read = weights.loads, weights.bytes
         try:
-            for visits in loading.visits(schedules, self._model, self._per_block):
+            for visits in self._loading.visits(schedules):
                 for number, visit in visits.items():
                     schedule = schedules[number]
                     if visit is schedule.visits[0]:
@@ -197,16 +192,15 @@ class Executor:
 
     def _take(self, schedule: Schedule, step: Step, number: int) -> State:
         """The first state of a step, from the prefix cache or the frontier."""
-        if step.source.kind == "frontier":
-            prefix = schedule.frontier[step.source.index]
-            state = self._runner.unpack(self._frontier.get(number, prefix), prefix[-1])
-            if step.last_use:
-                self._frontier.drop(number, prefix)
-            return state
-        prefix = schedule.cached[step.source.index]
-        state = self._runner.unpack(self._cache.get(number, prefix), prefix[-1])
+        kind, index = step.source
+        states: PrefixCache | Frontier
+        if kind == "cached":
+            states, prefix = self._cache, schedule.cached[index]
+        else:
+            states, prefix = self._frontier, schedule.frontier[index]
+        state = self._runner.unpack(states.get(number, prefix), prefix[-1])
         if step.last_use:
-            self._cache.evict(number, [prefix])
+            states.drop(number, prefix)
         return state
 
     def _note_peak(self, slots: list[State | None], state: State, chunk: Chunk) -> None:

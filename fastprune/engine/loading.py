@@ -9,27 +9,19 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from ..data import TokenBatch
 from ..models import Model
-from ..plan.bands import FLOPS_PER_BYTE, make_groups, visits_of
+from ..plan.bands import FLOPS_PER_BYTE, make_groups, pack_neighbours, visits_of
 from ..plan.schedule import Schedule, Visit
 from ..plan.trie import Trie
 from .cache import Frontier
-from .chunks import ChunkRows, Chunks
+from .chunks import Chunks
 from .memory import MemoryLimit
 
 STATES_BYTES = 1 << 30  # of the rows that share a reading of weights, see `row_groups`
-
-
-class Groups(NamedTuple):
-    """The chunks that share the loading of weights, and whether the states of each chunk fit."""
-
-    groups: Sequence[Sequence[int]]
-    fit: bool
 
 
 class Loading:
@@ -46,33 +38,41 @@ class Loading:
 
     def __init__(self, model: Model, limit: MemoryLimit, frontier: Frontier):
         self._model, self._limit, self._frontier = model, limit, frontier
+        self._units_of_block = limit.num_units // max(1, model.num_blocks)
         self.visits_of: Callable[[Trie], np.ndarray] | None = None
         if model.weights.take_turns:
-            units_of_block = limit.num_units // model.num_blocks
             band_of = [
                 number
                 for number, band in enumerate(model.weights.bands)
-                for _ in range(len(band) * units_of_block)
+                for _ in range(len(band) * self._units_of_block)
             ]
             self.visits_of = functools.partial(visits_of, band_of=band_of)
 
-    def groups(self, schedules: Mapping[int, Schedule], chunks: Chunks, references: int) -> Groups:
+    def groups(
+        self, schedules: Mapping[int, Schedule], chunks: Chunks, references: int
+    ) -> tuple[Sequence[Sequence[int]], bool]:
         """Group the chunks of a call, and start the frontier for it.
 
         Args:
             schedules: The schedule of each chunk, by number.
             chunks: The chunks.
             references: Bytes of the held dense references.
+
+        Returns:
+            The chunks that share the loading of weights, and whether the states of each chunk fit.
         """
         numbers, model = list(schedules), self._model
         if not model.weights.take_turns or not numbers:
-            return Groups([numbers], True)
+            return [numbers], True
         tokens = max(chunks[number].num_tokens for number in numbers)
         slots = max(schedule.num_slots for schedule in schedules.values())
         memory = self._limit.beside(tokens, slots, references)
         self._frontier.start(memory)
         slower = self._frontier.slower_bytes
-        waiting = [self._waiting_bytes(schedules[number], chunks[number]) for number in numbers]
+        waiting = [  # the most bytes of a chunk's states that wait at once
+            schedules[number].frontier_peak * self._limit.state_bytes(chunks[number].num_tokens)
+            for number in numbers
+        ]
         blocks = model.weights.room
         weights_of_block = blocks.block_bytes // model.dtype.itemsize
         flops_per_token = 2 * weights_of_block * blocks.num_blocks // self._limit.num_units
@@ -87,44 +87,30 @@ class Loading:
             slower,
             FLOPS_PER_BYTE["cuda" if model.device.type == "cuda" else "cpu"],
         )
-        return Groups(
-            [[numbers[place] for place in group] for group in groups.groups],
-            max(waiting) <= memory + slower,
-        )
+        fit = max(waiting) <= memory + slower
+        return [[numbers[place] for place in group] for group in groups], fit
 
-    def _waiting_bytes(self, schedule: Schedule, chunk: ChunkRows) -> int:
-        """The most bytes of a chunk's states that wait at once."""
-        return schedule.frontier_peak * self._limit.state_bytes(chunk.num_tokens)
+    def visits(self, schedules: Mapping[int, Schedule]) -> Iterator[dict[int, Visit]]:
+        """Yield the visits that run together, by chunk, while their weights are loaded."""
+        weights = self._model.weights
+        by_number: dict[int, dict[int, Visit]] = {}
+        for chunk, schedule in schedules.items():
+            for visit in schedule.visits:
+                by_number.setdefault(visit.number, {})[chunk] = visit
+        together = [by_number[number] for number in sorted(by_number)]
+        bands: list[Sequence[int]] = [*weights.bands] * len(together)
+        if weights.take_turns:
+            bands = [self._blocks_of(schedules, parts) for parts in together]
+        for parts, _ in zip(together, weights.visit(bands)):
+            yield parts
 
-
-def visits(
-    schedules: Mapping[int, Schedule], model: Model, units_of_block: int
-) -> Iterator[dict[int, Visit]]:
-    """Yield the visits that run together, by chunk, while their weights are loaded."""
-    by_number: dict[int, dict[int, Visit]] = {}
-    for chunk, schedule in schedules.items():
-        for visit in schedule.visits:
-            by_number.setdefault(visit.number, {})[chunk] = visit
-    together = [by_number[number] for number in sorted(by_number)]
-    bands: list[Sequence[int]] = [*model.weights.bands] * len(together)
-    if model.weights.take_turns:
-        bands = [_blocks_of(schedules, parts, units_of_block) for parts in together]
-    for parts, _ in zip(together, model.weights.visit(bands)):
-        yield parts
-
-
-def _blocks_of(
-    schedules: Mapping[int, Schedule], parts: Mapping[int, Visit], units_of_block: int
-) -> list[int]:
-    """The blocks that visits run."""
-    steps = (schedules[chunk].steps[visit.start : visit.stop] for chunk, visit in parts.items())
-    return sorted(
-        {
-            unit // units_of_block
-            for step in itertools.chain.from_iterable(steps)
-            for unit in step.units
-        }
-    )
+    def _blocks_of(
+        self, schedules: Mapping[int, Schedule], parts: Mapping[int, Visit]
+    ) -> list[int]:
+        """The blocks that visits run."""
+        steps = (schedules[chunk].steps[visit.start : visit.stop] for chunk, visit in parts.items())
+        units = {unit for step in itertools.chain.from_iterable(steps) for unit in step.units}
+        return sorted({unit // self._units_of_block for unit in units})
 
 
 # -- probes ----------------------------------------------------------------------------------------
@@ -144,7 +130,7 @@ def there_and_back(model: Model) -> Iterator[tuple[Sequence[int], bool]]:
 
 def row_groups(
     model: Model, batch: TokenBatch, states_of_row: int | None = None
-) -> list[list[int]]:
+) -> Sequence[Sequence[int]]:
     """Group the rows that share a reading of weights.
 
     If all weights stay loaded, each row is alone. Else the states of a group fit into
@@ -159,12 +145,4 @@ def row_groups(
         return [[row] for row in range(batch.num_rows)]
     states_of_row = states_of_row or len(model.weights.bands)
     sizes = batch.run_sizes * states_of_row * model.hidden_size * model.dtype.itemsize
-    groups: list[list[int]] = [[]]
-    total = 0
-    for row, size in enumerate(sizes.tolist()):
-        if groups[-1] and total + size > STATES_BYTES:
-            groups.append([])
-            total = 0
-        groups[-1].append(row)
-        total += size
-    return groups
+    return pack_neighbours(sizes.tolist(), STATES_BYTES)

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,35 +32,19 @@ from ..plan.progress import Progress
 from ..plan.schedule import Schedule, plan_call
 from ..plan.trie import Units
 from .cache import Frontier, PrefixCache
-from .chunks import Chunk, ChunkRows, make_chunk
+from .chunks import Chunk, ChunkRows, chunk_rows
 from .executor import Counts, Executor, Walk
 from .loading import Loading
 from .measures import MEASURES
 from .memory import MemoryLimit, OutOfMemory, runs_together
 from .openings import Openings
-from .problem import Problem
+from .problem import Problem, numerics_of
 from .reference import DenseReference
 from .runs import MAX_SUMS, Held, PartialSums
 
 log = logging.getLogger(__name__)
 
 Missing = Mapping[int, np.ndarray]  # by chunk, places of sequences, int64[n]
-
-
-class Opened(NamedTuple):
-    """A model opened for a calibration set.
-
-    Attributes:
-        batch: The set as the model runs it.
-        runner: Runs the model's units.
-        limit: The limit of a call's memory.
-        layout: The layout of the set.
-    """
-
-    batch: TokenBatch
-    runner: Runner
-    limit: MemoryLimit
-    layout: Layout
 
 
 def open_for(
@@ -72,7 +55,7 @@ def open_for(
     granularity: str,
     memory_bytes: int | None,
     layout: Layout | None,
-) -> Opened:
+) -> tuple[Problem, Runner, MemoryLimit]:
     """Open a model's runner for a calibration set, and cut the set unless it has a layout.
 
     Args:
@@ -83,6 +66,9 @@ def open_for(
         granularity: "block" or "sublayer".
         memory_bytes: The limit of a call's activations; None for a default.
         layout: A layout to check and use; None to make one.
+
+    Returns:
+        The problem, without a digest; the runner; the limit of a call's memory.
 
     Raises:
         InputError: The model cannot run a row or unit, or a row does not fit into memory_bytes.
@@ -96,7 +82,8 @@ def open_for(
         "%s runs on the %s path (backend %s): %d rows in %d chunks, tiles of %d positions",
         *(model.name, runner.path_name, backend, batch.num_rows, len(cut.chunks), cut.tile),
     )
-    return Opened(batch, runner, limit, cut)
+    numerics = numerics_of(model, runner)
+    return Problem(batch, measure_name, granularity, cut, numerics), runner, limit
 
 
 def verified_for(
@@ -115,13 +102,6 @@ def verified_for(
     return batch, open_runner(model, backend, _needs(model, batch, granularity))
 
 
-class Sharing(NamedTuple):
-    """The number of processes that share the memory of this machine, and of the device."""
-
-    per_machine: int = 1
-    per_device: int = 1
-
-
 class LocalRuns:
     """Runs units in this process (see `Runs`), for one version of one model.
 
@@ -133,7 +113,8 @@ class LocalRuns:
         limit: The limit of a call's memory.
         cache_bytes: The limit of states that outlive a call (see `PrefixCache`).
         cache_dir: A folder for further states, or None.
-        sharing: The number of processes that share the memories.
+        per_machine: The number of processes that share the memory of this machine.
+        per_device: The number of processes that share the memory of the device.
     """
 
     def __init__(
@@ -143,7 +124,8 @@ class LocalRuns:
         limit: MemoryLimit,
         cache_bytes: int | None = None,
         cache_dir: Path | None = None,
-        sharing: Sharing = Sharing(),  # noqa: B008  (a tuple of two numbers)
+        per_machine: int = 1,
+        per_device: int = 1,
     ):
         self._model, self._runner, self._limit = model, runner, limit
         # a host has other tenants, and weights that take turns need the device's free memory
@@ -151,8 +133,8 @@ class LocalRuns:
         reserve = limit.limit if has_reserve else None
         self._cache = PrefixCache(cache_bytes, cache_dir, model.device, reserve)
         self._frontier = Frontier(cache_dir, model.device)
-        self._cache.per_machine = self._frontier.per_machine = sharing.per_machine
-        self._cache.per_device = sharing.per_device
+        self._cache.per_machine = self._frontier.per_machine = per_machine
+        self._cache.per_device = per_device
         self._counts = Counts()
         self._may_keep_references = True
         self._loading = Loading(model, limit, self._frontier)
@@ -250,11 +232,9 @@ class LocalRuns:
         self._executor = Executor(
             self._model,
             self._runner,
-            problem.measure,
-            problem.granularity,
-            chunks,
-            problem.layout.tile,
+            problem,
             self._limit.footprint,
+            self._loading,
             self._openings,
             self._cache,
             self._frontier,
@@ -299,8 +279,8 @@ class LocalRuns:
         self._cache.resize()
         self._run_dense(problem, sequences, missing, tell)
         schedules = self._schedules(problem, sequences, missing)
-        shared = self._loading.groups(schedules, problem.chunks, self._reference.room)
-        if len(sequences) > 1 and not shared.fit:
+        groups, fit = self._loading.groups(schedules, problem.chunks, self._reference.room)
+        if len(sequences) > 1 and not fit:
             log.info("%d sequences do not fit into one call; it runs in halves", len(sequences))
             yield from self._halves(problem, sequences, missing, tell)
             return
@@ -310,7 +290,7 @@ class LocalRuns:
             *(len(sequences), len(missing), unit_runs, self._cache.bytes),
         )
         tell.expect(unit_runs)
-        with closing(self._walks(schedules, shared.groups)) as walks:
+        with closing(self._walks(schedules, groups)) as walks:
             for number, walk in walks:
                 chunk, rows = problem.chunks[number], missing[number]
                 yield from self._sums_of(chunk, number, rows, walk, tell)
@@ -452,7 +432,7 @@ def _needs(model: Model, batch: TokenBatch, granularity: str) -> Needs:
 
 def _longest(batch: TokenBatch, rows: np.ndarray, model: Model) -> Chunk:
     """The longest of these rows of a batch, alone in a chunk."""
-    return make_chunk(batch, [rows[batch.row_lengths[rows].argmax()]], model.device)
+    return chunk_rows(batch, [rows[batch.row_lengths[rows].argmax()]]).to(model.device)
 
 
 def _longest_sequence(batch: TokenBatch, trees: np.ndarray) -> np.ndarray:

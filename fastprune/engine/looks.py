@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..objectives import Objective
 from ..plan.progress import ProgressCallback, ProgressEvent, reporting
 from ..plan.racing import race
 from ..plan.trie import Units, make_trie
 from .calls import Calls
 from .parts import Part
-
-if TYPE_CHECKING:
-    from ..objectives import Objective
 
 
 def race_sequences(

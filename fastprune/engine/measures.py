@@ -52,10 +52,6 @@ class Measure:
     position_bytes: Callable[[Head], int]
     reference: Reference | None = None
 
-    @property
-    def needs_dense(self) -> bool:
-        return self.reference is not None
-
 
 def _nll(head: Head, states: torch.Tensor, targets: Targets, reference: None) -> torch.Tensor:
     return head.nll(states, targets)[None]

@@ -26,7 +26,7 @@ from ..models.head import Targets
 from ..models.swap import State, hidden_of, state_bytes
 from ..plan.layout import Layout, make_layout
 from ..plan.schedule import max_slots
-from .chunks import Chunk, make_chunk
+from .chunks import Chunk, chunk_rows
 from .measures import Measure
 
 MAX_SEQUENCES = 1 << 20  # distinct sequences of one call; bounds the states alive at once
@@ -217,7 +217,7 @@ class MemoryLimit:
 
     def _dense_bytes(self) -> int:
         """The bytes of the dense model's final states, if the measure compares with them."""
-        if not self._measure.needs_dense:
+        if self._measure.reference is None:
             return 0
         return self._positions * self._model.hidden_size * self._model.dtype.itemsize
 
@@ -272,7 +272,7 @@ def measure_footprint(
     state_size = workspace = 0.0
     longest = 0
     for row in _longest_rows(batch):
-        chunk = make_chunk(batch, [row], runner.device)
+        chunk = chunk_rows(batch, [row]).to(runner.device)
         try:
             state, largest, peak = _run_first_units(runner, chunk, granularity)
         except NotImplementedError:  # torch's, for compiled operators such as flex_attention
@@ -283,15 +283,10 @@ def measure_footprint(
         state_size = max(state_size, largest / chunk.num_tokens)
         workspace = max(workspace, peak / chunk.num_tokens)
         longest = max(longest, chunk.num_tokens)
-    return Footprint(state_size, workspace, measure_head(hidden_of(state), head, tile), longest)
-
-
-def measure_head(hidden: torch.Tensor, head: Callable[[torch.Tensor], object], tile: int) -> int:
-    """Measure the bytes of the head on a tile of positions, with states like these [..., D]."""
-    hidden = hidden.flatten(0, -2)
+    hidden = hidden_of(state).flatten(0, -2)
     hidden = hidden[torch.arange(tile, device=hidden.device) % len(hidden)]
     _, held = peak_bytes(lambda: head(hidden))
-    return held + hidden.nbytes
+    return Footprint(state_size, workspace, held + hidden.nbytes, longest)
 
 
 def _longest_rows(batch: TokenBatch) -> list[int]:

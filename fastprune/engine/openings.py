@@ -77,11 +77,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors inside of arguments, which may be containers or objects of fastprune."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
     elif type(value).__module__.startswith(("fastprune.", "fastprune_kernels.")):
         yield from _tensors(vars(value))

@@ -6,19 +6,16 @@ S samples, C continuations.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ..data import TokenBatch
 from ..errors import InputError
+from ..objectives import Objective
 from ..validate import check_integer
 from .chunks import Chunks
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from ..data import TokenBatch
-    from ..objectives import Objective
 
 
 class Part(NamedTuple):
@@ -42,21 +39,9 @@ class Part(NamedTuple):
             yield chunks.number_of(*self.cut)
 
 
-class Choice(NamedTuple):
-    """The samples of a partial loss.
-
-    Attributes:
-        samples: int64[n], ascending, with a cut one last.
-        part: Their part of the calibration set.
-        cut_targets: The number of targets in the cut sample's part; None without one.
-    """
-
-    samples: np.ndarray
-    part: Part
-    cut_targets: int | None = None
-
-
-def choose(objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: int | None) -> Choice:
+def choose(
+    objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: int | None
+) -> tuple[np.ndarray, Part, int | None]:
     """Choose samples, and cut the last one so that exactly `tokens` tokens are read.
 
     A cut sample without a target in its part is left out.
@@ -66,6 +51,10 @@ def choose(objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: in
         chunks: The chunks of its calibration set.
         samples: Indices of samples, int64[n].
         tokens: The number of tokens to read; None for all of these samples.
+
+    Returns:
+        The samples, int64[n], ascending, with a cut one last; their part of the calibration set;
+        the number of targets in the cut sample's part, None without one.
 
     Raises:
         InputError: The tokens do not end in the last sample, or hold no target.
@@ -81,7 +70,7 @@ def choose(objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: in
             cut = cut_targets = None
     part = Part(np.isin(objective.sample, samples), cut)
     samples = np.sort(samples)  # their order decides no bit
-    return Choice(samples if cut is None else np.append(samples, cut[0]), part, cut_targets)
+    return samples if cut is None else np.append(samples, cut[0]), part, cut_targets
 
 
 def _cut_of(objective: Objective, samples: np.ndarray, tokens: int) -> tuple[int, int] | None:

@@ -5,8 +5,9 @@ A problem never changes. Another layout, model or switch of torch makes another 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..data import TokenBatch
@@ -31,6 +32,7 @@ class Problem:
         layout: The layout of the calibration set.
         numerics: Further settings that decide bits: path, dtype, device, software.
         digest: The model's digest; None if neither a store nor workers need it.
+        number: A number that no other problem of this process has.
     """
 
     batch: TokenBatch
@@ -39,6 +41,7 @@ class Problem:
     layout: Layout
     numerics: Mapping[str, object]
     digest: str | None = None
+    number: int = field(default_factory=itertools.count().__next__, init=False)
 
     @property
     def measure(self) -> Measure:
@@ -65,9 +68,6 @@ class Problem:
             "measure": self.measure_name,
             "weights": self.digest,
         }
-
-    def with_layout(self, layout: Layout) -> Problem:
-        return replace(self, layout=layout)
 
 
 def numerics_of(model: Model, runner: Runner) -> dict[str, object]:

@@ -40,7 +40,7 @@ class DenseReference:
 
     def missing(self, chunks: Iterable[int]) -> list[int]:
         """The chunks whose final states are not held."""
-        if not self._measure.needs_dense:
+        if self._measure.reference is None:
             return []
         return [chunk for chunk in chunks if chunk not in self._states]
 
@@ -88,7 +88,7 @@ class DenseReference:
 
     def give_back(self) -> bool:
         """Keep no references of tiles from now on; False if none were kept."""
-        kept, self.room = self.room > 0 and self._measure.needs_dense, 0
+        kept, self.room = self.room > 0 and self._measure.reference is not None, 0
         self._tiles.clear()
         self._tile_bytes = 0
         return kept

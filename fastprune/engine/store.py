@@ -143,37 +143,31 @@ class SumStore:
         known: dict[bytes, np.ndarray] = {}
         keys = iter(keys)
         with self._turn:
-            try:
-                number = None if self._failed else self._number(chunk)
-            except _FAILURES as error:
-                self._give_up(error)
+            if self._failed:
                 return {}
-            while (
-                not self._failed
-                and number is not None
-                and (part := list(itertools.islice(keys, _AT_ONCE)))
-            ):
-                marks = ",".join("?" * len(part))
-                query = (
-                    f"SELECT units, sums, checksum FROM sums WHERE context = ? AND chunk = ? "
-                    f"AND units IN ({marks})"
-                )
-                try:
+            try:
+                number = self._number(chunk)
+                while number is not None and (part := list(itertools.islice(keys, _AT_ONCE))):
+                    marks = ",".join("?" * len(part))
+                    query = (
+                        f"SELECT units, sums, checksum FROM sums WHERE context = ? AND chunk = ? "
+                        f"AND units IN ({marks})"
+                    )
                     for units, sums, checksum in self._db.execute(query, (context, number, *part)):
                         if self._checksum(context, chunk, units, sums) != checksum or len(sums) % 8:
                             raise sqlite3.DatabaseError("a row is damaged")
                         known[units] = np.frombuffer(sums, dtype="<f8")
-                except _FAILURES as error:
-                    self._give_up(error)
-                    return {}
+            except _FAILURES as error:
+                self._give_up(error)
+                return {}
         return known
 
     def put(self, context: int, chunk: bytes, sums: Mapping[bytes, np.ndarray]) -> None:
         """Keep the sums of a chunk, by the key of the units that ran."""
-        rows = []
-        for units, values in sums.items():
-            blob = np.ascontiguousarray(values, dtype="<f8").tobytes()
-            rows.append((units, blob))
+        rows = [
+            (units, np.ascontiguousarray(values, dtype="<f8").tobytes())
+            for units, values in sums.items()
+        ]
         with self._turn:
             if self._failed:
                 return
@@ -248,13 +242,10 @@ class SumStore:
         Returns:
             The number of removed sums.
         """
-        broken = []
-        if damaged:
-            broken = [
-                (context, number, units)
-                for context, number, _, units, values in self._rows()
-                if values is None
-            ]
+        rows = self._rows() if damaged else ()
+        broken = [
+            (context, number, units) for context, number, _, units, values in rows if values is None
+        ]
         with self._turn, self._naming():
             before = self._db.total_changes
             with self._db:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
-
-from .problem import Problem
 
 ENTRY_BYTES = 256  # of one entry besides its sums: keys and dicts
 
@@ -25,7 +21,7 @@ class Sums(Protocol):
 
 
 class SumMemory:
-    """Sums of the races of one process, within a limit of bytes.
+    """Sums of the races of one process, within a limit of bytes. A context is a problem's number.
 
     There are two generations. New sums enter the young one. When it holds half of the limit, it
     becomes the old one, and the previous old one is dropped. A read moves a sum from the old to the
@@ -34,8 +30,6 @@ class SumMemory:
 
     def __init__(self, limit: int):
         self._limit = limit
-        self._numbers = itertools.count()
-        self._contexts: weakref.WeakKeyDictionary[Problem, int] = weakref.WeakKeyDictionary()
         self._young: dict[tuple[int, bytes], dict[bytes, np.ndarray]] = {}
         self._old: dict[tuple[int, bytes], dict[bytes, np.ndarray]] = {}
         self._bytes = 0  # bytes of the young generation
@@ -43,12 +37,6 @@ class SumMemory:
     def __bool__(self) -> bool:
         """Whether it keeps anything."""
         return bool(self._young or self._old)
-
-    def context(self, problem: Problem) -> int:
-        """The number of a problem."""
-        if problem not in self._contexts:
-            self._contexts[problem] = next(self._numbers)
-        return self._contexts[problem]
 
     def get(self, context: int, chunk: bytes, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
         """Look up sums of a chunk; see `Sums.get`."""

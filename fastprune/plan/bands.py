@@ -99,21 +99,6 @@ def visits_of(trie: Trie, band_of: Sequence[int]) -> np.ndarray:
     return visit
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Chunks that share each loading.
-
-    Attributes:
-        groups: The indices of the chunks of each group.
-        slower: Whether states may go to the slower tier.
-        load_bytes: Bytes that all groups read together.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    slower: bool
-    load_bytes: int
-
-
 def make_groups(
     state_bytes: Sequence[int],
     flops: Sequence[int],
@@ -121,7 +106,7 @@ def make_groups(
     memory: int,
     slower: int,
     flops_per_byte: int,
-) -> Groups:
+) -> tuple[tuple[int, ...], ...]:
     """Group chunks that share the loading, for the least cost.
 
     Args:
@@ -133,32 +118,31 @@ def make_groups(
         flops_per_byte: Operations in the time of reading a byte.
 
     Returns:
-        The groups. A too large chunk is a group of its own.
+        The indices of the chunks of each group. A too large chunk is a group of its own.
 
     Examples:
         >>> from fastprune.plan.bands import make_groups
-        >>> make_groups([4, 4, 4], [0, 0, 0], 100, memory=8, slower=0, flops_per_byte=50).groups
+        >>> make_groups([4, 4, 4], [0, 0, 0], 100, memory=8, slower=0, flops_per_byte=50)
         ((0, 1), (2,))
     """
-    best: tuple[int, Groups] | None = None
-    for extra in (0, slower) if slower else (0,):
-        groups = _pack(state_bytes, memory + extra)
-        cost = 0
+
+    def cost(groups: tuple[tuple[int, ...], ...]) -> int:
+        total = 0
         for group in groups:
             computing = sum(flops[i] for i in group) // flops_per_byte
             spilled = max(0, sum(state_bytes[i] for i in group) - memory)
-            cost += max(load_bytes, computing) + 2 * spilled
-        if best is None or cost < best[0]:
-            best = cost, Groups(groups, extra > 0, load_bytes * len(groups))
-    assert best is not None
-    return best[1]
+            total += max(load_bytes, computing) + 2 * spilled
+        return total
+
+    packings = [pack_neighbours(state_bytes, most) for most in (memory, memory + slower)]
+    return min(packings, key=cost)
 
 
-def _pack(state_bytes: Sequence[int], most: int) -> tuple[tuple[int, ...], ...]:
-    """Put neighbours together, as many as fit, at least one a group."""
+def pack_neighbours(sizes: Sequence[int], most: int) -> tuple[tuple[int, ...], ...]:
+    """Group the indices of neighbours whose sizes add up to at most `most`, or of one alone."""
     groups: list[list[int]] = []
     total = 0
-    for i, size in enumerate(state_bytes):
+    for i, size in enumerate(sizes):
         if groups and total + size <= most:
             groups[-1].append(i)
             total += size

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,8 @@ Progress = Callable[[int, int], None]  # of one call: (unit runs done, unit runs
 ProgressCallback = Callable[[ProgressEvent], None]
 
 
-class _Stage(NamedTuple):
-    """Work around a call, such as a race or a search: its fields and its listener."""
-
-    describe: Callable[[ProgressEvent], ProgressEvent]
-    listener: ProgressCallback | None
-
-
+# work around a call, such as a race or a search: adds its fields to an event; its listener
+_Stage = tuple[Callable[[ProgressEvent], ProgressEvent], ProgressCallback | None]
 # a context variable, so that searches in several threads do not mix; outermost stage first
 _STAGES: ContextVar[tuple[_Stage, ...]] = ContextVar("fastprune_stages", default=())
 
@@ -69,7 +63,7 @@ def reporting(
     describe: Callable[[ProgressEvent], ProgressEvent], listener: ProgressCallback | None = None
 ) -> Iterator[None]:
     """Pass the events of calls made inside through `describe`, then to the listener."""
-    token = _STAGES.set((*_STAGES.get(), _Stage(describe, listener)))
+    token = _STAGES.set((*_STAGES.get(), (describe, listener)))
     try:
         yield
     finally:
@@ -79,7 +73,7 @@ def reporting(
 def event_reporter(listener: ProgressCallback | None) -> Progress:
     """Make a function of (done, total) that reports events to all listeners, this one last."""
     stages = _STAGES.get()
-    if listener is None and all(stage.listener is None for stage in stages):
+    if listener is None and all(own is None for _, own in stages):
         return lambda done, total: None
 
     def report(done: int, total: int) -> None:

@@ -113,7 +113,8 @@ class Schedule:
         num_slots: The number of slots. Cached states, frontier states and the state that runs need
             none.
         unit_runs: Units that all steps run.
-        held: The prefixes whose states the cache holds after the call.
+        held: The R prefixes whose states the cache holds after the call, with their likelihoods
+            (see `worth_retaining`). If some prefixes were evicted, most worth first.
         visits: The steps by visit, ascending. No slot is held from one visit to the next.
         frontier: The prefixes whose states wait for later visits.
         frontier_peak: The most frontier states at once.
@@ -128,16 +129,6 @@ class Schedule:
     visits: tuple[Visit, ...]
     frontier: tuple[Units, ...]
     frontier_peak: int
-
-    @property
-    def retained(self) -> tuple[Units, ...]:
-        """The R prefixes of `held`. If some prefixes were evicted, most worth first."""
-        return self.held.prefixes
-
-    @property
-    def likelihood(self) -> np.ndarray:
-        """The likelihood of each retained prefix, float64[R]; see `worth_retaining`."""
-        return self.held.likelihood
 
 
 def plan_call(
@@ -162,7 +153,7 @@ def plan_call(
         >>> from fastprune.plan.schedule import plan_call
         >>> from fastprune.plan.retention import Prefixes
         >>> schedule = plan_call([(0, 1, 3)], Prefixes([(0, 1), (2,)]), capacity=8)
-        >>> schedule.unit_runs, schedule.retained
+        >>> schedule.unit_runs, schedule.held.prefixes
         (1, ((0, 1), (2,), (0, 1, 3)))
     """
     most_runs, freed = sum(map(len, sequences)), capacity // FREED_SHARE
@@ -245,11 +236,11 @@ def make_schedule(
     likelihood = np.zeros(len(trie.cached)) if likelihood is None else likelihood
     nodes, likelihood = worth_retaining(trie, likelihood, capacity)
     visit = np.zeros(len(trie.unit), np.int64) if visits_of is None else visits_of(trie)
-    chains = _chains(trie, np.sort(nodes[trie.wanted[nodes]]), visit)
+    roots, frontier = _chains(trie, np.sort(nodes[trie.wanted[nodes]]), visit)
     steps: list[Step] = []
     visits, num_slots = [], 0
-    for number in sorted(chains.roots):
-        of_visit, slots = _order(chains.roots[number])
+    for number in sorted(roots):
+        of_visit, slots = _order(roots[number])
         visits.append(Visit(number, len(steps), len(steps) + len(of_visit)))
         steps += of_visit
         num_slots = max(num_slots, slots)
@@ -265,7 +256,7 @@ def make_schedule(
         unit_runs=trie.wanted_runs,
         held=Prefixes([prefixes[i] for i in kept], likelihood[kept]),
         visits=tuple(visits),
-        frontier=tuple(trie.prefix(node) for node in chains.frontier),
+        frontier=tuple(trie.prefix(node) for node in frontier),
         frontier_peak=_frontier_peak(steps),
     )
 
@@ -398,25 +389,18 @@ class _Chain:
         return self.source != ROOT
 
 
-class _Chains(NamedTuple):
-    """The wanted nodes as chains.
-
-    Attributes:
-        roots: The roots of each visit.
-        frontier: The nodes whose states wait for later visits.
-    """
-
-    roots: dict[int, list[_Chain]]
-    frontier: list[int]
-
-
-def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
+def _chains(
+    trie: Trie, retained: np.ndarray, visit: np.ndarray
+) -> tuple[dict[int, list[_Chain]], list[int]]:
     """Cut the wanted nodes into chains.
 
     Args:
         trie: The trie.
         retained: The wanted nodes whose states outlive the call, ascending.
         visit: The visit of each node, see `VisitsOf`.
+
+    Returns:
+        The roots of each visit, and the nodes whose states wait for later visits.
     """
     end_of = np.full(len(trie.unit), -1, dtype=np.int64)
     end_of[trie.ends] = np.arange(len(trie.ends))
@@ -468,4 +452,4 @@ def _chains(trie: Trie, retained: np.ndarray, visit: np.ndarray) -> _Chains:
         above.children.append(chain)
     for chains in roots.values():
         chains.sort(key=lambda chain: chain.source != ROOT)  # slot 0 holds the embeddings at first
-    return _Chains(roots, frontier)
+    return roots, frontier

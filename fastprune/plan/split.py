@@ -98,7 +98,11 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
     Returns:
         Ranges of the sequences, in order, none of them empty.
     """
-    shared, own = _shared(trie)
+    pairs = zip(((), *trie.sequences), trie.sequences)
+    # the units that each sequence shares with the one before, and its further units, int64[M]:
+    # in the drawn trie 0 3 1 and 3 1 2
+    shared = np.array([shared_length(*pair) for pair in pairs], dtype=np.int64)
+    own = trie.depth[trie.ends] - shared
     work = np.concatenate([[0.0], np.cumsum(own + head)])  # in the drawn trie 0 3 4 6
     ranges, start = [], 0
     for parts_left in range(parts, 1, -1):
@@ -117,13 +121,3 @@ def cut(trie: Trie, parts: int, head: float = 0.0) -> list[range]:
         ranges.append(range(start, stop))
         start = stop
     return [*ranges, range(start, len(own))] if start < len(own) else ranges
-
-
-def _shared(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
-    """The units that each sequence shares with the sequence before, and its further units.
-
-    Both are counts, int64[M]: in the drawn trie 0, 3, 1 and 3, 1, 2.
-    """
-    pairs = zip(((), *trie.sequences), trie.sequences)
-    shared = np.array([shared_length(*pair) for pair in pairs], dtype=np.int64)
-    return shared, trie.depth[trie.ends] - shared

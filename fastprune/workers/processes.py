@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import signal
@@ -53,7 +52,6 @@ class Workers:
     def __init__(self, count: int, per_machine: int):
         self.count, self.per_machine = count, per_machine
         self.lock = threading.RLock()
-        self.numbers = itertools.count()
         self.alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.models: list[set[str]] = [set() for _ in range(count)]
         self.problems: list[set[int]] = [set() for _ in range(count)]
@@ -198,12 +196,13 @@ class Processes(Workers):
         return -(-self.count // torch.cuda.device_count()) if device.type == "cuda" else self.count
 
     def _start(self, worker: int) -> None:
-        self._members[worker].pipe.close()
-        self._members[worker].printed.close()
         self._begin(worker)
         self._expect_ready(worker)
 
     def _begin(self, worker: int) -> None:
+        if worker in self._members:
+            self._members[worker].pipe.close()
+            self._members[worker].printed.close()
         own, other = Pipe()
         printed = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process may print)
         process = subprocess.Popen(
@@ -228,8 +227,6 @@ class Processes(Workers):
             killed = (member.process.returncode or 0) < 0  # for lack of memory, for example
             if not killed or not tries_left:
                 raise RuntimeError(f"worker {worker} could not start: {reason}")
-            member.pipe.close()
-            member.printed.close()
             self._begin(worker)
 
     def _send(self, worker: int, request: tuple) -> None:

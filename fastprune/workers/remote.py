@@ -91,13 +91,9 @@ class RemoteRuns:
         self._problem: Problem | None = None
         self._number = -1
         self._model_sent: tuple[tuple, object] | None = None  # for workers, and its open file
-        self._cost = Cost()
+        self.cost = Cost()
         self._held: dict[int, Held] = {}  # by worker
         model.weights.release()  # no unit runs here
-
-    @property
-    def cost(self) -> Cost:
-        return self._cost
 
     @property
     def held(self) -> Held:
@@ -145,7 +141,7 @@ class RemoteRuns:
     def _use(self, problem: Problem) -> None:
         """Let every worker hold this problem."""
         if problem is not self._problem:
-            self._number = next(self._workers.numbers)
+            self._number = problem.number
             self._workers.alive[self._number] = self._problem = problem
             self._held.clear()
             looks = problem.layout.looks(problem.batch)
@@ -249,7 +245,7 @@ class RemoteRuns:
             self._send_part(worker, call, part)
         while self._workers.busy:
             worker, word = self._workers.receive()
-            self._cost += word.cost
+            self.cost += word.cost
             if word.kind == "sums":
                 yield self._enter(worker, call, word.value)
             elif word.kind == "progress":

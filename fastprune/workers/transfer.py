@@ -27,17 +27,13 @@ class _Packer(pickle.Pickler):
         self._place: dict[int, int] = {}
 
     def persistent_id(self, value: object) -> tuple | None:
-        if not isinstance(value, torch.Tensor):
+        # a tower that stayed in its files has tensors without values, which torch pickles itself
+        if not isinstance(value, torch.Tensor) or value.is_meta:
             return None
-        place: int | tuple
-        if value.is_meta:  # of a tower that stayed in its files
-            place = tuple(value.shape), value.dtype
-        else:
-            if id(value) not in self._place:
-                self._place[id(value)] = len(self.tensors)
-                self.tensors.append(value)
-            place = self._place[id(value)]
-        return place, isinstance(value, nn.Parameter), value.requires_grad
+        if id(value) not in self._place:
+            self._place[id(value)] = len(self.tensors)
+            self.tensors.append(value)
+        return self._place[id(value)], isinstance(value, nn.Parameter), value.requires_grad
 
 
 class _Unpacker(pickle.Unpickler):
@@ -48,10 +44,6 @@ class _Unpacker(pickle.Unpickler):
 
     def persistent_load(self, entry: tuple) -> torch.Tensor:
         place, is_parameter, requires_grad = entry
-        if isinstance(place, tuple):
-            shape, dtype = place
-            tensor = torch.empty(shape, dtype=dtype, device="meta")
-            return nn.Parameter(tensor, requires_grad) if is_parameter else tensor
         if place not in self._read:
             tensor = self._tensors[place]
             self._read[place] = nn.Parameter(tensor, requires_grad) if is_parameter else tensor

@@ -12,12 +12,12 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..engine.local import LocalRuns, Sharing, open_for
-from ..engine.problem import Problem, numerics_of
+from ..engine.local import LocalRuns, open_for
+from ..engine.problem import Problem
 from ..errors import InputError
 from ..models import Model, load_model
 from ..models.device import is_out_of_memory
@@ -32,14 +32,6 @@ PROGRESS_SECONDS = 0.1  # between two reports of progress
 
 class Cancelled(Exception):
     """The caller has cancelled the request."""
-
-
-class _Open(NamedTuple):
-    """A problem that this worker can run."""
-
-    problem: Problem
-    model: Model
-    runs: LocalRuns
 
 
 class Worker:
@@ -59,7 +51,8 @@ class Worker:
     ):
         self._emit, self._is_cancelled, self._fetch = emit, is_cancelled, fetch
         self._models: dict[str, Model] = {}  # by digest
-        self._problems: dict[int, _Open] = {}  # by number
+        # by number: the problem, its model and its runs
+        self._problems: dict[int, tuple[Problem, Model, LocalRuns]] = {}
         self._runs: LocalRuns | None = None  # of the present request
         self._counted = Cost()  # the part of its cost that words have reported
 
@@ -90,7 +83,8 @@ class Worker:
 
     def _open(self, request: Open) -> tuple[str, Any]:
         setup: Setup = self._fetch(request.setup)
-        _use_threads(setup.threads)
+        if torch.get_num_threads() != setup.threads:
+            torch.set_num_threads(setup.threads)
         self._problems = {
             number: opened
             for number, opened in self._problems.items()
@@ -105,9 +99,9 @@ class Worker:
                     "the model that it opened is not the same as here: weights, config, hooks or "
                     "switches"
                 )
-        opened = _open_problem(self._models[request.digest], setup)
-        self._problems[request.number] = opened
-        used = {id(opened.model) for opened in self._problems.values()}
+        model = self._models[request.digest]
+        self._problems[request.number] = setup.problem, model, _open_problem(model, setup)
+        used = {id(model) for _, model, _ in self._problems.values()}
         self._models = {key: model for key, model in self._models.items() if id(model) in used}
         return "opened", list(self._models)
 
@@ -159,10 +153,10 @@ class Worker:
             self._say("warning", str(message))
 
 
-def _open_problem(model: Model, setup: Setup) -> _Open:
+def _open_problem(model: Model, setup: Setup) -> LocalRuns:
     """Open a model for the caller's problem; raise InputError if bits would differ."""
     problem: Problem = setup.problem
-    opened = open_for(
+    own, runner, limit = open_for(
         model,
         setup.backend,
         problem.batch,
@@ -171,10 +165,9 @@ def _open_problem(model: Model, setup: Setup) -> _Open:
         setup.memory_bytes,
         problem.layout,
     )
-    _check_alike(numerics_of(model, opened.runner), problem.numerics)
-    sharing = Sharing(setup.per_machine, setup.per_device)
-    caches = (setup.cache_bytes, setup.cache_dir, sharing)
-    return _Open(problem, model, LocalRuns(model, opened.runner, opened.limit, *caches))
+    _check_alike(own.numerics, problem.numerics)
+    caches = (setup.cache_bytes, setup.cache_dir, setup.per_machine, setup.per_device)
+    return LocalRuns(model, runner, limit, *caches)
 
 
 def _check_alike(settings: Mapping, expected: Mapping) -> None:
@@ -188,11 +181,6 @@ def _check_alike(settings: Mapping, expected: Mapping) -> None:
         raise InputError(
             f"its {name} is {value}, not {caller_value}, so that its numbers would have other bits"
         )
-
-
-def _use_threads(count: int) -> None:
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
 
 
 def serve(number: int) -> None:

@@ -378,9 +378,14 @@ def test_every_chunk_has_room_for_the_capacity_and_gets_it_back_by_eviction(tmp_
 
 
 def test_a_tier_that_is_full_or_fails_leaves_the_state_to_the_next(tmp_path, monkeypatch):
-    states, state = TieredStates(tmp_path, torch.device("cpu")), torch.randn(2, 3)
     room = {"device": 0, "disk": 1}
-    assert states.put(0, (0,), state, room.get) == "disk"
+
+    class Bounded(TieredStates):
+        def has_room(self, tier, chunk, size):
+            return room[tier]
+
+    states, state = Bounded(tmp_path, torch.device("cpu")), torch.randn(2, 3)
+    assert states.put(0, (0,), state) == "disk"
     assert states.share_of("disk", 1) > 0
 
     def fails(self, state):
@@ -388,18 +393,17 @@ def test_a_tier_that_is_full_or_fails_leaves_the_state_to_the_next(tmp_path, mon
 
     monkeypatch.setattr(DiskTier, "put", fails)
     with pytest.warns(RuntimeWarning, match="no more states are kept there"):
-        assert states.put(0, (1,), state, room.get) is None
-    assert states.put(0, (1,), state, room.get) is None  # without a word
+        assert states.put(0, (1,), state) is None
+    assert states.put(0, (1,), state) is None  # without a word
     assert states.share_of("disk", 1) == 0
     room["device"] = 1
-    assert states.put(0, (2,), state, room.get) == "device"
-    assert states.bytes == {"device": state.nbytes, "disk": state.nbytes}
-    found = [states.get(0, (i,)) for i in (0, 2)]
-    assert [tier for _, tier in found] == ["disk", "device"]
-    assert all(torch.equal(of, state) for of, _ in found)
+    assert states.put(0, (2,), state) == "device"
+    assert states.held_bytes == {"device": state.nbytes, "disk": state.nbytes}
+    assert all(torch.equal(states.get(0, (i,)), state) for i in (0, 2))
+    assert states.hits == {"device": 1, "disk": 1}
     for prefix in list(states.held(0)):
         states.drop(0, prefix)
-    assert states.bytes == {"device": 0, "disk": 0}
+    assert states.held_bytes == {"device": 0, "disk": 0}
 
 
 def test_the_measure_greedy_counts_tokens_that_are_not_the_most_likely():

@@ -71,8 +71,8 @@ def execute(
             slots[step.target] = state
     assert slots == [None] * schedule.num_slots, "holds a state that nobody reads"
     assert runs == schedule.unit_runs == trie.wanted_runs
-    assert set(schedule.retained) == cache
-    assert len(schedule.likelihood) == len(cache) == len(schedule.retained)
+    assert set(schedule.held.prefixes) == cache
+    assert len(schedule.held.likelihood) == len(cache) == len(schedule.held.prefixes)
     return finished
 
 
@@ -135,7 +135,7 @@ def test_ten_thousand_masks_of_eighty_units():
     assert trie.unit_runs == count_prefixes(masks)
     schedule = make_schedule(trie, capacity=50)
     assert schedule.num_slots <= max_slots(80, len(trie.sequences)) <= 14
-    assert len(schedule.retained) == 50
+    assert len(schedule.held.prefixes) == 50
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -227,7 +227,7 @@ def test_calls_one_after_the_other_reach_every_end_within_the_capacity(capacity)
             ever |= new
             if capacity == 1000:
                 assert schedule.unit_runs == len(new)
-            known, likelihood = schedule.retained, schedule.likelihood
+            known, likelihood = schedule.held.prefixes, schedule.held.likelihood
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 8, 40, 1000])
@@ -248,10 +248,10 @@ def test_calls_planned_by_what_they_ask_reach_every_end_within_the_capacity(capa
             cache -= bystanders
             trie = make_trie(asked, schedule.cached)
             assert relevant <= set(schedule.cached)
-            after = set(schedule.retained)
+            after = set(schedule.held.prefixes)
             assert bystanders <= after
             schedule_alone = replace(
-                schedule, held=Prefixes([p for p in schedule.retained if p not in bystanders])
+                schedule, held=Prefixes([p for p in schedule.held.prefixes if p not in bystanders])
             )
             assert execute(schedule_alone, trie, cache, capacity) == dict(enumerate(asked))
             cache |= bystanders
@@ -272,7 +272,7 @@ def test_likelihoods_are_those_of_plans_over_the_whole_cache():
         asked = [tuple(rng.integers(0, 3, 5).tolist()) for _ in range(2)]
         held = plan_call(sorted(set(asked)), held, 10**4).held
         whole = make_schedule(make_trie(asked, known), likelihood, 10**4)
-        known, likelihood = whole.retained, whole.likelihood
+        known, likelihood = whole.held.prefixes, whole.held.likelihood
         found = dict(zip(held.prefixes, held.likelihood))
         assert found == pytest.approx(dict(zip(known, likelihood)), rel=1e-12)
 
@@ -290,18 +290,18 @@ def test_one_sequence_is_planned_as_its_trie_is():
             expected = replace(whole, held=held.followed_by(whole.held))
             schedule = plan_call([sequence], held, 10**4)
             assert replace(schedule, held=held) == replace(expected, held=held)
-            assert schedule.retained == expected.retained
-            assert schedule.likelihood.tolist() == expected.likelihood.tolist()
+            assert schedule.held.prefixes == expected.held.prefixes
+            assert schedule.held.likelihood.tolist() == expected.held.likelihood.tolist()
             held = schedule.held
 
 
 def test_a_small_call_on_a_full_cache_frees_room_for_the_next_ones():
     full = Prefixes([(unit,) for unit in range(160)], np.ones(160))
     schedule = plan_call([(200, 201)], full, capacity=160)
-    assert len(schedule.retained) == 150  # a sixteenth is free
-    assert len(plan_call([(200, 202)], schedule.held, capacity=160).retained) == 151
+    assert len(schedule.held.prefixes) == 150  # a sixteenth is free
+    assert len(plan_call([(200, 202)], schedule.held, capacity=160).held.prefixes) == 151
     many = [(unit, 0) for unit in range(200, 300)]
-    assert len(plan_call(many, full, capacity=160).retained) == 160
+    assert len(plan_call(many, full, capacity=160).held.prefixes) == 160
 
 
 class Recorder(SyntheticEvaluator):
@@ -325,7 +325,8 @@ def runs_over_a_search(trace, capacity: int) -> int:
     known, likelihood, runs = (), None, 0
     for asked in trace:
         schedule = make_schedule(make_trie(asked, known), likelihood, capacity)
-        known, likelihood, runs = schedule.retained, schedule.likelihood, runs + schedule.unit_runs
+        known, likelihood = schedule.held.prefixes, schedule.held.likelihood
+        runs += schedule.unit_runs
     return runs
 
 
