@@ -255,13 +255,11 @@ class Evaluator:
                 return self._losses(checked)
         chosen = check_samples(samples, self.num_samples, distinct=True)
         with self.model.lock:
-            chosen, part, cut_targets = choose(
-                self.objective, self._calls.problem.chunks, chosen, tokens
-            )
-            if len(chosen) == self.num_samples and cut_targets is None:
+            choice = choose(self.objective, self._calls.problem.chunks, chosen, tokens)
+            if len(choice.samples) == self.num_samples and choice.cut_targets is None:
                 return self._losses(checked)
-            sums, index = self._sums(checked, part)
-            losses = self.objective.partial_loss(sums[:, 0], chosen, cut_targets)
+            sums, index = self._sums(checked, choice.part)
+            losses = self.objective.partial_loss(sums[:, 0], choice.samples, choice.cut_targets)
             return losses[index]
 
     def sums(

@@ -39,9 +39,21 @@ class Part(NamedTuple):
             yield chunks.number_of(*self.cut)
 
 
-def choose(
-    objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: int | None
-) -> tuple[np.ndarray, Part, int | None]:
+class Choice(NamedTuple):
+    """The samples of a partial loss.
+
+    Attributes:
+        samples: int64[n], ascending, with a cut one last.
+        part: Their part of the calibration set.
+        cut_targets: The number of targets in the cut sample's part; None without one.
+    """
+
+    samples: np.ndarray
+    part: Part
+    cut_targets: int | None = None
+
+
+def choose(objective: Objective, chunks: Chunks, samples: np.ndarray, tokens: int | None) -> Choice:
     """Choose samples, and cut the last one so that exactly `tokens` tokens are read.
 
     A cut sample without a target in its part is left out.
@@ -51,10 +63,6 @@ def choose(
         chunks: The chunks of its calibration set.
         samples: Indices of samples, int64[n].
         tokens: The number of tokens to read; None for all of these samples.
-
-    Returns:
-        The samples, int64[n], ascending, with a cut one last; their part of the calibration set;
-        the number of targets in the cut sample's part, None without one.
 
     Raises:
         InputError: The tokens do not end in the last sample, or hold no target.
@@ -70,7 +78,7 @@ def choose(
             cut = cut_targets = None
     part = Part(np.isin(objective.sample, samples), cut)
     samples = np.sort(samples)  # their order decides no bit
-    return samples if cut is None else np.append(samples, cut[0]), part, cut_targets
+    return Choice(samples if cut is None else np.append(samples, cut[0]), part, cut_targets)
 
 
 def _cut_of(objective: Objective, samples: np.ndarray, tokens: int) -> tuple[int, int] | None:
