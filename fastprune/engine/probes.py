@@ -5,7 +5,7 @@ U units, S samples, B rows of T tokens, D columns of a state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -38,15 +38,20 @@ def similarity(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
     Returns:
         float64[U + 1, U + 1]: for each pair of depths, the mean over all tokens.
     """
-    return _mean_of_pairs(
-        model,
-        batch,
-        granularity,
-        lambda batch, row: np.arange(batch.row_lengths[row]),
-        torch.float32,
-        lambda cosines: cosines,
-        1.0,
-    )
+    batch, runner = _opened(model, batch, granularity)
+    num_units = len(model.unit_names(granularity))
+    total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
+    with model.evaluation():
+        for _, flat in _states(runner, batch, granularity):
+            for start in range(0, len(flat[0]), TOKENS_AT_ONCE):
+                part = torch.stack(
+                    [h[start : start + TOKENS_AT_ONCE].float() for h in flat], dim=1
+                )  # [n, U + 1, D]
+                part = torch.nn.functional.normalize(part, dim=-1)
+                total += (part @ part.mT).double().sum(0)
+    mean = total.cpu().numpy() / batch.num_tokens
+    np.fill_diagonal(mean, 1.0)
+    return (mean + mean.T) / 2
 
 
 def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.ndarray:
@@ -61,60 +66,22 @@ def angular_distance(model: Model, batch: TokenBatch, granularity: str) -> np.nd
         float64[U + 1, U + 1]: for each pair of depths, the mean over the last tokens of sequences.
         A sequence is a row of text, or a branch of a tree behind its trunk.
     """
-    return _mean_of_pairs(
-        model,
-        batch,
-        granularity,
-        _last_tokens,
-        torch.float64,  # arccos is steep near 1
-        lambda cosines: cosines.clamp(-1, 1).arccos() / torch.pi,
-        0.0,
-    )
-
-
-def _last_tokens(batch: TokenBatch, row: int) -> np.ndarray:
-    """The last token of each sequence of a row: of the row itself, or of each branch of a tree."""
-    branch = batch.branch[batch.row_starts[row] : batch.row_starts[row + 1]]
-    ends = np.flatnonzero(np.diff(branch, append=-1))
-    return ends[branch[ends] > 0] if batch.row_is_tree[row] else ends
-
-
-def _mean_of_pairs(
-    model: Model,
-    batch: TokenBatch,
-    granularity: str,
-    tokens_of: Callable[[TokenBatch, int], np.ndarray],
-    dtype: torch.dtype,
-    value: Callable[[torch.Tensor], torch.Tensor],
-    diagonal: float,
-) -> np.ndarray:
-    """Compute the mean over tokens of a value of the cosine between the states of two depths.
-
-    Args:
-        model: The model.
-        batch: The calibration set.
-        granularity: "block" or "sublayer".
-        tokens_of: Chooses tokens of a row of the calibration set, int64[n].
-        dtype: The dtype of the cosines.
-        value: The value of cosines, elementwise.
-        diagonal: The value of a state and itself.
-
-    Returns:
-        float64[U + 1, U + 1].
-    """
     batch, runner = _opened(model, batch, granularity)
-    depths, count = len(model.unit_names(granularity)) + 1, 0
-    total = torch.zeros(depths, depths, dtype=torch.float64, device=model.device)
+    num_units = len(model.unit_names(granularity))
+    count = 0
+    total = torch.zeros(num_units + 1, num_units + 1, dtype=torch.float64, device=model.device)
     with model.evaluation():
         for row, states in _states(runner, batch, granularity):
-            tokens = torch.as_tensor(tokens_of(batch, row), device=model.device)
-            for some in tokens.split(TOKENS_AT_ONCE):
-                part = torch.stack([h[some].to(dtype) for h in states], dim=1)  # [n, U + 1, D]
-                part = torch.nn.functional.normalize(part, dim=-1)
-                total += value(part @ part.mT).double().sum(0)
-            count += len(tokens)
+            branch = batch.branch[batch.row_starts[row] : batch.row_starts[row + 1]]
+            ends = np.flatnonzero(np.diff(branch, append=-1))
+            ends = ends[branch[ends] > 0] if batch.row_is_tree[row] else ends
+            last = torch.as_tensor(ends, device=model.device)
+            part = torch.stack([h[last].double() for h in states], dim=1)
+            part = torch.nn.functional.normalize(part, dim=-1)  # in float64: arccos is steep near 1
+            total += ((part @ part.mT).clamp(-1, 1).arccos() / torch.pi).sum(0)
+            count += len(ends)
     mean = total.cpu().numpy() / count
-    np.fill_diagonal(mean, diagonal)
+    np.fill_diagonal(mean, 0.0)
     return (mean + mean.T) / 2
 
 
