@@ -18,6 +18,7 @@ import click
 from click.shell_completion import get_completion_class, shell_complete
 
 from .. import __version__
+from ..engine.store import holds_sums
 from ..errors import InputError, word_and_status
 from ..study.folder import STORE
 from . import commands, environment, evaluation, search, stores, studies
@@ -73,8 +74,6 @@ def main() -> None:
 def _how_to_continue(arguments: Sequence[str]) -> str:
     """The end of the line after Ctrl-C or SIGTERM: the files that keep finished work, and the way
     to continue."""
-    from ..engine.store import holds_sums
-
     command, *rest = arguments or [""]
     if command == "study" or (command == "demo" and _value_of("--files", rest) is None):
         folder = Path(_value_of("--out", rest) or studies.demo_folder("--quick" in rest))
