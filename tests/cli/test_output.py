@@ -266,13 +266,13 @@ def test_the_line_upon_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch, a
     from fastprune import cli
 
     def interrupt(*_, **__):
+        SumStore(tmp_path / "empty.db")
+        (tmp_path / "d").mkdir()
+        for place in ("s.db", "d/scores.db"):
+            store = SumStore(tmp_path / place)
+            store.put(store.context({}), b"chunk", {b"units": np.ones(1)})
         raise KeyboardInterrupt
 
-    SumStore(tmp_path / "empty.db")
-    (tmp_path / "d").mkdir()
-    for place in ("s.db", "d/scores.db"):
-        store = SumStore(tmp_path / place)
-        store.put(store.context({}), b"chunk", {b"units": np.ones(1)})
     handlers = {}
     monkeypatch.setattr("fastprune.models.load_model", interrupt)
     monkeypatch.setattr(cli.signal, "signal", handlers.__setitem__)

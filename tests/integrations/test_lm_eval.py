@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import requests
 import torch
 from documents import text_study, write_document
 from families import build
@@ -24,6 +23,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from requests import ConnectionError as RequestError
+from requests import ReadTimeout
 from workers_for_tests import InThisProcess
 
 import fastprune as fp
@@ -688,8 +689,8 @@ def from_here(outer: Exception, inner: Exception) -> Exception:
     [
         ConnectionError("Couldn't reach 'some/data' on the Hub"),
         TimeoutError("some/data"),
-        requests.ConnectionError("some/data"),
-        requests.ReadTimeout("some/data"),
+        RequestError("some/data"),
+        ReadTimeout("some/data"),
         httpx.ConnectError("some/data"),
         LocalEntryNotFoundError("some/data"),
         from_here(ValueError("some/data"), httpx.ConnectTimeout("")),

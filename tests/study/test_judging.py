@@ -91,13 +91,15 @@ def test_ties_are_named(tmp_path):
     controls = [Control(name=str(unit), removed=(unit,)) for unit in (0, 2, 3)]
     makers = {"one": lambda model: fp.Perplexity(batch)}
     model = fp.Model(hf, name="tiny")
-    study = run_study([model], makers, ["greedy"], [1], tmp_path / "s", controls=controls)
+    study = run_study(
+        [model], makers, ["greedy"], [1], tmp_path / "s", controls=controls, protect=[0, 4]
+    )
     (line,) = comparison_lines(study)
     start, others = line.split("; others: ")
     assert start.startswith(
         "one, 1 removed: best 1, tied with 2 (control); 3 (control) (perplexity"
     )
-    assert others.startswith("0 (control) +")
+    assert others.startswith("0 (control) ")
     assert answers(study)[0].startswith("Remove 1: perplexity")
     (cell,) = study["cells"]
     worse, _, same = (
