@@ -413,7 +413,7 @@ class Evaluator:
         return library.table(self.score(sequences=library.replacements()))
 
     def similarity(self) -> np.ndarray:
-        """Measure the cosines between the states of the dense model.
+        """Measure the cosines between the states of the whole model.
 
         Returns:
             float64[U + 1, U + 1], the mean over tokens of the cosine between two states: those
@@ -457,7 +457,7 @@ class Evaluator:
 
         Raises:
             InputError: The objective has no useful gradient: TaskAccuracy, and objectives that
-                compare with the dense model, at which their gradient vanishes.
+                compare with the whole model, at which their gradient vanishes.
 
         Examples:
             >>> import fastprune as fp
@@ -469,7 +469,7 @@ class Evaluator:
         return probes.unit_gradients(self.model, self.objective, self.granularity)
 
     def unit_salience(self, power: int = 1) -> np.ndarray:
-        """Sum |w dL/dw|^power over the weights w of each unit, for the loss L of the dense model.
+        """Sum |w dL/dw|^power over the weights w of each unit, for the loss L of the whole model.
 
         The call holds a gradient of every weight (Shortened LLaMA, arXiv 2402.02834).
 

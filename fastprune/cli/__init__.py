@@ -12,12 +12,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import click
 from click.shell_completion import get_completion_class, shell_complete
 
 from .. import __version__
+from ..engine.store import holds_sums
 from ..errors import InputError, word_and_status
+from ..study.folder import STORE
 from . import commands, environment, evaluation, search, stores, studies
 from .output import cannot_print, is_of_printing, note, prepare_streams
 
@@ -73,11 +76,17 @@ def _how_to_continue(arguments: Sequence[str]) -> str:
     to continue."""
     command, *rest = arguments or [""]
     if command == "study" or (command == "demo" and _value_of("--files", rest) is None):
-        folder = _value_of("--out", rest) or "the study's folder"
-        return f"{folder} keeps all finished searches and sums; the same command continues there"
+        folder = Path(_value_of("--out", rest) or studies.demo_folder("--quick" in rest))
+        if holds_sums(folder / STORE):
+            return (
+                f"{folder} keeps all finished searches and sums; the same command continues there"
+            )
+        return "no sum was finished; the same command begins again"
     if command in ("score", "search", "eval"):
         if store := _value_of("--store", rest):
-            return f"{store} keeps all finished sums; the same command continues from them"
+            if holds_sums(store):
+                return f"{store} keeps all finished sums; the same command continues from them"
+            return "no sum was finished; the same command begins again"
         return "nothing is kept; with --store FILE the same command would continue"
     if command == "export":
         return "nothing is written; the same command begins again"

@@ -18,6 +18,7 @@ from ..io import write_json, write_jsonl
 from ..masks import Candidate, record_units
 from ..objectives import Difference, Objective
 from ..plan.cost import Cost
+from ..study.folder import STORE
 from ..validate import refuse_existing
 from .candidates import candidate_options, check_candidates, read_candidates
 from .opening import check_workers, open_model, open_workers
@@ -247,7 +248,7 @@ def evaluate_study(
                 names_of = controls.setdefault(candidate, [])
                 names_of += [control["name"]] * (control["name"] not in names_of)
         sequences = [candidate.units(found["num_units"][model.name]) for candidate in by]
-        store = out_dir / "scores.db"
+        store = out_dir / STORE
         settings |= {"granularity": granularity, "store": store, "log_samples": False}
         results = evaluate_masks(model, None, names, sequences=sequences, **settings)
         rows[model.name] = [

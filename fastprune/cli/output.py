@@ -171,7 +171,9 @@ class Bar:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._said = clock()
-        self._first: tuple[float, float] | None = None  # its time and share
+        self._work: tuple[str | None, ...] = ()  # the work that the pace is of
+        self._first: tuple[float, float] | None = None  # the time and share of its first event
+        self._share = 0.0  # of its last event
         self._is_live = err.is_terminal or err.is_jupyter
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -206,13 +208,17 @@ class Bar:
         seconds, share = self._clock() - self._first[0], event.share - self._first[1]
         if seconds < 1 or share <= 0:
             return ""
-        return f"{_duration(seconds * (1 - event.share) / share)} left"
+        left = _duration(seconds * (1 - event.share) / share)
+        return f"{left} left{' of this search' * (event.cell is not None)}"
 
     def _note_pace(self, event: ProgressEvent) -> None:
+        work = event.cell, event.algorithm
         if event.share is None:
             self._first = None
-        elif self._first is None or event.share < self._first[1]:
-            self._first = self._clock(), event.share
+            return
+        if self._first is None or work != self._work or event.share < self._share:
+            self._work, self._first = work, (self._clock(), event.share)
+        self._share = event.share
 
     def _move(self, event: ProgressEvent) -> None:
         if self._bar is None:

@@ -120,7 +120,7 @@ def demo(out_dir: Path | None, quick: bool, files: Path | None, quiet: bool) -> 
         _write_files(files)
         return
     with naming("--out"):
-        out_dir = out_dir or check_folder(Path(f"fastprune-demo{'-quick' * quick}"))
+        out_dir = out_dir or check_folder(demo_folder(quick))
     found, _ = _run(read_document(QUICK_STUDY if quick else STUDY), out_dir, quiet=quiet)
     removed = next(iter(best_cells(found)))["removed"]
     units = format_removed(removed).replace(" ", ",")
@@ -135,6 +135,11 @@ def demo(out_dir: Path | None, quick: bool, files: Path | None, quiet: bool) -> 
             say(line, style="bold")
         say(f"written to {out_dir}: report.html, study.json, study.toml")
         say(f"next: fastprune export demo --removed {units} --out {out_dir / 'pruned'}")
+
+
+def demo_folder(quick: bool) -> Path:
+    """The folder of the demo's study if none is named."""
+    return Path(f"fastprune-demo{'-quick' * quick}")
 
 
 def _write_files(folder: Path) -> None:

@@ -93,7 +93,7 @@ def held_out_table(study: Mapping) -> Table:
     for model in study["dense"]:
         prefix = f"{Path(model).name}: " * (len(study["dense"]) > 1)
         whole = [format_judged(known, judgement(study, model, label)) for label, known in read]
-        table.add_row(Text(f"{prefix}-"), "(dense)", *whole)
+        table.add_row(Text(f"{prefix}-"), "whole model", *whole)
         chosen: dict[Candidate, dict[str, list[str]]] = {}
         cells = {}
         for cell in study["cells"]:

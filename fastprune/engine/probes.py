@@ -1,4 +1,4 @@
-"""Probes of the dense model, which score no mask: similarities of states, and gradients.
+"""Probes of the whole model, which score no mask: similarities of states, and gradients.
 
 U units, S samples, B rows of T tokens, D columns of a state.
 """
@@ -264,7 +264,7 @@ def _recording(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
 def _check_differentiable(subject: str, objective: Objective) -> None:
     if not objective.differentiable:
         raise InputError(
-            f"{subject} a gradient at the dense model, which {type(objective).__name__} has not; "
+            f"{subject} a gradient at the whole model, which {type(objective).__name__} has not; "
             "use Perplexity, TaskMargin or TaskLikelihood"
         )
 

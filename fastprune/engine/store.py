@@ -298,6 +298,18 @@ def _expected_objects() -> set[tuple]:
         return _objects(database)
 
 
+def holds_sums(path: str | os.PathLike) -> bool:
+    """Whether a file is a store with sums. It is only read, and not made."""
+    if not Path(path).is_file():
+        return False
+    try:
+        uri = f"{Path(path).absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=1)) as database:
+            return database.execute("SELECT 1 FROM sums LIMIT 1").fetchone() is not None
+    except _FAILURES:
+        return False
+
+
 def units_key(sequence: Iterable[int]) -> bytes:
     """The key of the units that run, in order."""
     return np.fromiter(sequence, dtype="<u2").tobytes()

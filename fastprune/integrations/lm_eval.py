@@ -22,11 +22,14 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
+import requests
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..data import TokenBatch, common_prefix
-from ..errors import InputError, shown
+from ..errors import InputError, brief, shown
 from ..evaluator import Backend, Evaluator
 from ..masks import (
     check_named,
@@ -75,6 +78,17 @@ NOT_FOR_MASKS = (
     "evaluation_tracker",
     "device",
     "verbosity",
+)
+
+
+# errors of requests to a host that does not answer, or is not to be asked (HF_HUB_OFFLINE)
+UNREACHABLE = (
+    ConnectionError,
+    TimeoutError,
+    httpx.TransportError,
+    requests.ConnectionError,
+    requests.Timeout,
+    LocalEntryNotFoundError,
 )
 
 
@@ -577,9 +591,40 @@ def find_tasks(
 
 def refuse_generation(tasks: Sequence[str], manager: TaskManager) -> None:
     """Load the tasks, and raise InputError if one generates text, which streamed weights cannot."""
-    for name, task in manager.load(_names(tasks, manager))["tasks"].items():
+    for name, task in _load(_names(tasks, manager), manager)["tasks"].items():
         if task.OUTPUT_TYPE == "generate_until":
             raise InputError(f"{name}: {WHOLE}")
+
+
+def _load(names: Sequence[str], manager: TaskManager) -> dict:
+    """Load tasks with their data.
+
+    Raises:
+        InputError: Their data set or metric is on a hub that cannot be reached.
+    """
+    try:
+        return manager.load(names)
+    except Exception as error:
+        if not is_of_network(error):
+            raise
+        named = brief(", ".join(map(str, names)), 80)
+        reason = brief(str(error) or type(error).__name__, 100)
+        raise InputError(
+            f"the data of {'one of ' * (len(names) > 1)}{named} cannot be loaded without a "
+            f"network: {reason}; load it once where there is one, and HF_HUB_OFFLINE=1 reads the "
+            f"cache (HF_HOME) from then on; or write a task with local data_files (--include-path)"
+        ) from error
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Whether an error was raised because a host could not be reached, or is not to be asked.
+
+    Libraries wrap such errors in others, so the whole chain counts.
+    """
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, UNREACHABLE):
+        chain = chain.__cause__ or chain.__context__
+    return chain is not None
 
 
 def _names(tasks: Sequence[str], manager: TaskManager) -> list[str]:
@@ -609,7 +654,7 @@ class _Loading:
         self._manager, self._check = manager, check
 
     def load(self, names: Any) -> Any:
-        self.loaded = self._manager.load(names)
+        self.loaded = _load(names, self._manager)
         self._check(self.loaded["tasks"])
         self._states = [take() for take, _ in RANDOM]
         return self.loaded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import operator
 import types
@@ -50,6 +51,7 @@ _OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has, su
 DEPTH = 2  # objects inside of objects whose attributes are compared
 _PLAIN = (bool, int, float, str, complex, type(None), torch.dtype, torch.device)
 _CONTAINERS = (list, dict, set)
+Ids = tuple[int, ...]  # of the containers around a value, one of which may be the value itself
 
 
 class Watch:
@@ -345,36 +347,49 @@ def other_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
 
 def attribute_tensors(attributes: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors in a module's attributes that are neither parameters nor buffers."""
-    waiting = [(name, value, DEPTH) for name, value in other_attributes(attributes)]
+    waiting: list[tuple[str, Any, int, Ids]] = [
+        (name, value, DEPTH, ()) for name, value in other_attributes(attributes)
+    ]
     while waiting:
-        name, value, depth = waiting.pop()
+        name, value, depth, path = waiting.pop()
         if type(value) in _DENSE:
             yield name, value
             continue
         if depth and _holds_values(value):
             value, depth = vars(value), depth - 1
+        if id(value) in path:
+            continue
+        path = (*path, id(value))
         if isinstance(value, dict):
-            waiting += [(f"{name}.{key}", held, depth) for key, held in value.items()]
+            waiting += [(f"{name}.{key}", held, depth, path) for key, held in value.items()]
         elif isinstance(value, (list, tuple)):
-            waiting += [(f"{name}.{place}", held, depth) for place, held in enumerate(value)]
+            waiting += [(f"{name}.{place}", held, depth, path) for place, held in enumerate(value)]
 
 
-def _contents(value: Any, identify: Callable[[Any], Any], depth: int = DEPTH) -> Any:
+def _contents(
+    value: Any, identify: Callable[[Any], Any], depth: int = DEPTH, path: Ids = ()
+) -> Any:
     """Describe a value by its contents as far as they are plain, containers or objects of others.
 
     Args:
         value: Any value.
         identify: Describes all other things, such as classes and tensors.
         depth: Objects inside of objects, at most.
+        path: The containers around the value. One of them is described by its place among them.
     """
     if _is_plain(value):
         return _plain_text(value)
+    if id(value) in path:
+        return f"container {path.index(id(value))}"
+    inner = (*path, id(value))
     if isinstance(value, dict):
-        return sorted((repr(key), _contents(held, identify, depth)) for key, held in value.items())
+        return sorted(
+            (repr(key), _contents(held, identify, depth, inner)) for key, held in value.items()
+        )
     if isinstance(value, (list, tuple)):
-        return [_contents(held, identify, depth) for held in value]
+        return [_contents(held, identify, depth, inner) for held in value]
     if depth and _holds_values(value):
-        return identify(type(value)), _contents(vars(value), identify, depth - 1)
+        return identify(type(value)), _contents(vars(value), identify, depth - 1, inner)
     return identify(value)
 
 
@@ -413,20 +428,27 @@ def _identity(function: Any) -> Any:
     return number_of(function)
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+def _is_plain(value: Any, path: Ids = ()) -> bool:
+    """Whether a value is plain, or holds plain ones only; a container in itself is not."""
+    if not isinstance(value, (dict, list, tuple, set, frozenset)):
+        return isinstance(value, _PLAIN)
+    if id(value) in path:
+        return False
+    inner = (*path, id(value))
+    parts = itertools.chain(value, value.values()) if isinstance(value, dict) else value
+    return all(_is_plain(part, inner) for part in parts)
 
 
-def _copied(values: Any) -> Any:
-    """A copy of a container, and of those in it; other objects are shared."""
+def _copied(values: Any, path: Ids = ()) -> Any:
+    """A copy of a container, and of those in it, but for those around it; other objects are
+    shared."""
+    if id(values) in path:
+        return values
+    inner = (*path, id(values))
     if isinstance(values, dict):
-        return {name: _copied(value) for name, value in values.items()}
+        return {name: _copied(value, inner) for name, value in values.items()}
     if isinstance(values, list):
-        return list(map(_copied, values))
+        return [_copied(value, inner) for value in values]
     return copy.copy(values) if isinstance(values, _CONTAINERS) else values
 
 

@@ -1,7 +1,7 @@
 """Objectives: the tokens that count, the measure of each, and the reduction to a loss.
 
 An objective asks the engine for one number per target, its `measure`. "nll" is the negative
-log-likelihood of the target token. The other measures compare with the dense model: in distribution
+log-likelihood of the target token. The other measures compare with the whole model: in distribution
 ("kl", "rejection"), in the most likely token ("other_token") or in final state ("cosine", "nmse").
 The engine sums them over each continuation, float64[N, C]. All further steps are plain NumPy, here.
 
@@ -36,8 +36,8 @@ class Objective:
         weight: float64[C], the weight of each continuation.
         sample_weight: float64[S], the weight of each sample.
         data: The content of its calibration file, "text" or "tasks".
-        compares_with_dense: Whether the dense model runs once, to compare with.
-        differentiable: Whether the loss has a useful gradient at the dense model.
+        compares_with_dense: Whether the whole model runs once, to compare with.
+        differentiable: Whether the loss has a useful gradient at the whole model.
         settings: The allowed values of each option of the objective.
         source: The origin of the data in words, for readers of a study.
         metric_name: The name by which users know the loss; `metric` computes it.

@@ -15,14 +15,14 @@ from .base import Objective, Share, check_batch
 
 Decoding = Literal["sampling", "greedy"]
 Positions = Literal["targets", "all"]
-MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2; final states h of the dense model, h' of the masked one
+MOMENTS = 3  # |h - h'|^2, |h'|^2, |h|^2; final states h of the whole model, h' of the masked one
 
 
 class KLDivergence(Objective):
-    """The KL divergence of the masked model's predictions from the dense model's, in nats.
+    """The KL divergence of the masked model's predictions from the whole model's, in nats.
 
     The loss is the mean over positions of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), for p of
-    the dense and q of the masked model. A sample is a row. The objective is EvoPress's (arXiv
+    the whole and q of the masked model. A sample is a row. The objective is EvoPress's (arXiv
     2410.14649).
 
     Args:
@@ -53,7 +53,7 @@ class KLDivergence(Objective):
     unit = "nats"
     measure = "kl"
     compares_with_dense = True
-    differentiable = False  # the gradient vanishes at the dense model, whose divergence is least
+    differentiable = False  # the gradient vanishes at the whole model, whose divergence is least
     settings: ClassVar = {"positions": get_args(Positions)}
 
     def __init__(self, batch: TokenBatch | Tasks, positions: Positions = "targets"):
@@ -141,7 +141,7 @@ class _StateDistance(KLDivergence):
 
 
 class CosineDistance(_StateDistance):
-    """The cosine distance between the final states of the masked and the dense model.
+    """The cosine distance between the final states of the masked and the whole model.
 
     The loss is the mean over positions of 1 - cosine. Final states are those that the head reads,
     after the final norm. Positions and samples are those of KLDivergence. Puzzletron (NVIDIA
@@ -180,9 +180,9 @@ class CosineDistance(_StateDistance):
 
 
 class NormalizedMSE(_StateDistance):
-    """The normalized squared distance between the final states of the masked and the dense model.
+    """The normalized squared distance between the final states of the masked and the whole model.
 
-    The loss is the mean over positions of |h - h'|^2 / |h|^2, for the final states h of the dense
+    The loss is the mean over positions of |h - h'|^2 / |h|^2, for the final states h of the whole
     and h' of the masked model. Every position counts alike. Final states, positions and samples are
     those of CosineDistance.
 

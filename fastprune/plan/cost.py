@@ -14,7 +14,7 @@ class Cost:
 
     Attributes:
         masks: Requested scores.
-        unit_runs: Unit runs, counted as they happen. Runs of the dense model, to compare with, are
+        unit_runs: Unit runs, counted as they happen. Runs of the whole model, to compare with, are
             included.
         asked_unit_runs: Unit runs without caches and store: the distinct prefixes of each call.
         naive_unit_runs: Unit runs of a forward pass for each requested mask.

@@ -19,7 +19,8 @@ class ProgressEvent:
     Attributes:
         done: Unit runs that the present call has made. A run on each chunk counts.
         total: Unit runs of the present call.
-        share: The finished part of the whole work, from 0 to 1; None if unknown.
+        share: The finished part of the call, or of the search around it, from 0 to 1; None if
+            unknown. The searches of a study cost too differently for a share of the study.
         algorithm: The algorithm of a search.
         round: The present round of a search, from 1 on.
         rounds: The rounds of a search, if its algorithm knows their number.

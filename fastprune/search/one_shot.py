@@ -36,7 +36,7 @@ def taylor(search: Search, power: Annotated[int, Allowed(least=1, most=2)] = 1) 
     whose importance is not finite comes last. The objective must have a gradient.
 
     Source: Shortened LLaMA (arXiv 2402.02834).
-    Cost: 1 (and one forward and backward pass of the dense model, with a gradient of every weight).
+    Cost: 1 (and one forward and backward pass of the whole model, with a gradient of every weight).
     Options:
         power: 2 sums squares.
     """

@@ -44,7 +44,7 @@ def cbo(
     gradient.
 
     Source: CBO (arXiv 2602.00161).
-    Cost: num_states with rescore, else 1 (and one forward and backward pass of the dense model).
+    Cost: num_states with rescore, else 1 (and one forward and backward pass of the whole model).
     Options:
         num_states: scored subsets (fewer if there are not as many).
         rescore: score them all; otherwise only the lowest.

@@ -218,7 +218,7 @@ def algorithm(
             InputError for a problem that the search cannot take. Candidates are the units that may
             go.
         needs_sklearn: The search imports scikit-learn.
-        needs_gradients: The search needs a gradient of the objective at the dense model.
+        needs_gradients: The search needs a gradient of the objective at the whole model.
         needs_weights: The search needs all weights at once, so that none can stay in files.
         races: The search selects by `Search.select`, so that its selections may be races.
         over_sequences: Candidates are sequences. The function gets a `SequenceSearch`, and the

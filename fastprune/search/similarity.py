@@ -180,5 +180,5 @@ def _similarity(search: Search) -> np.ndarray:
 
 def _finite(similarity: np.ndarray) -> np.ndarray:
     if not np.isfinite(similarity).all():
-        raise ArithmeticError("the similarity of the dense model's states is not finite")
+        raise ArithmeticError("the similarity of the whole model's states is not finite")
     return similarity

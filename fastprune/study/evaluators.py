@@ -122,9 +122,14 @@ class Evaluators:
                 name = f"{label!r} ({objective.name})"
                 find_algorithm(algorithm).check_gradients(objective.differentiable, name)
 
-    def try_all(self) -> None:
-        """Open each evaluator once and keep none: a setting that does not fit a model fails now."""
-        for (name, _), objective in self._objectives.items():
+    def try_all(self, notify: Callable[[str], None]) -> None:
+        """Open each evaluator once and keep none: a setting that does not fit a model fails now.
+
+        Args:
+            notify: Called with a line before each; the first of a model verifies its runner.
+        """
+        for (name, label), objective in self._objectives.items():
+            notify(f"checking {name} on {label}")
             (model,) = (model for model in self._models if model.name == name)
             self._evaluator(model, objective)
 

@@ -23,7 +23,7 @@ from ..masks import Candidate
 from ..plan.cost import Cost
 from ..search.sizes import Key
 
-LOCK, INPUTS, DOCUMENT = ".lock", "inputs.json", "study.toml"
+LOCK, INPUTS, DOCUMENT, STORE = ".lock", "inputs.json", "study.toml", "scores.db"
 _LEFT_BEHIND = re.compile(
     rf"{re.escape(LOCK)}|\.inputs\.json\.\d+"
 )  # files of a run that was killed at its start
@@ -131,7 +131,7 @@ def check_study_folder(
     if (folder / LOCK).exists():
         with hold(folder):
             pass
-    inputs, store = folder / INPUTS, folder / "scores.db"
+    inputs, store = folder / INPUTS, folder / STORE
     if not os.path.lexists(inputs):
         if folder.exists() and not all(
             _may_be_in_a_new_study(p, document) for p in folder.iterdir()

@@ -36,6 +36,7 @@ from .evaluators import Evaluators
 from .folder import (
     DOCUMENT,
     INPUTS,
+    STORE,
     Cell,
     check_study_folder,
     hold,
@@ -132,12 +133,13 @@ def run_study(
     evaluators = Evaluators(models, objectives, held_out, evaluator_options)
     identity = search_settings(algorithms, options, budgets, seed, racing, protect)
     evaluators.check(identity, controls)
+    notify(f"reading the weights of {', '.join(model.name for model in models)}")
     identity |= evaluators.identity()
     kept = check_study_folder(out, identity, document)
     identity["machines"] = {**(kept or {}).get("machines", {}), **identity["machines"]}
     is_new = kept != json.loads(json.dumps(identity))  # a new study, or a longer one
     if is_new:
-        evaluators.try_all()
+        evaluators.try_all(notify)
     with hold(out):
         if is_new:
             write_json(out / INPUTS, identity, replace=True)
@@ -160,7 +162,7 @@ def _run(
     progress: ProgressCallback | None,
 ) -> dict:
     """Run a checked study, in a folder that this process holds."""
-    evaluators.open_store(out / "scores.db")
+    evaluators.open_store(out / STORE)
     cells = []
     searches = list(_searches(evaluators, models, objectives, identity))
     kept = []
@@ -176,10 +178,9 @@ def _run(
             notify(f"{number}/{len(searches)}  {name}")
 
             def describe(
-                event: ProgressEvent, before: int = number - 1, name: str = name
+                event: ProgressEvent, cell: str = f"{number}/{len(searches)} {name}"
             ) -> ProgressEvent:
-                share = (before + (event.share or 0)) / len(searches)
-                return replace(event, share=share, cell=f"{before + 1}/{len(searches)} {name}")
+                return replace(event, cell=cell)
 
             settings = {
                 **identity["algorithms"][algorithm],

@@ -91,34 +91,38 @@ def removed_share(study: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
 
 
 def best_cells(study: Mapping) -> list[dict]:
-    """The search of lowest loss for each model, budget and objective.
+    """The search of lowest loss for each model, budget and objective, and those that tie with it.
 
-    `algorithms` names all algorithms that chose its mask.
+    A candidate has one entry, whose `algorithms` names all algorithms that chose it.
     """
-    best: dict[tuple, dict] = {}
+    best: dict[tuple, dict[Candidate, dict]] = {}
     for cell in study["cells"]:
         if cell["error"]:
             continue
-        place = cell["model"], cell["num_remove"], cell["objective"]
-        entry = best.setdefault(place, {**cell, "algorithms": []})
-        if cell["loss"] < entry["loss"]:
-            entry.update(cell, algorithms=[])
-        if Candidate.of(cell) == Candidate.of(entry):
+        entries = best.setdefault((cell["model"], cell["num_remove"], cell["objective"]), {})
+        lowest = min((entry["loss"] for entry in entries.values()), default=cell["loss"])
+        if cell["loss"] < lowest:
+            entries.clear()
+        if cell["loss"] <= lowest:
+            entry = entries.setdefault(Candidate.of(cell), {**cell, "algorithms": []})
             entry["algorithms"].append(cell["algorithm"])
-    return list(best.values())
+    return [entry for entries in best.values() for entry in entries.values()]
 
 
 def answers(study: Mapping) -> list[str]:
     """A line with the best mask under the first objective, for each model and budget.
 
-    Searches over sequences add a line with the best sequence. Held-out objectives judge it; without
-    these, the study's own objectives do.
+    It names the masks that tie with the best one, and describes the first of them. Searches over
+    sequences add a line with the best sequence. Held-out objectives judge it; without these, the
+    study's own objectives do.
     """
     labels = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
-    lines: dict[tuple[str, Key], str] = {}
+    groups: dict[tuple[str, Key], list[dict]] = {}
     for cell in best_cells(study):
-        model = cell["model"]
+        groups.setdefault((cell["model"], cell["num_remove"]), []).append(cell)
+    lines = []
+    for (model, _), (cell, *rest) in groups.items():
         names: list[str] = []
         changes = []
         for label in labels:
@@ -138,9 +142,11 @@ def answers(study: Mapping) -> list[str]:
             changes.append(removed_share(study, cell))
         start = f"{short_name(model)}: " * (len(study["num_units"]) > 1)
         judged = " (on held-out data)" * bool(study["held_out"])
-        line = f"{start}{runs}: {', '.join(changes)}{judged}"
-        lines.setdefault((model, cell["num_remove"]), line)
-    return list(lines.values())
+        ties = [entry for entry in rest if entry["objective"] == cell["objective"]]
+        if ties:
+            runs += f" ({_tied(map(format_record, ties))} under {cell['objective']})"
+        lines.append(f"{start}{runs}: {', '.join(changes)}{judged}")
+    return lines
 
 
 def judge_notes(study: Mapping) -> list[str]:
@@ -168,8 +174,9 @@ def unseen_notes(study: Mapping[str, Any]) -> list[str]:
 def comparison_lines(study: Mapping[str, Any]) -> list[str]:
     """The best chosen mask or sequence, and the others' differences, by model, judge and size.
 
-    Held-out objectives judge; without these, the study's own do. A line has the three best of the
-    others. Controls are marked, and so are differences below two standard errors.
+    Held-out objectives judge; without these, the study's own do. A line names the candidates whose
+    metric equals the best one's, and has the three best of the others. Controls are marked, and so
+    are differences below two standard errors.
     """
     judges = list(study["held_out"] or study["objectives"])
     described = {**study["objectives"], **study["held_out"]}
@@ -187,6 +194,9 @@ def comparison_lines(study: Mapping[str, Any]) -> list[str]:
                 # a control is the best only if no search chose a candidate
                 best = min(entries, key=lambda e: (e["is_control"], *_by_loss(e)))
                 rest = sorted((e for e in entries if e is not best), key=_by_loss)
+                ties = [entry for entry in rest if _by_loss(entry) == _by_loss(best)]
+                rest = [entry for entry in rest if _by_loss(entry) != _by_loss(best)]
+                tied = f", {_tied(map(_marked, ties))}" if ties else ""
                 others = [
                     f"{_marked(entry)} "
                     f"{objective.format_difference(to_difference(entry['to_best']))}"
@@ -195,12 +205,17 @@ def comparison_lines(study: Mapping[str, Any]) -> list[str]:
                 if len(rest) > MOST_COMPARED:
                     others.append(f"and {len(rest) - MOST_COMPARED:,} more")
                 lines.append(
-                    f"{start}{label}, {RemovalSize.of(size).describe()}: best {_marked(best)} "
-                    f"({objective.metric_name} {format_judged(objective, best)}, "
-                    f"{direction(objective)}); "
-                    f"others: {'; '.join(others)}"
+                    f"{start}{label}, {RemovalSize.of(size).describe()}: best {_marked(best)}"
+                    f"{tied} ({objective.metric_name} {format_judged(objective, best)}, "
+                    f"{direction(objective)})" + f"; others: {'; '.join(others)}" * bool(others)
                 )
     return lines
+
+
+def _tied(names: Iterable[str]) -> str:
+    """A note that names the candidates whose loss equals the best one's."""
+    first, more = (names := list(names))[:MOST_COMPARED], len(names) - MOST_COMPARED
+    return f"tied with {'; '.join([*first, *[f'{more:,} more'] * (more > 0)])}"
 
 
 def _by_loss(entry: Mapping[str, Any]) -> tuple[bool, float]:

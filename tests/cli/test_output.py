@@ -14,12 +14,14 @@ import types
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from documents import text_study, write_document
 from torture.harness import forked
 
 import fastprune as fp
 from fastprune.cli import main
+from fastprune.engine.store import SumStore
 
 FULL = Path("/dev/full")
 
@@ -233,6 +235,7 @@ def test_a_file_without_permission_is_status_2(run, checkpoint, scored, monkeypa
 KEPT_NOTHING = "nothing is kept; the same command begins again"
 WITHOUT_STORE = "nothing is kept; with --store FILE the same command would continue"
 WITH_STORE = "s.db keeps all finished sums; the same command continues from them"
+NOTHING_FINISHED = "no sum was finished; the same command begins again"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +243,10 @@ WITH_STORE = "s.db keeps all finished sums; the same command continues from them
     [
         (("score", "demo", "--removed", "1", "--store", "s.db"), WITH_STORE),
         (("score", "demo", "--removed", "1", "--store=s.db"), WITH_STORE),
+        (("score", "demo", "--removed", "1", "--store", "new.db"), NOTHING_FINISHED),
+        (("score", "demo", "--removed", "1", "--store", "empty.db"), NOTHING_FINISHED),
+        (("demo", "--quick", "--out", "new"), NOTHING_FINISHED),
+        (("demo", "--quick"), NOTHING_FINISHED),
         (("score", "demo", "--removed", "1"), WITHOUT_STORE),
         (("search", "demo", "--num-remove", "1"), WITHOUT_STORE),
         (("search", "demo", "--num-remove", "1", "--store", "s.db"), WITH_STORE),
@@ -259,6 +266,11 @@ def test_the_line_upon_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch, a
     from fastprune import cli
 
     def interrupt(*_, **__):
+        SumStore(tmp_path / "empty.db")
+        (tmp_path / "d").mkdir()
+        for place in ("s.db", "d/scores.db"):
+            store = SumStore(tmp_path / place)
+            store.put(store.context({}), b"chunk", {b"units": np.ones(1)})
         raise KeyboardInterrupt
 
     handlers = {}
@@ -268,7 +280,8 @@ def test_the_line_upon_ctrl_c_says_how_to_continue(run, tmp_path, monkeypatch, a
     status, _, err = run(*arguments)
     assert status == 130
     assert err == f"fastprune: interrupted; {said}\n"
-    assert not (tmp_path / "x").exists()
+    for name in ("x", "new", "new.db"):
+        assert not (tmp_path / name).exists()
     for number, ended in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         process = forked(lambda second=handlers[number], by=number: second(by))
         assert process.status == ended

@@ -76,6 +76,15 @@ def test_prune_removes_a_context_or_what_is_damaged(run, store):
     assert ev.stats.store_hits > 0
 
 
+def test_a_search_says_how_many_scores_a_store_had(run, checkpoint, text_file, tmp_path):
+    data = ("--calibration", text_file, "--num-samples", 2, "--seq-len", 16)
+    search = ("search", checkpoint, "--num-remove", 1, *data, "--store", tmp_path / "s.db")
+    status, out, err = run(*search)
+    assert status == 0, err
+    assert "in the store" not in out
+    assert "5 of the scores were in the store already" in run(*search)[1]  # one for each unit
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -169,6 +169,51 @@ def test_a_changed_model_has_the_scores_of_its_own_forward_pass(
             assert np.allclose(ev.dense_loss, expected[0], rtol=1e-5, atol=0)
 
 
+def in_itself(values):
+    values.append(values)
+
+
+def in_a_dict_of_itself(values):
+    values.append({"held": (values,)})
+
+
+def in_another(values):
+    values.append([7, values])
+
+
+def in_an_object_of_its_own(values):
+    values.append(types.SimpleNamespace(values=values))
+
+
+def twice(values):
+    part = [7]
+    values += [part, part]
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize(
+    "close", [in_itself, in_a_dict_of_itself, in_another, in_an_object_of_its_own, twice]
+)
+def test_a_container_may_hold_itself(close, kind):
+    """Its other values still count."""
+
+    def make() -> fp.Model:
+        hf = build("llama")
+        layers_of(hf)[2].held = ["", kind(1.0)]
+        close(layers_of(hf)[2].held)
+        return fp.Model(hf)
+
+    model = make()
+    held = layers_of(model.hf)[2].held
+    before, version, digest = held[1], model.version, model.digest
+    assert make().digest == digest
+    held[1] = kind(3.0)
+    assert model.version != version
+    assert model.digest != digest
+    held[1] = before
+    assert (model.version, model.digest) == (version, digest)
+
+
 def in_place(values):
     values.tensor.mul_(2)
 

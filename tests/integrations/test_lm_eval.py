@@ -12,15 +12,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from documents import text_study, write_document
 from families import build
+from huggingface_hub.errors import LocalEntryNotFoundError
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from requests import ConnectionError as RequestError
+from requests import ReadTimeout
 from workers_for_tests import InThisProcess
 
 import fastprune as fp
@@ -672,6 +676,52 @@ def test_eval_with_wrong_input(run, folder, arguments, message):
     status, _, err = run("eval", folder("llama"), "--include-path", TASKS, *arguments)
     assert status == 2
     assert message in err.splitlines()[-1]
+
+
+def from_here(outer: Exception, inner: Exception) -> Exception:
+    """An error that a library raised from another one."""
+    outer.__cause__ = inner
+    return outer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'some/data' on the Hub"),
+        TimeoutError("some/data"),
+        RequestError("some/data"),
+        ReadTimeout("some/data"),
+        httpx.ConnectError("some/data"),
+        LocalEntryNotFoundError("some/data"),
+        from_here(ValueError("some/data"), httpx.ConnectTimeout("")),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--weights-gb", 1)])
+def test_a_data_set_that_cannot_be_reached(run, folder, monkeypatch, error, more):
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    eval_ = ("eval", folder("llama"), "--include-path", TASKS, "--removed", "1", *more)
+    status, _, err = run(*eval_, "--tasks", "demo_choices,demo_text")
+    line = err.splitlines()[-1]
+    assert status == 2
+    assert "one of demo_choices, demo_text cannot be loaded without a network" in line
+    for word in ("some/data", "HF_HUB_OFFLINE=1", "HF_HOME", "--include-path"):
+        assert word in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("data.jsonl"), ValueError("data.jsonl")])
+def test_other_errors_of_a_task_stay_what_they_are(folder, manager, monkeypatch, error):
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    masks = {"sequences": [(0,)], "task_manager": manager}
+    with pytest.raises(type(error), match=r"data\.jsonl") as raised:
+        evaluate_masks(str(folder("llama")), None, ["demo_choices"], **masks)
+    assert raised.value is error
 
 
 @pytest.mark.slow

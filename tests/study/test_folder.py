@@ -281,7 +281,7 @@ def test_a_cell_of_a_mask_may_lack_the_fields_of_sequences_and_budgets(model, tm
     path.write_text(json.dumps({**record, "checksum": hashlib.sha256(text_of).hexdigest()}))
     said: list[str] = []
     assert run_study(*arguments, notify=said.append)["cells"] == first["cells"]
-    assert said == [
+    assert said[-2:] == [
         "1 of 1 cells were finished before",
         "scoring every chosen mask under every objective",
     ]
@@ -321,7 +321,7 @@ def test_finished_cells_are_read_in_the_form_in_which_long_studies_wrote_them(mo
     said: list[str] = []
     objectives = {"one": lambda model: objective}
     study = run_study([model], objectives, ["greedy"], [2], out, notify=said.append)
-    assert said[0] == "1 of 1 cells were finished before"
+    assert "1 of 1 cells were finished before" in said
     (read,) = study["cells"]
     assert read.pop("losses").keys() == {"one"}
     del cell["losses"]

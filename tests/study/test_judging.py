@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 from documents import text_study, write_document
+from families import build
 
 import fastprune as fp
 from fastprune.masks import Candidate
+from fastprune.study import Control, run_study
 from fastprune.study.judging import Judged, compare_candidates, shared_rows
-from fastprune.study.tables import comparison_lines
+from fastprune.study.tables import answers, best_cells, comparison_lines
 
 
 def batch_of(*rows) -> fp.TokenBatch:
@@ -77,6 +79,44 @@ def test_windows_do_not_cross_rows():
     judge = batch_of(stream[16:48])
     assert shared_rows(judge, [batch_of(stream)]) == 1
     assert shared_rows(judge, [batch_of(stream[:32], stream[32:])]) == 0
+
+
+def test_ties_are_named(tmp_path):
+    """Blocks that add nothing to the states: without any of them, the model is the same."""
+    hf = build("llama")
+    for layer in hf.model.layers[1:4]:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    batch = batch_of([5, 6, 7, 8], [9, 10, 11])
+    controls = [Control(name=str(unit), removed=(unit,)) for unit in (0, 2, 3)]
+    makers = {"one": lambda model: fp.Perplexity(batch)}
+    model = fp.Model(hf, name="tiny")
+    study = run_study(
+        [model], makers, ["greedy"], [1], tmp_path / "s", controls=controls, protect=[0, 4]
+    )
+    (line,) = comparison_lines(study)
+    start, others = line.split("; others: ")
+    assert start.startswith(
+        "one, 1 removed: best 1, tied with 2 (control); 3 (control) (perplexity"
+    )
+    assert others.startswith("0 (control) ")
+    assert answers(study)[0].startswith("Remove 1: perplexity")
+    (cell,) = study["cells"]
+    worse, _, same = (
+        cell
+        | {"algorithm": control["name"]}
+        | {name: control[name] for name in ("removed", "judged")}
+        for control in study["controls"]
+    )
+    cells = [cell, same, worse | {"loss": cell["loss"] + 1}]
+    for ordered in (cells, cells[::-1]):
+        best = best_cells(study | {"cells": ordered})
+        assert {tuple(entry["removed"]): entry["algorithms"] for entry in best} == {
+            (1,): ["greedy"],
+            (3,): ["3"],
+        }
+    (line,) = answers(study | {"cells": cells})
+    assert line.startswith("Remove 1 (tied with 3 under one): perplexity")
 
 
 def test_a_study_says_what_it_cannot_tell_apart_and_what_it_has_seen(

@@ -258,6 +258,16 @@ def test_other_settings_are_refused(finished, model, tmp_path):
         run_study([model], OBJECTIVES, ALGORITHMS, BUDGETS, tmp_path)
 
 
+def test_a_study_says_what_it_does_before_its_first_search(model, tmp_path):
+    said: list[str] = []
+    run_study([model], OBJECTIVES, ["greedy"], [1], tmp_path / "s", notify=said.append)
+    first = next(place for place, line in enumerate(said) if line.startswith("1/2"))
+    assert said[:first] == [
+        "reading the weights of tiny",
+        *(f"checking tiny on {label}" for label in OBJECTIVES),
+    ]
+
+
 def test_settings_that_only_add_cells_extend_a_study(model, tmp_path):
     """Finished cells are used as they are; the whole is what a new study finds."""
     out, said = tmp_path / "grown", []

@@ -82,7 +82,7 @@ def test_it_continues_from_its_cell(finished, model):
     again = run_study(*arguments, **options, notify=said.append)
     assert again["cells"] == study["cells"]
     number = len(study["cells"])
-    assert said == [
+    assert said[-2:] == [
         f"{number} of {number} cells were finished before",
         "scoring every chosen mask under every objective",
     ]
