@@ -131,18 +131,27 @@ class Recorder:
         return (state, None) if self._gives_tuples else state
 
 
-class StandInLayer(nn.Module):
+class StandIn(nn.Module):
+    """A module in the place of another. A model may still read the other's attributes."""
+
+    def __init__(self, replaced: nn.Module):
+        # hidden from nn.Module, so that the other is not a submodule of its stand-in
+        self.__dict__["_replaced"] = replaced
+        super().__init__()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_replaced"], name)
+
+
+class StandInLayer(StandIn):
     """Replaces a layer by a function of (hidden states, positional arguments, named ones)."""
 
     def __init__(self, layer: nn.Module, call: Callable):
-        super().__init__()
-        # hidden from nn.Module, so that the layer is not a submodule of its stand-in
-        self.__dict__["_layer"], self.__dict__["_call"] = layer, call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(
-            self.__dict__["_layer"], name
-        )  # models read attributes such as attention_type
+        super().__init__(layer)
+        self._call = call
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._call(hidden_states, args, kwargs)
@@ -157,8 +166,8 @@ class Place(NamedTuple):
     halves: frozenset[int] = frozenset((0, 1))
 
 
-class Exchanged(nn.Module):
-    """A module in the place of a layer. A model may still read the layer's attributes.
+class Exchanged(StandIn):
+    """A module in the place of a layer.
 
     It gets those of the layer's arguments that it accepts. A cache counts its tokens, too.
 
@@ -172,19 +181,11 @@ class Exchanged(nn.Module):
     def __init__(
         self, layer: nn.Module, module: nn.Module, accepted: frozenset[str] | None, as_tuple: bool
     ):
-        super().__init__()
-        # hidden from nn.Module, so that the layer's weights do not belong to this module
-        self.__dict__["_layer"] = layer
+        super().__init__(layer)
         self.module, self._accepted, self._as_tuple = module, accepted, as_tuple
         self.layer_idx = 0  # the key of its entry in a cache
         names = list(inspect.signature(type(layer).forward).parameters)
         self._names = [name for name in names if name != "self"][1:]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -350,29 +351,15 @@ def _adds_up(
     )
 
 
-class _InPlaceOf(nn.Module):
-    """A module in the place of another. Layers may read the other's attributes and class."""
-
-    def __init__(self, module: nn.Module):
-        # hidden from nn.Module, as in StandInLayer
-        self.__dict__["_module"] = module
-        super().__init__()
+class _InPlaceOf(StandIn):
+    """A stand-in whose class a layer may read, too: it is the other module's."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance reads it
-        return type(self.__dict__["_module"])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
+        return type(self.__dict__["_replaced"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle reads the class, too
-        return _restored, (type(self), self.__dict__)
-
-
-def _restored(kind: type[_InPlaceOf], state: dict[str, Any]) -> _InPlaceOf:
-    module = kind.__new__(kind)
-    module.__dict__.update(state)
-    return module
+        return object.__new__, (type(self),), self.__dict__
 
 
 class _Watched(_InPlaceOf):
@@ -380,19 +367,15 @@ class _Watched(_InPlaceOf):
 
     def __init__(self, module: nn.Module, name: str, state: torch.Tensor, kinds: dict):
         super().__init__(module)
-        self.__dict__["_watched"] = name, state.numel(), kinds
+        self._watched = name, state.numel(), kinds
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name, size, kinds = self.__dict__["_watched"]
-        result = self.__dict__["_module"](*args, **kwargs)
+        name, size, kinds = self._watched
+        result = self._replaced(*args, **kwargs)
         term = first(result)
         if isinstance(term, torch.Tensor) and term.numel() == size:
             kinds.setdefault(name, len(result) if isinstance(result, (tuple, list)) else None)
         return result
-
-
-def _as_returned(term: torch.Tensor, kind: int | None) -> Any:
-    return term if kind is None else (term, *[None] * (kind - 1))
 
 
 def _zeros(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -403,38 +386,37 @@ def _zeros(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 class _GivenTerm(_InPlaceOf):
-    """A module that adds nothing, or a term that was set before."""
+    """A module that adds nothing, or a term that was set before.
 
-    term: torch.Tensor | None
+    `kind` is the number of values that the other module returns in a tuple; None for a tensor.
+    """
+
+    term: torch.Tensor | None = None
 
     def __init__(self, module: nn.Module, kind: int | None):
         super().__init__(module)
-        self.__dict__["_kind"], self.__dict__["term"] = kind, None
+        self._kind = kind
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        term = self.__dict__["term"]
-        return _as_returned(_zeros(args, kwargs) if term is None else term, self.__dict__["_kind"])
+        term = _zeros(args, kwargs) if self.term is None else self.term
+        return term if self._kind is None else (term, *[None] * (self._kind - 1))
 
 
-class SkippedTerm(_InPlaceOf):
+class SkippedTerm(_GivenTerm):
     """A module that adds nothing, in the place of a layer's own.
 
     A cache still counts the tokens of a skipped attention: models read the number of earlier tokens
     from their first layer.
     """
 
-    def __init__(self, module: nn.Module, kind: int | None):
-        super().__init__(module)
-        self.__dict__["_kind"] = kind
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        nothing = _zeros(args, kwargs)
-        own = vars(self.__dict__["_module"])
+        result = super().forward(*args, **kwargs)
+        own = vars(self._replaced)
         index = next((own[name] for name in INDEX_NAMES if name in own), None)
         for cache in (*args, *kwargs.values()):
             if isinstance(cache, Cache) and index is not None:
-                _count_tokens(cache, index, nothing)
-        return _as_returned(nothing, self.__dict__["_kind"])
+                _count_tokens(cache, index, first(result))
+        return result
 
 
 def _count_tokens(cache: Cache, index: int, states: torch.Tensor) -> None:
@@ -459,15 +441,11 @@ def _keeps_keys(cache: Cache, index: int) -> bool:
 class _KeepTerm(_InPlaceOf):
     """A module that also keeps the term that it adds."""
 
-    term: Any  # the term of the last call
-
-    def __init__(self, module: nn.Module):
-        super().__init__(module)
-        self.__dict__["term"] = None
+    term: Any = None  # the term of the last call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.__dict__["_module"](*args, **kwargs)
-        self.__dict__["term"] = first(result)
+        result = self._replaced(*args, **kwargs)
+        self.term = first(result)
         return result
 
 
