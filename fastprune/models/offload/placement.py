@@ -313,24 +313,11 @@ def _side_by_side(
 
 
 def to_device(hf: nn.Module, device: torch.device) -> nn.Module:
-    """Move all tensors with storage to a device. Tied parameters stay tied."""
-    moved: dict[int, nn.Parameter] = {}
-    for module in hf.modules():
-        for name, parameter in module._parameters.items():
-            if (
-                parameter is not None
-                and parameter.device.type != "meta"
-                and parameter.device != device
-            ):
-                if id(parameter) not in moved:
-                    moved[id(parameter)] = nn.Parameter(
-                        parameter.to(device), requires_grad=parameter.requires_grad
-                    )
-                module._parameters[name] = moved[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                module._buffers[name] = buffer.to(device)
-    return hf
+    """Move all tensors with storage to a device. Tied parameters stay tied.
+
+    torch's own `to` refuses a model with parameters on the meta device.
+    """
+    return hf._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def resident_bytes(hf: nn.Module) -> int:
