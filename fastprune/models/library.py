@@ -24,7 +24,7 @@ from ..validate import check_integer, check_number
 from .compare import agree, probe_ids, probe_tree
 from .generic import GenericRunner
 from .model import Model
-from .offload.weights import ResidentWeights
+from .offload.weights import Weights
 from .swap import Exchanged, Place, State, accepted_of, first, hidden_of, twin
 from .unwrap import unwrap
 from .verify import verified
@@ -299,7 +299,7 @@ class Library(Model):
         return self.num_blocks <= unit < self.num_blocks + len(self.variants)
 
     def _digest_of(self, module: nn.Module) -> str:
-        return digest_of(module, self.config, self.dtype, ResidentWeights(0))
+        return digest_of(module, self.config, self.dtype, Weights(0))
 
     def _half(self, block: int, name: str) -> dict[str, Any]:
         layer, sublayers = self.layers[block], verified(self, "sublayer").sublayers[block]
@@ -469,7 +469,7 @@ class _Watches:
     def _all(self) -> list[Watch]:
         for variant in self._variants:
             if variant.module is not None and variant.unit not in self._of_modules:
-                self._of_modules[variant.unit] = Watch(variant.module, ResidentWeights(0))
+                self._of_modules[variant.unit] = Watch(variant.module, Weights(0))
         return [self._parent, *self._of_modules.values()]
 
     def modules(self) -> list[nn.Module]:

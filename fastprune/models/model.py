@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import InputError
 from .attention import pinned_attention
 from .offload.placement import Towers
-from .offload.weights import ResidentWeights, Weights
+from .offload.weights import Weights
 from .precision import first_loaded, working_dtype
 from .rotary import with_unrounded_frequencies
 from .swap import Place, get_module
@@ -100,7 +100,7 @@ class Model:
         self.lock = lock_of(hf)
         with self.lock:  # no other thread masks it meanwhile
             self._take_apart(hf, name)
-            self.weights: Weights | ResidentWeights = weights or ResidentWeights(self.num_blocks)
+            self.weights = weights or Weights(self.num_blocks)
             self._watch = Watch(hf, self.weights)
             self._version = self._watch.read()  # the version of the parts
         self.tokenizer = tokenizer

@@ -31,7 +31,7 @@ from .code import (
     sources,
 )
 from .fingerprint import mark, number_of
-from .offload.weights import ResidentWeights, Weights
+from .offload.weights import Weights
 
 SAMPLES = 32  # values of each tensor compared for a change
 LEAST = 16  # the same, of a tensor of any shape
@@ -68,7 +68,7 @@ class Watch:
         weights: Its blocks' weights, which may be streamed.
     """
 
-    def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):
+    def __init__(self, hf: nn.Module, weights: Weights):
         self._hf, self._weights = hf, weights
         self._numbers: dict[bytes, int] = {}  # versions by the hash of their description
         self._unsettled = False  # whether values on a GPU were copied and not compared
@@ -129,7 +129,7 @@ class Snapshot:
         values: The values of these samples.
     """
 
-    def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):
+    def __init__(self, hf: nn.Module, weights: Weights):
         self._named = list(hf.named_modules())
         self.modules = [module for _, module in self._named]
         self._types = list(map(type, self.modules))
@@ -170,7 +170,7 @@ class Snapshot:
         self.samples = Samples(self._tensors)
         self.values = self.samples.values()
 
-    def differs(self, weights: Weights | ResidentWeights) -> bool:
+    def differs(self, weights: Weights) -> bool:
         """Whether the model differs from this by anything but sampled values."""
         try:
             if (
@@ -473,9 +473,7 @@ def _implementations(config: Any) -> list[str]:
 # -- digest ----------------------------------------------------------------------------------------
 
 
-def digest_of(
-    hf: nn.Module, config: Any, dtype: torch.dtype, weights: Weights | ResidentWeights
-) -> str:
+def digest_of(hf: nn.Module, config: Any, dtype: torch.dtype, weights: Weights) -> str:
     """Compute the SHA-256 of a model's content; see `Model.digest`."""
 
     def key() -> str:
@@ -500,9 +498,7 @@ def _digest(hf: nn.Module, config: Any, tensors: Iterable[tuple[str, torch.Tenso
     return digest.hexdigest()
 
 
-def _all_tensors(
-    hf: nn.Module, weights: Weights | ResidentWeights
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _all_tensors(hf: nn.Module, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor by name. A streamed one has storage only while it is the current one."""
     blocks, current = weights.blocks(), None
     for name, tensor in list(hf.named_parameters(remove_duplicate=False)):
@@ -516,9 +512,7 @@ def _all_tensors(
     yield from _other_tensors(hf)
 
 
-def _resident_tensors(
-    hf: nn.Module, weights: Weights | ResidentWeights
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _resident_tensors(hf: nn.Module, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in hf.named_parameters(remove_duplicate=False):
         if weights.block_of(name) is None and not tensor.is_meta:
             yield name, tensor

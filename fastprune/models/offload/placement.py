@@ -19,7 +19,7 @@ from torch import nn
 
 from ..alignment import ALIGNMENT
 from ..files import Files, Stored
-from .weights import Block, Piece, Place, Weights, nothing
+from .weights import Block, Piece, Place, StreamedWeights, nothing
 
 _PATCHING = threading.RLock()  # one thread at a time opens a model whose weights stay in files
 
@@ -54,7 +54,7 @@ class Towers:
 class LeftOut:
     """The parts of a model that stayed in their files; None for loaded parts."""
 
-    weights: Weights | None
+    weights: StreamedWeights | None
     towers: Towers | None
 
 
@@ -111,7 +111,7 @@ def left_in_files(
         if prefix:
             blocks, names = _lay_out(model, load_config, prefix, parameters, sources)
             loaded[0].missing_keys -= names.keys()
-            weights = Weights(folder, files, blocks, names)
+            weights = StreamedWeights(folder, files, blocks, names)
         if in_towers:
             absent, tensors = _leave(model, in_towers, sources)
             loaded[0].missing_keys -= absent
