@@ -40,25 +40,31 @@ def lock_of(hf: Any) -> threading.RLock:
 
 
 @contextmanager
-def evaluating(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Like `Model.evaluation`, without the lock and the check; `modules` are all of a model's."""
-    kind = device.type
+def without_training(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which modules run without dropout; training flags are restored on exit."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
-        in_inference = torch.is_inference_mode_enabled()
-        in_autocast = torch.is_autocast_enabled(kind)
-        with (
-            torch.inference_mode(False) if in_inference else nullcontext(),
-            torch.autocast(kind, enabled=False) if in_autocast else nullcontext(),
-            torch.no_grad(),
-            pinned_attention(),
-        ):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Like `Model.evaluation`, without the lock and the check; `modules` are all of a model's."""
+    kind = device.type
+    in_inference, in_autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind)
+    with (
+        without_training(modules),
+        torch.inference_mode(False) if in_inference else nullcontext(),
+        torch.autocast(kind, enabled=False) if in_autocast else nullcontext(),
+        torch.no_grad(),
+        pinned_attention(),
+    ):
+        yield
 
 
 class Model:
