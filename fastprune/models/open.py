@@ -28,10 +28,11 @@ from .generic import GenericRunner
 from .imports import accelerate_shown
 from .model import Model
 from .offload.placement import resident_bytes, to_device
+from .own_pass import check_row
 from .precision import has_instructions
 from .text import auto_class
 from .unwrap import unwrap
-from .verify import SHORT_ROWS, Needs, check_needs, fused_failure, verified
+from .verify import SHORT_ROWS, Needs, fused_failure, verified
 
 LONGEST_MESSAGE = 400
 # the files of a hub repository that hold a model and its tokenizer
@@ -227,10 +228,15 @@ def _open_folder(
         left.weights.start(weights_bytes, resident_bytes(hf), device, checkpoint.name)
     model = Model(hf, None, checkpoint.name, left.weights)
     model.towers = left.towers
+    return _verified(model, (place, dtype, checkpoint.trusted, weights_bytes)), how
+
+
+def _verified(model: Model, opened: tuple) -> Model:
+    """Verify a model that was opened by these arguments of `load_model`."""
     with model.held() as version:
         verified(model)
-        model.opened = (place, dtype, checkpoint.trusted, weights_bytes), version
-    return model, how
+        model.opened = opened, version
+    return model
 
 
 def _load_gguf(
@@ -252,10 +258,7 @@ def _load_gguf(
         raise InputError(f"{path}: cannot be read as GGUF: {first_line(error)}") from error
     forget_form(hf)
     model = Model(hf.to(device).eval(), tokenizer, str(path))
-    with model.held() as version:
-        verified(model)
-        model.opened = (str(path.absolute()), dtype, False, None), version
-    return model
+    return _verified(model, (str(path.absolute()), dtype, False, None))
 
 
 def _with_adapter(
@@ -268,11 +271,7 @@ def _with_adapter(
     hf = merged(base.given, folder).eval()
     if tokenizer is None:
         tokenizer = _load_tokenizer(folder, trust_remote_code)[0] or base.tokenizer
-    model = Model(hf, tokenizer, name)
-    with model.held() as version:
-        verified(model)
-        model.opened = (str(folder.absolute()), *opened[0][1:]), version
-    return model
+    return _verified(Model(hf, tokenizer, name), (str(folder.absolute()), *opened[0][1:]))
 
 
 @overload
@@ -309,17 +308,18 @@ def open_runner(
     """
     with model.held():
         generic = verified(model, needs.granularity)
-        if backend == "generic" or (backend == "auto" and not prefers_fused(model)):
-            check_needs(generic, needs)
-            return generic
-        fused = FusedRunner(model)
-        failure = fused_failure(fused, generic, needs)
-        if failure is None:
-            return fused
-        if backend == "fused":
-            raise InputError(failure)
-        check_needs(generic, needs)
-        model.once("without the fused path", lambda: _warn_of_generic(failure))
+        failure = None
+        if backend == "fused" or (backend == "auto" and prefers_fused(model)):
+            fused = FusedRunner(model)
+            failure = fused_failure(fused, generic, needs)
+            if failure is None:
+                return fused
+            if backend == "fused":
+                raise InputError(failure)
+        if needs.row is not None:
+            check_row(generic, needs.row, needs.together)
+        if failure is not None:
+            model.once("without the fused path", lambda: _warn_of_generic(failure))
         return generic
 
 

@@ -74,12 +74,6 @@ def verified(model: Model, granularity: str = "block") -> GenericRunner:
     return runner
 
 
-def check_needs(generic: GenericRunner, needs: Needs) -> None:
-    """Verify the generic path for these needs, except for trees (see `check_trees`)."""
-    if needs.row is not None:
-        check_row(generic, needs.row, needs.together)
-
-
 # -- the head --------------------------------------------------------------------------------------
 
 
