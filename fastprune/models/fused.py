@@ -171,10 +171,6 @@ class FusedRunner:
         layer = replace(self._layers[block], own_mlp=mlp)
         return self._run_block(block, layer, state.flatten(0, 1), arguments).view_as(state)
 
-    def pack(self, state: State) -> torch.Tensor:
-        """Like `GenericRunner.pack`."""
-        return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
-
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """Like `GenericRunner.unpack`."""
         if packed.dim() == 3:

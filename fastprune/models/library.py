@@ -435,9 +435,6 @@ class LibraryRunner:
         own = accepted_of(arguments.of_layers[variant.block], variant.accepted)
         return first(variant.module(state, **own)).contiguous()
 
-    def pack(self, state: Any) -> torch.Tensor:
-        return self._inner.pack(state)
-
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         return packed
 

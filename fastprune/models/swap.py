@@ -48,28 +48,30 @@ def state_bytes(state: State) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def pack(state: State) -> torch.Tensor:
+    """Turn a state into one tensor: [B, T, D], or [3, B, T, D] inside of a parallel block."""
+    return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
+
+
 class Recorder:
     """Runs a base model's own forward without its layers: the steps before the first layer, and
     those after the last."""
 
     def __init__(self, path: tuple[str, ...], hf: nn.Module):
         # whether the model takes a tuple from each layer; None until a forward pass has worked
-        self._as_tuple: bool | None = None
-        self._calls: list[tuple[tuple, dict]] = []
+        self.takes_tuples: bool | None = None
+        self._calls: Arguments = []
         self._state: Any = None  # the first layer's input, once it is known
         self._final: torch.Tensor | None = None  # the layers' result; None returns their input
-        layers = nn.ModuleList(StandInLayer(layer, self._record) for layer in get_module(hf, path))
-        replaced = with_replaced(hf, path, layers)
+        layers = get_module(hf, path)
+        self._names = argument_names(layers[0])
+        stand_ins = nn.ModuleList(StandInLayer(layer, self._record) for layer in layers)
+        replaced = with_replaced(hf, path, stand_ins)
         # only the base model below the causal-LM wrapper runs
         self._base, self._owner = get_module(replaced, path[:1]), get_module(replaced, path[:-1])
 
-    @property
-    def takes_tuples(self) -> bool:
-        """Whether the model takes a tuple from each layer, known after a forward pass."""
-        return bool(self._as_tuple)
-
-    def __call__(self, **inputs: Any) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        """Run the forward; return the embeddings, and the arguments of each layer."""
+    def __call__(self, **inputs: Any) -> tuple[torch.Tensor, Arguments]:
+        """Run the forward; return the embeddings, and the arguments of each layer by name."""
         _, state, calls = self._either_way(self._base, inputs)
         return state, calls
 
@@ -87,13 +89,13 @@ class Recorder:
             self._final = None
 
     def _either_way(self, base: nn.Module, inputs: dict) -> tuple[Any, Any, list]:
-        if self._as_tuple is not None:
-            return self._run(base, inputs, self._as_tuple)
+        if self.takes_tuples is not None:
+            return self._run(base, inputs, self.takes_tuples)
         try:
-            recorded, self._as_tuple = self._run(base, inputs, False), False
+            recorded, self.takes_tuples = self._run(base, inputs, False), False
         except Exception as error:
             try:
-                recorded, self._as_tuple = self._run(base, inputs, True), True
+                recorded, self.takes_tuples = self._run(base, inputs, True), True
             except Exception:
                 raise error from None
         return recorded
@@ -126,7 +128,7 @@ class Recorder:
         if self._state is None:
             self._state = hidden
         self._check_shape(hidden)
-        self._calls.append((args, kwargs))
+        self._calls.append({**dict(zip(self._names, args, strict=False)), **kwargs})
         state = hidden if self._final is None else self._final
         return (state, None) if self._gives_tuples else state
 
@@ -184,8 +186,7 @@ class Exchanged(StandIn):
         super().__init__(layer)
         self.module, self._accepted, self._as_tuple = module, accepted, as_tuple
         self.layer_idx = 0  # the key of its entry in a cache
-        names = list(inspect.signature(type(layer).forward).parameters)
-        self._names = [name for name in names if name != "self"][1:]
+        self._names = argument_names(layer)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -196,6 +197,12 @@ class Exchanged(StandIn):
             if _length(cache, self.layer_idx) == length:
                 _count_tokens(cache, self.layer_idx, hidden_states)
         return (output, None) if self._as_tuple else output
+
+
+def argument_names(layer: nn.Module) -> list[str]:
+    """The parameters of a layer's forward after self and the hidden states."""
+    names = inspect.signature(type(layer).forward).parameters
+    return [name for name in names if name != "self"][1:]
 
 
 def accepted_of(arguments: dict, names: frozenset[str] | None) -> dict:
