@@ -94,13 +94,10 @@ class Folder:
                     locate(self._path),
                     _only_layers if streamed else None,
                     towers if leaves_towers else None,
+                    self.prefix,
                 ) as made:
                     hf, report = self._with_attention(config, dtype)
                 self.left = made[-1]
-                if self.prefix and self.left.towers is not None:
-                    self.left = LeftOut(
-                        self.left.weights, self.left.towers.without_prefix(self.prefix)
-                    )
             else:
                 with accelerate_shown() if self.quantized else nullcontext():
                     hf, report = self._with_attention(config, dtype)

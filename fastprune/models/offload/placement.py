@@ -30,16 +30,11 @@ class Towers:
 
     Attributes:
         files: The files.
-        tensors: The place of each tensor, by its name in the files.
+        tensors: The place of each tensor, by its name in the files without a wrapper's prefix.
     """
 
     files: Files
     tensors: dict[str, Stored]
-
-    def without_prefix(self, prefix: str) -> Towers:
-        """The same weights under names without this prefix."""
-        names = {name.removeprefix(prefix): stored for name, stored in self.tensors.items()}
-        return Towers(self.files, names)
 
     def write(self, path: Path) -> None:
         """Copy all tensors to a safetensors file. Raises InputError if a file has changed."""
@@ -64,6 +59,7 @@ def left_in_files(
     stored: dict[str, Stored],
     find_layers: Callable[[nn.Module], Sequence[str]] | None,
     find_towers: Callable[[nn.Module], Sequence[str]] | None,
+    wrapper: str,
 ) -> Iterator[list[LeftOut]]:
     """Let transformers' from_pretrained leave parts of a model on the meta device.
 
@@ -73,6 +69,7 @@ def left_in_files(
         stored: The checkpoint's tensors.
         find_layers: Finds the attribute path to a model's list of layers; None loads the blocks.
         find_towers: Finds the names of the modules that text does not use; None loads the towers.
+        wrapper: A prefix of all names, which is left out.
 
     Yields:
         A list. After from_pretrained, it holds the parts that the model lacks.
@@ -115,7 +112,8 @@ def left_in_files(
         if in_towers:
             absent, tensors = _leave(model, in_towers, sources)
             loaded[0].missing_keys -= absent
-            towers = Towers(Files(tensor.path for tensor in tensors.values()), tensors)
+            named = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
+            towers = Towers(Files(tensor.path for tensor in tensors.values()), named)
         left_out.append(LeftOut(weights, towers))
         return loaded
 
