@@ -108,7 +108,7 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if place.is_dir()
         for path in sorted(place.iterdir())
     )
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder}: holds an adapter (adapter_config.json) beside a whole model; merge it into "
@@ -230,9 +230,8 @@ def wrong_dtype(place: str | Path, tensor: str, dtype: str) -> InputError:
     )
 
 
-def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
+def stored_dtype(config: dict, tensors: dict) -> torch.dtype:
     """A checkpoint's own dtype for transformers: the config's, or its first weight's."""
-    config = _read_config(folder / "config.json")
     parts = [config, config["text_config"] if isinstance(config.get("text_config"), dict) else {}]
     for said in (part.get(key) for part in parts for key in ("dtype", "torch_dtype")):
         if isinstance(said, str) and isinstance(
@@ -246,25 +245,18 @@ def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
     )
 
 
-def is_quantized(folder: Path) -> bool:
-    """Whether a checkpoint's weights are quantized, by a method that transformers dequantizes."""
-    path = folder / "config.json"
-    return quantization_method(_read_config(path), path) is not None
-
-
-def names_other_attention(folder: Path) -> bool:
+def names_other_attention(config: dict) -> bool:
     """Whether a config names attention other than sdpa and eager.
 
     Such kernels take no masks, and some are downloaded from the hub.
     """
     names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-    implementations = (
-        part.get(name) for part in _parts(_read_config(folder / "config.json")) for name in names
-    )
+    implementations = (part.get(name) for part in _parts(config) for name in names)
     return any(name not in (None, "sdpa", "eager") for name in implementations)
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
+    """Read a model's config. Raises InputError if it cannot be one."""
     config = parse_json(
         read_bytes(path, LONGEST_HEADER), str(path), finite=False
     )  # some families write an infinite limit
@@ -284,7 +276,7 @@ def stated_depth(folder: Path) -> int | None:
     Only num_hidden_layers is sure: under another name it depends on the family's code.
     """
     try:
-        config = _read_config(folder / "config.json")
+        config = read_config(folder / "config.json")
     except (InputError, OSError):
         return None
     inner = [part for part in _parts(config) if part is not config]

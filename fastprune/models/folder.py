@@ -20,13 +20,19 @@ from .files import (
     FLOATS,
     TOWER,
     check_checkpoint,
-    is_quantized,
     locate,
     names_other_attention,
+    read_config,
     stored_dtype,
     wrong_dtype,
 )
-from .formats import ask_to_dequantize, common_prefix, dequantized, forget_form
+from .formats import (
+    ask_to_dequantize,
+    common_prefix,
+    dequantized,
+    forget_form,
+    quantization_method,
+)
 from .imports import accelerate_shown
 from .offload.placement import LeftOut, left_in_files
 from .precision import widen
@@ -59,8 +65,10 @@ class Folder:
     def __init__(self, path: Path, name: str, trust_remote_code: bool):
         self._path, self.name, self.trusted = path, name, trust_remote_code
         self._tensors = check_checkpoint(path)
-        self.quantized = is_quantized(path)
-        self.dtype = stored_dtype(path, self._tensors)
+        config = read_config(path / "config.json")
+        self.quantized = quantization_method(config, path / "config.json") is not None
+        self.dtype = stored_dtype(config, self._tensors)
+        self._asks_for_attention = names_other_attention(config)
         self.prefix, self.left, self.has_towers = "", LeftOut(None, None), False
         self._encodes = False  # whether it has an encoder beside its decoder
 
@@ -154,7 +162,7 @@ class Folder:
                 **attention,
             )
 
-        if not names_other_attention(self._path):
+        if not self._asks_for_attention:
             return load()
         try:
             return load(attn_implementation="sdpa")
