@@ -260,18 +260,16 @@ class TritonHead(Head):
         self._loss, self._head = linear_loss, model.output_head
         self._scale, self._cap = scale, soft_cap
 
-    def nll(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
-        return self._nll(states, targets)
-
     def greedy(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
         misses = torch.empty(targets.table.shape, dtype=torch.float32, device=states.device)
-        nll = self._nll(states, targets, misses)
+        nll = self.nll(states, targets, misses)
         return torch.stack([nll, misses.flatten()[targets.places]])
 
-    def _nll(
+    def nll(
         self, states: torch.Tensor, targets: Targets, misses: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`nll`. `misses`, like the table, receives 1 for a target that another token beats."""
+        """Like `Head.nll`. `misses`, like the table, receives 1 for a target that another token
+        beats."""
         nll = self._loss.linear_nll(
             self._scaled(states),
             self._head.weight,
