@@ -356,8 +356,6 @@ def why_not_fused(model: Model) -> str | None:
 def _why_not(model: Model) -> str | None:
     if model.family not in FAMILIES:
         return f"the family {model.family!r} is none of {', '.join(FAMILIES)}"
-    if not model.num_blocks:
-        return "it has no blocks"
     if any(not type(layer).__module__.startswith("transformers.models.") for layer in model.layers):
         return "its layers are not transformers' own"
     for name, module in model.hf.named_modules():

@@ -114,13 +114,16 @@ class Model:
         self._results: dict[int, dict[Hashable, Any]] = {}  # by version, see `once`
 
     def _take_apart(self, given: nn.Module, name: str | None) -> None:
+        if not isinstance(given, nn.Module) or getattr(given, "config", None) is None:
+            kind = type(given).__name__
+            hint = "; load_model opens folders, hub ids and 'demo'" * isinstance(given, str)
+            raise InputError(f"expected a transformers causal language model, not {kind}{hint}")
         self.given: Any = given  # the caller's own model
         self._take_module()
-        self.config: Any = getattr(self.hf, "config", None)  # until the layers are known
+        self.config: Any = self.hf.config  # until the layers are known
         self.family = getattr(self.config, "model_type", type(given).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
         self.path = self._find_layers()
-        assert self.config is not None  # or it was refused
         self._list: nn.ModuleList = get_module(given, self.path)
         self.num_blocks = len(self._list)
         if not self.num_blocks:
@@ -329,10 +332,6 @@ class Model:
 
     def _find_layers(self) -> tuple[str, ...]:
         """Attribute path from the model to its list of decoder layers."""
-        if not isinstance(self.given, nn.Module) or self.config is None:
-            kind = type(self.hf).__name__
-            hint = "; load_model opens folders, hub ids and 'demo'" * isinstance(self.hf, str)
-            raise InputError(f"expected a transformers causal language model, not {kind}{hint}")
         text = text_config(self.config)
         if any(getattr(config, "is_encoder_decoder", False) for config in (self.config, text)):
             raise self.refusal("it is an encoder-decoder")
