@@ -69,7 +69,7 @@ class Folder:
         self.quantized = quantization_method(config, path / "config.json") is not None
         self.dtype = stored_dtype(config, self._tensors)
         self._asks_for_attention = names_other_attention(config)
-        self.prefix, self.left, self.has_towers = "", LeftOut(None, None), False
+        self.prefix, self.left, self.has_towers = "", LeftOut(), False
         self._encodes = False  # whether it has an encoder beside its decoder
 
     def load(self, dtype: str | torch.dtype, streamed: bool, text_only: bool) -> Any:
@@ -85,7 +85,7 @@ class Folder:
         """
         import transformers
 
-        self.left, self.has_towers = LeftOut(None, None), False
+        self.left, self.has_towers = LeftOut(), False
         try:
             config: Any = transformers.AutoConfig.from_pretrained(
                 self._path, local_files_only=True, trust_remote_code=self.trusted
@@ -103,9 +103,8 @@ class Folder:
                     _only_layers if streamed else None,
                     towers if leaves_towers else None,
                     self.prefix,
-                ) as made:
+                ) as self.left:
                     hf, report = self._with_attention(config, dtype)
-                self.left = made[-1]
             else:
                 with accelerate_shown() if self.quantized else nullcontext():
                     hf, report = self._with_attention(config, dtype)

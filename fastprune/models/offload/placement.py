@@ -45,12 +45,12 @@ class Towers:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-@dataclass(frozen=True)
+@dataclass
 class LeftOut:
     """The parts of a model that stayed in their files; None for loaded parts."""
 
-    weights: StreamedWeights | None
-    towers: Towers | None
+    weights: StreamedWeights | None = None
+    towers: Towers | None = None
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def left_in_files(
     find_layers: Callable[[nn.Module], Sequence[str]] | None,
     find_towers: Callable[[nn.Module], Sequence[str]] | None,
     wrapper: str,
-) -> Iterator[list[LeftOut]]:
+) -> Iterator[LeftOut]:
     """Let transformers' from_pretrained leave parts of a model on the meta device.
 
     These are the parameters of the blocks, of the towers, or of both. The rest loads as usual.
@@ -72,12 +72,12 @@ def left_in_files(
         wrapper: A prefix of all names, which is left out.
 
     Yields:
-        A list. After from_pretrained, it holds the parts that the model lacks.
+        The parts that the model lacks, after from_pretrained.
     """
     from transformers import PreTrainedModel
 
     base: Any = PreTrainedModel
-    left_out: list[LeftOut] = []
+    left_out = LeftOut()
     thread = threading.get_ident()
     _PATCHING.acquire()
     original = base._load_pretrained_model
@@ -104,17 +104,15 @@ def left_in_files(
         sources, others = _sort(model, load_config, stored, parameters | in_towers)
         residents = {key: _Later(files, tensor) for key, tensor in others.items()}
         loaded = original(model, residents, None, load_config, *args, **kwargs)
-        weights = towers = None
         if prefix:
             blocks, names = _lay_out(model, load_config, prefix, parameters, sources)
             loaded[0].missing_keys -= names.keys()
-            weights = StreamedWeights(folder, files, blocks, names)
+            left_out.weights = StreamedWeights(folder, files, blocks, names)
         if in_towers:
             absent, tensors = _leave(model, in_towers, sources)
             loaded[0].missing_keys -= absent
             named = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
-            towers = Towers(Files(tensor.path for tensor in tensors.values()), named)
-        left_out.append(LeftOut(weights, towers))
+            left_out.towers = Towers(Files(tensor.path for tensor in tensors.values()), named)
         return loaded
 
     base._load_pretrained_model = staticmethod(load)
