@@ -22,7 +22,7 @@ from ..validate import check_bytes, is_number, tokenizing
 from .alignment import align
 from .files import check_shard, listed_shards
 from .folder import MANY_TIMES, Folder, first_line
-from .formats import ADAPTER_WEIGHTS, adapter_base, check_gguf, forget_form, is_gguf, merged
+from .formats import ADAPTER_WEIGHTS, adapter_base, check_gguf, forget_form, merged
 from .fused import FusedRunner, prefers_fused
 from .generic import GenericRunner
 from .imports import accelerate_shown
@@ -143,7 +143,7 @@ def _load(
     except OSError as error:
         raise InputError(f"{name}: cannot be looked at ({error.strerror})") from None
     if exists and not is_folder:
-        if not is_gguf(folder):
+        if folder.suffix.lower() != ".gguf" or not folder.is_file():
             raise InputError(
                 f"{name}: a model is a folder, a .gguf file, a hub id or 'demo', not another file"
             )
@@ -319,14 +319,12 @@ def open_runner(
         if needs.row is not None:
             check_row(generic, needs.row, needs.together)
         if failure is not None:
-            model.once("without the fused path", lambda: _warn_of_generic(failure))
+            message = f"{failure}; going on with the generic one, which is slower"
+            model.once(
+                "without the fused path",
+                lambda: warnings.warn(message, RuntimeWarning, stacklevel=5),
+            )
         return generic
-
-
-def _warn_of_generic(failure: str) -> None:
-    warnings.warn(
-        f"{failure}; going on with the generic one, which is slower", RuntimeWarning, stacklevel=6
-    )
 
 
 def _fetch(name: str, trust_remote_code: bool) -> Path:
