@@ -27,7 +27,7 @@ from .head import LINEAR
 from .model import Model
 from .operators import fast_operators, operators_named
 from .operators.rows import Rows
-from .swap import Arguments, HalfBlock, State, first, get_module, hidden_of
+from .swap import Arguments, HalfBlock, State, first, get_module, hidden_of, unpack
 from .windows import NO_WINDOW_FORM
 
 MAX_HIDDEN, MAX_HEAD = 16384, 256  # limits of the kernels on a row
@@ -173,10 +173,7 @@ class FusedRunner:
 
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """Like `GenericRunner.unpack`."""
-        if packed.dim() == 3:
-            return packed
-        hidden, entry, attention = packed
-        return HalfBlock(hidden, entry, attention, self._layers[unit // 2])
+        return unpack(packed, self._layers, unit)
 
     def numerics(self) -> str:
         return f"fused {self._operators.numerics()}, {self.head.numerics()}"

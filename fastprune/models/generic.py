@@ -17,7 +17,7 @@ import torch
 
 from .head import Head
 from .model import Model
-from .swap import Arguments, HalfBlock, Recorder, State, Sublayers, first
+from .swap import Arguments, Recorder, State, Sublayers, first, unpack
 from .tree import tree_mask
 from .windows import longest_window, probe_length, windows_of
 
@@ -63,10 +63,7 @@ class GenericRunner:
 
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """Restore the state that `swap.pack` packed after this unit."""
-        if packed.dim() == 3:
-            return packed
-        hidden, entry, attention = packed
-        return HalfBlock(hidden, entry, attention, self.sublayers[unit // 2])
+        return unpack(packed, self.sublayers, unit)
 
     # -- embeddings and layer arguments ------------------------------------------------------------
 

@@ -53,6 +53,14 @@ def pack(state: State) -> torch.Tensor:
     return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
 
 
+def unpack(packed: torch.Tensor, owners: Sequence[object], unit: int) -> State:
+    """Restore the state that `pack` packed after a sublayer; `owners` are the blocks by number."""
+    if packed.dim() == 3:
+        return packed
+    hidden, entry, attention = packed
+    return HalfBlock(hidden, entry, attention, owners[unit // 2])
+
+
 class Recorder:
     """Runs a base model's own forward without its layers: the steps before the first layer, and
     those after the last."""
