@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..models import Model, Runner
-from ..models.swap import HalfBlock, State, hidden_of, state_bytes
+from ..models.swap import HalfBlock, State, hidden_of, pack, state_bytes
 from ..plan.schedule import Schedule, Step, Visit
 from ..plan.trie import Units
 from .cache import Frontier, PrefixCache
@@ -155,7 +155,7 @@ class Executor:
         chunk, _ = self._open(number)
         embedded, arguments = self._openings.open(number, chunk)
         slots: list[State | None] = [None] * schedule.num_slots
-        run, pack, granularity = self._runner.run, self._runner.pack, self._granularity
+        run, granularity = self._runner.run, self._granularity
         counts, num_read = self._counts, chunk.num_read
         for step in schedule.steps[visit.start : visit.stop]:
             kind, index = step.source

@@ -14,7 +14,7 @@ import torch
 from ..data import TokenBatch
 from ..errors import InputError
 from ..models import GenericRunner, Model
-from ..models.swap import Arguments, HalfBlock, State, hidden_of
+from ..models.swap import Arguments, HalfBlock, State, hidden_of, pack
 from ..objectives import Objective
 from .chunks import Chunk, chunk_rows, places_of
 from .loading import row_groups, there_and_back
@@ -224,7 +224,7 @@ def _add_weight_gradients(
     state, arguments = runner.open(chunk.ids, chunk.positions, chunk.branch)
     entries = []
     for unit in range(len(weights)):
-        entries.append(runner.pack(state))
+        entries.append(pack(state))
         state = runner.run(unit, state, arguments, granularity)
     grad = _head_gradient(
         runner, chunk, hidden_of(state), torch.as_tensor(weight, device=runner.device)
@@ -232,9 +232,7 @@ def _add_weight_gradients(
     for unit in reversed(range(len(weights))):
         entry = entries.pop().requires_grad_()
         with torch.enable_grad():
-            after = runner.pack(
-                runner.run(unit, runner.unpack(entry, unit - 1), arguments, granularity)
-            )
+            after = pack(runner.run(unit, runner.unpack(entry, unit - 1), arguments, granularity))
         grad, *own = torch.autograd.grad(after, (entry, *weights[unit]), grad, allow_unused=True)
         for total, gradient in zip(totals[unit], own, strict=True):
             if gradient is not None:  # a sublayer does not use the other half's weights

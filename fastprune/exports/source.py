@@ -72,7 +72,7 @@ def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str |
     """
     import torch
 
-    from ..models.files import FLOATS, check_checkpoint, stored_dtype
+    from ..models.files import FLOATS, check_checkpoint, read_config, stored_dtype
 
     if source is None:
         return None, None
@@ -98,7 +98,8 @@ def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str |
         lossless &= not (wide and name in parameters)
     if not lossless:  # weights have changed since they were read
         return None, None
-    return result, str(stored_dtype(source, stored)).removeprefix("torch.")
+    stated = stored_dtype(read_config(source / "config.json"), stored)
+    return result, str(stated).removeprefix("torch.")
 
 
 def loaded_state(hf: Any) -> dict[str, torch.Tensor]:

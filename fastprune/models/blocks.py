@@ -313,7 +313,8 @@ def layer_of(block: Block, module: Any, is_eager: bool) -> Layer:
 def _gated_parts(mlp: Any) -> tuple[tuple[nn.Linear, ...], str, nn.Linear] | None:
     """The maps of a gated mlp that `gated_mlp` runs, and its activation; None for another one."""
     act = mlp.act_fn if hasattr(mlp, "act_fn") else getattr(mlp, "activation_fn", None)
-    activation = ACTIVATIONS.get(_full_name(type(act)))
+    kind = type(act)
+    activation = ACTIVATIONS.get(f"{kind.__module__}.{kind.__qualname__}")
     packed = hasattr(mlp, "gate_up_proj")
     names = ("gate_up_proj", "down_proj") if packed else ("gate_proj", "up_proj", "down_proj")
     parts: list[Any] = [getattr(mlp, name, None) for name in names]
@@ -333,7 +334,3 @@ def norm_of(block: Block, module: Any) -> Norm:
     if eps is None:
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return Norm(module, eps)
-
-
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..errors import InputError, brief, shown
@@ -33,24 +32,48 @@ BITS = {
     "I8": 8,
     "BOOL": 8,
     "C64": 64,
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "U8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
 }
-BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
-BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 FLOATS = ("F64", "F32", "F16", "BF16")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-DTYPES |= {"BOOL": torch.bool}
 # names of a config's sizes, each of which the weights must have
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers")
-WIDTHS: tuple[str, ...] = ("hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
-WIDTHS += ("num_key_value_heads", "num_experts", "num_local_experts", "moe_intermediate_size")
-WIDTHS += ("d_model", "n_embd", "n_inner", "n_head")
+WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "num_local_experts",
+    "moe_intermediate_size",
+    "d_model",
+    "n_embd",
+    "n_inner",
+    "n_head",
+)
 MOST_POSITIONS = 1 << 15  # of families with computed tables, if the weights hold fewer rows
 MOST_CHUNK = 1 << 13  # of a state space model, which makes matrices of [chunk, chunk]
 MOST_LABELS = 1 << 14  # transformers makes a list of their names, for models without labels too
@@ -85,7 +108,7 @@ def check_checkpoint(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if place.is_dir()
         for path in sorted(place.iterdir())
     )
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder}: holds an adapter (adapter_config.json) beside a whole model; merge it into "
@@ -134,14 +157,16 @@ def _check_sizes(config: dict, tensors: dict[str, tuple[str, tuple[int, ...]]], 
     filled = [shape for _, shape in tensors.values() if math.prod(shape)]
     longest = max((max(shape, default=0) for shape in filled), default=0)
     total = sum(math.prod(shape) for shape in filled)
-    limits: list[tuple[str, float, str]] = [(key, len(filled), "tensors") for key in DEPTHS]
-    limits += [("vocab_size", longest, "rows in the largest of them")]
-    limits += [(key, total, "numbers") for key in WIDTHS]
-    limits += [("rotary_dim", longest, "rows in the largest of them")]
-    limits += [("n_positions", max(longest, MOST_POSITIONS), "positions")]
-    limits += [("chunk_size", MOST_CHUNK, "positions")]
     learned = any(POSITION_TABLE.search(name) and not TOWER.search(name) for name in tensors)
-    limits += [("max_position_embeddings", longest if learned else math.inf, "positions")]
+    limits = [
+        *((key, len(filled), "tensors") for key in DEPTHS),
+        ("vocab_size", longest, "rows in the largest of them"),
+        *((key, total, "numbers") for key in WIDTHS),
+        ("rotary_dim", longest, "rows in the largest of them"),
+        ("n_positions", max(longest, MOST_POSITIONS), "positions"),
+        ("chunk_size", MOST_CHUNK, "positions"),
+        ("max_position_embeddings", longest if learned else math.inf, "positions"),
+    ]
     _check_other_numbers(config, {key for key, _, _ in limits}, len(filled), total, path)
     for part in (config, config.get("text_config")):
         for key, limit, of_what in limits:
@@ -205,9 +230,8 @@ def wrong_dtype(place: str | Path, tensor: str, dtype: str) -> InputError:
     )
 
 
-def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
+def stored_dtype(config: dict, tensors: dict) -> torch.dtype:
     """A checkpoint's own dtype for transformers: the config's, or its first weight's."""
-    config = _read_config(folder / "config.json")
     parts = [config, config["text_config"] if isinstance(config.get("text_config"), dict) else {}]
     for said in (part.get(key) for part in parts for key in ("dtype", "torch_dtype")):
         if isinstance(said, str) and isinstance(
@@ -221,25 +245,18 @@ def stored_dtype(folder: Path, tensors: dict) -> torch.dtype:
     )
 
 
-def is_quantized(folder: Path) -> bool:
-    """Whether a checkpoint's weights are quantized, by a method that transformers dequantizes."""
-    path = folder / "config.json"
-    return quantization_method(_read_config(path), path) is not None
-
-
-def names_other_attention(folder: Path) -> bool:
+def names_other_attention(config: dict) -> bool:
     """Whether a config names attention other than sdpa and eager.
 
     Such kernels take no masks, and some are downloaded from the hub.
     """
     names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-    implementations = (
-        part.get(name) for part in _parts(_read_config(folder / "config.json")) for name in names
-    )
+    implementations = (part.get(name) for part in _parts(config) for name in names)
     return any(name not in (None, "sdpa", "eager") for name in implementations)
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
+    """Read a model's config. Raises InputError if it cannot be one."""
     config = parse_json(
         read_bytes(path, LONGEST_HEADER), str(path), finite=False
     )  # some families write an infinite limit
@@ -259,7 +276,7 @@ def stated_depth(folder: Path) -> int | None:
     Only num_hidden_layers is sure: under another name it depends on the family's code.
     """
     try:
-        config = _read_config(folder / "config.json")
+        config = read_config(folder / "config.json")
     except (InputError, OSError):
         return None
     inner = [part for part in _parts(config) if part is not config]
@@ -393,15 +410,14 @@ class Stored:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 def locate(folder: Path) -> dict[str, Stored]:
     """The place of every tensor of a model folder, which `check_checkpoint` has accepted."""
-    paths, places = [folder / "model.safetensors"], {}
-    if not paths[0].is_file():
-        paths = [folder / shard for shard in _read_index(folder / INDEX)]
-    for path in paths:
+    places = {}
+    for name in listed_shards(folder) or ["model.safetensors"]:
+        path = folder / name
         start, header = _read_header(path)
         for key, entry in header.items():
             places[key] = Stored(

@@ -67,7 +67,7 @@ def machine_fingerprint(device: torch.device) -> dict[str, object]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "default_dtype": str(torch.get_default_dtype()),
         "denormals": _DENORMAL * 0.5 != 0,  # a switch of the processor that cannot be read
-        "hooks": _global_hooks(),
+        "hooks": [mark(hook) for hooks in global_hooks() for hook in hooks.values()],
         **(_gpu(device) if device.type == "cuda" else _cpu()),
     }
 
@@ -92,22 +92,12 @@ def _float32_precision() -> str:
         return "by backend"
 
 
-def _global_hooks() -> list[str]:
-    """Hooks on all modules of the process."""
-    return [mark(hook) for hooks in global_hooks() for hook in hooks.values()]
-
-
 def _cpu() -> dict[str, object]:
     return {
-        "device": _instructions(),
+        "device": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "mkldnn": [torch.backends.mkldnn.enabled, *_mkldnn_precisions()],
     }
-
-
-@functools.cache
-def _instructions() -> str:
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def _mkldnn_precisions() -> list[str]:

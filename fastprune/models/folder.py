@@ -20,13 +20,19 @@ from .files import (
     FLOATS,
     TOWER,
     check_checkpoint,
-    is_quantized,
     locate,
     names_other_attention,
+    read_config,
     stored_dtype,
     wrong_dtype,
 )
-from .formats import ask_to_dequantize, common_prefix, dequantized, forget_form
+from .formats import (
+    ask_to_dequantize,
+    common_prefix,
+    dequantized,
+    forget_form,
+    quantization_method,
+)
 from .imports import accelerate_shown
 from .offload.placement import LeftOut, left_in_files
 from .precision import widen
@@ -59,9 +65,11 @@ class Folder:
     def __init__(self, path: Path, name: str, trust_remote_code: bool):
         self._path, self.name, self.trusted = path, name, trust_remote_code
         self._tensors = check_checkpoint(path)
-        self.quantized = is_quantized(path)
-        self.dtype = stored_dtype(path, self._tensors)
-        self.prefix, self.left, self.has_towers = "", LeftOut(None, None), False
+        config = read_config(path / "config.json")
+        self.quantized = quantization_method(config, path / "config.json") is not None
+        self.dtype = stored_dtype(config, self._tensors)
+        self._asks_for_attention = names_other_attention(config)
+        self.prefix, self.left, self.has_towers = "", LeftOut(), False
         self._encodes = False  # whether it has an encoder beside its decoder
 
     def load(self, dtype: str | torch.dtype, streamed: bool, text_only: bool) -> Any:
@@ -77,7 +85,7 @@ class Folder:
         """
         import transformers
 
-        self.left, self.has_towers = LeftOut(None, None), False
+        self.left, self.has_towers = LeftOut(), False
         try:
             config: Any = transformers.AutoConfig.from_pretrained(
                 self._path, local_files_only=True, trust_remote_code=self.trusted
@@ -94,13 +102,9 @@ class Folder:
                     locate(self._path),
                     _only_layers if streamed else None,
                     towers if leaves_towers else None,
-                ) as made:
+                    self.prefix,
+                ) as self.left:
                     hf, report = self._with_attention(config, dtype)
-                self.left = made[-1]
-                if self.prefix and self.left.towers is not None:
-                    self.left = LeftOut(
-                        self.left.weights, self.left.towers.without_prefix(self.prefix)
-                    )
             else:
                 with accelerate_shown() if self.quantized else nullcontext():
                     hf, report = self._with_attention(config, dtype)
@@ -157,7 +161,7 @@ class Folder:
                 **attention,
             )
 
-        if not names_other_attention(self._path):
+        if not self._asks_for_attention:
             return load()
         try:
             return load(attn_implementation="sdpa")

@@ -123,10 +123,6 @@ def common_prefix(names: Iterable[str], towers: bool) -> str:
 # -- GGUF ------------------------------------------------------------------------------------------
 
 
-def is_gguf(path: Path) -> bool:
-    return path.suffix.lower() == ".gguf" and path.is_file()
-
-
 def check_gguf(path: Path) -> None:
     """Raise InputError unless this is a GGUF file, and its reader's packages are installed."""
     with path.open("rb") as file:

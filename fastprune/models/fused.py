@@ -27,7 +27,7 @@ from .head import LINEAR
 from .model import Model
 from .operators import fast_operators, operators_named
 from .operators.rows import Rows
-from .swap import Arguments, HalfBlock, State, first, get_module, hidden_of
+from .swap import Arguments, HalfBlock, State, first, get_module, hidden_of, unpack
 from .windows import NO_WINDOW_FORM
 
 MAX_HIDDEN, MAX_HEAD = 16384, 256  # limits of the kernels on a row
@@ -171,16 +171,9 @@ class FusedRunner:
         layer = replace(self._layers[block], own_mlp=mlp)
         return self._run_block(block, layer, state.flatten(0, 1), arguments).view_as(state)
 
-    def pack(self, state: State) -> torch.Tensor:
-        """Like `GenericRunner.pack`."""
-        return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
-
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         """Like `GenericRunner.unpack`."""
-        if packed.dim() == 3:
-            return packed
-        hidden, entry, attention = packed
-        return HalfBlock(hidden, entry, attention, self._layers[unit // 2])
+        return unpack(packed, self._layers, unit)
 
     def numerics(self) -> str:
         return f"fused {self._operators.numerics()}, {self.head.numerics()}"
@@ -360,8 +353,6 @@ def why_not_fused(model: Model) -> str | None:
 def _why_not(model: Model) -> str | None:
     if model.family not in FAMILIES:
         return f"the family {model.family!r} is none of {', '.join(FAMILIES)}"
-    if not model.num_blocks:
-        return "it has no blocks"
     if any(not type(layer).__module__.startswith("transformers.models.") for layer in model.layers):
         return "its layers are not transformers' own"
     for name, module in model.hf.named_modules():

@@ -10,7 +10,6 @@ B rows of T tokens, D columns of a state.
 
 from __future__ import annotations
 
-import inspect
 from functools import cached_property
 from typing import overload
 
@@ -18,7 +17,7 @@ import torch
 
 from .head import Head
 from .model import Model
-from .swap import Arguments, HalfBlock, Recorder, State, Sublayers, first
+from .swap import Arguments, Recorder, State, Sublayers, first, unpack
 from .tree import tree_mask
 from .windows import longest_window, probe_length, windows_of
 
@@ -37,14 +36,11 @@ class GenericRunner:
         self.sublayers: list[Sublayers] = []
         self._recorder = Recorder(model.path, model.hf)
         self.head = Head(model, self._recorder.after_layers)
-        signature = inspect.signature(type(model.layers[0]).forward)
-        # the parameters of a layer after self and the hidden states
-        self._names = [name for name in signature.parameters if name != "self"][1:]
 
     @property
     def takes_tuples(self) -> bool:
         """Whether the model takes a tuple from each layer."""
-        return self._recorder.takes_tuples
+        return bool(self._recorder.takes_tuples)
 
     # -- units -------------------------------------------------------------------------------------
 
@@ -65,16 +61,9 @@ class GenericRunner:
         step = sublayers.mlp if is_mlp else sublayers.attention
         return step(state, arguments[block])
 
-    def pack(self, state: State) -> torch.Tensor:
-        """Turn a state into one tensor: [B, T, D], or [3, B, T, D] inside of a parallel block."""
-        return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
-
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
-        """Restore the state that `pack` packed after this unit."""
-        if packed.dim() == 3:
-            return packed
-        hidden, entry, attention = packed
-        return HalfBlock(hidden, entry, attention, self.sublayers[unit // 2])
+        """Restore the state that `swap.pack` packed after this unit."""
+        return unpack(packed, self.sublayers, unit)
 
     # -- embeddings and layer arguments ------------------------------------------------------------
 
@@ -97,23 +86,22 @@ class GenericRunner:
             The embedded tokens, [B, T, D], and the arguments by layer.
         """
         if branch is None:
-            state, calls = self._recorder(input_ids=ids)
+            state, arguments = self._recorder(input_ids=ids)
             if state.dim() != 3:
                 raise self.model.refusal(
                     f"its states have {state.dim()} dimensions, and only [rows, tokens, hidden "
                     f"size] are run"
                 )
-            return state, [self._by_name(args, kwargs) for args, kwargs in calls]
+            return state, arguments
         assert positions is not None
         windows = [window or None for window in self.windows(int(positions.max()) + 1)]
         masks = {
             window: self._layer_mask(tree_mask(positions, branch, window))
             for window in {None, *windows}
         }
-        state, calls = self._recorder(
+        state, arguments = self._recorder(
             input_ids=ids, position_ids=positions, attention_mask=masks[None]
         )
-        arguments = [self._by_name(args, kwargs) for args, kwargs in calls]
         for layer, window in zip(arguments, windows, strict=True):
             layer["attention_mask"] = masks[window]
         return state, arguments
@@ -127,8 +115,7 @@ class GenericRunner:
         """
         nothing = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
         nothing = nothing.expand(len(ids), 1, ids.shape[1], ids.shape[1])
-        state, calls = self._recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
-        return state, [self._by_name(args, kwargs) for args, kwargs in calls]
+        return self._recorder(input_ids=ids, position_ids=positions, attention_mask=nothing)
 
     def windows(self, length: int) -> list[int | None]:
         """Each layer's sliding window, as the model's own forward masks a row of this length.
@@ -144,21 +131,14 @@ class GenericRunner:
     @cached_property
     def _probe(self) -> tuple[int, int, list[int | None]]:
         """The length of the probed row, the config's longest window, and each layer's window."""
-
-        def probe() -> tuple[int, int, list[int | None]]:
-            length = probe_length(self.model)
-            return length, longest_window(self.model.hf), self._windows_at(length)
-
-        return self.model.once("windows", probe)
+        length = probe_length(self.model)
+        windows = self.model.once("windows", lambda: self._windows_at(length))
+        return length, longest_window(self.model.hf), windows
 
     def _windows_at(self, length: int) -> list[int | None]:
         ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
-        _, calls = self._recorder(input_ids=ids)
-        return windows_of([self._by_name(*call).get("attention_mask") for call in calls])
-
-    def _by_name(self, args: tuple, kwargs: dict) -> dict:
-        """Name all arguments that the model passed to a layer after the hidden states."""
-        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+        _, arguments = self._recorder(input_ids=ids)
+        return windows_of([of_layer.get("attention_mask") for of_layer in arguments])
 
     def _layer_mask(self, seen: torch.Tensor) -> torch.Tensor:
         """Convert a mask bool[B, 1, T, T], True = seen, to the form that layers take.

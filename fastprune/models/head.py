@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from . import native
 from .model import Model
 from .precision import Widening, WideningLinear
-from .swap import get_module, with_replaced
+from .swap import StandIn, get_module, with_replaced
 
 LINEAR = (nn.Linear, WideningLinear)
 PART = {"cpu": 4096, "cuda": 16384}  # tokens whose logits are held at once
@@ -260,18 +260,16 @@ class TritonHead(Head):
         self._loss, self._head = linear_loss, model.output_head
         self._scale, self._cap = scale, soft_cap
 
-    def nll(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
-        return self._nll(states, targets)
-
     def greedy(self, states: torch.Tensor, targets: Targets) -> torch.Tensor:
         misses = torch.empty(targets.table.shape, dtype=torch.float32, device=states.device)
-        nll = self._nll(states, targets, misses)
+        nll = self.nll(states, targets, misses)
         return torch.stack([nll, misses.flatten()[targets.places]])
 
-    def _nll(
+    def nll(
         self, states: torch.Tensor, targets: Targets, misses: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`nll`. `misses`, like the table, receives 1 for a target that another token beats."""
+        """Like `Head.nll`. `misses`, like the table, receives 1 for a target that another token
+        beats."""
         nll = self._loss.linear_nll(
             self._scaled(states),
             self._head.weight,
@@ -498,19 +496,13 @@ class _Recomputed:
             yield part, exact_log_sum_exp(part)
 
 
-class _GivenStates(nn.Module):
+class _GivenStates(StandIn):
     """Replaces the base model below a causal-LM wrapper, and returns the normed states set here.
 
     The wrapper may read any attribute of the base, such as a multiplier or its embeddings.
     """
 
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.states: torch.Tensor | None = None
-        self.__dict__["_base"] = base  # hidden from nn.Module, so that it is no submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_base"], name)
+    states: torch.Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
         # transformers calls any tensor a FloatTensor

@@ -23,8 +23,8 @@ from ..errors import InputError, shown
 from ..validate import check_integer, check_number
 from .compare import agree, probe_ids, probe_tree
 from .generic import GenericRunner
-from .model import Model
-from .offload.weights import ResidentWeights
+from .model import Model, without_training
+from .offload.weights import Weights
 from .swap import Exchanged, Place, State, accepted_of, first, hidden_of, twin
 from .unwrap import unwrap
 from .verify import verified
@@ -252,7 +252,7 @@ class Library(Model):
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         modules = [v.module for v in self.variants if v.module is not None]
-        with super().evaluation(), _evaluating(modules):
+        with super().evaluation(), without_training(nn.ModuleList(modules).modules()):
             yield
 
     @property
@@ -299,7 +299,7 @@ class Library(Model):
         return self.num_blocks <= unit < self.num_blocks + len(self.variants)
 
     def _digest_of(self, module: nn.Module) -> str:
-        return digest_of(module, self.config, self.dtype, ResidentWeights(0))
+        return digest_of(module, self.config, self.dtype, Weights(0))
 
     def _half(self, block: int, name: str) -> dict[str, Any]:
         layer, sublayers = self.layers[block], verified(self, "sublayer").sublayers[block]
@@ -315,7 +315,7 @@ class Library(Model):
         if not any(p.kind is p.VAR_KEYWORD for p in signature):
             accepted = frozenset(p.name for p in signature)
         runner = verified(self)
-        with self.evaluation(), _evaluating([module]):
+        with self.evaluation(), without_training(module.modules()):
             probe = partial(_probe, self, runner, module, block, accepted, refusal)
             ids = torch.cat([probe_ids(self), probe_ids(self).flip(-1)])
             state, after = probe((ids, None, None), slice(-1, None))
@@ -335,19 +335,6 @@ class Library(Model):
             "accepted": accepted,
             "fits_trees": fits,
         }
-
-
-@contextmanager
-def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A context in which modules run without dropout; training flags are restored on exit."""
-    training = [inner for module in modules for inner in module.modules() if inner.training]
-    for inner in training:
-        inner.training = False
-    try:
-        yield
-    finally:
-        for inner in training:
-            inner.training = True
 
 
 def _probe(
@@ -448,9 +435,6 @@ class LibraryRunner:
         own = accepted_of(arguments.of_layers[variant.block], variant.accepted)
         return first(variant.module(state, **own)).contiguous()
 
-    def pack(self, state: Any) -> torch.Tensor:
-        return self._inner.pack(state)
-
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
         return packed
 
@@ -469,7 +453,7 @@ class _Watches:
     def _all(self) -> list[Watch]:
         for variant in self._variants:
             if variant.module is not None and variant.unit not in self._of_modules:
-                self._of_modules[variant.unit] = Watch(variant.module, ResidentWeights(0))
+                self._of_modules[variant.unit] = Watch(variant.module, Weights(0))
         return [self._parent, *self._of_modules.values()]
 
     def modules(self) -> list[nn.Module]:

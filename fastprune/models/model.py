@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import InputError
 from .attention import pinned_attention
 from .offload.placement import Towers
-from .offload.weights import ResidentWeights, Weights
+from .offload.weights import Weights
 from .precision import first_loaded, working_dtype
 from .rotary import with_unrounded_frequencies
 from .swap import Place, get_module
@@ -40,25 +40,31 @@ def lock_of(hf: Any) -> threading.RLock:
 
 
 @contextmanager
-def evaluating(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Like `Model.evaluation`, without the lock and the check; `modules` are all of a model's."""
-    kind = device.type
+def without_training(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which modules run without dropout; training flags are restored on exit."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
-        in_inference = torch.is_inference_mode_enabled()
-        in_autocast = torch.is_autocast_enabled(kind)
-        with (
-            torch.inference_mode(False) if in_inference else nullcontext(),
-            torch.autocast(kind, enabled=False) if in_autocast else nullcontext(),
-            torch.no_grad(),
-            pinned_attention(),
-        ):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Like `Model.evaluation`, without the lock and the check; `modules` are all of a model's."""
+    kind = device.type
+    in_inference, in_autocast = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(kind)
+    with (
+        without_training(modules),
+        torch.inference_mode(False) if in_inference else nullcontext(),
+        torch.autocast(kind, enabled=False) if in_autocast else nullcontext(),
+        torch.no_grad(),
+        pinned_attention(),
+    ):
+        yield
 
 
 class Model:
@@ -100,7 +106,7 @@ class Model:
         self.lock = lock_of(hf)
         with self.lock:  # no other thread masks it meanwhile
             self._take_apart(hf, name)
-            self.weights: Weights | ResidentWeights = weights or ResidentWeights(self.num_blocks)
+            self.weights = weights or Weights(self.num_blocks)
             self._watch = Watch(hf, self.weights)
             self._version = self._watch.read()  # the version of the parts
         self.tokenizer = tokenizer
@@ -108,13 +114,16 @@ class Model:
         self._results: dict[int, dict[Hashable, Any]] = {}  # by version, see `once`
 
     def _take_apart(self, given: nn.Module, name: str | None) -> None:
+        if not isinstance(given, nn.Module) or getattr(given, "config", None) is None:
+            kind = type(given).__name__
+            hint = "; load_model opens folders, hub ids and 'demo'" * isinstance(given, str)
+            raise InputError(f"expected a transformers causal language model, not {kind}{hint}")
         self.given: Any = given  # the caller's own model
         self._take_module()
-        self.config: Any = getattr(self.hf, "config", None)  # until the layers are known
+        self.config: Any = self.hf.config  # until the layers are known
         self.family = getattr(self.config, "model_type", type(given).__name__)
         self.name = name or getattr(self.config, "_name_or_path", "") or self.family
         self.path = self._find_layers()
-        assert self.config is not None  # or it was refused
         self._list: nn.ModuleList = get_module(given, self.path)
         self.num_blocks = len(self._list)
         if not self.num_blocks:
@@ -323,10 +332,6 @@ class Model:
 
     def _find_layers(self) -> tuple[str, ...]:
         """Attribute path from the model to its list of decoder layers."""
-        if not isinstance(self.given, nn.Module) or self.config is None:
-            kind = type(self.hf).__name__
-            hint = "; load_model opens folders, hub ids and 'demo'" * isinstance(self.hf, str)
-            raise InputError(f"expected a transformers causal language model, not {kind}{hint}")
         text = text_config(self.config)
         if any(getattr(config, "is_encoder_decoder", False) for config in (self.config, text)):
             raise self.refusal("it is an encoder-decoder")

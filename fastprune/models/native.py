@@ -360,24 +360,25 @@ def _check_matrix(
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"{name} must be a matrix, not of shape {list(x.shape)}")
+    _check_memory(name, x, dtypes, contiguous)
+
+
+def _address(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, not {list(x.shape)}")
+    _check_memory(name, x, (dtype,), contiguous=True)
+    return x.data_ptr()
+
+
+def _check_memory(
+    name: str, x: torch.Tensor, dtypes: tuple[torch.dtype, ...], contiguous: bool
+) -> None:
     if x.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(map(_name, dtypes))}, not {_name(x.dtype)}")
     if not x.is_cpu:
         raise ValueError(f"{name} must be on the CPU, not on {x.device}")
     if contiguous and not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
-
-
-def _address(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    if x.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, not {list(x.shape)}")
-    if x.dtype is not dtype:
-        raise ValueError(f"{name} must be {_name(dtype)}, not {_name(x.dtype)}")
-    if not x.is_cpu:
-        raise ValueError(f"{name} must be on the CPU, not on {x.device}")
-    if not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous")
-    return x.data_ptr()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -22,16 +22,17 @@ from ..validate import check_bytes, is_number, tokenizing
 from .alignment import align
 from .files import check_shard, listed_shards
 from .folder import MANY_TIMES, Folder, first_line
-from .formats import ADAPTER_WEIGHTS, adapter_base, check_gguf, forget_form, is_gguf, merged
+from .formats import ADAPTER_WEIGHTS, adapter_base, check_gguf, forget_form, merged
 from .fused import FusedRunner, prefers_fused
 from .generic import GenericRunner
 from .imports import accelerate_shown
 from .model import Model
 from .offload.placement import resident_bytes, to_device
+from .own_pass import check_row
 from .precision import has_instructions
 from .text import auto_class
 from .unwrap import unwrap
-from .verify import SHORT_ROWS, Needs, check_needs, fused_failure, verified
+from .verify import SHORT_ROWS, Needs, fused_failure, verified
 
 LONGEST_MESSAGE = 400
 # the files of a hub repository that hold a model and its tokenizer
@@ -142,7 +143,7 @@ def _load(
     except OSError as error:
         raise InputError(f"{name}: cannot be looked at ({error.strerror})") from None
     if exists and not is_folder:
-        if not is_gguf(folder):
+        if folder.suffix.lower() != ".gguf" or not folder.is_file():
             raise InputError(
                 f"{name}: a model is a folder, a .gguf file, a hub id or 'demo', not another file"
             )
@@ -227,10 +228,15 @@ def _open_folder(
         left.weights.start(weights_bytes, resident_bytes(hf), device, checkpoint.name)
     model = Model(hf, None, checkpoint.name, left.weights)
     model.towers = left.towers
+    return _verified(model, (place, dtype, checkpoint.trusted, weights_bytes)), how
+
+
+def _verified(model: Model, opened: tuple) -> Model:
+    """Verify a model that was opened by these arguments of `load_model`."""
     with model.held() as version:
         verified(model)
-        model.opened = (place, dtype, checkpoint.trusted, weights_bytes), version
-    return model, how
+        model.opened = opened, version
+    return model
 
 
 def _load_gguf(
@@ -252,10 +258,7 @@ def _load_gguf(
         raise InputError(f"{path}: cannot be read as GGUF: {first_line(error)}") from error
     forget_form(hf)
     model = Model(hf.to(device).eval(), tokenizer, str(path))
-    with model.held() as version:
-        verified(model)
-        model.opened = (str(path.absolute()), dtype, False, None), version
-    return model
+    return _verified(model, (str(path.absolute()), dtype, False, None))
 
 
 def _with_adapter(
@@ -268,11 +271,7 @@ def _with_adapter(
     hf = merged(base.given, folder).eval()
     if tokenizer is None:
         tokenizer = _load_tokenizer(folder, trust_remote_code)[0] or base.tokenizer
-    model = Model(hf, tokenizer, name)
-    with model.held() as version:
-        verified(model)
-        model.opened = (str(folder.absolute()), *opened[0][1:]), version
-    return model
+    return _verified(Model(hf, tokenizer, name), (str(folder.absolute()), *opened[0][1:]))
 
 
 @overload
@@ -309,24 +308,23 @@ def open_runner(
     """
     with model.held():
         generic = verified(model, needs.granularity)
-        if backend == "generic" or (backend == "auto" and not prefers_fused(model)):
-            check_needs(generic, needs)
-            return generic
-        fused = FusedRunner(model)
-        failure = fused_failure(fused, generic, needs)
-        if failure is None:
-            return fused
-        if backend == "fused":
-            raise InputError(failure)
-        check_needs(generic, needs)
-        model.once("without the fused path", lambda: _warn_of_generic(failure))
+        failure = None
+        if backend == "fused" or (backend == "auto" and prefers_fused(model)):
+            fused = FusedRunner(model)
+            failure = fused_failure(fused, generic, needs)
+            if failure is None:
+                return fused
+            if backend == "fused":
+                raise InputError(failure)
+        if needs.row is not None:
+            check_row(generic, needs.row, needs.together)
+        if failure is not None:
+            message = f"{failure}; going on with the generic one, which is slower"
+            model.once(
+                "without the fused path",
+                lambda: warnings.warn(message, RuntimeWarning, stacklevel=5),
+            )
         return generic
-
-
-def _warn_of_generic(failure: str) -> None:
-    warnings.warn(
-        f"{failure}; going on with the generic one, which is slower", RuntimeWarning, stacklevel=6
-    )
 
 
 def _fetch(name: str, trust_remote_code: bool) -> Path:

@@ -9,7 +9,8 @@ Every function raises InputError, with the reason, if a comparison fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,23 @@ from .generic import GenericRunner
 from .model import Model
 from .swap import Arguments, StandInLayer, first, get_module, with_replaced
 from .text import failure_of
+
+
+@contextmanager
+def refusing(model: Model, why: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn an error of the family's own code into the refusal of the model, with its reason."""
+    try:
+        yield
+    except Exception as error:  # of any kind
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise model.refusal(why(error)) from error
+
+
+def failed(error: Exception) -> str:
+    """The end of a reason: an error's class and message."""
+    return f"failed ({type(error).__name__}: {error})"
+
 
 # -- the model's own forward pass ------------------------------------------------------------------
 
@@ -77,16 +95,6 @@ def _own_pass(
 def _recorded(model: Model, ids: torch.Tensor, calls: list[_Call]) -> torch.Tensor:
     """Run the own forward pass, append its layers' calls to a list, and return [B * T, V]."""
     return _own_pass(model, ids, lambda _: None, lambda _, call: calls.append(call))
-
-
-def _opened(runner: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Like `Runner.open`, for plain rows. Raises InputError for states of another form."""
-    state, arguments = runner.open(ids)
-    if state.dim() != 3 or state.shape[:2] != ids.shape:
-        raise runner.model.refusal(
-            f"its states have the shape {list(state.shape)}, not [rows, tokens, width]"
-        )
-    return state, arguments
 
 
 def run_block(
@@ -148,15 +156,9 @@ def prove_blocks(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Their final states, [P, D], and the logits of the own forward pass, [P, V].
     """
-    try:
+    with refusing(runner.model, lambda error: failure_of(runner.model.hf, error)):
         finals, expected = _prove_short(runner)
         one_by_one = runner.head.logits(finals)
-    except InputError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise runner.model.refusal(failure_of(runner.model.hf, error)) from error
     if not agree(one_by_one, expected, runner.model.dtype):
         raise runner.model.refusal(
             "its layers, run one by one, do not give the logits of its own forward pass"
@@ -171,9 +173,9 @@ def _prove_short(runner: GenericRunner) -> tuple[torch.Tensor, torch.Tensor]:
     other = continued_otherwise(model, row, kept)
     padded = other.clone()
     padded[:, -1] = 0  # as a shorter row is padded in a chunk
-    opened = [_opened(runner, ids) for ids in (row, other)]
+    opened = [runner.open(ids) for ids in (row, other)]
     states = [state for state, _ in opened]
-    beside, arguments = _opened(runner, torch.cat([row, padded]))
+    beside, arguments = runner.open(torch.cat([row, padded]))
     following = states
 
     def run_all(block: int) -> None:
@@ -229,13 +231,8 @@ def check_row(
         return
 
     def work() -> None:
-        try:
+        with refusing(model, lambda error: f"a row of {ids.shape[1]} tokens {failed(error)}"):
             _prove_row(generic, ids, together, fused)
-        except Exception as error:
-            if isinstance(error, InputError) or is_out_of_memory(error):
-                raise
-            why = f"a row of {ids.shape[1]} tokens failed ({type(error).__name__}: {error})"
-            raise model.refusal(why) from error
 
     model.once(("row", path, ids.shape[1], together), work)
 
@@ -244,7 +241,7 @@ def _prove_row(
     generic: GenericRunner, ids: torch.Tensor, together: bool, fused: FusedRunner | None
 ) -> None:
     model, length = generic.model, ids.shape[1]
-    state, arguments = _opened(generic, ids)
+    state, arguments = generic.open(ids)
     following = entry = state
     # The third pass runs batches of rows, each with the number of tokens that it shares with the
     # row. One shares two thirds, one all but the last: so neither a look at the next token nor one

@@ -32,8 +32,6 @@ def with_unrounded_frequencies(hf: nn.Module) -> nn.Module:
     No checkpoint holds these. The copy has the frequencies that the model's own code computes.
     Frequencies that differ by more than rounding were set on purpose, and stay.
     """
-    if not isinstance(hf, nn.Module):
-        return hf
     for name, module in list(hf.named_modules()):
         held = [
             buffer

@@ -15,9 +15,9 @@ class Runner(Protocol):
     """Runs units on states. The engine knows no more of a model.
 
     A state is [B, T, D]: B rows of T tokens, D columns. Inside of a parallel block it is three of
-    these (`pack`, `unpack`). A unit leaves its input unchanged, because other masks may need it.
-    A unit may only run while its weights are loaded (`Model.weights`). States and arguments are
-    passed back only to the runner that made them.
+    these; `swap.pack` turns it into one tensor, to keep it. A unit leaves its input unchanged,
+    because other masks may need it. A unit may only run while its weights are loaded
+    (`Model.weights`). States and arguments are passed back only to the runner that made them.
 
     Attributes:
         path_name: The path's name, as users read it.
@@ -46,11 +46,8 @@ class Runner(Protocol):
     def run(self, unit: int, state: Any, arguments: Any, granularity: str) -> State:
         """Run a unit on a state, and return the next state. A skipped unit has no call."""
 
-    def pack(self, state: Any) -> torch.Tensor:
-        """Turn a state into one tensor, to keep it."""
-
     def unpack(self, packed: torch.Tensor, unit: int) -> State:
-        """Restore the state that `pack` packed after this unit."""
+        """Restore the state that `swap.pack` packed after this unit."""
 
     def numerics(self) -> str:
         """The settings of this path that decide the bits of a score, as text."""

@@ -234,18 +234,27 @@ def ordered(model: Model, sequence: Sequence[int], copies: bool = False) -> Any:
     if copies:
         blocks = _with_weights_of_their_own(model, blocks)
     result = with_replaced(model.hf, model.path, nn.ModuleList(blocks))
-    config = config_of(model, sequence)
-    for owner in _owners(model, result):
-        if getattr(owner, "config", None) is not None:
-            owner.config = with_text_config(owner.config, config)
-        for attribute, entries in _own_lists(model, owner):
-            setattr(owner, attribute, type(entries)(entries[block] for block in sequence))
+    for owner, name, value in _descriptions(model, result, sequence):
+        setattr(owner, name, value)
     return result
 
 
-def _owners(model: Model, hf: Any) -> list[Any]:
-    """The modules above the layers: the transformers model, and those below it on the path."""
-    return [get_module(hf, model.path[:depth]) for depth in range(len(model.path))]
+def _descriptions(
+    model: Model, hf: Any, sequence: Sequence[int]
+) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield the attributes above a list of layers that describe it, with their values for these
+    blocks: configs, and plain lists that have an entry for each layer.
+
+    They are those of the transformers model, and of the modules below it on the path.
+    """
+    config = config_of(model, sequence)
+    for depth in range(len(model.path)):
+        owner = get_module(hf, model.path[:depth])
+        if getattr(owner, "config", None) is not None:
+            yield owner, "config", with_text_config(owner.config, config)
+        for name, entries in list(vars(owner).items()):
+            if _is_per_layer(name, entries, model.num_blocks):
+                yield owner, name, type(entries)(entries[block] for block in sequence)
 
 
 def _with_weights_of_their_own(model: Model, blocks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -260,15 +269,6 @@ def _with_weights_of_their_own(model: Model, blocks: Sequence[nn.Module]) -> lis
         result.append(copy.deepcopy(block) if tensors & seen else block)
         seen |= tensors
     return result
-
-
-def _own_lists(model: Model, owner: Any) -> list[tuple[str, Any]]:
-    """Plain lists of a module above the layers that have an entry for each layer."""
-    return [
-        (name, value)
-        for name, value in vars(owner).items()
-        if _is_per_layer(name, value, model.num_blocks)
-    ]
 
 
 def runs_without_blocks(model: Model) -> bool:
@@ -471,13 +471,8 @@ def _cut_in_place(
     layers = base._modules[last]
     with ExitStack() as undo:
         undo.callback(base._modules.__setitem__, last, layers)
-        config = config_of(model, blocks)
-        for owner in _owners(model, model.given):
-            if getattr(owner, "config", None) is not None:
-                _set(undo, owner, "config", with_text_config(owner.config, config))
-            for attribute, entries in _own_lists(model, owner):
-                kept = type(entries)(entries[block] for block in blocks)
-                _set(undo, owner, attribute, kept)
+        for owner, name, value in _descriptions(model, model.given, blocks):
+            _set(undo, owner, name, value)
         placed: list[nn.Module] = []
         for index, (block, layer, halves) in enumerate(places):  # the keys of a cache's entries
             # one module at two places would share an entry of a cache

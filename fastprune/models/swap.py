@@ -48,28 +48,38 @@ def state_bytes(state: State) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def pack(state: State) -> torch.Tensor:
+    """Turn a state into one tensor: [B, T, D], or [3, B, T, D] inside of a parallel block."""
+    return torch.stack(state[:3]) if isinstance(state, HalfBlock) else state
+
+
+def unpack(packed: torch.Tensor, owners: Sequence[object], unit: int) -> State:
+    """Restore the state that `pack` packed after a sublayer; `owners` are the blocks by number."""
+    if packed.dim() == 3:
+        return packed
+    hidden, entry, attention = packed
+    return HalfBlock(hidden, entry, attention, owners[unit // 2])
+
+
 class Recorder:
     """Runs a base model's own forward without its layers: the steps before the first layer, and
     those after the last."""
 
     def __init__(self, path: tuple[str, ...], hf: nn.Module):
         # whether the model takes a tuple from each layer; None until a forward pass has worked
-        self._as_tuple: bool | None = None
-        self._calls: list[tuple[tuple, dict]] = []
+        self.takes_tuples: bool | None = None
+        self._calls: Arguments = []
         self._state: Any = None  # the first layer's input, once it is known
         self._final: torch.Tensor | None = None  # the layers' result; None returns their input
-        layers = nn.ModuleList(StandInLayer(layer, self._record) for layer in get_module(hf, path))
-        replaced = with_replaced(hf, path, layers)
+        layers = get_module(hf, path)
+        self._names = argument_names(layers[0])
+        stand_ins = nn.ModuleList(StandInLayer(layer, self._record) for layer in layers)
+        replaced = with_replaced(hf, path, stand_ins)
         # only the base model below the causal-LM wrapper runs
         self._base, self._owner = get_module(replaced, path[:1]), get_module(replaced, path[:-1])
 
-    @property
-    def takes_tuples(self) -> bool:
-        """Whether the model takes a tuple from each layer, known after a forward pass."""
-        return bool(self._as_tuple)
-
-    def __call__(self, **inputs: Any) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        """Run the forward; return the embeddings, and the arguments of each layer."""
+    def __call__(self, **inputs: Any) -> tuple[torch.Tensor, Arguments]:
+        """Run the forward; return the embeddings, and the arguments of each layer by name."""
         _, state, calls = self._either_way(self._base, inputs)
         return state, calls
 
@@ -87,13 +97,13 @@ class Recorder:
             self._final = None
 
     def _either_way(self, base: nn.Module, inputs: dict) -> tuple[Any, Any, list]:
-        if self._as_tuple is not None:
-            return self._run(base, inputs, self._as_tuple)
+        if self.takes_tuples is not None:
+            return self._run(base, inputs, self.takes_tuples)
         try:
-            recorded, self._as_tuple = self._run(base, inputs, False), False
+            recorded, self.takes_tuples = self._run(base, inputs, False), False
         except Exception as error:
             try:
-                recorded, self._as_tuple = self._run(base, inputs, True), True
+                recorded, self.takes_tuples = self._run(base, inputs, True), True
             except Exception:
                 raise error from None
         return recorded
@@ -126,23 +136,32 @@ class Recorder:
         if self._state is None:
             self._state = hidden
         self._check_shape(hidden)
-        self._calls.append((args, kwargs))
+        self._calls.append({**dict(zip(self._names, args, strict=False)), **kwargs})
         state = hidden if self._final is None else self._final
         return (state, None) if self._gives_tuples else state
 
 
-class StandInLayer(nn.Module):
+class StandIn(nn.Module):
+    """A module in the place of another. A model may still read the other's attributes."""
+
+    def __init__(self, replaced: nn.Module):
+        # hidden from nn.Module, so that the other is not a submodule of its stand-in
+        self.__dict__["_replaced"] = replaced
+        super().__init__()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_replaced"], name)
+
+
+class StandInLayer(StandIn):
     """Replaces a layer by a function of (hidden states, positional arguments, named ones)."""
 
     def __init__(self, layer: nn.Module, call: Callable):
-        super().__init__()
-        # hidden from nn.Module, so that the layer is not a submodule of its stand-in
-        self.__dict__["_layer"], self.__dict__["_call"] = layer, call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(
-            self.__dict__["_layer"], name
-        )  # models read attributes such as attention_type
+        super().__init__(layer)
+        self._call = call
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._call(hidden_states, args, kwargs)
@@ -157,8 +176,8 @@ class Place(NamedTuple):
     halves: frozenset[int] = frozenset((0, 1))
 
 
-class Exchanged(nn.Module):
-    """A module in the place of a layer. A model may still read the layer's attributes.
+class Exchanged(StandIn):
+    """A module in the place of a layer.
 
     It gets those of the layer's arguments that it accepts. A cache counts its tokens, too.
 
@@ -172,19 +191,10 @@ class Exchanged(nn.Module):
     def __init__(
         self, layer: nn.Module, module: nn.Module, accepted: frozenset[str] | None, as_tuple: bool
     ):
-        super().__init__()
-        # hidden from nn.Module, so that the layer's weights do not belong to this module
-        self.__dict__["_layer"] = layer
+        super().__init__(layer)
         self.module, self._accepted, self._as_tuple = module, accepted, as_tuple
         self.layer_idx = 0  # the key of its entry in a cache
-        names = list(inspect.signature(type(layer).forward).parameters)
-        self._names = [name for name in names if name != "self"][1:]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"], name)
+        self._names = argument_names(layer)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -195,6 +205,12 @@ class Exchanged(nn.Module):
             if _length(cache, self.layer_idx) == length:
                 _count_tokens(cache, self.layer_idx, hidden_states)
         return (output, None) if self._as_tuple else output
+
+
+def argument_names(layer: nn.Module) -> list[str]:
+    """The parameters of a layer's forward after self and the hidden states."""
+    names = inspect.signature(type(layer).forward).parameters
+    return [name for name in names if name != "self"][1:]
 
 
 def accepted_of(arguments: dict, names: frozenset[str] | None) -> dict:
@@ -350,29 +366,15 @@ def _adds_up(
     )
 
 
-class _InPlaceOf(nn.Module):
-    """A module in the place of another. Layers may read the other's attributes and class."""
-
-    def __init__(self, module: nn.Module):
-        # hidden from nn.Module, as in StandInLayer
-        self.__dict__["_module"] = module
-        super().__init__()
+class _InPlaceOf(StandIn):
+    """A stand-in whose class a layer may read, too: it is the other module's."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance reads it
-        return type(self.__dict__["_module"])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
+        return type(self.__dict__["_replaced"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle reads the class, too
-        return _restored, (type(self), self.__dict__)
-
-
-def _restored(kind: type[_InPlaceOf], state: dict[str, Any]) -> _InPlaceOf:
-    module = kind.__new__(kind)
-    module.__dict__.update(state)
-    return module
+        return object.__new__, (type(self),), self.__dict__
 
 
 class _Watched(_InPlaceOf):
@@ -380,19 +382,15 @@ class _Watched(_InPlaceOf):
 
     def __init__(self, module: nn.Module, name: str, state: torch.Tensor, kinds: dict):
         super().__init__(module)
-        self.__dict__["_watched"] = name, state.numel(), kinds
+        self._watched = name, state.numel(), kinds
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name, size, kinds = self.__dict__["_watched"]
-        result = self.__dict__["_module"](*args, **kwargs)
+        name, size, kinds = self._watched
+        result = self._replaced(*args, **kwargs)
         term = first(result)
         if isinstance(term, torch.Tensor) and term.numel() == size:
             kinds.setdefault(name, len(result) if isinstance(result, (tuple, list)) else None)
         return result
-
-
-def _as_returned(term: torch.Tensor, kind: int | None) -> Any:
-    return term if kind is None else (term, *[None] * (kind - 1))
 
 
 def _zeros(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -403,38 +401,37 @@ def _zeros(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 class _GivenTerm(_InPlaceOf):
-    """A module that adds nothing, or a term that was set before."""
+    """A module that adds nothing, or a term that was set before.
 
-    term: torch.Tensor | None
+    `kind` is the number of values that the other module returns in a tuple; None for a tensor.
+    """
+
+    term: torch.Tensor | None = None
 
     def __init__(self, module: nn.Module, kind: int | None):
         super().__init__(module)
-        self.__dict__["_kind"], self.__dict__["term"] = kind, None
+        self._kind = kind
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        term = self.__dict__["term"]
-        return _as_returned(_zeros(args, kwargs) if term is None else term, self.__dict__["_kind"])
+        term = _zeros(args, kwargs) if self.term is None else self.term
+        return term if self._kind is None else (term, *[None] * (self._kind - 1))
 
 
-class SkippedTerm(_InPlaceOf):
+class SkippedTerm(_GivenTerm):
     """A module that adds nothing, in the place of a layer's own.
 
     A cache still counts the tokens of a skipped attention: models read the number of earlier tokens
     from their first layer.
     """
 
-    def __init__(self, module: nn.Module, kind: int | None):
-        super().__init__(module)
-        self.__dict__["_kind"] = kind
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        nothing = _zeros(args, kwargs)
-        own = vars(self.__dict__["_module"])
+        result = super().forward(*args, **kwargs)
+        own = vars(self._replaced)
         index = next((own[name] for name in INDEX_NAMES if name in own), None)
         for cache in (*args, *kwargs.values()):
             if isinstance(cache, Cache) and index is not None:
-                _count_tokens(cache, index, nothing)
-        return _as_returned(nothing, self.__dict__["_kind"])
+                _count_tokens(cache, index, first(result))
+        return result
 
 
 def _count_tokens(cache: Cache, index: int, states: torch.Tensor) -> None:
@@ -459,15 +456,11 @@ def _keeps_keys(cache: Cache, index: int) -> bool:
 class _KeepTerm(_InPlaceOf):
     """A module that also keeps the term that it adds."""
 
-    term: Any  # the term of the last call
-
-    def __init__(self, module: nn.Module):
-        super().__init__(module)
-        self.__dict__["term"] = None
+    term: Any = None  # the term of the last call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.__dict__["_module"](*args, **kwargs)
-        self.__dict__["term"] = first(result)
+        result = self._replaced(*args, **kwargs)
+        self.term = first(result)
         return result
 
 

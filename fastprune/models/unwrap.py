@@ -55,16 +55,15 @@ def without_adapters(hf: nn.Module) -> nn.Module:
     return merged
 
 
-def _without_peft(module: nn.Module) -> nn.Module:
-    configs = getattr(module, "peft_config")  # noqa: B009 (nn.Module has none)
-    for config in configs.values():
+def _without_peft(module: Any) -> nn.Module:
+    for config in module.peft_config.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind not in INNER_ADAPTERS or getattr(config, "alora_invocation_tokens", None):
             raise InputError(
                 f"model is a {type(module).__name__} whose adapter ({kind}) acts on its inputs; "
                 f"merge it into the weights, or give the base model"
             )
-    return module.get_base_model()  # type: ignore[operator]
+    return module.get_base_model()
 
 
 def _refuse_other_tensors(module: nn.Module) -> None:

@@ -24,7 +24,15 @@ from .fused import FusedRunner
 from .generic import GenericRunner
 from .head import Head, Targets
 from .model import Model
-from .own_pass import Step, check_row, prove_blocks, require_fused_agrees, run_block
+from .own_pass import (
+    Step,
+    check_row,
+    failed,
+    prove_blocks,
+    refusing,
+    require_fused_agrees,
+    run_block,
+)
 from .swap import Arguments, Sublayers, hidden_of, split_layer
 from .tree import few_branches
 
@@ -74,12 +82,6 @@ def verified(model: Model, granularity: str = "block") -> GenericRunner:
     return runner
 
 
-def check_needs(generic: GenericRunner, needs: Needs) -> None:
-    """Verify the generic path for these needs, except for trees (see `check_trees`)."""
-    if needs.row is not None:
-        check_row(generic, needs.row, needs.together)
-
-
 # -- the head --------------------------------------------------------------------------------------
 
 
@@ -105,13 +107,8 @@ def prove_head(model: Model, head: Head, states: torch.Tensor, expected: torch.T
         return
     if head.part < head.vocab_size and not _parts_agree(head, states, expected):
         head.part = head.vocab_size
-    try:
+    with refusing(model, lambda error: f"its head {failed(error)}"):
         right = _losses_agree(head, states, expected)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        why = f"its head failed ({type(error).__name__}: {error})"
-        raise model.refusal(why) from error
     if not right:
         raise model.refusal("its head does not give the losses of its own forward pass")
 
@@ -321,7 +318,7 @@ def _failure(model: Model, check: Callable[[], object]) -> str | None:
             raise
         if isinstance(error, InputError):
             return error.message
-        return f"{model.name}: the fused path failed ({type(error).__name__}: {error})"
+        return f"{model.name}: the fused path {failed(error)}"
     return None
 
 

@@ -32,7 +32,7 @@ from .code import (
     sources,
 )
 from .fingerprint import mark, number_of
-from .offload.weights import ResidentWeights, Weights
+from .offload.weights import Weights
 
 SAMPLES = 32  # values of each tensor compared for a change
 LEAST = 16  # the same, of a tensor of any shape
@@ -70,12 +70,10 @@ class Watch:
         weights: Its blocks' weights, which may be streamed.
     """
 
-    def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):
+    def __init__(self, hf: nn.Module, weights: Weights):
         self._hf, self._weights = hf, weights
         self._numbers: dict[bytes, int] = {}  # versions by the hash of their description
-        self._unsettled = False  # whether values on a GPU were copied and not compared
-        self._last = Snapshot(hf, weights)
-        self._number = self._number_of(self._last)
+        self._read_again()
 
     def read(self, wait: bool = True) -> int:
         """Read the version of the model.
@@ -113,13 +111,10 @@ class Watch:
         return last.modules if last.has_same_children() else list(self._hf.modules())
 
     def _read_again(self) -> None:
-        self._unsettled = False
-        self._last = Snapshot(self._hf, self._weights)
-        self._number = self._number_of(self._last)
-
-    def _number_of(self, snapshot: Snapshot) -> int:
-        key = hashlib.sha256(repr(snapshot.description).encode()).digest()
-        return self._numbers.setdefault(key, len(self._numbers))
+        self._unsettled = False  # whether values on a GPU were copied and not compared
+        self._last: Snapshot = Snapshot(self._hf, self._weights)
+        key = hashlib.sha256(repr(self._last.description).encode()).digest()
+        self._number: int = self._numbers.setdefault(key, len(self._numbers))
 
 
 class Snapshot:
@@ -131,7 +126,7 @@ class Snapshot:
         values: The values of these samples.
     """
 
-    def __init__(self, hf: nn.Module, weights: Weights | ResidentWeights):
+    def __init__(self, hf: nn.Module, weights: Weights):
         self._named = list(hf.named_modules())
         self.modules = [module for _, module in self._named]
         self._types = list(map(type, self.modules))
@@ -172,7 +167,7 @@ class Snapshot:
         self.samples = Samples(self._tensors)
         self.values = self.samples.values()
 
-    def differs(self, weights: Weights | ResidentWeights) -> bool:
+    def differs(self, weights: Weights) -> bool:
         """Whether the model differs from this by anything but sampled values."""
         try:
             if (
@@ -495,18 +490,16 @@ def _implementations(config: Any) -> list[str]:
 # -- digest ----------------------------------------------------------------------------------------
 
 
-def digest_of(
-    hf: nn.Module, config: Any, dtype: torch.dtype, weights: Weights | ResidentWeights
-) -> str:
+def digest_of(hf: nn.Module, config: Any, dtype: torch.dtype, weights: Weights) -> str:
     """Compute the SHA-256 of a model's content; see `Model.digest`."""
 
     def key() -> str:
         # equal files and equal resident tensors have an equal digest, so files are not read again
         files = json.dumps([str(dtype), weights.identity])
-        resident = _digest(hf, config, _resident_tensors(hf, weights))
+        resident = _digest(hf, config, _tensors(hf, weights, streamed=False))
         return hashlib.sha256(f"{resident}{files}".encode()).hexdigest()
 
-    return weights.remembered(key, lambda: _digest(hf, config, _all_tensors(hf, weights)))
+    return weights.remembered(key, lambda: _digest(hf, config, _tensors(hf, weights)))
 
 
 def _digest(hf: nn.Module, config: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -516,46 +509,34 @@ def _digest(hf: nn.Module, config: Any, tensors: Iterable[tuple[str, torch.Tenso
     code = [*sources(hf), *(f"{place}: {mark(function)}" for place, function in foreign_code(hf))]
     digest.update(json.dumps(code).encode())
     for name, tensor in tensors:
+        if tensor.is_meta:  # of towers, which stay in their files
+            continue
         described = f"{name}{tuple(tensor.shape)}{tensor.dtype}{placement(tensor)}"
         digest.update(described.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _all_tensors(
-    hf: nn.Module, weights: Weights | ResidentWeights
+def _tensors(
+    hf: nn.Module, weights: Weights, streamed: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor by name. A streamed one has storage only while it is the current one."""
+    """Yield every tensor by name: parameters, buffers, and tensors in attributes.
+
+    Those that are streamed may be left out; one has storage only while it is the current one.
+    """
     blocks, current = weights.blocks(), None
     for name, tensor in list(hf.named_parameters(remove_duplicate=False)):
         block = weights.block_of(name)
-        if block is not None:
+        if block is None:
+            yield name, tensor
+        elif streamed:
             while current != block:  # both ascend
                 current = next(blocks)
-            tensor = hf.get_parameter(name)
-        if not tensor.is_meta:  # meta tensors are of towers, which stay in their files
-            yield name, tensor
-    yield from _other_tensors(hf)
-
-
-def _resident_tensors(
-    hf: nn.Module, weights: Weights | ResidentWeights
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in hf.named_parameters(remove_duplicate=False):
-        if weights.block_of(name) is None and not tensor.is_meta:
-            yield name, tensor
-    yield from _other_tensors(hf)
-
-
-def _other_tensors(hf: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the buffers, and the tensors in attributes."""
-    for name, buffer in hf.named_buffers(remove_duplicate=False):
-        if not buffer.is_meta:
-            yield name, buffer
+            yield name, hf.get_parameter(name)
+    yield from hf.named_buffers(remove_duplicate=False)
     for name, module in hf.named_modules():
-        for attribute, tensor in attribute_tensors(vars(module)):
-            if not tensor.is_meta:
-                yield f"{name}.{attribute}", tensor
+        for attribute, value in attribute_tensors(vars(module)):
+            yield f"{name}.{attribute}", value
 
 
 def _config_text(config: Any) -> str:

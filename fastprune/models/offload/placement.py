@@ -19,7 +19,7 @@ from torch import nn
 
 from ..alignment import ALIGNMENT
 from ..files import Files, Stored
-from .weights import Block, Piece, Place, Weights, nothing
+from .weights import Block, Piece, Place, StreamedWeights, nothing
 
 _PATCHING = threading.RLock()  # one thread at a time opens a model whose weights stay in files
 
@@ -30,16 +30,11 @@ class Towers:
 
     Attributes:
         files: The files.
-        tensors: The place of each tensor, by its name in the files.
+        tensors: The place of each tensor, by its name in the files without a wrapper's prefix.
     """
 
     files: Files
     tensors: dict[str, Stored]
-
-    def without_prefix(self, prefix: str) -> Towers:
-        """The same weights under names without this prefix."""
-        names = {name.removeprefix(prefix): stored for name, stored in self.tensors.items()}
-        return Towers(self.files, names)
 
     def write(self, path: Path) -> None:
         """Copy all tensors to a safetensors file. Raises InputError if a file has changed."""
@@ -50,12 +45,12 @@ class Towers:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-@dataclass(frozen=True)
+@dataclass
 class LeftOut:
     """The parts of a model that stayed in their files; None for loaded parts."""
 
-    weights: Weights | None
-    towers: Towers | None
+    weights: StreamedWeights | None = None
+    towers: Towers | None = None
 
 
 @contextmanager
@@ -64,7 +59,8 @@ def left_in_files(
     stored: dict[str, Stored],
     find_layers: Callable[[nn.Module], Sequence[str]] | None,
     find_towers: Callable[[nn.Module], Sequence[str]] | None,
-) -> Iterator[list[LeftOut]]:
+    wrapper: str,
+) -> Iterator[LeftOut]:
     """Let transformers' from_pretrained leave parts of a model on the meta device.
 
     These are the parameters of the blocks, of the towers, or of both. The rest loads as usual.
@@ -73,14 +69,15 @@ def left_in_files(
         stored: The checkpoint's tensors.
         find_layers: Finds the attribute path to a model's list of layers; None loads the blocks.
         find_towers: Finds the names of the modules that text does not use; None loads the towers.
+        wrapper: A prefix of all names, which is left out.
 
     Yields:
-        A list. After from_pretrained, it holds the parts that the model lacks.
+        The parts that the model lacks, after from_pretrained.
     """
     from transformers import PreTrainedModel
 
     base: Any = PreTrainedModel
-    left_out: list[LeftOut] = []
+    left_out = LeftOut()
     thread = threading.get_ident()
     _PATCHING.acquire()
     original = base._load_pretrained_model
@@ -107,16 +104,15 @@ def left_in_files(
         sources, others = _sort(model, load_config, stored, parameters | in_towers)
         residents = {key: _Later(files, tensor) for key, tensor in others.items()}
         loaded = original(model, residents, None, load_config, *args, **kwargs)
-        weights = towers = None
         if prefix:
             blocks, names = _lay_out(model, load_config, prefix, parameters, sources)
             loaded[0].missing_keys -= names.keys()
-            weights = Weights(folder, files, blocks, names)
+            left_out.weights = StreamedWeights(folder, files, blocks, names)
         if in_towers:
             absent, tensors = _leave(model, in_towers, sources)
             loaded[0].missing_keys -= absent
-            towers = Towers(Files(tensor.path for tensor in tensors.values()), tensors)
-        left_out.append(LeftOut(weights, towers))
+            named = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
+            left_out.towers = Towers(Files(tensor.path for tensor in tensors.values()), named)
         return loaded
 
     base._load_pretrained_model = staticmethod(load)
@@ -313,24 +309,11 @@ def _side_by_side(
 
 
 def to_device(hf: nn.Module, device: torch.device) -> nn.Module:
-    """Move all tensors with storage to a device. Tied parameters stay tied."""
-    moved: dict[int, nn.Parameter] = {}
-    for module in hf.modules():
-        for name, parameter in module._parameters.items():
-            if (
-                parameter is not None
-                and parameter.device.type != "meta"
-                and parameter.device != device
-            ):
-                if id(parameter) not in moved:
-                    moved[id(parameter)] = nn.Parameter(
-                        parameter.to(device), requires_grad=parameter.requires_grad
-                    )
-                module._parameters[name] = moved[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                module._buffers[name] = buffer.to(device)
-    return hf
+    """Move all tensors with storage to a device. Tied parameters stay tied.
+
+    torch's own `to` refuses a model with parameters on the meta device.
+    """
+    return hf._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def resident_bytes(hf: nn.Module) -> int:

@@ -2,8 +2,8 @@
 
 A band is read while the one before it computes. `placement` opens a model with the parameters of
 its blocks on the meta device, and finds the place of each parameter in files and buffers.
-`Weights.visit` gives a band's parameters storage while it is the current one. Plain reads fill
-reusable buffers. Files are not mapped, because pages of a mapped file count as resident.
+`StreamedWeights.visit` gives a band's parameters storage while it is the current one. Plain reads
+fill reusable buffers. Files are not mapped, because pages of a mapped file count as resident.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -57,10 +58,30 @@ class Block:
     size: int
 
 
-class _InBands:
-    """The bands of blocks that are loaded together; `room` decides their sizes."""
+class Weights:
+    """The weights of a model's blocks, all of them loaded: one band, and no reads.
 
-    room: Room
+    `StreamedWeights` has the same methods, so that no caller needs to know which of the two a model
+    has.
+
+    Attributes:
+        room: It decides the sizes of bands.
+        loads: The number of blocks read so far.
+        bytes: The bytes of files read so far.
+        waited: The seconds that computing waited for reads.
+    """
+
+    streamed = False
+    loads = bytes = 0
+    waited = 0.0
+
+    def __init__(self, num_blocks: int):
+        self.room = Room(num_blocks, 0, 0, num_blocks)
+
+    @property
+    def identity(self) -> list[list]:
+        """The identity of the files of blocks. Raises InputError if one has changed."""
+        return []
 
     @property
     def bands(self) -> tuple[range, ...]:
@@ -74,50 +95,27 @@ class _InBands:
 
     def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
         """Yield bands, each with its blocks' weights loaded while it is the current one."""
-        raise NotImplementedError
+        return iter(bands)
 
     def blocks(self) -> Iterator[int]:
         """Yield all blocks, each with its weights loaded while it is the current one."""
         return (block for band in self.visit(self.bands) for block in band)
 
-
-class ResidentWeights(_InBands):
-    """The blocks of a model whose weights all stay loaded: one band, and no reads.
-
-    It has the methods of `Weights`, so that no caller needs to know which of the two a model has.
-    """
-
-    streamed = False
-    loads = bytes = 0
-    waited = 0.0
-    identity: Sequence[list] = ()
-
-    def __init__(self, num_blocks: int):
-        self.room = Room(num_blocks, 0, 0, num_blocks)
-
-    def block_of(self, name: str) -> None:
-        """Like `Weights.block_of`: every parameter stays loaded."""
+    def block_of(self, name: str) -> int | None:
+        """The block of a parameter; None for a parameter that stays loaded."""
         return None
 
-    def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
-        return iter(bands)
-
     def release(self) -> None:
-        """Do nothing: all weights stay loaded."""
+        """Free all loaded blocks. A later visit reads them again."""
 
     def remembered(self, key: Callable[[], str], work: Callable[[], str]) -> str:
-        """Compute the hash by `work`; no file keeps it."""
+        """Return the hash kept beside the files under a key; else compute it by `work`, and keep
+        it."""
         return work()
 
 
-class Weights(_InBands):
-    """The blocks of a model whose weights stay in files; `visit` loads them, band by band.
-
-    Attributes:
-        loads: The number of blocks read so far.
-        bytes: The bytes of files read so far.
-        waited: The seconds that computing waited for reads.
-    """
+class StreamedWeights(Weights):
+    """The weights of blocks that stay in files; `visit` loads them, band by band."""
 
     streamed = True
 
@@ -133,8 +131,6 @@ class Weights(_InBands):
         self.room = Room(
             len(blocks), max((block.size for block in blocks), default=0), 0, len(blocks)
         )
-        self.loads = self.bytes = 0
-        self.waited = 0.0
 
     def start(self, limit: int, resident: int, device: torch.device, name: str) -> None:
         """Set a limit in bytes, of which `resident` are for weights that stay loaded.
@@ -152,16 +148,14 @@ class Weights(_InBands):
 
     @property
     def identity(self) -> list[list]:
-        """The identity of the files. Raises InputError if one has changed."""
         self._files.check()
         return self._files.identity
 
     def block_of(self, name: str) -> int | None:
-        """The block of a parameter; None for a parameter that stays loaded."""
         return self._block_of.get(name)
 
     def visit(self, bands: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
-        """See `_InBands.visit`.
+        """See `Weights.visit`.
 
         While a band is the current one, the blocks of the next one are read that fit. A block in
         memory is not read again. Raises InputError if a file has changed.
@@ -181,7 +175,6 @@ class Weights(_InBands):
             yield band
 
     def release(self) -> None:
-        """Free all loaded blocks. A later visit reads them again."""
         self._settle()
         for block in list(self._loaded):
             self._release(block)
@@ -189,8 +182,6 @@ class Weights(_InBands):
         self._made = 0
 
     def remembered(self, key: Callable[[], str], work: Callable[[], str]) -> str:
-        """Return the hash kept beside the files under a key; else compute it by `work`, and keep
-        it."""
         name = key()
         path = self.folder / HASHES
         known: dict = {}
@@ -328,11 +319,9 @@ class Weights(_InBands):
             event.synchronize()
         return staged, event
 
-    @property
+    @cached_property
     def _stream(self) -> torch.cuda.Stream:
-        if not hasattr(self, "_own_stream"):
-            self._own_stream = torch.cuda.Stream(self._device)
-        return self._own_stream
+        return torch.cuda.Stream(self._device)
 
 
 class _Reading(threading.Thread):
