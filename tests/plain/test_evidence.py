@@ -2,11 +2,11 @@
 
 import ast
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from tables_for_tests import package_of_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 # Pages whose tables of numbers are measured; a quarter of the cells decides what such a table is.
@@ -18,15 +18,8 @@ PAGES = [
 NUMBER = re.compile(r"[-+~<*± ]*\d")
 
 
-def load_tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TABLES = load_tables()
-REGISTRY = TABLES.tomllib.loads(TABLES.EVIDENCE.read_text(encoding="utf-8"))
+TABLES = package_of_tables()
+REGISTRY = TABLES.registry.read()
 ENTRIES = REGISTRY["evidence"]
 PLACES = [place for entry in ENTRIES for place in entry["at"]]
 
@@ -82,7 +75,7 @@ def test_an_entry_names_files_that_exist(entry):
     for script in re.findall(r"[\w/]+\.py\b", entry["command"]):
         assert (ROOT / script).is_file()
     for result in entry.get("result", []):
-        assert (TABLES.RESULTS / result).is_file()
+        assert (TABLES.render.RESULTS / result).is_file()
     assert set(entry.get("needs", [])) <= set(REGISTRY["needs"])
 
 
@@ -99,18 +92,19 @@ def test_scripts_import_names_that_exist(folder):
 
 def test_every_file_of_results_has_its_command():
     named = {result for entry in ENTRIES for result in entry.get("result", [])}
-    assert {path.name for path in TABLES.RESULTS.glob("*.json")} <= named
+    assert {path.name for path in TABLES.render.RESULTS.glob("*.json")} <= named
 
 
 def test_the_judges_of_healing_were_seen_by_no_training_or_choice():
-    judges = [judge for run in TABLES.load("healing").values() for judge in run["judges"].values()]
+    judges = [
+        judge for run in TABLES.render.load("healing").values() for judge in run["judges"].values()
+    ]
     assert judges
     assert all(judge["seen"] == 0 for judge in judges)
 
 
-def test_the_list_names_every_entry(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["tables.py", "--evidence"])
-    TABLES.main()
+def test_the_list_names_every_entry(capsys):
+    TABLES.__main__.main(["--evidence"])
     printed = capsys.readouterr().out
     for entry in ENTRIES:
         assert entry["shows"] in printed

@@ -1,0 +1,7 @@
+"""The tables of README and docs, written from bench/results: `python -m tools.tables`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` in a page; `markers` writes it
+there, and a test finds every one up to date. `pages` has a module for each page, with the rows and
+columns of its tables, which `render` turns into Markdown. `registry` says by which command each
+measured table and figure was made: `python -m tools.tables --evidence`.
+"""

@@ -1,0 +1,11 @@
+"""The tables of each page, in a module of its name, and all of them together."""
+
+from __future__ import annotations
+
+from ..render import Table
+from . import bench, benchmarks, healing, kernels, readme, scale, sequences, study
+
+MODULES = (bench, benchmarks, healing, kernels, readme, scale, sequences, study)
+TABLES: dict[str, Table] = {
+    name: table for module in MODULES for name, table in module.TABLES.items()
+}
