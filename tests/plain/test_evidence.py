@@ -75,8 +75,16 @@ def test_an_entry_names_files_that_exist(entry):
     for script in re.findall(r"[\w/]+\.py\b", entry["command"]):
         assert (ROOT / script).is_file()
     for result in entry.get("result", []):
-        assert (TABLES.render.RESULTS / result).is_file()
+        file, _, part = result.partition("#")
+        assert (TABLES.render.RESULTS / file).is_file()
+        assert not part or part in TABLES.render.load(file.removesuffix(".json"))
     assert set(entry.get("needs", [])) <= set(REGISTRY["needs"])
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["shows"])
+def test_a_time_that_a_file_records_is_not_typed_too(entry):
+    known = [TABLES.registry.time_recorded(result) for result in entry.get("result", [])]
+    assert "time" not in entry or not known or None in known
 
 
 @pytest.mark.parametrize("folder", ["bench", "examples", "tools"])
@@ -91,7 +99,8 @@ def test_scripts_import_names_that_exist(folder):
 
 
 def test_every_file_of_results_has_its_command():
-    named = {result for entry in ENTRIES for result in entry.get("result", [])}
+    results = [result for entry in ENTRIES for result in entry.get("result", [])]
+    named = {result.partition("#")[0] for result in results}
     assert {path.name for path in TABLES.render.RESULTS.glob("*.json")} <= named
 
 

@@ -4,9 +4,10 @@ figure, its files of results, its time and machine, and how to have what it need
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from .render import ROOT, Row
+from .render import ROOT, Row, load
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,8 +24,32 @@ def read() -> dict[str, Any]:
 
 
 def evidence() -> list[Row]:
-    """The source of each measured table and figure."""
-    return read()["evidence"]
+    """The source of each measured table and figure, with the time that it took."""
+    return [{**entry, "time": time_of(entry)} for entry in read()["evidence"]]
+
+
+def time_of(entry: Row) -> str:
+    """The time that the runs recorded in their files of results. Older files have none: then the
+    entry says it, or nobody noted it."""
+    times = [time_recorded(result) for result in entry.get("result", [])]
+    known = [time for time in times if time is not None]
+    if not times or len(known) < len(times):
+        return entry.get("time", "not recorded")
+    cpu, wall = (sum(time[key] for time in known) for key in ("cpu_seconds", "wall_seconds"))
+    return f"{in_words(cpu)} of the processors, {in_words(wall)} on the clock"
+
+
+def time_recorded(result: str) -> Mapping[str, float] | None:
+    """Seconds that a file of results records, or one part of it, named behind a #."""
+    name, _, part = result.partition("#")
+    found = load(name.removesuffix(".json"))
+    found = found[part] if part else found
+    return found.get("took") if isinstance(found, dict) else None
+
+
+def in_words(seconds: float) -> str:
+    """Seconds, or minutes from two of them on."""
+    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
 
 
 def needs() -> list[Row]:

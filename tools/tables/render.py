@@ -48,14 +48,19 @@ def fixed(key: str, digits: int) -> Callable[[Row], str]:
     return lambda row: "" if row[key] is None else f"{row[key]:,.{digits}f}"
 
 
+def significant(key: str, digits: int) -> Callable[[Row], str]:
+    """A column of a number with this many significant digits; empty without a value."""
+    return lambda row: "" if row[key] is None else f"{row[key]:.{digits}g}"
+
+
 def with_error(key: str, error: str) -> Callable[[Row], str]:
     """A column of a number with its standard error, if it has one."""
     return lambda row: f"{row[key]:.2f}" + (f" ± {row[error]:.2f}" if row[error] else "")
 
 
 def percent(key: str, digits: int = 0) -> Callable[[Row], str]:
-    """A column of a share in percent."""
-    return lambda row: f"{100 * row[key]:.{digits}f} %"
+    """A column of a share in percent; empty without a value."""
+    return lambda row: "" if row[key] is None else f"{100 * row[key]:.{digits}f} %"
 
 
 def rounded(value: float, error: float, sign: str = "") -> str:

@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 from ..render import Table
-from . import bench, benchmarks, healing, kernels, readme, scale, sequences, study
+from . import (
+    bench,
+    benchmarks,
+    demo_model,
+    examples,
+    healing,
+    kernels,
+    readme,
+    reliability,
+    scale,
+    sequences,
+    solver,
+    study,
+    tutorial,
+)
 
-MODULES = (bench, benchmarks, healing, kernels, readme, scale, sequences, study)
+MODULES = (
+    bench,
+    benchmarks,
+    demo_model,
+    examples,
+    healing,
+    kernels,
+    readme,
+    reliability,
+    scale,
+    sequences,
+    solver,
+    study,
+    tutorial,
+)
 TABLES: dict[str, Table] = {
     name: table for module in MODULES for name, table in module.TABLES.items()
 }

@@ -61,8 +61,26 @@ def searches() -> list[Row]:
 
 def races() -> list[Row]:
     """Races on SmolLM2's losses, by how many they keep."""
-    entries = {name: row for name, row in load("races").items() if name.startswith("smollm2")}
+    entries = load("races")["smollm2"]["races"]
     return [{"keep": name.rpartition(" ")[2], **row} for name, row in entries.items()]
+
+
+PRECISIONS = {
+    "float32": "float32 (the default)",
+    "widened as used": "bfloat16, widened as they are used",
+    "bfloat16": "bfloat16, by name (a quarter of the rows, times four)",
+}
+
+
+def states(row: Row) -> str:
+    """The capacity of a prefix cache."""
+    return "no bound" if row["states"] is None else f"{row['states']:,}"
+
+
+def chunks(row: Row) -> str:
+    """The size of a chunk, with the sizes that have a name."""
+    names = {512: "512 tokens (default)", 128: "128 tokens: a row (the recipe)"}
+    return names.get(row["chunk_tokens"], f"{row['chunk_tokens']} tokens")
 
 
 AGAINST_LOOP: Columns = {
@@ -74,6 +92,49 @@ AGAINST_LOOP: Columns = {
 
 
 TABLES = {
+    "precision": Table(
+        lambda: load("precision")["weights"],
+        {
+            "weights": lambda row: PRECISIONS[row["weights"]],
+            "MB": fixed("MB", 0),
+            "CPU s": fixed("cpu_s", 1),
+            "of float32's speed": fixed("of_float32s_speed", 2),
+        },
+    ),
+    "recipe_chunks": Table(
+        lambda: load("recipe_counts")["recipe"],
+        {
+            "chunks of": chunks,
+            "states in the prefix cache": states,
+            "unit runs, times fewer": fixed("fewer_units", 2),
+            "heads, times fewer": fixed("fewer_heads", 2),
+        },
+    ),
+    "evopress_counts": Table(
+        lambda: load("evopress_counts")["unit_runs_of_a_sample"],
+        {
+            "states for each sample": states,
+            "unit runs of a sample: the authors' passes": fixed("theirs", 0),
+            "made": fixed("made", 0),
+            "times fewer": fixed("fewer", 2),
+        },
+    ),
+    "threads": Table(
+        lambda: load("threads")["medians"],
+        {
+            "threads": column("threads"),
+            "waiting": column("waiting"),
+            "seconds": fixed("seconds", 1),
+            "of the processors": fixed("cpu_seconds", 2),
+        },
+    ),
+    "starting": Table(
+        lambda: load("starting")["commands"],
+        {
+            "command": lambda row: f"`{row['command']}`" + row["remark"],
+            "seconds": fixed("cpu_seconds", 1),
+        },
+    ),
     "sharing": Table(
         lambda: bench_rows("Scoring fields"),
         {

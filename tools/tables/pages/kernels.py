@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..render import Row, Table, column
+from ..render import Row, Table, column, fixed, load, percent, significant
 from .benchmarks import bench_rows
 
 SHAPES = {
@@ -45,7 +45,77 @@ def against_compiled(width: int, tokens: int) -> Callable[[Row], str]:
     return lambda row: f"{row[f'{width} {tokens}']['compiled_ratio']:.2f}"
 
 
+def shown_kernels() -> list[Row]:
+    """The kernels in bfloat16 on sm_90, and those that know float32 alone."""
+    rows = [row for row in load("kernel_resources")["kernels"] if row["target"] == "sm_90"]
+    halves = {row["kernel"] for row in rows if row["variant"].startswith("bf16")}
+    return [row for row in rows if row["variant"].startswith("bf16") or row["kernel"] not in halves]
+
+
 TABLES = {
+    "resources": Table(
+        shown_kernels,
+        {
+            "kernel": column("kernel"),
+            "variant": column("variant"),
+            "configuration": column("configuration"),
+            "registers": column("registers"),
+            "shared bytes": column("shared"),
+            "instructions": column("instructions"),
+            "matrix unit": lambda row: ", ".join(row["shapes"]) or row["matrix_unit"],
+        },
+    ),
+    "gpu_kernels": Table(
+        lambda: load("gpu_model")["kernels"],
+        {
+            "kernel": column("kernel"),
+            "shape": column("shape"),
+            "registers": column("registers"),
+            "shared KB": fixed("shared_kb", 0),
+            "programs an SM": column("programs"),
+            "waves": significant("waves", 3),
+            "L2 B/FLOP": significant("cache", 3),
+            "shared B/FLOP": significant("shared", 3),
+            "ms": significant("ms", 3),
+            "of floor": fixed("of_floor", 2),
+            "limit": column("limit"),
+            "host us": column("host_us"),
+        },
+    ),
+    "gpu_steps": Table(
+        lambda: load("gpu_model")["steps"],
+        {
+            "step of a LLaMA-3 8B block, 8,192 tokens": column("step"),
+            "ms": significant("ms", 3),
+            "share": percent("share", 1),
+            "host us": fixed("host_us", 0),
+        },
+    ),
+    "gpu_blocks": Table(
+        lambda: load("gpu_model")["blocks"],
+        {
+            "model": column("model"),
+            "tokens": fixed("tokens", 0),
+            "q, k, v": column("qkv"),
+            "device ms": significant("device_ms", 3),
+            "host ms": significant("host_ms", 3),
+            "of the product's rate": fixed("of_rate", 2),
+        },
+    ),
+    "gpu_searches": Table(
+        lambda: load("gpu_model")["searches"],
+        {
+            "model": column("model"),
+            "questions in a chunk": column("questions"),
+            "states kept": column("kept"),
+            "masks": fixed("masks", 0),
+            "unit runs": fixed("unit_runs", 0),
+            "block ms": significant("block_ms", 3),
+            "host ms": significant("host_ms", 3),
+            "seconds": fixed("seconds", 0),
+            "of the product's rate": fixed("of_rate", 2),
+        },
+    ),
     "operators": Table(
         operators,
         {

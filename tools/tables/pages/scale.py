@@ -18,7 +18,10 @@ def two_workers() -> list[Row]:
 def simulated_workers() -> list[Row]:
     """Searches whose calls 64 workers share."""
     names = {"beam": "beam, width 5", "genetic": "genetic, 50 x 10", "random": "500 random masks"}
-    return [{"search": names.get(name, name), **row} for name, row in load("workers").items()]
+    return [
+        {"search": names.get(name, name), **row}
+        for name, row in load("workers")["searches"].items()
+    ]
 
 
 def times(workers: int) -> Callable[[Row], str]:
@@ -26,7 +29,34 @@ def times(workers: int) -> Callable[[Row], str]:
     return lambda row: f"{row[f'{workers} workers']['faster']:.1f}x"
 
 
+def streamed() -> list[Row]:
+    """What a run in memory takes, and one that streams its weights."""
+    found = load("streaming")
+    whole, parts = found["resident"], found["streamed"]
+
+    def mebibytes(key: str, row: Row) -> str:
+        return f"{row[key] / 2**20:,.0f}"
+
+    def measure(name: str, cell: Callable[[Row], str], both: bool = True) -> Row:
+        return {"measure": name, "resident": cell(whole) if both else "", "streamed": cell(parts)}
+
+    return [
+        measure("limit, MiB", lambda row: mebibytes("limit", row), both=False),
+        measure("peak resident memory (VmHWM), MiB", lambda row: mebibytes("peak", row)),
+        measure("of which before the model is opened", lambda row: mebibytes("before", row)),
+        measure("CPU seconds, reading included", fixed("cpu_seconds", 0)),
+        measure("seconds", fixed("wall_seconds", 0)),
+        measure("blocks read", fixed("loads", 0), both=False),
+        measure("MiB read", lambda row: mebibytes("read_bytes", row), both=False),
+        measure("seconds of waiting for reading", fixed("waited_seconds", 2), both=False),
+    ]
+
+
 TABLES = {
+    "streaming": Table(
+        streamed,
+        {"": column("measure"), "in memory": column("resident"), "streamed": column("streamed")},
+    ),
     "split": Table(
         lambda: load("counts")["split"],
         {

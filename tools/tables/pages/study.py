@@ -100,6 +100,63 @@ def to_reference(label: str) -> Callable[[Row], str]:
     return cell
 
 
+def demo_searches() -> list[Row]:
+    """The algorithms of the demo model's study, with the removed blocks of each objective and
+    budget."""
+    rows: dict[str, dict[Any, Any]] = {}
+    for cell in load("study_demo")["cells"]:
+        row = rows.setdefault(cell["algorithm"], {"algorithm": cell["algorithm"]})
+        row[f"{cell['objective']} {cell['num_remove']}"] = cell
+    return list(rows.values())
+
+
+def removed_by(objective: str, num_remove: int) -> Callable[[Row], str]:
+    """A column of removed blocks and their loss above the optimum's."""
+
+    def cell(row: Row) -> str:
+        found = row[f"{objective} {num_remove}"]
+        above = found["above_optimum"]
+        return f"{removed_blocks(found)} ({f'{above:+.4f}' if above else 'optimum'})"
+
+    return cell
+
+
+def demo_spread() -> list[Row]:
+    """The best and the worst chosen mask under each objective, by the objective that chose."""
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for entry in load("study_demo")["spread"]:
+        key = entry["num_remove"], entry["chosen_by"]
+        row = rows.setdefault(key, {"removed": key[0], "chosen_by": key[1]})
+        row[entry["judged_by"]] = entry["least_loss"], entry["most_loss"]
+    return list(rows.values())
+
+
+def demo_costs() -> list[Row]:
+    """The work of each algorithm, under both objectives and budgets."""
+    rows = []
+    for row in demo_searches():
+        cells = [cell for cell in row.values() if isinstance(cell, dict)]
+        keys = "masks", "asked_unit_runs", "naive_unit_runs", "seconds"
+        sums = {key: sum(cell[key] for cell in cells) for key in keys}
+        saved = sums["naive_unit_runs"] / sums["asked_unit_runs"]
+        rows.append({"algorithm": row["algorithm"], "saved": saved, **sums})
+    return rows
+
+
+def real_repeats() -> list[Row]:
+    """Searches that ask for many masks more than once, against a loop."""
+    found = load("real_algorithms")
+    rows = []
+    for name, label in (("text", "text-4x32"), ("questions", "questions-margin")):
+        cells, loop = real_cells(label), found["loop_seconds"][label]
+        masks, distinct = sum(cell["masks"] for cell in cells), found["different_masks"][label]
+        seconds = sum(cell["seconds"] for cell in cells)
+        row = {"set": name, "masks": masks, "distinct": distinct, "seconds": seconds, "loop": loop}
+        ratio = loop / seconds
+        rows.append(row | {"ratio": ratio, "ratio_of_distinct": ratio * distinct / masks})
+    return rows
+
+
 PIQA: Columns = {
     "PIQA, % (higher is better)": judged("piqa"),
     "PIQA against it, points": to_reference("piqa"),
@@ -107,6 +164,61 @@ PIQA: Columns = {
 
 
 TABLES = {
+    "demo_searches": Table(
+        demo_searches,
+        {
+            "algorithm": column("algorithm"),
+            **{
+                f"{objective}, {count} removed": removed_by(objective, count)
+                for objective in ("perplexity", "margin")
+                for count in (3, 4)
+            },
+        },
+    ),
+    "demo_overlap": Table(
+        lambda: load("study_demo")["jaccard"],
+        {
+            "removed": column("num_remove"),
+            "within an objective": fixed("within", 3),
+            "across objectives": fixed("across", 3),
+        },
+    ),
+    "demo_spread": Table(
+        demo_spread,
+        {
+            "removed": column("removed"),
+            "chosen by": column("chosen_by"),
+            "perplexity (lower is better)": lambda row: " to ".join(
+                f"{math.exp(loss):.2f}" for loss in row["perplexity"]
+            ),
+            "margin, nats (higher is better)": lambda row: " to ".join(
+                f"{-loss:.3f}" for loss in row["margin"]
+            ),
+        },
+    ),
+    "demo_costs": Table(
+        demo_costs,
+        {
+            "algorithm": column("algorithm"),
+            "masks": fixed("masks", 0),
+            "unit runs": fixed("asked_unit_runs", 0),
+            "naive unit runs": fixed("naive_unit_runs", 0),
+            "saved": lambda row: f"{row['saved']:.1f}x",
+            "seconds": fixed("seconds", 0),
+        },
+    ),
+    "real_repeats": Table(
+        real_repeats,
+        {
+            "36 searches of": column("set"),
+            "masks": fixed("masks", 0),
+            "distinct": fixed("distinct", 0),
+            "seconds": fixed("seconds", 0),
+            "loop, seconds": fixed("loop", 0),
+            "ratio": fixed("ratio", 1),
+            "ratio for distinct masks": fixed("ratio_of_distinct", 1),
+        },
+    ),
     **{
         f"study_{name}": Table(
             lambda name=name: chosen_masks(name),
