@@ -75,14 +75,13 @@ def origin(goes_on: Mapping[str, Any] | None = None) -> dict[str, Any]:
     return found | {"took": {key: round(own[key] + goes_on["took"][key], 1) for key in own}}
 
 
-def took() -> dict[str, float]:
-    """Seconds of the processors and of the clock since the process began."""
+def took(since: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Seconds of the processors and of the clock since the process began, or since an earlier
+    call."""
     times = os.times()
     cpu = times.user + times.system + times.children_user + times.children_system
-    return {
-        "cpu_seconds": round(cpu, 1),
-        "wall_seconds": round(time.perf_counter() - STARTED, 1),
-    }
+    now = {"cpu_seconds": cpu, "wall_seconds": time.perf_counter() - STARTED}
+    return {key: round(value - (since[key] if since else 0), 1) for key, value in now.items()}
 
 
 def command() -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import write
+from record import read, write
 
 import fastprune as fp
 from fastprune.objectives import OBJECTIVES, Objective
@@ -104,7 +104,7 @@ def results(folder: Path, name: str) -> dict[str, Any]:
         "machine": {"processor": "AMD EPYC", "device": study_device(study), "threads": 1},
         "dtype": document.config.model.dtype,
         "rows": rows,
-    }
+    } | read(folder / f"study-{name}" / "run.json")
 
 
 def objectives_of(document: Document, model: fp.Model) -> dict[str, Objective]:

@@ -35,8 +35,8 @@ def time_of(entry: Row) -> str:
     known = [time for time in times if time is not None]
     if not times or len(known) < len(times):
         return entry.get("time", "not recorded")
-    cpu, wall = (sum(time[key] for time in known) for key in ("cpu_seconds", "wall_seconds"))
-    return f"{in_words(cpu)} of the processors, {in_words(wall)} on the clock"
+    seconds = sum(time["cpu_seconds"] for time in known)
+    return f"{seconds:.0f} CPU seconds" if seconds < 120 else f"{seconds / 60:,.0f} CPU minutes"
 
 
 def time_recorded(result: str) -> Mapping[str, float] | None:
@@ -45,11 +45,6 @@ def time_recorded(result: str) -> Mapping[str, float] | None:
     found = load(name.removesuffix(".json"))
     found = found[part] if part else found
     return found.get("took") if isinstance(found, dict) else None
-
-
-def in_words(seconds: float) -> str:
-    """Seconds, or minutes from two of them on."""
-    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
 
 
 def needs() -> list[Row]:

@@ -30,7 +30,7 @@ def times(workers: int) -> Callable[[Row], str]:
 
 
 def streamed() -> list[Row]:
-    """What a run in memory takes, and one that streams its weights."""
+    """Memory, seconds and reads of a run in memory and of one that streams its weights."""
     found = load("streaming")
     whole, parts = found["resident"], found["streamed"]
 
