@@ -22,6 +22,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = time.perf_counter()
 SETTINGS = (  # of the environment, which a command names
+    "BENCH",
     "OMP_NUM_THREADS",
     "PYTHONPATH",
     "ATEN_CPU_CAPABILITY",
@@ -89,8 +90,10 @@ def command() -> str:
     a folder by its name in capitals."""
     settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     script = Path(sys.argv[0]).resolve()
-    shown = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
-    return " ".join([*settings, "python", shlex.join([shown, *map(place, sys.argv[1:])])])
+    shown = [str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name]
+    if script.name == "__main__.py":
+        shown = ["-m", script.parent.name]
+    return " ".join([*settings, "python", shlex.join([*shown, *map(place, sys.argv[1:])])])
 
 
 def place(argument: str) -> str:

@@ -49,3 +49,5 @@ def test_a_command_names_no_folder_of_this_machine(record, tmp_path, monkeypatch
     given = ["bench/quality.py", str(tmp_path / "smollm2"), "--text", str(text), "build/x"]
     monkeypatch.setattr("sys.argv", [str(ROOT / given[0]), *given[1:]])
     assert record.command().endswith("python bench/quality.py SMOLLM2 --text text.txt build/x")
+    monkeypatch.setattr("sys.argv", [pytest.__path__[0] + "/__main__.py", "bench/bench_paths.py"])
+    assert record.command().endswith("python -m pytest bench/bench_paths.py")

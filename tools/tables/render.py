@@ -38,6 +38,12 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def bench_rows(title: str, file: str = "cpu") -> list[Row]:
+    """The rows of one benchmark in what `make bench-full` writes, by the begin of its title."""
+    tables = load(file)["tables"]
+    return next(rows for name, rows in tables.items() if name.startswith(title))
+
+
 def column(key: str) -> Callable[[Row], str]:
     """A column of a text, or of a number as it is."""
     return lambda row: str(row[key])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..render import Columns, Row, Table, column, fixed, load, percent, with_error
+from ..render import Columns, Row, Table, bench_rows, column, fixed, load, percent, with_error
 
 
 def cells(name: str) -> list[Row]:
@@ -32,12 +32,6 @@ def tools() -> list[Row]:
         of_entry = {"size": f"{match[1]} x {match[2]}", "model": entry.get("model", "random")}
         found += [{**row, **of_entry} for row in entry["rows"]]
     return sorted(found, key=lambda row: (row["model"], row["size"]))
-
-
-def bench_rows(title: str, file: str = "cpu") -> list[Row]:
-    """The rows of one benchmark in what `make bench-full` writes, by the begin of its title."""
-    tables = load(file)["tables"]
-    return next(rows for name, rows in tables.items() if name.startswith(title))
 
 
 def searches() -> list[Row]:

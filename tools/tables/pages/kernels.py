@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..render import Row, Table, column, fixed, load, percent, significant
-from .benchmarks import bench_rows
+from ..render import Row, Table, bench_rows, column, fixed, load, percent, significant
 
 SHAPES = {
     f"d = {width}, T = {tokens:,}": (width, tokens)
