@@ -100,13 +100,18 @@ def to_reference(label: str) -> Callable[[Row], str]:
     return cell
 
 
+def without_data(label: str) -> str:
+    """The objective of a label, which names its data, too."""
+    return label.partition("-")[0]
+
+
 def demo_searches() -> list[Row]:
     """The algorithms of the demo model's study, with the removed blocks of each objective and
     budget."""
     rows: dict[str, dict[Any, Any]] = {}
     for cell in load("study_demo")["cells"]:
         row = rows.setdefault(cell["algorithm"], {"algorithm": cell["algorithm"]})
-        row[f"{cell['objective']} {cell['num_remove']}"] = cell
+        row[f"{without_data(cell['objective'])} {cell['num_remove']}"] = cell
     return list(rows.values())
 
 
@@ -126,8 +131,8 @@ def demo_spread() -> list[Row]:
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     for entry in load("study_demo")["spread"]:
         key = entry["num_remove"], entry["chosen_by"]
-        row = rows.setdefault(key, {"removed": key[0], "chosen_by": key[1]})
-        row[entry["judged_by"]] = entry["least_loss"], entry["most_loss"]
+        row = rows.setdefault(key, {"removed": key[0], "chosen_by": without_data(key[1])})
+        row[without_data(entry["judged_by"])] = entry["least_loss"], entry["most_loss"]
     return list(rows.values())
 
 
