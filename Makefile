@@ -92,7 +92,7 @@ test-portable-quick: .venv/installed
 
 # Where every measured table and figure comes from: command, result file, time, machine.
 evidence: .venv/installed
-	@$(BIN)/python tools/tables.py --evidence
+	@$(BIN)/python -m tools.tables --evidence
 
 # docs/ and the API reference as a site, in build/site; links and names that lead nowhere are errors.
 docs: .venv/installed

@@ -1,8 +1,10 @@
 """solve_subset against brute force, side by side in one run, and how far it gets.
 
     python -m pytest bench/bench_solver.py --benchmark-enable     timings by pytest-benchmark
-    python bench/bench_solver.py [--limit 30] [--quick]           the tables of docs/solver.md
-    python bench/bench_solver.py --ablation                       the table of what is left out
+    python bench/bench_solver.py [--limit 30] [--quick]           times, sizes and bounds
+    python bench/bench_solver.py --ablation                       times without parts of the solver
+
+Both of the last write their results with `--out bench/results/solver.json`.
 
 Two brute forces are timed, both over all C(32, 8) = 1.05e7 subsets: the plain one multiplies blocks
 of membership vectors with H; the other splits the variables into halves so that one matrix product
@@ -15,13 +17,18 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import json
 import math
 import statistics
 import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from make_matrices import fisher_like, wishart
+from record import save
 
 from fastprune import solve_subset
 from fastprune.solver import oracle
@@ -152,28 +159,30 @@ def seconds(function, *args, rounds=1):
     return statistics.median(times), answer
 
 
-def header(*columns: str) -> None:
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+MATRICES = (("Fisher-like", fisher_like), ("Wishart", wishart))
 
 
-def table_of_methods() -> None:
-    header("N = 32, k = 8, 100 states", "seconds", "solve_subset is faster by")
+def times_of_methods() -> list[dict[str, Any]]:
+    """Each way to 100 states of 32 variables, 8 chosen."""
     h = fisher_like(32)
     times, answers = {}, {}
     for name, method in METHODS.items():
         times[name], answers[name] = seconds(
             method, h, 8, 100, rounds=1 if name == "NumPy brute force" else 7
         )
-    for name, t in times.items():
-        assert subsets_of(answers[name]) == subsets_of(answers["solve_subset"])
-        print(f"| {name} | {t:.4f} | {t / times['solve_subset']:.1f} |")
+    for answer in answers.values():
+        assert subsets_of(answer) == subsets_of(answers["solve_subset"])
+    return [
+        {"method": name, "seconds": time, "slower": time / times["solve_subset"]}
+        for name, time in times.items()
+    ]
 
 
-def table_of_sizes(limit: float, quick: bool) -> None:
-    header("matrix", "N", "k", "states", "proven", "median s", "worst s", "worst gap, relative")
+def times_of_sizes(limit: float, quick: bool) -> Iterator[dict[str, Any]]:
+    """The solver on both kinds of matrices, for the best state and for 100."""
     sizes = [(32, 16), (40, 16), (64, 24), (64, 32)] + [(128, 32), (128, 64)] * (not quick)
     for size, k in sizes:
-        for name, make in (("Fisher-like", fisher_like), ("Wishart", wishart)):
+        for name, make in MATRICES:
             for states in (1, 100):
                 runs = []
                 for seed in SEEDS if size < 128 else range(2):
@@ -183,30 +192,36 @@ def table_of_sizes(limit: float, quick: bool) -> None:
                     )
                     runs.append((t, r.proven, r.gap / abs(r.energies[-1])))
                 times, proven, gaps = zip(*runs)
-                print(
-                    f"| {name} | {size} | {k} | {states} | {sum(proven)}/{len(runs)} | "
-                    f"{statistics.median(times):.3f} "
-                    f"| {max(times):.3f} | {max(gaps):.3f} |",
-                    flush=True,
-                )
+                yield {
+                    "matrix": name,
+                    "size": size,
+                    "k": k,
+                    "states": states,
+                    "proven": sum(proven),
+                    "seeds": len(runs),
+                    "limit": limit,
+                    "median_s": statistics.median(times),
+                    "worst_s": max(times),
+                    "worst_gap": float(max(gaps)),
+                }
 
 
-def table_of_bounds(limit: float) -> None:
-    header("matrix", "N", "k", "bound", "below the optimum, at the root", "NumPy search with it, s")
+def distances_of_bounds(limit: float) -> Iterator[dict[str, Any]]:
+    """Each bound's distance below the optimum at the root, and the NumPy search with it."""
     best_diagonal = oracle.best_diagonal
     for size, k in [(32, 16), (40, 16), (64, 24)]:
-        for name, make in (("Fisher-like", fisher_like), ("Wishart", wishart)):
+        for name, make in MATRICES:
             matrices = [make(size, seed=seed) for seed in SEEDS]
             optima = [solve_subset(h, k).energies[0] for h in matrices]
+            row = {"matrix": name, "size": size, "k": k, "limit": limit}
             gaps = [1 - pairwise_bound(h, k) / e for h, e in zip(matrices, optima)]
-            print(f"| {name} | {size} | {k} | pairwise | {100 * statistics.median(gaps):.1f} % | |")
+            yield {**row, "bound": "pairwise", "gap": statistics.median(gaps)}
             choices = {
-                "convex as it is": None,
+                "convex as it is": lambda h, weight: np.zeros(len(weight)),
                 "eigenvalue shift": eigenvalue_shift,
                 "best diagonal": best_diagonal,
             }
             for label, choice in choices.items():
-                choice = choice or (lambda h, weight: np.zeros(len(weight)))
                 gaps = [
                     1 - relaxation_bound(h, k, choice(h, np.ones(size))) / e
                     for h, e in zip(matrices, optima)
@@ -214,17 +229,13 @@ def table_of_bounds(limit: float) -> None:
                 oracle.best_diagonal = choice
                 runs = [seconds(oracle.solve, h, np.zeros(size), k, 1, limit) for h in matrices]
                 oracle.best_diagonal = best_diagonal
-                t = statistics.median(t for t, _ in runs)
-                text = (
-                    f"{t:.2f}"
-                    if all(proven for _, (_, _, proven, _) in runs)
-                    else f"> {limit:g} (not all proven)"
-                )
-                print(
-                    f"| {name} | {size} | {k} | {label} | {100 * statistics.median(gaps):.1f} % | "
-                    f"{text} |",
-                    flush=True,
-                )
+                yield {
+                    **row,
+                    "bound": label,
+                    "gap": statistics.median(gaps),
+                    "seconds": statistics.median(t for t, _ in runs),
+                    "all_proven": all(proven for _, (_, _, proven, _) in runs),
+                }
 
 
 def tied(size: int, seed: int) -> np.ndarray:
@@ -233,23 +244,27 @@ def tied(size: int, seed: int) -> np.ndarray:
     return np.kron(fisher_like(size // 4, seed=seed), np.ones((4, 4)))
 
 
-def table_of_what_is_left_out(limit: float) -> None:
+PARTS = "exact_sums", "symmetry", "subtree_diagonals"
+LEFT_OUT_OF = (
+    ("Fisher-like", fisher_like, 40, 16, 100, SEEDS),
+    ("Fisher-like", fisher_like, 64, 24, 1, SEEDS),
+    ("Wishart", wishart, 40, 16, 100, SEEDS),
+    ("Wishart", wishart, 64, 24, 1, SEEDS),
+    ("Every variable four times", tied, 40, 16, 20, SEEDS),
+    ("Fisher-like", fisher_like, 128, 32, 1, [0]),
+    ("Fisher-like", fisher_like, 128, 32, 1, [1]),
+)
+
+
+def times_without_parts(limit: float, quick: bool) -> Iterator[dict[str, Any]]:
     """Nodes and processor seconds, on one thread, summed over the seeds, without each part of the
     solver in turn."""
-    header(
-        "matrix", "N", "k", "states", "left out", "proven", "nodes", "processor s", "as with all"
-    )
-    left_out = (None, "exact_sums", "symmetry", "subtree_diagonals")
-    for name, make, size, k, states in (
-        ("Fisher-like", fisher_like, 40, 16, 100),
-        ("Fisher-like", fisher_like, 64, 24, 1),
-        ("Wishart", wishart, 40, 16, 100),
-        ("Wishart", wishart, 64, 24, 1),
-        ("four times each", tied, 40, 16, 20),
-    ):
-        matrices = [make(size, seed=seed) for seed in SEEDS]
+    for name, make, size, k, states, seeds in LEFT_OUT_OF:
+        if quick and size == 128:
+            continue
+        matrices = [make(size, seed=seed) for seed in seeds]
         with_all = None
-        for part in left_out:
+        for part in (None, *PARTS):
             settings = {} if part is None else {part: False}
             start, answers = time.process_time(), []
             for h in matrices:
@@ -259,23 +274,31 @@ def table_of_what_is_left_out(limit: float) -> None:
                         h, zero, k, states, time_limit=limit, threads=1, **settings
                     )
                 )
-            took = time.process_time() - start
+            spent = time.process_time() - start
             found = [(subsets, energies.tolist()) for subsets, energies, *_ in answers]
             with_all = with_all or found
             proven, nodes = (sum(answer[at] for answer in answers) for at in (2, 4))
-            same = "yes" if found == with_all else "no"
-            row = (
-                name,
-                size,
-                k,
-                states,
-                part or "nothing",
-                f"{proven}/{len(answers)}",
-                nodes,
-                f"{took:.2f}",
-                same,
-            )
-            print(f"| {' | '.join(map(str, row))} |", flush=True)
+            yield {
+                "matrix": name,
+                "size": size,
+                "k": k,
+                "states": states,
+                "seeds": list(seeds),
+                "without": part,
+                "proven": proven,
+                "nodes": nodes,
+                "cpu_s": spent,
+                "same_bits": found == with_all,
+            }
+
+
+def printed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each printed once it is there."""
+    found = []
+    for row in rows:
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    return found
 
 
 def main() -> None:
@@ -284,16 +307,19 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=float, default=30.0, help="seconds per solve")
     parser.add_argument("--quick", action="store_true", help="leave out 128 variables")
-    parser.add_argument(
-        "--ablation", action="store_true", help="only the table of what is left out"
-    )
-    args = parser.parse_args()
-    if args.ablation:
-        table_of_what_is_left_out(args.limit)
+    parser.add_argument("--ablation", action="store_true", help="leave out parts of the solver")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.ablation:
+        rows = printed(times_without_parts(given.limit, given.quick))
+        save(given.out, {"rows": rows}, part="without parts")
         return
-    table_of_methods()
-    table_of_sizes(args.limit, args.quick)
-    table_of_bounds(args.limit)
+    tables = {
+        "methods": printed(times_of_methods()),
+        "sizes": printed(times_of_sizes(given.limit, given.quick)),
+        "bounds": printed(distances_of_bounds(given.limit)),
+    }
+    save(given.out, tables, part="times")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import torch
 
 import fastprune as fp
@@ -101,11 +102,9 @@ def run_cells(
     Returns:
         All cells of the file.
     """
-    from conftest import machine
-
-    results: dict[str, Any] = {"cells": []}
-    if path.exists():
-        results = json.loads(path.read_text())
+    kept = record.read(path)
+    known = {} if again else kept
+    results: dict[str, Any] = {"cells": kept.get("cells", [])}
     for name, run in cells.items():
         if not again and any(cell["cell"] == name for cell in results["cells"]):
             continue
@@ -114,11 +113,7 @@ def run_cells(
         except Exception as error:  # one cell that fails stops no other
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
-        results = {
-            "machine": machine() | {"shared": "with other work"},
-            "command": "OMP_NUM_THREADS=1 python " + " ".join(sys.argv),
-            "cells": [kept for kept in results["cells"] if kept["cell"] != name] + [cell],
-        }
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        results["cells"] = [kept for kept in results["cells"] if kept["cell"] != name] + [cell]
+        record.save(path, results, goes_on=known)
         print(json.dumps(cell), flush=True)
     return results["cells"]

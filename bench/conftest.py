@@ -3,12 +3,11 @@ JSON."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 from pathlib import Path
 
 import pytest
+from record import save
 
 TABLES: dict[str, list[dict]] = {}  # rows by title
 
@@ -19,30 +18,6 @@ def report(request):
     first line."""
     title = request.module.__doc__.splitlines()[0].rstrip(".")
     return lambda **columns: TABLES.setdefault(title, []).append(columns)
-
-
-def machine() -> dict:
-    """The processor and the libraries, which a reader needs to place the numbers."""
-    import torch
-    import transformers
-
-    model = next(
-        (line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), ""
-    )
-    return {
-        "cpu": model or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -56,9 +31,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 "  ".join(cell.rjust(width) for cell, width in zip(line, widths))
             )
     if TABLES and "BENCH_JSON" in os.environ:
-        Path(os.environ["BENCH_JSON"]).write_text(
-            json.dumps({"machine": machine(), "tables": TABLES}, indent=1) + "\n"
-        )
+        save(Path(os.environ["BENCH_JSON"]), {"tables": TABLES})
 
 
 def _format(value) -> str:

@@ -9,11 +9,11 @@ of several sizes. 500 random masks of 32 units are cut for 64 workers that share
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import save
 
 import fastprune as fp
 from fastprune.plan.schedule import make_schedule
@@ -106,9 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    results = {"command": "python bench/counts.py", "split": split(), "cached": cached()}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.out, {"split": split(), "cached": cached()})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whole calls under chunks of different sizes, in one process and on one thread.
 
-    OMP_NUM_THREADS=1 python bench/cut.py [--write bench/results/cut.json]
+    OMP_NUM_THREADS=1 python bench/cut.py [--out bench/results/cut.json]
 
 Scores the model without each of its blocks, on 2,048 tokens in rows of 32 and of 128 tokens, under
 chunks of one row and of 128 to 4,096 tokens. The layouts take turns. The table has the median CPU
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from record import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
@@ -82,7 +83,7 @@ def measure(hidden: int, row_tokens: int, rounds: int) -> list[dict[str, object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = []
     for hidden in (128, *SHAPES):
@@ -90,8 +91,7 @@ def main() -> None:
             for row in measure(hidden, row_tokens, options.rounds):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    if options.write:
-        options.write.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))
+    save(options.out, {"rows": rows})
 
 
 if __name__ == "__main__":

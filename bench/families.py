@@ -12,7 +12,6 @@ every family, and families in it are kept.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers as tf
+from record import read, save
 
 import fastprune as fp
 from fastprune.models.blocks import FAMILIES
@@ -125,18 +125,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--machine", default="", help="words that name the machine, for --out")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = {}
-    if options.out and options.out.exists():
-        results = json.loads(options.out.read_text())["families"]
+    known = read(options.out)
+    results = known.get("families", {})
     for family in options.families:
         results[family] = measure(family)
         print(f"{family:18}", *results[family].values(), flush=True)
-        if options.out:
-            content = {"machine": options.machine, "threads": 1, "families": results}
-            options.out.write_text(json.dumps(content, indent=1) + "\n")
+        save(options.out, {"families": results}, goes_on=known)
     print("median", statistics.median(result["ratio"] for result in results.values()))
 
 

@@ -1,5 +1,6 @@
-"""Expected times of one H100, reckoned without one: `PYTHONPATH=kernels:. python
-bench/gpu_model.py`, about a minute.
+"""Expected times of one H100, reckoned without one.
+
+    PYTHONPATH=kernels:. python bench/gpu_model.py [--out bench/results/gpu_model.json]
 
 Registers, shared memory and instructions are read from compiled code, tiles and launches from the
 launchers, and laid beside the card's rates. Every number is an expectation, to stand beside what a
@@ -8,11 +9,16 @@ run measures, and says what limits it.
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from record import save
 
 from fastprune.plan.trie import kept_units, make_trie
 from fastprune_kernels import attention, resources
@@ -171,7 +177,7 @@ def trees(case, found, rows: int, trunk: int, choices: int, length: int, model: 
     }
 
 
-def kernel_rows() -> list[list[str]]:
+def kernel_rows() -> list[dict[str, Any]]:
     tokens, model = 8192, LLAMA
     pairs = tokens * (model.heads + model.kv_heads)
     both = compiled("add_rms_norm", "bf16 D=4096"), compiled("gated_mlp", "bf16 silu")
@@ -201,39 +207,22 @@ def kernel_rows() -> list[list[str]]:
         ("tree_attention", "128 x (100 + 4 x 20)", attend, trees(*attend, 128, 100, 4, 20, model)),
         ("tree_attention", "4 x 2,048", attend, trees(*attend, 4, 2048, 0, 0, model)),
     ]
-    lines = [
-        [
-            "kernel",
-            "shape",
-            "registers",
-            "shared KB",
-            "programs an SM",
-            "waves",
-            "L2 B/FLOP",
-            "shared B/FLOP",
-            "ms",
-            "of floor",
-            "limit",
-            "host us",
-        ]
-    ]
+    lines = []
     for name, shape, (case, found), t in rows:
         kernel = name.split(",")[0]
-        host = CHECKS[kernel] + TRITON * (2 if kernel.startswith("linear") else 1)
-        each = [f"{t[key]:.3g}" if key in t else "" for key in ("waves", "cache", "shared")]
         lines.append(
-            [
-                name,
-                shape,
-                str(found.registers),
-                f"{found.shared / 1024:.0f}",
-                str(programs_at_once(case, found)),
-                *each,
-                f"{1e3 * t['seconds']:.3g}",
-                f"{t['floor'] / t['seconds']:.2f}",
-                t["limit"],
-                str(host),
-            ]
+            {
+                "kernel": name,
+                "shape": shape,
+                "registers": found.registers,
+                "shared_kb": found.shared / 1024,
+                "programs": programs_at_once(case, found),
+                **{key: t.get(key) for key in ("waves", "cache", "shared")},
+                "ms": 1e3 * t["seconds"],
+                "of_floor": t["floor"] / t["seconds"],
+                "limit": t["limit"],
+                "host_us": CHECKS[kernel] + TRITON * (2 if kernel.startswith("linear") else 1),
+            }
         )
     return lines
 
@@ -319,23 +308,11 @@ def unit_runs(rounds: list[np.ndarray], kept: bool) -> tuple[int, int]:
     return masks, len(prefixes)
 
 
-def search_rows() -> list[list[str]]:
+def search_rows() -> list[dict[str, Any]]:
     case, found = compiled("tree_attention", "bf16 Dh=128")
     small_case, small_found = compiled("tree_attention", "bf16 Dh=64")
     items, shape = 128, (100, 4, 6)
-    lines = [
-        [
-            "model",
-            "chunk",
-            "states kept",
-            "masks",
-            "unit runs",
-            "block ms",
-            "host ms",
-            "seconds",
-            "of the product's rate",
-        ]
-    ]
+    lines = []
     for model, attending in ((LLAMA, (case, found)), (SMALL, (small_case, small_found))):
         rounds = beam_rounds(model.blocks, 7, 5)
         for chunk in (64, 8):  # questions
@@ -359,23 +336,23 @@ def search_rows() -> list[list[str]]:
                     items // chunk * (runs * block_flops(model, tokens, pairs) + masks * head_flops)
                 )
                 lines.append(
-                    [
-                        model.name,
-                        f"{chunk} questions",
-                        "of all rounds" if kept else "of a round",
-                        f"{masks:,}",
-                        f"{runs:,}",
-                        f"{1e3 * device:.3g}",
-                        f"{1e3 * host:.3g}",
-                        f"{seconds:.0f}",
-                        f"{flops / seconds / PRODUCT:.2f}",
-                    ]
+                    {
+                        "model": model.name,
+                        "questions": chunk,
+                        "kept": "of all rounds" if kept else "of a round",
+                        "masks": masks,
+                        "unit_runs": runs,
+                        "block_ms": 1e3 * device,
+                        "host_ms": 1e3 * host,
+                        "seconds": seconds,
+                        "of_rate": flops / seconds / PRODUCT,
+                    }
                 )
     return lines
 
 
-def block_rows() -> list[list[str]]:
-    lines = [["model", "tokens", "q, k, v", "device ms", "host ms", "of the product's rate"]]
+def block_rows() -> list[dict[str, Any]]:
+    lines = []
     for model, tokens in ((LLAMA, 8192), (LLAMA, 1024), (SMALL, 8192), (SMALL, 1024)):
         length = min(tokens, 2048)
         pairs = tokens // length * length * (length + 1) // 2
@@ -386,36 +363,42 @@ def block_rows() -> list[list[str]]:
             device, host = totals(block(model, tokens, attend, packed))
             rate = block_flops(model, tokens, pairs) / max(device, host) / PRODUCT
             lines.append(
-                [
-                    model.name,
-                    f"{tokens:,}",
-                    "packed" if packed else "three products",
-                    f"{1e3 * device:.3g}",
-                    f"{1e3 * host:.3g}",
-                    f"{rate:.2f}",
-                ]
+                {
+                    "model": model.name,
+                    "tokens": tokens,
+                    "qkv": "packed" if packed else "three products",
+                    "device_ms": 1e3 * device,
+                    "host_ms": 1e3 * host,
+                    "of_rate": rate,
+                }
             )
     return lines
 
 
-def step_rows() -> list[list[str]]:
+def step_rows() -> list[dict[str, Any]]:
     attend = START + 4 * 32 * 128 * 4 * 2048 * 2049 // 2 / (0.55 * PRODUCT)
     steps = block(LLAMA, 8192, attend)
     device, host = totals(steps)
-    lines = [["step of a LLaMA-3 8B block, 8,192 tokens", "ms", "share", "host us"]]
-    lines += [
-        [name, f"{1e3 * t:.3g}", f"{t / device:.1%}", f"{us:.0f}"]
+    lines = [
+        {"step": name, "ms": 1e3 * t, "share": t / device, "host_us": us}
         for name, (t, us) in steps.items()
     ]
-    return [*lines, ["all of it", f"{1e3 * device:.3g}", "", f"{1e6 * host:.0f}"]]
+    return [*lines, {"step": "all of it", "ms": 1e3 * device, "share": None, "host_us": 1e6 * host}]
 
 
-def markdown(rows: list[list[str]]) -> str:
-    head, *rest = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    tables = {
+        "kernels": kernel_rows(),
+        "steps": step_rows(),
+        "blocks": block_rows(),
+        "searches": search_rows(),
+    }
+    print(json.dumps(tables, indent=1))
+    save(given.out, tables)
 
 
 if __name__ == "__main__":
-    print(
-        "\n\n".join(markdown(rows()) for rows in (kernel_rows, step_rows, block_rows, search_rows))
-    )
+    main()

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import machine
+from record import save
 
 import fastprune as fp
 from fastprune import demo
@@ -84,8 +84,6 @@ def main() -> None:
     print("samples of judges that share 32 tokens with training or choice:", shared, flush=True)
     settings = {name: getattr(given, name) for name in ("steps", "rows", "length", "rate")}
     result = {
-        "command": "OMP_NUM_THREADS=1 python " + " ".join(sys.argv),
-        "machine": machine() | {"shared": "with other work"},
         "choice": "--removed",
         "training": settings | {"tokens": given.steps * given.rows * given.length, "rank": 16},
         "judges": {
@@ -100,10 +98,7 @@ def main() -> None:
         units = choose(given, choice, removed) if isinstance(removed, int) else removed
         models.append(run(given, parts["training"], judges, units, settings))
         result["rows"] = make_rows(judges, models)
-        if given.out:
-            known = json.loads(given.out.read_text()) if given.out.exists() else {}
-            known[given.name or Path(given.model).name] = result
-            given.out.write_text(json.dumps(known, indent=1) + "\n")
+        save(given.out, result, part=given.name or Path(given.model).name)
     print(json.dumps(result, indent=1))
 
 

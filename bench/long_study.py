@@ -7,7 +7,8 @@ FOLDER of --data holds wikitext2-test.txt (WikiText-2's test split), arc-easy.js
 {"prompt", "choices", "answer"}), piqa.jsonl (the same) and tinyshakespeare.txt; the third domain,
 code, is Python's standard library. WikiText-2 is cut in two where an article begins, questions into
 the first 500 and the rest, so that no search sees what judges it. Each document becomes a folder of
-results in OUT. Interrupted, the same command continues from the last score.
+results in OUT, where run.json says how long it took. Interrupted, the same command continues from
+the last score; run.json then knows the last start alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from record import save, took
 
 DOCUMENTS = Path(__file__).with_name("study")
 CODE = ("argparse", "ast", "csv", "datetime", "difflib", "doctest", "inspect", "json/decoder")
@@ -48,7 +51,9 @@ def main() -> None:
         shutil.copyfile(DOCUMENTS / document.name, document)
         command = ["fastprune", "study", document, "--out", out / f"study-{name}"]
         print(" ".join(map(str, command)), flush=True)
+        before = took()
         subprocess.run([sys.executable, "-m", *map(str, command)], check=True)
+        save(out / f"study-{name}" / "run.json", {"took": took(since=before)})
 
 
 def split(data: Path, out: Path) -> None:

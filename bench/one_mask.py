@@ -1,6 +1,6 @@
 """One mask at a time on a warm evaluator: what a call costs beside its unit runs and its head.
 
-    OMP_NUM_THREADS=1 python bench/one_mask.py [--write bench/results/one_mask.json]
+    OMP_NUM_THREADS=1 python bench/one_mask.py [--out bench/results/one_mask.json]
 
 A random llama of 32 narrow blocks, 16 rows of 128 tokens, and 100 masks, each one swap from the
 mask before. The overhead is the CPU time of a call less that of its units and heads, which a spy
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from record import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
@@ -77,7 +78,7 @@ def make_masks(rng: np.random.Generator) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -107,8 +108,6 @@ def main() -> None:
             overheads.append((total - spied, version.seconds))
             units.append(ev.stats.unit_runs - before)
     row = {
-        "command": "OMP_NUM_THREADS=1 python bench/one_mask.py",
-        "machine": "AMD EPYC, AVX-512, 2 cores, shared with other work",
         "milliseconds": round(1e3 * statistics.median(total for total, _ in overheads), 2),
         "of_them_model_and_numerics": round(1e3 * statistics.median(v for _, v in overheads), 2),
         "spy_microseconds_a_call": round(1e6 * own, 2),
@@ -116,8 +115,7 @@ def main() -> None:
         "chunks": len(ev.layout.chunks),
     }
     print(json.dumps(row))
-    if options.write:
-        options.write.write_text(json.dumps(row, indent=1) + "\n")
+    save(options.out, row)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     # likewise jiwonsong-dev/SLEB, MrGGLS/BlockPruner, Nota-NetsPresso/shortened-llm,
     # YaNgZhAnG-V5/llm_dissect (FinerCut) and dnhkng/RYS
     OMP_NUM_THREADS=1 python bench/other_tools.py CLONES [--model FOLDER --text FILE]
-        [--tools evopress ...] [--rows 8] [--length 128] [--write bench/results/tools.json]
+        [--tools evopress ...] [--rows 8] [--length 128] [--out bench/results/tools.json]
 
 The rows are windows of the text, or random tokens. A tool whose row with this command is in the
 results already is left out, so that an interrupted command can be run again.
@@ -24,7 +24,6 @@ import importlib
 import io
 import itertools
 import json
-import platform
 import random
 import shlex
 import sys
@@ -37,6 +36,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import record
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     places = {str(options.clones): "CLONES", options.model: "MODEL", options.text: "TEXT"}
     command = shlex.join(["python", *(places.get(arg, arg) for arg in sys.argv)])
@@ -335,17 +335,15 @@ def main() -> None:
         batch = fp.load_text(options.text, tokenizer, options.rows, options.length)
         rows = torch.from_numpy(batch.ids.reshape(options.rows, options.length))
     entries = []
-    if options.write and options.write.exists():
-        entries = json.loads(options.write.read_text())
-    results: list[dict[str, Any]] = []
-    for entry in entries:
-        if entry["command"] == command:
-            results = entry["rows"]
-    if not results:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
+    if options.out and options.out.exists():
+        entries = json.loads(options.out.read_text())
+    entry = next((entry for entry in entries if entry["command"] == command), None)
+    known = dict(entry or {})
+    if entry is None:
         model_name = Path(options.model).name if options.model else "random"
-        entry = {"command": command, "model": model_name, "machine": machine}
-        entries.append({**entry, "torch": torch.__version__, "rows": results})
+        entry = {"model": model_name, "rows": []}
+        entries.append(entry)
+    results = entry["rows"]
     log = io.StringIO()  # the scripts' progress bars
     finished = [row["tool"] for row in results]
     for name in [tool for tool in options.tools if tool not in finished]:
@@ -367,8 +365,9 @@ def main() -> None:
         }
         results.append(row)
         print(json.dumps(row), *([] if row["same"] else chosen), flush=True)
-        if options.write:  # after each tool: an interrupted run keeps those before
-            options.write.write_text(json.dumps(entries, indent=1) + "\n")
+        if options.out:  # after each tool: an interrupted run keeps those before
+            entry.update(record.origin(goes_on=known) | {"command": command})
+            record.write(options.out, entries)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,14 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from conftest import machine
 from healing import load, name_of, split_text
+from record import save
 
 import fastprune as fp
 from fastprune.masks import parse_removed
@@ -62,8 +61,6 @@ def main() -> None:
     store = arguments.folder / "sums.db"
     evaluators = {name: fp.Evaluator(model, judge, store=store) for name, judge in judges.items()}
     results: dict[str, Any] = {
-        "command": "OMP_NUM_THREADS=1 python " + " ".join(sys.argv),
-        "machine": machine() | {"shared": "with other work"},
         "samples": {name: judge.num_samples for name, judge in judges.items()},
         "rows": [],
     }
@@ -82,8 +79,7 @@ def main() -> None:
         }
         results["rows"].append(row)
         print(json.dumps(row), flush=True)
-        if arguments.out:
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(arguments.out, results)
 
 
 def judged(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 from race_rule import looks_of, measure, open_trial, shuffled
+from record import save
 
 import fastprune as fp
 from fastprune.plan.racing import race
@@ -23,6 +24,7 @@ WIDTH = 5
 def main() -> None:
     options, ev = open_trial(__doc__, samples=250, length=128, shuffles=100)
     looks = looks_of(ev.num_samples, options.length)
+    found = []
     parents, parent_losses = [()], ev.score_samples([[True] * ev.num_units])
     for number in range(1, options.rounds + 1):
         parent_of: dict[tuple[int, ...], int] = {}
@@ -38,9 +40,11 @@ def main() -> None:
             for name, of in (("losses", losses), ("less_parents", less))
         }
         ratio = row["less_parents"]["work"] / row["losses"]["work"]
-        print(f"round {number}, {len(children)} candidates", row, f"{ratio:.3f}", flush=True)
+        found.append({"round": number, "candidates": len(children), **row, "work_ratio": ratio})
+        print(found[-1], flush=True)
         best = np.argsort(losses.mean(axis=1), kind="stable")[:WIDTH]
         parents, parent_losses = [children[i] for i in best], losses[best]
+    save(options.out, {"rounds": found})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 from race_rule import CONFIDENCE, looks_of, open_trial
+from record import save
 
 import fastprune as fp
 from fastprune.plan.racing import race
@@ -80,12 +81,12 @@ def main() -> None:
             results.append(parent)
         assert results[0] == results[1]  # the same decisions
         shares.append({name: runs[1][name] / runs[0][name] for name in runs[0]})
+    found = {}
     for name in shares[0]:
         values = [share[name] for share in shares]
-        print(
-            f"{name}: {np.mean(values):.3f} of the unit runs"
-            f" ({min(values):.3f} to {max(values):.3f} in {len(values)} orders)"
-        )
+        found[name] = {"mean": float(np.mean(values)), "least": min(values), "most": max(values)}
+    print(found)
+    save(options.out, {"share_of_unit_runs": found, "orders": len(shares)})
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from record import save
 
 import fastprune as fp
 from fastprune import demo
@@ -152,6 +152,7 @@ def open_trial(
     parser.add_argument("--length", type=int, default=length)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shuffles", type=int, default=shuffles)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = fp.load_model(options.model)
     text = fp.load_text(options.text, model.tokenizer, options.samples, options.length, bos=False)
@@ -217,20 +218,19 @@ def main() -> None:
         sys.modules[spec.name] = module  # dataclasses look it up
         spec.loader.exec_module(module)
         rules["old_"] = module.race
-    known = args.out is not None and args.out.exists()
-    results: dict[str, dict[str, float]] = json.loads(args.out.read_text()) if known else {}
+    results: dict[str, dict[str, float]] = {}
 
     def note(name: str, keep: int, races: Iterable) -> None:
         results[f"{name}, keep {keep}"] = row = measure(races, keep, rules)
         print(f"{name}, keep {keep}", row, flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
+        part = Path(args.model).name if args.model else "made up"
+        save(args.out, {"races": results}, part=part)
 
     if args.model:
         losses = real_losses(args.model, args.text)
         looks = looks_of(losses.shape[1], LENGTH)
         for keep in KEEPS:
-            name = f"{Path(args.model).name}, {len(losses)} masks, {ROWS} x {LENGTH} tokens"
+            name = f"{len(losses)} masks, {ROWS} x {LENGTH} tokens"
             note(name, keep, shuffled(losses, looks, args.shuffles))
         return
     for name, make, keeps in SETTINGS:

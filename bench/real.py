@@ -9,7 +9,8 @@ Calibration sets: windows of the text, of each length and amount; of another tex
 the first length and amount; and questions, under the margin. Judges: other windows of the text, and
 the share of wrong answers to the questions of --judge. Prints Markdown tables, of the losses and of
 what each set's searches cost against one transformers pass for each mask, reckoned by unit runs
-from passes timed here. Interrupted, it continues in its folder.
+from passes timed here. Interrupted, it continues in its folder, where run.json has command, machine
+and time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from record import save
 
 import fastprune as fp
 from fastprune.models.surgery import without
@@ -103,6 +105,7 @@ def main() -> None:
         path.write_text("\n".join([f"base = {json.dumps(str(Path.cwd()))}", *document]) + "\n")
         command = [sys.executable, "-m", "fastprune", "study", str(path), "--out", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    save(out / "run.json", {})
     found = json.loads((out / "study.json").read_text())
     model = fp.load_model(given.model)
     makers = {}

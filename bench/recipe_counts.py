@@ -1,6 +1,7 @@
 """Unit runs x tokens, and heads x tokens, of EvoPress's script with its recipe. No model runs.
 
     python bench/recipe_counts.py CLONES [--blocks 30] [--rows 16] [--length 128]
+        [--out bench/results/recipe_counts.json]
 
 The authors' script runs as in `other_tools.py`, on random losses. Its own passes are counted, and
 those of fastprune under chunks of several sizes and prefix caches of several capacities, in states.
@@ -16,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 from other_tools import run_evopress
+from record import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
@@ -25,7 +27,8 @@ from fastprune.plan.schedule import plan_call
 from fastprune.plan.trie import kept_units
 from fastprune.testing import SyntheticEvaluator
 
-CHUNK_TOKENS, CAPACITIES = (512, 256, 128), (0, 150, 1_000_000)
+UNBOUNDED = 1_000_000
+CHUNK_TOKENS, CAPACITIES = (512, 256, 128), (0, 150, UNBOUNDED)
 Call = tuple[list[tuple[int, ...]], list[int], int]  # sequences, samples, tokens
 
 
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     blocks, length = options.blocks, options.length
     config = LlamaConfig(
@@ -85,16 +89,20 @@ def main() -> None:
     calls = recorder.calls
     units = rows.numel() * blocks + sum(t * sum(map(len, masks)) for masks, _, t in calls)
     heads = sum(t * len(masks) for masks, _, t in calls)
+    found = []
     print(f"the script: {units} units x tokens, {heads} heads x tokens")
     batch = fp.TokenBatch.from_ids(rows.numpy())
     for most in CHUNK_TOKENS:
         chunks = list(map(set, make_layout(batch, most, tile=512).chunks))
         for capacity in CAPACITIES:
             own, own_heads = count(calls, chunks, capacity, blocks, length)
-            print(
-                f"chunks of {most} tokens, {capacity} states: {own} and {own_heads},"
-                f" {units / own:.2f} and {heads / own_heads:.2f} times fewer"
-            )
+            row = {"chunk_tokens": most, "states": None if capacity == UNBOUNDED else capacity}
+            row |= {"units": own, "heads": own_heads}
+            row |= {"fewer_units": units / own, "fewer_heads": heads / own_heads}
+            found.append(row)
+            print(row, flush=True)
+    theirs = {"unit_tokens": units, "head_tokens": heads}
+    save(options.out, {"blocks": blocks, "script": theirs, "recipe": found})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Counts of what goes wrong: bad files, flipped bits, kills, threads; a Markdown table.
+"""Counts of what goes wrong: bad files, flipped bits, kills, threads, memory.
 
-    python bench/reliability.py [EFFORT]      # 1: all that docs/reliability.md counts; 0.05: a look
-    in a minute or two
+    python bench/reliability.py [--effort 1] [--out bench/results/reliability.json]
+
+An effort of 1 is all that docs/reliability.md counts, 0.05 a look in a minute or two.
 
 What is counted is what tests/torture checks, by the same functions.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE / "tests"), str(HERE / "tests" / "torture")]
@@ -28,6 +29,7 @@ sys.path[:0] = [str(HERE / "tests"), str(HERE / "tests" / "torture")]
 import numpy as np  # noqa: E402 (after the path)
 import torch  # noqa: E402 (after the path)
 from harness import command, forked, killed_after, killed_at, spread, watched  # noqa: E402 (after the path)
+from record import save  # noqa: E402 (after the path)
 
 import fastprune as fp  # noqa: E402 (after the path)
 from fastprune import demo  # noqa: E402 (after the path)
@@ -232,39 +234,37 @@ SIZES = [
 ]
 
 
-def memory(effort: float) -> Iterator[tuple[str, Counter]]:
+def memory(effort: float) -> Iterator[dict[str, Any]]:
     """The memory of a fresh process beyond its budget, at the least budget and at a large one."""
-    for (masks, choices, prompt), budget in itertools.product(SIZES, (None, 512 << 20)):
+    for masks, choices, prompt in SIZES:
         size = (
             max(1, round(masks * min(1, effort))),
             max(2, round(choices * min(1, effort))),
             prompt,
         )
-        code = f"import reliability; print(*reliability.resident(*{size}, {budget}))"
-        environment = {
-            **os.environ,
-            "MALLOC_MMAP_THRESHOLD_": "131072",
-            "MALLOC_TRIM_THRESHOLD_": "131072",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=HERE / "bench",
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        grown, allowed = map(int, done.stdout.split()[-2:]) if done.returncode == 0 else (0, 0)
-        what = (
-            f"{size[0]:,} masks, a tree of {size[1]:,} choices after {prompt} tokens, "
-            f"{allowed / 2**20:.0f} MB"
-        )
-        yield (
-            what,
-            Counter(
-                [f"grew by {grown / 2**20:.0f} MB" if allowed else done.stderr.splitlines()[-1]]
-            ),
-        )
+        row = dict(zip(("masks", "choices", "prompt"), size))
+        row["grown"], row["least_limit"] = in_a_process(*size, None)
+        row["grown_within_512_mb"], _ = in_a_process(*size, 512 << 20)
+        yield row
+
+
+def in_a_process(*arguments: int | None) -> list[int]:
+    """The result of `resident` in a process of its own."""
+    code = f"import reliability; print(*reliability.resident(*{arguments}))"
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+        "MALLOC_TRIM_THRESHOLD_": "131072",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=HERE / "bench",
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return list(map(int, done.stdout.split()[-2:]))
 
 
 def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Counter:
@@ -345,36 +345,36 @@ def kills(name: str, model: Path, text: Path, folder: Path, count: int) -> Count
     return found
 
 
-def main(effort: float = 1.0) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--effort", type=float, default=1.0, help="of all counts; 0.05: a look")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    effort = given.effort
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}"
-    )
-    print("\n| what | tried | came out |\n|---|---|---|", flush=True)
+    faults: list[dict[str, Any]] = []
 
-    def row(what: str, found: Counter) -> None:
-        print(
-            f"| {what} | {found.total()} | "
-            f"{'; '.join(f'{n} {k}' for k, n in found.most_common())} |",
-            flush=True,
-        )
+    def count(fault: str, found: Counter) -> None:
+        faults.append({"fault": fault, "tried": found.total(), "ends": dict(found.most_common())})
+        print(json.dumps(faults[-1]), flush=True)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, text = make_files(folder)
-        row("files altered at random", bad_inputs(model, text, folder, max(6, round(420 * effort))))
-        row("bits of a store flipped", store_flips(folder, max(5, round(1000 * effort))))
-        row("calls from four threads", threaded_calls(max(8, round(2000 * effort))))
+        files = bad_inputs(model, text, folder, max(6, round(420 * effort)))
+        count("files altered at random", files)
+        count("bits of a store flipped", store_flips(folder, max(5, round(1000 * effort))))
+        count("calls from four threads on one model", threaded_calls(max(8, round(2000 * effort))))
         for command_name in ("score", "search", "study", "export"):
-            row(
-                f"kills of {command_name}",
-                kills(command_name, model, text, folder, max(2, round(20 * effort))),
-            )
-        for what, found in memory(effort):
-            row(what, found)
+            killed = kills(command_name, model, text, folder, max(2, round(20 * effort)))
+            count(f"{command_name} killed", killed)
+        grown = []
+        for row in memory(effort):
+            grown.append(row)
+            print(json.dumps(row), flush=True)
+    save(given.out, {"effort": effort, "faults": faults, "memory": grown})
 
 
 if __name__ == "__main__":
-    main(*map(float, sys.argv[1:]))
+    main()

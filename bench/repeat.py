@@ -18,13 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from record import save
 
 import fastprune as fp
 from fastprune import demo
@@ -70,10 +70,8 @@ def main() -> None:
     record = {
         "model": f"{model.num_blocks} blocks, hidden size {model.hidden_size}",
         "windows": len(windows),
-        "command": " ".join(["python", "bench/repeat.py", *sys.argv[1:]]),
         "dtype": given.dtype,
         "unraced": flop_ratio(model, sequences),
-        "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": 1},
         "chosen_by": {},
     }
     if given.text and given.unraced:
@@ -91,10 +89,7 @@ def main() -> None:
             record["chosen_by"][kind] = chosen_by(ev, judges, windows, sequences, given.keep)
             print(json.dumps({kind: record["chosen_by"][kind]}, indent=1), flush=True)
     print(json.dumps({name: record[name] for name in ("model", "windows", "unraced")}))
-    if given.out:
-        known = json.loads(given.out.read_text()) if given.out.exists() else {}
-        known[Path(given.model).name] = record
-        given.out.write_text(json.dumps(known, indent=1) + "\n")
+    save(given.out, record, part=Path(given.model).name)
 
 
 def text_halves(model: fp.Model, path: str, samples: int, length: int) -> list[list[Objective]]:

@@ -10,11 +10,14 @@ time. CPU seconds of one thread; the ratio is of this run.
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers as tf
+from record import save
 
 import fastprune as fp
 
@@ -54,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name, default in (("blocks", 30), ("hidden", 192), ("rows", 8), ("tokens", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     hf, other = make(arguments, 0), make(arguments, 1)
@@ -83,10 +87,17 @@ def main() -> None:
         layers[block] = layer
     loop = time.process_time() - started
     stats = ev.stats
-    print(f"path                 {ev.backend}")
-    print(f"largest difference   {np.abs(table / expected - 1).max():.1e}")
-    print(f"unit runs            {stats.unit_runs:.0f} of {stats.naive_unit_runs:.0f}")
-    print(f"CPU seconds          {ours:.1f}, the loop {loop:.1f}: {loop / ours:.2f} times")
+    found = {
+        "path": ev.backend,
+        "largest_difference": float(np.abs(table / expected - 1).max()),
+        "unit_runs": stats.unit_runs,
+        "naive_unit_runs": stats.naive_unit_runs,
+        "cpu_s": ours,
+        "loop_cpu_s": loop,
+        "times_faster": loop / ours,
+    }
+    print(json.dumps(found, indent=1))
+    save(arguments.out, found)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import record
 import torch
 
 import fastprune as fp
@@ -98,11 +99,6 @@ def main() -> None:
             "racing": given.racing,
             **options,
         },
-        "machine": {
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": 1,
-            "torch": torch.__version__,
-        },
         "removed": list(result.removed),
         "loss": result.loss,
         "masks": stats.masks,
@@ -128,7 +124,7 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     if given.out:
         known = json.loads(given.out.read_text()) if given.out.exists() else []
-        given.out.write_text(json.dumps([*known, found], indent=1) + "\n")
+        record.write(given.out, [*known, record.origin() | found])
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ one.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from record import save
 
 import fastprune as fp
 from fastprune.plan.layout import make_layout
@@ -112,8 +112,7 @@ def main() -> None:
             }
         found[name] = row
         print(name, row, f"({time.process_time() - started:.0f} s of a core)", flush=True)
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+    save(given.out, {"searches": found})
 
 
 if __name__ == "__main__":

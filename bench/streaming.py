@@ -128,7 +128,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.hidden, given.rows, given.length, given.masks, given.repeats = 128, 1, 16, 20, 1
-    from conftest import machine
+    from record import machine, save
 
     load, runs = os.getloadavg()[0], {"resident": [], "streamed": []}
     with tempfile.TemporaryDirectory() as name:
@@ -174,8 +174,7 @@ def main() -> None:
         },
     }
     if not given.quick:
-        given.out.parent.mkdir(exist_ok=True)
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+        save(given.out, result)
     print(json.dumps(result, indent=1))
 
 

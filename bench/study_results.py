@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import read, write
 
 import fastprune as fp
 from fastprune.objectives import OBJECTIVES, Objective
@@ -48,7 +49,7 @@ def main() -> None:
     for name in given.only.split(","):
         if (given.folder / f"study-{name}" / "study.json").exists():
             known[name] = results(given.folder, name)
-            given.out.write_text(json.dumps(known, indent=1) + "\n")
+            write(given.out, known)
         else:
             print(f"{name}: no finished study in {given.folder}", file=sys.stderr)
 
@@ -103,7 +104,7 @@ def results(folder: Path, name: str) -> dict[str, Any]:
         "machine": {"processor": "AMD EPYC", "device": study_device(study), "threads": 1},
         "dtype": document.config.model.dtype,
         "rows": rows,
-    }
+    } | read(folder / f"study-{name}" / "run.json")
 
 
 def objectives_of(document: Document, model: fp.Model) -> dict[str, Objective]:

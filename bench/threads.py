@@ -1,6 +1,6 @@
 """The cost of threads that wait at barriers, alone and beside a process that takes a core.
 
-    python bench/threads.py [--beside N]
+    python bench/threads.py [--beside N] [--out bench/results/threads.json]
 
 Scores the demo model without each of its blocks, on two windows, in fresh processes, for each
 number of threads and each way of waiting, in turn and three times over. Prints every measurement,
@@ -17,6 +17,9 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
+
+from record import save
 
 WORK = """
 import json, time
@@ -50,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--beside", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     cases = [(1, "as libgomp does"), *((os.cpu_count(), how) for how in WAITS)]
     busy = [
@@ -63,11 +67,14 @@ def main() -> None:
     finally:
         for process in busy:
             process.kill()
-    print(f"beside {given.beside} processes; load of the machine: {os.getloadavg()[0]:.1f}")
+    medians = []
     for case in cases:
         wall, cpu = zip(*(seconds for other, seconds in found if other == case))
-        medians = f"{statistics.median(wall):7.2f} s, processors {statistics.median(cpu):7.2f} s"
-        print(f"{case[0]} threads, {case[1]:16} {medians}")
+        row = {"threads": case[0], "waiting": case[1], "seconds": statistics.median(wall)}
+        medians.append(row | {"cpu_seconds": statistics.median(cpu)})
+        print(json.dumps(medians[-1]))
+    results = {"beside": given.beside, "medians": medians}
+    save(given.out, results | {"runs": [[*case, *seconds] for case, seconds in found]})
 
 
 if __name__ == "__main__":

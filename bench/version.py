@@ -1,14 +1,15 @@
 """Times reading a model's version, and a warm call of one mask, on one thread.
 
-    OMP_NUM_THREADS=1 python bench/version.py
+    OMP_NUM_THREADS=1 python bench/version.py [--out bench/results/version.json]
 
 Random Llamas of 32 blocks, one as wide as SmolLM2-135M and a tiny one. The call's mask has all of
 its units cached, so that its time is that of everything but units. The median and the least of 200
-times of the processor, in milliseconds, are written to bench/results/version.json.
+times of the processor are printed, in milliseconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers as tf
+from record import save
 
 import fastprune as fp
 
@@ -44,6 +46,9 @@ def llama(sizes: dict[str, int]) -> fp.Model:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
     torch.set_num_threads(1)
     wide, tiny = llama(WIDE), llama(TINY)
     ids = np.random.default_rng(0).integers(0, TINY["vocab_size"], (2, 16))
@@ -52,7 +57,6 @@ def main() -> None:
     ev.score(mask)
     before = ev.stats.unit_runs
     result = {
-        "command": "OMP_NUM_THREADS=1 python bench/version.py",
         "blocks": BLOCKS,
         "version_ms": {"wide": milliseconds(lambda: wide.version)}
         | {"tiny": milliseconds(lambda: tiny.version)},
@@ -60,9 +64,8 @@ def main() -> None:
         "backend": ev.backend,
         "unit_runs": ev.stats.unit_runs - before,
     }
-    path = Path(__file__).parent / "results" / "version.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path.read_text())
+    save(given.out, result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

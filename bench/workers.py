@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import machine
+from record import machine, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune as fp
@@ -108,8 +108,7 @@ def main() -> None:
         == scores["1 process of 1 thread"].tobytes(),
     }
     print(json.dumps(found, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+    save(given.out, found)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,12 @@ def main(name: str, loop, fast) -> None:
 
 
 def arguments(name: str):
+    """The model and the rows that the command line of an example names."""
+    return open_rows(options(name).parse_args())
+
+
+def options(name: str) -> argparse.ArgumentParser:
+    """The options of an example."""
     parser = argparse.ArgumentParser(prog=name)
     parser.add_argument(
         "model", nargs="?", default="demo", help="'demo', or a folder of a Llama-like model"
@@ -117,7 +123,11 @@ def arguments(name: str):
     parser.add_argument("--text", default=demo.TEXT)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
-    given = parser.parse_args()
+    return parser
+
+
+def open_rows(given: argparse.Namespace):
+    """The model and the rows that the options name."""
     hf, tokenizer = open_model(given.model)
     return hf, read_rows(tokenizer, given.text, given.rows, given.length)
 

@@ -12,9 +12,10 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton import knobs
@@ -394,26 +395,9 @@ def _number(text: str, pattern: str) -> int:
     return int(match.group(1))
 
 
-def table(architectures: tuple[str, ...] = ARCHITECTURES) -> str:
-    """Tabulate the resources of every kernel in every shipped configuration, as Markdown."""
-    lines = [
-        "| kernel | variant | target | configuration | registers | shared bytes | instructions | "
-        "matrix unit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def rows(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[dict[str, Any]]:
+    """The resources of every kernel in every shipped configuration, one after the other."""
     for arch in architectures:
         for case in cases(arch):
-            r = measure(case)
-            unit = ", ".join(r.shapes) or r.matrix_unit
-            cells = (
-                case.kernel,
-                case.variant,
-                arch,
-                case.config,
-                r.registers,
-                r.shared,
-                r.instructions or "",
-                unit,
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+            named = {"kernel": case.kernel, "variant": case.variant, "target": arch}
+            yield named | {"configuration": str(case.config)} | asdict(measure(case))

@@ -2,11 +2,11 @@
 
 import ast
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from tables_for_tests import package_of_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 # Pages whose tables of numbers are measured; a quarter of the cells decides what such a table is.
@@ -18,15 +18,8 @@ PAGES = [
 NUMBER = re.compile(r"[-+~<*± ]*\d")
 
 
-def load_tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TABLES = load_tables()
-REGISTRY = TABLES.tomllib.loads(TABLES.EVIDENCE.read_text(encoding="utf-8"))
+TABLES = package_of_tables()
+REGISTRY = TABLES.registry.read()
 ENTRIES = REGISTRY["evidence"]
 PLACES = [place for entry in ENTRIES for place in entry["at"]]
 
@@ -82,8 +75,16 @@ def test_an_entry_names_files_that_exist(entry):
     for script in re.findall(r"[\w/]+\.py\b", entry["command"]):
         assert (ROOT / script).is_file()
     for result in entry.get("result", []):
-        assert (TABLES.RESULTS / result).is_file()
+        file, _, part = result.partition("#")
+        assert (TABLES.render.RESULTS / file).is_file()
+        assert not part or part in TABLES.render.load(file.removesuffix(".json"))
     assert set(entry.get("needs", [])) <= set(REGISTRY["needs"])
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["shows"])
+def test_a_time_that_a_file_records_is_not_typed_too(entry):
+    known = [TABLES.registry.time_recorded(result) for result in entry.get("result", [])]
+    assert "time" not in entry or not known or None in known
 
 
 @pytest.mark.parametrize("folder", ["bench", "examples", "tools"])
@@ -98,19 +99,21 @@ def test_scripts_import_names_that_exist(folder):
 
 
 def test_every_file_of_results_has_its_command():
-    named = {result for entry in ENTRIES for result in entry.get("result", [])}
-    assert {path.name for path in TABLES.RESULTS.glob("*.json")} <= named
+    results = [result for entry in ENTRIES for result in entry.get("result", [])]
+    named = {result.partition("#")[0] for result in results}
+    assert {path.name for path in TABLES.render.RESULTS.glob("*.json")} <= named
 
 
 def test_the_judges_of_healing_were_seen_by_no_training_or_choice():
-    judges = [judge for run in TABLES.load("healing").values() for judge in run["judges"].values()]
+    judges = [
+        judge for run in TABLES.render.load("healing").values() for judge in run["judges"].values()
+    ]
     assert judges
     assert all(judge["seen"] == 0 for judge in judges)
 
 
-def test_the_list_names_every_entry(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["tables.py", "--evidence"])
-    TABLES.main()
+def test_the_list_names_every_entry(capsys):
+    TABLES.__main__.main(["--evidence"])
     printed = capsys.readouterr().out
     for entry in ENTRIES:
         assert entry["shows"] in printed

@@ -248,8 +248,9 @@ def read_rows(path: Path) -> list[dict]:
 
 
 @torch.no_grad()
-def evaluate(out: Path, suffix: str = "-heldout") -> None:
-    """Print perplexity and accuracy of the model folder as it is on disk."""
+def evaluate(out: Path, suffix: str = "-heldout") -> dict[str, Any]:
+    """Perplexity of the model in a folder as it is on disk, and its accuracy on each kind of
+    question and on all."""
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
 
@@ -265,11 +266,6 @@ def evaluate(out: Path, suffix: str = "-heldout") -> None:
     # The unigram model is fitted to this very text: no other unigram model can do better on it.
     counts = Counter(targets)
     unigram = -sum(n * math.log(n / len(targets)) for n in counts.values()) / len(targets)
-    print(f"text: {len(windows)} windows of {WINDOW} tokens", end="")
-    print(
-        f"  perplexity {math.exp(sum(losses) / len(targets)):.2f}  unigram {math.exp(unigram):.1f}"
-    )
-
     tally: dict[str, list] = {}
     for row in read_rows(out / "data" / f"questions{suffix}.jsonl"):
         scores = [
@@ -278,12 +274,18 @@ def evaluate(out: Path, suffix: str = "-heldout") -> None:
         right = scores.index(max(scores)) == row["answer"]
         for kind in (row["kind"], "all"):
             tally.setdefault(kind, []).append((right, 1 / len(row["choices"])))
+    kinds = []
     for kind, results in sorted(tally.items(), key=lambda item: item[0] == "all"):
         right, chance = (sum(column) / len(results) for column in zip(*results))
-        print(
-            f"{kind:12} {len(results):4} questions  accuracy {right:6.1%}  chance {chance:.1%}",
-            flush=True,
-        )
+        row = {"kind": kind, "questions": len(results), "accuracy": right, "chance": chance}
+        kinds.append(row)
+    text = {
+        "windows": len(windows),
+        "tokens": WINDOW,
+        "perplexity": math.exp(sum(losses) / len(targets)),
+        "unigram": math.exp(unigram),
+    }
+    return {"text": text, "questions": kinds}
 
 
 def choice_score(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:
@@ -310,7 +312,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.evaluate:
-        evaluate(arguments.evaluate)
+        print(json.dumps(evaluate(arguments.evaluate), indent=1))
     else:
         train(arguments.out, arguments.seed, arguments.minutes)
 
