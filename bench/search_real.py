@@ -8,13 +8,15 @@ asks for.
 The loop is timed on a sample of the search's masks, before and after the search, blocks physically
 removed, and the median is taken times the number of masks. Seconds are the CPU's of this process,
 with one thread, so that other work on the machine counts little. The FLOP ratio is what the counts
-of unit and head runs promise.
+of unit and head runs promise. `peak_bytes` is the most memory that the process held, the loop's passes
+included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -119,6 +121,7 @@ def main() -> None:
         "cache_on_disk": bool(given.cache_dir),
         "cache_bytes": stats.cache_bytes,
         "cache_hits": stats.cache_hits,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "greatest_difference": float(np.max(np.abs(losses / [loss for _, loss in passes] - 1))),
     }
     print(json.dumps(found, indent=1))
