@@ -70,7 +70,8 @@ def divergence(dense, logits) -> float:
 
 
 def fast(hf, rows):
-    ev = fp.Evaluator(hf, fp.KLDivergence(fp.TokenBatch.from_ids(rows)))
+    batch = fp.TokenBatch.from_ids(rows)
+    ev = fp.Evaluator(hf, fp.KLDivergence(batch), layout="rows")  # a step asks for few rows
 
     def score(subsets, numbers):
         return ev.score_samples(fp.from_removed(subsets, ev.num_units), numbers).mean(axis=1)

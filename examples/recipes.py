@@ -19,8 +19,7 @@ def evopress(model, calibration_data, drop_entire_block: bool):
     batch = fp.TokenBatch.from_ids(calibration_data)
     halves, unit = (("attn",), "block") if drop_entire_block else (("attn", "mlp"), "sublayer")
     # it draws single rows, so each runs alone: by default short rows run together
-    layout = fp.plan.layout.make_layout(batch, max_tokens=1, tile=512)
-    ev = fp.Evaluator(model, fp.KLDivergence(batch), granularity=unit, layout=layout)
+    ev = fp.Evaluator(model, fp.KLDivergence(batch), granularity=unit, layout="rows")
 
     def selection(candidates, num_survive: int, num_tokens: int, **unused):
         samples: list[int] = []

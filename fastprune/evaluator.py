@@ -26,7 +26,7 @@ from .models import Granularity, Library, Model, Runner, surgery
 from .models.unwrap import unwrap
 from .objectives import Objective
 from .plan.cost import Stats
-from .plan.layout import Layout
+from .plan.layout import Cut, Layout
 from .plan.progress import ProgressCallback
 from .plan.racing import Race, check_race
 from .plan.trie import Units, units_of
@@ -81,8 +81,8 @@ class Evaluator:
             as this process. Scores keep their bits.
         progress: Called with a `ProgressEvent` while masks are scored.
         layout: The `layout` of another evaluator, to get its bits under another memory limit; or
-            one of `plan.layout.make_layout`, such as a row a chunk for calls on single samples.
-            None fits the layout to memory_bytes.
+            "rows" to run each row alone, for calls on few samples. By default short rows run
+            together, as memory_bytes allows; then a call on one sample runs all rows beside it.
 
     Raises:
         InputError: An argument is of another kind or out of its range, the model does not take the
@@ -110,7 +110,7 @@ class Evaluator:
         store: str | os.PathLike | SumStore | None = None,
         workers: int | Workers | None = None,
         progress: ProgressCallback | None = None,
-        layout: Layout | None = None,
+        layout: Cut = None,
     ):
         check_kind("objective", objective, Objective, "one such as Perplexity(batch)")
         check_one_of("backend", backend, BACKENDS)
@@ -118,8 +118,8 @@ class Evaluator:
         cache_bytes = check_bytes("cache_bytes", cache_bytes, 0)
         if progress is not None:
             check_callable("progress", progress, "a function of a ProgressEvent")
-        if layout is not None:
-            check_kind("layout", layout, Layout, "a Layout, such as another evaluator's")
+        if layout not in (None, "rows"):
+            check_kind("layout", layout, Layout, "a Layout, such as another evaluator's, or 'rows'")
         if workers is not None and not isinstance(workers, Workers):
             check_workers(workers)
         self.model = model if isinstance(model, Model) else Model(unwrap(model))

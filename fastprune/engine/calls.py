@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..models import GenericRunner, Model, Runner
 from ..models.fused import why_not_fused
 from ..plan.cost import Cost, Stats, whole
-from ..plan.layout import Layout
+from ..plan.layout import Cut
 from ..plan.progress import ProgressCallback, event_reporter
 from ..plan.trie import Trie, Units, make_trie
 from .ledger import Ledger
@@ -69,7 +69,7 @@ class Calls:
         granularity: "block" or "sublayer".
         backend: "auto", "generic" or "fused".
         memory_bytes: The limit of a call's activations; None for a default.
-        layout: The first layout; None for one that fits the limit.
+        layout: The first layout; "rows" or None for one that fits the limit.
         make_runs: Makes the `Runs` of one version of the model.
         store: Keeps finished sums; or None.
         needs_digest: Whether the runs need the model's digest. A store always does.
@@ -86,7 +86,7 @@ class Calls:
         granularity: str,
         backend: str,
         memory_bytes: int | None,
-        layout: Layout | None,
+        layout: Cut,
         make_runs: MakeRuns,
         store: SumStore | None,
         needs_digest: bool,
@@ -102,7 +102,7 @@ class Calls:
         self.opened = self._open(layout)
         self._memory = SumMemory(self.opened.limit.race_bytes)
 
-    def _open(self, layout: Layout | None) -> Opened:
+    def _open(self, layout: Cut) -> Opened:
         """Open the model as it is now."""
         with self._model.held() as version:
             problem, runner, limit = self._open_for(layout)

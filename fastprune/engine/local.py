@@ -27,7 +27,7 @@ from ..models.device import is_out_of_memory
 from ..models.rotary import switch_length
 from ..models.verify import check_trees
 from ..plan.cost import Cost
-from ..plan.layout import Layout
+from ..plan.layout import Cut, Layout
 from ..plan.progress import Progress
 from ..plan.schedule import Schedule, plan_call
 from ..plan.trie import Units
@@ -54,7 +54,7 @@ def open_for(
     measure_name: str,
     granularity: str,
     memory_bytes: int | None,
-    layout: Layout | None,
+    layout: Cut,
 ) -> tuple[Problem, Runner, MemoryLimit]:
     """Open a model's runner for a calibration set, and cut the set unless it has a layout.
 
@@ -65,7 +65,7 @@ def open_for(
         measure_name: A name of `MEASURES`.
         granularity: "block" or "sublayer".
         memory_bytes: The limit of a call's activations; None for a default.
-        layout: A layout to check and use; None to make one.
+        layout: A layout to check and use; "rows" or None to make one.
 
     Returns:
         The problem, without a digest; the runner; the limit of a call's memory.
@@ -77,7 +77,7 @@ def open_for(
     runner = model.extended(opened, granularity)
     measure = MEASURES[measure_name]
     limit = MemoryLimit(memory_bytes, model, runner, batch, measure, granularity)
-    cut = limit.layout() if layout is None else limit.check(layout)
+    cut = limit.check(layout) if isinstance(layout, Layout) else limit.layout(layout == "rows")
     log.info(
         "%s runs on the %s path (backend %s): %d rows in %d chunks, tiles of %d positions",
         *(model.name, runner.path_name, backend, batch.num_rows, len(cut.chunks), cut.tile),

@@ -105,10 +105,13 @@ class MemoryLimit:
         """The most sequences of at most `longest` units that one call can schedule."""
         return MAX_SEQUENCES if longest <= self.num_units else (1 << self._slots) - 1
 
-    def layout(self) -> Layout:
+    def layout(self, alone: bool) -> Layout:
         """Cut the calibration set into chunks and tiles that stay within the limit.
 
         Chunks take at most `CHUNK_TOKENS` and `WORKSPACE_BYTES`; tiles are as large as fits.
+
+        Args:
+            alone: Whether each row is a chunk of its own.
 
         Raises:
             InputError: One row does not fit, even with the smallest tiles.
@@ -122,7 +125,7 @@ class MemoryLimit:
             tokens = self.footprint.tokens_within(room, self._slots)
             if tokens:
                 few = int(WORKSPACE_BYTES[self._kind] / max(self.footprint.workspace, 1))
-                most = min(CHUNK_TOKENS[self._kind], few, tokens)
+                most = 1 if alone else min(CHUNK_TOKENS[self._kind], few, tokens)
                 return make_layout(self._batch, max(most, 1), size)
         raise self._too_small("one row of the batch", self.footprint.longest_row)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -134,6 +135,9 @@ class Layout:
             raise InputError(
                 f"the layout's tile must be a number of positions, not {shown(self.tile)}"
             )
+
+
+Cut: TypeAlias = Layout | Literal["rows"] | None  # "rows": each row alone; None: as memory allows
 
 
 def make_layout(batch: TokenBatch, max_tokens: int, tile: int) -> Layout:

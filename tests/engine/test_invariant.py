@@ -251,3 +251,5 @@ def test_a_layout_keeps_the_bits_under_another_budget(kind):
         fp.Evaluator(model, target, memory_bytes=least // 8, layout=small.layout)
     with pytest.raises(fp.InputError, match="layout must be a Layout"):
         fp.Evaluator(model, target, layout=small.layout.to_json())
+    with pytest.raises(fp.InputError, match=r"layout must be a Layout.* or 'rows', not str"):
+        fp.Evaluator(model, target, layout="row")

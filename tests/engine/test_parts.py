@@ -81,6 +81,18 @@ def test_a_cut_sample_costs_its_tokens_and_a_sample_its_row(hf, rows):
     assert cost(samples=[2]) == pytest.approx(20 + 21 + 22)  # short rows run together
 
 
+def test_rows_alone_cost_their_tokens_and_have_the_same_losses(hf, rows):
+    objective = fp.Perplexity(fp.TokenBatch.from_ids(rows))
+    ev = fp.Evaluator(hf, objective, layout="rows", cache_bytes=0)
+    assert sorted(ev.layout.chunks) == [(row,) for row in range(len(rows))]
+    masks = some_masks(ev.num_units, 20, seed=0)
+    ev.score(masks[:1], samples=[2])
+    tokens = ev.stats.unit_runs * objective.batch.num_tokens
+    assert tokens == pytest.approx(len(rows[2]) * masks[0].sum())
+    together = fp.Evaluator(hf, objective)
+    np.testing.assert_allclose(ev.score(masks), together.score(masks), rtol=1e-6, atol=1e-9)
+
+
 def test_a_part_has_its_bits_in_company_and_from_the_store(hf, rows, tmp_path):
     objective = fp.KLDivergence(fp.TokenBatch.from_ids(rows))
     ev = evaluator(hf, objective, store=tmp_path / "s.db")

@@ -68,7 +68,7 @@ def test_its_tables_are_what_the_commands_print(tmp_path, monkeypatch, run):
         )
     )
     tables = PAGE[: PAGE.index("## 6.")]  # a training's rounding follows the processor
-    shown = re.findall(r"(\d+\.\d+) ± (\d\.\d+)", "".join(re.findall(r"^\| .*$", tables, re.M)))
+    shown = re.findall(r"(\d+\.\d+) ± (\d\.\d+)", "".join(re.findall(r"^\|.*$", tables, re.M)))
     values = re.findall(r"(\d+\.\d+) ± (\d\.\d+)", printed)
     for number, error in shown:
         assert any(
