@@ -8,8 +8,8 @@ asks for.
 The loop is timed on a sample of the search's masks, before and after the search, blocks physically
 removed, and the median is taken times the number of masks. Seconds are the CPU's of this process,
 with one thread, so that other work on the machine counts little. The FLOP ratio is what the counts
-of unit and head runs promise. `peak_bytes` is the most memory that the process held, the loop's passes
-included.
+of unit and head runs promise. `peak_bytes` is the most memory that the process held, the loop's
+passes included.
 """
 
 from __future__ import annotations
