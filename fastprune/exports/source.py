@@ -86,11 +86,10 @@ def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str |
     if dtype is None:
         return None, None
     result: dict[str, Any] = {}
-    state = loaded_state(hf)
     known: dict[tuple, Any] = {}  # tied tensors stay one
     parameters = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
     lossless = True
-    for name, tensor in state.items():
+    for name, tensor in loaded_state(hf).items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in known:
             known[key] = _narrow(tensor, dtype)
