@@ -8,12 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
-from rich.table import Table
 
 from .. import __version__
 from .opening import open_model
 from .options import Command, json_option
-from .output import printing, say, say_json
+from .output import printing, say_json, say_values
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "triton"),
@@ -29,11 +28,8 @@ def env(as_json: bool) -> None:
     with printing():
         if as_json:
             say_json(values)
-            return
-        table = Table(show_header=False, box=None)
-        for name, value in values.items():
-            table.add_row(name.replace("_", " "), str(value))
-        say(table)
+        else:
+            say_values((name.replace("_", " "), value) for name, value in values.items())
 
 
 def environment() -> dict[str, object]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..exports import can_export
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -37,7 +38,6 @@ SENTENCES = {
 
 def support_of(model: Model) -> dict[str, str]:
     """The units of a model, and the ways in which it can run, by name."""
-    from ..exports import can_export
     from ..models import Needs, open_runner
     from ..models.surgery import runs_without_blocks
 
