@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..costs import Budget as RemovalBudget
+from ..data import is_data
 from ..engine.store import SumStore
 from ..errors import InputError, shown
 from ..masks import ALL, check_named, parse_removed
@@ -219,6 +220,12 @@ def _protected(text: str) -> tuple[int, ...] | str:
         raise InputError(f"{error}; or one of the presets {', '.join(PRESETS)}") from None
 
 
+def _data_file(text: str) -> str:
+    if not is_data(check_path(text)):
+        raise InputError(f"{text}: no such file")
+    return text
+
+
 def check_store(text: str) -> str:
     """Return the path of a file that can be a store of scores; a missing file is not created."""
     path = Path(check_path(text))
@@ -237,6 +244,7 @@ def check_store(text: str) -> str:
 
 
 FILE_NAME = Parsed("text", check_path, completes="file")
+DATA_FILE = Parsed("text", _data_file, completes="file")
 NEW_FILE = Parsed("text", lambda text: refuse_existing(Path(check_path(text))), completes="file")
 FOLDER = Parsed("folder", lambda text: check_folder(Path(check_path(text))), completes="dir")
 STORE = Parsed("text", check_store, completes="file")
@@ -422,7 +430,7 @@ objective_options = group(
     ),
     click.option(
         "--calibration",
-        type=FILE_NAME,
+        type=DATA_FILE,
         help="Text, chats or questions to score on: a .txt, .jsonl, .json, .csv or .parquet file, "
         "also as .gz or .zst; a data set folder, or one of the hub as NAME:CONFIG:SPLIT. The demo "
         "model has its own.",
@@ -465,7 +473,7 @@ objective_options = group(
 held_out_options = group(
     click.option(
         "--held-out",
-        type=FILE_NAME,
+        type=DATA_FILE,
         help="Text or questions that the search does not read, in the forms of --calibration. "
         "The result is compared with the whole model on them. Options that say how data "
         "is read apply to both.",

@@ -199,8 +199,7 @@ def search(
     with progress_bar(quiet) as progress:
         evaluator = make_evaluator(progress)
         _check_removal(evaluator.num_units, granularity, protect, num_remove)
-        held_out = make_evaluator.held_out
-        unseen = None if held_out is None else held_out.open(evaluator.model, quiet)
+        unseen = make_evaluator.open_held_out(evaluator.model, quiet)
         result = run_search(
             evaluator, algorithm, num_remove, seed, protect, racing, budget=budget, **given
         )
@@ -209,9 +208,9 @@ def search(
         opened, searched = evaluator.model, evaluator.objective
         record["export_problem"] = _export_problem(opened, result)
         del evaluator  # its cache may hold a quarter of the free memory
-        if held_out is not None and unseen is not None:
+        if unseen is not None:
             judging = make_evaluator.on(opened, unseen, progress)
-            record["held_out"] = judge(judging, result.sequence, searched, held_out.file)
+            record["held_out"] = judge(judging, result.sequence, searched, parameters["held_out"])
     with written_somewhere(target, lambda path: write_json(path, record)) as (target, trouble):
         _print_search(record, target, as_json, written=not trouble, table=table)
         write_path_figure(record, figure)

@@ -24,7 +24,7 @@ from .evaluation import (
     open_tasks,
     task_table,
 )
-from .opening import check_gradients, check_workers, open_model, open_objective, open_workers
+from .opening import Data, check_gradients, check_workers, open_model, open_workers
 from .options import (
     FILE_NAME,
     FOLDER,
@@ -246,15 +246,15 @@ def _open(
     model: Model,
 ) -> Objective:
     """Open an objective of a model on the data of a table in the document."""
+    of = Data(
+        title="calibration",
+        objective=name,
+        file=data.file,
+        num_samples=data.num_samples,
+        seq_len=data.seq_len,
+        seed=data.seed or 0,
+        reading=data.reading,
+        settings=settings,
+    )
     with naming(place):
-        return open_objective(
-            name,
-            data.file,
-            data.num_samples,
-            data.seq_len,
-            data.seed or 0,
-            model,
-            data.reading,
-            settings,
-            quiet=quiet,
-        )
+        return of.open(model, quiet)
