@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -69,10 +71,8 @@ def _version(package: str) -> str:
 
 def _processor() -> str:
     """The processor's name, as Linux gives it, or the machine's kind."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
+    with suppress(FileNotFoundError):
+        information = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if name := re.search(r"^model name\s*:(.*)$", information, re.MULTILINE):
+            return name[1].strip()
     return platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -90,8 +91,6 @@ def _numbered(listed: str) -> str:
 
 
 def _streaming(model: Model) -> str:
-    from pathlib import Path
-
     if model.weights.streamed:
         return "yes: its blocks are read by turns"
     if model.opened is None:
