@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import get_completion_class, shell_complete
@@ -48,24 +49,21 @@ def main() -> None:
         sys.exit(0)
     except click.exceptions.Exit as done:  # --help and --version
         sys.exit(done.exit_code)
-    except (InputError, click.UsageError) as error:
-        message = error.format_message() if isinstance(error, click.UsageError) else str(error)
-        _fail(message, 2)
-    except click.ClickException as error:
-        _fail(error.format_message(), 1)
+    except InputError as error:
+        _fail(str(error), 2)
+    except click.ClickException as error:  # 2 of wrong arguments, else 1
+        _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         with suppress(ValueError):  # only the main thread can handle signals
             for number in (signal.SIGINT, signal.SIGTERM):  # ending the workers may take seconds
                 signal.signal(number, _end_at_once)
         word, status = word_and_status(error)
         _fail(f"{word}; {_how_to_continue(sys.argv[1:])}", status)
-    except PermissionError as error:
-        if is_of_printing(error):
-            _fail(cannot_print(error), 1)
-        _fail(f"{error.filename}: {error.strerror}", 2)
     except Exception as error:
         if is_of_printing(error):
             sys.exit(0) if isinstance(error, BrokenPipeError) else _fail(cannot_print(error), 1)
+        if isinstance(error, PermissionError):
+            _fail(f"{error.filename}: {error.strerror}", 2)
         if os.environ.get("FASTPRUNE_TRACEBACK"):
             raise
         _fail(f"{type(error).__name__}: {error} (FASTPRUNE_TRACEBACK=1 shows where)", 1)
@@ -137,9 +135,7 @@ def _print_completion(context: click.Context, parameter: click.Parameter, shell:
     """Print a shell's code for completion, and end."""
     if not shell or context.resilient_parsing:
         return
-    known = get_completion_class(shell)
-    if known is None:  # the choice has only the shells that click knows
-        raise InputError(f"--completion: {shell} is no shell whose completion is known")
+    known: Any = get_completion_class(shell)  # never None: the choice has only shells of click
     click.echo(known(cli, {}, "fastprune", COMPLETE).source())
     context.exit()
 
@@ -173,8 +169,8 @@ for command in (
     commands.score,
     search.search,
     studies.study,
+    evaluation.evaluate,
+    commands.export,
+    stores.store,
 ):
     cli.add_command(command)
-cli.add_command(evaluation.evaluate)
-cli.add_command(commands.export)
-cli.add_command(stores.store)

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from ..costs import UNITS
+from ..costs import UNITS, before_and_after
 from ..errors import InputError, shown
 from ..objectives import objective_class
 from ..search import known_algorithms
 from ..study.figures import check_installed, path_figure, save
+from ..study.judging import format_judged
 from ..study.tables import format_removed, short_name
 from ..validate import check_folder
+from .held_out import dense_of
 from .options import naming
 from .output import note
 
@@ -58,11 +60,9 @@ def write_path_figure(record: Mapping[str, Any], figure: str | None) -> None:
         return
     objective = objective_class(record["objective"])
     costs = record["costs"]
-    whole = {"cost": costs["before"], "loss": record["dense_loss"]}
-    steps = [whole | {"removed": [], "standard_error": record["dense_standard_error"]}]
     points = [
         (len(s["removed"]), float(s["cost"]), float(s["loss"]), float(s["standard_error"]))
-        for s in [*steps, *record["path"]]
+        for s in _steps(record)
     ]
     title = f"{short_name(record['model'])}, {record['algorithm']}"
     drawn = path_figure(points, objective, UNITS[costs["kind"]], title)
@@ -77,8 +77,6 @@ def cost_record(
     evaluator: Evaluator, removed: tuple[int, ...] | None, measure_speed: bool
 ) -> dict[str, Any]:
     """Parameters, bytes and measured speed of the whole and the pruned model; none of sequences."""
-    from ..costs import before_and_after
-
     if removed is None:
         return {"size": {}}
     return {
@@ -106,19 +104,21 @@ def path_table(record: Mapping[str, Any]) -> Table:
     kind = record["costs"]["kind"]
     table = Table("removed", "units", objective.header(), UNITS[kind], "of the whole")
     whole = float(record["costs"]["before"])
-    dense = objective.format(
-        float(record["dense_loss"]), float(record["dense_standard_error"]), named=False
-    )
-    table.add_row("0", "-", dense, _format(kind, whole), "100.0%")
-    for step in record["path"]:
+    for step in _steps(record):
         table.add_row(
             str(len(step["removed"])),
             format_removed(step["removed"]),
-            objective.format(float(step["loss"]), float(step["standard_error"]), named=False),
+            format_judged(objective, step),
             _format(kind, step["cost"]),
             f"{float(step['cost']) / whole:.1%}",
         )
     return table
+
+
+def _steps(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The whole model, then the result after each removed unit."""
+    whole = {"removed": [], "cost": record["costs"]["before"], **dense_of(record)}
+    return [whole, *record["path"]]
 
 
 def _format(kind: str, cost: Any) -> str:

@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ..errors import InputError
-from ..masks import (
-    check_named,
-    check_removed,
-    check_sequences,
-    kept_by,
-    load_sequences,
-    parse_removed,
-)
-from .options import FileName, Units, group, naming
+from ..masks import check_removed, check_sequences, kept_by, load_sequences
+from .options import FILE_NAME, UNIT_SEQUENCE, UNITS, group, naming
 
 Removed = tuple[tuple[int, ...] | str, ...]
 Sequences = tuple[tuple[int, ...], ...]
-
-
-class UnitSequence(click.ParamType):
-    """Units in the order in which they run, such as 0-8,8-11. A range includes its last unit."""
-
-    name = "units"
-
-    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        with naming(parameter.opts[0]):
-            return check_named(parse_removed(value))
 
 
 candidate_options = group(
     click.option(
         "--masks",
         "masks_file",
-        type=FileName(),
+        type=FILE_NAME,
         help='File of masks: .npy [N, U] of 1 = kept, 0 = removed; .jsonl rows {"removed": [9,'
         ' 10]} or {"sequence": [0, 1, 1, 2]}; or a .txt configuration of EvoPress.',
     ),
     click.option(
         "--removed",
         multiple=True,
-        type=Units(),
+        type=UNITS,
         help="Units to remove, such as 9,10 or 9-11; - for none, all for all. Give it once for"
         " each mask.",
     ),
@@ -51,7 +33,7 @@ candidate_options = group(
         "--sequence",
         "sequences",
         multiple=True,
-        type=UnitSequence(),
+        type=UNIT_SEQUENCE,
         help="Units in the order in which they run, such as 0-8,8-11, which runs unit 8 twice."
         " Give it once for each sequence.",
     ),

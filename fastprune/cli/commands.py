@@ -16,10 +16,12 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import InputError
+from ..exports import checkpoint
 from ..io import parse_json, write_jsonl
 from ..masks import check_removed, check_sequences, record_units, removed_by
 from ..objectives import no_judge
 from ..plan.progress import ProgressEvent, reporting
+from ..search import find_algorithm, known_algorithms
 from ..study.tables import (
     format_dense,
     format_record,
@@ -27,19 +29,23 @@ from ..study.tables import (
     format_saved,
     units_header,
 )
-from ..validate import refuse_existing
-from .candidates import UnitSequence, candidate_options, check_candidates, read_candidates
+from ..validate import check_path
+from .candidates import candidate_options, check_candidates, read_candidates
 from .opening import MakeEvaluator, evaluates, open_model
 from .options import (
+    FILE_NAME,
+    NEW_FILE,
+    UNIT_SEQUENCE,
+    UNITS,
     Command,
-    FileName,
-    Units,
+    Parsed,
     json_option,
     model_options,
     naming,
     weights_option,
 )
-from .output import printing, progress_bar, say, say_json, written_somewhere
+from .output import printing, progress_bar, say, say_json, say_values, written_somewhere
+from .support import sentences, support_of
 
 if TYPE_CHECKING:
     from ..evaluator import Evaluator
@@ -69,10 +75,7 @@ def info(
 
     With --weights-gb, also show the weights that stay loaded, and how the others are read.
     """
-    from .support import sentences, support_of
-
     opened = open_model(model, device, dtype, trust_remote_code, weights_bytes)
-    table = Table(show_header=False, box=None)
     rows: dict[str, object] = {
         "model": opened.name,
         "family": opened.family,
@@ -92,10 +95,8 @@ def info(
         if as_json:
             sizes = {"blocks": opened.num_blocks}
             say_json({name.replace(" ", "_"): value for name, value in (rows | sizes).items()})
-            return
-        for name, text in sentences(rows):
-            table.add_row(name, text)
-        say(table)
+        else:
+            say_values(sentences(rows))
 
 
 def _streaming_rows(opened: Model, room: Room) -> dict[str, str]:
@@ -121,8 +122,6 @@ def algorithms(names: tuple[str, ...]) -> None:
     With names, show these algorithms and how they work. A cost is the number of masks that are
     scored to remove k of U units.
     """
-    from ..search import find_algorithm, known_algorithms
-
     chosen = [find_algorithm(name) for name in names] or known_algorithms().values()
     with printing():
         if not names:
@@ -148,7 +147,7 @@ def algorithms(names: tuple[str, ...]) -> None:
 @click.option(
     "--out",
     "out_file",
-    type=FileName(),
+    type=NEW_FILE,
     help='Write rows {"removed" or "sequence", "loss", METRIC}, such as "perplexity", to this new '
     ".jsonl file.",
 )
@@ -159,7 +158,7 @@ def score(
     masks_file: str | None,
     removed: tuple[tuple[int, ...] | str, ...],
     sequences: tuple[tuple[int, ...], ...],
-    out_file: str | None,
+    out_file: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -171,55 +170,54 @@ def score(
     have paired standard errors, and those below two of these errors are marked.
     """
     check_candidates(masks_file, removed, sequences)
-    if out_file:
-        with naming("--out"):
-            refuse_existing(Path(out_file))
     with progress_bar(quiet) as progress:
         evaluator = make_evaluator(progress)
         chosen = read_candidates(masks_file, removed, sequences, evaluator.num_units)
         score_all = _Scores.only_losses if out_file and not as_json else _Scores.by_sample
         scores = score_all(evaluator, chosen)
-    written, trouble = None, ""
-    if out_file:
-        rows = scores.rows()
-        written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
+    rows = scores.rows()
+    with written_somewhere(out_file, lambda path: write_jsonl(path, rows)) as (written, trouble):
         if trouble:  # print everything instead
             scores = _Scores.by_sample(evaluator, chosen)
-    with printing(written):
-        if as_json:
-            say_json(scores.to_dict())
-        elif written and not trouble:
-            say(f"written: {written}")
-            scores.say_cost()
-        else:
-            scores.say_all()
-    if trouble:
-        raise click.ClickException(trouble)
+        with printing(written):
+            if as_json:
+                say_json(scores.to_dict())
+            elif written and not trouble:
+                say(f"written: {written}")
+                scores.say_cost()
+            else:
+                scores.say_all()
 
 
 @click.command(cls=Command)
 @click.option(
     "--removed",
-    type=Units(),
+    type=UNITS,
     help="Blocks to remove, such as 9,10,11 or 9-11. A checkpoint cannot leave out half a "
     "block, so sublayers cannot be named.",
 )
 @click.option(
     "--sequence",
-    type=UnitSequence(),
+    type=UNIT_SEQUENCE,
     help="Blocks in the order in which they are to run, such as 0-8,8-11.",
 )
 @click.option(
     "--result",
-    type=FileName(),
+    type=FILE_NAME,
     help="File result.json of a search. Its blocks are removed, or run in its sequence; "
     "the model card reports its losses.",
 )
 @click.option(
-    "--base-model", help="Hub id of the base model, for the model card. Default: the name of MODEL."
+    "--base-model",
+    type=Parsed("text", checkpoint.check_base_model),
+    help="Hub id of the base model, for the model card. Default: the name of MODEL.",
 )
 @click.option(
-    "--out", "out_dir", required=True, type=FileName(), help="Folder of the new checkpoint."
+    "--out",
+    "out_dir",
+    required=True,
+    type=Parsed("text", lambda text: checkpoint.check_target(check_path(text)), completes="file"),
+    help="Folder of the new checkpoint.",
 )
 @click.option(
     "--measure-speed",
@@ -236,7 +234,7 @@ def export(
     sequence: Sequence[int] | None,
     result: str | None,
     base_model: str | None,
-    out_dir: str,
+    out_dir: Path,
     measure_speed: bool,
 ) -> None:
     """Write MODEL without some blocks, or with others repeated, for transformers.
@@ -245,20 +243,16 @@ def export(
     the same for mergekit, llama.cpp, EvoPress and LLM-Drop. Only blocks can be left out, not
     sublayers.
     """
-    from ..exports import checkpoint
-
     if sum(given is not None for given in (removed, sequence, result)) != 1:
         raise InputError(
             "say what to write: one of --removed BLOCKS, --sequence BLOCKS and --result FILE"
         )
-    with naming("--out"):
-        checkpoint.check_target(out_dir)
-    with naming("--base-model"):
-        checkpoint.check_base_model(base_model)
+    flag = "--removed" if sequence is None else "--sequence"
     losses = None
     notes: list[str] = []
     if result is not None:
-        with naming("--result"):
+        flag = "--result"
+        with naming(flag):
             removed, sequence, losses, notes, num_units, searched = _read_result(Path(result))
     opened = open_model(model, device, dtype or "auto", trust_remote_code)
     if result is not None and num_units != opened.num_blocks:
@@ -266,18 +260,15 @@ def export(
             f"--result: {result}: of a model of {num_units} blocks; {opened.name} has "
             f"{opened.num_blocks}"
         )
-    gone = None
-    if sequence is not None:
-        with naming("--sequence" if result is None else "--result"):
-            (sequence,) = check_sequences([sequence], opened.num_blocks)
-        content = (
-            f"{len(sequence)} blocks, made of {opened.num_blocks}: {','.join(map(str, sequence))}"
-        )
-    elif removed is not None:
-        with naming("--removed" if result is None else "--result"):
-            gone = check_removed(removed, opened.num_blocks)
-        left = opened.num_blocks - len(gone)
-        content = f"{left} blocks of {opened.num_blocks}, without {format_removed(gone)}"
+    gone, blocks = None, opened.num_blocks
+    with naming(flag):
+        if sequence is None:
+            gone = check_removed(removed or (), blocks)
+            left = blocks - len(gone)
+            content = f"{left} blocks of {blocks}, without {format_removed(gone)}"
+        else:
+            (sequence,) = check_sequences([sequence], blocks)
+            content = f"{len(sequence)} blocks, made of {blocks}: {','.join(map(str, sequence))}"
     folder = checkpoint.export(
         opened,
         out_dir,
@@ -342,14 +333,13 @@ def _read_result(
     except (TypeError, ValueError):
         raise InputError(f"{path}: dense_loss and loss must be numbers") from None
     calibration, name = value.get("calibration"), str(value["objective"])
-    chance, samples = value.get("chance"), None
+    calibration = calibration if isinstance(calibration, dict) else {}
+    chance, samples = value.get("chance"), calibration.get("num_samples")
     notes: list[str] = []
-    if isinstance(calibration, dict):
-        samples = calibration.get("num_samples")
     if isinstance(chance, float) and isinstance(samples, int):
         note = no_judge({"name": name, "chance": chance, "num_samples": samples}, losses[0])
         notes += [note] * bool(note)
-    if isinstance(calibration, dict) and {"file", "num_samples"} <= set(calibration):
+    if {"file", "num_samples"} <= set(calibration):
         name += f", {calibration['num_samples']} samples" + (
             f" of {Path(str(calibration['file'])).name}" if calibration["file"] else ""
         )
@@ -362,16 +352,6 @@ def _read_result(
             by_data[f"{held_out['objective']}, {data}, held out"] = judged
     removed, sequence = units
     return removed, sequence, by_data, notes, value["num_units"], searched
-
-
-def _needs_whole_model(evaluator: Evaluator, num_masks: int) -> bool:
-    """Whether the whole model is scored beside the masks.
-
-    Several masks are compared with it. It also shows whether an accuracy is a judge.
-    """
-    objective = evaluator.objective
-    several = num_masks > 1 and not objective.compares_with_dense
-    return several or objective.chance is not None
 
 
 @dataclasses.dataclass
@@ -400,9 +380,13 @@ class _Scores:
 
     @classmethod
     def by_sample(cls, evaluator: Evaluator, chosen: list[tuple[int, ...]]) -> _Scores:
-        """Score masks on every sample, and the whole model beside them if it helps."""
-        whole_model = tuple(range(evaluator.num_units))
-        whole = _needs_whole_model(evaluator, len(chosen))
+        """Score masks on every sample, and the whole model beside them if it helps.
+
+        Several masks are compared with it. It also shows whether an accuracy is a judge.
+        """
+        whole_model, objective = tuple(range(evaluator.num_units)), evaluator.objective
+        several = len(chosen) > 1 and not objective.compares_with_dense
+        whole = several or objective.chance is not None
         added = whole and whole_model not in chosen
         asked = [*chosen, whole_model] if added else chosen
         parts = [
@@ -419,7 +403,7 @@ class _Scores:
         sample_losses = np.concatenate(by_part)
         dense = sample_losses[asked.index(whole_model)] if whole else None
         sample_losses = sample_losses[: len(chosen)]
-        losses = evaluator.objective.mean(sample_losses)
+        losses = objective.mean(sample_losses)
         return cls(evaluator, chosen, losses, sample_losses, dense, added)
 
     def rows(self) -> list[dict]:
@@ -481,8 +465,8 @@ class _Scores:
             table.add_column("difference to the whole model")
         errors = objective.standard_error(self.sample_losses)
         for i, record in enumerate(records):
-            names = _names(evaluator, record.get("removed", ()))
-            row = [format_record(record), *[names] * halves]
+            names = [evaluator.unit_names[unit] for unit in record.get("removed", ())]
+            row = [format_record(record), *[", ".join(names) or "-"] * halves]
             loss, error = float(self.losses[i]), float(errors[i])
             row.append(objective.format(loss, error, named=False))
             if compares and self.dense is not None:
@@ -522,7 +506,3 @@ def _counted(sizes: Sequence[int], name: str, verb: str, of: str) -> str:
     count, least, most = len(sizes), min(sizes), max(sizes)
     size = f"{least}" if least == most else f"{least} to {most}"
     return f"{count} {name}{'s' * (count != 1)} that {verb}{'s' * (count == 1)} {size}{of}"
-
-
-def _names(evaluator: Evaluator, units: Iterable[int]) -> str:
-    return ", ".join(evaluator.unit_names[unit] for unit in units) or "-"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
-from rich.table import Table
 
 from .. import __version__
 from .opening import open_model
 from .options import Command, json_option
-from .output import printing, say, say_json
+from .output import printing, say_json, say_values
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "triton"),
@@ -29,11 +30,8 @@ def env(as_json: bool) -> None:
     with printing():
         if as_json:
             say_json(values)
-            return
-        table = Table(show_header=False, box=None)
-        for name, value in values.items():
-            table.add_row(name.replace("_", " "), str(value))
-        say(table)
+        else:
+            say_values((name.replace("_", " "), value) for name, value in values.items())
 
 
 def environment() -> dict[str, object]:
@@ -73,10 +71,8 @@ def _version(package: str) -> str:
 
 def _processor() -> str:
     """The processor's name, as Linux gives it, or the machine's kind."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
+    with suppress(FileNotFoundError):
+        information = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if name := re.search(r"^model name\s*:(.*)$", information, re.MULTILINE):
+            return name[1].strip()
     return platform.processor() or platform.machine()

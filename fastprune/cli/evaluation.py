@@ -16,16 +16,18 @@ from rich.table import Table
 from .. import __version__
 from ..io import write_json, write_jsonl
 from ..masks import Candidate, record_units
-from ..objectives import Difference, Objective
+from ..objectives import Objective
 from ..plan.cost import Cost
 from ..study.folder import STORE
-from ..validate import refuse_existing
+from ..study.judging import to_difference
+from ..study.tables import format_record, format_saved, units_header
 from .candidates import candidate_options, check_candidates, read_candidates
 from .opening import check_workers, open_model, open_workers
 from .options import (
+    FILE_NAME,
     MOST,
+    NEW_FILE,
     Command,
-    FileName,
     group,
     json_option,
     model_options,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from ..models import Model
 
 task_settings = group(
-    click.option("--include-path", type=FileName(), help="Folder with tasks of your own."),
+    click.option("--include-path", type=FILE_NAME, help="Folder with tasks of your own."),
     click.option(
         "--limit",
         type=click.FloatRange(0, min_open=True),
@@ -100,7 +102,7 @@ task_settings = group(
 @click.option(
     "--out",
     "out_file",
-    type=FileName(),
+    type=NEW_FILE,
     help='Write rows {"removed" or "sequence", "results", ...} to this new .jsonl file.',
 )
 @json_option
@@ -120,7 +122,7 @@ def evaluate(
     removed: tuple[tuple[int, ...] | str, ...],
     sequences: tuple[tuple[int, ...], ...],
     include_path: str | None,
-    out_file: str | None,
+    out_file: Path | None,
     weights_bytes: int | None,
     workers: int | None,
     ray: str | None,
@@ -135,9 +137,6 @@ def evaluate(
     process, by the whole model.
     """
     check_candidates(masks_file, removed, sequences)
-    if out_file:
-        with naming("--out"):
-            refuse_existing(Path(out_file))
     check_workers(workers, ray)
     with harness_on_stderr(quiet):
         names, settings["task_manager"] = open_tasks("--tasks", tasks, include_path, weights_bytes)
@@ -156,10 +155,8 @@ def evaluate(
         {**record_units(units, num_units), **plain(result)}
         for units, result in zip(chosen, results)
     ]
-    written, trouble = None, ""
-    if out_file:
-        written, trouble = written_somewhere(Path(out_file), lambda path: write_jsonl(path, rows))
-    with printing(written):
+    writing = written_somewhere(out_file, lambda path: write_jsonl(path, rows))
+    with writing as (written, trouble), printing(written):
         if as_json:
             version = {"fastprune": __version__}
             say_json({"model": opened.name, **version, "cost": vars(cost), "masks": rows})
@@ -172,14 +169,10 @@ def evaluate(
                 say(_cost_line(cost))
             if written and not trouble:
                 say(f"written: {written}")
-    if trouble:
-        raise click.ClickException(trouble)
 
 
 def _cost_line(cost: Cost) -> str:
     """The cost of likelihoods in words. A score is that of one mask on one kind of request."""
-    from ..study.tables import format_saved
-
     saved = format_saved(cost.naive_unit_runs, cost.unit_runs)
     hits = (
         f"; {cost.store_hits} of {cost.masks} scores were in the store" if cost.store_hits else ""
@@ -236,7 +229,7 @@ def evaluate_study(
     rows: dict[str, list[dict]] = {}
     for model in models:
         by: dict[Candidate, list] = {Candidate(removed=()): []}
-        controls: dict[Candidate, list[str]] = {}
+        controls: dict[Candidate, dict[str, None]] = {}  # names, each once
         for cell in found["cells"]:
             if cell["model"] == model.name and not cell["error"]:
                 chosen = {name: cell[name] for name in ("objective", "num_remove", "algorithm")}
@@ -245,8 +238,7 @@ def evaluate_study(
             if control["model"] == model.name:
                 candidate = Candidate.of(control)
                 by.setdefault(candidate, [])
-                names_of = controls.setdefault(candidate, [])
-                names_of += [control["name"]] * (control["name"] not in names_of)
+                controls.setdefault(candidate, {})[control["name"]] = None
         sequences = [candidate.units(found["num_units"][model.name]) for candidate in by]
         store = out_dir / STORE
         settings |= {"granularity": granularity, "store": store, "log_samples": False}
@@ -255,7 +247,7 @@ def evaluate_study(
             {
                 **candidate.record,
                 "chosen": chosen,
-                "controls": controls.get(candidate, []),
+                "controls": list(controls.get(candidate, {})),
                 "results": plain(result["results"]),
                 "differences": plain(result["differences"]),
                 "higher_is_better": plain(result["higher_is_better"]),
@@ -271,40 +263,38 @@ def task_table(title: str, task: str, rows: Sequence[dict]) -> Table:
 
     Metrics have the harness's names, filters and directions.
     """
-    from ..study.tables import units_header
-
     metrics = [name for name in rows[0]["results"][task] if "," in name and "_stderr," not in name]
-    higher = rows[0]["higher_is_better"].get(task, {})
-    headers = [_headed(name, higher) for name in metrics]
-    table = Table(units_header(rows), title=title, title_justify="left")
-    for header in headers:
-        table.add_column(header, justify="right")
+    table = _metrics_table(title, task, metrics, rows, justify="right")
     for row in rows:
-        values = row["results"][task]
-        cells = []
-        for name in metrics:
-            error = values.get("_stderr,".join(name.split(",", 1)))
-            known = isinstance(error, float)
-            cells.append(
-                f"{_number(values[name])} ± {_number(error)}" if known else _number(values[name])
-            )
+        cells = [_with_error(row["results"][task], name) for name in metrics]
         table.add_row(_marked(row), *cells)
     return table
 
 
+def _metrics_table(
+    title: str, task: str, metrics: Sequence[str], rows: Sequence[dict], **column: Any
+) -> Table:
+    """Make a table without rows: the units, and metrics with the harness's directions, if any."""
+    table = Table(units_header(rows), title=title, title_justify="left")
+    higher = rows[0]["higher_is_better"].get(task, {})
+    for name in metrics:
+        is_higher = higher.get(name.partition(",")[0])
+        direction = f" ({'higher' if is_higher else 'lower'} is better)"
+        table.add_column(name.removesuffix(",none") + direction * (is_higher is not None), **column)
+    return table
+
+
+def _with_error(values: Mapping[str, Any], name: str) -> str:
+    """The value of a metric, with its standard error if that is known."""
+    error = values.get("_stderr,".join(name.split(",", 1)))
+    value = _number(values[name])
+    return f"{value} ± {_number(error)}" if isinstance(error, float) else value
+
+
 def _marked(row: Mapping[str, Any]) -> str:
     """The units of a row, and the names of the controls that it belongs to."""
-    from ..study.tables import format_record
-
     controls = ", ".join(row.get("controls", ()))
     return format_record(row) + f" (control: {controls})" * bool(controls)
-
-
-def _headed(name: str, higher: Mapping[str, Any]) -> str:
-    """A metric of the harness with its direction, if the harness gives one."""
-    is_higher = higher.get(name.partition(",")[0])
-    direction = "" if is_higher is None else f" ({'higher' if is_higher else 'lower'} is better)"
-    return name.removesuffix(",none") + direction
 
 
 class _TaskMetric(Objective):
@@ -321,21 +311,11 @@ def difference_table(task: str, rows: Sequence[dict]) -> Table | None:
     metrics = list(rows[0].get("differences", {}).get(task, {}))
     if len(rows) < 2 or not metrics:
         return None
-    from ..study.tables import units_header
-
     title = f"{task}: difference to the first row, paired over documents"
-    table = Table(units_header(rows), title=title, title_justify="left")
-    higher = rows[0]["higher_is_better"].get(task, {})
-    for name in metrics:
-        table.add_column(_headed(name, higher))
+    table = _metrics_table(title, task, metrics, rows)
     for row in rows[1:]:
-        cells = []
-        for name in metrics:
-            values = {key: float(value) for key, value in row["differences"][task][name].items()}
-            count = int(values["num_samples"])
-            difference = Difference(values["value"], values["error"], count)
-            cells.append(_TaskMetric.format_difference(difference))
-        table.add_row(_marked(row), *cells)
+        differences = [to_difference(row["differences"][task][name]) for name in metrics]
+        table.add_row(_marked(row), *map(_TaskMetric.format_difference, differences))
     return table
 
 

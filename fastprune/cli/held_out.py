@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..data import TASKS_READING, TEXT_READING
-from ..objectives import OBJECTIVES, Difference, Objective, no_judge, objective_class
+from ..objectives import OBJECTIVES, Objective, no_judge, objective_class
 from ..plan.progress import reporting
-from ..study.judging import direction, shared_rows
+from ..study.judging import direction, format_judged, shared_rows, to_difference
 from ..study.tables import format_removed, unseen_notes
 from .commands import score
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..evaluator import Evaluator
 
 LABEL = "held out"
+STEPS = {"export": "next", "problem": "no checkpoint can be written", "judge": "judge"}
 
 
 def score_beside_whole(
@@ -64,6 +65,11 @@ def beside_whole(objective: Objective, sample_losses: np.ndarray) -> dict[str, A
     }
 
 
+def dense_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole model's loss and standard error in a record of `beside_whole`."""
+    return {name: record[f"dense_{name}"] for name in ("loss", "standard_error")}
+
+
 def judge(
     evaluator: Evaluator, sequence: Sequence[int], calibration: Objective, file: str
 ) -> dict[str, Any]:
@@ -91,33 +97,17 @@ def judged_lines(held_out: Mapping[str, Any]) -> list[str]:
     """The lines about a result on held-out data."""
     objective = objective_class(held_out["objective"])
     described = {"name": held_out["objective"], **held_out}
-    loss, error, dense_loss, dense_error = (
-        float(held_out[name])  # inf and nan are texts in a file
-        for name in ("loss", "standard_error", "dense_loss", "dense_standard_error")
-    )
+    dense = dense_of(held_out)
     data = f"{Path(held_out['file']).name}, {held_out['num_samples']} samples"
-    value = f"{objective.format(loss, error)} ({direction(objective)})"
+    value = f"{objective.metric_name} {format_judged(objective, held_out)} ({direction(objective)})"
     line = f"{LABEL} ({data}): {value}"
     if not objective.compares_with_dense:
-        dense = objective.format(dense_loss, dense_error, named=False)
-        line += f", whole model {dense}; difference {format_difference(objective, held_out)}"
+        difference = objective.format_difference(to_difference(held_out["difference"]))
+        line += f", whole model {format_judged(objective, dense)}; difference {difference}"
     lines = [line, *unseen_notes({"held_out": {LABEL: described}})]
-    if guesses := no_judge(described, dense_loss):
+    if guesses := no_judge(described, float(dense["loss"])):
         lines.append(f"{LABEL}: {guesses}")
     return lines
-
-
-def next_lines(steps: Mapping[str, str]) -> list[str]:
-    """The lines that end a search's output."""
-    titles = {"export": "next", "problem": "no checkpoint can be written", "judge": "judge"}
-    return [f"{titles[step]}: {text}" for step, text in steps.items()]
-
-
-def format_difference(objective: type[Objective], record: Mapping[str, Any]) -> str:
-    """The paired difference of a record to the whole model."""
-    values = {name: float(value) for name, value in record["difference"].items()}
-    samples = int(values["num_samples"])
-    return objective.format_difference(Difference(values["value"], values["error"], samples))
 
 
 def next_steps(record: Mapping[str, Any], target: Path | None) -> dict[str, str]:

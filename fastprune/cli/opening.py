@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import TASKS_READING
+from .. import demo
+from ..data import TASKS_READING, Tasks, TokenBatch, load_tasks, load_text
+from ..engine.store import SumStore
 from ..errors import InputError
 from ..objectives import OBJECTIVES, Objective
 from ..plan.progress import ProgressCallback
-from ..validate import check_one_of, check_path
+from ..search import find_algorithm
+from ..validate import check_one_of
 from ..workers.processes import Processes, Workers
 from .options import evaluator_settings, model_options, naming, objective_options
 from .output import note, waiting
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
 def check_gradients(algorithms: Iterable[str], objective: str, label: str | None = None) -> None:
     """Raise InputError for an algorithm on gradients if the objective, here called by its label,
     has none."""
-    from ..search import find_algorithm
-
     having = [name for name, known in OBJECTIVES.items() if known.differentiable]
     for name in algorithms:
         find_algorithm(name).check_gradients(objective in having, repr(label or objective), having)
@@ -35,13 +36,13 @@ def check_gradients(algorithms: Iterable[str], objective: str, label: str | None
 
 @dataclass(frozen=True)
 class Data:
-    """Data to score on, as options name it.
+    """Data to score on, as options or a study's document name it.
 
-    `flag` is the option of its file. `reading` has further arguments of the loader, and `settings`
-    those of the objective. `spelled` maps options of the calibration data to this data's names.
+    `title` begins the line about the data's form. `reading` has further arguments of the loader,
+    and `settings` those of the objective.
     """
 
-    flag: str
+    title: str
     objective: str
     file: str
     num_samples: int | None
@@ -49,28 +50,50 @@ class Data:
     seed: int
     reading: Mapping[str, Any]
     settings: Mapping[str, Any]
-    spelled: Mapping[str, str] = field(default_factory=dict)
 
     def open(self, model: Model, quiet: bool = False) -> Objective:
         """Open the objective on this data. quiet: show nothing while it is read."""
-        try:
-            return open_objective(
-                self.objective,
-                self.file,
-                self.num_samples,
-                self.seq_len,
-                self.seed,
-                model,
-                self.reading,
-                self.settings,
-                title=self.flag.removeprefix("--"),
-                quiet=quiet,
+        kind: Any = OBJECTIVES[self.objective]
+        with waiting(f"reading {self.file}", quiet):
+            batch, origin = self._tasks(model) if kind.data == "tasks" else self._text(model)
+        if batch.source != self.file:
+            note(f"{self.title}: {batch.source}")
+        objective = kind(batch, **self.settings)
+        objective.source = origin
+        return objective
+
+    def _tasks(self, model: Model) -> tuple[Tasks, str]:
+        """Read questions; return them with their origin in words."""
+        count, name = self.num_samples, Path(self.file).name
+        tasks = load_tasks(self.file, model.tokenizer, limit=count, **self.reading)
+        if count is not None and tasks.num_questions < count:
+            raise InputError(
+                f"{self.file}: holds {tasks.num_questions} questions, but {count} samples were "
+                f"asked for",
+                fits={"num_samples": tasks.num_questions},
             )
-        except InputError as error:
-            if not self.spelled:
-                raise
-            fits = {self.spelled.get(name, name): value for name, value in error.fits.items()}
-            raise InputError(f"{self.flag}: {error.message}", fits=fits) from error
+        return tasks, name if count is None else f"{name}, the first questions"
+
+    def _text(self, model: Model) -> tuple[TokenBatch, str]:
+        """Read text; return its samples with their origin in words.
+
+        Text has the defaults of the field, 64 samples of 2048 tokens; the demo's text has its own.
+        """
+        path, seq_len, reading = Path(self.file), self.seq_len, dict(self.reading)
+        is_demo = path.resolve().parent == demo.TEXT.parent  # in any spelling of its path
+        if is_demo:  # the demo model was trained on windows that begin anywhere
+            reading.setdefault("bos", False)
+        if seq_len is None and path.suffix not in (".npy", ".safetensors"):
+            seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
+        if seq_len is not None and model.max_positions and seq_len > model.max_positions:
+            raise InputError(
+                f"seq_len {seq_len} is longer than the model's {model.max_positions} positions",
+                argument="seq_len",
+                most=model.max_positions,
+            )
+        tokenizer, seed = model.tokenizer, self.seed
+        batch = load_text(self.file, tokenizer, self.num_samples, seq_len, seed, **reading)
+        return batch, f"{batch.source}, drawn by seed {seed}"
 
 
 class MakeEvaluator:
@@ -102,11 +125,20 @@ class MakeEvaluator:
         objective = self.data.open(opened, quiet)
         self._options["workers"] = open_workers(self._workers, self._ray, opened)
         if self.store is not None:
-            from ..engine.store import SumStore
-
             self._options["store"] = SumStore(self.store)
         with waiting(f"checking {opened.name}", quiet):
             return self.on(opened, objective, progress)
+
+    def open_held_out(self, model: Model, quiet: bool) -> Objective | None:
+        """Open the held-out data, if there are any; errors name their own options."""
+        if self.held_out is None:
+            return None
+        try:
+            return self.held_out.open(model, quiet)
+        except InputError as error:
+            own = {"num_samples": "held_out_samples", "column": "held_out_column"}
+            fits = {own.get(name, name): value for name, value in error.fits.items()}
+            raise InputError(f"--held-out: {error.message}", fits=fits) from error
 
     def on(
         self, model: Model, objective: Objective, progress: ProgressCallback | None
@@ -159,7 +191,7 @@ def evaluates(command: Callable) -> Callable:
         settings = check_normalization(names, normalization)
         check_workers(workers, ray)
         data = Data(
-            flag="--calibration",
+            title="calibration",
             objective=objective,
             file=calibration,
             num_samples=num_samples,
@@ -172,13 +204,12 @@ def evaluates(command: Callable) -> Callable:
         if held_out is not None and judge is not None:
             own_column = {} if held_out_column is None else {"column": held_out_column}
             unseen = Data(
-                flag="--held-out",
+                title="held-out",
                 objective=judge,
                 file=held_out,
                 num_samples=held_out_samples,
                 reading=reading[judge] | own_column,
                 settings=settings[judge],
-                spelled={"num_samples": "held_out_samples", "column": "held_out_column"},
                 seq_len=seq_len,
                 seed=sample_seed,
             )
@@ -212,41 +243,29 @@ def open_model(
 ) -> Model:
     """The model of a command's options. quiet: show nothing while it opens."""
     with waiting(f"opening {model}", quiet):
-        return _load(model, device, dtype, trust_remote_code, weights_bytes)
+        import torch
+        from transformers.utils import logging
 
+        from ..models import load_model
+        from ..models.imports import import_transformers
 
-def _load(
-    model: str,
-    device: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-    weights_bytes: int | None,
-) -> Model:
-    import torch
-    from transformers.utils import logging
-
-    from ..models import load_model
-    from ..models.imports import import_transformers
-
-    import_transformers()
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        device and torch.device(device)
-    except (RuntimeError, ValueError, TypeError):  # the last two for text that is not UTF-8
-        raise InputError(
-            f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0"
-        ) from None
-    return load_model(
-        model, device, dtype, trust_remote_code=trust_remote_code, weights_bytes=weights_bytes
-    )
+        import_transformers()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        try:
+            device and torch.device(device)
+        except (RuntimeError, ValueError, TypeError):  # the last two for text that is not UTF-8
+            raise InputError(
+                f"--device: {device!r} is no kind of device; such as cpu, cuda or cuda:0"
+            ) from None
+        return load_model(
+            model, device, dtype, trust_remote_code=trust_remote_code, weights_bytes=weights_bytes
+        )
 
 
 def units_before_opening(model: str, trust_remote_code: bool, granularity: str) -> int | None:
     """The number of units of a model that is not open yet; None where its config does not surely
     say it."""
-    from .. import demo
     from ..models.files import stated_depth
 
     depth = stated_depth(demo.MODEL_DIR if model == "demo" else Path(model))
@@ -286,78 +305,12 @@ def open_workers(workers: int | None, ray: str | None, model: Model) -> Workers 
 
 def check_calibration(model: str, objective: str, calibration: str | None) -> str:
     """The calibration file, before the model is loaded; the demo model's own if none is given."""
-    from .. import demo
-
     check_one_of("--objective", objective, OBJECTIVES)
-    if calibration is None and model == "demo":
-        return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
-    if calibration is None:
+    if calibration is not None:
+        return calibration
+    if model != "demo":
         raise InputError("--calibration: name a file of text or questions to score on")
-    from ..data import is_data
-
-    with naming("--calibration"):
-        if not is_data(check_path(calibration)):
-            raise InputError(f"{calibration}: no such file")
-    return calibration
-
-
-def open_objective(
-    name: str,
-    calibration: str,
-    num_samples: int | None,
-    seq_len: int | None,
-    seed: int,
-    model: Model,
-    reading: Mapping[str, Any] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    title: str = "calibration",
-    quiet: bool = False,
-) -> Objective:
-    """Open an objective on its calibration data.
-
-    Text has the defaults of the field, 64 samples of 2048 tokens; the demo's text has its own.
-    `reading` has further arguments of the loader, and `settings` those of the objective. `title`
-    begins the line about the data's form. quiet: show nothing while the data is read.
-    """
-    from .. import demo
-    from ..data import load_tasks, load_text
-
-    file = Path(calibration).name
-    kind: Any = OBJECTIVES[name]
-    make: Callable[[Any], Objective] = functools.partial(kind, **settings or {})
-    if OBJECTIVES[name].data == "tasks":
-        with waiting(f"reading {calibration}", quiet):
-            tasks = load_tasks(calibration, model.tokenizer, limit=num_samples, **reading or {})
-        if num_samples is not None and tasks.num_questions < num_samples:
-            raise InputError(
-                f"{calibration}: holds {tasks.num_questions} questions, but {num_samples} samples "
-                f"were asked for",
-                fits={"num_samples": tasks.num_questions},
-            )
-        if tasks.source != calibration:
-            note(f"{title}: {tasks.source}")
-        objective = make(tasks)
-        objective.source = file if num_samples is None else f"{file}, the first questions"
-        return objective
-    reading = dict(reading or {})
-    is_demo = Path(calibration).resolve().parent == demo.TEXT.parent  # in any spelling of its path
-    if is_demo:  # the demo model was trained on windows that begin anywhere
-        reading.setdefault("bos", False)
-    if seq_len is None and Path(calibration).suffix not in (".npy", ".safetensors"):
-        seq_len = demo.WINDOW if is_demo else min(2048, model.max_positions or 2048)
-    if seq_len is not None and model.max_positions and seq_len > model.max_positions:
-        raise InputError(
-            f"seq_len {seq_len} is longer than the model's {model.max_positions} positions",
-            argument="seq_len",
-            most=model.max_positions,
-        )
-    with waiting(f"reading {calibration}", quiet):
-        batch = load_text(calibration, model.tokenizer, num_samples, seq_len, seed, **reading)
-    if batch.source != calibration:
-        note(f"{title}: {batch.source}")
-    objective = make(batch)
-    objective.source = f"{batch.source}, drawn by seed {seed}"
-    return objective
+    return str(demo.QUESTIONS if OBJECTIVES[objective].data == "tasks" else demo.TEXT)
 
 
 def check_held_out(
@@ -374,11 +327,6 @@ def check_held_out(
                 raise InputError(f"--held-out-{name} is of held-out data; name it by --held-out")
         return None
     check_one_of("--held-out-objective", judge, OBJECTIVES)
-    from ..data import is_data
-
-    with naming("--held-out"):
-        if not is_data(check_path(held_out)):
-            raise InputError(f"{held_out}: no such file")
     if held_out == calibration or Path(held_out).resolve() == Path(calibration).resolve():
         raise InputError(
             f"--held-out: {held_out} is the calibration data; name data that the search does not "
@@ -416,15 +364,16 @@ def check_normalization(
     objectives: Sequence[str], normalization: str | None
 ) -> dict[str, dict[str, str]]:
     """The settings of each objective. Raises InputError if no objective has this normalization."""
-    allowed = {name: OBJECTIVES[name].settings.get("normalization") for name in objectives}
-    if normalization is not None and not any(allowed.values()):
-        having = [name for name, of in OBJECTIVES.items() if "normalization" in of.settings]
-        raise InputError(f"--normalization is for {', '.join(having)}, not for {objectives[0]}")
     settings: dict[str, dict[str, str]] = {name: {} for name in objectives}
-    for name, values in allowed.items():
-        if normalization is not None and values:
-            check_one_of("--normalization", normalization, values)
-            settings[name] = {"normalization": normalization}
+    if normalization is None:
+        return settings
+    having = [name for name, known in OBJECTIVES.items() if "normalization" in known.settings]
+    fitting = [name for name in objectives if name in having]
+    if not fitting:
+        raise InputError(f"--normalization is for {', '.join(having)}, not for {objectives[0]}")
+    for name in fitting:
+        check_one_of("--normalization", normalization, OBJECTIVES[name].settings["normalization"])
+        settings[name] = {"normalization": normalization}
     return settings
 
 

@@ -13,10 +13,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..costs import Budget as RemovalBudget
+from ..data import is_data
+from ..engine.store import SumStore
 from ..errors import InputError, shown
-from ..masks import ALL, parse_removed
+from ..masks import ALL, check_named, parse_removed
 from ..objectives import OBJECTIVES, Perplexity
-from ..validate import check_folder, check_one_of, check_path
+from ..search import PRESETS, check_budget
+from ..validate import check_folder, check_one_of, check_path, refuse_existing
 from ..workers.processes import MOST_WORKERS
 from .output import decisions_noted
 
@@ -114,16 +117,27 @@ class Known(click.Choice):
         return check_one_of(parameter.opts[0], value, self.choices)
 
 
-class Units(click.ParamType):
-    """Unit indices as tables print them: 9,10 or 9-11 14."""
+class Parsed(click.ParamType):
+    """A value that a function makes of a text. Errors begin with the flag.
 
-    name = "units"
+    Args:
+        name: The kind of the value, for help.
+        parse: The function.
+        completes: The shell completes names of a "file" or a "dir"; None for other values.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], Any], completes: str | None = None):
+        self.name, self._parse, self._completes = name, parse, completes
 
     def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        if isinstance(value, tuple) or value.strip() == ALL:
-            return value
-        with naming(parameter.opts[0]):
-            return parse_removed(value)
+        argument = str(parameter.metavar or parameter.name).upper()
+        with naming(parameter.opts[0] if isinstance(parameter, click.Option) else argument):
+            return self._parse(value)
+
+    def shell_complete(
+        self, context: click.Context, parameter: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type=self._completes)] if self._completes else []
 
 
 class Budget(click.ParamType):
@@ -132,8 +146,6 @@ class Budget(click.ParamType):
     name = "integer or share"
 
     def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        from ..search import check_budget
-
         if "%" in value:
             try:
                 check_budget(value)
@@ -141,16 +153,6 @@ class Budget(click.ParamType):
                 raise InputError(error.message.replace("num_remove", parameter.opts[0])) from None
             return value.strip()
         return click.IntRange(0, MOST).convert(value, parameter, context)
-
-
-class CostBudget(click.ParamType):
-    """The most that the pruned model may have, as KIND=AMOUNT."""
-
-    name = "kind=amount"
-
-    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        with naming(parameter.opts[0]):
-            return RemovalBudget.parse(value)
 
 
 class LossIncrease(click.ParamType):
@@ -191,61 +193,6 @@ class Name(click.ParamType):
         return [CompletionItem(name) for name in self.known() if name.startswith(incomplete)]
 
 
-def algorithm_names() -> list[str]:
-    from ..search import known_algorithms
-
-    return list(known_algorithms())
-
-
-class Protected(Units):
-    """Unit indices, or the name of a preset, whose units depend on the model."""
-
-    name = "units or preset"
-
-    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        from ..search import PRESETS
-
-        if value in PRESETS:
-            return value
-        try:
-            if value.strip() == ALL:
-                raise InputError(f"{parameter.opts[0]}: with all units protected, none can go")
-            return super().convert(value, parameter, context)
-        except InputError as error:
-            raise InputError(f"{error}; or one of the presets {', '.join(PRESETS)}") from None
-
-
-class FileName(click.ParamType):
-    """The path of a file or a folder, as text that the file system can take."""
-
-    name = "text"
-
-    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        argument = str(parameter.metavar or parameter.name).upper()
-        with naming(parameter.opts[0] if isinstance(parameter, click.Option) else argument):
-            return check_path(value)
-
-    def shell_complete(
-        self, context: click.Context, parameter: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="file")]
-
-
-class Folder(click.ParamType):
-    """A folder that exists and can be written to, or that can be made."""
-
-    name = "folder"
-
-    def convert(self, value: Any, parameter: Any, context: click.Context | None) -> Any:
-        with naming(parameter.opts[0]):
-            return check_folder(Path(check_path(value)))
-
-    def shell_complete(
-        self, context: click.Context, parameter: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="dir")]
-
-
 @contextmanager
 def naming(flag: str) -> Iterator[None]:
     """Errors raised inside begin with the name of their flag."""
@@ -256,6 +203,55 @@ def naming(flag: str) -> Iterator[None]:
     except OSError as error:  # such as a folder without permission
         raise InputError(f"{flag}: {error.filename}: {error.strerror}") from None
 
+
+def _units(text: str) -> tuple[int, ...] | str:
+    return text if text.strip() == ALL else parse_removed(text)
+
+
+def _protected(text: str) -> tuple[int, ...] | str:
+    """Unit indices, or the name of a preset, whose units depend on the model."""
+    if text in PRESETS:
+        return text
+    try:
+        if text.strip() == ALL:
+            raise InputError("with all units protected, none can go")
+        return parse_removed(text)
+    except InputError as error:
+        raise InputError(f"{error}; or one of the presets {', '.join(PRESETS)}") from None
+
+
+def _data_file(text: str) -> str:
+    if not is_data(check_path(text)):
+        raise InputError(f"{text}: no such file")
+    return text
+
+
+def check_store(text: str) -> str:
+    """Return the path of a file that can be a store of scores; a missing file is not created."""
+    path = Path(check_path(text))
+    folder = path.parent
+    if not folder.is_dir():
+        raise InputError(f"{path}: its folder does not exist")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file; name a file for the store of scores")
+    # SQLite writes beside its file, too
+    for place, access in ((folder, os.W_OK | os.X_OK), (path, os.R_OK | os.W_OK)):
+        if place.exists() and not os.access(place, access):
+            raise InputError(f"{path}: {place} cannot be written to")
+    if path.exists() and path.stat().st_size:
+        SumStore(path).close()
+    return text
+
+
+FILE_NAME = Parsed("text", check_path, completes="file")
+DATA_FILE = Parsed("text", _data_file, completes="file")
+NEW_FILE = Parsed("text", lambda text: refuse_existing(Path(check_path(text))), completes="file")
+FOLDER = Parsed("folder", lambda text: check_folder(Path(check_path(text))), completes="dir")
+STORE = Parsed("text", check_store, completes="file")
+UNITS = Parsed("units", _units)  # as tables print them: 9,10 or 9-11 14
+UNIT_SEQUENCE = Parsed("units", lambda text: check_named(parse_removed(text)))
+PROTECTED = Parsed("units or preset", _protected)
+COST_BUDGET = Parsed("kind=amount", RemovalBudget.parse)  # the most that the pruned model may have
 
 model_settings = group(
     click.option(
@@ -275,7 +271,7 @@ model_settings = group(
     concern=MODEL,
 )
 
-model_options = group(click.argument("model", type=FileName()), model_settings)
+model_options = group(click.argument("model", type=FILE_NAME), model_settings)
 
 running_settings = group(
     click.option(
@@ -404,7 +400,7 @@ cache_settings = group(
     ),
     click.option(
         "--cache-dir",
-        type=Folder(),
+        type=FOLDER,
         help="Folder on a fast disk for states that do not fit into memory. They are deleted "
         "when the process ends.",
     ),
@@ -418,8 +414,7 @@ evaluator_settings = group(
 store_option = group(
     click.option(
         "--store",
-        type=FileName(),
-        callback=lambda context, parameter, value: _check_store(value),
+        type=STORE,
         help="File that keeps finished sums. A sum in it is not computed again.",
     ),
     concern=RUNNING,
@@ -435,7 +430,7 @@ objective_options = group(
     ),
     click.option(
         "--calibration",
-        type=FileName(),
+        type=DATA_FILE,
         help="Text, chats or questions to score on: a .txt, .jsonl, .json, .csv or .parquet file, "
         "also as .gz or .zst; a data set folder, or one of the hub as NAME:CONFIG:SPLIT. The demo "
         "model has its own.",
@@ -478,7 +473,7 @@ objective_options = group(
 held_out_options = group(
     click.option(
         "--held-out",
-        type=FileName(),
+        type=DATA_FILE,
         help="Text or questions that the search does not read, in the forms of --calibration. "
         "The result is compared with the whole model on them. Options that say how data "
         "is read apply to both.",
@@ -501,44 +496,14 @@ held_out_options = group(
 )
 
 
-def _check_store(store: str | None) -> str | None:
-    if store:
-        with naming("--store"):
-            check_store(Path(store))
-    return store
-
-
-def check_store(path: Path) -> None:
-    """Raise InputError for a file that cannot be a store of scores; a missing file is not
-    created."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise InputError(f"{path}: its folder does not exist")
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is not a file; name a file for the store of scores")
-    # SQLite writes beside its file, too
-    for place, access in ((folder, os.W_OK | os.X_OK), (path, os.R_OK | os.W_OK)):
-        if place.exists() and not os.access(place, access):
-            raise InputError(f"{path}: {place} cannot be written to")
-    if path.exists() and path.stat().st_size:
-        from ..engine.store import SumStore
-
-        SumStore(path).close()
-
-
-def _split_option(text: str) -> tuple[str, str]:
-    """Split NAME=VALUE into its two parts."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--option takes NAME=VALUE, such as beam_width=5, not {text!r}")
-    return name.strip().replace("-", "_"), value.strip()
-
-
 def split_options(texts: Sequence[str]) -> dict[str, str]:
     """Split NAME=VALUEs, by name. Raises InputError for a repeated name."""
     options: dict[str, str] = {}
     for text in texts:
-        name, value = _split_option(text)
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise InputError(f"--option takes NAME=VALUE, such as beam_width=5, not {text!r}")
+        name = name.replace("-", "_")
         if name in options:
             raise InputError(
                 f"--option: {name} is given twice, as {options[name]!r} and as {value!r}"

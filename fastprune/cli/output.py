@@ -12,14 +12,15 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
@@ -58,6 +59,14 @@ def say(what: RenderableType, style: str | None = None) -> None:
     out.print(
         what, style=style, highlight=False if text else None, soft_wrap=text and not out.is_terminal
     )
+
+
+def say_values(values: Iterable[tuple[str, object]]) -> None:
+    """Print names with their values, a line for each."""
+    table = Table(show_header=False, box=None)
+    for name, value in values:
+        table.add_row(name, str(value))
+    say(table)
 
 
 def say_json(value: object) -> None:
@@ -99,7 +108,25 @@ def printing(written: object = None) -> Iterator[None]:
         note(f"fastprune: {cannot_print(error)}; the result goes to {written}")
 
 
-def written_somewhere(path: Path, write: Callable[[Path], None]) -> tuple[Path | None, str]:
+@contextmanager
+def written_somewhere(
+    path: Path | None, write: Callable[[Path], None]
+) -> Iterator[tuple[Path | None, str]]:
+    """Write a finished result before the block, which prints. No path: nothing is written.
+
+    Yields:
+        The file, and a line for the user, as from `_write_somewhere`.
+
+    Raises:
+        click.ClickException: The file is not the path; raised after the block, with the line.
+    """
+    written, trouble = _write_somewhere(path, write) if path else (None, "")
+    yield written, trouble
+    if trouble:
+        raise click.ClickException(trouble)
+
+
+def _write_somewhere(path: Path, write: Callable[[Path], None]) -> tuple[Path | None, str]:
     """Write a finished result by write(path), or to another place if that fails.
 
     Places are tried in turn: the path, its folder's parent, the working folder, the folder for
@@ -270,14 +297,8 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressCallback | None]:
         >>> len(result.removed)
         2
     """
-    if quiet:
-        yield None
-        return
-    bar = Bar()
-    try:
+    with nullcontext() if quiet else closing(Bar()) as bar:
         yield bar
-    finally:
-        bar.close()
 
 
 @contextmanager

@@ -12,9 +12,20 @@ import click
 from .. import __version__
 from ..data import TASKS_READING, TEXT_READING
 from ..errors import InputError
+from ..exports import can_export
 from ..io import file_marks, json_text, parse_json, write_json
 from ..masks import kept_by
 from ..objectives import no_judge, objective_class
+from ..search import (
+    check_algorithm,
+    check_racing,
+    find_algorithm,
+    known_algorithms,
+    protected_units,
+    run_search,
+    units_to_remove,
+)
+from ..study.judging import format_judged, to_difference
 from ..study.tables import (
     TABLE_NOTE,
     format_dense,
@@ -25,26 +36,26 @@ from ..study.tables import (
     units_header,
 )
 from ..validate import refuse_existing
-from .held_out import (
-    beside_whole,
-    format_difference,
-    judge,
-    judged_lines,
-    next_lines,
-    next_steps,
-    score_beside_whole,
+from .budgets import (
+    check_figure,
+    check_gate,
+    check_stepwise,
+    cost_lines,
+    cost_record,
+    path_table,
+    write_path_figure,
 )
+from .held_out import STEPS, beside_whole, judge, judged_lines, next_steps, score_beside_whole
 from .opening import MakeEvaluator, check_gradients, evaluates, units_before_opening
 from .options import (
+    COST_BUDGET,
+    FILE_NAME,
     MOST_SEED,
+    PROTECTED,
     Budget,
     Command,
-    CostBudget,
-    FileName,
     LossIncrease,
     Name,
-    Protected,
-    algorithm_names,
     held_out_options,
     json_option,
     naming,
@@ -65,7 +76,7 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
 @click.command(cls=Command)
 @click.option(
     "--algorithm",
-    type=Name(algorithm_names),
+    type=Name(known_algorithms),
     default="greedy",
     show_default=True,
     help="Algorithm of the search; `fastprune algorithms` lists all. greedy scores about k U "
@@ -81,7 +92,7 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
 )
 @click.option(
     "--budget",
-    type=CostBudget(),
+    type=COST_BUDGET,
     callback=lambda context, parameter, value: _check_sizes(context, parameter, value),
     help="Limit of the pruned model, instead of --num-remove: params, bytes, kv_bytes (of "
     "the key-value cache, per token) or latency_ms (measured), as a number or a share"
@@ -95,7 +106,7 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
 )
 @click.option(
     "--protect",
-    type=Protected(),
+    type=PROTECTED,
     default="",
     help="Units that must stay, such as 0,1 or 0-3, or the name of a method that protects "
     "some: sleb or shortened-llama.",
@@ -110,7 +121,7 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
 @click.option(
     "--out",
     "out_dir",
-    type=FileName(),
+    type=FILE_NAME,
     help="Folder for result.json. If a result of the same arguments is there, it is printed again.",
 )
 @click.option(
@@ -131,7 +142,7 @@ FILES = ("model", "calibration", "held_out")  # arguments with the names of file
 )
 @click.option(
     "--figure",
-    type=FileName(),
+    type=FILE_NAME,
     help="Draw the loss against the cost after each unit that greedy or beam removed, with"
     " standard errors, into this .png or .svg file.",
 )
@@ -158,9 +169,6 @@ def search(
 ) -> None:
     """Search MODEL for the units whose removal hurts least, or for a sequence of units that
     helps."""
-    from ..search import check_algorithm, check_racing, run_search
-    from .budgets import check_figure, check_gate, check_stepwise, cost_record, write_path_figure
-
     given: dict[str, Any] = dict(split_options(options))
     chosen, settings = check_algorithm(algorithm, given)
     check_stepwise({"--table": table, "--figure": figure}, chosen)
@@ -191,8 +199,7 @@ def search(
     with progress_bar(quiet) as progress:
         evaluator = make_evaluator(progress)
         _check_removal(evaluator.num_units, granularity, protect, num_remove)
-        held_out = make_evaluator.held_out
-        unseen = None if held_out is None else held_out.open(evaluator.model, quiet)
+        unseen = make_evaluator.open_held_out(evaluator.model, quiet)
         result = run_search(
             evaluator, algorithm, num_remove, seed, protect, racing, budget=budget, **given
         )
@@ -201,16 +208,12 @@ def search(
         opened, searched = evaluator.model, evaluator.objective
         record["export_problem"] = _export_problem(opened, result)
         del evaluator  # its cache may hold a quarter of the free memory
-        if held_out is not None and unseen is not None:
+        if unseen is not None:
             judging = make_evaluator.on(opened, unseen, progress)
-            record["held_out"] = judge(judging, result.sequence, searched, held_out.file)
-    trouble = ""
-    if target:
-        target, trouble = written_somewhere(target, lambda path: write_json(path, record))
-    _print_search(record, target, as_json, written=not trouble, table=table)
-    write_path_figure(record, figure)
-    if trouble:
-        raise click.ClickException(trouble)
+            record["held_out"] = judge(judging, result.sequence, searched, parameters["held_out"])
+    with written_somewhere(target, lambda path: write_json(path, record)) as (target, trouble):
+        _print_search(record, target, as_json, written=not trouble, table=table)
+        write_path_figure(record, figure)
     check_gate(record, max_loss)
 
 
@@ -220,9 +223,7 @@ def _check_sizes(context: click.Context, parameter: click.Parameter, value: Any)
     if value is not None and context.params.get(other) is not None:
         raise InputError("--num-remove and --budget are two sizes; give one")
     if value is None and other in context.params and context.params[other] is None:
-        from ..search import find_algorithm  # click has read the algorithm by now
-
-        try:
+        try:  # click has read the algorithm by now
             find_algorithm(context.params["algorithm"]).check_num_remove(None)
         except InputError as error:
             message = error.message.replace("num_remove", "--num-remove")
@@ -237,8 +238,6 @@ def _check_removal(
     num_remove: int | str | None,
 ) -> None:
     """Raise InputError for units that a model of num_units has not, or too many to remove."""
-    from ..search import protected_units, units_to_remove
-
     with naming("--protect"):
         protected = protected_units(protect, num_units, granularity)
     if num_remove is not None:
@@ -354,8 +353,6 @@ def _search_record(
 
 def _export_problem(model: Model, result: SearchResult) -> str | None:
     """The reason why a result cannot be exported; None if it can."""
-    from ..exports import can_export
-
     if result.granularity == "sublayer":
         return "half a block cannot be left out of a checkpoint; fp.masked runs it in Python"
     return can_export(model, result.sequence)
@@ -375,23 +372,16 @@ def _print_search(
         written: Whether the file is new.
         table: Whether to print the loss and cost of each size.
     """
-    from .budgets import cost_lines, path_table
-
     objective = objective_class(record["objective"])
     algorithm, num_units = record["algorithm"], record["num_units"]
     is_sequence = "sequence" in record
     units = record["sequence" if is_sequence else "removed"]
     shape = f"{len(units)} unit runs" if is_sequence else f"{len(units)} of {num_units} removed"
-    loss, error, dense_loss, dense_error = (
-        float(record[name])  # inf and nan are texts in a file
-        for name in ("loss", "standard_error", "dense_loss", "dense_standard_error")
-    )
-    title = (
-        f"{record['model']}, {record['objective']}, {shape} "
-        f"({format_dense(objective, dense_loss, dense_error)})"
-    )
+    dense_loss = float(record["dense_loss"])  # inf and nan are texts in a file
+    dense = format_dense(objective, dense_loss, float(record["dense_standard_error"]))
+    title = f"{record['model']}, {record['objective']}, {shape} ({dense})"
     counts = (record[name] for name in ("evaluations", "unit_runs", "naive_unit_runs"))
-    row = (algorithm, units, objective.format(loss, error, named=False), *counts)
+    row = (algorithm, units, format_judged(objective, record), *counts)
     dense_pass = f" Under {record['objective']}, runs include one pass of the whole model."
     dense_pass *= objective.compares_with_dense
     steps = next_steps(record, target)
@@ -407,7 +397,7 @@ def _print_search(
             say(pattern_text([(record["objective"], algorithm, units)], num_units))
             say(f"removed: {format_removed(units)}")
         if units and not objective.compares_with_dense:
-            said = format_difference(objective, record)
+            said = objective.format_difference(to_difference(record["difference"]))
             say(f"{objective.metric_name}, difference to the whole model: {said}")
         for line in cost_lines(record):
             say(line)
@@ -429,5 +419,5 @@ def _print_search(
             say(f"{record['store_hits']} of the scores were in the store already")
         if target and written:
             say(f"written: {target}")
-        for line in next_lines(steps):
-            say(line)
+        for step, text in steps.items():
+            say(f"{STEPS[step]}: {text}")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
+from ..engine.store import SumStore
 from ..errors import InputError
 from ..io import write_jsonl
-from ..validate import refuse_existing
-from .options import Command, FileName, check_store, naming
+from .options import FILE_NAME, NEW_FILE, Command, check_store
 from .output import printing, say
-
-if TYPE_CHECKING:
-    from ..engine.store import SumStore
 
 
 @click.group()
@@ -24,7 +20,7 @@ def store() -> None:
 
 
 @store.command(cls=Command)
-@click.argument("file", type=FileName())
+@click.argument("file", type=FILE_NAME)
 def info(file: str) -> None:
     """Show the contexts of a store (model, measure, machine) with their numbers of sums, and the
     number of damaged rows."""
@@ -55,18 +51,16 @@ def info(file: str) -> None:
 
 
 @store.command(cls=Command)
-@click.argument("file", type=FileName())
+@click.argument("file", type=FILE_NAME)
 @click.option(
     "--out",
     required=True,
-    type=FileName(),
+    type=NEW_FILE,
     help="New .jsonl file. A row has context, chunk, units and sums.",
 )
-def export(file: str, out: str) -> None:
+def export(file: str, out: Path) -> None:
     """Write all sums of a store as JSON lines, each with its context and the units that ran."""
     opened = _open(file)
-    with naming("--out"):
-        refuse_existing(Path(out))
     contexts = opened.contexts()
     rows = [
         {
@@ -78,13 +72,13 @@ def export(file: str, out: str) -> None:
         for context, chunk, units, values in opened.rows()
         if values is not None and context in contexts
     ]
-    write_jsonl(Path(out), rows)
+    write_jsonl(out, rows)
     with printing(out):
         say(f"written: {out} ({len(rows)} rows)")
 
 
 @store.command(cls=Command)
-@click.argument("file", type=FileName())
+@click.argument("file", type=FILE_NAME)
 @click.option(
     "--context",
     "contexts",
@@ -111,9 +105,7 @@ def prune(file: str, contexts: tuple[int, ...], damaged: bool) -> None:
 
 
 def _open(file: str) -> SumStore:
-    from ..engine.store import SumStore
-
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file")
-    check_store(Path(file))
+    check_store(file)
     return SumStore(file)

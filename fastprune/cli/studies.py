@@ -24,8 +24,16 @@ from .evaluation import (
     open_tasks,
     task_table,
 )
-from .opening import check_gradients, check_workers, open_model, open_objective, open_workers
-from .options import Command, FileName, Folder, json_option, naming, output_options, workers_options
+from .opening import Data, check_gradients, check_workers, open_model, open_workers
+from .options import (
+    FILE_NAME,
+    FOLDER,
+    Command,
+    json_option,
+    naming,
+    output_options,
+    workers_options,
+)
 from .output import note_progress, printing, progress_bar, say, say_json
 from .study_tables import controls_table, held_out_table, print_cells, print_pattern
 
@@ -37,8 +45,8 @@ OUT = "give the study's folder, as in: fastprune study study.toml --out DIR"
 
 
 @click.command(cls=Command)
-@click.argument("document", required=False, type=FileName(), metavar="STUDY.TOML")
-@click.option("--out", "out_dir", type=Folder(), help="Folder of the study.")
+@click.argument("document", required=False, type=FILE_NAME, metavar="STUDY.TOML")
+@click.option("--out", "out_dir", type=FOLDER, help="Folder of the study.")
 @click.option("--example", is_flag=True, help="Print a commented document and exit.")
 @workers_options
 @json_option
@@ -92,7 +100,7 @@ def study(
 @click.option(
     "--out",
     "out_dir",
-    type=Folder(),
+    type=FOLDER,
     help="Folder of the study.",
 )
 @click.option(
@@ -102,7 +110,7 @@ def study(
 )
 @click.option(
     "--files",
-    type=Folder(),
+    type=FOLDER,
     help="Run no study; write the model and its data into this folder, as model/ and data/.",
 )
 @output_options
@@ -243,15 +251,15 @@ def _open(
     model: Model,
 ) -> Objective:
     """Open an objective of a model on the data of a table in the document."""
+    of = Data(
+        title="calibration",
+        objective=name,
+        file=data.file,
+        num_samples=data.num_samples,
+        seq_len=data.seq_len,
+        seed=data.seed or 0,
+        reading=data.reading,
+        settings=settings,
+    )
     with naming(place):
-        return open_objective(
-            name,
-            data.file,
-            data.num_samples,
-            data.seq_len,
-            data.seed or 0,
-            model,
-            data.reading,
-            settings,
-            quiet=quiet,
-        )
+        return of.open(model, quiet)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..exports import can_export
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -37,7 +39,6 @@ SENTENCES = {
 
 def support_of(model: Model) -> dict[str, str]:
     """The units of a model, and the ways in which it can run, by name."""
-    from ..exports import can_export
     from ..models import Needs, open_runner
     from ..models.surgery import runs_without_blocks
 
@@ -90,8 +91,6 @@ def _numbered(listed: str) -> str:
 
 
 def _streaming(model: Model) -> str:
-    from pathlib import Path
-
     if model.weights.streamed:
         return "yes: its blocks are read by turns"
     if model.opened is None:

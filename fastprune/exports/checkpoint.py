@@ -85,22 +85,51 @@ def export(
         (10, 4)
     """
     from ..models import Library
-    from ..models.surgery import kept_blocks
+    from ..models.surgery import kept_blocks, logits_by_blocks, ordered
 
-    check_target(out_dir)
+    out = check_target(out_dir)
     model, evaluator = _opened(model)
     if isinstance(model, Library) and sequence is not None:
         model.check_exportable(sequence)
     model = _merged(model)
     blocks = kept_blocks(model.num_blocks, removed, sequence)
-    if not blocks and sequence is not None:
-        raise InputError("a sequence without blocks leaves nothing to export")
     if not blocks:
-        raise InputError("removing every block leaves nothing to export")
+        emptied = "removing every block" if sequence is None else "a sequence without blocks"
+        raise InputError(f"{emptied} leaves nothing to export")
     left_out = tuple(sorted(set(range(model.num_blocks)) - set(blocks)))
     how = f"without blocks {left_out}" if sequence is None else f"with the blocks {tuple(blocks)}"
-    speed = bool(measure_speed)
-    return _export(model, evaluator, blocks, out_dir, how, base_model, losses, notes, speed)
+    base = _base_name(check_base_model(base_model) or model.name)
+    results = [_result(name, pair) for name, pair in _check_losses(losses).items()]
+    notes = list(notes)
+    with model.lock:
+        if reason := _misfit(model, blocks):
+            raise _refusal(model, how, reason)
+    if evaluator is not None:
+        measured, note = _measured(evaluator, blocks)
+        results.append(measured)
+        if note:
+            notes.append(note)
+    results += _sizes(model, blocks, measure_speed)
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    try:
+        with model.evaluation(), _no_progress_bars():
+            source = source_folder(model)
+            save_model(ordered(model, blocks, copies=True), partial, source, model.towers)
+            save_tokenizer(model, partial, source)
+            save_code(model, partial, source)
+            _check_written(model, logits_by_blocks(model, blocks), how, partial)
+        _describe(model, blocks, base, results, notes, partial)
+        # safetensors makes its files private; the folder has the mode of the umask
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
 
 
 def can_export(model: Model, sequence: Sequence[int] | None = None) -> str | None:
@@ -223,61 +252,6 @@ def _merged(model: Model) -> Model:
     return merged
 
 
-def _export(
-    model: Model,
-    evaluator: Evaluator | None,
-    sequence: Sequence[int],
-    out_dir: str | os.PathLike,
-    how: str,
-    base_model: str | None,
-    losses: Mapping[str, tuple[float, float]] | None,
-    notes: Sequence[str] = (),
-    measure_speed: bool = False,
-) -> Path:
-    from ..models.surgery import logits_by_blocks, ordered
-
-    out, base = check_target(out_dir), _base_name(check_base_model(base_model) or model.name)
-    results = [_result(name, pair) for name, pair in _check_losses(losses).items()]
-    notes = list(notes)
-    with model.lock:
-        if reason := _misfit(model, sequence):
-            raise _refusal(model, how, reason)
-    if evaluator is not None:
-        objective, (before, after) = evaluator.objective, _measure(evaluator, sequence)
-        data = format_size(objective.num_samples, objective.batch.num_tokens)
-        dense_loss, error = before
-        results.append(
-            (
-                f"{objective.header()}, {data}",
-                objective.format(dense_loss, error, named=False),
-                objective.format(*after, named=False),
-            )
-        )
-        if note := no_judge(objective.describe(), dense_loss):
-            notes.append(note)
-    results += _sizes(model, sequence, measure_speed)
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
-        with model.evaluation(), _no_progress_bars():
-            source = source_folder(model)
-            save_model(ordered(model, sequence, copies=True), partial, source, model.towers)
-            save_tokenizer(model, partial, source)
-            save_code(model, partial, source)
-            _check_written(model, logits_by_blocks(model, sequence), how, partial)
-        _describe(model, sequence, base, results, notes, partial)
-        # safetensors makes its files private; the folder has the mode of the umask
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(partial.stat().st_mode & 0o666)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
-
-
 def _describe(
     model: Model,
     sequence: Sequence[int],
@@ -326,16 +300,22 @@ def _sizes(
     return rows
 
 
-Measured = tuple[float, float | None]  # a loss, and its standard error if known
+def _measured(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[tuple[str, str, str], str]:
+    """Score the whole model and these blocks.
 
-
-def _measure(evaluator: Evaluator, sequence: Sequence[int]) -> tuple[Measured, Measured]:
-    """Measure the losses of the whole model and of these blocks."""
-    whole = range(evaluator.num_units)
-    sample_losses = evaluator.score_samples(sequences=[whole, sequence])
-    losses = evaluator.objective.mean(sample_losses).tolist()
-    before, after = zip(losses, evaluator.objective.standard_error(sample_losses).tolist())
-    return before, after
+    Returns:
+        A row of the card, and a note if the objective cannot judge; else ''.
+    """
+    objective = evaluator.objective
+    sample_losses = evaluator.score_samples(sequences=[range(evaluator.num_units), sequence])
+    losses = objective.mean(sample_losses).tolist()
+    errors = objective.standard_error(sample_losses).tolist()
+    before, after = (
+        objective.format(loss, error, named=False) for loss, error in zip(losses, errors)
+    )
+    data = format_size(objective.num_samples, objective.batch.num_tokens)
+    note = no_judge(objective.describe(), losses[0])
+    return (f"{objective.header()}, {data}", before, after), note
 
 
 def _result(name: str, losses: tuple[float, float]) -> tuple[str, str, str]:

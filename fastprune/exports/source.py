@@ -7,6 +7,7 @@ config.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections import Counter
@@ -79,17 +80,16 @@ def narrowed(hf: Any, source: Path | None) -> tuple[dict[str, Any] | None, str |
     stored = check_checkpoint(source)
     sizes: Counter[str] = Counter()
     for kind, shape in stored.values():
-        sizes[kind] += _numel(shape) if kind in FLOATS else 0
+        sizes[kind] += math.prod(shape) if kind in FLOATS else 0
     dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     dtype = dtypes.get(sizes.most_common(1)[0][0]) if sizes else None
     if dtype is None:
         return None, None
     result: dict[str, Any] = {}
-    state = loaded_state(hf)
     known: dict[tuple, Any] = {}  # tied tensors stay one
     parameters = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
     lossless = True
-    for name, tensor in state.items():
+    for name, tensor in loaded_state(hf).items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in known:
             known[key] = _narrow(tensor, dtype)
@@ -113,13 +113,6 @@ def _narrow(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     narrow = tensor.to(dtype)
     same = ((narrow.to(tensor.dtype) == tensor) | tensor.isnan()).all()
     return narrow if bool(same) else tensor
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -168,7 +161,7 @@ def _add_shard(folder: Path, towers: Towers) -> None:
         path.rename(shard)
         tensors = check_shard(shard)
         weight_map |= dict.fromkeys(tensors, shard.name)
-        size += sum(_numel(shape) * BITS[kind] // 8 for kind, shape in tensors.values())
+        size += sum(math.prod(shape) * BITS[kind] // 8 for kind, shape in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

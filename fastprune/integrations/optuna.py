@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,8 +18,10 @@ from ..masks import check_named, check_removed, check_sequence, kept_by, record_
 from ..search import protected_units
 from ..validate import check_integer, check_kind, check_probability, require
 
-if TYPE_CHECKING:
-    import optuna
+require("optuna", "optuna")
+
+import optuna  # noqa: E402 (after the check)
+from optuna.trial import TrialState  # noqa: E402 (after the check)
 
 Suggest = Callable[..., Iterable[int]]  # from an optuna trial to units
 
@@ -107,7 +108,6 @@ def optimize(
         >>> len(study.trials), len(study.best_trial.user_attrs["removed"])
         (8, 2)
     """
-    require("optuna", "optuna")
     _check(study, evaluator, n_trials, batch_size, racing, keep)
     units_of_trial = _units_of_trial(evaluator, num_remove, protect, suggest, suggest_sequence)
     known: dict[tuple[int, ...], float] = {}
@@ -119,7 +119,7 @@ def optimize(
             _run_batch(study, evaluator, open_trials, units_of_trial, known, racing, keep)
         finally:
             for trial in open_trials:  # trials whose loss the study does not know
-                study.tell(trial, state=_state("FAIL"))
+                study.tell(trial, state=TrialState.FAIL)
 
 
 def _run_batch(
@@ -148,17 +148,11 @@ def _run_batch(
     for units in sequences:
         loss, trial = known.get(units), open_trials.pop(0)
         if loss is None:
-            study.tell(trial, state=_state("PRUNED"))
+            study.tell(trial, state=TrialState.PRUNED)
         elif math.isfinite(loss):
             study.tell(trial, loss)
         else:
-            study.tell(trial, state=_state("FAIL"))
-
-
-def _state(name: str) -> optuna.trial.TrialState:
-    from optuna.trial import TrialState
-
-    return TrialState[name]
+            study.tell(trial, state=TrialState.FAIL)
 
 
 def _check(
@@ -170,8 +164,6 @@ def _check(
     keep: int,
 ) -> None:
     """Raise InputError for arguments out of range or of another kind."""
-    import optuna
-
     check_kind("study", study, optuna.Study, "an optuna study")
     if list(study.directions) != [optuna.study.StudyDirection.MINIMIZE]:
         raise InputError(
