@@ -137,7 +137,7 @@ def test_a_result_that_is_written_elsewhere_is_exported_from_there(
         (tmp_path / "r").write_text("a file of another program")
         return search(*arguments, **options)
 
-    monkeypatch.setattr("fastprune.search.run_search", fill_the_place)
+    monkeypatch.setattr("fastprune.cli.search.run_search", fill_the_place)
     call = ("search", checkpoint, *data, "--num-remove", 1, "--out", "r", "--json")
     status, out, err = run(*call)
     assert status == 1
