@@ -321,6 +321,7 @@ def _pyplot() -> Any:
     settings: Any = {"font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "fastprune"}
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     settings["text.parse_math"] = False  # a `$` in a model's name is a `$`
+    settings["figure.max_open_warning"] = 0  # a page holds all its figures until it is written
     pyplot.rcParams.update(settings)
     return pyplot
 
