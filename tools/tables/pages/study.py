@@ -65,6 +65,16 @@ def named_search(row: Row) -> str:
     return f"{row['algorithm']}, {objective}" + f" on {data}" * (data not in ("text", "questions"))
 
 
+def calibration_sets() -> list[Row]:
+    """The searches on each calibration set, by algorithm."""
+    names = {"text": "WikiText-2", "verse": "verse", "code": "Python"}
+    rows = []
+    for row in load("study")["calibration"]["rows"]:
+        _, text, size = row["objective"].split("-")
+        rows.append({**row, "set": f"{names[text]}, {size.replace('x', ' x ')}"})
+    return sorted(rows, key=lambda row: row["algorithm"])
+
+
 def regrets() -> list[Row]:
     """Each algorithm, with its distance from the best of all subsets of its size."""
     return [
@@ -239,6 +249,18 @@ TABLES = {
         )
         for name in ("smollm2", "gemma3")
     },
+    "study_calibration": Table(
+        calibration_sets,
+        {
+            "algorithm": column("algorithm"),
+            "calibrated on": column("set"),
+            "removed": removed_blocks,
+            "perplexity (lower is better)": judged("unseen-text"),
+            "against the first": to_reference("unseen-text"),
+            "ARC-Easy, % (higher is better)": judged("arc-easy"),
+            "against the first, points": to_reference("arc-easy"),
+        },
+    ),
     "study_controls": Table(
         lambda: chosen_masks("smollm2", controls=True),
         {
