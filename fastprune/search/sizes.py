@@ -109,12 +109,14 @@ class Size(ABC):
     def fill(self, subset: Iterable[int], order: Iterable[int]) -> Removed:
         """Make a subset complete.
 
-        Units are added in this order until the subset removes enough. Then each unit that is not
-        needed is put back, the latest first.
+        Units are added in this order until the subset removes enough, or none is left. Then each
+        unit that is not needed is put back, the latest first.
         """
-        units, waiting = [int(unit) for unit in subset], iter(order)
-        while not self.meets(tuple(units)):
-            units.append(int(next(waiting)))
+        units = [int(unit) for unit in subset]
+        for unit in order:
+            if self.meets(tuple(units)):
+                break
+            units.append(int(unit))
         for unit in reversed(list(units)):
             fewer = [other for other in units if other != unit]
             if self.meets(tuple(fewer)):

@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-from ..render import Table
-from . import (
-    bench,
-    benchmarks,
-    demo_model,
-    examples,
-    healing,
-    kernels,
-    readme,
-    reliability,
-    scale,
-    sequences,
-    solver,
-    study,
-    tutorial,
-)
+import importlib
+import pkgutil
 
-MODULES = (
-    bench,
-    benchmarks,
-    demo_model,
-    examples,
-    healing,
-    kernels,
-    readme,
-    reliability,
-    scale,
-    sequences,
-    solver,
-    study,
-    tutorial,
-)
-TABLES: dict[str, Table] = {
-    name: table for module in MODULES for name, table in module.TABLES.items()
-}
+from ..render import Table
+
+TABLES: dict[str, Table] = {}
+for page in pkgutil.iter_modules(__path__):
+    TABLES |= importlib.import_module(f".{page.name}", __name__).TABLES
