@@ -7,6 +7,9 @@ import pkgutil
 
 from ..render import Table
 
-TABLES: dict[str, Table] = {}
-for page in pkgutil.iter_modules(__path__):
-    TABLES |= importlib.import_module(f".{page.name}", __name__).TABLES
+MODULES = [
+    importlib.import_module(f".{page.name}", __name__) for page in pkgutil.iter_modules(__path__)
+]
+TABLES: dict[str, Table] = {
+    name: table for module in MODULES for name, table in module.TABLES.items()
+}

@@ -17,8 +17,8 @@ TABLES = {
         {
             "windows": column("windows"),
             "tokens of a window": column("tokens"),
-            "perplexity": fixed("perplexity", 2),
-            "perplexity of the unigram model": fixed("unigram", 1),
+            "perplexity (lower is better)": fixed("perplexity", 2),
+            "of the unigram model": fixed("unigram", 1),
         },
     ),
     "demo_questions": Table(
@@ -26,7 +26,7 @@ TABLES = {
         {
             "kind": column("kind"),
             "questions": column("questions"),
-            "accuracy": percent("accuracy", 1),
+            "accuracy (higher is better)": percent("accuracy", 1),
             "chance": percent("chance", 1),
         },
     ),
