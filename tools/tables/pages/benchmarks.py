@@ -64,6 +64,11 @@ PRECISIONS = {
     "widened as used": "bfloat16, widened as they are used",
     "bfloat16": "bfloat16, by name (a quarter of the rows, times four)",
 }
+WAITS = {
+    "as libgomp does": "as libgomp does",
+    "passive": "`OMP_WAIT_POLICY=passive`",
+    "1,000 spins": "`GOMP_SPINCOUNT=1000`",
+}
 
 
 def states(row: Row) -> str:
@@ -117,7 +122,7 @@ TABLES = {
         lambda: load("threads")["medians"],
         {
             "threads": column("threads"),
-            "waiting": column("waiting"),
+            "waiting": lambda row: WAITS[row["waiting"]],
             "seconds": fixed("seconds", 1),
             "of the processors": fixed("cpu_seconds", 2),
         },
