@@ -47,7 +47,7 @@ def bound(name: str) -> Callable[[Row], str]:
 
     def cell(row: Row) -> str:
         found = row[name]
-        gap = f"{100 * found['gap']:.1f} %"
+        gap = f"{100 * found['gap']:,.{1 if found['gap'] < 1 else 0}f} %"
         if "seconds" not in found:
             return gap
         spent = f"{found['seconds']:.2f} s" if found["all_proven"] else f"> {found['limit']:g} s"

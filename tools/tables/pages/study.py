@@ -21,26 +21,6 @@ def real_costs() -> list[Row]:
     return rows
 
 
-def real_cells(*names: str) -> list[Row]:
-    """The searches of these calibration sets."""
-    return [cell for cell in load("real_algorithms")["cells"] if cell["objective"] in names]
-
-
-def real_searches() -> list[Row]:
-    """The choices of each algorithm on text and on questions, small sets."""
-    questions = real_cells("questions-margin")
-    pairs = zip(real_cells("text-4x32"), questions, strict=True)
-    return [{**text, "questions": other} for text, other in pairs]
-
-
-def perplexity(row: Row) -> str:
-    return f"{math.exp(row['loss']):.1f}"
-
-
-def margin(row: Row) -> str:
-    return f"{-row['loss']:.3f}"
-
-
 def chosen_masks(name: str, controls: bool = False) -> list[Row]:
     """The masks of a study of a real model; each once, with all searches that chose it. With
     `controls`, the candidates that no search chose."""
@@ -158,18 +138,17 @@ def demo_costs() -> list[Row]:
     return rows
 
 
-def real_repeats() -> list[Row]:
-    """Searches that ask for many masks more than once, against a loop."""
-    found = load("real_algorithms")
-    rows = []
-    for name, label in (("text", "text-4x32"), ("questions", "questions-margin")):
-        cells, loop = real_cells(label), found["loop_seconds"][label]
-        masks, distinct = sum(cell["masks"] for cell in cells), found["different_masks"][label]
-        seconds = sum(cell["seconds"] for cell in cells)
-        row = {"set": name, "masks": masks, "distinct": distinct, "seconds": seconds, "loop": loop}
-        ratio = loop / seconds
-        rows.append(row | {"ratio": ratio, "ratio_of_distinct": ratio * distinct / masks})
-    return rows
+def study_costs() -> list[Row]:
+    """The work of each algorithm in the study of SmolLM2, under each objective, for all sizes."""
+    rows: dict[str, dict[str, Any]] = {}
+    for found in load("study")["smollm2"]["rows"]:
+        if found["algorithm"].startswith("("):
+            continue
+        row = rows.setdefault(found["algorithm"], {"algorithm": found["algorithm"]})
+        for key in "naive_unit_runs", "asked_unit_runs", "unit_runs":
+            name = f"{key} {without_data(found['objective'])}"
+            row[name] = row.get(name, 0) + found[key]
+    return list(rows.values())
 
 
 PIQA: Columns = {
@@ -222,16 +201,19 @@ TABLES = {
             "seconds": fixed("seconds", 0),
         },
     ),
-    "real_repeats": Table(
-        real_repeats,
+    "study_costs": Table(
+        study_costs,
         {
-            "36 searches of": column("set"),
-            "masks": fixed("masks", 0),
-            "distinct": fixed("distinct", 0),
-            "seconds": fixed("seconds", 0),
-            "loop, seconds": fixed("loop", 0),
-            "ratio": fixed("ratio", 1),
-            "ratio for distinct masks": fixed("ratio_of_distinct", 1),
+            "algorithm": column("algorithm"),
+            **{
+                f"{objective}: {name}": fixed(f"{key} {objective}", 0)
+                for objective in ("perplexity", "margin")
+                for name, key in (
+                    ("loop", "naive_unit_runs"),
+                    ("shared within calls", "asked_unit_runs"),
+                    ("made", "unit_runs"),
+                )
+            },
         },
     ),
     **{
@@ -295,39 +277,6 @@ TABLES = {
             "seconds": fixed("seconds", 0),
             "loop, seconds": fixed("loop", 0),
             "ratio": fixed("ratio", 1),
-        },
-    ),
-    "real_searches": Table(
-        real_searches,
-        {
-            "removed": fixed("num_remove", 0),
-            "algorithm": column("algorithm"),
-            "text": removed_blocks,
-            "perplexity (lower is better)": perplexity,
-            "questions": lambda row: removed_blocks(row["questions"]),
-            "margin, nats (higher is better)": lambda row: margin(row["questions"]),
-        },
-    ),
-    "real_raced": Table(
-        lambda: real_cells("text-32x64"),
-        {
-            "algorithm": column("algorithm"),
-            "removed": removed_blocks,
-            "perplexity (lower is better)": perplexity,
-            "unit runs: made": fixed("unit_runs", 0),
-            "shared within calls": fixed("asked_unit_runs", 0),
-            "loop": fixed("naive_unit_runs", 0),
-        },
-    ),
-    "real_questions": Table(
-        lambda: real_cells("questions-margin, 64 questions"),
-        {
-            "removed": fixed("num_remove", 0),
-            "algorithm": column("algorithm"),
-            "blocks": removed_blocks,
-            "margin, nats (higher is better)": margin,
-            "unit runs: made": fixed("unit_runs", 0),
-            "loop": fixed("naive_unit_runs", 0),
         },
     ),
 }
