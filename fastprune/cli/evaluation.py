@@ -139,7 +139,9 @@ def evaluate(
     check_candidates(masks_file, removed, sequences)
     check_workers(workers, ray)
     with harness_on_stderr(quiet):
-        names, settings["task_manager"] = open_tasks("--tasks", tasks, include_path, weights_bytes)
+        names, settings["task_manager"] = open_tasks(
+            "--tasks", tasks, include_path, weights_bytes is not None
+        )
         from ..integrations.lm_eval import evaluate_masks, plain
 
         opened = open_model(model, device, dtype, trust_remote_code, weights_bytes, quiet)
@@ -184,26 +186,26 @@ def _cost_line(cost: Cost) -> str:
 
 
 def open_tasks(
-    flag: str, tasks: str, include_path: str | None, weights_bytes: int | None = None
+    flag: str, tasks: str, include_path: str | None, streamed: bool, load: bool = False
 ) -> tuple[list[str], object]:
-    """Find the tasks that a text names.
+    """Find the tasks that a text names. With `load` or streamed weights, load them once.
 
     Returns:
         Their names, and the harness's manager that knows them.
 
     Raises:
-        InputError: A task is unknown, or generates text while weights are streamed.
+        InputError: A task is unknown, generates text while weights are streamed, or does not load.
     """
     from ..integrations import require_harness
 
     require_harness()
-    from ..integrations.lm_eval import find_tasks, refuse_generation
+    from ..integrations.lm_eval import check_loading, find_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with naming(flag):
         manager = find_tasks(names, include_path)
-        if weights_bytes is not None:
-            refuse_generation(names, manager)
+        if load or streamed:
+            check_loading(names, manager, streamed)
         return names, manager
 
 

@@ -187,7 +187,10 @@ def _run(
     weights_bytes = resources.in_bytes("weights")
     if tasks:
         of = f"{document.path}: evaluate.tasks"
-        names, manager = open_tasks(of, ",".join(tasks.tasks), tasks.include_path, weights_bytes)
+        streamed = weights_bytes is not None
+        names, manager = open_tasks(
+            of, ",".join(tasks.tasks), tasks.include_path, streamed, load=True
+        )
     model = config.model
     models = []
     for name, place in document.models.items():

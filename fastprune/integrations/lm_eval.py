@@ -582,10 +582,15 @@ def find_tasks(
     return manager
 
 
-def refuse_generation(tasks: Sequence[str], manager: TaskManager) -> None:
-    """Load the tasks, and raise InputError if one generates text, which streamed weights cannot."""
+def check_loading(tasks: Sequence[str], manager: TaskManager, streamed: bool) -> None:
+    """Load the tasks, so that missing data shows before the work that they judge.
+
+    Raises:
+        InputError: Their data is on a hub that cannot be reached, or one generates text, which a
+            model with streamed weights cannot.
+    """
     for name, task in _load(_names(tasks, manager), manager)["tasks"].items():
-        if task.OUTPUT_TYPE == "generate_until":
+        if streamed and task.OUTPUT_TYPE == "generate_until":
             raise InputError(f"{name}: {WHOLE}")
 
 
@@ -601,12 +606,17 @@ def _load(names: Sequence[str], manager: TaskManager) -> dict:
         if not is_of_network(error):
             raise
         named = brief(", ".join(map(str, names)), 80)
-        reason = brief(str(error) or type(error).__name__, 100)
-        raise InputError(
-            f"the data of {'one of ' * (len(names) > 1)}{named} cannot be loaded without a "
-            f"network: {reason}; load it once where there is one, and HF_HUB_OFFLINE=1 reads the "
-            f"cache (HF_HOME) from then on; or write a task with local data_files (--include-path)"
-        ) from error
+        raise _unreachable(f"{'one of ' * (len(names) > 1)}{named}", error) from error
+
+
+def _unreachable(tasks: str, error: Exception) -> InputError:
+    """The refusal of tasks whose data is on a hub that cannot be reached."""
+    reason = brief(str(error) or type(error).__name__, 100)
+    return InputError(
+        f"the data of {tasks} cannot be loaded without a network: {reason}; load it once where "
+        f"there is one, and HF_HUB_OFFLINE=1 reads the cache (HF_HOME) from then on; or write a "
+        f"task with local data_files (--include-path)"
+    )
 
 
 def is_of_network(error: BaseException) -> bool:
@@ -731,7 +741,11 @@ def main() -> None:
 
     try:
         cli_evaluate()
-    except InputError as error:
+    except Exception as error:
+        if is_of_network(error):
+            error = _unreachable("a task", error)
+        if not isinstance(error, InputError):
+            raise
         print(f"fastprune: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -28,7 +28,7 @@ from requests import ReadTimeout
 from workers_for_tests import InThisProcess
 
 import fastprune as fp
-from fastprune.integrations.lm_eval import MaskedLM, evaluate_masks
+from fastprune.integrations.lm_eval import MaskedLM, evaluate_masks, main
 from fastprune.models import FusedRunner, GenericRunner
 
 TASKS = Path(__file__).parent / "tasks"
@@ -710,6 +710,35 @@ def test_a_data_set_that_cannot_be_reached(run, folder, monkeypatch, error, more
     for word in ("some/data", "HF_HUB_OFFLINE=1", "HF_HOME", "--include-path"):
         assert word in line
     assert len(line) < 400
+
+
+def test_a_study_misses_the_data_of_its_tasks_before_it_searches(
+    run, folder, text_file, tmp_path, monkeypatch
+):
+    def load(*_):
+        raise ConnectionError("some/data")
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    tasks = {"tasks": ["demo_text"], "include_path": TASKS}
+    tables = text_study(folder("llama"), text_file, evaluate=tasks)
+    status, _, err = run(
+        "study", write_document(tmp_path / "study.toml", **tables), "--out", tmp_path / "out"
+    )
+    assert status == 2
+    assert "study.toml: evaluate.tasks: the data of demo_text cannot be loaded" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_own_command_line_of_the_harness_without_a_network(monkeypatch, capsys):
+    def cli_evaluate():
+        raise ConnectionError("Couldn't reach 'some/data' on the Hub")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", cli_evaluate)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastprune: the data of a task cannot be loaded without a network")
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("data.jsonl"), ValueError("data.jsonl")])
