@@ -30,9 +30,9 @@ import torch
 from record import save
 
 import fastprune as fp
+from fastprune.masks import format_removed
 from fastprune.models.surgery import without
 from fastprune.objectives import objective_class
-from fastprune.study.tables import format_removed
 
 ALGORITHMS = "one_shot,greedy,shortgpt,streamline,contiguous,lorp,taylor"
 

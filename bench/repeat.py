@@ -28,11 +28,10 @@ from record import save
 
 import fastprune as fp
 from fastprune import demo
-from fastprune.masks import parse_removed, repeated
+from fastprune.masks import format_removed, parse_removed, repeated
 from fastprune.models.surgery import ordered
 from fastprune.objectives import Objective
 from fastprune.plan.trie import make_trie
-from fastprune.study.tables import format_removed
 
 CONFIDENCE = 0.99
 

@@ -334,6 +334,25 @@ def parse_removed(text: str) -> tuple[int, ...]:
     return tuple(units)
 
 
+def format_removed(units: Sequence[int]) -> str:
+    """Write units as `parse_removed` reads them, in tables: (3, 4, 5, 9) is '3-5 9'.
+
+    No unit is '-'; the sequence (0, 1, 1, 2) is '0-1 1-2'.
+    """
+    return " ".join(f"{a}-{b}" if a < b else str(a) for a, b in stretches(units)) or "-"
+
+
+def stretches(units: Iterable[int]) -> list[tuple[int, int]]:
+    """The first and the last unit of each stretch of consecutive units, in running order."""
+    found: list[tuple[int, int]] = []
+    for unit in units:
+        if found and unit == found[-1][1] + 1:
+            found[-1] = found[-1][0], unit
+        else:
+            found.append((unit, unit))
+    return found
+
+
 def load_masks(path: str | Path, num_units: int) -> np.ndarray:
     """Read masks from a file.
 

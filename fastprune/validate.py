@@ -17,6 +17,8 @@ from .errors import InputError, brief, shown
 
 Kind = TypeVar("Kind")
 
+MOST = 2**31 - 1  # the largest count
+MOST_SEED = 2**63 - 1
 LONGEST_NAME = 240  # bytes: the limit of file systems, less the marks of a partial file's name
 
 

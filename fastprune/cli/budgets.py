@@ -11,11 +11,12 @@ from rich.table import Table
 
 from ..costs import UNITS, before_and_after
 from ..errors import InputError, shown
+from ..masks import format_removed
 from ..objectives import objective_class
 from ..search import known_algorithms
 from ..study.figures import check_installed, path_figure, save
 from ..study.judging import format_judged
-from ..study.tables import format_removed, short_name
+from ..study.tables import short_name
 from ..validate import check_folder
 from .held_out import dense_of
 from .options import naming

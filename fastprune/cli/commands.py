@@ -18,14 +18,13 @@ from .. import __version__
 from ..errors import InputError
 from ..exports import checkpoint
 from ..io import parse_json, write_jsonl
-from ..masks import check_removed, check_sequences, record_units, removed_by
+from ..masks import check_removed, check_sequences, format_removed, record_units, removed_by
 from ..objectives import no_judge
 from ..plan.progress import ProgressEvent, reporting
 from ..search import find_algorithm, known_algorithms
 from ..study.tables import (
     format_dense,
     format_record,
-    format_removed,
     format_saved,
     units_header,
 )

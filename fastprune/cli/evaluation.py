@@ -21,11 +21,11 @@ from ..plan.cost import Cost
 from ..study.folder import STORE
 from ..study.judging import to_difference
 from ..study.tables import format_record, format_saved, units_header
+from ..validate import MOST
 from .candidates import candidate_options, check_candidates, read_candidates
 from .opening import check_workers, open_model, open_workers
 from .options import (
     FILE_NAME,
-    MOST,
     NEW_FILE,
     Command,
     group,

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..data import TASKS_READING, TEXT_READING
+from ..masks import format_removed
 from ..objectives import OBJECTIVES, Objective, no_judge, objective_class
 from ..plan.progress import reporting
 from ..study.judging import direction, format_judged, shared_rows, to_difference
-from ..study.tables import format_removed, unseen_notes
+from ..study.tables import unseen_notes
 from .commands import score
 
 if TYPE_CHECKING:

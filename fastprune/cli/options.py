@@ -19,12 +19,9 @@ from ..errors import InputError, shown
 from ..masks import ALL, check_named, parse_removed
 from ..objectives import OBJECTIVES, Perplexity
 from ..search import PRESETS, check_budget
-from ..validate import check_folder, check_one_of, check_path, refuse_existing
+from ..validate import MOST, MOST_SEED, check_folder, check_one_of, check_path, refuse_existing
 from ..workers.processes import MOST_WORKERS
 from .output import decisions_noted
-
-MOST = 2**31 - 1  # the largest count
-MOST_SEED = 2**63 - 1
 
 # Headings of help: the subjects of options.
 MODEL, DATA, RUNNING, OUTPUT = "Model", "Data", "Running", "Output"

@@ -14,7 +14,7 @@ from ..data import TASKS_READING, TEXT_READING
 from ..errors import InputError
 from ..exports import can_export
 from ..io import file_marks, json_text, parse_json, write_json
-from ..masks import kept_by
+from ..masks import format_removed, kept_by
 from ..objectives import no_judge, objective_class
 from ..search import (
     check_algorithm,
@@ -30,12 +30,11 @@ from ..study.tables import (
     TABLE_NOTE,
     format_dense,
     format_races,
-    format_removed,
     pattern_text,
     results_table,
     units_header,
 )
-from ..validate import refuse_existing
+from ..validate import MOST_SEED, refuse_existing
 from .budgets import (
     check_figure,
     check_gate,
@@ -50,7 +49,6 @@ from .opening import MakeEvaluator, check_gradients, evaluates, units_before_ope
 from .options import (
     COST_BUDGET,
     FILE_NAME,
-    MOST_SEED,
     PROTECTED,
     Budget,
     Command,

@@ -10,6 +10,7 @@ from rich.table import Table
 from ..engine.store import SumStore
 from ..errors import InputError
 from ..io import write_jsonl
+from ..validate import MOST
 from .options import FILE_NAME, NEW_FILE, Command, check_store
 from .output import printing, say
 
@@ -83,7 +84,7 @@ def export(file: str, out: Path) -> None:
     "--context",
     "contexts",
     multiple=True,
-    type=click.IntRange(0, 2**31),
+    type=click.IntRange(0, MOST),
     help="Number of a context to remove, as `store info` shows it. It may be repeated.",
 )
 @click.option("--damaged", is_flag=True, help="Remove rows whose checksum does not fit.")

@@ -13,9 +13,10 @@ import click
 
 from ..demo import MODEL_DIR, QUICK_STUDY, STUDY, TEXT
 from ..errors import InputError
+from ..masks import format_removed
 from ..study import check_study, check_study_folder, figures, read_document, run_study, write_report
 from ..study.config import EXAMPLE, DataConfig, Document, at
-from ..study.tables import answers, best_cells, comparison_lines, format_removed
+from ..study.tables import answers, best_cells, comparison_lines
 from ..validate import check_folder, refuse_existing
 from .evaluation import (
     difference_table,

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..masks import is_mask
+from ..masks import is_mask, stretches
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HEALING = """\
@@ -45,16 +45,8 @@ def mergekit(base: str, sequence: Sequence[int], dtype: str) -> str:
         merge_method: passthrough
         dtype: bfloat16
     """
-    runs: list[list[int]] = []
-    for block in sequence:
-        if runs and block == runs[-1][1]:
-            runs[-1][1] += 1
-        else:
-            runs.append([block, block + 1])
-    slices = "".join(
-        f"  - sources:\n      - model: {json.dumps(base)}\n        layer_range: {run}\n"
-        for run in runs
-    )
+    source = f"  - sources:\n      - model: {json.dumps(base)}\n        layer_range: "
+    slices = "".join(f"{source}[{first}, {last + 1}]\n" for first, last in stretches(sequence))
     return f"slices:\n{slices}merge_method: passthrough\ndtype: {dtype}\n"
 
 

@@ -39,15 +39,13 @@ from ..search import (
     check_racing,
     find_algorithm,
 )
-from ..validate import check_folder, check_path
+from ..validate import MOST, MOST_SEED, check_folder, check_path
 from .checks import at, check_once, check_sizes, search_settings
 from .controls import Control, check_controls
 from .folder import check_label
 
 EXAMPLE = Path(__file__).with_name("example.toml")
 STUDIED = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.studied)
-MOST = 2**31 - 1
-MOST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)

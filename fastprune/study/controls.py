@@ -22,14 +22,14 @@ from ..masks import (
 from ..search import Allowed
 from ..search.draws import distinct
 from ..search.sizes import Key, Removed, Size
-from ..validate import check_integer, check_kind, check_one_of
+from ..validate import MOST, check_integer, check_kind, check_one_of
 from .checks import at, check_once
 from .folder import check_label
 
 WAYS = ("removed", "sequence", "random", "worst_of", "backwards")
 RANKED = ("one_shot",)  # algorithms whose worst units a control removes
 MOST_DRAWN = 1000  # random masks of a control and size
-Unit = Annotated[int, Allowed(least=0, most=2**31 - 1)]
+Unit = Annotated[int, Allowed(least=0, most=MOST)]
 Sizes = Mapping[Key, tuple[Size, list[int]]]  # of removals, each with the units that may go
 
 

@@ -11,27 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..costs import UNITS, UnitCosts
-from ..masks import Candidate
+from ..masks import Candidate, format_removed
 from ..objectives import Objective, no_judge, objective_class
 from ..search.sizes import Key, RemovalSize
 from .judging import WINDOW, direction, format_judged, format_to_whole, judgement, to_difference
 
 FULL, EMPTY = "#", "."
 MOST_COMPARED = 3  # candidates beside the best one, in a line
-
-
-def format_removed(removed: Sequence[int]) -> str:
-    """Format unit indices with shortened runs: (3, 4, 5, 9) is '3-5 9'; no unit is '-'.
-
-    The sequence (0, 1, 1, 2) is '0-1 1-2'.
-    """
-    runs: list[list[int]] = []
-    for unit in removed:
-        if runs and unit == runs[-1][-1] + 1:
-            runs[-1].append(unit)
-        else:
-            runs.append([unit])
-    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "-"
 
 
 def format_record(record: Mapping) -> str:

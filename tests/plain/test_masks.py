@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import fastprune as fp
-from fastprune.masks import as_masks, check_removed, parse_removed
-from fastprune.study.tables import format_removed
+from fastprune.masks import as_masks, check_removed, format_removed, parse_removed
 
 
 @pytest.mark.parametrize("num_units", [1, 5, 9])
