@@ -17,7 +17,7 @@ KERNELS = Path(fastprune_kernels.__file__).parent
 # layer 0 imports nothing of the package; a module may import from its own layer and from those
 # before it
 LAYERS = [
-    {"errors", "signals"},
+    {"errors"},
     {"validate", "solver"},
     {"io"},
     {"masks"},
