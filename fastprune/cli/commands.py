@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 ADVICE = (
     "Begin with greedy: about k U masks. Then try beam, up to beam_width times as many: of six "
-    "cases whose optimum is known (docs/study.md), greedy found five and beam all."
+    "cases whose optimum is known (docs/findings.md), greedy found five and beam all."
 )
 MOST_TOGETHER = 1_000  # masks whose losses of all samples are computed in one call
 

@@ -62,10 +62,10 @@ def races() -> list[Row]:
 PRECISIONS = {
     "float32": "float32 (the default)",
     "widened as used": "bfloat16, widened as they are used",
-    "bfloat16": "bfloat16, by name (a quarter of the rows, times four)",
+    "bfloat16": "bfloat16, with `dtype=` (timed on a quarter of the rows, times four)",
 }
 WAITS = {
-    "as libgomp does": "as libgomp does",
+    "as libgomp does": "default",
     "passive": "`OMP_WAIT_POLICY=passive`",
     "1,000 spins": "`GOMP_SPINCOUNT=1000`",
 }
@@ -124,7 +124,7 @@ TABLES = {
             "threads": column("threads"),
             "waiting": lambda row: WAITS[row["waiting"]],
             "seconds": fixed("seconds", 1),
-            "of the processors": fixed("cpu_seconds", 2),
+            "CPU seconds": fixed("cpu_seconds", 2),
         },
     ),
     "starting": Table(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from ..render import Row, Table, column, fixed, load
 
 ENDS = {  # by the names of bench/reliability.py
-    "2, one line": "status 2 and one line",
-    "0": "status 0, because no code reads the altered bytes",
+    "2, one line": "exit status 2 and one line of error",
+    "0": "exit status 0, because no code reads the altered bytes",
     "right": "right",
     "refused by name": "files refused by name",
     "same result, at most one chunk repeated": "the same result, at most one chunk repeated",
@@ -36,7 +36,7 @@ TABLES = {
             "masks": fixed("masks", 0),
             "choices of that question": fixed("choices", 0),
             "tokens of its prompt": column("prompt"),
-            "least limit": megabytes("least_limit"),
+            "smallest accepted limit": megabytes("least_limit"),
             "growth": megabytes("grown"),
             "growth with 512 MB": megabytes("grown_within_512_mb"),
         },
