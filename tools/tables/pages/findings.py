@@ -8,6 +8,8 @@ from typing import Any
 
 from ..render import Columns, Row, Table, column, fixed, load, removed_blocks, rounded
 
+FIRST_SET = "WikiText-2, 64 x 128"  # of the study of calibration sets
+
 
 def real_costs() -> list[Row]:
     """Each calibration set's searches on a real model, against the loop."""
@@ -46,13 +48,28 @@ def named_search(row: Row) -> str:
 
 
 def calibration_sets() -> list[Row]:
-    """The searches on each calibration set, by algorithm."""
+    """The calibration sets by algorithm, each with its searches by the number of blocks."""
     names = {"text": "WikiText-2", "verse": "verse", "code": "Python"}
-    rows = []
-    for row in load("study")["calibration"]["rows"]:
-        _, text, size = row["objective"].split("-")
-        rows.append({**row, "set": f"{names[text]}, {size.replace('x', ' x ')}"})
-    return sorted(rows, key=lambda row: row["algorithm"])
+    rows: dict[tuple[str, str], dict[Any, Any]] = {}
+    for found in load("study")["calibration"]["rows"]:
+        _, text, size = found["objective"].split("-")
+        key = found["algorithm"], f"{names[text]}, {size.replace('x', ' x ')}"
+        row = rows.setdefault(key, {"algorithm": key[0], "set": key[1]})
+        row[found["size"]] = found
+    return sorted(rows.values(), key=lambda row: row["algorithm"])
+
+
+def against_first(label: str, size: int) -> Callable[[Row], str]:
+    """A column of differences to the mask of the same size from the first set, or that mask's own
+    value."""
+
+    def cell(row: Row) -> str:
+        if row["set"] == FIRST_SET:
+            return judged(label)(row[size])
+        difference = to_reference(label)(row[size])
+        return "same mask" if difference == "0" else difference
+
+    return cell
 
 
 def regrets() -> list[Row]:
@@ -236,11 +253,11 @@ TABLES = {
         {
             "algorithm": column("algorithm"),
             "calibrated on": column("set"),
-            "removed": removed_blocks,
-            "perplexity (lower is better)": judged("unseen-text"),
-            "against the first": to_reference("unseen-text"),
-            "ARC-Easy, % (higher is better)": judged("arc-easy"),
-            "against the first, points": to_reference("arc-easy"),
+            **{
+                f"{metric}, {size} blocks": against_first(label, size)
+                for metric, label in (("perplexity", "unseen-text"), ("ARC-Easy, %", "arc-easy"))
+                for size in (3, 5, 7)
+            },
         },
     ),
     "study_controls": Table(
