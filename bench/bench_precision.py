@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from unittest.mock import patch  # an attribute that has moved is an error
 
 import numpy as np
 from record import save
@@ -37,11 +38,11 @@ def main() -> None:
     folder, rows, length, path = vars(parser.parse_args()).values()
     rows_found = []
     warnings.simplefilter("ignore")
-    precision.capabilities = dict  # whatever this processor has
+    patch.object(precision, "capabilities", dict).start()  # whatever this processor has
     with tempfile.TemporaryDirectory() as narrow:
         AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").save_pretrained(narrow)
         models = {"float32": fp.load_model(narrow)}
-        checkpoint.available_bytes = lambda device: 0
+        patch.object(checkpoint, "available_bytes", lambda device: 0).start()
         models["widened as used"] = fp.load_model(narrow)
         models["bfloat16"] = fp.load_model(narrow, dtype="bfloat16")
     sizes = {

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -226,9 +227,8 @@ def distances_of_bounds(limit: float) -> Iterator[dict[str, Any]]:
                     1 - relaxation_bound(h, k, choice(h, np.ones(size))) / e
                     for h, e in zip(matrices, optima)
                 ]
-                oracle.best_diagonal = choice
-                runs = [seconds(oracle.solve, h, np.zeros(size), k, 1, limit) for h in matrices]
-                oracle.best_diagonal = best_diagonal
+                with patch.object(oracle, "best_diagonal", choice):
+                    runs = [seconds(oracle.solve, h, np.zeros(size), k, 1, limit) for h in matrices]
                 yield {
                     **row,
                     "bound": label,

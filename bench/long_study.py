@@ -1,4 +1,4 @@
-"""The study on two pretrained models, about ten hours of one core: bench/study/*.toml.
+"""The study on two pretrained models, an estimated ten hours of one core: bench/study/*.toml.
 
     python bench/long_study.py OUT --data FOLDER --smollm2 FOLDER [--gemma3 FOLDER]
         [--only smollm2,pairs,optimum,calibration,gemma3]

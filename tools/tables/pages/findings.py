@@ -8,6 +8,10 @@ from typing import Any
 
 from ..render import Columns, Row, Table, column, fixed, load, removed_blocks, rounded
 
+METRICS = (
+    ("perplexity (lower is better)", "unseen-text"),
+    ("ARC-Easy, % (higher is better)", "arc-easy"),
+)
 FIRST_SET = "WikiText-2, 64 x 128"  # of the study of calibration sets
 
 
@@ -223,7 +227,7 @@ TABLES = {
         {
             "algorithm": column("algorithm"),
             **{
-                f"{objective}: {name}": fixed(f"{key} {objective}", 0)
+                f"{objective}, unit runs: {name}": fixed(f"{key} {objective}", 0)
                 for objective in ("perplexity", "margin")
                 for name, key in (
                     ("loop", "naive_unit_runs"),
@@ -255,7 +259,7 @@ TABLES = {
             "calibrated on": column("set"),
             **{
                 f"{metric}, {size} blocks": against_first(label, size)
-                for metric, label in (("perplexity", "unseen-text"), ("ARC-Easy, %", "arc-easy"))
+                for metric, label in METRICS
                 for size in (3, 5, 7)
             },
         },
